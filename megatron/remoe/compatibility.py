@@ -1,0 +1,183 @@
+"""What ReLU routing cannot be combined with, as one table.
+
+Every entry is a Megatron setting that assumes exactly k experts per token, that would drop or invent
+token-expert pairs, or that would silently be ignored. The attribute names are those of Megatron's parsed arguments,
+which its `TransformerConfig` shares, so the table serves the command line and the library alike.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Settings = Any  # argparse.Namespace or TransformerConfig: both are read by attribute name
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One refused setting.
+
+    Attributes:
+        name: attribute that holds the setting; the flag is derived from it.
+        refused: tells from the attribute's value whether it is refused.
+        reason: what would go wrong.
+        remedy: what to do instead.
+    """
+
+    name: str
+    refused: Callable[[Any], bool]
+    reason: str
+    remedy: str
+
+    def problem(self, settings: Settings) -> str | None:
+        """The message for `settings`, or None where they are fine or do not have the attribute."""
+        value = getattr(settings, self.name, None)
+        if value is None or not self.refused(value):
+            return None
+        return f"{flag(self.name)} {shown(value)} cannot be used with --moe-relu-routing: {self.reason}. {self.remedy}."
+
+
+def flag(name: str) -> str:
+    """Megatron's spelling of an attribute on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A value as a user would type it (nothing for a switch)."""
+    if value is True:
+        return "(on)"
+    if isinstance(value, list | tuple):
+        return " ".join(shown(item) for item in value)
+    return str(getattr(value, "name", value))
+
+
+def _is_set(value: Any) -> bool:
+    return bool(value)
+
+
+def _given(_value: Any) -> bool:
+    return True
+
+
+def _moe_graph_scope(modules: Any) -> bool:
+    items = modules if isinstance(modules, list | tuple) else [modules]
+    return any(str(getattr(item, "name", item)).startswith("moe") for item in items)
+
+
+FIXED_K = "a token's number of experts varies, and this keeps, drops or pads to a fixed number"
+IGNORED = "it belongs to top-k routing and would have no effect"
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal("moe_expert_capacity_factor", _given, FIXED_K, "Leave it out: ReMoE is dropless"),
+    Refusal("moe_pad_expert_input_to_capacity", _is_set, FIXED_K, "Leave it out: ReMoE is dropless"),
+    Refusal("moe_token_dropping", _is_set, FIXED_K, "Leave it out: ReMoE is dropless"),
+    Refusal("moe_expert_rank_capacity_factor", _given, FIXED_K, "Leave it out: ReMoE is dropless"),
+    Refusal("moe_paged_stash", _is_set, "its buffers are sized for k experts per token", "Leave it out"),
+    Refusal(
+        "moe_token_dispatcher_type",
+        lambda value: value not in ("alltoall", "allgather"),
+        "DeepEP and NCCL-EP send the k largest gates of a token and drop the others, and HybridEP is untested",
+        "Use --moe-token-dispatcher-type alltoall (or allgather)",
+    ),
+    Refusal("moe_enable_deepep", _is_set, "DeepEP sends exactly k experts per token", "Leave it out"),
+    Refusal("moe_enable_routing_replay", _is_set, "replay records k experts per token", "Leave it out"),
+    Refusal(
+        "moe_apply_probs_on_input",
+        _is_set,
+        "it assumes one expert per token",
+        "Leave it out: the gate scales the expert's output",
+    ),
+    Refusal(
+        "moe_router_padding_for_quantization", _is_set, "it adds token-expert pairs that were not routed", "Leave it out"
+    ),
+    Refusal("fp8", _is_set, "its padding adds token-expert pairs that were not routed", "Use --bf16"),
+    Refusal("fp4", _is_set, "its padding adds token-expert pairs that were not routed", "Use --bf16"),
+    Refusal("moe_aux_loss_coeff", lambda value: any(_as_list(value)), IGNORED, "The L1 term balances the load: leave it out"),
+    Refusal("moe_router_enable_expert_bias", _is_set, IGNORED, "The L1 term balances the load: leave it out"),
+    Refusal(
+        "moe_router_load_balancing_type",
+        lambda value: not set(_as_list(value)) <= {"none", "aux_loss"},
+        IGNORED,
+        "The L1 term balances the load: use --moe-router-load-balancing-type none or leave it out",
+    ),
+    Refusal("moe_router_score_function", lambda value: value != "softmax", IGNORED, "Leave it out: the score is ReLU"),
+    Refusal("moe_router_topk_scaling_factor", _given, IGNORED, "Leave it out"),
+    Refusal("moe_router_num_groups", _given, IGNORED, "Leave it out"),
+    Refusal("moe_router_group_topk", _given, IGNORED, "Leave it out"),
+    Refusal("moe_router_topk_limited_devices", _given, IGNORED, "Leave it out"),
+    Refusal("moe_router_fusion", _is_set, "the fused kernel computes top-k", "Leave it out"),
+    Refusal("moe_router_force_biased", _given, IGNORED, "Leave it out"),
+    Refusal("moe_latent_size", _given, "latent projections have not been tested with it", "Leave it out"),
+    Refusal(
+        "cuda_graph_impl",
+        lambda value: value == "full_iteration",
+        "the number of routed pairs changes the shapes from step to step",
+        "Use --cuda-graph-impl none",
+    ),
+    Refusal(
+        "transformer_impl",
+        lambda value: value == "inference_optimized",
+        "its router and dispatcher compute top-k",
+        "Use --transformer-impl transformer_engine or local",
+    ),
+    Refusal("use_inference_optimized_layers", _is_set, "its router computes top-k", "Leave it out"),
+    Refusal("multi_latent_attention", _is_set, "Megatron replaces the configuration class for it", "Leave it out"),
+    Refusal(
+        "heterogeneous_layers_config_path", _given, "Megatron replaces the configuration class for it", "Leave it out"
+    ),
+    Refusal(
+        "heterogeneous_layers_config_encoded_json", _given, "Megatron replaces the configuration for it", "Leave it out"
+    ),
+    Refusal("mtp_num_layers", _is_set, "the multi-token prediction block builds its own top-k routers", "Leave it out"),
+    Refusal("experimental_attention_variant", _given, "it builds its own layer specification", "Leave it out"),
+    Refusal("hybrid_layer_pattern", _given, "hybrid models build their own layer specification", "Leave it out"),
+    Refusal("use_megatron_fsdp", _is_set, "it has not been tested with the router's state", "Leave it out"),
+    Refusal("use_torch_fsdp2", _is_set, "it has not been tested with the router's state", "Leave it out"),
+    Refusal("init_model_with_meta_device", _is_set, "the router's state would be left uninitialized", "Leave it out"),
+)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def relu_routing_problems(settings: Settings) -> list[str]:
+    """Everything in `settings` that does not go with ReLU routing; empty where it is off or all is well.
+
+    Args:
+        settings: Megatron's parsed arguments or a `ReMoEConfig`, read by attribute name.
+
+    Returns:
+        One message per problem, each with the flag, its value and the remedy.
+    """
+    problems = []
+    granularity = settings.moe_granularity
+    if granularity < 1:
+        problems.append(f"--moe-granularity {granularity} must be a whole number of at least 1.")
+    if not settings.moe_relu_routing:
+        return problems
+
+    experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None)
+    topk = settings.moe_router_topk
+    if not experts:
+        problems.append("--moe-relu-routing needs experts to route to: give --num-experts (for instance 8).")
+    elif not 0 < topk < experts:
+        problems.append(
+            f"--moe-router-topk {topk} must be at least 1 and below --num-experts {experts} with --moe-relu-routing: "
+            "the target sparsity is 1 - topk/experts."
+        )
+    init = settings.moe_relu_l1_reg_coeff_init
+    if not 0.0 < init < float("inf"):
+        problems.append(f"--moe-relu-l1-reg-coeff-init {init} must be a positive number (default 1e-8).")
+    multiplier = settings.moe_relu_l1_reg_coeff_multiplier
+    if not 1.0 < multiplier < float("inf"):
+        problems.append(f"--moe-relu-l1-reg-coeff-multiplier {multiplier} must be above 1 (default 1.2).")
+
+    problems.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
+    if getattr(settings, "cuda_graph_impl", "none") not in (None, "none") and _moe_graph_scope(
+        getattr(settings, "cuda_graph_modules", None) or []
+    ):
+        problems.append(
+            f"--cuda-graph-modules {shown(settings.cuda_graph_modules)} cannot be used with --moe-relu-routing: the "
+            "number of routed pairs changes from step to step. Keep only attention in it, or use --cuda-graph-impl none."
+        )
+    return problems

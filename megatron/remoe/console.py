@@ -1,0 +1,41 @@
+"""Keeps warnings off the console that the one who reads them can do nothing about."""
+
+import logging
+import re
+import warnings
+
+# What an optional package would add is said in the README; these repeat at every start, on every rank.
+UNHELPFUL_WARNINGS = (
+    r"Transformer Engine and Apex are not installed",
+    r"Apex is not installed",
+    r"absl\.logging is not installed",
+    r"Only transformer-engine>=1\.7\.0 supports MoE experts",
+    r"MimoModelConfig is experimental",
+    r"'pin_memory' argument is set as true but no accelerator is found",
+    r"Could not determine rank from torch\.distributed",
+)
+
+# logger: messages about the normal course of things that are logged as warnings
+UNHELPFUL_LOGS = {
+    "megatron.core.rerun_state_machine": r"RerunStateMachine initialized|Setting RerunStateMachine mode|Result validation",
+    "megatron.core.tensor_parallel.random": r"CPU RNG state changed within GPU RNG context",
+    "megatron.core.models.gpt.gpt_model": r"GPTModel IS DEPRECATED",
+    "torch.utils.cpp_extension": r"No CUDA runtime is found",
+}
+
+
+class _Hide(logging.Filter):
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self._pattern = re.compile(pattern)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self._pattern.search(record.getMessage())
+
+
+def hide_unhelpful_warnings() -> None:
+    """Hide the messages listed above. Call it before Megatron is imported."""
+    for message in UNHELPFUL_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, pattern in UNHELPFUL_LOGS.items():
+        logging.getLogger(name).addFilter(_Hide(pattern))

@@ -1,0 +1,29 @@
+"""Runs Megatron's training loop on a machine without an accelerator.
+
+Nothing in here is active, or even imported, where an accelerator is in use. See `facade` for how it works and
+`engine` for each adaptation of Megatron with its reason.
+"""
+
+import argparse
+
+import torch
+
+from megatron.remoe.cpu.engine import install
+from megatron.remoe.cpu.flags import adapt_arguments
+
+__all__ = ["adapt_arguments", "add_cpu_argument", "install", "is_wanted"]
+
+CPU_FLAG = "--cpu"
+
+
+def is_wanted(command_line: list[str]) -> bool:
+    """Whether to train on the CPU: there is no accelerator, or the user asks for it."""
+    return CPU_FLAG in command_line or not torch.cuda.is_available()
+
+
+def add_cpu_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add --cpu to Megatron's parser."""
+    parser.add_argument_group("ReMoE").add_argument(
+        CPU_FLAG, action="store_true", help="Train on the CPU even if there is an accelerator (the default without one)."
+    )
+    return parser

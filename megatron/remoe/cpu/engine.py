@@ -1,0 +1,64 @@
+"""What of Megatron is adapted to run without an accelerator, each with its reason."""
+
+import importlib.metadata
+import os
+from typing import Any
+
+import torch
+
+from megatron.remoe.cpu import facade
+
+WRITTEN_FOR = ("0.19.2",)
+
+
+def install() -> None:
+    """Make Megatron run on the CPU in this process. Call it before anything else of Megatron is imported.
+
+    Raises:
+        SystemExit: the installed megatron-core is a version that this was not written for.
+    """
+    version = importlib.metadata.version("megatron-core")
+    if version not in WRITTEN_FOR:
+        raise SystemExit(
+            f"Training on the CPU was written for megatron-core {' or '.join(WRITTEN_FOR)}, {version} is installed. "
+            f"Install it with: pip install 'megatron-core[training]=={WRITTEN_FOR[-1]}'. "
+            "On a machine with an accelerator this version is fine."
+        )
+    # Megatron decorates small functions with torch.compile, which needs a C++ compiler and a minute on a CPU.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # Megatron insists on it for tensor parallelism; it orders CUDA kernels and means nothing here.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    facade.put_in_place()
+    _adapt_tensors()
+    _adapt_modules()
+
+
+def _adapt_tensors() -> None:
+    # Tensors are moved to the accelerator by this method, and there is nowhere to move them.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    stock_type = torch.Tensor.type
+
+    def type_name_or_cast(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = stock_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+
+    # Optimizers accept parameters by the type's name, "torch.cuda.FloatTensor".
+    torch.Tensor.type = type_name_or_cast  # type: ignore[method-assign, assignment]
+
+
+def _adapt_modules() -> None:
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.training import initialize
+
+    # The generator's state is reached through CUDA's internals.
+    tensor_parallel_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    tensor_parallel_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    # Split sizes become host values only if they lie on a CUDA device; the all-to-all takes no tensors.
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_host
+    # Warm-up of fused kernels that do not exist here.
+    initialize._warmup_jit_function = lambda *_args, **_kwargs: None
+
+
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

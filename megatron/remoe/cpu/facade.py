@@ -1,0 +1,178 @@
+"""The name `torch` inside Megatron's modules, on a machine without an accelerator.
+
+Megatron names CUDA throughout: `torch.cuda.current_device()`, `device="cuda"`. Here its modules see a copy of the torch
+module whose `cuda` is one device that is the CPU, and whose tensor factories read "cuda" as "cpu". torch itself, and
+every other package, keep the real one. Looking a name up costs what it cost before, so no tensor operation gets slower.
+"""
+
+import contextlib
+import functools
+import importlib.abc
+import importlib.util
+import sys
+import types
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like")
+FACTORIES += ("rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like")
+TENSOR_TYPES = {
+    "ByteTensor": torch.uint8,
+    "IntTensor": torch.int32,
+    "LongTensor": torch.int64,
+    "HalfTensor": torch.float16,
+    "BFloat16Tensor": torch.bfloat16,
+    "FloatTensor": torch.float32,
+    "DoubleTensor": torch.float64,
+}
+
+
+class Stream:
+    """A CUDA stream or event where everything happens in order: nothing to wait for, nothing to record."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _done(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    synchronize = wait = wait_event = wait_stream = record = _done
+
+    def record_event(self, event: "Stream | None" = None) -> "Stream":
+        return event or self
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _end: "Stream") -> float:
+        return 0.0
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        pass
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    pass
+
+
+def _zero(*_args: Any, **_kwargs: Any) -> int:
+    return 0
+
+
+def _cuda() -> types.ModuleType:
+    cuda = types.ModuleType("torch.cuda")
+    cuda.__dict__.update({name: value for name, value in vars(torch.cuda).items() if not name.startswith("__")})
+    stream = Stream()
+    rng = {
+        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+    }
+    cuda.__dict__.update(
+        rng,
+        random=types.SimpleNamespace(**rng),
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: CPU,
+        set_device=_nothing,
+        get_device_capability=lambda *_args: (9, 0),
+        get_device_name=lambda *_args: "cpu",
+        get_device_properties=lambda *_args: types.SimpleNamespace(
+            major=9, minor=0, name="cpu", total_memory=0, multi_processor_count=1
+        ),
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        Stream=Stream,
+        Event=Stream,
+        stream=lambda _stream=None: contextlib.nullcontext(),
+        set_stream=_nothing,
+        current_stream=lambda *_args: stream,
+        default_stream=lambda *_args: stream,
+        memory_stats=lambda *_args: defaultdict(int),
+        memory_allocated=_zero,
+        max_memory_allocated=_zero,
+        memory_reserved=_zero,
+        max_memory_reserved=_zero,
+        reset_peak_memory_stats=_nothing,
+        **{name: functools.partial(torch.tensor, dtype=dtype) for name, dtype in TENSOR_TYPES.items()},
+    )
+    return cuda
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if isinstance(device, str) and device.startswith("cuda"):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+class _Facade(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        # Parts of torch that are loaded on first use.
+        return getattr(torch, name)
+
+
+def make_facade() -> types.ModuleType:
+    """A module that is torch but for `cuda` and the tensor factories."""
+    facade = _Facade("torch")
+    facade.__dict__.update({name: value for name, value in vars(torch).items() if name != "__getattr__"})
+    facade.__dict__.update({name: _on_cpu(getattr(torch, name)) for name in FACTORIES}, cuda=_cuda())
+    return facade
+
+
+class _FacadeFinder(importlib.abc.MetaPathFinder):
+    """Gives the facade to every module of Megatron that is imported from now on, right after it has run."""
+
+    def __init__(self, facade: types.ModuleType) -> None:
+        self.facade = facade
+        self._searching: set[str] = set()
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if not fullname.startswith("megatron.") or fullname in self._searching:
+            return None
+        self._searching.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching.discard(fullname)
+        if spec is None or spec.loader is None or not hasattr(spec.loader, "exec_module"):
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_replace(module: types.ModuleType) -> None:
+            run(module)
+            replace_torch(module, self.facade)
+
+        spec.loader.exec_module = run_and_replace  # type: ignore[method-assign]
+        return spec
+
+
+def replace_torch(module: types.ModuleType, facade: types.ModuleType) -> None:
+    """Let the module's global name `torch` be the facade, if it has it."""
+    if vars(module).get("torch") is torch:
+        module.torch = facade  # type: ignore[attr-defined]
+
+
+def put_in_place() -> None:
+    """Replace `torch` in all modules of Megatron, those imported later included. A second call changes nothing."""
+    if any(isinstance(finder, _FacadeFinder) for finder in sys.meta_path):
+        return
+    facade = make_facade()
+    sys.meta_path.insert(0, _FacadeFinder(facade))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and not name.startswith("megatron.remoe.cpu"):
+            replace_torch(module, facade)

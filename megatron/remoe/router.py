@@ -1,0 +1,104 @@
+"""The ReLU router and its load-balanced L1 regularization (paper sections 3.2 to 3.4)."""
+
+import torch
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, switch_load_balancing_loss_func
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.remoe.config import ReMoEConfig
+
+
+class ReLURouter(TopKRouter):
+    """`R(x) = ReLU(x W)`: an expert is active for a token exactly where its gate is positive.
+
+    Gating, input jitter, `moe_router_dtype` and z-loss are those of Megatron's router; only `routing` differs.
+
+    Attributes:
+        l1_exponent: int64 scalar n of the coefficient λ = init · multiplier^n. Half-precision wrappers cast
+            floating-point buffers and leave integers, so λ stays exact; it is saved with the model.
+        counts: float64 `[num_experts + 3]` on the device, what the router saw since the last optimizer step:
+            tokens per expert, tokens, summed L1 loss, micro-batches. None before the first counted forward pass.
+    """
+
+    config: ReMoEConfig
+
+    def __init__(
+        self, config: ReMoEConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        self.register_buffer("l1_exponent", torch.zeros((), dtype=torch.int64, device=device))
+        self.counts: torch.Tensor | None = None
+
+    @property
+    def l1_coefficient(self) -> torch.Tensor:
+        """λ as a float64 scalar on the device."""
+        multiplier = torch.full_like(self.l1_exponent, self.config.moe_relu_l1_reg_coeff_multiplier, dtype=torch.float64)
+        return self.config.moe_relu_l1_reg_coeff_init * multiplier**self.l1_exponent
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route each token to the experts with a positive logit.
+
+        Args:
+            logits: `[sequence, batch, num_experts]`, in the router's dtype.
+            padding_mask: bool `[sequence, batch]`, True at padding, which is neither routed nor counted.
+
+        Returns:
+            probs: `[num_tokens, num_experts]`, the gates ReLU(logits), with the L1 term attached to their gradient
+                in training.
+            routing_map: bool `[num_tokens, num_experts]`, True where the gate is positive.
+        """
+        logits = logits.view(-1, self.num_experts)
+        if padding_mask is not None:
+            padding_mask = padding_mask.reshape(-1)
+        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
+
+        probs = torch.relu(logits)
+        if padding_mask is not None:
+            probs = probs.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        routing_map = probs > 0
+
+        # Recomputation runs the forward pass twice, once of them without gradients; evaluation has none at all.
+        if self.training and torch.is_grad_enabled():
+            probs = self._regularize(probs, routing_map, padding_mask)
+        return probs, routing_map
+
+    def _regularize(
+        self, probs: torch.Tensor, routing_map: torch.Tensor, padding_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attach λ · L_reg to the gradient of `probs` and count what was routed."""
+        if padding_mask is None:
+            num_tokens = routing_map.new_full((1,), routing_map.shape[0], dtype=torch.int64)
+        else:
+            num_tokens = (~padding_mask).sum(dim=0, keepdim=True)
+        local_counts = torch.cat([routing_map.sum(dim=0), num_tokens])
+        # The tokens of one sequence may be split over tensor (sequence) and context parallel ranks.
+        sequence_counts = reduce_from_tensor_model_parallel_region(local_counts, self.tp_cp_group)
+        tokens_per_expert, sequence_tokens = sequence_counts[:-1], sequence_counts[-1].clamp(min=1)
+
+        l1_loss = switch_load_balancing_loss_func(
+            probs=probs.float(),
+            tokens_per_expert=tokens_per_expert,
+            total_num_tokens=sequence_tokens,
+            topk=self.topk,
+            num_experts=self.num_experts,
+            moe_aux_loss_coeff=1.0,
+        )
+        self._count(local_counts, l1_loss)
+
+        weighted = self.l1_coefficient * l1_loss
+        if self.calculate_per_token_loss:
+            # finalize_model_grads divides every gradient by the number of tokens of the global batch.
+            weighted = weighted * num_tokens[0] * self.tp_cp_group.size()
+        return MoEAuxLossAutoScaler.apply(probs, weighted)
+
+    @torch.no_grad()
+    def _count(self, local_counts: torch.Tensor, l1_loss: torch.Tensor) -> None:
+        if self.counts is None:
+            self.counts = torch.zeros(self.num_experts + 3, dtype=torch.float64, device=local_counts.device)
+        self.counts[: self.num_experts + 1] += local_counts
+        self.counts[-2] += l1_loss
+        self.counts[-1] += 1.0 / self.tp_cp_group.size()

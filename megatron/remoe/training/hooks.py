@@ -1,0 +1,75 @@
+"""Installs ReLU routing into a Megatron model configuration through its public hooks."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.utils import get_model_config
+from megatron.remoe.config import ReMoEConfig
+from megatron.remoe.controller import SparsityController
+from megatron.remoe.layer_specs import with_relu_routing
+from megatron.remoe.training.metrics import ReMoEMetricsTracker
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+SpecBuilder = Callable[..., ModuleSpec | TransformerBlockSubmodules]
+
+
+def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
+    """Give `model_cfg` the ReLU router, its dispatch, the once-per-step update and the log.
+
+    Does nothing without --moe-relu-routing.
+
+    Args:
+        args: arguments from `parse_and_validate_args`.
+        model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
+
+    Raises:
+        TypeError: `model_cfg` was built with another configuration class, or its layers cannot take the router.
+    """
+    if not args.moe_relu_routing:
+        return
+    config = model_cfg.transformer
+    if not isinstance(config, ReMoEConfig):
+        raise TypeError(
+            f"--moe-relu-routing needs a ReMoEConfig, got {type(config).__name__}: build the model's configuration "
+            "with transformer_config_from_args(args)."
+        )
+    model_cfg.transformer_layer_spec = _relu_spec_builder(model_cfg.transformer_layer_spec)
+    model_cfg.post_wrap_hooks.append(_post_wrap_hook(args, config))
+
+
+def _relu_spec_builder(given: Any) -> SpecBuilder:
+    """A builder of the layer specification `given` (Megatron's default where None) with ReLU routing in it."""
+
+    def build(model_cfg: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
+        if given is None:
+            spec = default_layer_spec(model_cfg, vp_stage)
+        elif callable(given) and not isinstance(given, ModuleSpec):
+            spec = given(model_cfg, vp_stage=vp_stage)
+        else:
+            spec = given
+        return with_relu_routing(spec)
+
+    return build
+
+
+def _post_wrap_hook(args: argparse.Namespace, config: ReMoEConfig) -> Callable[[list[Any]], list[Any]]:
+    def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        controller = SparsityController(model_chunks, config)
+
+        def finalize_and_update(*hook_args: Any, **hook_kwargs: Any) -> None:
+            # Every schedule calls this once per training step, after the last backward pass, and never in evaluation.
+            finalize_model_grads(*hook_args, **hook_kwargs)
+            controller.update()
+
+        get_model_config(model_chunks[0]).finalize_model_grads_func = finalize_and_update
+        set_moe_metrics_tracker(ReMoEMetricsTracker(controller, args.log_interval, args.tensorboard_log_interval))
+        return model_chunks
+
+    return install

@@ -1,0 +1,50 @@
+"""Pre-train a GPT model with Megatron: dense, top-k Mixture-of-Experts or, with --moe-relu-routing, ReMoE.
+
+Takes Megatron's flags and those of ReMoE (see --help). Without an accelerator it trains on the CPU.
+"""
+
+import os
+import sys
+
+from megatron.remoe import console, cpu
+
+# Started without torchrun, this is the only process.
+SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+if "RANK" not in os.environ:
+    os.environ.update(SINGLE_PROCESS)
+
+console.hide_unhelpful_warnings()
+ON_CPU = cpu.is_wanted(sys.argv)
+if ON_CPU:
+    cpu.install()
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.remoe.training import (  # noqa: E402
+    install_relu_routing,
+    parse_and_validate_args,
+    transformer_config_from_args,
+)
+from megatron.remoe.training.dataset_helpers import use_shipped_helpers  # noqa: E402
+from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider  # noqa: E402
+from megatron.training import pretrain  # noqa: E402
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
+
+
+def main() -> None:
+    args = parse_and_validate_args(
+        extra_args_provider=cpu.add_cpu_argument,
+        adapt=cpu.adapt_arguments if ON_CPU else None,
+    )
+    model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
+    install_relu_routing(args, model_cfg)
+    use_shipped_helpers()
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_cfg),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+if __name__ == "__main__":
+    main()
