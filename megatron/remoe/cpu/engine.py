@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron.remoe.cpu import facade
+from megatron.remoe.cpu.collectives import with_padding
 
 WRITTEN_FOR = ("0.19.2",)
 
@@ -47,6 +48,7 @@ def _adapt_tensors() -> None:
 
 
 def _adapt_modules() -> None:
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training import initialize
@@ -56,6 +58,10 @@ def _adapt_modules() -> None:
     tensor_parallel_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
     # Split sizes become host values only if they lie on a CUDA device; the all-to-all takes no tensors.
     token_dispatcher.maybe_move_tensor_to_cpu = _to_host
+    # gloo gathers equal parts only; experts that are split over tensor parallel ranks gather unequal ones.
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = with_padding(
+        mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    )
     # Warm-up of fused kernels that do not exist here.
     initialize._warmup_jit_function = lambda *_args, **_kwargs: None
 

@@ -12,6 +12,12 @@ from megatron.remoe.training.arguments import (
     parse_and_validate_args,
     transformer_config_from_args,
 )
-from megatron.remoe.training.hooks import install_relu_routing
+from megatron.remoe.training.hooks import install_relu_routing, install_sequence_parallel_norms
 
-__all__ = ["add_remoe_arguments", "install_relu_routing", "parse_and_validate_args", "transformer_config_from_args"]
+__all__ = [
+    "add_remoe_arguments",
+    "install_relu_routing",
+    "install_sequence_parallel_norms",
+    "parse_and_validate_args",
+    "transformer_config_from_args",
+]

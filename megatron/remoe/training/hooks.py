@@ -1,6 +1,7 @@
 """Installs ReLU routing into a Megatron model configuration through its public hooks."""
 
 import argparse
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,14 @@ import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_model_config
 from megatron.remoe.config import ReMoEConfig
 from megatron.remoe.controller import SparsityController
-from megatron.remoe.layer_specs import with_relu_routing
+from megatron.remoe.layer_specs import LayerSpec, with_relu_routing, with_sequence_parallel_norms
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
-
-SpecBuilder = Callable[..., ModuleSpec | TransformerBlockSubmodules]
 
 
 def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
@@ -40,21 +40,43 @@ def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
             f"--moe-relu-routing needs a ReMoEConfig, got {type(config).__name__}: build the model's configuration "
             "with transformer_config_from_args(args)."
         )
-    model_cfg.transformer_layer_spec = _relu_spec_builder(model_cfg.transformer_layer_spec)
+    model_cfg.transformer_layer_spec = _changed_spec(
+        model_cfg.transformer_layer_spec, lambda spec, _vp_stage: with_relu_routing(spec)
+    )
     model_cfg.post_wrap_hooks.append(_post_wrap_hook(args, config))
 
 
-def _relu_spec_builder(given: Any) -> SpecBuilder:
-    """A builder of the layer specification `given` (Megatron's default where None) with ReLU routing in it."""
+def install_sequence_parallel_norms(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
+    """Let --sequence-parallel run on plain PyTorch, which MoE layers need with tensor parallelism.
 
-    def build(model_cfg: GPTModelConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
+    Does nothing without --sequence-parallel or with Transformer Engine, whose norms do it themselves.
+    """
+    if not args.sequence_parallel or args.transformer_impl != "local":
+        return
+
+    def change(spec: LayerSpec, vp_stage: int | None) -> LayerSpec:
+        if isinstance(spec, ModuleSpec):
+            # Megatron would choose the final norm by itself.
+            num_layers = get_num_layers_to_build(model_cfg.transformer, vp_stage=vp_stage)
+            spec = TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=WrappedTorchNorm)
+        return with_sequence_parallel_norms(spec)
+
+    model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
+
+
+def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpec]) -> Callable[..., LayerSpec]:
+    """A builder of the layer specification `given` (Megatron's default where None) with `change` applied."""
+
+    def build(model_cfg: GPTModelConfig, vp_stage: int | None = None) -> LayerSpec:
         if given is None:
             spec = default_layer_spec(model_cfg, vp_stage)
-        elif callable(given) and not isinstance(given, ModuleSpec):
+        elif isinstance(given, ModuleSpec | TransformerBlockSubmodules):
+            spec = given
+        elif "vp_stage" in inspect.signature(given).parameters:
             spec = given(model_cfg, vp_stage=vp_stage)
         else:
-            spec = given
-        return with_relu_routing(spec)
+            spec = given(model_cfg)
+        return change(spec, vp_stage)
 
     return build
 

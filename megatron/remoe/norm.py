@@ -1,0 +1,26 @@
+"""PyTorch's norms under sequence parallelism, which Megatron's own wrapper of them refuses."""
+
+import torch
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+
+
+class SequenceParallelTorchNorm:
+    """Builds `torch.nn.RMSNorm` or `LayerNorm` whose weight gradients are summed over the tensor parallel group.
+
+    Each rank normalizes its part of the sequence with the same weights; Megatron sums the gradients of parameters
+    that carry `sequence_parallel`. Takes the place of `WrappedTorchNorm` in a layer specification.
+
+    Raises:
+        ValueError: `config.normalization` is neither LayerNorm nor RMSNorm.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]
+        if config.normalization not in NORMS:
+            raise ValueError(f"--normalization {config.normalization}: choose from {', '.join(NORMS)}.")
+        norm = NORMS[config.normalization](hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
