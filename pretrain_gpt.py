@@ -21,10 +21,10 @@ if ON_CPU:
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.remoe.training import (  # noqa: E402
     install_relu_routing,
+    install_sequence_parallel_norms,
     parse_and_validate_args,
     transformer_config_from_args,
 )
-from megatron.remoe.training.dataset_helpers import use_shipped_helpers  # noqa: E402
 from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
@@ -37,7 +37,7 @@ def main() -> None:
     )
     model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
     install_relu_routing(args, model_cfg)
-    use_shipped_helpers()
+    install_sequence_parallel_norms(args, model_cfg)
     pretrain(
         pretrain_cfg_container_from_args(args, model_cfg),
         train_valid_test_datasets_provider,

@@ -63,6 +63,8 @@ def _moe_graph_scope(modules: Any) -> bool:
     return any(str(getattr(item, "name", item)).startswith("moe") for item in items)
 
 
+ADDS_PAIRS = "it adds token-expert pairs that were not routed"
+BALANCED = "The L1 term balances the load: leave it out"
 FIXED_K = "a token's number of experts varies, and this keeps, drops or pads to a fixed number"
 IGNORED = "it belongs to top-k routing and would have no effect"
 
@@ -87,12 +89,15 @@ REFUSALS: tuple[Refusal, ...] = (
         "Leave it out: the gate scales the expert's output",
     ),
     Refusal(
-        "moe_router_padding_for_quantization", _is_set, "it adds token-expert pairs that were not routed", "Leave it out"
+        "moe_router_padding_for_quantization",
+        _is_set,
+        ADDS_PAIRS,
+        "Leave it out",
     ),
-    Refusal("fp8", _is_set, "its padding adds token-expert pairs that were not routed", "Use --bf16"),
-    Refusal("fp4", _is_set, "its padding adds token-expert pairs that were not routed", "Use --bf16"),
-    Refusal("moe_aux_loss_coeff", lambda value: any(_as_list(value)), IGNORED, "The L1 term balances the load: leave it out"),
-    Refusal("moe_router_enable_expert_bias", _is_set, IGNORED, "The L1 term balances the load: leave it out"),
+    Refusal("fp8", _is_set, ADDS_PAIRS, "Use --bf16"),
+    Refusal("fp4", _is_set, ADDS_PAIRS, "Use --bf16"),
+    Refusal("moe_aux_loss_coeff", lambda value: any(_as_list(value)), IGNORED, BALANCED),
+    Refusal("moe_router_enable_expert_bias", _is_set, IGNORED, BALANCED),
     Refusal(
         "moe_router_load_balancing_type",
         lambda value: not set(_as_list(value)) <= {"none", "aux_loss"},
@@ -178,6 +183,6 @@ def relu_routing_problems(settings: Settings) -> list[str]:
     ):
         problems.append(
             f"--cuda-graph-modules {shown(settings.cuda_graph_modules)} cannot be used with --moe-relu-routing: the "
-            "number of routed pairs changes from step to step. Keep only attention in it, or use --cuda-graph-impl none."
+            "number of routed pairs changes from step to step. Keep only attention, or use --cuda-graph-impl none."
         )
     return problems

@@ -13,13 +13,18 @@ UNHELPFUL_WARNINGS = (
     r"MimoModelConfig is experimental",
     r"'pin_memory' argument is set as true but no accelerator is found",
     r"Could not determine rank from torch\.distributed",
+    r"torch\.distributed is disabled, unavailable or uninitialized",
+    r"The argument order of load has been changed",
+    r"Please use DTensor instead and we are deprecating ShardedTensor",
+    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
 )
 
 # logger: messages about the normal course of things that are logged as warnings
 UNHELPFUL_LOGS = {
-    "megatron.core.rerun_state_machine": r"RerunStateMachine initialized|Setting RerunStateMachine mode|Result validation",
+    "megatron.core.rerun_state_machine": r"RerunStateMachine initialized|Setting RerunStateMachine|Result validation",
     "megatron.core.tensor_parallel.random": r"CPU RNG state changed within GPU RNG context",
     "megatron.core.models.gpt.gpt_model": r"GPTModel IS DEPRECATED",
+    "megatron.core.dist_checkpointing.strategies.torch": r"MCore's async save is deprecated",
     "torch.utils.cpp_extension": r"No CUDA runtime is found",
 }
 

@@ -12,7 +12,7 @@ from megatron.remoe.moe_layer import ReMoELayer
 from megatron.remoe.norm import SequenceParallelTorchNorm
 from megatron.remoe.router import ReLURouter
 
-LayerSpec = ModuleSpec | TransformerBlockSubmodules
+type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
 def with_relu_routing(spec: LayerSpec) -> LayerSpec:

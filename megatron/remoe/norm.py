@@ -22,5 +22,5 @@ class SequenceParallelTorchNorm:
             raise ValueError(f"--normalization {config.normalization}: choose from {', '.join(NORMS)}.")
         norm = NORMS[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm

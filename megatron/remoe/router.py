@@ -34,7 +34,9 @@ class ReLURouter(TopKRouter):
     @property
     def l1_coefficient(self) -> torch.Tensor:
         """λ as a float64 scalar on the device."""
-        multiplier = torch.full_like(self.l1_exponent, self.config.moe_relu_l1_reg_coeff_multiplier, dtype=torch.float64)
+        multiplier = torch.full_like(
+            self.l1_exponent, self.config.moe_relu_l1_reg_coeff_multiplier, dtype=torch.float64
+        )
         return self.config.moe_relu_l1_reg_coeff_init * multiplier**self.l1_exponent
 
     def routing(

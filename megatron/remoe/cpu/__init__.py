@@ -24,6 +24,8 @@ def is_wanted(command_line: list[str]) -> bool:
 def add_cpu_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add --cpu to Megatron's parser."""
     parser.add_argument_group("ReMoE").add_argument(
-        CPU_FLAG, action="store_true", help="Train on the CPU even if there is an accelerator (the default without one)."
+        CPU_FLAG,
+        action="store_true",
+        help="Train on the CPU, also where there is an accelerator (default without one).",
     )
     return parser

@@ -29,14 +29,14 @@ def install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Megatron insists on it for tensor parallelism; it orders CUDA kernels and means nothing here.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    facade.put_in_place()
-    _adapt_tensors()
-    _adapt_modules()
+    if facade.put_in_place():
+        _adapt_tensors()
+        _adapt_modules()
 
 
 def _adapt_tensors() -> None:
     # Tensors are moved to the accelerator by this method, and there is nowhere to move them.
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     stock_type = torch.Tensor.type
 
     def type_name_or_cast(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

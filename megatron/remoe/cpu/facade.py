@@ -18,7 +18,18 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
-FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like")
+FACTORIES: tuple[str, ...] = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+)
 FACTORIES += ("rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like")
 TENSOR_TYPES = {
     "ByteTensor": torch.uint8,
@@ -167,12 +178,17 @@ def replace_torch(module: types.ModuleType, facade: types.ModuleType) -> None:
         module.torch = facade  # type: ignore[attr-defined]
 
 
-def put_in_place() -> None:
-    """Replace `torch` in all modules of Megatron, those imported later included. A second call changes nothing."""
+def put_in_place() -> bool:
+    """Replace `torch` in all modules of Megatron, those imported later included.
+
+    Returns:
+        Whether it was done now; a second call changes nothing.
+    """
     if any(isinstance(finder, _FacadeFinder) for finder in sys.meta_path):
-        return
+        return False
     facade = make_facade()
     sys.meta_path.insert(0, _FacadeFinder(facade))
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and not name.startswith("megatron.remoe.cpu"):
             replace_torch(module, facade)
+    return True

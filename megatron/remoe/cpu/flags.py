@@ -21,7 +21,12 @@ CPU_VALUES: dict[str, tuple[object, str]] = {
     "use_flash_attn": (False, "flash-attn needs a GPU"),
 }
 # These are on by default, so that their values are no wish of the user.
-SILENT = ("distributed_backend", "gradient_accumulation_fusion", "no_persist_layer_norm", "masked_softmax_fusion")
+SILENT: tuple[str, ...] = (
+    "distributed_backend",
+    "gradient_accumulation_fusion",
+    "no_persist_layer_norm",
+    "masked_softmax_fusion",
+)
 SILENT += ("apply_rope_fusion", "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion", "transformer_impl")
 
 

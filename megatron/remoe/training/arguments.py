@@ -8,7 +8,8 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.compatibility import relu_routing_problems
 from megatron.remoe.config import ReMoEConfig
-#TMP from megatron.remoe.data.tokenizer import use_local_gpt2_files
+from megatron.remoe.data.tokenizer import use_local_gpt2_files
+from megatron.remoe.training.dataset_helpers import use_shipped_helpers
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
@@ -96,6 +97,8 @@ def parse_and_validate_args(
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_remoe_arguments(parser)
+        # Megatron's 700 lines of usage would hide the error below them.
+        parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]   (--help lists all)"
         # one_logger is not a public package, and its absence is announced at every start.
         parser.set_defaults(enable_one_logger=False)
         return extra_args_provider(parser) if extra_args_provider is not None else parser
@@ -110,7 +113,7 @@ def parse_and_validate_args(
         if args.moe_relu_routing:
             # L1 takes its place; Megatron would all-reduce and log a load-balancing loss of zero.
             args.moe_router_load_balancing_type = "none"
-        #TMP use_local_gpt2_files(args)
+        use_local_gpt2_files(args)
         if adapt is not None:
             adapt(args)
         if args.use_checkpoint_args:
@@ -119,6 +122,7 @@ def parse_and_validate_args(
     except (ValueError, AssertionError, OSError) as error:
         raise SystemExit(_usage_error(error, args)) from error
     set_global_variables(args)
+    use_shipped_helpers()
     return args
 
 
@@ -133,7 +137,9 @@ def _location(error: Exception) -> str:
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    return f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}" if traceback is not None else "unknown place"
+    return (
+        f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}" if traceback is not None else "unknown place"
+    )
 
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:

@@ -79,7 +79,7 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
 
 
 def forward_step(
-    data_iterator: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module, return_schedule_plan: bool = False
+    data_iterator: Iterator[dict[str, torch.Tensor]], model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Callable[..., Any]]:
     """One micro-batch forward: the model's output (or its schedule plan) and the function that makes the loss of it."""
     timers = get_timers()

@@ -1,0 +1,82 @@
+"""Small MoE layers for tests, and a naive oracle of what they compute."""
+
+from typing import Any
+
+import torch
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.remoe.config import ReMoEConfig
+from megatron.remoe.layer_specs import with_relu_routing
+from megatron.remoe.moe_layer import ReMoELayer
+
+HIDDEN, FFN = 16, 12
+
+
+def make_config(**changes: Any) -> ReMoEConfig:
+    """A ReMoE configuration in float64 for layers of hidden size 16 and expert size 12."""
+    settings: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": FFN,
+        "moe_ffn_hidden_size": FFN,
+        "num_attention_heads": 2,
+        "num_moe_experts": 4,
+        "moe_router_topk": 1,
+        "moe_router_dtype": "fp64",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_relu_routing": True,
+        "moe_router_load_balancing_type": "none",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": False,
+        "add_bias_linear": False,
+        "params_dtype": torch.float64,
+        "pipeline_dtype": torch.float64,
+        "init_method_std": 0.5,
+        "gradient_accumulation_fusion": False,
+    }
+    return ReMoEConfig(**(settings | changes))
+
+
+def make_layer(config: ReMoEConfig) -> ReMoELayer:
+    """A ReMoE layer as Megatron's layer specification builds it, in the configuration's dtype, numbered 1."""
+    spec = with_relu_routing(get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm"))
+    layer = spec.submodules.mlp(config=config, layer_number=1)  # type: ignore[union-attr]
+    layer.set_layer_number(1)
+    layer.to(config.params_dtype)
+    return layer.cuda()
+
+
+def expert_weights(layer: ReMoELayer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each expert's fc1 `[2·ffn, hidden]` (gate, then up) and fc2 `[hidden, ffn]`."""
+    return [(expert.linear_fc1.weight, expert.linear_fc2.weight) for expert in layer.experts.local_experts]
+
+
+def oracle(
+    tokens: torch.Tensor, router_weight: torch.Tensor, experts: list[tuple[torch.Tensor, torch.Tensor]], topk: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The paper's equations as loops.
+
+    Args:
+        tokens: `[num_tokens, hidden]`.
+        router_weight: `[num_experts, hidden]`.
+        experts: fc1 and fc2 of each.
+        topk: k of the target sparsity.
+
+    Returns:
+        Outputs `[num_tokens, hidden]`, L_reg as a scalar, and the number of active pairs.
+    """
+    num_tokens, num_experts = len(tokens), len(experts)
+    outputs, active = [], [[False] * num_experts for _ in range(num_tokens)]
+    gates = [[torch.relu(tokens[t] @ router_weight[e]) for e in range(num_experts)] for t in range(num_tokens)]
+    for t in range(num_tokens):
+        output = torch.zeros_like(tokens[t])
+        for e, (fc1, fc2) in enumerate(experts):
+            if gates[t][e] > 0:
+                active[t][e] = True
+                gate, up = (fc1 @ tokens[t]).chunk(2)
+                output = output + gates[t][e] * (fc2 @ (torch.nn.functional.silu(gate) * up))
+        outputs.append(output)
+    load = [num_experts / (topk * num_tokens) * sum(row[e] for row in active) for e in range(num_experts)]
+    l1 = sum(load[e] * gates[t][e] for t in range(num_tokens) for e in range(num_experts)) / num_tokens
+    return torch.stack(outputs), l1, sum(map(sum, active))

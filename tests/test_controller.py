@@ -1,0 +1,126 @@
+"""The life of λ: neutral before the first update, right direction, reset, exact after many steps and in checkpoints."""
+
+import pytest
+import torch
+from layers import HIDDEN, make_config, make_layer
+
+from megatron.core.transformer.module import Float16Module
+from megatron.remoe.controller import SparsityController
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+def make_controller(**changes) -> SparsityController:
+    config = make_config(**changes)
+    return SparsityController([make_layer(config)], config)
+
+
+def route(controller: SparsityController, active: int, tokens: int) -> None:
+    """Let the router count `tokens` tokens of which `active` go to one expert each, the others to none."""
+    router = controller.routers[0]
+    router.weight.data.zero_()
+    router.weight.data[0, 0] = 1.0
+    hidden = torch.zeros(tokens, 1, HIDDEN, dtype=torch.float64, device=router.weight.device)
+    hidden[:active, 0, 0] = 1.0
+    router(hidden)
+
+
+def exponent(controller: SparsityController) -> int:
+    return int(controller.routers[0].l1_exponent)
+
+
+def test_neutral_before_the_first_update() -> None:
+    controller = make_controller(moe_relu_l1_reg_coeff_init=3e-7)
+    assert exponent(controller) == 0
+    assert controller.routers[0].l1_coefficient.item() == 3e-7
+    assert controller.summary() is None
+
+
+def test_update_without_tokens_changes_nothing() -> None:
+    controller = make_controller()
+    controller.update()
+    assert exponent(controller) == 0
+
+
+def test_direction_and_reset() -> None:
+    """k = 1: on target are as many pairs as tokens; more active pairs raise λ, fewer lower it."""
+    controller = make_controller()
+    router = controller.routers[0]
+    hidden = torch.ones(8, 1, HIDDEN, dtype=torch.float64, device=router.weight.device)
+    router.weight.data.fill_(1.0)
+    router(hidden)
+    controller.update()
+    assert exponent(controller) == 1
+    assert not router.counts.any()
+    summary = controller.summary()
+    assert summary.sparsity == 0.0 and summary.target_sparsity == 0.75
+    assert summary.l1_coefficient == 1e-8
+    assert summary.expert_load == {1: [1.0] * 4}
+
+    route(controller, active=3, tokens=8)
+    controller.update()
+    assert exponent(controller) == 0
+    assert controller.summary().sparsity == pytest.approx(1 - 3 / 32)
+
+    route(controller, active=8, tokens=8)
+    controller.update()
+    assert exponent(controller) == 0, "on the target, sign(0) = 0"
+    assert controller.summary().sparsity == 0.75
+
+
+def test_micro_batches_add_up() -> None:
+    controller = make_controller()
+    route(controller, active=9, tokens=10)
+    route(controller, active=1, tokens=10)
+    controller.update()
+    summary = controller.summary()
+    assert summary.sparsity == 1 - 10 / 80
+    assert summary.expert_load[1][0] == 0.5
+    assert exponent(controller) == -1
+
+
+def test_exact_after_a_thousand_updates() -> None:
+    controller = make_controller()
+    router = controller.routers[0]
+    for step in range(1000):
+        router.counts = torch.zeros(4 + 3, dtype=torch.float64, device=router.weight.device)
+        router.counts[0], router.counts[4], router.counts[-1] = (2.0 if step % 4 else 0.0), 1.0, 1.0
+        controller.update()
+    assert exponent(controller) == 500
+    assert router.l1_coefficient.item() == pytest.approx(1e-8 * 1.2**500, rel=1e-12)
+
+
+def test_saved_and_loaded_exactly_under_bf16() -> None:
+    def half_precision_layer():
+        config = make_config(params_dtype=torch.bfloat16, bf16=True, moe_router_dtype="fp32")
+        return Float16Module(config, make_layer(config))
+
+    saved, loaded = half_precision_layer(), half_precision_layer()
+    saved.module.router.l1_exponent.fill_(-271)
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.module.router.weight.dtype == torch.bfloat16
+    assert loaded.module.router.l1_exponent.dtype == torch.int64
+    assert int(loaded.module.router.l1_exponent) == -271
+    assert loaded.module.router.l1_coefficient.dtype == torch.float64
+    assert loaded.module.router.l1_coefficient == saved.module.router.l1_coefficient
+
+
+def test_rank_without_router() -> None:
+    config = make_config()
+    controller = SparsityController([torch.nn.Linear(2, 2)], config)
+    controller.update()
+    assert controller.routers == [] and controller.summary().layer_sparsity == {}
+
+
+def test_update_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = make_controller()
+    route(controller, active=3, tokens=8)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("host synchronization in the update")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        controller.update()
+    assert exponent(controller) == -1

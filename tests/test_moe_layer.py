@@ -1,0 +1,143 @@
+"""Router, L1 term, dispatch and experts together against the oracle in float64."""
+
+import pytest
+import torch
+from layers import HIDDEN, expert_weights, make_config, make_layer, oracle
+
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+SHAPES = [  # sequence, batch, experts, topk
+    (1, 1, 2, 1),
+    (7, 2, 4, 1),
+    (5, 3, 4, 2),
+    (16, 1, 8, 3),
+]
+
+
+def gradients(loss: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def compare_with_oracle(layer, tokens: torch.Tensor, coefficient: float) -> int:
+    """Assert equal outputs, L1 and gradients; return the number of active pairs."""
+    config = layer.config
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, dtype=torch.float64, device=tokens.device))
+    weights = [weight for pair in expert_weights(layer) for weight in pair]
+    direction = torch.randn_like(tokens)
+
+    output, _ = layer(tokens)
+    ours = gradients((output * direction).sum(), tokens, layer.router.weight, *weights)
+
+    flat = tokens.reshape(-1, HIDDEN)
+    expected, l1, pairs = oracle(flat, layer.router.weight, expert_weights(layer), config.moe_router_topk)
+    loss = (expected.view_as(tokens) * direction).sum() + coefficient * l1
+    theirs = gradients(loss, tokens, layer.router.weight, *weights)
+
+    torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
+    for mine, right in zip(ours, theirs, strict=True):
+        # Megatron's Switch loss is computed in float32.
+        torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-7)
+    counts = layer.router.counts
+    assert counts[: config.num_moe_experts].sum() == pairs
+    assert counts[config.num_moe_experts] == len(flat)
+    torch.testing.assert_close(counts[-2], l1.detach(), rtol=1e-6, atol=1e-7)
+    return pairs
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize(("sequence", "batch", "experts", "topk"), SHAPES)
+def test_layer_equals_oracle(sequence: int, batch: int, experts: int, topk: int, dispatcher: str) -> None:
+    torch.manual_seed(sequence * 100 + experts)
+    config = make_config(
+        num_moe_experts=experts,
+        moe_router_topk=topk,
+        moe_token_dispatcher_type=dispatcher,
+        moe_relu_l1_reg_coeff_init=0.3,
+    )
+    layer = make_layer(config)
+    tokens = torch.randn(sequence, batch, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    compare_with_oracle(layer, tokens.requires_grad_(), coefficient=0.3)
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("share", ["all", "none", "one expert", "one expert empty"])
+def test_any_number_of_pairs_is_dispatched(share: str, dispatcher: str) -> None:
+    """Megatron's alltoall truncates to tokens · topk pairs: more lose tokens, fewer send unrouted ones."""
+    torch.manual_seed(1)
+    config = make_config(moe_token_dispatcher_type=dispatcher, moe_relu_l1_reg_coeff_init=0.1)
+    layer = make_layer(config)
+    tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
+    weight = layer.router.weight.data
+    weight.abs_()
+    if share == "none":
+        weight.neg_()
+    elif share == "one expert":
+        weight[1:].neg_()
+    elif share == "one expert empty":
+        weight[2].neg_()
+    pairs = compare_with_oracle(layer, tokens.requires_grad_(), coefficient=0.1)
+    assert pairs == 12 * {"all": 4, "none": 0, "one expert": 1, "one expert empty": 3}[share]
+
+
+def test_stock_dispatcher_would_truncate() -> None:
+    """The trap is still there; when this fails, the subclass can go."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    torch.manual_seed(1)
+    layer = make_layer(make_config())
+    tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
+    layer.router.weight.data.abs_()
+    right, _ = layer(tokens)
+    layer.token_dispatcher = MoEAlltoAllTokenDispatcher(
+        4, [0, 1, 2, 3], config=layer.config, pg_collection=get_default_pg_collection()
+    )
+    with pytest.raises((RuntimeError, AssertionError)):
+        wrong, _ = layer(tokens)
+        assert torch.allclose(wrong, right)
+
+
+def test_token_without_expert_passes_on_nothing() -> None:
+    layer = make_layer(make_config())
+    layer.router.weight.data.abs_().neg_()
+    output, _ = layer(torch.rand(3, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))
+    assert not output.any()
+
+
+def test_shared_expert_is_added() -> None:
+    torch.manual_seed(2)
+    layer = make_layer(make_config(moe_shared_expert_intermediate_size=8))
+    tokens = torch.randn(4, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    output, _ = layer(tokens)
+    flat = tokens.reshape(-1, HIDDEN)
+    routed, _, _ = oracle(flat, layer.router.weight, expert_weights(layer), 1)
+    torch.testing.assert_close(output, routed.view_as(tokens) + layer.shared_experts(tokens))
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recompute_counts_once_and_keeps_gradients(granularity: str) -> None:
+    from megatron.core.tensor_parallel import checkpoint
+
+    found, weights = [], None
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        selective = recompute and granularity == "selective"
+        config = make_config(
+            moe_relu_l1_reg_coeff_init=0.2,
+            **({"recompute_granularity": "selective", "recompute_modules": ["moe"]} if selective else {}),
+        )
+        layer = make_layer(config)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        tokens = torch.randn(5, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+        if recompute and granularity == "full":
+            output = checkpoint(lambda hidden, layer=layer: layer(hidden)[0], False, tokens)
+        else:
+            output = layer(tokens)[0]
+        output.pow(2).sum().backward()
+        found.append((output.detach(), tokens.grad, layer.router.weight.grad, layer.router.counts))
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, recomputed)

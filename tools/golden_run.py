@@ -1,0 +1,115 @@
+"""Train the tiny ReMoE of the golden run and compare loss, sparsity and λ with the committed ones.
+
+python tools/golden_run.py             compare; exit code 1 where something differs
+python tools/golden_run.py --update    write the figures anew, after a change that is meant to change them
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from megatron.remoe.console import hide_unhelpful_warnings  # noqa: E402
+from megatron.remoe.log_reader import read_log  # noqa: E402
+
+GOLDEN = REPOSITORY / "tests" / "golden" / "tiny_remoe.json"
+TEXT = REPOSITORY / "LICENSE"  # the same bytes everywhere
+FLAGS = """
+--num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
+--ffn-hidden-size 128 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 8
+--normalization RMSNorm --swiglu --position-embedding-type rope --untie-embeddings-and-output-weights
+--disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+--lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --clip-grad 1.0 --seed 1234 --train-iters 80
+--num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 128 --moe-token-dispatcher-type alltoall
+--moe-relu-routing --moe-relu-l1-reg-coeff-init 1e-5
+--tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-interval 1000 --eval-iters 0 --log-interval 5
+""".split()
+# Relative for the loss, absolute for sparsity, in steps of the multiplier for λ: processors round differently.
+TOLERANCE = {"lm loss": 0.005, "sparsity": 0.02, "l1 coefficient": 2.0}
+
+
+def write_text(prefix: Path) -> None:
+    """The text's paragraphs as documents of bytes, in Megatron's format."""
+    import numpy
+    import torch
+
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for paragraph in TEXT.read_bytes().split(b"\n\n"):
+        tokens = [*paragraph, 256]
+        builder.add_document(torch.tensor(tokens), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+
+
+def train() -> dict[int, dict[str, float]]:
+    """Run the training and return the compared figures by iteration.
+
+    Raises:
+        SystemExit: the training failed; the end of its output is the message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "text"
+        write_text(prefix)
+        command = [sys.executable, str(REPOSITORY / "pretrain_gpt.py"), *FLAGS, "--data-path", str(prefix), "--cpu"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise SystemExit(f"the golden run failed:\n{(result.stdout + result.stderr)[-3000:]}")
+    return {
+        iteration: {name: float(fields[name]) for name in TOLERANCE}
+        for iteration, fields in read_log(result.stdout).items()
+    }
+
+
+def difference(name: str, found: float, expected: float) -> float:
+    """How far a figure is off, in the unit of its tolerance."""
+    if name == "sparsity":
+        return abs(found - expected)
+    if name == "lm loss":
+        return abs(found / expected - 1)
+    return abs(math.log(found / expected) / math.log(1.2))
+
+
+def compare(found: dict[int, dict[str, float]], expected: dict[int, dict[str, float]]) -> bool:
+    """Print both side by side; whether all figures are within tolerance."""
+    same = found.keys() == expected.keys()
+    for iteration in sorted(expected):
+        for name, value in expected[iteration].items():
+            new = found.get(iteration, {}).get(name)
+            off = float("inf") if new is None else difference(name, new, value)
+            within = off <= TOLERANCE[name]
+            same = same and within
+            shown = "missing" if new is None else f"{new:.6g}"
+            print(f"{iteration:5d}  {name:16s} {value:12.6g} {shown:>12s}  {'' if within else 'DIFFERS'}")
+    return same
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help=f"write {GOLDEN.relative_to(REPOSITORY)} anew")
+    options = parser.parse_args()
+    hide_unhelpful_warnings()
+    found = train()
+    if options.update:
+        aside = GOLDEN.with_suffix(".tmp")
+        aside.write_text(json.dumps({str(key): value for key, value in found.items()}, indent=1) + "\n")
+        aside.replace(GOLDEN)
+        print(f"wrote {GOLDEN.relative_to(REPOSITORY)}")
+        return 0
+    expected = {int(key): value for key, value in json.loads(GOLDEN.read_text()).items()}
+    print(f"{'step':>5s}  {'figure':16s} {'committed':>12s} {'now':>12s}")
+    same = compare(found, expected)
+    print("same as the golden run" if same else "DIFFERENT from the golden run")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
