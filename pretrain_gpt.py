@@ -33,6 +33,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 def main() -> None:
     args = parse_and_validate_args(
         extra_args_provider=cpu.add_cpu_argument,
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         adapt=cpu.adapt_arguments if ON_CPU else None,
     )
     model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))

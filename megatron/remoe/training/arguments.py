@@ -105,6 +105,9 @@ def parse_and_validate_args(
 
     defaults = args_defaults or {}
     args = parse_args(provider)
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     try:
         apply_granularity(args)
         problems = relu_routing_problems(args)
@@ -118,7 +121,7 @@ def parse_and_validate_args(
             adapt(args)
         if args.use_checkpoint_args:
             load_args_from_checkpoint(args)
-        validate_args(args, defaults)
+        validate_args(args, {})
     except (ValueError, AssertionError, OSError) as error:
         raise SystemExit(_usage_error(error, args)) from error
     set_global_variables(args)

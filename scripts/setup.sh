@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Makes .venv in this folder, with all that training, the tools and the tests need. Nothing to do takes less than a second.
+# PYTHON=/path/to/python picks the interpreter; TORCH_INDEX_URL=... picks the index that torch comes from.
+set -euo pipefail
+# shellcheck source=scripts/lib/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+
+prepare_environment
+echo "Ready: $VENV/bin/python"

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# All checks: ruff, mypy, shellcheck, pytest. Each runs even if one before it failed. Arguments go to pytest.
+set -euo pipefail
+# shellcheck source=scripts/lib/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
+
+prepare_environment
+cd "$ROOT"
+failed=""
+
+check() {
+  local name=$1 output
+  shift
+  if output=$("$@" 2>&1); then
+    printf '%-11s ok\n' "$name"
+  else
+    printf '%-11s failed\n%s\n' "$name" "$output"
+    failed+=" $name"
+  fi
+}
+
+check ruff "$VENV/bin/python" -m ruff check --output-format concise .
+check mypy "$VENV/bin/python" -m mypy
+check shellcheck find . \( -path ./.venv -o -path ./.git -o -path ./runs \) -prune \
+  -o \( -name '*.sh' -o -path ./.ci/run \) -type f -exec "$VENV/bin/shellcheck" --external-sources {} +
+
+status=0
+"$VENV/bin/python" -m pytest "$@" || status=$?
+if [[ -n $failed ]]; then
+  echo "Failed before pytest:$failed" >&2
+  exit 1
+fi
+exit "$status"
