@@ -91,6 +91,7 @@ REFUSED = {
     "moe_router_group_topk": ["1"],
     "moe_router_fusion": [],
     "moe_router_force_biased": ["0.1"],
+    "moe_router_force_load_balancing": [],
     "moe_latent_size": ["32"],
     "cuda_graph_impl": ["full_iteration"],
     "transformer_impl": ["inference_optimized"],

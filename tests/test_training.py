@@ -1,5 +1,7 @@
 """Real trainings: all kinds of models, every layout, recomputation, saving and resuming."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,13 +166,18 @@ def test_evaluation_leaves_the_training_as_it_is(data: Path, initial: Path, one_
     assert records(output) == records(one_process)
 
 
-def test_tensorboard_gets_the_same_figures(data: Path, tmp_path: Path) -> None:
+def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    scalars = tmp_path / "scalars"
     output = train(
-        data, *RELU, "--tensorboard-dir", str(tmp_path), "--tensorboard-log-interval", "2", "--moe-per-layer-logging"
+        data,
+        *RELU,
+        *f"--tensorboard-dir {scalars} --tensorboard-log-interval 2 --moe-per-layer-logging".split(),
+        *f"--wandb-project remoe --wandb-exp-name test --wandb-save-dir {tmp_path}".split(),
+        WANDB_MODE="offline",
     )
-    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(scalars), size_guidance={"scalars": 0}).Reload()
     values = {event.step: event.value for event in events.Scalars("moe_relu/sparsity")}
     assert list(values) == [2, 4, 6, 8]
     printed = series(output, "sparsity")
@@ -180,3 +187,15 @@ def test_tensorboard_gets_the_same_figures(data: Path, tmp_path: Path) -> None:
     load = [events.Scalars(f"moe_relu/tokens_per_expert_layer_1_expert_{e}")[-1].value for e in range(8)]
     layer = events.Scalars("moe_relu/sparsity_layer_1")[-1].value
     assert 1 - sum(load) / 8 == pytest.approx(layer, abs=1e-6)
+    (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"moe_relu/sparsity" in run.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["context", "sequence"])
+def test_tokens_of_one_sequence_on_two_ranks(kind: str) -> None:
+    """L1, its gradient, S and λ over a context or tensor parallel group equal those of the whole sequence."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(Path(__file__).with_name("split_sequence.py"))
+    result = subprocess.run([*launcher, script, kind], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "rank 0 ok" in result.stdout and "rank 1 ok" in result.stdout

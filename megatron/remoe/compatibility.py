@@ -111,6 +111,12 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe_router_topk_limited_devices", _given, IGNORED, "Leave it out"),
     Refusal("moe_router_fusion", _is_set, "the fused kernel computes top-k", "Leave it out"),
     Refusal("moe_router_force_biased", _given, IGNORED, "Leave it out"),
+    Refusal(
+        "moe_router_force_load_balancing",
+        _is_set,
+        "it routes by random logits, which do not give k experts",
+        "Leave it out",
+    ),
     Refusal("moe_latent_size", _given, "latent projections have not been tested with it", "Leave it out"),
     Refusal(
         "cuda_graph_impl",

@@ -1,7 +1,7 @@
 """Runs Megatron's training loop on a machine without an accelerator.
 
-Nothing in here is active, or even imported, where an accelerator is in use. See `facade` for how it works and
-`engine` for each adaptation of Megatron with its reason.
+Nothing in here is active where an accelerator is in use. See `facade` for how it works and `engine` for each
+adaptation of Megatron with its reason.
 """
 
 import argparse

@@ -1,0 +1,69 @@
+"""Run by torchrun on 2 ranks: routers that share the tokens of one sequence, as in sequence and context parallelism."""
+
+import sys
+
+import torch
+
+from megatron.remoe import console, cpu
+
+console.hide_unhelpful_warnings()
+cpu.install()
+
+from layers import HIDDEN, make_config, make_layer  # noqa: E402
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.remoe.controller import SparsityController  # noqa: E402
+
+
+def l1_gradient(router: torch.nn.Module, tokens: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    router.counts = None
+    probs, _ = router(tokens, padding)
+    return torch.autograd.grad(probs.sum() * 0, router.weight)[0]
+
+
+def main(kind: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    if kind == "context":
+        parallel_state.initialize_model_parallel(context_parallel_size=2)
+    else:
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(1234)
+    config = make_config(
+        moe_relu_l1_reg_coeff_init=0.3, num_moe_experts=8, expert_tensor_parallel_size=1, tensor_model_parallel_size=1
+    )
+    layer = make_layer(config)
+    router = layer.router
+    torch.manual_seed(7)
+    router.weight.data = torch.randn_like(router.weight)
+    tokens = torch.randn(10, 2, HIDDEN, dtype=torch.float64)
+    padding = torch.zeros(10, 2, dtype=torch.bool)
+    padding[7:, 0] = True
+
+    part = slice(rank * 5, rank * 5 + 5)
+    gradient = l1_gradient(router, tokens[part], padding[part])
+    torch.distributed.all_reduce(gradient)
+    controller = SparsityController([layer], config)
+    controller.update()
+    split, exponent = controller.summary(), int(router.l1_exponent)
+
+    # The same tokens in one piece: a group of this rank alone.
+    router.l1_exponent.zero_()
+    router.tp_cp_group = torch.distributed.new_subgroups(1)[0]
+    whole_gradient = l1_gradient(router, tokens, padding)
+    counts = router.counts
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-5, atol=1e-9)
+    active, num_tokens = counts[:8].sum().item(), counts[8].item()
+    assert num_tokens == 17
+    assert split.sparsity == 1 - active / (num_tokens * 8)
+    assert split.expert_load[1] == [count / num_tokens for count in counts[:8].tolist()]
+    torch.testing.assert_close(split.l1_loss, counts[-2].item(), rtol=1e-6, atol=0.0)
+    assert exponent == (1 if active > num_tokens else -1)
+    table = controller._table
+    assert table is not None and table[0, 8] == num_tokens, "every token is counted once"
+    print(f"rank {rank} ok", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
