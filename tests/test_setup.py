@@ -29,7 +29,7 @@ def run_bash(code: str, root: Path = ROOT, **variables: str) -> subprocess.Compl
         env=environment | variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -219,7 +219,7 @@ class Tree:
     def set_up(self, **variables: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of scripts/setup.sh."""
         process = self.start(**variables)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         return process.returncode, out, err
 
     def installed(self) -> set[str]:
@@ -316,7 +316,7 @@ def test_another_python_asked_for_is_not_the_one_that_is_there(finished: Tree) -
 
 def test_a_set_up_that_was_killed_starts_over(tree: Tree) -> None:
     process = tree.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tree.root / ".venv/bin/python").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -337,7 +337,7 @@ def test_of_two_set_ups_at_once_one_waits_for_the_other(tree: Tree) -> None:
         assert first.poll() is None
         time.sleep(0.02)
     code, out, err = tree.set_up()
-    first_out, first_err = first.communicate(timeout=120)
+    first_out, first_err = first.communicate(timeout=300)
     assert (first.returncode, code) == (0, 0), first_out + first_err + out + err
     assert out.startswith("Another set-up is at work here") and "Setting up" not in out
     tree.assert_complete()

@@ -1,0 +1,193 @@
+# shellcheck shell=bash
+# Sourced by scripts/train_llama_*.sh: turns a size, a routing and the positional arguments into one torchrun command.
+#
+# Environment, all optional but the data:
+#   DATA_PATH      prefixes of the data (of .bin/.idx), with weights if you like; or
+#   DATA_DIR       a folder of them: every *_document.bin in it
+#   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe                       (default: in DATA_DIR)
+#   TP, PP, EP, CP           tensor, pipeline, expert and context parallel sizes      (default: 1)
+#   NNODES or SLURM_NNODES, NODE_RANK or SLURM_NODEID, MASTER_ADDR, MASTER_PORT       (default: one node)
+#   OUTPUT_DIR     checkpoints, TensorBoard, log and command of this run              (default: runs/<name>)
+#   WANDB_API_KEY  when set, figures also go to Weights & Biases
+#   PYTHON         the interpreter                                                    (default: .venv's, else python3)
+#   DRY_RUN=1      print the command and stop
+
+LAUNCH_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# set_model SIZE: the paper's table of sizes.
+set_model() {
+  case $1 in
+    182m) LAYERS=12 HIDDEN=768 HEADS=12 ;;
+    469m) LAYERS=24 HIDDEN=1024 HEADS=16 ;;
+    978m) LAYERS=24 HIDDEN=1536 HEADS=16 ;;
+    *) die "size $1: choose 182m, 469m or 978m" ;;
+  esac
+}
+
+whole_number() { # NAME VALUE
+  [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1 is '$2': give a whole number of at least 1"
+}
+
+find_interpreter() {
+  if [[ -z ${PYTHON-} ]]; then
+    PYTHON=python3
+    if [[ -x $LAUNCH_ROOT/.venv/bin/python ]]; then PYTHON=$LAUNCH_ROOT/.venv/bin/python; fi
+  fi
+}
+
+# The data's prefixes into DATA_FLAGS.
+find_data() {
+  local file
+  DATA_FLAGS=()
+  if [[ -n ${DATA_PATH-} ]]; then
+    read -ra DATA_FLAGS <<<"$DATA_PATH"
+    return
+  fi
+  [[ -n ${DATA_DIR-} ]] || die "no data: set DATA_PATH to a prefix of .bin/.idx, or DATA_DIR to a folder of them"
+  for file in "$DATA_DIR"/*_document.bin; do
+    if [[ -f $file ]]; then DATA_FLAGS+=("${file%.bin}"); fi
+  done
+  ((${#DATA_FLAGS[@]})) || die "no *_document.bin in DATA_DIR=$DATA_DIR: make them with tools/preprocess_data.py"
+}
+
+# The tokenizer's files into TOKENIZER, unless Megatron flags choose another tokenizer.
+find_vocabulary() {
+  local vocabulary=${VOCAB_FILE:-${DATA_DIR-.}/encoder.json} merges=${MERGE_FILE:-${DATA_DIR-.}/vocab.bpe}
+  TOKENIZER=()
+  if [[ " $* " == *" --tokenizer-type "* ]]; then return; fi
+  if [[ ${DRY_RUN:-0} == 0 ]]; then
+    [[ -f $vocabulary ]] || die "VOCAB_FILE: there is no $vocabulary (GPT-2's encoder.json)"
+    [[ -f $merges ]] || die "MERGE_FILE: there is no $merges (GPT-2's vocab.bpe)"
+  fi
+  TOKENIZER=(--tokenizer-type GPT2BPETokenizer --vocab-file "$vocabulary" --merge-file "$merges")
+}
+
+# What the machine has into HARDWARE: fast where there is a GPU, plain PyTorch without Transformer Engine.
+set_hardware_flags() {
+  HARDWARE=()
+  if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
+    return # the entry trains on the CPU and needs no flags for it
+  fi
+  HARDWARE+=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+  if "$PYTHON" -c 'import transformer_engine.pytorch' 2>/dev/null; then
+    HARDWARE+=(--transformer-impl transformer_engine)
+    if [[ $ROUTING != dense ]]; then HARDWARE+=(--moe-grouped-gemm); fi
+  else
+    HARDWARE+=(--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion)
+    HARDWARE+=(--no-masked-softmax-fusion --no-rope-fusion)
+  fi
+}
+
+set_layout_flags() {
+  local tp=${TP:-1} pp=${PP:-1} ep=${EP:-1} cp=${CP:-1} world
+  for pair in "TP $tp" "PP $pp" "EP $ep" "CP $cp"; do whole_number "${pair% *}" "${pair#* }"; done
+  world=$((GPUS_PER_NODE * NODES))
+  ((world % (tp * pp * cp) == 0)) || die "$world processes cannot be split into TP=$tp x PP=$pp x CP=$cp"
+  ((HEADS % tp == 0)) || die "TP=$tp does not divide the $HEADS attention heads"
+  ((LAYERS % pp == 0)) || die "PP=$pp does not divide the $LAYERS layers"
+  LAYOUT=(--tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp" --context-parallel-size "$cp")
+  if ((tp > 1)); then LAYOUT+=(--sequence-parallel); fi
+  if [[ $ROUTING != dense ]]; then
+    ((EXPERTS * GRANULARITY % ep == 0)) || die "EP=$ep does not divide the $((EXPERTS * GRANULARITY)) experts"
+    LAYOUT+=(--expert-model-parallel-size "$ep")
+  fi
+}
+
+set_routing_flags() {
+  case $ROUTING in
+    dense) MIXTURE=() ;;
+    moe)
+      MIXTURE=(--num-experts "$EXPERTS" --moe-router-topk 1 --moe-granularity "$GRANULARITY")
+      MIXTURE+=(--moe-token-dispatcher-type alltoall --moe-router-pre-softmax)
+      MIXTURE+=(--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2)
+      ;;
+    remoe)
+      MIXTURE=(--num-experts "$EXPERTS" --moe-router-topk 1 --moe-granularity "$GRANULARITY")
+      MIXTURE+=(--moe-token-dispatcher-type alltoall --moe-relu-routing)
+      ;;
+    *) die "routing $ROUTING: choose dense, moe or remoe" ;;
+  esac
+}
+
+# launch SIZE ROUTING [positional arguments of the script] [-- Megatron flags]
+launch() {
+  local size=$1 name positional=()
+  ROUTING=$2
+  shift 2
+  while (($#)) && [[ $1 != -- ]]; do
+    positional+=("$1")
+    shift
+  done
+  if (($#)); then shift; fi # what is left goes to Megatron unchanged, behind all else, and wins
+
+  set_model "$size"
+  GPUS_PER_NODE=${positional[0]:-8}
+  local train_iters=${positional[1]:-60000} micro_batch_size=${positional[2]:-8}
+  local ffn=$((HIDDEN * 4)) project=remoe most=6
+  EXPERTS=8 GRANULARITY=1
+  if [[ $ROUTING == dense ]]; then
+    whole_number ffn_expansion "${positional[3]:-4}"
+    ffn=$((HIDDEN * ${positional[3]:-4})) project=${positional[4]:-$project} most=5
+    name=llama_${size}_dense_ffn${positional[3]:-4}
+  else
+    EXPERTS=${positional[3]:-8} GRANULARITY=${positional[4]:-1} project=${positional[5]:-$project}
+    name=llama_${size}_${ROUTING}_e${EXPERTS}g${GRANULARITY}
+  fi
+  ((${#positional[@]} <= most)) || die "too many arguments: ${positional[*]:most}. Put Megatron's flags behind --"
+  NODES=${NNODES:-${SLURM_NNODES:-1}}
+  local number
+  for number in "gpus_per_node $GPUS_PER_NODE" "train_iters $train_iters" "micro_batch_size $micro_batch_size" \
+    "num_experts $EXPERTS" "granularity $GRANULARITY" "NNODES $NODES"; do
+    whole_number "${number% *}" "${number#* }"
+  done
+
+  find_interpreter
+  find_data
+  find_vocabulary "$@"
+  set_routing_flags
+  set_layout_flags
+  set_hardware_flags
+  local output=${OUTPUT_DIR:-$LAUNCH_ROOT/runs/$name}
+
+  local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NODES")
+  if ((NODES > 1)); then
+    [[ -n ${MASTER_ADDR-} ]] || die "NNODES=$NODES needs MASTER_ADDR, the first node's name"
+    command+=(--node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" --master-addr "$MASTER_ADDR")
+    command+=(--master-port "${MASTER_PORT:-29500}")
+  else
+    command+=(--standalone)
+  fi
+  command+=("$LAUNCH_ROOT/pretrain_gpt.py"
+    --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS" --ffn-hidden-size "$ffn"
+    --group-query-attention --num-query-groups 4 --seq-length 1024 --max-position-embeddings 1024
+    --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
+    --position-embedding-type rope --rotary-base 1000000 --attention-dropout 0 --hidden-dropout 0
+    --init-method-std 0.01 --make-vocab-size-divisible-by 1024
+    --micro-batch-size "$micro_batch_size" --global-batch-size 512 --train-iters "$train_iters"
+    --lr 5e-4 --min-lr 5e-5 --lr-decay-style cosine --lr-warmup-fraction 0.01
+    --adam-beta1 0.9 --adam-beta2 0.999 --weight-decay 0.1 --clip-grad 1.0
+    "${TOKENIZER[@]}" --data-path "${DATA_FLAGS[@]}" --split "969,30,1"
+    --eval-interval 1000 --eval-iters 32
+    --save "$output/checkpoints" --load "$output/checkpoints" --save-interval 1000 --exit-signal-handler
+    --tensorboard-dir "$output/tensorboard" --log-interval 10 --log-throughput
+    "${MIXTURE[@]}" "${LAYOUT[@]}" "${HARDWARE[@]}")
+  if [[ -n ${WANDB_API_KEY-} ]]; then
+    command+=(--wandb-project "$project" --wandb-exp-name "$name" --wandb-save-dir "$output")
+  fi
+  command+=("$@")
+
+  if [[ ${DRY_RUN:-0} != 0 ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+    return
+  fi
+  mkdir -p "$output" || die "OUTPUT_DIR=$output cannot be written"
+  printf '%q ' "${command[@]}" >"$output/command.sh"
+  echo "Run: $output (log, command, checkpoints, tensorboard)"
+  "${command[@]}" 2>&1 | tee -a "$output/train.log"
+}
