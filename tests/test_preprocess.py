@@ -29,13 +29,15 @@ import preprocess_data  # noqa: E402
 
 VOCABULARY = "--tokenizer-type GPT2BPETokenizer --vocab-file {} --merge-file {}".format(*gpt2_files())
 STRANGE = [
-    "<|endoftext|>", "before<|endoftext|>after <|endoftext|>", "", " ", "\n\n\n   \t x", "naïve “quotes” — 漢字 한국어",
-    "👩‍👩‍👧‍👦🇪🇺", "young letters ꟎'s \u088f's and numbers 𐵀'll", "nul \x00 \x1f bell", "line\r\nends\rhere\u2028there\x85",
-    "x" * 3000, "it's IT'S we'll 12345 ½²", "\ufeffmark", "mixed ascii then \U0001fae9 \U00033479",
-]  # fmt: skip
+    *("<|endoftext|>", "before<|endoftext|>after <|endoftext|>", "", " ", "\n\n\n   \t x", "nul \x00 \x1f bell"),
+    *("naïve “quotes” — 漢字 한국어", "\U0001f469\u200d\U0001f467 \U0001f1ea\U0001f1fa", "it's IT'S we'll 12345 ½²"),
+    *("young letters \ua7ce's \u088f's and numbers \U00010d40'll", "line\r\nends\rhere\u2028there\x85"),
+    *("x" * 3000, "\ufeffmark", "mixed ascii then \U0001fae9 \U00033479"),
+]
 
 
 def flags(output: Path, *inputs: Path | str, extra: str = "") -> list[str]:
+    """The tool's arguments, with GPT-2's vocabulary unless `extra` names another."""
     extra = extra if "--tokenizer-type" in extra else f"{VOCABULARY} {extra}"
     return ["--input", *map(str, inputs), "--output-prefix", str(output), "--workers", "2", *extra.split()]
 

@@ -19,12 +19,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The flags; those that Megatron-LM's tool has too mean the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("input")
-    data.add_argument("--input", nargs="+", required=True, metavar="FILE",
-                      help="files, or patterns such as 'pile/*.jsonl.zst', or - for standard input")  # fmt: skip
-    data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY",
-                      help="fields of each line that hold text; each gives a data set of its own (default: text)")  # fmt: skip
-    data.add_argument("--on-error", choices=("stop", "skip"), default="stop",
-                      help="stop at a line that cannot be read, or leave it out and count it (default: stop)")  # fmt: skip
+    data.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files, or patterns such as 'pile/*.jsonl.zst', or - for standard input",
+    )
+    data.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="fields of each line that hold text; each gives a data set of its own (default: text)",
+    )
+    data.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop at a line that cannot be read, or leave it out and count it (default: stop)",
+    )
     tokens = parser.add_argument_group("tokenizer")
     tokens.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
     tokens.add_argument("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: encoder.json or vocab.json")
@@ -32,8 +46,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     tokens.add_argument("--tokenizer-model", metavar="FOLDER", help="HuggingFaceTokenizer: folder of the tokenizer")
     tokens.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     output = parser.add_argument_group("output")
-    output.add_argument("--output-prefix", required=True, metavar="PREFIX",
-                        help="writes PREFIX_KEY_document.bin and .idx")  # fmt: skip
+    output.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx"
+    )
     output.add_argument("--overwrite", action="store_true", help="replace outputs that are there already")
     run = parser.add_argument_group("run")
     run.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one a core)")
@@ -46,8 +61,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def run(args: argparse.Namespace) -> None:
     """Preprocess, with progress on standard error and a summary on standard output."""
-    job = Job(args.input, args.output_prefix, args.json_keys, args.append_eod, args.workers, args.on_error == "skip",
-              args.overwrite)  # fmt: skip
+    job = Job(
+        args.input,
+        args.output_prefix,
+        args.json_keys,
+        args.append_eod,
+        args.workers,
+        args.on_error == "skip",
+        args.overwrite,
+    )
     # Before the tokenizer is loaded, which takes a moment.
     expand_inputs(job.inputs)
     check_outputs(job)

@@ -117,6 +117,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
             f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, "
             f"{args.threads} thread{'s' * (args.threads > 1)}, in {_short(output)}",
             highlight=False,
+            soft_wrap=True,
         )
         with step(console, "corpus", "collecting text") as result:
             text = corpus.build(

@@ -83,10 +83,12 @@ class TrainingDisplay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.stop()
 
-    def begin(self, work: Work) -> None:
-        """A training's process starts."""
+    def begin(self, work: Work, anew: bool) -> None:
+        """A training's process starts; `anew` where an earlier result no longer holds."""
         work.started, self._begin, self._next_line = True, time.monotonic(), 0.0
         self._show(work, "starting", "")
+        if anew:
+            self._progress.console.print(f"  {work.title}: trained anew, since code, text or versions have changed")
 
     def resume(self, work: Work, iteration: int) -> None:
         """A training goes on from a checkpoint."""

@@ -11,7 +11,7 @@ from report import Series
 # Okabe and Ito's colours, which stay apart for the colour-blind and, by their lightness, in grey.
 COLOURS = {"dense": "#555555", "moe": "#E69F00", "remoe": "#0072B2"}
 TARGET_COLOUR = "#D55E00"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -43,11 +43,14 @@ class Training:
         """Whether it was trained and evaluated with these inputs."""
         return stages.read_stamp(self.folder / "done.json", self.inputs) is not None
 
-    def prepare(self) -> None:
-        """Keep what a cut-off call with the same inputs left; clear what other inputs left."""
-        if stages.read_stamp(self.folder / "inputs.json", self.inputs) is None:
-            stages.fresh_folder(self.folder)
-            stages.write_json(self.folder / "inputs.json", {"inputs": self.inputs})
+    def prepare(self) -> bool:
+        """Keep what a cut-off call with the same inputs left; clear what others left. Returns whether there was any."""
+        if stages.read_stamp(self.folder / "inputs.json", self.inputs) is not None:
+            return False
+        cleared = self.folder.exists()
+        stages.fresh_folder(self.folder)
+        stages.write_json(self.folder / "inputs.json", {"inputs": self.inputs})
+        return cleared
 
 
 def run(training: Training, display: TrainingDisplay, work: Work, threads: int, keep_open: IO[str]) -> None:
@@ -63,8 +66,7 @@ def run(training: Training, display: TrainingDisplay, work: Work, threads: int, 
     Raises:
         stages.QuickstartError: the training failed; the message holds the end of its log.
     """
-    training.prepare()
-    display.begin(work)
+    display.begin(work, anew=training.prepare())
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *training.flags]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with training.log.open("a", encoding="utf-8") as log:

@@ -64,9 +64,10 @@ def _report(documents: Documents, problem: Problem, skip_bad: bool) -> Documents
     return documents
 
 
-def _lines(data: bytes) -> list[str] | list[bytes]:
+def _lines(data: bytes) -> Sequence[str | bytes]:
+    lines: list[str] | list[bytes]
     try:
-        lines: list[str] | list[bytes] = data.decode("utf-8").split("\n")
+        lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError:
         lines = data.split(b"\n")  # each is decoded alone, to find the bad ones
     if not lines[-1]:

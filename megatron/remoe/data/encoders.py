@@ -42,7 +42,9 @@ def load_encoder(
     return folder_encoder(tokenizer_model, threads)
 
 
-def gpt2_encoder(vocab_file: str | os.PathLike[str], merge_file: str | os.PathLike[str], threads: int = 1) -> TextEncoder:
+def gpt2_encoder(
+    vocab_file: str | os.PathLike[str], merge_file: str | os.PathLike[str], threads: int = 1
+) -> TextEncoder:
     """The encoder of a GPT-2 vocabulary."""
     import tokenizers
 

@@ -17,17 +17,19 @@ import psutil
 if TYPE_CHECKING:
     import tokenizers
 
-CACHE_BYTES = 300 << 20  # gigatoken remembers every word that it meets; past this it is started anew
+CACHE_BYTES = 200 << 20  # gigatoken remembers every word that it meets; past this it is started anew
 CACHE_BYTES_PER_THREAD = 50 << 20
-CHARACTERS_BETWEEN_RESTARTS = 32 << 20
+CHARACTERS_BETWEEN_RESTARTS = 8 << 20
 CHARACTERS_LOOKED_UP_AT_ONCE = 1 << 20
-CHARACTERS_ON_TRIAL = 1 << 16
+CHARACTERS_COMPARED_AT_ONCE = 64
+CHARACTERS_ON_TRIAL = 1 << 15
 CODE_POINTS = 0x110000
 UNKNOWN, DIFFERENT, SAME = range(3)
 TRIAL_TEXTS = (
-    "", " ", "\n", "  two  spaces \n\n\tand tabs\r\n", "It's we'll THEY'RE 'tis", "x1 22 333 4,444.5 ½ ²", "naïve Ωmega",
-    "漢字とかな 한국어", "مرحبا שלום", "👩‍👩‍👧‍👦 🇪🇺", "def f(x):\n    return x**2  # ok\n", "\x00\x07\x7f\ufeff\u2028\xa0\u3000.",
-)  # fmt: skip
+    *("", " ", "\n", "  two  spaces \n\n\tand tabs\r\n", "It's we'll THEY'RE 'tis", "x1 22 333 4,444.5 ½ ²"),
+    *("naïve Ωmega", "漢字とかな 한국어", "مرحبا שלום", "\U0001f469\u200d\U0001f467 \U0001f1ea\U0001f1fa"),
+    *("def f(x):\n    return x**2  # ok\n", "\x00\x07\x7f\ufeff\u2028\xa0\u3000."),
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Encoded:
 
     ids: npt.NDArray[np.integer]
     lengths: npt.NDArray[np.int64]
+
+    def documents(self) -> list[npt.NDArray[np.integer]]:
+        """The tokens of each document."""
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
 
     def surrounded(self, prefix: Sequence[int], suffix: Sequence[int], which: npt.NDArray[np.bool_]) -> "Encoded":
         """The same with tokens put before and after the documents where `which` (shape [documents]) is true."""
@@ -74,13 +80,14 @@ class TextEncoder:
         self._reference = reference
         self._json = reference.to_str()
         self._prefix, self._suffix = _template(reference)
-        self.lossless = _is_lossless(json.loads(self._json)) and not self._prefix and not self._suffix
+        config = json.loads(self._json)
+        self.lossless = _is_lossless(config) and not self._prefix and not self._suffix
         self._lock = threading.Lock()
         self._restart_above = _resident_bytes() + CACHE_BYTES + threads * CACHE_BYTES_PER_THREAD
         self._since_restart = 0
         self._agreement = np.full(CODE_POINTS, UNKNOWN, dtype=np.uint8)
         self._on_trial = True
-        self._fast = self._start_fast()
+        self._fast = self._start_fast([token["content"] for token in config["added_tokens"]])
 
     @property
     def engine(self) -> str:
@@ -99,7 +106,7 @@ class TextEncoder:
         encoded = self._encode_fast(fast, texts)
         doubtful = [i for i, text in enumerate(texts) if not text.isascii() and self._is_doubtful(fast, text)]
         if doubtful:
-            documents = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
+            documents = encoded.documents()
             for i in doubtful:
                 documents[i] = np.array(self._reference.encode(texts[i]).ids, dtype=np.uint32)
             encoded = _encoded(documents)
@@ -110,7 +117,7 @@ class TextEncoder:
         """The text of tokens (shape [tokens]), special ones included."""
         return self._reference.decode(ids.tolist(), skip_special_tokens=False)
 
-    def _start_fast(self) -> Any:
+    def _start_fast(self, specials: Sequence[str]) -> Any:
         """gigatoken's tokenizer, or None if it cannot take the reference's place."""
         import gigatoken
 
@@ -118,7 +125,6 @@ class TextEncoder:
             fast = gigatoken.Tokenizer.from_json(self._json)
         except Exception:  # it has no type of its own for what it does not support
             return None
-        specials = [token["content"] for token in json.loads(self._json)["added_tokens"]]
         texts = [*TRIAL_TEXTS, *(f"a{token} {token}{token}\n{token}b" for token in specials[:32])]
         return fast if all(self._agree(fast, texts)) else None
 
@@ -129,8 +135,7 @@ class TextEncoder:
         return Encoded(ids, np.diff(offsets)).surrounded(self._prefix, self._suffix, np.ones(len(texts), dtype=bool))
 
     def _agree(self, fast: Any, texts: Sequence[str]) -> list[bool]:
-        encoded = self._encode_fast(fast, texts)
-        documents = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
+        documents = self._encode_fast(fast, texts).documents()
         expected = self._reference.encode_batch_fast(list(texts))
         return [document.tolist() == other.ids for document, other in zip(documents, expected, strict=True)]
 
@@ -141,13 +146,15 @@ class TextEncoder:
             if characters + len(text) <= CHARACTERS_ON_TRIAL:
                 sample.append(text)
                 characters += len(text)
+        if not sample:
+            return
         with self._lock:
             fast = self._fast
             if self._on_trial and fast is not None:
                 agree = self._agree(fast, sample)
                 if not all(same or self._is_doubtful(fast, text) for same, text in zip(agree, sample, strict=True)):
                     self._fast = None
-            self._on_trial = self._on_trial and not sample
+            self._on_trial = False
 
     def _is_doubtful(self, fast: Any, text: str) -> bool:
         """Whether the text has a character that the two libraries treat differently."""
@@ -163,9 +170,13 @@ class TextEncoder:
         return False
 
     def _compare(self, fast: Any, code_points: npt.NDArray[np.uint32]) -> None:
-        characters = [chr(code_point) for code_point in code_points.tolist()]
-        texts = [f"a{character}b1 {character}{character} {character}'s {character}\n" for character in characters]
-        self._agreement[code_points] = np.where(self._agree(fast, texts), SAME, DIFFERENT)
+        """Learn how the libraries treat characters: many in one text, and one by one where there is a difference."""
+        step = CHARACTERS_COMPARED_AT_ONCE
+        groups = [code_points[start : start + step] for start in range(0, len(code_points), step)]
+        agree = self._agree(fast, ["".join(map(_trial_of, group)) for group in groups])
+        for group, same in zip(groups, agree, strict=True):
+            alone = SAME if same else np.where(self._agree(fast, [*map(_trial_of, group)]), SAME, DIFFERENT)
+            self._agreement[group] = alone
 
     def _restart_if_large(self, characters: int) -> None:
         with self._lock:
@@ -181,6 +192,12 @@ def _encoded(documents: Sequence[Sequence[int] | npt.NDArray[np.integer]]) -> En
     arrays = [np.asarray(document, dtype=np.uint32) for document in documents]
     lengths = np.array([len(array) for array in arrays], dtype=np.int64)
     return Encoded(np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint32), lengths)
+
+
+def _trial_of(code_point: int) -> str:
+    """A text that shows whether a character counts as letter, number, space or none of these."""
+    character = chr(code_point)
+    return f"a{character}1{character}'s {character}\n"
 
 
 def _template(reference: "tokenizers.Tokenizer") -> tuple[list[int], list[int]]:

@@ -30,8 +30,8 @@ class GPT2Vocabulary:
     def tokenizer_json(self) -> str:
         """The same tokenizer as transformers' GPT2Tokenizer, in the format of the library `tokenizers`."""
         byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-        end_of_text = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        end_of_text |= {"id": self.end_of_text, "content": END_OF_TEXT, "special": True}
+        end_of_text = {"id": self.end_of_text, "content": END_OF_TEXT, "special": True}
+        end_of_text |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         model = {"type": "BPE", "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False}
         model |= {"dropout": None, "unk_token": None, "byte_fallback": False, "ignore_merges": False}
         tokenizer = {
@@ -133,7 +133,7 @@ def _read_merges(path: Path, tokens: dict[str, int], vocab_file: str | os.PathLi
             if token not in tokens:
                 raise DataError(
                     f"--merge-file {path}: does not fit --vocab-file {os.fspath(vocab_file)}: line {number} "
-                    f"({line[:60]!r}) needs the token {token!r}, which is not there. Give the two files of one vocabulary."
+                    f"({line[:60]!r}) needs the token {token!r}, which it lacks. Give the two files of one vocabulary."
                 )
         merges.append((left, right))
     return merges

