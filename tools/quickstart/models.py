@@ -47,7 +47,7 @@ def common_flags(size: Size, iterations: int, seed: int) -> list[str]:
         --seq-length {size.sequence} --max-position-embeddings {size.sequence}
         --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
         --position-embedding-type rope --rotary-base 1000000
-        --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+        --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 --no-create-attention-mask-in-dataloader
         --micro-batch-size {size.batch} --global-batch-size {size.batch} --train-iters {iterations} --seed {seed}
         --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --lr-warmup-fraction 0.01
         --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0

@@ -95,15 +95,14 @@ def _texts_of(line: str | bytes, keys: Sequence[str]) -> list[str]:
         text = record[key]
         if not isinstance(text, str):
             raise _BadLine("text not a string", f": {key!r} is {_json_type(text)}")
-        texts.append(text)
-    # Only an escape can bring a lone surrogate, which no tokenizer takes.
-    if "\\ud" in line or "\\uD" in line:
-        for key, text in zip(keys, texts, strict=True):
+        if not text.isascii():
+            # An escape can bring half a character, which no tokenizer takes.
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                surrogate = f"\\u{ord(text[error.start]):x}"
-                raise _BadLine("text not Unicode", f": {key!r} has half a character ({surrogate})") from None
+                half = f"\\u{ord(text[error.start]):x}"
+                raise _BadLine("text not Unicode", f": {key!r} has half a character ({half})") from None
+        texts.append(text)
     return texts
 
 

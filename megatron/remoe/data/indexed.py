@@ -23,6 +23,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 LENGTHS_AT_ONCE = 1 << 20
+TOKENS_AT_ONCE = 1 << 24
 
 
 def token_type(vocabulary_size: int) -> np.dtype:
@@ -201,8 +202,11 @@ class IndexedReader:
 
     def largest_token(self) -> int:
         """The largest id; reads all tokens."""
-        at_once = 1 << 24
-        return max((int(self._ids[i : i + at_once].max()) for i in range(0, len(self._ids), at_once)), default=-1)
+        largest = -1
+        with bin_path(self.prefix).open("rb") as file:  # mapped, all of it would count as resident memory
+            while len(ids := np.fromfile(file, dtype=self.dtype, count=TOKENS_AT_ONCE)):
+                largest = max(largest, int(ids.max()))
+        return largest
 
     def _check(self, index: Path, tokens: Path) -> None:
         if len(self.bounds) == 0 or self.bounds[0] != 0 or self.bounds[-1] != len(self.lengths):

@@ -135,9 +135,9 @@ def check_outputs(job: Job) -> None:
         prefix = job.prefix(key)
         if not prefix.parent.is_dir():
             raise DataError(f"--output-prefix {job.output_prefix}: there is no folder {prefix.parent}. Make it first.")
-        existing = [path for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
-        if existing and not job.overwrite:
-            raise DataError(f"{existing[0]} is there already. Give --overwrite, or another --output-prefix.")
+        # One without the other is what a run leaves that was killed while it published them.
+        if bin_path(prefix).exists() and idx_path(prefix).exists() and not job.overwrite:
+            raise DataError(f"{bin_path(prefix)} is there already. Give --overwrite, or another --output-prefix.")
 
 
 def _encode_block(block: Block | Damage, done_bytes: int, job: Job, encoder: TextEncoder, dtype: np.dtype) -> _Work:

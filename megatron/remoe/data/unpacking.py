@@ -11,6 +11,7 @@ from megatron.remoe.data.errors import DataError
 PIECE_BYTES = 1 << 18
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_SKIPPED_MAGIC = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; pzstd begins with such a frame
 ZSTD_PACKED_BYTES = 1 << 14  # what is unpacked in one step: zstd's best ratio keeps this bounded
 ZSTD_LARGEST_WINDOW = 1 << 31
 
@@ -27,7 +28,7 @@ def compression_of(name: str, start: bytes) -> str | None:
     """
     if start.startswith(GZIP_MAGIC):
         return "gzip"
-    if start.startswith(ZSTD_MAGIC):
+    if start.startswith(ZSTD_MAGIC) or (start[1:4] == ZSTD_SKIPPED_MAGIC and start[0] >> 4 == 5):
         if not _has_builtin_zstd() and importlib.util.find_spec("zstandard") is None:
             raise DataError(
                 f"--input {name}: is zstd data, which this Python cannot unpack. "

@@ -120,6 +120,7 @@ def parse_and_validate_args(
         if adapt is not None:
             adapt(args)
         if args.use_checkpoint_args:
+            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
         validate_args(args, {})
     except (ValueError, AssertionError, OSError) as error:

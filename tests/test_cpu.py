@@ -1,0 +1,79 @@
+"""The CPU part: what it replaces and what it leaves alone, which versions it takes, and which flags it changes."""
+
+import argparse
+import importlib.metadata
+
+import pytest
+import torch
+
+from megatron.remoe import cpu
+from megatron.remoe.cpu import facade
+from megatron.remoe.cpu.flags import CPU_VALUES, adapt_arguments
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator is in use: the CPU part is inactive")
+
+
+def test_it_is_wanted_without_an_accelerator_or_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.is_wanted([])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not cpu.is_wanted(["--seed", "1"])
+    assert cpu.is_wanted(["--seed", "1", "--cpu"])
+
+
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: "0.20.0")
+    with pytest.raises(SystemExit, match=r"written for megatron-core 0.19.2, 0.20.0 is installed.*pip install"):
+        cpu.install()
+
+
+def test_torch_stays_what_it_is_outside_megatron() -> None:
+    from megatron.core import parallel_state
+
+    assert parallel_state.torch is not torch
+    assert parallel_state.torch.cuda.is_available() and not torch.cuda.is_available()
+    assert parallel_state.torch.cuda.current_device() == torch.device("cpu")
+    assert parallel_state.torch.zeros(2, device="cuda").device.type == "cpu"
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(2, device="cuda")
+
+
+def test_operations_are_torchs_own() -> None:
+    """No wrapper, no dispatch: only names that take a device differ."""
+    from megatron.core import parallel_state
+
+    seen = parallel_state.torch
+    for name in ("matmul", "relu", "cat", "sum", "nn", "distributed", "Tensor", "device", "float32"):
+        assert vars(seen)[name] is getattr(torch, name)
+    assert {name for name in facade.FACTORIES if getattr(seen, name) is getattr(torch, name)} == set()
+
+
+def test_modules_imported_later_get_it_too() -> None:
+    import sys
+
+    sys.modules.pop("megatron.core.energy_monitor", None)
+    from megatron.core import energy_monitor
+
+    assert energy_monitor.torch is not torch
+
+
+def arguments(**changes: object) -> argparse.Namespace:
+    values = {name: value for name, (value, _reason) in CPU_VALUES.items()}
+    return argparse.Namespace(**(values | {"rank": 0, "fp16": False, "fp8": None, "fp4": None} | changes))
+
+
+def test_defaults_change_silently_and_wishes_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    args = arguments(transformer_impl="transformer_engine", distributed_backend="nccl")
+    adapt_arguments(args)
+    assert (args.transformer_impl, args.distributed_backend) == ("local", "gloo")
+    assert capsys.readouterr().err == ""
+
+    args = arguments(moe_grouped_gemm=True)
+    adapt_arguments(args)
+    assert args.moe_grouped_gemm is False
+    assert "without --moe-grouped-gemm (a CUDA kernel of Transformer Engine)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp8", "fp4"])
+def test_formats_of_accelerators_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--{name} needs an accelerator.*--bf16"):
+        adapt_arguments(arguments(**{name: True}))
