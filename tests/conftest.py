@@ -8,7 +8,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY / "tests"))
+sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tools")]
 
 from megatron.remoe import console, cpu  # noqa: E402
 
@@ -38,8 +38,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of a small Megatron data set of real text: the standard library's asyncio package, byte by byte."""
     import asyncio
 
-    from trainings import write_data_set
+    from golden_run import write_documents
 
     prefix = tmp_path_factory.mktemp("data") / "stdlib"
-    write_data_set(prefix, [path.read_bytes() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))])
+    write_documents(prefix, [path.read_bytes() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))])
     return prefix

@@ -4,10 +4,8 @@ import json
 import subprocess
 import sys
 
+import golden_run
 from trainings import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "tools"))
-import golden_run  # noqa: E402
 
 
 def test_golden_run() -> None:

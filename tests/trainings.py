@@ -26,20 +26,6 @@ RELU = [*EXPERTS, "--moe-relu-routing"]
 VOLATILE = ("elapsed time per iteration (ms)", "allocated", "max allocated", "reserved", "max reserved")
 
 
-def write_data_set(prefix: Path, documents: list[bytes], end_of_document: int = 256) -> None:
-    """A Megatron data set of byte-level documents at `{prefix}.bin` and `.idx`."""
-    import numpy
-    import torch
-
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
-    for document in documents:
-        tokens = [*document, end_of_document]
-        builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
-
-
 def start(arguments: list[str], processes: int = 1, **environment: str) -> subprocess.Popen[str]:
     """Start the entry, under torchrun for more than one process."""
     launcher = [sys.executable]

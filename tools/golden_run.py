@@ -13,10 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron.remoe.console import hide_unhelpful_warnings  # noqa: E402
+from megatron.remoe.data.indexed import IndexedWriter  # noqa: E402
 from megatron.remoe.log_reader import read_log  # noqa: E402
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "tiny_remoe.json"
@@ -35,18 +37,13 @@ FLAGS = """
 TOLERANCE = {"lm loss": 0.005, "sparsity": 0.02, "l1 coefficient": 2.0}
 
 
-def write_text(prefix: Path) -> None:
-    """The text's paragraphs as documents of bytes, in Megatron's format."""
-    import numpy
-    import torch
-
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
-    for paragraph in TEXT.read_bytes().split(b"\n\n"):
-        tokens = [*paragraph, 256]
-        builder.add_document(torch.tensor(tokens), [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
+def write_documents(prefix: Path, documents: list[bytes], end_of_document: int = 256) -> None:
+    """Documents as a Megatron data set at `{prefix}.bin` and `.idx`: a token for each byte, and one for each end."""
+    tokens = [numpy.array([*document, end_of_document], dtype=numpy.uint16) for document in documents]
+    with IndexedWriter(prefix, numpy.dtype(numpy.uint16)) as writer:
+        writer.add(numpy.concatenate(tokens), numpy.array([len(document) for document in tokens]))
+        writer.finish()
+        writer.publish()
 
 
 def train() -> dict[int, dict[str, float]]:
@@ -57,7 +54,7 @@ def train() -> dict[int, dict[str, float]]:
     """
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "text"
-        write_text(prefix)
+        write_documents(prefix, TEXT.read_bytes().split(b"\n\n"))  # a document for each paragraph
         command = [sys.executable, str(REPOSITORY / "pretrain_gpt.py"), *FLAGS, "--data-path", str(prefix), "--cpu"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -96,7 +93,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help=f"write {GOLDEN.relative_to(REPOSITORY)} anew")
     options = parser.parse_args()
-    hide_unhelpful_warnings()
     found = train()
     if options.update:
         aside = GOLDEN.with_suffix(".tmp")

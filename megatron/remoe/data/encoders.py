@@ -6,9 +6,8 @@ from typing import Any
 from megatron.remoe.data.encoding import TextEncoder
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.gpt2_files import HOW_TO_GET, read_gpt2_vocabulary
+from megatron.remoe.data.tokenizer import FOLDER_TOKENIZER, GPT2_TOKENIZER
 
-GPT2_TOKENIZER = "GPT2BPETokenizer"
-FOLDER_TOKENIZER = "HuggingFaceTokenizer"
 TOKENIZER_TYPES = (GPT2_TOKENIZER, FOLDER_TOKENIZER)
 
 
