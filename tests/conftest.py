@@ -22,12 +22,15 @@ def process_groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Megatron's process groups for a world of one process."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1234)
+    # As Megatron's start-up does; the first value decides the shape of all that follow.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu"))
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
