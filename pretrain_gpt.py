@@ -3,6 +3,7 @@
 Takes Megatron's flags and those of ReMoE (see --help). Without an accelerator it trains on the CPU.
 """
 
+import multiprocessing
 import os
 import sys
 
@@ -24,6 +25,7 @@ from megatron.remoe.training import (  # noqa: E402
     install_sequence_parallel_norms,
     parse_and_validate_args,
     transformer_config_from_args,
+    usage_errors,
 )
 from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
@@ -36,15 +38,23 @@ def main() -> None:
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         adapt=cpu.adapt_arguments if ON_CPU else None,
     )
-    model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
-    install_relu_routing(args, model_cfg)
-    install_sequence_parallel_norms(args, model_cfg)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_cfg),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    with usage_errors(args.rank):
+        model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
+        install_relu_routing(args, model_cfg)
+        install_sequence_parallel_norms(args, model_cfg)
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_cfg),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    except BaseException:
+        # With --exit-signal-handler Megatron's data loaders ignore the SIGTERM by which Python ends them, and an error
+        # would hang in waiting for them instead of ending the other ranks.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 import os
 import shlex
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ def launch(script: str, *arguments: str, **environment: str) -> subprocess.Compl
 
 
 def command(script: str, *arguments: str, **environment: str) -> list[str]:
-    result = launch(script, *arguments, **({"DRY_RUN": "1", "DATA_PATH": "pile"} | environment))
+    result = launch(script, *arguments, **({"DRY_RUN": "command", "DATA_PATH": "pile"} | environment))
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
 
@@ -112,19 +115,23 @@ def test_errors(arguments: list[str], environment: dict[str, str], message: str)
     assert message in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
-    import sys
+SMALL = """
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 128
+    --seq-length 64 --max-position-embeddings 64 --global-batch-size 4 --make-vocab-size-divisible-by 8
+    --tokenizer-type NullTokenizer --vocab-size 257 --split 90,10,0
+    --eval-iters 0 --log-interval 1 --save-interval 2 --cpu
+""".split()
 
-    small = """
-        --num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 128
-        --seq-length 64 --max-position-embeddings 64 --global-batch-size 4 --make-vocab-size-divisible-by 8
-        --tokenizer-type NullTokenizer --vocab-size 257 --split 90,10,0
-        --eval-iters 0 --log-interval 1 --save-interval 2 --cpu
-    """.split()
+
+def training_environment(data: Path, tmp_path: Path) -> dict[str, str]:
     environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
+    environment = training_environment(data, tmp_path)
     for more, expected in ((["--exit-interval", "2"], [1, 2]), ([], [3, 4])):
-        result = launch("182m_remoe", "1", "4", "2", "--", *small, *more, **environment)
+        result = launch("182m_remoe", "1", "4", "2", "--", *SMALL, *more, **environment)
         assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
         assert list(records(result.stdout)) == expected
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -133,3 +140,98 @@ def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
         "tensorboard",
         "train.log",
     }
+
+
+@pytest.mark.parametrize("receivers", ["script", "all"])
+def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) -> None:
+    """A signal reaches the script alone (kill, docker stop), or every process of the job (a scheduler)."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    log = tmp_path / "run" / "train.log"
+    process = subprocess.Popen(
+        [
+            "bash",
+            str(SCRIPTS / "train_llama_182m_remoe.sh"),
+            "1",
+            "100000",
+            "2",
+            "--",
+            *SMALL,
+            "--save-interval",
+            "100000",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=kept | training_environment(data, tmp_path),
+    )
+    deadline = time.monotonic() + 120
+    while not (log.exists() and records(log.read_text())):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
+        time.sleep(0.1)
+    targets = [process.pid]
+    if receivers == "all":
+        family = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        parents = {int(pid): int(parent) for pid, parent in map(str.split, family.splitlines())}
+        for _ in range(5):  # generations: script, job, torchrun, training
+            targets += [pid for pid, parent in parents.items() if parent in targets and pid not in targets]
+    for pid in targets:
+        os.kill(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert output.splitlines()[-1].startswith("Stopped. The same command goes on from the last checkpoint")
+    saved = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert saved in (last := max(records(log.read_text())), last + 1)
+    assert "exiting program after receiving SIGTERM" in log.read_text()
+
+
+PAPER = {  # total parameters in units of 10^6, GFLOPs per sequence
+    "182m": (777, 995),
+    "469m": (2580, 2873),
+    "978m": (5730, 5991),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("size", SIZES)
+def test_cost_is_the_papers(size: str, routing: str) -> None:
+    """The entry's own parser and validation accept each script's flags, and the model is the paper's."""
+    result = launch(f"{size}_{routing}", DRY_RUN="1", DATA_PATH="pile", PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    command_line, estimate = result.stdout.split("\n", 1)
+    assert "torch.distributed.run" in command_line and "--bf16" in command_line
+    parameters, gflops = PAPER[size]
+    figures = {
+        line.split("  ")[1].strip(): line.replace(",", "").split() for line in estimate.splitlines() if "  " in line
+    }
+    if routing != "dense":
+        assert int(figures["total parameters"][2]) == pytest.approx(parameters * 1e6, rel=0.02)
+    per_sequence = next(line for line in estimate.splitlines() if "G per sequence of 1024 tokens" in line)
+    assert float(per_sequence.split()[0].replace(",", "")) == pytest.approx(gflops, rel=0.02)
+    assert f"Settings that differ from the paper's {size.upper()} {routing}: none" in estimate
+    assert "31,457,280,000 tokens" in estimate
+    assert ("dense first stage, 4 of 8 experts" in estimate) == (routing == "remoe")
+
+
+def test_cost_names_what_differs_from_the_paper() -> None:
+    flags = ["2", "100", "4", "16", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2"]
+    environment = {"DRY_RUN": "1", "DATA_PATH": "pile", "PYTHON": sys.executable, "GPU": "a100", "UTILIZATION": "0.3"}
+    result = launch("182m_remoe", *flags, **environment)
+    assert result.returncode == 0, result.stderr
+    for line in (
+        "--lr 0.001   (paper: 0.0005)",
+        "--train-iters 100   (paper: 60000)",
+        "--num-experts 16   (paper: 8)",
+        "--moe-router-topk 2   (paper: 1)",
+        "--moe-granularity 2   (paper: 1)",
+        "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)",
+        "at 30% utilization",
+    ):
+        assert line in result.stdout
+    assert result.stdout.count("(paper:") == 5
+
+
+def test_cost_refuses_a_layout_that_megatron_refuses() -> None:
+    result = launch(
+        "182m_moe", "8", "--", "--micro-batch-size", "3", DRY_RUN="1", DATA_PATH="pile", PYTHON=sys.executable
+    )
+    assert result.returncode == 2 and "must be divisible by" in result.stderr

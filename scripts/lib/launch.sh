@@ -10,7 +10,8 @@
 #   OUTPUT_DIR     checkpoints, TensorBoard, log and command of this run              (default: runs/<name>)
 #   WANDB_API_KEY  when set, figures also go to Weights & Biases
 #   PYTHON         the interpreter                                                    (default: .venv's, else python3)
-#   DRY_RUN=1      print the command and stop
+#   DRY_RUN=1      print the command for GPUs and what the training will cost, and stop; DRY_RUN=command: the command alone
+#   GPU, UTILIZATION         for that estimate: the kind of GPU and the share of its rate    (default: h100, 0.4)
 
 LAUNCH_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 
@@ -19,12 +20,12 @@ die() {
   exit 2
 }
 
-# set_model SIZE: the paper's table of sizes.
+# set_model SIZE: the paper's table of sizes, and a micro-batch that fits into 80 GiB in the dense first stage.
 set_model() {
   case $1 in
-    182m) LAYERS=12 HIDDEN=768 HEADS=12 ;;
-    469m) LAYERS=24 HIDDEN=1024 HEADS=16 ;;
-    978m) LAYERS=24 HIDDEN=1536 HEADS=16 ;;
+    182m) LAYERS=12 HIDDEN=768 HEADS=12 MICRO_BATCH=16 ;;
+    469m) LAYERS=24 HIDDEN=1024 HEADS=16 MICRO_BATCH=8 ;;
+    978m) LAYERS=24 HIDDEN=1536 HEADS=16 MICRO_BATCH=4 ;;
     *) die "size $1: choose 182m, 469m or 978m" ;;
   esac
 }
@@ -67,10 +68,15 @@ find_vocabulary() {
   TOKENIZER=(--tokenizer-type GPT2BPETokenizer --vocab-file "$vocabulary" --merge-file "$merges")
 }
 
-# What the machine has into HARDWARE: fast where there is a GPU, plain PyTorch without Transformer Engine.
+has_gpu() {
+  command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1
+}
+
+# What suits the machine into HARDWARE: fast where there is a GPU, plain PyTorch without Transformer Engine. A dry run plans
+# for GPUs on any machine.
 set_hardware_flags() {
   HARDWARE=()
-  if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
+  if [[ " $* " == *" --cpu "* ]] || { [[ ${DRY_RUN:-0} == 0 ]] && ! has_gpu; }; then
     return # the entry trains on the CPU and needs no flags for it
   fi
   HARDWARE+=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
@@ -102,12 +108,12 @@ set_routing_flags() {
   case $ROUTING in
     dense) MIXTURE=() ;;
     moe)
-      MIXTURE=(--num-experts "$EXPERTS" --moe-router-topk 1 --moe-granularity "$GRANULARITY")
+      MIXTURE=(--num-experts "$EXPERTS" --moe-router-topk 1 --moe-granularity "$GRANULARITY" --moe-ffn-hidden-size "$FFN")
       MIXTURE+=(--moe-token-dispatcher-type alltoall --moe-router-pre-softmax)
       MIXTURE+=(--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2)
       ;;
     remoe)
-      MIXTURE=(--num-experts "$EXPERTS" --moe-router-topk 1 --moe-granularity "$GRANULARITY")
+      MIXTURE=(--num-experts "$EXPERTS" --moe-router-topk 1 --moe-granularity "$GRANULARITY" --moe-ffn-hidden-size "$FFN")
       MIXTURE+=(--moe-token-dispatcher-type alltoall --moe-relu-routing)
       ;;
     *) die "routing $ROUTING: choose dense, moe or remoe" ;;
@@ -127,12 +133,12 @@ launch() {
 
   set_model "$size"
   GPUS_PER_NODE=${positional[0]:-8}
-  local train_iters=${positional[1]:-60000} micro_batch_size=${positional[2]:-8}
-  local ffn=$((HIDDEN * 4)) project=remoe most=6
-  EXPERTS=8 GRANULARITY=1
+  local train_iters=${positional[1]:-60000} micro_batch_size=${positional[2]:-$MICRO_BATCH}
+  local project=remoe most=6
+  EXPERTS=8 GRANULARITY=1 FFN=$((HIDDEN * 4))
   if [[ $ROUTING == dense ]]; then
     whole_number ffn_expansion "${positional[3]:-4}"
-    ffn=$((HIDDEN * ${positional[3]:-4})) project=${positional[4]:-$project} most=5
+    FFN=$((HIDDEN * ${positional[3]:-4})) project=${positional[4]:-$project} most=5
     name=llama_${size}_dense_ffn${positional[3]:-4}
   else
     EXPERTS=${positional[3]:-8} GRANULARITY=${positional[4]:-1} project=${positional[5]:-$project}
@@ -151,7 +157,7 @@ launch() {
   find_vocabulary "$@"
   set_routing_flags
   set_layout_flags
-  set_hardware_flags
+  set_hardware_flags "$@"
   local output=${OUTPUT_DIR:-$LAUNCH_ROOT/runs/$name}
 
   local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NODES")
@@ -162,8 +168,9 @@ launch() {
   else
     command+=(--standalone)
   fi
-  command+=("$LAUNCH_ROOT/pretrain_gpt.py"
-    --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS" --ffn-hidden-size "$ffn"
+  command+=("$LAUNCH_ROOT/pretrain_gpt.py")
+  local flags=(
+    --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS" --ffn-hidden-size "$FFN"
     --group-query-attention --num-query-groups 4 --seq-length 1024 --max-position-embeddings 1024
     --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --position-embedding-type rope --rotary-base 1000000 --attention-dropout 0 --hidden-dropout 0
@@ -177,17 +184,60 @@ launch() {
     --tensorboard-dir "$output/tensorboard" --log-interval 10 --log-throughput
     "${MIXTURE[@]}" "${LAYOUT[@]}" "${HARDWARE[@]}")
   if [[ -n ${WANDB_API_KEY-} ]]; then
-    command+=(--wandb-project "$project" --wandb-exp-name "$name" --wandb-save-dir "$output")
+    flags+=(--wandb-project "$project" --wandb-exp-name "$name" --wandb-save-dir "$output")
   fi
-  command+=("$@")
+  flags+=("$@")
+  command+=("${flags[@]}")
 
   if [[ ${DRY_RUN:-0} != 0 ]]; then
     printf '%q ' "${command[@]}"
     echo
+    [[ $DRY_RUN != command ]] || return 0
+    echo
+    "$PYTHON" "$LAUNCH_ROOT/tools/cost" --gpus $((GPUS_PER_NODE * NODES)) --gpu "${GPU:-h100}" \
+      --utilization "${UTILIZATION:-0.4}" --paper "$size" "$ROUTING" -- "${flags[@]}"
     return
   fi
-  mkdir -p "$output" || die "OUTPUT_DIR=$output cannot be written"
+  mkdir -p "$output" 2>/dev/null && [[ -w $output ]] || die "OUTPUT_DIR=$output cannot be written"
   printf '%q ' "${command[@]}" >"$output/command.sh"
   echo "Run: $output (log, command, checkpoints, tensorboard)"
-  "${command[@]}" 2>&1 | tee -a "$output/train.log"
+  run_training "$output/train.log" "${command[@]}"
+}
+
+# run_training LOG COMMAND...: SIGTERM and Ctrl-C have the training save a checkpoint and end, here with code 143; a second one
+# kills it. The job gets a process group of its own, so that a terminal's Ctrl-C comes in this way only.
+run_training() {
+  local log=$1 job status=0
+  shift
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds for saving, where torchrun is told
+  set -m
+  (
+    trap '' INT TERM # the log is kept to the last line; torchrun and Megatron set handlers of their own
+    "$@" </dev/null 2>&1 | tee -a "$log"
+  ) &
+  job=$!
+  set +m
+  STOPPING=""
+  trap 'stop_training "$job"' INT TERM
+  while kill -0 "$job" 2>/dev/null; do
+    wait "$job" && status=0 || status=$?
+  done
+  trap - INT TERM
+  [[ -n $STOPPING ]] || return "$status"
+  echo "Stopped. The same command goes on from the last checkpoint; the log is $log"
+  return 143
+}
+
+stop_training() { # JOB
+  local launcher reached=""
+  if [[ -n $STOPPING ]]; then
+    kill -KILL -- -"$1"
+    return
+  fi
+  STOPPING=yes
+  echo "Saving a checkpoint; a second signal ends at once, without one."
+  for launcher in $(pgrep -P "$1" || true); do # the training processes alone: torchrun would end with an error
+    if pkill -TERM -P "$launcher"; then reached=yes; fi
+  done
+  [[ -n $reached ]] || kill -TERM -- -"$1"
 }

@@ -9,9 +9,9 @@ import argparse
 import torch
 
 from megatron.remoe.cpu.engine import install
-from megatron.remoe.cpu.flags import adapt_arguments
+from megatron.remoe.cpu.flags import CPU_VALUES, adapt_arguments
 
-__all__ = ["adapt_arguments", "add_cpu_argument", "install", "is_wanted"]
+__all__ = ["CPU_VALUES", "adapt_arguments", "add_cpu_argument", "install", "is_wanted"]
 
 CPU_FLAG = "--cpu"
 

@@ -11,6 +11,7 @@ from megatron.remoe.training.arguments import (
     add_remoe_arguments,
     parse_and_validate_args,
     transformer_config_from_args,
+    usage_errors,
 )
 from megatron.remoe.training.hooks import install_relu_routing, install_sequence_parallel_norms
 
@@ -20,4 +21,5 @@ __all__ = [
     "install_sequence_parallel_norms",
     "parse_and_validate_args",
     "transformer_config_from_args",
+    "usage_errors",
 ]

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -108,7 +109,7 @@ def parse_and_validate_args(
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    try:
+    with usage_errors(args.rank):
         apply_granularity(args)
         problems = relu_routing_problems(args)
         if problems:
@@ -123,18 +124,25 @@ def parse_and_validate_args(
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
         validate_args(args, {})
-    except (ValueError, AssertionError, OSError) as error:
-        raise SystemExit(_usage_error(error, args)) from error
-    set_global_variables(args)
+        set_global_variables(args)
     use_shipped_helpers()
     return args
 
 
-def _usage_error(error: Exception, args: argparse.Namespace) -> int:
-    if args.rank == 0:
-        lines = str(error).strip() or f"Megatron refuses these arguments ({_location(error)})."
-        print(f"pretrain_gpt.py: error: {lines}", file=sys.stderr, flush=True)
-    return 2
+@contextmanager
+def usage_errors(rank: int) -> Iterator[None]:
+    """Where Megatron refuses settings, end the process with exit code 2 and what it says instead of a traceback.
+
+    Args:
+        rank: of this process; the first one alone prints.
+    """
+    try:
+        yield
+    except (ValueError, AssertionError, OSError) as error:
+        if rank == 0:
+            lines = str(error).strip() or f"Megatron refuses these arguments ({_location(error)})."
+            print(f"pretrain_gpt.py: error: {lines}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
 
 
 def _location(error: Exception) -> str:

@@ -1,0 +1,116 @@
+"""What a transformer layer keeps of one micro-batch for its backward pass, term by term.
+
+A GPU has T tokens of a micro-batch after context parallelism, and T / tensor parallel size where sequence parallelism
+splits them further. Every term is a tensor that the layer's autograd graph saves; tests compare the sum with what
+PyTorch really saves.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+RECOMPUTED_PARTS = {  # name in --recompute-modules: parts below that it drops
+    "core_attn": ("scores",),
+    "layernorm": ("norms",),
+    "mlp": ("mlp",),
+    "moe": ("router", "expert inputs", "expert hidden", "expert activations", "shared experts"),
+    "moe_act": ("expert activations",),
+    "shared_experts": ("shared experts",),
+}
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes that a layer keeps of one micro-batch.
+
+    Attributes:
+        kept: until its backward pass.
+        recomputed: in addition while its backward pass runs, for one layer at a time.
+    """
+
+    kept: float
+    recomputed: float
+
+
+def tokens_per_gpu(args: argparse.Namespace) -> float:
+    """T above."""
+    return args.micro_batch_size * args.seq_length / args.context_parallel_size
+
+
+def element_size(args: argparse.Namespace) -> int:
+    """Bytes of an activation's element."""
+    return 2 if args.bf16 or args.fp16 else 4
+
+
+def layer_parts(args: argparse.Namespace, is_moe: bool, experts_per_token: float) -> dict[str, float]:
+    """Bytes by part of the layer, nothing recomputed.
+
+    Args:
+        args: Megatron's validated arguments.
+        is_moe: whether the layer has experts.
+        experts_per_token: active experts of a token.
+    """
+    size, tp = element_size(args), args.tensor_model_parallel_size
+    tokens = tokens_per_gpu(args)
+    split = tokens / tp if args.sequence_parallel else tokens
+    hidden = args.hidden_size
+    query = args.kv_channels * args.num_attention_heads
+    key_value = 2 * args.kv_channels * args.num_query_groups
+    local_attention = args.transformer_impl == "local"
+
+    parts = {
+        "residual": 2 * hidden * split * size,  # before attention and before the MLP
+        "norms": 2 * hidden * split * size,
+        "attention": (query + key_value) * tokens * size / tp,
+        "attention output": query * tokens * size / tp,
+    }
+    if local_attention:
+        # Keys and values are repeated to all heads; the softmax's output is kept.
+        parts["attention"] = 3 * query * tokens * size / tp
+        parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
+    else:
+        parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
+    if not is_moe:
+        parts["mlp"] = _mlp(args, args.ffn_hidden_size) * tokens * size / tp
+        return parts
+
+    pairs = experts_per_token * split
+    hidden_tensors, activations = _mlp_tensors(args, gated=True)
+    parts["router"] = args.num_experts * split * (4 + 4 + 1)  # logits and gates in fp32, map
+    parts["expert inputs"] = hidden * pairs * args.expert_tensor_parallel_size * size
+    parts["expert hidden"] = hidden_tensors * args.moe_ffn_hidden_size * pairs * size
+    parts["expert activations"] = activations * args.moe_ffn_hidden_size * pairs * size
+    if args.moe_shared_expert_intermediate_size:
+        parts["shared experts"] = _mlp(args, args.moe_shared_expert_intermediate_size) * tokens * size / tp
+    return parts
+
+
+def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, int]:
+    """Saved tensors of the size [tokens, ffn]: before the activation, and from it on.
+
+    Fused kernels compute the steps again in backward. Unfused, SwiGLU keeps silu(x), the linear half and the product;
+    experts keep the product with the gate in addition.
+    """
+    before, fused = (2, args.bias_swiglu_fusion) if args.swiglu else (1, args.bias_gelu_fusion)
+    return before, 1 if fused else (3 if args.swiglu else 1) + gated
+
+
+def _mlp(args: argparse.Namespace, size: int) -> int:
+    return sum(_mlp_tensors(args)) * size
+
+
+def layer_activations(args: argparse.Namespace, is_moe: bool, experts_per_token: float) -> LayerActivations:
+    """Bytes of a layer under the arguments' recomputation; for parameters see `layer_parts`."""
+    parts = layer_parts(args, is_moe, experts_per_token)
+    everything = sum(parts.values())
+    if args.recompute_granularity == "full":
+        inputs = parts["residual"] / 2
+        if args.distribute_saved_activations:
+            inputs /= args.tensor_model_parallel_size
+        return LayerActivations(inputs, everything - inputs)
+    dropped = {
+        part
+        for module in (args.recompute_modules or []) * (args.recompute_granularity == "selective")
+        for part in RECOMPUTED_PARTS.get(module, ())
+    }
+    recomputed = sum(size for part, size in parts.items() if part in dropped)
+    return LayerActivations(everything - recomputed, recomputed)

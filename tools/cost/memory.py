@@ -1,0 +1,124 @@
+"""Memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage."""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+from activations import LayerActivations, element_size, layer_activations, tokens_per_gpu
+from parameters import Stage
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_token: float) -> tuple[int, Memory]:
+    """The pipeline stage that needs most, and what it needs.
+
+    Args:
+        args: Megatron's validated arguments.
+        stages: see `parameters.stages`.
+        experts_per_token: active experts of a token in each MoE layer.
+
+    Returns:
+        The stage's index, and the memory of each of its GPUs where experts get equally many tokens.
+    """
+    memories = [stage_memory(args, stages, index, experts_per_token) for index in range(len(stages))]
+    fullest = max(range(len(memories)), key=lambda index: memories[index].total)
+    return fullest, memories[fullest]
+
+
+def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> Memory:
+    """Memory of the GPUs of stage `index`; see `fullest_stage`."""
+    stage, parameters = stages[index], stages[index].shared + stages[index].experts
+    half = args.bf16 or args.fp16
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2
+    per_stage = args.world_size // args.pipeline_model_parallel_size
+    shared_copies = per_stage // args.tensor_model_parallel_size  # context parallel ranks share the optimizer too
+    expert_copies = per_stage // (args.expert_tensor_parallel_size * args.expert_model_parallel_size)
+    if not args.use_distributed_optimizer:
+        shared_copies = expert_copies = 1
+    return Memory(
+        weights=element_size(args) * parameters,
+        gradients=gradient * parameters,
+        optimizer=_optimizer_bytes(args, half) * (stage.shared / shared_copies + stage.experts / expert_copies),
+        activations=_activations(args, stages, index, experts_per_token),
+    )
+
+
+def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
+    """Bytes a parameter: Adam's two moments, and the fp32 weights of half-precision training."""
+    if args.optimizer == "sgd":
+        return 4 * half + 4
+    if not args.use_precision_aware_optimizer:
+        return 4 * half + 8
+    kinds: list[torch.dtype] = [args.exp_avg_dtype, args.exp_avg_sq_dtype] + [args.main_params_dtype] * half
+    return sum(kind.itemsize for kind in kinds)
+
+
+def _activations(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> float:
+    layers = [layer_activations(args, is_moe_layer(args, n), experts_per_token) for n in stages[index].layers]
+    kept, working = _with_recomputation(args, layers)
+    total = kept * _micro_batches_in_flight(args, index) + working
+    if index == len(stages) - 1:
+        tokens, tensor_parallel = tokens_per_gpu(args), args.tensor_model_parallel_size
+        split = tokens / tensor_parallel if args.sequence_parallel else tokens
+        total += 2 * args.hidden_size * split * element_size(args)  # before and behind the last norm
+        logits = element_size(args) + (4 if element_size(args) < 4 else 0)  # the loss is computed in fp32
+        total += logits * args.padded_vocab_size * tokens / tensor_parallel
+    return total
+
+
+def _with_recomputation(args: argparse.Namespace, layers: list[LayerActivations]) -> tuple[float, float]:
+    """Bytes kept of one micro-batch, and those that come back while one part is computed anew."""
+    if not layers:
+        return 0.0, 0.0
+    if args.recompute_granularity != "full":
+        return sum(layer.kept for layer in layers), max(layer.recomputed for layer in layers)
+    number = args.recompute_num_layers or 1
+    everything = max(layer.kept + layer.recomputed for layer in layers)
+    if args.recompute_method == "block":
+        rest = layers[number:]
+        kept = sum(layer.kept for layer in layers[:number]) + sum(layer.kept + layer.recomputed for layer in rest)
+        return kept, everything
+    return sum(layer.kept for layer in layers) / number, everything * min(number, len(layers))
+
+
+def is_moe_layer(args: argparse.Namespace, number: int) -> bool:
+    """Whether the layer has experts.
+
+    Args:
+        args: Megatron's validated arguments.
+        number: of the layer, from 1.
+    """
+    if not args.num_experts:
+        return False
+    pattern = args.moe_layer_freq
+    return (number - 1) % pattern == 0 if isinstance(pattern, int) else bool(pattern[number - 1])
+
+
+def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:
+    """Micro-batches whose activations the stage holds at once, under Megatron's 1F1B schedules."""
+    stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
+    if stages == 1:
+        return 1
+    if chunks:
+        # As in Megatron's own estimate: the first stage warms up with more chunks than it has.
+        return math.ceil((1 + (stages - 1) / (stages * chunks)) * stages * chunks) / chunks
+    return min(stages - index, get_num_microbatches())
