@@ -6,6 +6,7 @@ Takes Megatron's flags and those of ReMoE (see --help). Without an accelerator i
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 
 from megatron.remoe import console, cpu
 
@@ -30,9 +31,15 @@ from megatron.remoe.training import (  # noqa: E402
 from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 
 
-def main() -> None:
+def main(observe: Callable[[GPTModelConfig], None] | None = None) -> None:
+    """Train as the command line says.
+
+    Args:
+        observe: called with the model's configuration before the model is built; for tools that measure.
+    """
     args = parse_and_validate_args(
         extra_args_provider=cpu.add_cpu_argument,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
@@ -42,6 +49,8 @@ def main() -> None:
         model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
         install_relu_routing(args, model_cfg)
         install_sequence_parallel_norms(args, model_cfg)
+    if observe is not None:
+        observe(model_cfg)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_cfg),

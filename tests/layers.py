@@ -25,6 +25,7 @@ def make_config(**changes: Any) -> ReMoEConfig:
         "moe_router_dtype": "fp64",
         "moe_token_dispatcher_type": "alltoall",
         "moe_relu_routing": True,
+        "moe_relu_layer_floor": 0.0,
         "moe_router_load_balancing_type": "none",
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,

@@ -56,6 +56,7 @@ BAD_VALUES = {
     "init zero": ([*RELU, "--moe-relu-l1-reg-coeff-init", "0"], "init 0.0", "positive"),
     "init negative": ([*RELU, "--moe-relu-l1-reg-coeff-init=-1e-8"], "init -1e-08", "positive"),
     "init nan": ([*RELU, "--moe-relu-l1-reg-coeff-init", "nan"], "init nan", "positive"),
+    "floor too high": ([*RELU, "--moe-relu-layer-floor", "1"], "--moe-relu-layer-floor 1.0", "below 1"),
     "granularity zero": ([*TOPK, "--moe-granularity", "0"], "--moe-granularity 0", "at least 1"),
     "granularity without experts": (["--moe-granularity", "2"], "--moe-granularity 2", "give --num-experts"),
     "granularity does not divide": ([*RELU, "--moe-granularity", "3"], "--moe-ffn-hidden-size 128", "divisor"),

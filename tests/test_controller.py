@@ -105,6 +105,37 @@ def test_saved_and_loaded_exactly_under_bf16() -> None:
     assert loaded.module.router.l1_coefficient == saved.module.router.l1_coefficient
 
 
+def test_a_step_that_is_not_finite_moves_nothing() -> None:
+    controller = make_controller(moe_relu_layer_floor=1e-3)
+    router = controller.routers[0]
+    hidden = torch.full((8, 1, HIDDEN), float("nan"), dtype=torch.float64, device=router.weight.device)
+    router(hidden)[0].sum().backward()
+    controller.update()
+    assert exponent(controller) == 0 and not router.guarded
+
+    route(controller, active=3, tokens=8)
+    router.weight.grad = torch.full_like(router.weight, float("inf"))
+    controller.update()
+    assert exponent(controller) == 0
+
+    router.weight.grad = torch.zeros_like(router.weight)
+    route(controller, active=3, tokens=8)
+    controller.update()
+    assert exponent(controller) == -1, "nothing of the steps before is left in the counters"
+    assert controller.summary().sparsity == pytest.approx(1 - 3 / 32)
+
+
+def test_guard_marks_layers_that_are_all_but_off() -> None:
+    controller = make_controller(moe_relu_layer_floor=0.1)
+    guarded = []
+    for active in (0, 1, 2, 20):  # of 20 tokens with k = 1: the floor is 2
+        route(controller, active=active, tokens=20)
+        controller.update()
+        guarded.append(int(controller.routers[0].guarded))
+    assert guarded == [1, 1, 0, 0]
+    assert controller.summary().guarded_layers == [], "it tells what was in force during the step"
+
+
 def test_rank_without_router() -> None:
     config = make_config()
     controller = SparsityController([torch.nn.Linear(2, 2)], config)

@@ -146,7 +146,7 @@ def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
 def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) -> None:
     """A signal reaches the script alone (kill, docker stop), or every process of the job (a scheduler)."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    log = tmp_path / "run" / "train.log"
+    log, console = tmp_path / "run" / "train.log", tmp_path / "console"
     process = subprocess.Popen(
         [
             "bash",
@@ -159,9 +159,8 @@ def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) 
             "--save-interval",
             "100000",
         ],
-        stdout=subprocess.PIPE,
+        stdout=console.open("w"),  # a pipe that nobody reads would fill and stop the training
         stderr=subprocess.STDOUT,
-        text=True,
         env=kept | training_environment(data, tmp_path),
     )
     deadline = time.monotonic() + 120
@@ -176,7 +175,8 @@ def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) 
             targets += [pid for pid, parent in parents.items() if parent in targets and pid not in targets]
     for pid in targets:
         os.kill(pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    process.wait(timeout=60)
+    output = console.read_text()
     assert process.returncode == 143, output
     assert output.splitlines()[-1].startswith("Stopped. The same command goes on from the last checkpoint")
     saved = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())

@@ -144,3 +144,45 @@ def test_nothing_synchronizes_on_the_gpu() -> None:
         router(tokens)[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def dead_router():
+    """A router whose gates are off for every one of 12 tokens, and the tokens."""
+    layer = make_layer(make_config(num_moe_experts=4, moe_relu_l1_reg_coeff_init=0.5))
+    router = layer.router
+    hidden = torch.rand(12, 1, HIDDEN, dtype=torch.float64, device=router.weight.device) + 0.5
+    router.weight.data.fill_(-1.0)
+    return router, hidden
+
+
+def test_without_the_guard_a_dead_router_stays_dead() -> None:
+    router, hidden = dead_router()
+    probs, routing_map = router(hidden)
+    probs.sum().backward()
+    assert not routing_map.any() and not router.weight.grad.any()
+
+
+def test_the_guard_revives_a_dead_router() -> None:
+    """Its gradient is that of -0.1 · mean(logits); descending it, tokens are routed again, and L1 has no hold on it."""
+    router, hidden = dead_router()
+    router.guarded.fill_(1)
+    probs, _ = router(hidden)
+    probs.sum().backward()
+    logits = hidden @ router.weight.detach().t()
+    weight = router.weight.detach().requires_grad_()
+    expected = torch.autograd.grad((-0.1 * (hidden @ weight.t()).mean()), weight)[0]
+    assert (logits < 0).all()
+    torch.testing.assert_close(router.weight.grad, expected)
+    for _ in range(1000):
+        router.weight.grad = None
+        probs, routing_map = router(hidden)
+        if routing_map.any():
+            break
+        probs.sum().backward()
+        router.weight.data -= router.weight.grad
+    assert routing_map.any()
+    router.weight.grad = None
+    probs.sum().backward()
+    gates = torch.relu(hidden @ weight.t())
+    pushed = -0.1 * ((hidden @ weight.t()) * (gates == 0)).mean()
+    torch.testing.assert_close(router.weight.grad, torch.autograd.grad(gates.sum() + pushed, weight)[0])

@@ -150,11 +150,15 @@ def test_trains_with(arguments: list[str], data: Path) -> None:
 
 
 def test_layers_without_any_token_train_on(data: Path) -> None:
-    """A coefficient that turns every expert off: the residual carries on, and λ comes down again."""
+    """A coefficient that turns every expert off: the residual carries on, the guard acts, and λ comes down again."""
     output = train(data, *RELU, "--moe-relu-l1-reg-coeff-init", "100", "--lr", "1e-2", "--train-iters", "12")
     assert len(records(output)) == 12
     sparsity = series(output, "sparsity")
     assert max(sparsity) > 0.99
+    first_dead = next(
+        step for step, record in records(output).items() if float(record["highest layer sparsity"]) == 1.0
+    )
+    assert "guarded layers" in records(output)[first_dead + 1]
     assert all(loss == loss for loss in series(output, "lm loss"))
     coefficients = series(output, "l1 coefficient")
     assert coefficients[-1] < max(coefficients)
@@ -163,6 +167,12 @@ def test_layers_without_any_token_train_on(data: Path) -> None:
 def test_evaluation_leaves_the_training_as_it_is(data: Path, initial: Path, one_process: str) -> None:
     output = train(data, *RELU, "--load", str(initial), "--finetune", "--eval-interval", "2", "--eval-iters", "2")
     assert "validation loss at iteration 2" in output
+    assert records(output) == records(one_process)
+
+
+def test_guard_leaves_a_healthy_training_as_it_is(data: Path, initial: Path, one_process: str) -> None:
+    output = train(data, *RELU, "--load", str(initial), "--finetune", "--moe-relu-layer-floor", "0")
+    assert "guarded layers" not in one_process
     assert records(output) == records(one_process)
 
 

@@ -183,6 +183,12 @@ def relu_routing_problems(settings: Settings) -> list[str]:
     if not 1.0 < multiplier < float("inf"):
         problems.append(f"--moe-relu-l1-reg-coeff-multiplier {multiplier} must be above 1 (default 1.2).")
 
+    floor = settings.moe_relu_layer_floor
+    if not 0.0 <= floor < 1.0:
+        problems.append(
+            f"--moe-relu-layer-floor {floor} must be at least 0 and below 1 (default 0.001, 0 turns it off)."
+        )
+
     problems.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
     if getattr(settings, "cuda_graph_impl", "none") not in (None, "none") and _moe_graph_scope(
         getattr(settings, "cuda_graph_modules", None) or []

@@ -1,4 +1,4 @@
-"""Configuration of a ReMoE transformer: Megatron's own plus four fields."""
+"""Configuration of a ReMoE transformer: Megatron's own plus five fields."""
 
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ class ReMoEConfig(TransformerConfig):
     moe_relu_routing: bool = False
     moe_relu_l1_reg_coeff_init: float = 1e-8
     moe_relu_l1_reg_coeff_multiplier: float = 1.2
+    moe_relu_layer_floor: float = 1e-3
     moe_granularity: int = 1
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ class RoutingSummary:
         l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
         layer_sparsity: sparsity per MoE layer, keyed by layer number (from 1).
         expert_load: per MoE layer, the share of its tokens that each expert got, `num_experts` values.
+        guarded_layers: numbers of the layers that were freed from L1 and pushed up, being all but off before.
     """
 
     sparsity: float
@@ -28,6 +29,7 @@ class RoutingSummary:
     l1_loss: float
     layer_sparsity: dict[int, float]
     expert_load: dict[int, list[float]]
+    guarded_layers: list[int]
 
 
 class SparsityController:
@@ -54,7 +56,7 @@ class SparsityController:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Sum the counts over all ranks, move λ one step towards the target and start counting anew.
+        """Sum the counts over all ranks, move λ one step towards the target, guard dying layers, and count anew.
 
         To be called once per optimizer step on every rank, after the backward passes.
         """
@@ -67,10 +69,16 @@ class SparsityController:
         total = table.sum(dim=0)
         active, tokens = total[: self.num_experts].sum(), total[self.num_experts]
         # (1 − k/E) − S has the sign of active − k·tokens: exact in whole numbers, and 0 on the target.
-        direction = torch.sign(active - self.config.moe_router_topk * tokens)
+        # A step with anything that is not finite is none: Megatron skips it in fp16, and ends the training otherwise.
+        finite = torch.isfinite(total).all()
+        direction = torch.where(finite, torch.sign(active - self.config.moe_router_topk * tokens), 0.0)
         exponent = (self._exponent(table) + direction).to(torch.int64)
         for router in self.routers:
             router.l1_exponent.copy_(exponent)
+            row = table[router.layer_number - 1]
+            floor = self.config.moe_relu_layer_floor * self.config.moe_router_topk * row[self.num_experts]
+            dying = row[: self.num_experts].sum() < floor
+            router.guarded.copy_(torch.where(finite, dying, router.guarded))
 
     def summary(self) -> RoutingSummary | None:
         """The last step's figures (one transfer to the host), or None before the first update."""
@@ -90,19 +98,25 @@ class SparsityController:
             l1_loss=sum(row[experts + 1] / row[experts + 2] for row in layers.values()),
             layer_sparsity={n: 1.0 - sum(row[:experts]) / (row[experts] * experts) for n, row in layers.items()},
             expert_load={n: [count / row[experts] for count in row[:experts]] for n, row in layers.items()},
+            guarded_layers=[n for n, row in layers.items() if row[-3] > 0],
         )
 
     def _collect(self) -> torch.Tensor:
-        """`[num_layers, num_experts + 5]` float64: each router's counts, its λ exponent and a 1; zeroes elsewhere.
+        """`[num_layers, num_experts + 7]` float64: each router's counts, 0 or (if its gradient is not finite) NaN, its
+        guard, λ's exponent and a 1; zeroes where there is no router.
 
         Counts are whole numbers, which float64 sums exactly in any order (up to 2^53).
         """
-        table = torch.zeros(self.config.num_layers, self.num_experts + 5, dtype=torch.float64, device=self.device)
+        table = torch.zeros(self.config.num_layers, self.num_experts + 7, dtype=torch.float64, device=self.device)
         for router in self.routers:
             row = table[router.layer_number - 1]
             if router.counts is not None:
-                row[:-2] = router.counts
+                row[:-4] = router.counts
                 router.counts.zero_()
+            gradient = getattr(router.weight, "main_grad", router.weight.grad)
+            if gradient is not None:
+                row[-4] = 0.0 * gradient.sum()
+            row[-3] = router.guarded
             row[-2] = router.l1_exponent
             row[-1] = 1.0
         return table

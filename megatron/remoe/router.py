@@ -1,5 +1,7 @@
 """The ReLU router and its load-balanced L1 regularization (paper sections 3.2 to 3.4)."""
 
+from typing import Any
+
 import torch
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -7,6 +9,30 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, switch_load_balancing_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.config import ReMoEConfig
+
+GUARD_COEFFICIENT = 0.1
+
+
+class GuardedReLU(torch.autograd.Function):
+    """ReLU whose gradient is `push` instead of 0 where it is off."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, active: torch.Tensor, push: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits: `[num_tokens, num_experts]`.
+            active: bool, of that shape: where the result is not 0.
+            push: one element, the gradient elsewhere, as that of a loss term; 0 makes it an ordinary ReLU.
+        """
+        ctx.save_for_backward(active, push)
+        return torch.where(active, logits, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient of the logits."""
+        active, push = ctx.saved_tensors
+        push = push * MoEAuxLossAutoScaler.main_loss_backward_scale  # set by Megatron between forward and backward
+        return torch.where(active, gradient, push.to(gradient.dtype)), None, None
 
 
 class ReLURouter(TopKRouter):
@@ -17,6 +43,7 @@ class ReLURouter(TopKRouter):
     Attributes:
         l1_exponent: int64 scalar n of the coefficient λ = init · multiplier^n. Half-precision wrappers cast
             floating-point buffers and leave integers, so λ stays exact; it is saved with the model.
+        guarded: int64 scalar, 1 where the layer was all but off in the last optimizer step and is to be revived.
         counts: float64 `[num_experts + 3]` on the device, what the router saw since the last optimizer step:
             tokens per expert, tokens, summed L1 loss, micro-batches. None before the first counted forward pass.
     """
@@ -29,6 +56,7 @@ class ReLURouter(TopKRouter):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         self.register_buffer("l1_exponent", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("guarded", torch.zeros((), dtype=torch.int64, device=device))
         self.counts: torch.Tensor | None = None
 
     @property
@@ -58,20 +86,18 @@ class ReLURouter(TopKRouter):
             padding_mask = padding_mask.reshape(-1)
         logits = self.apply_z_loss(logits, padding_mask=padding_mask)
 
-        probs = torch.relu(logits)
+        routing_map = logits > 0
         if padding_mask is not None:
-            probs = probs.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-        routing_map = probs > 0
-
+            routing_map &= ~padding_mask.unsqueeze(-1)
         # Recomputation runs the forward pass twice, once of them without gradients; evaluation has none at all.
         if self.training and torch.is_grad_enabled():
-            probs = self._regularize(probs, routing_map, padding_mask)
-        return probs, routing_map
+            return self._regularized(logits, routing_map, padding_mask), routing_map
+        return torch.where(routing_map, logits, 0.0), routing_map
 
-    def _regularize(
-        self, probs: torch.Tensor, routing_map: torch.Tensor, padding_mask: torch.Tensor | None
+    def _regularized(
+        self, logits: torch.Tensor, routing_map: torch.Tensor, padding_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attach λ · L_reg to the gradient of `probs` and count what was routed."""
+        """The gates, with λ · L_reg and the guard against dying layers in their gradient. Counts what was routed."""
         if padding_mask is None:
             num_tokens = routing_map.new_full((1,), routing_map.shape[0], dtype=torch.int64)
         else:
@@ -80,6 +106,12 @@ class ReLURouter(TopKRouter):
         # The tokens of one sequence may be split over tensor (sequence) and context parallel ranks.
         sequence_counts = reduce_from_tensor_model_parallel_region(local_counts.clone(), self.tp_cp_group)
         tokens_per_expert, sequence_tokens = sequence_counts[:-1], sequence_counts[-1].clamp(min=1)
+        # What finalize_model_grads divides every gradient by, where it is the number of tokens of the global batch.
+        scale = num_tokens[0] * self.tp_cp_group.size() if self.calculate_per_token_loss else 1.0
+
+        # A router that is off for every token has no gradient, neither of the language loss nor of L1, and stays off.
+        push = 0.0 - GUARD_COEFFICIENT * self.guarded * scale / (sequence_tokens * self.num_experts)
+        probs = GuardedReLU.apply(logits, routing_map, push)
 
         l1_loss = switch_load_balancing_loss_func(
             probs=probs.float(),
@@ -90,12 +122,7 @@ class ReLURouter(TopKRouter):
             moe_aux_loss_coeff=1.0,
         )
         self._count(local_counts, l1_loss)
-
-        weighted = self.l1_coefficient * l1_loss
-        if self.calculate_per_token_loss:
-            # finalize_model_grads divides every gradient by the number of tokens of the global batch.
-            weighted = weighted * num_tokens[0] * self.tp_cp_group.size()
-        return MoEAuxLossAutoScaler.apply(probs, weighted)
+        return MoEAuxLossAutoScaler.apply(probs, self.l1_coefficient * (1 - self.guarded) * l1_loss * scale)
 
     @torch.no_grad()
     def _count(self, local_counts: torch.Tensor, l1_loss: torch.Tensor) -> None:

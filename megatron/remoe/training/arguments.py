@@ -41,6 +41,13 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "Larger settles sooner and swings more.",
     )
     group.add_argument(
+        "--moe-relu-layer-floor",
+        type=float,
+        default=1e-3,
+        help="Keep layers alive: where a layer has less than this share of topk active experts per token, it is freed "
+        "from the L1 term and its gates are pushed up (default 0.001; 0 turns it off).",
+    )
+    group.add_argument(
         "--moe-granularity",
         type=int,
         default=1,

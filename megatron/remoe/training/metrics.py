@@ -53,12 +53,13 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
 
 def _log_text(summary: RoutingSummary) -> str:
     layers = summary.layer_sparsity.values()
+    guarded = ",".join(map(str, summary.guarded_layers))
     return (
         f" sparsity: {summary.sparsity:.6f} | target sparsity: {summary.target_sparsity:.6f} |"
         f" l1 coefficient: {summary.l1_coefficient:.6E} | l1 loss: {summary.l1_loss:.6E} |"
         f" lowest layer sparsity: {min(layers, default=1.0):.6f} |"
         f" highest layer sparsity: {max(layers, default=1.0):.6f} |"
-    )
+    ) + (f" guarded layers: {guarded} |" if guarded else "")
 
 
 def _scalars(summary: RoutingSummary, per_layer: bool) -> dict[str, float]:
@@ -70,6 +71,7 @@ def _scalars(summary: RoutingSummary, per_layer: bool) -> dict[str, float]:
         "moe_relu/l1_reg_loss": summary.l1_loss,
         "moe_relu/sparsity_min_layer": min(layers.values(), default=1.0),
         "moe_relu/sparsity_max_layer": max(layers.values(), default=1.0),
+        "moe_relu/guarded_layers": len(summary.guarded_layers),
     }
     if per_layer:
         for number, sparsity in layers.items():
