@@ -2,12 +2,14 @@
 
 import argparse
 import importlib.metadata
+import types
 
 import pytest
 import torch
 
 from megatron.remoe import cpu
 from megatron.remoe.cpu import facade
+from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.flags import CPU_VALUES, adapt_arguments
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator is in use: the CPU part is inactive")
@@ -77,3 +79,22 @@ def test_defaults_change_silently_and_wishes_do_not(capsys: pytest.CaptureFixtur
 def test_formats_of_accelerators_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"--{name} needs an accelerator.*--bf16"):
         adapt_arguments(arguments(**{name: True}))
+
+
+@pytest.mark.parametrize("sizes", [[2, 3], [0, 4], [0, 0]])
+def test_unequal_parts_are_gathered_and_scattered(sizes: list[int]) -> None:
+    """Seen from rank 1 of 2; the equal-sized collectives are played by what gloo would return."""
+    whole = torch.arange(sum(sizes) * 3.0).view(-1, 3)
+    first, second = whole.split(sizes)
+    group = types.SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+
+    def gather(mine: torch.Tensor, _group: object, *_others: object) -> torch.Tensor:
+        padding = first.new_zeros(len(mine) - len(first), 3)
+        return torch.cat([first, padding, mine])
+
+    def reduce_scatter(parts: torch.Tensor, _group: object, *_others: object) -> torch.Tensor:
+        return 2 * parts.chunk(2)[1]
+
+    padded_gather, padded_reduce_scatter = with_padding(gather, reduce_scatter)
+    assert torch.equal(padded_gather(second, group, sizes), whole)
+    assert torch.equal(padded_reduce_scatter(whole, group, sizes), 2 * second)

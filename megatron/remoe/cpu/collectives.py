@@ -24,7 +24,7 @@ def with_padding(gather: Collective, reduce_scatter: Collective) -> tuple[Collec
     ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather(tensor, group, None, use_global_buffer)
-        longest = max(output_split_sizes)
+        longest = max(1, *output_split_sizes)  # all parts are empty where a layer routes nothing
         parts = gather(_padded(tensor, longest), group).split(longest)
         return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
 
@@ -33,7 +33,7 @@ def with_padding(gather: Collective, reduce_scatter: Collective) -> tuple[Collec
     ) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             return reduce_scatter(tensor, group, None, use_global_buffer)
-        longest = max(input_split_sizes)
+        longest = max(1, *input_split_sizes)
         parts = [_padded(part, longest) for part in tensor.split(input_split_sizes)]
         return reduce_scatter(torch.cat(parts), group)[: input_split_sizes[group.rank()]]
 
