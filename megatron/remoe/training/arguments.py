@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.compatibility import relu_routing_problems
 from megatron.remoe.config import ReMoEConfig
 from megatron.remoe.data.tokenizer import use_local_gpt2_files
+from megatron.remoe.training.checkpoints import choose_checkpoint
 from megatron.remoe.training.dataset_helpers import use_shipped_helpers
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -127,6 +128,7 @@ def parse_and_validate_args(
         use_local_gpt2_files(args)
         if adapt is not None:
             adapt(args)
+        choose_checkpoint(args)
         if args.use_checkpoint_args:
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)

@@ -1,0 +1,121 @@
+"""Looks at checkpoints before Megatron loads them: whether they are whole, and which one a cut-off run goes on from."""
+
+import argparse
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_FOLDER = re.compile(r"iter_(\d{7,})")
+_METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+_METADATA_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+
+
+class BrokenCheckpointError(ValueError):
+    """A checkpoint is not whole; the message names the file."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Loads what torch's checkpoint index consists of and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _METADATA_NAMES or f"{module}.".startswith(_METADATA_MODULES):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint's index does")
+
+
+def check_is_whole(folder: Path) -> None:
+    """Whether each file of a torch_dist checkpoint is there and as long as the index says; reads no tensors.
+
+    Args:
+        folder: `iter_...` of one iteration.
+
+    Raises:
+        BrokenCheckpointError: with the file and what is wrong with it.
+    """
+    index = folder / ".metadata"
+    if not index.is_file():
+        raise BrokenCheckpointError(f"{index} is missing: saving was cut off")
+    try:
+        with index.open("rb") as file:
+            entries = _MetadataUnpickler(file).load().storage_data
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError) as error:
+        raise BrokenCheckpointError(f"{index} cannot be read: {error or 'it is truncated'}") from error
+    ends: dict[str, int] = {}
+    for entry in entries.values():
+        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            raise BrokenCheckpointError(f"{path} is missing")
+        if path.stat().st_size < end:
+            raise BrokenCheckpointError(f"{path} has {path.stat().st_size:,} bytes of {end:,}: it is truncated")
+
+
+def saved_iterations(folder: Path) -> list[int]:
+    """The iterations that have a folder in a checkpoint folder, newest first, whole or not."""
+    found = (_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def newest_whole(folder: Path, below: int | None = None) -> int | None:
+    """The newest whole checkpoint's iteration, of those below `below`; None where there is none."""
+    for iteration in saved_iterations(folder):
+        if below is not None and iteration >= below:
+            continue
+        try:
+            check_is_whole(folder / f"iter_{iteration:07d}")
+        except BrokenCheckpointError:
+            continue
+        return iteration
+    return None
+
+
+def choose_checkpoint(args: argparse.Namespace) -> None:
+    """Let a run that was cut off go on from its newest whole checkpoint: sets `args.ckpt_step` where it has to go back.
+
+    Every rank finds the same, from the same files. Checkpoints of other formats than torch_dist are left to Megatron.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        BrokenCheckpointError: the iteration asked for by --ckpt-step is not whole, or none is; names the iteration to
+            go back to.
+    """
+    if not args.load:
+        return
+    folder = Path(args.load)
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        return
+    newest = tracker.read_text(errors="replace").strip()
+    if newest == "release":
+        return
+    wanted = args.ckpt_step or (int(newest) if newest.isdecimal() else None)
+    try:
+        if wanted is None:
+            raise BrokenCheckpointError(f"{tracker} holds {newest[:20]!r} instead of an iteration")
+        place = folder / f"iter_{wanted:07d}"
+        if any(place.glob("mp_rank_*")):
+            return  # another format
+        check_is_whole(place)
+    except BrokenCheckpointError as error:
+        whole = newest_whole(folder, below=wanted)
+        if whole is None:
+            raise BrokenCheckpointError(f"--load {folder}: {error}. No other checkpoint there is whole.") from error
+        if args.ckpt_step:
+            raise BrokenCheckpointError(f"--ckpt-step {wanted}: {error}. Iteration {whole} is whole.") from error
+        args.ckpt_step = whole
+        if args.rank == 0:
+            print(f"--load {folder}: {error}. Going back to iteration {whole}.", file=sys.stderr, flush=True)
+            if wanted is None:
+                # Megatron would end, with exit code 0, before it looks at --ckpt-step. The other ranks read it later.
+                aside = tracker.with_suffix(".new")
+                aside.write_text(str(whole))
+                aside.replace(tracker)

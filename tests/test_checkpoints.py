@@ -1,0 +1,173 @@
+"""Checkpoints that are not whole, and trainings that are killed: nothing is lost, and what was lost is told."""
+
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import weights
+from trainings import RELU, TINY, records, run, start
+
+from megatron.remoe.training.checkpoints import (
+    BrokenCheckpointError,
+    check_is_whole,
+    choose_checkpoint,
+    newest_whole,
+    saved_iterations,
+)
+
+KILLS = int(os.environ.get("REMOE_KILLS", "3"))
+ITERATIONS = 12 + 4 * KILLS
+
+
+def training(data: Path, folder: Path, *more: str) -> list[str]:
+    saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "2", "--train-iters", str(ITERATIONS)]
+    return [*TINY, *RELU, "--data-path", str(data), *saving, *more]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A training's checkpoints and output."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, run(training(data, folder))
+
+
+@pytest.fixture
+def saved(uninterrupted: tuple[Path, str], tmp_path: Path) -> Path:
+    """Its last three checkpoints, to be damaged."""
+    source, folder = uninterrupted[0], tmp_path / "checkpoints"
+    folder.mkdir()
+    for iteration in saved_iterations(source)[:3]:
+        shutil.copytree(source / f"iter_{iteration:07d}", folder / f"iter_{iteration:07d}")
+    shutil.copy(source / "latest_checkpointed_iteration.txt", folder)
+    return folder
+
+
+def last(folder: Path, back: int = 0) -> Path:
+    return folder / f"iter_{ITERATIONS - 2 * back:07d}"
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def chosen(folder: Path, step: int | None = None) -> int | None:
+    args = Namespace(load=str(folder), ckpt_step=step, rank=0)
+    choose_checkpoint(args)
+    return args.ckpt_step
+
+
+def tensors(folder: Path) -> Path:
+    return next(iter(sorted(folder.glob("*.distcp"))))
+
+
+DAMAGES = {
+    "truncated tensors": (lambda folder: truncate(tensors(folder)), "it is truncated"),
+    "missing tensors": (lambda folder: tensors(folder).unlink(), "is missing"),
+    "missing index": (lambda folder: (folder / ".metadata").unlink(), "saving was cut off"),
+    "truncated index": (lambda folder: truncate(folder / ".metadata"), "cannot be read"),
+    "empty index": (lambda folder: os.truncate(folder / ".metadata", 0), "cannot be read"),
+    "missing folder": (shutil.rmtree, "saving was cut off"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_goes_back_to_the_newest_whole_checkpoint(damage: str, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, message = DAMAGES[damage]
+    assert chosen(saved) is None, "whole: Megatron's own choice stands"
+    spoil(last(saved))
+    assert chosen(saved) == ITERATIONS - 2
+    told = capsys.readouterr().err
+    assert message in told and str(last(saved)) in told and f"Going back to iteration {ITERATIONS - 2}" in told
+    with pytest.raises(
+        BrokenCheckpointError, match=f"--ckpt-step {ITERATIONS}: .* Iteration {ITERATIONS - 2} is whole"
+    ):
+        chosen(saved, step=ITERATIONS)
+    spoil(last(saved, back=1))
+    assert chosen(saved) == ITERATIONS - 4
+    spoil(last(saved, back=2))
+    with pytest.raises(BrokenCheckpointError, match="No other checkpoint there is whole"):
+        chosen(saved)
+
+
+@pytest.mark.parametrize("content", ["", "12a", "\x00\x00"])
+def test_tracker_that_was_cut_off(content: str, saved: Path) -> None:
+    tracker = saved / "latest_checkpointed_iteration.txt"
+    tracker.write_text(content)
+    assert chosen(saved) == ITERATIONS
+    assert tracker.read_text() == str(ITERATIONS)
+
+
+def test_index_is_not_executed(saved: Path) -> None:
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(saved / "executed"),)
+
+    (last(saved) / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(BrokenCheckpointError, match="posix.mkdir, which no checkpoint's index does"):
+        check_is_whole(last(saved))
+    assert not (saved / "executed").exists()
+    assert newest_whole(saved) == ITERATIONS - 2
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert chosen(tmp_path) is None and chosen(tmp_path / "nowhere") is None
+
+
+def test_entry_goes_back_and_ends_the_same(saved: Path, data: Path, uninterrupted: tuple[Path, str]) -> None:
+    truncate(tensors(last(saved)))
+    output = run(training(data, saved))
+    assert f"Going back to iteration {ITERATIONS - 2}" in output
+    assert list(records(output)) == [ITERATIONS - 1, ITERATIONS]
+    same_weights(uninterrupted[0], saved)
+
+
+def test_entry_refuses_where_nothing_is_whole(saved: Path, data: Path) -> None:
+    for back in range(3):
+        truncate(tensors(last(saved, back)))
+    output = run(training(data, saved), expect=2)
+    assert "No other checkpoint there is whole" in output and "Traceback" not in output
+
+
+def same_weights(expected: Path, found: Path) -> None:
+    right, mine = weights(expected, ITERATIONS), weights(found, ITERATIONS)
+    assert right.keys() == mine.keys()
+    for key in right:
+        assert torch.equal(right[key], mine[key]), key
+
+
+@pytest.mark.timeout(120 + 60 * KILLS)
+def test_killed_at_any_moment_it_ends_the_same(data: Path, tmp_path: Path, uninterrupted: tuple[Path, str]) -> None:
+    """SIGKILL at random moments, every other one while a checkpoint is being written; REMOE_KILLS=20 for twenty."""
+    chance, folder, kills, seen = random.Random(1), tmp_path / "checkpoints", 0, {}
+    while True:
+        process = start(training(data, folder), PYTHONUNBUFFERED="1")
+        assert process.stdout is not None
+        lines, doomed = [], kills < KILLS
+        while_saving = kills % 2 == 1
+        trigger = chance.choice([1, 2, 3, 4])  # the log line or the save that is the last one
+        for line in process.stdout:
+            lines.append(line)
+            trigger -= (" saving checkpoint at iteration " if while_saving else "] iteration ") in line
+            if doomed and trigger == 0:
+                time.sleep(chance.uniform(0.0, 0.5))
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.stdout.close()
+        code = process.wait()
+        seen |= records("".join(lines))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, "".join(lines)[-3000:]
+        kills += 1
+    assert kills == KILLS
+    same_weights(uninterrupted[0], folder)
+    right = records(uninterrupted[1])
+    assert seen[ITERATIONS]["lm loss"] == right[ITERATIONS]["lm loss"]
+    assert [seen[i]["l1 coefficient"] for i in sorted(seen)] == [right[i]["l1 coefficient"] for i in sorted(seen)]
