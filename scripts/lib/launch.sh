@@ -229,15 +229,15 @@ run_training() {
 }
 
 stop_training() { # JOB
-  local launcher reached=""
+  local launcher reached="" signal=TERM
   if [[ -n $STOPPING ]]; then
-    kill -KILL -- -"$1"
-    return
+    signal=KILL
+  else
+    echo "Saving a checkpoint; a second signal ends at once, without one."
   fi
   STOPPING=yes
-  echo "Saving a checkpoint; a second signal ends at once, without one."
   for launcher in $(pgrep -P "$1" || true); do # the training processes alone: torchrun would end with an error
-    if pkill -TERM -P "$launcher"; then reached=yes; fi
+    if pkill "-$signal" -P "$launcher"; then reached=yes; fi
   done
-  [[ -n $reached ]] || kill -TERM -- -"$1"
+  if [[ -z $reached || $signal == KILL ]]; then kill "-$signal" -- -"$1"; fi
 }

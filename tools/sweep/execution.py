@@ -1,0 +1,108 @@
+"""Runs one launch script as a process and shows its progress; one that is stopped saves a checkpoint first."""
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable
+from typing import IO
+
+from plan import Launch, Run
+from progress import SweepDisplay, Work
+from run_log import log_of, read_outcome, seconds_per_iteration
+
+from megatron.remoe.log_reader import read_log
+
+_LOADED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")
+_EVALUATING = re.compile(r"^Evaluating iter (\d+)/(\d+)")
+KEPT, SHOWN = 300, 15  # last lines of the output; those of them that are shown if a run fails
+_LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which says nothing about the cause
+SECONDS_TO_DIE = 20
+
+
+def train(launch: Launch, run: Run, display: SweepDisplay, work: Work, keep_open: IO[str]) -> str | None:
+    """Train a run to its end; KeyboardInterrupt stops it after a last checkpoint, a second one at once.
+
+    Args:
+        launch: what all runs have in common.
+        run: the run.
+        display: shows the progress.
+        work: the run in the display.
+        keep_open: the folder's lock, which the process holds too.
+
+    Returns:
+        None if the run is finished, else what went wrong, with the end of its output.
+    """
+    folder = launch.folder(run)
+    environment = {"PYTHON": sys.executable} | os.environ | launch.environment(run, os.environ)
+    environment |= {"PYTHONUNBUFFERED": "1", "DRY_RUN": "0"}
+    display.begin(work)
+    process = subprocess.Popen(
+        ["bash", *launch.arguments(run)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that Ctrl-C reaches it through `_stop` alone
+        pass_fds=(keep_open.fileno(),),
+    )
+    assert process.stdout is not None
+    tail: deque[str] = deque(maxlen=KEPT)
+    try:
+        _follow(process.stdout, tail, display, work)
+        code = process.wait()
+    except BaseException:
+        _stop(process, display, work)
+        raise
+    outcome = read_outcome(folder)
+    if outcome is not None and outcome.finished and code == 0:
+        return None
+    if code:
+        reason = f"failed with exit code {code}"
+    else:
+        reason = f"ended at iteration {work.done} of {work.iterations}, without its final evaluation"
+    log = f"\nThe whole log: {log_of(folder)}" if log_of(folder).exists() else ""
+    return f"{reason}. The end of its output:\n{_cause(tail)}{log}"
+
+
+def _cause(tail: Iterable[str]) -> str:
+    """The last lines before torchrun's own."""
+    own = list(itertools.takewhile(lambda line: _LAUNCHER not in line, tail)) or list(tail)
+    return "".join(own[-SHOWN:]).rstrip()
+
+
+def _follow(output: IO[str], tail: deque[str], display: SweepDisplay, work: Work) -> None:
+    """Show the progress that the output tells; its text is in the log, written by the launch script."""
+    lines_logged = 0
+    for line in output:
+        tail.append(line)
+        if loaded := _LOADED.search(line):
+            display.resume(work, int(loaded[1]))
+        elif evaluating := _EVALUATING.match(line):
+            display.note(work, f"evaluation {evaluating[1]}/{evaluating[2]}")
+        else:
+            for iteration, fields in read_log(line).items():
+                lines_logged += 1
+                if lines_logged > 1 or iteration == work.iterations:  # the first one includes warming up
+                    display.iterate(work, iteration, seconds_per_iteration(fields))
+
+
+def _stop(process: subprocess.Popen[str], display: SweepDisplay, work: Work) -> None:
+    """Have the run save a checkpoint and end; on Ctrl-C or a signal meanwhile, end it without."""
+    display.say(f"{work.place} {work.name}: saving a checkpoint; a second Ctrl-C ends it at once, without.")
+    display.note(work, "saving")
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.communicate()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)  # the launch script kills the training on a second one
+        try:
+            process.communicate(timeout=SECONDS_TO_DIE)
+        except subprocess.TimeoutExpired:
+            display.say(f"{work.place} {work.name}: process {process.pid} does not end.")
+            process.kill()

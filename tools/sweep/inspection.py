@@ -1,0 +1,113 @@
+"""What is there already: which runs are finished, go on, are Slurm's, or stem from other settings."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import slurm
+from plan import Launch, Run
+from run_log import Outcome, has_checkpoint, log_of, read_outcome
+from settings import Settings, check_evaluation, check_flags, differences, started_with, would_start_with
+from sweep_errors import SettingsError
+
+THREADS = 8  # scripts asked at once; each waits for the machine's GPUs to be listed
+TOLD = 5  # runs that a message names
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run, what it would be started with now, and what is there of it."""
+
+    run: Run
+    settings: Settings
+    outcome: Outcome | None
+    job: str | None  # Slurm's number, if it is waiting or running there
+    conflict: str  # how what is there was made with other settings; empty where it was not
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.outcome is not None and self.outcome.finished
+
+    @property
+    def state(self) -> str:
+        """In words."""
+        if self.finished:
+            return "finished"
+        if self.job is not None:
+            return f"queued or running as Slurm job {self.job}"
+        if self.outcome is None:
+            return "not started"
+        return f"unfinished, at iteration {self.outcome.iterations} of {self.outcome.train_iters}"
+
+
+def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
+    """Find out about all runs.
+
+    Raises:
+        SettingsError: the scripts refuse their arguments, or something there was made with other settings.
+        SweepError: squeue cannot be asked about jobs that were submitted.
+    """
+    check_flags(launch.flags)
+    with ThreadPoolExecutor(THREADS) as threads:
+        wanted = dict(zip(runs, threads.map(lambda run: would_start_with(launch, run, anywhere), runs), strict=True))
+    for settings in wanted.values():
+        check_evaluation(settings)
+    outcomes = {run: read_outcome(launch.folder(run)) for run in runs}
+    jobs = {run: job for run in runs if (job := slurm.read_job(launch.folder(run))) and not _finished(outcomes[run])}
+    alive = slurm.alive(jobs.values())
+    outcomes |= {run: read_outcome(launch.folder(run)) for run in jobs}  # one may have finished before squeue was asked
+    found = []
+    for run in runs:
+        at_work = run in jobs and jobs[run].number in alive and not _finished(outcomes[run])
+        job = jobs[run] if at_work else None
+        conflict = _conflict(launch.folder(run), wanted[run], outcomes[run], job)
+        found.append(Found(run, wanted[run], outcomes[run], job.number if job else None, conflict))
+    refuse_conflicts(launch.output, found)
+    return found
+
+
+def refuse_conflicts(output: Path, found: Sequence[Found]) -> None:
+    """Take no result that was made with other settings.
+
+    Raises:
+        SettingsError: with the runs, what differs, and the remedy.
+    """
+    conflicts = {each.run: each.conflict for each in found if each.conflict}
+    if not conflicts:
+        return
+    lines = [f"  {run.name}: {conflict}" for run, conflict in conflicts.items()]
+    more = [f"  and {len(lines) - TOLD} more"] if len(lines) > TOLD else []
+    raise SettingsError(
+        "\n".join(
+            [
+                f"{output} holds {len(lines)} of these runs with other settings:",
+                *lines[:TOLD],
+                *more,
+                "Give the same settings as then or another --output-dir; or remove these folders to train them anew.",
+            ]
+        )
+    )
+
+
+def set_aside_old_log(folder: Path, now: Settings) -> None:
+    """Keep the log of an attempt with other settings, which left nothing to go on from, apart from the new one."""
+    then = started_with(folder)
+    if then is not None and differences(then, now) and log_of(folder).exists():
+        os.replace(log_of(folder), folder / "train.log.old")
+
+
+def _finished(outcome: Outcome | None) -> bool:
+    return outcome is not None and outcome.finished
+
+
+def _conflict(folder: Path, now: Settings, outcome: Outcome | None, job: slurm.Job | None) -> str:
+    if job is not None:
+        told = differences(job.settings, now)
+        return f"waits or runs as Slurm job {job.number} (scancel {job.number} ends it): {told}" if told else ""
+    then = started_with(folder)
+    if then is None:
+        return "there is a checkpoint, but no command.sh to tell what it was trained with" * has_checkpoint(folder)
+    return differences(then, now) if _finished(outcome) or has_checkpoint(folder) else ""

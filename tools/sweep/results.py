@@ -1,0 +1,157 @@
+"""Collects the runs in a sweep's folder: results.csv, results.md and results.png."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import scaling_picture
+from files import write_aside
+from plan import ROUTINGS, SIZES, Run
+from progress import duration
+from rich.console import Console
+from rich.table import Table
+from run_log import Outcome, read_outcome
+from settings import is_resized, processes
+
+TITLES = {"dense": "dense", "moe": "MoE", "remoe": "ReMoE"}
+COLUMNS = (
+    *("run", "size", "routing", "experts", "granularity", "state", "iterations", "train_iters", "tokens"),
+    *("validation_loss", "perplexity", "sparsity", "target_sparsity", "total_parameters", "processes"),
+    *("tokens_per_second", "training_seconds"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run and what it has come to; `outcome` is None where it was never started.
+
+    processes: 0 where that is not known; resized: whether the model is not of the size that the run is named after.
+    """
+
+    run: Run
+    outcome: Outcome | None
+    processes: int
+    resized: bool
+
+    @property
+    def state(self) -> str:
+        """finished, unfinished, or not started."""
+        if self.outcome is None:
+            return "not started"
+        return "finished" if self.outcome.finished else "unfinished"
+
+
+def rows_of(output: Path, planned: Iterable[Run]) -> list[Row]:
+    """The runs that are in `output`, and the planned ones that are not; MoE beside ReMoE."""
+    found = filter(None, (Run.from_name(path.parent.name) for path in output.glob("*/command.sh")))
+    order = {size: place for place, size in enumerate(SIZES)}
+    runs = sorted(
+        {*found, *planned},
+        key=lambda run: (order[run.size], run.granularity or 0, run.experts or 0, ROUTINGS.index(run.routing)),
+    )
+    folders = [output / run.name for run in runs]
+    return [Row(run, read_outcome(at), processes(at), is_resized(at)) for run, at in zip(runs, folders, strict=True)]
+
+
+def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
+    """Write the table as CSV and Markdown, and the picture where a run is finished; returns what was written."""
+    written = [output / "results.csv", output / "results.md"]
+    losses = [(row.run, row.outcome.validation_loss) for row in rows if row.outcome is not None]
+    points = [(run, loss) for run, loss in losses if loss is not None]
+    picture, resized = output / "results.png", any(row.resized for row in rows)
+    if points:
+        write_aside(picture, lambda aside: scaling_picture.draw(aside, points, resized))
+        written.append(picture)
+    else:
+        picture.unlink(missing_ok=True)
+    write_aside(written[0], lambda aside: _write_csv(aside, rows))
+    markdown = "\n".join(_markdown(rows, bool(points))) + "\n"
+    write_aside(written[1], lambda aside: aside.write_text(markdown, encoding="utf-8"))
+    return written
+
+
+def unequal(rows: Sequence[Row]) -> str:
+    """A warning where finished runs were trained on different numbers of tokens; empty where they were not."""
+    tokens = {row.outcome.tokens for row in rows if row.outcome and row.outcome.finished}
+    if len(tokens) < 2:
+        return ""
+    told = ", ".join(f"{number:,}" if number is not None else "unknown" for number in sorted(tokens, key=_or_zero))
+    return f"These runs were trained on different numbers of tokens ({told}): their losses do not compare."
+
+
+def show(console: Console, rows: Sequence[Row]) -> None:
+    """Print the table in short."""
+    table = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    for name in ("validation loss", "sparsity (target)", "tokens/s", "training"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        of = row.outcome
+        if of is None:
+            table.add_row(row.run.name, row.state)
+            continue
+        loss = f"at {of.iterations}/{of.train_iters}" if of.validation_loss is None else f"{of.validation_loss:.4f}"
+        table.add_row(row.run.name, loss, _sparsity(of), _plain(of.tokens_per_second), _time(of))
+    console.print(table)
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            of: dict[str, Any] = {} if row.outcome is None else vars(row.outcome)
+            started = {"processes": row.processes or None}
+            writer.writerow({"run": row.run.name, "state": row.state} | vars(row.run) | of | started)
+
+
+def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
+    yield "# Sweep"
+    yield ""
+    heads = ["size", "routing", "E", "G", "validation loss", "perplexity", "sparsity (target)", "total parameters"]
+    heads += ["tokens", "tokens/s", "training"]
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * 2}{'---:|' * (len(heads) - 2)}"
+    for row in rows:
+        yield f"| {' | '.join(_cells(row))} |"
+    yield ""
+    yield "Validation loss in nats per token, after the last iteration; sparsity as in the log's last line; tokens/s"
+    yield "over all processes, the median of the log's lines; training is the time of the iterations alone."
+    if any(row.resized for row in rows):
+        yield ""
+        yield "Flags behind -- changed the dimensions of these models: the size is that of their launch scripts only."
+    if warning := unequal(rows):
+        yield ""
+        yield f"**{warning}**"
+    if pictured:
+        yield ""
+        yield "![Validation loss against size, experts and granularity](results.png)"
+
+
+def _cells(row: Row) -> list[str]:
+    cells = [row.run.size.upper(), TITLES[row.run.routing], _plain(row.run.experts), _plain(row.run.granularity)]
+    if (of := row.outcome) is None:
+        return [*cells, row.state, *[""] * 6]
+    unfinished = f"unfinished ({of.iterations}/{of.train_iters})"
+    loss = unfinished if of.validation_loss is None else f"{of.validation_loss:.4f}"
+    perplexity = "" if of.perplexity is None else f"{of.perplexity:.3f}"
+    numbers = [_plain(of.total_parameters), _plain(of.tokens), _plain(of.tokens_per_second)]
+    return [*cells, loss, perplexity, _sparsity(of), *numbers, _time(of)]
+
+
+def _sparsity(of: Outcome) -> str:
+    return "" if of.sparsity is None else f"{of.sparsity:.4f} ({of.target_sparsity:.4f})"
+
+
+def _time(of: Outcome) -> str:
+    return "" if of.training_seconds is None else duration(of.training_seconds)
+
+
+def _plain(number: float | None) -> str:
+    return "" if number is None else f"{number:,.0f}"
+
+
+def _or_zero(number: int | None) -> int:
+    return number or 0

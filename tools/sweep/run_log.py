@@ -1,0 +1,117 @@
+"""What a run's folder says about it: how far it is, its final validation loss, its rate."""
+
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from settings import Settings, started_with, whole
+
+from megatron.remoe.log_reader import read_log
+
+# Evaluations on the way lack "on validation set".
+_EVALUATED = re.compile(
+    r"validation loss at iteration (\d+) on validation set \| lm loss value: (\S+) \| lm loss PPL: (\S+)"
+)
+_PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d+)")
+_SPLITTING = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to; None is what its log does not tell (yet).
+
+    iterations: trained so far, as far as logged; train_iters: how many it was started for.
+    tokens: that it was trained on so far.
+    validation_loss: nats per token, from the evaluation after the last iteration; perplexity: its exponential.
+    sparsity, target_sparsity: of the last line of the log, for ReMoE.
+    total_parameters: where one process holds the whole model.
+    tokens_per_second: over all processes, median over the log's lines but the first, in which the process warms up.
+    training_seconds: of the iterations alone, from the log's time per iteration.
+    """
+
+    iterations: int
+    train_iters: int
+    tokens: int | None = None
+    validation_loss: float | None = None
+    perplexity: float | None = None
+    sparsity: float | None = None
+    target_sparsity: float | None = None
+    total_parameters: int | None = None
+    tokens_per_second: float | None = None
+    training_seconds: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has the final validation loss of the number of iterations that it was started for."""
+        return self.validation_loss is not None
+
+
+def log_of(folder: Path) -> Path:
+    """The file that holds Megatron's whole output."""
+    return folder / "train.log"
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is something to go on from."""
+    return (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """What the run in `folder` has come to; None where it was never started."""
+    settings = started_with(folder)
+    if settings is None:
+        return None
+    log = log_of(folder)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    train_iters = whole(settings, "--train-iters")
+    losses = {int(iteration): (float(loss), float(ppl)) for iteration, loss, ppl in _EVALUATED.findall(text)}
+    loss, perplexity = losses.get(train_iters, (None, None))
+    # A resumed run may log an iteration again: the newer line counts.
+    records = dict(sorted(read_log(text).items()))
+    if not records:
+        return Outcome(0, train_iters, validation_loss=loss, perplexity=perplexity)
+    last, fields = next(reversed(records.items()))
+    batch = int(fields["global batch size"])
+    unlogged = train_iters - last if loss is not None else 0
+    return Outcome(
+        iterations=last + unlogged,
+        train_iters=train_iters,
+        tokens=(int(fields["consumed samples"]) + unlogged * batch) * whole(settings, "--seq-length"),
+        validation_loss=loss,
+        perplexity=perplexity,
+        sparsity=_number(fields, "sparsity"),
+        target_sparsity=_number(fields, "target sparsity"),
+        total_parameters=_parameters(settings, text),
+        tokens_per_second=_rate(settings, records),
+        training_seconds=_seconds(records),
+    )
+
+
+def seconds_per_iteration(fields: dict[str, str]) -> float:
+    """Of one line of the log."""
+    return float(fields["elapsed time per iteration (ms)"]) / 1000
+
+
+def _number(fields: dict[str, str], name: str) -> float | None:
+    return float(fields[name]) if name in fields else None
+
+
+def _parameters(settings: Settings, text: str) -> int | None:
+    printed = _PARAMETERS.findall(text)
+    split = any(whole(settings, flag) > 1 for flag in _SPLITTING)
+    return int(printed[-1]) if printed and not split else None
+
+
+def _rate(settings: Settings, records: dict[int, dict[str, str]]) -> float:
+    sequence = whole(settings, "--seq-length")
+    rates = [int(fields["global batch size"]) * sequence / seconds_per_iteration(fields) for fields in records.values()]
+    return statistics.median(rates[1:] or rates)
+
+
+def _seconds(records: dict[int, dict[str, str]]) -> float:
+    before = [0, *records]
+    return sum(
+        (iteration - earlier) * seconds_per_iteration(fields)
+        for earlier, (iteration, fields) in zip(before, records.items(), strict=False)
+    )

@@ -1,0 +1,88 @@
+"""Submits runs as Slurm jobs, and remembers which are still queued or running."""
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from files import write_aside
+from plan import ROOT, Launch, Run
+from settings import Settings
+from sweep_errors import SweepError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted run: Slurm's number, and what it was submitted to train."""
+
+    number: str
+    settings: Settings
+
+
+def sbatch_command(launch: Launch, run: Run, flags: Sequence[str]) -> list[str]:
+    """The submission of a run; the user's sbatch `flags` win over these and over those in the file."""
+    return [
+        "sbatch",
+        "--parsable",
+        f"--job-name={run.name}",
+        f"--output={launch.folder(run) / 'slurm-%j.out'}",
+        f"--gpus-per-node={launch.gpus_per_node}",
+        *flags,
+        str(ROOT / "scripts" / "slurm" / "train.sbatch"),
+        *launch.arguments(run),
+    ]
+
+
+def submit(launch: Launch, run: Run, flags: Sequence[str], settings: Settings) -> str:
+    """Submit a run and remember its job in the run's folder; returns Slurm's number.
+
+    Raises:
+        SweepError: sbatch is missing or refuses.
+    """
+    launch.folder(run).mkdir(parents=True, exist_ok=True)
+    command = sbatch_command(launch, run, flags)
+    answer = _ask(command, os.environ | launch.environment(run, os.environ))
+    number = answer.strip().splitlines()[-1].partition(";")[0] if answer.strip() else ""
+    if not number.isdecimal():
+        raise SweepError(f"sbatch answered {answer.strip()!r}, not a job's number, to\n  {shlex.join(command)}")
+    content = json.dumps({"job": number, "settings": settings}, indent=1) + "\n"
+    write_aside(_file(launch.folder(run)), lambda aside: aside.write_text(content, encoding="utf-8"))
+    return number
+
+
+def read_job(folder: Path) -> Job | None:
+    """The job that the run in `folder` was last submitted as; None where it never was."""
+    try:
+        content = json.loads(_file(folder).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return Job(content["job"], {flag: tuple(values) for flag, values in content["settings"].items()})
+
+
+def alive(jobs: Iterable[Job]) -> set[str]:
+    """The numbers of those jobs that squeue still lists: waiting, running or ending.
+
+    Raises:
+        SweepError: squeue cannot be asked.
+    """
+    if not (numbers := {job.number for job in jobs}):
+        return set()
+    answer = _ask(["squeue", "--me", "--noheader", "--format=%A"], dict(os.environ))
+    return numbers & set(answer.split())
+
+
+def _ask(command: list[str], environment: dict[str, str]) -> str:
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise SweepError(f"{command[0]} was not found: run this on a machine of the Slurm cluster.") from None
+    if result.returncode:
+        raise SweepError(f"{command[0]} failed: {result.stderr.strip()}\n  {shlex.join(command)}")
+    return result.stdout
+
+
+def _file(folder: Path) -> Path:
+    return folder / "slurm.json"
