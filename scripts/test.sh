@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All checks: ruff, mypy, shellcheck, pytest. Each runs even if one before it failed. Arguments go to pytest.
+# All checks: ruff, mypy, shellcheck, pytest. Each runs even if one before it failed. Arguments go to pytest, which runs
+# TEST_PROCESSES (default 2) files at a time.
 set -euo pipefail
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
@@ -22,10 +23,10 @@ check() {
 check ruff "$VENV/bin/python" -m ruff check --output-format concise .
 check mypy "$VENV/bin/python" -m mypy
 check shellcheck find . \( -path ./.venv -o -path ./.git -o -path ./runs \) -prune \
-  -o \( -name '*.sh' -o -path ./.ci/run \) -type f -exec "$VENV/bin/shellcheck" --external-sources {} +
+  -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -type f -exec "$VENV/bin/shellcheck" --external-sources {} +
 
 status=0
-"$VENV/bin/python" -m pytest "$@" || status=$?
+"$VENV/bin/python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@" || status=$?
 if [[ -n $failed ]]; then
   echo "Failed before pytest:$failed" >&2
   exit 1

@@ -204,21 +204,22 @@ launch() {
   run_training "$output/train.log" "${command[@]}"
 }
 
-# run_training LOG COMMAND...: SIGTERM and Ctrl-C have the training save a checkpoint and end, here with code 143; a second one
-# kills it. The job gets a process group of its own, so that a terminal's Ctrl-C comes in this way only.
+# run_training LOG COMMAND...: SIGTERM and Ctrl-C have the training save a checkpoint and end, here with code 143. A second
+# Ctrl-C kills it; a second SIGTERM does not, for schedulers send several. The job gets a process group of its own, so that a
+# terminal's Ctrl-C comes in this way only.
 run_training() {
   local log=$1 job status=0
   shift
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds for saving, where torchrun is told
   set -m
   (
-    trap '' INT TERM # the log is kept to the last line; torchrun and Megatron set handlers of their own
-    "$@" </dev/null 2>&1 | tee -a "$log"
+    trap '' INT TERM # for the log, which is kept to the last line, and for torchrun, which would limit the time for saving
+    PET_SIGNALS_TO_HANDLE=SIGHUP "$@" </dev/null 2>&1 | tee -a "$log"
   ) &
   job=$!
   set +m
   STOPPING=""
-  trap 'stop_training "$job"' INT TERM
+  trap 'stop_training "$job" TERM' TERM
+  trap 'stop_training "$job" INT' INT
   while kill -0 "$job" 2>/dev/null; do
     wait "$job" && status=0 || status=$?
   done
@@ -228,16 +229,16 @@ run_training() {
   return 143
 }
 
-stop_training() { # JOB
-  local launcher reached="" signal=TERM
+stop_training() { # JOB SIGNAL
+  local signal=TERM launcher
   if [[ -n $STOPPING ]]; then
+    [[ $2 == INT ]] || return 0
     signal=KILL
   else
-    echo "Saving a checkpoint; a second signal ends at once, without one."
+    echo "Saving a checkpoint; a second Ctrl-C ends at once, without one."
   fi
   STOPPING=yes
-  for launcher in $(pgrep -P "$1" || true); do # the training processes alone: torchrun would end with an error
-    if pkill "-$signal" -P "$launcher"; then reached=yes; fi
+  for launcher in $(pgrep -P "$1" || true); do # the training processes, in sessions of their own, are torchrun's children
+    pkill "-$signal" -P "$launcher" || true
   done
-  if [[ -z $reached || $signal == KILL ]]; then kill "-$signal" -- -"$1"; fi
 }
