@@ -5,6 +5,7 @@ Takes Megatron's flags and those of ReMoE (see --help). Without an accelerator i
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADD
 if "RANK" not in os.environ:
     os.environ.update(SINGLE_PROCESS)
 
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # scripts/lib/launch.sh has torchrun ignore it, and so would this process
 console.hide_unhelpful_warnings()
 ON_CPU = cpu.is_wanted(sys.argv)
 if ON_CPU:
@@ -28,18 +30,35 @@ from megatron.remoe.training import (  # noqa: E402
     transformer_config_from_args,
     usage_errors,
 )
+from megatron.remoe.training.failures import end_with_last_words  # noqa: E402
 from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider  # noqa: E402
+from megatron.remoe.training.loading import with_checked_weights  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 
 
 def main(observe: Callable[[GPTModelConfig], None] | None = None) -> None:
-    """Train as the command line says.
+    """Train as the command line says; an error ends the process with exit code 1 or 2 and one short message.
 
     Args:
         observe: called with the model's configuration before the model is built; for tools that measure.
     """
+    try:
+        _train(observe)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # With --exit-signal-handler Megatron's data loaders ignore the SIGTERM by which Python ends them, and an error
+        # would hang in waiting for them instead of ending the other ranks.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        end_with_last_words(error)
+
+
+def _train(observe: Callable[[GPTModelConfig], None] | None) -> None:
     args = parse_and_validate_args(
         extra_args_provider=cpu.add_cpu_argument,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
@@ -51,19 +70,12 @@ def main(observe: Callable[[GPTModelConfig], None] | None = None) -> None:
         install_sequence_parallel_norms(args, model_cfg)
     if observe is not None:
         observe(model_cfg)
-    try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_cfg),
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
-    except BaseException:
-        # With --exit-signal-handler Megatron's data loaders ignore the SIGTERM by which Python ends them, and an error
-        # would hang in waiting for them instead of ending the other ranks.
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        raise
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_cfg),
+        with_checked_weights(args, model_cfg, train_valid_test_datasets_provider),
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
 
 
 if __name__ == "__main__":

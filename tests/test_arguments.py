@@ -35,6 +35,15 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert args.moe_granularity == 1
 
 
+def test_help_explains_all_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        parse_and_validate_args()
+    output = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--moe-relu-routing " in output and "--num-layers " in output and "%%" not in output
+
+
 @pytest.mark.parametrize("kind", [TOPK, RELU], ids=["top-k", "relu"])
 def test_granularity(kind: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     args = parsed(monkeypatch, *kind, "--moe-granularity", "4", "--moe-router-topk", "2")

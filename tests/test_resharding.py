@@ -7,6 +7,7 @@ from trainings import RELU, TINY, run, series
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
+    "one process, distributed optimizer": (1, ["--use-distributed-optimizer"]),
     "EP2": (2, ["--expert-model-parallel-size", "2"]),
     "TP2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
@@ -20,7 +21,7 @@ CHANGES = [
     ("EP2", "one process"),
     ("one process", "TP2"),
     ("PP2", "one process"),
-    ("DP2, distributed optimizer", "one process"),
+    ("DP2, distributed optimizer", "one process, distributed optimizer"),
 ]
 SAVED, END = 4, 8
 

@@ -56,26 +56,20 @@ def test_console_is_free_of_unhelpful_warnings(one_process: str) -> None:
     assert lines == []
 
 
-LAYOUTS = {
-    "DP2": (2, []),
-    "EP2 alltoall": (2, ["--expert-model-parallel-size", "2"]),
-    "EP2 allgather": (2, ["--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "allgather"]),
-    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
-    "TP2 SP": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-    "full recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()),
-    "MoE recompute": (1, "--recompute-granularity selective --recompute-modules moe".split()),
-    "one micro-batch": (1, ["--micro-batch-size", "8"]),
+WAYS = {  # tests/test_parity.py has those of several processes
+    "full recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
+    "MoE recompute": "--recompute-granularity selective --recompute-modules moe".split(),
+    "one micro-batch": ["--micro-batch-size", "8"],
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_training_in_every_layout(layout: str, data: Path, initial: Path, one_process: str) -> None:
-    processes, arguments = LAYOUTS[layout]
-    output = train(data, *RELU, *arguments, "--load", str(initial), "--finetune", processes=processes)
+@pytest.mark.parametrize("way", WAYS)
+def test_same_training_in_every_way(way: str, data: Path, initial: Path, one_process: str) -> None:
+    output = train(data, *RELU, *WAYS[way], "--load", str(initial), "--finetune")
     assert series(output, "lm loss") == pytest.approx(series(one_process, "lm loss"), rel=1e-4)
     assert series(output, "sparsity") == pytest.approx(series(one_process, "sparsity"), abs=1e-3)
     assert series(output, "l1 coefficient") == series(one_process, "l1 coefficient")
-    if layout != "one micro-batch":  # L_reg is defined per micro-batch
+    if way != "one micro-batch":  # L_reg is defined per micro-batch
         assert series(output, "l1 loss") == pytest.approx(series(one_process, "l1 loss"), rel=1e-3)
 
 
@@ -88,6 +82,9 @@ def weights(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
+DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+
+
 @pytest.mark.parametrize(
     ("layout", "processes", "arguments"),
     [
@@ -96,6 +93,8 @@ def weights(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
         ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
         ("TP2 SP", 2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
         ("DP2", 2, []),
+        ("DP2 distributed optimizer", 2, DISTRIBUTED),
+        ("EP2 distributed optimizer bf16", 2, [*DISTRIBUTED, "--expert-model-parallel-size", "2", "--bf16"]),
     ],
 )
 def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str], data: Path, tmp_path: Path) -> None:

@@ -27,3 +27,7 @@ class ReMoELayer(MoELayer):
             )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
+        for parameter in self.experts.parameters():
+            # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
+            # the optimizer's state from a checkpoint without.
+            parameter.allreduce = False

@@ -110,7 +110,10 @@ def main(argv: list[str]) -> int:
     )
     with contextlib.redirect_stdout(io.StringIO()):
         args = parse_and_validate_args(
-            extra_args_provider=cpu.add_cpu_argument, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}, adapt=adapt
+            extra_args_provider=cpu.add_cpu_argument,
+            args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+            adapt=adapt,
+            starts_training=False,
         )
         with usage_errors(args.rank):
             stages, total = parameters.stages(args), parameters.total(args)

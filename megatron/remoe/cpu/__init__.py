@@ -23,7 +23,7 @@ def is_wanted(command_line: list[str]) -> bool:
 
 def add_cpu_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add --cpu to Megatron's parser."""
-    parser.add_argument_group("ReMoE").add_argument(
+    parser.add_argument_group("CPU").add_argument(
         CPU_FLAG,
         action="store_true",
         help="Train on the CPU, also where there is an accelerator (default without one).",

@@ -1,17 +1,29 @@
 """Command-line flags of ReMoE on top of Megatron's, and what they do to Megatron's arguments."""
 
 import argparse
+import difflib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.compatibility import relu_routing_problems
 from megatron.remoe.config import ReMoEConfig
 from megatron.remoe.data.tokenizer import use_local_gpt2_files
 from megatron.remoe.training.checkpoints import choose_checkpoint
-from megatron.remoe.training.dataset_helpers import use_shipped_helpers
+from megatron.remoe.training.inputs import (
+    check_data,
+    check_environment,
+    check_output_folders,
+    check_required_flags,
+    check_vocabulary,
+)
+from megatron.remoe.training.loading import check_loaded_run
+from megatron.remoe.training.patches import keep_saving_possible, let_torch_adam_resume, use_shipped_helpers
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
@@ -90,8 +102,9 @@ def parse_and_validate_args(
     extra_args_provider: ArgumentsProvider | None = None,
     args_defaults: dict[str, Any] | None = None,
     adapt: Callable[[argparse.Namespace], None] | None = None,
+    starts_training: bool = True,
 ) -> argparse.Namespace:
-    """Megatron's `parse_and_validate_args` with the flags of ReMoE.
+    """Megatron's `parse_and_validate_args` with the flags of ReMoE, and what a training needs before it starts.
 
     A mistake of the user ends the process with exit code 2 and a message that names flag, value and remedy.
 
@@ -99,6 +112,7 @@ def parse_and_validate_args(
         extra_args_provider: adds the caller's own flags, as in Megatron.
         args_defaults: as in Megatron.
         adapt: called with the parsed arguments before they are validated.
+        starts_training: False only looks at the settings: data, checkpoints and folders need not be there.
 
     Returns:
         The arguments, validated and set as Megatron's global ones.
@@ -110,9 +124,13 @@ def parse_and_validate_args(
         parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]   (--help lists all)"
         # one_logger is not a public package, and its absence is announced at every start.
         parser.set_defaults(enable_one_logger=False)
+        parser.error = partial(_flag_error, parser)  # type: ignore[method-assign]
+        _mend_help(parser)
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
     defaults = args_defaults or {}
+    with usage_errors(0):
+        check_environment()
     args = parse_args(provider)
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
@@ -128,13 +146,24 @@ def parse_and_validate_args(
         use_local_gpt2_files(args)
         if adapt is not None:
             adapt(args)
-        choose_checkpoint(args)
+        if starts_training:
+            choose_checkpoint(args)
         if args.use_checkpoint_args:
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
+        check_required_flags(args)
         validate_args(args, {})
+        if starts_training:
+            check_data(args)
+            check_loaded_run(args)
+            check_output_folders(args)
         set_global_variables(args)
+        if starts_training:
+            check_vocabulary(args)
     use_shipped_helpers()
+    let_torch_adam_resume()
+    if args.save and starts_training:
+        keep_saving_possible()
     return args
 
 
@@ -149,18 +178,43 @@ def usage_errors(rank: int) -> Iterator[None]:
         yield
     except (ValueError, AssertionError, OSError) as error:
         if rank == 0:
-            lines = str(error).strip() or f"Megatron refuses these arguments ({_location(error)})."
+            lines = str(error).strip() or f"Megatron refuses these settings: {_source_line(error)}"
             print(f"pretrain_gpt.py: error: {lines}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 
-def _location(error: Exception) -> str:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return (
-        f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}" if traceback is not None else "unknown place"
-    )
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Megatron has help texts with a percent sign of their own, at which --help would end with an error."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
+
+
+def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """`parser.error`, by the first process alone, and with what a misspelled flag was meant to be."""
+    if os.environ.get("RANK", "0") == "0":
+        parser.print_usage(sys.stderr)
+        print(f"pretrain_gpt.py: error: {message}{_suggestion(parser, message)}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
+    unknown = message.removeprefix("unrecognized arguments: ")
+    if unknown == message:
+        return ""
+    flags = [option for action in parser._actions for option in action.option_strings]
+    words = [word.split("=")[0] for word in unknown.split() if word.startswith("--")]
+    close = [f"{found[0]} instead of {word}" for word in words if (found := difflib.get_close_matches(word, flags, 1))]
+    return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."
+
+
+def _source_line(error: Exception) -> str:
+    """The line that raised an error without a message, such as an assertion."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:

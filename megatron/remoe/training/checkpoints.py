@@ -29,6 +29,25 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint's index does")
 
 
+def read_index(folder: Path) -> Any:
+    """What torch wrote about the tensors and objects of a torch_dist checkpoint; nothing in it is executed.
+
+    Args:
+        folder: `iter_...` of one iteration.
+
+    Raises:
+        BrokenCheckpointError: it is missing or cannot be read.
+    """
+    index = folder / ".metadata"
+    if not index.is_file():
+        raise BrokenCheckpointError(f"{index} is missing: saving was cut off")
+    try:
+        with index.open("rb") as file:
+            return _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError) as error:
+        raise BrokenCheckpointError(f"{index} cannot be read: {error or 'it is truncated'}") from error
+
+
 def check_is_whole(folder: Path) -> None:
     """Whether each file of a torch_dist checkpoint is there and as long as the index says; reads no tensors.
 
@@ -38,14 +57,10 @@ def check_is_whole(folder: Path) -> None:
     Raises:
         BrokenCheckpointError: with the file and what is wrong with it.
     """
-    index = folder / ".metadata"
-    if not index.is_file():
-        raise BrokenCheckpointError(f"{index} is missing: saving was cut off")
     try:
-        with index.open("rb") as file:
-            entries = _MetadataUnpickler(file).load().storage_data
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError) as error:
-        raise BrokenCheckpointError(f"{index} cannot be read: {error or 'it is truncated'}") from error
+        entries = read_index(folder).storage_data
+    except AttributeError as error:
+        raise BrokenCheckpointError(f"{folder / '.metadata'} cannot be read: {error}") from error
     ends: dict[str, int] = {}
     for entry in entries.values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)

@@ -1,0 +1,92 @@
+"""All that is changed in Megatron outside the CPU part: what runs need to start, to resume and to stop in good order.
+
+No public hook reaches any of them. Each does nothing where Megatron does not need it.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+from functools import wraps
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.datasets import utils
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def use_shipped_helpers() -> None:
+    """Skip the compilation of the data helpers where there is no Makefile and the compiled ones are there.
+
+    Megatron's start-up runs `make` beside its data sets and ends the process if that fails. A released wheel holds the
+    compiled helpers and no Makefile, so that no training starts from it, on a GPU neither.
+    """
+    if (Path(utils.__file__).parent / "Makefile").exists():
+        return
+    importlib.import_module("megatron.core.datasets.helpers_cpp")
+    utils.compile_helpers = lambda: None
+
+
+def let_torch_adam_resume() -> None:
+    """Let the distributed optimizer go on from a checkpoint where neither Transformer Engine nor apex is installed.
+
+    Before it loads, Megatron reads the number of steps out of the optimizer's state, which PyTorch's Adam does not have
+    before its first step. Loading copies into views of fp32 parameters with gradients on, lets all parameters share one
+    counter of steps, and then overwrites it with the zero from before.
+    """
+    state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(state_dict, "__wrapped__"):
+        return
+
+    @wraps(state_dict)
+    def state_dict_with_steps(self: DistributedOptimizer) -> Any:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                if not state and isinstance(self.optimizer, torch.optim.Adam):
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state_dict(self)
+
+    @wraps(load_state_dict)
+    @torch.no_grad()
+    def load_state_dict_with_steps(self: DistributedOptimizer, loaded: Any) -> None:
+        load_state_dict(self, loaded)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if "step" in (state := self.optimizer.state[parameter]):
+                    state["step"] = torch.tensor(float(group["step"]))
+
+    DistributedOptimizer.state_dict = state_dict_with_steps
+    DistributedOptimizer.load_state_dict = load_state_dict_with_steps
+
+
+def keep_saving_possible() -> None:
+    """Start the process that holds Megatron's queue of written shards, such that it outlives SIGTERM.
+
+    Every save needs it. Megatron starts it at the first one, and SIGTERM ends it; Slurm sends SIGTERM to all processes
+    of a step, so that the save which --exit-signal-handler then makes would fail. Forked here it also starts at once;
+    Megatron spawns it, which imports everything anew. It ends with its parent: it would keep the log's pipe open.
+    """
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_serve_until_the_parent_ends)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _serve_until_the_parent_ends() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
