@@ -1,0 +1,68 @@
+"""The training entry that also writes down what parity is measured by: a file for each rank in $PARITY_RECORD."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import pretrain_gpt  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
+from megatron.remoe.router import ReLURouter  # noqa: E402
+
+
+def full_gradient(chunk: DistributedDataParallel, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The reduced gradient; under the distributed optimizer each rank has the sum of its own share only."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return parameter.main_grad
+    buffer = next(buffer for buffer in chunk.buffers if parameter in buffer.param_index_map)
+    start, end, number = buffer.param_index_map[parameter][:3]
+    bucket, group = buffer.buckets[number], buffer.data_parallel_group
+    whole = torch.empty_like(bucket.grad_data)
+    share = bucket.grad_data.chunk(group.size())[group.rank()]
+    torch.distributed.all_gather(list(whole.chunk(group.size())), share, group=group)
+    return whole[start - bucket.offset : end - bucket.offset].view(parameter.shape)
+
+
+def observe(model_cfg: Any) -> None:
+    """Let every training step append to the rank's record."""
+    record: dict[str, Any] = {"exponents": [], "first_counts": {}, "router_gradients": {}}
+
+    def install(chunks: list[DistributedDataParallel]) -> list[DistributedDataParallel]:
+        config = get_model_config(chunks[0])
+        finalize = config.finalize_model_grads_func
+        routers = [(chunk, m) for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+
+        def finalize_and_record(*arguments: Any, **options: Any) -> None:
+            first = not record["exponents"]
+            relu = [router for _, router in routers if isinstance(router, ReLURouter)]
+            if first:
+                for router in relu:
+                    record["first_counts"][router.layer_number] = router.counts[: router.num_experts + 1].tolist()
+            finalize(*arguments, **options)
+            if first:
+                for chunk, router in routers:
+                    gradient = full_gradient(chunk, router.weight)
+                    record["router_gradients"][router.layer_number] = gradient.double().tolist()
+            record["exponents"].append([int(router.l1_exponent) for router in relu])
+            _write(record)
+
+        config.finalize_model_grads_func = finalize_and_record
+        return chunks
+
+    model_cfg.post_wrap_hooks.append(install)
+
+
+def _write(record: dict[str, Any]) -> None:
+    path = Path(os.environ["PARITY_RECORD"]) / f"rank{os.environ['RANK']}.json"
+    path.write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    pretrain_gpt.main(observe)
