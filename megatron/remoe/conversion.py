@@ -1,0 +1,147 @@
+"""Starts a ReMoE from a trained model: a dense layer cut into experts, and routers fitted to keep a layer's output."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+STEPS = 800
+TOKENS_PER_STEP = 4096
+LEARNING_RATE = 0.2  # in units of the root mean square of the weights at the start
+RIDGE = 0.1  # in units of the inputs' mean square: directions with less of it are not scaled up to the others
+# What is left open where only a sum of gates is given: all experts get the same share, and each token's lies with few.
+BALANCE = 0.1
+CONCENTRATION = 0.05
+
+
+@dataclass(frozen=True)
+class FittedRouter:
+    """A router's weights, and how well they do on the tokens that they were fitted to.
+
+    Attributes:
+        weight: `[num_experts, hidden]`.
+        error: root mean square of the difference between the gates and their targets, relative to that of the targets.
+        sparsity: share of inactive (token, expert) pairs.
+    """
+
+    weight: torch.Tensor
+    error: float
+    sparsity: float
+
+
+def split_mlp(weights: Mapping[str, torch.Tensor], parts: int, gated: bool) -> list[dict[str, torch.Tensor]]:
+    """Cut a feed-forward layer into narrower ones whose outputs add up to its own.
+
+    Args:
+        weights: `linear_fc1.weight` `[ffn, hidden]` (`[2·ffn, hidden]`, gate and then up, if `gated`),
+            `linear_fc2.weight` `[hidden, ffn]`, and `linear_fc1.bias` and `linear_fc2.bias` where there are biases.
+        parts: number of layers to make.
+        gated: whether fc1 holds a gate too, as in SwiGLU.
+
+    Returns:
+        The weights of each part, under the same names.
+
+    Raises:
+        ValueError: `parts` does not divide ffn.
+    """
+    size = weights["linear_fc2.weight"].shape[1]
+    if size % parts:
+        raise ValueError(f"a feed-forward layer of size {size} cannot be cut into {parts} equal parts.")
+
+    def rows(tensor: torch.Tensor, part: int) -> torch.Tensor:
+        halves = tensor.chunk(2) if gated else (tensor,)
+        return torch.cat([half.chunk(parts)[part] for half in halves])
+
+    cuts = {
+        "linear_fc1.weight": rows,
+        "linear_fc1.bias": rows,
+        "linear_fc2.weight": lambda tensor, part: tensor.chunk(parts, dim=1)[part],
+        "linear_fc2.bias": lambda tensor, _part: tensor / parts,
+    }
+    return [
+        {name: cut(weights[name], part).clone() for name, cut in cuts.items() if name in weights}
+        for part in range(parts)
+    ]
+
+
+def fit_router(
+    inputs: torch.Tensor, targets: torch.Tensor, copies: int = 1, start: torch.Tensor | None = None, seed: int = 0
+) -> FittedRouter:
+    """Find a router whose gates ReLU(x W) come close to given ones.
+
+    Experts may be copies of each other: then it is the sum of their gates that counts, and how the copies share it is
+    open. It is used to give every copy the same share over all tokens, and every token few of the copies.
+
+    Gates that are off for some tokens and on for others follow a given function far better than a direction alone,
+    for which a sum of one would be m·x = 1: the router has no bias.
+
+    Args:
+        inputs: `[tokens, hidden]`, what the router sees.
+        targets: `[tokens, num_experts / copies]`, the sum of gates that the copies of each expert shall have.
+        copies: how many experts compute the same; expert e is a copy of number `e // copies`.
+        start: `[num_experts, hidden]`, weights to begin with up to a factor; random ones where None.
+        seed: of the random weights and of the tokens' order.
+
+    Returns:
+        Weights in the dtype of `inputs`, and their quality.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    functions = targets.shape[1]
+    root, whitened = _whiten(inputs)
+    first = _random(whitened, functions * copies, generator) if start is None else start.to(inputs.dtype) @ root
+    weight = (first * _best_factor(whitened, targets, first, copies)).detach().requires_grad_()
+    scale = targets.square().sum(dim=1).mean()
+    optimizer = torch.optim.Adam([weight], lr=LEARNING_RATE * float(weight.detach().square().mean().sqrt()))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
+        chosen = torch.randint(len(inputs), (min(TOKENS_PER_STEP, len(inputs)),), generator=generator)
+        gates = torch.relu(whitened[chosen] @ weight.T)
+        objective = (_sums(gates, copies) - targets[chosen]).square().sum(dim=1).mean() / scale
+        if copies > 1:
+            uneven = copies * gates.mean(dim=0).square().sum() / scale
+            concentrated = gates.square().sum(dim=1).mean() / scale
+            objective = objective + BALANCE * uneven - CONCENTRATION * concentrated
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+        schedule.step()
+    fitted = weight.detach()
+    fitted = fitted * _best_factor(whitened, targets, fitted, copies)
+    gates = torch.relu(whitened @ fitted.T)
+    error = (_sums(gates, copies) - targets).square().sum(dim=1).mean() / scale
+    weights = torch.linalg.solve_triangular(root.T, fitted.T, upper=True).T.contiguous()
+    return FittedRouter(weights, float(error.sqrt()), 1.0 - float((gates > 0).double().mean()))
+
+
+def _whiten(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates in which the inputs' directions have about the same size.
+
+    What all tokens have in common may be much larger than that in which they differ: in the coordinates as they are, a
+    step that is right for the one switches experts on or off for all tokens.
+
+    Returns:
+        L `[hidden, hidden]`, lower triangular, and z `[tokens, hidden]` with x = L z.
+    """
+    moments = inputs.T @ inputs / len(inputs)
+    moments.diagonal().add_(RIDGE * moments.diagonal().mean())
+    root = torch.linalg.cholesky(moments)
+    return root, torch.linalg.solve_triangular(root, inputs.T, upper=False).T.contiguous()
+
+
+def _random(inputs: torch.Tensor, experts: int, generator: torch.Generator) -> torch.Tensor:
+    """Weights `[experts, hidden]` whose logits have the same mean, and vary about as much over the tokens."""
+    mean = inputs.mean(dim=0)
+    directions = torch.randn(experts, inputs.shape[1], generator=generator, dtype=inputs.dtype)
+    directions -= torch.outer(directions @ mean, mean) / mean.square().sum()
+    return mean + directions / directions.norm(dim=1, keepdim=True)
+
+
+def _sums(gates: torch.Tensor, copies: int) -> torch.Tensor:
+    """`[tokens, num_experts]` → `[tokens, num_experts / copies]`."""
+    return gates.view(len(gates), -1, copies).sum(dim=2)
+
+
+def _best_factor(inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, copies: int) -> torch.Tensor:
+    """The factor of `weight` that brings the sums closest to their targets in least squares."""
+    sums = _sums(torch.relu(inputs @ weight.T), copies)
+    return (sums * targets).sum() / sums.square().sum().clamp(min=torch.finfo(sums.dtype).tiny)

@@ -1,0 +1,219 @@
+"""Reads and writes Megatron's distributed checkpoints (torch_dist) in one process."""
+
+import argparse
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from convert_checkpoint.errors import ConversionError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
+from megatron.remoe.training.checkpoints import (
+    TRACKER,
+    BrokenCheckpointError,
+    check_is_whole,
+    newest_whole,
+    read_index,
+)
+
+# Whatever reading a damaged file raises; PyTorch's own is no Exception.
+FAILURES = (Exception, CheckpointException)
+RELEASE = "release"
+LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+# The norm before a MoE layer, as plain PyTorch layers and those of Transformer Engine call it.
+LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
+# The layer's number is in the key only where layers differ.
+ROUTER = re.compile(r".*\.layers\.(\d+\.)?mlp\.router\.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved iteration.
+
+    Attributes:
+        folder: its own folder, within that of the run.
+        name: what to call it in messages.
+        args: Megatron's arguments of the training that saved it.
+        layout: what Megatron noted about the format of the tensors.
+        shapes: tensor's key → its shape.
+    """
+
+    folder: Path
+    name: str
+    args: argparse.Namespace
+    layout: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def find(root: Path, step: int | None) -> Checkpoint:
+    """Open a run's newest checkpoint, or that of an iteration.
+
+    Raises:
+        ConversionError: there is none, it cannot be read, or its format is another one.
+    """
+    folder = _folder(root, step)
+    if any(folder.glob("mp_rank_*")):
+        raise ConversionError(
+            f"{folder}: has the format of one file per rank. Megatron makes a distributed checkpoint of it with "
+            "--ckpt-convert-format torch_dist and --ckpt-convert-save."
+        )
+    try:
+        check_is_whole(folder)
+        stored = read_index(folder).state_dict_metadata
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+    except BrokenCheckpointError as error:
+        whole = newest_whole(root)
+        remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
+        raise ConversionError(f"--load {root}: {error}. {remedy}") from error
+    except FAILURES as error:
+        raise _unreadable(folder, error) from error
+    args = common.get("args")
+    if args is None:
+        raise ConversionError(f"{folder}: holds no arguments of its training, which tell the model's shape.")
+    return Checkpoint(
+        folder=folder,
+        name=f"{root}, {'release' if folder.name == RELEASE else f'iteration {int(folder.name[5:])}'}",
+        args=args,
+        layout=dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {},
+        shapes={key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)},
+    )
+
+
+def load(checkpoint: Checkpoint, model: GPTModel) -> None:
+    """Fill `model` with the checkpoint's weights.
+
+    Raises:
+        ConversionError: a tensor is missing, has another shape, cannot be read, or holds what is not a number.
+    """
+    # Objects are what Transformer Engine keeps beside the weights, for FP8.
+    _, wanted = extract_matching_values(
+        _sharded(model, checkpoint.layout), lambda value: isinstance(value, ShardedObject)
+    )
+    for tensor in _tensors(wanted):
+        if tensor.key not in checkpoint.shapes and (other := _other_name(tensor.key)) in checkpoint.shapes:
+            tensor.key = other
+        if tensor.key not in checkpoint.shapes:
+            raise ConversionError(
+                f"{checkpoint.folder}: has no {tensor.key}, which its arguments call for. Only models that "
+                "pretrain_gpt.py trains can be converted."
+            )
+        if isinstance(tensor, ShardedTensor) and tuple(tensor.global_shape) != checkpoint.shapes[tensor.key]:
+            raise ConversionError(
+                f"{checkpoint.folder}: {tensor.key} has the shape {list(checkpoint.shapes[tensor.key])}, and its "
+                f"arguments call for {list(tensor.global_shape)}."
+            )
+    try:
+        loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.folder), validate_access_integrity=False)
+    except FAILURES as error:
+        raise _unreadable(checkpoint.folder, error) from error
+    model.load_state_dict(loaded["model"], strict=False)
+    for name, value in model.state_dict().items():
+        if torch.is_tensor(value) and not torch.isfinite(value).all():
+            raise ConversionError(
+                f"{checkpoint.folder}: {name} holds values that are not finite. Choose an earlier iteration with "
+                "--ckpt-step."
+            )
+
+
+def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: bool) -> None:
+    """Write a checkpoint without optimizer state, beside its place, and move it there when it is whole.
+
+    Megatron calls a checkpoint of this kind a release: loading it starts at iteration 0.
+
+    Args:
+        model: weights in the type to save.
+        args: the arguments to save with them.
+        output: folder to make; there is none yet, or an empty one.
+        engine_names: whether layers of Transformer Engine will load it.
+
+    Raises:
+        ConversionError: it cannot be written.
+    """
+    sharded = _sharded(model, LAYOUT)
+    if engine_names:
+        routers = {match[0] for tensor in _tensors(sharded) if (match := ROUTER.match(tensor.key))}
+        for tensor in _tensors(sharded):
+            layer, norm, rest = tensor.key.partition(LOCAL_NORM)
+            if norm and f"{layer}mlp.router." in routers:
+                tensor.key = layer + ENGINE_NORM + rest
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
+    try:
+        (aside / RELEASE).mkdir(parents=True)
+        dist_checkpointing.save(state | {"model": sharded}, str(aside / RELEASE), content_metadata=dict(LAYOUT))
+        (aside / TRACKER).write_text(RELEASE, encoding="utf-8")
+        aside.replace(output)
+    except FAILURES as error:
+        raise ConversionError(f"{output}: cannot be written ({_reason(error)}). Give --save another folder.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_output(output: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        ConversionError: it does, or it is no folder.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConversionError(f"--save {output}: exists and is not an empty folder. Give another one, or remove it.")
+
+
+def _folder(root: Path, step: int | None) -> Path:
+    tracker = root / TRACKER
+    if step is None:
+        try:
+            text = tracker.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConversionError(
+                f"--load {root}: is not the folder of a run's checkpoints ({TRACKER}: {error.strerror})."
+            ) from error
+        if text != RELEASE and not text.isdecimal():
+            raise ConversionError(f"{tracker}: holds {text!r}, not an iteration. Name one with --ckpt-step.")
+        folder = root / (text if text == RELEASE else f"iter_{int(text):07d}")
+    else:
+        folder = root / f"iter_{step:07d}"
+    if not folder.is_dir():
+        present = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
+        raise ConversionError(f"{folder}: there is no such checkpoint. Those that are there: {present}.")
+    return folder
+
+
+def _sharded(model: GPTModel, layout: dict[str, Any]) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return model.sharded_state_dict(metadata=layout | {"dp_cp_group": group})
+
+
+def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    for value in nested_values(sharded):
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            yield value
+
+
+def _other_name(key: str) -> str:
+    if LOCAL_NORM in key:
+        return key.replace(LOCAL_NORM, ENGINE_NORM)
+    return key.replace(ENGINE_NORM, LOCAL_NORM)
+
+
+def _unreadable(folder: Path, error: BaseException) -> ConversionError:
+    return ConversionError(
+        f"{folder}: cannot be read ({_reason(error)}). If it is damaged, choose another iteration with --ckpt-step."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # its text is a traceback
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,246 @@
+"""Start a ReMoE from a dense checkpoint (upcycling) or from a top-k MoE checkpoint.
+
+dense:  python tools/convert_checkpoint --load DENSE --save OUT --num-experts 8
+top-k:  python tools/convert_checkpoint --load MOE --save OUT
+
+The shape of the model, and the text that the routers are fitted to, come from the checkpoint's own arguments. Nothing
+is written if the loss grows by more than a bound. Then train as any ReMoE, with --pretrained-checkpoint OUT.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from convert_checkpoint.checkpoints import Checkpoint, check_output, find, load, save
+from convert_checkpoint.display import Display
+from convert_checkpoint.errors import ConversionError
+from convert_checkpoint.models import (
+    build,
+    counted_pairs,
+    fill,
+    moe_layers,
+    round_to,
+    router_inputs,
+    source_args,
+    target_args,
+)
+from convert_checkpoint.text import Blend, sample
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.remoe.conversion import fit_router
+from megatron.training.utils.common_utils import get_blend_and_blend_per_split, get_blend_from_list
+
+EMBEDDING = "embedding.word_embeddings.weight"
+TOKENS = 32768
+BOUNDS = {"dense": 0.01, "top-k": 0.05}
+TOKENS_PER_FORWARD = 4096
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags; those that Megatron has too mean the same."""
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a dense or top-k run"
+    )
+    parser.add_argument("--save", type=Path, required=True, metavar="FOLDER", help="where the ReMoE's checkpoint goes")
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration to convert (default: the newest)")
+    shape = parser.add_argument_group("shape of the ReMoE (for a top-k checkpoint: its own)")
+    shape.add_argument("--num-experts", type=int, metavar="E", help="experts, each as large as the dense layer")
+    shape.add_argument("--moe-router-topk", type=int, metavar="K", help="k of the target sparsity (default: 1)")
+    shape.add_argument("--moe-granularity", type=int, metavar="G", help="cut every expert into G (default: 1)")
+    shape.add_argument("--moe-layer-freq", metavar="PATTERN", help="which layers get experts (default: 1, all of them)")
+    shape.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        help="layers that shall load it (default: those that saved --load)",
+    )
+    fit = parser.add_argument_group("fit")
+    fit.add_argument(
+        "--data-path", nargs="+", metavar="WORD", help="data sets, as in Megatron (default: the training's own)"
+    )
+    fit.add_argument(
+        "--tokens",
+        type=int,
+        default=TOKENS,
+        metavar="N",
+        help="text to fit the routers to, and as much again to measure the loss (default: %(default)s)",
+    )
+    fit.add_argument(
+        "--loss-bound",
+        type=float,
+        metavar="X",
+        help="by how much of itself the loss may grow (default: 0.01 from dense, 0.05 from top-k)",
+    )
+    fit.add_argument("--seed", type=int, default=1234, help="of the choice of text and the fit (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    for flag, value, least in (
+        ("--tokens", args.tokens, 1),
+        ("--ckpt-step", args.ckpt_step, 0),
+        ("--moe-granularity", args.moe_granularity, 1),
+        ("--loss-bound", args.loss_bound, 0),
+    ):
+        if value is not None and value < least:
+            parser.error(f"{flag} {value}: must be at least {least}.")
+    return args
+
+
+@contextmanager
+def one_process(seed: int) -> Iterator[None]:
+    """Megatron's process groups for this process alone, if there are none yet."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
+    """The data sets to take text from: those given, otherwise those of the training.
+
+    Raises:
+        ConversionError: there are none.
+    """
+    try:
+        if data_path:
+            blend = get_blend_from_list(data_path)
+        else:
+            blend, per_split = get_blend_and_blend_per_split(args)
+            blend = blend or (per_split and per_split[0])
+    except (OSError, ValueError, AssertionError) as error:
+        raise ConversionError(f"the data sets cannot be read: {error}. Name them with --data-path.") from error
+    if not blend:
+        raise ConversionError("the checkpoint names no data sets to fit the routers to: give --data-path.")
+    return Blend(*blend)
+
+
+@torch.no_grad()
+def loss_of(model: GPTModel, text: torch.Tensor, display: Display) -> float:
+    """Mean cross entropy in nats per token of `text` `[sequences, length + 1]`."""
+    length = text.shape[1] - 1
+    positions = torch.arange(length)
+    total = 0.0
+    for batch in text.split(max(1, TOKENS_PER_FORWARD // length)):
+        losses = model(batch[:, :-1], positions.expand(len(batch), -1), None, labels=batch[:, 1:])
+        total += float(losses.double().sum())
+        display.advance(len(batch))
+    return total / (len(text) * length)
+
+
+def convert(options: argparse.Namespace, display: Display) -> None:
+    """All of it.
+
+    Raises:
+        ConversionError: something is wrong with the flags, the checkpoint or the data, or the loss grows too much.
+    """
+    check_output(options.save)
+    checkpoint = find(options.load, options.ckpt_step)
+    if EMBEDDING not in checkpoint.shapes:
+        raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
+    args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
+    new_args = target_args(args, options)
+    kind = "dense" if args.num_experts is None else "top-k"
+    display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
+    sequences = -(-options.tokens // args.seq_length)
+    text = sample(
+        blend_of(args, options.data_path), 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed
+    )
+    with one_process(options.seed):
+        _convert(options, display, checkpoint, kind, args, new_args, text)
+
+
+def _convert(
+    options: argparse.Namespace,
+    display: Display,
+    checkpoint: Checkpoint,
+    kind: str,
+    args: argparse.Namespace,
+    new_args: argparse.Namespace,
+    text: torch.Tensor,
+) -> None:
+    source, target = build(args), build(new_args)
+    load(checkpoint, source)
+    layers = moe_layers(target)
+    to_fit, to_measure = text.chunk(2)
+
+    with display.step("running the source", len(text)):
+        with router_inputs(source, layers) as (inputs, gates):
+            loss_of(source, to_fit, display)
+        loss_before = loss_of(source, to_measure, display)
+
+    routers = {}
+    with display.step("fitting the routers", len(layers)):
+        for number, layer in enumerate(layers):
+            seen = torch.cat(inputs.pop(layer))
+            if kind == "dense":
+                wanted = torch.ones(len(seen), new_args.moe_granularity)
+                copies, start = new_args.num_experts // new_args.moe_granularity, None
+            else:
+                wanted, copies = torch.cat(gates.pop(layer)), 1
+                start = source.decoder.layers[layer].mlp.router.weight.detach()
+            fitted = fit_router(seen, wanted, copies, start, options.seed + number)
+            routers[layer] = fitted.weight
+            display.advance(1)
+            display.say(
+                f"layer {layer + 1} of {args.num_layers}: gates within {fitted.error:.1%} (root mean square), "
+                f"sparsity {fitted.sparsity:.3f}"
+            )
+    fill(target, source, routers)
+    del source
+    round_to(target, args.params_dtype)
+
+    with display.step("running the ReMoE", len(to_measure)), counted_pairs(target) as pairs:
+        loss_after = loss_of(target, to_measure, display)
+    sparsity = 1 - sum(active for active, _ in pairs) / sum(total for _, total in pairs)
+    bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
+    growth = loss_after / loss_before - 1
+    result = f"loss {loss_before:.4f} before, {loss_after:.4f} after ({growth:+.2%}, bound {bound:.2%})"
+    if not growth <= bound:
+        raise ConversionError(
+            f"{result}: nothing was written. More text to fit to (--tokens {4 * options.tokens}) may help; "
+            "--loss-bound accepts more."
+        )
+    display.say(
+        f"{result}, sparsity {sparsity:.3f}; on {to_measure.shape[0] * (to_measure.shape[1] - 1):,} other tokens"
+    )
+    engine = (options.transformer_impl or args.transformer_impl) == "transformer_engine"
+    save(target.to(args.params_dtype), new_args, options.save, engine)
+    display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
+
+
+def training_flags(args: argparse.Namespace, output: Path) -> str:
+    """The flags that the converted model is trained with, besides those of its source."""
+    granularity = args.moe_granularity
+    flags = f"--pretrained-checkpoint {output} --moe-relu-routing --num-experts {args.num_experts // granularity}"
+    flags += f" --moe-router-topk {args.moe_router_topk // granularity}"
+    if granularity > 1:
+        flags += f" --moe-granularity {granularity}"
+    if args.moe_layer_freq != 1:
+        flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
+    return flags
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 1 if it cannot be converted; 130 if it was stopped."""
+    options = parse_arguments(arguments)
+    with Display() as display:
+        try:
+            convert(options, display)
+        except ConversionError as error:
+            display.fail(f"convert_checkpoint: error: {error}")
+            return 1
+        except KeyboardInterrupt:
+            display.fail("convert_checkpoint: stopped; nothing was written.")
+            return 130
+    return 0

@@ -1,0 +1,58 @@
+"""What the conversion shows: a bar for the step under way on a terminal, and a plain line for each result."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Lines on standard output, the bar and errors on standard error."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def step(self, title: str, total: int) -> Iterator[None]:
+        """A step of `total` parts; `advance` counts them."""
+        self._task = self._progress.add_task(title, total=total)
+        try:
+            yield
+        finally:
+            self._progress.remove_task(self._task)
+            self._task = None
+
+    def advance(self, parts: int) -> None:
+        """So many more parts of the step are done."""
+        if self._task is not None:
+            self._progress.advance(self._task, parts)
+
+    def say(self, line: str) -> None:
+        """A result."""
+        print(line, flush=True)
+
+    def fail(self, line: str) -> None:
+        """The reason why there is none."""
+        self._progress.stop()
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,264 @@
+"""The source's model and the ReMoE that it becomes, built by Megatron in one process from the source's arguments."""
+
+import argparse
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from convert_checkpoint.errors import ConversionError
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.remoe import cpu
+from megatron.remoe.compatibility import relu_routing_problems
+from megatron.remoe.conversion import split_mlp
+from megatron.remoe.training import add_remoe_arguments, install_relu_routing, transformer_config_from_args
+from megatron.remoe.training.arguments import apply_granularity
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import add_megatron_arguments, moe_freq_type
+
+# One process, in single precision.
+HERE: dict[str, Any] = {
+    "rank": 0,
+    "world_size": 1,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "moe_shared_expert_overlap": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "recompute_granularity": None,
+    "recompute_modules": None,
+    "cuda_graph_impl": "none",
+    "fp16": False,
+    "bf16": False,
+    "params_dtype": torch.float32,
+}
+# Settings of top-k routing that ReLU routing has no use for.
+TOPK_ONLY: dict[str, Any] = {
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_topk_limited_devices": None,
+    "moe_router_fusion": False,
+    "moe_expert_capacity_factor": None,
+    "moe_pad_expert_input_to_capacity": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_enable_deepep": False,
+}
+EXPERT = re.compile(r"(?P<mlp>.*\.mlp\.)experts\.local_experts\.(?P<expert>\d+)\.(?P<weight>linear_fc[12]\.\w+)")
+ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
+
+
+def source_args(saved: argparse.Namespace, vocabulary: int) -> argparse.Namespace:
+    """The source's arguments, complete for this version of Megatron.
+
+    Args:
+        saved: those in the checkpoint, maybe of another version.
+        vocabulary: rows of its embedding.
+
+    Raises:
+        ConversionError: the checkpoint is that of a ReMoE already.
+    """
+    if getattr(saved, "moe_relu_routing", False):
+        raise ConversionError(
+            "--load: this is a checkpoint of a ReMoE already. Train on from it with pretrain_gpt.py --load."
+        )
+    parser = add_remoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    args = argparse.Namespace(**(vars(parser.parse_args([])) | vars(saved)))
+    args.padded_vocab_size = vocabulary
+    return args
+
+
+def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of the ReMoE.
+
+    Args:
+        source: from `source_args`.
+        options: num_experts, moe_router_topk, moe_granularity and moe_layer_freq, None where not given.
+
+    Raises:
+        ConversionError: they do not fit the source, or ReLU routing cannot be used with its other settings.
+    """
+    target = copy.copy(source)
+    if source.num_experts is None:
+        _become_mixture(target, options)
+    else:
+        _keep_mixture(target, options)
+    target.moe_relu_routing = True
+    vars(target).update(TOPK_ONLY)
+    vars(target).update(consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, iteration=0)
+    problems = relu_routing_problems(target)
+    if problems:
+        raise ConversionError("\n".join(problems))
+    return target
+
+
+def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
+    if options.num_experts is None:
+        raise ConversionError("--load is a dense checkpoint: say how many experts to make with --num-experts.")
+    if options.num_experts < 2:
+        raise ConversionError(f"--num-experts {options.num_experts} must be at least 2.")
+    target.num_experts, target.moe_ffn_hidden_size = options.num_experts, None
+    target.moe_router_topk = 1 if options.moe_router_topk is None else options.moe_router_topk
+    target.moe_granularity = options.moe_granularity or 1
+    target.moe_layer_freq = 1
+    if options.moe_layer_freq is not None:
+        try:
+            target.moe_layer_freq = moe_freq_type(options.moe_layer_freq)
+        except (ValueError, SyntaxError) as error:
+            raise ConversionError(f"--moe-layer-freq {options.moe_layer_freq}: {error}.") from error
+    pattern = target.moe_layer_freq
+    if isinstance(pattern, list) and (len(pattern) != target.num_layers or not any(pattern)):
+        raise ConversionError(
+            f"--moe-layer-freq {options.moe_layer_freq}: is a pattern of {len(pattern)} layers with {sum(pattern)} MoE "
+            f"layers, and the checkpoint has {target.num_layers} layers, of which one at least must be MoE."
+        )
+    try:
+        apply_granularity(target)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    target.moe_ffn_hidden_size = target.ffn_hidden_size // target.moe_granularity
+
+
+def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
+    granularity = target.moe_granularity
+    has = {
+        "num_experts": target.num_experts // granularity,
+        "moe_granularity": granularity,
+        "moe_layer_freq": target.moe_layer_freq,
+    }
+    for name, value in has.items():
+        given = getattr(options, name)
+        if given is not None and given != value and given != str(value):
+            raise ConversionError(
+                f"--{name.replace('_', '-')} {given}, but --load is a top-k checkpoint that has {value}. "
+                "Leave the flag out: its experts are kept."
+            )
+    if options.moe_router_topk is not None:
+        target.moe_router_topk = options.moe_router_topk * granularity
+
+
+def build(args: argparse.Namespace) -> GPTModel:
+    """A model of these arguments in this process, in single precision, for evaluation.
+
+    Raises:
+        ConversionError: Megatron refuses the arguments.
+    """
+    here = argparse.Namespace(**(vars(args) | HERE))
+    cpu.adapt_arguments(here)
+    try:
+        model_cfg = gpt_config_from_args(here, config=transformer_config_from_args(here))
+        install_relu_routing(here, model_cfg)
+        builder = model_cfg.get_builder_cls()(model_cfg)
+        return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConversionError(f"Megatron cannot build this model here: {error}") from error
+
+
+def moe_layers(model: GPTModel) -> list[int]:
+    """Indices of the layers with experts, from 0."""
+    return [index for index, layer in enumerate(model.decoder.layers) if isinstance(layer.mlp, MoELayer)]
+
+
+@torch.no_grad()
+def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -> None:
+    """Give the ReMoE the source's weights: a dense layer's to each expert, or its part of them.
+
+    Args:
+        target: the ReMoE, changed.
+        source: dense or top-k.
+        routers: layer's index → router weights `[num_experts, hidden]`.
+    """
+    state = source.state_dict()
+    config = target.config
+    parts: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for name, tensor in target.state_dict().items():
+        expert, router = EXPERT.fullmatch(name), ROUTER.fullmatch(name)
+        if router and router["name"] == "weight":
+            tensor.copy_(routers[int(router["layer"])])
+        elif not torch.is_tensor(tensor) or router:
+            continue  # a ReLU router's λ is where it starts
+        elif expert and name not in state:
+            mlp = expert["mlp"]
+            if mlp not in parts:
+                weights = {key.removeprefix(mlp): value for key, value in state.items() if key.startswith(mlp)}
+                parts[mlp] = split_mlp(weights, config.moe_granularity, config.gated_linear_unit)
+            copies = config.num_moe_experts // config.moe_granularity
+            tensor.copy_(parts[mlp][int(expert["expert"]) // copies][expert["weight"]])
+        else:
+            tensor.copy_(state[name])
+
+
+@torch.no_grad()
+def round_to(model: GPTModel, dtype: torch.dtype) -> None:
+    """Let the weights have values that `dtype` can hold."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+@contextmanager
+def router_inputs(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[int, Any], dict[int, Any]]]:
+    """While it is open, keep what the feed-forward layers see, and the gates that a top-k router gives.
+
+    Yields:
+        Layer's index → list of `[tokens, hidden]`, and likewise of `[tokens, num_experts]`; empty if it is dense.
+    """
+    inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+    gates: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+    handles = []
+
+    def keep_input(index: int) -> Any:
+        def hook(_module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            hidden = positional[0] if positional else named["hidden_states"]
+            inputs[index].append(hidden.reshape(-1, hidden.shape[-1]).clone())
+
+        return hook
+
+    def keep_gates(index: int) -> Any:
+        return lambda _module, _arguments, routed: gates[index].append((routed[0] * routed[1]).float())
+
+    for index in layers:
+        mlp = source.decoder.layers[index].mlp
+        handles.append(mlp.register_forward_pre_hook(keep_input(index), with_kwargs=True))
+        if isinstance(mlp, MoELayer):
+            handles.append(mlp.router.register_forward_hook(keep_gates(index)))
+    try:
+        yield inputs, gates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def counted_pairs(model: GPTModel) -> Iterator[list[tuple[int, int]]]:
+    """While it is open, collect the active and all (token, expert) pairs of every router's forward pass."""
+    pairs: list[tuple[int, int]] = []
+    handles = [
+        model.decoder.layers[index].mlp.router.register_forward_hook(
+            lambda _module, _arguments, routed: pairs.append((int(routed[1].sum()), routed[1].numel()))
+        )
+        for index in moe_layers(model)
+    ]
+    try:
+        yield pairs
+    finally:
+        for handle in handles:
+            handle.remove()
