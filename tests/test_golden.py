@@ -22,9 +22,14 @@ def test_golden_run_reaches_the_target() -> None:
 
 
 def test_a_deviation_is_found(capsys) -> None:
-    expected = {5: {"lm loss": 3.0, "sparsity": 0.5, "l1 coefficient": 1e-6}}
-    assert golden_run.compare({5: {"lm loss": 3.001, "sparsity": 0.51, "l1 coefficient": 1.2e-6}}, expected)
-    for name, value in (("lm loss", 3.1), ("sparsity", 0.55), ("l1 coefficient", 2e-6)):
-        assert not golden_run.compare({5: expected[5] | {name: value}}, expected)
+    late = {"lm loss": 3.0, "sparsity": 0.5, "l1 coefficient": 1e-6}
+    expected = {30: late, 35: late}
+    near = {"lm loss": 3.001, "sparsity": 0.51, "l1 coefficient": 1.44e-6}
+    assert golden_run.compare({30: late, 35: near}, expected)
+    assert not golden_run.compare({30: near, 35: late}, expected)
+    for name, value in (("lm loss", 3.1), ("sparsity", 0.55), ("l1 coefficient", 3e-6)):
+        assert not golden_run.compare({30: late, 35: late | {name: value}}, expected)
+    for name, value in (("lm loss", 3.001), ("sparsity", 0.502), ("l1 coefficient", 1.2e-6)):
+        assert not golden_run.compare({30: late | {name: value}, 35: late}, expected)
     assert not golden_run.compare({}, expected)
     assert "DIFFERS" in capsys.readouterr().out

@@ -33,8 +33,11 @@ FLAGS = """
 --moe-relu-routing --moe-relu-l1-reg-coeff-init 1e-5
 --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-interval 1000 --eval-iters 0 --log-interval 5
 """.split()
-# Relative for the loss, absolute for sparsity, in steps of the multiplier for λ: processors round differently.
-TOLERANCE = {"lm loss": 0.005, "sparsity": 0.02, "l1 coefficient": 2.0}
+# Relative for the loss, absolute for sparsity, in steps of the multiplier for λ. Processors round differently, which shows
+# after some dozens of steps: whether S is above the target in one step decides about two steps of λ.
+EARLY = 30
+TOLERANCE_EARLY = {"lm loss": 1e-4, "sparsity": 1e-3, "l1 coefficient": 0.5}
+TOLERANCE = {"lm loss": 0.01, "sparsity": 0.02, "l1 coefficient": 4.5}
 
 
 def write_documents(prefix: Path, documents: list[bytes], end_of_document: int = 256) -> None:
@@ -82,7 +85,7 @@ def compare(found: dict[int, dict[str, float]], expected: dict[int, dict[str, fl
         for name, value in expected[iteration].items():
             new = found.get(iteration, {}).get(name)
             off = float("inf") if new is None else difference(name, new, value)
-            within = off <= TOLERANCE[name]
+            within = off <= (TOLERANCE_EARLY if iteration <= EARLY else TOLERANCE)[name]
             same = same and within
             shown = "missing" if new is None else f"{new:.6g}"
             print(f"{iteration:5d}  {name:16s} {value:12.6g} {shown:>12s}  {'' if within else 'DIFFERS'}")
