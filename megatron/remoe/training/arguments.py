@@ -23,7 +23,12 @@ from megatron.remoe.training.inputs import (
     check_vocabulary,
 )
 from megatron.remoe.training.loading import check_loaded_run
-from megatron.remoe.training.patches import keep_saving_possible, let_torch_adam_resume, use_shipped_helpers
+from megatron.remoe.training.patches import (
+    keep_saving_possible,
+    let_torch_adam_resume,
+    load_objects_unexecuted,
+    use_shipped_helpers,
+)
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
@@ -129,8 +134,9 @@ def parse_and_validate_args(
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
     defaults = args_defaults or {}
-    with usage_errors(0):
-        check_environment()
+    if starts_training:
+        with usage_errors(0):
+            check_environment()
     args = parse_args(provider)
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
@@ -151,7 +157,8 @@ def parse_and_validate_args(
         if args.use_checkpoint_args:
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
-        check_required_flags(args)
+        if starts_training:
+            check_required_flags(args)
         validate_args(args, {})
         if starts_training:
             check_data(args)
@@ -162,6 +169,7 @@ def parse_and_validate_args(
             check_vocabulary(args)
     use_shipped_helpers()
     let_torch_adam_resume()
+    load_objects_unexecuted()
     if args.save and starts_training:
         keep_saving_possible()
     return args
