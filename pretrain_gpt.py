@@ -24,8 +24,8 @@ if ON_CPU:
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.remoe.training import (  # noqa: E402
+    install_local_layers,
     install_relu_routing,
-    install_sequence_parallel_norms,
     parse_and_validate_args,
     transformer_config_from_args,
     usage_errors,
@@ -50,7 +50,8 @@ def main(observe: Callable[[GPTModelConfig], None] | None = None) -> None:
         raise
     except BaseException as error:
         # With --exit-signal-handler Megatron's data loaders ignore the SIGTERM by which Python ends them, and an error
-        # would hang in waiting for them instead of ending the other ranks.
+        # would hang in waiting for them instead of ending the other ranks. PyTorch raises an error where one is killed.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
         if isinstance(error, KeyboardInterrupt):
@@ -67,7 +68,7 @@ def _train(observe: Callable[[GPTModelConfig], None] | None) -> None:
     with usage_errors(args.rank):
         model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
         install_relu_routing(args, model_cfg)
-        install_sequence_parallel_norms(args, model_cfg)
+        install_local_layers(args, model_cfg)
     if observe is not None:
         observe(model_cfg)
     pretrain(

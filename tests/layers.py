@@ -6,7 +6,8 @@ import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.remoe.config import ReMoEConfig
-from megatron.remoe.layer_specs import with_relu_routing
+from megatron.remoe.experts import GroupedExperts
+from megatron.remoe.layer_specs import with_fused_layers, with_relu_routing
 from megatron.remoe.moe_layer import ReMoELayer
 
 HIDDEN, FFN = 16, 12
@@ -39,9 +40,15 @@ def make_config(**changes: Any) -> ReMoEConfig:
     return ReMoEConfig(**(settings | changes))
 
 
-def make_layer(config: ReMoEConfig) -> ReMoELayer:
-    """A ReMoE layer as Megatron's layer specification builds it, in the configuration's dtype, numbered 1."""
+def make_layer(config: ReMoEConfig, fused: bool = False) -> ReMoELayer:
+    """A ReMoE layer as Megatron's layer specification builds it, in the configuration's dtype, numbered 1.
+
+    Args:
+        config: from `make_config`.
+        fused: with grouped experts instead of one small layer an expert.
+    """
     spec = with_relu_routing(get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm"))
+    spec = with_fused_layers(spec) if fused else spec
     layer = spec.submodules.mlp(config=config, layer_number=1)  # type: ignore[union-attr]
     layer.set_layer_number(1)
     layer.to(config.params_dtype)
@@ -50,6 +57,8 @@ def make_layer(config: ReMoEConfig) -> ReMoELayer:
 
 def expert_weights(layer: ReMoELayer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Each expert's fc1 `[2·ffn, hidden]` (gate, then up) and fc2 `[hidden, ffn]`."""
+    if isinstance(layer.experts, GroupedExperts):
+        return list(zip(layer.experts.fc1, layer.experts.fc2, strict=True))
     return [(expert.linear_fc1.weight, expert.linear_fc2.weight) for expert in layer.experts.local_experts]
 
 

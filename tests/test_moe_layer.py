@@ -25,7 +25,7 @@ def compare_with_oracle(layer, tokens: torch.Tensor, coefficient: float) -> int:
     """Assert equal outputs, L1 and gradients; return the number of active pairs."""
     config = layer.config
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, dtype=torch.float64, device=tokens.device))
-    weights = [weight for pair in expert_weights(layer) for weight in pair]
+    weights = list(layer.experts.parameters())
     direction = torch.randn_like(tokens)
 
     output, _ = layer(tokens)
@@ -47,9 +47,10 @@ def compare_with_oracle(layer, tokens: torch.Tensor, coefficient: float) -> int:
     return pairs
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize(("sequence", "batch", "experts", "topk"), SHAPES)
-def test_layer_equals_oracle(sequence: int, batch: int, experts: int, topk: int, dispatcher: str) -> None:
+def test_layer_equals_oracle(sequence: int, batch: int, experts: int, topk: int, dispatcher: str, fused: bool) -> None:
     torch.manual_seed(sequence * 100 + experts)
     config = make_config(
         num_moe_experts=experts,
@@ -57,18 +58,19 @@ def test_layer_equals_oracle(sequence: int, batch: int, experts: int, topk: int,
         moe_token_dispatcher_type=dispatcher,
         moe_relu_l1_reg_coeff_init=0.3,
     )
-    layer = make_layer(config)
+    layer = make_layer(config, fused)
     tokens = torch.randn(sequence, batch, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
     compare_with_oracle(layer, tokens.requires_grad_(), coefficient=0.3)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("share", ["all", "none", "one expert", "one expert empty"])
-def test_any_number_of_pairs_is_dispatched(share: str, dispatcher: str) -> None:
+def test_any_number_of_pairs_is_dispatched(share: str, dispatcher: str, fused: bool) -> None:
     """Megatron's alltoall truncates to tokens · topk pairs: more lose tokens, fewer send unrouted ones."""
     torch.manual_seed(1)
     config = make_config(moe_token_dispatcher_type=dispatcher, moe_relu_l1_reg_coeff_init=0.1)
-    layer = make_layer(config)
+    layer = make_layer(config, fused)
     tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
     weight = layer.router.weight.data
     weight.abs_()

@@ -189,6 +189,15 @@ def relu_routing_problems(settings: Settings) -> list[str]:
             f"--moe-relu-layer-floor {floor} must be at least 0 and below 1 (default 0.001, 0 turns it off)."
         )
 
+    limit = settings.moe_relu_activation_limit
+    if limit and not 1.0 <= limit < float("inf"):
+        problems.append(f"--moe-relu-activation-limit {limit} must be at least 1 (default 2), or 0 for no limit.")
+    if limit and getattr(settings, "moe_shared_expert_overlap", False):
+        problems.append(
+            "--moe-shared-expert-overlap (on) cannot be used with --moe-relu-activation-limit: a layer that works in "
+            "chunks has no single dispatch to overlap with. Leave it out, or add --moe-relu-activation-limit 0."
+        )
+
     problems.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
     if getattr(settings, "cuda_graph_impl", "none") not in (None, "none") and _moe_graph_scope(
         getattr(settings, "cuda_graph_modules", None) or []

@@ -1,4 +1,4 @@
-"""Configuration of a ReMoE transformer: Megatron's own plus five fields."""
+"""Configuration of a ReMoE transformer: Megatron's own plus six fields."""
 
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ class ReMoEConfig(TransformerConfig):
     moe_relu_l1_reg_coeff_init: float = 1e-8
     moe_relu_l1_reg_coeff_multiplier: float = 1.2
     moe_relu_layer_floor: float = 1e-3
+    moe_relu_activation_limit: float = 2.0
     moe_granularity: int = 1
 
     def __post_init__(self) -> None:

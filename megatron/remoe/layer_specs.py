@@ -4,10 +4,14 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.remoe.attention import FusedDotProductAttention
+from megatron.remoe.experts import build_experts
 from megatron.remoe.moe_layer import ReMoELayer
 from megatron.remoe.norm import SequenceParallelTorchNorm
 from megatron.remoe.router import ReLURouter
@@ -49,11 +53,32 @@ def with_sequence_parallel_norms(spec: Any) -> Any:
     Args:
         spec: a specification of a block or layer, or any part of one.
     """
-    if spec is WrappedTorchNorm:
-        return SequenceParallelTorchNorm
+    return _replaced(spec, {WrappedTorchNorm: SequenceParallelTorchNorm})
+
+
+def with_fused_layers(spec: Any) -> Any:
+    """A copy of `spec` in which Megatron's own attention and experts are those made of PyTorch's fused kernels.
+
+    Dense layers, layers of Transformer Engine, and routers stay as they are.
+
+    Args:
+        spec: as above.
+    """
+    return _replaced(spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer})
+
+
+def _replaced(spec: Any, classes: dict[Any, Any]) -> Any:
+    """A copy of a specification with other classes in the place of some."""
+    if isinstance(spec, type):
+        return classes.get(spec, spec)
     if isinstance(spec, list):
-        return [with_sequence_parallel_norms(item) for item in spec]
+        return [_replaced(item, classes) for item in spec]
+    if isinstance(spec, partial):
+        if spec.func is SequentialMLP:
+            return partial(build_experts, stock=spec) if MoELayer in classes else spec
+        keywords = {name: _replaced(value, classes) for name, value in spec.keywords.items()}
+        return partial(_replaced(spec.func, classes), *spec.args, **keywords)
     if is_dataclass(spec) and not isinstance(spec, type):
-        changed = {field.name: with_sequence_parallel_norms(getattr(spec, field.name)) for field in fields(spec)}
+        changed = {field.name: _replaced(getattr(spec, field.name), classes) for field in fields(spec)}
         return replace(spec, **changed)
     return spec

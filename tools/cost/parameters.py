@@ -9,7 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.remoe.training import install_relu_routing, install_sequence_parallel_norms, transformer_config_from_args
+from megatron.remoe.training import install_local_layers, install_relu_routing, transformer_config_from_args
 from megatron.training.argument_utils import gpt_config_from_args
 
 
@@ -82,7 +82,7 @@ def _stage(args: argparse.Namespace, rank: int) -> Stage:
 def _count(args: argparse.Namespace) -> Stage:
     model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
     install_relu_routing(args, model_cfg)
-    install_sequence_parallel_norms(args, model_cfg)
+    install_local_layers(args, model_cfg)
     builder = model_cfg.get_builder_cls()(model_cfg)
     chunks = args.virtual_pipeline_model_parallel_size
     with FakeTensorMode():

@@ -20,8 +20,6 @@ LOADED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)"
 EVALUATING = re.compile(r"^Evaluating iter (\d+)/(\d+)")
 EVALUATED = re.compile(r"^ validation-\S+ loss at iteration (\d+) on validation set")
 SECONDS_TO_SAVE = 20
-# glibc would give every large buffer back to the system and take it anew in the next layer: a tenth of a step.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 TAIL = 15  # lines of the log that are shown if a training fails
 
 
@@ -70,7 +68,7 @@ def run(training: Training, display: TrainingDisplay, work: Work, threads: int, 
     """
     display.begin(work, anew=training.prepare())
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *training.flags]
-    environment = os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with training.log.open("a", encoding="utf-8") as log:
         log.write(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}\n")
         process = subprocess.Popen(

@@ -1,15 +1,20 @@
 """What of Megatron is adapted to run without an accelerator, each with its reason."""
 
+import ctypes
 import importlib.metadata
 import os
+import sys
 from typing import Any
 
 import torch
 
 from megatron.remoe.cpu import facade
 from megatron.remoe.cpu.collectives import with_padding
+from megatron.remoe.cpu.matmul import use_onednn
 
 WRITTEN_FOR = ("0.19.2",)
+# Parameters of glibc's mallopt, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def install() -> None:
@@ -29,9 +34,19 @@ def install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Megatron insists on it for tensor parallelism; it orders CUDA kernels and means nothing here.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if facade.put_in_place():
+    put = facade.put_in_place()
+    if put is not None:
+        put.matmul_library = use_onednn()  # type: ignore[attr-defined]
+        _keep_freed_memory()
         _adapt_tensors()
         _adapt_modules()
+
+
+def _keep_freed_memory() -> None:
+    """glibc would give every large buffer back to the system, and take it anew, page by page, in the next layer."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _adapt_tensors() -> None:

@@ -13,12 +13,12 @@ from megatron.remoe.training.arguments import (
     transformer_config_from_args,
     usage_errors,
 )
-from megatron.remoe.training.hooks import install_relu_routing, install_sequence_parallel_norms
+from megatron.remoe.training.hooks import install_local_layers, install_relu_routing
 
 __all__ = [
     "add_remoe_arguments",
     "install_relu_routing",
-    "install_sequence_parallel_norms",
+    "install_local_layers",
     "parse_and_validate_args",
     "transformer_config_from_args",
     "usage_errors",

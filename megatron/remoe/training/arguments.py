@@ -27,6 +27,7 @@ from megatron.remoe.training.patches import (
     keep_saving_possible,
     let_torch_adam_resume,
     load_objects_unexecuted,
+    tell_why_writing_fails,
     use_shipped_helpers,
 )
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
@@ -66,11 +67,25 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "from the L1 term and its gates are pushed up (default 0.001; 0 turns it off).",
     )
     group.add_argument(
+        "--moe-relu-activation-limit",
+        type=float,
+        default=2.0,
+        help="Memory while routing is dense: a layer holds the activations of at most this many times topk experts per "
+        "token; beyond, it works in chunks that the backward pass computes again (default 2; 0: no limit). Exact.",
+    )
+    group.add_argument(
         "--moe-granularity",
         type=int,
         default=1,
         help="Split every expert into this many finer ones: experts and topk are multiplied by it, the experts' "
         "hidden size is divided by it; FLOPs and target sparsity stay (default 1). For ReLU and top-k routing.",
+    )
+    group.add_argument(
+        "--no-local-layer-fusion",
+        action="store_false",
+        dest="local_layer_fusion",
+        help="With --transformer-impl local: Megatron's own attention and experts, one small layer an expert, instead "
+        "of those made of PyTorch's fused and grouped kernels.",
     )
     return parser
 
@@ -164,6 +179,9 @@ def parse_and_validate_args(
             check_data(args)
             check_loaded_run(args)
             check_output_folders(args)
+            if not args.save and args.rerun_mode == "validate_results":
+                # At a loss that is not finite Megatron would save a checkpoint to look into it later, to nowhere.
+                args.rerun_mode = "disabled"
         set_global_variables(args)
         if starts_training:
             check_vocabulary(args)
@@ -172,6 +190,7 @@ def parse_and_validate_args(
     load_objects_unexecuted()
     if args.save and starts_training:
         keep_saving_possible()
+        tell_why_writing_fails()
     return args
 
 

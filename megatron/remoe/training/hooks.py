@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_model_config
 from megatron.remoe.config import ReMoEConfig
 from megatron.remoe.controller import SparsityController
-from megatron.remoe.layer_specs import LayerSpec, with_relu_routing, with_sequence_parallel_norms
+from megatron.remoe.layer_specs import LayerSpec, with_fused_layers, with_relu_routing, with_sequence_parallel_norms
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -46,15 +46,27 @@ def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
     model_cfg.post_wrap_hooks.append(_post_wrap_hook(args, config))
 
 
-def install_sequence_parallel_norms(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
-    """Let --sequence-parallel run on plain PyTorch, which MoE layers need with tensor parallelism.
+def install_local_layers(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
+    """Give `--transformer-impl local` attention, experts and norms made of PyTorch's own kernels.
 
-    Does nothing without --sequence-parallel or with Transformer Engine, whose norms do it themselves.
+    For dense, top-k and ReLU-routed models alike. Nothing with Transformer Engine, and with --no-local-layer-fusion
+    only what sequence parallelism needs, which MoE layers need with tensor parallelism.
+
+    Args:
+        args: arguments from `parse_and_validate_args`; the attention mask in the data loader is turned off where it is
+            a causal one, which the kernels know by themselves.
+        model_cfg: its layer specification may be the caller's own.
     """
-    if not args.sequence_parallel or args.transformer_impl != "local":
+    if args.transformer_impl != "local":
         return
+    if args.local_layer_fusion and not args.reset_attention_mask:
+        args.create_attention_mask_in_dataloader = False
 
     def change(spec: LayerSpec, vp_stage: int | None) -> LayerSpec:
+        if args.local_layer_fusion:
+            spec = with_fused_layers(spec)
+        if not args.sequence_parallel:
+            return spec
         if isinstance(spec, ModuleSpec):
             # Megatron would choose the final norm by itself.
             num_layers = get_num_layers_to_build(model_cfg.transformer, vp_stage=vp_stage)

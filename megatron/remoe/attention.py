@@ -1,0 +1,65 @@
+"""Megatron's local attention through PyTorch's fused kernels."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+
+class FusedDotProductAttention(DotProductAttention):
+    """`DotProductAttention` that holds no scores `[sequence, sequence]` in memory and repeats no keys.
+
+    What PyTorch's kernels do not have (sliding windows, softmax offsets, scaling by layer) is left to Megatron's own.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: `[sequence, batch, heads, size]`.
+            key, value: `[sequence, batch, query groups, size]`.
+            attention_mask: bool, True where not to attend, broadcast to `[batch, heads, sequence, sequence]`; None for
+                a causal one.
+            attn_mask_type, attention_bias, packed_seq_params: as Megatron's.
+
+        Returns:
+            `[sequence, batch, heads * size]`.
+        """
+        if not self._is_plain() or attention_bias is not None or packed_seq_params is not None:
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
+        dropout = self.attention_dropout.p if self.training else 0.0
+
+        def attend() -> torch.Tensor:
+            return scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                dropout_p=dropout,
+                is_causal=attention_mask is None and self.attn_mask_type == AttnMaskType.causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+
+        if dropout and not self.config.sequence_parallel:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                context = attend()
+        else:
+            context = attend()
+        return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+    def _is_plain(self) -> bool:
+        softmax = self.scale_mask_softmax
+        return self.softmax_offset is None and softmax.scale is None and softmax.window_size is None

@@ -1,0 +1,53 @@
+"""Products of single-precision matrices by oneDNN, on processors where MKL, PyTorch's choice, is half as fast."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+# Below, calling another kernel costs more than it gains.
+SMALLEST = 1 << 20
+# Rows from which a product and an addition are faster than MKL's product that adds.
+ROWS_TO_ADD = 128
+
+
+def mkl_is_slow() -> bool:
+    """Whether this is an AMD processor with AVX-512, which MKL uses on Intel's processors alone."""
+    if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+
+
+def use_onednn() -> torch.library.Library | None:
+    """Let `torch.mm` and `Tensor.addmm_` on the CPU, and all that PyTorch builds on them, go through oneDNN.
+
+    Rounds differently than MKL, as two versions of either do.
+
+    Returns:
+        What keeps it so while it is referenced; None where nothing is changed.
+    """
+    if not (mkl_is_slow() and torch.backends.mkldnn.is_available()):
+        return None
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    mkl_mm, mkl_addmm_ = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "addmm_"))
+    linear = torch.ops.mkldnn._linear_pointwise
+
+    def takes(left: torch.Tensor, right: torch.Tensor) -> bool:
+        return left.dtype == torch.float32 and left.shape[0] * left.shape[1] * right.shape[1] >= SMALLEST
+
+    def mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if takes(left, right):
+            return linear(left, right.T, None, "none", [], "")
+        return mkl_mm.call_boxed(cpu, left, right)
+
+    def addmm_(
+        self: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
+    ) -> torch.Tensor:
+        if beta == alpha == 1 and len(right) >= ROWS_TO_ADD and takes(left, right):
+            return self.add_(linear(left, right.T, None, "none", [], ""))
+        return mkl_addmm_.call_boxed(cpu, self, left, right, beta=beta, alpha=alpha)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm", mm, "CPU")
+    library.impl("addmm_", addmm_, "CPU")
+    return library
