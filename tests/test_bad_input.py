@@ -63,7 +63,7 @@ def entry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Entry]:
 
 @dataclass(frozen=True)
 class User:
-    """The files of somebody who trains: data sets, whole and not, and checkpoints."""
+    """The files of somebody who trains: data sets and checkpoints, whole and not."""
 
     folder: Path
 
@@ -133,11 +133,15 @@ def put_nan(folder: Path, key: str) -> None:
 def user(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> User:
     user = User(tmp_path_factory.mktemp("user"))
     make_data_sets(user, data)
-    for name, routing in (("remoe", RELU), ("topk", TOPK), ("dense", [])):
+    distributed = [*RELU, "--use-distributed-optimizer"]
+    for name, routing in (("remoe", RELU), ("distributed", distributed), ("topk", TOPK), ("dense", [])):
         saving = ["--save", user[name], "--save-interval", "2", "--train-iters", "2"]
         code, output = entry.run([*base(user), *routing, *saving], {}, [])
         assert code == 0, output[-3000:]
     shutil.copytree(user["remoe"], user["nan"])
+    shutil.copytree(user["dense"], user["cut"])
+    for file in (user.folder / "cut" / "iter_0000002").glob("*.distcp"):
+        os.truncate(file, file.stat().st_size // 2)
     put_nan(user.folder / "nan" / "iter_0000002", "decoder.final_layernorm.weight")
     return user
 
@@ -228,14 +232,8 @@ ENTRY = {
     "missing validation data": Case(
         lambda user: [
             *without(base(user), "--data-path", "--split"),
-            *[
-                "--train-data-path",
-                user["text"],
-                "--valid-data-path",
-                user["nowhere"],
-                "--test-data-path",
-                user["text"],
-            ],
+            *["--train-data-path", user["text"], "--valid-data-path", user["nowhere"]],
+            *["--test-data-path", user["text"]],
         ],
         ("--valid-data-path", "nowhere.idx", MAKE),
     ),
@@ -265,7 +263,9 @@ ENTRY = {
     "misspelled": Case(on("text", "--num-expert", "8"), ("--num-expert 8", "Did you mean --num-experts")),
     "unknown": Case(on("text", "--xyzzy"), ("unrecognized arguments: --xyzzy. --help lists all flags",)),
     "word for a number": Case(on("text", "--num-layers", "two"), ("--num-layers", "'two'")),
-    "unknown choice": Case(on("text", "--lr-decay-style", "cosin"), ("--lr-decay-style", "'cosin'", "'cosine'")),
+    "unknown choice": Case(
+        on("text", "--lr-decay-style", "cosin"), ("--lr-decay-style", "'cosin'", "linear", "cosine")
+    ),
     "both halves": Case(on("text", "--bf16", "--fp16"), ("--fp16 needs an accelerator", "--bf16")),
     "experts over ranks": Case(on("text", "--expert-model-parallel-size", "3"), ("experts", "multiple", "parallel")),
     "too few ranks": Case(on("text", "--tensor-model-parallel-size", "2"), ("world size (1) is not divisible",)),
@@ -304,20 +304,40 @@ ENTRY = {
     "longer training": Case(
         resumed("--train-iters", "8"), ("before: --train-iters 2 in the checkpoint, 8 here. ", SCHEDULE)
     ),
+    "distributed optimizer": Case(
+        resumed("--use-distributed-optimizer"), ("is not that of --use-distributed-optimizer", "--no-load-optim")
+    ),
+    "ordinary optimizer": Case(
+        resumed(run="distributed"), ("state is that of --use-distributed-optimizer. Add it", "--no-load-optim")
+    ),
+    "optimizer of another layout": Case(
+        resumed(*"--use-distributed-optimizer --expert-model-parallel-size 2".split(), run="distributed"),
+        ("--expert-model-parallel-size 1 in the checkpoint, 2 here", "--dist-ckpt-optim-fully-reshardable"),
+        environment={"WORLD_SIZE": "2"},
+    ),
     "top-k under ReLU": Case(resumed(run="topk"), ("holds a top-k MoE model", "tools/convert_checkpoint")),
     "dense under ReLU": Case(resumed("--finetune", run="dense"), ("holds a dense model", "tools/convert_checkpoint")),
+    "nothing pretrained": Case(
+        on("text", "--pretrained-checkpoint", "/nowhere"), ("--pretrained-checkpoint /nowhere: holds no checkpoint",)
+    ),
+    "dense as pretrained": Case(
+        lambda user: on("text", "--pretrained-checkpoint", user["dense"])(user),
+        ("--pretrained-checkpoint", "holds a dense model", "tools/convert_checkpoint"),
+    ),
+    "other width pretrained": Case(
+        lambda user: on("text", "--hidden-size", "128", "--pretrained-checkpoint", user["remoe"])(user),
+        ("--pretrained-checkpoint", "--hidden-size 64 in the checkpoint, 128 here"),
+    ),
+    "truncated checkpoint": Case(
+        lambda user: on("text", "--finetune", "--load", user["cut"])(user),
+        ("--load", "it is truncated", "No other checkpoint there is whole"),
+    ),
+    "no such iteration": Case(
+        resumed("--ckpt-step", "7"), ("--ckpt-step 7: ", ".metadata is missing", "Iteration 2 is whole")
+    ),
     "ReMoE under top-k": Case(resumed(routing=TOPK), ("holds a ReMoE: add --moe-relu-routing",)),
     "NaN in the weights": Case(
-        lambda user: [
-            *on("text")(user),
-            "--finetune",
-            "--load",
-            user["nan"],
-            "--save",
-            user["new"],
-            "--save-interval",
-            "2",
-        ],
+        lambda user: on("text", "--finetune", "--load", user["nan"])(user),
         ("--load", "decoder.final_layernorm.weight holds values that are not finite", "--ckpt-step"),
         code=1,
     ),
@@ -406,12 +426,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
     "script: TP is a word": (TRAIN, {"DATA_PATH": "{text}", "DRY_RUN": "1", "TP": "two"}, 2, ("TP is 'two'", "whole")),
     "script: NNODES is 0": (TRAIN, {"DATA_PATH": "{text}", "DRY_RUN": "1", "NNODES": "0"}, 2, ("NNODES is '0'",)),
     "pile: no INPUT_DIR": (PILE, {"OUTPUT_DIR": "{folder}"}, 2, ("INPUT_DIR",)),
-    "pile: missing INPUT_DIR": (
-        PILE,
-        {"INPUT_DIR": "{nowhere}", "OUTPUT_DIR": "{folder}"},
-        2,
-        ("INPUT_DIR", "nowhere"),
-    ),
+    "pile: missing folder": (PILE, {"INPUT_DIR": "{nowhere}", "OUTPUT_DIR": "{folder}"}, 2, ("INPUT_DIR", "nowhere")),
     "inspect: missing prefix": ([PYTHON, "tools/inspect_data.py", "{nowhere}"], {}, 1, ("nowhere.idx: there is no",)),
     "inspect: a text file": ([PYTHON, "tools/inspect_data.py", "{file}"], {}, 1, ("file.idx: there is no", "prefix")),
     "inspect: missing vocabulary": (
@@ -421,17 +436,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
         ("--vocab-file", "nowhere"),
     ),
     "preprocess: output below a file": (
-        [
-            *PREPROCESS,
-            "--input",
-            "{file}",
-            "--output-prefix",
-            "{file}/x",
-            "--vocab-file",
-            "{file}",
-            "--merge-file",
-            "{file}",
-        ],
+        [*PREPROCESS, *"--input {file} --output-prefix {file}/x --vocab-file {file} --merge-file {file}".split()],
         {},
         1,
         ("error: --",),

@@ -15,15 +15,17 @@ from test_training import weights
 from trainings import RELU, TINY, records, run, start
 
 from megatron.remoe.training.checkpoints import (
+    TRACKER,
     BrokenCheckpointError,
     check_is_whole,
     choose_checkpoint,
     newest_whole,
+    read_index,
     saved_iterations,
 )
 
 KILLS = int(os.environ.get("REMOE_KILLS", "3"))
-ITERATIONS = 12 + 4 * KILLS
+ITERATIONS = 12 + 10 * KILLS
 
 
 def training(data: Path, folder: Path, *more: str) -> list[str]:
@@ -45,7 +47,7 @@ def saved(uninterrupted: tuple[Path, str], tmp_path: Path) -> Path:
     folder.mkdir()
     for iteration in saved_iterations(source)[:3]:
         shutil.copytree(source / f"iter_{iteration:07d}", folder / f"iter_{iteration:07d}")
-    shutil.copy(source / "latest_checkpointed_iteration.txt", folder)
+    shutil.copy(source / TRACKER, folder)
     return folder
 
 
@@ -58,7 +60,7 @@ def truncate(path: Path) -> None:
 
 
 def chosen(folder: Path, step: int | None = None) -> int | None:
-    args = Namespace(load=str(folder), ckpt_step=step, rank=0)
+    args = Namespace(load=str(folder), pretrained_checkpoint=None, ckpt_step=step, rank=0)
     choose_checkpoint(args)
     return args.ckpt_step
 
@@ -73,6 +75,8 @@ DAMAGES = {
     "missing index": (lambda folder: (folder / ".metadata").unlink(), "saving was cut off"),
     "truncated index": (lambda folder: truncate(folder / ".metadata"), "cannot be read"),
     "empty index": (lambda folder: os.truncate(folder / ".metadata", 0), "cannot be read"),
+    "missing last file": (lambda folder: (folder / "metadata.json").unlink(), "saving was cut off"),
+    "empty last file": (lambda folder: os.truncate(folder / "metadata.json", 0), "saving was cut off"),
     "missing folder": (shutil.rmtree, "saving was cut off"),
 }
 
@@ -98,22 +102,74 @@ def test_goes_back_to_the_newest_whole_checkpoint(damage: str, saved: Path, caps
 
 @pytest.mark.parametrize("content", ["", "12a", "\x00\x00"])
 def test_tracker_that_was_cut_off(content: str, saved: Path) -> None:
-    tracker = saved / "latest_checkpointed_iteration.txt"
+    tracker = saved / TRACKER
     tracker.write_text(content)
     assert chosen(saved) == ITERATIONS
     assert tracker.read_text() == str(ITERATIONS)
 
 
-def test_index_is_not_executed(saved: Path) -> None:
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(saved / "executed"),)
+class Malicious:
+    """Makes a folder when it is unpickled."""
 
-    (last(saved) / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_index_is_not_executed(saved: Path) -> None:
+    (last(saved) / ".metadata").write_bytes(pickle.dumps(Malicious(saved / "executed")))
     with pytest.raises(BrokenCheckpointError, match="posix.mkdir, which no checkpoint's index does"):
         check_is_whole(last(saved))
     assert not (saved / "executed").exists()
     assert newest_whole(saved) == ITERATIONS - 2
+
+
+@pytest.mark.parametrize("name", ["os.mkdir", "FileSystemWriter", "pickle.loads"])
+def test_names_in_an_index_lead_nowhere_else(name: str, saved: Path) -> None:
+    """What checkpoint modules import, and those of their own classes that do more than hold values."""
+    operations = b"\x80\x04" + b"".join(
+        b"\x8c" + bytes([len(word)]) + word.encode() for word in ("torch.distributed.checkpoint.filesystem", name)
+    )
+    operations += b"\x93\x8c" + bytes([len(str(saved / "x"))]) + str(saved / "x").encode() + b"\x85R."
+    (last(saved) / ".metadata").write_bytes(operations)
+    with pytest.raises(BrokenCheckpointError, match=f"filesystem.{name}, which no checkpoint's index does"):
+        check_is_whole(last(saved))
+    assert not (saved / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "more"),
+    [("common_state", 2, []), ("common_state", 2, ["--use-checkpoint-args"]), ("rng_state", 1, [])],
+)
+def test_objects_are_not_executed(name: str, code: int, more: list[str], saved: Path, data: Path) -> None:
+    index = read_index(last(saved)).storage_data
+    entry = next(entry for key, entry in index.items() if key.fqn.startswith(name))
+    code_to_run = pickle.dumps(Malicious(saved / "executed"))
+    assert len(code_to_run) <= entry.length
+    with (last(saved) / entry.relative_path).open("r+b") as file:
+        file.seek(entry.offset)
+        file.write(code_to_run)
+    output = run(training(data, saved, *more), expect=code)
+    assert not (saved / "executed").exists()
+    message = output[output.rindex("pretrain_gpt.py: error: ") :]
+    assert "--ckpt-step" in message and len(message) < 1000 and message.count("\n") <= 3, message
+
+
+def test_pretrained_checkpoint_is_looked_at_too(saved: Path, tmp_path: Path) -> None:
+    """Where there is nothing under --load yet; weights without an iteration have none to go back to."""
+    release = tmp_path / "release"
+    shutil.copytree(last(saved), release / "release")
+    (release / TRACKER).write_text("release")
+    args = Namespace(load=str(tmp_path / "new"), pretrained_checkpoint=str(release), ckpt_step=None, rank=0)
+    choose_checkpoint(args)
+    truncate(tensors(release / "release"))
+    with pytest.raises(BrokenCheckpointError, match="--pretrained-checkpoint .* it is truncated. No other"):
+        choose_checkpoint(args)
+    args.load = str(saved)
+    choose_checkpoint(args)
+    assert args.ckpt_step is None
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
@@ -126,6 +182,18 @@ def test_entry_goes_back_and_ends_the_same(saved: Path, data: Path, uninterrupte
     assert f"Going back to iteration {ITERATIONS - 2}" in output
     assert list(records(output)) == [ITERATIONS - 1, ITERATIONS]
     same_weights(uninterrupted[0], saved)
+
+
+def test_changed_bytes_are_found_with_integrity(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hashed"
+    run(training(data, folder, "--verify-integrity", "--exit-interval", "2"))
+    file = tensors(folder / "iter_0000002")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    output = run(training(data, folder, "--verify-integrity"), expect=1)
+    message = output[output.rindex("pretrain_gpt.py: error: ") :]
+    assert file.name in message and "--ckpt-step" in message and message.count("\n") <= 3, message
 
 
 def test_entry_refuses_where_nothing_is_whole(saved: Path, data: Path) -> None:
@@ -144,20 +212,23 @@ def same_weights(expected: Path, found: Path) -> None:
 
 @pytest.mark.timeout(120 + 60 * KILLS)
 def test_killed_at_any_moment_it_ends_the_same(data: Path, tmp_path: Path, uninterrupted: tuple[Path, str]) -> None:
-    """SIGKILL at random moments, every other one while a checkpoint is being written; REMOE_KILLS=20 for twenty."""
-    chance, folder, kills, seen = random.Random(1), tmp_path / "checkpoints", 0, {}
+    """SIGKILL at random moments, every other one while a checkpoint is written; REMOE_KILLS=20 for twenty."""
+    chance, folder, killed, seen = random.Random(1), tmp_path / "checkpoints", [], {}
     while True:
         process = start(training(data, folder), PYTHONUNBUFFERED="1")
         assert process.stdout is not None
-        lines, doomed = [], kills < KILLS
-        while_saving = kills % 2 == 1
-        trigger = chance.choice([1, 2, 3, 4])  # the log line or the save that is the last one
+        doomed = len(killed) < KILLS
+        moment = ("step", "save", "start", "save")[len(killed) % 4]
+        if doomed and moment == "start":
+            time.sleep(chance.uniform(0.0, 5.0))
+            process.kill()
+        lines, trigger = [], chance.choice([1, 2, 3, 4])  # the step or the save that is the last one
         for line in process.stdout:
             lines.append(line)
-            trigger -= (" saving checkpoint at iteration " if while_saving else "] iteration ") in line
+            trigger -= {"step": "] iteration ", "save": " saving checkpoint at iteration "}.get(moment, "\0") in line
             if doomed and trigger == 0:
-                time.sleep(chance.uniform(0.0, 0.5))
-                os.kill(process.pid, signal.SIGKILL)
+                time.sleep(chance.uniform(0.0, 0.2))
+                process.kill()
                 break
         process.stdout.close()
         code = process.wait()
@@ -165,8 +236,9 @@ def test_killed_at_any_moment_it_ends_the_same(data: Path, tmp_path: Path, unint
         if code == 0:
             break
         assert code == -signal.SIGKILL, "".join(lines)[-3000:]
-        kills += 1
-    assert kills == KILLS
+        killed.append(f"{moment} {max(seen, default=0)}")
+    print(f"{len(killed)} kills (last iteration in the log): {', '.join(killed)}")
+    assert len(killed) == KILLS
     same_weights(uninterrupted[0], folder)
     right = records(uninterrupted[1])
     assert seen[ITERATIONS]["lm loss"] == right[ITERATIONS]["lm loss"]

@@ -125,6 +125,23 @@ def test_a_step_that_is_not_finite_moves_nothing() -> None:
     assert controller.summary().sparsity == pytest.approx(1 - 3 / 32)
 
 
+def test_gradients_that_are_not_finite_move_nothing_though_the_router_is_off() -> None:
+    """A router that is off for all tokens has a gradient of 0, whatever the loss is."""
+    config = make_config(moe_relu_layer_floor=1e-3)
+    layer = torch.nn.ModuleDict({"input_layernorm": torch.nn.RMSNorm(HIDDEN), "mlp": make_layer(config)})
+    controller = SparsityController([layer], config)
+    norm, router = layer["input_layernorm"].weight, controller.routers[0]
+    route(controller, active=0, tokens=8)
+    router.weight.grad = torch.zeros_like(router.weight)
+    norm.grad = torch.full_like(norm, float("nan"))
+    controller.update()
+    assert exponent(controller) == 0 and not router.guarded
+    norm.grad = torch.zeros_like(norm)
+    route(controller, active=0, tokens=8)
+    controller.update()
+    assert exponent(controller) == -1 and router.guarded
+
+
 def test_guard_marks_layers_that_are_all_but_off() -> None:
     controller = make_controller(moe_relu_layer_floor=0.1)
     guarded = []

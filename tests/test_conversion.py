@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ SETTING = [
     *TINY,
     *"--micro-batch-size 8 --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --eval-iters 20".split(),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Beside other tests two threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def dense_weights(bias: bool = False, gated: bool = True) -> dict[str, torch.Tensor]:
@@ -127,15 +137,12 @@ def train(data: Path, *arguments: str, processes: int = 1) -> str:
 
 
 def source(data: Path, folder: Path, *routing: str) -> str:
-    """Train with a checkpoint `STEPS_AFTER` before the end."""
-    output = train(
+    return train(
         data,
         *routing,
-        *f"--train-iters {STEPS_BEFORE + STEPS_AFTER} --save-interval {STEPS_BEFORE} --save {folder}".split(),
-        *f"--eval-interval {STEPS_BEFORE + STEPS_AFTER} --no-save-optim".split(),
+        *f"--train-iters {STEPS_BEFORE} --eval-interval {STEPS_BEFORE}".split(),
+        *f"--save {folder} --save-interval {STEPS_BEFORE // 2} --no-save-optim".split(),
     )
-    assert (folder / f"iter_{STEPS_BEFORE:07d}").is_dir()
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -190,20 +197,17 @@ def train_converted(data: Path, converted: Path, *arguments: str, processes: int
 
 
 def check_training(output: str, before: str, sparsity: float) -> None:
-    """It starts where the conversion says, and does not fall behind the source, which went on with its optimizer."""
+    """It starts where the conversion says, reaches the target, and is better by then than its source was."""
     losses, sparsities = series(output, "lm loss"), series(output, "sparsity")
     assert sparsities[0] == pytest.approx(sparsity, abs=0.05)
-    assert losses[0] == pytest.approx(series(before, "lm loss")[STEPS_BEFORE - 1], rel=0.15)  # another batch
-    assert sum(losses[-10:]) < sum(losses[:10])
-    assert validation_loss(output) < validation_loss(before) * 1.01
+    assert losses[0] == pytest.approx(series(before, "lm loss")[-1], rel=0.15)  # another batch
     assert sum(sparsities[-10:]) / 10 == pytest.approx(0.875, abs=0.04)
+    assert validation_loss(output) < validation_loss(before)
 
 
 def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path) -> None:
     folder, before = dense
-    result = convert(
-        "--load", str(folder), "--save", str(tmp_path / "remoe"), "--num-experts", "8", "--ckpt-step", "120"
-    )
+    result = convert("--load", str(folder), "--save", str(tmp_path / "remoe"), "--num-experts", "8")
     assert result.returncode == 0, result.stderr
     loss_before, loss_after, sparsity = measured(result.stdout)
     assert loss_after < loss_before * 1.01 and sparsity > 0.5
@@ -215,7 +219,7 @@ def test_from_topk_into_two_processes(
     data: Path, topk: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
 ) -> None:
     folder, before = topk
-    assert main("--load", str(folder), "--save", str(tmp_path / "remoe"), "--ckpt-step", "120") == 0
+    assert main("--load", str(folder), "--save", str(tmp_path / "remoe")) == 0
     loss_before, loss_after, sparsity = measured(capfd.readouterr().out)
     assert loss_after < loss_before * 1.05 and sparsity > 0.5
     output = train_converted(
@@ -231,21 +235,21 @@ def test_key_names_of_transformer_engine(
     from convert_checkpoint import checkpoints, models
 
     options = {
-        "--ckpt-step": "120",
+        "--ckpt-step": str(STEPS_BEFORE // 2),
         "--loss-bound": "10",
         "--tokens": "512",
         "--transformer-impl": "transformer_engine",
     }
     words = [word for pair in options.items() for word in pair]
     assert main("--load", str(topk[0]), "--save", str(tmp_path / "remoe"), *words) == 0
-    original, converted = (checkpoints.find(folder, None) for folder in (topk[0], tmp_path / "remoe"))
+    original, converted = checkpoints.find(topk[0], STEPS_BEFORE // 2), checkpoints.find(tmp_path / "remoe", None)
     assert "decoder.layers.pre_mlp_layernorm.weight" in converted.shapes
     assert "decoder.layers.mlp.linear_fc1.layer_norm_weight" in original.shapes.keys() - converted.shapes.keys()
     args = models.source_args(argparse.Namespace(**(vars(converted.args) | {"moe_relu_routing": False})), 384)
     model = models.build(argparse.Namespace(**(vars(args) | {"moe_relu_routing": True})))
     checkpoints.load(converted, model)
     same = models.build(models.source_args(original.args, 384))
-    checkpoints.load(checkpoints.find(topk[0], STEPS_BEFORE), same)
+    checkpoints.load(original, same)
     state = model.state_dict()
     for name, value in same.state_dict().items():
         if torch.is_tensor(value) and "router" not in name:
@@ -328,11 +332,11 @@ def test_damaged_checkpoints(
     words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
     broken = tmp_path / "broken"
     shutil.copytree(dense[0], broken)
-    for file in broken.glob("iter_0000170/*.distcp"):
+    for file in broken.glob(f"iter_{STEPS_BEFORE:07d}/*.distcp"):
         os.truncate(file, file.stat().st_size // 2)
     assert main("--load", str(broken), *words) == 1
     error = capfd.readouterr().err
-    assert "it is truncated. --ckpt-step 120 is whole." in error and error.count("\n") == 1
+    assert f"it is truncated. --ckpt-step {STEPS_BEFORE // 2} is whole." in error and error.count("\n") == 1
 
     source = checkpoints.find(dense[0], None)
     model = models.build(models.source_args(source.args, 384))

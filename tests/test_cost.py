@@ -16,7 +16,7 @@ import memory  # noqa: E402
 from parameters import Stage  # noqa: E402
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.remoe.layer_specs import with_relu_routing  # noqa: E402
+from megatron.remoe.layer_specs import with_fused_layers, with_relu_routing  # noqa: E402
 
 MODEL = """
 --num-layers 12 --hidden-size 768 --num-attention-heads 12 --ffn-hidden-size 3072 --group-query-attention
@@ -127,6 +127,10 @@ def arguments(**changes: object) -> argparse.Namespace:
         "bias_swiglu_fusion": False,
         "bias_gelu_fusion": False,
         "transformer_impl": "local",
+        "local_layer_fusion": False,
+        "moe_relu_routing": True,
+        "moe_relu_activation_limit": 0.0,
+        "moe_router_topk": 1,
         "recompute_granularity": None,
         "recompute_modules": None,
         "recompute_method": None,
@@ -146,6 +150,7 @@ def kept_by_pytorch(args: argparse.Namespace, experts: bool) -> tuple[float, flo
         num_query_groups=args.num_query_groups,
         num_moe_experts=args.num_experts if experts else None,
         moe_relu_routing=experts,
+        moe_relu_activation_limit=args.moe_relu_activation_limit,
         moe_router_dtype=None,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
@@ -157,9 +162,10 @@ def kept_by_pytorch(args: argparse.Namespace, experts: bool) -> tuple[float, flo
         args.num_experts if experts else None, False
     )  # LayerNorm keeps nothing beside input
     spec = with_relu_routing(spec) if experts else spec
+    spec = with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
     tokens = torch.randn(args.seq_length, args.micro_batch_size, args.hidden_size, requires_grad=True)
-    future = torch.ones(1, 1, args.seq_length, args.seq_length).triu(1).bool()
+    future = None if args.local_layer_fusion else torch.ones(1, 1, args.seq_length, args.seq_length).triu(1).bool()
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -179,11 +185,23 @@ def kept_by_pytorch(args: argparse.Namespace, experts: bool) -> tuple[float, flo
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")
 @pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
-def test_activations_are_those_that_pytorch_keeps(experts: bool) -> None:
-    args = arguments()
+@pytest.mark.parametrize("changes", [{}, {"local_layer_fusion": True}], ids=["Megatron's", "fused"])
+def test_activations_are_those_that_pytorch_keeps(changes: dict[str, object], experts: bool) -> None:
+    args = arguments(**changes)
     real, per_token = kept_by_pytorch(args, experts)
-    formula = sum(activations.layer_parts(args, experts, per_token).values())
-    assert formula == pytest.approx(real, rel=0.03)
+    assert activations.layer_activations(args, experts, per_token).kept == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")
+@pytest.mark.usefixtures("process_groups")
+def test_activations_beyond_the_limit_are_not_kept() -> None:
+    args = arguments(local_layer_fusion=True, moe_relu_activation_limit=1.0)
+    real, per_token = kept_by_pytorch(args, True)
+    assert per_token > 1.5
+    found = activations.layer_activations(args, True, per_token)
+    assert found.kept == pytest.approx(real, rel=0.03)
+    at_target = activations.layer_activations(args, True, 1.0)
+    assert found.kept + found.recomputed == at_target.kept and at_target.recomputed == 0
 
 
 def test_recomputation() -> None:

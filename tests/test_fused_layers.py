@@ -188,3 +188,44 @@ def test_checkpoints_go_both_ways(change: str, data: Path, tmp_path: Path) -> No
     expected[1] = (expected[0] + expected[1]) / 2  # as Megatron logs it after a start
     assert series(resumed, "lm loss") == pytest.approx(expected, rel=1e-5)
     assert series(resumed, "l1 coefficient") == series(whole, "l1 coefficient")[4:]
+
+
+BOUNDED = {
+    "one process": (1, []),
+    "EP2": (2, ["--expert-model-parallel-size", "2"]),
+    "EP2, overlap": (
+        2,
+        [
+            "--expert-model-parallel-size",
+            "2",
+            "--use-distributed-optimizer",
+            "--overlap-grad-reduce",
+            "--overlap-param-gather",
+        ],
+    ),
+    "expert TP2": (
+        2,
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "2"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def unbounded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("unbounded")
+    common = [*TINY, *RELU, "--data-path", str(data), "--moe-relu-activation-limit", "0"]
+    run([*common, "--train-iters", "1", "--save", str(folder), "--save-interval", "1"])
+    return folder, run([*common, "--load", str(folder), "--finetune"])
+
+
+@pytest.mark.parametrize("layout", BOUNDED)
+def test_bounded_activations_change_nothing(layout: str, data: Path, unbounded: tuple[Path, str]) -> None:
+    """All 8 steps are far from the target: about 4 active experts per token where 1 is bounded."""
+    folder, expected = unbounded
+    processes, flags = BOUNDED[layout]
+    flags = [*flags, "--moe-relu-activation-limit", "1", "--load", str(folder), "--finetune"]
+    found = run([*TINY, *RELU, "--data-path", str(data), *flags], processes)
+    assert min(series(expected, "sparsity")) < 0.6
+    assert series(found, "lm loss") == pytest.approx(series(expected, "lm loss"), rel=1e-5)
+    assert series(found, "sparsity") == pytest.approx(series(expected, "sparsity"), abs=1e-3)
+    assert series(found, "l1 coefficient") == series(expected, "l1 coefficient")

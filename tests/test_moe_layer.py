@@ -143,3 +143,77 @@ def test_recompute_counts_once_and_keeps_gradients(granularity: str) -> None:
         found.append((output.detach(), tokens.grad, layer.router.weight.grad, layer.router.counts))
     for plain, recomputed in zip(*found, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def dispatched_rows(layer) -> list[int]:
+    """Fills with the number of rows of every call of the experts."""
+    rows: list[int] = []
+    layer.experts.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0])))
+    return rows
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "MoE recompute"])
+@pytest.mark.parametrize("limit", [1.0, 1.4, 1.8])
+def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispatcher: str) -> None:
+    results, weights = [], None
+    for bound in (0.0, limit):
+        torch.manual_seed(4)
+        config = make_config(
+            num_moe_experts=8,
+            moe_router_topk=2,
+            moe_token_dispatcher_type=dispatcher,
+            moe_relu_l1_reg_coeff_init=0.2,
+            moe_relu_activation_limit=bound,
+            moe_shared_expert_intermediate_size=8,
+            **({"recompute_granularity": "selective", "recompute_modules": ["moe"]} if recompute else {}),
+        )
+        layer = make_layer(config, fused=True)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        rows = dispatched_rows(layer)
+        tokens = torch.randn(23, 3, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+        output = layer(tokens)[0]
+        output.pow(2).sum().backward()
+        results.append((output.detach(), layer.router.counts, *(p.grad for p in (tokens, *layer.parameters()))))
+        pairs = int(layer.router.counts[:8].sum())
+        assert pairs > limit * 2 * 69, "more than the limit, or this tests nothing"
+        if bound:
+            assert max(rows) <= bound * 2 * 69
+            assert len(rows) >= 2 * pairs / (bound * 2 * 69), "each chunk twice"
+        else:
+            assert set(rows) == {pairs}
+    for plain, bounded in zip(*results, strict=True):
+        torch.testing.assert_close(bounded, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_unevenly_active_tokens_are_bounded_too() -> None:
+    """Equal parts of the sequence would have unequal numbers of pairs."""
+    config = make_config(num_moe_experts=8, moe_relu_activation_limit=2.0)
+    layer = make_layer(config, fused=True)
+    layer.router.weight.data.abs_()
+    tokens = -torch.ones(32, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    tokens[3:12] = 1.0
+    rows = dispatched_rows(layer)
+    layer(tokens)
+    assert sum(rows) == 9 * 8 and max(rows) <= 2 * 32
+
+
+def test_at_the_target_nothing_is_computed_twice() -> None:
+    config = make_config(num_moe_experts=4, moe_router_topk=2, moe_relu_activation_limit=1.0)
+    layer = make_layer(config, fused=True)
+    weight = layer.router.weight.data.abs_()
+    weight[2:].neg_()
+    rows = dispatched_rows(layer)
+    tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
+    layer(tokens.requires_grad_())[0].sum().backward()
+    assert rows == [24]
+
+
+def test_evaluation_is_bounded() -> None:
+    layer = make_layer(make_config(moe_relu_activation_limit=1.0), fused=True).eval()
+    layer.router.weight.data.abs_()
+    rows = dispatched_rows(layer)
+    with torch.no_grad():
+        layer(torch.ones(8, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))
+    assert rows == [8] * 4

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from trainings import RELU, TINY, run, series
 
+RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
     "one process, distributed optimizer": (1, ["--use-distributed-optimizer"]),
@@ -15,6 +16,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         2,
         ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
     ),
+    "DP2, reshardable": (2, RESHARDABLE),
+    "TP2, reshardable": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel", *RESHARDABLE]),
 }
 CHANGES = [
     ("one process", "EP2"),
@@ -22,6 +25,7 @@ CHANGES = [
     ("one process", "TP2"),
     ("PP2", "one process"),
     ("DP2, distributed optimizer", "one process, distributed optimizer"),
+    ("DP2, reshardable", "TP2, reshardable"),
 ]
 SAVED, END = 4, 8
 

@@ -34,10 +34,10 @@ FLAGS = """
 --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-interval 1000 --eval-iters 0 --log-interval 5
 """.split()
 # Relative for the loss, absolute for sparsity, in steps of the multiplier for λ. Processors round differently, which
-# shows after some dozens of steps: whether S is above the target in one step decides about two steps of λ.
+# shows after some dozens of steps: whether S is above the target in one step decides about two of λ.
 EARLY = 25
 TOLERANCE_EARLY = {"lm loss": 1e-4, "sparsity": 1e-3, "l1 coefficient": 0.5}
-TOLERANCE = {"lm loss": 0.01, "sparsity": 0.05, "l1 coefficient": 4.5}
+TOLERANCE = {"lm loss": 0.01, "sparsity": 0.05, "l1 coefficient": 10.5}
 
 
 def write_documents(prefix: Path, documents: list[bytes], end_of_document: int = 256) -> None:

@@ -52,6 +52,13 @@ class SparsityController:
         self.routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, ReLURouter)]
         parameter = next((parameter for chunk in chunks for parameter in chunk.parameters()), None)
         self.device = parameter.device if parameter is not None else torch.device("cpu")
+        # A router that is off for all tokens has no gradient; every layer's norms have one.
+        self._watched = [
+            parameter
+            for chunk in chunks
+            for name, parameter in chunk.named_parameters()
+            if "norm" in name and parameter.requires_grad
+        ] + [router.weight for router in self.routers]
         self._table: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -102,8 +109,8 @@ class SparsityController:
         )
 
     def _collect(self) -> torch.Tensor:
-        """`[num_layers, num_experts + 7]` float64: each router's counts, 0 or (if its gradient is not finite) NaN, its
-        guard, λ's exponent and a 1; zeroes where there is no router.
+        """`[num_layers, num_experts + 7]` float64: each router's counts, a zero, its guard, λ's exponent, a 1; zeroes
+        where there is no router. The zero of the first layer is NaN if a gradient on this rank is not finite.
 
         Counts are whole numbers, which float64 sums exactly in any order (up to 2^53).
         """
@@ -113,12 +120,13 @@ class SparsityController:
             if router.counts is not None:
                 row[:-4] = router.counts
                 router.counts.zero_()
-            gradient = getattr(router.weight, "main_grad", router.weight.grad)
-            if gradient is not None:
-                row[-4] = 0.0 * gradient.sum()
             row[-3] = router.guarded
             row[-2] = router.l1_exponent
             row[-1] = 1.0
+        gradients = [getattr(parameter, "main_grad", parameter.grad) for parameter in self._watched]
+        flat = [gradient.reshape(-1) for gradient in gradients if gradient is not None]
+        if flat:
+            table[0, -4] = 0.0 * torch.cat(flat).sum()
         return table
 
     @staticmethod

@@ -1,5 +1,7 @@
 """All-to-all dispatch for a number of experts that varies from token to token."""
 
+from typing import Any
+
 import torch
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -21,6 +23,19 @@ def count_pairs(routing_map: torch.Tensor, chunks: int, group: torch.distributed
     if group.size() > 1:
         counts = gather_from_sequence_parallel_region(counts, group=group)
     return counts.view(group.size(), chunks, -1).cpu()
+
+
+class _SumOfRows(torch.autograd.Function):
+    """`index_add`, of which PyTorch would keep the summands for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, summands: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        return summands.new_zeros(num_rows, summands.shape[1]).index_add_(0, rows, summands)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
 
 
 class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -59,7 +74,7 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         local = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
         received = sent[:, :, local]
         mine = sent[self.tp_rank, self.ep_rank]
-        self.num_out_tokens = int(mine.sum())  # type: ignore[assignment]
+        self.num_out_tokens = sum(mine.tolist())
         if self.ep_size > 1 or self.tp_size > 1:
             self.input_splits = mine.view(self.ep_size, -1).sum(dim=1).numpy()
             self.output_splits = received[self.tp_rank].sum(dim=1).numpy()
@@ -118,8 +133,8 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         if self._is_megatrons():
             return super().combine_postprocess(permutated_local_input_tokens)
-        output = permutated_local_input_tokens.new_zeros(self.hidden_shape_before_permute)
-        output.index_add_(0, self.reversed_local_input_permutation_mapping, permutated_local_input_tokens)
+        rows = self.reversed_local_input_permutation_mapping
+        output = _SumOfRows.apply(permutated_local_input_tokens, rows, self.hidden_shape_before_permute[0])
         output = output.view(self.hidden_shape)
         if self.shared_experts is not None:
             output += self.shared_experts.get_output()

@@ -100,8 +100,8 @@ class ReMoELayer(MoELayer):
         while True:
             counts = count_pairs(routing_map, chunks, self.tp_ep_group)
             # A rank has the experts of one slice, and the tokens of its tensor parallel partners.
-            received = counts.sum(dim=0).view(chunks, self.ep_size, -1).sum(dim=2).max() / self.expert_tp_size
-            pairs = max(int(counts.sum(dim=2).max()), math.ceil(received))
+            received = counts.sum(dim=0).view(chunks, self.ep_size, -1).sum(dim=2) / self.expert_tp_size
+            pairs = max(counts.sum(dim=2).flatten().tolist() + received.flatten().tolist())
             if pairs <= limit or chunks == num_tokens:
                 break
             chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * pairs / limit)))

@@ -19,16 +19,18 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.training.checkpoints import (
+    RELEASE,
     TRACKER,
     BrokenCheckpointError,
     check_is_whole,
     newest_whole,
     read_index,
 )
+from megatron.remoe.training.loading import common_state
+from megatron.remoe.training.patches import load_objects_unexecuted
 
 # Whatever reading a damaged file raises; PyTorch's own is no Exception.
 FAILURES = (Exception, CheckpointException)
-RELEASE = "release"
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 # The norm before a MoE layer, as plain PyTorch layers and those of Transformer Engine call it.
 LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
@@ -70,7 +72,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
     try:
         check_is_whole(folder)
         stored = read_index(folder).state_dict_metadata
-        common = dist_checkpointing.load_common_state_dict(str(folder))
+        common = common_state(folder)
     except BrokenCheckpointError as error:
         whole = newest_whole(root)
         remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
@@ -112,6 +114,7 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
                 f"{checkpoint.folder}: {tensor.key} has the shape {list(checkpoint.shapes[tensor.key])}, and its "
                 f"arguments call for {list(tensor.global_shape)}."
             )
+    load_objects_unexecuted()
     try:
         loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.folder), validate_access_integrity=False)
     except FAILURES as error:

@@ -55,7 +55,8 @@ def layer_parts(args: argparse.Namespace, is_moe: bool, experts_per_token: float
     hidden = args.hidden_size
     query = args.kv_channels * args.num_attention_heads
     key_value = 2 * args.kv_channels * args.num_query_groups
-    local_attention = args.transformer_impl == "local"
+    local = args.transformer_impl == "local"
+    fused = local and args.local_layer_fusion
 
     parts = {
         "residual": 2 * hidden * split * size,  # before attention and before the MLP
@@ -63,18 +64,21 @@ def layer_parts(args: argparse.Namespace, is_moe: bool, experts_per_token: float
         "attention": (query + key_value) * tokens * size / tp,
         "attention output": query * tokens * size / tp,
     }
-    if local_attention:
+    if local and not fused:
         # Keys and values are repeated to all heads; the softmax's output is kept.
         parts["attention"] = 3 * query * tokens * size / tp
         parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
     else:
         parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
+        if fused:  # the queries are copied, and keys and values are parts of what they were copied from
+            parts["attention"] += query * tokens * size / tp
     if not is_moe:
         parts["mlp"] = _mlp(args, args.ffn_hidden_size) * tokens * size / tp
         return parts
 
     pairs = experts_per_token * split
-    hidden_tensors, activations = _mlp_tensors(args, gated=True)
+    # Grouped experts compute all that follows the first product again.
+    hidden_tensors, activations = (2, 0) if fused and args.swiglu else _mlp_tensors(args, gated=True)
     parts["router"] = args.num_experts * split * (4 + 4 + 1)  # logits and gates in fp32, map
     parts["expert inputs"] = hidden * pairs * args.expert_tensor_parallel_size * size
     parts["expert hidden"] = hidden_tensors * args.moe_ffn_hidden_size * pairs * size
@@ -100,7 +104,9 @@ def _mlp(args: argparse.Namespace, size: int) -> int:
 
 def layer_activations(args: argparse.Namespace, is_moe: bool, experts_per_token: float) -> LayerActivations:
     """Bytes of a layer under the arguments' recomputation; for parameters see `layer_parts`."""
-    parts = layer_parts(args, is_moe, experts_per_token)
+    limit = args.moe_relu_activation_limit * args.moe_router_topk if is_moe and args.moe_relu_routing else 0.0
+    in_chunks = 0.0 < limit < experts_per_token
+    parts = layer_parts(args, is_moe, limit if in_chunks else experts_per_token)
     everything = sum(parts.values())
     if args.recompute_granularity == "full":
         inputs = parts["residual"] / 2
@@ -112,5 +118,7 @@ def layer_activations(args: argparse.Namespace, is_moe: bool, experts_per_token:
         for module in (args.recompute_modules or []) * (args.recompute_granularity == "selective")
         for part in RECOMPUTED_PARTS.get(module, ())
     }
+    if in_chunks:
+        dropped |= {"expert inputs", "expert hidden", "expert activations"}
     recomputed = sum(size for part, size in parts.items() if part in dropped)
     return LayerActivations(everything - recomputed, recomputed)

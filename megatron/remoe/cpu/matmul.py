@@ -29,7 +29,9 @@ def use_onednn() -> torch.library.Library | None:
     if not (mkl_is_slow() and torch.backends.mkldnn.is_available()):
         return None
     cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-    mkl_mm, mkl_addmm_ = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "addmm_"))
+    mkl_mm, mkl_mm_out, mkl_addmm_ = (
+        torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "mm.out", "addmm_")
+    )
     linear = torch.ops.mkldnn._linear_pointwise
 
     def takes(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -40,6 +42,11 @@ def use_onednn() -> torch.library.Library | None:
             return linear(left, right.T, None, "none", [], "")
         return mkl_mm.call_boxed(cpu, left, right)
 
+    def mm_out(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        if takes(left, right) and out.shape == (left.shape[0], right.shape[1]):
+            return out.copy_(linear(left, right.T, None, "none", [], ""))
+        return mkl_mm_out.call_boxed(cpu, left, right, out=out)
+
     def addmm_(
         self: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
     ) -> torch.Tensor:
@@ -49,5 +56,6 @@ def use_onednn() -> torch.library.Library | None:
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm", mm, "CPU")
+    library.impl("mm.out", mm_out, "CPU")
     library.impl("addmm_", addmm_, "CPU")
     return library

@@ -22,7 +22,7 @@ from megatron.remoe.training.inputs import (
     check_required_flags,
     check_vocabulary,
 )
-from megatron.remoe.training.loading import check_loaded_run
+from megatron.remoe.training.loading import check_is_data_alone, check_loaded_run
 from megatron.remoe.training.patches import (
     keep_saving_possible,
     let_torch_adam_resume,
@@ -170,6 +170,7 @@ def parse_and_validate_args(
         if starts_training:
             choose_checkpoint(args)
         if args.use_checkpoint_args:
+            check_is_data_alone(args)
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
         if starts_training:

@@ -3,9 +3,12 @@
 import gc
 import os
 import re
+import signal
 import sys
 import traceback
 from typing import NoReturn
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 REMEDIES: tuple[tuple[str, str], ...] = (
     (
@@ -20,12 +23,16 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "MASTER_PORT of the first node can be reached from all.",
     ),
     (
+        r"Connection (reset|closed) by peer|remote process exited|NCCL.*(abort|remote|unhandled system)",
+        "Another rank has ended: its last words, or its exit code in torchrun's report, tell why.",
+    ),
+    (
         r"out of memory|can't allocate memory",
         "Take a smaller --micro-batch-size, more devices, or --recompute-granularity full with its flags.",
     ),
     (
-        r"No space left on device|Disk quota exceeded",
-        "Make room on the disk; the last whole checkpoint is still there.",
+        r"No space left on device|Disk quota exceeded|File too large",
+        "Make room for what is saved: the last whole checkpoint is still there, and the same command goes on from it.",
     ),
     (
         r"Failed to write dataset materials",
@@ -41,6 +48,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key",
         "The checkpoint under --load is that of another model: give its flags, or another --load.",
     ),
+    (r"integrity verification failed", "Give an earlier iteration with --ckpt-step."),
     (r"Found no NVIDIA driver|no kernel image|CUDA driver", "Without a working GPU, train with --cpu."),
 )
 LENGTH = 400
@@ -48,6 +56,7 @@ LENGTH = 400
 
 def end_with_last_words(error: BaseException) -> NoReturn:
     """Print the error's traceback and one short message below it, and end with exit code 1."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as another rank has ended
     traceback.print_exception(error)
     # Half-built objects complain when they are freed: now, not below the message.
     traceback.clear_frames(error.__traceback__)
@@ -65,8 +74,14 @@ def last_words(error: BaseException, rank: str | None = None) -> str:
         error: what ended the training.
         rank: that of this process, where there are several.
     """
+    while isinstance(error, CheckpointException) and error.failures:  # its own text is a traceback of some rank's
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, CheckpointException):
+        error = RuntimeError("the checkpoint could not be read or written, for a reason that another rank tells.")
     text = str(error).strip()
     lines = text.splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1].strip()}"
     reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     whole = f"{type(error).__name__}: {text}"
     remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, whole, re.IGNORECASE)), None)

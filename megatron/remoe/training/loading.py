@@ -10,8 +10,16 @@ from typing import Any
 
 import torch
 
-from megatron.remoe.compatibility import flag, shown
-from megatron.remoe.training.checkpoints import TRACKER, BrokenCheckpointError, read_index
+from megatron.remoe.compatibility import flag as flag_of
+from megatron.remoe.compatibility import shown
+from megatron.remoe.training.checkpoints import (
+    RELEASE,
+    TRACKER,
+    BrokenCheckpointError,
+    loaded_from,
+    newest_iteration,
+    read_index,
+)
 from megatron.training.models.gpt import GPTModelConfig
 
 # What gives the weights their shapes, with `_sizes` below.
@@ -33,40 +41,61 @@ RATES = ("lr", "min_lr")
 # It compares these with the checkpoint's when everything is built and loaded.
 SCHEDULE = ("lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay")
 DURATION = ("train_iters", "lr_decay_iters", "train_samples", "lr_decay_samples", "global_batch_size")
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 # A setting that follows from another one where it is not given: tells nothing where that differs.
 FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
+FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
 NEW_TRAINING = "--finetune with another --save to start a new training from its weights"
 SPLIT_BY_GRANULARITY = {"num_experts": 1, "moe_router_topk": 1, "moe_ffn_hidden_size": -1}
 CONVERT = "tools/convert_checkpoint makes a ReMoE of it"
 Settings = dict[str, Any]
 
 
-def checkpoint_folder(args: argparse.Namespace) -> Path | None:
-    """The folder of the iteration that Megatron will load; None where there is none, or not a torch_dist one."""
-    if not args.load:
-        return None
-    root = Path(args.load)
-    tracker = root / TRACKER
-    newest = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-    if args.ckpt_step:
-        folder = root / f"iter_{args.ckpt_step:07d}"
-    elif newest == "release":
-        folder = root / newest
-    elif newest.isdecimal():
-        folder = root / f"iter_{int(newest):07d}"
+def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
+    """The folder of the iteration that Megatron loads from a folder of checkpoints; None if it is no torch_dist one."""
+    newest = newest_iteration(root)
+    if newest == RELEASE:
+        folder = root / RELEASE
+    elif args.ckpt_step or newest.isdecimal():
+        folder = root / f"iter_{args.ckpt_step or int(newest):07d}"
     else:
         return None
     return folder if (folder / ".metadata").is_file() else None
 
 
-def saved_arguments(folder: Path) -> argparse.Namespace | None:
-    """Megatron's arguments of the training that wrote a torch_dist checkpoint; nothing in it is executed.
+def check_is_data_alone(args: argparse.Namespace) -> None:
+    """Refuse checkpoints whose index or settings would run code: to be called before Megatron reads the settings.
+
+    Raises:
+        BrokenCheckpointError: names flag and file.
+    """
+    for flag, root in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        folder = iteration_folder(Path(root), args) if root else None
+        if folder is None:
+            continue
+        try:
+            read_index(folder)
+            common_state(folder)
+        except BrokenCheckpointError as error:
+            raise BrokenCheckpointError(f"{flag}: {error}.") from error
+
+
+def common_state(folder: Path) -> dict[str, Any]:
+    """What a torch_dist checkpoint holds beside tensors and each rank's own objects; nothing in it is executed.
+
+    Megatron's arguments of the training that wrote it are under "args".
 
     Args:
         folder: of one iteration.
 
     Raises:
-        BrokenCheckpointError: they cannot be read, or hold what is no setting.
+        BrokenCheckpointError: it cannot be read, or holds what is no setting.
     """
     try:
         if (folder / "common.pt").is_file():
@@ -75,7 +104,7 @@ def saved_arguments(folder: Path) -> argparse.Namespace | None:
             entries = read_index(folder).storage_data
             entry = next((entries[key] for key in entries if key.fqn.startswith("common_state/")), None)
             if entry is None:
-                return None
+                return {}
             with (folder / entry.relative_path).open("rb") as file:
                 file.seek(entry.offset)
                 state = torch.load(io.BytesIO(file.read(entry.length)), map_location="cpu", weights_only=True)
@@ -88,10 +117,10 @@ def saved_arguments(folder: Path) -> argparse.Namespace | None:
     except Exception as error:  # whatever reading a damaged file raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BrokenCheckpointError(
-            f"--load: the settings saved in {folder} cannot be read ({reason[:200]}). If it is damaged, give an "
-            "earlier iteration with --ckpt-step."
+            f"the settings saved in {folder} cannot be read ({reason[:200]}). If it is damaged, give an earlier "
+            "iteration with --ckpt-step"
         ) from error
-    return state.get("args") if isinstance(state, dict) else None
+    return state if isinstance(state, dict) else {}
 
 
 def check_loaded_run(args: argparse.Namespace) -> None:
@@ -104,31 +133,36 @@ def check_loaded_run(args: argparse.Namespace) -> None:
         ValueError: names flag, both values and the remedy.
     """
     _check_is_there(args)
-    folder = checkpoint_folder(args)
-    saved = saved_arguments(folder) if folder is not None else None
-    if folder is None or saved is None:
+    check_is_data_alone(args)
+    place = loaded_from(args)
+    folder = iteration_folder(place[1], args) if place else None
+    if place is None or folder is None:
+        return
+    flag, source = place[0], f"{place[0]} {folder}"
+    saved = common_state(folder).get("args")
+    if saved is None:
         return
     if args.dist_ckpt_strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
-        _check_routing(args, saved, folder)
+        _check_routing(args, saved, source)
     if different := _differences(_shape(args), _shape(saved), args, saved):
-        raise ValueError(
-            f"--load {folder} holds a model of another shape: {different}. Give its values, or another --load."
-        )
-    if args.finetune or folder.name == "release":
+        raise ValueError(f"{source} holds a model of another shape: {different}. Give its values, or another {flag}.")
+    if args.finetune or folder.name == RELEASE or flag != "--load":
         return
     routing = ("moe_router_topk", *(L1 if args.moe_relu_routing else ())) if args.num_experts else ()
     kept = routing if args.no_load_optim else routing + RATES
     if different := _differences(_picked(args, kept), _picked(saved, kept), args, saved):
         raise ValueError(
-            f"--load {folder}: resuming with other settings than it was saved with: {different}. Give its values, or "
+            f"{source}: resuming with other settings than it was saved with: {different}. Give its values, or "
             f"{NEW_TRAINING}."
         )
+    if not args.no_load_optim:
+        _check_optimizer(args, saved, source)
     if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
     schedule = SCHEDULE if _duration(args) == _duration(saved) else DURATION + SCHEDULE
     if different := _differences(_picked(args, schedule), _picked(saved, schedule), args, saved):
         raise ValueError(
-            f"--load {folder}: the learning rate would follow another schedule than before: {different}. Give its "
+            f"{source}: the learning rate would follow another schedule than before: {different}. Give its "
             "values, or --override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to "
             "follow the checkpoint."
         )
@@ -145,6 +179,7 @@ def with_checked_weights(
         provider: of the data sets.
     """
     chunks: list[torch.nn.Module] = []
+    source = " ".join(str(part) for part in loaded_from(args) or ("--load", args.load or args.pretrained_checkpoint))
 
     def keep(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         chunks.extend(model_chunks)
@@ -153,50 +188,79 @@ def with_checked_weights(
     @wraps(provider)
     def checked(*arguments: Any, **options: Any) -> Any:
         while chunks:
-            _check_is_finite(args.load, chunks.pop())
+            _check_is_finite(source, chunks.pop())
         return provider(*arguments, **options)
 
-    if not args.load:
+    if not args.load and not args.pretrained_checkpoint:
         return provider
     model_cfg.post_wrap_hooks.append(keep)
     return checked
 
 
 @torch.no_grad()
-def _check_is_finite(load: str, chunk: torch.nn.Module) -> None:
+def _check_is_finite(source: str, chunk: torch.nn.Module) -> None:
     finite = {name: torch.isfinite(weight).all() for name, weight in chunk.named_parameters()}
     if not finite or torch.stack(list(finite.values())).all():
         return
     name = next(name for name, value in finite.items() if not value).removeprefix("module.").removeprefix("module.")
     raise ValueError(
-        f"--load {load}: {name} holds values that are not finite. Go back to an earlier iteration with --ckpt-step."
+        f"{source}: {name} holds values that are not finite. Go back to an earlier iteration with --ckpt-step."
     )
 
 
 def _check_is_there(args: argparse.Namespace) -> None:
     """Where no checkpoint is found Megatron starts from random weights: right for a first start alone."""
-    if not args.load or "://" in args.load or (Path(args.load) / TRACKER).is_file() or args.ckpt_step:
+    if loaded_from(args) or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
         return
-    if args.pretrained_checkpoint or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
+    if any("://" in (folder or "") for folder in (args.load, args.pretrained_checkpoint)):
         return
-    resumes = args.save and Path(args.save).resolve() == Path(args.load).resolve()
-    if args.finetune or args.exit_on_missing_checkpoint or not resumes:
+    remedy = "Give what a training had under --save"
+    if args.pretrained_checkpoint:
         raise ValueError(
-            f"--load {args.load}: holds no checkpoint (there is no {TRACKER}). Give what a training had under --save, "
-            "or leave --load out to start from random weights."
+            f"--pretrained-checkpoint {args.pretrained_checkpoint}: holds no checkpoint (there is no {TRACKER}). "
+            f"{remedy}, or what tools/convert_checkpoint wrote."
+        )
+    resumes = args.save and args.load and Path(args.save).resolve() == Path(args.load).resolve()
+    if args.load and (args.finetune or args.exit_on_missing_checkpoint or not resumes):
+        raise ValueError(
+            f"--load {args.load}: holds no checkpoint (there is no {TRACKER}). {remedy}, or leave --load out to start "
+            "from random weights."
         )
 
 
-def _check_routing(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
+def _check_routing(args: argparse.Namespace, saved: argparse.Namespace, source: str) -> None:
     was_relu = getattr(saved, "moe_relu_routing", False)
     if args.moe_relu_routing and not was_relu:
         kind = "top-k MoE" if getattr(saved, "num_experts", None) else "dense"
-        raise ValueError(
-            f"--load {folder} holds a {kind} model, from which --moe-relu-routing cannot start: {CONVERT}."
-        )
+        raise ValueError(f"{source} holds a {kind} model, from which --moe-relu-routing cannot start: {CONVERT}.")
     if was_relu and not args.moe_relu_routing and not args.finetune:
         raise ValueError(
-            f"--load {folder} holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
+            f"{source} holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
+        )
+
+
+def _check_optimizer(args: argparse.Namespace, saved: argparse.Namespace, source: str) -> None:
+    """The distributed optimizer's state is that of ranks; Megatron gives it to other ranks in some cases only."""
+    anew = "--no-load-optim to go on with new optimizer state"
+    was_distributed = getattr(saved, "use_distributed_optimizer", False)
+    if was_distributed != args.use_distributed_optimizer:
+        kind, remedy = ("that", "Add it") if was_distributed else ("not that", "Leave it out")
+        raise ValueError(
+            f"{source}: its optimizer state is {kind} of --use-distributed-optimizer. {remedy}, or {anew}."
+        )
+    if not was_distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
+        return
+    was_fused = getattr(saved, "local_layer_fusion", False) and getattr(saved, "transformer_impl", "") == "local"
+    if args.num_experts and was_fused != (args.local_layer_fusion and args.transformer_impl == "local"):
+        kind, remedy = ("grouped experts", "Leave out") if was_fused else ("experts one by one", "Add")
+        raise ValueError(
+            f"{source}: without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for "
+            f"{kind}. {remedy} --no-local-layer-fusion, or give {anew}."
+        )
+    if different := _differences(_picked(args, LAYOUT), _picked(saved, LAYOUT), args, saved):
+        raise ValueError(
+            f"{source}: without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for "
+            f"its layout alone: {different}. Save once more in that layout with the flag, or {anew}."
         )
 
 
@@ -247,7 +311,7 @@ def _differences(mine: Settings, other: Settings, args: argparse.Namespace, save
 
 
 def _difference(name: str, there: Any, here: Any) -> str:
-    return f"{flag(name)} {shown(there)} in the checkpoint, {shown(here)} here"
+    return f"{flag_of(name)} {shown(there)} in the checkpoint, {shown(here)} here"
 
 
 def _same(mine: Any, other: Any) -> bool:

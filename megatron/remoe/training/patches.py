@@ -4,6 +4,7 @@ No public hook reaches any of them. Each does nothing where Megatron does not ne
 """
 
 import importlib
+import io
 import multiprocessing
 import os
 import signal
@@ -17,8 +18,10 @@ import torch
 
 from megatron.core.datasets import utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.remoe.training.checkpoints import BrokenCheckpointError
 
 
 def use_shipped_helpers() -> None:
@@ -38,9 +41,11 @@ def let_torch_adam_resume() -> None:
 
     Before it loads, Megatron reads the number of steps out of the optimizer's state, which PyTorch's Adam does not have
     before its first step. Loading copies into views of fp32 parameters with gradients on, lets all parameters share one
-    counter of steps, and then overwrites it with the zero from before.
+    counter of steps, and then overwrites it with the zero from before; in the fully reshardable format it asks for a
+    counter that is not saved.
     """
     state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(state_dict, "__wrapped__"):
         return
 
@@ -49,7 +54,7 @@ def let_torch_adam_resume() -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
-                if not state and isinstance(self.optimizer, torch.optim.Adam):
+                if not state and isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
                     state["step"] = torch.zeros(())
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
@@ -64,8 +69,37 @@ def let_torch_adam_resume() -> None:
                 if "step" in (state := self.optimizer.state[parameter]):
                     state["step"] = torch.tensor(float(group["step"]))
 
+    @wraps(set_states)
+    def set_states_but_steps(self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, parameter, {"step": None} | tensors)  # what is no tensor is left alone
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_steps
     DistributedOptimizer.state_dict = state_dict_with_steps
     DistributedOptimizer.load_state_dict = load_state_dict_with_steps
+
+
+def load_objects_unexecuted() -> None:
+    """Refuse what could run code among a checkpoint's objects, such as the states of random number generators.
+
+    PyTorch unpickles them without restriction, though Megatron has a list of what they consist of.
+    """
+    load_bytes = MCoreLoadPlanner.load_bytes
+    if hasattr(load_bytes, "__wrapped__"):
+        return
+
+    @wraps(load_bytes)
+    def load_known_bytes(self: MCoreLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
+        try:
+            torch.load(value, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever reading a damaged object raises
+            raise BrokenCheckpointError(
+                f"{read_item.dest_index.fqn} in the checkpoint is damaged, or holds what could run code. Give an "
+                "earlier iteration with --ckpt-step."
+            ) from error
+        value.seek(0)
+        load_bytes(self, read_item, value)
+
+    MCoreLoadPlanner.load_bytes = load_known_bytes
 
 
 def keep_saving_possible() -> None:
@@ -78,6 +112,26 @@ def keep_saving_possible() -> None:
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     manager.start(_serve_until_the_parent_ends)
     filesystem_async._results_queue = manager.Queue()
+
+
+def tell_why_writing_fails() -> None:
+    """Keep file and reason where part of a checkpoint cannot be written: Megatron keeps only the type of the error."""
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+    if getattr(write, "tells_why", False):
+        return
+
+    @wraps(write)
+    def write_or_tell(*arguments: Any, **options: Any) -> Any:
+        output = write(*arguments, **options)
+        error = output[1]
+        if not isinstance(error, Exception) or options["results_queue"] is not None:
+            return output  # written, or in a thread of Megatron's that has to come to its end
+        while not isinstance(error, OSError) and error.__context__ is not None:
+            error = error.__context__  # PyTorch's own complaint about the file that it could not go on with
+        raise RuntimeError(f"{options['write_bucket'][0]}: {error}") from error
+
+    write_or_tell.tells_why = True  # type: ignore[attr-defined]
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_tell)
 
 
 def _serve_until_the_parent_ends() -> None:

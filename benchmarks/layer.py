@@ -1,0 +1,172 @@
+"""One MoE layer alone, forward and backward: ReLU-routed and grouped, Megatron's own local layer, and the Mixtral block
+of Hugging Face transformers with each of its implementations.
+
+All have experts of the same size and k active experts per token; the ReLU router starts with k. They take turns in one
+process, and each figure is a median. Gradients are new tensors every time, for all of them.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import save, show
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron.remoe import console, cpu  # noqa: E402
+
+console.hide_unhelpful_warnings()
+if cpu.is_wanted(sys.argv):
+    cpu.install()
+
+from timed_entry import start_at_target  # noqa: E402
+from transformers.models.mixtral import MixtralConfig  # noqa: E402
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  # noqa: E402
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.remoe.config import ReMoEConfig  # noqa: E402
+from megatron.remoe.layer_specs import with_fused_layers, with_relu_routing  # noqa: E402
+
+OURS = "ReMoE, grouped"
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Megatron's process groups for this process alone."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu"))
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype: torch.dtype) -> torch.nn.Module:
+    """ReMoE's layer, or top-k in Megatron's own."""
+    settings: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": options.hidden,
+        "ffn_hidden_size": options.ffn,
+        "moe_ffn_hidden_size": options.ffn,
+        "num_attention_heads": 1,
+        "num_moe_experts": experts,
+        "moe_router_topk": options.topk,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": False,
+        "add_bias_linear": False,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "gradient_accumulation_fusion": False,
+    }
+    config = ReMoEConfig(moe_relu_routing=True, **settings) if relu else TransformerConfig(**settings)
+    spec = get_gpt_layer_local_spec(experts, False, normalization="RMSNorm")
+    spec = with_fused_layers(with_relu_routing(spec)) if relu else spec
+    layer = spec.submodules.mlp(config=config, layer_number=1)  # type: ignore[union-attr]
+    layer.set_layer_number(1)
+    return layer.to(dtype).cuda()
+
+
+def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> dict[str, Layer]:
+    """Name → function from `[tokens, 1, hidden]` to the same shape."""
+    ours = megatron_layer(experts, options, relu=True, dtype=tokens.dtype)
+    start_at_target(ours.router, tokens)
+    theirs = megatron_layer(experts, options, relu=False, dtype=tokens.dtype)
+    found: dict[str, Layer] = {OURS: lambda x: ours(x)[0], "Megatron's, top-k": lambda x: theirs(x)[0]}
+    for implementation in options.transformers:
+        config = MixtralConfig(
+            hidden_size=options.hidden,
+            intermediate_size=options.ffn,
+            num_local_experts=experts,
+            num_experts_per_tok=options.topk,
+        )
+        config._experts_implementation = implementation
+        block = MixtralSparseMoeBlock(config).to(device=tokens.device, dtype=tokens.dtype).train()
+        for weight in block.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        found[f"transformers, {implementation}"] = block
+    return found
+
+
+def seconds(layer: Layer, tokens: torch.Tensor, weights: list[torch.nn.Parameter]) -> float:
+    """One forward and backward pass."""
+    tokens.grad = None
+    for weight in weights:
+        weight.grad = None
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    layer(tokens).sum().backward()
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def parameters_of(layer: Any) -> list[torch.nn.Parameter]:
+    """Those of the module, or of the modules that a function closes over."""
+    modules = [layer] if isinstance(layer, torch.nn.Module) else [cell.cell_contents for cell in layer.__closure__]
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--ffn", type=int, default=1024, help="size of an expert (default 1024)")
+    parser.add_argument("--topk", type=int, default=2, help="active experts per token (default 2)")
+    parser.add_argument("--transformers", nargs="*", default=["eager", "grouped_mm"], help="its implementations")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "layer.json")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results: dict[str, dict[str, list[float]]] = {}
+    with one_process():
+        for experts in options.experts:
+            for number in options.tokens:
+                torch.manual_seed(1)
+                common = torch.randn(options.hidden).sign()
+                tokens = (torch.randn(number, 1, options.hidden) + common).to(device)
+                tokens = tokens.to(torch.bfloat16 if options.bf16 else torch.float32).requires_grad_()
+                candidates = layers(experts, options, tokens.detach())
+                times: dict[str, list[float]] = {name: [] for name in candidates}
+                for turn in range(options.repetitions + 1):
+                    for name, layer in candidates.items():
+                        taken = seconds(layer, tokens, parameters_of(layer))
+                        if turn:
+                            times[name].append(taken)
+                results[f"{experts} experts, {number} tokens"] = times
+                medians = {name: statistics.median(found) for name, found in times.items()}
+                print(f"{experts} experts, {number} tokens: {medians}", file=sys.stderr, flush=True)
+                del candidates
+                gc.collect()
+    names = list(next(iter(results.values())))
+    rows = []
+    for case, times in results.items():
+        ours = statistics.median(times[OURS])
+        rows.append((case, f"{ours * 1e3:.0f} ms", *(statistics.median(times[name]) / ours for name in names[1:])))
+    show("Forward and backward: ours, and the others' time over ours", ["layer", *names], rows)
+    save(options.output, {"options": vars(options) | {"output": str(options.output)}, "seconds": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Memory of a training step while routing is dense (half of the experts active) and at the target sparsity.
+
+The most that PyTorch holds during a step, beyond weights, gradients and optimizer state, which are there all the time.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from models import Shape
+from results import save, show
+from step import REMOE, ROOT, UNBOUNDED, Variant, run
+
+SHAPE = Shape(8, 1, hidden=384, ffn=768, micro_batch=2)
+EXPERTS = (8, 64, 128)
+MEMORY = (("BENCHMARK_MEMORY", "1"),)
+STEADY = replace(REMOE, name="at the target", environment=REMOE.environment + MEMORY)
+DENSE = Variant("dense stage", "ReMoE", (), MEMORY)
+DENSE_UNBOUNDED = Variant("dense stage, unbounded", "ReMoE", UNBOUNDED.flags, MEMORY)
+STEPS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS, help="default: 8 64 128")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "memory.json")
+    parser.add_argument("more", nargs="*", help="further flags of Megatron's, behind --")
+    options = parser.parse_args()
+    rows, results = [], {}
+    for experts in options.experts:
+        shape = replace(SHAPE, experts=experts)
+        records = {v.name: run(shape, v, STEPS, options.more) for v in (STEADY, DENSE, DENSE_UNBOUNDED)}
+        results[experts] = records
+        peaks = {name: record["peak_bytes"] / 2**20 for name, record in records.items()}
+        active = {name: sum(record["active"]) / len(record["active"]) for name, record in records.items()}
+        rows.append(
+            (
+                experts,
+                f"{active[STEADY.name]:.2f}",
+                f"{peaks[STEADY.name]:,.0f} MiB",
+                f"{active[DENSE.name]:.1f}",
+                f"{peaks[DENSE.name]:,.0f} MiB",
+                f"{peaks[DENSE_UNBOUNDED.name]:,.0f} MiB",
+                peaks[DENSE.name] / peaks[STEADY.name],
+                peaks[DENSE_UNBOUNDED.name] / peaks[STEADY.name],
+            )
+        )
+    columns = ["E", "experts/token", "at target", "experts/token", "dense stage", "unbounded", "ratio", "unbounded"]
+    show(f"{SHAPE.layers} layers, hidden {SHAPE.hidden}, {SHAPE.tokens} tokens", columns, rows)
+    save(options.output, {"results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The models that are measured, as Megatron's flags, and their FLOPs."""
+
+import math
+from dataclasses import dataclass
+
+COMMON = """
+--num-attention-heads 12 --group-query-attention --num-query-groups 4 --normalization RMSNorm --swiglu
+--position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0
+--hidden-dropout 0 --init-method-std 0.02 --lr 1e-7 --lr-decay-style constant --clip-grad 1.0 --seed 1234
+--tokenizer-type NullTokenizer --split 100,0,0 --eval-interval 1000 --eval-iters 0 --log-interval 1 --num-workers 0
+--moe-token-dispatcher-type alltoall --make-vocab-size-divisible-by 128
+""".split()
+ROUTINGS = {
+    "ReMoE": ["--moe-relu-routing"],
+    "top-k": ["--moe-router-pre-softmax", "--moe-aux-loss-coeff", "1e-2"],
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT of the paper's kind, with few layers.
+
+    `vocabulary` keeps the output layer's share of the FLOPs as it is in the whole model: 34 % in the 182M one.
+
+    Attributes:
+        experts, granularity: E and G; there are E·G experts of size ffn / G, of which G are active.
+    """
+
+    experts: int
+    granularity: int
+    layers: int = 2
+    hidden: int = 768
+    ffn: int = 2048
+    sequence: int = 1024
+    micro_batch: int = 4
+    vocabulary: int = 8191  # one more is the end of a document
+
+    @property
+    def name(self) -> str:
+        """(E, G), as they are spoken of."""
+        return f"({self.experts}, {self.granularity})"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.micro_batch * self.sequence
+
+    def flags(self, routing: str) -> list[str]:
+        """The whole training command's flags but for data and number of steps."""
+        sizes = {
+            "--num-layers": self.layers,
+            "--hidden-size": self.hidden,
+            "--ffn-hidden-size": self.ffn,
+            "--moe-ffn-hidden-size": self.ffn,
+            "--seq-length": self.sequence,
+            "--max-position-embeddings": self.sequence,
+            "--micro-batch-size": self.micro_batch,
+            "--global-batch-size": self.micro_batch,
+            "--vocab-size": self.vocabulary,
+            "--num-experts": self.experts,
+            "--moe-router-topk": 1,
+            "--moe-granularity": self.granularity,
+        }
+        words = [str(word) for pair in sizes.items() for word in pair]
+        return [*COMMON, *words, *ROUTINGS[routing]]
+
+    def flops(self, active_experts: float) -> float:
+        """FLOPs of a training step without recomputation: 2 for a product and its sum, once forward, twice backward.
+
+        Args:
+            active_experts: active token-expert pairs per token, in experts of full size: G pairs make one.
+        """
+        heads, groups = 12, 4
+        attention = self.hidden * self.hidden * (2 + 2 * groups / heads) + self.hidden * self.sequence  # causal: half
+        router = self.hidden * self.experts * self.granularity
+        layer = attention + router + 3 * self.hidden * self.ffn * active_experts
+        vocabulary = math.ceil((self.vocabulary + 1) / 128) * 128
+        return 6.0 * self.tokens * (self.layers * layer + self.hidden * vocabulary)

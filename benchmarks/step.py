@@ -1,0 +1,148 @@
+"""A training step of the whole model: ReMoE at its target sparsity, top-k, and top-k in Megatron's own local layers.
+
+Every run is the training entry in a process of its own, in turns, and each figure the median over all steps of a
+variant. Also printed: the share of the machine's measured matmul rate that the model's FLOPs make, counted with the
+true number of active experts, and the time of λ's update.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+from models import Shape
+from results import save, show
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron.remoe.data.indexed import IndexedWriter  # noqa: E402
+
+SHAPES = [Shape(8, 1), Shape(8, 8), Shape(64, 1)]
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        routing: "ReMoE" or "top-k".
+        flags: on top of the shape's.
+        environment: on top of this process's.
+    """
+
+    name: str
+    routing: str
+    flags: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+REMOE = Variant("ReMoE", "ReMoE", (), (("BENCHMARK_AT_TARGET", "1"),))
+TOPK = Variant("top-k", "top-k")
+UNBOUNDED = Variant("ReMoE, unbounded", "ReMoE", ("--moe-relu-activation-limit", "0"), REMOE.environment)
+STOCK = Variant("top-k, Megatron's layers", "top-k", ("--no-local-layer-fusion",))
+VARIANTS = [REMOE, TOPK, UNBOUNDED, STOCK]
+
+
+def write_data(prefix: Path, shape: Shape) -> None:
+    """Random tokens, enough for every step."""
+    generator = numpy.random.default_rng(1)
+    with IndexedWriter(prefix, numpy.dtype(numpy.uint16)) as writer:
+        tokens = generator.integers(0, shape.vocabulary, 64 * shape.tokens).astype(numpy.uint16)
+        writer.add(tokens, numpy.full(64, shape.tokens))
+        writer.finish()
+        writer.publish()
+
+
+def run(shape: Shape, variant: Variant, steps: int, more: list[str]) -> dict[str, Any]:
+    """Train for some steps and return the record of benchmarks/timed_entry.py.
+
+    Raises:
+        SystemExit: the training failed; the end of what it printed is the message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prefix, record = Path(folder) / "tokens", Path(folder) / "record.json"
+        write_data(prefix, shape)
+        command = [sys.executable, str(ROOT / "benchmarks" / "timed_entry.py"), *shape.flags(variant.routing)]
+        command += ["--data-path", str(prefix), "--train-iters", str(steps), *variant.flags, *more]
+        environment = os.environ | dict(variant.environment) | {"BENCHMARK_RECORD": str(record)}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if result.returncode:
+            raise SystemExit(f"{shape.name} {variant.name} failed:\n" + (result.stdout + result.stderr)[-3000:])
+        return json.loads(record.read_text())
+
+
+def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more: list[str]) -> dict[str, Any]:
+    """Variant's name → its figures, from runs in turns."""
+    records: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    for number in range(rounds):
+        for variant in variants[:: 1 if number % 2 == 0 else -1]:
+            records[variant.name].append(run(shape, variant, WARM_UP + steps + 1, more))
+            seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
+            print(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.3f} s a step", file=sys.stderr)
+    figures = {}
+    for name, found in records.items():
+        times = [seconds for record in found for seconds in record["steps"][WARM_UP:]]
+        active = statistics.mean(found[0].get("active") or [shape.granularity]) / shape.granularity
+        peak = max(record["peak_flops"] for record in found)
+        seconds = statistics.median(times)
+        figures[name] = {
+            "seconds": seconds,
+            "all_seconds": times,
+            "tokens_per_second": shape.tokens / seconds,
+            "active_experts_of_full_size": active,
+            "peak_flops": peak,
+            "utilization": shape.flops(active) / seconds / peak,
+            "update_seconds": statistics.median(record["median_update"] for record in found),
+        }
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES], help="default: all three")
+    parser.add_argument("--variants", nargs="+", choices=[v.name for v in VARIANTS], help="default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each variant (default 3)")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (default 6)")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "step.json")
+    parser.add_argument("more", nargs="*", help="further flags of Megatron's, behind --")
+    options = parser.parse_args()
+    variants = [variant for variant in VARIANTS if not options.variants or variant.name in options.variants]
+    results = {}
+    for shape in (shape for shape in SHAPES if shape.name in options.shapes):
+        figures = results[shape.name] = measure(shape, variants, options.rounds, options.steps, options.more)
+        first = figures[variants[0].name]["seconds"]
+        rows = [
+            (
+                name,
+                figure["seconds"],
+                f"{figure['tokens_per_second']:,.0f}",
+                figure["seconds"] / first,
+                figure["active_experts_of_full_size"],
+                figure["utilization"],
+                f"{figure['update_seconds'] / figure['seconds']:.2%}" if figure["update_seconds"] else "",
+            )
+            for name, figure in figures.items()
+        ]
+        columns = [
+            "variant",
+            "s/step",
+            "tokens/s",
+            f"s/step over {variants[0].name}",
+            "experts/token",
+            "of matmul rate",
+        ]
+        show(f"(E, G) = {shape.name}, {shape.layers} layers, {shape.tokens} tokens", [*columns, "λ update"], rows)
+    save(options.output, {"results": results})
+
+
+if __name__ == "__main__":
+    main()

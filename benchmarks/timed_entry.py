@@ -1,0 +1,150 @@
+"""The training entry that also measures its steps: a JSON file at $BENCHMARK_RECORD.
+
+With BENCHMARK_AT_TARGET=1 the routers of a ReMoE start at the target sparsity, every expert with the same share of the
+first batch. With BENCHMARK_MEMORY=1 the step's memory is measured instead, which makes it slow.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pretrain_gpt  # noqa: E402
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
+from megatron.remoe.controller import SparsityController  # noqa: E402
+from megatron.remoe.router import ReLURouter  # noqa: E402
+
+MEMORY_STEP = 2
+PEAK_SIZES = ((2048, 2048, 2048), (4096, 768, 2048), (4096, 2048, 768))
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """The machine's measured FLOP/s of `torch.mm`: the best of some sizes and repetitions."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    best = 0.0
+    for rows, inner, columns in PEAK_SIZES:
+        left = torch.randn(rows, inner, device=device, dtype=dtype)
+        right = torch.randn(inner, columns, device=device, dtype=dtype)
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.mm(left, right)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - start))
+    return best
+
+
+@torch.no_grad()
+def start_at_target(router: ReLURouter, hidden: torch.Tensor) -> None:
+    """Lower each expert's weights along the mean token until k/E of the tokens have a positive gate."""
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    mean = tokens.mean(dim=0)
+    direction = mean / mean.square().sum()
+    along = tokens @ direction
+    thresholds = (tokens @ router.weight.T / along.unsqueeze(1)).quantile(1 - router.topk / router.num_experts, dim=0)
+    router.weight -= torch.outer(thresholds, direction)
+
+
+class Recorder:
+    """Measures from the end of one step's backward passes to that of the next."""
+
+    def __init__(self) -> None:
+        self.record: dict[str, Any] = {"steps": [], "updates": []}
+        self.last: float | None = None
+        self.profiler: torch.profiler.profile | None = None
+        self.count = 0
+
+    def install(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """As a hook of Megatron's, on the model's chunks."""
+        config = get_model_config(chunks[0])
+        finalize = config.finalize_model_grads_func or finalize_model_grads
+        routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, ReLURouter)]
+        if os.environ.get("BENCHMARK_AT_TARGET"):
+            self._start_at_target(chunks, routers)
+
+        def finalize_and_record(*arguments: Any, **options: Any) -> None:
+            if routers:
+                self.record["active"] = [
+                    float(router.counts[: router.num_experts].sum() / router.counts[router.num_experts])
+                    for router in routers
+                ]
+            finalize(*arguments, **options)
+            self._end_of_step()
+
+        config.finalize_model_grads_func = finalize_and_record
+        return chunks
+
+    def write(self) -> None:
+        """Put the record where the caller reads it."""
+        Path(os.environ["BENCHMARK_RECORD"]).write_text(json.dumps(self.record))
+
+    def time_updates(self) -> None:
+        """Let every controller's update add to the record."""
+        update = SparsityController.update
+
+        def timed(controller: SparsityController) -> None:
+            start = time.perf_counter()
+            update(controller)
+            self.record["updates"].append(time.perf_counter() - start)
+
+        SparsityController.update = timed  # type: ignore[method-assign]
+
+    def _end_of_step(self) -> None:
+        now = time.perf_counter()
+        if self.last is not None:
+            self.record["steps"].append(now - self.last)
+        self.last = now
+        self.count += 1
+        if not os.environ.get("BENCHMARK_MEMORY"):
+            return
+        if self.count == MEMORY_STEP:
+            self.profiler = torch.profiler.profile(profile_memory=True)
+            self.profiler.__enter__()
+        elif self.count == MEMORY_STEP + 1:
+            assert self.profiler is not None
+            self.profiler.__exit__(None, None, None)
+            self.record["peak_bytes"] = peak_of(self.profiler)
+
+    def _start_at_target(self, chunks: list[torch.nn.Module], routers: list[ReLURouter]) -> None:
+        with torch.no_grad():
+            for chunk in chunks:
+                for name, weight in chunk.named_parameters():
+                    if name.endswith("word_embeddings.weight"):  # gives all tokens something in common
+                        weight += 3 * weight.std() * torch.randn(weight.shape[1], device=weight.device).sign()
+        for router in routers:
+            done: list[bool] = []
+
+            def once(module: ReLURouter, arguments: tuple[torch.Tensor, ...], done: list[bool] = done) -> None:
+                if not done:
+                    done.append(True)
+                    start_at_target(module, arguments[0])
+
+            router.register_forward_pre_hook(once)
+
+
+def peak_of(profiler: torch.profiler.profile) -> int:
+    """The most bytes that PyTorch held above what it held at the beginning."""
+    held = peak = 0
+    # `profiler.events()` puts what is allocated within an operation into the operation's sum.
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+if __name__ == "__main__":
+    recorder = Recorder()
+    recorder.time_updates()
+    pretrain_gpt.main(lambda model_cfg: model_cfg.post_wrap_hooks.append(recorder.install))
+    recorder.record["peak_flops"] = matmul_peak(torch.bfloat16 if "--bf16" in sys.argv else torch.float32)
+    recorder.record["median_update"] = statistics.median(recorder.record["updates"] or [0.0])
+    recorder.write()

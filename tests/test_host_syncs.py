@@ -1,0 +1,87 @@
+"""The host waits for the device once in a MoE layer, for the number of tokens of each expert, and not in the update."""
+
+import pytest
+import torch
+from layers import HIDDEN, make_config, make_layer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron.remoe import dispatcher, moe_layer
+from megatron.remoe.controller import SparsityController
+
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "_unique2",
+    "equal",
+    "item",
+    "where.default",
+}
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations whose result's shape or value the host has to know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if name in WAITING or name.split(".")[0] in WAITING - {"where.default"}:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("limit", [0.0, 2.0], ids=["unbounded", "bounded"])
+def test_a_layer_waits_once(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(make_config(num_moe_experts=4, moe_router_topk=2, moe_relu_activation_limit=limit), fused=True)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return count_pairs(*arguments)
+
+    count_pairs = dispatcher.count_pairs
+    for module in (dispatcher, moe_layer):
+        monkeypatch.setattr(module, "count_pairs", counted)
+    with Waits() as waits:
+        layer(tokens)[0].sum().backward()
+    assert len(calls) == 1 and waits.found == []
+
+
+def test_the_update_does_not_wait() -> None:
+    config = make_config()
+    layer = make_layer(config)
+    layer(torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))[0].sum().backward()
+    controller = SparsityController([layer], config)
+    with Waits() as waits:
+        controller.update()
+    assert waits.found == []
+
+
+def test_waiting_is_noticed() -> None:
+    with Waits() as waits:
+        float(torch.ones(()))
+        torch.ones(3).nonzero()
+    assert waits.found == ["_local_scalar_dense.default", "nonzero.default"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
+def test_cuda_tells_of_one_wait() -> None:
+    config = make_config(num_moe_experts=4, params_dtype=torch.bfloat16, moe_router_dtype="fp32")
+    layer = make_layer(config, fused=True)
+    controller = SparsityController([layer], config)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    layer(tokens)[0].sum().backward()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as warned:
+            layer(tokens)[0].sum().backward()
+            controller.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(warned) == 1
