@@ -193,6 +193,7 @@ def test_checkpoints_go_both_ways(change: str, data: Path, tmp_path: Path) -> No
 BOUNDED = {
     "one process": (1, []),
     "EP2": (2, ["--expert-model-parallel-size", "2"]),
+    "EP2, allgather": (2, ["--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "allgather"]),
     "EP2, overlap": (
         2,
         [

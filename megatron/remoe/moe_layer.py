@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +13,18 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.dispatcher import VariableTopkAlltoAllTokenDispatcher, count_pairs
+
+
+class _OwnGradient(torch.autograd.Function):
+    """Nothing, but its gradient is a copy: the allgather dispatcher gives that of every chunk in the same buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.clone()
 
 
 class ReMoELayer(MoELayer):
@@ -79,7 +92,7 @@ class ReMoELayer(MoELayer):
         else:
             tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
             # One that is re-entrant would give the experts' gradients, and reduce them, chunk by chunk.
-            run = partial(checkpoint, self._routed, use_reentrant=False, preserve_rng_state=False)
+            run = partial(checkpoint, self._routed_chunk, use_reentrant=False, preserve_rng_state=False)
             parts = zip(*(whole.tensor_split(chunks) for whole in (tokens, probs, routing_map)), strict=True)
             output = torch.cat([run(*part) for part in parts]).view_as(hidden_states)
         return output if shared_expert_output is None else output + shared_expert_output
@@ -90,6 +103,9 @@ class ReMoELayer(MoELayer):
         dispatched, probs = self.dispatch(hidden_states, probs)
         output, _ = self.routed_experts_compute(dispatched, probs)
         return self.postprocess(self.combine(output), None)
+
+    def _routed_chunk(self, tokens: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
+        return self._routed(_OwnGradient.apply(tokens), probs, routing_map)
 
     def _plan_chunks(self, routing_map: torch.Tensor) -> int:
         """The smallest number of chunks that is found in which no rank sends or receives too many pairs."""
