@@ -1,5 +1,7 @@
 """A training step of the whole model: ReMoE at its target sparsity, top-k, and top-k in Megatron's own local layers.
 
+On a CPU the last once more, without what this project changes in PyTorch there.
+
 Every run is the training entry in a process of its own, in turns, and each figure the median over all steps of a
 variant. Also printed: the share of the machine's measured matmul rate that the model's FLOPs make, counted with the
 true number of active experts, and the time of λ's update.
@@ -49,7 +51,8 @@ REMOE = Variant("ReMoE", "ReMoE", (), (("BENCHMARK_AT_TARGET", "1"),))
 TOPK = Variant("top-k", "top-k")
 UNBOUNDED = Variant("ReMoE, unbounded", "ReMoE", ("--moe-relu-activation-limit", "0"), REMOE.environment)
 STOCK = Variant("top-k, Megatron's layers", "top-k", ("--no-local-layer-fusion",))
-VARIANTS = [REMOE, TOPK, UNBOUNDED, STOCK]
+PLAIN = Variant(f"{STOCK.name}, plain PyTorch", "top-k", STOCK.flags, (("BENCHMARK_PLAIN_PYTORCH", "1"),))
+VARIANTS = [REMOE, TOPK, UNBOUNDED, STOCK, PLAIN]
 
 
 def write_data(prefix: Path, shape: Shape) -> None:

@@ -1,7 +1,8 @@
 """The training entry that also measures its steps: a JSON file at $BENCHMARK_RECORD.
 
 With BENCHMARK_AT_TARGET=1 the routers of a ReMoE start at the target sparsity, every expert with the same share of the
-first batch. With BENCHMARK_MEMORY=1 the step's memory is measured instead, which makes it slow.
+first batch. With BENCHMARK_MEMORY=1 the step's memory is measured instead, which makes it slow. With
+BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, the one-pass Adam and the memory that is kept.
 """
 
 import json
@@ -15,6 +16,12 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if os.environ.get("BENCHMARK_PLAIN_PYTORCH"):
+    from megatron.remoe.cpu import engine, facade
+
+    engine.use_onednn = engine._keep_freed_memory = lambda: None  # type: ignore[attr-defined]
+    facade._optim = lambda: torch.optim  # type: ignore[assignment, return-value]
 
 import pretrain_gpt  # noqa: E402
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
