@@ -37,7 +37,10 @@ class GroupedExperts(MegatronModule):
     Attributes:
         fc1: `[local experts, 2 * ffn, hidden]`, gate and up.
         fc2: `[local experts, hidden, ffn]`. With expert tensor parallelism ffn is a rank's part of it.
+        gives_gradient: see `grouped_swiglu`, for the next forward pass.
     """
+
+    gives_gradient = True
 
     def __init__(
         self,
@@ -94,7 +97,11 @@ class GroupedExperts(MegatronModule):
         Returns:
             `[rows, hidden]` (a part of the sum with expert tensor parallelism), and no bias.
         """
-        return grouped_swiglu(permuted_local_hidden_states, permuted_probs, self.fc1, self.fc2, tokens_per_expert), None
+        weights = self.fc1, self.fc2
+        output = grouped_swiglu(
+            permuted_local_hidden_states, permuted_probs, *weights, tokens_per_expert, self.gives_gradient
+        )
+        return output, None
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are never delayed."""

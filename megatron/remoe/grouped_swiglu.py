@@ -18,6 +18,7 @@ def grouped_swiglu(
     fc1: torch.nn.Parameter,
     fc2: torch.nn.Parameter,
     tokens_per_expert: torch.Tensor,
+    gives_gradient: bool = True,
 ) -> torch.Tensor:
     """`(gate · SiLU(x Wg) ⊙ x Wu) Wd` for rows that are sorted by expert.
 
@@ -27,14 +28,16 @@ def grouped_swiglu(
         fc1: `[experts, 2 * ffn, hidden]`, Wg and then Wu.
         fc2: `[experts, hidden, ffn]`, Wd.
         tokens_per_expert: int64 `[experts]`; on the host, unless the rows are half precision on a GPU.
+        gives_gradient: whether the weights get a gradient without values where the true one is in Megatron's buffer, so
+            that Megatron's hook sees one; of several calls in one forward pass one has to.
 
     Returns:
         `[rows, hidden]`.
     """
     if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
         ends = tokens_per_expert.cumsum(0).to(device=rows.device, dtype=torch.int32, non_blocking=True)
-        return _GroupedSwiGLU.apply(rows, gates, fc1, fc2, ends)
-    return _LoopedSwiGLU.apply(rows, gates, fc1, fc2, tokens_per_expert.tolist())
+        return _GroupedSwiGLU.apply(rows, gates, fc1, fc2, ends, gives_gradient)
+    return _LoopedSwiGLU.apply(rows, gates, fc1, fc2, tokens_per_expert.tolist(), gives_gradient)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -48,20 +51,24 @@ class _GroupedSwiGLU(torch.autograd.Function):
         fc1: torch.nn.Parameter,
         fc2: torch.nn.Parameter,
         ends: torch.Tensor,
+        gives_gradient: bool,
     ) -> torch.Tensor:
+        ctx.gives_gradient = gives_gradient
         hidden = grouped_mm(rows, fc1.transpose(1, 2), offs=ends)
-        ctx.save_for_backward(rows, gates, hidden, fc1, fc2, ends)
+        ctx.save_for_backward(rows, gates, hidden, ends)
+        ctx.weights = fc1, fc2  # saved, they would come back without Megatron's buffer from a checkpointed part
         return grouped_mm(_activate(hidden, gates), fc2.transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
-        rows, gates, hidden, fc1, fc2, ends = ctx.saved_tensors
+        rows, gates, hidden, ends = ctx.saved_tensors
+        fc1, fc2 = ctx.weights
         gradient = gradient.contiguous()
         d_activated = grouped_mm(gradient, fc2, offs=ends)
         activated, d_hidden, d_gates = _activate_backward(hidden, gates, d_activated)
-        d_fc2 = _into_main_grad(fc2, grouped_mm(gradient.T, activated, offs=ends))
-        d_fc1 = _into_main_grad(fc1, grouped_mm(d_hidden.T, rows, offs=ends))
-        return grouped_mm(d_hidden, fc1, offs=ends), d_gates, d_fc1, d_fc2, None
+        d_fc2 = _into_main_grad(fc2, grouped_mm(gradient.T, activated, offs=ends), ctx.gives_gradient)
+        d_fc1 = _into_main_grad(fc1, grouped_mm(d_hidden.T, rows, offs=ends), ctx.gives_gradient)
+        return grouped_mm(d_hidden, fc1, offs=ends), d_gates, d_fc1, d_fc2, None, None
 
 
 class _LoopedSwiGLU(torch.autograd.Function):
@@ -75,19 +82,23 @@ class _LoopedSwiGLU(torch.autograd.Function):
         fc1: torch.nn.Parameter,
         fc2: torch.nn.Parameter,
         sizes: list[int],
+        gives_gradient: bool,
     ) -> torch.Tensor:
+        ctx.gives_gradient = gives_gradient
         hiddens, outputs = [], []
         for x, gate, first, second in zip(rows.split(sizes), gates.split(sizes), fc1, fc2, strict=True):
             hidden = torch.mm(x, first.T)
             hiddens.append(hidden)
             outputs.append(torch.mm(_activate(hidden, gate), second.T))
-        ctx.save_for_backward(rows, gates, fc1, fc2, *hiddens)
+        ctx.save_for_backward(rows, gates, *hiddens)
+        ctx.weights = fc1, fc2
         ctx.sizes = sizes
         return torch.cat(outputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
-        rows, gates, fc1, fc2, *hiddens = ctx.saved_tensors
+        rows, gates, *hiddens = ctx.saved_tensors
+        fc1, fc2 = ctx.weights
         main_fc1, main_fc2 = _main_grad(fc1), _main_grad(fc2)
         d_fc1 = torch.empty_like(fc1) if main_fc1 is None else main_fc1
         d_fc2 = torch.empty_like(fc2) if main_fc2 is None else main_fc2
@@ -99,9 +110,9 @@ class _LoopedSwiGLU(torch.autograd.Function):
             _outer(d_first, d_hidden, x, add=main_fc1 is not None)
             d_rows.append(torch.mm(d_hidden, first))
             d_gates.append(d_gate)
-        d_fc1 = d_fc1 if main_fc1 is None else _gradient_is_in_main_grad(fc1)
-        d_fc2 = d_fc2 if main_fc2 is None else _gradient_is_in_main_grad(fc2)
-        return torch.cat(d_rows), torch.cat(d_gates), d_fc1, d_fc2, None
+        given_fc1 = d_fc1 if main_fc1 is None else _gradient_is_in_main_grad(fc1, ctx.gives_gradient)
+        given_fc2 = d_fc2 if main_fc2 is None else _gradient_is_in_main_grad(fc2, ctx.gives_gradient)
+        return torch.cat(d_rows), torch.cat(d_gates), given_fc1, given_fc2, None, None
 
 
 def _activate(hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -141,15 +152,15 @@ def _main_grad(weight: torch.nn.Parameter) -> torch.Tensor | None:
     return main_grad if fits else None
 
 
-def _gradient_is_in_main_grad(weight: torch.nn.Parameter) -> torch.Tensor:
+def _gradient_is_in_main_grad(weight: torch.nn.Parameter, gives_gradient: bool) -> torch.Tensor | None:
     """Tells Megatron's hook so, which must run, in this thread: hence a gradient whose values are never looked at."""
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight)
+    return torch.empty_like(weight) if gives_gradient else None
 
 
-def _into_main_grad(weight: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+def _into_main_grad(weight: torch.nn.Parameter, gradient: torch.Tensor, gives_gradient: bool) -> torch.Tensor | None:
     main_grad = _main_grad(weight)
     if main_grad is None:
         return gradient
     main_grad.add_(gradient)
-    return _gradient_is_in_main_grad(weight)
+    return _gradient_is_in_main_grad(weight, gives_gradient)

@@ -94,7 +94,8 @@ class ReMoELayer(MoELayer):
             # One that is re-entrant would give the experts' gradients, and reduce them, chunk by chunk.
             run = partial(checkpoint, self._routed_chunk, use_reentrant=False, preserve_rng_state=False)
             parts = zip(*(whole.tensor_split(chunks) for whole in (tokens, probs, routing_map)), strict=True)
-            output = torch.cat([run(*part) for part in parts]).view_as(hidden_states)
+            outputs = [run(*part, number == 0) for number, part in enumerate(parts)]
+            output = torch.cat(outputs).view_as(hidden_states)
         return output if shared_expert_output is None else output + shared_expert_output
 
     def _routed(self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
@@ -104,8 +105,14 @@ class ReMoELayer(MoELayer):
         output, _ = self.routed_experts_compute(dispatched, probs)
         return self.postprocess(self.combine(output), None)
 
-    def _routed_chunk(self, tokens: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
-        return self._routed(_OwnGradient.apply(tokens), probs, routing_map)
+    def _routed_chunk(
+        self, tokens: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor, is_first: bool
+    ) -> torch.Tensor:
+        self.experts.gives_gradient = is_first  # its backward pass is the last one
+        try:
+            return self._routed(_OwnGradient.apply(tokens), probs, routing_map)
+        finally:
+            self.experts.gives_gradient = True
 
     def _plan_chunks(self, routing_map: torch.Tensor) -> int:
         """The smallest number of chunks that is found in which no rank sends or receives too many pairs."""
