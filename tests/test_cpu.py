@@ -1,6 +1,7 @@
 """The CPU part: what it replaces and what it leaves alone, which versions it takes, and which flags it changes."""
 
 import argparse
+import functools
 import importlib.metadata
 import types
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from megatron.remoe import cpu
-from megatron.remoe.cpu import facade
+from megatron.remoe.cpu import facade, matmul
 from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.flags import CPU_VALUES, adapt_arguments
 
@@ -98,3 +99,44 @@ def test_unequal_parts_are_gathered_and_scattered(sizes: list[int]) -> None:
     padded_gather, padded_reduce_scatter = with_padding(gather, reduce_scatter)
     assert torch.equal(padded_gather(second, group, sizes), whole)
     assert torch.equal(padded_reduce_scatter(whole, group, sizes), 2 * second)
+
+
+SIZES = [(0, 8, 8), (1, 300, 5), (7, 3, 9), (300, 128, 600), (130, 900, 64), (1024, 64, 1100)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_products(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Large ones in single precision may go through another library: transposed operands, `out` and sums too."""
+    torch.manual_seed(1)
+    rows, inner, columns = sizes
+    left, right = torch.randn(inner, rows, dtype=dtype).T, torch.randn(inner, columns, dtype=dtype)
+    exact = left.double() @ right.double()
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype] * max(1.0, inner**0.5)
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=3 * tolerance, check_dtype=False)
+    close(torch.mm(left, right), exact)
+    close(torch.mm(left, right, out=torch.empty(rows, columns, dtype=dtype)), exact)
+    start = torch.ones(rows, columns, dtype=dtype)
+    close(start.clone().addmm_(left, right), exact + 1)
+    close(start.clone().addmm_(left, right, beta=0.5, alpha=2.0), 2 * exact + 0.5)
+    weight = right.T.contiguous().requires_grad_()
+    torch.nn.functional.linear(left.unsqueeze(1), weight).sum().backward()
+    close(weight.grad, left.double().sum(dim=0).expand(columns, inner))
+
+
+@pytest.mark.skipif(not matmul.mkl_is_slow(), reason="MKL is fast on this processor, and is left in its place")
+def test_large_products_go_through_onednn() -> None:
+    with torch.profiler.profile() as profiler:
+        torch.mm(torch.ones(300, 300), torch.ones(300, 300))
+        torch.mm(torch.ones(3, 3), torch.ones(3, 3))
+    names = [event.name for event in profiler.events()]
+    assert names.count("mkldnn::_linear_pointwise") == 1
+
+
+def test_adam_makes_one_pass() -> None:
+    from megatron.core.optimizer import torch as megatrons_torch
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = megatrons_torch.optim.AdamW([weight], lr=0.1)
+    assert optimizer.defaults["fused"] and isinstance(optimizer, torch.optim.AdamW)
+    assert not torch.optim.AdamW([weight]).defaults["fused"], "everybody else's is as it was"

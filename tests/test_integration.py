@@ -65,7 +65,8 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-LIBRARY = ["compatibility", "config", "controller", "dispatcher", "layer_specs", "moe_layer", "norm", "router"]
+LIBRARY = ["attention", "compatibility", "config", "controller", "conversion", "dispatcher", "experts"]
+LIBRARY += ["grouped_swiglu", "layer_specs", "moe_layer", "norm", "router"]
 
 
 @pytest.mark.parametrize("name", LIBRARY)
