@@ -57,8 +57,8 @@ def test_layout_is_megatrons() -> None:
     assert figures(result.stdout, "gradients")[0] == pytest.approx(4 * (shared + experts) / gib, abs=0.006)
     # 8 GPUs a stage: 4 copies of what is shared, 2 of each expert.
     assert figures(result.stdout, "optimizer")[0] == pytest.approx(12 * (shared / 4 + experts / 2) / gib, abs=0.006)
-    dense, steady = figures(result.stdout, "activations")
-    assert dense > steady
+    dense, on_the_way, steady = figures(result.stdout, "activations")
+    assert on_the_way > max(dense, steady), "before it the layers work in chunks that are computed again"
     assert "in the fullest of 4 pipeline stages" in result.stdout
 
 

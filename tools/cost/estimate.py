@@ -39,11 +39,16 @@ class Phase:
 
 
 def phases(args: argparse.Namespace) -> list[Phase]:
-    """The dense first stage of ReMoE, in which half of the experts are active, and the rest; else one phase."""
+    """Of ReMoE: the dense first stage, in which half of the experts are active; the moment on the way down at which the
+    layers stop to work in chunks; the rest. Of the others: one phase."""
     topk = args.moe_router_topk if args.num_experts else 0
     if not args.moe_relu_routing:
         return [Phase("all steps", topk)]
-    return [Phase("dense first stage", args.num_experts / 2), Phase("steady stage", topk)]
+    found = [Phase("dense first stage", args.num_experts / 2), Phase("steady stage", topk)]
+    limit = args.moe_relu_activation_limit * topk
+    if topk < limit < args.num_experts / 2:
+        found.insert(1, Phase("on the way", limit))
+    return found
 
 
 def lines(
@@ -106,7 +111,7 @@ def _compute_lines(args: argparse.Namespace, plan: Plan, total: int, experts: in
     yield f"                      {per_sequence / 1e9:,.0f} G per sequence of {args.seq_length} tokens"
     yield f"                      {flops:.3g} for the whole run of {tokens:,} tokens"
     yield f"  time                {_duration(hours)} on {plan.gpus} x {plan.kind} at {plan.utilization:.0%} utilization"
-    for phase in phases(args)[:-1]:
+    for phase in phases(args)[:-1][:1]:
         ratio = compute.flops_per_sequence(args, phase.experts_per_token) / per_sequence
         yield f"  FLOPs count k experts per token; a step of the {phase.title} takes {ratio:.2f} times as many."
     yield from (f"  {line}" for line in compute.CONVENTION)
@@ -124,9 +129,9 @@ def _memory_lines(args: argparse.Namespace, plan: Plan, stages: list[parameters.
         stage, needed = memory.fullest_stage(args, stages, phase.experts_per_token)
         experts = f", {phase.experts_per_token:g} of {args.num_experts} experts" if args.num_experts else ""
         columns.append((f"{phase.title}{experts}", stage, needed))
-    yield "Memory of a GPU, GiB" + "".join(f"{title:>38}" for title, _, _ in columns)
+    yield "Memory of a GPU, GiB" + "".join(f"{title:>36}" for title, _, _ in columns)
     for name in ("weights", "gradients", "optimizer", "activations", "total"):
-        yield f"  {name:<18}" + "".join(f"{getattr(needed, name) / 2**30:38.2f}" for _, _, needed in columns)
+        yield f"  {name:<18}" + "".join(f"{getattr(needed, name) / 2**30:36.2f}" for _, _, needed in columns)
     if len(stages) > 1:
         places = sorted({stage + 1 for _, stage, _ in columns})
         yield f"  in the fullest of {len(stages)} pipeline stages ({', '.join(map(str, places))})"
