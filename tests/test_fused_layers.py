@@ -224,6 +224,14 @@ def test_checkpoints_go_both_ways(change: str, data: Path, tmp_path: Path) -> No
     assert series(resumed, "l1 coefficient") == series(whole, "l1 coefficient")[4:]
 
 
+def test_distributed_state_of_other_experts_is_refused(data: Path, tmp_path: Path) -> None:
+    """Megatron would load it into the wrong places: it is one flat piece in the parameters' order."""
+    common = [*TINY, *RELU, "--data-path", str(data), "--use-distributed-optimizer", "--train-iters", "2"]
+    run([*common, "--save", str(tmp_path), "--save-interval", "2", "--no-local-layer-fusion"])
+    refused = run([*common, "--load", str(tmp_path)], expect=2)
+    assert "saved for experts one by one. Add --no-local-layer-fusion, or give --no-load-optim" in refused
+
+
 BOUNDED = {
     "one process": (1, []),
     "EP2": (2, ["--expert-model-parallel-size", "2"]),
