@@ -30,14 +30,14 @@ FLAGS = """
 --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --clip-grad 1.0 --seed 1234 --train-iters 80
 --num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 128 --moe-token-dispatcher-type alltoall
---moe-relu-routing --moe-relu-l1-reg-coeff-init 1e-5
+--no-local-layer-fusion --moe-relu-routing --moe-relu-l1-reg-coeff-init 1e-5
 --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-interval 1000 --eval-iters 0 --log-interval 5
 """.split()
 # Relative for the loss, absolute for sparsity, in steps of the multiplier for λ. Processors round differently, which
 # shows after some dozens of steps: whether S is above the target in one step decides about two of λ.
 EARLY = 25
 TOLERANCE_EARLY = {"lm loss": 1e-4, "sparsity": 1e-3, "l1 coefficient": 0.5}
-TOLERANCE = {"lm loss": 0.01, "sparsity": 0.05, "l1 coefficient": 10.5}
+TOLERANCE = {"lm loss": 0.005, "sparsity": 0.02, "l1 coefficient": 2.01}  # two steps, as far as they are printed
 
 
 def write_documents(prefix: Path, documents: list[bytes], end_of_document: int = 256) -> None:
