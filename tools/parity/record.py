@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pretrain_gpt  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel  # noqa: E402
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 from megatron.remoe.router import ReLURouter  # noqa: E402
@@ -36,7 +37,7 @@ def observe(model_cfg: Any) -> None:
 
     def install(chunks: list[DistributedDataParallel]) -> list[DistributedDataParallel]:
         config = get_model_config(chunks[0])
-        finalize = config.finalize_model_grads_func
+        finalize = config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
         routers = [(chunk, m) for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
 
         def finalize_and_record(*arguments: Any, **options: Any) -> None:
