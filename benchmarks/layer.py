@@ -1,8 +1,9 @@
 """One MoE layer alone, forward and backward: ReLU-routed and grouped, Megatron's own local layer, and the Mixtral block
 of Hugging Face transformers with each of its implementations.
 
-All have experts of the same size and k active experts per token; the ReLU router starts with k. They take turns in one
-process, and each figure is a median. Gradients are new tensors every time, for all of them.
+All have experts of the same size and k active experts per token, and all routers the same weights: those with which
+ReLU gives every expert the same number of tokens. They take turns in one process, and each figure is a median. Gradients
+are new tensors every time, for all of them.
 """
 
 import argparse
@@ -90,6 +91,7 @@ def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> d
     ours = megatron_layer(experts, options, relu=True, dtype=tokens.dtype)
     start_at_target(ours.router, tokens)
     theirs = megatron_layer(experts, options, relu=False, dtype=tokens.dtype)
+    theirs.router.weight.data.copy_(ours.router.weight)
     found: dict[str, Layer] = {OURS: lambda x: ours(x)[0], "Megatron's, top-k": lambda x: theirs(x)[0]}
     for implementation in options.transformers:
         config = MixtralConfig(
@@ -102,6 +104,7 @@ def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> d
         block = MixtralSparseMoeBlock(config).to(device=tokens.device, dtype=tokens.dtype).train()
         for weight in block.parameters():
             torch.nn.init.normal_(weight, std=0.02)
+        block.gate.weight.data.copy_(ours.router.weight)
         found[f"transformers, {implementation}"] = block
     return found
 

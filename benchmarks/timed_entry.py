@@ -1,8 +1,9 @@
 """The training entry that also measures its steps: a JSON file at $BENCHMARK_RECORD.
 
 With BENCHMARK_AT_TARGET=1 the routers of a ReMoE start at the target sparsity, every expert with the same share of the
-first batch. With BENCHMARK_MEMORY=1 the step's memory is measured instead, which makes it slow. With
-BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, the one-pass Adam and the memory that is kept.
+first batch. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
+BENCHMARK_MEMORY=1 the step's memory is measured instead, which makes it slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does
+without oneDNN's products, the one-pass Adam and the memory that is kept.
 """
 
 import json
@@ -27,6 +28,7 @@ import pretrain_gpt  # noqa: E402
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 from megatron.remoe.controller import SparsityController  # noqa: E402
+from megatron.remoe.moe_layer import ReMoELayer  # noqa: E402
 from megatron.remoe.router import ReLURouter  # noqa: E402
 
 MEMORY_STEP = 2
@@ -68,12 +70,15 @@ class Recorder:
         self.last: float | None = None
         self.profiler: torch.profiler.profile | None = None
         self.count = 0
+        self.layers: list[ReMoELayer] = []
 
     def install(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """As a hook of Megatron's, on the model's chunks."""
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads
         routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, ReLURouter)]
+        if os.environ.get("BENCHMARK_LIMIT_IN_TURNS"):
+            self.layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, ReMoELayer)]
         if os.environ.get("BENCHMARK_AT_TARGET"):
             self._start_at_target(chunks, routers)
 
@@ -110,6 +115,9 @@ class Recorder:
             self.record["steps"].append(now - self.last)
         self.last = now
         self.count += 1
+        for layer in self.layers:
+            limit: float = getattr(layer.config, "moe_relu_activation_limit", 0.0)
+            layer.activation_limit = limit if self.count % 2 else 0.0
         if not os.environ.get("BENCHMARK_MEMORY"):
             return
         if self.count == MEMORY_STEP:

@@ -21,6 +21,7 @@ CORE = [
     ("dense and MoE layers", "PP2, 2 virtual stages"),
     ("dense and MoE layers", "PP2 x EP2"),
 ]
+CORE_TOPK = [("plain", "TP2 x EP2, expert TP 2")]
 
 
 class References:
@@ -29,13 +30,14 @@ class References:
     def __init__(self, data: Path, folder: Path) -> None:
         self.data, self.folder = data, folder
 
-    def train(self, variant: str, layout: str | None, steps: int = 8) -> Training:
+    def train(self, variant: str, layout: str | None, steps: int = 8, routing: str = "ReMoE") -> Training:
         """Train in a layout, or in one process."""
-        initial, place = self.folder / variant / "initial", self.folder / variant / (layout or "one")
+        folder = self.folder / routing / variant
+        initial, place = folder / "initial", folder / (layout or "one")
         begin = ["--train-iters", "1", "--save", str(initial / "checkpoint"), "--save-interval", "1"]
-        train(initial, self.data, SINGLE, "ReMoE", variant, *begin)
+        train(initial, self.data, SINGLE, routing, variant, *begin)
         more = ["--train-iters", str(steps), "--load", str(initial / "checkpoint"), "--finetune"]
-        return train(place, self.data, LAYOUTS[layout] if layout else SINGLE, "ReMoE", variant, *more)
+        return train(place, self.data, LAYOUTS[layout] if layout else SINGLE, routing, variant, *more)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,21 @@ def test_same_training(variant: str, layout: str, references: References) -> Non
     assert difference.counts_equal and difference.exponents_equal
 
 
+@pytest.mark.parametrize(("variant", "layout"), CORE_TOPK)
+def test_same_training_with_topk(variant: str, layout: str, references: References) -> None:
+    """Megatron's router in the same layers: where it parts too, the error is not the ReLU router's."""
+    difference = compare(
+        references.train(variant, layout, routing="top-k"), references.train(variant, None, routing="top-k")
+    )
+    assert difference.loss < 1e-4 and difference.gradient < 1e-4
+
+
 def test_a_difference_is_seen(references: References) -> None:
     """The measure itself: another λ₀ must show in loss, sparsity and λ, a shorter training is refused."""
     right = references.train("plain", None)
     other = train(
         references.folder / "other", references.data, SINGLE, "ReMoE", "plain", "--train-iters", "8",
-        "--load", str(references.folder / "plain" / "initial" / "checkpoint"), "--finetune", "--lr", "2e-3",
+        "--load", str(references.folder / "ReMoE" / "plain" / "initial" / "checkpoint"), "--finetune", "--lr", "2e-3",
     )  # fmt: skip
     difference = compare(other, right)
     assert difference.loss > 1e-4 and difference.gradient == 0.0 and difference.counts_equal
