@@ -2,8 +2,8 @@
 of Hugging Face transformers with each of its implementations.
 
 All have experts of the same size and k active experts per token, and all routers the same weights: those with which
-ReLU gives every expert the same number of tokens. They take turns in one process, and each figure is a median. Gradients
-are new tensors every time, for all of them.
+ReLU gives every expert the same number of tokens. They take turns in one process, and each figure is a median.
+Gradients are new tensors every time, for all of them.
 """
 
 import argparse

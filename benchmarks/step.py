@@ -49,10 +49,9 @@ class Variant:
 
 REMOE = Variant("ReMoE", "ReMoE", (), (("BENCHMARK_AT_TARGET", "1"),))
 TOPK = Variant("top-k", "top-k")
-UNBOUNDED = Variant("ReMoE, unbounded", "ReMoE", ("--moe-relu-activation-limit", "0"), REMOE.environment)
 STOCK = Variant("top-k, Megatron's layers", "top-k", ("--no-local-layer-fusion",))
 PLAIN = Variant(f"{STOCK.name}, plain PyTorch", "top-k", STOCK.flags, (("BENCHMARK_PLAIN_PYTORCH", "1"),))
-VARIANTS = [REMOE, TOPK, UNBOUNDED, STOCK, PLAIN]
+VARIANTS = [REMOE, TOPK, STOCK, PLAIN]
 
 
 def write_data(prefix: Path, shape: Shape) -> None:
