@@ -7,7 +7,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from models import Shape
+from models import FIT_STEPS, Shape
 from results import save, show
 from step import REMOE, ROOT, Variant, run
 
@@ -17,7 +17,7 @@ MEMORY = (("BENCHMARK_MEMORY", "1"),)
 STEADY = replace(REMOE, name="at the target", environment=REMOE.environment + MEMORY)
 DENSE = Variant("dense stage", "ReMoE", (), MEMORY)
 DENSE_UNBOUNDED = Variant("dense stage, unbounded", "ReMoE", ("--moe-relu-activation-limit", "0"), MEMORY)
-STEPS = 3
+STEPS = FIT_STEPS + 2
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         records = {v.name: run(shape, v, STEPS, options.more) for v in (STEADY, DENSE, DENSE_UNBOUNDED)}
         results[experts] = records
         peaks = {name: record["peak_bytes"] / 2**20 for name, record in records.items()}
-        active = {name: sum(record["active"]) / len(record["active"]) for name, record in records.items()}
+        active = {name: record["active"][-1] for name, record in records.items()}
         rows.append(
             (
                 experts,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from models import Shape
+from models import FIT_STEPS, Shape
 from results import save, show
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from megatron.remoe.data.indexed import IndexedWriter  # noqa: E402
 
 SHAPES = [Shape(8, 1), Shape(8, 8), Shape(64, 1)]
-WARM_UP = 2
+WARM_UP = FIT_STEPS
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
             seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
             print(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.3f} s a step", file=sys.stderr)
     figures = {}
+    peak = max(record["peak_flops"] for found in records.values() for record in found)
     for name, found in records.items():
         times = [seconds for record in found for seconds in record["steps"][WARM_UP:]]
-        active = statistics.mean(found[0].get("active") or [shape.granularity]) / shape.granularity
-        peak = max(record["peak_flops"] for record in found)
+        pairs = [active for record in found for active in record["active"][WARM_UP + 1 :]]
+        active = statistics.mean(pairs or [shape.granularity]) / shape.granularity
         seconds = statistics.median(times)
         figures[name] = {
             "seconds": seconds,

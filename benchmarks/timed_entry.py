@@ -1,7 +1,7 @@
 """The training entry that also measures its steps: a JSON file at $BENCHMARK_RECORD.
 
 With BENCHMARK_AT_TARGET=1 the routers of a ReMoE start at the target sparsity, every expert with the same share of the
-first batch. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
+first batches. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
 BENCHMARK_MEMORY=1 the step's memory is measured instead, which makes it slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does
 without oneDNN's products, the one-pass Adam and the memory that is kept.
 """
@@ -24,6 +24,8 @@ if os.environ.get("BENCHMARK_PLAIN_PYTORCH"):
     engine.use_onednn = engine._keep_freed_memory = lambda: None  # type: ignore[attr-defined]
     facade._optim = lambda: torch.optim  # type: ignore[assignment, return-value]
 
+from models import FIT_STEPS  # noqa: E402
+
 import pretrain_gpt  # noqa: E402
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
@@ -31,7 +33,7 @@ from megatron.remoe.controller import SparsityController  # noqa: E402
 from megatron.remoe.moe_layer import ReMoELayer  # noqa: E402
 from megatron.remoe.router import ReLURouter  # noqa: E402
 
-MEMORY_STEP = 2
+MEMORY_STEP = FIT_STEPS + 1
 PEAK_SIZES = ((2048, 2048, 2048), (4096, 768, 2048), (4096, 2048, 768))
 
 
@@ -66,7 +68,7 @@ class Recorder:
     """Measures from the end of one step's backward passes to that of the next."""
 
     def __init__(self) -> None:
-        self.record: dict[str, Any] = {"steps": [], "updates": []}
+        self.record: dict[str, Any] = {"steps": [], "updates": [], "active": []}
         self.last: float | None = None
         self.profiler: torch.profiler.profile | None = None
         self.count = 0
@@ -84,10 +86,9 @@ class Recorder:
 
         def finalize_and_record(*arguments: Any, **options: Any) -> None:
             if routers:
-                self.record["active"] = [
-                    float(router.counts[: router.num_experts].sum() / router.counts[router.num_experts])
-                    for router in routers
-                ]
+                pairs = sum(float(router.counts[: router.num_experts].sum()) for router in routers)
+                tokens = sum(float(router.counts[router.num_experts]) for router in routers)
+                self.record["active"].append(pairs / tokens)
             finalize(*arguments, **options)
             self._end_of_step()
 
@@ -135,14 +136,21 @@ class Recorder:
                     if name.endswith("word_embeddings.weight"):  # gives all tokens something in common
                         weight += 3 * weight.std() * torch.randn(weight.shape[1], device=weight.device).sign()
         for router in routers:
-            done: list[bool] = []
+            router.register_forward_pre_hook(_Fit(router))
 
-            def once(module: ReLURouter, arguments: tuple[torch.Tensor, ...], done: list[bool] = done) -> None:
-                if not done:
-                    done.append(True)
-                    start_at_target(module, arguments[0])
 
-            router.register_forward_pre_hook(once)
+class _Fit:
+    """Keeps a router at the target over all tokens that it has seen so far, for the first steps."""
+
+    def __init__(self, router: ReLURouter) -> None:
+        self.initial = router.weight.detach().clone()
+        self.tokens: list[torch.Tensor] = []
+
+    def __call__(self, router: ReLURouter, arguments: tuple[torch.Tensor, ...]) -> None:
+        if len(self.tokens) < FIT_STEPS:
+            self.tokens.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]))
+            router.weight.data.copy_(self.initial)
+            start_at_target(router, torch.cat(self.tokens))
 
 
 def peak_of(profiler: torch.profiler.profile) -> int:
