@@ -90,14 +90,14 @@ class _LoopedSwiGLU(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.gives_gradient = gives_gradient
         ctx.blocks = _blocks(sizes)
-        hiddens, outputs = [], []
+        hiddens, output = [], torch.empty_like(rows)
         for experts, block, parts in ctx.blocks:
             hidden = _products(rows[block], fc1[experts].transpose(1, 2), parts)
             hiddens.append(hidden)
-            outputs.append(_products(_activate(hidden, gates[block]), fc2[experts].transpose(1, 2), parts))
+            _products(_activate(hidden, gates[block]), fc2[experts].transpose(1, 2), parts, output[block])
         ctx.save_for_backward(rows, gates, *hiddens)
         ctx.weights = fc1, fc2
-        return torch.cat(outputs)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
@@ -106,17 +106,16 @@ class _LoopedSwiGLU(torch.autograd.Function):
         main_fc1, main_fc2 = _main_grad(fc1), _main_grad(fc2)
         d_fc1 = torch.empty_like(fc1) if main_fc1 is None else main_fc1
         d_fc2 = torch.empty_like(fc2) if main_fc2 is None else main_fc2
-        d_rows, d_gates = [], []
+        d_rows, d_gates = torch.empty_like(rows), torch.empty_like(gates)
         for (experts, block, parts), hidden in zip(ctx.blocks, hiddens, strict=True):
             d_activated = _products(gradient[block], fc2[experts], parts)
-            activated, d_hidden, d_gate = _activate_backward(hidden, gates[block], d_activated)
+            activated, d_hidden, d_gates[block] = _activate_backward(hidden, gates[block], d_activated)
             _outers(d_fc2[experts], gradient[block], activated, parts, add=main_fc2 is not None)
             _outers(d_fc1[experts], d_hidden, rows[block], parts, add=main_fc1 is not None)
-            d_rows.append(_products(d_hidden, fc1[experts], parts))
-            d_gates.append(d_gate)
+            _products(d_hidden, fc1[experts], parts, d_rows[block])
         given_fc1 = d_fc1 if main_fc1 is None else _gradient_is_in_main_grad(fc1, ctx.gives_gradient)
         given_fc2 = d_fc2 if main_fc2 is None else _gradient_is_in_main_grad(fc2, ctx.gives_gradient)
-        return torch.cat(d_rows), torch.cat(d_gates), given_fc1, given_fc2, None, None
+        return d_rows, d_gates, given_fc1, given_fc2, None, None
 
 
 def _blocks(sizes: list[int]) -> list[tuple[slice, slice, list[int]]]:
@@ -133,15 +132,23 @@ def _blocks(sizes: list[int]) -> list[tuple[slice, slice, list[int]]]:
     return blocks
 
 
-def _products(rows: torch.Tensor, weights: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Each expert's rows times its matrix: `[rows, in]`, `[experts, in, out]` → `[rows, out]`."""
-    parts = rows.split(sizes)
+def _products(
+    rows: torch.Tensor, weights: torch.Tensor, sizes: list[int], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Each expert's rows times its matrix, into `out`: `[rows, in]`, `[experts, in, out]` → `[rows, out]`."""
+    if out is None and len(sizes) == 1:
+        return torch.mm(rows, weights[0])
+    if out is None:
+        out = rows.new_empty(len(rows), weights.shape[2])
+    parts = zip(rows.split(sizes), weights, out.split(sizes), strict=True)
     if weights.stride(1) == 1 and max(sizes) <= FEW_ROWS:
         # The larger factor goes to the left, where a kernel takes it as it lies in memory.
-        products = [torch.mm(weight, part.T).T for part, weight in zip(parts, weights.transpose(1, 2), strict=True)]
+        for part, weight, place in parts:
+            torch.mm(weight.T, part.T, out=place.T)
     else:
-        products = [torch.mm(part, weight) for part, weight in zip(parts, weights, strict=True)]
-    return products[0] if len(products) == 1 else torch.cat(products)
+        for part, weight, place in parts:
+            torch.mm(part, weight, out=place)
+    return out
 
 
 def _outers(outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sizes: list[int], add: bool) -> None:
