@@ -1,5 +1,6 @@
-"""One MoE layer alone, forward and backward: ReLU-routed and grouped, Megatron's own local layer, and the Mixtral block
-of Hugging Face transformers with each of its implementations.
+"""One MoE layer alone, forward and backward: ReLU-routed and grouped, Megatron's own local layer, the Mixtral block of
+Hugging Face transformers with each of its implementations and, with `--bf16` on a GPU, what imports of scattermoe,
+megablocks and sonic-moe.
 
 All have experts of the same size and k active experts per token, and all routers the same weights: those with which
 ReLU gives every expert the same number of tokens. They take turns in one process, and each figure is a median.
@@ -28,6 +29,7 @@ console.hide_unhelpful_warnings()
 if cpu.is_wanted(sys.argv):
     cpu.install()
 
+from gpu_peers import gpu_peers  # noqa: E402
 from timed_entry import start_at_target  # noqa: E402
 from transformers.models.mixtral import MixtralConfig  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  # noqa: E402
@@ -106,6 +108,8 @@ def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> d
             torch.nn.init.normal_(weight, std=0.02)
         block.gate.weight.data.copy_(ours.router.weight)
         found[f"transformers, {implementation}"] = block
+    if tokens.is_cuda and tokens.dtype == torch.bfloat16:
+        found |= gpu_peers(experts, options.hidden, options.ffn, options.topk, ours.router.weight)
     return found
 
 

@@ -122,6 +122,8 @@ def arguments(**changes: object) -> argparse.Namespace:
         "tensor_model_parallel_size": 1,
         "context_parallel_size": 1,
         "expert_tensor_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "moe_token_dispatcher_type": "alltoall",
         "sequence_parallel": False,
         "swiglu": True,
         "bias_swiglu_fusion": False,
@@ -150,6 +152,7 @@ def kept_by_pytorch(args: argparse.Namespace, experts: bool) -> tuple[float, flo
         num_query_groups=args.num_query_groups,
         num_moe_experts=args.num_experts if experts else None,
         moe_relu_routing=experts,
+        moe_token_dispatcher_type=args.moe_token_dispatcher_type,
         moe_relu_activation_limit=args.moe_relu_activation_limit,
         moe_router_dtype=None,
         params_dtype=torch.float32,
@@ -185,7 +188,11 @@ def kept_by_pytorch(args: argparse.Namespace, experts: bool) -> tuple[float, flo
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")
 @pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
-@pytest.mark.parametrize("changes", [{}, {"local_layer_fusion": True}], ids=["Megatron's", "fused"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"local_layer_fusion": True}, {"local_layer_fusion": True, "moe_token_dispatcher_type": "allgather"}],
+    ids=["Megatron's", "fused", "fused, allgather"],
+)
 def test_activations_are_those_that_pytorch_keeps(changes: dict[str, object], experts: bool) -> None:
     args = arguments(**changes)
     real, per_token = kept_by_pytorch(args, experts)

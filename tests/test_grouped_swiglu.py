@@ -17,30 +17,49 @@ SIZES = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+both_gradients = pytest.mark.parametrize("accumulates", [False, True], ids=["new gradients", "main_grad"])
+both_orders = pytest.mark.parametrize("gathers", [False, True], ids=["pairs", "tokens and rows"])
+
+
 def one_by_one(
-    rows: torch.Tensor, gates: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor, sizes: list[int]
+    tokens: torch.Tensor,
+    gates: torch.Tensor,
+    fc1: torch.Tensor,
+    fc2: torch.Tensor,
+    sizes: list[int],
+    rows: torch.Tensor | None,
 ) -> torch.Tensor:
-    outputs = []
-    for x, gate, first, second in zip(rows.split(sizes), gates.split(sizes), fc1, fc2, strict=True):
+    outputs, pairs = [], tokens if rows is None else tokens[rows]
+    for x, gate, first, second in zip(pairs.split(sizes), gates.split(sizes), fc1, fc2, strict=True):
         left, right = (x @ first.T).chunk(2, dim=-1)
         outputs.append((torch.nn.functional.silu(left) * right * gate[:, None]) @ second.T)
-    return torch.cat(outputs)
+    output = torch.cat(outputs)
+    return output if rows is None else torch.zeros_like(tokens).index_add(0, rows, output)
 
 
-@pytest.mark.parametrize("accumulates", [False, True], ids=["new gradients", "main_grad"])
+def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None]:
+    """A number of tokens, and which of them, in turn, each expert takes."""
+    num_tokens = max(sizes) + 3
+    rows = [torch.randperm(num_tokens, device=DEVICE)[:size].sort().values for size in sizes]
+    return (num_tokens, torch.cat(rows)) if gathers else (sum(sizes), None)
+
+
+@both_orders
+@both_gradients
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_values_and_gradients(sizes: list[int], accumulates: bool) -> None:
+def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     torch.manual_seed(len(sizes))
+    num_tokens, rows = some_rows(sizes, gathers)
     options = {"dtype": torch.float64, "device": DEVICE}
-    inputs = [torch.randn(sum(sizes), HIDDEN, **options), torch.rand(sum(sizes), **options)]
+    inputs = [torch.randn(num_tokens, HIDDEN, **options), torch.rand(sum(sizes), **options)]
     inputs += [torch.randn(len(sizes), 2 * FFN, HIDDEN, **options), torch.randn(len(sizes), HIDDEN, FFN, **options)]
     ours, right = ([value.clone().requires_grad_() for value in inputs] for _ in range(2))
     ours[2:] = [torch.nn.Parameter(weight) for weight in ours[2:]]
     if accumulates:
         for weight in ours[2:]:
             weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
-    output = grouped_swiglu(*ours, torch.tensor(sizes))
-    expected = one_by_one(*right, sizes)
+    output = grouped_swiglu(*ours, torch.tensor(sizes), rows)
+    expected = one_by_one(*right, sizes, rows)
     torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
     direction = torch.randn_like(output)
     (output * direction).sum().backward()
@@ -50,14 +69,16 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool) -> None:
         torch.testing.assert_close(gradient, theirs.grad, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("accumulates", [False, True], ids=["new gradients", "main_grad"])
+@both_orders
+@both_gradients
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["blocks of both kinds"]], ids=["few rows", "many"])
-def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool) -> None:
+def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     """What a GPU runs in bf16, here through PyTorch's `grouped_mm` for CPUs."""
     torch.manual_seed(len(sizes))
     hidden, ffn = 32, 24  # the kernel wants rows of a multiple of 16 bytes
+    num_tokens, rows = some_rows(sizes, gathers)
     options = {"dtype": torch.bfloat16, "device": DEVICE}
-    inputs = [torch.randn(sum(sizes), hidden, **options), torch.rand(sum(sizes), **options)]
+    inputs = [torch.randn(num_tokens, hidden, **options), torch.rand(sum(sizes), **options)]
     inputs += [0.2 * torch.randn(len(sizes), 2 * ffn, hidden, **options)]
     inputs += [0.2 * torch.randn(len(sizes), hidden, ffn, **options)]
     ours = [value.clone().requires_grad_() for value in inputs[:2]] + [torch.nn.Parameter(w) for w in inputs[2:]]
@@ -66,8 +87,8 @@ def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool) -> N
         for weight in ours[2:]:
             weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
     ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
-    output = _GroupedSwiGLU.apply(*ours, ends, True)
-    expected = one_by_one(*right, sizes)
+    output = _GroupedSwiGLU.apply(*ours, ends, rows, True)
+    expected = one_by_one(*right, sizes, rows)
     direction = torch.randn_like(output)
     (output * direction).sum().backward()
     (expected * direction.double()).sum().backward()

@@ -145,11 +145,11 @@ def test_recompute_counts_once_and_keeps_gradients(granularity: str) -> None:
         torch.testing.assert_close(plain, recomputed)
 
 
-def dispatched_rows(layer) -> list[int]:
-    """Fills with the number of rows of every call of the experts."""
-    rows: list[int] = []
-    layer.experts.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0])))
-    return rows
+def dispatched_pairs(layer) -> list[int]:
+    """Fills with the number of token-expert pairs, which have a gate each, of every call of the experts."""
+    pairs: list[int] = []
+    layer.experts.register_forward_pre_hook(lambda _module, arguments: pairs.append(len(arguments[2])))
+    return pairs
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
@@ -171,7 +171,7 @@ def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispa
         layer = make_layer(config, fused=True)
         weights = weights or layer.state_dict()
         layer.load_state_dict(weights)
-        rows = dispatched_rows(layer)
+        dispatched = dispatched_pairs(layer)
         tokens = torch.randn(23, 3, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
         output = layer(tokens)[0]
         output.pow(2).sum().backward()
@@ -179,10 +179,10 @@ def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispa
         pairs = int(layer.router.counts[:8].sum())
         assert pairs > limit * 2 * 69, "more than the limit, or this tests nothing"
         if bound:
-            assert max(rows) <= bound * 2 * 69
-            assert len(rows) >= 2 * pairs / (bound * 2 * 69), "each chunk twice"
+            assert max(dispatched) <= bound * 2 * 69
+            assert len(dispatched) >= 2 * pairs / (bound * 2 * 69), "each chunk twice"
         else:
-            assert set(rows) == {pairs}
+            assert set(dispatched) == {pairs}
     for plain, bounded in zip(*results, strict=True):
         torch.testing.assert_close(bounded, plain, rtol=1e-10, atol=1e-10)
 
@@ -194,9 +194,9 @@ def test_unevenly_active_tokens_are_bounded_too() -> None:
     layer.router.weight.data.abs_()
     tokens = -torch.ones(32, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
     tokens[3:12] = 1.0
-    rows = dispatched_rows(layer)
+    dispatched = dispatched_pairs(layer)
     layer(tokens)
-    assert sum(rows) == 9 * 8 and max(rows) <= 2 * 32
+    assert sum(dispatched) == 9 * 8 and max(dispatched) <= 2 * 32
 
 
 def test_at_the_target_nothing_is_computed_twice() -> None:
@@ -204,16 +204,16 @@ def test_at_the_target_nothing_is_computed_twice() -> None:
     layer = make_layer(config, fused=True)
     weight = layer.router.weight.data.abs_()
     weight[2:].neg_()
-    rows = dispatched_rows(layer)
+    dispatched = dispatched_pairs(layer)
     tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
     layer(tokens.requires_grad_())[0].sum().backward()
-    assert rows == [24]
+    assert dispatched == [24]
 
 
 def test_evaluation_is_bounded() -> None:
     layer = make_layer(make_config(moe_relu_activation_limit=1.0), fused=True).eval()
     layer.router.weight.data.abs_()
-    rows = dispatched_rows(layer)
+    dispatched = dispatched_pairs(layer)
     with torch.no_grad():
         layer(torch.ones(8, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))
-    assert rows == [8] * 4
+    assert dispatched == [8] * 4

@@ -3,7 +3,6 @@
 Its kernels are not run: Megatron's `TEGroupedMLP` gets linear layers of plain PyTorch that are called as those are.
 """
 
-
 import pytest
 import torch
 from layers import HIDDEN, make_config, oracle

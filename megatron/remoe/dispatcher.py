@@ -47,9 +47,13 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     Attributes:
         counts: of the routing map that was last planned, until it is dispatched: from `count_pairs`, for one chunk.
+        experts_gather: the experts, all on one rank, pick their tokens by `rows` and give each token's sum.
+        rows: int64 `[pairs]`, the token of each pair in the order of the experts.
     """
 
     counts: torch.Tensor | None = None
+    experts_gather = False
+    rows: torch.Tensor
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Find out who sends how much to whom.
@@ -60,7 +64,7 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         Returns:
             int64 `[num_local_experts]`, the number of tokens for each local expert.
         """
-        if self._is_megatrons():
+        if self.is_megatrons():
             tokens_per_local_expert = super().preprocess(routing_map)
             if not self.drop_and_pad:
                 self.num_out_tokens = routing_map.sum()
@@ -93,9 +97,9 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             probs: `[num_tokens, num_experts]`.
 
         Returns:
-            `[pairs, hidden]` and `[pairs]`.
+            `[pairs, hidden]`, or all tokens where the experts gather, and the gates, `[pairs]`.
         """
-        if self._is_megatrons():
+        if self.is_megatrons():
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
         self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
         self.tokens_per_expert = self.preprocess(routing_map)
@@ -103,22 +107,21 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             self.shared_experts.pre_forward_comm(hidden_states)
         tokens = hidden_states.view(-1, self.hidden_shape[-1])
         self.hidden_shape_before_permute = tokens.shape
-        experts, rows = torch.nonzero_static(routing_map.T, size=int(self.num_out_tokens)).unbind(dim=1)
-        self.reversed_local_input_permutation_mapping = rows
-        gates = probs.reshape(-1).gather(0, rows * self.num_experts + experts)
-        return tokens.index_select(0, rows), gates
+        experts, self.rows = torch.nonzero_static(routing_map.T, size=int(self.num_out_tokens)).unbind(dim=1)
+        gates = probs.reshape(-1).gather(0, self.rows * self.num_experts + experts)
+        return tokens if self.experts_gather else tokens.index_select(0, self.rows), gates
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As Megatron's; where one rank has all experts, the rows are in their order already."""
-        if self._is_megatrons() or self.tp_size > 1 or self.ep_size > 1:
+        if self.is_megatrons() or self.tp_size > 1 or self.ep_size > 1:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
         return global_input_tokens, self.tokens_per_expert, global_probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """As Megatron's; where one rank has all experts, there is nothing to do."""
-        if self._is_megatrons() or self.tp_size > 1 or self.ep_size > 1:
+        if self.is_megatrons() or self.tp_size > 1 or self.ep_size > 1:
             return super().combine_preprocess(hidden_states)
         return hidden_states
 
@@ -126,21 +129,22 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Sum each token's rows.
 
         Args:
-            permutated_local_input_tokens: `[pairs, hidden]`, the experts' outputs.
+            permutated_local_input_tokens: `[pairs, hidden]`, the experts' outputs, or the sums where they gather.
 
         Returns:
             `[sequence, batch, hidden]`.
         """
-        if self._is_megatrons():
+        if self.is_megatrons():
             return super().combine_postprocess(permutated_local_input_tokens)
-        rows = self.reversed_local_input_permutation_mapping
-        output = _SumOfRows.apply(permutated_local_input_tokens, rows, self.hidden_shape_before_permute[0])
+        output = permutated_local_input_tokens
+        if not self.experts_gather:
+            output = _SumOfRows.apply(output, self.rows, self.hidden_shape_before_permute[0])
         output = output.view(self.hidden_shape)
         if self.shared_experts is not None:
             output += self.shared_experts.get_output()
         return output
 
-    def _is_megatrons(self) -> bool:
+    def is_megatrons(self) -> bool:
         """Whether what is set up needs Megatron's own permutation."""
         return bool(
             self.drop_and_pad or self.config.moe_permute_fusion or self.config.moe_router_padding_for_quantization

@@ -86,22 +86,23 @@ class GroupedExperts(MegatronModule):
         permuted_local_hidden_states: torch.Tensor,
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """Apply each expert to its rows.
+        """Apply each expert to its tokens.
 
         Args:
-            permuted_local_hidden_states: `[rows, hidden]`, sorted by local expert.
+            permuted_local_hidden_states: `[pairs, hidden]`, sorted by local expert, or with `rows` all tokens in their
+                own order.
             tokens_per_expert: int64 `[local experts]`.
-            permuted_probs: `[rows]`, the gates.
+            permuted_probs: `[pairs]`, the gates, sorted by local expert.
+            rows: int64 `[pairs]`, the token of each.
 
         Returns:
-            `[rows, hidden]` (a part of the sum with expert tensor parallelism), and no bias.
+            `[pairs, hidden]` (a part of the sum with expert tensor parallelism), with `rows` each token's sum, and no
+            bias.
         """
-        weights = self.fc1, self.fc2
-        output = grouped_swiglu(
-            permuted_local_hidden_states, permuted_probs, *weights, tokens_per_expert, self.gives_gradient
-        )
-        return output, None
+        tokens, gates, weights = permuted_local_hidden_states, permuted_probs, (self.fc1, self.fc2)
+        return grouped_swiglu(tokens, gates, *weights, tokens_per_expert, rows, self.gives_gradient), None
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are never delayed."""

@@ -1,7 +1,7 @@
 """All experts of a layer at once: bias-free SwiGLU over stacked weights, forward and backward.
 
-PyTorch's own kernels, in as few passes over memory as they allow. Only the experts' input and the product of the first
-matrix are kept for the backward pass, and weight gradients go straight into Megatron's buffer where it has their type.
+PyTorch's own kernels, in as few passes over memory as they allow. Only the tokens and the product of the first matrix
+are kept for the backward pass, and weight gradients go straight into Megatron's buffer where it has their type.
 """
 
 from typing import Any
@@ -17,31 +17,33 @@ Gradients = tuple[torch.Tensor | None, ...]
 
 
 def grouped_swiglu(
-    rows: torch.Tensor,
+    tokens: torch.Tensor,
     gates: torch.Tensor,
     fc1: torch.nn.Parameter,
     fc2: torch.nn.Parameter,
     tokens_per_expert: torch.Tensor,
+    rows: torch.Tensor | None = None,
     gives_gradient: bool = True,
 ) -> torch.Tensor:
-    """`(gate · SiLU(x Wg) ⊙ x Wu) Wd` for rows that are sorted by expert.
+    """Each token's sum of `(gate · SiLU(x Wg) ⊙ x Wu) Wd` over its experts.
 
     Args:
-        rows: x, `[rows, hidden]`.
-        gates: `[rows]`.
+        tokens: x, `[num_tokens, hidden]`.
+        gates: `[pairs]`, sorted by expert.
         fc1: `[experts, 2 * ffn, hidden]`, Wg and then Wu.
         fc2: `[experts, hidden, ffn]`, Wd.
-        tokens_per_expert: int64 `[experts]`; on the host, unless the rows are half precision on a GPU.
+        tokens_per_expert: int64 `[experts]`; on the host, unless the tokens are half precision on a GPU.
+        rows: int64 `[pairs]`, the token of each pair; None where the tokens themselves are the pairs, in their order.
         gives_gradient: whether the weights get a gradient without values where the true one is in Megatron's buffer, so
             that Megatron's hook sees one; of several calls in one forward pass one has to.
 
     Returns:
-        `[rows, hidden]`.
+        `[num_tokens, hidden]`.
     """
-    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-        ends = tokens_per_expert.cumsum(0).to(device=rows.device, dtype=torch.int32, non_blocking=True)
-        return _GroupedSwiGLU.apply(rows, gates, fc1, fc2, ends, gives_gradient)
-    return _LoopedSwiGLU.apply(rows, gates, fc1, fc2, tokens_per_expert.tolist(), gives_gradient)
+    if tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16):
+        ends = tokens_per_expert.cumsum(0).to(device=tokens.device, dtype=torch.int32, non_blocking=True)
+        return _GroupedSwiGLU.apply(tokens, gates, fc1, fc2, ends, rows, gives_gradient)
+    return _LoopedSwiGLU.apply(tokens, gates, fc1, fc2, tokens_per_expert.tolist(), rows, gives_gradient)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -50,29 +52,30 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows: torch.Tensor,
+        tokens: torch.Tensor,
         gates: torch.Tensor,
         fc1: torch.nn.Parameter,
         fc2: torch.nn.Parameter,
         ends: torch.Tensor,
+        rows: torch.Tensor | None,
         gives_gradient: bool,
     ) -> torch.Tensor:
         ctx.gives_gradient = gives_gradient
-        hidden = grouped_mm(rows, fc1.transpose(1, 2), offs=ends)
-        ctx.save_for_backward(rows, gates, hidden, ends)
+        hidden = grouped_mm(_take(tokens, rows), fc1.transpose(1, 2), offs=ends)
+        ctx.save_for_backward(tokens, gates, hidden, ends, rows)
         ctx.weights = fc1, fc2  # saved, they would come back without Megatron's buffer from a checkpointed part
-        return grouped_mm(_activate(hidden, gates), fc2.transpose(1, 2), offs=ends)
+        return _sum(grouped_mm(_activate(hidden, gates), fc2.transpose(1, 2), offs=ends), rows, tokens)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
-        rows, gates, hidden, ends = ctx.saved_tensors
+        tokens, gates, hidden, ends, rows = ctx.saved_tensors
         fc1, fc2 = ctx.weights
-        gradient = gradient.contiguous()
+        gradient = _take(gradient, rows).contiguous()
         d_activated = grouped_mm(gradient, fc2, offs=ends)
         activated, d_hidden, d_gates = _activate_backward(hidden, gates, d_activated)
         d_fc2 = _into_main_grad(fc2, grouped_mm(gradient.T, activated, offs=ends), ctx.gives_gradient)
-        d_fc1 = _into_main_grad(fc1, grouped_mm(d_hidden.T, rows, offs=ends), ctx.gives_gradient)
-        return grouped_mm(d_hidden, fc1, offs=ends), d_gates, d_fc1, d_fc2, None, None
+        d_fc1 = _into_main_grad(fc1, grouped_mm(d_hidden.T, _take(tokens, rows), offs=ends), ctx.gives_gradient)
+        return _sum(grouped_mm(d_hidden, fc1, offs=ends), rows, tokens), d_gates, d_fc1, d_fc2, None, None, None
 
 
 class _LoopedSwiGLU(torch.autograd.Function):
@@ -81,41 +84,44 @@ class _LoopedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows: torch.Tensor,
+        tokens: torch.Tensor,
         gates: torch.Tensor,
         fc1: torch.nn.Parameter,
         fc2: torch.nn.Parameter,
         sizes: list[int],
+        rows: torch.Tensor | None,
         gives_gradient: bool,
     ) -> torch.Tensor:
         ctx.gives_gradient = gives_gradient
         ctx.blocks = _blocks(sizes)
-        hiddens, output = [], torch.empty_like(rows)
+        hiddens, output = [], _empty_sum(tokens, rows)
         for experts, block, parts in ctx.blocks:
-            hidden = _products(rows[block], fc1[experts].transpose(1, 2), parts)
+            hidden = _products(_take(tokens, rows, block), fc1[experts].transpose(1, 2), parts)
             hiddens.append(hidden)
-            _products(_activate(hidden, gates[block]), fc2[experts].transpose(1, 2), parts, output[block])
-        ctx.save_for_backward(rows, gates, *hiddens)
+            activated = _activate(hidden, gates[block])
+            _add_products(output, rows, block, activated, fc2[experts].transpose(1, 2), parts)
+        ctx.save_for_backward(tokens, gates, rows, *hiddens)
         ctx.weights = fc1, fc2
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
-        rows, gates, *hiddens = ctx.saved_tensors
+        tokens, gates, rows, *hiddens = ctx.saved_tensors
         fc1, fc2 = ctx.weights
         main_fc1, main_fc2 = _main_grad(fc1), _main_grad(fc2)
         d_fc1 = torch.empty_like(fc1) if main_fc1 is None else main_fc1
         d_fc2 = torch.empty_like(fc2) if main_fc2 is None else main_fc2
-        d_rows, d_gates = torch.empty_like(rows), torch.empty_like(gates)
+        d_tokens, d_gates = _empty_sum(tokens, rows), torch.empty_like(gates)
         for (experts, block, parts), hidden in zip(ctx.blocks, hiddens, strict=True):
-            d_activated = _products(gradient[block], fc2[experts], parts)
+            part_of_gradient = _take(gradient, rows, block)
+            d_activated = _products(part_of_gradient, fc2[experts], parts)
             activated, d_hidden, d_gates[block] = _activate_backward(hidden, gates[block], d_activated)
-            _outers(d_fc2[experts], gradient[block], activated, parts, add=main_fc2 is not None)
-            _outers(d_fc1[experts], d_hidden, rows[block], parts, add=main_fc1 is not None)
-            _products(d_hidden, fc1[experts], parts, d_rows[block])
+            _outers(d_fc2[experts], part_of_gradient, activated, parts, add=main_fc2 is not None)
+            _outers(d_fc1[experts], d_hidden, _take(tokens, rows, block), parts, add=main_fc1 is not None)
+            _add_products(d_tokens, rows, block, d_hidden, fc1[experts], parts)
         given_fc1 = d_fc1 if main_fc1 is None else _gradient_is_in_main_grad(fc1, ctx.gives_gradient)
         given_fc2 = d_fc2 if main_fc2 is None else _gradient_is_in_main_grad(fc2, ctx.gives_gradient)
-        return d_rows, d_gates, given_fc1, given_fc2, None, None
+        return d_tokens, d_gates, given_fc1, given_fc2, None, None, None
 
 
 def _blocks(sizes: list[int]) -> list[tuple[slice, slice, list[int]]]:
@@ -130,6 +136,36 @@ def _blocks(sizes: list[int]) -> list[tuple[slice, slice, list[int]]]:
         blocks.append((slice(expert, end), slice(row, row + rows), sizes[expert:end]))
         expert, row = end, row + rows
     return blocks
+
+
+def _take(tokens: torch.Tensor, rows: torch.Tensor | None, block: slice = slice(None)) -> torch.Tensor:
+    """The tokens of the block's pairs."""
+    return tokens[block] if rows is None else tokens.index_select(0, rows[block])
+
+
+def _sum(pairs: torch.Tensor, rows: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    """Each token's sum over its pairs, in the shape of `tokens`."""
+    return pairs if rows is None else _empty_sum(tokens, rows).index_add_(0, rows, pairs)
+
+
+def _empty_sum(tokens: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """What `_add_products` takes first."""
+    return torch.empty_like(tokens) if rows is None else torch.zeros_like(tokens)
+
+
+def _add_products(
+    sums: torch.Tensor,
+    rows: torch.Tensor | None,
+    block: slice,
+    left: torch.Tensor,
+    weights: torch.Tensor,
+    sizes: list[int],
+) -> None:
+    """`_products` of the block's pairs, put into their place in `sums` or added to those of their tokens."""
+    if rows is None:
+        _products(left, weights, sizes, sums[block])
+    else:
+        sums.index_add_(0, rows[block], _products(left, weights, sizes))
 
 
 def _products(

@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.dispatcher import VariableTopkAlltoAllTokenDispatcher, count_pairs
+from megatron.remoe.experts import GroupedExperts
 
 
 class _OwnGradient(torch.autograd.Function):
@@ -54,6 +55,8 @@ class ReMoELayer(MoELayer):
             )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
+            has_all_experts = self.ep_size == self.expert_tp_size == 1 and isinstance(self.experts, GroupedExperts)
+            self.token_dispatcher.experts_gather = has_all_experts and not self.token_dispatcher.is_megatrons()
         for parameter in self.experts.parameters():
             # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
             # the optimizer's state from a checkpoint without.
@@ -104,6 +107,23 @@ class ReMoELayer(MoELayer):
         dispatched, probs = self.dispatch(hidden_states, probs)
         output, _ = self.routed_experts_compute(dispatched, probs)
         return self.postprocess(self.combine(output), None)
+
+    def routed_experts_compute(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron's; grouped experts that are all on this rank pick their tokens themselves, a block at a time.
+
+        Args:
+            hidden_states: `[pairs, hidden]` from the dispatcher, or all tokens.
+            probs: `[pairs]`.
+
+        Returns:
+            `[pairs, hidden]`, or each token's sum, and no bias.
+        """
+        dispatcher = self.token_dispatcher
+        if not getattr(dispatcher, "experts_gather", False):
+            return super().routed_experts_compute(hidden_states, probs)
+        return self.experts(hidden_states, dispatcher.tokens_per_expert, probs, dispatcher.rows)
 
     def _routed_chunk(
         self, tokens: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor, is_first: bool
