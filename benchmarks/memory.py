@@ -13,7 +13,7 @@ from step import REMOE, ROOT, Variant, run
 
 SHAPE = Shape(8, 1, hidden=384, ffn=768, micro_batch=2)
 EXPERTS = (8, 64, 128)
-MEMORY = (("BENCHMARK_MEMORY", "1"),)
+MEMORY = (("BENCHMARK_PROFILE", "memory"),)
 STEADY = replace(REMOE, name="at the target", environment=REMOE.environment + MEMORY)
 DENSE = Variant("dense stage", "ReMoE", (), MEMORY)
 DENSE_UNBOUNDED = Variant("dense stage, unbounded", "ReMoE", ("--moe-relu-activation-limit", "0"), MEMORY)

@@ -2,8 +2,9 @@
 
 With BENCHMARK_AT_TARGET=1 the routers of a ReMoE start at the target sparsity, every expert with the same share of the
 first batches. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
-BENCHMARK_MEMORY=1 the step's memory is measured instead, which makes it slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does
-without oneDNN's products, the one-pass Adam and the memory that is kept.
+BENCHMARK_PROFILE=memory or =operations a step's memory or its operations' time are measured instead, which makes it
+slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, the one-pass Adam and the memory that is
+kept.
 """
 
 import json
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if os.environ.get("BENCHMARK_PLAIN_PYTORCH"):
     from megatron.remoe.cpu import engine, facade
 
-    engine.use_onednn = engine._keep_freed_memory = lambda: None  # type: ignore[attr-defined]
+    engine.use_onednn = engine._keep_freed_memory = engine._scale_in_place = lambda: None  # type: ignore[attr-defined]
     facade._optim = lambda: torch.optim  # type: ignore[assignment, return-value]
 
 from models import FIT_STEPS  # noqa: E402
@@ -33,7 +34,7 @@ from megatron.remoe.controller import SparsityController  # noqa: E402
 from megatron.remoe.moe_layer import ReMoELayer  # noqa: E402
 from megatron.remoe.router import ReLURouter  # noqa: E402
 
-MEMORY_STEP = FIT_STEPS + 1
+PROFILED_STEP = FIT_STEPS + 1
 PEAK_SIZES = ((2048, 2048, 2048), (4096, 768, 2048), (4096, 2048, 768))
 
 
@@ -119,15 +120,17 @@ class Recorder:
         for layer in self.layers:
             limit: float = getattr(layer.config, "moe_relu_activation_limit", 0.0)
             layer.activation_limit = limit if self.count % 2 else 0.0
-        if not os.environ.get("BENCHMARK_MEMORY"):
-            return
-        if self.count == MEMORY_STEP:
-            self.profiler = torch.profiler.profile(profile_memory=True)
+        wanted = os.environ.get("BENCHMARK_PROFILE")
+        if wanted and self.count == PROFILED_STEP:
+            self.profiler = torch.profiler.profile(profile_memory=wanted == "memory")
             self.profiler.__enter__()
-        elif self.count == MEMORY_STEP + 1:
+        elif wanted and self.count == PROFILED_STEP + 1:
             assert self.profiler is not None
             self.profiler.__exit__(None, None, None)
-            self.record["peak_bytes"] = peak_of(self.profiler)
+            if wanted == "memory":
+                self.record["peak_bytes"] = peak_of(self.profiler)
+            else:
+                self.record["operations"] = seconds_of_operations(self.profiler)
 
     def _start_at_target(self, chunks: list[torch.nn.Module], routers: list[ReLURouter]) -> None:
         with torch.no_grad():
@@ -151,6 +154,12 @@ class _Fit:
             self.tokens.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]))
             router.weight.data.copy_(self.initial)
             start_at_target(router, torch.cat(self.tokens))
+
+
+def seconds_of_operations(profiler: torch.profiler.profile) -> dict[str, float]:
+    """Operation → seconds on the device that computes, those of the operations it calls not counted."""
+    time_of = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return {event.key: getattr(event, time_of) / 1e6 for event in profiler.key_averages()}
 
 
 def peak_of(profiler: torch.profiler.profile) -> int:

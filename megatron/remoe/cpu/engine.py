@@ -40,6 +40,7 @@ def install() -> None:
         _keep_freed_memory()
         _adapt_tensors()
         _adapt_modules()
+        _scale_in_place()
 
 
 def _keep_freed_memory() -> None:
@@ -79,6 +80,18 @@ def _adapt_modules() -> None:
     )
     # Warm-up of fused kernels that do not exist here.
     initialize._warmup_jit_function = lambda *_args, **_kwargs: None
+
+
+def _scale_in_place() -> None:
+    """Clipping would write all scaled gradients to new memory, and copy them back from there."""
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = _scale
+
+
+def _scale(_chunk_size: int, _noop_flag: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
+    for source, target in zip(*tensor_lists, strict=True):
+        torch.mul(source, scale, out=target)
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -1,0 +1,50 @@
+"""Where the time of a training step goes: PyTorch's operations by kind, of one step under the profiler."""
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from models import FIT_STEPS
+from results import save, show
+from step import REMOE, ROOT, SHAPES, run
+
+PROFILED = replace(REMOE, environment=(*REMOE.environment, ("BENCHMARK_PROFILE", "operations")))
+STEPS = FIT_STEPS + 2
+# The first whose pattern is found in an operation's name.
+KINDS = {
+    "attention": r"attention|flash|sdpa",
+    "products": r"::(mm|addmm_?|bmm|_grouped_mm|_linear_pointwise)$|gemm|matmul",
+    "Adam": r"adam|Optimizer",
+    "taking and adding rows": r"index_select|index_add|gather|scatter|embedding",
+    "copies": r"copy_|clone|contiguous|Memcpy",
+    "new memory": r"empty|zeros|zero_|fill_|resize_|Memset",
+}
+REST = "the rest, element by element"
+
+
+def kind_of(operation: str) -> str:
+    """One of `KINDS` or `REST`."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, operation)), REST)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES], help="default: all three")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "operations.json")
+    parser.add_argument("more", nargs="*", help="further flags of Megatron's, behind --")
+    options = parser.parse_args()
+    shares, results = {}, {}
+    for shape in (shape for shape in SHAPES if shape.name in options.shapes):
+        operations = results[shape.name] = run(shape, PROFILED, STEPS, options.more)["operations"]
+        total = sum(operations.values())
+        shares[shape.name] = dict.fromkeys([*KINDS, REST], 0.0)
+        for operation, seconds in operations.items():
+            shares[shape.name][kind_of(operation)] += seconds / total
+    rows = [(kind, *(f"{found[kind]:.1%}" for found in shares.values())) for kind in [*KINDS, REST]]
+    show("Share of a step's time", ["kind of operation", *shares], rows)
+    save(options.output, {"seconds": results})
+
+
+if __name__ == "__main__":
+    main()
