@@ -3,8 +3,8 @@
 With BENCHMARK_AT_TARGET=1 the routers of a ReMoE start at the target sparsity, every expert with the same share of the
 first batches. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
 BENCHMARK_PROFILE=memory or =operations a step's memory or its operations' time are measured instead, which makes it
-slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, the one-pass Adam and the memory that is
-kept.
+slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, Adam and clipping in one pass, and the memory
+that is kept.
 """
 
 import json

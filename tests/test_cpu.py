@@ -133,6 +133,32 @@ def test_large_products_go_through_onednn() -> None:
     assert names.count("mkldnn::_linear_pointwise") == 1
 
 
+@pytest.mark.skipif(not matmul.amd_family_with_avx512(), reason="MKL is fast on this processor and left in its place")
+def test_zen_4_keeps_mkl_for_weight_gradients() -> None:
+    gradients, inputs = torch.ones(300, 300), torch.ones(300, 300)
+    with torch.profiler.profile() as profiler:
+        torch.mm(gradients.T, inputs)
+        torch.zeros(300, 300).addmm_(gradients.T, inputs)
+    names = [event.name for event in profiler.events()]
+    expected = 2 if matmul.amd_family_with_avx512() >= matmul.ZEN_5 else 0
+    assert names.count("mkldnn::_linear_pointwise") == expected
+
+
+def test_clipping_is_in_place() -> None:
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    weights = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 5)]
+    gradients = [torch.randn(size) for size in (3, 5)]
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient.clone()
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        clip_grad_by_total_norm_fp32(weights, max_norm=1.0, total_norm=3.0)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        assert torch.equal(weight.grad, gradient * (1.0 / (3.0 + 1.0e-6)))
+    copies = [event.input_shapes for event in profiler.events() if event.name == "aten::copy_"]
+    assert not any([size] in shapes for shapes in copies for size in (3, 5)), "gradients are scaled where they are"
+
+
 def test_adam_makes_one_pass() -> None:
     from megatron.core.optimizer import torch as megatrons_torch
 

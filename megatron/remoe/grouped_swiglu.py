@@ -139,17 +139,17 @@ def _blocks(sizes: list[int]) -> list[tuple[slice, slice, list[int]]]:
 
 
 def _take(tokens: torch.Tensor, rows: torch.Tensor | None, block: slice = slice(None)) -> torch.Tensor:
-    """The tokens of the block's pairs."""
+    """The tokens of the block's pairs: `[num_tokens, hidden]` → `[pairs, hidden]`."""
     return tokens[block] if rows is None else tokens.index_select(0, rows[block])
 
 
 def _sum(pairs: torch.Tensor, rows: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    """Each token's sum over its pairs, in the shape of `tokens`."""
+    """Each token's sum over its pairs: `[pairs, hidden]` → the shape of `tokens`."""
     return pairs if rows is None else _empty_sum(tokens, rows).index_add_(0, rows, pairs)
 
 
 def _empty_sum(tokens: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """What `_add_products` takes first."""
+    """Where `_add_products` puts sums, `[num_tokens, hidden]`: zeros, or unset where each token is one pair."""
     return torch.empty_like(tokens) if rows is None else torch.zeros_like(tokens)
 
 
