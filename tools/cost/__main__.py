@@ -56,11 +56,16 @@ def accelerator(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     return Accelerator(rate, options.memory or (known.memory if known else 0))
 
 
+def asks_for_gpt2(flags: list[str]) -> bool:
+    """Whether GPT-2's tokenizer is asked for, which is built as another type from its two files."""
+    given = [flags[i + 1] for i, name in enumerate(flags[:-1]) if name == "--tokenizer-type"]
+    return given[-1:] == ["GPT2BPETokenizer"]
+
+
 def without_missing_vocabulary(flags: list[str]) -> list[str]:
     """Let a vocabulary of GPT-2's size stand in where its files are not there yet."""
     named = {name: flags[i + 1] for i, name in enumerate(flags[:-1]) if name in ("--vocab-file", "--merge-file")}
-    last = [flags[i + 1] for i, name in enumerate(flags[:-1]) if name == "--tokenizer-type"]
-    if last[-1:] != ["GPT2BPETokenizer"] or all(Path(path).is_file() for path in named.values()):
+    if not asks_for_gpt2(flags) or all(Path(path).is_file() for path in named.values()):
         return flags
     return [*flags, "--tokenizer-type", "NullTokenizer", "--vocab-size", str(GPT2_VOCABULARY)]
 
@@ -97,7 +102,7 @@ def main(argv: list[str]) -> int:
 
     def adapt(args: argparse.Namespace) -> None:
         given.update(paper.settings(args))
-        if flags_used != flags:
+        if asks_for_gpt2(flags):
             given["tokenizer_type"] = "GPT2BPETokenizer"
         if not args.cpu:
             planned.update({name: getattr(args, name) for name in cpu.CPU_VALUES if hasattr(args, name)})
