@@ -3,8 +3,8 @@
 With BENCHMARK_AT_TARGET=1 the routers of a ReMoE start at the target sparsity, every expert with the same share of the
 first batches. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
 BENCHMARK_PROFILE=memory or =operations a step's memory or its operations' time are measured instead, which makes it
-slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, Adam and clipping in one pass, and the memory
-that is kept.
+slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, Adam and clipping in one pass, norms in parts
+and the memory that is kept.
 """
 
 import json
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if os.environ.get("BENCHMARK_PLAIN_PYTORCH"):
     from megatron.remoe.cpu import engine, facade
 
-    engine.use_onednn = engine._keep_freed_memory = engine._scale_in_place = lambda: None  # type: ignore[attr-defined]
+    engine.use_onednn = engine.sum_in_chunks = lambda: None  # type: ignore[attr-defined, assignment, return-value]
+    engine._keep_freed_memory = engine._scale_in_place = lambda: None
     facade._optim = lambda: torch.optim  # type: ignore[assignment, return-value]
 
 from models import FIT_STEPS  # noqa: E402

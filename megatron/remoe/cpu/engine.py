@@ -11,6 +11,7 @@ import torch
 from megatron.remoe.cpu import facade
 from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.matmul import use_onednn
+from megatron.remoe.cpu.vector_norm import sum_in_chunks
 
 WRITTEN_FOR = ("0.19.2",)
 # Parameters of glibc's mallopt, from malloc.h.
@@ -36,7 +37,7 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     put = facade.put_in_place()
     if put is not None:
-        put.matmul_library = use_onednn()  # type: ignore[attr-defined]
+        put.kernels = use_onednn(), sum_in_chunks()  # type: ignore[attr-defined]
         _keep_freed_memory()
         _adapt_tensors()
         _adapt_modules()

@@ -1,0 +1,36 @@
+"""The 2-norm of large single-precision tensors: PyTorch's on a CPU adds too many squares to one number."""
+
+import torch
+
+# Elements whose squares are added in single precision. PyTorch adds all: of 200 million the norm is 3 % too small.
+CHUNK = 1 << 18
+
+
+def sum_in_chunks() -> torch.library.Library:
+    """Let `torch.norm` of large contiguous fp32 tensors on the CPU add up dot products of parts in double precision.
+
+    Gradients of many experts in one tensor are clipped by this norm.
+
+    Returns:
+        What keeps it so while it is referenced.
+    """
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    stock = torch.library.get_kernel("aten::linalg_vector_norm", "CPU")
+
+    def vector_norm(
+        self: torch.Tensor,
+        ord: float = 2,
+        dim: list[int] | None = None,
+        keepdim: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        is_plain = ord == 2 and not dim and not keepdim and dtype in (None, torch.float32)
+        if is_plain and self.dtype == torch.float32 and self.numel() > CHUNK and self.is_contiguous():
+            squares = torch.stack([torch.dot(part, part) for part in self.view(-1).split(CHUNK)])
+            return squares.sum(dtype=torch.float64).sqrt().float()
+        return stock.call_boxed(cpu, self, ord, dim, keepdim, dtype=dtype)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("linalg_vector_norm", vector_norm, "CPU")
+    return library
