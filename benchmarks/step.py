@@ -47,10 +47,11 @@ class Variant:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-REMOE = Variant("ReMoE", "ReMoE", (), (("BENCHMARK_AT_TARGET", "1"),))
-TOPK = Variant("top-k", "top-k")
-STOCK = Variant("top-k, Megatron's layers", "top-k", ("--no-local-layer-fusion",))
-PLAIN = Variant(f"{STOCK.name}, plain PyTorch", "top-k", STOCK.flags, (("BENCHMARK_PLAIN_PYTORCH", "1"),))
+BALANCED = (("BENCHMARK_AT_TARGET", "1"),)
+REMOE = Variant("ReMoE", "ReMoE", (), BALANCED)
+TOPK = Variant("top-k", "top-k", (), BALANCED)
+STOCK = Variant("top-k, Megatron's layers", "top-k", ("--no-local-layer-fusion",), BALANCED)
+PLAIN = Variant(f"{STOCK.name}, plain PyTorch", "top-k", STOCK.flags, (*BALANCED, ("BENCHMARK_PLAIN_PYTORCH", "1")))
 VARIANTS = [REMOE, TOPK, STOCK, PLAIN]
 
 

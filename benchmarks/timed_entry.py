@@ -1,7 +1,7 @@
 """The training entry that also measures its steps: a JSON file at $BENCHMARK_RECORD.
 
-With BENCHMARK_AT_TARGET=1 the routers of a ReMoE start at the target sparsity, every expert with the same share of the
-first batches. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
+With BENCHMARK_AT_TARGET=1 the routers start with the same share of the first batches for every expert, those of a ReMoE
+at the target sparsity. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
 BENCHMARK_PROFILE=memory or =operations a step's memory or its operations' time are measured instead, which makes it
 slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, Adam and clipping in one pass, norms in parts
 and the memory that is kept.
@@ -30,6 +30,7 @@ from models import FIT_STEPS  # noqa: E402
 
 import pretrain_gpt  # noqa: E402
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 from megatron.remoe.controller import SparsityController  # noqa: E402
 from megatron.remoe.moe_layer import ReMoELayer  # noqa: E402
@@ -56,7 +57,7 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def start_at_target(router: ReLURouter, hidden: torch.Tensor) -> None:
+def start_at_target(router: TopKRouter, hidden: torch.Tensor) -> None:
     """Lower each expert's weights along the mean token until k/E of the tokens have a positive gate."""
     tokens = hidden.reshape(-1, hidden.shape[-1])
     mean = tokens.mean(dim=0)
@@ -80,11 +81,12 @@ class Recorder:
         """As a hook of Megatron's, on the model's chunks."""
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads
-        routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, ReLURouter)]
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        routers = [module for module in modules if isinstance(module, ReLURouter)]
         if os.environ.get("BENCHMARK_LIMIT_IN_TURNS"):
-            self.layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, ReMoELayer)]
+            self.layers = [module for module in modules if isinstance(module, ReMoELayer)]
         if os.environ.get("BENCHMARK_AT_TARGET"):
-            self._start_at_target(chunks, routers)
+            self._start_at_target(chunks, [module for module in modules if isinstance(module, TopKRouter)])
 
         def finalize_and_record(*arguments: Any, **options: Any) -> None:
             if routers:
@@ -133,7 +135,7 @@ class Recorder:
             else:
                 self.record["operations"] = seconds_of_operations(self.profiler)
 
-    def _start_at_target(self, chunks: list[torch.nn.Module], routers: list[ReLURouter]) -> None:
+    def _start_at_target(self, chunks: list[torch.nn.Module], routers: list[TopKRouter]) -> None:
         with torch.no_grad():
             for chunk in chunks:
                 for name, weight in chunk.named_parameters():
@@ -146,11 +148,11 @@ class Recorder:
 class _Fit:
     """Keeps a router at the target over all tokens that it has seen so far, for the first steps."""
 
-    def __init__(self, router: ReLURouter) -> None:
+    def __init__(self, router: TopKRouter) -> None:
         self.initial = router.weight.detach().clone()
         self.tokens: list[torch.Tensor] = []
 
-    def __call__(self, router: ReLURouter, arguments: tuple[torch.Tensor, ...]) -> None:
+    def __call__(self, router: TopKRouter, arguments: tuple[torch.Tensor, ...]) -> None:
         if len(self.tokens) < FIT_STEPS:
             self.tokens.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]))
             router.weight.data.copy_(self.initial)
