@@ -58,7 +58,11 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def start_at_target(router: TopKRouter, hidden: torch.Tensor) -> None:
-    """Lower each expert's weights along the mean token until k/E of the tokens have a positive gate."""
+    """Lower each expert's weights along the mean token until k/E of the tokens have a positive logit.
+
+    Args:
+        hidden: what the router sees, `[..., hidden]`.
+    """
     tokens = hidden.reshape(-1, hidden.shape[-1])
     mean = tokens.mean(dim=0)
     direction = mean / mean.square().sum()

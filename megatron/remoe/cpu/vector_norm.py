@@ -9,7 +9,8 @@ CHUNK = 1 << 18
 def sum_in_chunks() -> torch.library.Library:
     """Let `torch.norm` of large contiguous fp32 tensors on the CPU add up dot products of parts in double precision.
 
-    Gradients of many experts in one tensor are clipped by this norm.
+    Gradients of many experts in one tensor are clipped by this norm. Other norms, and up to `CHUNK` elements, stay
+    PyTorch's, bit for bit.
 
     Returns:
         What keeps it so while it is referenced.
