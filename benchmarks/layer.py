@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import save, show
+from results import progress, save, show
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -79,6 +79,7 @@ def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype:
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "gradient_accumulation_fusion": False,
+        "cuda_graph_modules": [],
     }
     config = ReMoEConfig(moe_relu_routing=True, **settings) if relu else TransformerConfig(**settings)
     spec = get_gpt_layer_local_spec(experts, False, normalization="RMSNorm")
@@ -147,7 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, dict[str, list[float]]] = {}
-    with one_process():
+    with one_process(), progress(len(options.experts) * len(options.tokens)) as done:
         for experts in options.experts:
             for number in options.tokens:
                 torch.manual_seed(1)
@@ -161,9 +162,11 @@ def main() -> None:
                         taken = seconds(layer, tokens, parameters_of(layer))
                         if turn:
                             times[name].append(taken)
-                results[f"{experts} experts, {number} tokens"] = times
-                medians = {name: statistics.median(found) for name, found in times.items()}
-                print(f"{experts} experts, {number} tokens: {medians}", file=sys.stderr, flush=True)
+                case = f"{experts} experts, {number} tokens"
+                results[case] = times
+                save(options.output, {"options": vars(options) | {"output": str(options.output)}, "seconds": results})
+                medians = (f"{name} {statistics.median(found) * 1e3:,.0f} ms" for name, found in times.items())
+                done(f"{case}: {'; '.join(medians)}")
                 del candidates
                 gc.collect()
     names = list(next(iter(results.values())))
@@ -171,8 +174,7 @@ def main() -> None:
     for case, times in results.items():
         ours = statistics.median(times[OURS])
         rows.append((case, f"{ours * 1e3:.0f} ms", *(statistics.median(times[name]) / ours for name in names[1:])))
-    show("Forward and backward: ours, and the others' time over ours", ["layer", *names], rows)
-    save(options.output, {"options": vars(options) | {"output": str(options.output)}, "seconds": results})
+    show("Forward and backward: ours, and the others' time over ours", ["layer", *names], rows, options.output)
 
 
 if __name__ == "__main__":

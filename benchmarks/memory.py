@@ -6,9 +6,10 @@ The most that PyTorch holds during a step, beyond weights, gradients and optimiz
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from models import FIT_STEPS, Shape
-from results import save, show
+from results import progress, save, show
 from step import REMOE, ROOT, Variant, run
 
 SHAPE = Shape(8, 1, hidden=384, ffn=768, micro_batch=2)
@@ -17,6 +18,7 @@ MEMORY = (("BENCHMARK_PROFILE", "memory"),)
 STEADY = replace(REMOE, name="at the target", environment=REMOE.environment + MEMORY)
 DENSE = Variant("dense stage", "ReMoE", (), MEMORY)
 DENSE_UNBOUNDED = Variant("dense stage, unbounded", "ReMoE", ("--moe-relu-activation-limit", "0"), MEMORY)
+VARIANTS = (STEADY, DENSE, DENSE_UNBOUNDED)
 STEPS = FIT_STEPS + 2
 
 
@@ -26,11 +28,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "memory.json")
     parser.add_argument("more", nargs="*", help="further flags of Megatron's, behind --")
     options = parser.parse_args()
-    rows, results = [], {}
-    for experts in options.experts:
-        shape = replace(SHAPE, experts=experts)
-        records = {v.name: run(shape, v, STEPS, options.more) for v in (STEADY, DENSE, DENSE_UNBOUNDED)}
-        results[experts] = records
+    rows = []
+    results: dict[int, dict[str, Any]] = {}
+    with progress(len(options.experts) * len(VARIANTS)) as done:
+        for experts in options.experts:
+            shape, records = replace(SHAPE, experts=experts), results.setdefault(experts, {})
+            for variant in VARIANTS:
+                records[variant.name] = run(shape, variant, STEPS, options.more)
+                save(options.output, {"results": results})
+                done(f"{experts} experts, {variant.name}: {records[variant.name]['peak_bytes'] / 2**20:,.0f} MiB")
+    for experts, records in results.items():
         peaks = {name: record["peak_bytes"] / 2**20 for name, record in records.items()}
         active = {name: record["active"][-1] for name, record in records.items()}
         rows.append(
@@ -46,8 +53,7 @@ def main() -> None:
             )
         )
     columns = ["E", "experts/token", "at target", "experts/token", "dense stage", "unbounded", "ratio", "unbounded"]
-    show(f"{SHAPE.layers} layers, hidden {SHAPE.hidden}, {SHAPE.tokens} tokens", columns, rows)
-    save(options.output, {"results": results})
+    show(f"{SHAPE.layers} layers, hidden {SHAPE.hidden}, {SHAPE.tokens} tokens", columns, rows, options.output)
 
 
 if __name__ == "__main__":

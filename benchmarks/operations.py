@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from models import FIT_STEPS
-from results import save, show
+from results import progress, save, show
 from step import REMOE, ROOT, SHAPES, run
 
 PROFILED = replace(REMOE, environment=(*REMOE.environment, ("BENCHMARK_PROFILE", "operations")))
@@ -30,20 +30,22 @@ def kind_of(operation: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES], help="default: all three")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all three")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "operations.json")
     parser.add_argument("more", nargs="*", help="further flags of Megatron's, behind --")
     options = parser.parse_args()
     shares, results = {}, {}
-    for shape in (shape for shape in SHAPES if shape.name in options.shapes):
-        operations = results[shape.name] = run(shape, PROFILED, STEPS, options.more)["operations"]
-        total = sum(operations.values())
-        shares[shape.name] = dict.fromkeys([*KINDS, REST], 0.0)
-        for operation, seconds in operations.items():
-            shares[shape.name][kind_of(operation)] += seconds / total
+    with progress(len(options.shapes)) as done:
+        for shape in (SHAPES[name] for name in options.shapes):
+            operations = results[shape.name] = run(shape, PROFILED, STEPS, options.more)["operations"]
+            save(options.output, {"seconds": results})
+            total = sum(operations.values())
+            shares[shape.name] = dict.fromkeys([*KINDS, REST], 0.0)
+            for operation, seconds in operations.items():
+                shares[shape.name][kind_of(operation)] += seconds / total
+            done(f"{shape.name}: {total:.2f} s under the profiler")
     rows = [(kind, *(f"{found[kind]:.1%}" for found in shares.values())) for kind in [*KINDS, REST]]
-    show("Share of a step's time", ["kind of operation", *shares], rows)
-    save(options.output, {"seconds": results})
+    show("Share of a step's time", ["kind of operation", *shares], rows, options.output)
 
 
 if __name__ == "__main__":

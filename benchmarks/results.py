@@ -1,4 +1,4 @@
-"""How figures are printed and kept: a table, and a JSON file with machine and command."""
+"""How figures are shown and kept: progress, a table, and a JSON file with machine and command."""
 
 import importlib.metadata
 import json
@@ -6,11 +6,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 PACKAGES = ("torch", "megatron-core", "transformers")
@@ -26,24 +28,49 @@ def machine() -> dict[str, Any]:
     return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
 
 
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; numbers to the right."""
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr with the time left.
+
+    Args:
+        total: number of measurements.
+
+    Yields:
+        What is to be called after each of them, with a line that tells it.
+    """
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    with Progress(TextColumn("measuring"), *columns, console=console, redirect_stdout=False) as bar:
+        task = bar.add_task("", total=total)
+
+        def done(line: str) -> None:
+            bar.console.print(line)
+            bar.advance(task)
+
+        yield done
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
+    """Print a table, numbers to the right, and where the figures are."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
     Console(width=max(100, Console().width)).print(table)
+    print(f"Figures: {path}")
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Write figures with date, machine and command, aside and renamed when whole."""
+    """Write figures with date, machine and command, aside and renamed when whole.
+
+    Benchmarks do so after each case, which a run that is cut off keeps.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"date": time.strftime("%Y-%m-%d %H:%M"), "command": " ".join(sys.argv), "machine": machine()}
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(head | results, indent=1) + "\n", encoding="utf-8")
     aside.replace(path)
-    print(f"Figures: {path}")
 
 
 def _is_installed(name: str) -> bool:

@@ -5,13 +5,12 @@ ReMoE at its target sparsity, top-k, and top-k in Megatron's own local layers.
 
 import argparse
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from models import Shape
-from results import save, show
+from results import progress, save, show
 from step import REMOE, ROOT, STOCK, TOPK, WARM_UP, run
 
 CENTER = Shape(8, 1, hidden=384, ffn=1024, micro_batch=4, sequence=512)
@@ -33,19 +32,21 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, dict[str, list[float]]] = {}
     rows = []
-    for axis, (label, values) in AXES.items():
-        results[axis] = {name: [] for name in VARIANTS}
-        for value in values:
-            shape = replace(CENTER, **{axis: value})
-            for name, variant in VARIANTS.items():
-                seconds = run(shape, variant, WARM_UP + options.steps + 1, options.more)["steps"][WARM_UP:]
-                results[axis][name].append(shape.tokens / statistics.median(seconds))
-            found = [results[axis][name][-1] for name in VARIANTS]
-            rows.append((f"{label} = {value}", *(f"{figure:,.0f}" for figure in found)))
-            print(rows[-1], file=sys.stderr, flush=True)
-    show(f"Tokens per second; {CENTER}", ["", *VARIANTS], rows)
+    points = sum(len(values) for _, values in AXES.values())
+    with progress(points * len(VARIANTS)) as done:
+        for axis, (label, values) in AXES.items():
+            results[axis] = {name: [] for name in VARIANTS}
+            for value in values:
+                shape = replace(CENTER, **{axis: value})
+                for name, variant in VARIANTS.items():
+                    seconds = run(shape, variant, WARM_UP + options.steps + 1, options.more)["steps"][WARM_UP:]
+                    results[axis][name].append(shape.tokens / statistics.median(seconds))
+                    save(options.output, {"center": str(CENTER), "axes": AXES, "tokens_per_second": results})
+                    done(f"{label} = {value}, {name}: {results[axis][name][-1]:,.0f} tokens/s")
+                rows.append((f"{label} = {value}", *(f"{results[axis][name][-1]:,.0f}" for name in VARIANTS)))
+    title = f"Tokens per second, around {CENTER.layers} layers, hidden {CENTER.hidden}, FFN {CENTER.ffn}"
+    show(title, ["", *VARIANTS], rows, options.output)
     draw(results, options.output.with_suffix(".png"))
-    save(options.output, {"center": str(CENTER), "axes": AXES, "tokens_per_second": results})
 
 
 def draw(results: dict[str, dict[str, list[float]]], path: Path) -> None:

@@ -14,20 +14,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 from models import FIT_STEPS, Shape
-from results import save, show
+from results import progress, save, show
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron.remoe.data.indexed import IndexedWriter  # noqa: E402
 
-SHAPES = [Shape(8, 1), Shape(8, 8), Shape(64, 1)]
+SHAPES = {shape.name: shape for shape in (Shape(8, 1), Shape(8, 8), Shape(64, 1))}
 WARM_UP = FIT_STEPS
 
 
@@ -83,14 +84,16 @@ def run(shape: Shape, variant: Variant, steps: int, more: list[str]) -> dict[str
         return json.loads(record.read_text())
 
 
-def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more: list[str]) -> dict[str, Any]:
-    """Variant's name → its figures, from runs in turns."""
+def measure(
+    shape: Shape, variants: list[Variant], rounds: int, steps: int, more: list[str], done: Callable[[str], None]
+) -> dict[str, Any]:
+    """Variant's name → its figures, from runs in turns; `done` is told of each run."""
     records: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     for number in range(rounds):
         for variant in variants[:: 1 if number % 2 == 0 else -1]:
             records[variant.name].append(run(shape, variant, WARM_UP + steps + 1, more))
             seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
-            print(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.3f} s a step", file=sys.stderr)
+            done(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.3f} s a step")
     figures = {}
     peak = max(record["peak_flops"] for found in records.values() for record in found)
     for name, found in records.items():
@@ -112,7 +115,7 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES], help="default: all three")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all three")
     parser.add_argument("--variants", nargs="+", choices=[v.name for v in VARIANTS], help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant (default 3)")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (default 6)")
@@ -121,8 +124,11 @@ def main() -> None:
     options = parser.parse_args()
     variants = [variant for variant in VARIANTS if not options.variants or variant.name in options.variants]
     results = {}
-    for shape in (shape for shape in SHAPES if shape.name in options.shapes):
-        figures = results[shape.name] = measure(shape, variants, options.rounds, options.steps, options.more)
+    with progress(len(options.shapes) * len(variants) * options.rounds) as done:
+        for name in options.shapes:
+            results[name] = measure(SHAPES[name], variants, options.rounds, options.steps, options.more, done)
+            save(options.output, {"results": results})
+    for shape, figures in ((SHAPES[name], figures) for name, figures in results.items()):
         first = figures[variants[0].name]["seconds"]
         rows = [
             (
@@ -144,8 +150,8 @@ def main() -> None:
             "experts/token",
             "of matmul rate",
         ]
-        show(f"(E, G) = {shape.name}, {shape.layers} layers, {shape.tokens} tokens", [*columns, "λ update"], rows)
-    save(options.output, {"results": results})
+        title = f"(E, G) = {shape.name}, {shape.layers} layers, {shape.tokens} tokens"
+        show(title, [*columns, "λ update"], rows, options.output)
 
 
 if __name__ == "__main__":
