@@ -124,6 +124,8 @@ def arguments(**changes: object) -> argparse.Namespace:
         "expert_tensor_parallel_size": 1,
         "expert_model_parallel_size": 1,
         "moe_token_dispatcher_type": "alltoall",
+        "moe_permute_fusion": False,
+        "moe_pad_expert_input_to_capacity": False,
         "sequence_parallel": False,
         "swiglu": True,
         "bias_swiglu_fusion": False,
@@ -209,6 +211,14 @@ def test_activations_beyond_the_limit_are_not_kept() -> None:
     assert found.kept == pytest.approx(real, rel=0.03)
     at_target = activations.layer_activations(args, True, 1.0)
     assert found.kept + found.recomputed == at_target.kept and at_target.recomputed == 0
+
+
+@pytest.mark.parametrize("flag", ["moe_permute_fusion", "moe_pad_expert_input_to_capacity"])
+def test_megatrons_permutation_keeps_a_copy_of_the_pairs(flag: str) -> None:
+    taken = activations.layer_parts(arguments(local_layer_fusion=True), True, 2)
+    permuted = activations.layer_parts(arguments(local_layer_fusion=True, **{flag: True}), True, 2)
+    assert taken["expert inputs"] == 0
+    assert permuted == taken | {"expert inputs": 2 * 96 * 64 * 4}
 
 
 def test_recomputation() -> None:

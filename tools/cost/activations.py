@@ -80,6 +80,7 @@ def layer_parts(args: argparse.Namespace, is_moe: bool, experts_per_token: float
     # Grouped experts compute all that follows the first product again, and take tokens by their numbers if they can.
     gathers = args.expert_model_parallel_size == args.expert_tensor_parallel_size == 1
     gathers = gathers and fused and args.swiglu and args.moe_token_dispatcher_type == "alltoall"
+    gathers = gathers and not (args.moe_permute_fusion or args.moe_pad_expert_input_to_capacity)
     hidden_tensors, activations = (2, 0) if fused and args.swiglu else _mlp_tensors(args, gated=True)
     parts["router"] = args.num_experts * split * (4 + 4 + 1)  # logits and gates in fp32, map
     parts["expert inputs"] = 0.0 if gathers else hidden * pairs * args.expert_tensor_parallel_size * size
