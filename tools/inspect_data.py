@@ -6,6 +6,7 @@ Exit code 1, with the reason, if the pair is truncated or corrupt.
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -94,9 +95,7 @@ def _encoder(args: argparse.Namespace) -> TextEncoder | None:
 def _shown(ids: npt.NDArray[np.integer], encoder: TextEncoder | None, characters: int) -> str:
     if encoder is None:
         numbers = " ".join(map(str, ids[:characters].tolist()))
-        return (
-            f"{numbers[:characters]}{' …' if len(numbers) > characters else ''}  (no vocabulary given to decode them)"
-        )
+        return f"{textwrap.shorten(numbers, characters, placeholder=' …')}  (no vocabulary given to decode them)"
     # A token has at least one byte, and a character at most four.
     text = encoder.decode(ids[: 4 * characters + 4])
     return text[:characters] + (" …" if len(text) > characters else "")
