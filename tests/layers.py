@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.config import ReMoEConfig
 from megatron.remoe.experts import GroupedExperts
 from megatron.remoe.layer_specs import with_fused_layers, with_relu_routing
@@ -15,7 +16,16 @@ HIDDEN, FFN = 16, 12
 
 def make_config(**changes: Any) -> ReMoEConfig:
     """A ReMoE configuration in float64 for layers of hidden size 16 and expert size 12."""
-    settings: dict[str, Any] = {
+    return ReMoEConfig(**(_settings() | {"moe_relu_routing": True, "moe_relu_layer_floor": 0.0} | changes))
+
+
+def make_topk_config(**changes: Any) -> TransformerConfig:
+    """Megatron's own configuration of such layers."""
+    return TransformerConfig(**(_settings() | {"moe_router_pre_softmax": True} | changes))
+
+
+def _settings() -> dict[str, Any]:
+    return {
         "num_layers": 1,
         "hidden_size": HIDDEN,
         "ffn_hidden_size": FFN,
@@ -25,8 +35,6 @@ def make_config(**changes: Any) -> ReMoEConfig:
         "moe_router_topk": 1,
         "moe_router_dtype": "fp64",
         "moe_token_dispatcher_type": "alltoall",
-        "moe_relu_routing": True,
-        "moe_relu_layer_floor": 0.0,
         "moe_router_load_balancing_type": "none",
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
@@ -36,18 +44,19 @@ def make_config(**changes: Any) -> ReMoEConfig:
         "pipeline_dtype": torch.float64,
         "init_method_std": 0.5,
         "gradient_accumulation_fusion": False,
+        "cuda_graph_modules": [],
     }
-    return ReMoEConfig(**(settings | changes))
 
 
-def make_layer(config: ReMoEConfig, fused: bool = False) -> ReMoELayer:
-    """A ReMoE layer as Megatron's layer specification builds it, in the configuration's dtype, numbered 1.
+def make_layer(config: TransformerConfig, fused: bool = False) -> ReMoELayer:
+    """A ReMoE or top-k layer as Megatron's layer specification builds it, in the configuration's dtype, numbered 1.
 
     Args:
-        config: from `make_config`.
+        config: from `make_config`, or `make_topk_config`.
         fused: with grouped experts instead of one small layer an expert.
     """
-    spec = with_relu_routing(get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm"))
+    spec = get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm")
+    spec = with_relu_routing(spec) if isinstance(config, ReMoEConfig) else spec
     spec = with_fused_layers(spec) if fused else spec
     layer = spec.submodules.mlp(config=config, layer_number=1)  # type: ignore[union-attr]
     layer.set_layer_number(1)

@@ -1,8 +1,11 @@
-"""The host waits for the device once in a MoE layer, for the number of tokens of each expert, and not in the update."""
+"""The host waits for the device once in a MoE layer, for the number of tokens of each expert, and not in the update.
+
+Where every token has k experts and one rank all of them, it does not wait at all.
+"""
 
 import pytest
 import torch
-from layers import HIDDEN, make_config, make_layer
+from layers import HIDDEN, make_config, make_layer, make_topk_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.remoe import dispatcher, moe_layer
@@ -39,6 +42,14 @@ class Waits(TorchDispatchMode):
 def test_a_layer_waits_once(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(make_config(num_moe_experts=4, moe_router_topk=2, moe_relu_activation_limit=limit), fused=True)
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    calls = counted_pairs(monkeypatch)
+    with Waits() as waits:
+        layer(tokens)[0].sum().backward()
+    assert len(calls) == 1 and waits.found == []
+
+
+def counted_pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """The arguments of all calls of `count_pairs` from now on, each of which waits."""
     calls = []
 
     def counted(*arguments):
@@ -48,9 +59,22 @@ def test_a_layer_waits_once(limit: float, monkeypatch: pytest.MonkeyPatch) -> No
     count_pairs = dispatcher.count_pairs
     for module in (dispatcher, moe_layer):
         monkeypatch.setattr(module, "count_pairs", counted)
+    return calls
+
+
+def test_a_topk_layer_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(make_topk_config(moe_router_topk=2), fused=True)
+    assert isinstance(layer, moe_layer.ReMoELayer)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    calls = counted_pairs(monkeypatch)
     with Waits() as waits:
         layer(tokens)[0].sum().backward()
-    assert len(calls) == 1 and waits.found == []
+    assert calls == [] and waits.found == []
+    assert int(layer.token_dispatcher.num_out_tokens) == 2 * 16 == int(layer.token_dispatcher.tokens_per_expert.sum())
+
+    dropping = make_layer(make_topk_config(moe_router_topk=2, moe_expert_capacity_factor=0.5), fused=True)
+    dropping(tokens)[0].sum().backward()
+    assert len(calls) == 1 and dropping.token_dispatcher.num_out_tokens < 2 * 16
 
 
 def test_the_update_does_not_wait() -> None:
@@ -85,3 +109,17 @@ def test_cuda_tells_of_one_wait() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(warned) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
+def test_cuda_tells_of_no_wait_with_topk(recwarn: pytest.WarningsRecorder) -> None:
+    layer = make_layer(make_topk_config(params_dtype=torch.bfloat16, moe_router_dtype="fp32"), fused=True)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    layer(tokens)[0].sum().backward()
+    recwarn.clear()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        layer(tokens)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not [warning for warning in recwarn if "synchroniz" in str(warning.message)]

@@ -46,11 +46,15 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     true number by itself.
 
     Attributes:
+        fixed_topk: the number of experts of every token where it does not vary, as with top-k routers. One rank that
+            has all experts then does not wait for the device.
         counts: of the routing map that was last planned, until it is dispatched: from `count_pairs`, for one chunk.
         experts_gather: the experts, all on one rank, pick their tokens by `rows` and give each token's sum.
         rows: int64 `[pairs]`, the token of each pair in the order of the experts.
     """
 
+    fixed_topk: int | None = None
+    num_out_tokens: int | torch.Tensor
     counts: torch.Tensor | None = None
     experts_gather = False
     rows: torch.Tensor
@@ -62,7 +66,8 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             routing_map: bool `[num_tokens, num_experts]`.
 
         Returns:
-            int64 `[num_local_experts]`, the number of tokens for each local expert.
+            int64 `[num_local_experts]`, the number of tokens for each local expert; on the host, unless nothing was
+            waited for.
         """
         if self.is_megatrons():
             tokens_per_local_expert = super().preprocess(routing_map)
@@ -71,6 +76,9 @@ class VariableTopkAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
                 # It sizes the permuted tensor, so the copy to the host that all counts share is waited for here.
                 self._maybe_update_cuda_sync_point("before_permutation_1")
             return tokens_per_local_expert
+        if self.fixed_topk is not None and self.ep_size == self.tp_size == 1:
+            self.num_out_tokens = len(routing_map) * self.fixed_topk
+            return routing_map.sum(dim=0)
         planned, self.counts = self.counts, None
         counts = count_pairs(routing_map, 1, self.tp_ep_group) if planned is None else planned
         # The group's ranks go through tensor parallelism first.

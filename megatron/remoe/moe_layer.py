@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.dispatcher import VariableTopkAlltoAllTokenDispatcher, count_pairs
 from megatron.remoe.experts import GroupedExperts
+from megatron.remoe.router import ReLURouter
 
 
 class _OwnGradient(torch.autograd.Function):
@@ -53,6 +54,8 @@ class ReMoELayer(MoELayer):
             self.token_dispatcher = VariableTopkAlltoAllTokenDispatcher(
                 self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
             )
+            if not isinstance(self.router, ReLURouter) and config.moe_expert_capacity_factor is None:
+                self.token_dispatcher.fixed_topk = config.moe_router_topk
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
             has_all_experts = self.ep_size == self.expert_tp_size == 1 and isinstance(self.experts, GroupedExperts)
