@@ -22,10 +22,10 @@ def main() -> None:
         for shape in (SHAPES[name] for name in options.shapes):
             steps = run(shape, IN_TURNS, WARM_UP + 2 * options.pairs + 1, options.more)["steps"][WARM_UP:]
             bounded, unbounded = steps[::2], steps[1::2]  # as the entry takes turns
-            ratios = [first / second for first, second in zip(bounded, unbounded, strict=True)]
-            lower, middle, upper = statistics.quantiles(ratios, n=4)
             results[shape.name] = {"bounded": bounded, "unbounded": unbounded}
             save(options.output, {"seconds": results})
+            ratios = [first / second for first, second in zip(bounded, unbounded, strict=True)]
+            lower, middle, upper = statistics.quantiles(ratios, n=4)
             medians = statistics.median(bounded), statistics.median(unbounded)
             rows.append((shape.name, *medians, f"{middle:.4f}", f"{lower:.3f} to {upper:.3f}"))
             done(f"{shape.name}: {middle:.4f}")
