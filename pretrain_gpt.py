@@ -8,44 +8,24 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from megatron.remoe import console, cpu
+if TYPE_CHECKING:
+    from megatron.training.models.gpt import GPTModelConfig
 
 # Started without torchrun, this is the only process.
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-if "RANK" not in os.environ:
-    os.environ.update(SINGLE_PROCESS)
-
-signal.signal(signal.SIGTERM, signal.SIG_DFL)  # scripts/lib/launch.sh has torchrun ignore it, and so would this process
-console.hide_unhelpful_warnings()
-ON_CPU = cpu.is_wanted(sys.argv)
-if ON_CPU:
-    cpu.install()
-
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.remoe.training import (  # noqa: E402
-    install_local_layers,
-    install_relu_routing,
-    parse_and_validate_args,
-    transformer_config_from_args,
-    usage_errors,
-)
-from megatron.remoe.training.failures import end_with_last_words  # noqa: E402
-from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider  # noqa: E402
-from megatron.remoe.training.loading import with_checked_weights  # noqa: E402
-from megatron.training import pretrain  # noqa: E402
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 
 
-def main(observe: Callable[[GPTModelConfig], None] | None = None) -> None:
+def main(observe: "Callable[[GPTModelConfig], None] | None" = None) -> None:
     """Train as the command line says; an error ends the process with exit code 1 or 2 and one short message.
 
     Args:
         observe: called with the model's configuration before the model is built; for tools that measure.
     """
+    on_cpu = prepare()
     try:
-        _train(observe)
+        train(on_cpu, observe)
     except SystemExit:
         raise
     except BaseException as error:
@@ -56,26 +36,70 @@ def main(observe: Callable[[GPTModelConfig], None] | None = None) -> None:
             worker.kill()
         if isinstance(error, KeyboardInterrupt):
             raise
+        from megatron.remoe.preflight.messages import end_with_last_words
+
         end_with_last_words(error)
 
 
-def _train(observe: Callable[[GPTModelConfig], None] | None) -> None:
-    args = parse_and_validate_args(
-        extra_args_provider=cpu.add_cpu_argument,
-        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
-        adapt=cpu.adapt_arguments if ON_CPU else None,
-    )
-    with usage_errors(args.rank):
+def prepare() -> bool:
+    """What has to happen before anything of Megatron is imported. Returns whether this trains on the CPU."""
+    from megatron.remoe import cpu
+    from megatron.remoe.preflight import console
+
+    if "RANK" not in os.environ:
+        os.environ.update(SINGLE_PROCESS)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # scripts/lib/launch.sh has torchrun ignore it, and so would this
+    console.hide_unhelpful_warnings()
+    on_cpu = cpu.is_wanted(sys.argv)
+    if on_cpu:
+        cpu.install()
+    return on_cpu
+
+
+def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None") -> None:
+    """Parse, look, patch, configure the model, install, and hand over to Megatron's loop."""
+    from megatron.core.enums import ModelType
+    from megatron.remoe import cpu, patches
+    from megatron.remoe.preflight.checkpoint_files import choose_checkpoint
+    from megatron.remoe.preflight.checkpoint_fit import check_loaded_run
+    from megatron.remoe.preflight.data import check_data, check_vocabulary
+    from megatron.remoe.preflight.environment import check_environment, check_output_folders, check_required_flags
+    from megatron.remoe.preflight.messages import usage_errors
+    from megatron.remoe.training import hooks
+    from megatron.remoe.training.arguments import parse_args, take_saved_args, transformer_config_from_args
+    from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    with usage_errors(rank=0):
+        check_environment()
+    with usage_errors():
+        args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
+        if on_cpu:
+            cpu.adapt_arguments(args)
+        choose_checkpoint(args)
+        take_saved_args(args)
+        check_required_flags(args)
+        validate_args(args, {})
+        check_data(args, get_blend_and_blend_per_split)
+        check_loaded_run(args)
+        check_output_folders(args)
+        set_global_variables(args)
+        check_vocabulary(args, get_blend_and_blend_per_split)
+
+        patches.apply_patches(saves=bool(args.save))
         model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
-        install_relu_routing(args, model_cfg)
-        install_local_layers(args, model_cfg)
+        hooks.install_relu_routing(args, model_cfg)
+        hooks.install_local_layers(args, model_cfg)
+        datasets_provider = hooks.with_checked_weights(args, model_cfg, train_valid_test_datasets_provider)
+
     if observe is not None:
         observe(model_cfg)
     pretrain(
-        pretrain_cfg_container_from_args(args, model_cfg),
-        with_checked_weights(args, model_cfg, train_valid_test_datasets_provider),
-        ModelType.encoder_or_decoder,
-        forward_step,
+        pretrain_cfg_container_from_args(args, model_cfg), datasets_provider, ModelType.encoder_or_decoder, forward_step
     )
 
 

@@ -12,8 +12,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from results import progress, save, show
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.remoe import console, cpu  # noqa: E402
+from megatron.remoe import cpu  # noqa: E402
+from megatron.remoe.preflight import console  # noqa: E402
 
 console.hide_unhelpful_warnings()
 if cpu.is_wanted(sys.argv):
@@ -34,29 +34,15 @@ from timed_entry import start_at_target  # noqa: E402
 from transformers.models.mixtral import MixtralConfig  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  # noqa: E402
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from megatron.remoe.config import ReMoEConfig  # noqa: E402
-from megatron.remoe.layer_specs import with_fused_layers, with_relu_routing  # noqa: E402
+from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing  # noqa: E402
+from megatron.remoe.routing.config import ReMoEConfig  # noqa: E402
+from tools.common.one_process import one_process  # noqa: E402
 
 OURS = "ReMoE, grouped"
 Layer = Callable[[torch.Tensor], torch.Tensor]
-
-
-@contextmanager
-def one_process() -> Iterator[None]:
-    """Megatron's process groups for this process alone."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1234)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu"))
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype: torch.dtype) -> torch.nn.Module:
@@ -148,7 +134,9 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, dict[str, list[float]]] = {}
-    with one_process(), progress(len(options.experts) * len(options.tokens)) as done:
+    backend = "nccl" if device == "cuda" else "gloo"
+    with one_process(backend=backend), progress(len(options.experts) * len(options.tokens)) as done:
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=device))
         for experts in options.experts:
             for number in options.tokens:
                 torch.manual_seed(1)

@@ -45,7 +45,7 @@ class Case:
 
     def job(self, name: str) -> Any:
         """The same job for each."""
-        from megatron.remoe.data.preprocessing import Job
+        from tools.preprocessing.pipeline import Job
 
         return Job([str(self.source)], str(self.folder / name), append_eod=True, workers=self.workers, overwrite=True)
 
@@ -81,11 +81,12 @@ def standard_library(path: Path) -> Path:
 
 def time_tool(case: Case) -> float:
     """Seconds of this project's preprocessing, the tokenizer being loaded."""
-    from megatron.remoe.data.encoders import gpt2_encoder
-    from megatron.remoe.data.preprocessing import preprocess
+    from tools.preprocessing.encoders import gpt2_encoder
+    from tools.preprocessing.pipeline import preprocess
 
     job = case.job("tool")
     encoder = gpt2_encoder(case.vocab_file, case.merge_file, job.threads)
+    encoder.encode(["first"])  # starts gigatoken
     return timed(lambda: preprocess(job, encoder))
 
 
@@ -96,7 +97,7 @@ def time_alone(case: Case) -> float:
     from megatron.remoe.data.gpt2_files import read_gpt2_vocabulary
 
     texts = [json.loads(line)["text"] for line in case.source.read_text(encoding="utf-8").split("\n") if line]
-    tokenizer = gigatoken.Tokenizer.from_json(read_gpt2_vocabulary(case.vocab_file, case.merge_file).tokenizer_json())
+    tokenizer = gigatoken.Tokenizer(read_gpt2_vocabulary(case.vocab_file, case.merge_file).tokenizer())
     tokenizer.encode_batch(["first"])  # imports what it gives back
     return timed(lambda: tokenizer.encode_batch(texts))
 
@@ -121,7 +122,7 @@ def time_command(case: Case) -> tuple[float, float]:
 def time_pool(case: Case) -> float:
     """Seconds of a pool of processes, once they are ready; Megatron's builder writes."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-    from megatron.remoe.data.tokenizer import gpt2_tokenizer_folder
+    from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 
     folder = str(gpt2_tokenizer_folder(case.vocab_file, case.merge_file))
     context = multiprocessing.get_context("spawn")

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,12 +29,11 @@ if os.environ.get("BENCHMARK_PLAIN_PYTORCH"):
 from models import FIT_STEPS  # noqa: E402
 
 import pretrain_gpt  # noqa: E402
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
-from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
-from megatron.core.utils import get_model_config  # noqa: E402
-from megatron.remoe.controller import SparsityController  # noqa: E402
-from megatron.remoe.moe_layer import ReMoELayer  # noqa: E402
-from megatron.remoe.router import ReLURouter  # noqa: E402
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.remoe.moe.layer import ReMoELayer
+    from megatron.remoe.routing.controller import SparsityController
 
 PROFILED_STEP = FIT_STEPS + 1
 PEAK_SIZES = ((2048, 2048, 2048), (4096, 768, 2048), (4096, 2048, 768))
@@ -57,7 +56,7 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def start_at_target(router: TopKRouter, hidden: torch.Tensor) -> None:
+def start_at_target(router: "TopKRouter", hidden: torch.Tensor) -> None:
     """Lower each expert's weights along the mean token until k/E of the tokens have a positive logit.
 
     Args:
@@ -72,30 +71,39 @@ def start_at_target(router: TopKRouter, hidden: torch.Tensor) -> None:
 
 
 class Recorder:
-    """Measures from the end of one step's backward passes to that of the next."""
+    """Measures from the end of one step's backward passes to that of the next.
+
+    Its methods import Megatron, which the entry has adapted to the machine by then.
+    """
 
     def __init__(self) -> None:
         self.record: dict[str, Any] = {"steps": [], "updates": [], "active": []}
         self.last: float | None = None
         self.profiler: torch.profiler.profile | None = None
         self.count = 0
-        self.layers: list[ReMoELayer] = []
+        self.limits: dict[ReMoELayer, float] = {}
 
     def install(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """As a hook of Megatron's, on the model's chunks."""
+        from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+        from megatron.core.transformer.moe.router import TopKRouter
+        from megatron.core.utils import get_model_config
+        from megatron.remoe.moe.layer import ReMoELayer
+        from megatron.remoe.routing.router import ReLURouter
+
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads
         modules = [module for chunk in chunks for module in chunk.modules()]
         routers = [module for module in modules if isinstance(module, ReLURouter)]
         if os.environ.get("BENCHMARK_LIMIT_IN_TURNS"):
-            self.layers = [module for module in modules if isinstance(module, ReMoELayer)]
+            self.limits = {module: module.pairs_limit for module in modules if isinstance(module, ReMoELayer)}
         if os.environ.get("BENCHMARK_AT_TARGET"):
             self._start_at_target(chunks, [module for module in modules if isinstance(module, TopKRouter)])
 
         def finalize_and_record(*arguments: Any, **options: Any) -> None:
             if routers:
-                pairs = sum(float(router.counts[: router.num_experts].sum()) for router in routers)
-                tokens = sum(float(router.counts[router.num_experts]) for router in routers)
+                pairs = sum(float(router.counts.active) for router in routers)
+                tokens = sum(float(router.counts["tokens"]) for router in routers)
                 self.record["active"].append(pairs / tokens)
             finalize(*arguments, **options)
             self._end_of_step()
@@ -103,15 +111,22 @@ class Recorder:
         config.finalize_model_grads_func = finalize_and_record
         return chunks
 
+    def observe(self, model_cfg: Any) -> None:
+        """Measure the training of the model that has this configuration."""
+        self.time_updates()
+        model_cfg.post_wrap_hooks.append(self.install)
+
     def write(self) -> None:
         """Put the record where the caller reads it."""
         Path(os.environ["BENCHMARK_RECORD"]).write_text(json.dumps(self.record))
 
     def time_updates(self) -> None:
         """Let every controller's update add to the record."""
+        from megatron.remoe.routing.controller import SparsityController
+
         update = SparsityController.update
 
-        def timed(controller: SparsityController) -> None:
+        def timed(controller: "SparsityController") -> None:
             start = time.perf_counter()
             update(controller)
             self.record["updates"].append(time.perf_counter() - start)
@@ -124,9 +139,8 @@ class Recorder:
             self.record["steps"].append(now - self.last)
         self.last = now
         self.count += 1
-        for layer in self.layers:
-            limit: float = getattr(layer.config, "moe_relu_activation_limit", 0.0)
-            layer.activation_limit = limit if self.count % 2 else 0.0
+        for layer, limit in self.limits.items():
+            layer.pairs_limit = limit if self.count % 2 else 0.0
         wanted = os.environ.get("BENCHMARK_PROFILE")
         if wanted and self.count == PROFILED_STEP:
             self.profiler = torch.profiler.profile(profile_memory=wanted == "memory")
@@ -139,7 +153,7 @@ class Recorder:
             else:
                 self.record["operations"] = seconds_of_operations(self.profiler)
 
-    def _start_at_target(self, chunks: list[torch.nn.Module], routers: list[TopKRouter]) -> None:
+    def _start_at_target(self, chunks: list[torch.nn.Module], routers: list["TopKRouter"]) -> None:
         with torch.no_grad():
             for chunk in chunks:
                 for name, weight in chunk.named_parameters():
@@ -152,11 +166,11 @@ class Recorder:
 class _Fit:
     """Keeps a router at the target over all tokens that it has seen so far, for the first steps."""
 
-    def __init__(self, router: TopKRouter) -> None:
+    def __init__(self, router: "TopKRouter") -> None:
         self.initial = router.weight.detach().clone()
         self.tokens: list[torch.Tensor] = []
 
-    def __call__(self, router: TopKRouter, arguments: tuple[torch.Tensor, ...]) -> None:
+    def __call__(self, router: "TopKRouter", arguments: tuple[torch.Tensor, ...]) -> None:
         if len(self.tokens) < FIT_STEPS:
             self.tokens.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]))
             router.weight.data.copy_(self.initial)
@@ -182,8 +196,7 @@ def peak_of(profiler: torch.profiler.profile) -> int:
 
 if __name__ == "__main__":
     recorder = Recorder()
-    recorder.time_updates()
-    pretrain_gpt.main(lambda model_cfg: model_cfg.post_wrap_hooks.append(recorder.install))
+    pretrain_gpt.main(recorder.observe)
     recorder.record["peak_flops"] = matmul_peak(torch.bfloat16 if "--bf16" in sys.argv else torch.float32)
     recorder.record["median_update"] = statistics.median(recorder.record["updates"] or [0.0])
     recorder.write()

@@ -13,7 +13,10 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import pretrain_gpt  # noqa: E402
+from megatron.remoe import cpu  # noqa: E402
 
 
 def child(request: dict[str, Any]) -> NoReturn:
@@ -53,7 +56,9 @@ def exit_code(pid: int, limit: float) -> int | None:
 
 
 if __name__ == "__main__":
-    import pretrain_gpt
+    if cpu.is_wanted([]):
+        cpu.install()
+    import megatron.training  # noqa: F401  # children need not
 
     for line in sys.stdin:
         request = json.loads(line)

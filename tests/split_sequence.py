@@ -1,19 +1,22 @@
 """Run by torchrun on 2 ranks: routers that share the tokens of one sequence, as in sequence and context parallelism."""
 
 import sys
+from pathlib import Path
 
 import torch
 
-from megatron.remoe import console, cpu
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from megatron.remoe import cpu  # noqa: E402
+from megatron.remoe.preflight import console  # noqa: E402
 
 console.hide_unhelpful_warnings()
 cpu.install()
 
-from layers import HIDDEN, make_config, make_layer  # noqa: E402
-
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.remoe.controller import SparsityController  # noqa: E402
+from megatron.remoe.routing.controller import SparsityController  # noqa: E402
+from tests.layers import HIDDEN, make_config, make_layer  # noqa: E402
 
 
 def l1_gradient(router: torch.nn.Module, tokens: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
@@ -54,14 +57,14 @@ def main(kind: str) -> None:
     whole_gradient = l1_gradient(router, tokens, padding)
     counts = router.counts
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-5, atol=1e-9)
-    active, num_tokens = counts[:8].sum().item(), counts[8].item()
+    active, num_tokens = counts.active.item(), counts["tokens"].item()
     assert num_tokens == 17
     assert split.sparsity == 1 - active / (num_tokens * 8)
-    assert split.expert_load[1] == [count / num_tokens for count in counts[:8].tolist()]
-    torch.testing.assert_close(split.l1_loss, counts[-2].item(), rtol=1e-6, atol=0.0)
+    assert split.expert_load[1] == [count / num_tokens for count in counts["tokens_per_expert"].tolist()]
+    torch.testing.assert_close(split.l1_loss, counts["l1_loss"].item(), rtol=1e-6, atol=0.0)
     assert exponent == (1 if active > num_tokens else -1)
-    table = controller._table
-    assert table is not None and table[0, 8] == num_tokens, "every token is counted once"
+    summed = controller._counts
+    assert summed is not None and summed.layer(1)["tokens"] == num_tokens, "every token is counted once"
     print(f"rank {rank} ok", flush=True)
 
 

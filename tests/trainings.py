@@ -5,22 +5,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron.remoe.log_reader import read_log
+import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tools.common.log_reader import read_log
+from tools.common.places import ROOT as REPOSITORY
+from tools.common.tiny_model import BYTES, SIZES, TRAINING
 
-TINY = """
---num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
---ffn-hidden-size 128 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8
---normalization RMSNorm --swiglu --position-embedding-type rope --untie-embeddings-and-output-weights
---disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
---lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --clip-grad 1.0 --seed 1234
---tokenizer-type NullTokenizer --vocab-size 257 --make-vocab-size-divisible-by 192 --split 90,10,0
---train-iters 8 --log-interval 1 --eval-interval 1000 --eval-iters 0
-""".split()
-EXPERTS = "--num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 128 --moe-token-dispatcher-type alltoall".split()
-TOPK = [*EXPERTS, *"--moe-router-pre-softmax --moe-aux-loss-coeff 1e-2".split()]
-RELU = [*EXPERTS, "--moe-relu-routing"]
+TINY = [
+    *TRAINING,
+    *"--micro-batch-size 2 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 8 --log-interval 1".split(),
+    *"--make-vocab-size-divisible-by 192 --split 90,10,0".split(),
+]
+# For the launch scripts, behind their own flags.
+SMALL = [
+    *SIZES,
+    *BYTES,
+    *"--global-batch-size 4 --make-vocab-size-divisible-by 8 --log-interval 1 --cpu".split(),
+]
 
 # Timings, and what another rank prints into the line.
 VOLATILE = ("elapsed time per iteration (ms)", "allocated", "max allocated", "reserved", "max reserved")
@@ -59,3 +60,20 @@ def records(output: str) -> dict[int, dict[str, str]]:
 def series(output: str, field: str) -> list[float]:
     """The values of a field by iteration."""
     return [float(record[field]) for _, record in sorted(records(output).items())]
+
+
+def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
+    """What a tool printed and its errors, without traceback or terminal codes; assert its exit code."""
+    output, errors = process.communicate(timeout=500)
+    assert process.returncode == code, output + errors
+    assert "Traceback" not in output + errors and "\x1b" not in output + errors
+    return output, errors
+
+
+def weights(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """All tensors of a distributed checkpoint, the optimizer's included."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    loaded = _load_state_dict_from_keys(storage_reader=FileSystemReader(folder / f"iter_{iteration:07d}"))
+    return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}

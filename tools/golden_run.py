@@ -13,40 +13,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+from tools.common.data_sets import write_documents  # noqa: E402
+from tools.common.files import write_aside  # noqa: E402
+from tools.common.log_reader import read_log  # noqa: E402
+from tools.common.places import ROOT  # noqa: E402
+from tools.common.tiny_model import RELU, TRAINING  # noqa: E402
 
-from megatron.remoe.data.indexed import IndexedWriter  # noqa: E402
-from megatron.remoe.log_reader import read_log  # noqa: E402
-
-GOLDEN = REPOSITORY / "tests" / "golden" / "tiny_remoe.json"
-TEXT = REPOSITORY / "LICENSE"  # the same bytes everywhere
-FLAGS = """
---num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
---ffn-hidden-size 128 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 8
---normalization RMSNorm --swiglu --position-embedding-type rope --untie-embeddings-and-output-weights
---disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
---lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --clip-grad 1.0 --seed 1234 --train-iters 80
---num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 128 --moe-token-dispatcher-type alltoall
---no-local-layer-fusion --moe-relu-routing --moe-relu-l1-reg-coeff-init 1e-5
---tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-interval 1000 --eval-iters 0 --log-interval 5
-""".split()
+GOLDEN = ROOT / "tests" / "golden" / "tiny_remoe.json"
+TEXT = ROOT / "LICENSE"  # the same bytes everywhere
+FLAGS = [
+    *TRAINING,
+    *RELU,
+    *"--micro-batch-size 4 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 80".split(),
+    *"--no-local-layer-fusion --moe-relu-l1-reg-coeff-init 1e-5 --split 100,0,0 --log-interval 5".split(),
+]
 # Relative for the loss, absolute for sparsity, in steps of the multiplier for λ. Processors round differently, which
 # shows after some dozens of steps: whether S is above the target in one step decides about two of λ.
 EARLY = 25
 TOLERANCE_EARLY = {"lm loss": 1e-4, "sparsity": 1e-3, "l1 coefficient": 0.5}
 TOLERANCE = {"lm loss": 0.005, "sparsity": 0.02, "l1 coefficient": 2.01}  # two steps, as far as they are printed
-
-
-def write_documents(prefix: Path, documents: list[bytes], end_of_document: int = 256) -> None:
-    """Documents as a Megatron data set at `{prefix}.bin` and `.idx`: a token for each byte, and one for each end."""
-    tokens = [numpy.array([*document, end_of_document], dtype=numpy.uint16) for document in documents]
-    with IndexedWriter(prefix, numpy.dtype(numpy.uint16)) as writer:
-        writer.add(numpy.concatenate(tokens), numpy.array([len(document) for document in tokens]))
-        writer.finish()
-        writer.publish()
 
 
 def train() -> dict[int, dict[str, float]]:
@@ -58,8 +46,8 @@ def train() -> dict[int, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "text"
         write_documents(prefix, TEXT.read_bytes().split(b"\n\n"))  # a document for each paragraph
-        command = [sys.executable, str(REPOSITORY / "pretrain_gpt.py"), *FLAGS, "--data-path", str(prefix), "--cpu"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *FLAGS, "--data-path", str(prefix), "--cpu"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         # What MKL takes on AMD's processors. With AVX-512 on Intel's, rounding leads elsewhere from iteration 30 on.
         environment["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -96,14 +84,13 @@ def compare(found: dict[int, dict[str, float]], expected: dict[int, dict[str, fl
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help=f"write {GOLDEN.relative_to(REPOSITORY)} anew")
+    parser.add_argument("--update", action="store_true", help=f"write {GOLDEN.relative_to(ROOT)} anew")
     options = parser.parse_args()
     found = train()
     if options.update:
-        aside = GOLDEN.with_suffix(".tmp")
-        aside.write_text(json.dumps({str(key): value for key, value in found.items()}, indent=1) + "\n")
-        aside.replace(GOLDEN)
-        print(f"wrote {GOLDEN.relative_to(REPOSITORY)}")
+        text = json.dumps({str(key): value for key, value in found.items()}, indent=1) + "\n"
+        write_aside(GOLDEN, lambda aside: aside.write_text(text))
+        print(f"wrote {GOLDEN.relative_to(ROOT)}")
         return 0
     expected = {int(key): value for key, value in json.loads(GOLDEN.read_text()).items()}
     print(f"{'step':>5s}  {'figure':16s} {'committed':>12s} {'now':>12s}")

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron.remoe.data.encoders import load_encoder
-from megatron.remoe.data.encoding import TextEncoder
-from megatron.remoe.data.errors import DataError
-from megatron.remoe.data.indexed import IndexedReader, bin_path, idx_path
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.remoe.data.errors import DataError  # noqa: E402
+from megatron.remoe.data.indexed import IndexedReader, bin_path, idx_path  # noqa: E402
+from tools.preprocessing.encoders import load_encoder  # noqa: E402
+from tools.preprocessing.encoding import TextEncoder  # noqa: E402
 
 BAR_WIDTH = 40
 

@@ -1,3 +1,35 @@
-"""ReLU routing for Mixture-of-Experts models on Megatron (ReMoE, arXiv 2412.14711)."""
+"""ReLU routing for Mixture-of-Experts models on Megatron (ReMoE, arXiv 2412.14711).
+
+The names below are what a script of one's own needs; each is imported when it is first asked for.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_ROOMS = {
+    "ReMoEConfig": "routing.config",
+    "ReLURouter": "routing.router",
+    "SparsityController": "routing.controller",
+    "ReMoELayer": "moe.layer",
+    "with_relu_routing": "moe.specs",
+    "with_fused_layers": "moe.specs",
+    "with_sequence_parallel_norms": "moe.specs",
+    "add_remoe_arguments": "training.arguments",
+    "parse_and_validate_args": "training.arguments",
+    "transformer_config_from_args": "training.arguments",
+    "install_local_layers": "training.hooks",
+    "install_relu_routing": "training.hooks",
+    "check_data": "preflight.data",
+    "check_loaded_run": "preflight.checkpoint_fit",
+    "check_output_folders": "preflight.environment",
+    "apply_patches": "patches",
+}
+__all__ = sorted(_ROOMS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

@@ -3,23 +3,18 @@
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-TOOLS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(path) for path in (TOOLS, TOOLS.parent)]
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from megatron.remoe import console, cpu  # noqa: E402
+from megatron.remoe import cpu  # noqa: E402
+from megatron.remoe.preflight import console  # noqa: E402
 
 console.hide_unhelpful_warnings()
 cpu.install()
 
-from convert_checkpoint.command import main  # noqa: E402
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
+from tools.common.running import interrupt_at  # noqa: E402
+from tools.convert_checkpoint.command import main  # noqa: E402
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_at(signal.SIGTERM)
     sys.exit(main())

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convert_checkpoint.errors import ConversionError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -18,7 +17,8 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
-from megatron.remoe.training.checkpoints import (
+from megatron.remoe.patches import load_objects_unexecuted
+from megatron.remoe.preflight.checkpoint_files import (
     RELEASE,
     TRACKER,
     BrokenCheckpointError,
@@ -26,8 +26,9 @@ from megatron.remoe.training.checkpoints import (
     newest_whole,
     read_index,
 )
-from megatron.remoe.training.loading import common_state
-from megatron.remoe.training.patches import load_objects_unexecuted
+from megatron.remoe.preflight.checkpoint_fit import common_state
+
+from .errors import ConversionError
 
 # Whatever reading a damaged file raises; PyTorch's own is no Exception.
 FAILURES = (Exception, CheckpointException)

@@ -8,15 +8,21 @@ is written if the loss grows by more than a bound. Then train as any ReMoE, with
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from convert_checkpoint.checkpoints import Checkpoint, check_output, find, load, save
-from convert_checkpoint.display import Display
-from convert_checkpoint.errors import ConversionError
-from convert_checkpoint.models import (
+
+from megatron.core.models.gpt import GPTModel
+from megatron.training.utils.common_utils import get_blend_and_blend_per_split, get_blend_from_list
+
+from ..common.one_process import one_process
+from .checkpoints import Checkpoint, check_output, find, load, save
+from .display import Display
+from .errors import ConversionError
+from .fitting import fit_router
+from .models import (
     build,
     counted_pairs,
     fill,
@@ -26,13 +32,7 @@ from convert_checkpoint.models import (
     source_args,
     target_args,
 )
-from convert_checkpoint.text import Blend, sample
-
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.remoe.conversion import fit_router
-from megatron.training.utils.common_utils import get_blend_and_blend_per_split, get_blend_from_list
+from .text import Blend, sample
 
 EMBEDDING = "embedding.word_embeddings.weight"
 TOKENS = 32768
@@ -90,22 +90,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-@contextmanager
-def one_process(seed: int) -> Iterator[None]:
-    """Megatron's process groups for this process alone, if there are none yet."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(seed)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
 def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
     """The data sets to take text from: those given, otherwise those of the training.
 
@@ -156,7 +140,8 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     text = sample(
         blend_of(args, options.data_path), 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed
     )
-    with one_process(options.seed):
+    alone = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process(options.seed)
+    with alone:
         _convert(options, display, checkpoint, kind, args, new_args, text)
 
 

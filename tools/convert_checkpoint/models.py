@@ -8,18 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from convert_checkpoint.errors import ConversionError
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe import cpu
-from megatron.remoe.compatibility import relu_routing_problems
-from megatron.remoe.conversion import split_mlp
+from megatron.remoe.routing.refusals import relu_routing_problems
 from megatron.remoe.training import add_remoe_arguments, install_relu_routing, transformer_config_from_args
 from megatron.remoe.training.arguments import apply_granularity
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, moe_freq_type
+
+from .errors import ConversionError
+from .fitting import split_mlp
 
 # One process, in single precision.
 HERE: dict[str, Any] = {

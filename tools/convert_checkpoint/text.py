@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from convert_checkpoint.errors import ConversionError
 
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, bin_path
+
+from .errors import ConversionError
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,8 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import compute
-import memory
-import paper
-import parameters
-from gpus import Accelerator
+from . import compute, memory, paper, parameters
+from .gpus import Accelerator
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from activations import LayerActivations, element_size, layer_activations, tokens_per_gpu
-from parameters import Stage
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+from .activations import LayerActivations, element_size, layer_activations, tokens_per_gpu
+from .parameters import Stage
 
 NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
 

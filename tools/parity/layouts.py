@@ -2,20 +2,17 @@
 
 from dataclasses import dataclass
 
-MODEL = """
---num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
---ffn-hidden-size 128 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8
---normalization RMSNorm --swiglu --position-embedding-type rope --untie-embeddings-and-output-weights
---disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
---lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --seed 1234
---tokenizer-type NullTokenizer --vocab-size 257 --make-vocab-size-divisible-by 192 --split 90,10,0
---log-interval 1 --eval-interval 1000 --eval-iters 0
-""".split()
-EXPERTS = "--num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 128 --moe-token-dispatcher-type alltoall".split()
+from ..common.tiny_model import RELU, TOPK, TRAINING
+
+MODEL = [
+    *TRAINING,
+    *"--num-layers 4 --micro-batch-size 2 --lr 1e-3 --lr-decay-style constant".split(),
+    *"--make-vocab-size-divisible-by 192 --split 90,10,0 --log-interval 1".split(),
+]
 # λ₀ is large enough for the L1 term to show in the loss within the run.
 ROUTINGS: dict[str, list[str]] = {
-    "ReMoE": [*EXPERTS, "--moe-relu-routing", "--moe-relu-l1-reg-coeff-init", "1e-3"],
-    "top-k": [*EXPERTS, "--moe-router-pre-softmax", "--moe-aux-loss-coeff", "1e-2"],
+    "ReMoE": [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"],
+    "top-k": TOPK,
 }
 VARIANTS: dict[str, list[str]] = {
     "plain": [],

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from layouts import MODEL, ROUTINGS, VARIANTS, Layout
 
-from megatron.remoe.log_reader import read_log
+from ..common.log_reader import read_log
+from .layouts import MODEL, ROUTINGS, VARIANTS, Layout
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds for one training
 
 

@@ -4,21 +4,19 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import pretrain_gpt  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel  # noqa: E402
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
-from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
-from megatron.core.utils import get_model_config  # noqa: E402
-from megatron.remoe.router import ReLURouter  # noqa: E402
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
 
 
-def full_gradient(chunk: DistributedDataParallel, parameter: torch.nn.Parameter) -> torch.Tensor:
+def full_gradient(chunk: "DistributedDataParallel", parameter: torch.nn.Parameter) -> torch.Tensor:
     """The reduced gradient; under the distributed optimizer each rank has the sum of its own share only."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return parameter.main_grad
@@ -33,9 +31,15 @@ def full_gradient(chunk: DistributedDataParallel, parameter: torch.nn.Parameter)
 
 def observe(model_cfg: Any) -> None:
     """Let every training step append to the rank's record."""
+    # Not before the entry has adapted Megatron to the machine.
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.utils import get_model_config
+    from megatron.remoe.routing.router import ReLURouter
+
     record: dict[str, Any] = {"exponents": [], "first_counts": {}, "router_gradients": {}}
 
-    def install(chunks: list[DistributedDataParallel]) -> list[DistributedDataParallel]:
+    def install(chunks: list["DistributedDataParallel"]) -> list["DistributedDataParallel"]:
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
         routers = [(chunk, m) for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
@@ -45,7 +49,8 @@ def observe(model_cfg: Any) -> None:
             relu = [router for _, router in routers if isinstance(router, ReLURouter)]
             if first:
                 for router in relu:
-                    record["first_counts"][router.layer_number] = router.counts[: router.num_experts + 1].tolist()
+                    seen = [*router.counts["tokens_per_expert"].tolist(), float(router.counts["tokens"])]
+                    record["first_counts"][router.layer_number] = seen
             finalize(*arguments, **options)
             if first:
                 for chunk, router in routers:

@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import models
-import stages
+from ..common.places import ROOT
+from . import models, stages
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"
 BYTES_PER_TOKEN = 2  # Megatron stores small vocabularies as 16-bit numbers
 
@@ -38,7 +37,7 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
     stamp = stages.read_stamp(folder / "manifest.json", inputs(corpus))
     if stamp is not None:
         return stamp | {"reused": True}
-    from megatron.remoe.data.tokenizer import byte_level_vocabulary
+    from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 
     stages.fresh_folder(folder)
     byte_level_vocabulary(folder)

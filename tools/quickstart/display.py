@@ -4,24 +4,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from ..common.bars import Bars
+from ..common.units import duration, rate
 
 PLAIN_LINES = 5  # per training, where there is no terminal
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def rate(tokens_per_second: float) -> str:
-    """Tokens per second in few characters."""
-    return f"{tokens_per_second / 1000:.1f}k tokens/s"
 
 
 @contextmanager
@@ -55,33 +45,19 @@ class Work:
         return self.cost * max(0.0, self.iterations + self.evaluation - self.done)
 
 
-class TrainingDisplay:
+class TrainingDisplay(Bars):
     """Shows trainings that run one after another, with the time left for each and for all."""
 
     def __init__(self, console: Console, works: list[Work]) -> None:
-        self._console, self._works = console, works
-        self._seconds_per_cost: float | None = None
+        super().__init__(console, "  {task.description:<11}")
+        self._works = works
         self._startup = 0.0
         self._begin = time.monotonic()
         self._next_line = 0.0
-        self._progress = Progress(
-            TextColumn("  {task.description:<11}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
         for work in works:
             total = work.iterations + work.evaluation
             work.task = self._progress.add_task(work.title, total=total, note="[dim]waiting[/dim]")
         self._all = self._progress.add_task("all", total=sum(work.left for work in works), note="")
-
-    def __enter__(self) -> "TrainingDisplay":
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._progress.stop()
 
     def begin(self, work: Work, anew: bool) -> None:
         """A training's process starts; `anew` where an earlier result no longer holds."""
@@ -101,8 +77,7 @@ class TrainingDisplay:
         if self._startup == 0.0:
             self._startup = time.monotonic() - self._begin
         work.done = iteration
-        now = seconds / work.cost
-        self._seconds_per_cost = now if self._seconds_per_cost is None else 0.7 * self._seconds_per_cost + 0.3 * now
+        self._took(seconds / work.cost)
         note = f"{iteration}/{work.iterations}  loss {loss:.3f}  {rate(work.tokens_per_iteration / seconds)}"
         self._show(work, note, self._time_left(work))
 
@@ -119,13 +94,12 @@ class TrainingDisplay:
         self._plain(f"{work.title}: {result}")
 
     def _time_left(self, work: Work) -> str:
-        return f"  {duration(work.left * self._seconds_per_cost)} left" if self._seconds_per_cost is not None else ""
+        left = self._time_for(work.left)
+        return f"  {left}" if left else ""
 
     def _all_left(self) -> str:
-        if self._seconds_per_cost is None or not any(work.left for work in self._works):
-            return ""
-        waiting = self._startup * sum(not work.started for work in self._works)
-        return f"{duration(sum(work.left for work in self._works) * self._seconds_per_cost + waiting)} left"
+        left = sum(work.left for work in self._works)
+        return self._time_for(left, self._startup * sum(not work.started for work in self._works)) if left else ""
 
     def _show(self, work: Work, note: str, left: str) -> None:
         self._progress.update(work.task, completed=work.done, note=note + left)

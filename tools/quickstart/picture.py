@@ -3,27 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import models
-import report
-import stages
-from report import Series
+from ..common.files import write_aside
+from ..common.picture_style import COLOURS, file_pyplot, style
+from . import models, report
+from .report import Series
 
-# Okabe and Ito's colours, which stay apart for the colour-blind and, by their lightness, in grey.
-COLOURS = {"dense": "#555555", "moe": "#E69F00", "remoe": "#0072B2"}
 TARGET_COLOUR = "#D55E00"
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.constrained_layout.w_pad": 0.15,
-    "figure.constrained_layout.h_pad": 0.15,
-}
 FIRST_SHARE = 0.05  # of the training that the loss curves leave out: its fall would hide the differences
 
 
@@ -42,13 +27,9 @@ def draw(path: Path, scalars: dict[str, dict[str, Series]], summary: dict[str, A
         scalars: model → tag → what was written during training.
         summary: see `report.summarize`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = file_pyplot()
     remoe, iterations = scalars["remoe"], summary["iterations"]
-    with pyplot.rc_context(STYLE):
+    with pyplot.rc_context(style(font_size=11, pad=(0.15, 0.15))):
         figure = pyplot.figure(figsize=(16, 11), dpi=100, layout="constrained")
         ((loss, sparsity), (coefficient, _)) = (axes := figure.subplots(2, 2))
         _draw_loss(loss, scalars, summary)
@@ -57,7 +38,7 @@ def draw(path: Path, scalars: dict[str, dict[str, Series]], summary: dict[str, A
         load_at = axes[1, 1].get_subplotspec()
         axes[1, 1].remove()
         _draw_load(figure, load_at, report.expert_load(remoe, iterations))
-        stages.write_aside(path, figure.savefig)
+        write_aside(path, figure.savefig)
         pyplot.close(figure)
 
 

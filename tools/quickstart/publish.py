@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import models
-import report
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.common.places import ROOT  # noqa: E402
+from tools.quickstart import models, report  # noqa: E402
+
 BLOCK = re.compile(r"(<!-- quickstart:begin -->\n).*?(<!-- quickstart:end -->)", re.DOTALL)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
 from rich.console import Console
 from rich.table import Table
+
+from . import models
 
 SPREAD_FILE = Path(__file__).with_name("spread.json")
 LAST_PART = 0.75  # means over the last quarter start here

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import models
-import report
-import stages
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tools.quickstart import models, report, stages  # noqa: E402
 
 
 def spread_of(summaries: list[dict[str, Any]]) -> dict[str, Any]:

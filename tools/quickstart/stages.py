@@ -1,17 +1,18 @@
 """What makes a second call reuse the work of the first: fingerprints of inputs, and stamps that are written last."""
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..common import files
+from ..common.errors import ToolError
 
-class QuickstartError(Exception):
-    """Something the user can act on; the message says what happened and what to do."""
+
+class QuickstartError(ToolError):
+    """The quickstart cannot go on; the message says what happened and what to do."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -24,16 +25,9 @@ def fingerprint_of_files(paths: Iterable[Path]) -> str:
     return fingerprint([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)])
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then rename it: `path` is whole whenever it exists."""
-    aside = path.with_name(f"{path.stem}.new{path.suffix}")
-    write(aside)
-    os.replace(aside, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, aside and renamed."""
-    write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    files.write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
@@ -54,18 +48,10 @@ def fresh_folder(path: Path) -> Path:
 
 
 def lock(folder: Path) -> TextIO:
-    """Take the folder for this call; held until the file is closed by this process and all that inherited it.
+    """Take the folder for this call; see `files.lock`.
 
     Raises:
         QuickstartError: another call is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise QuickstartError(
-            f"Another quickstart is at work in {folder}. Wait for it, or give --output-dir another folder."
-        ) from None
-    return file
+    message = f"Another quickstart is at work in {folder}. Wait for it, or give --output-dir another folder."
+    return files.lock(folder, QuickstartError(message))

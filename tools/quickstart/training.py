@@ -1,7 +1,6 @@
 """Runs one training as a process: its log to a file, its progress to the display; one that was cut off goes on."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import stages
-from display import TrainingDisplay, Work
+from ..common.log_reader import seconds_per_iteration
+from ..common.places import ROOT
+from ..common.training_process import Evaluated, Evaluating, Logged, Resumed, end, events, start
+from . import stages
+from .display import TrainingDisplay, Work
 
-from megatron.remoe.log_reader import read_log
-
-ROOT = Path(__file__).resolve().parents[2]
-LOADED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")
-EVALUATING = re.compile(r"^Evaluating iter (\d+)/(\d+)")
-EVALUATED = re.compile(r"^ validation-\S+ loss at iteration (\d+) on validation set")
 SECONDS_TO_SAVE = 20
 TAIL = 15  # lines of the log that are shown if a training fails
 
@@ -71,18 +67,7 @@ def run(training: Training, display: TrainingDisplay, work: Work, threads: int, 
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with training.log.open("a", encoding="utf-8") as log:
         log.write(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}\n")
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # so that Ctrl-C reaches it through `_stop` alone, which lets it save
-            pass_fds=(keep_open.fileno(),),
-        )
+        process = start(command, environment, keep_open, ROOT)
         assert process.stdout is not None
         tail: deque[str] = deque(maxlen=TAIL)
         try:
@@ -104,36 +89,25 @@ def _follow(
     output: IO[str], log: IO[str], tail: deque[str], training: Training, display: TrainingDisplay, work: Work
 ) -> int:
     """Copy the output to the log and show its progress; returns the number of held-out sets evaluated at the end."""
-    evaluated, lines_logged = 0, 0
-    for line in output:
-        log.write(line)
-        tail.append(line)
-        if loaded := LOADED.search(line):
-            display.resume(work, int(loaded[1]))
-        elif evaluating := EVALUATING.match(line):
-            if int(evaluating[1]) % 50 == 0:
-                display.evaluate(work, (evaluated + int(evaluating[1]) / int(evaluating[2])) / training.evaluations)
-        elif done := EVALUATED.match(line):
-            evaluated += int(done[1]) == training.iterations
-            log.flush()
-        else:
-            for iteration, fields in read_log(line).items():
-                lines_logged += 1
-                if lines_logged > 1 or training.iterations == iteration:  # the first one includes warming up
-                    milliseconds = float(fields["elapsed time per iteration (ms)"])
-                    display.iterate(work, iteration, float(fields["lm loss"]), milliseconds / 1000)
+    evaluated = 0
+    for event in events(output, training.iterations, log.write, tail.append):
+        match event:
+            case Resumed(iteration):
+                display.resume(work, iteration)
+            case Evaluating(batch, batches):
+                if batch % 50 == 0:
+                    display.evaluate(work, (evaluated + batch / batches) / training.evaluations)
+            case Evaluated(iteration):
+                evaluated += iteration == training.iterations
+                log.flush()
+            case Logged(iteration, fields, fair):
+                if fair:
+                    display.iterate(work, iteration, float(fields["lm loss"]), seconds_per_iteration(fields))
                 log.flush()
     return evaluated
 
 
 def _stop(process: subprocess.Popen[str], log: IO[str]) -> None:
     """Have the process save a checkpoint and end; kill it if it does not."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        rest, _ = process.communicate(timeout=SECONDS_TO_SAVE)
-        log.write(rest)
-    except subprocess.TimeoutExpired:
-        log.write(f"Killed: it did not end within {SECONDS_TO_SAVE} s.\n")
-    finally:
-        process.kill()  # does nothing to one that has ended
-        process.wait()
+    rest = end(process, signal.SIGTERM, SECONDS_TO_SAVE)
+    log.write(f"Killed: it did not end within {SECONDS_TO_SAVE} s.\n" if rest is None else rest)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,14 +9,12 @@ from collections import deque
 from collections.abc import Iterable
 from typing import IO
 
-from plan import Launch, Run
-from progress import SweepDisplay, Work
-from run_log import log_of, read_outcome, seconds_per_iteration
+from ..common.log_reader import seconds_per_iteration
+from ..common.training_process import Evaluating, Logged, Resumed, end, events, start
+from .plan import Launch, Run
+from .progress import SweepDisplay, Work
+from .run_log import log_of, read_outcome
 
-from megatron.remoe.log_reader import read_log
-
-_LOADED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")
-_EVALUATING = re.compile(r"^Evaluating iter (\d+)/(\d+)")
 KEPT, SHOWN = 300, 15  # last lines of the output; those of them that are shown if a run fails
 _LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which says nothing about the cause
 SECONDS_TO_DIE = 20
@@ -40,17 +37,7 @@ def train(launch: Launch, run: Run, display: SweepDisplay, work: Work, keep_open
     environment = {"PYTHON": sys.executable} | os.environ | launch.environment(run, os.environ)
     environment |= {"PYTHONUNBUFFERED": "1", "DRY_RUN": "0"}
     display.begin(work)
-    process = subprocess.Popen(
-        ["bash", *launch.arguments(run)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # so that Ctrl-C reaches it through `_stop` alone
-        pass_fds=(keep_open.fileno(),),
-    )
+    process = start(["bash", *launch.arguments(run)], environment, keep_open)
     assert process.stdout is not None
     tail: deque[str] = deque(maxlen=KEPT)
     try:
@@ -78,18 +65,14 @@ def _cause(tail: Iterable[str]) -> str:
 
 def _follow(output: IO[str], tail: deque[str], display: SweepDisplay, work: Work) -> None:
     """Show the progress that the output tells; its text is in the log, written by the launch script."""
-    lines_logged = 0
-    for line in output:
-        tail.append(line)
-        if loaded := _LOADED.search(line):
-            display.resume(work, int(loaded[1]))
-        elif evaluating := _EVALUATING.match(line):
-            display.note(work, f"evaluation {evaluating[1]}/{evaluating[2]}")
-        else:
-            for iteration, fields in read_log(line).items():
-                lines_logged += 1
-                if lines_logged > 1 or iteration == work.iterations:  # the first one includes warming up
-                    display.iterate(work, iteration, seconds_per_iteration(fields))
+    for event in events(output, work.iterations, tail.append):
+        match event:
+            case Resumed(iteration):
+                display.resume(work, iteration)
+            case Evaluating(batch, batches):
+                display.note(work, f"evaluation {batch}/{batches}")
+            case Logged(iteration, fields, fair=True):
+                display.iterate(work, iteration, seconds_per_iteration(fields))
 
 
 def _stop(process: subprocess.Popen[str], display: SweepDisplay, work: Work) -> None:
@@ -100,9 +83,5 @@ def _stop(process: subprocess.Popen[str], display: SweepDisplay, work: Work) -> 
     try:
         process.communicate()
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)  # the launch script kills the training on a second one
-        try:
-            process.communicate(timeout=SECONDS_TO_DIE)
-        except subprocess.TimeoutExpired:
+        if end(process, signal.SIGINT, SECONDS_TO_DIE) is None:  # at which the launch script kills the training
             display.say(f"{work.place} {work.name}: process {process.pid} does not end.")
-            process.kill()

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import slurm
-from plan import Launch, Run
-from run_log import Outcome, has_checkpoint, log_of, read_outcome
-from settings import Settings, check_evaluation, check_flags, differences, started_with, would_start_with
-from sweep_errors import SettingsError
+from . import slurm
+from .errors import SettingsError
+from .plan import Launch, Run
+from .run_log import Outcome, has_checkpoint, log_of, read_outcome
+from .settings import Settings, check_evaluation, check_flags, differences, started_with, would_start_with
 
 THREADS = 8  # scripts asked at once; each waits for the machine's GPUs to be listed
 TOLD = 5  # runs that a message names

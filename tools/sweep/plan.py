@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..common.places import ROOT
+
 SIZES = ("182m", "469m", "978m")
 EXPERTS = (4, 8, 16, 32, 64, 128)
 GRANULARITIES = (1, 2, 4, 8, 16, 32, 64)

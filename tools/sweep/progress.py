@@ -5,24 +5,11 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+
+from ..common.bars import Bars
+from ..common.units import duration, rate
 
 PLAIN_LINES = 4  # per run, where there is no terminal
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss, h:mm:ss or 3 d 04:05 h."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, left = divmod(hours, 24)
-    if days:
-        return f"{days} d {left:02}:{minutes:02} h"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def rate(tokens_per_second: float) -> str:
-    """Tokens per second in few characters."""
-    return f"{tokens_per_second / 1000:,.1f}k tokens/s"
 
 
 @dataclass
@@ -44,32 +31,21 @@ class Work:
         return 0.0 if self.over else self.cost * max(0, self.iterations - self.done) / self.iterations
 
 
-class SweepDisplay:
+class SweepDisplay(Bars):
     """Shows runs that are trained one after another, with the time left for the current one and for all."""
 
     def __init__(self, console: Console, works: list[Work]) -> None:
-        self._console, self._works = console, works
-        self._seconds_per_cost: float | None = None
+        super().__init__(console, "  {task.description}")
+        self._works = works
         self._begin, self._iterating = 0.0, 0.0  # seconds: when the run began, and what its iterations took
         self._beside: float | None = None  # seconds of the last run beside its iterations
         self._next_line = 0.0
-        self._progress = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
         self._current = self._progress.add_task("", total=1, note="", visible=False)
         self._all = self._progress.add_task("all", total=sum(work.cost for work in works), note="", visible=bool(works))
 
-    def __enter__(self) -> "SweepDisplay":
-        self._progress.start()
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.update(self._current, visible=False)
-        self._progress.stop()
+        super().__exit__(kind, error, at)
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""
@@ -96,9 +72,9 @@ class SweepDisplay:
         """An iteration was logged, with the mean seconds per iteration since the line before."""
         self._iterating += seconds * (iteration - work.done)
         work.done = iteration
-        now = seconds * work.iterations / work.cost
-        self._seconds_per_cost = now if self._seconds_per_cost is None else 0.7 * self._seconds_per_cost + 0.3 * now
-        note = f"{iteration}/{work.iterations}  {rate(work.tokens_per_iteration / seconds)}  {self._time(work.left)}"
+        self._took(seconds * work.iterations / work.cost)
+        speed = rate(work.tokens_per_iteration / seconds)
+        note = f"{iteration}/{work.iterations}  {speed}  {self._time_for(work.left)}"
         self._show(work, note)
         if iteration >= self._next_line:
             self._next_line = iteration + work.iterations / PLAIN_LINES
@@ -120,14 +96,8 @@ class SweepDisplay:
     def _left(self) -> float:
         return sum(work.left for work in self._works)
 
-    def _time(self, left: float) -> str:
-        return "" if self._seconds_per_cost is None else f"{duration(left * self._seconds_per_cost)} left"
-
     def _all_time(self) -> str:
-        if self._seconds_per_cost is None:
-            return ""
-        waiting = sum(not work.started for work in self._works) * (self._beside or 0.0)
-        return f"{duration(self._left() * self._seconds_per_cost + waiting)} left"
+        return self._time_for(self._left(), sum(not work.started for work in self._works) * (self._beside or 0.0))
 
     def _show(self, work: Work, note: str) -> None:
         self._progress.update(self._current, completed=work.done, note=note)

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import scaling_picture
-from files import write_aside
-from plan import ROUTINGS, SIZES, Run
-from progress import duration
 from rich.console import Console
 from rich.table import Table
-from run_log import Outcome, read_outcome
-from settings import is_resized, processes
+
+from ..common.files import write_aside
+from ..common.units import duration
+from . import scaling_picture
+from .plan import ROUTINGS, SIZES, Run
+from .run_log import Outcome, read_outcome
+from .settings import is_resized, processes
 
 TITLES = {"dense": "dense", "moe": "MoE", "remoe": "ReMoE"}
 COLUMNS = (

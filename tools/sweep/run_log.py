@@ -5,9 +5,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import Settings, started_with, whole
-
-from megatron.remoe.log_reader import read_log
+from ..common.log_reader import read_log, seconds_per_iteration
+from .settings import Settings, started_with, whole
 
 # Evaluations on the way lack "on validation set".
 _EVALUATED = re.compile(
@@ -86,11 +85,6 @@ def read_outcome(folder: Path) -> Outcome | None:
         tokens_per_second=_rate(settings, records),
         training_seconds=_seconds(records),
     )
-
-
-def seconds_per_iteration(fields: dict[str, str]) -> float:
-    """Of one line of the log."""
-    return float(fields["elapsed time per iteration (ms)"]) / 1000
 
 
 def _number(fields: dict[str, str], name: str) -> float | None:

@@ -4,31 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import FEW_EXPERTS, FIGURES, SIZE, SIZES, WHOLE, Run, figures_of
+from ..common.picture_style import COLOURS, file_pyplot, style
+from .plan import FEW_EXPERTS, FIGURES, SIZE, SIZES, WHOLE, Run, figures_of
 
 Point = tuple[Run, float]  # a finished run and its validation loss
 
 TITLES = {"dense": "dense", "moe": "MoE (top-k)", "remoe": "ReMoE (ReLU)"}
-# Okabe and Ito's colours, which stay apart for the colour-blind and, by their lightness, in grey.
-COLOURS = {"dense": "#555555", "moe": "#E69F00", "remoe": "#0072B2"}
 MARKERS = {"dense": "D", "moe": "s", "remoe": "o"}
 AXES = {
     "size": ("Size", f"E = {FEW_EXPERTS}, G = {WHOLE}", "active size"),
     "experts": ("Experts", f"G = {WHOLE}", "number of experts E"),
     "granularity": ("Granularity", f"E = {FEW_EXPERTS}", "granularity G"),
-}
-STYLE: dict[Any, Any] = {
-    "font.size": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.1,
 }
 
 
@@ -40,14 +26,10 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
         points: the finished runs.
         resized: whether models are not of the size that their runs are named after, so that it is not told.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    panels = _panels(points)
-    with pyplot.rc_context(STYLE):
+    pyplot, panels = file_pyplot(), _panels(points)
+    with pyplot.rc_context(style(font_size=13, pad=(0.12, 0.1))):
         figure = pyplot.figure(figsize=(5 * max(2, len(panels)), 4.8), dpi=100, layout="constrained")
         for place, panel in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), place + 1)

@@ -5,8 +5,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from plan import Launch, Run
-from sweep_errors import SettingsError
+from .errors import SettingsError
+from .plan import Launch, Run
 
 Settings = dict[str, tuple[str, ...]]  # flag → its values, of the last occurrence, which is the one that counts
 

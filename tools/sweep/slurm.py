@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import write_aside
-from plan import ROOT, Launch, Run
-from settings import Settings
-from sweep_errors import SweepError
+from ..common.files import write_aside
+from ..common.places import ROOT
+from .errors import SweepError
+from .plan import Launch, Run
+from .settings import Settings
 
 
 @dataclass(frozen=True)

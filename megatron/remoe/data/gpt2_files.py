@@ -4,9 +4,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron.remoe.data.errors import DataError
 
+if TYPE_CHECKING:
+    import tokenizers
+
+# Values of Megatron's --tokenizer-type.
+GPT2_TOKENIZER, FOLDER_TOKENIZER = "GPT2BPETokenizer", "HuggingFaceTokenizer"
 END_OF_TEXT = "<|endoftext|>"
 MERGES_HEADER = "#version: 0.2"
 HOW_TO_GET = (
@@ -27,25 +33,15 @@ class GPT2Vocabulary:
         """Id of `<|endoftext|>`."""
         return self.tokens[END_OF_TEXT]
 
-    def tokenizer_json(self) -> str:
-        """The same tokenizer as transformers' GPT2Tokenizer, in the format of the library `tokenizers`."""
-        byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-        end_of_text = {"id": self.end_of_text, "content": END_OF_TEXT, "special": True}
-        end_of_text |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        model = {"type": "BPE", "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False}
-        model |= {"dropout": None, "unk_token": None, "byte_fallback": False, "ignore_merges": False}
-        tokenizer = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [end_of_text],
-            "normalizer": None,
-            "pre_tokenizer": byte_level | {"add_prefix_space": False},
-            "post_processor": None,
-            "decoder": byte_level | {"add_prefix_space": True},
-            "model": model | {"vocab": self.tokens, "merges": self.merges},
-        }
-        return json.dumps(tokenizer)
+    def tokenizer(self) -> "tokenizers.Tokenizer":
+        """The same tokenizer as transformers' GPT2Tokenizer."""
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(self.tokens, self.merges))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer.add_special_tokens([END_OF_TEXT])
+        return tokenizer
 
 
 def byte_symbols() -> list[str]:

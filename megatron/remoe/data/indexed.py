@@ -150,42 +150,51 @@ def _close_quietly(file: BinaryIO, failed: bool) -> None:
 
 
 class IndexedReader:
-    """A data set on disk, checked as a whole before anything is read from it.
+    """A data set on disk, mapped.
+
+    Args:
+        prefix: path of the .bin/.idx pair without suffix.
+        thorough: look at every sequence; otherwise at the header and at the files' sizes, in a few reads. Longer files
+            than needed pass then: some of Megatron's data sets keep more in them than text.
+
+    Attributes:
+        dtype: type of a token.
+        lengths: number of tokens of each sequence; int32 `[sequences]`.
+        pointers: where each starts in the .bin file, in bytes; int64 `[sequences]`.
+        bounds: the first sequence of each document, and the number of sequences; int64 `[documents + 1]`.
+        tokens: number of tokens in the .bin file.
 
     Raises:
         DataError: a file is missing, truncated or corrupt; the message says which and why.
+        OSError: a file cannot be read.
     """
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, thorough: bool = True) -> None:
         self.prefix = prefix
         index, tokens = idx_path(prefix), bin_path(prefix)
-        for path in (index, tokens):
-            if not path.is_file():
-                raise DataError(f"{path}: there is no such file. Give the prefix of a .bin/.idx pair, without suffix.")
+        if missing := [str(path) for path in (index, tokens) if not path.is_file()]:
+            raise DataError(
+                f"there is no {' and no '.join(missing)}. Give the prefix of a .bin/.idx pair, without suffix; "
+                "tools/preprocess_data.py makes one."
+            )
         self.dtype, sequences, bounds = _read_header(index)
-        expected = HEADER.size + 12 * sequences + 8 * bounds
-        size = index.stat().st_size
-        if size != expected:
-            raise _corrupt(index, f"{size} bytes, where its header calls for {expected}")
+        size = HEADER.size + 12 * sequences + 8 * bounds
+        _check_size(index, size, thorough)
         data = np.memmap(index, mode="r")
-        at = HEADER.size
-        self.lengths = data[at : at + 4 * sequences].view("<i4")
-        at += 4 * sequences
-        self.pointers = data[at : at + 8 * sequences].view("<i8")
-        at += 8 * sequences
-        self.bounds = data[at:].view("<i8")
-        self._check(index, tokens)
-        self._ids = np.memmap(tokens, dtype=self.dtype, mode="r") if self.tokens else np.empty(0, dtype=self.dtype)
+        pointers_at, bounds_at = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
+        self.lengths: npt.NDArray[np.int32] = data[HEADER.size : pointers_at].view("<i4")
+        self.pointers: npt.NDArray[np.int64] = data[pointers_at:bounds_at].view("<i8")
+        self.bounds: npt.NDArray[np.int64] = data[bounds_at:size].view("<i8")
+        if thorough:
+            self._check(index)
+        end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        _check_size(tokens, end, thorough)
+        self.tokens = tokens.stat().st_size // self.dtype.itemsize
 
     @property
     def documents(self) -> int:
         """Number of documents, empty ones included."""
         return len(self.bounds) - 1
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of all documents."""
-        return bin_path(self.prefix).stat().st_size // self.dtype.itemsize
 
     def document_lengths(self) -> npt.NDArray[np.int64]:
         """Number of tokens of each document; shape [documents]."""
@@ -198,17 +207,19 @@ class IndexedReader:
         if first == last:
             return np.empty(0, dtype=self.dtype)
         start = int(self.pointers[first]) // self.dtype.itemsize
-        return np.array(self._ids[start : start + int(np.sum(self.lengths[first:last], dtype=np.int64))])
+        return self.read(start, int(np.sum(self.lengths[first:last], dtype=np.int64)))
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.integer]:
+        """Tokens of the .bin file from a place on, fewer at its end; shape [count]."""
+        # Mapped, all that is read would count as resident memory.
+        return np.fromfile(bin_path(self.prefix), self.dtype, count, offset=start * self.dtype.itemsize)
 
     def largest_token(self) -> int:
         """The largest id; reads all tokens."""
-        largest = -1
-        with bin_path(self.prefix).open("rb") as file:  # mapped, all of it would count as resident memory
-            while len(ids := np.fromfile(file, dtype=self.dtype, count=TOKENS_AT_ONCE)):
-                largest = max(largest, int(ids.max()))
-        return largest
+        starts = range(0, self.tokens, TOKENS_AT_ONCE)
+        return max((int(self.read(start, TOKENS_AT_ONCE).max()) for start in starts), default=-1)
 
-    def _check(self, index: Path, tokens: Path) -> None:
+    def _check(self, index: Path) -> None:
         if len(self.bounds) == 0 or self.bounds[0] != 0 or self.bounds[-1] != len(self.lengths):
             raise _corrupt(index, "its document bounds do not span its sequences")
         offset, at_once = 0, LENGTHS_AT_ONCE
@@ -226,12 +237,10 @@ class IndexedReader:
         for i in range(0, len(self.bounds) - 1, at_once):
             if (np.diff(self.bounds[i : i + at_once + 1]) < 0).any():
                 raise _corrupt(index, "its document bounds are not in order")
-        size = tokens.stat().st_size
-        if size != offset:
-            raise _corrupt(tokens, f"{size} bytes, where its index calls for {offset}")
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:
+    """Type of a token, number of sequences, number of document bounds."""
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size:
@@ -244,5 +253,13 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     return np.dtype(TYPES[code]), sequences, bounds
 
 
+def _check_size(path: Path, expected: int, exactly: bool) -> None:
+    size = path.stat().st_size
+    if size < expected or (exactly and size > expected):
+        raise _corrupt(path, f"it has {size:,} bytes instead of {expected:,}")
+
+
 def _corrupt(path: Path, why: str) -> DataError:
-    return DataError(f"{path}: truncated or corrupt: {why}. Make the pair anew with tools/preprocess_data.py.")
+    return DataError(
+        f"{path} is truncated or corrupt: {why}. Copy the pair again, or make it anew with tools/preprocess_data.py."
+    )

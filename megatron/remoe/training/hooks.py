@@ -1,8 +1,9 @@
-"""Installs ReLU routing into a Megatron model configuration through its public hooks."""
+"""Installs ReLU routing, local layers and a look at loaded weights into Megatron's loop, through its public hooks."""
 
 import argparse
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_model_config
-from megatron.remoe.config import ReMoEConfig
-from megatron.remoe.controller import SparsityController
-from megatron.remoe.layer_specs import LayerSpec, with_fused_layers, with_relu_routing, with_sequence_parallel_norms
+from megatron.remoe.moe.specs import LayerSpec, with_fused_layers, with_relu_routing, with_sequence_parallel_norms
+from megatron.remoe.patches import apply_patches
+from megatron.remoe.preflight.checkpoint_files import loaded_from
+from megatron.remoe.preflight.checkpoint_fit import check_is_finite
+from megatron.remoe.routing.config import ReMoEConfig
+from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -23,7 +27,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
     """Give `model_cfg` the ReLU router, its dispatch, the once-per-step update and the log.
 
-    Does nothing without --moe-relu-routing.
+    Makes the changes of `patches` too, where that was not done. Does nothing without --moe-relu-routing.
 
     Args:
         args: arguments from `parse_and_validate_args`.
@@ -40,6 +44,7 @@ def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
             f"--moe-relu-routing needs a ReMoEConfig, got {type(config).__name__}: build the model's configuration "
             "with transformer_config_from_args(args)."
         )
+    apply_patches(saves=bool(args.save))
     model_cfg.transformer_layer_spec = _changed_spec(
         model_cfg.transformer_layer_spec, lambda spec, _vp_stage: with_relu_routing(spec)
     )
@@ -96,14 +101,45 @@ def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpe
 def _post_wrap_hook(args: argparse.Namespace, config: ReMoEConfig) -> Callable[[list[Any]], list[Any]]:
     def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         controller = SparsityController(model_chunks, config)
+        chunks_config = get_model_config(model_chunks[0])
+        finalize = chunks_config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
 
         def finalize_and_update(*hook_args: Any, **hook_kwargs: Any) -> None:
             # Every schedule calls this once per training step, after the last backward pass, and never in evaluation.
-            finalize_model_grads(*hook_args, **hook_kwargs)
+            finalize(*hook_args, **hook_kwargs)
             controller.update()
 
-        get_model_config(model_chunks[0]).finalize_model_grads_func = finalize_and_update
+        chunks_config.finalize_model_grads_func = finalize_and_update
         set_moe_metrics_tracker(ReMoEMetricsTracker(controller, args.log_interval, args.tensorboard_log_interval))
         return model_chunks
 
     return install
+
+
+def with_checked_weights(
+    args: argparse.Namespace, model_cfg: GPTModelConfig, provider: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The provider of the data sets, which Megatron calls after loading: it first looks whether all weights are finite.
+
+    Args:
+        args: Megatron's arguments.
+        model_cfg: the configuration that the model will be built from.
+        provider: of the data sets.
+    """
+    chunks: list[torch.nn.Module] = []
+    source = " ".join(str(part) for part in loaded_from(args) or ("--load", args.load or args.pretrained_checkpoint))
+
+    def keep(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        chunks.extend(model_chunks)
+        return model_chunks
+
+    @wraps(provider)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        while chunks:
+            check_is_finite(source, chunks.pop())
+        return provider(*arguments, **options)
+
+    if not args.load and not args.pretrained_checkpoint:
+        return provider
+    model_cfg.post_wrap_hooks.append(keep)
+    return checked

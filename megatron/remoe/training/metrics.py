@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-from megatron.remoe.controller import RoutingSummary, SparsityController
+from megatron.remoe.routing.controller import RoutingSummary, SparsityController
 
 
 class ReMoEMetricsTracker(MoEMetricsTracker):

@@ -1,0 +1,1 @@
+"""`--transformer-impl local` on PyTorch's own fused and grouped kernels, for any routing."""

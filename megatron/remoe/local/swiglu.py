@@ -1,0 +1,70 @@
+"""What the experts' kernels share: tokens to pairs and back, SwiGLU with gates, and Megatron's gradient buffer.
+
+`token_index` is the token of each pair, int64 `[pairs]`, in the order of the experts; None where the tokens are
+the pairs, in that order.
+"""
+
+import torch
+from torch.nn.functional import silu
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+def take(tokens: torch.Tensor, token_index: torch.Tensor | None, block: slice = slice(None)) -> torch.Tensor:
+    """The tokens of the block's pairs: `[num_tokens, hidden]` → `[pairs, hidden]`."""
+    return tokens[block] if token_index is None else tokens.index_select(0, token_index[block])
+
+
+def sum_pairs(pairs: torch.Tensor, token_index: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    """Each token's sum over its pairs: `[pairs, hidden]` → the shape of `tokens`."""
+    return pairs if token_index is None else empty_sum(tokens, token_index).index_add_(0, token_index, pairs)
+
+
+def empty_sum(tokens: torch.Tensor, token_index: torch.Tensor | None) -> torch.Tensor:
+    """Where sums go, `[num_tokens, hidden]`: zeros, or unset where each token is one pair."""
+    return torch.empty_like(tokens) if token_index is None else torch.zeros_like(tokens)
+
+
+def activate(hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """`[pairs, 2 * ffn]`, `[pairs]` → `[pairs, ffn]`."""
+    gate, up = hidden.chunk(2, dim=-1)
+    return silu(gate).mul_(up).mul_(gates.unsqueeze(-1))
+
+
+def activate_backward(
+    hidden: torch.Tensor, gates: torch.Tensor, d_activated: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The result of `activate` again, and the gradients of its inputs; uses up `d_activated`."""
+    gate, up = hidden.chunk(2, dim=-1)
+    activation = silu(gate)
+    activated = activation * up
+    d_gates = (d_activated * activated).sum(dim=-1, dtype=gates.dtype)
+    activated.mul_(gates.unsqueeze(-1))
+    d_activated.mul_(gates.unsqueeze(-1))
+    d_hidden = torch.empty_like(hidden)
+    d_gate, d_up = d_hidden.chunk(2, dim=-1)
+    torch.mul(d_activated, activation, out=d_up)
+    torch.ops.aten.silu_backward.grad_input(d_activated.mul_(up), gate, grad_input=d_gate)
+    return activated, d_hidden, d_gates
+
+
+def main_grad_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
+    """Megatron's gradient buffer of `weight`, where the gradient can be added to it as it is."""
+    main_grad = getattr(weight, "main_grad", None)
+    fits = main_grad is not None and main_grad.dtype == weight.dtype and hasattr(weight, "grad_added_to_main_grad")
+    return main_grad if fits else None
+
+
+def gradient_is_in_main_grad(weight: torch.nn.Parameter, gives_gradient: bool) -> torch.Tensor | None:
+    """Tells Megatron's hook so, which must run, in this thread: hence a gradient whose values are never looked at."""
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight) if gives_gradient else None
+
+
+def into_main_grad(weight: torch.nn.Parameter, gradient: torch.Tensor, gives_gradient: bool) -> torch.Tensor | None:
+    """Adds a gradient to Megatron's buffer where that fits, and gives what autograd is to have of it."""
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        return gradient
+    main_grad.add_(gradient)
+    return gradient_is_in_main_grad(weight, gives_gradient)

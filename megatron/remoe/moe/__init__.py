@@ -1,0 +1,1 @@
+"""Megatron's MoE layer for a number of experts that varies from token to token."""

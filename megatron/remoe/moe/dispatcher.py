@@ -1,0 +1,130 @@
+"""All-to-all dispatch for a number of experts that varies from token to token."""
+
+from typing import Any
+
+import torch
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.moe.plan import DispatchPlan, Ranks, count_pairs, plan_dispatch
+
+
+class _SumOfRows(torch.autograd.Function):
+    """`index_add`, of which PyTorch would keep the summands for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, summands: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        return summands.new_zeros(num_rows, summands.shape[1]).index_add_(0, rows, summands)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
+
+
+class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's all-to-all dispatcher by a plan that has the pairs in the experts' order: nothing is sorted.
+
+    The layer hands the plan over. Megatron's schedules that call a layer's steps one by one have none: then it is made
+    here, and kept until the tokens are combined.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        self.ranks = Ranks.of(pg_collection)
+        self._plan: DispatchPlan | None = None
+
+    def dispatch_preprocess(
+        self,
+        hidden_states: torch.Tensor,
+        routing_map: torch.Tensor,
+        probs: torch.Tensor,
+        plan: DispatchPlan | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the tokens and gates into the order of the experts.
+
+        Args:
+            hidden_states: `[sequence, batch, hidden]`.
+            routing_map: bool `[num_tokens, num_experts]`.
+            probs: `[num_tokens, num_experts]`.
+            plan: of this routing map; None makes one.
+
+        Returns:
+            `[pairs, hidden]` and `[pairs]`.
+        """
+        if plan is None:
+            plan = self._plan = plan_dispatch(routing_map, count_pairs(routing_map, 1, self.ranks)[0], self.ranks)
+        self.hidden_shape = hidden_states.shape
+        self.tokens_per_expert = plan.tokens_per_expert
+        if plan.exchange is not None:
+            self.input_splits, self.output_splits = plan.exchange.sent.numpy(), plan.exchange.received.numpy()
+            self.output_splits_tp = plan.exchange.gathered.numpy()
+            self.num_global_tokens_per_local_expert = plan.exchange.per_expert
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states)
+        return hidden_states.view(-1, self.hidden_shape[-1]).index_select(0, plan.token_index), plan.gates(probs)
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As Megatron's; where one rank has all experts, the rows are in their order already."""
+        if self.ranks.is_alone:
+            return global_input_tokens, self.tokens_per_expert, global_probs
+        return super().dispatch_postprocess(global_input_tokens, global_probs)
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As Megatron's; where one rank has all experts, there is nothing to do."""
+        return hidden_states if self.ranks.is_alone else super().combine_preprocess(hidden_states)
+
+    def combine_postprocess(
+        self, permutated_local_input_tokens: torch.Tensor, plan: DispatchPlan | None = None
+    ) -> torch.Tensor:
+        """Sum each token's rows.
+
+        Args:
+            permutated_local_input_tokens: `[pairs, hidden]`, the experts' outputs.
+            plan: by which they were dispatched, if one was given then.
+
+        Returns:
+            `[sequence, batch, hidden]`.
+        """
+        if plan is None:
+            plan, self._plan = self._plan, None
+        assert plan is not None
+        sums = _SumOfRows.apply(permutated_local_input_tokens, plan.token_index, self.hidden_shape[:-1].numel())
+        output = sums.view(self.hidden_shape)
+        if self.shared_experts is not None:
+            output += self.shared_experts.get_output()
+        return output
+
+
+class PermutingAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's all-to-all dispatcher with its permutation, fused or not, told the true number of pairs.
+
+    It assumes `num_tokens * topk` of them where no capacity is set: with more it silently drops the last experts'
+    tokens, with fewer it sends pairs that were not routed.
+    """
+
+    num_out_tokens: int | torch.Tensor
+
+    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """As Megatron's.
+
+        Args:
+            routing_map: bool `[num_tokens, num_experts]`.
+
+        Returns:
+            int64 `[num_local_experts]`, the number of tokens for each local expert.
+        """
+        tokens_per_local_expert = super().preprocess(routing_map)
+        self.num_out_tokens = routing_map.sum()
+        # It sizes the permuted tensor, so the copy to the host that all counts share is waited for here.
+        self._maybe_update_cuda_sync_point("before_permutation_1")
+        return tokens_per_local_expert

@@ -1,0 +1,207 @@
+"""Megatron's MoE layer for a varying number of experts per token, in bounded memory while there are many."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.local.experts import GroupedExperts
+from megatron.remoe.moe.dispatcher import PermutingAlltoAllDispatcher, PlannedAlltoAllDispatcher
+from megatron.remoe.moe.plan import Ranks, count_bounded, count_pairs, plan_dispatch, plan_known
+from megatron.remoe.routing.router import ReLURouter
+
+
+class _OwnGradient(torch.autograd.Function):
+    """Nothing, but its gradient is a copy: the allgather dispatcher gives that of every chunk in the same buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.clone()
+
+
+class ReMoELayer(MoELayer):
+    """`MoELayer` that takes any routing map; its router comes with `submodules`, and may be Megatron's too.
+
+    While routing is dense it works through its tokens in chunks, whose activations are computed again in the backward
+    pass, so that it never holds more token-expert pairs than `moe_relu_activation_limit` times those of the target.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self.ranks = Ranks.of(pg_collection)
+        self.pairs_limit = _pairs_limit(config)
+        is_relu = isinstance(self.router, ReLURouter)
+        dispatcher = dispatcher_for(config, is_relu)
+        if dispatcher is not None:
+            self.token_dispatcher = dispatcher(self.num_local_experts, self.local_expert_indices, config, pg_collection)
+            if self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
+        self.is_planned = dispatcher is PlannedAlltoAllDispatcher
+        self.has_grouped_experts = isinstance(self.experts, GroupedExperts)
+        is_alone = self.is_planned and self.ranks.is_alone
+        self.experts_gather = is_alone and self.has_grouped_experts and not self.shared_expert_overlap
+        # Top-k routers without dropped tokens: a token's number of experts needs no counting where no rank is told it.
+        self.known_topk = config.moe_router_topk if is_alone and not is_relu and not _drops_tokens(config) else None
+        for parameter in self.experts.parameters():
+            # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
+            # the optimizer's state from a checkpoint without.
+            parameter.allreduce = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: tuple[torch.Tensor, ...] | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron's.
+
+        Args:
+            hidden_states: `[sequence, batch, hidden]`.
+            intermediate_tensors: as Megatron's, for parts of the layer in CUDA graphs.
+            padding_mask: bool `[batch, sequence]`, True at padding.
+
+        Returns:
+            `[sequence, batch, hidden]` and no bias.
+
+        Raises:
+            ValueError: in training with tensor parallelism and without sequence parallelism.
+        """
+        in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
+        if not self.pairs_limit and (in_graphs or not self.is_planned):
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
+            raise ValueError("MoE layers with tensor parallelism train with sequence parallelism alone.")
+        if padding_mask is not None:
+            padding_mask = padding_mask.transpose(0, 1).bool()
+        if self.moe_layer_recompute and self.training:
+            return tensor_parallel.checkpoint(self._forward, False, hidden_states, padding_mask), None
+        return self._forward(hidden_states, padding_mask), None
+
+    def _forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        shared_expert_output = self.shared_experts_compute(hidden_states)
+        probs, routing_map = self.route(hidden_states, padding_mask)
+        counts = self._count(routing_map)
+        if len(counts) == 1:
+            output = self._routed(hidden_states, probs, routing_map, counts[0])
+        else:
+            tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
+            # One that is re-entrant would give the experts' gradients, and reduce them, chunk by chunk.
+            run = partial(checkpoint, self._routed_chunk, use_reentrant=False, preserve_rng_state=False)
+            wholes = (whole.tensor_split(len(counts)) for whole in (tokens, probs, routing_map))
+            outputs = [run(*part, number == 0) for number, part in enumerate(zip(*wholes, counts, strict=True))]
+            output = torch.cat(outputs).view_as(hidden_states)
+        return output if shared_expert_output is None else output + shared_expert_output
+
+    def _count(self, routing_map: torch.Tensor) -> torch.Tensor | list[None]:
+        """`count_pairs` for each chunk, as many as the bound asks for; one None where nothing has to be counted."""
+        if self.pairs_limit:
+            return count_bounded(routing_map, self.pairs_limit, self.ranks)
+        return [None] if self.known_topk else count_pairs(routing_map, 1, self.ranks)
+
+    def _routed(
+        self,
+        hidden_states: torch.Tensor,
+        probs: torch.Tensor,
+        routing_map: torch.Tensor,
+        counts: torch.Tensor | None,
+        gives_gradient: bool = True,
+    ) -> torch.Tensor:
+        """`[sequence, batch, hidden]` → the experts' sum, of that shape.
+
+        Args:
+            hidden_states, probs, routing_map: of all tokens or of a chunk.
+            counts: of this routing map, `[ranks, num_experts]`.
+            gives_gradient: see `grouped_swiglu`.
+        """
+        if not self.is_planned:
+            tokens, gates = self.preprocess(hidden_states, probs, routing_map)
+            return self.postprocess(self._exchanged(tokens, gates, gives_gradient), None)
+        if counts is None:
+            assert self.known_topk is not None
+            plan = plan_known(routing_map, self.known_topk)
+        else:
+            plan = plan_dispatch(routing_map, counts, self.ranks)
+        if self.experts_gather:
+            tokens, gates = hidden_states.view(-1, hidden_states.shape[-1]), plan.gates(probs)
+            output, _ = self.experts(tokens, plan.tokens_per_expert, gates, plan.token_index, gives_gradient)
+            return output.view_as(hidden_states)
+        tokens, gates = self.token_dispatcher.dispatch_preprocess(hidden_states, routing_map, probs, plan)
+        return self.token_dispatcher.combine_postprocess(self._exchanged(tokens, gates, gives_gradient), plan)
+
+    def _exchanged(self, tokens: torch.Tensor, gates: torch.Tensor, gives_gradient: bool) -> torch.Tensor:
+        """`[pairs, hidden]`, `[pairs]` → what the experts of all ranks make of them, `[pairs, hidden]`."""
+        tokens, gates = self.dispatch(tokens, gates)
+        output, _ = self.routed_experts_compute(tokens, gates, gives_gradient)
+        return self.combine(output)
+
+    def routed_experts_compute(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, gives_gradient: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron's.
+
+        Args:
+            hidden_states: `[pairs, hidden]` from the dispatcher.
+            probs: `[pairs]`.
+            gives_gradient: see `grouped_swiglu`; other experts do without.
+
+        Returns:
+            `[pairs, hidden]`, and no bias.
+        """
+        if not self.has_grouped_experts:
+            return super().routed_experts_compute(hidden_states, probs)
+        tokens, tokens_per_expert, gates = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
+        output, _ = self.experts(tokens, tokens_per_expert, gates, gives_gradient=gives_gradient)
+        return self.token_dispatcher.combine_preprocess(output), None
+
+    def _routed_chunk(
+        self,
+        tokens: torch.Tensor,
+        probs: torch.Tensor,
+        routing_map: torch.Tensor,
+        counts: torch.Tensor,
+        is_first: bool,
+    ) -> torch.Tensor:
+        # The first chunk's backward pass is the last one.
+        return self._routed(_OwnGradient.apply(tokens), probs, routing_map, counts, gives_gradient=is_first)
+
+
+def dispatcher_for(
+    config: TransformerConfig, is_relu: bool
+) -> type[PlannedAlltoAllDispatcher | PermutingAlltoAllDispatcher] | None:
+    """The dispatcher that takes the place of Megatron's; None leaves that, where it is right."""
+    if config.moe_token_dispatcher_type != "alltoall":
+        return None
+    pads = config.moe_pad_expert_input_to_capacity or config.moe_router_padding_for_quantization
+    if not pads and not config.moe_permute_fusion:
+        return PlannedAlltoAllDispatcher
+    return PermutingAlltoAllDispatcher if is_relu else None
+
+
+def _pairs_limit(config: TransformerConfig) -> float:
+    """The bound on activations in pairs per token; 0 where there is none, or none that could be exceeded."""
+    pairs = getattr(config, "moe_relu_activation_limit", 0.0) * config.moe_router_topk
+    assert config.num_moe_experts is not None
+    return pairs if pairs < config.num_moe_experts else 0.0
+
+
+def _drops_tokens(config: TransformerConfig) -> bool:
+    return config.moe_expert_capacity_factor is not None

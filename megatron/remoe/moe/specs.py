@@ -1,0 +1,84 @@
+"""Puts the ReLU router and its MoE layer, and norms for sequence parallelism, into Megatron's layer specifications."""
+
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.remoe.local.attention import FusedDotProductAttention
+from megatron.remoe.local.experts import build_experts
+from megatron.remoe.local.norm import SequenceParallelTorchNorm
+from megatron.remoe.moe.layer import ReMoELayer
+from megatron.remoe.routing.router import ReLURouter
+
+type LayerSpec = ModuleSpec | TransformerBlockSubmodules
+
+
+def with_relu_routing(spec: LayerSpec) -> LayerSpec:
+    """A copy of `spec` in which every MoE layer routes by ReLU; dense layers stay as they are.
+
+    Args:
+        spec: one transformer layer's specification, or that of a block of layers.
+
+    Raises:
+        TypeError: a layer's MLP is neither dense nor built from Megatron's `MoELayer`.
+    """
+    if isinstance(spec, TransformerBlockSubmodules):
+        return replace(spec, layer_specs=[with_relu_routing(layer_spec) for layer_spec in spec.layer_specs or []])
+    return replace(spec, submodules=replace(spec.submodules, mlp=_relu_mlp(spec.submodules.mlp)))
+
+
+def _relu_mlp(mlp: Any) -> Any:
+    if isinstance(mlp, ModuleSpec):
+        builder, submodules = mlp.module, mlp.submodules
+    elif isinstance(mlp, partial):
+        builder, submodules = mlp.func, mlp.keywords.get("submodules")
+    else:
+        builder, submodules = mlp, None
+    if not hasattr(submodules, "router"):
+        return mlp
+    if builder not in (MoELayer, ReMoELayer):
+        raise TypeError(f"ReLU routing needs an MLP built from MoELayer, this specification has {builder!r}.")
+    return partial(ReMoELayer, submodules=replace(submodules, router=ReLURouter))
+
+
+def with_sequence_parallel_norms(spec: Any) -> Any:
+    """A copy of `spec` in which PyTorch's norms may run under sequence parallelism; others stay as they are.
+
+    Args:
+        spec: a specification of a block or layer, or any part of one.
+    """
+    return _replaced(spec, {WrappedTorchNorm: SequenceParallelTorchNorm})
+
+
+def with_fused_layers(spec: Any) -> Any:
+    """A copy of `spec` in which Megatron's own attention and experts are those made of PyTorch's fused kernels.
+
+    Dense layers, layers of Transformer Engine, and routers stay as they are.
+
+    Args:
+        spec: as above.
+    """
+    return _replaced(spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer})
+
+
+def _replaced(spec: Any, classes: dict[Any, Any]) -> Any:
+    """A copy of a specification with other classes in the place of some."""
+    if isinstance(spec, type):
+        return classes.get(spec, spec)
+    if isinstance(spec, list):
+        return [_replaced(item, classes) for item in spec]
+    if isinstance(spec, partial):
+        if spec.func is SequentialMLP:
+            return partial(build_experts, stock=spec) if MoELayer in classes else spec
+        keywords = {name: _replaced(value, classes) for name, value in spec.keywords.items()}
+        return partial(_replaced(spec.func, classes), *spec.args, **keywords)
+    if is_dataclass(spec) and not isinstance(spec, type):
+        changed = {field.name: _replaced(getattr(spec, field.name), classes) for field in fields(spec)}
+        return replace(spec, **changed)
+    return spec

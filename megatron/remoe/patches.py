@@ -1,0 +1,239 @@
+"""All that is changed in Megatron outside the CPU part: what runs need to start, to resume and to stop in good order.
+
+No public hook reaches any of them. `PATCHES` says of each what it changes, why, and what ends it; a test of each fails
+once Megatron no longer needs it.
+"""
+
+import importlib
+import importlib.metadata
+import io
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.datasets import utils
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+
+READ_AGAINST = ("0.19.0", "0.19.1", "0.19.2")  # megatron-core, in which all that is changed here is the same
+
+
+def use_shipped_helpers() -> None:
+    """Skip the compilation of the data helpers where there is no Makefile and the compiled ones are there.
+
+    Megatron's start-up runs `make` beside its data sets and ends the process if that fails. A released wheel holds the
+    compiled helpers and no Makefile, so that no training starts from it, on a GPU neither.
+    """
+    if (Path(utils.__file__).parent / "Makefile").exists():
+        return
+    importlib.import_module("megatron.core.datasets.helpers_cpp")
+    utils.compile_helpers = lambda: None
+
+
+def let_torch_adam_resume() -> None:
+    """Let the distributed optimizer go on from a checkpoint where neither Transformer Engine nor apex is installed.
+
+    Before it loads, Megatron reads the number of steps out of the optimizer's state, which PyTorch's Adam does not have
+    before its first step. Loading copies into views of fp32 parameters with gradients on, lets all parameters share one
+    counter of steps, and then overwrites it with the zero from before; in the fully reshardable format it asks for a
+    counter that is not saved.
+    """
+    state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(state_dict, "__wrapped__"):
+        return
+
+    @wraps(state_dict)
+    def state_dict_with_steps(self: DistributedOptimizer) -> Any:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                if not state and isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state_dict(self)
+
+    @wraps(load_state_dict)
+    @torch.no_grad()
+    def load_state_dict_with_steps(self: DistributedOptimizer, loaded: Any) -> None:
+        load_state_dict(self, loaded)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if "step" in (state := self.optimizer.state[parameter]):
+                    state["step"] = torch.tensor(float(group["step"]))
+
+    @wraps(set_states)
+    def set_states_but_steps(self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, parameter, {"step": None} | tensors)  # what is no tensor is left alone
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_steps
+    DistributedOptimizer.state_dict = state_dict_with_steps
+    DistributedOptimizer.load_state_dict = load_state_dict_with_steps
+
+
+def load_objects_unexecuted() -> None:
+    """Refuse what could run code among a checkpoint's objects, such as the states of random number generators.
+
+    PyTorch unpickles them without restriction, though Megatron has a list of what they consist of.
+    """
+    load_bytes = MCoreLoadPlanner.load_bytes
+    if hasattr(load_bytes, "__wrapped__"):
+        return
+
+    @wraps(load_bytes)
+    def load_known_bytes(self: MCoreLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
+        name = f"{read_item.dest_index.fqn} in the checkpoint"
+        try:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(value)
+            value.seek(0)
+            if not unknown:
+                torch.load(value, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever reading a damaged object raises
+            raise BrokenCheckpointError(
+                f"{name} is damaged. Give an earlier iteration with --ckpt-step."
+            ) from error
+        if unknown:
+            raise BrokenCheckpointError(
+                f"{name} refers to {', '.join(unknown)}, which no state of a training consists of and could run code. "
+                "Nothing of it was executed. Give a checkpoint that you trust."
+            )
+        value.seek(0)
+        load_bytes(self, read_item, value)
+
+    MCoreLoadPlanner.load_bytes = load_known_bytes
+
+
+def keep_saving_possible() -> None:
+    """Start the process that holds Megatron's queue of written shards, such that it outlives SIGTERM.
+
+    Every save needs it. Megatron starts it at the first one, and SIGTERM ends it; Slurm sends SIGTERM to all processes
+    of a step, so that the save which --exit-signal-handler then makes would fail. Forked here it also starts at once;
+    Megatron spawns it, which imports everything anew. It ends with its parent: it would keep the log's pipe open.
+    """
+    if filesystem_async._results_queue is not None:
+        return
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_serve_until_the_parent_ends)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def tell_why_writing_fails() -> None:
+    """Keep file and reason where part of a checkpoint cannot be written: Megatron keeps only the type of the error."""
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+    if getattr(write, "tells_why", False):
+        return
+
+    @wraps(write)
+    def write_or_tell(*arguments: Any, **options: Any) -> Any:
+        output = write(*arguments, **options)
+        error = output[1]
+        if not isinstance(error, Exception) or options["results_queue"] is not None:
+            return output  # written, or in a thread of Megatron's that has to come to its end
+        while not isinstance(error, OSError) and error.__context__ is not None:
+            error = error.__context__  # PyTorch's own complaint about the file that it could not go on with
+        raise RuntimeError(f"{options['write_bucket'][0]}: {error}") from error
+
+    write_or_tell.tells_why = True  # type: ignore[attr-defined]
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_tell)
+
+
+def _serve_until_the_parent_ends() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change of Megatron.
+
+    Attributes:
+        apply: makes it; once or more often.
+        changes: file and function of Megatron.
+        lacks: what a user has to do without where it is not applied.
+        ends: what tells that it is no longer needed.
+        for_saving: whether only trainings that save need it.
+    """
+
+    apply: Callable[[], None]
+    changes: str
+    lacks: str
+    ends: str
+    for_saving: bool = False
+
+
+PATCHES = (
+    Patch(
+        use_shipped_helpers,
+        "core/datasets/utils.py: compile_helpers",
+        "a start without Megatron's Makefile, which the wheel does not hold",
+        "compile_helpers takes the compiled helpers, or the wheel holds the Makefile",
+    ),
+    Patch(
+        let_torch_adam_resume,
+        "core/optimizer/distrib_optimizer.py: DistributedOptimizer's state_dict, load_state_dict and "
+        "_set_main_param_and_optimizer_states",
+        "resuming the distributed optimizer without Transformer Engine or apex",
+        "a distributed torch.optim.AdamW resumes",
+    ),
+    Patch(
+        load_objects_unexecuted,
+        "core/dist_checkpointing/strategies/torch.py: MCoreLoadPlanner.load_bytes",
+        "protection from code in a checkpoint's objects",
+        "load_bytes unpickles with weights_only=True",
+    ),
+    Patch(
+        keep_saving_possible,
+        "core/dist_checkpointing/strategies/filesystem_async.py: _results_queue",
+        "the checkpoint that is saved at SIGTERM where the signal goes to all processes, as Slurm's does",
+        "the queue's process ignores SIGTERM, or there is none",
+        for_saving=True,
+    ),
+    Patch(
+        tell_why_writing_fails,
+        "core/dist_checkpointing/strategies/filesystem_async.py: FileSystemWriterAsync.write_preloaded_data",
+        "the file and the reason where a checkpoint cannot be written",
+        "the error of a failed write reaches the caller whole",
+        for_saving=True,
+    ),
+)
+
+
+def apply_patches(saves: bool = True) -> None:
+    """Make the changes; with a version of Megatron that they were not read against none, and warn of what is lacking.
+
+    Args:
+        saves: whether checkpoints will be written.
+    """
+    patches = [patch for patch in PATCHES if saves or not patch.for_saving]
+    version = importlib.metadata.version("megatron-core")
+    if version in READ_AGAINST:
+        for patch in patches:
+            patch.apply()
+    elif os.environ.get("RANK", "0") == "0":
+        lacking = "".join(f"\n- {patch.lacks} ({patch.changes})" for patch in patches)
+        warnings.warn(
+            f"megatron-core {version}: the changes that are made in Megatron otherwise were read against "
+            f"{', '.join(READ_AGAINST)} and are left out. You do without:{lacking}",
+            stacklevel=2,
+        )

@@ -1,0 +1,306 @@
+"""Whether the checkpoint under --load fits the flags: from the arguments saved in it, before anything starts."""
+
+import argparse
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.remoe.preflight.checkpoint_files import (
+    RELEASE,
+    TRACKER,
+    BrokenCheckpointError,
+    loaded_from,
+    newest_iteration,
+    read_index,
+)
+from megatron.remoe.routing.refusals import flag as flag_of
+from megatron.remoe.routing.refusals import shown
+
+# What gives the weights their shapes, with `_sizes` below.
+SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "num_experts",
+    "moe_shared_expert_intermediate_size",
+    "swiglu",
+    "add_bias_linear",
+    "normalization",
+    "untie_embeddings_and_output_weights",
+)
+L1 = ("moe_relu_l1_reg_coeff_init", "moe_relu_l1_reg_coeff_multiplier")
+# Megatron finds the optimizer's state in the checkpoint by these, whatever it is told about the schedule.
+RATES = ("lr", "min_lr")
+# It compares these with the checkpoint's when everything is built and loaded.
+SCHEDULE = ("lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay")
+DURATION = ("train_iters", "lr_decay_iters", "train_samples", "lr_decay_samples", "global_batch_size")
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+# A setting that follows from another one where it is not given: tells nothing where that differs.
+FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
+FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
+NEW_TRAINING = "--finetune with another --save to start a new training from its weights"
+SPLIT_BY_GRANULARITY = {"num_experts": 1, "moe_router_topk": 1, "moe_ffn_hidden_size": -1}
+CONVERT = "tools/convert_checkpoint makes a ReMoE of it"
+Settings = dict[str, Any]
+
+
+def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
+    """The folder of the iteration that Megatron loads from a folder of checkpoints; None if it is no torch_dist one."""
+    newest = newest_iteration(root)
+    if newest == RELEASE:
+        folder = root / RELEASE
+    elif args.ckpt_step or newest.isdecimal():
+        folder = root / f"iter_{args.ckpt_step or int(newest):07d}"
+    else:
+        return None
+    return folder if (folder / ".metadata").is_file() else None
+
+
+def check_is_data_alone(args: argparse.Namespace) -> None:
+    """Refuse checkpoints whose index or settings would run code: to be called before Megatron reads the settings.
+
+    Raises:
+        BrokenCheckpointError: names flag and file.
+    """
+    for flag, root in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        folder = iteration_folder(Path(root), args) if root else None
+        if folder is None:
+            continue
+        try:
+            read_index(folder)
+            common_state(folder)
+        except BrokenCheckpointError as error:
+            raise BrokenCheckpointError(f"{flag}: {error}.") from error
+
+
+def common_state(folder: Path) -> dict[str, Any]:
+    """What a torch_dist checkpoint holds beside tensors and each rank's own objects; nothing in it is executed.
+
+    Megatron's arguments of the training that wrote it are under "args".
+
+    Args:
+        folder: of one iteration.
+
+    Raises:
+        BrokenCheckpointError: it cannot be read, or holds what is no setting.
+    """
+    try:
+        if (folder / "common.pt").is_file():
+            state = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+        else:
+            entries = read_index(folder).storage_data
+            entry = next((entries[key] for key in entries if key.fqn.startswith("common_state/")), None)
+            if entry is None:
+                return {}
+            with (folder / entry.relative_path).open("rb") as file:
+                file.seek(entry.offset)
+                state = torch.load(io.BytesIO(file.read(entry.length)), map_location="cpu", weights_only=True)
+        state = state[0] if isinstance(state, list) else state
+        if isinstance(state, io.BytesIO):
+            state.seek(0)
+            state = torch.load(state, map_location="cpu", weights_only=True)
+    except BrokenCheckpointError:
+        raise
+    except Exception as error:  # whatever reading a damaged file raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BrokenCheckpointError(
+            f"the settings saved in {folder} cannot be read ({reason[:200]}). If it is damaged, give an earlier "
+            "iteration with --ckpt-step"
+        ) from error
+    return state if isinstance(state, dict) else {}
+
+
+def check_loaded_run(args: argparse.Namespace) -> None:
+    """Refuse a checkpoint that Megatron would refuse late, or that would silently become another training.
+
+    Args:
+        args: Megatron's arguments, validated.
+
+    Raises:
+        ValueError: names flag, both values and the remedy.
+    """
+    _check_is_there(args)
+    check_is_data_alone(args)
+    place = loaded_from(args)
+    folder = iteration_folder(place[1], args) if place else None
+    if place is None or folder is None:
+        return
+    flag, source = place[0], f"{place[0]} {folder}"
+    saved = common_state(folder).get("args")
+    if saved is None:
+        return
+    if args.dist_ckpt_strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
+        _check_routing(args, saved, source)
+    if different := _differences(_shape(args), _shape(saved), args, saved):
+        raise ValueError(f"{source} holds a model of another shape: {different}. Give its values, or another {flag}.")
+    if args.finetune or folder.name == RELEASE or flag != "--load":
+        return
+    routing = ("moe_router_topk", *(L1 if args.moe_relu_routing else ())) if args.num_experts else ()
+    kept = routing if args.no_load_optim else routing + RATES
+    if different := _differences(_picked(args, kept), _picked(saved, kept), args, saved):
+        raise ValueError(
+            f"{source}: resuming with other settings than it was saved with: {different}. Give its values, or "
+            f"{NEW_TRAINING}."
+        )
+    if not args.no_load_optim:
+        _check_optimizer(args, saved, source)
+    if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    schedule = SCHEDULE if _duration(args) == _duration(saved) else DURATION + SCHEDULE
+    if different := _differences(_picked(args, schedule), _picked(saved, schedule), args, saved):
+        raise ValueError(
+            f"{source}: the learning rate would follow another schedule than before: {different}. Give its "
+            "values, or --override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to "
+            "follow the checkpoint."
+        )
+
+
+@torch.no_grad()
+def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
+    """Whether all weights of a model chunk are finite.
+
+    Args:
+        source: where they were loaded from, as flag and folder.
+        chunk: the model, or a part of it.
+
+    Raises:
+        ValueError: names the first weight that is not, and the remedy.
+    """
+    finite = {name: torch.isfinite(weight).all() for name, weight in chunk.named_parameters()}
+    if not finite or torch.stack(list(finite.values())).all():
+        return
+    name = next(name for name, value in finite.items() if not value).removeprefix("module.").removeprefix("module.")
+    raise ValueError(
+        f"{source}: {name} holds values that are not finite. Go back to an earlier iteration with --ckpt-step."
+    )
+
+
+def _check_is_there(args: argparse.Namespace) -> None:
+    """Where no checkpoint is found Megatron starts from random weights: right for a first start alone."""
+    if loaded_from(args) or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
+        return
+    if any("://" in (folder or "") for folder in (args.load, args.pretrained_checkpoint)):
+        return
+    remedy = "Give what a training had under --save"
+    if args.pretrained_checkpoint:
+        raise BrokenCheckpointError(
+            f"--pretrained-checkpoint {args.pretrained_checkpoint}: holds no checkpoint (there is no {TRACKER}). "
+            f"{remedy}, or what tools/convert_checkpoint wrote."
+        )
+    resumes = args.save and args.load and Path(args.save).resolve() == Path(args.load).resolve()
+    if args.load and (args.finetune or args.exit_on_missing_checkpoint or not resumes):
+        raise BrokenCheckpointError(
+            f"--load {args.load}: holds no checkpoint (there is no {TRACKER}). {remedy}, or leave --load out to start "
+            "from random weights."
+        )
+
+
+def _check_routing(args: argparse.Namespace, saved: argparse.Namespace, source: str) -> None:
+    was_relu = getattr(saved, "moe_relu_routing", False)
+    if args.moe_relu_routing and not was_relu:
+        kind = "top-k MoE" if getattr(saved, "num_experts", None) else "dense"
+        raise ValueError(f"{source} holds a {kind} model, from which --moe-relu-routing cannot start: {CONVERT}.")
+    if was_relu and not args.moe_relu_routing and not args.finetune:
+        raise ValueError(
+            f"{source} holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
+        )
+
+
+def _check_optimizer(args: argparse.Namespace, saved: argparse.Namespace, source: str) -> None:
+    """The distributed optimizer's state is that of ranks; Megatron gives it to other ranks in some cases only."""
+    anew = "--no-load-optim to go on with new optimizer state"
+    was_distributed = getattr(saved, "use_distributed_optimizer", False)
+    if was_distributed != args.use_distributed_optimizer:
+        kind, remedy = ("that", "Add it") if was_distributed else ("not that", "Leave it out")
+        raise ValueError(
+            f"{source}: its optimizer state is {kind} of --use-distributed-optimizer. {remedy}, or {anew}."
+        )
+    if not was_distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
+        return
+    was_fused = getattr(saved, "local_layer_fusion", False) and getattr(saved, "transformer_impl", "") == "local"
+    if args.num_experts and was_fused != (args.local_layer_fusion and args.transformer_impl == "local"):
+        kind, remedy = ("grouped experts", "Leave out") if was_fused else ("experts one by one", "Add")
+        raise ValueError(
+            f"{source}: without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for "
+            f"{kind}. {remedy} --no-local-layer-fusion, or give {anew}."
+        )
+    if different := _differences(_picked(args, LAYOUT), _picked(saved, LAYOUT), args, saved):
+        raise ValueError(
+            f"{source}: without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for "
+            f"its layout alone: {different}. Save once more in that layout with the flag, or {anew}."
+        )
+
+
+def _picked(args: argparse.Namespace, names: tuple[str, ...]) -> Settings:
+    """The settings of these names that there are; Megatron's older checkpoints do not have all."""
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def _shape(args: argparse.Namespace) -> Settings:
+    shape = _picked(args, SHAPE)
+    if getattr(args, "hybrid_layer_pattern", None) or getattr(args, "heterogeneous_layers_config_encoded_json", None):
+        return {}
+    if getattr(args, "group_query_attention", False):
+        shape["num_query_groups"] = args.num_query_groups
+    if getattr(args, "moe_relu_routing", False):
+        # Before there was a flag for it, the router had a bias wherever other linear layers had one.
+        shape["moe_relu_router_bias"] = getattr(args, "moe_relu_router_bias", args.add_bias_linear)
+    frequency = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        frequency = [int(layer % frequency == 0) for layer in range(args.num_layers)]
+    if not getattr(args, "num_experts", None):
+        return shape | {"ffn_hidden_size": args.ffn_hidden_size}
+    shape |= {"moe_layer_freq": frequency, "moe_ffn_hidden_size": args.moe_ffn_hidden_size or args.ffn_hidden_size}
+    return shape if all(frequency) else shape | {"ffn_hidden_size": args.ffn_hidden_size}
+
+
+def _duration(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Samples until the end of the training and until the end of the learning rate's decay."""
+    if getattr(args, "train_iters", None) and not getattr(args, "train_samples", None):
+        decay = getattr(args, "lr_decay_iters", None) or args.train_iters
+        return args.train_iters * args.global_batch_size, decay * args.global_batch_size
+    samples = getattr(args, "train_samples", None)
+    return samples, getattr(args, "lr_decay_samples", None) or samples
+
+
+def _differences(mine: Settings, other: Settings, args: argparse.Namespace, saved: argparse.Namespace) -> str:
+    """The settings that differ of those that both have, as flags with both values."""
+    names = [name for name in mine if name in other and not _same(mine[name], other[name])]
+    if not names:
+        return ""
+    here, there = args.moe_granularity, getattr(saved, "moe_granularity", 1)
+    parts = [] if here == there else [_difference("moe_granularity", there, here)]
+    for name in names:
+        if FOLLOWS.get(name) in names:
+            continue
+        power = SPLIT_BY_GRANULARITY.get(name, 0)
+        values = _as_given(other[name], there, power), _as_given(mine[name], here, power)
+        if values[0] != values[1]:
+            parts.append(_difference(name, *values))
+    return "; ".join(parts)
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    return f"{flag_of(name)} {shown(there)} in the checkpoint, {shown(here)} here"
+
+
+def _same(mine: Any, other: Any) -> bool:
+    if isinstance(mine, float) and isinstance(other, float | int):
+        return math.isclose(mine, other, rel_tol=1e-12)
+    return bool(mine == other)
+
+
+def _as_given(value: Any, granularity: int, power: int) -> Any:
+    if not isinstance(value, int) or not power:
+        return value
+    return value // granularity if power > 0 else value * granularity

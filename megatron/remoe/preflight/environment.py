@@ -1,0 +1,78 @@
+"""What is checked before a training starts: torchrun's variables, flags that must be there, output folders."""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Mapping
+
+from megatron.remoe.data.errors import DataError
+
+
+def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Whether the variables that torchrun sets make sense.
+
+    Raises:
+        ValueError: names the variable, its value and the remedy.
+    """
+    remedy = "torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use it, or unset them all."
+    rank = environment.get("RANK", "0")
+    size = environment.get("WORLD_SIZE", "1")
+    for name, text in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", environment.get("LOCAL_RANK", "0"))):
+        if not text.isdecimal():
+            raise ValueError(f"{name}={text!r} in the environment is not a whole number. {remedy}")
+    if int(rank) >= int(size):
+        raise ValueError(f"RANK={rank} in the environment must be below WORLD_SIZE={size}. {remedy}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if "RANK" in environment and not environment.get(name):
+            raise ValueError(f"RANK={rank} is set in the environment and {name} is not. {remedy}")
+    port = environment.get("MASTER_PORT", "0")
+    if not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"MASTER_PORT={port!r} in the environment is not a port: choose one from 1024 to 65535.")
+
+
+def check_required_flags(args: argparse.Namespace) -> None:
+    """Flags without a default that Megatron asks for late, or does not name.
+
+    Raises:
+        ValueError: lists all that are missing.
+    """
+    hybrid = args.hybrid_layer_pattern or args.hybrid_override_pattern
+    heterogeneous = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
+    needed = {
+        "--num-layers": args.num_layers or args.encoder_num_layers or hybrid or heterogeneous,
+        "--hidden-size": args.hidden_size or heterogeneous,
+        "--num-attention-heads": args.num_attention_heads or heterogeneous,
+        "--seq-length": args.seq_length or args.encoder_seq_length,
+        "--max-position-embeddings": args.max_position_embeddings or heterogeneous,
+        "--micro-batch-size": args.micro_batch_size,
+        "--lr": args.lr is not None or args.skip_train,
+        "--train-iters": args.train_iters is not None or args.train_samples or args.skip_train,
+        "--eval-interval": args.eval_interval or args.skip_train or args.full_validation,
+        "--save-interval (with --save)": not args.save or args.save_interval,
+        "--vocab-size (with --tokenizer-type NullTokenizer)": args.tokenizer_type != "NullTokenizer" or args.vocab_size,
+    }
+    missing = [flag for flag, given in needed.items() if not given]
+    if missing:
+        raise ValueError(f"Missing: {', '.join(missing)}. Give a value above 0; there is no default.")
+
+
+def check_output_folders(args: argparse.Namespace) -> None:
+    """Make the folders that the training will write into, and whether that can be done.
+
+    Raises:
+        DataError: names flag, path and reason.
+    """
+    for flag, folder in (
+        ("--save", args.save),
+        ("--tensorboard-dir", args.tensorboard_dir),
+        ("--data-cache-path", args.data_cache_path),
+    ):
+        if not folder or "://" in folder:
+            continue
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise DataError(
+                f"{flag} {folder}: cannot be written ({error.strerror or error}). Give a folder that can."
+            ) from error

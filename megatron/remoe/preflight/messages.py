@@ -1,0 +1,170 @@
+"""The words when a training cannot start, and its last ones where it fails: what happened, and what to do."""
+
+import argparse
+import difflib
+import gc
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NoReturn
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron.remoe.data.errors import DataError
+from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+
+REMEDIES: tuple[tuple[str, str], ...] = (
+    (
+        r"OptimizerParamScheduler: class input value",
+        "Give the learning-rate flags that the checkpoint was saved with, or --override-opt_param-scheduler to follow "
+        "the flags, or --use-checkpoint-opt_param-scheduler to follow the checkpoint.",
+    ),
+    (r"EADDRINUSE|address already in use", "Another program listens there: choose another MASTER_PORT, or unset RANK."),
+    (
+        r"DistStoreError|DistNetworkError|timed out|Timeout",
+        "Not all ranks reached each other: start as many as WORLD_SIZE says, and see to it that MASTER_ADDR and "
+        "MASTER_PORT of the first node can be reached from all.",
+    ),
+    (
+        r"Connection (reset|closed) by peer|remote process exited|NCCL.*(abort|remote|unhandled system)",
+        "Another rank has ended: its last words, or its exit code in torchrun's report, tell why.",
+    ),
+    (
+        r"out of memory|can't allocate memory",
+        "Take a smaller --micro-batch-size, more devices, or --recompute-granularity full with its flags.",
+    ),
+    (
+        r"No space left on device|Disk quota exceeded|File too large",
+        "Make room for what is saved: the last whole checkpoint is still there, and the same command goes on from it.",
+    ),
+    (
+        r"Failed to write dataset materials",
+        "Megatron keeps the order of the samples beside the data: give a folder that can be written with "
+        "--data-cache-path.",
+    ),
+    (
+        r"found (NaN|Inf) in|nan.*(loss|grad)|(loss|grad).*nan",
+        "If it is the first iteration after --load, the checkpoint's weights are not finite: go back with --ckpt-step. "
+        "Otherwise lower --lr, or look at the data.",
+    ),
+    (
+        r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key",
+        "The checkpoint under --load is that of another model: give its flags, or another --load.",
+    ),
+    (r"integrity verification failed", "Give an earlier iteration with --ckpt-step."),
+    (r"Found no NVIDIA driver|no kernel image|CUDA driver", "Without a working GPU, train with --cpu."),
+)
+LENGTH = 400
+# Errors that one rank may have and others not: of files, which another machine may not see.
+OF_ONE_RANK = (DataError, BrokenCheckpointError, OSError)
+SECONDS_FOR_THE_FIRST_OF_A_MACHINE, SECONDS_FOR_OTHERS = 2, 5
+
+
+@contextmanager
+def usage_errors(rank: int | None = None) -> Iterator[None]:
+    """Where settings or files are refused, end the process with exit code 2 and what is wrong instead of a traceback.
+
+    What is wrong with flags is wrong on all ranks, and the first alone says it. What is wrong with files may be one
+    rank's own: then it says it too, after a moment in which torchrun ends it if the first rank failed likewise.
+
+    Args:
+        rank: of this process; as the environment says where None.
+    """
+    try:
+        yield
+    except (ValueError, AssertionError, OSError) as error:
+        number = os.environ.get("RANK", "0") if rank is None else str(rank)
+        words = str(error).strip() or f"Megatron refuses these settings: {_source_line(error)}"
+        if number == "0":
+            _say(words)
+        elif isinstance(error, OF_ONE_RANK):
+            is_first_here = os.environ.get("LOCAL_RANK") == "0"
+            time.sleep(SECONDS_FOR_THE_FIRST_OF_A_MACHINE if is_first_here else SECONDS_FOR_OTHERS)
+            _say(f"rank {number} on {socket.gethostname()}: {words}")
+        raise SystemExit(2) from error
+
+
+def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
+    """Let wrong flags end the process with one short message by the first rank, and --help with all of Megatron's."""
+    # Megatron's 700 lines of usage would hide the error below them.
+    parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]   (--help lists all)"
+    parser.error = partial(_flag_error, parser)  # type: ignore[method-assign]
+    # Megatron has help texts with a percent sign of their own, at which --help would end with an error.
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
+
+
+def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """`parser.error`, by the first process alone, and with what a misspelled flag was meant to be."""
+    if os.environ.get("RANK", "0") == "0":
+        parser.print_usage(sys.stderr)
+        _say(f"{message}{_suggestion(parser, message)}")
+    raise SystemExit(2)
+
+
+def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
+    unknown = message.removeprefix("unrecognized arguments: ")
+    if unknown == message:
+        return ""
+    flags = [option for action in parser._actions for option in action.option_strings]
+    words = [word.split("=")[0] for word in unknown.split() if word.startswith("--")]
+    close = [f"{found[0]} instead of {word}" for word in words if (found := difflib.get_close_matches(word, flags, 1))]
+    return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."
+
+
+def _source_line(error: Exception) -> str:
+    """The line that raised an error without a message, such as an assertion."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({os.path.basename(frame.filename)}:{frame.lineno})"
+
+
+def _say(words: str) -> None:
+    """An error on standard error, as the program that was started."""
+    sys.stdout.flush()
+    print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
+
+
+def end_with_last_words(error: BaseException) -> NoReturn:
+    """Print the error's traceback and one short message below it, and end with exit code 1."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as another rank has ended
+    traceback.print_exception(error)
+    # Half-built objects complain when they are freed: now, not below the message.
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    _say(last_words(error, os.environ.get("RANK") if several else None))
+    raise SystemExit(1)
+
+
+def last_words(error: BaseException, rank: str | None = None) -> str:
+    """One short message about an error: its kind, its first line and the remedy.
+
+    Args:
+        error: what ended the training.
+        rank: that of this process, where there are several.
+    """
+    while isinstance(error, CheckpointException) and error.failures:  # its own text is a traceback of some rank's
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, CheckpointException):
+        error = RuntimeError("the checkpoint could not be read or written, for a reason that another rank tells.")
+    text = str(error).strip()
+    lines = text.splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1].strip()}"
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    whole = f"{type(error).__name__}: {text}"
+    remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, whole, re.IGNORECASE)), None)
+    short = reason if len(reason) <= LENGTH else reason[:LENGTH] + " ..."
+    where = f"rank {rank}: " if rank is not None else ""
+    return where + short + (f"\n{remedy}" if remedy else "")

@@ -1,0 +1,62 @@
+"""Configuration of a ReMoE transformer: Megatron's own, and the fields of ReLU routing."""
+
+from dataclasses import dataclass, fields
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.routing.refusals import relu_routing_problems
+
+
+@dataclass
+class ReMoEConfig(TransformerConfig):
+    """`TransformerConfig` with ReLU routing. The fields are the command-line flags, with their defaults and help.
+
+    `num_moe_experts`, `moe_router_topk` (k) and `moe_ffn_hidden_size` are meant after granularity: the target sparsity
+    is `1 - k / num_moe_experts`.
+
+    Raises:
+        ValueError: a value is out of range, or a setting assumes exactly k experts per token.
+    """
+
+    moe_relu_routing: bool = False
+    """Route by ReLU(x W) instead of top-k of a softmax: each token takes the experts with a positive gate, and an
+    adaptive L1 term holds the sparsity at 1 - topk/experts."""
+
+    moe_relu_l1_reg_coeff_init: float = 1e-8
+    """Initial coefficient of the L1 term (default %(default)s). It is not sensitive: larger settles sooner."""
+
+    moe_relu_l1_reg_coeff_multiplier: float = 1.2
+    """Factor by which the coefficient grows or shrinks once per step (default %(default)s). Larger settles sooner and
+    swings more."""
+
+    moe_relu_layer_floor: float = 1e-3
+    """Keep layers alive: where a layer has less than this share of topk active experts per token, it is freed from the
+    L1 term and its gates are pushed up (default %(default)s; 0 turns it off)."""
+
+    moe_relu_activation_limit: float = 2.0
+    """Memory while routing is dense: a layer holds the activations of at most this many times topk experts per token;
+    beyond, it works in chunks that the backward pass computes again (default %(default)s; 0: no limit). Exact."""
+
+    moe_relu_router_bias: bool = False
+    """Give the ReLU router a bias as other linear layers have one, which neither the paper nor its code does."""
+
+    moe_granularity: int = 1
+    """Split every expert into this many finer ones: experts and topk are multiplied by it, the experts' hidden size is
+    divided by it; FLOPs and target sparsity stay (default %(default)s). For ReLU and top-k routing."""
+
+    def __post_init__(self) -> None:
+        problems = relu_routing_problems(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        if self.moe_relu_routing:
+            # Megatron insists on it for k = 1, where a softmax over one score is constant; ReLU has no softmax.
+            self.moe_router_pre_softmax = True
+        super().__post_init__()
+
+    @property
+    def target_sparsity(self) -> float:
+        """Share of (token, expert) pairs that shall be inactive: 1 - k/E (paper section 3.3)."""
+        assert self.num_moe_experts is not None
+        return 1.0 - self.moe_router_topk / self.num_moe_experts
+
+
+MEGATRONS_FIELDS = [field.name for field in fields(TransformerConfig)]

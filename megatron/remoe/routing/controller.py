@@ -1,0 +1,135 @@
+"""Adaptive L1 coefficient: λ ← λ · α^sign(target − S), once per optimizer step (paper section 3.3)."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron.core.extensions import transformer_engine
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.remoe.routing.config import ReMoEConfig
+from megatron.remoe.routing.counts import RoutingCounts
+from megatron.remoe.routing.router import ReLURouter
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """What the routers of the whole job saw in one optimizer step, on the host.
+
+    Attributes:
+        sparsity: share of inactive (token, expert) pairs over all MoE layers, 0 to 1.
+        target_sparsity: 1 − k/E.
+        l1_coefficient: the λ that was in force during the step.
+        l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
+        layer_sparsity: sparsity per MoE layer, keyed by layer number (from 1).
+        expert_load: per MoE layer, the share of its tokens that each expert got, `num_experts` values.
+        guarded_layers: numbers of the layers that were freed from L1 and pushed up, being all but off before.
+    """
+
+    sparsity: float
+    target_sparsity: float
+    l1_coefficient: float
+    l1_loss: float
+    layer_sparsity: dict[int, float]
+    expert_load: dict[int, list[float]]
+    guarded_layers: list[int]
+
+
+class SparsityController:
+    """Keeps the sparsity of all MoE layers together at the target.
+
+    One small all-reduce per optimizer step carries the counts of all layers, from which every rank takes the same
+    decision. Nothing is read back to the host, except by `summary`.
+    """
+
+    def __init__(self, model_chunks: Iterable[torch.nn.Module], config: ReMoEConfig) -> None:
+        """
+        Args:
+            model_chunks: the model on this rank, all its virtual pipeline stages; may hold no router.
+            config: the model's configuration.
+        """
+        modules = [module for chunk in model_chunks for module in chunk.modules()]
+        assert config.num_moe_experts is not None
+        self.config = config
+        self.num_experts = config.num_moe_experts
+        self.routers = [module for module in modules if isinstance(module, ReLURouter)]
+        parameter = next((parameter for module in modules for parameter in module.parameters()), None)
+        self.device = parameter.device if parameter is not None else torch.device("cpu")
+        # A router that is off for all tokens has no gradient; every layer's norms have one.
+        self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
+        self._counts: RoutingCounts | None = None
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Sum the counts over all ranks, move λ one step towards the target, guard dying layers, and count anew.
+
+        To be called once per optimizer step on every rank, after the backward passes.
+        """
+        counts = self._collect()
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # Every rank counted tokens of its own, whatever the layout: the sum over the world is the whole batch.
+            torch.distributed.all_reduce(counts.table)
+        self._counts = counts
+
+        total, topk = counts.total(), self.config.moe_router_topk
+        # (1 − k/E) − S has the sign of active − k·tokens: exact in whole numbers, and 0 on the target.
+        # A step with anything that is not finite is none: Megatron skips it in fp16, and ends the training otherwise.
+        finite = torch.isfinite(total.table).all()
+        direction = torch.where(finite, torch.sign(total.active - topk * total["tokens"]), 0.0)
+        # The exponent is the same on all routers, so their mean: pipeline ranks without a router learn it so.
+        exponent = torch.round(total["l1_exponent"] / total["routers"].clamp(min=1.0))
+        exponent = (exponent + direction).to(torch.int64)
+        for router in self.routers:
+            router.l1_exponent.copy_(exponent)
+            layer = counts.layer(router.layer_number)
+            dying = layer.active < self.config.moe_relu_layer_floor * topk * layer["tokens"]
+            router.guarded.copy_(torch.where(finite, dying, router.guarded))
+
+    def summary(self) -> RoutingSummary | None:
+        """The last step's figures (one transfer to the host), or None before the first update."""
+        if self._counts is None:
+            return None
+        counts = self._counts.on_host()
+        total, experts = counts.total(), self.num_experts
+        rows = {number: counts.layer(number) for number in range(1, self.config.num_layers + 1)}
+        layers = {number: row for number, row in rows.items() if row["tokens"] > 0}
+        tokens, exponent = total["tokens"].item(), (total["l1_exponent"] / total["routers"].clamp(min=1.0)).item()
+        return RoutingSummary(
+            sparsity=1.0 - total.active.item() / (tokens * experts) if tokens else 1.0,
+            target_sparsity=self.config.target_sparsity,
+            l1_coefficient=self.config.moe_relu_l1_reg_coeff_init
+            * self.config.moe_relu_l1_reg_coeff_multiplier**exponent,
+            l1_loss=sum((row["l1_loss"] / row["micro_batches"]).item() for row in layers.values()),
+            layer_sparsity={n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()},
+            expert_load={n: (row["tokens_per_expert"] / row["tokens"]).tolist() for n, row in layers.items()},
+            guarded_layers=[number for number, row in layers.items() if row["guarded"] > 0],
+        )
+
+    def _collect(self) -> RoutingCounts:
+        """This rank's counts, a row for each layer: zeros where it has no router. The routers begin anew."""
+        counts = RoutingCounts.zeros(self.num_experts, self.device, self.config.num_layers)
+        for router in self.routers:
+            layer = counts.layer(router.layer_number)
+            if router.counts is not None:
+                layer.table.copy_(router.counts.table)
+                router.counts.table.zero_()
+            layer["guarded"].copy_(router.guarded)
+            layer["l1_exponent"].copy_(router.l1_exponent)
+            layer["routers"].fill_(1.0)
+        gradients = [getattr(parameter, "main_grad", parameter.grad) for parameter in self._watched]
+        flat = [gradient.reshape(-1) for gradient in gradients if gradient is not None]
+        if flat:
+            counts.layer(1)["not_finite"].copy_(0.0 * torch.cat(flat).sum())
+        return counts
+
+
+def norm_weights(modules: Iterable[torch.nn.Module]) -> Iterator[torch.nn.Parameter]:
+    """The trained vectors of PyTorch's, Megatron's and Transformer Engine's norms, also of those in a linear layer."""
+    norms: tuple[type, ...] = (torch.nn.LayerNorm, torch.nn.RMSNorm, FusedLayerNorm)
+    if transformer_engine.HAVE_TE:
+        engine = transformer_engine.te.pytorch
+        norms += (engine.LayerNorm, engine.RMSNorm, engine.LayerNormLinear)
+    for module in modules:
+        if isinstance(module, norms):
+            vectors = (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 1)
+            yield from (vector for vector in vectors if vector.requires_grad)

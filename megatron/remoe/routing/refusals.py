@@ -1,0 +1,209 @@
+"""What ReLU routing cannot be combined with, as one table.
+
+Every entry is a Megatron setting that assumes exactly k experts per token, that would drop or invent
+token-expert pairs, or that would silently be ignored. The attribute names are those of Megatron's parsed arguments,
+which its `TransformerConfig` shares, so the table serves the command line and the library alike.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Settings = Any  # argparse.Namespace or TransformerConfig: both are read by attribute name
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One refused setting.
+
+    Attributes:
+        name: attribute that holds the setting; the flag is derived from it.
+        refused: tells from the attribute's value whether it is refused.
+        reason: what would go wrong.
+        remedy: what to do instead.
+    """
+
+    name: str
+    refused: Callable[[Any], bool]
+    reason: str
+    remedy: str = "Leave it out"
+
+    def problem(self, settings: Settings) -> str | None:
+        """The message for `settings`, or None where they are fine or do not have the attribute."""
+        value = getattr(settings, self.name, None)
+        if value is None or not self.refused(value):
+            return None
+        return f"{flag(self.name)} {shown(value)} cannot be used with --moe-relu-routing: {self.reason}. {self.remedy}."
+
+
+def flag(name: str) -> str:
+    """Megatron's spelling of an attribute on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A value as a user would type it (nothing for a switch)."""
+    if value is True:
+        return "(on)"
+    if isinstance(value, list | tuple):
+        return " ".join(shown(item) for item in value)
+    return str(getattr(value, "name", value))
+
+
+def _is_set(value: Any) -> bool:
+    return bool(value)
+
+
+def _given(_value: Any) -> bool:
+    return True
+
+
+def _moe_graph_scope(modules: Any) -> bool:
+    return any(str(getattr(item, "name", item)).startswith("moe") for item in _as_list(modules))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+ADDS_PAIRS = "it adds token-expert pairs that were not routed"
+BALANCED = "The L1 term balances the load: leave it out"
+DROPLESS = "Leave it out: ReMoE is dropless"
+FIXED_K = "a token's number of experts varies, and this keeps, drops or pads to a fixed number"
+IGNORED = "it belongs to top-k routing and would have no effect"
+OTHER_CLASS = "Megatron replaces the configuration class for it"
+UNTESTED_STATE = "it has not been tested with the router's state"
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal("moe_expert_capacity_factor", _given, FIXED_K, DROPLESS),
+    Refusal("moe_pad_expert_input_to_capacity", _is_set, FIXED_K, DROPLESS),
+    Refusal("moe_token_dropping", _is_set, FIXED_K, DROPLESS),
+    Refusal("moe_expert_rank_capacity_factor", _given, FIXED_K, DROPLESS),
+    Refusal("moe_paged_stash", _is_set, "its buffers are sized for k experts per token"),
+    Refusal(
+        "moe_token_dispatcher_type",
+        lambda value: value not in ("alltoall", "allgather"),
+        "DeepEP and NCCL-EP send the k largest gates of a token and drop the others, and HybridEP is untested",
+        "Use --moe-token-dispatcher-type alltoall (or allgather)",
+    ),
+    Refusal("moe_enable_deepep", _is_set, "DeepEP sends exactly k experts per token"),
+    Refusal("moe_enable_routing_replay", _is_set, "replay records k experts per token"),
+    Refusal(
+        "moe_apply_probs_on_input",
+        _is_set,
+        "it assumes one expert per token",
+        "Leave it out: the gate scales the expert's output",
+    ),
+    Refusal("moe_router_padding_for_quantization", _is_set, ADDS_PAIRS),
+    Refusal("fp8", _is_set, ADDS_PAIRS, "Use --bf16"),
+    Refusal("fp4", _is_set, ADDS_PAIRS, "Use --bf16"),
+    Refusal("moe_aux_loss_coeff", lambda value: any(_as_list(value)), IGNORED, BALANCED),
+    Refusal("moe_router_enable_expert_bias", _is_set, IGNORED, BALANCED),
+    Refusal(
+        "moe_router_load_balancing_type",
+        lambda value: not set(_as_list(value)) <= {"none", "aux_loss"},
+        IGNORED,
+        "The L1 term balances the load: use --moe-router-load-balancing-type none or leave it out",
+    ),
+    Refusal("moe_router_score_function", lambda value: value != "softmax", IGNORED, "Leave it out: the score is ReLU"),
+    Refusal("moe_router_topk_scaling_factor", _given, IGNORED),
+    Refusal("moe_router_num_groups", _given, IGNORED),
+    Refusal("moe_router_group_topk", _given, IGNORED),
+    Refusal("moe_router_topk_limited_devices", _given, IGNORED),
+    Refusal("moe_router_fusion", _is_set, "the fused kernel computes top-k"),
+    Refusal("moe_router_force_biased", _given, IGNORED),
+    Refusal(
+        "moe_router_force_load_balancing", _is_set, "it routes by random logits, which do not give k experts"
+    ),
+    Refusal("moe_latent_size", _given, "latent projections have not been tested with it"),
+    Refusal(
+        "cuda_graph_impl",
+        lambda value: value == "full_iteration",
+        "the number of routed pairs changes the shapes from step to step",
+        "Use --cuda-graph-impl none",
+    ),
+    Refusal(
+        "transformer_impl",
+        lambda value: value == "inference_optimized",
+        "its router and dispatcher compute top-k",
+        "Use --transformer-impl transformer_engine or local",
+    ),
+    Refusal("use_inference_optimized_layers", _is_set, "its router computes top-k"),
+    Refusal("multi_latent_attention", _is_set, OTHER_CLASS),
+    Refusal("heterogeneous_layers_config_path", _given, OTHER_CLASS),
+    Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS),
+    Refusal("mtp_num_layers", _is_set, "the multi-token prediction block builds its own top-k routers"),
+    Refusal("experimental_attention_variant", _given, "it builds its own layer specification"),
+    Refusal("hybrid_layer_pattern", _given, "hybrid models build their own layer specification"),
+    Refusal("use_megatron_fsdp", _is_set, UNTESTED_STATE),
+    Refusal("use_torch_fsdp2", _is_set, UNTESTED_STATE),
+    Refusal("init_model_with_meta_device", _is_set, "the router's state would be left uninitialized"),
+)
+
+
+def relu_routing_problems(settings: Settings) -> list[str]:
+    """Everything in `settings` that does not go with ReLU routing; empty where it is off or all is well.
+
+    Args:
+        settings: Megatron's parsed arguments or a `ReMoEConfig`, read by attribute name.
+
+    Returns:
+        One message per problem, each with the flag, its value and the remedy.
+    """
+    problems = []
+    if settings.moe_granularity < 1:
+        problems.append(f"--moe-granularity {settings.moe_granularity} must be a whole number of at least 1.")
+    if settings.moe_relu_routing:
+        problems.extend(_values(settings))
+        problems.extend(_combinations(settings))
+        problems.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
+    return problems
+
+
+def _values(settings: Settings) -> Iterator[str]:
+    """What is out of range in the settings of ReLU routing itself."""
+    experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None)
+    topk, init = settings.moe_router_topk, settings.moe_relu_l1_reg_coeff_init
+    multiplier, floor = settings.moe_relu_l1_reg_coeff_multiplier, settings.moe_relu_layer_floor
+    limit = settings.moe_relu_activation_limit
+    if not experts:
+        yield "--moe-relu-routing needs experts to route to: give --num-experts (for instance 8)."
+    elif not 0 < topk < experts:
+        yield (
+            f"--moe-router-topk {topk} must be at least 1 and below --num-experts {experts} with --moe-relu-routing: "
+            "the target sparsity is 1 - topk/experts."
+        )
+    if not 0.0 < init < float("inf"):
+        yield f"--moe-relu-l1-reg-coeff-init {init} must be a positive number (default 1e-8)."
+    if not 1.0 < multiplier < float("inf"):
+        yield f"--moe-relu-l1-reg-coeff-multiplier {multiplier} must be above 1 (default 1.2)."
+    if not 0.0 <= floor < 1.0:
+        yield f"--moe-relu-layer-floor {floor} must be at least 0 and below 1 (default 0.001, 0 turns it off)."
+    if limit and not 1.0 <= limit < float("inf"):
+        yield f"--moe-relu-activation-limit {limit} must be at least 1 (default 2), or 0 for no limit."
+
+
+def _combinations(settings: Settings) -> Iterator[str]:
+    """Settings of Megatron's that are refused together with others."""
+    if settings.moe_relu_activation_limit and getattr(settings, "moe_shared_expert_overlap", False):
+        yield (
+            "--moe-shared-expert-overlap (on) cannot be used with --moe-relu-activation-limit: a layer that works in "
+            "chunks has no single dispatch to overlap with. Leave it out, or add --moe-relu-activation-limit 0."
+        )
+    tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
+    if tensor_parallel > 1 and not settings.sequence_parallel:
+        yield (
+            f"--tensor-model-parallel-size {tensor_parallel} cannot be used with --moe-relu-routing and without "
+            "--sequence-parallel: each rank would count the same tokens. Add --sequence-parallel."
+        )
+    if settings.moe_relu_router_bias and not settings.add_bias_linear:
+        yield (
+            "--moe-relu-router-bias (on) cannot be used with --disable-bias-linear, which leaves out all biases. "
+            "Give one of them."
+        )
+    graphs = getattr(settings, "cuda_graph_modules", None) or []
+    if getattr(settings, "cuda_graph_impl", None) not in (None, "none") and _moe_graph_scope(graphs):
+        yield (
+            f"--cuda-graph-modules {shown(graphs)} cannot be used with --moe-relu-routing: the "
+            "number of routed pairs changes from step to step. Keep only attention, or use --cuda-graph-impl none."
+        )

@@ -1,0 +1,79 @@
+"""Text to tokens: the ids of transformers, whatever gigatoken does."""
+
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+from tests.gpt2_reference import gpt2_files, random_text, transformers_tokenizer
+from tools.preprocessing import encoding
+from tools.preprocessing.encoders import gpt2_encoder
+
+
+def test_every_character_of_the_first_planes() -> None:
+    """Among them are characters whose class differs between the two libraries' versions of Unicode."""
+    encoder = gpt2_encoder(*gpt2_files())
+    generator = random.Random(11)
+    characters = [chr(i) for i in (*range(0xD800), *range(0xF900, 0x12000), *range(0x1F000, 0x1FB00))]
+    characters = generator.sample(characters, 5_000) + ["\u088f", "\ua7ce", "\U00010940", "\U00011db0"]
+    texts = [f"{c}'s {c}1 a{c}" for c in characters]
+    reference = transformers_tokenizer(str(gpt2_tokenizer_folder(*gpt2_files())))
+    assert [ids.tolist() for ids in encoder.encode(texts).documents()] == reference(texts).input_ids
+    assert encoder.engine == "gigatoken"
+
+
+def test_memory_is_given_back(monkeypatch) -> None:
+    monkeypatch.setattr(encoding, "CACHE_BYTES", 0)
+    monkeypatch.setattr(encoding, "CACHE_BYTES_PER_THREAD", 0)
+    monkeypatch.setattr(encoding, "CHARACTERS_BETWEEN_RESTARTS", 1000)
+    encoder = gpt2_encoder(*gpt2_files())
+    generator = random.Random(5)
+    texts = [Path(random.__file__).read_text(), *(random_text(generator) for _ in range(50))]
+    first, before = encoder.encode(texts), encoder._fast
+    ballast = np.ones(20 << 20, dtype=np.uint8)
+    second = encoder.encode(texts)
+    assert encoder._fast is not before and len(ballast)
+    third = encoder.encode(texts)
+    assert np.array_equal(first.ids, second.ids) and np.array_equal(first.ids, third.ids)
+
+
+def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let gigatoken not do what it should; returns the reason that is to be given."""
+    import gigatoken
+
+    encode_batch = gigatoken.Tokenizer.encode_batch
+
+    def wrong(self: gigatoken.Tokenizer, texts: list[str], parallel: bool) -> object:
+        changed = [text.replace("import", "export") if how == "some" else f"{text}x" for text in texts]
+        return encode_batch(self, changed, parallel=parallel)
+
+    if how == "absent":
+        monkeypatch.setitem(sys.modules, "gigatoken", None)
+        return "import of gigatoken halted"
+    if how == "fails":
+        monkeypatch.delattr(gigatoken.Tokenizer, "__init__")
+        return "takes no arguments"
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", wrong)
+    return "it gives other ids for 'import this'" if how == "some" else "it gives other ids for ''"
+
+
+@pytest.mark.parametrize("how", ["absent", "fails", "all", "some"])
+def test_gigatoken_that_does_not_work(how, tmp_path, capsys, monkeypatch) -> None:
+    """Standard error says so at the first documents, and once; the ids are right."""
+    files = byte_level_vocabulary(tmp_path)
+    reference = transformers_tokenizer(str(gpt2_tokenizer_folder(*files, cache_dir=tmp_path)))
+    texts = ["import this", "naïve", ""]
+    reason = without_gigatoken(how, monkeypatch)
+    encoder = gpt2_encoder(*files)
+    with ThreadPoolExecutor(4) as pool:
+        for encoded in pool.map(encoder.encode, [texts] * 8):
+            assert [ids.tolist() for ids in encoded.documents()] == reference(texts).input_ids
+    error = capsys.readouterr().err
+    assert error.startswith("warning: gigatoken cannot be used here (") and reason in error
+    assert error.endswith("about 30 times slower.\n") and error.count("\n") == 1
+    assert encoder.engine == "tokenizers"

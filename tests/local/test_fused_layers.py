@@ -1,0 +1,275 @@
+"""Attention and experts made of PyTorch's fused kernels, against Megatron's own: values, gradients, checkpoints."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.remoe.local.attention import FusedDotProductAttention
+from megatron.remoe.local.experts import GroupedExperts
+from megatron.remoe.moe.layer import ReMoELayer
+from megatron.remoe.moe.specs import with_fused_layers
+from tests.layers import HIDDEN, make_config, make_layer
+from tests.trainings import TINY, run, series
+from tools.common.tiny_model import RELU, TOPK
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_groups = pytest.mark.usefixtures("process_groups")
+
+
+def attention(kind: type[DotProductAttention], **changes: Any) -> DotProductAttention:
+    config = make_config(
+        hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, bf16=False, **changes
+    )
+    return kind(config, layer_number=2, attn_mask_type=AttnMaskType.causal, attention_type="self")
+
+
+@needs_groups
+@pytest.mark.parametrize("mask", ["none", "causal", "documents"])
+@pytest.mark.parametrize("changes", [{}, {"window_size": (3, 0)}, {"softmax_type": "off-by-one"}], ids=str)
+def test_attention_is_megatrons(mask: str, changes: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    query, key, value = (
+        torch.randn(9, 2, heads, 8, dtype=torch.float64, device=DEVICE, requires_grad=True) for heads in (4, 2, 2)
+    )
+    hidden = None
+    if mask != "none":
+        hidden = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).triu(1)[None, None].expand(2, 1, 9, 9).clone()
+    if mask == "documents":  # a new one begins in the middle
+        hidden[:, :, 5:, :5] = True
+    found = []
+    for kind in (DotProductAttention, FusedDotProductAttention):
+        output = attention(kind, **changes)(query, key, value, hidden)
+        found.append((output, *torch.autograd.grad(output.cos().sum(), (query, key, value))))
+    # Scores that are masked out are -10000 there and -inf here.
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@needs_groups
+def test_attention_dropout_follows_megatrons_generator() -> None:
+    attend = attention(FusedDotProductAttention)
+    attend.attention_dropout.p = 0.5
+    tensors = [torch.ones(16, 2, heads, 8, dtype=torch.float64, device=DEVICE) for heads in (4, 2, 2)]
+    torch.manual_seed(1)
+    first = attend(*tensors, None)
+    torch.manual_seed(1)  # of another generator
+    second = attend(*tensors, None)
+    assert not torch.equal(first, second) and first.std() > 0
+    assert attend.eval()(*tensors, None).std() < 1e-12
+
+
+def experts(kind: str, num_experts: int = 3) -> torch.nn.Module:
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(5)
+    config = make_config(num_moe_experts=num_experts)
+    return make_layer(config, fused=kind == "grouped").experts
+
+
+@needs_groups
+@pytest.mark.parametrize("sizes", [[4, 0, 3], [0, 0, 0], [0, 7, 0]], ids=str)
+def test_experts_are_megatrons(sizes: list[int]) -> None:
+    torch.manual_seed(2)
+    rows = torch.randn(sum(sizes), HIDDEN, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    gates = torch.rand(sum(sizes), dtype=torch.float64, device=DEVICE, requires_grad=True)
+    sequential, grouped = experts("sequential"), experts("grouped")
+    assert isinstance(sequential, SequentialMLP) and isinstance(grouped, GroupedExperts)
+    results = []
+    for module in (sequential, grouped):
+        output, bias = module(rows, torch.tensor(sizes), gates)
+        assert bias is None
+        output.sin().sum().backward()
+        results.append((output.detach(), rows.grad.clone(), gates.grad.clone()))
+        rows.grad = gates.grad = None
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for index, expert in enumerate(sequential.local_experts):
+        for name, mine in (("linear_fc1", grouped.fc1), ("linear_fc2", grouped.fc2)):
+            weight = getattr(expert, name).weight
+            assert torch.equal(weight, mine[index]), "the same initial weights"
+            torch.testing.assert_close(
+                mine.grad[index],
+                torch.zeros_like(weight) if weight.grad is None else weight.grad,
+                rtol=1e-12,
+                atol=1e-12,
+            )
+
+
+@needs_groups
+def test_gradients_go_into_megatrons_buffer() -> None:
+    torch.manual_seed(3)
+    rows = torch.randn(7, HIDDEN, dtype=torch.float64, device=DEVICE)
+    gates, sizes = torch.rand(7, dtype=torch.float64, device=DEVICE), torch.tensor([4, 0, 3])
+    plain, buffered = experts("grouped"), experts("grouped")
+    for weight in buffered.parameters():
+        weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
+    for module in (plain, buffered):
+        module(rows, sizes, gates)[0].sin().sum().backward()
+    for right, weight in zip(plain.parameters(), buffered.parameters(), strict=True):
+        assert weight.grad_added_to_main_grad and weight.grad is not None
+        torch.testing.assert_close(weight.main_grad, right.grad + 1, rtol=1e-12, atol=1e-12)
+
+
+@needs_groups
+def test_chunks_leave_one_gradient_without_values() -> None:
+    """Each would be as large as the weights, and Megatron's hook needs one."""
+    layer = make_layer(make_config(moe_relu_activation_limit=1.0), fused=True)
+    given: dict[str, list[bool]] = {"fc1": [], "fc2": []}
+    for weight in layer.experts.parameters():
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
+    tokens = torch.randn(16, 2, HIDDEN, dtype=torch.float64, device=DEVICE)
+    output = layer(tokens)[0]
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+        if "SwiGLU" in node.name():
+            node.register_hook(
+                lambda inputs, _: (
+                    [given[name].append(inputs[2 + number] is not None) for number, name in enumerate(given)] and None
+                )
+            )
+    output.pow(2).sum().backward()
+    assert len(given["fc1"]) >= 2 and sum(given["fc1"]) == sum(given["fc2"]) == 1
+    found = [weight.main_grad for weight in layer.experts.parameters()]
+    for weight in layer.experts.parameters():
+        del weight.main_grad, weight.grad_added_to_main_grad
+        weight.grad = None
+    layer.pairs_limit = 0.0
+    layer(tokens)[0].pow(2).sum().backward()
+    for mine, weight in zip(found, layer.experts.parameters(), strict=True):
+        torch.testing.assert_close(mine, weight.grad, rtol=1e-10, atol=1e-10)
+
+
+@needs_groups
+def test_state_of_sequential_experts_can_be_loaded() -> None:
+    sequential, grouped = experts("sequential"), experts("grouped")
+    with torch.no_grad():
+        for weight in sequential.parameters():
+            weight.normal_()
+    grouped.load_state_dict(sequential.state_dict())
+    for index, expert in enumerate(sequential.local_experts):
+        assert torch.equal(grouped.fc1[index], expert.linear_fc1.weight)
+        assert torch.equal(grouped.fc2[index], expert.linear_fc2.weight)
+
+
+@needs_groups
+@pytest.mark.parametrize(
+    "changes", [{"add_bias_linear": True}, {"gated_linear_unit": False}, {"activation_func": torch.nn.functional.gelu}]
+)
+def test_other_experts_stay_megatrons(changes: dict[str, Any]) -> None:
+    assert isinstance(make_layer(make_config(**changes), fused=True).experts, SequentialMLP)
+
+
+def test_specification_keeps_what_it_does_not_know() -> None:
+    stock = get_gpt_layer_local_spec(4, False, normalization="RMSNorm")
+    fused = with_fused_layers(stock)
+    assert fused.submodules.self_attention.submodules.core_attention is FusedDotProductAttention
+    assert isinstance(fused.submodules.mlp, partial) and fused.submodules.mlp.func is ReMoELayer
+    assert stock.submodules.mlp.func is MoELayer, "the original is left alone"
+    assert fused.submodules.input_layernorm is stock.submodules.input_layernorm
+    dense = get_gpt_layer_local_spec(None, False, normalization="RMSNorm").submodules.mlp
+    kept = with_fused_layers(dense)
+    assert (kept.func, kept.keywords) == (dense.func, dense.keywords)
+
+
+KINDS = {"ReMoE": RELU, "top-k": TOPK, "dense": [], "top-k, k = 3": [*TOPK, "--moe-router-topk", "3"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_training(kind: str, data: Path) -> None:
+    """The whole step, optimizer included, from the same initial weights."""
+    losses = [
+        series(run([*TINY, *KINDS[kind], "--data-path", str(data), *flags]), "lm loss")
+        for flags in ([], ["--no-local-layer-fusion"])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 8
+
+
+RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+LAYOUTS = {  # that of the first training, fused or not, and that of the second
+    "into grouped": (1, ["--no-local-layer-fusion"], 2, ["--expert-model-parallel-size", "2"]),
+    "out of grouped": (2, ["--expert-model-parallel-size", "2"], 1, ["--no-local-layer-fusion"]),
+    "into expert tensor parallelism": (
+        1,
+        ["--no-local-layer-fusion"],
+        2,
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "2"],
+    ),
+    "distributed optimizer": (1, [*RESHARDABLE, "--no-local-layer-fusion"], 2, RESHARDABLE),
+}
+
+
+@pytest.mark.parametrize("change", LAYOUTS)
+def test_checkpoints_go_both_ways(change: str, data: Path, tmp_path: Path) -> None:
+    """With the optimizer's state: what follows is what would have followed."""
+    before, first, after, second = LAYOUTS[change]
+    common = [*TINY, *RELU, "--data-path", str(data), "--save-interval", "4", "--save"]
+    whole = run([*common, str(tmp_path / "checkpoints"), *first], before)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+    resumed = run([*common, str(tmp_path / "else"), *second, "--load", str(tmp_path / "checkpoints")], after)
+    expected = series(whole, "lm loss")[4:]
+    expected[1] = (expected[0] + expected[1]) / 2  # as Megatron logs it after a start
+    assert series(resumed, "lm loss") == pytest.approx(expected, rel=1e-5)
+    assert series(resumed, "l1 coefficient") == series(whole, "l1 coefficient")[4:]
+
+
+def test_distributed_state_of_other_experts_is_refused(data: Path, tmp_path: Path) -> None:
+    """Megatron would load it into the wrong places: it is one flat piece in the parameters' order."""
+    common = [*TINY, *RELU, "--data-path", str(data), "--use-distributed-optimizer", "--train-iters", "2"]
+    run([*common, "--save", str(tmp_path), "--save-interval", "2", "--no-local-layer-fusion"])
+    refused = run([*common, "--load", str(tmp_path)], expect=2)
+    assert "saved for experts one by one. Add --no-local-layer-fusion, or give --no-load-optim" in refused
+
+
+BOUNDED = {
+    "one process": (1, []),
+    "EP2": (2, ["--expert-model-parallel-size", "2"]),
+    "EP2, allgather": (2, ["--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "allgather"]),
+    "EP2, overlap": (
+        2,
+        [
+            "--expert-model-parallel-size",
+            "2",
+            "--use-distributed-optimizer",
+            "--overlap-grad-reduce",
+            "--overlap-param-gather",
+        ],
+    ),
+    "expert TP2": (
+        2,
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "2"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def unbounded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("unbounded")
+    common = [*TINY, *RELU, "--data-path", str(data), "--moe-relu-activation-limit", "0"]
+    run([*common, "--train-iters", "1", "--save", str(folder), "--save-interval", "1"])
+    return folder, run([*common, "--load", str(folder), "--finetune"])
+
+
+@pytest.mark.parametrize("layout", BOUNDED)
+def test_bounded_activations_change_nothing(layout: str, data: Path, unbounded: tuple[Path, str]) -> None:
+    """All 8 steps are far from the target: about 4 active experts per token where 1 is bounded."""
+    folder, expected = unbounded
+    processes, flags = BOUNDED[layout]
+    flags = [*flags, "--moe-relu-activation-limit", "1", "--load", str(folder), "--finetune"]
+    found = run([*TINY, *RELU, "--data-path", str(data), *flags], processes)
+    assert min(series(expected, "sparsity")) < 0.6
+    assert series(found, "lm loss") == pytest.approx(series(expected, "lm loss"), rel=1e-5)
+    assert series(found, "sparsity") == pytest.approx(series(expected, "sparsity"), abs=1e-3)
+    assert series(found, "l1 coefficient") == series(expected, "l1 coefficient")

@@ -1,0 +1,86 @@
+"""What can be said of Transformer Engine without a GPU: its layer specification, and its experts' interface.
+
+Its kernels are not run: Megatron's `TEGroupedMLP` gets linear layers of plain PyTorch that are called as those are.
+"""
+
+import pytest
+import torch
+
+from megatron.core.extensions import transformer_engine_spec_provider as provider
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.remoe.moe.layer import ReMoELayer
+from megatron.remoe.moe.specs import with_relu_routing
+from megatron.remoe.routing.router import ReLURouter
+from tests.layers import HIDDEN, make_config, oracle
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+class GroupedLinear(torch.nn.Module):
+    """The interface of Transformer Engine's grouped layers: rows sorted by expert, and the number of each as a list."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int, *, config, init_method, **_unused) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(
+            init_method(torch.empty(outputs, inputs, dtype=config.params_dtype)) for _ in range(experts)
+        )
+
+    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
+        assert all(type(size) is int for size in m_splits) and sum(m_splits) == len(rows)
+        parts = zip(rows.split(m_splits), self.weights, strict=True)
+        return torch.cat([part @ weight.T for part, weight in parts]), None
+
+
+@pytest.fixture
+def engine_spec(monkeypatch: pytest.MonkeyPatch) -> ModuleSpec:
+    """Megatron's own specification for a MoE layer of Transformer Engine, whether that is installed or not."""
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", provider.TESpecProvider)
+    monkeypatch.setattr(provider, "TEColumnParallelGroupedLinear", GroupedLinear)
+    monkeypatch.setattr(provider, "TERowParallelGroupedLinear", GroupedLinear)
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(num_experts=4, moe_grouped_gemm=True)
+
+
+def test_only_router_and_layer_are_replaced(engine_spec: ModuleSpec) -> None:
+    changed = with_relu_routing(engine_spec)
+    mlp, stock = changed.submodules.mlp, engine_spec.submodules.mlp
+    assert (stock.func, mlp.func) == (MoELayer, ReMoELayer)
+    submodules, stock_submodules = mlp.keywords["submodules"], stock.keywords["submodules"]
+    assert submodules.router is ReLURouter
+    assert submodules.experts is stock_submodules.experts and submodules.experts.func is TEGroupedMLP
+    assert submodules.shared_experts is stock_submodules.shared_experts
+    for name in ("self_attention", "pre_mlp_layernorm", "mlp_bda", "sharded_state_dict_keys_map"):
+        assert getattr(changed.submodules, name) is getattr(engine_spec.submodules, name)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0], ids=["unbounded", "bounded"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_engine_experts_equal_oracle(engine_spec: ModuleSpec, topk: int, dispatcher: str, limit: float) -> None:
+    """Any number of pairs reaches them with sizes and gates as they take them, outputs and gradients are right."""
+    torch.manual_seed(topk)
+    config = make_config(
+        moe_router_topk=topk,
+        moe_token_dispatcher_type=dispatcher,
+        moe_grouped_gemm=True,
+        moe_relu_activation_limit=limit,
+        moe_relu_l1_reg_coeff_init=1e-30,
+    )
+    layer = with_relu_routing(engine_spec).submodules.mlp(config=config, layer_number=1)
+    layer.set_layer_number(1)
+    layer.to(torch.float64)
+    assert isinstance(layer.experts, TEGroupedMLP)
+    experts = list(zip(layer.experts.linear_fc1.weights, layer.experts.linear_fc2.weights, strict=True))
+    tokens = torch.randn(9, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    weights = [tokens, layer.router.weight, *layer.experts.parameters()]
+    direction = torch.randn_like(tokens)
+    output, _ = layer(tokens)
+    found = torch.autograd.grad((output * direction).sum(), weights)
+    expected, _, pairs = oracle(tokens.view(-1, HIDDEN), layer.router.weight, experts, topk)
+    assert pairs != 18 * topk
+    right = torch.autograd.grad((expected.view_as(tokens) * direction).sum(), weights)
+    torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(found, right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)

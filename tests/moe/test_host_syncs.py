@@ -1,0 +1,140 @@
+"""The host waits for the device once in a MoE layer, for the number of tokens of each expert, and not in the update.
+
+Where every token has k experts and one rank all of them, it does not wait at all.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron.remoe.moe import layer as moe_layer
+from megatron.remoe.moe import plan
+from megatron.remoe.routing.controller import SparsityController
+from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
+
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "_unique2",
+    "equal",
+    "item",
+    "where.default",
+}
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations whose result's shape or value the host has to know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if name in WAITING or name.split(".")[0] in WAITING - {"where.default"}:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("limit", [0.0, 2.0], ids=["unbounded", "bounded"])
+def test_a_layer_waits_once(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(make_config(num_moe_experts=4, moe_router_topk=2, moe_relu_activation_limit=limit), fused=True)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    calls = counted_pairs(monkeypatch)
+    with Waits() as waits:
+        layer(tokens)[0].sum().backward()
+    assert len(calls) == 1 and waits.found == []
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_counts_that_nobody_asks_for_are_not_gathered(dispatcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Megatron's own dispatchers exchange the numbers, and where no layer could exceed the bound."""
+    settings = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_token_dispatcher_type": dispatcher}
+    unbounded = make_layer(make_config(**settings, moe_relu_activation_limit=0.0))
+    unreachable = make_layer(make_config(**settings, moe_relu_activation_limit=2.0))
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=unbounded.router.weight.device)
+    calls = counted_pairs(monkeypatch)
+    unbounded(tokens)
+    unreachable(tokens)
+    assert len(calls) == (0 if dispatcher == "allgather" else 2), "alltoall is told by them who sends what"
+
+
+def counted_pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """The arguments of all calls of `count_pairs` from now on, each of which waits."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return count_pairs(*arguments)
+
+    count_pairs = plan.count_pairs
+    for module in (plan, moe_layer):
+        monkeypatch.setattr(module, "count_pairs", counted)
+    return calls
+
+
+def test_a_topk_layer_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(make_topk_config(moe_router_topk=2), fused=True)
+    assert isinstance(layer, moe_layer.ReMoELayer)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    calls = counted_pairs(monkeypatch)
+    with Waits() as waits:
+        layer(tokens)[0].sum().backward()
+    assert calls == [] and waits.found == []
+
+    dropping = make_layer(make_topk_config(moe_router_topk=2, moe_expert_capacity_factor=0.5), fused=True)
+    pairs: list[int] = []
+    dropping.experts.register_forward_pre_hook(lambda _module, arguments: pairs.append(len(arguments[2])))
+    dropping(tokens)[0].sum().backward()
+    assert len(calls) == 1 and pairs[0] < 2 * 16
+
+
+def test_the_update_does_not_wait() -> None:
+    config = make_config()
+    layer = make_layer(config)
+    layer(torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))[0].sum().backward()
+    controller = SparsityController([layer], config)
+    with Waits() as waits:
+        controller.update()
+    assert waits.found == []
+
+
+def test_waiting_is_noticed() -> None:
+    with Waits() as waits:
+        float(torch.ones(()))
+        torch.ones(3).nonzero()
+    assert waits.found == ["_local_scalar_dense.default", "nonzero.default"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
+def test_cuda_tells_of_one_wait() -> None:
+    config = make_config(num_moe_experts=4, params_dtype=torch.bfloat16, moe_router_dtype="fp32")
+    layer = make_layer(config, fused=True)
+    controller = SparsityController([layer], config)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    layer(tokens)[0].sum().backward()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as warned:
+            layer(tokens)[0].sum().backward()
+            controller.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(warned) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
+def test_cuda_tells_of_no_wait_with_topk(recwarn: pytest.WarningsRecorder) -> None:
+    layer = make_layer(make_topk_config(params_dtype=torch.bfloat16, moe_router_dtype="fp32"), fused=True)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    layer(tokens)[0].sum().backward()
+    recwarn.clear()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        layer(tokens)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not [warning for warning in recwarn if "synchroniz" in str(warning.message)]

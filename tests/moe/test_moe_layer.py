@@ -1,0 +1,282 @@
+"""Router, L1 term, dispatch and experts together against the oracle in float64."""
+
+import types
+
+import pytest
+import torch
+
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
+from megatron.remoe.moe.dispatcher import PermutingAlltoAllDispatcher, PlannedAlltoAllDispatcher
+from megatron.remoe.moe.layer import ReMoELayer, dispatcher_for
+from tests.layers import HIDDEN, expert_weights, make_config, make_layer, make_topk_config, oracle
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+SHAPES = [  # sequence, batch, experts, topk
+    (1, 1, 2, 1),
+    (7, 2, 4, 1),
+    (5, 3, 4, 2),
+    (16, 1, 8, 3),
+]
+
+
+def gradients(loss: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def compare_with_oracle(layer, tokens: torch.Tensor, coefficient: float) -> int:
+    """Assert equal outputs, L1 and gradients; return the number of active pairs."""
+    config = layer.config
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, dtype=torch.float64, device=tokens.device))
+    weights = list(layer.experts.parameters())
+    direction = torch.randn_like(tokens)
+
+    output, _ = layer(tokens)
+    ours = gradients((output * direction).sum(), tokens, layer.router.weight, *weights)
+
+    flat = tokens.reshape(-1, HIDDEN)
+    expected, l1, pairs = oracle(flat, layer.router.weight, expert_weights(layer), config.moe_router_topk)
+    loss = (expected.view_as(tokens) * direction).sum() + coefficient * l1
+    theirs = gradients(loss, tokens, layer.router.weight, *weights)
+
+    torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
+    for mine, right in zip(ours, theirs, strict=True):
+        # Megatron's Switch loss is computed in float32.
+        torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-7)
+    counts = layer.router.counts
+    assert counts.active == pairs and counts["tokens"] == len(flat)
+    torch.testing.assert_close(counts["l1_loss"], l1.detach(), rtol=1e-6, atol=1e-7)
+    return pairs
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize(("sequence", "batch", "experts", "topk"), SHAPES)
+def test_layer_equals_oracle(sequence: int, batch: int, experts: int, topk: int, dispatcher: str, fused: bool) -> None:
+    torch.manual_seed(sequence * 100 + experts)
+    config = make_config(
+        num_moe_experts=experts,
+        moe_router_topk=topk,
+        moe_token_dispatcher_type=dispatcher,
+        moe_relu_l1_reg_coeff_init=0.3,
+    )
+    layer = make_layer(config, fused)
+    tokens = torch.randn(sequence, batch, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    compare_with_oracle(layer, tokens.requires_grad_(), coefficient=0.3)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("share", ["all", "none", "one expert", "one expert empty"])
+def test_any_number_of_pairs_is_dispatched(share: str, dispatcher: str, fused: bool) -> None:
+    """Megatron's alltoall truncates to tokens · topk pairs: more lose tokens, fewer send unrouted ones."""
+    torch.manual_seed(1)
+    config = make_config(moe_token_dispatcher_type=dispatcher, moe_relu_l1_reg_coeff_init=0.1)
+    layer = make_layer(config, fused)
+    tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
+    weight = layer.router.weight.data
+    weight.abs_()
+    if share == "none":
+        weight.neg_()
+    elif share == "one expert":
+        weight[1:].neg_()
+    elif share == "one expert empty":
+        weight[2].neg_()
+    pairs = compare_with_oracle(layer, tokens.requires_grad_(), coefficient=0.1)
+    assert pairs == 12 * {"all": 4, "none": 0, "one expert": 1, "one expert empty": 3}[share]
+
+
+def test_stock_dispatcher_would_truncate() -> None:
+    """The trap is still there; when this fails, the subclass can go."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    torch.manual_seed(1)
+    layer = make_layer(make_config())
+    tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
+    layer.router.weight.data.abs_()
+    right, _ = layer(tokens)
+    layer.token_dispatcher = MoEAlltoAllTokenDispatcher(
+        4, [0, 1, 2, 3], config=layer.config, pg_collection=get_default_pg_collection()
+    )
+    layer.is_planned = False
+    with pytest.raises((RuntimeError, AssertionError)):
+        wrong, _ = layer(tokens)
+        assert torch.allclose(wrong, right)
+
+
+def results(layer: ReMoELayer, tokens: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of tokens and weights."""
+    weights = [tokens, *layer.parameters()]
+    return [output, *torch.autograd.grad(output.sin().sum(), weights)]
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0], ids=["unbounded", "bounded"])
+def test_megatrons_permutation_gives_the_same(limit: float) -> None:
+    """What --moe-permute-fusion takes, here without the fused kernel."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    torch.manual_seed(2)
+    layer = make_layer(make_config(moe_relu_activation_limit=limit))
+    assert isinstance(layer.token_dispatcher, PlannedAlltoAllDispatcher)
+    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    right = results(layer, tokens, layer(tokens)[0])
+    layer.token_dispatcher = PermutingAlltoAllDispatcher(4, [0, 1, 2, 3], layer.config, get_default_pg_collection())
+    layer.is_planned = False
+    for mine, theirs in zip(results(layer, tokens, layer(tokens)[0]), right, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_called_one_by_one_give_the_same(fused: bool) -> None:
+    """As Megatron's schedules do that overlap them with other layers' work."""
+    torch.manual_seed(3)
+    layer = make_layer(make_config(), fused=fused)
+    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    right = results(layer, tokens, layer(tokens)[0])
+    dispatched, gates = layer.preprocess(tokens, *layer.route(tokens))
+    output, _ = layer.routed_experts_compute(*layer.dispatch(dispatched, gates))
+    output = layer.postprocess(layer.combine(output), None)
+    for mine, theirs in zip(results(layer, tokens, output), right, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
+    relu, topk = make_config(), make_topk_config()
+    assert type(make_layer(relu).token_dispatcher) is type(make_layer(topk, fused=True).token_dispatcher)
+    assert dispatcher_for(relu, is_relu=True) is dispatcher_for(topk, is_relu=False) is PlannedAlltoAllDispatcher
+    relu.moe_permute_fusion = topk.moe_permute_fusion = True  # given at once, it would ask for Transformer Engine
+    assert dispatcher_for(relu, is_relu=True) is PermutingAlltoAllDispatcher
+    assert dispatcher_for(topk, is_relu=False) is None
+    layer = make_layer(make_config(moe_token_dispatcher_type="allgather"))
+    assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher
+
+
+def test_tensor_parallelism_wants_sequence_parallelism() -> None:
+    """Megatron refuses it in training; a layer that works in chunks does not come there."""
+    with pytest.raises(ValueError, match="--tensor-model-parallel-size 2 cannot be used .* Add --sequence-parallel"):
+        make_config(tensor_model_parallel_size=2)
+    layer = make_layer(make_config())
+    layer.attn_tp_group = types.SimpleNamespace(size=lambda: 2)
+    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    with pytest.raises(ValueError, match="sequence parallelism"):
+        layer(tokens)
+    layer.eval()(tokens)
+
+
+def test_token_without_expert_passes_on_nothing() -> None:
+    layer = make_layer(make_config())
+    layer.router.weight.data.abs_().neg_()
+    output, _ = layer(torch.rand(3, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))
+    assert not output.any()
+
+
+def test_shared_expert_is_added() -> None:
+    torch.manual_seed(2)
+    layer = make_layer(make_config(moe_shared_expert_intermediate_size=8))
+    tokens = torch.randn(4, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    output, _ = layer(tokens)
+    flat = tokens.reshape(-1, HIDDEN)
+    routed, _, _ = oracle(flat, layer.router.weight, expert_weights(layer), 1)
+    torch.testing.assert_close(output, routed.view_as(tokens) + layer.shared_experts(tokens))
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recompute_counts_once_and_keeps_gradients(granularity: str) -> None:
+    from megatron.core.tensor_parallel import checkpoint
+
+    found, weights = [], None
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        selective = recompute and granularity == "selective"
+        config = make_config(
+            moe_relu_l1_reg_coeff_init=0.2,
+            **({"recompute_granularity": "selective", "recompute_modules": ["moe"]} if selective else {}),
+        )
+        layer = make_layer(config)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        tokens = torch.randn(5, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+        if recompute and granularity == "full":
+            output = checkpoint(lambda hidden, layer=layer: layer(hidden)[0], False, tokens)
+        else:
+            output = layer(tokens)[0]
+        output.pow(2).sum().backward()
+        found.append((output.detach(), tokens.grad, layer.router.weight.grad, layer.router.counts.table))
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def dispatched_pairs(layer) -> list[int]:
+    """Fills with the number of token-expert pairs, which have a gate each, of every call of the experts."""
+    pairs: list[int] = []
+    layer.experts.register_forward_pre_hook(lambda _module, arguments: pairs.append(len(arguments[2])))
+    return pairs
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "MoE recompute"])
+@pytest.mark.parametrize("limit", [1.0, 1.4, 1.8])
+def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispatcher: str) -> None:
+    results, weights = [], None
+    for bound in (0.0, limit):
+        torch.manual_seed(4)
+        config = make_config(
+            num_moe_experts=8,
+            moe_router_topk=2,
+            moe_token_dispatcher_type=dispatcher,
+            moe_relu_l1_reg_coeff_init=0.2,
+            moe_relu_activation_limit=bound,
+            moe_shared_expert_intermediate_size=8,
+            **({"recompute_granularity": "selective", "recompute_modules": ["moe"]} if recompute else {}),
+        )
+        layer = make_layer(config, fused=True)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        dispatched = dispatched_pairs(layer)
+        tokens = torch.randn(23, 3, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+        output = layer(tokens)[0]
+        output.pow(2).sum().backward()
+        results.append((output.detach(), layer.router.counts.table, *(p.grad for p in (tokens, *layer.parameters()))))
+        pairs = int(layer.router.counts.active)
+        assert pairs > limit * 2 * 69, "more than the limit, or this tests nothing"
+        if bound:
+            assert max(dispatched) <= bound * 2 * 69
+            assert len(dispatched) >= 2 * pairs / (bound * 2 * 69), "each chunk twice"
+        else:
+            assert set(dispatched) == {pairs}
+    for plain, bounded in zip(*results, strict=True):
+        torch.testing.assert_close(bounded, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_unevenly_active_tokens_are_bounded_too() -> None:
+    """Equal parts of the sequence would have unequal numbers of pairs."""
+    config = make_config(num_moe_experts=8, moe_relu_activation_limit=2.0)
+    layer = make_layer(config, fused=True)
+    layer.router.weight.data.abs_()
+    tokens = -torch.ones(32, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    tokens[3:12] = 1.0
+    dispatched = dispatched_pairs(layer)
+    layer(tokens)
+    assert sum(dispatched) == 9 * 8 and max(dispatched) <= 2 * 32
+
+
+def test_at_the_target_nothing_is_computed_twice() -> None:
+    config = make_config(num_moe_experts=4, moe_router_topk=2, moe_relu_activation_limit=1.0)
+    layer = make_layer(config, fused=True)
+    weight = layer.router.weight.data.abs_()
+    weight[2:].neg_()
+    dispatched = dispatched_pairs(layer)
+    tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
+    layer(tokens.requires_grad_())[0].sum().backward()
+    assert dispatched == [24]
+
+
+def test_evaluation_is_bounded() -> None:
+    layer = make_layer(make_config(moe_relu_activation_limit=1.0), fused=True).eval()
+    layer.router.weight.data.abs_()
+    dispatched = dispatched_pairs(layer)
+    with torch.no_grad():
+        layer(torch.ones(8, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))
+    assert dispatched == [8] * 4

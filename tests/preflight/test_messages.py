@@ -1,0 +1,68 @@
+"""Who says what is wrong: the program by its own name, each rank where the reason is its own."""
+
+import argparse
+import socket
+import sys
+
+import pytest
+
+from megatron.remoe.data.errors import DataError
+from megatron.remoe.preflight import environment, messages
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a rank would have waited before it spoke."""
+    seconds: list[float] = []
+    monkeypatch.setattr(messages.time, "sleep", seconds.append)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/own_script.py"])
+    return seconds
+
+
+def said(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop, messages.usage_errors():
+        raise error
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_first_rank_says_it_at_once(waited, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert said(ValueError("--lr is wrong"), capsys) == "own_script.py: error: --lr is wrong\n"
+    assert said(DataError("no data"), capsys) == "own_script.py: error: no data\n"
+    assert not waited
+
+
+def test_flags_are_wrong_on_all_ranks_and_told_once(waited, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert said(ValueError("--lr is wrong"), capsys) == ""
+
+
+def test_a_rank_whose_files_are_missing_says_so(waited, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "3")
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        expected = f"own_script.py: error: rank 3 on {socket.gethostname()}: no data\n"
+        assert said(DataError("no data"), capsys) == expected
+    assert 0 < waited[0] < waited[1], "the first of a machine speaks first, and torchrun then ends the others"
+
+
+def test_a_folder_that_one_rank_cannot_write_is_its_own_reason(waited, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "file").touch()
+    args = argparse.Namespace(save=str(tmp_path / "file" / "run"), tensorboard_dir=None, data_cache_path=None)
+    with pytest.raises(SystemExit), messages.usage_errors():
+        environment.check_output_folders(args)
+    assert f"rank 1 on {socket.gethostname()}: --save {args.save}: cannot be written" in capsys.readouterr().err
+
+
+def test_last_words_are_of_the_program(waited, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(messages.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        messages.end_with_last_words(RuntimeError("CUDA out of memory"))
+    words = capsys.readouterr().err.splitlines()[-2:]
+    assert stop.value.code == 1
+    assert words[0] == "own_script.py: error: rank 1: RuntimeError: CUDA out of memory"
+    assert words[1].startswith("Take a smaller --micro-batch-size")

@@ -1,0 +1,175 @@
+"""The life of λ: neutral before the first update, right direction, reset, exact after many steps and in checkpoints."""
+
+import pytest
+import torch
+
+from megatron.core.transformer.module import Float16Module
+from megatron.remoe.routing.controller import SparsityController
+from megatron.remoe.routing.counts import RoutingCounts
+from tests.layers import HIDDEN, make_config, make_layer
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+def make_controller(**changes) -> SparsityController:
+    config = make_config(**changes)
+    return SparsityController([make_layer(config)], config)
+
+
+def route(controller: SparsityController, active: int, tokens: int) -> None:
+    """Let the router count `tokens` tokens of which `active` go to one expert each, the others to none."""
+    router = controller.routers[0]
+    router.weight.data.zero_()
+    router.weight.data[0, 0] = 1.0
+    hidden = torch.zeros(tokens, 1, HIDDEN, dtype=torch.float64, device=router.weight.device)
+    hidden[:active, 0, 0] = 1.0
+    router(hidden)
+
+
+def exponent(controller: SparsityController) -> int:
+    return int(controller.routers[0].l1_exponent)
+
+
+def test_neutral_before_the_first_update() -> None:
+    controller = make_controller(moe_relu_l1_reg_coeff_init=3e-7)
+    assert exponent(controller) == 0
+    assert controller.routers[0].l1_coefficient.item() == 3e-7
+    assert controller.summary() is None
+
+
+def test_update_without_tokens_changes_nothing() -> None:
+    controller = make_controller()
+    controller.update()
+    assert exponent(controller) == 0
+
+
+def test_direction_and_reset() -> None:
+    """k = 1: on target are as many pairs as tokens; more active pairs raise λ, fewer lower it."""
+    controller = make_controller()
+    router = controller.routers[0]
+    hidden = torch.ones(8, 1, HIDDEN, dtype=torch.float64, device=router.weight.device)
+    router.weight.data.fill_(1.0)
+    router(hidden)
+    controller.update()
+    assert exponent(controller) == 1
+    assert not router.counts.table.any()
+    summary = controller.summary()
+    assert summary.sparsity == 0.0 and summary.target_sparsity == 0.75
+    assert summary.l1_coefficient == 1e-8
+    assert summary.expert_load == {1: [1.0] * 4}
+
+    route(controller, active=3, tokens=8)
+    controller.update()
+    assert exponent(controller) == 0
+    assert controller.summary().sparsity == pytest.approx(1 - 3 / 32)
+
+    route(controller, active=8, tokens=8)
+    controller.update()
+    assert exponent(controller) == 0, "on the target, sign(0) = 0"
+    assert controller.summary().sparsity == 0.75
+
+
+def test_micro_batches_add_up() -> None:
+    controller = make_controller()
+    route(controller, active=9, tokens=10)
+    route(controller, active=1, tokens=10)
+    controller.update()
+    summary = controller.summary()
+    assert summary.sparsity == 1 - 10 / 80
+    assert summary.expert_load[1][0] == 0.5
+    assert exponent(controller) == -1
+
+
+def test_exact_after_a_thousand_updates() -> None:
+    controller = make_controller()
+    router = controller.routers[0]
+    for step in range(1000):
+        router.counts = RoutingCounts.zeros(4, router.weight.device)
+        router.counts["tokens_per_expert"][0], router.counts["tokens"][...] = (2.0 if step % 4 else 0.0), 1.0
+        controller.update()
+    assert exponent(controller) == 500
+    assert router.l1_coefficient.item() == pytest.approx(1e-8 * 1.2**500, rel=1e-12)
+
+
+def test_saved_and_loaded_exactly_under_bf16() -> None:
+    def half_precision_layer():
+        config = make_config(params_dtype=torch.bfloat16, bf16=True, moe_router_dtype="fp32")
+        return Float16Module(config, make_layer(config))
+
+    saved, loaded = half_precision_layer(), half_precision_layer()
+    saved.module.router.l1_exponent.fill_(-271)
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.module.router.weight.dtype == torch.bfloat16
+    assert loaded.module.router.l1_exponent.dtype == torch.int64
+    assert int(loaded.module.router.l1_exponent) == -271
+    assert loaded.module.router.l1_coefficient.dtype == torch.float64
+    assert loaded.module.router.l1_coefficient == saved.module.router.l1_coefficient
+
+
+def test_a_step_that_is_not_finite_moves_nothing() -> None:
+    controller = make_controller(moe_relu_layer_floor=1e-3)
+    router = controller.routers[0]
+    hidden = torch.full((8, 1, HIDDEN), float("nan"), dtype=torch.float64, device=router.weight.device)
+    router(hidden)[0].sum().backward()
+    controller.update()
+    assert exponent(controller) == 0 and not router.guarded
+
+    route(controller, active=3, tokens=8)
+    router.weight.grad = torch.full_like(router.weight, float("inf"))
+    controller.update()
+    assert exponent(controller) == 0
+
+    router.weight.grad = torch.zeros_like(router.weight)
+    route(controller, active=3, tokens=8)
+    controller.update()
+    assert exponent(controller) == -1, "nothing of the steps before is left in the counters"
+    assert controller.summary().sparsity == pytest.approx(1 - 3 / 32)
+
+
+def test_gradients_that_are_not_finite_move_nothing_though_the_router_is_off() -> None:
+    """A router that is off for all tokens has a gradient of 0, whatever the loss is."""
+    config = make_config(moe_relu_layer_floor=1e-3)
+    layer = torch.nn.ModuleDict({"input_layernorm": torch.nn.RMSNorm(HIDDEN), "mlp": make_layer(config)})
+    controller = SparsityController([layer], config)
+    norm, router = layer["input_layernorm"].weight, controller.routers[0]
+    route(controller, active=0, tokens=8)
+    router.weight.grad = torch.zeros_like(router.weight)
+    norm.grad = torch.full_like(norm, float("nan"))
+    controller.update()
+    assert exponent(controller) == 0 and not router.guarded
+    norm.grad = torch.zeros_like(norm)
+    route(controller, active=0, tokens=8)
+    controller.update()
+    assert exponent(controller) == -1 and router.guarded
+
+
+def test_guard_marks_layers_that_are_all_but_off() -> None:
+    controller = make_controller(moe_relu_layer_floor=0.1)
+    guarded = []
+    for active in (0, 1, 2, 20):  # of 20 tokens with k = 1: the floor is 2
+        route(controller, active=active, tokens=20)
+        controller.update()
+        guarded.append(int(controller.routers[0].guarded))
+    assert guarded == [1, 1, 0, 0]
+    assert controller.summary().guarded_layers == [], "it tells what was in force during the step"
+
+
+def test_rank_without_router() -> None:
+    config = make_config()
+    controller = SparsityController([torch.nn.Linear(2, 2)], config)
+    controller.update()
+    assert controller.routers == [] and controller.summary().layer_sparsity == {}
+
+
+def test_update_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = make_controller()
+    route(controller, active=3, tokens=8)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("host synchronization in the update")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        controller.update()
+    assert exponent(controller) == -1

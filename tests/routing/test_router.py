@@ -1,0 +1,188 @@
+"""The router by itself: gates, padding, jitter, dtypes, and what evaluation must not touch."""
+
+import pytest
+import torch
+
+from megatron.remoe.routing.router import ReLURouter
+from tests.layers import HIDDEN, make_config, make_layer
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+def make_router(**changes) -> ReLURouter:
+    return make_layer(make_config(**changes)).router
+
+
+def random_tokens(router: ReLURouter, sequence: int = 6, batch: int = 2, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(sequence, batch, HIDDEN, dtype=dtype, device=router.weight.device)
+
+
+def test_gates_are_relu_and_map_is_where_they_are_positive() -> None:
+    router = make_router()
+    tokens = random_tokens(router)
+    probs, routing_map = router(tokens)
+    logits = tokens.reshape(-1, HIDDEN) @ router.weight.T
+    torch.testing.assert_close(probs, logits.relu())
+    assert torch.equal(routing_map, logits > 0)
+    assert routing_map.dtype == torch.bool
+
+
+def test_padding_is_neither_routed_nor_counted() -> None:
+    router = make_router(moe_relu_l1_reg_coeff_init=0.5)
+    tokens = random_tokens(router)
+    padding = torch.zeros(6, 2, dtype=torch.bool, device=tokens.device)
+    padding[4:, 1] = True
+
+    probs, routing_map = router(tokens, padding)
+    counts = router.counts
+    (probs.sum() * 0).backward()
+    l1_gradient = router.weight.grad.clone()
+
+    assert not routing_map.view(6, 2, -1)[4:, 1].any() and not probs.view(6, 2, -1)[4:, 1].any()
+    assert counts["tokens"] == 10 and counts.active == routing_map.sum()
+
+    router.counts, router.weight.grad = None, None
+    kept = tokens.reshape(-1, HIDDEN)[~padding.reshape(-1)].unsqueeze(1)
+    probs, _ = router(kept)
+    (probs.sum() * 0).backward()
+    torch.testing.assert_close(router.counts.table, counts.table)
+    torch.testing.assert_close(router.weight.grad, l1_gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_all_padding_is_harmless() -> None:
+    router = make_router()
+    tokens = random_tokens(router)
+    probs, routing_map = router(tokens, torch.ones(6, 2, dtype=torch.bool, device=tokens.device))
+    probs.sum().backward()
+    assert not routing_map.any()
+    assert not any(router.counts[name].any() for name in ("tokens_per_expert", "tokens", "l1_loss"))
+    assert torch.isfinite(router.weight.grad).all()
+
+
+def test_evaluation_and_no_grad_count_nothing() -> None:
+    router = make_router()
+    tokens = random_tokens(router)
+    with torch.no_grad():
+        router(tokens)
+    router.eval()
+    router(tokens)
+    assert router.counts is None
+
+
+def test_input_jitter_scales_tokens_within_its_range() -> None:
+    torch.manual_seed(0)
+    router = make_router(moe_input_jitter_eps=0.1)
+    router.weight.data.fill_(1.0)
+    tokens = torch.ones(50, 1, HIDDEN, dtype=torch.float64, device=router.weight.device)
+    probs, _ = router(tokens)
+    assert probs.std() > 0
+    assert probs.min() > 0.9 * HIDDEN and probs.max() < 1.1 * HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("router_dtype", "expected"), [(None, torch.bfloat16), ("fp32", torch.float32), ("fp64", torch.float64)]
+)
+def test_router_dtype(router_dtype: str | None, expected: torch.dtype) -> None:
+    router = make_router(moe_router_dtype=router_dtype, params_dtype=torch.bfloat16, bf16=True)
+    probs, _ = router(random_tokens(router, dtype=torch.bfloat16))
+    assert probs.dtype == expected
+
+
+def test_l1_gradient_follows_the_loss_scale_and_the_coefficient() -> None:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    torch.manual_seed(5)
+    router = make_router(moe_relu_l1_reg_coeff_init=0.5)
+    tokens = random_tokens(router)
+
+    def l1_gradient(scale: float) -> torch.Tensor:
+        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), scale, dtype=torch.float64, device=tokens.device))
+        probs, _ = router(tokens)
+        return torch.autograd.grad(probs.sum() * 0, router.weight)[0]
+
+    once = l1_gradient(1.0)
+    torch.testing.assert_close(l1_gradient(0.25), 0.25 * once)
+    router.l1_exponent += 3
+    torch.testing.assert_close(l1_gradient(1.0), 1.2**3 * once)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, dtype=torch.float64, device=tokens.device))
+
+
+def test_per_token_loss_scales_the_l1_gradient_by_the_tokens() -> None:
+    """Megatron divides all gradients by the number of tokens then, which this takes back."""
+    torch.manual_seed(6)
+    router = make_router(moe_relu_l1_reg_coeff_init=0.5)
+    tokens = random_tokens(router)
+    plain = torch.autograd.grad(router(tokens)[0].sum() * 0, router.weight)[0]
+    router.calculate_per_token_loss = True
+    per_token = torch.autograd.grad(router(tokens)[0].sum() * 0, router.weight)[0]
+    torch.testing.assert_close(per_token, 12 * plain)
+
+
+def test_nothing_is_read_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = make_router()
+    tokens = random_tokens(router)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("host synchronization in the router")
+
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    probs, _ = router(tokens)
+    probs.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: checks for synchronizations with CUDA's own means"
+)
+def test_nothing_synchronizes_on_the_gpu() -> None:
+    router = make_router()
+    tokens = random_tokens(router)
+    router(tokens)[0].sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        router(tokens)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def dead_router():
+    """A router whose gates are off for every one of 12 tokens, and the tokens."""
+    layer = make_layer(make_config(num_moe_experts=4, moe_relu_l1_reg_coeff_init=0.5))
+    router = layer.router
+    hidden = torch.rand(12, 1, HIDDEN, dtype=torch.float64, device=router.weight.device) + 0.5
+    router.weight.data.fill_(-1.0)
+    return router, hidden
+
+
+def test_without_the_guard_a_dead_router_stays_dead() -> None:
+    router, hidden = dead_router()
+    probs, routing_map = router(hidden)
+    probs.sum().backward()
+    assert not routing_map.any() and not router.weight.grad.any()
+
+
+def test_the_guard_revives_a_dead_router() -> None:
+    """Its gradient is that of -0.1 · mean(logits); descending it, tokens are routed again, and L1 has no hold on it."""
+    router, hidden = dead_router()
+    router.guarded.fill_(1)
+    probs, _ = router(hidden)
+    probs.sum().backward()
+    logits = hidden @ router.weight.detach().t()
+    weight = router.weight.detach().requires_grad_()
+    expected = torch.autograd.grad((-0.1 * (hidden @ weight.t()).mean()), weight)[0]
+    assert (logits < 0).all()
+    torch.testing.assert_close(router.weight.grad, expected)
+    for _ in range(1000):
+        router.weight.grad = None
+        probs, routing_map = router(hidden)
+        if routing_map.any():
+            break
+        probs.sum().backward()
+        router.weight.data -= router.weight.grad
+    assert routing_map.any()
+    router.weight.grad = None
+    probs.sum().backward()
+    gates = torch.relu(hidden @ weight.t())
+    pushed = -0.1 * ((hidden @ weight.t()) * (gates == 0)).mean()
+    torch.testing.assert_close(router.weight.grad, torch.autograd.grad(gates.sum() + pushed, weight)[0])

@@ -1,0 +1,232 @@
+"""The paper's launch scripts: what they would run, their errors, and one of them for real on the CPU."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.trainings import REPOSITORY, SMALL, records
+
+SCRIPTS = REPOSITORY / "scripts"
+SIZES = {"182m": ("12", "768", "12"), "469m": ("24", "1024", "16"), "978m": ("24", "1536", "16")}
+ROUTINGS = ("dense", "moe", "remoe")
+
+
+def launch(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        ["bash", str(SCRIPTS / f"train_llama_{script}.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env=kept | environment,
+    )
+
+
+def command(script: str, *arguments: str, **environment: str) -> list[str]:
+    result = launch(script, *arguments, **({"DRY_RUN": "command", "DATA_PATH": "pile"} | environment))
+    assert result.returncode == 0, result.stderr
+    return shlex.split(result.stdout)
+
+
+def value(words: list[str], flag: str) -> str:
+    """The last value of a flag, which is the one that counts."""
+    return words[len(words) - 1 - words[::-1].index(flag) + 1]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("size", SIZES)
+def test_paper_settings(size: str, routing: str) -> None:
+    words = command(f"{size}_{routing}")
+    layers, hidden, heads = SIZES[size]
+    expected = {
+        "--nproc-per-node": "8",
+        "--num-layers": layers,
+        "--hidden-size": hidden,
+        "--num-attention-heads": heads,
+        "--ffn-hidden-size": str(4 * int(hidden)),
+        "--num-query-groups": "4",
+        "--seq-length": "1024",
+        "--global-batch-size": "512",
+        "--train-iters": "60000",
+        "--lr": "5e-4",
+        "--min-lr": "5e-5",
+        "--init-method-std": "0.01",
+        "--rotary-base": "1000000",
+        "--split": "969,30,1",
+    }
+    assert {flag: value(words, flag) for flag in expected} == expected
+    assert ("--moe-relu-routing" in words) == (routing == "remoe")
+    assert ("--moe-aux-loss-coeff" in words) == (routing == "moe")
+    assert ("--num-experts" in words) == (routing != "dense")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_moe_and_remoe_differ_in_one_line(size: str) -> None:
+    moe, remoe = (
+        (SCRIPTS / f"train_llama_{size}_{routing}.sh").read_text().splitlines() for routing in ("moe", "remoe")
+    )
+    assert len([pair for pair in zip(moe, remoe, strict=True) if pair[0] != pair[1]]) == 1
+
+
+def test_positional_arguments_and_flags_behind_dashes() -> None:
+    words = command("182m_remoe", "2", "100", "4", "16", "2", "mine", "--", "--lr", "1e-3", WANDB_API_KEY="x")
+    expected = {
+        "--nproc-per-node": "2",
+        "--train-iters": "100",
+        "--micro-batch-size": "4",
+        "--num-experts": "16",
+        "--moe-granularity": "2",
+        "--wandb-project": "mine",
+        "--lr": "1e-3",
+    }
+    assert {flag: value(words, flag) for flag in expected} == expected
+    assert value(command("182m_dense", "2", "100", "4", "8"), "--ffn-hidden-size") == str(8 * 768)
+
+
+def test_layout_and_nodes() -> None:
+    words = command("469m_remoe", "8", TP="2", PP="2", EP="4", NNODES="2", NODE_RANK="1", MASTER_ADDR="first")
+    assert value(words, "--expert-model-parallel-size") == "4"
+    assert value(words, "--node-rank") == "1" and value(words, "--master-addr") == "first"
+    assert "--sequence-parallel" in words and "--standalone" not in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {"DATA_PATH": "", "DATA_DIR": ""}, "no data: set DATA_PATH"),
+        ([], {"DATA_PATH": "", "DATA_DIR": "/nowhere"}, "no *_document.bin in DATA_DIR=/nowhere"),
+        ([], {"DRY_RUN": "0", "DATA_DIR": "/nowhere"}, "VOCAB_FILE: there is no /nowhere/encoder.json"),
+        (["two"], {}, "gpus_per_node is 'two'"),
+        (["8", "0"], {}, "train_iters is '0'"),
+        (["8", "1", "1", "8", "1", "p", "extra"], {}, "too many arguments: extra"),
+        (["2"], {"EP": "3"}, "EP=3 does not divide the 8 experts"),
+        (["2"], {"TP": "4"}, "cannot be split into TP=4"),
+        (["8"], {"TP": "8"}, "TP=8 does not divide the 12 attention heads"),
+        (["8"], {"NNODES": "2"}, "needs MASTER_ADDR"),
+    ],
+)
+def test_errors(arguments: list[str], environment: dict[str, str], message: str) -> None:
+    result = launch("182m_remoe", *arguments, **({"DRY_RUN": "1", "DATA_PATH": "pile"} | environment))
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+FLAGS = [*SMALL, *"--split 90,10,0 --eval-iters 0 --save-interval 2".split()]
+
+
+def training_environment(data: Path, tmp_path: Path) -> dict[str, str]:
+    environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
+    return environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
+    environment = training_environment(data, tmp_path)
+    for more, expected in ((["--exit-interval", "2"], [1, 2]), ([], [3, 4])):
+        result = launch("182m_remoe", "1", "4", "2", "--", *FLAGS, *more, **environment)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+        assert list(records(result.stdout)) == expected
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoints",
+        "command.sh",
+        "tensorboard",
+        "train.log",
+    }
+
+
+@pytest.mark.parametrize("receivers", ["script", "all"])
+def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) -> None:
+    """A signal reaches the script alone (kill, docker stop), or every process of the job (a scheduler)."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    log, console = tmp_path / "run" / "train.log", tmp_path / "console"
+    process = subprocess.Popen(
+        [
+            "bash",
+            str(SCRIPTS / "train_llama_182m_remoe.sh"),
+            "1",
+            "100000",
+            "2",
+            "--",
+            *FLAGS,
+        ],
+        stdout=console.open("w"),  # a pipe that nobody reads would fill and stop the training
+        stderr=subprocess.STDOUT,
+        env=kept | training_environment(data, tmp_path),
+    )
+    deadline = time.monotonic() + 120
+    # Not before the first save: what that starts must survive the signal too.
+    while not (log.exists() and "successfully saved checkpoint" in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
+        time.sleep(0.1)
+    targets = [process.pid]
+    if receivers == "all":
+        family = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        parents = {int(pid): int(parent) for pid, parent in map(str.split, family.splitlines())}
+        for _ in range(5):  # generations: script, job, torchrun, training
+            targets += [pid for pid, parent in parents.items() if parent in targets and pid not in targets]
+    for pid in targets:
+        os.kill(pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    output = console.read_text()
+    assert process.returncode == 143, output
+    assert output.splitlines()[-1].startswith("Stopped. The same command goes on from the last checkpoint")
+    saved = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert saved in (last := max(records(log.read_text())), last + 1)
+    assert "exiting program after receiving SIGTERM" in log.read_text()
+
+
+PAPER = {  # total parameters in units of 10^6, GFLOPs per sequence
+    "182m": (777, 995),
+    "469m": (2580, 2873),
+    "978m": (5730, 5991),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("size", SIZES)
+def test_cost_is_the_papers(size: str, routing: str) -> None:
+    """The entry's own parser and validation accept each script's flags, and the model is the paper's."""
+    result = launch(f"{size}_{routing}", DRY_RUN="1", DATA_PATH="pile", PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    command_line, estimate = result.stdout.split("\n", 1)
+    assert "torch.distributed.run" in command_line and "--bf16" in command_line
+    parameters, gflops = PAPER[size]
+    figures = {
+        line.split("  ")[1].strip(): line.replace(",", "").split() for line in estimate.splitlines() if "  " in line
+    }
+    if routing != "dense":
+        assert int(figures["total parameters"][2]) == pytest.approx(parameters * 1e6, rel=0.02)
+    per_sequence = next(line for line in estimate.splitlines() if "G per sequence of 1024 tokens" in line)
+    assert float(per_sequence.split()[0].replace(",", "")) == pytest.approx(gflops, rel=0.02)
+    assert f"Settings that differ from the paper's {size.upper()} {routing}: none" in estimate
+    assert "31,457,280,000 tokens" in estimate
+    assert ("dense first stage, 4 of 8 experts" in estimate) == (routing == "remoe")
+
+
+def test_cost_names_what_differs_from_the_paper() -> None:
+    flags = ["2", "100", "4", "16", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2"]
+    environment = {"DRY_RUN": "1", "DATA_PATH": "pile", "PYTHON": sys.executable, "GPU": "a100", "UTILIZATION": "0.3"}
+    result = launch("182m_remoe", *flags, **environment)
+    assert result.returncode == 0, result.stderr
+    for line in (
+        "--lr 0.001   (paper: 0.0005)",
+        "--train-iters 100   (paper: 60000)",
+        "--num-experts 16   (paper: 8)",
+        "--moe-router-topk 2   (paper: 1)",
+        "--moe-granularity 2   (paper: 1)",
+        "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)",
+        "at 30% utilization",
+    ):
+        assert line in result.stdout
+    assert result.stdout.count("(paper:") == 5
+
+
+def test_cost_refuses_a_layout_that_megatron_refuses() -> None:
+    result = launch(
+        "182m_moe", "8", "--", "--micro-batch-size", "3", DRY_RUN="1", DATA_PATH="pile", PYTHON=sys.executable
+    )
+    assert result.returncode == 2 and "must be divisible by" in result.stderr

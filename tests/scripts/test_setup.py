@@ -1,0 +1,460 @@
+"""Finding a Python, making and keeping .venv, and what the built wheel holds; all without network."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from importlib.metadata import distribution, distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tools.common.places import ROOT
+
+LIBRARY = "scripts/lib/environment.sh"
+REAL = Path(getattr(sys, "_base_executable", sys.executable))
+
+
+def run_bash(code: str, root: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` after sourcing the library of the tree at `root`, as the scripts do."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "TORCH_INDEX_URL")}
+    return subprocess.run(
+        ["bash", "-c", f'set -euo pipefail; source "{root / LIBRARY}"; {code}'],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# ---------------------------------------------------------------- finding a Python
+
+
+def make_python(path: Path, version: tuple[int, int, int], ensurepip: bool = True) -> Path:
+    """The Python that runs this test, which takes itself for another version and may miss ensurepip."""
+    prelude = f"import sys; sys.version_info = ({version[0]}, {version[1]}, {version[2]}, 'final', 0); "
+    prelude += "" if ensurepip else "sys.modules['ensurepip'] = None; "
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\nexec "{REAL}" -c "{prelude}exec(sys.argv[2])" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def make_failing_shim(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\necho "pyenv: {path.name}: command not found" >&2\nexit 127\n')
+    path.chmod(0o755)
+    return path
+
+
+class Machine:
+    """A made-up machine: folders for PATH, for HOME and for the fixed places."""
+
+    def __init__(self, folder: Path) -> None:
+        self.first, self.second, self.home, self.fixed = (folder / name for name in ("a", "b", "home", "fixed"))
+
+    def find(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        search = f'PATH="{self.first}:{self.second}"; find_python "{self.fixed}"'
+        return run_bash(search, **{"HOME": str(self.home), "PYENV_ROOT": "", **variables})
+
+    def found(self, **variables: str) -> list[str]:
+        """Kind and version of the Python that is chosen."""
+        answer = self.find(**variables)
+        assert answer.returncode == 0 and answer.stderr == "", answer.stderr
+        kind, version, path = answer.stdout.split(maxsplit=2)
+        assert Path(path.strip()).resolve() == REAL.resolve()
+        return [kind, version]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_a_shim_that_fails_is_passed_over_for_the_same_name_further_on(machine: Machine) -> None:
+    make_failing_shim(machine.first / "python3.12")
+    make_failing_shim(machine.first / "python3.13")
+    make_python(machine.second / "python3.13", (3, 13, 77))
+    assert machine.found() == ["ready", "3.13.77"]
+
+
+def test_a_python_too_old_is_passed_over_for_one_in_pyenvs_folders(machine: Machine) -> None:
+    make_failing_shim(machine.first / "python3.12")
+    make_python(machine.first / "python3", (3, 11, 7))
+    make_python(machine.home / ".pyenv/versions/3.10.13/bin/python", (3, 10, 13))
+    make_python(machine.home / ".pyenv/versions/3.12.66/bin/python", (3, 12, 66))
+    assert machine.found() == ["ready", "3.12.66"]
+
+
+def test_pyenv_root_says_where_pyenvs_folders_are(machine: Machine, tmp_path: Path) -> None:
+    make_python(tmp_path / "elsewhere/versions/3.13.5/bin/python", (3, 13, 5))
+    assert machine.found(PYENV_ROOT=str(tmp_path / "elsewhere")) == ["ready", "3.13.5"]
+
+
+def test_a_python_without_ensurepip_is_the_choice_only_where_no_complete_one_is(machine: Machine) -> None:
+    make_python(machine.first / "python3", (3, 13, 5), ensurepip=False)
+    make_python(machine.first / "python3.14", (3, 14, 1))
+    assert machine.found() == ["bare", "3.13.5"]
+    make_python(machine.fixed / "usr/bin/python3.12", (3, 12, 3))
+    assert machine.found() == ["ready", "3.12.3"]
+
+
+def test_a_python_newer_than_the_wheels_is_the_last_resort(machine: Machine) -> None:
+    make_python(machine.first / "python3", (3, 14, 1))
+    assert machine.found() == ["newer", "3.14.1"]
+    make_python(machine.fixed / "usr/local/bin/python3.13", (3, 13, 2))
+    assert machine.found() == ["ready", "3.13.2"]
+
+
+def test_without_any_python_the_message_says_what_was_looked_for_and_how_to_get_one(machine: Machine) -> None:
+    answer = machine.find()
+    assert answer.returncode == 1 and answer.stdout == ""
+    for words in ("No Python >= 3.12", "python3.12, python3.13", "pyenv's", "Too old: none", "apt", "conda", "uv"):
+        assert words in answer.stderr
+
+
+def test_the_message_names_the_pythons_that_are_too_old(machine: Machine) -> None:
+    old = make_python(machine.first / "python3", (3, 9, 2))
+    make_failing_shim(machine.first / "python3.12")
+    answer = machine.find()
+    assert answer.returncode == 1
+    assert f"Too old: {old} (3.9.2)." in answer.stderr
+    assert "command not found" not in answer.stderr
+
+
+def test_the_variable_python_comes_first_and_is_not_silently_replaced(machine: Machine) -> None:
+    make_python(machine.first / "python3.12", (3, 12, 1))
+    wanted = make_python(machine.second / "mine", (3, 13, 9))
+    assert machine.found(PYTHON=str(wanted)) == ["ready", "3.13.9"]
+    old = make_python(machine.second / "old", (3, 8, 18))
+    shim = make_failing_shim(machine.second / "shim")
+    for python, words in ((old, "is Python 3.8.18; 3.12 or newer is needed"), (shim, "does not run")):
+        answer = machine.find(PYTHON=str(python))
+        assert answer.returncode == 1 and answer.stdout == ""
+        assert f"PYTHON={python} {words}" in answer.stderr
+        assert "unset it" in answer.stderr
+
+
+# ---------------------------------------------------------------- making and keeping .venv
+
+
+def make_wheel(folder: Path, name: str, version: str, *extras: str) -> Path:
+    """An installable wheel that holds nothing but its metadata."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    metadata += "".join(f"Provides-Extra: {extra}\n" for extra in extras)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{stem}.dist-info/METADATA", metadata)
+        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+    return path
+
+
+def make_pip_wheel(folder: Path) -> Path:
+    """The pip that is installed here, as a wheel again."""
+    pip = distribution("pip")
+    path = folder / f"pip-{pip.version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file in pip.files or ():
+            if file.parts[0].startswith("pip") and file.suffix != ".pyc":
+                wheel.write(file.locate(), str(file))
+    return path
+
+
+BACKEND = """
+import shutil
+def build_editable(folder, config_settings=None, metadata_directory=None):
+    shutil.copy("wheels/megatron_remoe-1-py3-none-any.whl", folder)
+    return "megatron_remoe-1-py3-none-any.whl"
+"""
+PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+"""
+
+
+class Tree:
+    """The project's own scripts around packages that hold nothing: pip runs for real, but briefly and offline."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.log, self.stamp = root / "runs/setup.log", root / ".venv/remoe-setup"
+        shutil.copytree(ROOT / "scripts", root / "scripts")
+        for name, *extras in (("torch",), ("megatron-core", "training"), ("setuptools",), ("megatron-remoe", "dev")):
+            make_wheel(root / "wheels", name, "1", *extras)
+        make_pip_wheel(root / "wheels")
+        (root / "backend.py").write_text(BACKEND)
+        (root / "pyproject.toml").write_text(PYPROJECT)
+        self.pin_torch("1")
+
+    def pin_torch(self, version: str) -> None:
+        (self.root / "requirements.txt").write_text(f"torch=={version}\n")
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        """Variables under which pip sees nothing but this tree's wheels, from the PyPI of a machine without network."""
+        pip = {"PIP_INDEX_URL": (self.root / "no-index").as_uri(), "PIP_FIND_LINKS": (self.root / "wheels").as_uri()}
+        inherited = {name: value for name, value in os.environ.items() if name != "TORCH_INDEX_URL"}
+        return inherited | pip | {"PYTHON": str(REAL), "PIP_CONFIG_FILE": os.devnull} | variables
+
+    def start(self, **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.root / "scripts/setup.sh")],
+            env=self.environment(**variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def set_up(self, **variables: str) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of scripts/setup.sh."""
+        process = self.start(**variables)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    def installed(self) -> set[str]:
+        folders = self.root.glob(".venv/lib/*/site-packages/*.dist-info")
+        return {folder.name.removesuffix(".dist-info") for folder in folders}
+
+    def assert_complete(self) -> None:
+        version = ".".join(str(part) for part in sys.version_info[:3])
+        assert self.stamp.read_text().startswith(f"{version} {self.root / '.venv'}\n")
+        assert {"megatron_core-1", "setuptools-1", "megatron_remoe-1"} <= self.installed()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / "a tree")  # with a blank, which scripts like to trip over
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """A tree that is set up, torch being that of TORCH_INDEX_URL; every test leaves it set up."""
+    tree = Tree(tmp_path_factory.mktemp("finished") / "tree")
+    wheel = make_wheel(tree.root / "index/torch", "torch", "1+cpu")
+    (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    code, out, err = tree.set_up(TORCH_INDEX_URL=(tree.root / "index").as_uri())
+    assert code == 0, out + err + tree.log.read_text()
+    assert re.search(r"^Setting up \.venv with Python 3\.\d+\.\d+ .*\n(  \S.* +\d+ s\n){4}The environment is rea", out)
+    return tree
+
+
+def test_torch_comes_from_its_own_index_and_stays(finished: Tree) -> None:
+    finished.assert_complete()
+    assert {name for name in finished.installed() if name.startswith("torch-")} == {"torch-1+cpu"}
+
+
+def test_a_second_set_up_does_not_call_pip(finished: Tree) -> None:
+    before = finished.log.read_text(), finished.log.stat().st_mtime_ns, finished.stamp.stat().st_mtime_ns
+    (pip,) = finished.root.glob(".venv/lib/*/site-packages/pip")
+    pip.rename(pip.with_name("away"))  # a call would fail
+    try:
+        code, out, err = finished.set_up()
+    finally:
+        pip.with_name("away").rename(pip)
+    assert (code, out, err) == (0, f"Ready: {finished.root}/.venv/bin/python\n", "")
+    assert (finished.log.read_text(), finished.log.stat().st_mtime_ns, finished.stamp.stat().st_mtime_ns) == before
+
+
+def test_changed_requirements_bring_the_environment_up_to_date_in_place(finished: Tree) -> None:
+    make_wheel(finished.root / "wheels", "torch", "2")
+    finished.pin_torch("2")
+    kept = finished.root / ".venv/kept"
+    kept.touch()
+    path = make_python(finished.root / "other/python3.12", (3, 12, 99)).parent
+    code, out, err = finished.set_up(PYTHON="", PATH=f"{path}:{os.environ['PATH']}")  # would be found first
+    assert code == 0, out + err
+    assert out.startswith("Bringing .venv up to date")
+    assert kept.exists() and "torch-2" in finished.installed()
+    finished.assert_complete()
+
+
+def test_a_failed_set_up_shows_the_end_of_the_log_and_the_next_one_starts_over(finished: Tree) -> None:
+    finished.pin_torch("99")
+    leftover = finished.root / ".venv/leftover"
+    leftover.touch()
+    code, out, err = finished.set_up()
+    assert code == 1
+    assert re.search(r"^  torch +failed after \d+ s$", out, re.MULTILINE)
+    assert "torch==99" in err
+    assert f"the whole log is in {finished.log}" in err
+    assert finished.stamp.read_text() == "unfinished\n"
+    finished.pin_torch("1")
+    code, out, err = finished.set_up()
+    assert code == 0, out + err
+    assert out.startswith("Setting up .venv") and not leftover.exists()
+    finished.assert_complete()
+
+
+def test_a_moved_tree_is_set_up_anew(finished: Tree) -> None:
+    moved = finished.root.with_name("moved")
+    finished.root.rename(moved)
+    try:
+        answer = run_bash('environment_is_ready "" && echo ready || echo not ready', root=moved)
+    finally:
+        moved.rename(finished.root)
+    assert answer.stdout == "not ready\n", answer.stderr
+    assert run_bash('environment_is_ready "" && echo ready', root=finished.root).stdout == "ready\n"
+
+
+def test_another_python_asked_for_is_not_the_one_that_is_there(finished: Tree) -> None:
+    ready = 'environment_is_ready "ready {} /some/python" && echo ready || echo not ready'
+    assert run_bash(ready.format("3.12.999"), root=finished.root).stdout == "not ready\n"
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    assert run_bash(ready.format(version), root=finished.root).stdout == "ready\n"
+
+
+def test_a_set_up_that_was_killed_starts_over(tree: Tree) -> None:
+    process = tree.start()
+    deadline = time.monotonic() + 300
+    while not (tree.root / ".venv/bin/python").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert tree.stamp.read_text() == "unfinished\n"
+    (tree.root / ".venv/leftover").touch()
+    code, out, err = tree.set_up()
+    assert code == 0, out + err
+    assert not (tree.root / ".venv/leftover").exists()
+    tree.assert_complete()
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="two set-ups at once are kept apart by flock")
+def test_of_two_set_ups_at_once_one_waits_for_the_other(tree: Tree) -> None:
+    first = tree.start()
+    while not tree.stamp.exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    code, out, err = tree.set_up()
+    first_out, first_err = first.communicate(timeout=300)
+    assert (first.returncode, code) == (0, 0), first_out + first_err + out + err
+    assert out.startswith("Another set-up is at work here") and "Setting up" not in out
+    tree.assert_complete()
+
+
+def test_an_environment_of_other_make_is_left_alone(tree: Tree) -> None:
+    theirs = tree.root / ".venv/bin/python"
+    theirs.parent.mkdir(parents=True)
+    theirs.symlink_to(REAL)
+    code, _, err = tree.set_up()
+    assert code == 1 and "was not made by this script" in err and "Move it away" in err
+    assert theirs.exists()
+
+
+def test_a_python_without_ensurepip_borrows_the_pip_of_another(tree: Tree) -> None:
+    hidden = tree.root / "hidden/ensurepip.py"
+    hidden.parent.mkdir()
+    hidden.write_text("raise ImportError('No module named ensurepip')\n")
+    lenders = tree.root / "lenders"
+    lenders.mkdir()
+    (lenders / "python3").symlink_to(sys.executable)
+    make_failing_shim(lenders / "python3.12")
+    environment = tree.environment(PYTHONPATH=str(hidden.parent))
+    create = f'PATH="{lenders}:$PATH" create_venv "{REAL}"'
+    answer = run_bash(create, root=tree.root, **environment)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "No module named ensurepip" in answer.stderr
+    pip = subprocess.run([tree.root / ".venv/bin/python", "-m", "pip", "--version"], capture_output=True, text=True)
+    assert pip.returncode == 0 and str(tree.root / ".venv") in pip.stdout, pip.stderr
+
+
+def test_without_any_pip_the_log_says_what_to_install(tree: Tree) -> None:
+    python = make_failing_shim(tree.root / "python3.13")
+    (tree.root / ".venv").mkdir()
+    commands = " ".join(f'"{shutil.which(name)}"' for name in ("mktemp", "rm"))
+    borrow = f'mkdir "{tree.root}/bin"; ln -s {commands} "{tree.root}/bin"; PATH="{tree.root}/bin"; '
+    borrow += f'borrow_pip "{python}" "{tree.root}/nothing"'
+    answer = run_bash(borrow, root=tree.root, HOME=str(tree.root), PYENV_ROOT="")
+    assert answer.returncode == 1
+    assert f"{python} has neither ensurepip nor pip" in answer.stdout and "apt install python3-venv" in answer.stdout
+
+
+# ---------------------------------------------------------------- the package
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this tree, built in a copy, since setuptools leaves its traces beside the sources."""
+    copy = tmp_path_factory.mktemp("build") / "tree"
+    shutil.copytree(ROOT / "megatron", copy / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "tools", "scripts"):
+        (copy / name).mkdir()
+        (copy / name / "stray.py").touch()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."]
+    built = subprocess.run(build, cwd=copy, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = (copy / "dist").iterdir()
+    return path
+
+
+def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) -> None:
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron").rglob("*.py")}
+    assert "megatron/remoe/__init__.py" in sources
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
+    assert {name for name in names if name.endswith(".py")} == sources
+    assert "megatron/__init__.py" not in names
+    assert all(name.startswith("megatron/remoe/") for name in names)
+
+
+def editable_here() -> bool:
+    origins = [found.read_text("direct_url.json") or "{}" for found in distributions(name="megatron-remoe")]
+    return any(json.loads(origin).get("url") == ROOT.as_uri() for origin in origins)
+
+
+def imported_files(folder: Path, **variables: str) -> list[Path]:
+    """Where megatron.core and megatron.remoe come from in a program that is run in `folder`."""
+    code = "import megatron.core, megatron.remoe; print(megatron.core.__file__, megatron.remoe.__file__, sep='\\n')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    return [Path(line) for line in answer.stdout.splitlines()[-2:]]
+
+
+def test_the_wheel_imports_beside_megatron_core(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    core, remoe = imported_files(tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert remoe == tmp_path / "site/megatron/remoe/__init__.py"
+    assert core.exists() and not core.is_relative_to(tmp_path)
+
+
+@pytest.mark.skipif(not editable_here(), reason="this tree is not installed in editable mode")
+def test_the_editable_install_imports_beside_megatron_core_from_any_folder(tmp_path: Path) -> None:
+    core, remoe = imported_files(tmp_path)
+    assert remoe == ROOT / "megatron/remoe/__init__.py"
+    assert core.exists() and not core.is_relative_to(ROOT / "megatron")
+
+
+def test_every_direct_dependency_has_its_exact_version() -> None:
+    pinned = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert [clause.operator for clause in requirement.specifier] == ["=="], line
+            pinned[normalized(requirement.name)] = next(iter(requirement.specifier)).version
+    assert not [name for name in pinned if name.startswith(("nvidia-", "cuda-", "triton"))], "torch pins these itself"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pinned[normalized(requirement.name)]), line
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

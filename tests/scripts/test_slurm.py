@@ -1,0 +1,211 @@
+"""The Slurm job file, with real trainings on one node. Only Slurm's three commands are stand-ins.
+
+They do what Slurm 24.11 was seen to do: `scancel --signal` reaches all processes of a step, data loaders too, but
+not the job file's shell; srun kills its tasks at a SIGTERM of its own; `scontrol requeue` brings back a cancelled job.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.trainings import REPOSITORY, SMALL, records
+
+JOB_FILE = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
+TRAINING_SCRIPT = REPOSITORY / "scripts" / "train_llama_182m_remoe.sh"
+SLURM = """#!{python}
+import json, os, signal, subprocess, sys
+from pathlib import Path
+import psutil
+
+folder = Path(__file__).parent
+
+def signal_step(number):
+    for process in psutil.Process(int((folder / "srun.pid").read_text())).children(recursive=True):
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            pass
+
+def kill_step(*_):
+    signal_step(signal.SIGKILL)
+    sys.exit(137)
+
+match [Path(sys.argv[0]).name, *sys.argv[1:]]:
+    case ["srun", *arguments]:
+        signal.signal(signal.SIGTERM, kill_step)
+        (folder / "srun.pid").write_text(str(os.getpid()))
+        (folder / "srun.json").write_text(json.dumps([arguments, dict(os.environ)]))
+        task = subprocess.Popen(arguments[arguments.index("bash"):])
+        sys.exit(task.wait())
+    case ["scancel", "--signal=TERM", "4321"]:
+        signal_step(signal.SIGTERM)
+    case ["scontrol", "show", "hostnames", "node[7-8]"]:
+        print("node7\\nnode8")
+    case ["scontrol", "--oneliner", "show", "job", "4321"]:
+        print("JobId=4321 JobName=remoe", (folder / "state").read_text(), "Reason=None Requeue=1")
+    case ["scontrol", "requeue", "4321"]:
+        with (folder / "requeued").open("a") as file:
+            file.write("4321\\n")
+        (folder / "state").write_text("JobState=PENDING")
+        os.kill(os.getppid(), signal.SIGTERM)
+    case unknown:
+        sys.exit(f"unexpected: {{unknown}}")
+"""
+
+
+class Job:
+    """A job of Slurm's: the copy of the job file that Slurm makes, running in the folder sbatch was called in."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.commands, self.submit = folder / "commands", folder / "submit"
+        for path in (self.commands, self.submit):
+            path.mkdir()
+        self.file = Path(shutil.copy(JOB_FILE, self.commands / "slurm_script"))
+        for name in ("srun", "scontrol", "scancel"):
+            (self.commands / name).write_text(SLURM.format(python=sys.executable))
+            (self.commands / name).chmod(0o755)
+        slurm = {"ID": "4321", "NODELIST": "node[7-8]"}
+        self.environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | environment
+        self.environment |= {f"SLURM_JOB_{name}": value for name, value in slurm.items()}
+        self.environment["SLURM_SUBMIT_DIR"] = str(self.submit)
+        self.environment["PATH"] = f"{self.commands}:{self.environment['PATH']}"
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        (self.commands / "state").write_text("JobState=RUNNING")
+        return subprocess.Popen(
+            ["bash", str(self.file), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.environment,
+            cwd=self.submit,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    @property
+    def requeued(self) -> int:
+        path = self.commands / "requeued"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def script(self, text: str) -> str:
+        (self.submit / "train.sh").write_text(text)
+        return "train.sh"
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, f"no {path}: {process.communicate()[0]}"
+        time.sleep(0.1)
+
+
+def train(data: Path, folder: Path) -> tuple[Job, list[str]]:
+    """A job of one node, and the arguments of a tiny training that would take hours."""
+    small = [*SMALL, *"--moe-ffn-hidden-size 128 --split 90,10,0 --eval-iters 0".split()]
+    environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(folder / "run"), "PYTHON": sys.executable}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    return Job(folder, **environment), [str(TRAINING_SCRIPT), "1", "1000000", "2", "--", *small]
+
+
+def test_time_limit_saves_queues_again_and_resumes(data: Path, tmp_path: Path) -> None:
+    job, training = train(data, tmp_path)
+    saved = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
+
+    # The signal comes after a save at an interval: what that one leaves running has to be there for the next.
+    process = job.start(*training, "--save-interval", "3")
+    wait_for(saved, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output[-6000:]
+    assert job.requeued == 1
+    assert "Job 4321 is queued again" in output
+    last = int(saved.read_text())
+    assert "exiting program after receiving SIGTERM" in output, output[-6000:]
+    assert last in (logged := max(records(output)), logged + 1) and last > 3
+
+    status, output = job.run(*training, "--exit-interval", "1")
+    assert status == 0, output[-6000:]
+    assert list(records(output)) == [last + 1]
+    assert job.requeued == 1, "a training that has ended is queued again"
+
+
+def test_a_failed_training_is_not_queued_again(data: Path, tmp_path: Path) -> None:
+    job, training = train(data, tmp_path)
+    status, output = job.run(*training, "--no-such-flag")
+    assert status not in (0, 143) and "unrecognized arguments: --no-such-flag" in output
+    assert job.requeued == 0
+
+
+def test_script_gets_its_arguments_and_the_first_nodes_address(tmp_path: Path) -> None:
+    job = Job(tmp_path, DATA_DIR="/data/pile with spaces")
+    status, output = job.run(job.script('printf "<%s>" "$@"'), "8", "two words", "--", "--lr", "1e-3")
+    assert (status, output) == (0, "<8><two words><--><--lr><1e-3>")
+    options, environment = json.loads((job.commands / "srun.json").read_text())
+    assert environment["MASTER_ADDR"] == "node7" and environment["MASTER_PORT"] == "14321"
+    assert environment["DATA_DIR"] == "/data/pile with spaces"
+    assert "--export=ALL" in options and "--kill-on-bad-exit=1" in options
+
+
+SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; done"
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "status", "requeued"),
+    [
+        (SAVES, "RUNNING", 143, 1),
+        (SAVES, "CANCELLED", 143, 0),  # the user's scancel
+        (SAVES, "COMPLETING", 143, 0),
+        (SAVES, "PENDING", 143, 0),  # Slurm itself has queued it again
+        (SAVES.replace("143", "0"), "RUNNING", 0, 0),  # has just ended
+    ],
+)
+def test_sigterm(script: str, state: str, status: int, requeued: int, tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    process = job.start(job.script(script))
+    wait_for(job.submit / "ready", process)
+    (job.commands / "state").write_text(f"JobState={state}")
+    process.send_signal(signal.SIGTERM)
+    if state != "RUNNING":  # Slurm has told the tasks too
+        subprocess.run([job.commands / "scancel", "--signal=TERM", "4321"], check=True)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, job.requeued) == (status, requeued), output
+
+
+def test_slurm_signals_the_shell_alone_and_may_queue_again() -> None:
+    options = re.findall("^#SBATCH (.*)", JOB_FILE.read_text(), re.MULTILINE)
+    assert "--requeue" in options and "--open-mode=append" in options
+    assert any(option.startswith("--signal=B:TERM@") for option in options)
+
+
+def test_failure_without_a_signal_keeps_its_exit_code(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    assert job.run(job.script("exit 3"))[0] == 3
+    assert job.requeued == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {}, "no training script: sbatch ... train.sbatch scripts/train_llama_....sh"),
+        (["train_nothing.sh"], {}, "there is no train_nothing.sh in"),
+        (["train.sh"], {"SLURM_JOB_ID": ""}, "not in a Slurm job: sbatch --nodes 2"),
+    ],
+)
+def test_errors(arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.environment |= environment
+    status, output = job.run(*arguments)
+    assert status == 2 and output.startswith("error: ") and output.count("\n") == 1
+    assert message in output

@@ -1,0 +1,163 @@
+"""Each change of Megatron is still needed: a test fails where a released Megatron does without it."""
+
+import contextlib
+import importlib.metadata
+import io
+import os
+import queue
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.remoe import patches
+from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+
+
+def in_another_process(lines: str) -> subprocess.CompletedProcess[str]:
+    """Run lines of Python in a process in which nothing of Megatron is changed but for the CPU."""
+    start = "from megatron.remoe import cpu\ncpu.install()\n"
+    return subprocess.run([sys.executable, "-c", start + lines], capture_output=True, text=True, timeout=120)
+
+
+class RunsCode:
+    """What a checkpoint from a stranger may hold."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def saved(value: object) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+def planner(monkeypatch: pytest.MonkeyPatch) -> tuple[MCoreLoadPlanner, SimpleNamespace, dict[str, object]]:
+    """A planner that loads one object, "rng_state", into a dictionary."""
+    item = SimpleNamespace(dest_index=SimpleNamespace(fqn="rng_state"))
+    found: dict[str, object] = {}
+    planner = MCoreLoadPlanner.__new__(MCoreLoadPlanner)
+    planner.state_dict, planner.flatten_state_dict = found, False
+    return planner, item, found
+
+
+def test_all_are_named() -> None:
+    for patch in patches.PATCHES:
+        file, _, what = patch.changes.partition(": ")
+        assert what and (patch.lacks and patch.ends), patch
+        assert (importlib.metadata.files("megatron-core") or []) and any(
+            str(path) == f"megatron/{file}" for path in importlib.metadata.files("megatron-core") or []
+        ), file
+    assert importlib.metadata.version("megatron-core") in patches.READ_AGAINST
+
+
+def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    applied: list[str] = []
+    monkeypatch.setattr(
+        patches,
+        "PATCHES",
+        tuple(replace(patch, apply=partial(applied.append, patch.changes)) for patch in patches.PATCHES),
+    )
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: "0.99.0")
+    patches.apply_patches(saves=False)
+    warning = str(recwarn.pop(UserWarning).message)
+    assert applied == [] and "megatron-core 0.99.0" in warning and not recwarn
+    for patch in patches.PATCHES:
+        assert (patch.lacks in warning) is not patch.for_saving
+    monkeypatch.setenv("RANK", "1")
+    patches.apply_patches()
+    assert applied == [] and not recwarn, "one warning, not one for each rank"
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: patches.READ_AGAINST[0])
+    patches.apply_patches()
+    assert applied == [patch.changes for patch in patches.PATCHES] and not recwarn
+
+
+def test_megatron_still_compiles_its_helpers() -> None:
+    """It ends the process where there is no Makefile."""
+    result = in_another_process("from megatron.core.datasets import utils\nutils.compile_helpers()\nprint('goes on')")
+    assert "goes on" not in result.stdout and result.returncode
+    lines = "from megatron.core.datasets import utils\nfrom megatron.remoe import patches\n"
+    result = in_another_process(lines + "patches.use_shipped_helpers()\nutils.compile_helpers()\nprint('goes on')")
+    assert "goes on" in result.stdout and result.returncode == 0, result.stderr
+
+
+def test_megatron_still_reads_steps_that_adam_has_not() -> None:
+    """Before the first step PyTorch's Adam has no state, and resuming asks for it."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    adam = torch.optim.AdamW([parameter])
+    optimizer = DistributedOptimizer.__new__(DistributedOptimizer)
+    optimizer.optimizer, optimizer.grad_scaler, optimizer.is_stub_optimizer = adam, None, False
+    optimizer.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
+    stock = getattr(DistributedOptimizer.state_dict, "__wrapped__", DistributedOptimizer.state_dict)
+    with pytest.raises(AssertionError):
+        stock(optimizer)
+
+
+def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_bytes = getattr(MCoreLoadPlanner.load_bytes, "__wrapped__", MCoreLoadPlanner.load_bytes)
+    monkeypatch.setattr(MCoreLoadPlanner, "load_bytes", load_bytes)
+    loader, item, _ = planner(monkeypatch)
+    loader.load_bytes(item, saved(RunsCode(str(tmp_path / "made by stock"))))
+    assert (tmp_path / "made by stock").is_dir(), "the released Megatron no longer needs the patch"
+
+    patches.load_objects_unexecuted()
+    with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint refers to .*mkdir"):
+        loader.load_bytes(item, saved(RunsCode(str(tmp_path / "made by patched"))))
+    assert not (tmp_path / "made by patched").exists()
+    whole = saved({"step": torch.ones(3)}).getvalue()
+    with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint is damaged") as damaged:
+        loader.load_bytes(item, io.BytesIO(whole[: len(whole) // 2]))
+    assert "run code" not in str(damaged.value), "two reasons, two messages"
+    loader.load_bytes(item, io.BytesIO(whole))
+
+
+def why_writing_failed(tmp_path) -> str:
+    """What reaches the training of a shard whose folder is none."""
+    (tmp_path / "file").touch(exist_ok=True)
+    place, results = tmp_path / "file" / "shard", queue.Queue()
+    with contextlib.suppress(RuntimeError):
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread(
+            [], False, 0, [(str(place), place.name, ([], []))], results
+        )
+    return repr(results.get_nowait())
+
+
+def test_megatron_still_loses_why_writing_failed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = filesystem_async.FileSystemWriterAsync
+    stock = getattr(writer.write_preloaded_data, "__wrapped__", writer.write_preloaded_data)
+    monkeypatch.setattr(writer, "write_preloaded_data", staticmethod(stock))
+    assert "Not a directory" not in why_writing_failed(tmp_path)
+    patches.tell_why_writing_fails()
+    assert f"{tmp_path / 'file' / 'shard'}: " in (why := why_writing_failed(tmp_path)) and "Not a directory" in why
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_queue_of_written_shards_does_not_outlive_sigterm_by_itself(patched: bool) -> None:
+    """Slurm sends it to all processes of a step; without the patch the save that follows has no queue."""
+    lines = f"""
+import os, signal, time
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.remoe import patches
+{"patches.keep_saving_possible()" if patched else ""}
+shards = filesystem_async.get_write_results_queue()
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for child in __import__("psutil").Process().children():
+    child.terminate()
+time.sleep(0.5)
+shards.put(1)
+print("kept", shards.get())
+"""
+    result = in_another_process(lines)
+    assert ("kept 1" in result.stdout) is patched, result.stderr

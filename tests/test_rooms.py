@@ -1,0 +1,104 @@
+"""Which room may import which: docs/design.md's table, held against the imports as they are written."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.trainings import REPOSITORY
+
+PACKAGE = REPOSITORY / "megatron" / "remoe"
+# room: the other rooms that it may import
+ROOMS = {
+    "routing": set(),
+    "local": set(),
+    "moe": {"routing", "local"},
+    "data": set(),
+    "preflight": {"routing", "data"},
+    "patches": {"preflight"},
+    "training": {"routing", "local", "moe", "data", "preflight", "patches"},
+    "cpu": set(),
+}
+# What of Megatron a room may know besides.
+BOTH = {"core", "training"}
+MEGATRON: dict[str, set[str]] = {"data": set(), "patches": BOTH, "training": BOTH, "cpu": BOTH}
+# routing, moe and local: what the method and its layers are made of, and nothing else.
+PURE = {"torch", "megatron"}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file names in its imports, late ones included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(room: str) -> list[Path]:
+    found = sorted((PACKAGE / room).glob("*.py")) or [PACKAGE / f"{room}.py"]
+    assert all(path.exists() for path in found)
+    return found
+
+
+def rooms_in(modules: set[str]) -> set[str]:
+    return {module.split(".")[2] for module in modules if module.startswith("megatron.remoe.")}
+
+
+def test_every_file_has_a_room() -> None:
+    found = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert found == {*ROOMS, "__init__"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_downwards(room: str) -> None:
+    for path in files(room):
+        modules = imports(path)
+        assert rooms_in(modules) - {room} <= ROOMS[room], path
+        megatrons = {module.split(".")[1] for module in modules if module.startswith("megatron.")} - {"remoe"}
+        assert megatrons <= MEGATRON.get(room, {"core"}), path
+
+
+def test_there_is_no_way_round() -> None:
+    seen: list[str] = []
+    while len(seen) < len(ROOMS):
+        ready = [room for room, below in ROOMS.items() if room not in seen and below <= set(seen)]
+        assert ready, f"these rooms import each other: {set(ROOMS) - set(seen)}"
+        seen += ready
+
+
+@pytest.mark.parametrize("room", ["routing", "moe", "local"])
+def test_the_method_needs_torch_and_megatron_alone(room: str) -> None:
+    import sys
+
+    for path in files(room):
+        packages = {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names
+        assert packages <= PURE, path
+
+
+def test_only_the_entry_and_tools_know_of_the_cpu() -> None:
+    """Nothing in the package does, so that it is never active where an accelerator is in use."""
+    assert not any("cpu" in below for below in ROOMS.values())
+
+
+def test_importing_the_package_or_the_entry_changes_nothing() -> None:
+    import subprocess
+    import sys
+
+    lines = "import sys, signal, os; before = dict(os.environ), signal.getsignal(signal.SIGTERM)"
+    lines += "; import pretrain_gpt, megatron.remoe"
+    lines += "; assert before == (dict(os.environ), signal.getsignal(signal.SIGTERM))"
+    lines += "; assert not {'torch', 'megatron.core', 'megatron.training'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", lines], cwd=REPOSITORY, check=True)
+
+
+def test_public_names_are_there() -> None:
+    import megatron.remoe as remoe
+
+    for name in remoe.__all__:
+        assert getattr(remoe, name).__module__.startswith("megatron.remoe."), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        remoe.nothing  # noqa: B018

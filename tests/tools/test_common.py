@@ -1,0 +1,93 @@
+"""What the tools share, and how they start: from any folder, with modules of the package `tools` alone."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.trainings import REPOSITORY
+from tools.common.errors import ToolError
+from tools.common.files import lock, write_aside
+from tools.common.training_process import Evaluated, Evaluating, Logged, Resumed, events
+from tools.common.units import duration
+
+TOOLS = REPOSITORY / "tools"
+STARTED = sorted(path.parent for path in TOOLS.glob("*/__main__.py"))
+STARTED += sorted(path for path in TOOLS.glob("*.py") if path.name != "__init__.py")
+STARTED += [TOOLS / "quickstart" / "spread.py", TOOLS / "quickstart" / "publish.py"]
+
+
+@pytest.mark.parametrize("tool", STARTED, ids=lambda path: str(path.relative_to(TOOLS)))
+def test_starts_from_any_folder(tool: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, str(tool), "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_module_is_a_top_level_name() -> None:
+    own = {path.stem for path in TOOLS.rglob("*.py")} | {path.name for path in TOOLS.iterdir() if path.is_dir()}
+    for path in TOOLS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert not {name.split(".")[0] for name in names} & own, path
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.4, 65, 3725, 3 * 86400 + 4 * 3600 + 299)] == [
+        "0:00",
+        "1:05",
+        "1:02:05",
+        "3 d 04:04 h",
+    ]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "results.txt"
+
+    def fail(aside: Path) -> None:
+        aside.write_text("hal")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_aside(path, fail)
+    assert list(tmp_path.iterdir()) == []
+    write_aside(path, lambda aside: aside.write_text("whole"))
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.txt", "whole")]
+
+
+def test_a_folder_is_taken_once(tmp_path: Path) -> None:
+    with lock(tmp_path / "runs", ToolError("taken")), pytest.raises(ToolError, match="taken"):
+        lock(tmp_path / "runs", ToolError("taken"))
+    lock(tmp_path / "runs", ToolError("taken")).close()
+
+
+def test_what_a_training_tells() -> None:
+    def logged(iteration: int) -> str:
+        return f" [2026-01-01 00:00:00.000000] iteration {iteration:8d}/      20 | lm loss: {iteration}.0 |\n"
+
+    lines = [
+        "  successfully loaded checkpoint from /runs/checkpoints [ t 1/1, p 1/1 ] at iteration 4\n",
+        "something else\n",
+        logged(10),
+        logged(20),
+        "Evaluating iter 50/200\n",
+        " validation-code loss at iteration 20 on validation set | lm loss value: 2.0 |\n",
+    ]
+    seen: list[str] = []
+    assert list(events(lines, 20, seen.append)) == [
+        Resumed(4),
+        Logged(10, {"lm loss": "10.0"}, fair=False),
+        Logged(20, {"lm loss": "20.0"}, fair=True),
+        Evaluating(50, 200),
+        Evaluated(20),
+    ]
+    assert seen == lines
+    assert [event.fair for event in events([logged(20)], 20) if isinstance(event, Logged)] == [True]

@@ -1,0 +1,75 @@
+"""A core of `tools/parity`: layouts of up to four processes against one, with router gradients, counts and λ."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.parity.layouts import LAYOUTS, Layout
+from tools.parity.measure import Training, TrainingFailed, compare, train
+
+SINGLE = Layout(1, [])
+CORE = [
+    ("plain", "DP2, distributed optimizer, overlap"),
+    ("plain", "TP2 + SP"),
+    ("plain", "EP2, alltoall"),
+    ("plain", "EP2, allgather"),
+    ("plain", "TP2 x EP2, expert TP 2"),
+    ("dense and MoE layers", "PP2, 2 virtual stages"),
+    ("dense and MoE layers", "PP2 x EP2"),
+]
+CORE_TOPK = [("plain", "TP2 x EP2, expert TP 2")]
+
+
+class References:
+    """One process's training of each variant, from a checkpoint that its layouts start from too."""
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        self.data, self.folder = data, folder
+
+    def train(self, variant: str, layout: str | None, steps: int = 8, routing: str = "ReMoE") -> Training:
+        """Train in a layout, or in one process."""
+        folder = self.folder / routing / variant
+        initial, place = folder / "initial", folder / (layout or "one")
+        begin = ["--train-iters", "1", "--save", str(initial / "checkpoint"), "--save-interval", "1"]
+        train(initial, self.data, SINGLE, routing, variant, *begin)
+        more = ["--train-iters", str(steps), "--load", str(initial / "checkpoint"), "--finetune"]
+        return train(place, self.data, LAYOUTS[layout] if layout else SINGLE, routing, variant, *more)
+
+
+@pytest.fixture(scope="module")
+def references(data: Path, tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(data, tmp_path_factory.mktemp("parity"))
+
+
+@pytest.mark.parametrize(("variant", "layout"), CORE)
+def test_same_training(variant: str, layout: str, references: References) -> None:
+    difference = compare(references.train(variant, layout), references.train(variant, None))
+    assert difference.loss < 1e-4 and difference.gradient < 1e-4
+    assert difference.sparsity is not None and difference.sparsity < 1e-3
+    assert difference.counts_equal and difference.exponents_equal
+
+
+@pytest.mark.parametrize(("variant", "layout"), CORE_TOPK)
+def test_same_training_with_topk(variant: str, layout: str, references: References) -> None:
+    """Megatron's router in the same layers: where it parts too, the error is not the ReLU router's."""
+    difference = compare(
+        references.train(variant, layout, routing="top-k"), references.train(variant, None, routing="top-k")
+    )
+    assert difference.loss < 1e-4 and difference.gradient < 1e-4
+
+
+def test_a_difference_is_seen(references: References) -> None:
+    """The measure itself: another λ₀ must show in loss, sparsity and λ, a shorter training is refused."""
+    right = references.train("plain", None)
+    other = train(
+        references.folder / "other", references.data, SINGLE, "ReMoE", "plain", "--train-iters", "8",
+        "--load", str(references.folder / "ReMoE" / "plain" / "initial" / "checkpoint"), "--finetune", "--lr", "2e-3",
+    )  # fmt: skip
+    difference = compare(other, right)
+    assert difference.loss > 1e-4 and difference.gradient == 0.0 and difference.counts_equal
+    assert difference.sparsity > 1e-3
+    shorter = Training(
+        right.losses[1:], right.sparsities, right.coefficients, right.exponents, right.counts, right.gradients
+    )
+    with pytest.raises(TrainingFailed, match="7 steps of 8"):
+        compare(shorter, right)

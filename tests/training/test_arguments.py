@@ -1,0 +1,164 @@
+"""Flags: granularity, values out of range, and every combination that ReLU routing refuses."""
+
+import sys
+
+import pytest
+
+from megatron.remoe.routing.config import ReMoEConfig
+from megatron.remoe.routing.refusals import REFUSALS, flag
+from megatron.remoe.training.arguments import add_remoe_arguments, apply_granularity, parse_and_validate_args
+from megatron.training.arguments import parse_args
+from tests.trainings import TINY
+from tools.common.tiny_model import RELU, TOPK
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str):
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *arguments])
+    return parse_args(add_remoe_arguments)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message with which these arguments are refused."""
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        parse_and_validate_args()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") <= 4, "a message of a few lines"
+    return message
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parsed(monkeypatch)
+    assert args.moe_relu_routing is False
+    assert args.moe_relu_l1_reg_coeff_init == 1e-8
+    assert args.moe_relu_l1_reg_coeff_multiplier == 1.2
+    assert args.moe_granularity == 1
+
+
+def test_help_explains_all_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        parse_and_validate_args()
+    output = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--moe-relu-routing " in output and "--num-layers " in output and "%%" not in output
+
+
+@pytest.mark.parametrize("kind", [TOPK, RELU], ids=["top-k", "relu"])
+def test_granularity(kind: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parsed(monkeypatch, *kind, "--moe-granularity", "4", "--moe-router-topk", "2")
+    apply_granularity(args)
+    assert (args.num_experts, args.moe_router_topk, args.moe_ffn_hidden_size) == (32, 8, 32)
+
+
+def test_granularity_splits_the_dense_size_where_experts_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parsed(monkeypatch, "--num-experts", "8", "--moe-router-topk", "1", "--moe-granularity", "2")
+    apply_granularity(args)
+    assert (args.num_experts, args.moe_router_topk, args.moe_ffn_hidden_size) == (16, 2, 64)
+
+
+BAD_VALUES = {
+    "no experts": (["--moe-relu-routing"], "--moe-relu-routing needs experts", "give --num-experts"),
+    "topk too large": ([*RELU, "--moe-router-topk", "8"], "--moe-router-topk 8", "below --num-experts 8"),
+    "topk zero": ([*RELU, "--moe-router-topk", "0"], "--moe-router-topk 0", "at least 1"),
+    "multiplier": ([*RELU, "--moe-relu-l1-reg-coeff-multiplier", "1.0"], "multiplier 1.0", "above 1"),
+    "init zero": ([*RELU, "--moe-relu-l1-reg-coeff-init", "0"], "init 0.0", "positive"),
+    "init negative": ([*RELU, "--moe-relu-l1-reg-coeff-init=-1e-8"], "init -1e-08", "positive"),
+    "init nan": ([*RELU, "--moe-relu-l1-reg-coeff-init", "nan"], "init nan", "positive"),
+    "floor too high": ([*RELU, "--moe-relu-layer-floor", "1"], "--moe-relu-layer-floor 1.0", "below 1"),
+    "granularity zero": ([*TOPK, "--moe-granularity", "0"], "--moe-granularity 0", "at least 1"),
+    "granularity without experts": (["--moe-granularity", "2"], "--moe-granularity 2", "give --num-experts"),
+    "granularity does not divide": ([*RELU, "--moe-granularity", "3"], "--moe-ffn-hidden-size 128", "divisor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_bad_value(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, *parts = BAD_VALUES[name]
+    message = refusal(monkeypatch, capsys, *arguments)
+    for part in parts:
+        assert part in message
+
+
+REFUSED = {
+    "moe_expert_capacity_factor": ["1.0"],
+    "moe_pad_expert_input_to_capacity": [],
+    "moe_expert_rank_capacity_factor": ["1.5"],
+    "moe_paged_stash": [],
+    "moe_token_dispatcher_type": ["flex"],
+    "moe_enable_deepep": [],
+    "moe_enable_routing_replay": [],
+    "moe_apply_probs_on_input": [],
+    "moe_router_padding_for_quantization": [],
+    "fp8": None,  # --fp8-format
+    "fp4": None,  # --fp4-format
+    "moe_aux_loss_coeff": ["1e-2"],
+    "moe_router_enable_expert_bias": [],
+    "moe_router_load_balancing_type": ["sinkhorn"],
+    "moe_router_score_function": ["sigmoid"],
+    "moe_router_topk_scaling_factor": ["2.5"],
+    "moe_router_num_groups": ["2"],
+    "moe_router_group_topk": ["1"],
+    "moe_router_fusion": [],
+    "moe_router_force_biased": ["0.1"],
+    "moe_router_force_load_balancing": [],
+    "moe_latent_size": ["32"],
+    "cuda_graph_impl": ["full_iteration"],
+    "transformer_impl": ["inference_optimized"],
+    "multi_latent_attention": [],
+    "heterogeneous_layers_config_path": ["layers.json"],
+    "heterogeneous_layers_config_encoded_json": ["{}"],
+    "mtp_num_layers": ["1"],
+    "experimental_attention_variant": ["gated_delta_net"],
+    "hybrid_layer_pattern": ["*-*-"],
+    "use_megatron_fsdp": [],
+    "use_torch_fsdp2": [],
+    "init_model_with_meta_device": [],
+    # without a flag of their own: set by others, or in a configuration only
+    "moe_token_dropping": None,
+    "moe_router_topk_limited_devices": None,
+    "use_inference_optimized_layers": None,
+}
+
+
+def test_every_refusal_is_tested() -> None:
+    assert {entry.name for entry in REFUSALS} == set(REFUSED)
+
+
+@pytest.mark.parametrize("name", [name for name, value in REFUSED.items() if value is not None])
+def test_refused_combination(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    value = REFUSED[name]
+    message = refusal(monkeypatch, capsys, *RELU, flag(name), *value)
+    entry = next(entry for entry in REFUSALS if entry.name == name)
+    shown = " ".join(value) or "(on)"
+    shown = {"1e-2": "0.01"}.get(shown, shown)
+    assert f"{flag(name)} {shown} cannot be used with --moe-relu-routing" in message
+    assert entry.remedy in message
+
+
+@pytest.mark.parametrize("arguments", [["--fp8-format", "hybrid"], ["--fp4-format", "e2m1"]])
+def test_quantized_formats_are_refused(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "cannot be used with --moe-relu-routing" in refusal(monkeypatch, capsys, *RELU, *arguments)
+
+
+def test_graphs_over_moe_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    graphs = ["--cuda-graph-impl", "transformer_engine", "--cuda-graph-modules", "attn", "moe_router"]
+    message = refusal(monkeypatch, capsys, *RELU, *graphs)
+    assert "--cuda-graph-modules attn moe_router" in message and "--cuda-graph-impl none" in message
+
+
+def test_refusals_hold_in_the_library_too() -> None:
+    shape = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "moe_relu_routing": True}
+    with pytest.raises(ValueError, match="--moe-expert-capacity-factor 1.0 cannot be used"):
+        ReMoEConfig(**shape, num_moe_experts=4, moe_router_topk=1, moe_expert_capacity_factor=1.0)
+    with pytest.raises(ValueError, match="needs experts"):
+        ReMoEConfig(**shape)
+    assert ReMoEConfig(**shape, num_moe_experts=4, moe_router_topk=1).target_sparsity == 0.75
+
+
+def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(monkeypatch, capsys, *RELU, "--moe-aux-loss-coeff", "1e-2", "--moe-router-topk", "9")
+    assert "--moe-aux-loss-coeff 0.01" in message and "--moe-router-topk 9" in message

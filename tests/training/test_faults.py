@@ -1,0 +1,181 @@
+"""Faults in a real training: a rank that dies, a disk that is full, coefficients that are far too large."""
+
+import math
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError, check_is_whole
+from tests.trainings import TINY, records, run, series, start, weights
+from tools.common.tiny_model import RELU
+
+ENDS_WITHIN = 60.0  # seconds, as docs/checkpoints.md says: torchrun waits 30 for the others, and then kills them
+END = 8
+
+
+def last_words(output: str) -> str:
+    """The first error message of the entry."""
+    assert "pretrain_gpt.py: error: " in output, output[-3000:]
+    return output[output.index("pretrain_gpt.py: error: ") :][:1000]
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(
+    ("layout", "victim"), [([], 1), (["--pipeline-model-parallel-size", "2"], 0)], ids=["DP2", "PP2"]
+)
+def test_a_rank_that_dies_ends_the_others(layout: list[str], victim: int, data: Path, tmp_path: Path) -> None:
+    """SIGKILL, as the kernel sends it where memory is short; the others save at SIGTERM, as under scripts/."""
+    saving = ["--save", str(tmp_path / "checkpoints"), "--save-interval", "100000", "--exit-signal-handler"]
+    arguments = [*TINY, *RELU, *layout, *saving, "--data-path", str(data), "--train-iters", "100000"]
+    process, lines, died = start(arguments, 2, PYTHONUNBUFFERED="1"), [], 0.0
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if not died and "] iteration        3/" in line:
+            ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+            died = time.monotonic()
+            ranks[str(victim)].kill()
+    code, output = process.wait(), "".join(lines)
+    took = time.monotonic() - died
+    print(f"ended {took:.1f} s after the kill")
+    assert died and code != 0 and took < ENDS_WITHIN, output[-3000:]
+    message = last_words(output)
+    assert f"rank {1 - victim}: " in message and "Another rank has ended" in message, message
+    report = output[output.index("Root Cause (first observed failure)") :]
+    assert f"rank      : {victim} " in report and "Signal 9 (SIGKILL)" in report
+    assert not [child for child in psutil.process_iter() if "pretrain_gpt.py" in command(child, tmp_path)]
+
+
+def command(process: psutil.Process, folder: Path) -> str:
+    """The command line of a process that has the folder among its arguments."""
+    try:
+        words = " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+    return words if str(folder) in words else ""
+
+
+def saving(data: Path, folder: Path, *more: str) -> list[str]:
+    flags = ["--save", str(folder), "--load", str(folder), "--save-interval", "2", "--train-iters", str(END)]
+    return [*TINY, *RELU, "--data-path", str(data), *flags, *more]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(saving(data, folder))
+    return folder
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system in memory of so many bytes."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs the right to mount: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def check_survived(folder: Path, output: str, expected: str) -> None:
+    """The save at iteration 4 failed, and that at 2 is the one to go on from."""
+    assert expected in last_words(output) and "Make room for what is saved" in last_words(output), output[-3000:]
+    with pytest.raises(BrokenCheckpointError):
+        check_is_whole(folder / "iter_0000004")
+    check_is_whole(folder / "iter_0000002")
+
+
+def check_goes_on(data: Path, folder: Path, uninterrupted: Path) -> None:
+    output = run(saving(data, folder))
+    assert list(records(output)) == list(range(3, END + 1))
+    right, mine = weights(uninterrupted, END), weights(folder, END)
+    assert right.keys() == mine.keys() and all(torch.equal(right[key], mine[key]) for key in right)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("full_at", ["tensors", "last file"])
+def test_full_disk(full_at: str, data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    files = [file for file in (uninterrupted / "iter_0000002").iterdir() if file.is_file()]
+    page = os.sysconf("SC_PAGESIZE")
+    pages = sum(math.ceil(file.stat().st_size / page) for file in files)
+    # Two checkpoints and the tracker, but for one page.
+    size = page * (pages * 3 // 2 if full_at == "tensors" else 2 * pages)
+    disk = tmp_path / "disk"
+    with small_disk(disk, size):
+        folder = disk / "checkpoints"
+        output = run(saving(data, folder), expect=1)
+        check_survived(folder, output, "No space left on device")
+        if full_at == "tensors":
+            assert str(folder / "iter_0000004") in last_words(output)
+        subprocess.run(["mount", "-o", f"remount,size={10 * size}", str(disk)], check=True)
+        check_goes_on(data, folder, uninterrupted)
+
+
+@pytest.mark.timeout(120)
+def test_file_that_cannot_grow(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """A limit on the size of files, which needs no right to mount: the error comes in the same place."""
+    folder = tmp_path / "checkpoints"
+    run(saving(data, folder, "--exit-interval", "2"))
+    process = start(saving(data, folder))
+    half = max(file.stat().st_size for file in (folder / "iter_0000002").iterdir()) // 2
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    check_survived(folder, output, "File too large")
+    check_goes_on(data, folder, uninterrupted)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("flags", ["--moe-relu-l1-reg-coeff-multiplier 1.5", "--moe-relu-l1-reg-coeff-init 1"])
+def test_training_survives(flags: str, data: Path) -> None:
+    """Far too large coefficients; the paper's runs take them too (tables 5 and 6)."""
+    steps = 100
+    output = run(
+        [*TINY, *RELU, *f"--micro-batch-size 8 --train-iters {steps} {flags}".split(), "--data-path", str(data)]
+    )
+    losses, layers = series(output, "lm loss"), series(output, "highest layer sparsity")
+    assert len(losses) == steps and all(math.isfinite(loss) for loss in losses)
+    assert sum(losses[-20:]) / 20 < 3.0 < losses[0]
+    assert sum(series(output, "sparsity")[-20:]) / 20 == pytest.approx(0.875, abs=0.05)
+    assert max(layers[-20:]) < 0.99, "a layer is all but off at the end"
+
+
+@pytest.mark.timeout(120)
+def test_layers_that_were_driven_off_come_back(data: Path) -> None:
+    """λ so large that it turns all layers off: with the guard they soon route again, without it they hardly do."""
+    steps, off = 20, {}
+    for floor in ("0", "0.001"):
+        hostile = f"--moe-relu-l1-reg-coeff-init 100 --micro-batch-size 8 --train-iters {steps} --lr 1e-2".split()
+        output = run([*TINY, *RELU, *hostile, "--moe-relu-layer-floor", floor, "--data-path", str(data)])
+        off[floor] = [sparsity == 1.0 for sparsity in series(output, "lowest layer sparsity")]
+        assert all(math.isfinite(loss) for loss in series(output, "lm loss"))
+        assert ("guarded layers" in output) == (floor != "0")
+    steps_off = {floor: sum(steps) for floor, steps in off.items()}
+    print(f"steps with all layers off, of {steps}: {steps_off}")
+    assert steps_off["0"] > 2 * steps_off["0.001"] and not off["0.001"][-1]
+
+
+@pytest.mark.timeout(120)
+def test_steps_that_are_not_finite(data: Path) -> None:
+    """A learning rate that breaks the model in its first step: λ stays, or the training ends and says why."""
+    broken = [*TINY, *RELU, *"--micro-batch-size 8 --lr 1e30 --min-lr 1e30".split(), "--data-path", str(data)]
+    output = run([*broken, "--no-check-for-nan-in-loss-and-grad"])
+    steps = [record for _, record in sorted(records(output).items())]
+    assert [float(step["grad norm"]) > 0 for step in steps] == [True] + [False] * (len(steps) - 1)
+    assert [float(step["l1 coefficient"]) for step in steps] == [1e-8] + [1.2e-8] * (len(steps) - 1)
+    assert "guarded layers" not in output
+    message = last_words(run(broken, expect=1))
+    assert "found NaN in" in message and "lower --lr" in message

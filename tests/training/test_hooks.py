@@ -1,0 +1,35 @@
+"""What is installed into Megatron's loop leaves what was there."""
+
+import argparse
+
+import pytest
+import torch
+
+from megatron.remoe.training import hooks
+from tests.layers import HIDDEN, make_config, make_layer
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+def test_what_was_called_once_a_step_still_is() -> None:
+    config = make_config()
+    layer = make_layer(config)
+    calls: list[tuple[object, ...]] = []
+    config.finalize_model_grads_func = lambda *arguments, **options: calls.append((*arguments, options))
+    model_cfg = argparse.Namespace(transformer=config, transformer_layer_spec=None, post_wrap_hooks=[])
+    args = argparse.Namespace(moe_relu_routing=True, log_interval=1, tensorboard_log_interval=1, save=None)
+    hooks.install_relu_routing(args, model_cfg)
+    (hook,) = model_cfg.post_wrap_hooks
+    assert hook([layer]) == [layer]
+    layer.router.weight.data.fill_(1.0)
+    layer(torch.ones(4, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))
+    config.finalize_model_grads_func([layer], None, force_all_reduce=True)
+    assert calls == [([layer], None, {"force_all_reduce": True})], "as it was called"
+    assert int(layer.router.l1_exponent) == 1, "and λ moved"
+
+
+def test_another_configuration_class_is_refused() -> None:
+    model_cfg = argparse.Namespace(transformer=object())
+    with pytest.raises(TypeError, match="needs a ReMoEConfig, got object"):
+        hooks.install_relu_routing(argparse.Namespace(moe_relu_routing=True), model_cfg)
+    hooks.install_relu_routing(argparse.Namespace(moe_relu_routing=False), model_cfg)

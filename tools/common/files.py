@@ -1,0 +1,34 @@
+"""Files that are whole whenever they exist, and a lock on a folder."""
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then rename it."""
+    aside = path.with_name(f"{path.stem}.{os.getpid()}.new{path.suffix}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def lock(folder: Path, taken: Exception) -> TextIO:
+    """Take the folder for this call; held until the file is closed by this process and all that inherited it.
+
+    Args:
+        folder: made where it is missing.
+        taken: raised if another call is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise taken from None
+    return file

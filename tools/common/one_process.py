@@ -1,0 +1,22 @@
+"""Megatron in one process, without a launcher. Import it when Megatron is adapted to the machine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+@contextmanager
+def one_process(seed: int = 1234, backend: str = "gloo") -> Iterator[None]:
+    """Megatron's process groups for this process alone, and its random generators."""
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,16 @@
+"""Times and rates as text."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss, h:mm:ss or 3 d 04:05 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, left = divmod(hours, 24)
+    if days:
+        return f"{days} d {left:02}:{minutes:02} h"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def rate(tokens_per_second: float) -> str:
+    """Tokens per second in few characters."""
+    return f"{tokens_per_second / 1000:,.1f}k tokens/s"

@@ -1,0 +1,1 @@
+"""A dense or top-k checkpoint starts a ReMoE."""

@@ -1,0 +1,74 @@
+"""Which encoder belongs to the flags --tokenizer-type, --vocab-file, --merge-file and --tokenizer-model."""
+
+import os
+from typing import Any
+
+from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.gpt2_files import FOLDER_TOKENIZER, GPT2_TOKENIZER, HOW_TO_GET, read_gpt2_vocabulary
+
+from .encoding import TextEncoder
+
+TOKENIZER_TYPES = (GPT2_TOKENIZER, FOLDER_TOKENIZER)
+
+
+def load_encoder(
+    tokenizer_type: str,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+    tokenizer_model: str | None = None,
+    threads: int = 1,
+) -> TextEncoder:
+    """The encoder that gives the ids of Megatron's tokenizer of this type.
+
+    Raises:
+        DataError: a flag is missing or what it names does not hold a tokenizer.
+    """
+    if tokenizer_type == GPT2_TOKENIZER:
+        if not vocab_file or not merge_file:
+            raise DataError(f"--tokenizer-type {GPT2_TOKENIZER} needs --vocab-file and --merge-file. {HOW_TO_GET}")
+        return gpt2_encoder(vocab_file, merge_file, threads)
+    if tokenizer_type != FOLDER_TOKENIZER:
+        raise DataError(f"--tokenizer-type {tokenizer_type}: is none of {', '.join(TOKENIZER_TYPES)}.")
+    if not tokenizer_model:
+        raise DataError(
+            f"--tokenizer-type {FOLDER_TOKENIZER} needs --tokenizer-model: a folder with the tokenizer's files."
+        )
+    if vocab_file or merge_file:
+        raise DataError(
+            f"--vocab-file and --merge-file are for --tokenizer-type {GPT2_TOKENIZER}; "
+            f"{FOLDER_TOKENIZER} takes all from --tokenizer-model. Leave them out."
+        )
+    return folder_encoder(tokenizer_model, threads)
+
+
+def gpt2_encoder(
+    vocab_file: str | os.PathLike[str], merge_file: str | os.PathLike[str], threads: int = 1
+) -> TextEncoder:
+    """The encoder of a GPT-2 vocabulary."""
+    vocabulary = read_gpt2_vocabulary(vocab_file, merge_file)
+    return TextEncoder(vocabulary.tokenizer(), len(vocabulary.tokens), vocabulary.end_of_text, threads)
+
+
+def folder_encoder(tokenizer_model: str, threads: int = 1) -> TextEncoder:
+    """The encoder of what transformers' AutoTokenizer loads from a folder, or from the hub by a name."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_model)
+    except Exception as error:  # transformers raises what it likes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"--tokenizer-model {tokenizer_model}: transformers cannot load a tokenizer from it ({reason}). "
+            "Give a folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json."
+        ) from error
+    reference = getattr(tokenizer, "backend_tokenizer", None)
+    if reference is None:
+        raise DataError(
+            f"--tokenizer-model {tokenizer_model}: {type(tokenizer).__name__} has no fast version. "
+            "Give a tokenizer with a tokenizer.json."
+        )
+    reference.no_truncation()
+    reference.no_padding()
+    # As Megatron does: what separates sequences ends documents where nothing else does.
+    end_of_document = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return TextEncoder(reference, len(tokenizer), end_of_document, threads)

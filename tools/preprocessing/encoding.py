@@ -1,0 +1,201 @@
+"""Text to tokens, many documents at a time and from several threads, with the ids that transformers would give.
+
+`gigatoken` does the work; `tokenizers` (what transformers' fast tokenizers are made of) is the reference. The two know
+different versions of Unicode: documents with characters that they treat differently are left to the reference.
+"""
+
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+if TYPE_CHECKING:
+    import tokenizers
+
+CACHE_BYTES = 200 << 20  # gigatoken remembers every word that it meets; past this it is started anew
+CACHE_BYTES_PER_THREAD = 50 << 20
+CHARACTERS_BETWEEN_RESTARTS = 8 << 20
+CHARACTERS_LOOKED_UP_AT_ONCE = 1 << 20
+DOCUMENTS_ON_TRIAL, CHARACTERS_ON_TRIAL = 32, 1 << 10
+CODE_POINTS = 0x110000
+TRIAL_TEXTS = (
+    *("", " ", "\n", "  two  spaces \n\n\tand tabs\r\n", "It's we'll THEY'RE 'tis", "x1 22 333 4,444.5 ½ ²"),
+    *("naïve Ωmega", "漢字とかな 한국어", "مرحبا שלום", "\U0001f469\u200d\U0001f467 \U0001f1ea\U0001f1fa"),
+    *("def f(x):\n    return x**2  # ok\n", "\x00\x07\x7f\ufeff\u2028\xa0\u3000."),
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of documents, one after the other, and how many each has.
+
+    ids: shape [sum(lengths)]; lengths: shape [documents].
+    """
+
+    ids: npt.NDArray[np.integer]
+    lengths: npt.NDArray[np.int64]
+
+    def documents(self) -> list[npt.NDArray[np.integer]]:
+        """The tokens of each document."""
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+
+    def surrounded(self, prefix: Sequence[int], suffix: Sequence[int], which: npt.NDArray[np.bool_]) -> "Encoded":
+        """The same with tokens put before and after the documents where `which` (shape [documents]) is true."""
+        if not prefix and not suffix:
+            return self
+        ends = np.cumsum(self.lengths)
+        borders = np.stack([ends - self.lengths, ends], axis=1)[which]
+        places = np.repeat(borders, [len(prefix), len(suffix)], axis=1)
+        ids = np.insert(self.ids, places.ravel(), np.tile([*prefix, *suffix], len(places)))
+        return Encoded(ids, self.lengths + which * places.shape[1])
+
+
+class TextEncoder:
+    """Encodes documents as `tokenizer(text).input_ids` of transformers does. Safe to use from several threads.
+
+    If gigatoken cannot take part, which shows at the first documents, standard error says so, once.
+
+    Args:
+        reference: the tokenizer whose ids count.
+        vocabulary_size: its number of tokens, as Megatron counts it.
+        end_of_document: id of the token that ends a document, if there is one.
+        threads: how many threads will call `encode` at the same time.
+    """
+
+    def __init__(
+        self, reference: "tokenizers.Tokenizer", vocabulary_size: int, end_of_document: int | None, threads: int = 1
+    ) -> None:
+        self.vocabulary_size, self.end_of_document = vocabulary_size, end_of_document
+        self._reference = reference
+        self._prefix, self._suffix = _template(reference)
+        self._lock = threading.Lock()
+        self._restart_above = _resident_bytes() + CACHE_BYTES + threads * CACHE_BYTES_PER_THREAD
+        self._since_restart = 0
+        self._same = np.zeros(CODE_POINTS, dtype=np.bool_)  # what both libraries are known to treat alike
+        self._fast: Any = None
+        self._tried = False
+
+    @property
+    def engine(self) -> str:
+        """Name of the library that has encoded."""
+        return "tokenizers" if self._fast is None else "gigatoken"
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode documents; none may hold a lone surrogate. The ids are of type uint32."""
+        if not texts:
+            return _encoded([])
+        with self._lock:
+            fast = self._fast_for(texts)
+        if fast is None:
+            return self.encode_by_reference(texts)
+        encoded = self._encode_fast(fast, texts)
+        doubtful = [i for i, text in enumerate(texts) if self._is_doubtful(fast, text)]
+        if doubtful:
+            documents = encoded.documents()
+            replaced = self.encode_by_reference([texts[i] for i in doubtful]).documents()
+            for i, document in zip(doubtful, replaced, strict=True):
+                documents[i] = document
+            encoded = _encoded(documents)
+        return encoded
+
+    def encode_by_reference(self, texts: Sequence[str]) -> Encoded:
+        """The same, by the reference alone: slow."""
+        return _encoded([encoding.ids for encoding in self._reference.encode_batch_fast(list(texts))])
+
+    def decode(self, ids: npt.NDArray[np.integer]) -> str:
+        """The text of tokens (shape [tokens]), special ones included."""
+        return self._reference.decode(ids.tolist(), skip_special_tokens=False)
+
+    def _fast_for(self, texts: Sequence[str]) -> Any:
+        """gigatoken's tokenizer, if it can take the reference's place; started anew when its memory has grown."""
+        if not self._tried:
+            self._tried = True
+            try:
+                self._fast = self._start_fast(texts)
+            except Exception as error:  # it has no type of its own for what it does not support
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(
+                    f"warning: gigatoken cannot be used here ({reason[:200]}): the library tokenizers takes its place, "
+                    "with the same ids, but about 30 times slower.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        self._since_restart += sum(map(len, texts))
+        if (
+            self._fast is not None
+            and self._since_restart > CHARACTERS_BETWEEN_RESTARTS
+            and _resident_bytes() > self._restart_above
+        ):
+            self._fast = self._load_fast()
+            self._since_restart = 0
+        return self._fast
+
+    def _start_fast(self, texts: Sequence[str]) -> Any:
+        """gigatoken's tokenizer, tried on strange texts, on special tokens and on the first documents of a run.
+
+        Raises:
+            Exception: it cannot load the tokenizer, or gives other ids than the reference.
+        """
+        fast = self._load_fast()
+        specials = [token.content for token in self._reference.get_added_tokens_decoder().values()][:32]
+        first = [text[:CHARACTERS_ON_TRIAL] for text in texts[:DOCUMENTS_ON_TRIAL]]
+        trial = [*TRIAL_TEXTS, *(f"a{token} {token}{token}\n{token}b" for token in specials)]
+        trial += [text for text in first if not self._is_doubtful(fast, text)]
+        for text, same in zip(trial, self._agree(fast, trial), strict=True):
+            if not same:
+                raise ValueError(f"it gives other ids for {text[:40]!r}")
+        return fast
+
+    def _load_fast(self) -> Any:
+        import gigatoken
+
+        return gigatoken.Tokenizer(self._reference)
+
+    def _encode_fast(self, fast: Any, texts: Sequence[str]) -> Encoded:
+        layout = fast.encode_batch(list(texts), parallel=False).layout
+        offsets = np.asarray(layout.offsets.data, dtype=np.int64)
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return Encoded(ids, np.diff(offsets)).surrounded(self._prefix, self._suffix, np.ones(len(texts), dtype=bool))
+
+    def _agree(self, fast: Any, texts: Sequence[str]) -> list[bool]:
+        found, expected = self._encode_fast(fast, texts).documents(), self.encode_by_reference(texts).documents()
+        return [np.array_equal(document, other) for document, other in zip(found, expected, strict=True)]
+
+    def _is_doubtful(self, fast: Any, text: str) -> bool:
+        """Whether the text has a character that the two libraries treat differently."""
+        if text.isascii():
+            return False
+        for start in range(0, len(text), CHARACTERS_LOOKED_UP_AT_ONCE):
+            part = text[start : start + CHARACTERS_LOOKED_UP_AT_ONCE]
+            code_points = np.frombuffer(part.encode("utf-32-le"), dtype="<u4")
+            same = self._same[code_points]
+            if not same.all():
+                others = np.unique(code_points[~same])
+                # Texts that show whether a character counts as letter, number, space or none of these.
+                trial = [f"a{c}1{c}'s {c}\n" for c in map(chr, others)]
+                self._same[others] = self._agree(fast, trial)
+                if not self._same[others].all():
+                    return True
+        return False
+
+
+def _encoded(documents: Sequence[Sequence[int] | npt.NDArray[np.integer]]) -> Encoded:
+    arrays = [np.asarray(document, dtype=np.uint32) for document in documents]
+    lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+    return Encoded(np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint32), lengths)
+
+
+def _template(reference: "tokenizers.Tokenizer") -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after every text."""
+    whole, text = reference.encode("a").ids, reference.encode("a", add_special_tokens=False).ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
+    return whole[:start], whole[start + len(text) :]
+
+
+def _resident_bytes() -> int:
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,1 @@
+"""The quickstart: three models on real text, compared."""

@@ -1,0 +1,1 @@
+"""The paper's scaling figures, run by run."""

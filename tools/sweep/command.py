@@ -1,0 +1,227 @@
+"""Train models over size, number of experts and granularity, and compare MoE with ReMoE along each.
+
+Runs scripts/train_llama_*.sh one after another, or submits them as Slurm jobs. What is finished is skipped, what was
+cut off goes on. A table (results.csv, results.md) and a picture (results.png) end up in the output folder. Data and
+layout come from the environment, as for these scripts: DATA_DIR or DATA_PATH, VOCAB_FILE, MERGE_FILE, TP, PP, EP, CP.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+
+from ..common.files import lock
+from ..common.places import ROOT
+from ..common.running import run_to_the_end
+from . import execution, plan, results, slurm
+from .errors import SettingsError, SweepError
+from .inspection import Found, look, set_aside_old_log
+from .progress import Stopwatch, SweepDisplay, Work
+from .run_log import read_outcome
+from .settings import cost, tokens_per_iteration, whole
+
+EXAMPLES = """examples:
+  all 31 runs on the 8 GPUs of this machine, one after another:
+    DATA_DIR=data bash scripts/sweep.sh
+  the figure over the number of experts as Slurm jobs of 2 nodes; later the same again submits what is not finished:
+    DATA_DIR=data EP=8 bash scripts/sweep.sh --figures experts --slurm --sbatch-flags="--nodes 2 --time 48:00:00"
+  the table and the picture of what is there:
+    bash scripts/sweep.sh --collect
+  a part of it, shorter, with flags for Megatron behind --:
+    DATA_DIR=data bash scripts/sweep.sh --figures granularity --granularities 1 4 --train-iters 5000 -- --lr 1e-3
+"""
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A converter for argparse of whole numbers of at least `least`."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least {least}")
+        return int(text)
+
+    return convert
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The command line; what stands behind -- becomes `flags`."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/sweep.sh",
+        usage="%(prog)s [options] [-- Megatron flags]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    base = f"{plan.SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
+    what = parser.add_argument_group("what to train", f"Each figure varies one thing and keeps the others at {base}.")
+    what.add_argument("--figures", nargs="+", choices=plan.FIGURES, default=plan.FIGURES, help="default: all three")
+    what.add_argument("--sizes", nargs="+", choices=plan.SIZES, default=plan.SIZES, help="of the figure size")
+    for name, least, values in (("experts", 2, plan.EXPERTS), ("granularities", 1, plan.GRANULARITIES)):
+        figure = "experts" if name == "experts" else "granularity"
+        what.add_argument(
+            f"--{name}", nargs="+", type=whole_number(least), default=values, metavar="N",
+            help=f"of the figure {figure} (default: {' '.join(map(str, values))})",
+        )  # fmt: skip
+    what.add_argument(
+        "--routings", nargs="+", choices=plan.ROUTINGS, default=plan.ROUTINGS,
+        help="default: all; dense is one run along E and G, drawn as a line; it gets no --moe-... flag behind --",
+    )  # fmt: skip
+    how = parser.add_argument_group("how to train", "Handed to the launch scripts; their defaults are the paper's.")
+    for name, default, help_text in (
+        ("gpus-per-node", 8, "processes on a node (default: 8)"),
+        ("train-iters", 60000, "iterations of each run (default: 60000)"),
+        ("micro-batch-size", None, "sequences that a process takes at once (default: what each size's script takes)"),
+    ):
+        how.add_argument(f"--{name}", type=whole_number(1), default=default, metavar="N", help=help_text)
+    default_output = Path(os.environ.get("OUTPUT_DIR") or ROOT / "runs" / "sweep")
+    how.add_argument(
+        "--output-dir", type=Path, default=default_output, metavar="FOLDER",
+        help="a folder for each run, and the results (default: OUTPUT_DIR, or runs/sweep)",
+    )  # fmt: skip
+    how.add_argument("--slurm", action="store_true", help="submit each run as a job of scripts/slurm/train.sbatch")
+    how.add_argument(
+        "--sbatch-flags", default="", metavar='"FLAGS"', help='for sbatch; write --sbatch-flags="--nodes 2 ..."'
+    )
+    instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
+    instead.add_argument("--collect", action="store_true", help="table and picture of what is in the output folder")
+    instead.add_argument(
+        "--dry-run", action="store_true", default=os.environ.get("DRY_RUN", "0") != "0",
+        help="list the commands and what is finished (also with DRY_RUN=1)",
+    )  # fmt: skip
+
+    place = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:place])
+    args.flags = tuple(words[place + 1 :])
+    args.output_dir = args.output_dir.expanduser().resolve()
+    args.sbatch_flags = shlex.split(args.sbatch_flags)
+    if args.sbatch_flags and not args.slurm:
+        parser.error("--sbatch-flags without --slurm: nothing is submitted. Add --slurm, or leave it out.")
+    for flag in args.sbatch_flags:
+        if flag.startswith(("--clusters", "-M")):
+            parser.error(f"--sbatch-flags {flag}: jobs of other clusters cannot be followed. Submit from that cluster.")
+    return args
+
+
+def sweep(console: Console, args: argparse.Namespace) -> int:
+    """Train or submit what is not done, and collect; returns the exit code."""
+    runs = plan.plan(args.figures, args.sizes, args.experts, args.granularities, args.routings)
+    launch = plan.Launch(args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, args.flags)
+    if args.dry_run:
+        list_commands(launch, look(launch, runs, anywhere=args.slurm), args)
+        return 0
+    message = f"Another sweep is at work in {args.output_dir}. Wait for it, or give --output-dir another folder."
+    with lock(args.output_dir, SweepError(message)) as held:
+        found = look(launch, runs, anywhere=args.slurm)
+        todo = [each for each in found if not each.finished and each.job is None]
+        queued = sum(each.job is not None for each in found)
+        told = f"; {queued} queued or running as Slurm jobs" if queued else ""
+        done = len(found) - len(todo) - queued
+        console.print(
+            f"{len(found)} runs in {args.output_dir}: {done} finished{told}; {len(todo)} to {_doing(args)}.",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
+        failed: list[str] = []
+        try:
+            if args.slurm:
+                submit(console, launch, todo, args.sbatch_flags)
+            else:
+                failed = train(console, launch, todo, held)
+        finally:
+            collect(console, args.output_dir, runs)
+    if failed:
+        Console(stderr=True).print(
+            f"{len(failed)} of {len(found)} runs did not finish: {', '.join(failed)}.\n"
+            "The same command goes on with them.",
+            style="red", highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
+    return 1 if failed else 0
+
+
+def _doing(args: argparse.Namespace) -> str:
+    return "submit" if args.slurm else "train"
+
+
+def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Namespace) -> None:
+    """Print the state and the command of each run, in a form that a shell can read."""
+    for each in found:
+        submission = slurm.sbatch_command(launch, each.run, args.sbatch_flags)
+        command = submission if args.slurm else ["bash", *launch.arguments(each.run)]
+        added = launch.environment(each.run, os.environ).items()
+        print(f"# {each.run.name}: {each.state}")
+        print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in added), shlex.join(command)]))
+
+
+def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO[str]) -> list[str]:
+    """Train runs one after another; returns the names of those that did not finish."""
+    failed = []
+    works = [
+        Work(
+            name=each.run.name,
+            place=f"{number}/{len(todo)}",
+            iterations=whole(each.settings, "--train-iters"),
+            tokens_per_iteration=tokens_per_iteration(each.settings),
+            cost=cost(each.settings),
+        )
+        for number, each in enumerate(todo, start=1)
+    ]
+    with SweepDisplay(console, works) as display:
+        for each, work in zip(todo, works, strict=True):
+            folder, time = launch.folder(each.run), Stopwatch()
+            set_aside_old_log(folder, each.settings)
+            problem = execution.train(launch, each.run, display, work, held)
+            outcome = read_outcome(folder)
+            if problem is None and outcome is not None:
+                display.finish(work, f"validation loss {outcome.validation_loss:.4f}, {time}")
+            else:
+                display.finish(work, f"{problem}\n")
+                failed.append(each.run.name)
+    return failed
+
+
+def submit(console: Console, launch: plan.Launch, todo: Sequence[Found], flags: Sequence[str]) -> None:
+    """Submit runs as Slurm jobs."""
+    for each in todo:
+        set_aside_old_log(launch.folder(each.run), each.settings)
+        number = slurm.submit(launch, each.run, flags, each.settings)
+        console.print(f"  {each.run.name}: Slurm job {number}", highlight=False, markup=False)
+
+
+def collect(console: Console, output: Path, planned: Sequence[plan.Run]) -> None:
+    """Write the results and print the table.
+
+    Raises:
+        SettingsError: nothing is there.
+    """
+    rows = results.rows_of(output, planned)
+    if not rows:
+        raise SettingsError(f"--output-dir {output}: no run of a sweep is there.")
+    written = results.collect(output, rows)
+    console.print()
+    results.show(console, rows)
+    console.print()
+    if warning := results.unequal(rows):
+        console.print(f"  {warning}", style="yellow", highlight=False, markup=False)
+    for path in written:
+        console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def main() -> int:
+    """Run the sweep; returns the exit code."""
+    args = parse_arguments(sys.argv[1:])
+    return run_to_the_end(lambda: _run(Console(), args))
+
+
+def _run(console: Console, args: argparse.Namespace) -> int:
+    try:
+        if args.collect:
+            collect(console, args.output_dir, [])
+            return 0
+        return sweep(console, args)
+    except BrokenPipeError:  # of `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,9 +1,0 @@
-"""What a user can act on."""
-
-
-class SweepError(Exception):
-    """The sweep cannot go on; the message says what happened and what to do."""
-
-
-class SettingsError(SweepError):
-    """The command line does not fit the scripts, or what is in the output folder."""
