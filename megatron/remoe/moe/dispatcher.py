@@ -61,7 +61,8 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         """
         if plan is None:
             plan = self._plan = plan_dispatch(routing_map, count_pairs(routing_map, 1, self.ranks)[0], self.ranks)
-        self.hidden_shape = hidden_states.shape
+        # What Megatron's steps between this and the sum go by.
+        self.hidden_shape, self.probs = hidden_states.shape, probs
         self.tokens_per_expert = plan.tokens_per_expert
         if plan.exchange is not None:
             self.input_splits, self.output_splits = plan.exchange.sent.numpy(), plan.exchange.received.numpy()
