@@ -15,7 +15,8 @@ BYTES_PER_TOKEN = 2  # Megatron stores small vocabularies as 16-bit numbers
 
 def inputs(corpus: dict[str, Any]) -> str:
     """Fingerprint of what the data sets are made from."""
-    sources = [TOOL, Path(__file__), *(ROOT / "megatron" / "remoe" / "data").glob("*.py")]
+    sources = [TOOL, Path(__file__), *TOOL.with_name("preprocessing").glob("*.py")]
+    sources += (ROOT / "megatron" / "remoe" / "data").glob("*.py")
     return stages.fingerprint(corpus["inputs"], corpus["domains"], stages.fingerprint_of_files(sources))
 
 
