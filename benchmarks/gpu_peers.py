@@ -80,22 +80,23 @@ PEERS: dict[str, Callable[[int, int, int, int], torch.nn.Module]] = {
 
 
 def gpu_peers(
-    experts: int, hidden: int, ffn: int, topk: int, router_weight: torch.Tensor
+    experts: int, hidden: int, ffn: int, topk: int, router_weight: torch.Tensor, tokens: torch.Tensor
 ) -> dict[str, torch.nn.Module]:
-    """Those that can be built here, in half precision on the GPU; why the others cannot goes to stderr.
+    """Those that can be built and run here, in half precision on the GPU; why the others cannot goes to stderr.
 
     Args:
         experts, hidden, ffn, topk: number of experts, sizes, and active experts per token.
         router_weight: `[experts, hidden]`, on the GPU.
+        tokens: `[tokens, 1, hidden]`, that a layer has to take.
     """
     found = {}
     for name, peer in PEERS.items():
         try:
-            layer = peer(experts, hidden, ffn, topk)
-        except Exception as error:  # kernels that were built for another PyTorch fail in many ways
+            layer = peer(experts, hidden, ffn, topk).to(device=router_weight.device, dtype=router_weight.dtype)
+            layer.router_weight.data.copy_(router_weight)
+            layer(tokens).sum().backward()
+        except Exception as error:  # kernels that were built for another PyTorch fail in many ways, some when they run
             print(f"{name}: not measured, {error}", file=sys.stderr)
             continue
-        layer.to(device=router_weight.device, dtype=router_weight.dtype)
-        layer.router_weight.data.copy_(router_weight)
         found[name] = layer
     return found

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import progress, save, show
+from results import milliseconds, progress, save, show
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron.remoe import cpu  # noqa: E402
-from megatron.remoe.preflight import console  # noqa: E402
+from megatron.remoe.preflight import console, machine  # noqa: E402
 
 console.hide_unhelpful_warnings()
+machine.do_without_what_is_missing(cpu.is_wanted(sys.argv))
 if cpu.is_wanted(sys.argv):
     cpu.install()
 
@@ -96,7 +97,7 @@ def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> d
         block.gate.weight.data.copy_(ours.router.weight)
         found[f"transformers, {implementation}"] = block
     if tokens.is_cuda and tokens.dtype == torch.bfloat16:
-        found |= gpu_peers(experts, options.hidden, options.ffn, options.topk, ours.router.weight)
+        found |= gpu_peers(experts, options.hidden, options.ffn, options.topk, ours.router.weight, tokens)
     return found
 
 
@@ -153,7 +154,7 @@ def main() -> None:
                 case = f"{experts} experts, {number} tokens"
                 results[case] = times
                 save(options.output, {"options": vars(options) | {"output": str(options.output)}, "seconds": results})
-                medians = (f"{name} {statistics.median(found) * 1e3:,.0f} ms" for name, found in times.items())
+                medians = (f"{name} {milliseconds(statistics.median(found))}" for name, found in times.items())
                 done(f"{case}: {'; '.join(medians)}")
                 del candidates
                 gc.collect()
@@ -161,7 +162,7 @@ def main() -> None:
     rows = []
     for case, times in results.items():
         ours = statistics.median(times[OURS])
-        rows.append((case, f"{ours * 1e3:.0f} ms", *(statistics.median(times[name]) / ours for name in names[1:])))
+        rows.append((case, milliseconds(ours), *(statistics.median(times[name]) / ours for name in names[1:])))
     show("Forward and backward: ours, and the others' time over ours", ["layer", *names], rows, options.output)
 
 

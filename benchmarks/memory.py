@@ -1,6 +1,8 @@
 """Memory of a training step while routing is dense (half of the experts active) and at the target sparsity.
 
 The most that PyTorch holds during a step, beyond weights, gradients and optimizer state, which are there all the time.
+On a GPU the most during its forward and backward passes: plain PyTorch's Adam takes room for all weights there for a
+moment, which would hide theirs.
 """
 
 import argparse

@@ -1,7 +1,10 @@
-"""The models that are measured, as Megatron's flags, and their FLOPs."""
+"""The models that are measured, as Megatron's flags, those of the machine, and the models' FLOPs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 # Steps for which routers are brought to the target; one batch of a few sequences is not enough for it, since the tokens
 # of a sequence have much in common.
@@ -17,6 +20,26 @@ ROUTINGS = {
     "ReMoE": ["--moe-relu-routing"],
     "top-k": ["--moe-router-pre-softmax", "--moe-aux-loss-coeff", "1e-2"],
 }
+# As scripts/lib/launch.sh's for plain PyTorch on a GPU. A log waits for the device and works on the host, for ReMoE
+# longer than for top-k, which a step of some milliseconds would feel.
+GPU_FLAGS = """
+--bf16 --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+--no-rope-fusion --log-interval 1000
+""".split()
+
+
+def on_gpu(words: Sequence[str] = ()) -> bool:
+    """Whether a training with these flags runs on a GPU; the entry decides by the same rule."""
+    return torch.cuda.is_available() and "--cpu" not in words
+
+
+def hardware_flags(words: Sequence[str] = ()) -> list[str]:
+    """What the machine asks of a training with these flags; nothing on a CPU, whose flags the entry sets.
+
+    Args:
+        words: the user's flags, which may say --cpu.
+    """
+    return list(GPU_FLAGS) if on_gpu(words) else []
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Where the time of a training step goes: PyTorch's operations by kind, of one step under the profiler."""
+"""Where the time of a training step goes: PyTorch's operations by kind, of one step under the profiler.
+
+On a GPU that is the time of its kernels; what the device waits for the host is in none of them.
+"""
 
 import argparse
 import re
@@ -15,7 +18,7 @@ STEPS = FIT_STEPS + 2
 KINDS = {
     "attention": r"attention|flash|sdpa",
     "products": r"::(mm|addmm_?|bmm|_grouped_mm|_linear_pointwise)$|gemm|matmul",
-    "Adam": r"adam|Optimizer",
+    "Adam": r"adam|Optimizer|_foreach_",  # the last on a GPU, with clipping's
     "taking and adding rows": r"index_select|index_add|gather|scatter|embedding",
     "copies": r"copy_|clone|contiguous|Memcpy",
     "new memory": r"empty|zeros|zero_|fill_|resize_|Memset",
@@ -29,7 +32,7 @@ def kind_of(operation: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all three")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "operations.json")
     parser.add_argument("more", nargs="*", help="further flags of Megatron's, behind --")
@@ -43,7 +46,7 @@ def main() -> None:
             shares[shape.name] = dict.fromkeys([*KINDS, REST], 0.0)
             for operation, seconds in operations.items():
                 shares[shape.name][kind_of(operation)] += seconds / total
-            done(f"{shape.name}: {total:.2f} s under the profiler")
+            done(f"{shape.name}: {total:.3g} s under the profiler")
     rows = [(kind, *(f"{found[kind]:.1%}" for found in shares.values())) for kind in [*KINDS, REST]]
     show("Share of a step's time", ["kind of operation", *shares], rows, options.output)
 

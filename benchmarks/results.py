@@ -4,13 +4,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from models import on_gpu
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -19,13 +22,29 @@ PACKAGES = ("torch", "megatron-core", "transformers")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and versions."""
+    """Processor, cores, versions and, where there are some, GPUs with their driver."""
     model = platform.processor()
     if platform.system() == "Linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _is_installed(name)}
-    return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    found = {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    return found | ({"gpus": gpus()} if on_gpu() else {})
+
+
+@cache
+def gpus() -> list[str]:
+    """Name and driver of each; not from PyTorch, which would hold the device in this process too."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return ["unknown"]
+
+
+def milliseconds(seconds: float) -> str:
+    """With a unit, and three digits at least."""
+    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
 
 
 @contextmanager

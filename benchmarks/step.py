@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from models import FIT_STEPS, Shape
+from models import FIT_STEPS, Shape, hardware_flags, on_gpu
 from results import progress, save, show
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 from megatron.remoe.data.indexed import IndexedWriter  # noqa: E402
 
 SHAPES = {shape.name: shape for shape in (Shape(8, 1), Shape(8, 8), Shape(64, 1))}
-WARM_UP = FIT_STEPS
+# Steps that are not measured: an even number, for those that take turns. A GPU's memory pool and clock settle too.
+WARM_UP = FIT_STEPS + (10 if on_gpu() else 0)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def run(shape: Shape, variant: Variant, steps: int, more: list[str]) -> dict[str
         prefix, record = Path(folder) / "tokens", Path(folder) / "record.json"
         write_data(prefix, shape)
         command = [sys.executable, str(ROOT / "benchmarks" / "timed_entry.py"), *shape.flags(variant.routing)]
-        command += ["--data-path", str(prefix), "--train-iters", str(steps), *variant.flags, *more]
+        command += [*hardware_flags(more), "--data-path", str(prefix), "--train-iters", str(steps)]
+        command += [*variant.flags, *more]
         environment = os.environ | dict(variant.environment) | {"BENCHMARK_RECORD": str(record)}
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode:
@@ -93,7 +95,7 @@ def measure(
         for variant in variants[:: 1 if number % 2 == 0 else -1]:
             records[variant.name].append(run(shape, variant, WARM_UP + steps + 1, more))
             seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
-            done(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.3f} s a step")
+            done(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.4g} s a step")
     figures = {}
     peak = max(record["peak_flops"] for found in records.values() for record in found)
     for name, found in records.items():
@@ -113,16 +115,32 @@ def measure(
     return figures
 
 
+def chosen_variants(names: list[str] | None, more: list[str]) -> list[Variant]:
+    """Those of these names, or all that differ on this machine.
+
+    Raises:
+        ValueError: one of the names means nothing here.
+    """
+    if not on_gpu(more):
+        return [variant for variant in VARIANTS if not names or variant.name in names]
+    if names and PLAIN.name in names:
+        raise ValueError(f"'{PLAIN.name}' is for a CPU: on a GPU '{STOCK.name}' is that already.")
+    return [variant for variant in VARIANTS if variant != PLAIN and (not names or variant.name in names)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all three")
-    parser.add_argument("--variants", nargs="+", choices=[v.name for v in VARIANTS], help="default: all")
+    parser.add_argument("--variants", nargs="+", choices=[v.name for v in VARIANTS], help="default: all that differ")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant (default 3)")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (default 6)")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "step.json")
     parser.add_argument("more", nargs="*", help="further flags of Megatron's, behind --")
     options = parser.parse_args()
-    variants = [variant for variant in VARIANTS if not options.variants or variant.name in options.variants]
+    try:
+        variants = chosen_variants(options.variants, options.more)
+    except ValueError as error:
+        parser.error(f"--variants: {error}")
     results = {}
     with progress(len(options.shapes) * len(variants) * options.rounds) as done:
         for name in options.shapes:
