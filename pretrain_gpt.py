@@ -44,13 +44,14 @@ def main(observe: "Callable[[GPTModelConfig], None] | None" = None) -> None:
 def prepare() -> bool:
     """What has to happen before anything of Megatron is imported. Returns whether this trains on the CPU."""
     from megatron.remoe import cpu
-    from megatron.remoe.preflight import console
+    from megatron.remoe.preflight import console, machine
 
     if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # scripts/lib/launch.sh has torchrun ignore it, and so would this
     console.hide_unhelpful_warnings()
     on_cpu = cpu.is_wanted(sys.argv)
+    machine.do_without_what_is_missing(on_cpu)
     if on_cpu:
         cpu.install()
     return on_cpu

@@ -9,9 +9,12 @@
 #   NNODES or SLURM_NNODES, NODE_RANK or SLURM_NODEID, MASTER_ADDR, MASTER_PORT       (default: one node)
 #   OUTPUT_DIR     checkpoints, TensorBoard, log and command of this run              (default: runs/<name>)
 #   WANDB_API_KEY  when set, figures also go to Weights & Biases
+#   CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF     for GPUs                   (default: see set_settings)
 #   PYTHON         the interpreter                                                    (default: .venv's, else python3)
 #   DRY_RUN=1      print the command for GPUs and what the training will cost, and stop; DRY_RUN=command: the command alone
-#   GPU, UTILIZATION         for that estimate: the kind of GPU and the share of its rate    (default: h100, 0.4)
+#   REHEARSE=1     play the training on GPUs that are not there, data or not: whether it starts, memory, waits, launches
+#   GPU, UTILIZATION         for these: the kind of GPU and, in a dry run, the share of its rate    (default: h100, 0.4)
+#   REHEARSE_JSON  a file for the rehearsal's figures
 
 LAUNCH_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 
@@ -34,6 +37,9 @@ whole_number() { # NAME VALUE
   [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1 is '$2': give a whole number of at least 1"
 }
 
+# Whether the training is only planned, for GPUs on any machine.
+is_planned() { [[ ${DRY_RUN:-0} != 0 || ${REHEARSE:-0} != 0 ]]; }
+
 find_interpreter() {
   if [[ -z ${PYTHON-} ]]; then
     PYTHON=python3
@@ -49,6 +55,10 @@ find_data() {
     read -ra DATA_FLAGS <<<"$DATA_PATH"
     return
   fi
+  if [[ -z ${DATA_DIR-} && ${REHEARSE:-0} != 0 ]]; then
+    DATA_FLAGS=(made-up)
+    return
+  fi
   [[ -n ${DATA_DIR-} ]] || die "no data: set DATA_PATH to a prefix of .bin/.idx, or DATA_DIR to a folder of them"
   for file in "$DATA_DIR"/*_document.bin; do
     if [[ -f $file ]]; then DATA_FLAGS+=("${file%.bin}"); fi
@@ -61,7 +71,7 @@ find_vocabulary() {
   local vocabulary=${VOCAB_FILE:-${DATA_DIR-.}/encoder.json} merges=${MERGE_FILE:-${DATA_DIR-.}/vocab.bpe}
   TOKENIZER=()
   if [[ " $* " == *" --tokenizer-type "* ]]; then return; fi
-  if [[ ${DRY_RUN:-0} == 0 ]]; then
+  if ! is_planned; then
     [[ -f $vocabulary ]] || die "VOCAB_FILE: there is no $vocabulary (GPT-2's encoder.json)"
     [[ -f $merges ]] || die "MERGE_FILE: there is no $merges (GPT-2's vocab.bpe)"
   fi
@@ -72,20 +82,92 @@ has_gpu() {
   command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1
 }
 
-# What suits the machine into HARDWARE: fast where there is a GPU, plain PyTorch without Transformer Engine. A dry run plans
-# for GPUs on any machine.
+# Prints a line for Transformer Engine and one for apex's module for weight gradients: usable, or what is wrong.
+ask_for_kernels() {
+  "$PYTHON" -c '
+from importlib import import_module, util
+
+def answer(*modules):
+    if util.find_spec(modules[-1].partition(".")[0]) is None:
+        return ": not installed"
+    try:
+        for module in modules:
+            import_module(module)
+    except Exception as error:
+        return " cannot be imported: %s: %s" % (type(error).__name__, (str(error).splitlines() or [""])[0])
+    return "usable"
+
+answers = answer("transformer_engine.pytorch"), answer("torch", "fused_weight_gradient_mlp_cuda")
+print(*answers, sep="\n")
+' 2>/dev/null | tail -n 2
+}
+
+# What suits the machine into HARDWARE: fast where there is a GPU, plain PyTorch without Transformer Engine; KERNELS tells which
+# and why. A dry run plans for GPUs on any machine.
 set_hardware_flags() {
-  HARDWARE=()
-  if [[ " $* " == *" --cpu "* ]] || { [[ ${DRY_RUN:-0} == 0 ]] && ! has_gpu; }; then
+  local engine="" apex=""
+  HARDWARE=() KERNELS=""
+  if [[ " $* " == *" --cpu "* ]] || { ! is_planned && ! has_gpu; }; then
     return # the entry trains on the CPU and needs no flags for it
   fi
   HARDWARE+=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
-  if "$PYTHON" -c 'import transformer_engine.pytorch' 2>/dev/null; then
+  { IFS= read -r engine && IFS= read -r apex; } < <(ask_for_kernels) || true
+  if [[ " $* " == *" --transformer-impl"[\ =]"local "* ]]; then engine=": not asked for"; fi
+  if [[ $engine == usable ]]; then
+    KERNELS="Transformer Engine"
     HARDWARE+=(--transformer-impl transformer_engine)
     if [[ $ROUTING != dense ]]; then HARDWARE+=(--moe-grouped-gemm); fi
   else
-    HARDWARE+=(--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion)
-    HARDWARE+=(--no-masked-softmax-fusion --no-rope-fusion)
+    KERNELS="plain PyTorch (Transformer Engine${engine:-: $PYTHON did not say})"
+    HARDWARE+=(--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion)
+  fi
+  # Without apex Megatron's own linear layers, of which the output layer is always one, cannot be built with this fusion. The
+  # flag is one for all: Transformer Engine's layers, which could do it, then add their weight gradients in a pass of their own.
+  if [[ $apex != usable ]]; then HARDWARE+=(--no-gradient-accumulation-fusion); fi
+}
+
+# Prints the value of a flag that counts, the last one: last_value FLAG WORDS...
+last_value() {
+  local flag=$1 value=""
+  shift
+  while (($#)); do
+    case $1 in
+      "$flag") value=${2-} ;;
+      "$flag="*) value=${1#*=} ;;
+    esac
+    shift
+  done
+  printf '%s' "$value"
+}
+
+# Whether the GPUs, in a dry run those that are planned for, are of a generation before Blackwell.
+before_blackwell() {
+  local capability
+  if is_planned; then
+    [[ ${GPU-} != [bB][0-9]* && ${GPU-} != [gG][bB][0-9]* ]]
+  else
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) || true
+    capability=${capability%%.*}
+    [[ ! $capability =~ ^[0-9]+$ ]] || ((capability < 10))
+  fi
+}
+
+# The environment of a training on GPUs into SETTINGS: set_settings MEGATRON FLAGS... What the user has set stays.
+set_settings() {
+  local words=" $* " graphs
+  SETTINGS=()
+  if [[ -z $KERNELS ]]; then return; fi
+  # Megatron refuses TP or CP without it before Blackwell, and FSDP with it; overlapped expert parallelism wants more.
+  if [[ $(last_value --tensor-model-parallel-size "$@")-$(last_value --context-parallel-size "$@") != 1-1 ]] &&
+    before_blackwell &&
+    [[ ! $words =~ \ --(use-torch-fsdp2|use-megatron-fsdp|overlap-moe-expert-parallel-comm)\  ]]; then
+    SETTINGS+=("CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS-1}")
+  fi
+  # The number of pairs changes from step to step, and segments of fixed size would fragment. All torch versions read this
+  # name, and so do Megatron's checks. CUDA graphs, NCCL's buffers and checkpoint workers do not bear it without more settings.
+  graphs=$(last_value --cuda-graph-impl "$@")
+  if [[ -z ${PYTORCH_ALLOC_CONF+set} && ${graphs:-none} == none && ! $words =~ \ --use-(nccl-ub|persistent-ckpt-worker)\  ]]; then
+    SETTINGS+=("PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}")
   fi
 }
 
@@ -188,6 +270,9 @@ launch() {
   fi
   flags+=("$@")
   command+=("${flags[@]}")
+  set_settings "${flags[@]}"
+  if ((${#SETTINGS[@]})); then command=(env "${SETTINGS[@]}" "${command[@]}"); fi
+  if [[ -n $KERNELS ]]; then echo "Layers: $KERNELS" >&2; fi
 
   if [[ ${DRY_RUN:-0} != 0 ]]; then
     printf '%q ' "${command[@]}"
@@ -196,6 +281,11 @@ launch() {
     echo
     "$PYTHON" "$LAUNCH_ROOT/tools/cost" --gpus $((GPUS_PER_NODE * NODES)) --gpu "${GPU:-h100}" \
       --utilization "${UTILIZATION:-0.4}" --paper "$size" "$ROUTING" -- "${flags[@]}"
+    return
+  fi
+  if [[ ${REHEARSE:-0} != 0 ]]; then
+    env "${SETTINGS[@]}" "$PYTHON" "$LAUNCH_ROOT/tools/rehearse" --gpus $((GPUS_PER_NODE * NODES)) \
+      --gpus-per-node "$GPUS_PER_NODE" --gpu "${GPU:-h100}" ${REHEARSE_JSON:+--json "$REHEARSE_JSON"} -- "${flags[@]}"
     return
   fi
   mkdir -p "$output" 2>/dev/null && [[ -w $output ]] || die "OUTPUT_DIR=$output cannot be written"

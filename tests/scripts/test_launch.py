@@ -95,6 +95,110 @@ def test_layout_and_nodes() -> None:
     assert "--sequence-parallel" in words and "--standalone" not in words
 
 
+ENGINE, APEX = "transformer_engine/__init__.py", "fused_weight_gradient_mlp_cuda.py"
+BROKEN = "raise RuntimeError('curand shared object not found.\\nand more')"
+UNFUSED = "--no-gradient-accumulation-fusion"
+
+
+@pytest.mark.parametrize(
+    ("modules", "flags", "layers", "expected"),
+    [
+        ({}, [], "plain PyTorch (Transformer Engine: not installed)", ["local", UNFUSED]),
+        ({APEX: ""}, [], "plain PyTorch (Transformer Engine: not installed)", ["local"]),
+        ({ENGINE: ""}, [], "Transformer Engine", ["transformer_engine", "--moe-grouped-gemm", UNFUSED]),
+        ({ENGINE: "print('hello')", APEX: ""}, [], "Transformer Engine", ["transformer_engine", "--moe-grouped-gemm"]),
+        (
+            {ENGINE: "", APEX: "raise ImportError('libc10.so')"},
+            [],
+            "Transformer Engine",
+            ["transformer_engine", "--moe-grouped-gemm", UNFUSED],
+        ),
+        (
+            {ENGINE: BROKEN},
+            [],
+            "plain PyTorch (Transformer Engine cannot be imported: RuntimeError: curand shared object not found.)",
+            ["local", UNFUSED],
+        ),
+        (
+            {ENGINE: ""},
+            ["--transformer-impl", "local"],
+            "plain PyTorch (Transformer Engine: not asked for)",
+            ["local", UNFUSED],
+        ),
+    ],
+)
+def test_kernels(modules: dict[str, str], flags: list[str], layers: str, expected: list[str], tmp_path: Path) -> None:
+    """What Megatron would not build is left out, and the path that is taken is said."""
+    for name, text in modules.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        if name == ENGINE:
+            (tmp_path / "transformer_engine" / "pytorch.py").touch()
+    environment = {"DRY_RUN": "command", "DATA_PATH": "pile", "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    result = launch("182m_remoe", "2", "--", *flags, **environment)
+    assert result.stderr == f"Layers: {layers}\n"
+    words = shlex.split(result.stdout)
+    assert result.stdout.count("\n") == 1 and "torch.distributed.run" in words
+    assert value(words, "--transformer-impl") == expected[0]
+    assert [flag for flag in ("--moe-grouped-gemm", UNFUSED) if flag in words] == expected[1:]
+    assert ("--no-persist-layer-norm" in words) == (expected[0] == "local")
+
+
+def settings(words: list[str]) -> list[str]:
+    """What is set in the environment of a command."""
+    return words[1 : next(i for i, word in enumerate(words) if word.endswith("python"))] if words[0] == "env" else []
+
+
+ONE, GROWING = "CUDA_DEVICE_MAX_CONNECTIONS=1", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "expected"),
+    [
+        ({}, [], [GROWING]),
+        ({"TP": "2"}, [], [ONE, GROWING]),
+        ({"CP": "2", "GPU": "a100"}, [], [ONE, GROWING]),
+        ({}, ["--tensor-model-parallel-size=2"], [ONE, GROWING]),
+        ({"TP": "2"}, ["--tensor-model-parallel-size", "1"], [GROWING]),
+        ({"TP": "2", "GPU": "b200"}, [], [GROWING]),
+        ({"TP": "2", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}, [], ["CUDA_DEVICE_MAX_CONNECTIONS=8", GROWING]),
+        ({"TP": "2"}, ["--overlap-moe-expert-parallel-comm"], [GROWING]),
+        ({"TP": "2"}, ["--use-torch-fsdp2"], [GROWING]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, [], ["PYTORCH_CUDA_ALLOC_CONF=backend:native"]),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, [], []),
+        ({}, ["--cuda-graph-impl", "transformer_engine"], []),
+        ({}, ["--cuda-graph-impl", "none"], [GROWING]),
+        ({}, ["--use-nccl-ub"], []),
+        ({"TP": "2"}, ["--cpu"], []),
+    ],
+)
+def test_environment_on_gpus(environment: dict[str, str], flags: list[str], expected: list[str]) -> None:
+    assert settings(command("182m_moe", "4", "--", *flags, **environment)) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("9.0", "1"), ("10.0", ""), ("[N/A]", "1")])
+def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Path) -> None:
+    """On a machine whose GPUs and interpreter are played: what the training would find in its environment."""
+    answers = {
+        "nvidia-smi": f'[[ $1 == -L ]] || printf "%s\\n" "{capability}" "{capability}"',
+        "python": f'[[ $1 == -m ]] || exec {sys.executable} "$@"\n'
+        'echo "connections=${CUDA_DEVICE_MAX_CONNECTIONS-} memory=${PYTORCH_CUDA_ALLOC_CONF-}"',
+    }
+    for name, lines in answers.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    for name in ("encoder.json", "vocab.bpe"):
+        (tmp_path / name).touch()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "TP": "2"}
+    environment |= {"DATA_DIR": str(tmp_path), "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path / "run")}
+    result = launch("182m_remoe", "2", **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"connections={expected} memory=expandable_segments:True"
+    assert result.stderr == "Layers: plain PyTorch (Transformer Engine: not installed)\n"
+    written = settings(shlex.split((tmp_path / "run" / "command.sh").read_text()))
+    assert written == ([ONE, GROWING] if expected else [GROWING])
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [

@@ -6,6 +6,7 @@ import pytest
 
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.refusals import REFUSALS, flag
+from megatron.remoe.training import arguments
 from megatron.remoe.training.arguments import add_remoe_arguments, apply_granularity, parse_and_validate_args
 from megatron.training.arguments import parse_args
 from tests.trainings import TINY
@@ -36,6 +37,33 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert args.moe_granularity == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "minutes", "seconds_after"),
+    [
+        ([], 60, 600),
+        (["--distributed-timeout-minutes", "30"], 30, None),
+        (["--distributed-timeout-seconds-after-init", "90"], 60, 90),
+        (["--distributed-timeout-minutes", "10", "--distributed-timeout-seconds-after-init", "90"], 10, 90),
+    ],
+)
+def test_timeouts(flags: list[str], minutes: int, seconds_after: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank may take long for the data's index; after the first step a rank that hangs is found as before."""
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *flags])
+    args = arguments.parse_args()
+    assert (args.distributed_timeout_minutes, args.distributed_timeout_seconds_after_init) == (minutes, seconds_after)
+
+
+def test_tensor_parallelism_before_blackwell_asks_for_its_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Megatron's own message suffices where the launch scripts, which set it, are not used."""
+    monkeypatch.setattr("megatron.training.arguments.get_device_arch_version", lambda: 9)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    message = refusal(monkeypatch, capsys, "--tensor-model-parallel-size", "2")
+    assert "tensor model parallelism" in message and "CUDA_DEVICE_MAX_CONNECTIONS to 1" in message
+
+
 def test_help_explains_all_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -43,6 +71,7 @@ def test_help_explains_all_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     output = capsys.readouterr().out
     assert stop.value.code == 0
     assert "--moe-relu-routing " in output and "--num-layers " in output and "%%" not in output
+    assert "Minutes that ranks wait for each other. Default: 60" in " ".join(output.split())
 
 
 @pytest.mark.parametrize("kind", [TOPK, RELU], ids=["top-k", "relu"])
@@ -87,6 +116,7 @@ REFUSED = {
     "moe_expert_rank_capacity_factor": ["1.5"],
     "moe_paged_stash": [],
     "moe_token_dispatcher_type": ["flex"],
+    "moe_permute_fusion": [],
     "moe_enable_deepep": [],
     "moe_enable_routing_replay": [],
     "moe_apply_probs_on_input": [],

@@ -86,9 +86,10 @@ def main() -> int:
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.gpus)})
     logging.disable(logging.INFO)
     from megatron.remoe import cpu
-    from megatron.remoe.preflight import console
+    from megatron.remoe.preflight import console, machine
 
     console.hide_unhelpful_warnings()
+    machine.do_without_what_is_missing(on_cpu=True)
     cpu.install()  # the estimate itself always runs on the CPU
     from megatron.remoe.preflight.messages import usage_errors
     from megatron.remoe.training.arguments import parse_args, take_saved_args

@@ -16,6 +16,7 @@ UNHELPFUL_WARNINGS = (
     r"torch\.distributed is disabled, unavailable or uninitialized",
     r"The argument order of load has been changed",
     r"Please use DTensor instead and we are deprecating ShardedTensor",
+    r"`torch\.distributed\.distributed_c10d\._set_pg_timeout` is deprecated",
     r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
 )
 

@@ -15,6 +15,9 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
+# The data's index is built by one rank while all others wait. After the first step Megatron's own default holds again.
+MINUTES_TO_THE_FIRST_STEP, SECONDS_AFTER_IT = 60, 600
+
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
@@ -71,6 +74,7 @@ def parse_args(
         parser = add_remoe_arguments(parser)
         # one_logger is not a public package, and its absence is announced at every start.
         parser.set_defaults(enable_one_logger=False)
+        describe_timeout(parser)
         explain_flag_errors(parser)
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
@@ -78,6 +82,7 @@ def parse_args(
     for name, value in (args_defaults or {}).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    choose_timeouts(args)
     apply_granularity(args)
     problems = relu_routing_problems(args)
     if problems:
@@ -90,6 +95,24 @@ def parse_args(
         args.rerun_mode = "disabled"
     use_local_gpt2_files(args)
     return args
+
+
+def describe_timeout(parser: argparse.ArgumentParser) -> None:
+    """Let --distributed-timeout-minutes have the default of `choose_timeouts`."""
+    flag = next(action for action in parser._actions if action.dest == "distributed_timeout_minutes")
+    flag.default = None
+    flag.help = (
+        f"Minutes that ranks wait for each other. Default: {MINUTES_TO_THE_FIRST_STEP} up to the first step, which "
+        f"includes the data's index, and {SECONDS_AFTER_IT // 60} after it (--distributed-timeout-seconds-after-init)."
+    )
+
+
+def choose_timeouts(args: argparse.Namespace) -> None:
+    """Where none is given, wait long for the first step, and from then on find a rank that hangs as soon as ever."""
+    if args.distributed_timeout_minutes is None:
+        args.distributed_timeout_minutes = MINUTES_TO_THE_FIRST_STEP
+        if args.distributed_timeout_seconds_after_init is None:
+            args.distributed_timeout_seconds_after_init = SECONDS_AFTER_IT
 
 
 def take_saved_args(args: argparse.Namespace) -> None:

@@ -1,0 +1,117 @@
+"""What a machine may lack: a C compiler, and a Transformer Engine that works."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.remoe.preflight import machine
+from tests.trainings import REPOSITORY
+
+IMPORT_MEGATRON = "import megatron.core.tensor_parallel.layers as layers; print('have', layers.HAVE_TE)"
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A machine without any program, on which nothing was decided about torch.compile."""
+    for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "CC", "RANK"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return monkeypatch
+
+
+def add_program(folder: Path, name: str) -> None:
+    (folder / name).touch(mode=0o755)
+
+
+def double(values: torch.Tensor) -> torch.Tensor:
+    return 2 * values
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_a_compiler_nothing_is_compiled(rank: int, without, capsys: pytest.CaptureFixture[str]) -> None:
+    without.setenv("RANK", str(rank))
+    assert torch.compile(double) is not double
+    machine.do_without_compiler()
+    assert torch.compile(double) is double, "the setting that the installed torch reads"
+    said = capsys.readouterr().err
+    assert said.count("\n") == (1 if rank == 0 else 0)
+    assert rank or said.startswith("There is no C compiler (gcc or clang), so torch.compile is off")
+
+
+@pytest.mark.parametrize(("name", "variable"), [("gcc", None), ("clang", None), ("own-cc", "own-cc")])
+def test_with_a_compiler_all_stays(name: str, variable: str | None, without, capsys, tmp_path: Path) -> None:
+    add_program(tmp_path, name)
+    if variable:
+        without.setenv("CC", variable)
+    machine.do_without_compiler()
+    assert "TORCHDYNAMO_DISABLE" not in os.environ and not capsys.readouterr().err
+
+
+def test_a_compiler_that_is_not_there_counts_as_none(without, capsys, tmp_path: Path) -> None:
+    add_program(tmp_path, "gcc")
+    without.setenv("CC", "icc")  # Triton takes it unseen
+    machine.do_without_compiler()
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "1" and "no C compiler (icc)" in capsys.readouterr().err
+
+
+def test_pythons_header_is_needed_too(without, capsys, tmp_path: Path) -> None:
+    add_program(tmp_path, "gcc")
+    without.setattr(sysconfig, "get_path", lambda *_: str(tmp_path / "include"))
+    machine.do_without_compiler()
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
+    assert f"no {tmp_path}/include/Python.h (of python3-dev)" in capsys.readouterr().err
+
+
+def test_the_user_has_turned_it_off_before(without, capsys) -> None:
+    without.setenv("TORCH_COMPILE_DISABLE", "1")
+    machine.do_without_compiler()
+    assert not capsys.readouterr().err
+
+
+def engine(folder: Path, start: str) -> None:
+    package = folder / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"{start}\n__version__ = '2.20.2'\n")
+    (package / "pytorch.py").touch()
+
+
+def python(lines: str, path: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": f"{path}:{REPOSITORY}", "RANK": "0"}
+    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_broken_engine_counts_as_not_installed(on_cpu: bool, tmp_path: Path) -> None:
+    engine(tmp_path, "raise RuntimeError('curand shared object not found.\\nand more')")
+    assert "curand shared object not found" in python(IMPORT_MEGATRON, tmp_path).stderr, "Megatron bears it by now"
+    call = f"from megatron.remoe.preflight import machine; machine.do_without_what_is_missing({on_cpu})\n"
+    result = python(2 * call + IMPORT_MEGATRON, tmp_path)
+    assert "have False" in result.stdout, result.stderr
+    expected = "Transformer Engine cannot be imported (RuntimeError: curand shared object not found.) and counts as"
+    assert result.stderr.count(expected) == (0 if on_cpu else 1)
+
+
+def test_an_engine_that_works_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    engine(tmp_path, "")
+    monkeypatch.syspath_prepend(tmp_path)
+    machine.do_without_broken_engine(says_so=True)
+    for name in ("transformer_engine.pytorch", "transformer_engine"):
+        assert sys.modules.pop(name)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a torch without CUDA brings none of them")
+@pytest.mark.parametrize("library", ["cudnn", "nvrtc", "curand"])
+def test_the_gpu_extra_has_what_the_engine_loads(library: str) -> None:
+    """What Transformer Engine's common/__init__.py loads by name, and ends without, comes with torch or the extra."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    brought = [*(requires("torch") or []), *project["optional-dependencies"]["gpu"]]
+    assert any(library in requirement for requirement in brought)
