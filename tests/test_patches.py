@@ -16,7 +16,9 @@ import torch
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
 
@@ -103,6 +105,39 @@ def test_megatron_still_reads_steps_that_adam_has_not() -> None:
     stock = getattr(DistributedOptimizer.state_dict, "__wrapped__", DistributedOptimizer.state_dict)
     with pytest.raises(AssertionError):
         stock(optimizer)
+
+
+def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values show who asks for one."""
+    shapes = [(3, 4), (5,), (2, 2)]
+    without_values = [torch.empty(shape, device="meta") for shape in shapes]
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        local_multi_tensor_l2_norm(0, None, [without_values], False)
+    assert patches._norm_of_all(without_values).shape == (1,)
+
+    torch.manual_seed(1)
+    tensors = [torch.randn(shape) for shape in shapes]
+    found = patches._norm_of_all(tensors)
+    torch.testing.assert_close(found, torch.cat([tensor.flatten() for tensor in tensors]).norm().reshape(1))
+    assert found.dtype == torch.float32
+
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
+    patches.keep_norms_on_the_device()
+    patched = clip_grads.l2_norm_impl
+    patches.keep_norms_on_the_device()
+    assert clip_grads.l2_norm_impl is patched is not local_multi_tensor_l2_norm
+    on_gpu = [SimpleNamespace(is_cuda=True)] * 3
+    monkeypatch.setattr(patches, "_norm_of_all", lambda given: given)
+    assert patched(0, None, [on_gpu], False) == (on_gpu, None)
+    on_cpu = patched(0, None, [tensors], False)[0]
+    assert torch.equal(on_cpu, local_multi_tensor_l2_norm(0, None, [tensors], False)[0]), "to the last digit"
+
+    def of_transformer_engine() -> None:
+        pass
+
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", of_transformer_engine)
+    patches.keep_norms_on_the_device()
+    assert clip_grads.l2_norm_impl is of_transformer_engine
 
 
 def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,9 @@ import torch
 from megatron.core.datasets import utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
 
 READ_AGAINST = ("0.19.0", "0.19.1", "0.19.2")  # megatron-core, in which all that is changed here is the same
@@ -83,6 +84,31 @@ def let_torch_adam_resume() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_steps
     DistributedOptimizer.state_dict = state_dict_with_steps
     DistributedOptimizer.load_state_dict = load_state_dict_with_steps
+
+
+def keep_norms_on_the_device() -> None:
+    """Wait once for the gradients' norm on a GPU where neither Transformer Engine nor apex is installed.
+
+    Megatron puts the norms of all tensors into one tensor on the host, for which it waits once a tensor. On the CPU
+    its own function goes on, whose digits do not change.
+    """
+    stock = clip_grads.l2_norm_impl
+    if stock is not local_multi_tensor_l2_norm:
+        return
+
+    @wraps(stock)
+    def norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], *rest: Any) -> Any:
+        tensors = [tensor for tensors in tensor_lists for tensor in tensors]
+        if all(tensor.is_cuda for tensor in tensors):
+            return _norm_of_all(tensors), None
+        return stock(chunk_size, noop_flag, tensor_lists, *rest)
+
+    clip_grads.l2_norm_impl = norm
+
+
+def _norm_of_all(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The L2 norm of tensors on one device, fp32 `[1]` there."""
+    return torch.nn.utils.get_total_norm(tensors).to(torch.float32).reshape(1)
 
 
 def load_objects_unexecuted() -> None:
@@ -195,6 +221,12 @@ PATCHES = (
         "_set_main_param_and_optimizer_states",
         "resuming the distributed optimizer without Transformer Engine or apex",
         "a distributed torch.optim.AdamW resumes",
+    ),
+    Patch(
+        keep_norms_on_the_device,
+        "core/optimizer/clip_grads.py: l2_norm_impl",
+        "a gradient norm without a wait a tensor, on GPUs without Transformer Engine or apex",
+        "local_multi_tensor_l2_norm in core/utils.py asks for no value on the host",
     ),
     Patch(
         load_objects_unexecuted,

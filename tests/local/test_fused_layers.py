@@ -1,5 +1,6 @@
 """Attention and experts made of PyTorch's fused kernels, against Megatron's own: values, gradients, checkpoints."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.remoe.local import experts as local_experts
 from megatron.remoe.local.attention import FusedDotProductAttention
 from megatron.remoe.local.experts import GroupedExperts
 from megatron.remoe.moe.layer import ReMoELayer
@@ -170,6 +172,32 @@ def test_state_of_sequential_experts_can_be_loaded() -> None:
 )
 def test_other_experts_stay_megatrons(changes: dict[str, Any]) -> None:
     assert isinstance(make_layer(make_config(**changes), fused=True).experts, SequentialMLP)
+
+
+@needs_groups
+@pytest.mark.parametrize(
+    ("rank", "changes", "told"),
+    [
+        ("0", {}, "expert FFN size 12 on a rank is not a multiple of 8"),
+        ("0", {"moe_ffn_hidden_size": 16}, None),
+        ("0", {"params_dtype": torch.float32}, None),
+        ("1", {}, None),
+    ],
+    ids=["refused", "taken", "fp32", "another rank"],
+)
+def test_sizes_that_the_kernel_refuses_are_told_once(
+    rank: str, changes: dict[str, Any], told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the model is the same on every GPU: what its checkpoints hold follows from the flags alone."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(local_experts, "has_grouped_kernel", lambda _device: True)
+    config = make_config(**({"params_dtype": torch.bfloat16, "moe_router_dtype": "fp32"} | changes))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        layers = [make_layer(config, fused=True) for _ in range(2)]
+    assert all(isinstance(layer.experts, GroupedExperts) for layer in layers)
+    found = [str(warning.message) for warning in warned if "kernel" in str(warning.message)]
+    assert len(found) == (told is not None) and all(text.startswith(str(told)) for text in found)
 
 
 def test_specification_keeps_what_it_does_not_know() -> None:

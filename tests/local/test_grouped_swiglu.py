@@ -1,10 +1,21 @@
-"""The experts' products against plain autograd, in float64, for blocks of any number of experts and rows."""
+"""The experts' products against plain autograd, in float64, for blocks of any number of experts and rows.
+
+What a GPU of each kind would run is found out on fake tensors: they have the checks of its kernels, and no values, so
+that waiting for one fails.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron.remoe.local.blocked_swiglu import BLOCK_PAIRS, FEW_PAIRS
-from megatron.remoe.local.grouped_swiglu import _GroupedSwiGLU, grouped_swiglu
+from megatron.remoe.local import grouped_swiglu as module
+from megatron.remoe.local.blocked_swiglu import BLOCK_PAIRS, FEW_PAIRS, BlockedSwiGLU, _blocks
+from megatron.remoe.local.grouped_swiglu import _GroupedSwiGLU, grouped_swiglu, sizes_refused
+from megatron.remoe.local.swiglu import sum_pairs
+from tests.layers import SumTypes
 
 HIDDEN, FFN = 6, 5
 SIZES = {
@@ -75,6 +86,25 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["blocks of both kinds"]], ids=["few rows", "many"])
 def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     """What a GPU runs in bf16, here through PyTorch's `grouped_mm` for CPUs."""
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    check_half_precision(_GroupedSwiGLU, sizes, ends, accumulates, gathers)
+
+
+@both_orders
+@both_gradients
+@pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["blocks of both kinds"]], ids=["few rows", "many"])
+def test_half_precision_without_the_kernel(sizes: list[int], accumulates: bool, gathers: bool) -> None:
+    """What GPUs run that do not have it, and CPUs."""
+    check_half_precision(BlockedSwiGLU, sizes, sizes, accumulates, gathers)
+
+
+def check_half_precision(
+    kernel: type[torch.autograd.Function],
+    sizes: list[int],
+    sizes_for_kernel: torch.Tensor | list[int],
+    accumulates: bool,
+    gathers: bool,
+) -> None:
     torch.manual_seed(len(sizes))
     hidden, ffn = 32, 24  # the kernel wants rows of a multiple of 16 bytes
     num_tokens, rows = some_rows(sizes, gathers)
@@ -87,11 +117,12 @@ def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gath
     if accumulates:
         for weight in ours[2:]:
             weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
-    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
-    output = _GroupedSwiGLU.apply(*ours, ends, rows, True)
+    with SumTypes() as sums:
+        output = kernel.apply(*ours, sizes_for_kernel, rows, True)
+        direction = torch.randn_like(output)
+        (output * direction).sum().backward()
+    assert sums.found == ({torch.float32} if gathers else set())
     expected = one_by_one(*right, sizes, rows)
-    direction = torch.randn_like(output)
-    (output * direction).sum().backward()
     (expected * direction.double()).sum().backward()
 
     def apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -103,3 +134,144 @@ def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gath
             assert mine.grad_added_to_main_grad and apart(mine.main_grad, theirs.grad + 1) < 0.01
         else:
             assert apart(mine.grad, theirs.grad) < 0.01
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int]], None]]:
+    """Lets every GPU be of the given compute capability."""
+
+    def be(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda _device: capability)
+        module._generation.cache_clear()
+
+    yield be
+    module._generation.cache_clear()
+
+
+def run_on_fake_gpu(
+    sizes: torch.Tensor, pairs: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 16, ffn: int = 8
+) -> str:
+    """Forward and backward passes over 7 tokens; the name of what was run."""
+    experts, options = len(sizes), {"dtype": dtype, "device": "cuda:0"}
+    tokens, gates = torch.empty(7, hidden, **options, requires_grad=True), torch.empty(pairs, **options)
+    fc1 = torch.nn.Parameter(torch.empty(experts, 2 * ffn, hidden, **options))
+    fc2 = torch.nn.Parameter(torch.empty(experts, hidden, ffn, **options))
+    rows = torch.empty(pairs, dtype=torch.int64, device="cuda:0")
+    output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, rows)
+    name = output.grad_fn.name()
+    kernel = _GroupedSwiGLU if "Grouped" in name else BlockedSwiGLU
+    with torch.no_grad():  # by hand: autograd would start a thread for the GPU that is not there
+        found = kernel.backward(output.grad_fn, torch.empty_like(output))[:4]
+    inputs = (tokens, gates, fc1, fc2)
+    assert [(g.shape, g.dtype, g.device) for g in found] == [(x.shape, x.dtype, x.device) for x in inputs]
+    return name
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "is_one_kernel"),
+    [
+        ((7, 5), torch.float16, False),
+        ((8, 0), torch.bfloat16, False),
+        ((8, 9), torch.bfloat16, False),
+        ((9, 0), torch.bfloat16, True),
+        ((9, 0), torch.float16, False),
+        ((9, 0), torch.float32, False),
+        ((10, 0), torch.bfloat16, True),
+        ((10, 3), torch.bfloat16, True),
+        ((12, 0), torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_kernels_of_gpus(pretend, capability: tuple[int, int], dtype: torch.dtype, is_one_kernel: bool) -> None:
+    """PyTorch's `grouped_mm` is one kernel on two generations in bf16, and a loop that waits everywhere else."""
+    pretend(capability)
+    sizes = torch.tensor([3, 0, 2])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert ("Grouped" in run_on_fake_gpu(sizes, 5, dtype)) is is_one_kernel
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "ffn", "refused"),
+    [
+        (3, 16, 8, []),
+        (3, 20, 8, ["hidden size 20 is not"]),
+        (3, 16, 12, ["expert FFN size 12 on a rank is not"]),
+        (1023, 16, 8, []),
+        (1024, 20, 12, ["hidden size 20", "expert FFN size 12", "1024 experts on a rank"]),
+    ],
+    ids=str,
+)
+def test_sizes_that_the_kernel_refuses(pretend, experts: int, hidden: int, ffn: int, refused: list[str]) -> None:
+    """They are worked through one by one on a GPU too."""
+    pretend((9, 0))
+    found = sizes_refused(torch.empty(experts, 2 * ffn, hidden, device="meta"))
+    assert len(found) == len(refused) and all(map(str.startswith, found, refused))
+    if experts == 3:
+        sizes = torch.tensor([0, 5, 0])
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert ("Blocked" in run_on_fake_gpu(sizes, 5, hidden=hidden, ffn=ffn)) == bool(refused)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_nothing_routed_runs_no_kernel_and_waits_for_nothing(pretend, capability: tuple[int, int]) -> None:
+    """`grouped_mm` may refuse or hang on no rows at all."""
+    pretend(capability)
+    with FakeTensorMode():
+        assert "Blocked" in run_on_fake_gpu(torch.empty(3, dtype=torch.int64, device="cuda:0"), 0)
+
+
+def test_a_gpu_gets_one_block() -> None:
+    """A CPU's cache is not there, and each block would start its own kernels."""
+    assert _blocks([300, 0, 5], limit=305) == [(slice(0, 3), slice(0, 305), [300, 0, 5])]
+    assert _blocks([0, 0], limit=0) == [(slice(0, 2), slice(0, 0), [0, 0])]
+
+
+def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel leaves them whatever was in memory; here NaN is."""
+    monkeypatch.setattr(module, "_generation", lambda _device: module.SM100)
+    stock, sizes = torch.nn.functional.grouped_mm, torch.tensor([3, 0, 4, 0])
+
+    def leaves_memory(left: torch.Tensor, right: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        product = stock(left, right, offs=offs)
+        if product.dim() == 3:
+            product[sizes == 0] = torch.nan
+        return product
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_memory)
+    left, right = (torch.randn(7, width, dtype=torch.bfloat16) for width in (16, 8))
+    found = module._outers(left, right, sizes.cumsum(0).to(torch.int32))
+    assert not found[sizes == 0].any() and found[sizes > 0].all()
+    torch.testing.assert_close(found[0], left[:3].T @ right[:3])
+
+
+def test_older_pytorch_does_without_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's users import this too, and need none of it."""
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    spec = importlib.util.spec_from_file_location("another_grouped_swiglu", module.__file__)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    monkeypatch.setattr(another, "_generation", lambda _device: another.SM90)
+    assert not another.has_grouped_kernel(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("per_token", [64, 7])
+def test_sums_in_half_precision_are_rounded_once(per_token: int, dtype: torch.dtype) -> None:
+    """With granularity 64 a token has as many summands: in bf16 each would be rounded to the sum's 8 bits."""
+    torch.manual_seed(per_token)
+    tokens = torch.zeros(5, 16, dtype=dtype, device=DEVICE)
+    rows = torch.arange(5, device=DEVICE).repeat(per_token)
+    pairs = torch.rand(len(rows), 16, device=DEVICE).to(dtype)
+    right = pairs.double().view(per_token, 5, 16).sum(dim=0)
+    with SumTypes() as sums:
+        found = sum_pairs(pairs, rows, tokens)
+    assert found.dtype == dtype and sums.found == {torch.float32}
+    torch.testing.assert_close(found.double(), right, rtol=0.51 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_sums_in_fp32_are_what_they_were() -> None:
+    """Bit for bit."""
+    torch.manual_seed(1)
+    rows, pairs = torch.randint(5, (300,)), torch.randn(300, 16)
+    expected = torch.zeros(5, 16).index_add_(0, rows, pairs)
+    assert torch.equal(sum_pairs(pairs, rows, torch.zeros(5, 16)), expected)

@@ -7,9 +7,10 @@ import torch
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
-from megatron.remoe.moe.dispatcher import PermutingAlltoAllDispatcher, PlannedAlltoAllDispatcher
-from megatron.remoe.moe.layer import ReMoELayer, dispatcher_for
-from tests.layers import HIDDEN, expert_weights, make_config, make_layer, make_topk_config, oracle
+from megatron.remoe.moe import dispatcher
+from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
+from megatron.remoe.moe.layer import ReMoELayer, takes_plans
+from tests.layers import HIDDEN, SumTypes, expert_weights, make_config, make_layer, make_topk_config, oracle
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -112,20 +113,17 @@ def results(layer: ReMoELayer, tokens: torch.Tensor, output: torch.Tensor) -> li
     return [output, *torch.autograd.grad(output.sin().sum(), weights)]
 
 
-@pytest.mark.parametrize("limit", [0.0, 1.0], ids=["unbounded", "bounded"])
-def test_megatrons_permutation_gives_the_same(limit: float) -> None:
-    """What --moe-permute-fusion takes, here without the fused kernel."""
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-
-    torch.manual_seed(2)
-    layer = make_layer(make_config(moe_relu_activation_limit=limit))
-    assert isinstance(layer.token_dispatcher, PlannedAlltoAllDispatcher)
-    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
-    right = results(layer, tokens, layer(tokens)[0])
-    layer.token_dispatcher = PermutingAlltoAllDispatcher(4, [0, 1, 2, 3], layer.config, get_default_pg_collection())
-    layer.is_planned = False
-    for mine, theirs in zip(results(layer, tokens, layer(tokens)[0]), right, strict=True):
-        torch.testing.assert_close(mine, theirs)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tokens_rows_are_added_up_in_fp32(dtype: torch.dtype) -> None:
+    """Both ways: a token's outputs on the way back from the experts, and its gradients."""
+    rows = torch.arange(5).repeat(4)
+    tokens = torch.randn(5, 16, dtype=dtype, requires_grad=True)
+    with SumTypes() as sums:
+        output = dispatcher._SumOfRows.apply(dispatcher._TakenRows.apply(tokens, rows), rows, 5)
+        output.sum().backward()
+    assert sums.found == {torch.float32} and output.dtype == tokens.grad.dtype == dtype
+    torch.testing.assert_close(output, 4 * tokens)
+    torch.testing.assert_close(tokens.grad, torch.full_like(tokens, 4.0))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -143,14 +141,14 @@ def test_steps_called_one_by_one_give_the_same(fused: bool) -> None:
 
 
 def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
-    relu, topk = make_config(), make_topk_config()
-    assert type(make_layer(relu).token_dispatcher) is type(make_layer(topk, fused=True).token_dispatcher)
-    assert dispatcher_for(relu, is_relu=True) is dispatcher_for(topk, is_relu=False) is PlannedAlltoAllDispatcher
-    relu.moe_permute_fusion = topk.moe_permute_fusion = True  # given at once, it would ask for Transformer Engine
-    assert dispatcher_for(relu, is_relu=True) is PermutingAlltoAllDispatcher
-    assert dispatcher_for(topk, is_relu=False) is None
+    topk = make_topk_config()
+    assert type(make_layer(make_config()).token_dispatcher) is PlannedAlltoAllDispatcher
+    assert type(make_layer(topk, fused=True).token_dispatcher) is PlannedAlltoAllDispatcher
     layer = make_layer(make_config(moe_token_dispatcher_type="allgather"))
-    assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher
+    assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher and not layer.is_planned
+    assert takes_plans(topk)
+    topk.moe_permute_fusion = True  # given at once, it would ask for Transformer Engine
+    assert not takes_plans(topk)
 
 
 def test_tensor_parallelism_wants_sequence_parallelism() -> None:

@@ -1,4 +1,7 @@
-"""The experts' SwiGLU a few experts at a time, for CPUs: what lies between two products is still in the cache."""
+"""The experts' SwiGLU with a product an expert, for every device, type and size.
+
+On CPUs a few experts at a time: what lies between two products is still in the cache.
+"""
 
 from typing import Any
 
@@ -8,6 +11,7 @@ from megatron.remoe.local.swiglu import (
     Gradients,
     activate,
     activate_backward,
+    add_pairs,
     empty_sum,
     gradient_is_in_main_grad,
     main_grad_of,
@@ -34,7 +38,7 @@ class BlockedSwiGLU(torch.autograd.Function):
         gives_gradient: bool,
     ) -> torch.Tensor:
         ctx.gives_gradient = gives_gradient
-        ctx.blocks = _blocks(sizes)
+        ctx.blocks = _blocks(sizes, BLOCK_PAIRS if tokens.device.type == "cpu" else sum(sizes))
         hiddens, output = [], empty_sum(tokens, token_index)
         for experts, block, parts in ctx.blocks:
             hidden = _products(take(tokens, token_index, block), fc1[experts].transpose(1, 2), parts)
@@ -43,7 +47,7 @@ class BlockedSwiGLU(torch.autograd.Function):
             _add_products(output, token_index, block, activated, fc2[experts].transpose(1, 2), parts)
         ctx.save_for_backward(tokens, gates, token_index, *hiddens)
         ctx.weights = fc1, fc2
-        return output
+        return output.to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
@@ -62,16 +66,16 @@ class BlockedSwiGLU(torch.autograd.Function):
             _add_products(d_tokens, token_index, block, d_hidden, fc1[experts], parts)
         given_fc1 = d_fc1 if main_fc1 is None else gradient_is_in_main_grad(fc1, ctx.gives_gradient)
         given_fc2 = d_fc2 if main_fc2 is None else gradient_is_in_main_grad(fc2, ctx.gives_gradient)
-        return d_tokens, d_gates, given_fc1, given_fc2, None, None, None
+        return d_tokens.to(tokens.dtype), d_gates, given_fc1, given_fc2, None, None, None
 
 
-def _blocks(sizes: list[int]) -> list[tuple[slice, slice, list[int]]]:
-    """Blocks of about `BLOCK_PAIRS` pairs, at least of one expert: its experts, pairs, and how many each has."""
+def _blocks(sizes: list[int], limit: int) -> list[tuple[slice, slice, list[int]]]:
+    """Blocks of at most `limit` pairs or of one expert: its experts, pairs, and how many each has."""
     blocks = []
     expert = pair = 0
     while expert < len(sizes):
         end, pairs = expert + 1, sizes[expert]
-        while end < len(sizes) and pairs + sizes[end] <= BLOCK_PAIRS:
+        while end < len(sizes) and pairs + sizes[end] <= limit:
             pairs += sizes[end]
             end += 1
         blocks.append((slice(expert, end), slice(pair, pair + pairs), sizes[expert:end]))
@@ -91,7 +95,7 @@ def _add_products(
     if token_index is None:
         _products(left, weights, sizes, sums[block])
     else:
-        sums.index_add_(0, token_index[block], _products(left, weights, sizes))
+        add_pairs(sums, token_index[block], _products(left, weights, sizes))
 
 
 def _products(

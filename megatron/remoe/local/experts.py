@@ -1,5 +1,7 @@
 """Experts whose weights are stacked, for one grouped product instead of one small layer an expert."""
 
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
-from megatron.remoe.local.grouped_swiglu import grouped_swiglu
+from megatron.remoe.local.grouped_swiglu import grouped_swiglu, has_grouped_kernel, sizes_refused
 
 
 def takes_grouped_experts(config: TransformerConfig) -> bool:
@@ -176,5 +178,20 @@ def build_experts(
     stock: Callable[..., torch.nn.Module],
 ) -> torch.nn.Module:
     """Grouped experts where the configuration is one for them, otherwise those that `stock` builds."""
-    builder = GroupedExperts if takes_grouped_experts(config) else stock
-    return builder(num_local_experts, config, pg_collection=pg_collection, name=name)
+    if not takes_grouped_experts(config):
+        return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
+    experts = GroupedExperts(num_local_experts, config, pg_collection=pg_collection, name=name)
+    _tell_of_refused_sizes(experts.fc1)
+    return experts
+
+
+def _tell_of_refused_sizes(fc1: torch.Tensor) -> None:
+    """Warn, in one process, where the GPU has a kernel for all experts at once that does not take theirs."""
+    if fc1.dtype != torch.bfloat16 or not has_grouped_kernel(fc1.device) or os.environ.get("RANK", "0") != "0":
+        return
+    if refused := sizes_refused(fc1):
+        warnings.warn(
+            f"{', '.join(refused)}: PyTorch's kernel for all experts at once does not take that. The experts are "
+            "multiplied one by one instead, with the same results and more slowly.",
+            stacklevel=2,
+        )

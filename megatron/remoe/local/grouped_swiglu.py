@@ -4,13 +4,45 @@ PyTorch's own kernels, in as few passes over memory as they allow. Only the toke
 are kept for the backward pass, and weight gradients go straight into Megatron's buffer where it has their type.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.functional import grouped_mm
+from torch.nn import functional
 
 from megatron.remoe.local.blocked_swiglu import BlockedSwiGLU
 from megatron.remoe.local.swiglu import Gradients, activate, activate_backward, into_main_grad, sum_pairs, take
+
+KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # the most experts, and what rows of bf16 have to be a multiple of: 16 bytes
+SM90, SM100 = 9, 10
+
+
+@cache
+def _generation(device: torch.device) -> int:
+    """The GPU's major compute capability; 0 of what is none."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def has_grouped_kernel(device: torch.device) -> bool:
+    """Whether `grouped_mm` is one kernel there; elsewhere it loops over the experts, and waits for their sizes."""
+    return _generation(device) in (SM90, SM100) and hasattr(functional, "grouped_mm")
+
+
+def sizes_refused(fc1: torch.Tensor) -> list[str]:
+    """What of the shape `[experts, 2 * ffn, hidden]` that kernel does not take."""
+    experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
+    multiple = f"is not a multiple of {KERNEL_MULTIPLE}"
+    checks = {
+        f"hidden size {hidden} {multiple}": hidden % KERNEL_MULTIPLE,
+        f"expert FFN size {ffn} on a rank {multiple}": ffn % KERNEL_MULTIPLE,
+        f"{experts} experts on a rank are more than {KERNEL_EXPERTS}": experts > KERNEL_EXPERTS,
+    }
+    return [text for text, is_refused in checks.items() if is_refused]
+
+
+def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
+    """Whether experts with these weights go through one kernel."""
+    return fc1.dtype == torch.bfloat16 and has_grouped_kernel(fc1.device) and not sizes_refused(fc1)
 
 
 def grouped_swiglu(
@@ -29,7 +61,7 @@ def grouped_swiglu(
         gates: `[pairs]`, sorted by expert.
         fc1: `[experts, 2 * ffn, hidden]`, Wg and then Wu.
         fc2: `[experts, hidden, ffn]`, Wd.
-        tokens_per_expert: int64 `[experts]`; on the host, unless the tokens are half precision on a GPU.
+        tokens_per_expert: int64 `[experts]`; if it is on a GPU, it is waited for, except with `takes_grouped_kernel`.
         token_index: int64 `[pairs]`, the token of each pair; None where the tokens are the pairs, in their order.
         gives_gradient: whether the weights get a gradient without values where the true one is in Megatron's buffer, so
             that Megatron's hook sees one; of several calls in one forward pass one has to.
@@ -37,10 +69,11 @@ def grouped_swiglu(
     Returns:
         `[num_tokens, hidden]`.
     """
-    if tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16):
+    if len(gates) and takes_grouped_kernel(fc1):
         ends = tokens_per_expert.cumsum(0).to(device=tokens.device, dtype=torch.int32, non_blocking=True)
         return _GroupedSwiGLU.apply(tokens, gates, fc1, fc2, ends, token_index, gives_gradient)
-    return BlockedSwiGLU.apply(tokens, gates, fc1, fc2, tokens_per_expert.tolist(), token_index, gives_gradient)
+    sizes = tokens_per_expert.tolist() if len(gates) else [0] * len(fc1)
+    return BlockedSwiGLU.apply(tokens, gates, fc1, fc2, sizes, token_index, gives_gradient)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -58,19 +91,29 @@ class _GroupedSwiGLU(torch.autograd.Function):
         gives_gradient: bool,
     ) -> torch.Tensor:
         ctx.gives_gradient = gives_gradient
-        hidden = grouped_mm(take(tokens, token_index), fc1.transpose(1, 2), offs=ends)
+        hidden = functional.grouped_mm(take(tokens, token_index), fc1.transpose(1, 2), offs=ends)
         ctx.save_for_backward(tokens, gates, hidden, ends, token_index)
         ctx.weights = fc1, fc2  # saved, they would come back without Megatron's buffer from a checkpointed part
-        return sum_pairs(grouped_mm(activate(hidden, gates), fc2.transpose(1, 2), offs=ends), token_index, tokens)
+        pairs = functional.grouped_mm(activate(hidden, gates), fc2.transpose(1, 2), offs=ends)
+        return sum_pairs(pairs, token_index, tokens)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
         tokens, gates, hidden, ends, token_index = ctx.saved_tensors
         fc1, fc2 = ctx.weights
         gradient = take(gradient, token_index).contiguous()
-        d_activated = grouped_mm(gradient, fc2, offs=ends)
+        d_activated = functional.grouped_mm(gradient, fc2, offs=ends)
         activated, d_hidden, d_gates = activate_backward(hidden, gates, d_activated)
-        d_fc2 = into_main_grad(fc2, grouped_mm(gradient.T, activated, offs=ends), ctx.gives_gradient)
-        d_fc1 = into_main_grad(fc1, grouped_mm(d_hidden.T, take(tokens, token_index), offs=ends), ctx.gives_gradient)
-        d_tokens = sum_pairs(grouped_mm(d_hidden, fc1, offs=ends), token_index, tokens)
+        d_fc2 = into_main_grad(fc2, _outers(gradient, activated, ends), ctx.gives_gradient)
+        d_fc1 = into_main_grad(fc1, _outers(d_hidden, take(tokens, token_index), ends), ctx.gives_gradient)
+        d_tokens = sum_pairs(functional.grouped_mm(d_hidden, fc1, offs=ends), token_index, tokens)
         return d_tokens, d_gates, d_fc1, d_fc2, None, None, None
+
+
+def _outers(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Each expert's `left.T @ right`: `[pairs, out]`, `[pairs, in]` → `[experts, out, in]`."""
+    outers = functional.grouped_mm(left.T, right, offs=ends)
+    if _generation(ends.device) == SM100:
+        # The kernel leaves something else than zeros for experts without pairs: pytorch/pytorch#172439.
+        outers.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0.0)
+    return outers

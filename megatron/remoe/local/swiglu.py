@@ -16,13 +16,28 @@ def take(tokens: torch.Tensor, token_index: torch.Tensor | None, block: slice = 
 
 
 def sum_pairs(pairs: torch.Tensor, token_index: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    """Each token's sum over its pairs: `[pairs, hidden]` → the shape of `tokens`."""
-    return pairs if token_index is None else empty_sum(tokens, token_index).index_add_(0, token_index, pairs)
+    """Each token's sum over its pairs: `[pairs, hidden]` → the shape and type of `tokens`."""
+    if token_index is None:
+        return pairs
+    return add_pairs(empty_sum(tokens, token_index), token_index, pairs).to(tokens.dtype)
 
 
 def empty_sum(tokens: torch.Tensor, token_index: torch.Tensor | None) -> torch.Tensor:
-    """Where sums go, `[num_tokens, hidden]`: zeros, or unset where each token is one pair."""
-    return torch.empty_like(tokens) if token_index is None else torch.zeros_like(tokens)
+    """Where sums go, `[num_tokens, hidden]`: zeros in fp32 or more, or unset where each token is one pair."""
+    if token_index is None:
+        return torch.empty_like(tokens)
+    return torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, torch.float32))
+
+
+def add_pairs(sums: torch.Tensor, token_index: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """Adds `[pairs, hidden]` to the sums of their tokens, `[num_tokens, hidden]`, which it returns."""
+    if pairs.dtype == sums.dtype:
+        return sums.index_add_(0, token_index, pairs)
+    # A part of them at a time: all at once, cast, would be twice as large as the pairs.
+    rows = max(len(sums), 1)
+    for index, part in zip(token_index.split(rows), pairs.split(rows), strict=True):
+        sums.index_add_(0, index, part.to(sums.dtype))
+    return sums
 
 
 def activate(hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,29 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.local.swiglu import add_pairs
 from megatron.remoe.moe.plan import DispatchPlan, Ranks, count_pairs, plan_dispatch
+
+
+def _sum_of_rows(summands: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """`[pairs, hidden]` → `[num_rows, hidden]`, added up in fp32 at least."""
+    dtype = torch.promote_types(summands.dtype, torch.float32)
+    return add_pairs(summands.new_zeros(num_rows, summands.shape[1], dtype=dtype), rows, summands).to(summands.dtype)
+
+
+class _TakenRows(torch.autograd.Function):
+    """`index_select`, whose gradient PyTorch would add up in the tokens' type."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = len(tokens)
+        return tokens.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return _sum_of_rows(gradient, rows, ctx.num_rows), None
 
 
 class _SumOfRows(torch.autograd.Function):
@@ -16,7 +38,7 @@ class _SumOfRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, summands: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
         ctx.save_for_backward(rows)
-        return summands.new_zeros(num_rows, summands.shape[1]).index_add_(0, rows, summands)
+        return _sum_of_rows(summands, rows, num_rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -70,7 +92,8 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
             self.num_global_tokens_per_local_expert = plan.exchange.per_expert
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
-        return hidden_states.view(-1, self.hidden_shape[-1]).index_select(0, plan.token_index), plan.gates(probs)
+        tokens = hidden_states.view(-1, self.hidden_shape[-1])
+        return _TakenRows.apply(tokens, plan.token_index), plan.gates(probs)
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
@@ -104,28 +127,3 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         if self.shared_experts is not None:
             output += self.shared_experts.get_output()
         return output
-
-
-class PermutingAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all dispatcher with its permutation, fused or not, told the true number of pairs.
-
-    It assumes `num_tokens * topk` of them where no capacity is set: with more it silently drops the last experts'
-    tokens, with fewer it sends pairs that were not routed.
-    """
-
-    num_out_tokens: int | torch.Tensor
-
-    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
-        """As Megatron's.
-
-        Args:
-            routing_map: bool `[num_tokens, num_experts]`.
-
-        Returns:
-            int64 `[num_local_experts]`, the number of tokens for each local expert.
-        """
-        tokens_per_local_expert = super().preprocess(routing_map)
-        self.num_out_tokens = routing_map.sum()
-        # It sizes the permuted tensor, so the copy to the host that all counts share is waited for here.
-        self._maybe_update_cuda_sync_point("before_permutation_1")
-        return tokens_per_local_expert

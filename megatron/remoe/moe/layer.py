@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.local.experts import GroupedExperts
-from megatron.remoe.moe.dispatcher import PermutingAlltoAllDispatcher, PlannedAlltoAllDispatcher
+from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.moe.plan import Ranks, count_bounded, count_pairs, plan_dispatch, plan_known
 from megatron.remoe.routing.router import ReLURouter
 
@@ -49,18 +49,19 @@ class ReMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.ranks = Ranks.of(pg_collection)
         self.pairs_limit = _pairs_limit(config)
-        is_relu = isinstance(self.router, ReLURouter)
-        dispatcher = dispatcher_for(config, is_relu)
-        if dispatcher is not None:
-            self.token_dispatcher = dispatcher(self.num_local_experts, self.local_expert_indices, config, pg_collection)
+        self.is_planned = takes_plans(config)
+        if self.is_planned:
+            self.token_dispatcher = PlannedAlltoAllDispatcher(
+                self.num_local_experts, self.local_expert_indices, config, pg_collection
+            )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
-        self.is_planned = dispatcher is PlannedAlltoAllDispatcher
         self.has_grouped_experts = isinstance(self.experts, GroupedExperts)
         is_alone = self.is_planned and self.ranks.is_alone
         self.experts_gather = is_alone and self.has_grouped_experts and not self.shared_expert_overlap
         # Top-k routers without dropped tokens: a token's number of experts needs no counting where no rank is told it.
-        self.known_topk = config.moe_router_topk if is_alone and not is_relu and not _drops_tokens(config) else None
+        has_fixed_topk = not isinstance(self.router, ReLURouter) and config.moe_expert_capacity_factor is None
+        self.known_topk = config.moe_router_topk if is_alone and has_fixed_topk else None
         for parameter in self.experts.parameters():
             # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
             # the optimizer's state from a checkpoint without.
@@ -184,16 +185,10 @@ class ReMoELayer(MoELayer):
         return self._routed(_OwnGradient.apply(tokens), probs, routing_map, counts, gives_gradient=is_first)
 
 
-def dispatcher_for(
-    config: TransformerConfig, is_relu: bool
-) -> type[PlannedAlltoAllDispatcher | PermutingAlltoAllDispatcher] | None:
-    """The dispatcher that takes the place of Megatron's; None leaves that, where it is right."""
-    if config.moe_token_dispatcher_type != "alltoall":
-        return None
-    pads = config.moe_pad_expert_input_to_capacity or config.moe_router_padding_for_quantization
-    if not pads and not config.moe_permute_fusion:
-        return PlannedAlltoAllDispatcher
-    return PermutingAlltoAllDispatcher if is_relu else None
+def takes_plans(config: TransformerConfig) -> bool:
+    """Whether tokens go by a plan; Megatron's own dispatchers are right for the rest."""
+    permutes = config.moe_permute_fusion or config.moe_router_padding_for_quantization
+    return config.moe_token_dispatcher_type == "alltoall" and not (permutes or config.moe_pad_expert_input_to_capacity)
 
 
 def _pairs_limit(config: TransformerConfig) -> float:
@@ -201,7 +196,3 @@ def _pairs_limit(config: TransformerConfig) -> float:
     pairs = getattr(config, "moe_relu_activation_limit", 0.0) * config.moe_router_topk
     assert config.num_moe_experts is not None
     return pairs if pairs < config.num_moe_experts else 0.0
-
-
-def _drops_tokens(config: TransformerConfig) -> bool:
-    return config.moe_expert_capacity_factor is not None

@@ -86,6 +86,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "DeepEP and NCCL-EP send the k largest gates of a token and drop the others, and HybridEP is untested",
         "Use --moe-token-dispatcher-type alltoall (or allgather)",
     ),
+    Refusal(
+        "moe_permute_fusion",
+        _is_set,
+        "Transformer Engine's permutation fails where a layer routes no token",
+        "Leave it out: tokens are not sorted, so there is nothing to fuse",
+    ),
     Refusal("moe_enable_deepep", _is_set, "DeepEP sends exactly k experts per token"),
     Refusal("moe_enable_routing_replay", _is_set, "replay records k experts per token"),
     Refusal(
