@@ -1,0 +1,129 @@
+"""The rehearsal: what it changes in a command line, what it plays, and the GPU path of the launch commands in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainings import REPOSITORY
+from tools.rehearse import build, command, golden, report
+from tools.rehearse.errors import RehearsalError
+from tools.rehearse.flags import rehearsed, value_of
+
+needs_cuda_build = pytest.mark.skipif(
+    torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played"
+)
+REMOE = "--num-experts 8 --moe-router-topk 1 --moe-relu-routing".split()
+
+
+def test_nothing_is_saved_and_the_rest_stays() -> None:
+    given = "--save runs/x --load runs/x --data-path 1.0 a 2.0 b --lr 1e-4 --train-iters 60000 --cpu --bf16"
+    given += " --vocab-size=300"
+    kept = rehearsed([*given.split(), "--tokenizer-type", "NullTokenizer"], steps=6)
+    assert not {"--save", "--load", "--data-path", "--cpu", "a", "2.0", "runs/x", "60000"} & set(kept)
+    assert "--bf16" in kept and "--mock-data" in kept and value_of(kept, "--lr") == "1e-4"
+    assert value_of(kept, "--train-iters") == "6" and value_of(kept, "--vocab-size") == "300"
+
+
+def test_a_vocabulary_without_files_is_made_up(tmp_path: Path) -> None:
+    files = [tmp_path / "encoder.json", tmp_path / "vocab.bpe"]
+    flags = f"--tokenizer-type GPT2BPETokenizer --vocab-file {files[0]} --merge-file {files[1]}".split()
+    assert value_of(rehearsed(flags, 1), "--tokenizer-type") == "NullTokenizer"
+    for file in files:
+        file.touch()
+    assert value_of(rehearsed(flags, 1), "--tokenizer-type") == "GPT2BPETokenizer"
+
+
+def test_stages_are_those_of_the_training() -> None:
+    assert command.shares_of(REMOE, None) == {"dense": 0.5, "way": 0.9 * 0.25, "steady": 0.125}
+    assert command.shares_of([*REMOE, "--moe-relu-activation-limit", "0"], None) == {"dense": 0.5, "steady": 0.125}
+    assert command.shares_of(REMOE, "dense") == {"dense": 0.5}
+    assert command.shares_of(REMOE[:-1], None) == {"steady": 0.125}
+    assert command.shares_of([], None) == {"steady": 0.0}
+    with pytest.raises(RehearsalError, match="--stage way: this training has none; it has steady"):
+        command.shares_of([], "way")
+
+
+def test_ranks_of_each_kind() -> None:
+    pipeline = ["--pipeline-model-parallel-size", "4"]
+    assert [rank.number for rank in command.ranks_of(pipeline, 16, "each-kind")] == [0, 8, 12]
+    assert [rank.number for rank in command.ranks_of([], 16, "each-kind")] == [0]
+    assert [rank.number for rank in command.ranks_of([], 3, "all")] == [0, 1, 2]
+    assert [rank.number for rank in command.ranks_of([], 16, "15")] == [15]
+    with pytest.raises(RehearsalError, match="--rank 16: give a number below 16"):
+        command.ranks_of([], 16, "16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "9", "--", "--bf16"], "--gpus 9: give a multiple of --gpus-per-node 8"),
+        (["--gpus", "8"], "give the training's flags behind --"),
+        (["--rate", "speed=1", "--", "--bf16"], "--rate speed=1: is none of products"),
+        (["--rate", "products=fast", "--", "--bf16"], "'fast' is no number"),
+    ],
+)
+def test_flags_that_are_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_torch_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert command.main(["--", "--bf16"]) == 1
+    assert "A rehearsal needs PyTorch built for CUDA" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_words_of_the_cluster() -> None:
+    log = "...\nTraceback\npretrain_gpt.py: error: rank 0: ValueError: no\nDo this.\n"
+    assert report.error_in(log, 1) == "pretrain_gpt.py: error: rank 0: ValueError: no\nDo this."
+    assert report.error_in("one\ntwo", -11) == "exit code -11; the end of its output:\none\ntwo"
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("name", golden.CASES)
+def test_launch_commands(name: str) -> None:
+    """They start, and launch, wait and hold no more than what is committed; `golden.py --update` renews it."""
+    found = golden.figures(name)
+    assert found["starts"], found["error"]
+    assert golden.worse(golden.kept(found), json.loads(golden.GOLDEN.read_text())[name]) == []
+    for peaks in found["stages"].values():
+        assert peaks["peak_allocated_gib"] <= peaks["peak_reserved_gib"] < 80
+    if "PP2" not in name and "recomputed" not in name:
+        for stage, peaks in found["stages"].items():
+            assert peaks["forecast_gib"] == pytest.approx(peaks["peak_allocated_gib"], rel=0.06), stage
+    assert 0.1 < found["roofline"]["mfu"] < 0.7 and found["roofline"]["bytes"] > 1e9
+    assert all(wait["times"] > 0 and ":" in wait["where"] for wait in found["host_syncs"])
+    kinds = {(one["kind"], one["group"]) for one in found["collectives"]}
+    assert any(kind == "reduce_scatter_tensor" for kind, _ in kinds)
+    assert ("all_to_all_single" in {kind for kind, _ in kinds}) is ("EP8" in name)
+
+
+@needs_cuda_build
+def test_what_does_not_fit_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*golden.command("ReMoE"), "--micro-batch-size", "128", "--global-batch-size", "1024"]
+    assert command.main(["--gpus", "8", "--gpu", "a100", "--", *flags]) == 1
+    output = capsys.readouterr().out
+    assert "THE TRAINING DOES NOT START" in output and "out of memory" in output
+    assert "take a smaller micro-batch, more expert (EP)" in output
+
+
+@needs_cuda_build
+def test_what_is_refused_has_the_same_words(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*golden.command("ReMoE"), "--moe-expert-capacity-factor", "1.0"]
+    assert command.main(["--gpus", "8", "--", *flags]) == 1
+    assert "--moe-expert-capacity-factor 1.0 cannot be used with --moe-relu-routing" in capsys.readouterr().out
+
+
+@needs_cuda_build
+def test_a_rehearsal_is_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*golden.command("dense"), "--save", str(tmp_path / "run"), "--save-interval", "1"]
+    assert command.main(["--gpus", "8", "--log", str(tmp_path / "log"), "--", *flags]) == 0
+    printed = capsys.readouterr()
+    assert not (tmp_path / "run").exists()
+    assert all(line.startswith("rehearsal:") for line in printed.err.splitlines())
+    assert "Nothing was trained, and no GPU was used" in printed.out
+    assert (tmp_path / "log.rank0").stat().st_size and build.libraries()[0].exists()
+    assert (REPOSITORY / "tools" / "rehearse" / "cuda" / "stub.h").exists()

@@ -1,0 +1,113 @@
+"""Builds the CUDA that does nothing from `cuda/`, when it is first asked for; see cuda/stub.h."""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .errors import RehearsalError
+
+FOLDER = Path(__file__).parent / "cuda"
+MANAGEMENT = FOLDER / "management.cpp"
+SOURCES = sorted(set(FOLDER.glob("*.cpp")) - {MANAGEMENT})
+NAME, MANAGEMENT_NAME = "libcuda.so.1", "libnvidia-ml.so.1"
+# Symbols of CUDA's family in the libraries of PyTorch; those that cuda/ does not answer are answered with 0.
+FAMILY = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu[A-Z]|nvrtc[A-Z])\w*")
+OTHERS = re.compile(r"cuFile|cudnn")
+# These only tell names apart, and torch's own libraries do that well.
+REAL = {"cudaGetErrorName", "cudaGetErrorString", "cublasGetStatusString", "ncclGetErrorString", "cublasLtGetVersion"}
+LAUNCHES = {
+    "cublasGemmEx",
+    "cublasSgemm_v2",
+    "cublasGemmStridedBatchedEx",
+    "cublasSgemmStridedBatched",
+    "cublasLtMatmul",
+}
+LAUNCHES |= {"ncclReduce", "ncclReduceScatter", "ncclSend", "ncclRecv", "ncclAlltoAll", "ncclBcast"}
+
+
+def libraries() -> list[Path]:
+    """The libraries to be preloaded, built where there are none yet of these sources and this torch.
+
+    Raises:
+        RehearsalError: torch is not built for CUDA, or there are no headers or no compiler; says what to install.
+    """
+    if torch.version.cuda is None:
+        raise RehearsalError(
+            "A rehearsal needs PyTorch built for CUDA, as PyPI has it for Linux, and here is "
+            f"{torch.__version__}, for CPUs alone. Install it in another environment (pip install torch), and name "
+            "that: PYTHON=/path/to/python."
+        )
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in (*sorted(FOLDER.iterdir()), Path(__file__)):
+        digest.update(path.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
+    folder = cache / f"rehearsal-{digest.hexdigest()[:16]}"
+    if not (folder / NAME).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            unanswered = Path(aside) / "unanswered.cpp"
+            unanswered.write_text(_unanswered())
+            _compile([MANAGEMENT], Path(aside) / MANAGEMENT_NAME)
+            _compile([*SOURCES, unanswered], Path(aside) / NAME)
+            folder.mkdir(exist_ok=True)
+            for name in (MANAGEMENT_NAME, NAME):
+                os.replace(Path(aside) / name, folder / name)
+    return [folder / NAME, folder / MANAGEMENT_NAME]
+
+
+def _compile(sources: list[Path], output: Path) -> None:
+    command = [*_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-Wl,-soname,{output.name}"]
+    command += [f"-I{path}" for path in _include_folders()]
+    result = subprocess.run([*command, *map(str, sources), "-o", str(output), "-ldl"], capture_output=True, text=True)
+    if result.returncode:
+        raise RehearsalError(f"The CUDA that does nothing cannot be built:\n{result.stderr[-3000:]}")
+
+
+def _compiler() -> list[str]:
+    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
+        if name and (found := shutil.which(name)):
+            return [found]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "c++"]
+    raise RehearsalError("A rehearsal needs a C++ compiler: install g++, or with pip the package ziglang.")
+
+
+def _include_folders() -> list[Path]:
+    """Of CUDA's headers in PyPI's packages; those of torch lack the folder crt, which is a package of its own."""
+    nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    found = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
+    if not any((path / "crt" / "host_defines.h").exists() for path in found):
+        raise RehearsalError("A rehearsal needs CUDA's headers: pip install nvidia-cuda-crt (170 KB).")
+    return found
+
+
+def _unanswered() -> str:
+    """Functions that answer 0 for every symbol that PyTorch's libraries import and no source here defines."""
+    answered = {name for path in SOURCES for name in re.findall(r"^ANSWER\(.+?\)\s*(\w+)\(", path.read_text(), re.M)}
+    lines = [f'extern "C" void rehearsal_{kind}(const char*);' for kind in ("unanswered", "launched")]
+    lines.append('#define ANSWER extern "C" __attribute__((visibility("default")))')
+    for name in sorted((_imported() - answered - REAL) | LAUNCHES):
+        kind = "launched" if name in LAUNCHES else "unanswered"
+        lines.append(f'ANSWER int {name}() {{ rehearsal_{kind}("{name}"); return 0; }}')
+    return "\n".join(lines) + "\n"
+
+
+def _imported() -> set[str]:
+    """The symbols of CUDA's family that PyTorch's libraries look for in others."""
+    names: set[str] = set()
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("*.so")):
+        command = ["nm", "-D", "--undefined-only", "--without-symbol-versions", str(path)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RehearsalError(f"nm, of the package binutils, cannot read {path}: {result.stderr[:300]}")
+        names |= {line.split()[-1] for line in result.stdout.splitlines()}
+    return {name for name in names if FAMILY.fullmatch(name) and not OTHERS.match(name)}

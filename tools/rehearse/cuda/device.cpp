@@ -1,0 +1,78 @@
+// The devices: REHEARSAL_CARD names the card, REHEARSAL_CAPABILITY is "9.0" or the like, REHEARSAL_GIB its memory,
+// REHEARSAL_MULTIPROCESSORS and REHEARSAL_DEVICES are numbers.
+#include "stub.h"
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+static std::string from_environment(const char* name, const char* otherwise) {
+  const char* value = getenv(name);
+  return value ? value : otherwise;
+}
+
+const Card& card() {
+  static const Card played = [] {
+    Card card{from_environment("REHEARSAL_CARD", "NVIDIA H100"), 9, 0, 132, 8, 0};
+    sscanf(from_environment("REHEARSAL_CAPABILITY", "9.0").c_str(), "%d.%d", &card.major, &card.minor);
+    card.multiprocessors = atoi(from_environment("REHEARSAL_MULTIPROCESSORS", "132").c_str());
+    card.devices = atoi(from_environment("REHEARSAL_DEVICES", "8").c_str());
+    card.memory = size_t(atof(from_environment("REHEARSAL_GIB", "80").c_str()) * (1ull << 30));
+    return card;
+  }();
+  return played;
+}
+
+static thread_local int device = 0;
+int current_device() { return device; }
+
+ANSWER(cudaError_t) cudaGetDeviceCount(int* number) { *number = card().devices; return cudaSuccess; }
+ANSWER(cudaError_t) cudaGetDevice(int* number) { *number = device; return cudaSuccess; }
+ANSWER(cudaError_t) cudaSetDevice(int number) {
+  if (number < 0 || number >= card().devices) return cudaErrorInvalidDevice;
+  device = number;
+  return cudaSuccess;
+}
+ANSWER(cudaError_t) cudaDriverGetVersion(int* version) { *version = CUDART_VERSION; return cudaSuccess; }
+ANSWER(cudaError_t) cudaRuntimeGetVersion(int* version) { *version = CUDART_VERSION; return cudaSuccess; }
+ANSWER(cudaError_t) cudaDeviceCanAccessPeer(int* can, int, int) { *can = 1; return cudaSuccess; }
+ANSWER(cudaError_t) cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = 0, *greatest = -5;
+  return cudaSuccess;
+}
+ANSWER(cudaError_t) cudaDeviceGetPCIBusId(char* text, int size, int number) {
+  snprintf(text, size, "0000:%02x:00.0", number + 1);
+  return cudaSuccess;
+}
+
+ANSWER(cudaError_t) cudaGetDeviceProperties(cudaDeviceProp* found, int number) {
+  memset(found, 0, sizeof *found);
+  snprintf(found->name, sizeof found->name, "%s (rehearsal)", card().name.c_str());
+  found->totalGlobalMem = card().memory;
+  found->major = card().major, found->minor = card().minor;
+  found->multiProcessorCount = card().multiprocessors;
+  found->maxThreadsPerMultiProcessor = 2048, found->maxThreadsPerBlock = 1024, found->warpSize = 32;
+  found->sharedMemPerBlock = 49152, found->sharedMemPerBlockOptin = 166912, found->sharedMemPerMultiprocessor = 167936;
+  found->regsPerBlock = found->regsPerMultiprocessor = 65536, found->l2CacheSize = 40 << 20;
+  found->maxThreadsDim[0] = found->maxThreadsDim[1] = 1024, found->maxThreadsDim[2] = 64;
+  found->maxGridSize[0] = 2147483647, found->maxGridSize[1] = found->maxGridSize[2] = 65535;
+  found->maxBlocksPerMultiProcessor = 32, found->unifiedAddressing = 1, found->pciBusID = number + 1;
+  found->textureAlignment = 512, found->memoryBusWidth = 5120;
+  return cudaSuccess;
+}
+
+ANSWER(cudaError_t) cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = card().multiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = card().major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = card().minor; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = card().major >= 9 ? 232448 : 166912; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 49152; break;
+    case cudaDevAttrWarpSize: *value = 32; break;
+    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
+    case cudaDevAttrMaxGridDimX: *value = 2147483647; break;
+    case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *value = 65535; break;
+    default: *value = 0;
+  }
+  return cudaSuccess;
+}

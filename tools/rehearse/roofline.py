@@ -1,0 +1,136 @@
+"""A model of a step's time on a GPU: for each operation the bytes that it has to move, its FLOPs, and the larger time.
+
+Nothing is hidden behind anything else, and the host costs nothing. It is a model, and never a measurement.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operations that move nothing.
+FREE = set(
+    "view transpose t permute slice select split unbind expand as_strided alias detach unsqueeze squeeze _unsafe_view "
+    "chunk reshape lift_fresh view_as split_with_sizes tensor_split _local_scalar_dense empty empty_like new_empty "
+    "empty_strided record_stream is_pinned _pin_memory set_ resize_ _reshape_alias new_empty_strided unfold".split()
+)
+FILLS = set("zeros zeros_like new_zeros zero_ fill_ full ones ones_like full_like new_full".split())
+PRODUCTS = set("mm addmm addmm_ bmm baddbmm baddbmm_".split())
+
+
+@dataclass
+class Work:
+    """What a part of a step does: operations, bytes, FLOPs and seconds."""
+
+    operations: int = 0
+    bytes: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+class Roofline(TorchDispatchMode):
+    """Adds up the operations on a GPU that run in it, by part of a step.
+
+    Args:
+        args: Megatron's, for the sizes by which the parts are told apart.
+        rates: see `cards.rates`.
+    """
+
+    def __init__(self, args: argparse.Namespace, rates: dict[str, float]) -> None:
+        super().__init__()
+        self._args, self._rates = args, rates
+        self.parts: dict[str, Work] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name.split("::")[-1]
+        if name in FREE or "c10d" in function._schema.name:
+            return result
+        given = [*args, *(value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input"))]
+        inputs, outputs = list(_tensors(given)), list(_tensors(result))
+        outputs = outputs or inputs[:1]
+        if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
+            self._add(name, inputs, outputs)
+        return result
+
+    def _add(self, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        flops, rate = _flops(name, inputs)
+        moved = _bytes(name, inputs, outputs)
+        seconds = max(moved / (self._rates["bandwidth"] * 1e12), self._rates["smallest"] * 1e-6)
+        if flops:
+            seconds = max(seconds, flops / (self._rates[rate] * 1e12))
+        work = self.parts.setdefault(self._part(rate if flops else name, bool(flops), inputs + outputs), Work())
+        work.operations += 1
+        work.bytes += moved
+        work.flops += flops
+        work.seconds += seconds
+
+    def _part(self, name: str, is_product: bool, tensors: list[torch.Tensor]) -> str:
+        args, shapes = self._args, [tuple(tensor.shape) for tensor in tensors if tensor.dim()]
+        vocabulary = args.padded_vocab_size // args.tensor_model_parallel_size
+        if any(vocabulary in shape[-2:] for shape in shapes):
+            return "output layer" if is_product else "cross-entropy and embedding"
+        if is_product:
+            return {"grouped": "experts' products", "attention": "attention", "products": "products"}[name]
+        if args.num_experts:
+            experts = args.num_experts // args.expert_model_parallel_size
+            if any(len(shape) == 3 and shape[0] == experts for shape in shapes):
+                return "experts' weight gradients"
+            if any(len(s) == 2 and s[-1] in (args.moe_ffn_hidden_size, 2 * args.moe_ffn_hidden_size) for s in shapes):
+                return "experts: SwiGLU and gates"
+        if any(len(shape) == 4 for shape in shapes):
+            return "attention: rope and copies"
+        if all(
+            math.prod(shape) <= 2 * args.seq_length * args.micro_batch_size * (args.num_experts or 1)
+            for shape in shapes
+        ):
+            return "small: router, plan, update"
+        if name.startswith("_foreach") or any(len(shape) == 1 and shape[0] > 1e6 for shape in shapes):
+            return "optimizer, norm and buffers of gradients"
+        return "tokens: norms, residuals, gather, sum"
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """Bytes in memory: expanded dimensions are there once."""
+    elements = math.prod(
+        size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0
+    )
+    return elements * tensor.element_size()
+
+
+def _flops(name: str, inputs: list[torch.Tensor]) -> tuple[float, str]:
+    """FLOPs and the rate that they go by."""
+    if name in PRODUCTS:
+        left, right = [tensor for tensor in inputs if tensor.dim() >= 2][-2:]
+        return 2.0 * math.prod(left.shape) * right.shape[-1], "products"
+    if "grouped_mm" in name:
+        return 2.0 * math.prod(inputs[0].shape) * inputs[1].shape[-1], "grouped"
+    if "attention" in name:
+        is_backward = "backward" in name
+        batch, heads, sequence, size = inputs[1 if is_backward else 0].shape
+        return (5.0 if is_backward else 2.0) * batch * heads * sequence * sequence * size, "attention"  # causal: half
+    return 0.0, ""
+
+
+def _bytes(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:
+    if name in ("index_select", "gather", "embedding"):
+        return 2 * sum(map(_size, outputs)) + sum(
+            _size(tensor) for tensor in inputs[1:] if not tensor.is_floating_point()
+        )
+    if name in ("index_add_", "scatter_add_", "index_add"):
+        return 3 * _size(inputs[-1])
+    if name in FILLS:
+        return sum(map(_size, outputs))
+    return sum(map(_size, inputs)) + sum(map(_size, outputs))

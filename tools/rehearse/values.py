@@ -1,0 +1,89 @@
+"""What the host reads from the device, put in after the true launches and the true wait: nothing there has a value."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+SPREAD = 0.1  # by which an expert's share is off the mean, at most; so that sizes vary as they do in a training
+
+
+class Pairs:
+    """Takes the place of what the host reads of routing maps.
+
+    Attributes:
+        share: active share of (token, expert) pairs, 0 to 1.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._random = random.Random(1234)
+
+    def put_in(self) -> None:
+        """To be called when Megatron is imported."""
+        from megatron.core.rerun_state_machine import RerunStateMachine
+        from megatron.core.transformer.moe import token_dispatcher
+        from megatron.remoe.moe import layer, plan
+
+        count_pairs = plan.count_pairs
+        plan.count_pairs = layer.count_pairs = self._counted(count_pairs)
+        torch.Tensor.item = _one(torch.Tensor.item)  # type: ignore[method-assign]
+        RerunStateMachine.validate_result = _all_is_well(RerunStateMachine.validate_result)
+        token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
+
+    def _counted(self, real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def count_pairs(routing_map: torch.Tensor, chunks: int, ranks: Any) -> torch.Tensor:
+            counts = real(routing_map, chunks, ranks)
+            for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(chunks)):
+                for number in counts[chunk]:
+                    number.copy_(torch.tensor([self._some_of(tokens) for _ in number]))
+            return counts
+
+        return count_pairs
+
+    def _moved(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's own dispatchers read their numbers by this function: those of an even load."""
+        from megatron.training import get_args
+
+        def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+            found = real(tensor, as_numpy, record_stream)
+            if not torch.is_tensor(tensor) or not tensor.is_cuda:
+                return found
+            args = get_args()
+            tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+            tokens //= args.tensor_model_parallel_size if args.sequence_parallel else 1
+            pairs = int(tokens * args.num_experts * self.share)
+            # One number is of all pairs; a row of them divides these; a table has what each rank sends to each expert.
+            found[...] = pairs // (1, max(1, len(tensor.shape) and tensor.shape[0]), args.num_experts)[tensor.dim()]
+            return found
+
+        return move
+
+    def _some_of(self, tokens: int) -> int:
+        off = self._random.uniform(-SPREAD, SPREAD)
+        return min(tokens, max(0, round(tokens * self.share * (1 + off))))
+
+
+def _one(item: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+    """Losses and norms that the host reads are 1: memory that nobody wrote to holds no number to compute with."""
+
+    def read(tensor: torch.Tensor) -> Any:
+        value = item(tensor)
+        return 1.0 if tensor.is_cuda and tensor.is_floating_point() else value
+
+    return read
+
+
+def _all_is_well(validate: Callable[..., Any]) -> Callable[..., Any]:
+    """Losses and gradients are looked at, which takes its time, and are finite."""
+
+    def validate_result(
+        machine: Any, result: Any, rejection_func: Callable[[Any], Any], *rest: Any, **more: Any
+    ) -> Any:
+        def never(value: Any) -> bool:
+            return bool(rejection_func(value)) and False
+
+        return validate(machine, result, never, *rest, **more)
+
+    return validate_result
