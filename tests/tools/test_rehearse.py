@@ -9,7 +9,7 @@ import torch
 from tests.trainings import REPOSITORY
 from tools.rehearse import build, command, golden, report
 from tools.rehearse.errors import RehearsalError
-from tools.rehearse.flags import rehearsed, value_of
+from tools.rehearse.flags import data_of, rehearsed, value_of
 
 needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played"
@@ -33,6 +33,12 @@ def test_a_vocabulary_without_files_is_made_up(tmp_path: Path) -> None:
     for file in files:
         file.touch()
     assert value_of(rehearsed(flags, 1), "--tokenizer-type") == "GPT2BPETokenizer"
+
+
+def test_data_are_those_of_the_command() -> None:
+    assert data_of("--data-path 1.0 a 2.0 b --lr 1".split()) == ["1.0", "a", "2.0", "b"]
+    assert data_of("--data-path a --data-path b".split()) == ["b"]
+    assert data_of("--lr 1 --data-path made-up".split()) == data_of(["--lr", "1"]) == []
 
 
 def test_stages_are_those_of_the_training() -> None:
@@ -108,6 +114,12 @@ def test_what_does_not_fit_is_an_error(capsys: pytest.CaptureFixture[str]) -> No
     output = capsys.readouterr().out
     assert "THE TRAINING DOES NOT START" in output and "out of memory" in output
     assert "take a smaller micro-batch, more expert (EP)" in output
+
+
+@needs_cuda_build
+def test_data_that_are_missing_have_the_same_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--gpus", "8", "--", *golden.command("dense"), "--data-path", "1.0", "nowhere/a"]) == 1
+    assert "pretrain_gpt.py: error: --data-path nowhere/a: there is no nowhere/a.idx" in capsys.readouterr().out
 
 
 @needs_cuda_build

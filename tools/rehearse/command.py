@@ -24,7 +24,7 @@ from ..cost.gpus import ACCELERATORS
 from . import build, report
 from .cards import CARDS, CONTEXT, rates
 from .errors import RehearsalError
-from .flags import number, rehearsed
+from .flags import data_of, number, rehearsed
 
 GPUS_PER_NODE = 8
 DENSE_SHARE = 0.5  # of the pairs, while routing is dense
@@ -138,7 +138,7 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
     if options.log is not None:
         log = options.log.with_name(f"{options.log.name}.rank{rank.number}")
     told = {"rank": rank.number, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
-    told |= {"shares": shares, "steps": steps, "rates": options.rates}
+    told |= {"shares": shares, "steps": steps, "rates": options.rates, "data": data_of(flags)}
     environment = os.environ | {
         "LD_PRELOAD": ":".join(map(str, build.libraries())),
         "REHEARSAL_CARD": card.title,

@@ -11,6 +11,7 @@ LEFT_OUT = set(
     "--lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --exit-interval --exit-duration-in-mins "
     "--log-interval --eval-interval --eval-iters --num-workers --rampup-batch-size --mock-data --cpu".split()
 )
+MADE_UP = "made-up"  # what scripts/lib/launch.sh says for data where it was given none
 GPT2 = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "50256"]  # as many tokens as its vocabulary, without files
 
 
@@ -23,6 +24,16 @@ def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
             kept = [*_without(kept, {"--tokenizer-type", "--vocab-file", "--merge-file"}), *GPT2]
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
     return [*kept, *run.split()]
+
+
+def data_of(flags: Sequence[str]) -> list[str]:
+    """The words behind --data-path; none where the launch scripts made them up."""
+    words: list[str] = []
+    for place, word in enumerate(flags):
+        if word == "--data-path":
+            rest = flags[place + 1 :]
+            words = list(rest[: next((n for n, other in enumerate(rest) if other.startswith("--")), len(rest))])
+    return [] if words == [MADE_UP] else words
 
 
 def value_of(flags: Sequence[str], name: str) -> str | None:

@@ -48,7 +48,7 @@ def run_script(name: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def command(name: str) -> list[str]:
     """The training's flags, as the launch script gives them."""
-    words = shlex.split(run_script(name, DRY_RUN="command", DATA_PATH="none").stdout)
+    words = shlex.split(run_script(name, DRY_RUN="command", DATA_PATH="made-up").stdout)
     return words[next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py")) + 1 :]
 
 

@@ -4,6 +4,7 @@ python played.py OPTIONS <Megatron flags>, where OPTIONS is JSON: see `command.p
 file OPTIONS["record"] after each step.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -39,6 +40,7 @@ class Rehearsal:
         """As the entry calls it, with Megatron imported."""
         from megatron.training import training
 
+        self._look_at_data()
         self._watch_parts()
         self.pairs.put_in()
         model_cfg.post_wrap_hooks.append(self._keep)
@@ -50,6 +52,18 @@ class Rehearsal:
             return self._step(plan, lambda: train_step(*arguments, **options))
 
         training.train_step = step
+
+    def _look_at_data(self) -> None:
+        """As the entry does before a training, which here takes made-up tokens instead."""
+        from megatron.remoe.preflight.data import check_data
+        from megatron.remoe.preflight.messages import usage_errors
+        from megatron.training import get_args
+        from megatron.training.utils import get_blend_and_blend_per_split
+
+        if self.options["data"]:
+            args = argparse.Namespace(**vars(get_args()) | {"mock_data": False, "data_path": self.options["data"]})
+            with usage_errors(rank=0):
+                check_data(args, get_blend_and_blend_per_split)
 
     def _keep(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self.model = chunks

@@ -1,1 +1,1 @@
-"""From text to Megatron's data sets: vocabularies, and the .bin/.idx pairs that preprocessing writes."""
+"""GPT-2's vocabularies without network, and Megatron's data sets on disk, .bin and .idx."""
