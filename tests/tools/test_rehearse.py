@@ -108,6 +108,15 @@ def test_launch_commands(name: str) -> None:
 
 
 @needs_cuda_build
+def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
+    """In the middle of a pipeline there are no data, and what to do is heard from the first rank."""
+    found, flags = tmp_path / "found.json", [*golden.command("ReMoE"), "--pipeline-model-parallel-size", "4"]
+    assert command.main(["--gpus", "8", "--rank", "4", "--json", str(found), "--", *flags]) == 0
+    record = json.loads(found.read_text())["ranks"][0]
+    assert record["starts"] and record["model"]["stage"] == 2 and set(record["stages"]) == {"dense", "way", "steady"}
+
+
+@needs_cuda_build
 def test_what_does_not_fit_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*golden.command("ReMoE"), "--micro-batch-size", "128", "--global-batch-size", "1024"]
     assert command.main(["--gpus", "8", "--gpu", "a100", "--", *flags]) == 1

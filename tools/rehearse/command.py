@@ -162,8 +162,9 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
             if line.startswith(PROGRESS):
                 print(line, end="", file=sys.stderr, flush=True)
     found = json.loads(record.read_text()) if record.exists() else {"stages": {}, "model": {}}
-    found |= {"kind": rank.kind, "rank": rank.number, "starts": process.returncode == 0, "error": None}
-    if process.returncode:
+    starts = process.returncode == 0 and "roofline" in found
+    found |= {"kind": rank.kind, "rank": rank.number, "starts": starts, "error": None}
+    if not starts:
         found["error"] = report.error_in(log.read_text(encoding="utf-8"), process.returncode)
     return found
 

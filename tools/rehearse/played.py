@@ -38,8 +38,9 @@ class Rehearsal:
 
     def observe(self, model_cfg: Any) -> None:
         """As the entry calls it, with Megatron imported."""
-        from megatron.training import training
+        from megatron.training import get_args, training
 
+        get_args().do_train = True  # which a stage without data would hear from the first rank
         self._look_at_data()
         self._watch_parts()
         self.pairs.put_in()
