@@ -6,6 +6,7 @@ python tools/rehearse/scale.py --write     and puts the tables into docs/scale.m
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -71,7 +72,10 @@ def rehearse(gpus: int, layout: Layout, folder: Path) -> dict[str, Any]:
     path = folder / f"{gpus}-{layout.title.replace(' ', '')}.json"
     if not path.exists():
         tool = [sys.executable, str(ROOT / "tools" / "rehearse"), "--gpus", str(gpus), "--json", str(path), "--"]
-        subprocess.run([*tool, *MODEL, *layout.flags(gpus)], stdout=subprocess.DEVNULL)
+        environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        if layout.tp > 1:
+            environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as the launch scripts set it
+        subprocess.run([*tool, *MODEL, *layout.flags(gpus)], stdout=subprocess.DEVNULL, env=environment)
     return json.loads(path.read_text())
 
 
