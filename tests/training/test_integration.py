@@ -1,4 +1,4 @@
-"""The three lines of docs/design.md make a ReMoE script of somebody's own Megatron script."""
+"""The lines of docs/design.md make a ReMoE script of somebody's own Megatron script."""
 
 import re
 import subprocess
