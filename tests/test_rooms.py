@@ -10,9 +10,10 @@ from tests.trainings import REPOSITORY
 PACKAGE = REPOSITORY / "megatron" / "remoe"
 # room: the other rooms that it may import
 ROOMS = {
-    "routing": set(),
-    "local": set(),
-    "moe": {"routing", "local"},
+    "kernels": set(),
+    "routing": {"kernels"},
+    "local": {"kernels"},
+    "moe": {"routing", "local", "kernels"},
     "data": set(),
     "preflight": {"routing", "data"},
     "patches": {"preflight"},
@@ -22,8 +23,13 @@ ROOMS = {
 # What of Megatron a room may know besides.
 BOTH = {"core", "training"}
 MEGATRON: dict[str, set[str]] = {"data": set(), "patches": BOTH, "training": BOTH, "cpu": BOTH}
-# routing, moe and local: what the method and its layers are made of, and nothing else.
-PURE = {"torch", "megatron"}
+# What the method and its layers are made of, and nothing else.
+PURE = {
+    "routing": {"torch", "megatron"},
+    "moe": {"torch", "megatron"},
+    "local": {"torch", "megatron"},
+    "kernels": {"torch", "triton", "megatron"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -70,13 +76,13 @@ def test_there_is_no_way_round() -> None:
         seen += ready
 
 
-@pytest.mark.parametrize("room", ["routing", "moe", "local"])
+@pytest.mark.parametrize("room", PURE)
 def test_the_method_needs_torch_and_megatron_alone(room: str) -> None:
     import sys
 
     for path in files(room):
         packages = {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names
-        assert packages <= PURE, path
+        assert packages <= PURE[room], path
 
 
 def test_only_the_entry_and_tools_know_of_the_cpu() -> None:

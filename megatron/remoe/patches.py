@@ -129,9 +129,7 @@ def load_objects_unexecuted() -> None:
             if not unknown:
                 torch.load(value, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever reading a damaged object raises
-            raise BrokenCheckpointError(
-                f"{name} is damaged. Give an earlier iteration with --ckpt-step."
-            ) from error
+            raise BrokenCheckpointError(f"{name} is damaged. Give an earlier iteration with --ckpt-step.") from error
         if unknown:
             raise BrokenCheckpointError(
                 f"{name} refers to {', '.join(unknown)}, which no state of a training consists of and could run code. "

@@ -1,6 +1,5 @@
 """The mistake that a user can put right."""
 
-
 from ..common.errors import ToolError
 
 

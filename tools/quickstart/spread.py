@@ -1,9 +1,9 @@
 """Writes spread.json, the seed-to-seed spread that the quickstart's table names, from the summaries of several seeds.
 
-    for seed in 1234 1235 1236; do
-      bash scripts/quickstart.sh --seed $seed --output-dir runs/seed-$seed
-    done
-    .venv/bin/python tools/quickstart/spread.py runs/seed-*/summary.json
+for seed in 1234 1235 1236; do
+  bash scripts/quickstart.sh --seed $seed --output-dir runs/seed-$seed
+done
+.venv/bin/python tools/quickstart/spread.py runs/seed-*/summary.json
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """What a user can act on."""
 
-
 from ..common.errors import ToolError
 
 

@@ -1,6 +1,7 @@
 """Configuration of a ReMoE transformer: Megatron's own, and the fields of ReLU routing."""
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.routing.refusals import relu_routing_problems
@@ -42,6 +43,10 @@ class ReMoEConfig(TransformerConfig):
     moe_granularity: int = 1
     """Split every expert into this many finer ones: experts and topk are multiplied by it, the experts' hidden size is
     divided by it; FLOPs and target sparsity stay (default %(default)s). For ReLU and top-k routing."""
+
+    moe_kernels: Literal["torch", "triton"] = "torch"
+    """What a MoE layer does between its products, for ReLU and top-k routing: PyTorch's operations, or this project's
+    Triton kernels, which need a GPU and have not been run on one yet (default %(default)s)."""
 
     def __post_init__(self) -> None:
         problems = relu_routing_problems(self)

@@ -118,9 +118,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe_router_topk_limited_devices", _given, IGNORED),
     Refusal("moe_router_fusion", _is_set, "the fused kernel computes top-k"),
     Refusal("moe_router_force_biased", _given, IGNORED),
-    Refusal(
-        "moe_router_force_load_balancing", _is_set, "it routes by random logits, which do not give k experts"
-    ),
+    Refusal("moe_router_force_load_balancing", _is_set, "it routes by random logits, which do not give k experts"),
     Refusal("moe_latent_size", _given, "latent projections have not been tested with it"),
     Refusal(
         "cuda_graph_impl",
