@@ -32,6 +32,8 @@ LAUNCHES = {
     "cublasLtMatmul",
 }
 LAUNCHES |= {"ncclReduce", "ncclReduceScatter", "ncclSend", "ncclRecv", "ncclAlltoAll", "ncclBcast"}
+# Triton launches its kernels with a module that it compiles from this file when it is first used.
+TRITON = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "driver.c"
 
 
 def libraries() -> list[Path]:
@@ -47,10 +49,9 @@ def libraries() -> list[Path]:
             "that: PYTHON=/path/to/python."
         )
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in (*sorted(FOLDER.iterdir()), Path(__file__)):
+    for path in (*sorted(FOLDER.iterdir()), Path(__file__), *([TRITON] if TRITON.exists() else [])):
         digest.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
-    folder = cache / f"rehearsal-{digest.hexdigest()[:16]}"
+    folder = cache() / f"rehearsal-{digest.hexdigest()[:16]}"
     if not (folder / NAME).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
@@ -62,6 +63,11 @@ def libraries() -> list[Path]:
             for name in (MANAGEMENT_NAME, NAME):
                 os.replace(Path(aside) / name, folder / name)
     return [folder / NAME, folder / MANAGEMENT_NAME]
+
+
+def cache() -> Path:
+    """The folder of what is built once."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
 
 
 def _compile(sources: list[Path], output: Path) -> None:
@@ -91,7 +97,7 @@ def _include_folders() -> list[Path]:
 
 
 def _unanswered() -> str:
-    """Functions that answer 0 for every symbol that PyTorch's libraries import and no source here defines."""
+    """Functions that answer 0 for every symbol that PyTorch and Triton ask for and no source here defines."""
     answered = {name for path in SOURCES for name in re.findall(r"^ANSWER\(.+?\)\s*(\w+)\(", path.read_text(), re.M)}
     lines = [f'extern "C" void rehearsal_{kind}(const char*);' for kind in ("unanswered", "launched")]
     lines.append('#define ANSWER extern "C" __attribute__((visibility("default")))')
@@ -102,8 +108,8 @@ def _unanswered() -> str:
 
 
 def _imported() -> set[str]:
-    """The symbols of CUDA's family that PyTorch's libraries look for in others."""
-    names: set[str] = set()
+    """The symbols of CUDA's family that PyTorch's libraries and Triton look for in others."""
+    names = set(re.findall(r"\bcu[A-Z]\w*(?=\()", TRITON.read_text())) if TRITON.exists() else set()
     for path in sorted((Path(torch.__file__).parent / "lib").glob("*.so")):
         command = ["nm", "-D", "--undefined-only", "--without-symbol-versions", str(path)]
         result = subprocess.run(command, capture_output=True, text=True)

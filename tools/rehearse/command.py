@@ -146,6 +146,8 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
         "REHEARSAL_MULTIPROCESSORS": str(card.multiprocessors),
         "REHEARSAL_DEVICES": str(options.gpus_per_node),
         "REHEARSAL_GIB": str(ACCELERATORS[options.gpu].memory - CONTEXT),
+        "TRITON_LIBCUDA_PATH": str(build.libraries()[0].parent),
+        "TRITON_CACHE_DIR": str(build.cache() / "triton"),
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
     }

@@ -105,6 +105,7 @@ class Rehearsal:
             with Roofline(args, self.options["rates"]) as roofline:
                 result = run()
             self.record["roofline"] = {name: vars(work) for name, work in roofline.parts.items()}
+            self.record["guessed"] = sorted(roofline.guessed)
         else:
             result = run()
             if plan["for"] == "memory":

@@ -89,7 +89,8 @@ def _roofline(record: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     total = {name: sum(part[name] for part in parts.values()) for name in ("operations", "bytes", "flops", "seconds")}
     flops = model["flops_per_sequence"] * model["sequences_per_gpu"]
     mfu = flops / total["seconds"] / (ACCELERATORS[options.gpu].tflops * 1e12)
-    return {"rates": options.rates, "mfu": mfu, "model_flops": flops, **total, "parts": parts}
+    found = {"rates": options.rates, "mfu": mfu, "model_flops": flops, **total, "parts": parts}
+    return found | {"guessed": record["guessed"]}
 
 
 def lines(found: dict[str, Any], options: argparse.Namespace) -> Iterator[str]:
@@ -181,6 +182,8 @@ def _roofline_lines(found: dict[str, Any], _options: argparse.Namespace) -> Iter
     for name, part in sorted(roofline["parts"].items(), key=lambda item: -item[1]["seconds"]):
         yield f"  {name:<42}{_work(part)}{part['seconds'] / whole:>8.1%}"
     yield f"  {'all':<42}{_work(roofline)}{1:>8.1%}"
+    if roofline["guessed"]:
+        yield f"  taken to pass over each argument once: {', '.join(roofline['guessed'])}"
     rate = roofline["model_flops"] / whole / 1e12
     yield f"  {rate:.0f} TFLOP/s of the model's FLOPs: {roofline['mfu']:.1%} of the card's (MFU)"
 

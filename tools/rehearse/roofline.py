@@ -4,6 +4,7 @@ Nothing is hidden behind anything else, and the host costs nothing. It is a mode
 """
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,24 @@ FREE = set(
 )
 FILLS = set("zeros zeros_like new_zeros zero_ fill_ full ones ones_like full_like new_full".split())
 PRODUCTS = set("mm addmm addmm_ bmm baddbmm baddbmm_".split())
+# Triton kernels by the last part of their module's name; others go by shapes, as PyTorch's operations do.
+TRITON_PARTS = {
+    "router": "small: router, plan, update",
+    "plan": "small: router, plan, update",
+    "update": "small: router, plan, update",
+    "rows": "tokens: norms, residuals, gather, sum",
+    "rms_norm": "tokens: norms, residuals, gather, sum",
+    "fused_add_rms_norm": "tokens: norms, residuals, gather, sum",
+    "swiglu": "experts: SwiGLU and gates",
+    "cross_entropy": "cross-entropy and embedding",
+    "rope": "attention: rope and copies",
+}
+# Of libraries' kernels, which say nothing of their bytes: how often they pass over an argument, where it is not once.
+PASSES: dict[str, dict[str, int]] = {
+    "liger_cross_entropy_kernel": {"X_ptr": 3},
+    "_swiglu_backward_kernel": {"a_ptr": 2, "b_ptr": 2},
+    "_triton_rope": {"q_ptr": 2, "k_ptr": 2},
+}
 
 
 @dataclass
@@ -43,7 +62,42 @@ class Roofline(TorchDispatchMode):
     def __init__(self, args: argparse.Namespace, rates: dict[str, float]) -> None:
         super().__init__()
         self._args, self._rates = args, rates
+        self._kernel: Any = None
         self.parts: dict[str, Work] = {}
+        self.guessed: set[str] = set()  # Triton kernels of which nothing is known but their arguments
+
+    def __enter__(self) -> "Roofline":
+        if importlib.util.find_spec("triton") is not None:
+            from triton.compiler import CompiledKernel
+
+            self._kernel, self._launch_metadata = CompiledKernel, CompiledKernel.launch_metadata
+            CompiledKernel.launch_metadata = self._watched(CompiledKernel.launch_metadata)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        if self._kernel is not None:
+            self._kernel.launch_metadata = self._launch_metadata
+
+    def _watched(self, real: Any) -> Any:
+        """Triton asks for it before each launch, with the kernel's arguments."""
+
+        def launch_metadata(kernel: Any, grid: Any, stream: Any, *values: Any) -> Any:
+            arguments = dict(zip(kernel.src.fn.arg_names, values, strict=True))
+            told = kernel.src.fn.launch_metadata
+            self._add_triton(kernel, told(grid, kernel.metadata, arguments) if told else {}, arguments)
+            return real(kernel, grid, stream, *values)
+
+        return launch_metadata
+
+    def _add_triton(self, kernel: Any, told: dict[str, Any], arguments: dict[str, Any]) -> None:
+        name, tensors = kernel.src.fn.__name__, [value for value in arguments.values() if torch.is_tensor(value)]
+        passes = PASSES.get(name, {})
+        moved = sum(passes.get(key, 1) * _size(value) for key, value in arguments.items() if torch.is_tensor(value))
+        if "bytes" not in told and name not in PASSES:
+            self.guessed.add(name)
+        part = TRITON_PARTS.get(kernel.src.fn.__module__.rpartition(".")[2]) or self._part(name, False, tensors)
+        self._add(part, told.get("bytes", moved), told.get("flops", 0.0), "products")
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -54,16 +108,16 @@ class Roofline(TorchDispatchMode):
         inputs, outputs = list(_tensors(given)), list(_tensors(result))
         outputs = outputs or inputs[:1]
         if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
-            self._add(name, inputs, outputs)
+            flops, rate = _flops(name, inputs)
+            part = self._part(rate if flops else name, bool(flops), inputs + outputs)
+            self._add(part, _bytes(name, inputs, outputs), flops, rate)
         return result
 
-    def _add(self, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        flops, rate = _flops(name, inputs)
-        moved = _bytes(name, inputs, outputs)
+    def _add(self, part: str, moved: float, flops: float, rate: str) -> None:
         seconds = max(moved / (self._rates["bandwidth"] * 1e12), self._rates["smallest"] * 1e-6)
         if flops:
             seconds = max(seconds, flops / (self._rates[rate] * 1e12))
-        work = self.parts.setdefault(self._part(rate if flops else name, bool(flops), inputs + outputs), Work())
+        work = self.parts.setdefault(part, Work())
         work.operations += 1
         work.bytes += moved
         work.flops += flops

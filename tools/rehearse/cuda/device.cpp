@@ -67,6 +67,8 @@ ANSWER(cudaError_t) cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
     case cudaDevAttrComputeCapabilityMinor: *value = card().minor; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = card().major >= 9 ? 232448 : 166912; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 49152; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = card().major >= 9 ? 233472 : 167936; break;
+    case cudaDevAttrMaxRegistersPerBlock: case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 65536; break;
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;

@@ -45,6 +45,10 @@ ANSWER(CUresult) cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* acti
 ANSWER(CUresult) cuDevicePrimaryCtxRetain(CUcontext* found, CUdevice) { *found = (CUcontext)&context; return CUDA_SUCCESS; }
 ANSWER(CUresult) cuCtxGetCurrent(CUcontext* found) { *found = (CUcontext)&context; return CUDA_SUCCESS; }
 ANSWER(CUresult) cuCtxGetDevice(CUdevice* device) { *device = current_device(); return CUDA_SUCCESS; }
+ANSWER(CUresult) cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
 ANSWER(CUresult) cuCtxGetLimit(size_t* value, CUlimit) { *value = 0; return CUDA_SUCCESS; }
 
 ANSWER(CUresult) cuModuleLoad(CUmodule* module, const char*) { *module = (CUmodule)new_handle(); return CUDA_SUCCESS; }
