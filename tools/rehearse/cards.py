@@ -34,12 +34,15 @@ CARDS = {
 SHARES = {"products": 0.57, "grouped": 0.49, "attention": 0.46, "bandwidth": 0.75, "link": 0.8}
 NETWORK = 50.0  # GB/s and direction of each GPU to other nodes: 400 Gbit/s
 SMALLEST = 2.3  # microseconds that any kernel takes
+# Microseconds of a collective for each doubling of its ranks, as in a tree, within a node and over nodes: assumed too.
+LATENCY, NETWORK_LATENCY = 5.0, 10.0
 CONTEXT = 0.6  # GiB that the driver's context takes of the card
 
 
 def rates(name: str) -> dict[str, float]:
-    """products, grouped, attention: TFLOP/s; bandwidth: TB/s; link, network: GB/s; smallest: microseconds."""
+    """products, grouped, attention: TFLOP/s; bandwidth: TB/s; link, network: GB/s; smallest and latencies: µs."""
     card, peak = CARDS[name], ACCELERATORS[name].tflops
     found = {kind: SHARES[kind] * peak for kind in ("products", "grouped", "attention")}
     found |= {"bandwidth": SHARES["bandwidth"] * card.bandwidth, "link": SHARES["link"] * card.link}
-    return {kind: round(rate, 3) for kind, rate in (found | {"network": NETWORK, "smallest": SMALLEST}).items()}
+    found |= {"network": NETWORK, "smallest": SMALLEST, "latency": LATENCY, "network_latency": NETWORK_LATENCY}
+    return {kind: round(rate, 3) for kind, rate in found.items()}

@@ -3,7 +3,7 @@
 python tools/rehearse --gpus 8 -- <Megatron flags>      or      REHEARSE=1 bash scripts/train_llama_978m_remoe.sh 8
 
 PyTorch, Megatron and this project run as they would on a node, over a CUDA that does nothing; no real GPU is touched,
-nothing is trained and nothing saved. The times are a model's, by rates that --rate changes, and no measurement.
+nothing is trained and nothing kept. The times are a model's, by rates that --rate changes, and no measurement.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ PROGRESS = "rehearsal:"
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank that is played: its number, and what is special about it."""
+    """One rank that is played: its number, what is special about it, and flags behind those of the training."""
 
     number: int
     kind: str
+    flags: tuple[str, ...] = ()
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,7 +66,13 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         default=[],
         metavar="NAME=VALUE",
         help="of the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
-        "smallest (microseconds)",
+        "smallest, latency, network_latency (microseconds)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="save and resume as well: a checkpoint without values in a temporary folder (with --gpus 1 alone: a rank "
+        "cannot load what others should have saved)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep what rank R printed in FILE.rankR")
@@ -78,6 +85,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         parser.error(f"--gpus {options.gpus}: give a multiple of --gpus-per-node {options.gpus_per_node}")
     if not flags:
         parser.error("give the training's flags behind --")
+    if options.resume and options.gpus > 1:
+        parser.error(f"--resume with --gpus {options.gpus}: one rank cannot load what others should have saved; give 1")
     options.rates = rates(options.gpu)
     for rate in options.rate:
         name, _, value = rate.partition("=")
@@ -130,6 +139,16 @@ def ranks_of(flags: Sequence[str], world: int, wanted: str) -> list[Rank]:
     return [Rank(stage * (world // stages), title) for stage, title in sorted(named.items())]
 
 
+def resumed(rank: Rank, steps: int, folder: Path) -> list[Rank]:
+    """The rank as it saves after its last step, and as it goes on from there."""
+    saving = f"--train-iters {2 * steps} --exit-interval {steps} --save-interval {steps} --save"
+    resuming = f"--train-iters {2 * steps} --exit-on-missing-checkpoint --load"
+    return [
+        replace(rank, kind="saving", flags=(*saving.split(), str(folder))),
+        replace(rank, kind="resumed", flags=(*resuming.split(), str(folder))),
+    ]
+
+
 def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
     """Play one rank; its record, with "starts" and "error"."""
     shares = shares_of(flags, options.stage)
@@ -152,9 +171,10 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("CUDA_VISIBLE_DEVICES", None)
+    environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(Path(__file__).with_name("played.py")), json.dumps(told)]
     process = subprocess.Popen(
-        [*command, *rehearsed(flags, len(steps))], env=environment, cwd=ROOT, stdin=subprocess.DEVNULL,
+        [*command, *rehearsed(flags, len(steps)), *rank.flags], env=environment, cwd=ROOT, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     assert process.stdout is not None
@@ -176,7 +196,10 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     build.libraries()
     records = []
     with tempfile.TemporaryDirectory() as folder:
-        for rank in ranks_of(flags, options.gpus, options.rank):
+        ranks = ranks_of(flags, options.gpus, options.rank)
+        if options.resume:
+            ranks = resumed(*ranks, len(steps_of(shares_of(flags, options.stage))), Path(folder) / "checkpoint")
+        for rank in ranks:
             print(f"{PROGRESS} {options.gpus} x {options.gpu}, {rank.kind}: starting", file=sys.stderr, flush=True)
             records.append(play(rank, options, flags, Path(folder)))
             if not records[-1]["starts"]:

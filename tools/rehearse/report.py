@@ -1,6 +1,7 @@
 """What a rehearsal saw, as figures and as text."""
 
 import argparse
+import math
 import re
 import statistics
 from collections.abc import Iterator
@@ -73,12 +74,13 @@ def _launches(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _collectives(found: list[dict[str, Any]], rates: dict[str, float]) -> list[dict[str, Any]]:
-    """With the seconds that their bytes need at the rate of the link that their ranks have."""
+    """With the seconds that their bytes need at the rate of the link that their ranks have, and their latency."""
     timed = []
     for one in found:
         sent = one["bytes"] * (1 if one["kind"] in POINT_TO_POINT else (one["ranks"] - 1) / one["ranks"])
         rate = rates["link" if one["within_node"] else "network"] * 1e9
-        timed.append(one | {"seconds": RINGS.get(one["kind"], 1.0) * sent / rate})
+        latency = rates["latency" if one["within_node"] else "network_latency"] * 1e-6 * math.log2(one["ranks"])
+        timed.append(one | {"seconds": RINGS.get(one["kind"], 1.0) * sent / rate + one["times"] * latency})
     return sorted((one for one in timed if one["ranks"] > 1), key=lambda one: -one["seconds"])
 
 
@@ -175,7 +177,8 @@ def _roofline_lines(found: dict[str, Any], _options: argparse.Namespace) -> Iter
     yield (
         f"  rates (--rate): products {given['products']:g}, grouped {given['grouped']:g}, attention "
         f"{given['attention']:g} TFLOP/s, bandwidth {given['bandwidth']:g} TB/s, link {given['link']:g}, network "
-        f"{given['network']:g} GB/s, smallest {given['smallest']:g} µs"
+        f"{given['network']:g} GB/s, smallest {given['smallest']:g} µs; for each doubling of a collective's "
+        f"ranks {given['latency']:g} µs (latency), over nodes {given['network_latency']:g} µs (network_latency)"
     )
     yield f"  {'part':<42}{'operations':>11}{'GB':>9}{'TFLOP':>9}{'ms':>9}{'':>8}"
     whole = roofline["seconds"]

