@@ -1,5 +1,6 @@
 """Tests run in one process on the CPU, or on the GPU where there is one; layouts are tested by real trainings."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from megatron.remoe.preflight import console
 from tools.common.data_sets import write_real_text
 
 console.hide_unhelpful_warnings()
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 if cpu.is_wanted([]):
     cpu.install()
 
