@@ -29,6 +29,10 @@ class ReMoEConfig(TransformerConfig):
     """Factor by which the coefficient grows or shrinks once per step (default %(default)s). Larger settles sooner and
     swings more."""
 
+    moe_relu_l1_reg_load_balancing: bool = True
+    """The L1 term without load balancing: it weighs the gates of all experts alike (f_e = 1, the paper's equation 9),
+    instead of each expert's by the share of tokens that it gets."""
+
     moe_relu_layer_floor: float = 1e-3
     """Keep layers alive: where a layer has less than this share of topk active experts per token, it is freed from the
     L1 term and its gates are pushed up (default %(default)s; 0 turns it off)."""

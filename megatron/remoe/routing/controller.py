@@ -71,19 +71,27 @@ class SparsityController:
             torch.distributed.all_reduce(counts.table)
         self._counts = counts
 
-        total, topk = counts.total(), self.config.moe_router_topk
+        exponent, guarded = self._decide(counts)
+        if self.routers:
+            of_layers = guarded.unbind()
+            # All routers at once: a launch for each of them would be most of the update.
+            torch._foreach_copy_(
+                [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
+                [exponent] * len(self.routers) + [of_layers[router.layer_number - 1] for router in self.routers],
+            )
+
+    def _decide(self, counts: RoutingCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        """λ's exponent, an int64 scalar, and which layers to guard, int64 `[num_layers]`, after what was counted."""
+        active, total, topk = counts.active, counts.total(), self.config.moe_router_topk
         # (1 − k/E) − S has the sign of active − k·tokens: exact in whole numbers, and 0 on the target.
         # A step with anything that is not finite is none: Megatron skips it in fp16, and ends the training otherwise.
         finite = torch.isfinite(total.table).all()
-        direction = torch.where(finite, torch.sign(total.active - topk * total["tokens"]), 0.0)
+        direction = torch.where(finite, torch.sign(active.sum() - topk * total["tokens"]), 0.0)
         # The exponent is the same on all routers, so their mean: pipeline ranks without a router learn it so.
         exponent = torch.round(total["l1_exponent"] / total["routers"].clamp(min=1.0))
-        exponent = (exponent + direction).to(torch.int64)
-        for router in self.routers:
-            router.l1_exponent.copy_(exponent)
-            layer = counts.layer(router.layer_number)
-            dying = layer.active < self.config.moe_relu_layer_floor * topk * layer["tokens"]
-            router.guarded.copy_(torch.where(finite, dying, router.guarded))
+        dying = active < self.config.moe_relu_layer_floor * topk * counts["tokens"]
+        guarded = torch.where(finite, dying, counts["guarded"] > 0)
+        return (exponent + direction).to(torch.int64), guarded.to(torch.int64)
 
     def summary(self) -> RoutingSummary | None:
         """The last step's figures (one transfer to the host), or None before the first update."""
@@ -108,18 +116,26 @@ class SparsityController:
     def _collect(self) -> RoutingCounts:
         """This rank's counts, a row for each layer: zeros where it has no router. The routers begin anew."""
         counts = RoutingCounts.zeros(self.num_experts, self.device, self.config.num_layers)
-        for router in self.routers:
-            layer = counts.layer(router.layer_number)
-            if router.counts is not None:
-                layer.table.copy_(router.counts.table)
-                router.counts.table.zero_()
-            layer["guarded"].copy_(router.guarded)
-            layer["l1_exponent"].copy_(router.l1_exponent)
-            layer["routers"].fill_(1.0)
+        layers = [counts.layer(router.layer_number) for router in self.routers]
+        counted = [
+            (layer.table, router.counts.table)
+            for layer, router in zip(layers, self.routers, strict=True)
+            if router.counts is not None
+        ]
+        if counted:
+            rows, seen = map(list, zip(*counted, strict=True))
+            torch._foreach_copy_(rows, seen)
+            torch._foreach_zero_(seen)
+        if layers:
+            torch._foreach_copy_(
+                [layer[name] for name in ("guarded", "l1_exponent") for layer in layers],
+                [*(router.guarded for router in self.routers), *(router.l1_exponent for router in self.routers)],
+            )
+            torch._foreach_add_([layer["routers"] for layer in layers], 1.0)
         gradients = [getattr(parameter, "main_grad", parameter.grad) for parameter in self._watched]
         flat = [gradient.reshape(-1) for gradient in gradients if gradient is not None]
         if flat:
-            counts.layer(1)["not_finite"].copy_(0.0 * torch.cat(flat).sum())
+            torch.mul(torch.cat(flat).sum(), 0.0, out=counts.layer(1)["not_finite"])
         return counts
 
 

@@ -112,7 +112,9 @@ class ReLURouter(TopKRouter):
             num_tokens = (~padding_mask).sum(dim=0, keepdim=True)
         local_counts = torch.cat([routing_map.sum(dim=0), num_tokens])
         # The tokens of one sequence may be split over tensor (sequence) and context parallel ranks.
-        sequence_counts = reduce_from_tensor_model_parallel_region(local_counts.clone(), self.tp_cp_group)
+        sequence_counts = local_counts
+        if self.tp_cp_group.size() > 1:
+            sequence_counts = reduce_from_tensor_model_parallel_region(local_counts.clone(), self.tp_cp_group)
         tokens_per_expert, sequence_tokens = sequence_counts[:-1], sequence_counts[-1].clamp(min=1)
         # What finalize_model_grads divides every gradient by, where it is the number of tokens of the global batch.
         scale = num_tokens[0] * self.tp_cp_group.size() if self.calculate_per_token_loss else 1.0
