@@ -1,6 +1,6 @@
 """Adaptive L1 coefficient: λ ← λ · α^sign(target − S), once per optimizer step (paper section 3.3)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,11 @@ class SparsityController:
         # A router that is off for all tokens has no gradient; every layer's norms have one.
         self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
         self._counts: RoutingCounts | None = None
+        self._kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+        if config.moe_kernels == "triton":
+            from megatron.remoe.kernels.update import decide
+
+            self._kernel = decide
 
     @torch.no_grad()
     def update(self) -> None:
@@ -82,14 +87,19 @@ class SparsityController:
 
     def _decide(self, counts: RoutingCounts) -> tuple[torch.Tensor, torch.Tensor]:
         """λ's exponent, an int64 scalar, and which layers to guard, int64 `[num_layers]`, after what was counted."""
-        active, total, topk = counts.active, counts.total(), self.config.moe_router_topk
+        topk = self.config.moe_router_topk
+        least_active = self.config.moe_relu_layer_floor * topk
+        if self._kernel is not None:
+            columns = ("tokens", "l1_loss", "not_finite", "guarded", "l1_exponent", "routers")
+            return self._kernel(*(counts[name] for name in ("tokens_per_expert", *columns)), topk, least_active)
+        active, total = counts.active, counts.total()
         # (1 − k/E) − S has the sign of active − k·tokens: exact in whole numbers, and 0 on the target.
         # A step with anything that is not finite is none: Megatron skips it in fp16, and ends the training otherwise.
         finite = torch.isfinite(total.table).all()
         direction = torch.where(finite, torch.sign(active.sum() - topk * total["tokens"]), 0.0)
         # The exponent is the same on all routers, so their mean: pipeline ranks without a router learn it so.
         exponent = torch.round(total["l1_exponent"] / total["routers"].clamp(min=1.0))
-        dying = active < self.config.moe_relu_layer_floor * topk * counts["tokens"]
+        dying = active < least_active * counts["tokens"]
         guarded = torch.where(finite, dying, counts["guarded"] > 0)
         return (exponent + direction).to(torch.int64), guarded.to(torch.int64)
 

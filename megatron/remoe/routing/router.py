@@ -1,5 +1,7 @@
 """The ReLU router and its load-balanced L1 regularization (paper sections 3.2 to 3.4)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ class ReLURouter(TopKRouter):
         self.register_buffer("l1_exponent", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("guarded", torch.zeros((), dtype=torch.int64, device=device))
         self.counts: RoutingCounts | None = None
+        self._kernels = _kernels_of(config) if config.moe_kernels == "triton" else None
 
     @property
     def l1_coefficient(self) -> torch.Tensor:
@@ -94,18 +97,22 @@ class ReLURouter(TopKRouter):
             padding_mask = padding_mask.reshape(-1)
         logits = self.apply_z_loss(logits, padding_mask=padding_mask)
 
-        routing_map = logits > 0
-        if padding_mask is not None:
-            routing_map &= ~padding_mask.unsqueeze(-1)
         # Recomputation runs the forward pass twice, once of them without gradients; evaluation has none at all.
-        if self.training and torch.is_grad_enabled():
-            return self._regularized(logits, routing_map, padding_mask), routing_map
-        return torch.where(routing_map, logits, 0.0), routing_map
+        if not (self.training and torch.is_grad_enabled()):
+            routing_map = _active(logits, padding_mask)
+            return torch.where(routing_map, logits, 0.0), routing_map
+        if self.counts is None:
+            self.counts = RoutingCounts.zeros(self.num_experts, logits.device)
+        if self._kernels is not None:
+            buffers = self.l1_exponent, self.guarded, self.counts.table
+            return self._kernels(logits, padding_mask, *buffers, self.tp_cp_group, self.calculate_per_token_loss)
+        return self._regularized(logits, padding_mask, self.counts)
 
     def _regularized(
-        self, logits: torch.Tensor, routing_map: torch.Tensor, padding_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The gates, with λ · L_reg and the guard against dying layers in their gradient. Counts what was routed."""
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None, counts: RoutingCounts
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates, with λ · L_reg and the guard against dying layers in their gradient, and map. Counts them."""
+        routing_map = _active(logits, padding_mask)
         if padding_mask is None:
             num_tokens = routing_map.new_full((1,), routing_map.shape[0], dtype=torch.int64)
         else:
@@ -123,15 +130,35 @@ class ReLURouter(TopKRouter):
         push = 0.0 - GUARD_COEFFICIENT * self.guarded * scale / (sequence_tokens * self.num_experts)
         probs = GuardedReLU.apply(logits, routing_map, push)
 
-        l1_loss = switch_load_balancing_loss_func(
-            probs=probs.float(),
-            tokens_per_expert=tokens_per_expert,
-            total_num_tokens=sequence_tokens,
-            topk=self.topk,
-            num_experts=self.num_experts,
-            moe_aux_loss_coeff=1.0,
-        )
-        if self.counts is None:
-            self.counts = RoutingCounts.zeros(self.num_experts, logits.device)
-        self.counts.add(local_counts, l1_loss, 1.0 / self.tp_cp_group.size())
-        return MoEAuxLossAutoScaler.apply(probs, self.l1_coefficient * (1 - self.guarded) * l1_loss * scale)
+        if self.config.moe_relu_l1_reg_load_balancing:
+            l1_loss = switch_load_balancing_loss_func(
+                probs=probs.float(),
+                tokens_per_expert=tokens_per_expert,
+                total_num_tokens=sequence_tokens,
+                topk=self.topk,
+                num_experts=self.num_experts,
+                moe_aux_loss_coeff=1.0,
+            )
+        else:
+            l1_loss = probs.float().sum() / sequence_tokens
+        counts.add(local_counts, l1_loss, 1.0 / self.tp_cp_group.size())
+        l1_term = self.l1_coefficient * (1 - self.guarded) * l1_loss * scale
+        return MoEAuxLossAutoScaler.apply(probs, l1_term), routing_map
+
+
+def _active(logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    routing_map = logits > 0
+    return routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
+
+
+def _kernels_of(config: ReMoEConfig) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    from megatron.remoe.kernels.router import Regularization, relu_routing
+
+    regularization = Regularization(
+        topk=config.moe_router_topk,
+        init=config.moe_relu_l1_reg_coeff_init,
+        multiplier=config.moe_relu_l1_reg_coeff_multiplier,
+        guard=GUARD_COEFFICIENT,
+        balances=config.moe_relu_l1_reg_load_balancing,
+    )
+    return partial(relu_routing, regularization)

@@ -1,0 +1,214 @@
+"""The ReLU router behind its product: gates, map, counts, the gradient of λ · L_reg, and the guard's.
+
+T tokens, E experts, P programs of as many tokens each. Two launches forward, one backward; no atomics, so that sums are
+the same each time.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+# One program adds up what all have counted, so that they are few.
+MOST_PROGRAMS, LEAST_TOKENS, BLOCK = 128, 16, 2048
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """What a router's gradient depends on besides the language loss.
+
+    Attributes:
+        topk: k of the target sparsity.
+        init, multiplier: λ = init · multiplier^n.
+        guard: the gradient of the mean logit of a guarded layer, where its gates are off.
+        balances: whether f_e weighs each expert's gates by its share of the tokens; otherwise it is 1 (paper eq. 9).
+    """
+
+    topk: int
+    init: float
+    multiplier: float
+    guard: float
+    balances: bool
+
+
+def relu_routing(
+    regularization: Regularization,
+    logits: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    exponent: torch.Tensor,
+    guarded: torch.Tensor,
+    counts: torch.Tensor,
+    group: torch.distributed.ProcessGroup,
+    per_token: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates, with λ · L_reg and the guard in their gradient, and the map of those above 0 (paper sections 3.2 to 3.4).
+
+    Args:
+        regularization: see there.
+        logits: `[T, E]`, of any floating-point type.
+        padding_mask: bool `[T]`, True at padding, which is neither routed nor counted.
+        exponent: int64 scalar n.
+        guarded: int64 scalar, 1 where the layer is freed from L1 and pushed up.
+        counts: float64; the pairs of each expert, tokens, L_reg and micro-batches are added to its first E + 3.
+        group: the ranks that share a sequence.
+        per_token: whether gradients are divided by the number of tokens of the global batch later.
+
+    Returns:
+        probs: `[T, E]`, of the type of `logits`; the one that has a gradient.
+        routing_map: bool `[T, E]`.
+    """
+    return _ReLURouting.apply(logits, padding_mask, exponent, guarded, counts, regularization, group, per_token)
+
+
+class _ReLURouting(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        exponent: torch.Tensor,
+        guarded: torch.Tensor,
+        counts: torch.Tensor,
+        regularization: Regularization,
+        group: torch.distributed.ProcessGroup,
+        per_token: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, (num_tokens, num_experts) = logits.contiguous(), logits.shape
+        span = max(LEAST_TOKENS, triton.cdiv(num_tokens, MOST_PROGRAMS))
+        programs = max(1, triton.cdiv(num_tokens, span))
+        probs, routing_map = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.bool)
+        pairs = logits.new_empty(programs, num_experts + 1, dtype=torch.int32)
+        sums = logits.new_empty(programs, num_experts, dtype=torch.float32)
+        terms = logits.new_empty(num_experts + 1, dtype=torch.float32)
+        width = triton.next_power_of_2(num_experts)
+        _gates[(programs,)](
+            logits, padding_mask, probs, routing_map, pairs, sums, num_tokens, span,
+            E=num_experts, BLOCK=min(triton.next_power_of_2(span), max(1, BLOCK // width)), WIDTH=width,
+        )  # fmt: skip
+        of_sequence = None
+        if group.size() > 1:  # its tokens are split over tensor (sequence) and context parallel ranks
+            of_sequence = pairs.sum(dim=0)
+            torch.distributed.all_reduce(of_sequence, group=group)
+        width = triton.next_power_of_2(num_experts + 1)
+        _terms[(1,)](
+            pairs, sums, of_sequence, exponent, guarded, counts, terms, programs,
+            E=num_experts, TOPK=regularization.topk, RANKS=group.size(), BALANCES=regularization.balances,
+            INIT=regularization.init, LOG2=math.log2(regularization.multiplier), GUARD=regularization.guard,
+            PER_TOKEN=per_token, BLOCK=min(triton.next_power_of_2(programs), max(1, BLOCK // width)), WIDTH=width,
+        )  # fmt: skip
+        ctx.save_for_backward(routing_map, terms)
+        ctx.mark_non_differentiable(routing_map)
+        return probs, routing_map
+
+    @staticmethod
+    def backward(ctx: Any, d_probs: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+        (routing_map, terms), d_probs = ctx.saved_tensors, d_probs.contiguous()
+        d_logits = torch.empty_like(d_probs)
+        scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # set by Megatron between forward and backward
+        _gradient[(triton.cdiv(d_probs.numel(), BLOCK),)](
+            d_probs, routing_map, terms, scale, d_logits, d_probs.numel(), E=d_probs.shape[1], BLOCK=BLOCK
+        )
+        return d_logits, *[None] * 7
+
+
+def _gates_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+    read_or_written = (args[name] for name in ("logits_TE", "padding_T", "probs_TE", "map_TE", "pairs_PC", "sums_PE"))
+    return {"name": "router: gates", "bytes": sum(tensor.nbytes for tensor in read_or_written if tensor is not None)}
+
+
+def _terms_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+    counted = args["pairs_PC"].nbytes + args["sums_PE"].nbytes
+    return {"name": "router: L1 and counts", "bytes": counted + args["terms_C"].nbytes + 16 * (args["E"] + 3)}
+
+
+def _gradient_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+    read_or_written = (args[name].nbytes for name in ("d_probs_TE", "map_TE", "terms_C", "d_logits_TE"))
+    return {"name": "router: gradient", "bytes": sum(read_or_written)}
+
+
+@triton.jit(launch_metadata=_gates_bytes)
+def _gates(
+    logits_TE, padding_T, probs_TE, map_TE, pairs_PC, sums_PE, num_tokens, span,
+    E: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gates and map, and what each program has of them: the pairs of each expert and then its tokens, C = E + 1, and
+    the gates of each expert, fp32. Moves logits, gates and map once: T·E·(2·size + 1) bytes.
+    """
+    program, expert = tl.program_id(0), tl.arange(0, WIDTH)
+    pairs = tl.zeros([WIDTH], tl.int32)
+    sums = tl.zeros([WIDTH], tl.float32)
+    tokens = 0
+    end = tl.minimum((program + 1) * span, num_tokens)
+    for first in range(program * span, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        is_routed = token < end
+        is_inside = is_routed[:, None] & (expert < E)[None, :]
+        if padding_T is not None:
+            is_routed &= tl.load(padding_T + token, mask=is_routed, other=1) == 0
+        at = token.to(tl.int64)[:, None] * E + expert[None, :]
+        logit = tl.load(logits_TE + at, mask=is_inside, other=0.0)
+        is_active = (logit > 0) & is_routed[:, None]
+        gate = tl.where(is_active, logit, 0.0)
+        tl.store(probs_TE + at, gate, mask=is_inside)
+        tl.store(map_TE + at, is_active, mask=is_inside)
+        pairs += tl.sum(is_active.to(tl.int32), axis=0)
+        sums += tl.sum(gate.to(tl.float32), axis=0)
+        tokens += tl.sum(is_routed.to(tl.int32), axis=0)
+    tl.store(pairs_PC + program * (E + 1) + expert, pairs, mask=expert < E)
+    tl.store(pairs_PC + program * (E + 1) + E, tokens)
+    tl.store(sums_PE + program * E + expert, sums, mask=expert < E)
+
+
+@triton.jit(launch_metadata=_terms_bytes)
+def _terms(
+    pairs_PC, sums_PE, of_sequence_C, exponent, guarded, counts, terms_C, programs,
+    E: tl.constexpr, TOPK: tl.constexpr, RANKS: tl.constexpr, BALANCES: tl.constexpr, INIT: tl.constexpr,
+    LOG2: tl.constexpr, GUARD: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Adds to the counts, and gives the gradient of λ · L_reg with each expert's gates and the guard's where they are
+    off, C = E + 1, fp32. One program; moves 8·P·E bytes. `of_sequence_C` is None where this rank has the whole of it.
+    """
+    column = tl.arange(0, WIDTH)
+    is_expert, is_column = column < E, column <= E
+    own = tl.zeros([WIDTH], tl.int32)
+    sums = tl.zeros([WIDTH], tl.float32)
+    for first in range(0, programs, BLOCK):
+        program = (first + tl.arange(0, BLOCK))[:, None]
+        is_counted, is_summed = (program < programs) & is_column[None, :], (program < programs) & is_expert[None, :]
+        own += tl.sum(tl.load(pairs_PC + program * (E + 1) + column[None, :], mask=is_counted, other=0), axis=0)
+        sums += tl.sum(tl.load(sums_PE + program * E + column[None, :], mask=is_summed, other=0.0), axis=0)
+    pairs = own.to(tl.float64)
+    own_tokens = tl.sum(tl.where(column == E, pairs, 0.0))
+    tl.store(counts + column, tl.load(counts + column, mask=is_column) + pairs, mask=is_column)
+    if of_sequence_C is not None:
+        pairs = tl.load(of_sequence_C + column, mask=is_column, other=0).to(tl.float64)
+    tokens = tl.maximum(tl.sum(tl.where(column == E, pairs, 0.0)), 1.0)
+    weight = pairs * (E / TOPK) / tokens / tokens if BALANCES else 1.0 / tokens
+    l1_loss = tl.sum(tl.where(is_expert, sums.to(tl.float64) * weight, 0.0))
+    tl.store(counts + E + 1, tl.load(counts + E + 1) + l1_loss)
+    tl.store(counts + E + 2, tl.load(counts + E + 2) + 1.0 / RANKS)
+
+    is_guarded = tl.load(guarded).to(tl.float64)
+    coefficient = INIT * tl.exp2(tl.load(exponent).to(tl.float64) * LOG2) * (1.0 - is_guarded)
+    term = tl.where(is_expert, coefficient * weight, 0.0 - GUARD * is_guarded / (tokens * E))
+    if PER_TOKEN:
+        term *= own_tokens * RANKS
+    tl.store(terms_C + column, term.to(tl.float32), mask=is_column)
+
+
+@triton.jit(launch_metadata=_gradient_bytes)
+def _gradient(d_probs_TE, map_TE, terms_C, scale, d_logits_TE, size, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Moves gradients and map once: T·E·(2·size + 1) bytes. `scale` has one element, or is None for 1."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = at < size
+    is_active = tl.load(map_TE + at, mask=is_inside, other=0) != 0
+    term = tl.load(terms_C + tl.where(is_active, at % E, E), mask=is_inside, other=0.0)
+    if scale is not None:
+        term *= tl.load(scale).to(tl.float32)
+    d_probs = tl.load(d_probs_TE + at, mask=is_inside & is_active, other=0.0)
+    tl.store(d_logits_TE + at, d_probs + term.to(d_probs.dtype), mask=is_inside)
