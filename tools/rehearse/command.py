@@ -170,7 +170,8 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"):
+        environment.pop(name, None)
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(Path(__file__).with_name("played.py")), json.dumps(told)]
     process = subprocess.Popen(

@@ -6,11 +6,8 @@ python tools/rehearse/golden.py --update    write the figures anew, after a chan
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
 import sys
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +15,26 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools.common.files import write_aside  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
+from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden" / "rehearsal.json"
-ONE_MICRO_BATCH = ["--global-batch-size", "128"]  # a GPU; more repeat it
-# name: routing of the script, its environment, flags behind "--"
-CASES: dict[str, tuple[str, dict[str, str], list[str]]] = {
-    "ReMoE": ("remoe", {}, []),
-    "top-k": ("moe", {}, []),
-    "dense": ("dense", {}, []),
-    "ReMoE, EP8": ("remoe", {"EP": "8"}, []),
-    "ReMoE, TP2": ("remoe", {"TP": "2"}, []),
-    "ReMoE, PP2 with virtual stages": ("remoe", {"PP": "2"}, ["--num-layers-per-virtual-pipeline-stage", "3"]),
-    "ReMoE, G = 8": ("remoe", {}, ["--moe-granularity", "8"]),
-    "ReMoE, MoE recomputed": ("remoe", {}, "--recompute-granularity selective --recompute-modules moe".split()),
-    "ReMoE, Megatron's layers": ("remoe", {}, ["--no-local-layer-fusion"]),
+CASES = {
+    "ReMoE": Launch(),
+    "top-k": Launch("moe"),
+    "dense": Launch("dense"),
+    "ReMoE, EP8": Launch(settings={"EP": "8"}),
+    "ReMoE, TP2": Launch(settings={"TP": "2"}),
+    "ReMoE, PP2 with virtual stages": Launch(
+        flags=("--num-layers-per-virtual-pipeline-stage", "3"), settings={"PP": "2"}
+    ),
+    "ReMoE, G = 8": Launch(flags=("--moe-granularity", "8")),
+    "ReMoE, MoE recomputed": Launch(flags=tuple("--recompute-granularity selective --recompute-modules moe".split())),
+    "ReMoE, Megatron's layers": Launch(flags=("--no-local-layer-fusion",)),
+    "ReMoE, Triton": Launch(flags=("--moe-kernels", "triton")),
+    "top-k, Triton": Launch("moe", flags=("--moe-kernels", "triton")),
 }
-SETTINGS = {"TP", "PP", "EP", "CP", "DRY_RUN", "REHEARSE", "DATA_PATH", "DATA_DIR", "GPU", "PYTORCH_CUDA_ALLOC_CONF"}
+CASES = {name: replace(case, flags=(*ONE_MICRO_BATCH, *PLAIN, *case.flags)) for name, case in CASES.items()}
 ALLOWED = 1.02  # a figure may be as much above the committed one before it counts as worse
-
-
-def run_script(name: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The launch script of a case, with these settings besides its own."""
-    routing, layout, flags = CASES[name]
-    script = ["bash", str(ROOT / "scripts" / f"train_llama_182m_{routing}.sh"), "8", "--", *ONE_MICRO_BATCH, *flags]
-    plain = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-    settings = plain | layout | {"PYTHON": sys.executable} | environment
-    return subprocess.run(script, env=settings, capture_output=True, text=True)
-
-
-def command(name: str) -> list[str]:
-    """The training's flags, as the launch script gives them."""
-    words = shlex.split(run_script(name, DRY_RUN="command", DATA_PATH="made-up").stdout)
-    return words[next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py")) + 1 :]
-
-
-def figures(name: str) -> dict[str, Any]:
-    """What the rehearsal of a case says, as REHEARSE_JSON holds it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "found.json"
-        result = run_script(name, REHEARSE="1", REHEARSE_JSON=str(path))
-        if not path.exists():
-            raise SystemExit(f"{name}: {result.stdout}{result.stderr}")
-        return json.loads(path.read_text())
 
 
 def kept(found: dict[str, Any]) -> dict[str, float]:
@@ -88,8 +63,8 @@ def main() -> int:
     options = parser.parse_args()
     expected = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     all_found, failed = {}, False
-    for name in CASES:
-        found = figures(name)
+    for name, case in CASES.items():
+        found = case.rehearse()
         if not found["starts"]:
             raise SystemExit(f"{name} does not start:\n{found['error']}")
         all_found[name] = kept(found)

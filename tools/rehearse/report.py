@@ -104,7 +104,10 @@ def lines(found: dict[str, Any], options: argparse.Namespace) -> Iterator[str]:
     """
     yield f"Rehearsal on {options.gpus} x {options.gpu}, with made-up tokens. Nothing was trained, and no GPU was used."
     if found["starts"]:
-        yield "The training starts and takes its steps."
+        more = (
+            ", takes its steps, saves a checkpoint, and goes on from it." if options.resume else " and takes its steps."
+        )
+        yield f"The training starts{more}"
     else:
         yield f"THE TRAINING DOES NOT START ({found['ranks'][-1]['kind']}):"
         yield from (f"  {line}" for line in (found["error"] or "").splitlines())
