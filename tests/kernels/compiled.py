@@ -23,12 +23,14 @@ class Kernel:
         signature: Triton's type of each argument that is no constant: "*bf16", "i32". Pointers are taken to be aligned
             to 16 bytes, as torch's are.
         constants: the value of each `tl.constexpr`.
+        multiples: the integers among the arguments that are multiples of 16, as Triton looks at each launch.
         num_warps: as at the launch.
     """
 
     name: str
     signature: dict[str, str]
     constants: dict[str, Any]
+    multiples: Sequence[str] = ()
     num_warps: int = 4
 
 
@@ -67,10 +69,12 @@ def _usage(kernel: Kernel, capability: int) -> Usage:
     module, name = kernel.name.split(":")
     function = getattr(importlib.import_module(f"megatron.remoe.kernels.{module}"), name)
     signature = {argument: kernel.signature.get(argument, "constexpr") for argument in function.arg_names}
-    pointers = [number for number, kind in enumerate(signature.values()) if kind.startswith("*")]
-    source = triton.compiler.ASTSource(
-        function, signature, kernel.constants, {(number,): [["tt.divisibility", 16]] for number in pointers}
-    )
+    attributes = {
+        (number,): [["tt.divisibility", 16]]
+        for number, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") or argument in kernel.multiples
+    }
+    source = triton.compiler.ASTSource(function, signature, kernel.constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": kernel.num_warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron.remoe.local import grouped_swiglu as module
 from megatron.remoe.local.blocked_swiglu import BLOCK_PAIRS, FEW_PAIRS, BlockedSwiGLU, _blocks
 from megatron.remoe.local.grouped_swiglu import _GroupedSwiGLU, grouped_swiglu, sizes_refused
-from megatron.remoe.local.swiglu import sum_pairs
+from megatron.remoe.local.swiglu import PLAIN, sum_pairs
 from tests.layers import SumTypes
 
 HIDDEN, FFN = 6, 5
@@ -87,7 +87,7 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     """What a GPU runs in bf16, here through PyTorch's `grouped_mm` for CPUs."""
     ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
-    check_half_precision(_GroupedSwiGLU, sizes, ends, accumulates, gathers)
+    check_half_precision(_GroupedSwiGLU, [ends, sizes], sizes, accumulates, gathers)
 
 
 @both_orders
@@ -95,13 +95,13 @@ def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gath
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["blocks of both kinds"]], ids=["few rows", "many"])
 def test_half_precision_without_the_kernel(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     """What GPUs run that do not have it, and CPUs."""
-    check_half_precision(BlockedSwiGLU, sizes, sizes, accumulates, gathers)
+    check_half_precision(BlockedSwiGLU, [sizes], sizes, accumulates, gathers)
 
 
 def check_half_precision(
     kernel: type[torch.autograd.Function],
+    sizes_for_kernel: list[torch.Tensor | list[int]],
     sizes: list[int],
-    sizes_for_kernel: torch.Tensor | list[int],
     accumulates: bool,
     gathers: bool,
 ) -> None:
@@ -118,7 +118,7 @@ def check_half_precision(
         for weight in ours[2:]:
             weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
     with SumTypes() as sums:
-        output = kernel.apply(*ours, sizes_for_kernel, rows, True)
+        output = kernel.apply(*ours, *sizes_for_kernel, rows, None, PLAIN, True)
         direction = torch.randn_like(output)
         (output * direction).sum().backward()
     assert sums.found == ({torch.float32} if gathers else set())

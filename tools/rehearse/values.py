@@ -36,8 +36,8 @@ class Pairs:
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
 
     def _counted(self, real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def count_pairs(routing_map: torch.Tensor, chunks: int, ranks: Any) -> torch.Tensor:
-            counts = real(routing_map, chunks, ranks)
+        def count_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> torch.Tensor:
+            counts = real(routing_map, chunks, *how)
             for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(chunks)):
                 for number in counts[chunk]:
                     number.copy_(torch.tensor([self._some_of(tokens) for _ in number]))

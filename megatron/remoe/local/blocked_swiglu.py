@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from megatron.remoe.local.swiglu import (
+    Activation,
     Gradients,
-    activate,
-    activate_backward,
+    add_outers,
     add_pairs,
     empty_sum,
     gradient_is_in_main_grad,
     main_grad_of,
+    sum_pairs,
     take,
 )
 
@@ -35,38 +36,43 @@ class BlockedSwiGLU(torch.autograd.Function):
         fc2: torch.nn.Parameter,
         sizes: list[int],
         token_index: torch.Tensor | None,
+        by_token: torch.Tensor | None,
+        activation: Activation,
         gives_gradient: bool,
     ) -> torch.Tensor:
-        ctx.gives_gradient = gives_gradient
+        ctx.activation, ctx.gives_gradient = activation, gives_gradient
         ctx.blocks = _blocks(sizes, BLOCK_PAIRS if tokens.device.type == "cpu" else sum(sizes))
-        hiddens, output = [], empty_sum(tokens, token_index)
+        added_to = token_index if by_token is None else None
+        hiddens, output = [], empty_sum(tokens, added_to, len(gates))
         for experts, block, parts in ctx.blocks:
             hidden = _products(take(tokens, token_index, block), fc1[experts].transpose(1, 2), parts)
             hiddens.append(hidden)
-            activated = activate(hidden, gates[block])
-            _add_products(output, token_index, block, activated, fc2[experts].transpose(1, 2), parts)
-        ctx.save_for_backward(tokens, gates, token_index, *hiddens)
+            activated = activation.forward(hidden, gates[block])
+            _add_products(output, added_to, block, activated, fc2[experts].transpose(1, 2), parts)
+        ctx.save_for_backward(tokens, gates, token_index, by_token, *hiddens)
         ctx.weights = fc1, fc2
-        return output.to(tokens.dtype)
+        return sum_pairs(output, None, tokens, by_token).to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
-        tokens, gates, token_index, *hiddens = ctx.saved_tensors
+        tokens, gates, token_index, by_token, *hiddens = ctx.saved_tensors
         fc1, fc2 = ctx.weights
         main_fc1, main_fc2 = main_grad_of(fc1), main_grad_of(fc2)
         d_fc1 = torch.empty_like(fc1) if main_fc1 is None else main_fc1
         d_fc2 = torch.empty_like(fc2) if main_fc2 is None else main_fc2
-        d_tokens, d_gates = empty_sum(tokens, token_index), torch.empty_like(gates)
+        added_to = token_index if by_token is None else None
+        d_tokens, d_gates = empty_sum(tokens, added_to, len(gates)), torch.empty_like(gates)
         for (experts, block, parts), hidden in zip(ctx.blocks, hiddens, strict=True):
             part_of_gradient = take(gradient, token_index, block)
             d_activated = _products(part_of_gradient, fc2[experts], parts)
-            activated, d_hidden, d_gates[block] = activate_backward(hidden, gates[block], d_activated)
+            activated, d_hidden, d_gates[block] = ctx.activation.backward(hidden, gates[block], d_activated)
             _outers(d_fc2[experts], part_of_gradient, activated, parts, add=main_fc2 is not None)
             _outers(d_fc1[experts], d_hidden, take(tokens, token_index, block), parts, add=main_fc1 is not None)
-            _add_products(d_tokens, token_index, block, d_hidden, fc1[experts], parts)
+            _add_products(d_tokens, added_to, block, d_hidden, fc1[experts], parts)
         given_fc1 = d_fc1 if main_fc1 is None else gradient_is_in_main_grad(fc1, ctx.gives_gradient)
         given_fc2 = d_fc2 if main_fc2 is None else gradient_is_in_main_grad(fc2, ctx.gives_gradient)
-        return d_tokens.to(tokens.dtype), d_gates, given_fc1, given_fc2, None, None, None
+        d_tokens = sum_pairs(d_tokens, None, tokens, by_token).to(tokens.dtype)
+        return d_tokens, d_gates, given_fc1, given_fc2, None, None, None, None, None
 
 
 def _blocks(sizes: list[int], limit: int) -> list[tuple[slice, slice, list[int]]]:
@@ -119,8 +125,8 @@ def _products(
 
 def _outers(outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sizes: list[int], add: bool) -> None:
     """Each expert's `left.T @ right` into its matrix of `outs`, or added to it."""
+    if add:
+        add_outers(outs, left, right, sizes)
+        return
     for out, a, b in zip(outs, left.split(sizes), right.split(sizes), strict=True):
-        if not add:
-            torch.mm(a.T, b, out=out)
-        elif len(a):
-            out.addmm_(a.T, b)
+        torch.mm(a.T, b, out=out)

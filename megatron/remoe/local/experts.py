@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.remoe.local.grouped_swiglu import grouped_swiglu, has_grouped_kernel, sizes_refused
+from megatron.remoe.local.swiglu import Activation
 
 
 def takes_grouped_experts(config: TransformerConfig) -> bool:
@@ -56,7 +57,7 @@ class GroupedExperts(MegatronModule):
             name: unused, as Megatron gives it.
         """
         super().__init__(config=config)
-        self.num_local_experts = num_local_experts
+        self.num_local_experts, self.activation = num_local_experts, Activation.of(config)
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         assert config.moe_ffn_hidden_size is not None
         ffn, hidden = config.moe_ffn_hidden_size // self.tp_group.size(), config.hidden_size
@@ -86,6 +87,7 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
         token_index: torch.Tensor | None = None,
+        by_token: torch.Tensor | None = None,
         gives_gradient: bool = True,
     ) -> tuple[torch.Tensor, None]:
         """Apply each expert to its tokens.
@@ -95,15 +97,16 @@ class GroupedExperts(MegatronModule):
                 in their own order.
             tokens_per_expert: int64 `[local experts]`.
             permuted_probs: `[pairs]`, the gates, sorted by local expert.
-            token_index: int64 `[pairs]`, the token of each.
-            gives_gradient: see `grouped_swiglu`.
+            token_index: int `[pairs]`, the token of each.
+            by_token, gives_gradient: see `grouped_swiglu`.
 
         Returns:
             `[pairs, hidden]` (a part of the sum with expert tensor parallelism), with `token_index` each token's
             sum, and no bias.
         """
-        tokens, gates, weights = permuted_local_hidden_states, permuted_probs, (self.fc1, self.fc2)
-        return grouped_swiglu(tokens, gates, *weights, tokens_per_expert, token_index, gives_gradient), None
+        weights, order = (self.fc1, self.fc2), (tokens_per_expert, token_index, by_token)
+        given = permuted_local_hidden_states, permuted_probs, *weights, *order
+        return grouped_swiglu(*given, self.activation, gives_gradient), None
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are never delayed."""

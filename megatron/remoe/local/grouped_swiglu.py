@@ -11,10 +11,23 @@ import torch
 from torch.nn import functional
 
 from megatron.remoe.local.blocked_swiglu import BlockedSwiGLU
-from megatron.remoe.local.swiglu import Gradients, activate, activate_backward, into_main_grad, sum_pairs, take
+from megatron.remoe.local.swiglu import (
+    PLAIN,
+    Activation,
+    Gradients,
+    add_outers,
+    gradient_is_in_main_grad,
+    into_main_grad,
+    main_grad_of,
+    sum_pairs,
+    take,
+)
 
 KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # the most experts, and what rows of bf16 have to be a multiple of: 16 bytes
 SM90, SM100 = 9, 10
+# Elements of an expert's matrix from which its gradient is a product of its own, added in Megatron's buffer: that saves
+# 4 bytes an element, which here take as long as a launch.
+LARGE_MATRIX = 2**21
 
 
 @cache
@@ -52,6 +65,8 @@ def grouped_swiglu(
     fc2: torch.nn.Parameter,
     tokens_per_expert: torch.Tensor,
     token_index: torch.Tensor | None = None,
+    by_token: torch.Tensor | None = None,
+    activation: Activation = PLAIN,
     gives_gradient: bool = True,
 ) -> torch.Tensor:
     """Each token's sum of `(gate · SiLU(x Wg) ⊙ x Wu) Wd` over its experts.
@@ -62,7 +77,10 @@ def grouped_swiglu(
         fc1: `[experts, 2 * ffn, hidden]`, Wg and then Wu.
         fc2: `[experts, hidden, ffn]`, Wd.
         tokens_per_expert: int64 `[experts]`; if it is on a GPU, it is waited for, except with `takes_grouped_kernel`.
-        token_index: int64 `[pairs]`, the token of each pair; None where the tokens are the pairs, in their order.
+        token_index: int `[pairs]`, the token of each pair; None where the tokens are the pairs, in their order.
+        by_token: int32 `[num_tokens + 1 + pairs]`, the pairs of each token as `kernels.plan.fill` gives them, for the
+            kernel that sums them; None: PyTorch does.
+        activation: what stands between the products.
         gives_gradient: whether the weights get a gradient without values where the true one is in Megatron's buffer, so
             that Megatron's hook sees one; of several calls in one forward pass one has to.
 
@@ -70,14 +88,16 @@ def grouped_swiglu(
         `[num_tokens, hidden]`.
     """
     if len(gates) and takes_grouped_kernel(fc1):
-        ends = tokens_per_expert.cumsum(0).to(device=tokens.device, dtype=torch.int32, non_blocking=True)
-        return _GroupedSwiGLU.apply(tokens, gates, fc1, fc2, ends, token_index, gives_gradient)
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(tokens.device, non_blocking=True)
+        sizes = None if tokens_per_expert.is_cuda else tokens_per_expert.tolist()
+        given = ends, sizes, token_index, by_token, activation, gives_gradient
+        return _GroupedSwiGLU.apply(tokens, gates, fc1, fc2, *given)
     sizes = tokens_per_expert.tolist() if len(gates) else [0] * len(fc1)
-    return BlockedSwiGLU.apply(tokens, gates, fc1, fc2, sizes, token_index, gives_gradient)
+    return BlockedSwiGLU.apply(tokens, gates, fc1, fc2, sizes, token_index, by_token, activation, gives_gradient)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
-    """One kernel for all experts, which takes their sizes from the device."""
+    """One kernel for all experts, which takes their sizes from the device; on the host they are None if not known."""
 
     @staticmethod
     def forward(
@@ -87,27 +107,47 @@ class _GroupedSwiGLU(torch.autograd.Function):
         fc1: torch.nn.Parameter,
         fc2: torch.nn.Parameter,
         ends: torch.Tensor,
+        sizes: list[int] | None,
         token_index: torch.Tensor | None,
+        by_token: torch.Tensor | None,
+        activation: Activation,
         gives_gradient: bool,
     ) -> torch.Tensor:
-        ctx.gives_gradient = gives_gradient
+        ctx.sizes, ctx.activation, ctx.gives_gradient = sizes, activation, gives_gradient
         hidden = functional.grouped_mm(take(tokens, token_index), fc1.transpose(1, 2), offs=ends)
-        ctx.save_for_backward(tokens, gates, hidden, ends, token_index)
+        ctx.save_for_backward(tokens, gates, hidden, ends, token_index, by_token)
         ctx.weights = fc1, fc2  # saved, they would come back without Megatron's buffer from a checkpointed part
-        pairs = functional.grouped_mm(activate(hidden, gates), fc2.transpose(1, 2), offs=ends)
-        return sum_pairs(pairs, token_index, tokens)
+        pairs = functional.grouped_mm(activation.forward(hidden, gates), fc2.transpose(1, 2), offs=ends)
+        return sum_pairs(pairs, token_index, tokens, by_token)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
-        tokens, gates, hidden, ends, token_index = ctx.saved_tensors
+        tokens, gates, hidden, ends, token_index, by_token = ctx.saved_tensors
         fc1, fc2 = ctx.weights
         gradient = take(gradient, token_index).contiguous()
         d_activated = functional.grouped_mm(gradient, fc2, offs=ends)
-        activated, d_hidden, d_gates = activate_backward(hidden, gates, d_activated)
-        d_fc2 = into_main_grad(fc2, _outers(gradient, activated, ends), ctx.gives_gradient)
-        d_fc1 = into_main_grad(fc1, _outers(d_hidden, take(tokens, token_index), ends), ctx.gives_gradient)
-        d_tokens = sum_pairs(functional.grouped_mm(d_hidden, fc1, offs=ends), token_index, tokens)
-        return d_tokens, d_gates, d_fc1, d_fc2, None, None, None
+        activated, d_hidden, d_gates = ctx.activation.backward(hidden, gates, d_activated)
+        rest = ends, ctx.sizes, ctx.gives_gradient
+        d_fc2 = _weight_gradient(fc2, gradient, activated, *rest)
+        d_fc1 = _weight_gradient(fc1, d_hidden, take(tokens, token_index), *rest)
+        d_tokens = sum_pairs(functional.grouped_mm(d_hidden, fc1, offs=ends), token_index, tokens, by_token)
+        return d_tokens, d_gates, d_fc1, d_fc2, None, None, None, None, None, None
+
+
+def _weight_gradient(
+    weight: torch.nn.Parameter,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    ends: torch.Tensor,
+    sizes: list[int] | None,
+    gives_gradient: bool,
+) -> torch.Tensor | None:
+    """Each expert's `left.T @ right`, or what autograd is to have where it is in Megatron's buffer."""
+    main_grad = main_grad_of(weight)
+    if main_grad is None or sizes is None or weight[0].numel() < LARGE_MATRIX:
+        return into_main_grad(weight, _outers(left, right, ends), gives_gradient)
+    add_outers(main_grad, left, right, sizes)
+    return gradient_is_in_main_grad(weight, gives_gradient)
 
 
 def _outers(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,17 @@
 """What the experts' kernels share: tokens to pairs and back, SwiGLU with gates, and Megatron's gradient buffer.
 
-`token_index` is the token of each pair, int64 `[pairs]`, in the order of the experts; None where the tokens are
-the pairs, in that order.
+`token_index` is the token of each pair, int `[pairs]`, in the order of the experts; None where the tokens are the
+pairs, in that order. `by_token` has the pairs of each token, as `kernels.plan.fill` gives them; None without Triton.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import silu
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.kernels import wants_kernels
 
 Gradients = tuple[torch.Tensor | None, ...]
 
@@ -15,17 +21,23 @@ def take(tokens: torch.Tensor, token_index: torch.Tensor | None, block: slice = 
     return tokens[block] if token_index is None else tokens.index_select(0, token_index[block])
 
 
-def sum_pairs(pairs: torch.Tensor, token_index: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+def sum_pairs(
+    pairs: torch.Tensor, token_index: torch.Tensor | None, tokens: torch.Tensor, by_token: torch.Tensor | None = None
+) -> torch.Tensor:
     """Each token's sum over its pairs: `[pairs, hidden]` → the shape and type of `tokens`."""
+    if by_token is not None:
+        from megatron.remoe.kernels.rows import sum_rows
+
+        return sum_rows(pairs, by_token)
     if token_index is None:
         return pairs
-    return add_pairs(empty_sum(tokens, token_index), token_index, pairs).to(tokens.dtype)
+    return add_pairs(empty_sum(tokens, token_index, len(pairs)), token_index, pairs).to(tokens.dtype)
 
 
-def empty_sum(tokens: torch.Tensor, token_index: torch.Tensor | None) -> torch.Tensor:
-    """Where sums go, `[num_tokens, hidden]`: zeros in fp32 or more, or unset where each token is one pair."""
+def empty_sum(tokens: torch.Tensor, token_index: torch.Tensor | None, num_pairs: int) -> torch.Tensor:
+    """Where sums go, `[num_tokens, hidden]`: zeros in fp32 or more; or where pairs go, unset, with no `token_index`."""
     if token_index is None:
-        return torch.empty_like(tokens)
+        return tokens.new_empty(num_pairs, tokens.shape[1])
     return torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, torch.float32))
 
 
@@ -63,11 +75,44 @@ def activate_backward(
     return activated, d_hidden, d_gates
 
 
+class Activation(NamedTuple):
+    """`activate` and `activate_backward`, or what stands for them."""
+
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = activate
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
+        activate_backward
+    )
+
+    @classmethod
+    def of(cls, config: TransformerConfig) -> "Activation":
+        """Those that `--moe-kernels` asks for."""
+        if not wants_kernels(config):
+            return PLAIN
+        from megatron.remoe.kernels import swiglu
+
+        return cls(swiglu.activate, swiglu.activate_backward)
+
+
+PLAIN = Activation()
+
+
 def main_grad_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
-    """Megatron's gradient buffer of `weight`, where the gradient can be added to it as it is."""
+    """Megatron's gradient buffer of `weight`, where `add_outers` can add to it."""
     main_grad = getattr(weight, "main_grad", None)
-    fits = main_grad is not None and main_grad.dtype == weight.dtype and hasattr(weight, "grad_added_to_main_grad")
-    return main_grad if fits else None
+    if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    # Products of half precision are added to fp32 by cuBLAS alone.
+    is_wider = weight.is_cuda and weight.itemsize == 2 and main_grad.dtype == torch.float32
+    return main_grad if main_grad.dtype == weight.dtype or is_wider else None
+
+
+def add_outers(outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sizes: list[int]) -> None:
+    """Add each expert's `left.T @ right` to its matrix: `[pairs, out]`, `[pairs, in]` → `[experts, out, in]`."""
+    for out, a, b in zip(outs, left.split(sizes), right.split(sizes), strict=True):
+        if len(a) and out.dtype == a.dtype:
+            out.addmm_(a.T, b)
+        elif len(a):
+            torch.addmm(out, a.T, b, out_dtype=out.dtype, out=out)
 
 
 def gradient_is_in_main_grad(weight: torch.nn.Parameter, gives_gradient: bool) -> torch.Tensor | None:

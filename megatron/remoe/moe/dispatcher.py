@@ -7,12 +7,19 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.local.swiglu import add_pairs
 from megatron.remoe.moe.plan import DispatchPlan, Ranks, count_pairs, plan_dispatch
 
 
-def _sum_of_rows(summands: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+def _sum_of_rows(
+    summands: torch.Tensor, rows: torch.Tensor, by_token: torch.Tensor | None, num_rows: int
+) -> torch.Tensor:
     """`[pairs, hidden]` → `[num_rows, hidden]`, added up in fp32 at least."""
+    if by_token is not None:
+        from megatron.remoe.kernels.rows import sum_rows
+
+        return sum_rows(summands, by_token)
     dtype = torch.promote_types(summands.dtype, torch.float32)
     return add_pairs(summands.new_zeros(num_rows, summands.shape[1], dtype=dtype), rows, summands).to(summands.dtype)
 
@@ -21,28 +28,30 @@ class _TakenRows(torch.autograd.Function):
     """`index_select`, whose gradient PyTorch would add up in the tokens' type."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows)
+    def forward(ctx: Any, tokens: torch.Tensor, rows: torch.Tensor, by_token: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(rows, by_token)
         ctx.num_rows = len(tokens)
         return tokens.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return _sum_of_rows(gradient, rows, ctx.num_rows), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        rows, by_token = ctx.saved_tensors
+        return _sum_of_rows(gradient, rows, by_token, ctx.num_rows), None, None
 
 
 class _SumOfRows(torch.autograd.Function):
     """`index_add`, of which PyTorch would keep the summands for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, summands: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, summands: torch.Tensor, rows: torch.Tensor, by_token: torch.Tensor | None, num_rows: int
+    ) -> torch.Tensor:
         ctx.save_for_backward(rows)
-        return _sum_of_rows(summands, rows, num_rows)
+        return _sum_of_rows(summands, rows, by_token, num_rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient.index_select(0, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None, None
 
 
 class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
@@ -60,7 +69,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
-        self.ranks = Ranks.of(pg_collection)
+        self.ranks, self.kernels = Ranks.of(pg_collection), wants_kernels(config)
         self._plan: DispatchPlan | None = None
 
     def dispatch_preprocess(
@@ -82,7 +91,8 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
             `[pairs, hidden]` and `[pairs]`.
         """
         if plan is None:
-            plan = self._plan = plan_dispatch(routing_map, count_pairs(routing_map, 1, self.ranks)[0], self.ranks)
+            counts = count_pairs(routing_map, 1, self.ranks, self.kernels)[0]
+            plan = self._plan = plan_dispatch(probs, routing_map, counts, self.ranks, self.kernels)
         # What Megatron's steps between this and the sum go by.
         self.hidden_shape, self.probs = hidden_states.shape, probs
         self.tokens_per_expert = plan.tokens_per_expert
@@ -93,7 +103,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
         tokens = hidden_states.view(-1, self.hidden_shape[-1])
-        return _TakenRows.apply(tokens, plan.token_index), plan.gates(probs)
+        return _TakenRows.apply(tokens, plan.token_index, plan.by_token), plan.gates
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
@@ -122,8 +132,8 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         if plan is None:
             plan, self._plan = self._plan, None
         assert plan is not None
-        sums = _SumOfRows.apply(permutated_local_input_tokens, plan.token_index, self.hidden_shape[:-1].numel())
-        output = sums.view(self.hidden_shape)
+        order, num_tokens = (plan.token_index, plan.by_token), self.hidden_shape[:-1].numel()
+        output = _SumOfRows.apply(permutated_local_input_tokens, *order, num_tokens).view(self.hidden_shape)
         if self.shared_experts is not None:
             output += self.shared_experts.get_output()
         return output

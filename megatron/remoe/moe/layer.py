@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.local.experts import GroupedExperts
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.moe.plan import Ranks, count_bounded, count_pairs, plan_dispatch, plan_known
@@ -48,6 +49,7 @@ class ReMoELayer(MoELayer):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.ranks = Ranks.of(pg_collection)
+        self.kernels = wants_kernels(config)
         self.pairs_limit = _pairs_limit(config)
         self.is_planned = takes_plans(config)
         if self.is_planned:
@@ -115,8 +117,8 @@ class ReMoELayer(MoELayer):
     def _count(self, routing_map: torch.Tensor) -> torch.Tensor | list[None]:
         """`count_pairs` for each chunk, as many as the bound asks for; one None where nothing has to be counted."""
         if self.pairs_limit:
-            return count_bounded(routing_map, self.pairs_limit, self.ranks)
-        return [None] if self.known_topk else count_pairs(routing_map, 1, self.ranks)
+            return count_bounded(routing_map, self.pairs_limit, self.ranks, self.kernels)
+        return [None] if self.known_topk else count_pairs(routing_map, 1, self.ranks, self.kernels)
 
     def _routed(
         self,
@@ -138,12 +140,12 @@ class ReMoELayer(MoELayer):
             return self.postprocess(self._exchanged(tokens, gates, gives_gradient), None)
         if counts is None:
             assert self.known_topk is not None
-            plan = plan_known(routing_map, self.known_topk)
+            plan = plan_known(probs, routing_map, self.known_topk, self.kernels)
         else:
-            plan = plan_dispatch(routing_map, counts, self.ranks)
+            plan = plan_dispatch(probs, routing_map, counts, self.ranks, self.kernels)
         if self.experts_gather:
-            tokens, gates = hidden_states.view(-1, hidden_states.shape[-1]), plan.gates(probs)
-            output, _ = self.experts(tokens, plan.tokens_per_expert, gates, plan.token_index, gives_gradient)
+            tokens, order = hidden_states.view(-1, hidden_states.shape[-1]), (plan.token_index, plan.by_token)
+            output, _ = self.experts(tokens, plan.tokens_per_expert, plan.gates, *order, gives_gradient)
             return output.view_as(hidden_states)
         tokens, gates = self.token_dispatcher.dispatch_preprocess(hidden_states, routing_map, probs, plan)
         return self.token_dispatcher.combine_postprocess(self._exchanged(tokens, gates, gives_gradient), plan)

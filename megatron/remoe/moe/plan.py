@@ -52,51 +52,64 @@ class DispatchPlan:
     """The way of a layer's tokens, or of one chunk of them, to their experts.
 
     Attributes:
-        token_index: int64 `[pairs]`, the token of each pair, in the order of the experts.
-        expert_index: int64 `[pairs]`, its expert.
-        tokens_per_expert: int64 `[local experts]`, the pairs that arrive; on the host, unless nothing was waited for.
+        token_index: int `[pairs]`, the token of each pair, in the order of the experts.
+        gates: `[pairs]`.
+        by_token: int32 `[num_tokens + 1 + pairs]`, the pairs of each token (`kernels.plan.fill`); None without Triton.
+        tokens_per_expert: int `[local experts]`, the pairs that arrive; on the host, unless nothing was waited for.
         exchange: None where one rank has all experts.
     """
 
     token_index: torch.Tensor
-    expert_index: torch.Tensor
+    gates: torch.Tensor
+    by_token: torch.Tensor | None
     tokens_per_expert: torch.Tensor
     exchange: Exchange | None
 
-    def gates(self, probs: torch.Tensor) -> torch.Tensor:
-        """`[num_tokens, num_experts]` → `[pairs]`."""
-        return probs.reshape(-1).gather(0, self.token_index * probs.shape[1] + self.expert_index)
 
-
-def count_pairs(routing_map: torch.Tensor, chunks: int, ranks: Ranks) -> torch.Tensor:
+def count_pairs(routing_map: torch.Tensor, chunks: int, ranks: Ranks, kernels: bool = False) -> torch.Tensor:
     """How many tokens each rank sends to each expert. Waits for the device, once.
 
     Args:
         routing_map: bool `[num_tokens, num_experts]`.
         chunks: into how many parts of about equal length the tokens are cut.
         ranks: all of which have to call it.
+        kernels: whether Triton's count.
 
     Returns:
         int64 `[chunks, ranks, num_experts]` on the host.
     """
-    counts = torch.stack([part.sum(dim=0) for part in routing_map.tensor_split(chunks)])
+    if kernels:
+        from megatron.remoe.kernels.plan import count_blocks
+
+        parts = [_sum_blocks(count_blocks(part)) for part in routing_map.tensor_split(chunks)]
+    else:
+        parts = [part.sum(dim=0) for part in routing_map.tensor_split(chunks)]
+    counts = torch.stack(parts) if chunks > 1 else parts[0].unsqueeze(0)
     if not ranks.is_alone:
         counts = gather_from_sequence_parallel_region(counts, group=ranks.group)
-    return counts.view(ranks.ep * ranks.tp, chunks, -1).transpose(0, 1).cpu()
+    return counts.view(ranks.ep * ranks.tp, chunks, -1).transpose(0, 1).cpu().long()
 
 
-def count_bounded(routing_map: torch.Tensor, pairs_per_token: float, ranks: Ranks) -> torch.Tensor:
+def _sum_blocks(counts: torch.Tensor) -> torch.Tensor:
+    """Of `kernels.plan.count_blocks`; another type than theirs would be one launch more."""
+    return counts.sum(dim=1, dtype=counts.dtype)
+
+
+def count_bounded(
+    routing_map: torch.Tensor, pairs_per_token: float, ranks: Ranks, kernels: bool = False
+) -> torch.Tensor:
     """As `count_pairs`, in the smallest number of chunks found in which no rank sends or receives too many pairs.
 
     Args:
         routing_map: bool `[num_tokens, num_experts]`.
         pairs_per_token: the bound, in units of a rank's number of tokens.
         ranks: all of which have to call it.
+        kernels: whether Triton's count.
     """
     num_tokens = routing_map.shape[0]
     limit, chunks = pairs_per_token * num_tokens, 1
     while True:
-        counts = count_pairs(routing_map, chunks, ranks)
+        counts = count_pairs(routing_map, chunks, ranks, kernels)
         # A rank has the experts of one slice, and the tokens of its tensor parallel partners.
         received = counts.sum(dim=1).view(chunks, ranks.ep, -1).sum(dim=2) / ranks.tp
         pairs = max(counts.sum(dim=2).flatten().tolist() + received.flatten().tolist())
@@ -105,13 +118,17 @@ def count_bounded(routing_map: torch.Tensor, pairs_per_token: float, ranks: Rank
         chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * pairs / limit)))
 
 
-def plan_dispatch(routing_map: torch.Tensor, counts: torch.Tensor, ranks: Ranks) -> DispatchPlan:
+def plan_dispatch(
+    probs: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor, ranks: Ranks, kernels: bool = False
+) -> DispatchPlan:
     """The plan of a routing map whose counts are known.
 
     Args:
+        probs: `[num_tokens, num_experts]`.
         routing_map: bool `[num_tokens, num_experts]`.
         counts: int64 `[ranks, num_experts]` on the host, one chunk of `count_pairs`.
         ranks: that it was counted on.
+        kernels: whether Triton's make it.
     """
     # The group's ranks go through tensor parallelism first.
     sent = counts.view(ranks.ep, ranks.tp, -1).transpose(0, 1)
@@ -125,16 +142,31 @@ def plan_dispatch(routing_map: torch.Tensor, counts: torch.Tensor, ranks: Ranks)
             gathered=received.sum(dim=(1, 2)),
             per_expert=received.flatten(0, 1),
         )
-    return _plan(routing_map, sum(mine.tolist()), received.sum(dim=(0, 1)), exchange)
+    return _plan(probs, routing_map, sum(mine.tolist()), received.sum(dim=(0, 1)), exchange, kernels)
 
 
-def plan_known(routing_map: torch.Tensor, topk: int) -> DispatchPlan:
-    """The plan where each token has `topk` experts and one rank has all of them: nothing is counted or waited for."""
-    return _plan(routing_map, len(routing_map) * topk, routing_map.sum(dim=0), None)
+def plan_known(probs: torch.Tensor, routing_map: torch.Tensor, topk: int, kernels: bool = False) -> DispatchPlan:
+    """The plan where each token has `topk` experts and one rank has all of them: nothing is waited for."""
+    return _plan(probs, routing_map, len(routing_map) * topk, None, None, kernels)
 
 
 def _plan(
-    routing_map: torch.Tensor, num_pairs: int, tokens_per_expert: torch.Tensor, exchange: Exchange | None
+    probs: torch.Tensor,
+    routing_map: torch.Tensor,
+    num_pairs: int,
+    tokens_per_expert: torch.Tensor | None,
+    exchange: Exchange | None,
+    kernels: bool,
 ) -> DispatchPlan:
+    """`tokens_per_expert` is None where the host does not know it."""
+    if kernels:
+        from megatron.remoe.kernels.plan import count_blocks, fill
+
+        counts = count_blocks(routing_map)
+        token_index, by_token, gates = fill(probs, routing_map, counts, num_pairs)
+        arriving = _sum_blocks(counts) if tokens_per_expert is None else tokens_per_expert
+        return DispatchPlan(token_index, gates, by_token, arriving, exchange)
     expert_index, token_index = torch.nonzero_static(routing_map.T, size=num_pairs).unbind(dim=1)
-    return DispatchPlan(token_index, expert_index, tokens_per_expert, exchange)
+    gates = probs.reshape(-1).gather(0, token_index * probs.shape[1] + expert_index)
+    arriving = routing_map.sum(dim=0) if tokens_per_expert is None else tokens_per_expert
+    return DispatchPlan(token_index, gates, None, arriving, exchange)

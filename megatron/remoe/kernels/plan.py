@@ -1,0 +1,188 @@
+"""From a routing map to the rows of each expert and of each token: no nonzero, no sort, no atomics.
+
+T tokens, E experts, P pairs; a program has a block of tokens and goes through the experts tile by tile.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# Each program reads the counts of all blocks, so that they are few; of a tile of experts at once, in registers.
+MOST_BLOCKS, LEAST_TOKENS, TILE_COUNTS, WARPS = 256, 16, 8192, 8
+
+
+def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
+    """How many tokens of each block every expert has; moves the map once.
+
+    Args:
+        routing_map: bool `[T, E]`.
+
+    Returns:
+        int32 `[E, blocks]`.
+    """
+    num_tokens, num_experts = routing_map.shape
+    block, tile = _tile(num_tokens, num_experts)
+    blocks = triton.cdiv(max(num_tokens, 1), block)
+    counts = torch.empty(num_experts, blocks, dtype=torch.int32, device=routing_map.device)
+    _count[(blocks,)](
+        routing_map.contiguous(), counts, num_tokens, num_experts, BLOCK=block, TILE=tile, num_warps=WARPS
+    )
+    return counts
+
+
+def fill(
+    probs: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor, num_pairs: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pairs in the order of the experts, and of each expert in that of the tokens.
+
+    Moves the map once and a gate, a token and a row of each pair; its backward pass writes `[T, E]` besides.
+
+    Args:
+        probs: `[T, E]`, the gates.
+        routing_map: bool `[T, E]`.
+        counts: of `count_blocks`.
+        num_pairs: P, how many there are.
+
+    Returns:
+        token_index: int32 `[P]`, the token of each pair.
+        by_token: int32 `[T + 1 + P]`: its elements t and t + 1 are the bounds, within it, of token t's pairs.
+        gates: `[P]`, of the type of `probs`; the one that has a gradient.
+    """
+    return _Filled.apply(probs, routing_map, counts, num_pairs)
+
+
+class _Filled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, probs: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor, num_pairs: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        routing_map, (num_tokens, num_experts) = routing_map.contiguous(), routing_map.shape
+        token_index = torch.empty(num_pairs, dtype=torch.int32, device=probs.device)
+        by_token = torch.empty(num_tokens + 1 + num_pairs, dtype=torch.int32, device=probs.device)
+        gates = torch.empty(num_pairs, dtype=probs.dtype, device=probs.device)
+        (block, tile), blocks = _tile(num_tokens, num_experts), counts.shape[1]
+        _fill[(blocks,)](
+            probs.contiguous(), routing_map, counts, token_index, by_token, gates, num_tokens, num_experts, blocks,
+            BLOCK=block, TILE=tile, BLOCKS=triton.next_power_of_2(blocks), num_warps=WARPS,
+        )  # fmt: skip
+        ctx.save_for_backward(routing_map, by_token)
+        ctx.mark_non_differentiable(token_index, by_token)
+        ctx.set_materialize_grads(False)
+        return token_index, by_token, gates
+
+    @staticmethod
+    def backward(ctx: Any, _: None, __: None, d_gates: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if d_gates is None:
+            return None, None, None, None
+        routing_map, by_token = ctx.saved_tensors
+        num_tokens, num_experts = routing_map.shape
+        d_probs = torch.empty(num_tokens, num_experts, dtype=d_gates.dtype, device=d_gates.device)
+        tile = min(triton.next_power_of_2(num_experts), 64)
+        block = 1024 // tile
+        grid = (triton.cdiv(num_tokens, block),)
+        _spread[grid](
+            d_gates.contiguous(), routing_map, by_token, d_probs, num_tokens, num_experts, BLOCK=block, TILE=tile
+        )
+        return d_probs, None, None, None
+
+
+def _tile(num_tokens: int, num_experts: int) -> tuple[int, int]:
+    """Tokens of a block, and experts that a program takes at once."""
+    block = max(LEAST_TOKENS, triton.next_power_of_2(triton.cdiv(num_tokens, MOST_BLOCKS)))
+    return block, min(triton.next_power_of_2(num_experts), max(1, TILE_COUNTS // max(2 * block, MOST_BLOCKS)))
+
+
+def _count_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "plan: count", "bytes": args["map_TE"].numel() + 4 * args["counts_EB"].numel()}
+
+
+def _fill_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+    pairs = args["gates_P"].numel() * (2 * args["gates_P"].element_size() + 4)
+    once = args["map_TE"].numel() + 4 * (args["counts_EB"].numel() + args["by_token"].numel())
+    return {"name": "plan: fill", "bytes": once + pairs}
+
+
+def _spread_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+    gates = (args["d_gates_P"].numel() + args["d_probs_TE"].numel()) * args["d_gates_P"].element_size()
+    return {"name": "plan: gates' gradient", "bytes": gates + args["map_TE"].numel() + 4 * args["by_token"].numel()}
+
+
+@triton.jit(launch_metadata=_count_bytes)
+def _count(map_TE, counts_EB, num_tokens, num_experts, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for first in range(0, num_experts, TILE):
+        expert = first + tl.arange(0, TILE)
+        active = _active(map_TE, token, expert, num_tokens, num_experts)
+        place = counts_EB + expert * tl.num_programs(0) + tl.program_id(0)
+        tl.store(place, tl.sum(active, axis=0), mask=expert < num_experts)
+
+
+@triton.jit(launch_metadata=_fill_bytes)
+def _fill(
+    probs_TE, map_TE, counts_EB, token_index_P, by_token, gates_P, num_tokens, num_experts, num_blocks,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    of_token = tl.zeros([BLOCK], tl.int32)
+    before = 0  # pairs of the blocks before
+    for first in range(0, num_experts, TILE):
+        expert = first + tl.arange(0, TILE)
+        of_token += tl.sum(_active(map_TE, token, expert, num_tokens, num_experts), axis=1)
+        _, in_blocks_before = _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS)
+        before += tl.sum(in_blocks_before)
+    ends = num_tokens + 1 + before + tl.cumsum(of_token, axis=0)
+    tl.store(by_token + 1 + token, ends, mask=token < num_tokens)
+    tl.store(by_token, num_tokens + 1, mask=tl.program_id(0) == 0)
+    place = ends - of_token
+    expert_start = 0
+    for first in range(0, num_experts, TILE):
+        expert = first + tl.arange(0, TILE)
+        active = _active(map_TE, token, expert, num_tokens, num_experts)
+        total, in_blocks_before = _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS)
+        start = expert_start + tl.cumsum(total, axis=0) - total + in_blocks_before
+        row = start[None, :] + tl.cumsum(active, axis=0) - active
+        is_active = active > 0
+        gate = tl.load(probs_TE + _at(token, expert, num_experts), mask=is_active)
+        tl.store(gates_P + row, gate, mask=is_active)
+        tl.store(token_index_P + row, token[:, None] + tl.zeros_like(row), mask=is_active)
+        tl.store(by_token + place[:, None] + tl.cumsum(active, axis=1) - active, row, mask=is_active)
+        place += tl.sum(active, axis=1)
+        expert_start += tl.sum(total)
+
+
+@triton.jit(launch_metadata=_spread_bytes)
+def _spread(d_gates_P, map_TE, by_token, d_probs_TE, num_tokens, num_experts, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(by_token + token, mask=token < num_tokens, other=0)
+    for first in range(0, num_experts, TILE):
+        expert = first + tl.arange(0, TILE)
+        active = _active(map_TE, token, expert, num_tokens, num_experts)
+        is_active = active > 0
+        row = tl.load(by_token + place[:, None] + tl.cumsum(active, axis=1) - active, mask=is_active, other=0)
+        gradient = tl.load(d_gates_P + row, mask=is_active, other=0.0)
+        is_inside = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
+        tl.store(d_probs_TE + _at(token, expert, num_experts), gradient, mask=is_inside)
+        place += tl.sum(active, axis=1)
+
+
+@triton.jit
+def _at(token, expert, num_experts):
+    return token.to(tl.int64)[:, None] * num_experts + expert[None, :]
+
+
+@triton.jit
+def _active(map_TE, token, expert, num_tokens, num_experts):
+    """int32 `[tokens, experts]`, 1 where the map is True."""
+    is_inside = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
+    return tl.load(map_TE + _at(token, expert, num_experts), mask=is_inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS: tl.constexpr):
+    """int32 `[experts]` twice: in all blocks, and in those before this program's."""
+    block = tl.arange(0, BLOCKS)
+    is_inside = (expert < num_experts)[:, None] & (block < num_blocks)[None, :]
+    counts = tl.load(counts_EB + expert[:, None] * num_blocks + block[None, :], mask=is_inside, other=0)
+    return tl.sum(counts, axis=1), tl.sum(tl.where(block[None, :] < tl.program_id(0), counts, 0), axis=1)

@@ -1,0 +1,46 @@
+"""Each token's sum over its rows: no atomics, so that it is the same every time.
+
+T tokens, P pairs, H hidden size; a program has a part of one token's sum.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+WIDTH = 1024
+
+
+def sum_rows(pairs: torch.Tensor, by_token: torch.Tensor) -> torch.Tensor:
+    """Add up in fp32, in the order of the experts, and round once; moves `(P + T) · H` elements.
+
+    Args:
+        pairs: `[P, H]`.
+        by_token: int32 `[T + 1 + P]`, as `plan.fill` gives it.
+
+    Returns:
+        `[T, H]`, of the type of `pairs`.
+    """
+    num_pairs, hidden = pairs.shape
+    sums = pairs.new_empty(len(by_token) - 1 - num_pairs, hidden)
+    width = min(triton.next_power_of_2(hidden), WIDTH)
+    _sum[(len(sums), triton.cdiv(hidden, width))](pairs.contiguous(), by_token, sums, hidden, WIDTH=width)
+    return sums
+
+
+def _sum_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+    elements = args["pairs_PH"].numel() + args["sums_TH"].numel()
+    bytes = elements * args["pairs_PH"].element_size() + 4 * args["by_token"].numel()
+    return {"name": "rows: sum", "bytes": bytes, "flops": args["pairs_PH"].numel()}
+
+
+@triton.jit(launch_metadata=_sum_bytes)
+def _sum(pairs_PH, by_token, sums_TH, hidden, WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    for place in range(tl.load(by_token + token), tl.load(by_token + token + 1)):
+        row = tl.load(by_token + place).to(tl.int64)
+        total += tl.load(pairs_PH + row * hidden + column, mask=column < hidden, other=0.0).to(tl.float32)
+    tl.store(sums_TH + token * hidden + column, total, mask=column < hidden)
