@@ -1,6 +1,7 @@
-"""What a machine may lack: a C compiler, and a Transformer Engine that works."""
+"""What a machine may lack: a C compiler, Triton, and a Transformer Engine that works."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -74,6 +75,35 @@ def test_the_user_has_turned_it_off_before(without, capsys) -> None:
     without.setenv("TORCH_COMPILE_DISABLE", "1")
     machine.do_without_compiler()
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "program", "interpreted", "words"),
+    [
+        (True, "gcc", "0", "there is no GPU. Leave it out, or try the kernels slowly with TRITON_INTERPRET=1"),
+        (False, "other", "0", "there is no C compiler (gcc or clang). Install it, or leave the flag out."),
+        (False, "gcc", "0", ""),
+        (True, "other", "1", ""),
+    ],
+)
+def test_triton_kernels_where_they_can_run(
+    on_cpu: bool, program: str, interpreted: str, words: str, without, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    add_program(tmp_path, program)
+    without.setenv("TRITON_INTERPRET", interpreted)
+    machine.check_kernels("torch", on_cpu)
+    if not words:
+        return machine.check_kernels("triton", on_cpu)
+    with pytest.raises(ValueError, match=f"^{re.escape('--moe-kernels triton cannot be used here: ' + words)}"):
+        machine.check_kernels("triton", on_cpu)
+
+
+def test_triton_kernels_without_triton(without, tmp_path: Path) -> None:
+    add_program(tmp_path, "gcc")
+    without.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match=r"Triton cannot be imported \(\w+: .*triton.*\)\. Install it"):
+        machine.check_kernels("triton", on_cpu=False)
 
 
 def engine(folder: Path, start: str) -> None:

@@ -38,6 +38,34 @@ def do_without_compiler() -> None:
     )
 
 
+def check_kernels(kernels: str, on_cpu: bool) -> None:
+    """Whether what --moe-kernels asks for can run here.
+
+    Args:
+        kernels: the flag's value.
+        on_cpu: this runs on the CPU, where Triton's interpreter alone can take its kernels.
+
+    Raises:
+        ValueError: names what lacks, and the remedy.
+    """
+    if kernels != "triton":
+        return
+    reason, is_interpreted = "", os.environ.get("TRITON_INTERPRET") == "1"
+    if on_cpu and not is_interpreted:
+        raise ValueError(
+            "--moe-kernels triton cannot be used here: there is no GPU. Leave it out, or try the kernels slowly with "
+            "TRITON_INTERPRET=1 in the environment."
+        )
+    try:
+        import_module("triton")
+    except Exception as error:
+        reason = f"Triton cannot be imported ({type(error).__name__}: {error})"
+    if not reason and not is_interpreted and (lacking := _lacking_for_triton()):
+        reason = f"there is no {lacking}"
+    if reason:
+        raise ValueError(f"--moe-kernels triton cannot be used here: {reason}. Install it, or leave the flag out.")
+
+
 def _lacking_for_triton() -> str:
     """What Triton looks for (runtime/build.py), in its words; empty where all of it is there."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
