@@ -172,7 +172,6 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
     }
     for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"):
         environment.pop(name, None)
-    environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(Path(__file__).with_name("played.py")), json.dumps(told)]
     process = subprocess.Popen(
         [*command, *rehearsed(flags, len(steps)), *rank.flags], env=environment, cwd=ROOT, stdin=subprocess.DEVNULL,
