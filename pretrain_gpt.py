@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,21 +25,23 @@ def main(observe: "Callable[[GPTModelConfig], None] | None" = None) -> None:
         observe: called with the model's configuration before the model is built; for tools that measure.
     """
     on_cpu = prepare()
-    try:
-        train(on_cpu, observe)
-    except SystemExit:
-        raise
-    except BaseException as error:
-        # With --exit-signal-handler Megatron's data loaders ignore the SIGTERM by which Python ends them, and an error
-        # would hang in waiting for them instead of ending the other ranks. PyTorch raises an error where one is killed.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        if isinstance(error, KeyboardInterrupt):
+    with ExitStack() as at_the_end:
+        try:
+            train(on_cpu, observe, at_the_end)
+        except SystemExit:
             raise
-        from megatron.remoe.preflight.messages import end_with_last_words
+        except BaseException as error:
+            # With --exit-signal-handler Megatron's data loaders ignore the SIGTERM by which Python ends them, and an
+            # error would hang in waiting for them instead of ending the other ranks. PyTorch raises an error where one
+            # is killed.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            from megatron.remoe.preflight.messages import end_with_last_words
 
-        end_with_last_words(error)
+            end_with_last_words(error)
 
 
 def prepare() -> bool:
@@ -57,15 +60,21 @@ def prepare() -> bool:
     return on_cpu
 
 
-def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None") -> None:
-    """Parse, look, patch, configure the model, install, and hand over to Megatron's loop."""
+def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None", at_the_end: ExitStack) -> None:
+    """Parse, lock, look, patch, configure the model, install, and hand over to Megatron's loop."""
     from megatron.core.enums import ModelType
     from megatron.remoe import cpu, patches
     from megatron.remoe.preflight.checkpoint_files import choose_checkpoint
     from megatron.remoe.preflight.checkpoint_fit import check_loaded_run
     from megatron.remoe.preflight.data import check_data, check_vocabulary
-    from megatron.remoe.preflight.environment import check_environment, check_output_folders, check_required_flags
+    from megatron.remoe.preflight.environment import (
+        check_environment,
+        check_evaluation_and_saving,
+        check_output_folders,
+        check_required_flags,
+    )
     from megatron.remoe.preflight.messages import usage_errors
+    from megatron.remoe.preflight.run_lock import only_training
     from megatron.remoe.training import hooks
     from megatron.remoe.training.arguments import parse_args, take_saved_args, transformer_config_from_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
@@ -73,7 +82,7 @@ def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None") -> N
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
-    from megatron.training.utils import get_blend_and_blend_per_split
+    from megatron.training.utils import get_blend_and_blend_per_split, print_rank_last
 
     with usage_errors(rank=0):
         check_environment()
@@ -81,10 +90,12 @@ def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None") -> N
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
         if on_cpu:
             cpu.adapt_arguments(args)
+        at_the_end.enter_context(only_training(args))
         choose_checkpoint(args)
         take_saved_args(args)
         check_required_flags(args)
         validate_args(args, {})
+        check_evaluation_and_saving(args)
         check_data(args, get_blend_and_blend_per_split)
         check_loaded_run(args)
         check_output_folders(args)
@@ -102,6 +113,12 @@ def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None") -> N
     pretrain(
         pretrain_cfg_container_from_args(args, model_cfg), datasets_provider, ModelType.encoder_or_decoder, forward_step
     )
+    if not args.skip_train and args.iteration >= args.train_iters:
+        # By the rank that has printed the evaluation's result.
+        print_rank_last(
+            f"Nothing to do: the checkpoint in --load {args.load} is of iteration {args.iteration}, and --train-iters "
+            f"is {args.train_iters}. Nothing was trained; a validation loss above is that of the checkpoint."
+        )
 
 
 if __name__ == "__main__":

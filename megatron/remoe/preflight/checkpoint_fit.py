@@ -3,6 +3,9 @@
 import argparse
 import io
 import math
+import textwrap
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from megatron.remoe.preflight.checkpoint_files import (
     newest_iteration,
     read_index,
 )
+from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.refusals import flag as flag_of
 from megatron.remoe.routing.refusals import shown
 
@@ -32,7 +36,26 @@ SHAPE = (
     "normalization",
     "untie_embeddings_and_output_weights",
 )
-L1 = ("moe_relu_l1_reg_coeff_init", "moe_relu_l1_reg_coeff_multiplier")
+DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+# What a training's result depends on, beside its shape and the learning rate's schedule.
+RESULT = """
+seed split mock_data dataloader_type seq_length global_batch_size rampup_batch_size reset_position_ids
+reset_attention_mask eod_mask_loss calculate_per_token_loss optimizer adam_beta1 adam_beta2 adam_eps sgd_momentum
+clip_grad bf16 fp16 decoupled_lr decoupled_min_lr attention_dropout hidden_dropout init_method_std
+init_method_xavier_uniform layernorm_epsilon position_embedding_type rotary_base rotary_percent window_size
+""".split()
+RESULT_OF_EXPERTS = """
+moe_router_topk moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_router_dtype
+moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups
+moe_router_group_topk moe_router_enable_expert_bias moe_router_bias_update_rate moe_input_jitter_eps
+moe_expert_capacity_factor moe_token_drop_policy moe_pad_expert_input_to_capacity moe_apply_probs_on_input
+""".split()
+# ReLU routing's own settings do, but for the exact one and the one that the shape tells.
+RESULT_OF_RELU = [
+    field.name
+    for field in fields(ReMoEConfig)
+    if field.name.startswith("moe_relu_") and field.name not in ("moe_relu_activation_limit", "moe_relu_router_bias")
+]
 # Megatron finds the optimizer's state in the checkpoint by these, whatever it is told about the schedule.
 RATES = ("lr", "min_lr")
 # It compares these with the checkpoint's when everything is built and loaded.
@@ -50,7 +73,9 @@ FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_dec
 FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
 NEW_TRAINING = "--finetune with another --save to start a new training from its weights"
 SPLIT_BY_GRANULARITY = {"num_experts": 1, "moe_router_topk": 1, "moe_ffn_hidden_size": -1}
+CHANGED = "--allow-changed-settings"
 CONVERT = "tools/convert_checkpoint makes a ReMoE of it"
+SHOWN = 120  # letters of a setting, as of a list of data sets
 Settings = dict[str, Any]
 
 
@@ -145,12 +170,13 @@ def check_loaded_run(args: argparse.Namespace) -> None:
         raise ValueError(f"{source} holds a model of another shape: {different}. Give its values, or another {flag}.")
     if args.finetune or folder.name == RELEASE or flag != "--load":
         return
-    routing = ("moe_router_topk", *(L1 if args.moe_relu_routing else ())) if args.num_experts else ()
-    kept = routing if args.no_load_optim else routing + RATES
-    if different := _differences(_picked(args, kept), _picked(saved, kept), args, saved):
+    rates = "" if args.no_load_optim else _differences(_picked(args, RATES), _picked(saved, RATES), args, saved)
+    settings = "" if args.allow_changed_settings else _differences(_result(args), _result(saved), args, saved)
+    if different := "; ".join(filter(None, (rates, settings))):
+        meant = "" if rates else f"{CHANGED} where this is meant, or "
         raise ValueError(
-            f"{source}: resuming with other settings than it was saved with: {different}. Give its values, or "
-            f"{NEW_TRAINING}."
+            f"{source}: resuming with other settings than it was saved with: {different}. Give its values, or another "
+            f"--save and --load, or {meant}{NEW_TRAINING}."
         )
     if not args.no_load_optim:
         _check_optimizer(args, saved, source)
@@ -241,9 +267,26 @@ def _check_optimizer(args: argparse.Namespace, saved: argparse.Namespace, source
         )
 
 
-def _picked(args: argparse.Namespace, names: tuple[str, ...]) -> Settings:
+def _picked(args: argparse.Namespace, names: Iterable[str]) -> Settings:
     """The settings of these names that there are; Megatron's older checkpoints do not have all."""
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def _result(args: argparse.Namespace) -> Settings:
+    """What the result depends on; data sets by their names, for they may have been moved."""
+    names = RESULT + (RESULT_OF_EXPERTS if getattr(args, "num_experts", None) else [])
+    result = _picked(args, names + (RESULT_OF_RELU if getattr(args, "moe_relu_routing", False) else []))
+    for name, words in _picked(args, DATA).items():
+        words = [words] if isinstance(words, str) else words or []
+        result[name] = [_weight_or_name(word) for word in words]
+    return result
+
+
+def _weight_or_name(word: str) -> float | str:
+    try:
+        return float(word)
+    except ValueError:
+        return Path(word).name
 
 
 def _shape(args: argparse.Namespace) -> Settings:
@@ -291,7 +334,8 @@ def _differences(mine: Settings, other: Settings, args: argparse.Namespace, save
 
 
 def _difference(name: str, there: Any, here: Any) -> str:
-    return f"{flag_of(name)} {shown(there)} in the checkpoint, {shown(here)} here"
+    before, now = (textwrap.shorten(shown(value), SHOWN, placeholder=" ...") for value in (there, here))
+    return f"{flag_of(name)} {before} in the checkpoint, {now} here"
 
 
 def _same(mine: Any, other: Any) -> bool:

@@ -5,6 +5,7 @@ Every rank checks for itself, from headers and small samples. Forms that are not
 
 import argparse
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,8 +50,15 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
         data_sets = [_open(prefix, flag) for prefix in used]
         for number, share in enumerate(split):
             if share is not None:
+                if number == 2 and args.multiple_validation_sets:
+                    raise DataError(
+                        f"{flag}: --multiple-validation-sets cannot be used with a test set, at which Megatron fails "
+                        "after the training. Leave it out, or give 0 as the third number of --split."
+                    )
                 # Without weights, data sets that have nothing for a split are not asked for it.
                 _check_split(args, flag, data_sets, SPLITS[number], share, each=weights is not None)
+                if weights is None and len(used) > 1:
+                    _check_one_epoch(args, flag, data_sets, number, share)
         if split[0] is None and flag in ("--data-path", "--data-args-path") and not args.skip_train:
             raise DataError(f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.")
 
@@ -120,8 +128,7 @@ def _check_split(
     each: bool,
 ) -> None:
     split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag
-    # As Megatron divides: by sequences, which are documents, rounded.
-    parts = [data.lengths[slice(*(round(end * float(len(data.lengths))) for end in share))] for data in data_sets]
+    parts = [_part(data, share) for data in data_sets]
     filled = [_has_tokens(lengths, 1) for lengths in parts]
     if not any(filled) or (each and not all(filled)):
         empty = data_sets[filled.index(False)]
@@ -136,6 +143,41 @@ def _check_split(
             f"sequence of --seq-length {args.seq_length} and the token after it. Give more data, or a shorter "
             "--seq-length."
         )
+
+
+def _check_one_epoch(
+    args: argparse.Namespace, flag: str, data_sets: list[IndexedReader], number: int, share: tuple[float, float]
+) -> None:
+    """Megatron takes several data sets without weights once: a training that wants more ends where they end."""
+    if args.dataloader_type == "cyclic":
+        return
+    tokens = [int(_part(data, share).sum(dtype=np.int64)) for data in data_sets]
+    sequences = [max((some - 1) // args.seq_length, 0) for some in tokens]
+    wanted = _sequences_wanted(args)[number]
+    if wanted is None or 0 < wanted <= sum(sequences):
+        return
+    weighted = " ".join(f"{some} {data.prefix}" for some, data in zip(sequences, data_sets, strict=True))
+    raise DataError(
+        f"{flag}: {wanted:,} sequences are wanted for {SPLITS[number]}, and the {len(data_sets)} data sets have "
+        f"{sum(sequences):,}. Without weights Megatron goes through them once, and fails at the end or where none is "
+        f"wanted. Put a weight before each; by their sizes: {textwrap.shorten(weighted, 500, placeholder=' ...')}"
+    )
+
+
+def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None, int | None]:
+    """What Megatron asks of each split (`get_train_valid_test_num_samples`); None: nothing, or all that there is."""
+    once = args.eval_iters * args.eval_global_batch_size
+    if args.skip_train:
+        return None, None if args.full_validation else once, once
+    training = args.train_samples or args.train_iters * args.global_batch_size
+    iterations = args.train_iters or training // args.global_batch_size
+    evaluations = iterations // args.eval_interval + 1 - (args.start_eval_at_iter or 0) // args.eval_interval
+    return training, None if args.full_validation else max(evaluations, 0) * once, once
+
+
+def _part(data: IndexedReader, share: tuple[float, float]) -> npt.NDArray[np.int32]:
+    """The lengths of a split's sequences; as Megatron divides: by sequences, which are documents, rounded."""
+    return data.lengths[slice(*(round(end * float(len(data.lengths))) for end in share))]
 
 
 def _blends(

@@ -4,8 +4,12 @@ import argparse
 import os
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
+
+import torch
 
 from megatron.remoe.data.errors import DataError
+from megatron.remoe.routing.refusals import shown
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
@@ -56,6 +60,42 @@ def check_required_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"Missing: {', '.join(missing)}. Give a value above 0; there is no default.")
 
 
+def check_evaluation_and_saving(args: argparse.Namespace) -> None:
+    """Settings at which Megatron ends at its first evaluation or save, which may be after the training.
+
+    Args:
+        args: Megatron's arguments, validated.
+
+    Raises:
+        ValueError: names flag, reason and remedy.
+    """
+    sets, names = args.multiple_validation_sets, args.validation_set_names
+    full = "--multiple-validation-sets with --full-validation"
+    problems = {
+        f"--full-validation counts the sets that are evaluated. Give {full}.": args.full_validation and not sets,
+        f"--multiple-validation-sets evaluates whole sets alone. Give {full}.": sets and not args.full_validation,
+        "--validation-set-names names several sets. Add --multiple-validation-sets.": names and not sets,
+        f"--validation-set-names {shown(names)}: give one name for each prefix of --valid-data-path.": (
+            names and args.valid_data_path and len(names) != len(args.valid_data_path)
+        ),
+        "--non-persistent-save-interval: where to is missing. Add --non-persistent-ckpt-type global.": (
+            args.save and args.non_persistent_save_interval and not args.non_persistent_ckpt_type
+        ),
+        "--log-straggler reads clocks through nvidia-ml-py, which is not installed. Install it, or leave it out.": (
+            args.log_straggler and not find_spec("pynvml")
+        ),
+        "--save-dgrads-interval, --save-activations-interval: they look for layers of Transformer Engine, which is not "
+        "installed. Leave them out.": (
+            (args.save_dgrads_interval or args.save_activations_interval) and not find_spec("transformer_engine")
+        ),
+        "--profile needs a GPU. Add --use-pytorch-profiler.": (
+            args.profile and not args.use_pytorch_profiler and not torch.cuda.is_available()
+        ),
+    }
+    if found := [words for words, holds in problems.items() if holds]:
+        raise ValueError("\n".join(found))
+
+
 def check_output_folders(args: argparse.Namespace) -> None:
     """Make the folders that the training will write into, and whether that can be done.
 
@@ -67,12 +107,20 @@ def check_output_folders(args: argparse.Namespace) -> None:
         ("--tensorboard-dir", args.tensorboard_dir),
         ("--data-cache-path", args.data_cache_path),
     ):
-        if not folder or "://" in folder:
-            continue
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise DataError(
-                f"{flag} {folder}: cannot be written ({error.strerror or error}). Give a folder that can."
-            ) from error
+        if folder and "://" not in folder:
+            check_can_be_written(flag, folder)
+
+
+def check_can_be_written(flag: str, folder: str) -> None:
+    """Make a folder, and whether a file can be made in it.
+
+    Raises:
+        DataError: names flag, path and reason.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(
+            f"{flag} {folder}: cannot be written ({error.strerror or error}). Give a folder that can."
+        ) from error

@@ -61,6 +61,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"integrity verification failed", "Give an earlier iteration with --ckpt-step."),
     (r"Found no NVIDIA driver|no kernel image|CUDA driver", "Without a working GPU, train with --cpu."),
 )
+# Choices of flags that older versions of Megatron had.
+SUCCESSORS = {"alltoall_seq": "alltoall"}
 LENGTH = 400
 # Errors that one rank may have and others not: of files, which another machine may not see.
 OF_ONE_RANK = (DataError, BrokenCheckpointError, OSError)
@@ -114,6 +116,9 @@ def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
+    successor = next((new for old, new in SUCCESSORS.items() if f"invalid choice: {old!r}" in message), "")
+    if successor:
+        return f". Megatron removed it; its successor is {successor}."
     unknown = message.removeprefix("unrecognized arguments: ")
     if unknown == message:
         return ""

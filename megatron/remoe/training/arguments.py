@@ -1,6 +1,7 @@
 """Command-line flags of ReMoE on top of Megatron's, and what they do to Megatron's arguments."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.preflight.checkpoint_fit import check_is_data_alone
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
-from megatron.remoe.routing.refusals import relu_routing_problems
+from megatron.remoe.routing.refusals import relu_routing_problems, shown
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -31,6 +32,12 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         dest="local_layer_fusion",
         help="With --transformer-impl local: Megatron's own attention and experts, one small layer an expert, instead "
         "of those made of PyTorch's fused and grouped kernels.",
+    )
+    group.add_argument(
+        "--allow-changed-settings",
+        action="store_true",
+        help="Go on from a checkpoint with another seed, data, batch size, routing or other settings that change the "
+        "result. Otherwise such a start is refused, with the settings that differ.",
     )
     return parser
 
@@ -84,6 +91,7 @@ def parse_args(
             setattr(args, name, value)
     choose_timeouts(args)
     apply_granularity(args)
+    ignore_what_the_fork_ignores(args)
     problems = relu_routing_problems(args)
     if problems:
         raise ValueError("\n".join(problems))
@@ -121,6 +129,29 @@ def take_saved_args(args: argparse.Namespace) -> None:
         check_is_data_alone(args)
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
+
+
+def ignore_what_the_fork_ignores(args: argparse.Namespace) -> None:
+    """With --moe-relu-routing, leave out the settings of top-k that the authors' scripts give beside it, and say so."""
+    if not args.moe_relu_routing:
+        return
+    ignored = []
+    types = args.moe_router_load_balancing_type
+    if args.moe_aux_loss_coeff and types in ("aux_loss", ["aux_loss"]):  # others stay refused
+        ignored = [
+            f"--moe-router-load-balancing-type aux_loss with --moe-aux-loss-coeff {shown(args.moe_aux_loss_coeff)}"
+        ]
+        args.moe_aux_loss_coeff = 0.0
+    if args.moe_router_pre_softmax:
+        ignored.append("--moe-router-pre-softmax")
+        args.moe_router_pre_softmax = False
+    if ignored and args.rank == 0:
+        print(
+            f"With --moe-relu-routing, as in the authors' code, these are ignored: {', '.join(ignored)}. "
+            "ReLU takes the place of softmax and top-k, L1 that of the auxiliary loss.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def apply_granularity(args: argparse.Namespace) -> None:

@@ -1,0 +1,99 @@
+"""One training at a time in a --save folder: a second is refused, and what a dead one left behind is taken over."""
+
+import argparse
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import LeaseCompromise, SoftFileLease, Timeout
+
+from megatron.remoe.preflight.environment import check_can_be_written
+
+LOCK, HOLDER = "training.lock", "training.lock.holder"
+HEARTBEAT_SECONDS = 5.0
+# The interpreter may be held for minutes while the data's index is built, and no heartbeat comes.
+LEASE_SECONDS = 300.0
+
+
+class FolderInUseError(ValueError):
+    """Another training writes into the folder; the message names its host, process and start."""
+
+
+@contextmanager
+def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS) -> Iterator[None]:
+    """Hold the --save folder, by the first rank for all; nothing where nothing is trained or saved.
+
+    The lock is a file with a heartbeat, on any file system that machines share. A holder whose process is gone from
+    this machine is dead, and so is one without a heartbeat for `lease_seconds`, wherever it ran.
+
+    Args:
+        args: Megatron's parsed arguments.
+        lease_seconds: the same for all trainings that share a folder.
+
+    Raises:
+        FolderInUseError: after the heartbeat of another training.
+        DataError: the folder cannot be written.
+    """
+    if args.rank or args.skip_train or not args.save or "://" in args.save:
+        yield
+        return
+    check_can_be_written("--save", args.save)
+    holder = Path(args.save, HOLDER)
+    lease = SoftFileLease(
+        Path(args.save, LOCK),
+        lease_duration=lease_seconds,
+        heartbeat_interval=min(HEARTBEAT_SECONDS, lease_seconds / 3),
+        on_compromise=_lost,
+    )
+    _acquire(lease, holder, lease_seconds)
+    try:
+        started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        aside = holder.with_suffix(".new")
+        aside.write_text(f"process {os.getpid()} on {socket.gethostname()}, started {started}")
+        aside.replace(holder)
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lease.release()
+
+
+def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
+    beat = 0
+    while True:
+        try:
+            lease.acquire(timeout=0)
+            return
+        except Timeout:
+            pass
+        try:
+            before, beat = beat, Path(lease.lock_file).stat().st_mtime_ns
+            who = holder.read_text() if holder.exists() else "one that has just started"
+        except FileNotFoundError:
+            continue  # it has ended
+        if before not in (0, beat):
+            raise FolderInUseError(
+                f"--save {holder.parent}: another training writes there: {who}. Wait until it ends, stop it, or give "
+                "another --save."
+            )
+        if not before:
+            print(
+                f"--save {holder.parent} is locked by another training: {who}. Waiting for a sign of life, up to "
+                f"{lease_seconds:.0f} s.",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(min(HEARTBEAT_SECONDS, lease_seconds) / 10)
+
+
+def _lost(compromise: LeaseCompromise) -> None:
+    words = f"{compromise.lock_file} was lost ({compromise.reason})"
+    if compromise.reason != "owner-changed":
+        print(f"{words}: another training could start in the same --save folder.", file=sys.stderr, flush=True)
+        return
+    print(f"error: {words}: another training took it over, and this one ends.", file=sys.stderr, flush=True)
+    os._exit(1)  # from a thread: the training must not save once more
