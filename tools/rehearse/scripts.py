@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ SETTINGS = set(
     "TP PP EP CP DRY_RUN REHEARSE REHEARSE_JSON DATA_PATH DATA_DIR GPU KERNELS PYTORCH_CUDA_ALLOC_CONF".split()
 )
 ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more repeat it
+GPUS = 8
+BATCH = 512  # sequences of a step
 PLAIN = ("--transformer-impl", "local")  # whether or not Transformer Engine is installed
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch script for 8 GPUs.
+    """A launch script for `GPUS`.
 
     Attributes:
         routing: dense, moe or remoe.
@@ -39,7 +41,7 @@ class Launch:
 
     def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run it, with these settings besides its own."""
-        script = ["bash", str(self.root / "scripts" / f"train_llama_{self.size}_{self.routing}.sh"), "8"]
+        script = ["bash", str(self.root / "scripts" / f"train_llama_{self.size}_{self.routing}.sh"), str(GPUS)]
         plain = {key: value for key, value in os.environ.items() if key not in SETTINGS}
         settings = plain | {"PYTHON": sys.executable} | self.settings | environment
         return subprocess.run([*script, "--", *self.flags], env=settings, capture_output=True, text=True)
@@ -61,3 +63,65 @@ class Launch:
             if not path.exists():
                 raise SystemExit(f"{self}: {result.stdout}{result.stderr}")
             return json.loads(path.read_text())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of `BATCH` sequences, drawn on from those of one and of two micro-batches a GPU.
+
+    Attributes:
+        error: why it does not start; None where it does, and all else holds.
+        peak_gib: what PyTorch reserves at most in any stage.
+        forward_layer, update: launches of a layer's forward pass, and of λ's update; None where there are none.
+        launches: of the step.
+        waits: of the host, but for those of the MoE layers for their counts.
+        bytes, seconds: of the roofline.
+        collectives: seconds, one after another.
+        mfu: with nothing hidden, collectives counted.
+        roofline_mfu: without collectives.
+    """
+
+    error: str | None
+    peak_gib: float = 0.0
+    forward_layer: float | None = None
+    update: float | None = None
+    launches: float = 0.0
+    waits: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+    collectives: float = 0.0
+    mfu: float = 0.0
+    roofline_mfu: float = 0.0
+
+
+def whole_step(launch: Launch, micro_batch: int) -> Step:
+    """The step of a launch script with data parallelism over all GPUs, in micro-batches of so many sequences."""
+    found: list[dict[str, Any]] = []
+    for number in (1, 2):
+        sizes = ("--micro-batch-size", str(micro_batch), "--global-batch-size", str(micro_batch * GPUS * number))
+        found.append(replace(launch, flags=(*launch.flags, *sizes)).rehearse())
+        if not found[-1]["starts"]:
+            return Step(found[-1]["error"])
+    of_one, of_two = (
+        {
+            "launches": seen["launches"]["step"],
+            "waits": sum(wait["times"] for wait in seen["host_syncs"] if "/remoe/moe/" not in wait["where"]),
+            "bytes": seen["roofline"]["bytes"],
+            "seconds": seen["roofline"]["seconds"],
+            "collectives": sum(one["seconds"] for one in seen["collectives"]),
+        }
+        for seen in found
+    )
+    number = BATCH // (micro_batch * GPUS)
+    drawn = {key: one + (number - 1) * (of_two[key] - one) for key, one in of_one.items()}
+    roofline, launches = found[0]["roofline"], found[0]["launches"]
+    ideal = number * roofline["mfu"] * roofline["seconds"]  # at the card's rate
+    return Step(
+        None,
+        max(peaks["peak_reserved_gib"] for peaks in found[1]["stages"].values()),
+        launches["forward_layer"],
+        launches["update"],
+        **drawn,
+        mfu=ideal / (drawn["seconds"] + drawn["collectives"]),
+        roofline_mfu=ideal / drawn["seconds"],
+    )

@@ -1,0 +1,65 @@
+"""Which micro-batch and EP suit the paper's ReMoE models best: rehearsed, for the table that DRY_RUN=1 shows.
+
+python tools/rehearse/choose.py                        the three sizes on 8 x H100
+python tools/rehearse/choose.py --size 182m --gpu a100 --micro-batch 8 16 --ep 1 --kernels triton
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tools.common.files import write_aside  # noqa: E402
+from tools.cost import choices  # noqa: E402
+from tools.rehearse.cards import CARDS  # noqa: E402
+from tools.rehearse.scripts import GPUS, PLAIN, Launch, whole_step  # noqa: E402
+
+SIZES = {"182m": (16, 32, 64), "469m": (8, 16, 32), "978m": (4, 8, 16)}  # and micro-batches
+
+
+def rows(size: str, micro_batches: list[int], options: argparse.Namespace) -> list[dict[str, float]]:
+    """A row for each micro-batch and EP, the best first; MFU is 0 where it, or a smaller one, does not fit."""
+    found = []
+    for ep in options.ep:
+        fits = True
+        for micro_batch in sorted(micro_batches):
+            row = {"micro_batch": micro_batch, "ep": ep, "gib": 0.0, "ms": 0.0, "collectives_ms": 0.0, "mfu": 0.0}
+            if fits:
+                settings = {"EP": str(ep), "GPU": options.gpu, "KERNELS": options.kernels.removeprefix("torch")}
+                step = whole_step(Launch(size=size, flags=PLAIN, settings=settings), micro_batch)
+                if step.error and "out of memory" not in step.error:
+                    raise SystemExit(f"{size}, micro-batch {micro_batch}, EP {ep}: {step.error}")
+                fits = step.error is None
+                row |= {"gib": round(step.peak_gib, 2), "mfu": round(step.mfu, 4)}
+                row |= {"ms": round((step.seconds + step.collectives) * 1e3, 1)}
+                row |= {"collectives_ms": round(step.collectives * 1e3, 1)}
+            found.append(row)
+            print(size, row, flush=True)
+    return sorted(found, key=lambda row: -row["mfu"])
+
+
+def main() -> int:
+    """Rehearse, and put the tables into the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")
+    parser.add_argument("--micro-batch", type=int, nargs="+", help="default: three around that of the script")
+    parser.add_argument("--ep", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
+    parser.add_argument("--gpu", choices=CARDS, default="h100", help="default: h100")
+    parser.add_argument("--kernels", choices=("torch", "triton"), default="torch", help="default: torch")
+    options = parser.parse_args()
+    for size in options.size:
+        made = f"{datetime.date.today()}, torch {torch.__version__}, {GPUS} x {options.gpu}, {options.kernels} kernels"
+        table = {"made": made, "rows": rows(size, options.micro_batch or list(SIZES[size]), options)}
+        tables = choices.read() | {choices.name(options.gpu, GPUS, size, options.kernels): table}
+        text = json.dumps(dict(sorted(tables.items())), indent=1) + "\n"
+        write_aside(choices.FILE, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
