@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron.remoe.local import grouped_swiglu as module
 from megatron.remoe.local.blocked_swiglu import BLOCK_PAIRS, FEW_PAIRS, BlockedSwiGLU, _blocks
 from megatron.remoe.local.grouped_swiglu import _GroupedSwiGLU, grouped_swiglu, sizes_refused
-from megatron.remoe.local.swiglu import PLAIN, sum_pairs
+from megatron.remoe.local.swiglu import PLAIN, Order, sum_pairs
 from tests.layers import SumTypes
 
 HIDDEN, FFN = 6, 5
@@ -70,7 +70,7 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
     if accumulates:
         for weight in ours[2:]:
             weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
-    output = grouped_swiglu(*ours, torch.tensor(sizes), rows)
+    output = grouped_swiglu(*ours, torch.tensor(sizes), Order(rows))
     expected = one_by_one(*right, sizes, rows)
     torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
     direction = torch.randn_like(output)
@@ -87,7 +87,7 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     """What a GPU runs in bf16, here through PyTorch's `grouped_mm` for CPUs."""
     ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
-    check_half_precision(_GroupedSwiGLU, [ends, sizes], sizes, accumulates, gathers)
+    check_half_precision(_GroupedSwiGLU, sizes, ends, accumulates, gathers)
 
 
 @both_orders
@@ -95,13 +95,13 @@ def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gath
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["blocks of both kinds"]], ids=["few rows", "many"])
 def test_half_precision_without_the_kernel(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     """What GPUs run that do not have it, and CPUs."""
-    check_half_precision(BlockedSwiGLU, [sizes], sizes, accumulates, gathers)
+    check_half_precision(BlockedSwiGLU, sizes, None, accumulates, gathers)
 
 
 def check_half_precision(
     kernel: type[torch.autograd.Function],
-    sizes_for_kernel: list[torch.Tensor | list[int]],
     sizes: list[int],
+    ends: torch.Tensor | None,
     accumulates: bool,
     gathers: bool,
 ) -> None:
@@ -118,7 +118,7 @@ def check_half_precision(
         for weight in ours[2:]:
             weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
     with SumTypes() as sums:
-        output = kernel.apply(*ours, *sizes_for_kernel, rows, None, PLAIN, True)
+        output = kernel.apply(*ours, sizes, Order(rows, ends=ends), PLAIN, True)
         direction = torch.randn_like(output)
         (output * direction).sum().backward()
     assert sums.found == ({torch.float32} if gathers else set())
@@ -157,7 +157,7 @@ def run_on_fake_gpu(
     fc1 = torch.nn.Parameter(torch.empty(experts, 2 * ffn, hidden, **options))
     fc2 = torch.nn.Parameter(torch.empty(experts, hidden, ffn, **options))
     rows = torch.empty(pairs, dtype=torch.int64, device="cuda:0")
-    output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, rows)
+    output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, Order(rows))
     name = output.grad_fn.name()
     kernel = _GroupedSwiGLU if "Grouped" in name else BlockedSwiGLU
     with torch.no_grad():  # by hand: autograd would start a thread for the GPU that is not there
@@ -259,12 +259,11 @@ def test_older_pytorch_does_without_grouped_mm(monkeypatch: pytest.MonkeyPatch) 
 def test_sums_in_half_precision_are_rounded_once(per_token: int, dtype: torch.dtype) -> None:
     """With granularity 64 a token has as many summands: in bf16 each would be rounded to the sum's 8 bits."""
     torch.manual_seed(per_token)
-    tokens = torch.zeros(5, 16, dtype=dtype, device=DEVICE)
     rows = torch.arange(5, device=DEVICE).repeat(per_token)
     pairs = torch.rand(len(rows), 16, device=DEVICE).to(dtype)
     right = pairs.double().view(per_token, 5, 16).sum(dim=0)
     with SumTypes() as sums:
-        found = sum_pairs(pairs, rows, tokens)
+        found = sum_pairs(pairs, Order(rows), 5)
     assert found.dtype == dtype and sums.found == {torch.float32}
     torch.testing.assert_close(found.double(), right, rtol=0.51 * torch.finfo(dtype).eps, atol=0)
 
@@ -274,4 +273,4 @@ def test_sums_in_fp32_are_what_they_were() -> None:
     torch.manual_seed(1)
     rows, pairs = torch.randint(5, (300,)), torch.randn(300, 16)
     expected = torch.zeros(5, 16).index_add_(0, rows, pairs)
-    assert torch.equal(sum_pairs(pairs, rows, torch.zeros(5, 16)), expected)
+    assert torch.equal(sum_pairs(pairs, Order(rows), 5), expected)

@@ -7,6 +7,7 @@ import torch
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
+from megatron.remoe.local.swiglu import Order
 from megatron.remoe.moe import dispatcher
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.moe.layer import ReMoELayer, takes_plans
@@ -119,7 +120,7 @@ def test_a_tokens_rows_are_added_up_in_fp32(dtype: torch.dtype) -> None:
     rows = torch.arange(5).repeat(4)
     tokens = torch.randn(5, 16, dtype=dtype, requires_grad=True)
     with SumTypes() as sums:
-        output = dispatcher._SumOfRows.apply(dispatcher._TakenRows.apply(tokens, rows, None), rows, None, 5)
+        output = dispatcher._SumOfRows.apply(dispatcher._TakenRows.apply(tokens, Order(rows)), Order(rows), 5)
         output.sum().backward()
     assert sums.found == {torch.float32} and output.dtype == tokens.grad.dtype == dtype
     torch.testing.assert_close(output, 4 * tokens)

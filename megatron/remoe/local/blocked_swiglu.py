@@ -10,6 +10,7 @@ import torch
 from megatron.remoe.local.swiglu import (
     Activation,
     Gradients,
+    Order,
     add_outers,
     add_pairs,
     empty_sum,
@@ -35,13 +36,13 @@ class BlockedSwiGLU(torch.autograd.Function):
         fc1: torch.nn.Parameter,
         fc2: torch.nn.Parameter,
         sizes: list[int],
-        token_index: torch.Tensor | None,
-        by_token: torch.Tensor | None,
+        order: Order,
         activation: Activation,
         gives_gradient: bool,
     ) -> torch.Tensor:
         ctx.activation, ctx.gives_gradient = activation, gives_gradient
         ctx.blocks = _blocks(sizes, BLOCK_PAIRS if tokens.device.type == "cpu" else sum(sizes))
+        token_index, by_token, _ = order
         added_to = token_index if by_token is None else None
         hiddens, output = [], empty_sum(tokens, added_to, len(gates))
         for experts, block, parts in ctx.blocks:
@@ -51,7 +52,7 @@ class BlockedSwiGLU(torch.autograd.Function):
             _add_products(output, added_to, block, activated, fc2[experts].transpose(1, 2), parts)
         ctx.save_for_backward(tokens, gates, token_index, by_token, *hiddens)
         ctx.weights = fc1, fc2
-        return sum_pairs(output, None, tokens, by_token).to(tokens.dtype)
+        return _summed(output, order, tokens)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
@@ -71,8 +72,13 @@ class BlockedSwiGLU(torch.autograd.Function):
             _add_products(d_tokens, added_to, block, d_hidden, fc1[experts], parts)
         given_fc1 = d_fc1 if main_fc1 is None else gradient_is_in_main_grad(fc1, ctx.gives_gradient)
         given_fc2 = d_fc2 if main_fc2 is None else gradient_is_in_main_grad(fc2, ctx.gives_gradient)
-        d_tokens = sum_pairs(d_tokens, None, tokens, by_token).to(tokens.dtype)
-        return d_tokens, d_gates, given_fc1, given_fc2, None, None, None, None, None
+        d_tokens = _summed(d_tokens, Order(token_index, by_token), tokens)
+        return d_tokens, d_gates, given_fc1, given_fc2, None, None, None, None
+
+
+def _summed(output: torch.Tensor, order: Order, tokens: torch.Tensor) -> torch.Tensor:
+    """What is in the place of `empty_sum`, as it leaves."""
+    return output.to(tokens.dtype) if order.by_token is None else sum_pairs(output, order, len(tokens))
 
 
 def _blocks(sizes: list[int], limit: int) -> list[tuple[slice, slice, list[int]]]:

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.remoe.local.grouped_swiglu import grouped_swiglu, has_grouped_kernel, sizes_refused
-from megatron.remoe.local.swiglu import Activation
+from megatron.remoe.local.swiglu import BY_EXPERT, Activation, Order
 
 
 def takes_grouped_experts(config: TransformerConfig) -> bool:
@@ -86,27 +86,25 @@ class GroupedExperts(MegatronModule):
         permuted_local_hidden_states: torch.Tensor,
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
-        token_index: torch.Tensor | None = None,
-        by_token: torch.Tensor | None = None,
+        order: Order = BY_EXPERT,
         gives_gradient: bool = True,
     ) -> tuple[torch.Tensor, None]:
         """Apply each expert to its tokens.
 
         Args:
-            permuted_local_hidden_states: `[pairs, hidden]`, sorted by local expert, or with `token_index` all tokens
-                in their own order.
+            permuted_local_hidden_states: `[pairs, hidden]`, sorted by local expert, or with an `order` all tokens in
+                their own.
             tokens_per_expert: int64 `[local experts]`.
             permuted_probs: `[pairs]`, the gates, sorted by local expert.
-            token_index: int `[pairs]`, the token of each.
-            by_token, gives_gradient: see `grouped_swiglu`.
+            order, gives_gradient: see `grouped_swiglu`.
 
         Returns:
-            `[pairs, hidden]` (a part of the sum with expert tensor parallelism), with `token_index` each token's
-            sum, and no bias.
+            `[pairs, hidden]` (a part of the sum with expert tensor parallelism), with an `order` each token's sum,
+            and no bias.
         """
-        weights, order = (self.fc1, self.fc2), (tokens_per_expert, token_index, by_token)
-        given = permuted_local_hidden_states, permuted_probs, *weights, *order
-        return grouped_swiglu(*given, self.activation, gives_gradient), None
+        tokens, gates, weights = permuted_local_hidden_states, permuted_probs, (self.fc1, self.fc2)
+        given = tokens, gates, *weights, tokens_per_expert
+        return grouped_swiglu(*given, order, self.activation, gives_gradient), None
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are never delayed."""

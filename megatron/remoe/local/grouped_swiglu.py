@@ -12,9 +12,11 @@ from torch.nn import functional
 
 from megatron.remoe.local.blocked_swiglu import BlockedSwiGLU
 from megatron.remoe.local.swiglu import (
+    BY_EXPERT,
     PLAIN,
     Activation,
     Gradients,
+    Order,
     add_outers,
     gradient_is_in_main_grad,
     into_main_grad,
@@ -64,8 +66,7 @@ def grouped_swiglu(
     fc1: torch.nn.Parameter,
     fc2: torch.nn.Parameter,
     tokens_per_expert: torch.Tensor,
-    token_index: torch.Tensor | None = None,
-    by_token: torch.Tensor | None = None,
+    order: Order = BY_EXPERT,
     activation: Activation = PLAIN,
     gives_gradient: bool = True,
 ) -> torch.Tensor:
@@ -77,9 +78,7 @@ def grouped_swiglu(
         fc1: `[experts, 2 * ffn, hidden]`, Wg and then Wu.
         fc2: `[experts, hidden, ffn]`, Wd.
         tokens_per_expert: int64 `[experts]`; if it is on a GPU, it is waited for, except with `takes_grouped_kernel`.
-        token_index: int `[pairs]`, the token of each pair; None where the tokens are the pairs, in their order.
-        by_token: int32 `[num_tokens + 1 + pairs]`, the pairs of each token as `kernels.plan.fill` gives them, for the
-            kernel that sums them; None: PyTorch does.
+        order: of the pairs; without one the tokens are the pairs, sorted by expert.
         activation: what stands between the products.
         gives_gradient: whether the weights get a gradient without values where the true one is in Megatron's buffer, so
             that Megatron's hook sees one; of several calls in one forward pass one has to.
@@ -88,12 +87,13 @@ def grouped_swiglu(
         `[num_tokens, hidden]`.
     """
     if len(gates) and takes_grouped_kernel(fc1):
-        ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(tokens.device, non_blocking=True)
+        if order.ends is None:
+            ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(tokens.device, non_blocking=True)
+            order = order._replace(ends=ends)
         sizes = None if tokens_per_expert.is_cuda else tokens_per_expert.tolist()
-        given = ends, sizes, token_index, by_token, activation, gives_gradient
-        return _GroupedSwiGLU.apply(tokens, gates, fc1, fc2, *given)
+        return _GroupedSwiGLU.apply(tokens, gates, fc1, fc2, sizes, order, activation, gives_gradient)
     sizes = tokens_per_expert.tolist() if len(gates) else [0] * len(fc1)
-    return BlockedSwiGLU.apply(tokens, gates, fc1, fc2, sizes, token_index, by_token, activation, gives_gradient)
+    return BlockedSwiGLU.apply(tokens, gates, fc1, fc2, sizes, order, activation, gives_gradient)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -106,23 +106,22 @@ class _GroupedSwiGLU(torch.autograd.Function):
         gates: torch.Tensor,
         fc1: torch.nn.Parameter,
         fc2: torch.nn.Parameter,
-        ends: torch.Tensor,
         sizes: list[int] | None,
-        token_index: torch.Tensor | None,
-        by_token: torch.Tensor | None,
+        order: Order,
         activation: Activation,
         gives_gradient: bool,
     ) -> torch.Tensor:
         ctx.sizes, ctx.activation, ctx.gives_gradient = sizes, activation, gives_gradient
-        hidden = functional.grouped_mm(take(tokens, token_index), fc1.transpose(1, 2), offs=ends)
-        ctx.save_for_backward(tokens, gates, hidden, ends, token_index, by_token)
+        ends = order.ends
+        hidden = functional.grouped_mm(take(tokens, order.token_index), fc1.transpose(1, 2), offs=ends)
+        ctx.save_for_backward(tokens, gates, hidden, *order)
         ctx.weights = fc1, fc2  # saved, they would come back without Megatron's buffer from a checkpointed part
         pairs = functional.grouped_mm(activation.forward(hidden, gates), fc2.transpose(1, 2), offs=ends)
-        return sum_pairs(pairs, token_index, tokens, by_token)
+        return sum_pairs(pairs, order, len(tokens))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
-        tokens, gates, hidden, ends, token_index, by_token = ctx.saved_tensors
+        tokens, gates, hidden, token_index, by_token, ends = ctx.saved_tensors
         fc1, fc2 = ctx.weights
         gradient = take(gradient, token_index).contiguous()
         d_activated = functional.grouped_mm(gradient, fc2, offs=ends)
@@ -130,8 +129,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
         rest = ends, ctx.sizes, ctx.gives_gradient
         d_fc2 = _weight_gradient(fc2, gradient, activated, *rest)
         d_fc1 = _weight_gradient(fc1, d_hidden, take(tokens, token_index), *rest)
-        d_tokens = sum_pairs(functional.grouped_mm(d_hidden, fc1, offs=ends), token_index, tokens, by_token)
-        return d_tokens, d_gates, d_fc1, d_fc2, None, None, None, None, None, None
+        d_pairs = functional.grouped_mm(d_hidden, fc1, offs=ends)
+        d_tokens = sum_pairs(d_pairs, Order(token_index, by_token, ends), len(tokens))
+        return d_tokens, d_gates, d_fc1, d_fc2, None, None, None, None
 
 
 def _weight_gradient(

@@ -1,7 +1,7 @@
 """What the experts' kernels share: tokens to pairs and back, SwiGLU with gates, and Megatron's gradient buffer.
 
 `token_index` is the token of each pair, int `[pairs]`, in the order of the experts; None where the tokens are the
-pairs, in that order. `by_token` has the pairs of each token, as `kernels.plan.fill` gives them; None without Triton.
+pairs, in that order.
 """
 
 from collections.abc import Callable
@@ -16,22 +16,40 @@ from megatron.remoe.kernels import wants_kernels
 Gradients = tuple[torch.Tensor | None, ...]
 
 
+class Order(NamedTuple):
+    """Which pairs there are, of tokens in their own order; or of pairs that are in that of the experts already.
+
+    Attributes:
+        token_index: see above.
+        by_token: int32 `[num_tokens + 1 + pairs]`, the pairs of each token, as `kernels.plan.fill` gives them; None
+            without Triton.
+        ends: int32 `[experts]`, likewise.
+    """
+
+    token_index: torch.Tensor | None = None
+    by_token: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+
+
+BY_EXPERT = Order()
+
+
 def take(tokens: torch.Tensor, token_index: torch.Tensor | None, block: slice = slice(None)) -> torch.Tensor:
     """The tokens of the block's pairs: `[num_tokens, hidden]` → `[pairs, hidden]`."""
     return tokens[block] if token_index is None else tokens.index_select(0, token_index[block])
 
 
-def sum_pairs(
-    pairs: torch.Tensor, token_index: torch.Tensor | None, tokens: torch.Tensor, by_token: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Each token's sum over its pairs: `[pairs, hidden]` → the shape and type of `tokens`."""
-    if by_token is not None:
+def sum_pairs(pairs: torch.Tensor, order: Order, num_tokens: int) -> torch.Tensor:
+    """Each token's sum, added up in fp32 at least: `[pairs, hidden]` → `[num_tokens, hidden]`."""
+    if order.by_token is not None:
         from megatron.remoe.kernels.rows import sum_rows
 
-        return sum_rows(pairs, by_token)
-    if token_index is None:
+        return sum_rows(pairs, order.by_token)
+    if order.token_index is None:
         return pairs
-    return add_pairs(empty_sum(tokens, token_index, len(pairs)), token_index, pairs).to(tokens.dtype)
+    dtype = torch.promote_types(pairs.dtype, torch.float32)
+    sums = pairs.new_zeros(num_tokens, pairs.shape[1], dtype=dtype)
+    return add_pairs(sums, order.token_index, pairs).to(pairs.dtype)
 
 
 def empty_sum(tokens: torch.Tensor, token_index: torch.Tensor | None, num_pairs: int) -> torch.Tensor:

@@ -8,50 +8,35 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels import wants_kernels
-from megatron.remoe.local.swiglu import add_pairs
+from megatron.remoe.local.swiglu import Order, sum_pairs, take
 from megatron.remoe.moe.plan import DispatchPlan, Ranks, count_pairs, plan_dispatch
-
-
-def _sum_of_rows(
-    summands: torch.Tensor, rows: torch.Tensor, by_token: torch.Tensor | None, num_rows: int
-) -> torch.Tensor:
-    """`[pairs, hidden]` → `[num_rows, hidden]`, added up in fp32 at least."""
-    if by_token is not None:
-        from megatron.remoe.kernels.rows import sum_rows
-
-        return sum_rows(summands, by_token)
-    dtype = torch.promote_types(summands.dtype, torch.float32)
-    return add_pairs(summands.new_zeros(num_rows, summands.shape[1], dtype=dtype), rows, summands).to(summands.dtype)
 
 
 class _TakenRows(torch.autograd.Function):
     """`index_select`, whose gradient PyTorch would add up in the tokens' type."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, rows: torch.Tensor, by_token: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(rows, by_token)
-        ctx.num_rows = len(tokens)
-        return tokens.index_select(0, rows)
+    def forward(ctx: Any, tokens: torch.Tensor, order: Order) -> torch.Tensor:
+        ctx.save_for_backward(*order)
+        ctx.num_tokens = len(tokens)
+        return take(tokens, order.token_index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        rows, by_token = ctx.saved_tensors
-        return _sum_of_rows(gradient, rows, by_token, ctx.num_rows), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return sum_pairs(gradient, Order(*ctx.saved_tensors), ctx.num_tokens), None
 
 
 class _SumOfRows(torch.autograd.Function):
     """`index_add`, of which PyTorch would keep the summands for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, summands: torch.Tensor, rows: torch.Tensor, by_token: torch.Tensor | None, num_rows: int
-    ) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        return _sum_of_rows(summands, rows, by_token, num_rows)
+    def forward(ctx: Any, summands: torch.Tensor, order: Order, num_tokens: int) -> torch.Tensor:
+        ctx.save_for_backward(order.token_index)
+        return sum_pairs(summands, order, num_tokens)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return gradient.index_select(0, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return take(gradient, *ctx.saved_tensors), None, None
 
 
 class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
@@ -103,7 +88,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
         tokens = hidden_states.view(-1, self.hidden_shape[-1])
-        return _TakenRows.apply(tokens, plan.token_index, plan.by_token), plan.gates
+        return _TakenRows.apply(tokens, plan.order), plan.gates
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
@@ -132,8 +117,8 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         if plan is None:
             plan, self._plan = self._plan, None
         assert plan is not None
-        order, num_tokens = (plan.token_index, plan.by_token), self.hidden_shape[:-1].numel()
-        output = _SumOfRows.apply(permutated_local_input_tokens, *order, num_tokens).view(self.hidden_shape)
+        sums = _SumOfRows.apply(permutated_local_input_tokens, plan.order, self.hidden_shape[:-1].numel())
+        output = sums.view(self.hidden_shape)
         if self.shared_experts is not None:
             output += self.shared_experts.get_output()
         return output

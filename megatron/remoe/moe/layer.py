@@ -144,8 +144,8 @@ class ReMoELayer(MoELayer):
         else:
             plan = plan_dispatch(probs, routing_map, counts, self.ranks, self.kernels)
         if self.experts_gather:
-            tokens, order = hidden_states.view(-1, hidden_states.shape[-1]), (plan.token_index, plan.by_token)
-            output, _ = self.experts(tokens, plan.tokens_per_expert, plan.gates, *order, gives_gradient)
+            tokens = hidden_states.view(-1, hidden_states.shape[-1])
+            output, _ = self.experts(tokens, plan.tokens_per_expert, plan.gates, plan.order, gives_gradient)
             return output.view_as(hidden_states)
         tokens, gates = self.token_dispatcher.dispatch_preprocess(hidden_states, routing_map, probs, plan)
         return self.token_dispatcher.combine_postprocess(self._exchanged(tokens, gates, gives_gradient), plan)

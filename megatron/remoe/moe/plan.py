@@ -7,6 +7,7 @@ import torch
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.remoe.local.swiglu import Order
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,14 @@ class DispatchPlan:
     """The way of a layer's tokens, or of one chunk of them, to their experts.
 
     Attributes:
-        token_index: int `[pairs]`, the token of each pair, in the order of the experts.
+        order: of the pairs.
         gates: `[pairs]`.
-        by_token: int32 `[num_tokens + 1 + pairs]`, the pairs of each token (`kernels.plan.fill`); None without Triton.
         tokens_per_expert: int `[local experts]`, the pairs that arrive; on the host, unless nothing was waited for.
         exchange: None where one rank has all experts.
     """
 
-    token_index: torch.Tensor
+    order: Order
     gates: torch.Tensor
-    by_token: torch.Tensor | None
     tokens_per_expert: torch.Tensor
     exchange: Exchange | None
 
@@ -163,10 +162,10 @@ def _plan(
         from megatron.remoe.kernels.plan import count_blocks, fill
 
         counts = count_blocks(routing_map)
-        token_index, by_token, gates = fill(probs, routing_map, counts, num_pairs)
+        *order, gates = fill(probs, routing_map, counts, num_pairs)
         arriving = _sum_blocks(counts) if tokens_per_expert is None else tokens_per_expert
-        return DispatchPlan(token_index, gates, by_token, arriving, exchange)
+        return DispatchPlan(Order(*order), gates, arriving, exchange)
     expert_index, token_index = torch.nonzero_static(routing_map.T, size=num_pairs).unbind(dim=1)
     gates = probs.reshape(-1).gather(0, token_index * probs.shape[1] + expert_index)
     arriving = routing_map.sum(dim=0) if tokens_per_expert is None else tokens_per_expert
-    return DispatchPlan(token_index, gates, None, arriving, exchange)
+    return DispatchPlan(Order(token_index), gates, arriving, exchange)
