@@ -73,6 +73,7 @@ def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None", at_t
         check_output_folders,
         check_required_flags,
     )
+    from megatron.remoe.preflight.machine import check_kernels
     from megatron.remoe.preflight.messages import usage_errors
     from megatron.remoe.preflight.run_lock import only_training
     from megatron.remoe.training import hooks
@@ -90,6 +91,7 @@ def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None", at_t
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
         if on_cpu:
             cpu.adapt_arguments(args)
+        check_kernels(args.moe_kernels, on_cpu)
         at_the_end.enter_context(only_training(args))
         choose_checkpoint(args)
         take_saved_args(args)
@@ -105,6 +107,7 @@ def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None", at_t
         patches.apply_patches(saves=bool(args.save))
         model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
         hooks.install_relu_routing(args, model_cfg)
+        hooks.install_topk_warmup(args, model_cfg)
         hooks.install_local_layers(args, model_cfg)
         datasets_provider = hooks.with_checked_weights(args, model_cfg, train_valid_test_datasets_provider)
 

@@ -1,5 +1,8 @@
 """The life of λ: neutral before the first update, right direction, reset, exact after many steps and in checkpoints."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,7 +14,13 @@ from tests.layers import HIDDEN, make_config, make_layer
 pytestmark = pytest.mark.usefixtures("process_groups")
 
 
-def make_controller(**changes) -> SparsityController:
+@pytest.fixture
+def make_controller(kernels: str) -> Callable[..., SparsityController]:
+    """Makes controllers of one router, of both kinds in turn, from changes to `make_config`."""
+    return partial(controller_of, moe_kernels=kernels)
+
+
+def controller_of(**changes) -> SparsityController:
     config = make_config(**changes)
     return SparsityController([make_layer(config)], config)
 
@@ -30,20 +39,20 @@ def exponent(controller: SparsityController) -> int:
     return int(controller.routers[0].l1_exponent)
 
 
-def test_neutral_before_the_first_update() -> None:
+def test_neutral_before_the_first_update(make_controller) -> None:
     controller = make_controller(moe_relu_l1_reg_coeff_init=3e-7)
     assert exponent(controller) == 0
     assert controller.routers[0].l1_coefficient.item() == 3e-7
     assert controller.summary() is None
 
 
-def test_update_without_tokens_changes_nothing() -> None:
+def test_update_without_tokens_changes_nothing(make_controller) -> None:
     controller = make_controller()
     controller.update()
     assert exponent(controller) == 0
 
 
-def test_direction_and_reset() -> None:
+def test_direction_and_reset(make_controller) -> None:
     """k = 1: on target are as many pairs as tokens; more active pairs raise λ, fewer lower it."""
     controller = make_controller()
     router = controller.routers[0]
@@ -69,7 +78,7 @@ def test_direction_and_reset() -> None:
     assert controller.summary().sparsity == 0.75
 
 
-def test_micro_batches_add_up() -> None:
+def test_micro_batches_add_up(make_controller) -> None:
     controller = make_controller()
     route(controller, active=9, tokens=10)
     route(controller, active=1, tokens=10)
@@ -81,7 +90,7 @@ def test_micro_batches_add_up() -> None:
 
 
 def test_exact_after_a_thousand_updates() -> None:
-    controller = make_controller()
+    controller = controller_of()
     router = controller.routers[0]
     for step in range(1000):
         router.counts = RoutingCounts.zeros(4, router.weight.device)
@@ -106,7 +115,7 @@ def test_saved_and_loaded_exactly_under_bf16() -> None:
     assert loaded.module.router.l1_coefficient == saved.module.router.l1_coefficient
 
 
-def test_a_step_that_is_not_finite_moves_nothing() -> None:
+def test_a_step_that_is_not_finite_moves_nothing(make_controller) -> None:
     controller = make_controller(moe_relu_layer_floor=1e-3)
     router = controller.routers[0]
     hidden = torch.full((8, 1, HIDDEN), float("nan"), dtype=torch.float64, device=router.weight.device)
@@ -143,7 +152,7 @@ def test_gradients_that_are_not_finite_move_nothing_though_the_router_is_off() -
     assert exponent(controller) == -1 and router.guarded
 
 
-def test_guard_marks_layers_that_are_all_but_off() -> None:
+def test_guard_marks_layers_that_are_all_but_off(make_controller) -> None:
     controller = make_controller(moe_relu_layer_floor=0.1)
     guarded = []
     for active in (0, 1, 2, 20):  # of 20 tokens with k = 1: the floor is 2
@@ -154,6 +163,24 @@ def test_guard_marks_layers_that_are_all_but_off() -> None:
     assert controller.summary().guarded_layers == [], "it tells what was in force during the step"
 
 
+def test_each_layer_has_its_own_guard_and_all_have_the_same_exponent(kernels: str) -> None:
+    """Of 3 layers the middle one is dense: its row stays empty."""
+    config = make_config(num_layers=3, moe_relu_layer_floor=0.1, moe_kernels=kernels)
+    layers = [make_layer(config) for _ in range(2)]
+    layers[1].set_layer_number(3)
+    controller = SparsityController(layers, config)
+    hidden = torch.ones(20, 1, HIDDEN, dtype=torch.float64, device=controller.device)
+    for router, sign in zip(controller.routers, (1.0, -1.0), strict=True):
+        router.weight.data.fill_(sign)
+        router.l1_exponent.fill_(5)
+        router(hidden)
+    controller.update()
+    assert [int(router.l1_exponent) for router in controller.routers] == [6, 6]
+    assert [int(router.guarded) for router in controller.routers] == [0, 1]
+    assert controller.summary().layer_sparsity == {1: 0.0, 3: 1.0}
+    assert not any(router.counts.table.any() for router in controller.routers)
+
+
 def test_rank_without_router() -> None:
     config = make_config()
     controller = SparsityController([torch.nn.Linear(2, 2)], config)
@@ -162,7 +189,7 @@ def test_rank_without_router() -> None:
 
 
 def test_update_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    controller = make_controller()
+    controller = controller_of()
     route(controller, active=3, tokens=8)
 
     def refuse(*_args, **_kwargs):

@@ -1,5 +1,8 @@
 """The router by itself: gates, padding, jitter, dtypes, and what evaluation must not touch."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,7 +12,13 @@ from tests.layers import HIDDEN, make_config, make_layer
 pytestmark = pytest.mark.usefixtures("process_groups")
 
 
-def make_router(**changes) -> ReLURouter:
+@pytest.fixture
+def make_router(kernels: str) -> Callable[..., ReLURouter]:
+    """Makes routers of both kinds in turn, from changes to `make_config`."""
+    return partial(router_of, moe_kernels=kernels)
+
+
+def router_of(**changes) -> ReLURouter:
     return make_layer(make_config(**changes)).router
 
 
@@ -17,7 +26,7 @@ def random_tokens(router: ReLURouter, sequence: int = 6, batch: int = 2, dtype=t
     return torch.randn(sequence, batch, HIDDEN, dtype=dtype, device=router.weight.device)
 
 
-def test_gates_are_relu_and_map_is_where_they_are_positive() -> None:
+def test_gates_are_relu_and_map_is_where_they_are_positive(make_router) -> None:
     router = make_router()
     tokens = random_tokens(router)
     probs, routing_map = router(tokens)
@@ -27,7 +36,7 @@ def test_gates_are_relu_and_map_is_where_they_are_positive() -> None:
     assert routing_map.dtype == torch.bool
 
 
-def test_padding_is_neither_routed_nor_counted() -> None:
+def test_padding_is_neither_routed_nor_counted(make_router) -> None:
     router = make_router(moe_relu_l1_reg_coeff_init=0.5)
     tokens = random_tokens(router)
     padding = torch.zeros(6, 2, dtype=torch.bool, device=tokens.device)
@@ -49,7 +58,7 @@ def test_padding_is_neither_routed_nor_counted() -> None:
     torch.testing.assert_close(router.weight.grad, l1_gradient, rtol=1e-6, atol=1e-8)
 
 
-def test_all_padding_is_harmless() -> None:
+def test_all_padding_is_harmless(make_router) -> None:
     router = make_router()
     tokens = random_tokens(router)
     probs, routing_map = router(tokens, torch.ones(6, 2, dtype=torch.bool, device=tokens.device))
@@ -59,7 +68,7 @@ def test_all_padding_is_harmless() -> None:
     assert torch.isfinite(router.weight.grad).all()
 
 
-def test_evaluation_and_no_grad_count_nothing() -> None:
+def test_evaluation_and_no_grad_count_nothing(make_router) -> None:
     router = make_router()
     tokens = random_tokens(router)
     with torch.no_grad():
@@ -71,7 +80,7 @@ def test_evaluation_and_no_grad_count_nothing() -> None:
 
 def test_input_jitter_scales_tokens_within_its_range() -> None:
     torch.manual_seed(0)
-    router = make_router(moe_input_jitter_eps=0.1)
+    router = router_of(moe_input_jitter_eps=0.1)
     router.weight.data.fill_(1.0)
     tokens = torch.ones(50, 1, HIDDEN, dtype=torch.float64, device=router.weight.device)
     probs, _ = router(tokens)
@@ -82,13 +91,13 @@ def test_input_jitter_scales_tokens_within_its_range() -> None:
 @pytest.mark.parametrize(
     ("router_dtype", "expected"), [(None, torch.bfloat16), ("fp32", torch.float32), ("fp64", torch.float64)]
 )
-def test_router_dtype(router_dtype: str | None, expected: torch.dtype) -> None:
+def test_router_dtype(make_router, router_dtype: str | None, expected: torch.dtype) -> None:
     router = make_router(moe_router_dtype=router_dtype, params_dtype=torch.bfloat16, bf16=True)
     probs, _ = router(random_tokens(router, dtype=torch.bfloat16))
     assert probs.dtype == expected
 
 
-def test_l1_gradient_follows_the_loss_scale_and_the_coefficient() -> None:
+def test_l1_gradient_follows_the_loss_scale_and_the_coefficient(make_router) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     torch.manual_seed(5)
@@ -107,7 +116,30 @@ def test_l1_gradient_follows_the_loss_scale_and_the_coefficient() -> None:
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, dtype=torch.float64, device=tokens.device))
 
 
-def test_per_token_loss_scales_the_l1_gradient_by_the_tokens() -> None:
+@pytest.mark.parametrize(
+    ("balances", "loss", "weights"),
+    [
+        # Of 4 tokens, 3 and 1 go to two of 4 experts, k = 1: f_e = E / (k T) · tokens is 3 and 1.
+        (True, (3 * (1 + 2 + 3) + 1 * 4) / 4, [3 / 4, 1 / 4]),
+        # Paper equation 9: f_e is 1. L = Σ f_e · gates / T in both.
+        (False, (1 + 2 + 3 + 4) / 4, [1 / 4, 1 / 4]),
+    ],
+)
+def test_l1_by_hand(make_router, balances: bool, loss: float, weights: list[float]) -> None:
+    router = make_router(moe_relu_l1_reg_coeff_init=0.5, moe_relu_l1_reg_load_balancing=balances)
+    gates = torch.tensor(
+        [[1.0, -1, -1, -1], [2, -1, -1, -1], [3, -1, -1, -1], [-1, 4, -1, -1]], device=router.weight.device
+    )
+    logits = gates.unsqueeze(1).requires_grad_()
+    probs, _ = router.routing(logits)
+    probs.backward(torch.zeros_like(probs))
+    torch.testing.assert_close(router.counts["l1_loss"].item(), loss)
+    expected = torch.zeros(4, 1, 4, device=logits.device)
+    expected[:3, 0, 0], expected[3, 0, 1] = 0.5 * weights[0], 0.5 * weights[1]
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_per_token_loss_scales_the_l1_gradient_by_the_tokens(make_router) -> None:
     """Megatron divides all gradients by the number of tokens then, which this takes back."""
     torch.manual_seed(6)
     router = make_router(moe_relu_l1_reg_coeff_init=0.5)
@@ -119,7 +151,7 @@ def test_per_token_loss_scales_the_l1_gradient_by_the_tokens() -> None:
 
 
 def test_nothing_is_read_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    router = make_router()
+    router = router_of()
     tokens = random_tokens(router)
 
     def refuse(*_args, **_kwargs):
@@ -135,7 +167,7 @@ def test_nothing_is_read_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: checks for synchronizations with CUDA's own means"
 )
-def test_nothing_synchronizes_on_the_gpu() -> None:
+def test_nothing_synchronizes_on_the_gpu(make_router) -> None:
     router = make_router()
     tokens = random_tokens(router)
     router(tokens)[0].sum().backward()
@@ -146,25 +178,25 @@ def test_nothing_synchronizes_on_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def dead_router():
+@pytest.fixture
+def dead_router(make_router):
     """A router whose gates are off for every one of 12 tokens, and the tokens."""
-    layer = make_layer(make_config(num_moe_experts=4, moe_relu_l1_reg_coeff_init=0.5))
-    router = layer.router
+    router = make_router(num_moe_experts=4, moe_relu_l1_reg_coeff_init=0.5)
     hidden = torch.rand(12, 1, HIDDEN, dtype=torch.float64, device=router.weight.device) + 0.5
     router.weight.data.fill_(-1.0)
     return router, hidden
 
 
-def test_without_the_guard_a_dead_router_stays_dead() -> None:
-    router, hidden = dead_router()
+def test_without_the_guard_a_dead_router_stays_dead(dead_router) -> None:
+    router, hidden = dead_router
     probs, routing_map = router(hidden)
     probs.sum().backward()
     assert not routing_map.any() and not router.weight.grad.any()
 
 
-def test_the_guard_revives_a_dead_router() -> None:
+def test_the_guard_revives_a_dead_router(dead_router) -> None:
     """Its gradient is that of -0.1 · mean(logits); descending it, tokens are routed again, and L1 has no hold on it."""
-    router, hidden = dead_router()
+    router, hidden = dead_router
     router.guarded.fill_(1)
     probs, _ = router(hidden)
     probs.sum().backward()

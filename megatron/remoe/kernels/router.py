@@ -152,6 +152,8 @@ def _gates(
             is_routed &= tl.load(padding_T + token, mask=is_routed, other=1) == 0
         at = token.to(tl.int64)[:, None] * E + expert[None, :]
         logit = tl.load(logits_TE + at, mask=is_inside, other=0.0)
+        if logit.dtype != tl.float64:
+            logit = logit.to(tl.float32)  # Triton's interpreter compares the bits of bf16
         is_active = (logit > 0) & is_routed[:, None]
         gate = tl.where(is_active, logit, 0.0)
         tl.store(probs_TE + at, gate, mask=is_inside)
@@ -211,4 +213,4 @@ def _gradient(d_probs_TE, map_TE, terms_C, scale, d_logits_TE, size, E: tl.const
     if scale is not None:
         term *= tl.load(scale).to(tl.float32)
     d_probs = tl.load(d_probs_TE + at, mask=is_inside & is_active, other=0.0)
-    tl.store(d_logits_TE + at, d_probs + term.to(d_probs.dtype), mask=is_inside)
+    tl.store(d_logits_TE + at, (d_probs + term).to(d_probs.dtype), mask=is_inside)

@@ -52,6 +52,13 @@ class ReMoEConfig(TransformerConfig):
     """What a MoE layer does between its products, for ReLU and top-k routing: PyTorch's operations, or this project's
     Triton kernels, which need a GPU and have not been run on one yet (default %(default)s)."""
 
+    moe_warmup_topk: int | None = None
+    """Near-dense warm-up of top-k routing, as in the paper's comparison: experts per token in the first steps, for
+    instance 6 of 8; after them --moe-router-topk."""
+
+    moe_warmup_steps: int = 0
+    """Optimizer steps of the near-dense warm-up, for instance 100."""
+
     def __post_init__(self) -> None:
         problems = relu_routing_problems(self)
         if problems:

@@ -28,12 +28,12 @@ class Refusal:
     reason: str
     remedy: str = "Leave it out"
 
-    def problem(self, settings: Settings) -> str | None:
-        """The message for `settings`, or None where they are fine or do not have the attribute."""
+    def problem(self, settings: Settings, beside: str = "--moe-relu-routing") -> str | None:
+        """The message for `settings` beside a flag, or None where they are fine or do not have the attribute."""
         value = getattr(settings, self.name, None)
         if value is None or not self.refused(value):
             return None
-        return f"{flag(self.name)} {shown(value)} cannot be used with --moe-relu-routing: {self.reason}. {self.remedy}."
+        return f"{flag(self.name)} {shown(value)} cannot be used with {beside}: {self.reason}. {self.remedy}."
 
 
 def flag(name: str) -> str:
@@ -161,7 +161,28 @@ def relu_routing_problems(settings: Settings) -> list[str]:
         problems.extend(_values(settings))
         problems.extend(_combinations(settings))
         problems.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
+    problems.extend(_warmup(settings))
     return problems
+
+
+def _warmup(settings: Settings) -> Iterator[str]:
+    """What does not go with a near-dense warm-up, in which k changes."""
+    topk, steps = settings.moe_warmup_topk, settings.moe_warmup_steps
+    if topk is None and not steps:
+        return
+    experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None) or 0
+    if topk is None or steps < 1:
+        yield "--moe-warmup-topk and --moe-warmup-steps belong together: give both, for instance 6 (of 8) and 100."
+    elif not settings.moe_router_topk < topk <= experts:
+        yield (
+            f"--moe-warmup-topk {topk} must be above --moe-router-topk {settings.moe_router_topk} and at most "
+            f"--num-experts {experts}."
+        )
+    if settings.moe_relu_routing:
+        yield "--moe-warmup-topk cannot be used with --moe-relu-routing, which is dense at first anyway. Leave it out."
+        return
+    refused = (refusal.problem(settings, "--moe-warmup-topk") for refusal in REFUSALS if refusal.reason != IGNORED)
+    yield from filter(None, refused)
 
 
 def _values(settings: Settings) -> Iterator[str]:

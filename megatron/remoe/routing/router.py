@@ -123,11 +123,13 @@ class ReLURouter(TopKRouter):
         if self.tp_cp_group.size() > 1:
             sequence_counts = reduce_from_tensor_model_parallel_region(local_counts.clone(), self.tp_cp_group)
         tokens_per_expert, sequence_tokens = sequence_counts[:-1], sequence_counts[-1].clamp(min=1)
-        # What finalize_model_grads divides every gradient by, where it is the number of tokens of the global batch.
-        scale = num_tokens[0] * self.tp_cp_group.size() if self.calculate_per_token_loss else 1.0
-
         # A router that is off for every token has no gradient, neither of the language loss nor of L1, and stays off.
-        push = 0.0 - GUARD_COEFFICIENT * self.guarded * scale / (sequence_tokens * self.num_experts)
+        push = 0.0 - GUARD_COEFFICIENT * self.guarded / (sequence_tokens * self.num_experts)
+        weight = self.l1_coefficient * (1 - self.guarded)
+        if self.calculate_per_token_loss:
+            # What finalize_model_grads divides every gradient by: the number of tokens of the global batch.
+            scale = num_tokens[0] * self.tp_cp_group.size()
+            push, weight = push * scale, weight * scale
         probs = GuardedReLU.apply(logits, routing_map, push)
 
         if self.config.moe_relu_l1_reg_load_balancing:
@@ -142,8 +144,7 @@ class ReLURouter(TopKRouter):
         else:
             l1_loss = probs.float().sum() / sequence_tokens
         counts.add(local_counts, l1_loss, 1.0 / self.tp_cp_group.size())
-        l1_term = self.l1_coefficient * (1 - self.guarded) * l1_loss * scale
-        return MoEAuxLossAutoScaler.apply(probs, l1_term), routing_map
+        return MoEAuxLossAutoScaler.apply(probs, weight * l1_loss), routing_map
 
 
 def _active(logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
