@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import io
 import os
 import queue
@@ -16,11 +17,14 @@ import torch
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+from tests.layers import make_topk_config
 
 
 def in_another_process(lines: str) -> subprocess.CompletedProcess[str]:
@@ -138,6 +142,48 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
     monkeypatch.setattr(clip_grads, "l2_norm_impl", of_transformer_engine)
     patches.keep_norms_on_the_device()
     assert clip_grads.l2_norm_impl is of_transformer_engine
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None, reason="apex is installed")
+def test_megatron_still_adds_no_weight_gradients_without_apex(
+    process_groups: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
+    config = make_topk_config(params_dtype=torch.float32, gradient_accumulation_fusion=True)
+    linear = partial(ColumnParallelLinear, 6, 4, config=config, init_method=torch.nn.init.normal_, bias=False)
+    with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"):
+        linear()
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
+    patches.add_weight_gradients_by_torch()
+    layer = linear()
+    layer.weight.main_grad = torch.ones_like(layer.weight)
+    rows = torch.randn(5, 2, 6, device=layer.weight.device)
+    for _ in range(2):
+        layer(rows)[0].square().sum().backward()
+    assert layer.weight.grad is None
+    weight = layer.weight.detach().double().requires_grad_()
+    (rows.double() @ weight.T).square().sum().backward()
+    torch.testing.assert_close(layer.weight.main_grad.double(), 1 + 2 * weight.grad, rtol=1e-5, atol=1e-5)
+    # Of bf16 rows into fp32 there is a product on GPUs alone; PyTorch's checks of it are everywhere.
+    with torch.device("meta"):
+        half, main_grad = torch.empty(5, 6, dtype=torch.bfloat16), torch.empty(4, 6)
+        patches._add_weight_gradient(half, half[:, :4], main_grad)
+
+
+def test_megatron_still_keeps_the_softmax_in_fp32(process_groups: None) -> None:
+    """Its fused cross entropy, for which it also takes all logits to be bf16."""
+    logits = torch.randn(3, 2, 16, dtype=torch.float16, requires_grad=True)
+    losses = fused_vocab_parallel_cross_entropy(
+        logits, torch.zeros(3, 2, dtype=torch.int64), torch.distributed.group.WORLD
+    )
+    softmax = losses.grad_fn.saved_tensors[0]
+    assert softmax.dtype == torch.float32 and softmax.shape == logits.shape
+
+
+def test_megatron_still_has_no_rope_kernel_of_its_own() -> None:
+    lines = "from megatron.core.models.common.embeddings import rope_utils\nimport importlib.util\n"
+    lines += "print(rope_utils.fused_apply_rotary_pos_emb, importlib.util.find_spec('transformer_engine'))"
+    assert in_another_process(lines).stdout.split()[-2:] in (["None", "None"],)
 
 
 def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

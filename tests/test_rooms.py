@@ -16,7 +16,7 @@ ROOMS = {
     "moe": {"routing", "local", "kernels"},
     "data": set(),
     "preflight": {"routing", "data"},
-    "patches": {"preflight"},
+    "patches": {"preflight", "local"},
     "training": {"routing", "local", "moe", "data", "preflight", "patches"},
     "cpu": set(),
 }
@@ -27,7 +27,7 @@ MEGATRON: dict[str, set[str]] = {"data": set(), "patches": BOTH, "training": BOT
 PURE = {
     "routing": {"torch", "megatron"},
     "moe": {"torch", "megatron"},
-    "local": {"torch", "megatron"},
+    "local": {"torch", "megatron", "fla"},
     "kernels": {"torch", "triton", "megatron"},
 }
 

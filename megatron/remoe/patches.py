@@ -15,8 +15,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from importlib.util import find_spec
 from multiprocessing.managers import SyncManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,9 +26,14 @@ import torch
 from megatron.core.datasets import utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.language_module import language_module
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import layers
 from megatron.core.utils import local_multi_tensor_l2_norm
+from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
+from megatron.remoe.local.rotary import FusedRotaryEmbedding
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
 
 READ_AGAINST = ("0.19.0", "0.19.1", "0.19.2")  # megatron-core, in which all that is changed here is the same
@@ -109,6 +116,42 @@ def keep_norms_on_the_device() -> None:
 def _norm_of_all(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The L2 norm of tensors on one device, fp32 `[1]` there."""
     return torch.nn.utils.get_total_norm(tensors).to(torch.float32).reshape(1)
+
+
+def add_weight_gradients_by_torch() -> None:
+    """Let Megatron's linear layers add their weight gradients to the fp32 ones where apex is not installed.
+
+    It refuses --gradient-accumulation-fusion without apex's module, which calls a product of cuBLAS that torch has too.
+    """
+    if layers._grad_accum_fusion_available:
+        return
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+        wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
+    )
+    layers._grad_accum_fusion_available = True
+
+
+def _add_weight_gradient(rows: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """`main_grad += gradient.T @ rows`: `[rows, in]`, `[rows, out]` → `[out, in]`, in the type of `main_grad`."""
+    if rows.dtype == main_grad.dtype:
+        main_grad.addmm_(gradient.t(), rows)
+    else:
+        torch.addmm(main_grad, gradient.t(), rows, out_dtype=main_grad.dtype, out=main_grad)
+
+
+def fuse_cross_entropy_without_compiler() -> None:
+    """Let --cross-entropy-loss-fusion take flash-linear-attention's kernels, where that package is installed.
+
+    Megatron's own is for torch.compile, in pieces: they keep the softmax in fp32, and give any model bf16 gradients.
+    """
+    if find_spec("fla") is not None:
+        language_module.fused_vocab_parallel_cross_entropy = vocab_parallel_cross_entropy
+
+
+def fuse_rotary_embedding_without_engine() -> None:
+    """Let Megatron's rope fusion take flash-linear-attention's kernel where Transformer Engine is not installed."""
+    if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("fla") is not None:
+        rope_utils.fused_apply_rotary_pos_emb = FusedRotaryEmbedding()
 
 
 def load_objects_unexecuted() -> None:
@@ -225,6 +268,24 @@ PATCHES = (
         "core/optimizer/clip_grads.py: l2_norm_impl",
         "a gradient norm without a wait a tensor, on GPUs without Transformer Engine or apex",
         "local_multi_tensor_l2_norm in core/utils.py asks for no value on the host",
+    ),
+    Patch(
+        add_weight_gradients_by_torch,
+        "core/tensor_parallel/layers.py: fused_weight_gradient_mlp_cuda",
+        "weight gradients that are added to the fp32 ones by the product itself, on GPUs without apex",
+        "linear layers accumulate weight gradients without apex's module",
+    ),
+    Patch(
+        fuse_cross_entropy_without_compiler,
+        "core/models/common/language_module/language_module.py: fused_vocab_parallel_cross_entropy",
+        "a cross entropy in one pass forward and one backward, without Transformer Engine",
+        "the native fusion reads bf16 logits once forward and once backward",
+    ),
+    Patch(
+        fuse_rotary_embedding_without_engine,
+        "core/models/common/embeddings/rope_utils.py: fused_apply_rotary_pos_emb",
+        "rotary embedding in one kernel, without Transformer Engine",
+        "rope fusion takes a kernel that needs no Transformer Engine",
     ),
     Patch(
         load_objects_unexecuted,

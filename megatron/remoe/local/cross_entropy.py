@@ -1,0 +1,24 @@
+"""Cross entropy over a vocabulary that tensor parallel ranks may share, by flash-linear-attention's kernels."""
+
+import torch
+
+
+def vocab_parallel_cross_entropy(
+    vocab_parallel_logits: torch.Tensor, target: torch.Tensor, tp_group: torch.distributed.ProcessGroup | None
+) -> torch.Tensor:
+    """Each token's loss; reads the logits once forward, and once backward to write their gradient in their place.
+
+    Args:
+        vocab_parallel_logits: `[sequence, batch, vocabulary / ranks]`, of any floating type; computed with in fp32.
+        target: int64 `[sequence, batch]`, numbers in the whole vocabulary.
+        tp_group: the ranks that hold the vocabulary's parts; None where it is whole.
+
+    Returns:
+        fp32 `[sequence, batch]`, in nats.
+    """
+    from fla.modules.fused_cross_entropy import cross_entropy_loss  # takes seconds, and only GPUs have a use for it
+
+    loss, _ = cross_entropy_loss(
+        vocab_parallel_logits.flatten(0, 1), target.flatten(), inplace_backward=True, process_group=tp_group
+    )
+    return loss.view_as(target)

@@ -1,0 +1,155 @@
+"""Kernels of libraries in Megatron's places, against float64: through Triton's interpreter where there is no GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd, apply_rotary_pos_emb
+from megatron.core.models.common.language_module import language_module
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.remoe import patches
+from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
+from megatron.remoe.local.rotary import FusedRotaryEmbedding
+from tests.trainings import REPOSITORY, TINY, series
+from tools.common.tiny_model import RELU
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# The interpreter cannot time what an autotuner has to choose from.
+ONE_CHOICE = "from fla.modules.rotary.ops import rotary_embedding_kernel as kernel; del kernel.configs[1:]"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_choice() -> None:
+    if DEVICE == "cpu":
+        exec(ONE_CHOICE)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(3, 2, 130), (1, 1, 7), (2, 3, 1024)])
+def test_cross_entropy(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    logits, target = 4 * random(*shape, dtype=dtype), torch.randint(shape[-1], shape[:2], device=DEVICE)
+    upstream = random(*shape[:2]) * (target % 2)  # as with a mask: some tokens do not count
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact.permute(1, 2, 0), target.T, reduction="none").T
+    expected.backward(upstream.double())
+
+    given = logits.clone().requires_grad_()
+    of_layer = given * 1  # the output layer's, which nobody else reads
+    losses = vocab_parallel_cross_entropy(of_layer, target, None)
+    assert losses.dtype == torch.float32
+    losses.backward(upstream)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(given.grad.double(), exact.grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 10)
+    assert torch.equal(of_layer, given.grad), "the gradient lies where the logits were"
+
+
+def shared_vocabulary(rank: int, folder: Path) -> None:
+    gather = torch.distributed.all_gather_into_tensor  # into a stack of tensors: NCCL does, gloo does not
+
+    def gather_stack(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: object) -> None:
+        gather(output_tensor.flatten(), input_tensor, group=group)
+
+    torch.distributed.all_gather_into_tensor = gather_stack
+    torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(1)
+    logits, target = torch.randn(3, 2, 64), torch.randint(64, (3, 2))
+    part = logits.chunk(2, dim=-1)[rank].clone().requires_grad_()
+    losses = vocab_parallel_cross_entropy(part * 1, target, torch.distributed.group.WORLD)
+    losses.sum().backward()
+    exact = logits.requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact.flatten(0, 1), target.flatten(), reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(losses.flatten(), expected)
+    torch.testing.assert_close(part.grad, exact.grad.chunk(2, dim=-1)[rank])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="interpreted, on two processes of the CPU")
+def test_cross_entropy_over_a_shared_vocabulary(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(shared_vocabulary, (tmp_path,), nprocs=2, start_method="fork")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rotated", [16, 8], ids=["whole heads", "half of a head"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_embedding(interleaved: bool, rotated: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    sequence, batch, heads, size = 5, 2, 3, 16
+    angles = random(sequence, 1, 1, rotated // 2)
+    freqs = torch.stack((angles, angles), -1).flatten(-2) if interleaved else torch.cat((angles, angles), -1)
+    among_others = random(sequence, batch, heads + 1, size, dtype=dtype)  # keys are a part of what the projection gives
+    t, upstream = among_others[:, :, 1:].detach().requires_grad_(), random(sequence, batch, heads, size, dtype=dtype)
+    before = t.detach().clone()
+    exact = t.detach().double().requires_grad_()
+    expected = _apply_rotary_pos_emb_bshd(exact, freqs.double(), rotary_interleaved=interleaved)
+    expected.backward(upstream.double())
+
+    rotate = FusedRotaryEmbedding()
+    for _ in range(2):  # with tables that are made, and kept
+        t.grad = None
+        output = rotate(t, freqs, interleaved)
+        output.backward(upstream)
+        assert output.dtype == dtype and torch.equal(t, before)
+        torch.testing.assert_close(output.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        torch.testing.assert_close(t.grad.double(), exact.grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_megatrons_flags_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = language_module.fused_vocab_parallel_cross_entropy
+    monkeypatch.setattr(language_module, "fused_vocab_parallel_cross_entropy", stock)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
+    patches.fuse_cross_entropy_without_compiler()
+    patches.fuse_rotary_embedding_without_engine()
+    rotate = rope_utils.fused_apply_rotary_pos_emb
+    patches.fuse_rotary_embedding_without_engine()
+    assert rope_utils.fused_apply_rotary_pos_emb is rotate, "the tables are kept"
+
+    config = SimpleNamespace(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native")
+    module = SimpleNamespace(config=config, pg_collection=SimpleNamespace(tp=None))
+    logits, labels = random(3, 2, 16, dtype=torch.bfloat16), torch.randint(16, (2, 3), device=DEVICE)
+    losses = LanguageModule.compute_language_model_loss(module, labels, logits)
+    expected = torch.nn.functional.cross_entropy(logits.permute(1, 2, 0).double(), labels, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+
+    config = SimpleNamespace(apply_rope_fusion=True, mrope_section=None, rotary_interleaved=False)
+    t, freqs = random(5, 2, 3, 16), random(5, 1, 1, 8).repeat(1, 1, 1, 2)
+    fused = apply_rotary_pos_emb(t, freqs, config, cp_group=SimpleNamespace())
+    torch.testing.assert_close(fused, _apply_rotary_pos_emb_bshd(t, freqs))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="interpreted, where flags that need a GPU are turned off otherwise")
+def test_a_training_is_the_same() -> None:
+    flags = [*TINY, *RELU, "--mock-data", *"--train-iters 2 --global-batch-size 2".split()]
+
+    def train(*kernels: str) -> tuple[list[float], bool]:
+        """The losses, and whether the kernels were there."""
+        lines = [
+            "from megatron.remoe.cpu import flags",
+            "del flags.CPU_VALUES['cross_entropy_loss_fusion'], flags.CPU_VALUES['apply_rope_fusion']",
+            ONE_CHOICE,
+            "import pretrain_gpt",
+            "pretrain_gpt.main()",
+            "print('it ran:', hasattr(kernel, 'best_config'))",
+        ]
+        command = [sys.executable, "-c", "\n".join(lines), *flags, *kernels]
+        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        assert "Training on the CPU without" not in result.stderr
+        return series(result.stdout, "lm loss"), "it ran: True" in result.stdout
+
+    losses, fused = train("--cross-entropy-loss-fusion")
+    expected, not_fused = train("--no-rope-fusion")
+    assert fused and not not_fused and len(losses) == 2
+    assert losses == pytest.approx(expected, rel=1e-5)
