@@ -11,6 +11,7 @@ import triton.language as tl
 
 # Each program reads the counts of all blocks, so that they are few; of a tile of experts at once, in registers.
 MOST_BLOCKS, LEAST_TOKENS, TILE_COUNTS, WARPS = 256, 16, 8192, 8
+SPREAD = 1024  # elements of the map that a program of the gates' gradient takes at once
 
 
 def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
@@ -82,7 +83,7 @@ class _Filled(torch.autograd.Function):
         num_tokens, num_experts = routing_map.shape
         d_probs = torch.empty(num_tokens, num_experts, dtype=d_gates.dtype, device=d_gates.device)
         tile = min(triton.next_power_of_2(num_experts), 64)
-        block = 1024 // tile
+        block = SPREAD // tile
         grid = (triton.cdiv(num_tokens, block),)
         _spread[grid](
             d_gates.contiguous(), routing_map, by_token, d_probs, num_tokens, num_experts, BLOCK=block, TILE=tile

@@ -1,0 +1,48 @@
+"""The kernels of dispatch and experts are compiled for the GPUs they are meant for, and keep to their registers."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from megatron.remoe.kernels import plan, rows, swiglu
+from tests.kernels.compiled import Kernel, usages
+
+MAP = {"map_TE": "*i1", "num_tokens": "i32", "num_experts": "i32"}
+COUNTS = {"counts_EB": "*i32", "by_token": "*i32"}
+FILLED = MAP | COUNTS | {"probs_TE": "*fp32", "token_index_P": "*i32", "ends_E": "*i32", "gates_P": "*fp32"}
+SPREAD = MAP | COUNTS | {"d_gates_P": "*fp32", "d_probs_TE": "*fp32"}
+
+
+def plans(num_tokens: int, num_experts: int) -> list[Kernel]:
+    """Those of a plan of that size."""
+    block, tile = plan._tile(num_tokens, num_experts)
+    constants = {"BLOCK": block, "TILE": tile}
+    filling = constants | {"BLOCKS": num_tokens // block}
+    divided = ["num_experts"] if num_experts % 16 == 0 else []
+    return [
+        Kernel("plan:_count", MAP | COUNTS, constants, divided, plan.WARPS),
+        Kernel("plan:_fill", FILLED | {"num_blocks": "i32"}, filling, divided, plan.WARPS),
+    ]
+
+
+def experts(dtype: str, ffn: int) -> list[Kernel]:
+    """Those of experts of that size."""
+    pairs, width = swiglu._tile(torch.empty(0, ffn))
+    constants = {"PAIRS": pairs, "WIDTH": width}
+    given = {"hidden_PF": dtype, "gates_P": "*fp32", "activated_PF": dtype, "num_pairs": "i32", "ffn": "i32"}
+    gradients = {"d_hidden_PF": dtype, "d_gates_P": "*fp32"}
+    summed = {"pairs_PH": dtype, "by_token": "*i32", "sums_TH": dtype, "hidden": "i32"}
+    return [
+        Kernel("swiglu:_activate", given, constants, ["ffn"]),
+        Kernel("swiglu:_activate_backward", given | gradients, constants, ["ffn"]),
+        Kernel("rows:_sum", summed, {"WIDTH": rows.WIDTH}, ["hidden"]),
+    ]
+
+
+def test_nothing_is_spilled() -> None:
+    spread = Kernel("plan:_spread", SPREAD, {"BLOCK": plan.SPREAD // 64, "TILE": 64}, ["num_experts"])
+    kernels = [*plans(16384, 8), *plans(16384, 512), *plans(65536, 512), spread]
+    kernels += [*experts("*bf16", 3072), *experts("*fp32", 48)]
+    found = usages(kernels)
+    assert len(found) == 3 * len(kernels) and not any(usage.spilled for usage in found)

@@ -1,0 +1,63 @@
+"""The plan's kernels against PyTorch's nonzero: the same rows, gates and gradients, bit for bit."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from megatron.remoe.kernels import plan
+from tests.kernels import DEVICE
+
+SHAPES = {  # tokens, experts, share of the map that is on
+    "no token": (0, 4, 0.5),
+    "one token": (1, 1, 1.0),
+    "no pair": (5, 3, 0.0),
+    "dense": (18, 8, 1.0),
+    "empty experts": (33, 20, 0.03),
+    "many experts": (20, 512, 0.03),
+    "more experts than tiles": (3, 1000, 0.2),
+}
+
+
+def check(num_tokens: int, num_experts: int, share: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(num_tokens)
+    probs = torch.rand(num_tokens, num_experts, device=DEVICE).to(dtype).requires_grad_()
+    routing_map = torch.rand(num_tokens, num_experts, device=DEVICE) < share
+    tokens_per_expert = routing_map.sum(dim=0)
+    expert_index, token_index = routing_map.T.nonzero().unbind(dim=1)
+    num_pairs = len(token_index)
+
+    counts = plan.count_blocks(routing_map)
+    assert torch.equal(counts.sum(dim=1), tokens_per_expert)
+    found, by_token, ends, gates = plan.fill(probs, routing_map, counts, num_pairs)
+    assert torch.equal(found.long(), token_index)
+    assert torch.equal(ends.long(), tokens_per_expert.cumsum(0))
+    assert torch.equal(gates, probs[token_index, expert_index])
+
+    # A stable sort of the pairs by token leaves each token's in the order of the experts.
+    bounds = torch.cat([routing_map.new_zeros(1, dtype=torch.int64), routing_map.sum(dim=1).cumsum(0)])
+    expected = torch.cat([bounds + num_tokens + 1, token_index.sort(stable=True).indices])
+    assert torch.equal(by_token.long(), expected)
+
+    direction = torch.randn_like(gates)
+    (gates * direction).sum().backward()
+    right = torch.zeros_like(probs)
+    right[token_index, expert_index] = direction
+    assert probs.grad is not None and torch.equal(probs.grad, right)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_plan_and_gates(shape: tuple[int, int, float]) -> None:
+    check(*shape, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_gates_keep_their_type(dtype: torch.dtype) -> None:
+    check(7, 5, 0.4, dtype)
+
+
+def test_more_tokens_make_larger_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never more of them, so that their counts stay few."""
+    monkeypatch.setattr(plan, "MOST_BLOCKS", 2)
+    assert plan.count_blocks(torch.ones(100, 3, dtype=torch.bool, device=DEVICE)).shape == (3, 2)
+    check(100, 3, 0.4, torch.float32)
