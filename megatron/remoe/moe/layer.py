@@ -16,6 +16,7 @@ from megatron.remoe.local.experts import GroupedExperts
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.moe.plan import Ranks, count_bounded, count_pairs, plan_dispatch, plan_known
 from megatron.remoe.routing.router import ReLURouter
+from megatron.remoe.routing.warmup import WarmupTopKRouter
 
 
 class _OwnGradient(torch.autograd.Function):
@@ -62,7 +63,8 @@ class ReMoELayer(MoELayer):
         is_alone = self.is_planned and self.ranks.is_alone
         self.experts_gather = is_alone and self.has_grouped_experts and not self.shared_expert_overlap
         # Top-k routers without dropped tokens: a token's number of experts needs no counting where no rank is told it.
-        has_fixed_topk = not isinstance(self.router, ReLURouter) and config.moe_expert_capacity_factor is None
+        varies = isinstance(self.router, ReLURouter | WarmupTopKRouter)
+        has_fixed_topk = not varies and config.moe_expert_capacity_factor is None
         self.known_topk = config.moe_router_topk if is_alone and has_fixed_topk else None
         for parameter in self.experts.parameters():
             # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load

@@ -7,6 +7,7 @@ from typing import Any
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -20,20 +21,26 @@ type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
 def with_relu_routing(spec: LayerSpec) -> LayerSpec:
-    """A copy of `spec` in which every MoE layer routes by ReLU; dense layers stay as they are.
+    """A copy of `spec` in which every MoE layer routes by ReLU; see `with_router`."""
+    return with_router(spec, ReLURouter)
+
+
+def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
+    """A copy of `spec` in which every MoE layer takes any routing map, and has this router; dense layers stay.
 
     Args:
         spec: one transformer layer's specification, or that of a block of layers.
+        router: its class.
 
     Raises:
         TypeError: a layer's MLP is neither dense nor built from Megatron's `MoELayer`.
     """
     if isinstance(spec, TransformerBlockSubmodules):
-        return replace(spec, layer_specs=[with_relu_routing(layer_spec) for layer_spec in spec.layer_specs or []])
-    return replace(spec, submodules=replace(spec.submodules, mlp=_relu_mlp(spec.submodules.mlp)))
+        return replace(spec, layer_specs=[with_router(layer_spec, router) for layer_spec in spec.layer_specs or []])
+    return replace(spec, submodules=replace(spec.submodules, mlp=_routed_mlp(spec.submodules.mlp, router)))
 
 
-def _relu_mlp(mlp: Any) -> Any:
+def _routed_mlp(mlp: Any, router: type[TopKRouter]) -> Any:
     if isinstance(mlp, ModuleSpec):
         builder, submodules = mlp.module, mlp.submodules
     elif isinstance(mlp, partial):
@@ -43,8 +50,8 @@ def _relu_mlp(mlp: Any) -> Any:
     if not hasattr(submodules, "router"):
         return mlp
     if builder not in (MoELayer, ReMoELayer):
-        raise TypeError(f"ReLU routing needs an MLP built from MoELayer, this specification has {builder!r}.")
-    return partial(ReMoELayer, submodules=replace(submodules, router=ReLURouter))
+        raise TypeError(f"{router.__name__} needs an MLP built from MoELayer, this specification has {builder!r}.")
+    return partial(ReMoELayer, submodules=replace(submodules, router=router))
 
 
 def with_sequence_parallel_norms(spec: Any) -> Any:

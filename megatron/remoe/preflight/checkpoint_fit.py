@@ -49,6 +49,7 @@ moe_router_topk moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coe
 moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups
 moe_router_group_topk moe_router_enable_expert_bias moe_router_bias_update_rate moe_input_jitter_eps
 moe_expert_capacity_factor moe_token_drop_policy moe_pad_expert_input_to_capacity moe_apply_probs_on_input
+moe_warmup_topk moe_warmup_steps
 """.split()
 # ReLU routing's own settings do, but for the exact one and the one that the shape tells.
 RESULT_OF_RELU = [
@@ -72,7 +73,7 @@ LAYOUT = (
 FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
 FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
 NEW_TRAINING = "--finetune with another --save to start a new training from its weights"
-SPLIT_BY_GRANULARITY = {"num_experts": 1, "moe_router_topk": 1, "moe_ffn_hidden_size": -1}
+SPLIT_BY_GRANULARITY = {"num_experts": 1, "moe_router_topk": 1, "moe_warmup_topk": 1, "moe_ffn_hidden_size": -1}
 CHANGED = "--allow-changed-settings"
 CONVERT = "tools/convert_checkpoint makes a ReMoE of it"
 SHOWN = 120  # letters of a setting, as of a list of data sets

@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-import torch
-
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.routing.refusals import shown
 
@@ -89,7 +87,7 @@ def check_evaluation_and_saving(args: argparse.Namespace) -> None:
             (args.save_dgrads_interval or args.save_activations_interval) and not find_spec("transformer_engine")
         ),
         "--profile needs a GPU. Add --use-pytorch-profiler.": (
-            args.profile and not args.use_pytorch_profiler and not torch.cuda.is_available()
+            args.profile and not args.use_pytorch_profiler and args.distributed_backend == "gloo"
         ),
     }
     if found := [words for words, holds in problems.items() if holds]:

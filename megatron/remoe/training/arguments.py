@@ -180,8 +180,11 @@ def apply_granularity(args: argparse.Namespace) -> None:
     args.moe_ffn_hidden_size = size // granularity
     args.num_experts *= granularity
     args.moe_router_topk *= granularity
+    if args.moe_warmup_topk is not None:
+        args.moe_warmup_topk *= granularity
 
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
-    """The transformer's configuration: a `ReMoEConfig` with --moe-relu-routing, otherwise Megatron's own."""
-    return megatron.core_transformer_config_from_args(args, config_class=ReMoEConfig if args.moe_relu_routing else None)
+    """A `ReMoEConfig` with --moe-relu-routing or a warm-up of top-k, otherwise Megatron's own configuration."""
+    ours = args.moe_relu_routing or args.moe_warmup_topk is not None
+    return megatron.core_transformer_config_from_args(args, config_class=ReMoEConfig if ours else None)

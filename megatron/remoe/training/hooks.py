@@ -14,12 +14,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_model_config
-from megatron.remoe.moe.specs import LayerSpec, with_fused_layers, with_relu_routing, with_sequence_parallel_norms
+from megatron.remoe.moe.specs import (
+    LayerSpec,
+    with_fused_layers,
+    with_relu_routing,
+    with_router,
+    with_sequence_parallel_norms,
+)
 from megatron.remoe.patches import apply_patches
 from megatron.remoe.preflight.checkpoint_files import loaded_from
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
+from megatron.remoe.routing.warmup import WarmupTopKRouter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -49,6 +56,35 @@ def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
         model_cfg.transformer_layer_spec, lambda spec, _vp_stage: with_relu_routing(spec)
     )
     model_cfg.post_wrap_hooks.append(_post_wrap_hook(args, config))
+
+
+def install_topk_warmup(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
+    """Give a top-k MoE its near-dense warm-up. Does nothing without --moe-warmup-topk.
+
+    Args:
+        args: arguments from `parse_and_validate_args`.
+        model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
+
+    Raises:
+        TypeError: its layers cannot take the router.
+    """
+    if args.moe_warmup_topk is None:
+        return
+
+    def begin_step(router: WarmupTopKRouter, _inputs: Any) -> None:
+        # Megatron's loop sets one when it loads, the other at each step; an evaluation belongs to the step before it.
+        router.begin_step(max(args.iteration, getattr(args, "curr_iteration", 0)))
+
+    def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        for module in (module for chunk in model_chunks for module in chunk.modules()):
+            if isinstance(module, WarmupTopKRouter):
+                module.register_forward_pre_hook(begin_step)
+        return model_chunks
+
+    model_cfg.transformer_layer_spec = _changed_spec(
+        model_cfg.transformer_layer_spec, lambda spec, _vp_stage: with_router(spec, WarmupTopKRouter)
+    )
+    model_cfg.post_wrap_hooks.append(install)
 
 
 def install_local_layers(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:

@@ -1,0 +1,90 @@
+"""Two trainings and one folder: real processes, on one machine and as on two."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.remoe.preflight.run_lock import HOLDER, LOCK, FolderInUseError, only_training
+from tests.trainings import REPOSITORY, TINY, records, run, start
+
+LEASE = 4.0
+HOLD = """
+import argparse, socket, sys, time
+if sys.argv[3]:
+    socket.gethostname = lambda: sys.argv[3]
+from megatron.remoe.preflight.run_lock import only_training
+with only_training(argparse.Namespace(rank=0, skip_train=False, save=sys.argv[1]), float(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder: Path, host: str = "") -> subprocess.Popen[str]:
+    """A process that holds the folder, as if on another machine where a host is given."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), str(LEASE), host],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def seconds_to_take(folder: Path, rank: int = 0, skip_train: bool = False) -> float:
+    started = time.monotonic()
+    with only_training(argparse.Namespace(rank=rank, skip_train=skip_train, save=str(folder)), LEASE):
+        return time.monotonic() - started
+
+
+@pytest.mark.parametrize("host", ["", "node7"], ids=["same machine", "other machine"])
+def test_second_is_refused_and_a_dead_one_taken_over(host: str, tmp_path: Path) -> None:
+    holder = hold(tmp_path, host)
+    try:
+        with pytest.raises(FolderInUseError, match=rf"process {holder.pid} on .*{host}.*, started 20\d\d-.* UTC\. Wait"):
+            seconds_to_take(tmp_path)
+        assert seconds_to_take(tmp_path, rank=1) + seconds_to_take(tmp_path, skip_train=True) < 1, "they write nothing"
+    finally:
+        holder.kill()
+        holder.wait()
+    took = seconds_to_take(tmp_path)
+    assert took > LEASE / 2 if host else took < LEASE / 2, "a process of this machine is seen to be gone at once"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
+    holder = hold(tmp_path, "node7")
+    holder.send_signal(signal.SIGSTOP)
+    with only_training(argparse.Namespace(rank=0, skip_train=False, save=str(tmp_path)), LEASE):
+        holder.send_signal(signal.SIGCONT)
+        output, _ = holder.communicate(timeout=20)
+        assert holder.returncode == 1 and "another training took it over, and this one ends" in output
+        assert f"process {os.getpid()} on " in (tmp_path / HOLDER).read_text() and (tmp_path / LOCK).exists()
+
+
+@pytest.mark.timeout(150)
+def test_two_trainings_in_one_folder(data: Path, tmp_path: Path) -> None:
+    """The second is refused, and goes on where the first was killed; torchrun's ranks are one training."""
+    saving = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2", "--data-path", str(data)]
+    first = start([*TINY, *saving, "--train-iters", "100000", "--lr-decay-iters", "8"], PYTHONUNBUFFERED="1")
+    assert first.stdout is not None
+    for line in first.stdout:
+        if "successfully saved checkpoint from iteration       2 " in line:
+            break
+    second = [*TINY, *saving, "--train-iters", "100000", "--lr-decay-iters", "8", "--exit-interval", "4"]
+    refused = run(second, expect=2)
+    first.kill()
+    first.communicate()
+    message = refused[refused.rindex("pretrain_gpt.py: error: ") :]
+    assert f"--save {tmp_path}: another training writes there: process {first.pid} on " in message
+    assert not records(refused) and "] iteration " not in refused
+    output = run(second, processes=2)
+    assert min(records(output)) > 2
+    assert not (tmp_path / LOCK).exists() and not (tmp_path / HOLDER).exists()
