@@ -18,17 +18,19 @@ ROOMS = {
     "preflight": {"routing", "data"},
     "patches": {"preflight", "local"},
     "training": {"routing", "local", "moe", "data", "preflight", "patches"},
+    "hf": set(),
     "cpu": set(),
 }
 # What of Megatron a room may know besides.
 BOTH = {"core", "training"}
-MEGATRON: dict[str, set[str]] = {"data": set(), "patches": BOTH, "training": BOTH, "cpu": BOTH}
+MEGATRON: dict[str, set[str]] = {"data": set(), "hf": set(), "patches": BOTH, "training": BOTH, "cpu": BOTH}
 # What the method and its layers are made of, and nothing else.
 PURE = {
     "routing": {"torch", "megatron"},
     "moe": {"torch", "megatron"},
     "local": {"torch", "megatron", "fla"},
     "kernels": {"torch", "triton", "megatron"},
+    "hf": {"torch", "transformers", "huggingface_hub", "megatron"},
 }
 
 
@@ -39,8 +41,10 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            # Files that transformers copies beside a model's weights import each other by their place.
+            assert not node.level or path.parent.name == "hf", f"{path}: relative import"
+            package = "megatron.remoe.hf." if node.level else ""
+            found |= {f"{package}{node.module}.{alias.name}" for alias in node.names}
     return found
 
 

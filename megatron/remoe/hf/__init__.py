@@ -1,0 +1,16 @@
+"""The trained model for transformers: importing this registers it with AutoConfig and AutoModelForCausalLM.
+
+The two files beside this one need torch and transformers alone. `save_pretrained` writes them beside the weights, so
+that `from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from megatron.remoe.hf.configuration_remoe import RemoeConfig
+from megatron.remoe.hf.modeling_remoe import RemoeForCausalLM, RemoeModel
+
+AutoConfig.register(RemoeConfig.model_type, RemoeConfig, exist_ok=True)
+AutoModel.register(RemoeConfig, RemoeModel, exist_ok=True)
+AutoModelForCausalLM.register(RemoeConfig, RemoeForCausalLM, exist_ok=True)
+
+__all__ = ["RemoeConfig", "RemoeForCausalLM", "RemoeModel"]

@@ -1,0 +1,47 @@
+"""Configuration of a ReMoE for transformers, and of the dense and top-k models that it is compared with."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+@strict
+class RemoeConfig(LlamaConfig):
+    """`LlamaConfig` with experts: ReLU routing (arXiv 2412.14711), top-k of a softmax, or none in any layer.
+
+    Raises:
+        ValueError: the number of experts per token does not fit the number of experts.
+    """
+
+    model_type = "remoe"
+    _auto_class = "AutoConfig"
+
+    num_experts: int = 0
+    """Experts of a layer, granularity included; 0: a dense model."""
+    num_experts_per_tok: int = 1
+    """k: of ReLU routing the mean that L1 aims at, of top-k routing the number."""
+    moe_intermediate_size: int = 0
+    """Hidden size of an expert."""
+    shared_expert_intermediate_size: int = 0
+    """Hidden size of the experts that every token passes; 0: there are none."""
+    mlp_only_layers: tuple[int, ...] | list[int] = ()
+    """Layers without experts, from 0."""
+    moe_relu_routing: bool = True
+    """Gates are ReLU(x W) and an expert is active where its gate is positive; False: top-k of a softmax."""
+    norm_topk_prob: bool = False
+    """Top-k routing: the k gates add up to 1 (Megatron without --moe-router-pre-softmax)."""
+    router_dtype: str | None = None
+    """What the router computes in, as "float32"; None: the model's own type."""
+    max_experts_per_token: int | None = None
+    """ReLU routing: only the K largest gates count, and K experts are computed for every token, so that shapes are
+    fixed for compilers and servers. None: exactly the active experts, however many."""
+    output_router_logits: bool = False
+    """Give router logits, L1 term and sparsity with the outputs, and add the term to a loss."""
+    router_aux_loss_coef: float = 0.0
+    """The coefficient of the term: λ, or that of the load balancing loss of top-k routing."""
+
+    def validate_architecture(self) -> None:
+        """Part of what transformers validates; unlike Llama's, heads need not divide the hidden size."""
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: must be 1 to {self.num_experts}.")
+        if self.max_experts_per_token is not None and not 1 <= self.max_experts_per_token <= self.num_experts:
+            raise ValueError(f"max_experts_per_token={self.max_experts_per_token}: must be 1 to {self.num_experts}.")

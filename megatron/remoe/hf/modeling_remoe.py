@@ -1,0 +1,266 @@
+"""A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU routing, or top-k, or none."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_remoe import RemoeConfig
+
+
+@dataclass
+class RemoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """As transformers' own; with `output_router_logits` also `aux_loss`, the L1 term summed over the layers, and:
+
+    Attributes:
+        sparsity: scalar, share of (token, expert) pairs that are inactive.
+    """
+
+    sparsity: torch.Tensor | None = None
+
+
+class RemoeRouter(nn.Module):
+    """Which experts a token goes to, and with which gates."""
+
+    def __init__(self, config: RemoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            tokens: `[tokens, hidden]`.
+
+        Returns:
+            logits, gates: `[tokens, num_experts]` in the router's dtype; gates of inactive experts are 0.
+        """
+        dtype = self.dtype or tokens.dtype
+        logits = nn.functional.linear(tokens.to(dtype), self.weight.to(dtype))
+        if self.config.moe_relu_routing:
+            return logits, torch.relu(logits)
+        top, experts = softmax(logits).topk(self.config.num_experts_per_tok)
+        if self.config.norm_topk_prob:
+            top = top / top.sum(dim=-1, keepdim=True)
+        return logits, torch.zeros_like(logits).scatter(-1, experts, top.to(dtype))
+
+
+class RemoeSparseMoeBlock(nn.Module):
+    """Experts, computed for the pairs of token and expert that are active, and experts that all tokens share."""
+
+    def __init__(self, config: RemoeConfig) -> None:
+        super().__init__()
+        self.gate = RemoeRouter(config)
+        self.experts = Qwen3MoeExperts(config)
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = Qwen3MoeMLP(config, shared) if shared else None
+        self.width = config.max_experts_per_token if config.moe_relu_routing else config.num_experts_per_tok
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `[batch, sequence, hidden]`.
+            token_mask: bool `[batch, sequence]`, False at padding, which goes to no routed expert.
+
+        Returns:
+            `[batch, sequence, hidden]`.
+        """
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, gates = self.gate(tokens)
+        if token_mask is not None:
+            gates = gates.masked_fill(~token_mask.reshape(-1, 1), 0.0)
+        if self.width is None:
+            output = self._varying(tokens, gates)
+        else:
+            top, experts = gates.topk(self.width)
+            output = self.experts(tokens, experts, top)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(tokens)
+        return output.view_as(hidden_states)
+
+    def _varying(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        # Each pair is a token of its own with one expert: what any implementation of experts in transformers takes.
+        token, expert = gates.nonzero(as_tuple=True)
+        if not len(token):
+            return torch.zeros_like(tokens)
+        pairs = self.experts(tokens[token], expert.unsqueeze(-1), gates[token, expert].unsqueeze(-1))
+        total = torch.zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, torch.float32), device=tokens.device)
+        return total.index_add(0, token, pairs.to(total.dtype)).to(tokens.dtype)
+
+
+class RemoeDecoderLayer(GradientCheckpointingLayer):
+    """Llama's layer, with experts in place of its MLP where the configuration has them."""
+
+    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer_idx)
+        is_sparse = bool(config.num_experts) and layer_idx not in config.mlp_only_layers
+        self.mlp = RemoeSparseMoeBlock(config) if is_sparse else Qwen3MoeMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """As Llama's; `token_mask`: see `RemoeSparseMoeBlock`."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        sparse = isinstance(self.mlp, RemoeSparseMoeBlock)
+        return hidden_states + (self.mlp(normed, token_mask) if sparse else self.mlp(normed))
+
+
+class RemoePreTrainedModel(LlamaPreTrainedModel):
+    """What transformers asks of all models of a kind."""
+
+    config: RemoeConfig
+    config_class = RemoeConfig
+    _no_split_modules = ["RemoeDecoderLayer"]
+    _can_compile_fullgraph = False
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(RemoeRouter, index=0),
+        "hidden_states": RemoeDecoderLayer,
+        "attentions": LlamaAttention,
+    }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers would look for Qwen3MoeExperts' decorator in this file
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Qwen3MoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, RemoeRouter):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+
+class RemoeModel(RemoePreTrainedModel, LlamaModel):
+    """Embedding, layers and the last norm."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: RemoeConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(RemoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As Llama's; padding (0 in a two-dimensional `attention_mask`) is not routed."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            kwargs["token_mask"] = attention_mask[:, -given.shape[1] :].bool()
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+
+class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
+    """The language model."""
+
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: RemoeConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = RemoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> RemoeCausalLMOutputWithPast:
+        """As Llama's.
+
+        Args:
+            output_router_logits: in place of the configuration's.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, output_router_logits=output_router_logits, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = aux_loss = sparsity = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if output_router_logits and outputs.router_logits:
+            aux_loss, sparsity = routing_loss(self.config, outputs.router_logits, attention_mask)
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        # The cache's name has changed between versions of transformers.
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return RemoeCausalLMOutputWithPast(loss=loss, logits=logits, aux_loss=aux_loss, sparsity=sparsity, **others)
+
+
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Over experts, at least in float32."""
+    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def routing_loss(
+    config: RemoeConfig, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The load-balanced L1 term (section 3.4) summed over the layers, or with top-k the load balancing loss; sparsity.
+
+    Args:
+        router_logits: of each layer with experts, `[batch * sequence, num_experts]`.
+        attention_mask: `[batch, sequence]`, 0 at padding, which does not count.
+
+    Returns:
+        The term, which has a gradient, and S, the share of inactive pairs: scalars.
+    """
+    experts, k = config.num_experts, config.num_experts_per_tok
+    losses, sparsities = [], []
+    for logits in router_logits:
+        if attention_mask is not None:
+            logits = logits[attention_mask.reshape(-1).bool().to(logits.device)]
+        scores = torch.relu(logits).float() if config.moe_relu_routing else softmax(logits)
+        active = scores > 0 if config.moe_relu_routing else _largest(scores, k)
+        load = active.sum(dim=0) * (experts / (k * len(scores)))
+        losses.append((load * scores).sum() / len(scores))
+        sparsities.append(1.0 - active.float().mean())
+    device = losses[0].device
+    mean_sparsity = torch.stack([sparsity.to(device) for sparsity in sparsities]).mean()
+    return torch.stack([loss.to(device) for loss in losses]).sum(), mean_sparsity
+
+
+def _largest(scores: torch.Tensor, k: int) -> torch.Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k).indices, True)

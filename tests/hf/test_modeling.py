@@ -1,0 +1,214 @@
+"""The model for transformers against Megatron's, and what transformers asks of a model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
+from tools.convert_checkpoint.models import build
+from tools.export_hf.settings import args_of, complete, config_of
+from tools.export_hf.weights import fill
+
+VOCABULARY = 61
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "initializer_range": 0.25,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "dtype": "float32",
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+RELU = EXPERTS | {"router_aux_loss_coef": 0.05}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"tie_word_embeddings": True},
+    "relu": RELU,
+    "relu, k = 1": RELU | {"num_experts_per_tok": 1},
+    "relu, shared": RELU | {"shared_expert_intermediate_size": 12, "mlp_only_layers": [0], "router_dtype": "float64"},
+    "top-k": EXPERTS | {"moe_relu_routing": False, "num_experts_per_tok": 1},
+    "top-k, normed": EXPERTS | {"moe_relu_routing": False, "norm_topk_prob": True},
+}
+
+
+def make(name: str, **changes: Any) -> RemoeForCausalLM:
+    torch.manual_seed(5)
+    model = RemoeForCausalLM(RemoeConfig(**SIZES, **(MODELS[name] | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    return model.eval()
+
+
+def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_megatrons(name: str, process_groups: None) -> None:
+    model, ids = make(name), tokens()
+    args = args_of(model.config)
+    megatron = build(args)
+    fill(megatron, model)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, megatron(ids, positions, None), rtol=1e-5, atol=1e-5)
+    coefficient = model.config.router_aux_loss_coef
+    back = config_of(complete(args), VOCABULARY, coefficient)
+    for key, value in (SIZES | MODELS[name]).items():
+        assert getattr(back, key) == getattr(model.config, key), (key, value)
+
+
+def test_training_is_megatrons(process_groups: None) -> None:
+    """Loss, L1 term, sparsity and gradients, the L1 term's included; also with activations computed again."""
+    model, ids = make("relu, shared"), tokens()
+    megatron = build(args_of(model.config))
+    fill(megatron, model)
+    megatron.train()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()
+    losses = megatron(inputs, torch.arange(inputs.shape[1]).expand_as(inputs), None, labels=labels)
+    losses.mean().backward()
+    router = megatron.decoder.layers[1].mlp.router
+
+    model.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        outputs = model(inputs, labels=labels, shift_labels=labels, output_router_logits=True)
+        outputs.loss.backward()
+        torch.testing.assert_close(outputs.aux_loss, router.counts["l1_loss"].float(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(outputs.loss, losses.mean() + 0.05 * outputs.aux_loss, rtol=1e-5, atol=0)
+        pairs = losses.numel() * model.config.num_experts
+        assert float(outputs.sparsity) == pytest.approx(1 - float(router.counts.active) / pairs, abs=1e-6)
+        block = model.model.layers[1].mlp
+        torch.testing.assert_close(block.gate.weight.grad, router.weight.grad, rtol=1e-4, atol=1e-6)
+        expert = megatron.decoder.layers[1].mlp.experts.local_experts[3]
+        torch.testing.assert_close(
+            block.experts.gate_up_proj.grad[3], expert.linear_fc1.weight.grad, rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_experts_get_their_pairs_alone(implementation: str) -> None:
+    """As many as are active, by any implementation of experts that transformers has."""
+    model, ids = make("relu"), tokens()
+    rows: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_hook(lambda _module, arguments, _output: rows.append(len(arguments[0])))
+    with torch.no_grad():
+        model.set_experts_implementation("eager")
+        eager = model(ids, output_router_logits=True)
+        model.set_experts_implementation(implementation)
+        torch.testing.assert_close(model(ids).logits, eager.logits, rtol=1e-5, atol=1e-5)
+    active = [int((logits > 0).sum()) for logits in eager.router_logits]
+    assert rows == active * 2 and 0 < active[0] < ids.numel() * 8
+    assert float(eager.sparsity) == pytest.approx(1 - sum(active) / (2 * ids.numel() * 8))
+
+
+def test_layer_that_is_off() -> None:
+    model, ids = make("relu"), tokens()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+        off = model(ids, output_router_logits=True)
+        for layer in model.model.layers:
+            layer.mlp.experts.down_proj.zero_()
+        assert torch.equal(model(ids).logits, off.logits) and off.sparsity == 1
+
+
+def test_at_most_k_experts() -> None:
+    ids = tokens()
+    with torch.no_grad():
+        exact = make("relu")(ids).logits
+        torch.testing.assert_close(make("relu", max_experts_per_token=8)(ids).logits, exact, rtol=1e-5, atol=1e-5)
+        bounded = make("relu", max_experts_per_token=2)
+        seen: list[torch.Tensor] = []
+        bounded.model.layers[0].mlp.experts.register_forward_hook(lambda _m, given, _o: seen.extend(given))
+        gates = torch.relu(bounded(ids, output_router_logits=True).router_logits[0])
+    assert seen[1].shape == seen[2].shape == (ids.numel(), 2)
+    torch.testing.assert_close(seen[2], gates.topk(2).values)
+    with pytest.raises(Exception, match="max_experts_per_token=9: must be 1 to 8"):
+        make("relu", max_experts_per_token=9)
+
+
+def generate(model: RemoeForCausalLM, ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+    torch.manual_seed(11)
+    return model.generate(ids, max_new_tokens=8, pad_token_id=0, **settings)
+
+
+@pytest.mark.parametrize("name", ["dense", "relu, shared", "top-k"])
+def test_generation(name: str) -> None:
+    """With a cache as without; a batch that is padded on the left as each of its texts alone."""
+    model, ids = make(name), tokens(batch=2, length=9)
+    for settings in ({"do_sample": False}, {"do_sample": True, "top_k": 8}, {"num_beams": 3, "do_sample": False}):
+        assert torch.equal(generate(model, ids, **settings), generate(model, ids, use_cache=False, **settings))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    batch = generate(model, ids * mask, attention_mask=mask, do_sample=False)
+    assert torch.equal(batch[0, 4:], generate(model, ids[:1, 4:], do_sample=False)[0])
+    assert torch.equal(batch[1], generate(model, ids[1:], do_sample=False)[0])
+
+
+def test_padding_is_not_routed() -> None:
+    model, ids = make("relu"), tokens(batch=2, length=9)
+    rows: list[int] = []
+    model.model.layers[0].mlp.experts.register_forward_hook(lambda _m, given, _o: rows.append(len(given[0])))
+    mask = torch.ones_like(ids)
+    mask[:, :4] = 0
+    with torch.no_grad():
+        padded = model(ids, attention_mask=mask, position_ids=mask.cumsum(1) - mask, output_router_logits=True)
+        alone = model(ids[:, 4:], output_router_logits=True)
+    torch.testing.assert_close(padded.logits[:, 4:], alone.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((padded.aux_loss, padded.sparsity), (alone.aux_loss, alone.sparsity))
+    assert rows[0] == rows[1] > 0
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    """In shards, in bf16 and with a device map; and where transformers is installed and this project is not."""
+    model, ids = make("relu, shared"), tokens()
+    with torch.no_grad():
+        logits = model(ids).logits
+        model.save_pretrained(tmp_path, max_shard_size="20KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+        assert type(loaded) is RemoeForCausalLM and torch.equal(loaded(ids).logits, logits)
+        half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert half(ids).logits.dtype == torch.bfloat16
+        assert (half(ids).logits - logits).abs().max() < 0.1 * logits.abs().max()
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), RemoeConfig)
+    lines = f"""
+import importlib.abc, sys
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("megatron", "tools", "tests"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+ids = torch.tensor({ids.tolist()})
+torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=2).shape), {str(tmp_path / "out.pt")!r})
+assert not any(name.startswith("megatron") for name in sys.modules)
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    theirs, shape = torch.load(tmp_path / "out.pt")
+    torch.testing.assert_close(theirs, logits)
+    assert shape == (len(ids), ids.shape[1] + 2)
