@@ -1,6 +1,7 @@
 """Run by torchrun on 2 ranks: routers that share the tokens of one sequence, as in sequence and context parallelism."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,14 +28,25 @@ def l1_gradient(router: torch.nn.Module, tokens: torch.Tensor, padding: torch.Te
 
 def main(kind: str) -> None:
     torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
     if kind == "context":
         parallel_state.initialize_model_parallel(context_parallel_size=2)
     else:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1234)
+    for kernels in ["torch", "triton"] if find_spec("triton") else ["torch"]:
+        check(moe_kernels=kernels)
+    print(f"rank {torch.distributed.get_rank()} ok", flush=True)
+
+
+def check(**changes: str) -> None:
+    """What the ranks get from their parts together is what one gets from the whole."""
+    rank = torch.distributed.get_rank()
     config = make_config(
-        moe_relu_l1_reg_coeff_init=0.3, num_moe_experts=8, expert_tensor_parallel_size=1, tensor_model_parallel_size=1
+        moe_relu_l1_reg_coeff_init=0.3,
+        num_moe_experts=8,
+        expert_tensor_parallel_size=1,
+        tensor_model_parallel_size=1,
+        **changes,
     )
     layer = make_layer(config)
     router = layer.router
@@ -65,7 +77,6 @@ def main(kind: str) -> None:
     assert exponent == (1 if active > num_tokens else -1)
     summed = controller._counts
     assert summed is not None and summed.layer(1)["tokens"] == num_tokens, "every token is counted once"
-    print(f"rank {rank} ok", flush=True)
 
 
 if __name__ == "__main__":

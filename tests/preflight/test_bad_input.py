@@ -278,6 +278,11 @@ ENTRY = {
         on("text", "--moe-expert-capacity-factor", "1.0"),
         ("--moe-expert-capacity-factor 1.0 cannot be used", "dropless"),
     ),
+    "kernels without a GPU": Case(
+        on("text", "--moe-kernels", "triton"),
+        ("--moe-kernels triton cannot be used here: there is no GPU. Leave it out",),
+        unset=("TRITON_INTERPRET",),
+    ),
     "layers that are no layers": Case(
         on("text", "--moe-layer-freq", "[0,1,1]"), ("AssertionError", "moe_layer_pattern: 3, expected 2"), code=1
     ),
