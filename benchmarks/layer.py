@@ -32,8 +32,6 @@ if cpu.is_wanted(sys.argv):
 
 from gpu_peers import gpu_peers  # noqa: E402
 from timed_entry import start_at_target  # noqa: E402
-from transformers.models.mixtral import MixtralConfig  # noqa: E402
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  # noqa: E402
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
@@ -46,8 +44,10 @@ OURS = "ReMoE, grouped"
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
-def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype: torch.dtype) -> torch.nn.Module:
-    """ReMoE's layer, or top-k in Megatron's own."""
+def megatron_layer(
+    experts: int, options: argparse.Namespace, relu: bool, dtype: torch.dtype, **more: Any
+) -> torch.nn.Module:
+    """ReMoE's layer, whose configuration may be given `more`, or top-k in Megatron's own."""
     settings: dict[str, Any] = {
         "num_layers": 1,
         "hidden_size": options.hidden,
@@ -68,7 +68,7 @@ def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype:
         "gradient_accumulation_fusion": False,
         "cuda_graph_modules": [],
     }
-    config = ReMoEConfig(moe_relu_routing=True, **settings) if relu else TransformerConfig(**settings)
+    config = ReMoEConfig(moe_relu_routing=True, **settings, **more) if relu else TransformerConfig(**settings)
     spec = get_gpt_layer_local_spec(experts, False, normalization="RMSNorm")
     spec = with_fused_layers(with_relu_routing(spec)) if relu else spec
     layer = spec.submodules.mlp(config=config, layer_number=1)  # type: ignore[union-attr]
@@ -83,6 +83,22 @@ def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> d
     theirs = megatron_layer(experts, options, relu=False, dtype=tokens.dtype)
     theirs.router.weight.data.copy_(ours.router.weight)
     found: dict[str, Layer] = {OURS: lambda x: ours(x)[0], "Megatron's, top-k": lambda x: theirs(x)[0]}
+    if options.transformers:
+        found |= mixtral_blocks(experts, options, ours.router.weight)
+    if tokens.is_cuda and tokens.dtype == torch.bfloat16:
+        found |= gpu_peers(experts, options.hidden, options.ffn, options.topk, ours.router.weight, tokens)
+    return found
+
+
+def mixtral_blocks(experts: int, options: argparse.Namespace, router_weight: torch.Tensor) -> dict[str, Layer]:
+    """Those of transformers, where it is installed, in the router's type and on its device."""
+    try:
+        from transformers.models.mixtral import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    except ImportError as error:
+        print(f"transformers: not measured, {error}", file=sys.stderr)
+        return {}
+    found: dict[str, Layer] = {}
     for implementation in options.transformers:
         config = MixtralConfig(
             hidden_size=options.hidden,
@@ -91,13 +107,11 @@ def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> d
             num_experts_per_tok=options.topk,
         )
         config._experts_implementation = implementation
-        block = MixtralSparseMoeBlock(config).to(device=tokens.device, dtype=tokens.dtype).train()
+        block = MixtralSparseMoeBlock(config).to(device=router_weight.device, dtype=router_weight.dtype).train()
         for weight in block.parameters():
             torch.nn.init.normal_(weight, std=0.02)
-        block.gate.weight.data.copy_(ours.router.weight)
+        block.gate.weight.data.copy_(router_weight)
         found[f"transformers, {implementation}"] = block
-    if tokens.is_cuda and tokens.dtype == torch.bfloat16:
-        found |= gpu_peers(experts, options.hidden, options.ffn, options.topk, ours.router.weight, tokens)
     return found
 
 

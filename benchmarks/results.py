@@ -14,9 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from models import on_gpu
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+
+try:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+except ImportError:  # a lent GPU machine may have PyTorch and nothing else
+    Console = None  # type: ignore[assignment, misc]
 
 PACKAGES = ("torch", "megatron-core", "transformers")
 
@@ -57,6 +68,9 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
     Yields:
         What is to be called after each of them, with a line that tells it.
     """
+    if Console is None:
+        yield lambda line: print(line, file=sys.stderr, flush=True)
+        return
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     with Progress(TextColumn("measuring"), *columns, console=console, redirect_stdout=False) as bar:
@@ -71,11 +85,15 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
     """Print a table, numbers to the right, and where the figures are."""
+    texts = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    if Console is None:
+        print("\n".join([title, *("\t".join(row) for row in (columns, *texts)), f"Figures: {path}"]))
+        return
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
+    for row in texts:
+        table.add_row(*row)
     Console(width=max(100, Console().width)).print(table)
     print(f"Figures: {path}")
 

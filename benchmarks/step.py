@@ -10,6 +10,7 @@ true number of active experts, and the time of λ's update.
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def run(shape: Shape, variant: Variant, steps: int, more: list[str]) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         prefix, record = Path(folder) / "tokens", Path(folder) / "record.json"
         write_data(prefix, shape)
-        command = [sys.executable, str(ROOT / "benchmarks" / "timed_entry.py"), *shape.flags(variant.routing)]
+        through = shlex.split(os.environ.get("BENCHMARK_THROUGH", ""))  # a program that runs the entry
+        entry = [*through, str(ROOT / "benchmarks" / "timed_entry.py")]
+        command = [sys.executable, *entry, *shape.flags(variant.routing)]
         command += [*hardware_flags(more), "--data-path", str(prefix), "--train-iters", str(steps)]
         command += [*variant.flags, *more]
         environment = os.environ | dict(variant.environment) | {"BENCHMARK_RECORD": str(record)}

@@ -3,7 +3,8 @@
 With BENCHMARK_AT_TARGET=1 the routers start with the same share of the first batches for every expert, those of a ReMoE
 at the target sparsity. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
 BENCHMARK_PROFILE=memory or =operations a step's memory or its operations' time are measured instead, which makes it
-slow. With BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, Adam and clipping in one pass, norms in parts
+slow; with =waits, on a GPU, the memory of each step besides and in one of them where the host waits for the device.
+With BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, Adam and clipping in one pass, norms in parts
 and the memory that is kept.
 
 On a GPU the clock is read when the device has done what it was given.
@@ -33,6 +34,7 @@ if os.environ.get("BENCHMARK_PLAIN_PYTORCH"):
 from models import FIT_STEPS, on_gpu  # noqa: E402
 
 import pretrain_gpt  # noqa: E402
+from tools.rehearse.measure import Waits  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.router import TopKRouter
@@ -141,6 +143,8 @@ class Recorder:
     def observe(self, model_cfg: Any) -> None:
         """Measure the training of the model that has this configuration."""
         self.time_updates()
+        if os.environ.get("BENCHMARK_PROFILE") == "waits":
+            self.watch_waits()
         model_cfg.post_wrap_hooks.append(self.install)
 
     def write(self) -> None:
@@ -169,6 +173,23 @@ class Recorder:
 
         SparsityController.update = timed  # type: ignore[method-assign]
 
+    def watch_waits(self) -> None:
+        """Let one step, which that makes slow, add the places at which the host waits for the device."""
+        from megatron.training import training
+
+        train_step = training.train_step
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            if self.count != PROFILED_STEP:
+                return train_step(*arguments, **options)
+            waits = Waits()
+            with waits.watching():
+                result = train_step(*arguments, **options)
+            self.record["host_syncs"] = waits.found
+            return result
+
+        training.train_step = watched
+
     def _wait(self) -> None:
         """For the device, to do all that it was given."""
         if self.on_gpu:
@@ -191,7 +212,11 @@ class Recorder:
         for layer, limit in self.limits.items():
             layer.pairs_limit = limit if self.count % 2 else 0.0
         wanted = os.environ.get("BENCHMARK_PROFILE")
-        if wanted == "memory" and self.on_gpu:
+        if wanted == "waits":
+            peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            self.record.setdefault("peaks", []).append(peaks)
+            torch.cuda.reset_peak_memory_stats()
+        elif wanted == "memory" and self.on_gpu:
             if self.count == PROFILED_STEP + 1:
                 assert self.held is not None
                 self.record["peak_bytes"] = torch.cuda.max_memory_allocated() - self.held
@@ -222,15 +247,19 @@ class _Fit:
     def __init__(self, router: "TopKRouter") -> None:
         self.initial = router.weight.detach().clone()
         self.tokens: list[torch.Tensor] = []
+        self.left = FIT_STEPS
 
     def __call__(self, router: "TopKRouter", arguments: tuple[torch.Tensor, ...]) -> None:
-        if len(self.tokens) < FIT_STEPS:
+        if self.left:
+            self.left -= 1
             self.tokens.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]))
             router.weight.data.copy_(self.initial)
             start_at_target(router, torch.cat(self.tokens))
             main = getattr(router.weight, "main_param", None)
             if main is not None:  # with half precision the optimizer sets the weights from its own, in fp32
                 main.data.view(-1).copy_(router.weight.data.view(-1))
+        else:
+            self.tokens.clear()  # which would count as memory of the steps to come
 
 
 def seconds_of_operations(events: Sequence[Any], on_gpu: bool) -> dict[str, float]:

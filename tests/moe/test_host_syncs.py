@@ -111,6 +111,7 @@ def test_waiting_is_noticed() -> None:
     assert waits.found == ["_local_scalar_dense.default", "nonzero.default"]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
 def test_cuda_tells_of_one_wait() -> None:
     config = make_config(**HALF_PRECISION)
@@ -128,6 +129,7 @@ def test_cuda_tells_of_one_wait() -> None:
     assert len(warned) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
 def test_cuda_tells_of_no_wait_with_topk(recwarn: pytest.WarningsRecorder) -> None:
     """One in the forward pass, for the sizes, where the GPU has no kernel for all experts at once."""

@@ -1,0 +1,68 @@
+"""The 182M ReMoE of the launch script on one GPU: its flags, and what its rehearsal said of it.
+
+python tools/gpu_acceptance/launched.py      rehearse it and write rehearsed.json, where a compiler is at hand
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tools.common.files import write_aside  # noqa: E402
+from tools.common.places import ROOT  # noqa: E402
+from tools.rehearse.flags import rehearsed  # noqa: E402
+
+EXPECTED = Path(__file__).with_name("rehearsed.json")
+SHARE_OF_BATCH = ["--global-batch-size", "64"]  # one GPU's of the eight that share the paper's 512
+STAGES = {"dense": 0.5, "steady": 0.125}  # active share of the pairs
+# Kept at the target, where training would come after hundreds of steps: weights hardly move.
+AT_TARGET = "--lr 1e-7 --min-lr 0 --lr-warmup-fraction 0".split()
+
+
+def command() -> tuple[dict[str, str], list[str]]:
+    """What the launch script gives: the environment's settings, and the entry's flags."""
+    script = ["bash", str(ROOT / "scripts" / "train_llama_182m_remoe.sh"), "1", "--", *SHARE_OF_BATCH]
+    planned = os.environ | {"DRY_RUN": "command", "DATA_PATH": "made-up", "PYTHON": sys.executable}
+    planned.pop("REHEARSE", None)
+    result = subprocess.run(script, env=planned, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"the launch script gives no command:\n{result.stderr}")
+    words = shlex.split(result.stdout)
+    entry = next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
+    settings = dict(word.split("=", 1) for word in words[1:entry] if words[0] == "env" and word.partition("=")[1])
+    return settings, words[entry + 1 :]
+
+
+def flags(stage: str, steps: int) -> list[str]:
+    """For `steps` steps of a stage on made-up tokens, with nothing saved and the script's log interval and workers."""
+    found = [*rehearsed(command()[1], steps), *"--log-interval 10 --num-workers 2".split()]
+    return [*found, *AT_TARGET] if stage == "steady" else found
+
+
+def _rehearse(stage: str, path: Path) -> dict[str, Any]:
+    settings, given = command()
+    tool = [sys.executable, str(ROOT / "tools" / "rehearse"), "--gpus", "1", "--stage", stage, "--json", str(path)]
+    subprocess.run([*tool, "--", *given], env=os.environ | settings, check=True)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    kept = found["stages"][stage] | {"host_syncs": found["host_syncs"], "launches": found["launches"]["step"]}
+    roofline = {name: found["roofline"][name] for name in ("mfu", "model_flops", "seconds", "bytes", "rates")}
+    return kept | {"gpu": found["gpu"], "roofline": roofline}
+
+
+def main() -> None:
+    """Write the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {stage: _rehearse(stage, Path(folder) / f"{stage}.json") for stage in STAGES}
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    write_aside(EXPECTED, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
