@@ -2,11 +2,13 @@
 # Sourced by scripts/train_llama_*.sh: turns a size, a routing and the positional arguments into one torchrun command.
 #
 # Environment, all optional but the data:
-#   DATA_PATH      prefixes of the data (of .bin/.idx), with weights if you like; or
-#   DATA_DIR       a folder of them: every *_document.bin in it
-#   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe                       (default: in DATA_DIR)
+#   DATA_PATH      prefixes of the data (of .bin/.idx), with weights if you like; with blanks in them: one a line; or
+#   DATA_DIR       a folder of them, taken with equal weights: the Pile's shards 01 to 29, or else every *_document.bin
+#   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt
+#                                                           (default: in DATA_DIR, or in the folder above it)
 #   TP, PP, EP, CP           tensor, pipeline, expert and context parallel sizes      (default: 1)
-#   NNODES or SLURM_NNODES, NODE_RANK or SLURM_NODEID, MASTER_ADDR, MASTER_PORT       (default: one node)
+#   NNODES or SLURM_NNODES, NODE_RANK, RANK or SLURM_NODEID, MASTER_ADDR, MASTER_PORT (default: one node)
+#   KERNELS=triton kernels beyond PyTorch's that no card has run yet                  (default: none of them)
 #   OUTPUT_DIR     checkpoints, TensorBoard, log and command of this run              (default: runs/<name>)
 #   WANDB_API_KEY  when set, figures also go to Weights & Biases
 #   CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF     for GPUs                   (default: see set_settings)
@@ -23,12 +25,12 @@ die() {
   exit 2
 }
 
-# set_model SIZE: the paper's table of sizes, and a micro-batch that fits into 80 GiB in the dense first stage.
+# set_model SIZE: the paper's table of sizes, and how often the authors' fork saves each.
 set_model() {
   case $1 in
-    182m) LAYERS=12 HIDDEN=768 HEADS=12 MICRO_BATCH=16 ;;
-    469m) LAYERS=24 HIDDEN=1024 HEADS=16 MICRO_BATCH=8 ;;
-    978m) LAYERS=24 HIDDEN=1536 HEADS=16 MICRO_BATCH=4 ;;
+    182m) LAYERS=12 HIDDEN=768 HEADS=12 SAVE_INTERVAL=5000 ;;
+    469m) LAYERS=24 HIDDEN=1024 HEADS=16 SAVE_INTERVAL=5000 ;;
+    978m) LAYERS=24 HIDDEN=1536 HEADS=16 SAVE_INTERVAL=2500 ;;
     *) die "size $1: choose 182m, 469m or 978m" ;;
   esac
 }
@@ -47,33 +49,87 @@ find_interpreter() {
   fi
 }
 
-# The data's prefixes into DATA_FLAGS.
+# DATA_PATH into DATA_FLAGS: one prefix, or words, or lines of "[weight] prefix".
+split_data_path() {
+  local line word
+  if [[ -f $DATA_PATH.bin ]]; then
+    DATA_FLAGS=("$DATA_PATH")
+  elif [[ $DATA_PATH == *$'\n'* ]]; then
+    while read -r line; do
+      if [[ $line =~ ^([0-9.]+)[[:blank:]]+(.*)$ ]]; then DATA_FLAGS+=("${BASH_REMATCH[1]}") line=${BASH_REMATCH[2]}; fi
+      if [[ -n $line ]]; then DATA_FLAGS+=("$line"); fi
+    done <<<"$DATA_PATH"
+  else
+    read -ra DATA_FLAGS <<<"$DATA_PATH"
+    if is_planned || ((${#DATA_FLAGS[@]} < 2)); then return; fi
+    for word in "${DATA_FLAGS[@]}"; do
+      [[ -f $word.bin || $word == *://* || $word =~ ^[0-9.]+$ ]] || die "DATA_PATH is split at blanks, and there is no" \
+        "$word.bin. If a prefix has blanks, give each data set a line of its own: [weight] prefix"
+    done
+  fi
+}
+
+# The data sets in DATA_DIR into DATA_FLAGS, with weights of 1.0; the authors' fork trains on shards 01 to 29 so.
+find_data_sets() {
+  local file number pile=() found=() left=()
+  for file in "$DATA_DIR"/*_document.bin; do
+    if [[ -f $file ]]; then found+=("${file%.bin}"); fi
+  done
+  ((${#found[@]})) || die "no *_document.bin in DATA_DIR=$DATA_DIR: make them with tools/preprocess_data.py"
+  for number in $(seq -f %02g 0 29); do
+    file=$DATA_DIR/${number}_text_document
+    if [[ -f $DATA_DIR/pile_${number}_text_document.bin ]]; then
+      [[ ! -f $file.bin ]] || die "DATA_DIR=$DATA_DIR has shard $number twice, as ${number}_text_document and as" \
+        "pile_${number}_text_document, and both would be trained on. Move one of them away"
+      file=$DATA_DIR/pile_${number}_text_document
+    fi
+    if [[ $number != 00 && -f $file.bin ]]; then pile+=("$file"); fi
+  done
+  if ((${#pile[@]} == 29)); then
+    for file in "${found[@]}"; do
+      if [[ ! $file =~ /(pile_)?(0[1-9]|[12][0-9])_text_document$ ]]; then left+=("${file##*/}"); fi
+    done
+    if ((${#left[@]})); then echo "Data: the Pile's shards 01 to 29; left out: ${left[*]}" >&2; fi
+    found=("${pile[@]}")
+  fi
+  if ((${#found[@]} == 1)); then DATA_FLAGS=("${found[@]}") && return; fi
+  for file in "${found[@]}"; do DATA_FLAGS+=(1.0 "$file"); done
+}
+
+# Weights and prefixes of the data into DATA_FLAGS.
 find_data() {
-  local file
   DATA_FLAGS=()
   if [[ -n ${DATA_PATH-} ]]; then
-    read -ra DATA_FLAGS <<<"$DATA_PATH"
-    return
-  fi
-  if [[ -z ${DATA_DIR-} && ${REHEARSE:-0} != 0 ]]; then
+    split_data_path
+  elif [[ -n ${DATA_DIR-} ]]; then
+    find_data_sets
+  elif [[ ${REHEARSE:-0} != 0 ]]; then
     DATA_FLAGS=(made-up)
-    return
+  else
+    die "no data: set DATA_PATH to a prefix of .bin/.idx, or DATA_DIR to a folder of them"
   fi
-  [[ -n ${DATA_DIR-} ]] || die "no data: set DATA_PATH to a prefix of .bin/.idx, or DATA_DIR to a folder of them"
-  for file in "$DATA_DIR"/*_document.bin; do
-    if [[ -f $file ]]; then DATA_FLAGS+=("${file%.bin}"); fi
+}
+
+# Prints the first of the files that exists, else the first.
+first_file() {
+  local file
+  for file in "$@"; do
+    if [[ -f $file ]]; then break; fi
+    file=$1
   done
-  ((${#DATA_FLAGS[@]})) || die "no *_document.bin in DATA_DIR=$DATA_DIR: make them with tools/preprocess_data.py"
+  printf '%s' "$file"
 }
 
 # The tokenizer's files into TOKENIZER, unless Megatron flags choose another tokenizer.
 find_vocabulary() {
-  local vocabulary=${VOCAB_FILE:-${DATA_DIR-.}/encoder.json} merges=${MERGE_FILE:-${DATA_DIR-.}/vocab.bpe}
+  local folder=${DATA_DIR-.} vocabulary merges
+  vocabulary=${VOCAB_FILE:-$(first_file "$folder"/encoder.json "$folder"/{,../}gpt2-vocab.json)}
+  merges=${MERGE_FILE:-$(first_file "$folder"/vocab.bpe "$folder"/{,../}gpt2-merges.txt)}
   TOKENIZER=()
   if [[ " $* " == *" --tokenizer-type "* ]]; then return; fi
   if ! is_planned; then
-    [[ -f $vocabulary ]] || die "VOCAB_FILE: there is no $vocabulary (GPT-2's encoder.json)"
-    [[ -f $merges ]] || die "MERGE_FILE: there is no $merges (GPT-2's vocab.bpe)"
+    [[ -f $vocabulary ]] || die "VOCAB_FILE: there is no $vocabulary (GPT-2's encoder.json or gpt2-vocab.json)"
+    [[ -f $merges ]] || die "MERGE_FILE: there is no $merges (GPT-2's vocab.bpe or gpt2-merges.txt)"
   fi
   TOKENIZER=(--tokenizer-type GPT2BPETokenizer --vocab-file "$vocabulary" --merge-file "$merges")
 }
@@ -102,11 +158,11 @@ print(*answers, sep="\n")
 ' 2>/dev/null | tail -n 2
 }
 
-# What suits the machine into HARDWARE: fast where there is a GPU, plain PyTorch without Transformer Engine; KERNELS tells which
+# What suits the machine into HARDWARE: fast where there is a GPU, plain PyTorch without Transformer Engine; ENGINE tells which
 # and why. A dry run plans for GPUs on any machine.
 set_hardware_flags() {
   local engine="" apex=""
-  HARDWARE=() KERNELS=""
+  HARDWARE=() ENGINE=""
   if [[ " $* " == *" --cpu "* ]] || { ! is_planned && ! has_gpu; }; then
     return # the entry trains on the CPU and needs no flags for it
   fi
@@ -114,16 +170,26 @@ set_hardware_flags() {
   { IFS= read -r engine && IFS= read -r apex; } < <(ask_for_kernels) || true
   if [[ " $* " == *" --transformer-impl"[\ =]"local "* ]]; then engine=": not asked for"; fi
   if [[ $engine == usable ]]; then
-    KERNELS="Transformer Engine"
+    ENGINE="Transformer Engine"
     HARDWARE+=(--transformer-impl transformer_engine)
     if [[ $ROUTING != dense ]]; then HARDWARE+=(--moe-grouped-gemm); fi
   else
-    KERNELS="plain PyTorch (Transformer Engine${engine:-: $PYTHON did not say})"
+    ENGINE="plain PyTorch (Transformer Engine${engine:-: $PYTHON did not say})"
     HARDWARE+=(--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion)
   fi
   # Without apex Megatron's own linear layers, of which the output layer is always one, cannot be built with this fusion. The
   # flag is one for all: Transformer Engine's layers, which could do it, then add their weight gradients in a pass of their own.
   if [[ $apex != usable ]]; then HARDWARE+=(--no-gradient-accumulation-fusion); fi
+}
+
+# What KERNELS stands for into FAST.
+set_kernel_flags() {
+  FAST=()
+  case ${KERNELS-} in
+    "") ;;
+    triton) FAST=(--moe-kernels triton) ;;
+    *) die "KERNELS=$KERNELS: choose triton, or leave it unset" ;;
+  esac
 }
 
 # Prints the value of a flag that counts, the last one: last_value FLAG WORDS...
@@ -152,11 +218,20 @@ before_blackwell() {
   fi
 }
 
+# Prints words so that a shell, or Python's shlex, reads them back; printf %q depends on the locale.
+quoted() {
+  local word
+  for word in "$@"; do
+    if [[ ! $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then word="'${word//\'/\'\\\'\'}'"; fi
+    printf '%s ' "$word"
+  done
+}
+
 # The environment of a training on GPUs into SETTINGS: set_settings MEGATRON FLAGS... What the user has set stays.
 set_settings() {
   local words=" $* " graphs
   SETTINGS=()
-  if [[ -z $KERNELS ]]; then return; fi
+  if [[ -z $ENGINE ]]; then return; fi
   # Megatron refuses TP or CP without it before Blackwell, and FSDP with it; overlapped expert parallelism wants more.
   if [[ $(last_value --tensor-model-parallel-size "$@")-$(last_value --context-parallel-size "$@") != 1-1 ]] &&
     before_blackwell &&
@@ -215,17 +290,21 @@ launch() {
 
   set_model "$size"
   GPUS_PER_NODE=${positional[0]:-8}
-  local train_iters=${positional[1]:-60000} micro_batch_size=${positional[2]:-$MICRO_BATCH}
-  local project=remoe most=6
+  local train_iters=${positional[1]:-60000} micro_batch_size=${positional[2]:-16}
+  local project most=6
   EXPERTS=8 GRANULARITY=1 FFN=$((HIDDEN * 4))
   if [[ $ROUTING == dense ]]; then
-    whole_number ffn_expansion "${positional[3]:-4}"
-    FFN=$((HIDDEN * ${positional[3]:-4})) project=${positional[4]:-$project} most=5
-    name=llama_${size}_dense_ffn${positional[3]:-4}
+    local expansion=${positional[3]:-1}
+    whole_number ffn_expansion "$expansion"
+    FFN=$((HIDDEN * 4 * expansion)) project=${positional[4]:-remoe} most=5
+    name=llama_${size}_dense_ffn$((4 * expansion)) # over the hidden size
+    echo "FFN: $FFN = $expansion x 4 x $HIDDEN" >&2
   else
-    EXPERTS=${positional[3]:-8} GRANULARITY=${positional[4]:-1} project=${positional[5]:-$project}
+    EXPERTS=${positional[3]:-8} GRANULARITY=${positional[4]:-1} project=${positional[5]:-remoe}
     name=llama_${size}_${ROUTING}_e${EXPERTS}g${GRANULARITY}
   fi
+  [[ $project != */* ]] || die "project_name is '$project': it becomes part of a folder's name; give it without /"
+  if [[ $project != remoe ]]; then name+=_$project; fi
   ((${#positional[@]} <= most)) || die "too many arguments: ${positional[*]:most}. Put Megatron's flags behind --"
   NODES=${NNODES:-${SLURM_NNODES:-1}}
   local number
@@ -237,6 +316,7 @@ launch() {
   find_interpreter
   find_data
   find_vocabulary "$@"
+  set_kernel_flags
   set_routing_flags
   set_layout_flags
   set_hardware_flags "$@"
@@ -245,7 +325,10 @@ launch() {
   local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NODES")
   if ((NODES > 1)); then
     [[ -n ${MASTER_ADDR-} ]] || die "NNODES=$NODES needs MASTER_ADDR, the first node's name"
-    command+=(--node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" --master-addr "$MASTER_ADDR")
+    local rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:-0}}}
+    [[ $rank =~ ^[0-9]+$ && $rank -lt $NODES ]] || die "the node's rank (NODE_RANK, RANK or SLURM_NODEID) is '$rank':" \
+      "give a number below NNODES=$NODES"
+    command+=(--node-rank "$rank" --master-addr "$MASTER_ADDR")
     command+=(--master-port "${MASTER_PORT:-29500}")
   else
     command+=(--standalone)
@@ -259,12 +342,12 @@ launch() {
     --init-method-std 0.01 --make-vocab-size-divisible-by 1024
     --micro-batch-size "$micro_batch_size" --global-batch-size 512 --train-iters "$train_iters"
     --lr 5e-4 --min-lr 5e-5 --lr-decay-style cosine --lr-warmup-fraction 0.01
-    --adam-beta1 0.9 --adam-beta2 0.999 --weight-decay 0.1 --clip-grad 1.0
+    --adam-beta1 0.9 --adam-beta2 0.999 --weight-decay 0.01 --clip-grad 1.0
     "${TOKENIZER[@]}" --data-path "${DATA_FLAGS[@]}" --split "969,30,1"
-    --eval-interval 1000 --eval-iters 32
-    --save "$output/checkpoints" --load "$output/checkpoints" --save-interval 1000 --exit-signal-handler
+    --eval-interval 1000 --eval-iters 100
+    --save "$output/checkpoints" --load "$output/checkpoints" --save-interval "$SAVE_INTERVAL" --exit-signal-handler
     --tensorboard-dir "$output/tensorboard" --log-interval 10 --log-throughput
-    "${MIXTURE[@]}" "${LAYOUT[@]}" "${HARDWARE[@]}")
+    "${MIXTURE[@]}" "${LAYOUT[@]}" "${HARDWARE[@]}" "${FAST[@]}")
   if [[ -n ${WANDB_API_KEY-} ]]; then
     flags+=(--wandb-project "$project" --wandb-exp-name "$name" --wandb-save-dir "$output")
   fi
@@ -272,10 +355,11 @@ launch() {
   command+=("${flags[@]}")
   set_settings "${flags[@]}"
   if ((${#SETTINGS[@]})); then command=(env "${SETTINGS[@]}" "${command[@]}"); fi
-  if [[ -n $KERNELS ]]; then echo "Layers: $KERNELS" >&2; fi
+  if [[ -n $ENGINE ]]; then echo "Layers: $ENGINE" >&2; fi
+  if ((${#FAST[@]})); then echo "KERNELS=triton: ${FAST[*]}, not run on a card yet" >&2; fi
 
   if [[ ${DRY_RUN:-0} != 0 ]]; then
-    printf '%q ' "${command[@]}"
+    quoted "${command[@]}"
     echo
     [[ $DRY_RUN != command ]] || return 0
     echo
@@ -289,7 +373,7 @@ launch() {
     return
   fi
   mkdir -p "$output" 2>/dev/null && [[ -w $output ]] || die "OUTPUT_DIR=$output cannot be written"
-  printf '%q ' "${command[@]}" >"$output/command.sh"
+  quoted "${command[@]}" >"$output/command.sh"
   echo "Run: $output (log, command, checkpoints, tensorboard)"
   run_training "$output/train.log" "${command[@]}"
 }

@@ -1,6 +1,7 @@
 """The paper's launch scripts: what they would run, their errors, and one of them for real on the CPU."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -38,33 +39,6 @@ def value(words: list[str], flag: str) -> str:
     return words[len(words) - 1 - words[::-1].index(flag) + 1]
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("size", SIZES)
-def test_paper_settings(size: str, routing: str) -> None:
-    words = command(f"{size}_{routing}")
-    layers, hidden, heads = SIZES[size]
-    expected = {
-        "--nproc-per-node": "8",
-        "--num-layers": layers,
-        "--hidden-size": hidden,
-        "--num-attention-heads": heads,
-        "--ffn-hidden-size": str(4 * int(hidden)),
-        "--num-query-groups": "4",
-        "--seq-length": "1024",
-        "--global-batch-size": "512",
-        "--train-iters": "60000",
-        "--lr": "5e-4",
-        "--min-lr": "5e-5",
-        "--init-method-std": "0.01",
-        "--rotary-base": "1000000",
-        "--split": "969,30,1",
-    }
-    assert {flag: value(words, flag) for flag in expected} == expected
-    assert ("--moe-relu-routing" in words) == (routing == "remoe")
-    assert ("--moe-aux-loss-coeff" in words) == (routing == "moe")
-    assert ("--num-experts" in words) == (routing != "dense")
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_moe_and_remoe_differ_in_one_line(size: str) -> None:
     moe, remoe = (
@@ -85,7 +59,82 @@ def test_positional_arguments_and_flags_behind_dashes() -> None:
         "--lr": "1e-3",
     }
     assert {flag: value(words, flag) for flag in expected} == expected
-    assert value(command("182m_dense", "2", "100", "4", "8"), "--ffn-hidden-size") == str(8 * 768)
+    assert value(words, "--save").endswith("/runs/llama_182m_remoe_e16g2_mine/checkpoints")
+    assert value(command("182m_remoe", WANDB_API_KEY="x"), "--wandb-exp-name") == "llama_182m_remoe_e8g1"
+
+
+def test_ffn_expansion_is_the_forks() -> None:
+    """Of 4 x hidden: the paper's Dense x 8 is 8."""
+    for given, expansion in (("", 1), ("8", 8)):
+        result = launch("182m_dense", "2", "100", "4", given, DRY_RUN="command", DATA_PATH="pile")
+        assert result.stderr.startswith(f"FFN: {expansion * 4 * 768} = {expansion} x 4 x 768\n")
+        words = shlex.split(result.stdout)
+        assert value(words, "--ffn-hidden-size") == str(expansion * 4 * 768)
+        assert value(words, "--save").endswith(f"/runs/llama_182m_dense_ffn{4 * expansion}/checkpoints")
+
+
+def shards(folder: Path, names: list[str]) -> list[str]:
+    """Data sets in a folder; returns their prefixes with the weights that the fork gives."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / f"{name}_text_document.bin").touch()
+    return [word for name in names for word in ("1.0", f"{folder}/{name}_text_document")]
+
+
+def data_path(words: list[str]) -> list[str]:
+    return words[words.index("--data-path") + 1 : words.index("--split")]
+
+
+@pytest.mark.parametrize("form", ["{}", "pile_{}"])
+def test_data_folder(form: str, tmp_path: Path) -> None:
+    """The fork's mixture where its shards are there; what else is there is named. Else all, with equal weights."""
+    folder = tmp_path / "dätä of mine"
+    names = [form.format(f"{number:02}") for number in range(30)]
+    some = shards(folder, [names[0], *names[5:]])
+    assert data_path(command("182m_remoe", DATA_PATH="", DATA_DIR=str(folder))) == some
+    all_but_first = shards(folder, names[1:])
+    result = launch("182m_remoe", DRY_RUN="command", DATA_DIR=str(folder))
+    assert data_path(shlex.split(result.stdout)) == all_but_first
+    assert f"Data: the Pile's shards 01 to 29; left out: {names[0]}_text_document\n" in result.stderr
+    (folder / "pile_07_text_document.bin").touch()
+    (folder / "07_text_document.bin").touch()
+    result = launch("182m_remoe", DRY_RUN="command", DATA_DIR=str(folder))
+    assert result.returncode == 2 and "has shard 07 twice, as 07_text_document and as pile_07" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("pile", ["pile"]),
+        ("1.0 a  0.5 b", ["1.0", "a", "0.5", "b"]),
+        ("my data/ä b\nc", ["my data/ä b", "c"]),
+        ("1.0 my data/ä\n\n  0.5\tb c \n", ["1.0", "my data/ä", "0.5", "b c"]),
+        ("1.0\na\n2\nb", ["1.0", "a", "2", "b"]),
+        ("{folder}/one data set", ["{folder}/one data set"]),
+    ],
+)
+def test_data_path_by_words_or_lines(given: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "one data set.bin").touch()
+    words = command("182m_remoe", DATA_PATH=given.format(folder=tmp_path))
+    assert data_path(words) == [word.format(folder=tmp_path) for word in expected]
+
+
+def test_vocabulary_files_under_either_name(tmp_path: Path) -> None:
+    data = tmp_path / "pile gpt2"
+    data.mkdir()
+    for files in (("../gpt2-vocab.json", "../gpt2-merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"),
+                  ("encoder.json", "vocab.bpe")):  # fmt: skip
+        for name in files:
+            (data / name).touch()
+        words = command("182m_remoe", DATA_DIR=str(data))
+        assert (value(words, "--vocab-file"), value(words, "--merge-file")) == tuple(f"{data}/{name}" for name in files)
+
+
+def test_kernels_that_are_asked_for() -> None:
+    result = launch("182m_remoe", DRY_RUN="command", DATA_PATH="pile", KERNELS="triton")
+    assert value(shlex.split(result.stdout), "--moe-kernels") == "triton"
+    assert "KERNELS=triton: --moe-kernels triton, not run on a card yet\n" in result.stderr
+    assert "--moe-kernels" not in command("182m_remoe")
 
 
 def test_layout_and_nodes() -> None:
@@ -93,6 +142,16 @@ def test_layout_and_nodes() -> None:
     assert value(words, "--expert-model-parallel-size") == "4"
     assert value(words, "--node-rank") == "1" and value(words, "--master-addr") == "first"
     assert "--sequence-parallel" in words and "--standalone" not in words
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [({}, "0"), ({"SLURM_NODEID": "1"}, "1"), ({"SLURM_NODEID": "1", "RANK": "2"}, "2"),
+     ({"RANK": "1", "NODE_RANK": "2"}, "2")],
+)  # fmt: skip
+def test_node_rank(environment: dict[str, str], rank: str) -> None:
+    words = command("182m_remoe", NNODES="4", MASTER_ADDR="first", **environment)
+    assert value(words, "--node-rank") == rank
 
 
 ENGINE, APEX = "transformer_engine/__init__.py", "fused_weight_gradient_mlp_cuda.py"
@@ -212,6 +271,14 @@ def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Pat
         (["2"], {"TP": "4"}, "cannot be split into TP=4"),
         (["8"], {"TP": "8"}, "TP=8 does not divide the 12 attention heads"),
         (["8"], {"NNODES": "2"}, "needs MASTER_ADDR"),
+        (["8"], {"NNODES": "2", "MASTER_ADDR": "first", "RANK": "2"}, "is '2': give a number below NNODES=2"),
+        (["8", "1", "1", "8", "1", "a/b"], {}, "project_name is 'a/b': it becomes part of a folder's name"),
+        (
+            [],
+            {"DRY_RUN": "0", "DATA_PATH": "my pile"},
+            "there is no my.bin. If a prefix has blanks, give each data set",
+        ),
+        ([], {"KERNELS": "cuda"}, "KERNELS=cuda: choose triton, or leave it unset"),
     ],
 )
 def test_errors(arguments: list[str], environment: dict[str, str], message: str) -> None:
@@ -229,17 +296,30 @@ def training_environment(data: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
-    environment = training_environment(data, tmp_path)
+    """On paths with blanks and letters beyond ASCII."""
+    folder = tmp_path / "dätä of mine"
+    folder.mkdir()
+    for suffix in (".bin", ".idx"):
+        (folder / f"a_document{suffix}").symlink_to(data.with_suffix(suffix))
+    environment = training_environment(data, folder) | {"DATA_PATH": "", "DATA_DIR": str(folder)}
     for more, expected in ((["--exit-interval", "2"], [1, 2]), ([], [3, 4])):
         result = launch("182m_remoe", "1", "4", "2", "--", *FLAGS, *more, **environment)
         assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
         assert list(records(result.stdout)) == expected
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+    assert {path.name for path in (folder / "run").iterdir()} == {
         "checkpoints",
         "command.sh",
         "tensorboard",
         "train.log",
     }
+    # What a dry run tells of their number and size is what was written.
+    environment |= {"DRY_RUN": "1"}
+    result = launch("182m_remoe", "1", "4", "2", "--", *FLAGS, **environment)
+    told = re.search(r"Checkpoints: (\d+) of (\S+) GB, (\S+) GB in all, one every 2 iterations", result.stdout)
+    assert told is not None, result.stderr
+    saved = list((folder / "run" / "checkpoints").glob("iter_*"))
+    size = sum(path.stat().st_size for path in saved[0].iterdir()) / 1e9
+    assert int(told[1]) == len(saved) == 2 and float(told[2]) == pytest.approx(size, rel=0.1, abs=0.05), size
 
 
 @pytest.mark.parametrize("receivers", ["script", "all"])
@@ -290,11 +370,22 @@ PAPER = {  # total parameters in units of 10^6, GFLOPs per sequence
 }
 
 
+@pytest.fixture(scope="module")
+def pile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the names of the fork's shards."""
+    folder = tmp_path_factory.mktemp("pile")
+    shards(folder, [f"{number:02}" for number in range(1, 30)])
+    return str(folder)
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("size", SIZES)
-def test_cost_is_the_papers(size: str, routing: str) -> None:
-    """The entry's own parser and validation accept each script's flags, and the model is the paper's."""
-    result = launch(f"{size}_{routing}", DRY_RUN="1", DATA_PATH="pile", PYTHON=sys.executable)
+def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
+    """The entry's own parser and validation accept each script's flags, and model and settings are the paper's.
+
+    Settings are those that tools/cost/paper.py names, with the values of the paper or, read by its parser, the fork.
+    """
+    result = launch(f"{size}_{routing}", DRY_RUN="1", DATA_DIR=pile, PYTHON=sys.executable)
     assert result.returncode == 0, result.stderr
     command_line, estimate = result.stdout.split("\n", 1)
     assert "torch.distributed.run" in command_line and "--bf16" in command_line
@@ -309,10 +400,12 @@ def test_cost_is_the_papers(size: str, routing: str) -> None:
     assert f"Settings that differ from the paper's {size.upper()} {routing}: none" in estimate
     assert "31,457,280,000 tokens" in estimate
     assert ("dense first stage, 4 of 8 experts" in estimate) == (routing == "remoe")
+    assert (f"Checkpoints: {24 if size == '978m' else 12} of " in estimate) and "--save" in command_line
 
 
 def test_cost_names_what_differs_from_the_paper() -> None:
-    flags = ["2", "100", "4", "16", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2"]
+    flags = ["2", "100", "4", "16", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2", "--weight-decay", "0.1"]
+    flags += ["--eval-iters", "32", "--seed", "1", "--no-moe-relu-l1-reg-load-balancing"]
     environment = {"DRY_RUN": "1", "DATA_PATH": "pile", "PYTHON": sys.executable, "GPU": "a100", "UTILIZATION": "0.3"}
     result = launch("182m_remoe", *flags, **environment)
     assert result.returncode == 0, result.stderr
@@ -322,11 +415,17 @@ def test_cost_names_what_differs_from_the_paper() -> None:
         "--num-experts 16   (paper: 8)",
         "--moe-router-topk 2   (paper: 1)",
         "--moe-granularity 2   (paper: 1)",
+        "--moe-relu-l1-reg-load-balancing off   (paper: on)",
+        "--weight-decay 0.1   (fork: 0.01)",
+        "--eval-iters 32   (fork: 100)",
+        "--micro-batch-size 4   (fork: 16)",
+        "--seed 1   (fork: 1234)",
+        "--data-path pile   (fork: 01 to 29, equally)",
         "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)",
         "at 30% utilization",
     ):
         assert line in result.stdout
-    assert result.stdout.count("(paper:") == 5
+    assert (result.stdout.count("(paper:"), result.stdout.count("(fork:")) == (6, 5)
 
 
 def test_cost_refuses_a_layout_that_megatron_refuses() -> None:

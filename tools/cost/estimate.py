@@ -1,6 +1,7 @@
 """The estimate of a training's cost, and how it is printed."""
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,15 +83,27 @@ def lines(
         yield from _paper_lines(given, *plan.paper)
     yield ""
     yield from _compute_lines(args, plan, *parameters_of)
+    if args.save and args.save_interval:
+        yield ""
+        yield _checkpoint_line(args, parameters_of[0])
     yield ""
     yield from _memory_lines(args, plan, stages)
 
 
+def _checkpoint_line(args: argparse.Namespace, total: int) -> str:
+    interval = args.save_retain_interval or args.save_interval
+    number = math.ceil(args.train_iters / interval)  # one is saved after the last iteration in any case
+    size = memory.checkpoint_bytes(args, total) / 1e9
+    told = f"{number} of {size:,.1f} GB, {number * size:,.1f} GB in all"
+    return f"Checkpoints: {told}, one every {interval} iterations; --save-retain-interval N keeps fewer"
+
+
 def _paper_lines(given: dict[str, object], size: str, routing: str) -> Iterator[str]:
+    """Where the paper does not give a value, the scripts of its authors' fork do."""
     different = paper.differences(given, size, routing)
     yield f"Settings that differ from the paper's {size.upper()} {routing}: {'' if different else 'none'}"
-    for flag, value, expected in different:
-        yield f"  {flag} {value}   (paper: {expected})"
+    for flag, value, expected, source in different:
+        yield f"  {flag} {value}   ({source}: {expected})"
 
 
 def _compute_lines(args: argparse.Namespace, plan: Plan, total: int, experts: int) -> Iterator[str]:

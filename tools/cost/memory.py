@@ -63,6 +63,12 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     )
 
 
+def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
+    """Bytes of one checkpoint on disk, of a model of so many parameters; the weights and the optimizer's state."""
+    optimizer = 0 if args.no_save_optim else _optimizer_bytes(args, args.bf16 or args.fp16)
+    return (element_size(args) + optimizer) * parameters
+
+
 def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
     """Bytes a parameter: Adam's two moments, and the fp32 weights of half-precision training."""
     if args.optimizer == "sgd":
