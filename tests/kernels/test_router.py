@@ -123,8 +123,9 @@ def test_compiled_without_spills() -> None:
         given = {"pairs_PC": "*i32", "sums_PE": "*fp32", "exponent": "*i64", "guarded": "*i64", "programs": "i32"}
         given |= {"counts": "*fp64", "terms_C": "*fp32"} | ({"of_sequence_C": "*i64"} if wide else {})
         constants = {"TOPK": 1, "RANKS": 2, "BALANCES": True, "INIT": 1e-8, "LOG2": 0.263, "GUARD": GUARD}
-        constants |= {"E": num_experts, "PER_TOKEN": wide, "BLOCK": 2 if wide else 128, "WIDTH": 2 * num_experts}
-        kernels.append(Kernel("router:_terms", given, constants | ({} if wide else {"of_sequence_C": None})))
+        constants |= {"E": num_experts, "PER_TOKEN": wide, "BLOCK": 16 if wide else 128, "WIDTH": num_experts}
+        constants |= {} if wide else {"of_sequence_C": None}
+        kernels.append(Kernel("router:_terms", given, constants, num_warps=router.TERMS_WARPS))
         given = {"d_probs_TE": dtype, "map_TE": "*i1", "terms_C": "*fp32", "scale": "*fp32", "d_logits_TE": dtype}
         kernels.append(Kernel("router:_gradient", given | {"size": "i32"}, {"E": num_experts, "BLOCK": router.BLOCK}))
     assert not any(usage.spilled for usage in usages(kernels))

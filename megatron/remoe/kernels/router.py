@@ -15,7 +15,7 @@ import triton.language as tl
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 # One program adds up what all have counted, so that they are few.
-MOST_PROGRAMS, LEAST_TOKENS, BLOCK = 128, 16, 2048
+MOST_PROGRAMS, LEAST_TOKENS, BLOCK, TERMS_BLOCK, TERMS_WARPS = 128, 16, 2048, 8192, 8
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class _ReLURouting(torch.autograd.Function):
         if group.size() > 1:  # its tokens are split over tensor (sequence) and context parallel ranks
             of_sequence = pairs.sum(dim=0)
             torch.distributed.all_reduce(of_sequence, group=group)
-        width = triton.next_power_of_2(num_experts + 1)
         _terms[(1,)](
             pairs, sums, of_sequence, exponent, guarded, counts, terms, programs,
             E=num_experts, TOPK=regularization.topk, RANKS=group.size(), BALANCES=regularization.balances,
             INIT=regularization.init, LOG2=math.log2(regularization.multiplier), GUARD=regularization.guard,
-            PER_TOKEN=per_token, BLOCK=min(triton.next_power_of_2(programs), max(1, BLOCK // width)), WIDTH=width,
+            PER_TOKEN=per_token, BLOCK=min(triton.next_power_of_2(programs), max(1, TERMS_BLOCK // width)), WIDTH=width,
+            num_warps=TERMS_WARPS,
         )  # fmt: skip
         ctx.save_for_backward(routing_map, terms)
         ctx.mark_non_differentiable(routing_map)
@@ -175,32 +175,39 @@ def _terms(
     """Adds to the counts, and gives the gradient of λ · L_reg with each expert's gates and the guard's where they are
     off, C = E + 1, fp32. One program; moves 8·P·E bytes. `of_sequence_C` is None where this rank has the whole of it.
     """
-    column = tl.arange(0, WIDTH)
-    is_expert, is_column = column < E, column <= E
-    own = tl.zeros([WIDTH], tl.int32)
+    expert = tl.arange(0, WIDTH)
+    is_expert = expert < E
+    own_pairs = tl.zeros([WIDTH], tl.int32)
+    tokens_here = 0
     sums = tl.zeros([WIDTH], tl.float32)
     for first in range(0, programs, BLOCK):
-        program = (first + tl.arange(0, BLOCK))[:, None]
-        is_counted, is_summed = (program < programs) & is_column[None, :], (program < programs) & is_expert[None, :]
-        own += tl.sum(tl.load(pairs_PC + program * (E + 1) + column[None, :], mask=is_counted, other=0), axis=0)
-        sums += tl.sum(tl.load(sums_PE + program * E + column[None, :], mask=is_summed, other=0.0), axis=0)
-    pairs = own.to(tl.float64)
-    own_tokens = tl.sum(tl.where(column == E, pairs, 0.0))
-    tl.store(counts + column, tl.load(counts + column, mask=is_column) + pairs, mask=is_column)
+        program = first + tl.arange(0, BLOCK)
+        is_program, row = program < programs, program * (E + 1)
+        is_inside = is_program[:, None] & is_expert[None, :]
+        own_pairs += tl.sum(tl.load(pairs_PC + row[:, None] + expert[None, :], mask=is_inside, other=0), axis=0)
+        tokens_here += tl.sum(tl.load(pairs_PC + row + E, mask=is_program, other=0))
+        sums += tl.sum(tl.load(sums_PE + program[:, None] * E + expert[None, :], mask=is_inside, other=0.0), axis=0)
+    pairs, own_tokens = own_pairs.to(tl.float64), tokens_here.to(tl.float64)
+    tokens = own_tokens
+    tl.store(counts + expert, tl.load(counts + expert, mask=is_expert) + pairs, mask=is_expert)
+    tl.store(counts + E, tl.load(counts + E) + own_tokens)
     if of_sequence_C is not None:
-        pairs = tl.load(of_sequence_C + column, mask=is_column, other=0).to(tl.float64)
-    tokens = tl.maximum(tl.sum(tl.where(column == E, pairs, 0.0)), 1.0)
-    weight = pairs * (E / TOPK) / tokens / tokens if BALANCES else 1.0 / tokens
-    l1_loss = tl.sum(tl.where(is_expert, sums.to(tl.float64) * weight, 0.0))
-    tl.store(counts + E + 1, tl.load(counts + E + 1) + l1_loss)
+        pairs = tl.load(of_sequence_C + expert, mask=is_expert, other=0).to(tl.float64)
+        tokens = tl.load(of_sequence_C + E).to(tl.float64)
+    tokens = tl.maximum(tokens, 1.0)
+    weight = tl.full([WIDTH], 1.0, tl.float64) / tokens
+    if BALANCES:
+        weight *= pairs * (E / TOPK) / tokens
+    tl.store(counts + E + 1, tl.load(counts + E + 1) + tl.sum(sums.to(tl.float64) * weight))
     tl.store(counts + E + 2, tl.load(counts + E + 2) + 1.0 / RANKS)
 
     is_guarded = tl.load(guarded).to(tl.float64)
     coefficient = INIT * tl.exp2(tl.load(exponent).to(tl.float64) * LOG2) * (1.0 - is_guarded)
-    term = tl.where(is_expert, coefficient * weight, 0.0 - GUARD * is_guarded / (tokens * E))
+    push = 0.0 - GUARD * is_guarded / (tokens * E)
     if PER_TOKEN:
-        term *= own_tokens * RANKS
-    tl.store(terms_C + column, term.to(tl.float32), mask=is_column)
+        coefficient, push = coefficient * own_tokens * RANKS, push * own_tokens * RANKS
+    tl.store(terms_C + expert, (coefficient * weight).to(tl.float32), mask=is_expert)
+    tl.store(terms_C + E, push.to(tl.float32))
 
 
 @triton.jit(launch_metadata=_gradient_bytes)
