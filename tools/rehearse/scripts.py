@@ -18,6 +18,7 @@ SETTINGS = set(
 ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more repeat it
 GPUS = 8
 BATCH = 512  # sequences of a step
+FEW = 4  # micro-batches of a step that are all rehearsed
 PLAIN = ("--transformer-impl", "local")  # whether or not Transformer Engine is installed
 
 
@@ -67,7 +68,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of `BATCH` sequences, drawn on from those of one and of two micro-batches a GPU.
+    """A step of `BATCH` sequences; of many micro-batches it is drawn on from steps of one and of two.
 
     Attributes:
         error: why it does not start; None where it does, and all else holds.
@@ -97,12 +98,13 @@ class Step:
 def whole_step(launch: Launch, micro_batch: int) -> Step:
     """The step of a launch script with data parallelism over all GPUs, in micro-batches of so many sequences."""
     found: list[dict[str, Any]] = []
-    for number in (1, 2):
+    whole = BATCH // (micro_batch * GPUS)
+    for number in (1, 2) if whole > FEW else (whole,):
         sizes = ("--micro-batch-size", str(micro_batch), "--global-batch-size", str(micro_batch * GPUS * number))
         found.append(replace(launch, flags=(*launch.flags, *sizes)).rehearse())
         if not found[-1]["starts"]:
             return Step(found[-1]["error"])
-    of_one, of_two = (
+    counted = [
         {
             "launches": seen["launches"]["step"],
             "waits": sum(wait["times"] for wait in seen["host_syncs"] if "/remoe/moe/" not in wait["where"]),
@@ -111,14 +113,13 @@ def whole_step(launch: Launch, micro_batch: int) -> Step:
             "collectives": sum(one["seconds"] for one in seen["collectives"]),
         }
         for seen in found
-    )
-    number = BATCH // (micro_batch * GPUS)
-    drawn = {key: one + (number - 1) * (of_two[key] - one) for key, one in of_one.items()}
-    roofline, launches = found[0]["roofline"], found[0]["launches"]
-    ideal = number * roofline["mfu"] * roofline["seconds"]  # at the card's rate
+    ]
+    drawn = {key: one + (whole - 1) * (counted[-1][key] - one) for key, one in counted[0].items()}
+    roofline, launches = found[-1]["roofline"], found[-1]["launches"]
+    ideal = whole / number * roofline["mfu"] * roofline["seconds"]  # at the card's rate
     return Step(
         None,
-        max(peaks["peak_reserved_gib"] for peaks in found[1]["stages"].values()),
+        max(peaks["peak_reserved_gib"] for peaks in found[-1]["stages"].values()),
         launches["forward_layer"],
         launches["update"],
         **drawn,
