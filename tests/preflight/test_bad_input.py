@@ -174,6 +174,11 @@ def resumed(*more: str, routing: list[str] = RELU, run: str = "remoe") -> Callab
     return lambda user: [*base(user), *routing, *saving, "--load", user[run], "--save", user[run], *more]
 
 
+def two(*more: str) -> Callable[[User], list[str]]:
+    """A ReMoE on two data sets without weights."""
+    return lambda user: [*on("text", *more)(user), "--data-path", user["text"], user["one"]]
+
+
 def within(flag: str, name: str) -> Callable[[User], list[str]]:
     """A folder to write into where there can be none."""
     more = ["--save-interval", "1"] if flag == "--save" else []
@@ -226,6 +231,16 @@ ENTRY = {
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], " -1", user["one"]],
         ("the weight  -1 must be a number of at least 0",),
     ),
+    "several data sets for more than an epoch": Case(
+        two("--split", "100,0,0", "--train-iters", "99999"),
+        ("799,992 sequences are wanted for training, and the 2 data sets have", "Put a weight before each", "46 "),
+    ),
+    "several data sets for too many evaluations": Case(
+        two("--eval-iters", "5000"), ("sequences are wanted for validation", "Put a weight before each")
+    ),
+    "several data sets and no evaluation": Case(
+        two(), ("0 sequences are wanted for validation", "Put a weight before each")
+    ),
     "missing list of data sets": Case(
         lambda user: [*lacking("--data-path")(user), "--data-args-path", user["list"]],
         ("list cannot be read (No such",),
@@ -274,6 +289,28 @@ ENTRY = {
     ),
     "heads": Case(on("text", "--num-attention-heads", "5"), ("num_attention_heads", "Megatron refuses these settings")),
     "batch": Case(on("text", "--global-batch-size", "7"), ("must be divisible by", "(7)")),
+    "whole validation": Case(
+        on("text", "--eval-iters", "1", "--full-validation"), ("--full-validation", "Give --multiple-validation-sets")
+    ),
+    "several validation sets": Case(
+        on("text", "--multiple-validation-sets"), ("--multiple-validation-sets", "with --full-validation")
+    ),
+    "several validation sets and a test": Case(
+        on("text", *"--full-validation --multiple-validation-sets --split 80,10,10".split()),
+        ("--multiple-validation-sets cannot be used with a test set", "--split"),
+    ),
+    "names of validation sets": Case(
+        on("text", "--validation-set-names", "a", "b"), ("--validation-set-names", "Add --multiple-validation-sets")
+    ),
+    "saving to nowhere": Case(
+        lambda user: [
+            *on("text", *"--save-interval 2 --non-persistent-save-interval 1".split())(user),
+            "--save",
+            user["new"],
+        ],
+        ("--non-persistent-save-interval", "Add --non-persistent-ckpt-type global"),
+    ),
+    "profile on a CPU": Case(on("text", "--profile"), ("--profile needs a GPU", "--use-pytorch-profiler")),
     "routing combination": Case(
         on("text", "--moe-expert-capacity-factor", "1.0"),
         ("--moe-expert-capacity-factor 1.0 cannot be used", "dropless"),
@@ -311,6 +348,30 @@ ENTRY = {
     "other learning rate": Case(resumed("--lr", "1e-3"), ("--lr 0.004 in the checkpoint, 0.001 here", ANEW)),
     "longer training": Case(
         resumed("--train-iters", "8"), ("before: --train-iters 2 in the checkpoint, 8 here. ", SCHEDULE)
+    ),
+    "other seed": Case(
+        resumed("--seed", "1"), ("--seed 1234 in the checkpoint, 1 here. ", ANEW, "--allow-changed-settings")
+    ),
+    "other split and initialization": Case(
+        resumed("--split", "80,20,0", "--init-method-std", "0.01"),
+        ("--split 90,10,0 in the checkpoint, 80,20,0 here; --init-method-std 0.02 in the checkpoint, 0.01 here. ",),
+    ),
+    "other batch size": Case(
+        resumed("--global-batch-size", "4"), ("--global-batch-size 8 in the checkpoint, 4 here", ANEW)
+    ),
+    "other data": Case(
+        lambda user: [*resumed()(user), "--data-path", "1", user["text"], "1.0", user["one"], "--split", "100,0,0"],
+        ("--data-path text in the checkpoint, 1.0 text 1.0 one here", ANEW),
+    ),
+    "other weight decay": Case(
+        resumed("--weight-decay", "0.1"), ("--weight-decay 0.01 in the checkpoint, 0.1 here", SCHEDULE)
+    ),
+    "other guard": Case(
+        resumed("--moe-relu-layer-floor", "0"), ("--moe-relu-layer-floor 0.001 in the checkpoint, 0.0 here", ANEW)
+    ),
+    "other topk and rate, allowed": Case(
+        resumed("--moe-router-topk", "2", "--lr", "1e-3", "--allow-changed-settings"),
+        ("saved with: --lr 0.004 in the checkpoint, 0.001 here. ", ANEW),
     ),
     "distributed optimizer": Case(
         resumed("--use-distributed-optimizer"), ("is not that of --use-distributed-optimizer", "--no-load-optim")
@@ -410,6 +471,32 @@ def test_without_the_mistake_it_trains(arguments: Callable[[User], list[str]], e
     """The cases fail by what they change."""
     code, output = entry.run([*arguments(user), "--train-iters", "2"], {}, [])
     assert code == 0, output[-2000:]
+
+
+def test_what_changes_on_the_way_is_no_other_training(entry: Entry, user: User, tmp_path: Path) -> None:
+    """Length, micro-batches, intervals and the folders of data and checkpoints; then nothing is left to do."""
+    shutil.copytree(user["remoe"], tmp_path / "moved")
+    for path in (bin_path, idx_path):
+        shutil.copy(path(user.folder / "text"), path(tmp_path / "text"))
+    saving = [
+        "--load",
+        str(tmp_path / "moved"),
+        "--save",
+        str(tmp_path / "moved"),
+        "--data-path",
+        str(tmp_path / "text"),
+    ]
+    others = "--train-iters 4 --lr-decay-iters 2 --micro-batch-size 4 --log-interval 2 --save-interval 3".split()
+    arguments = [*base(user), *RELU, *saving, *others, "--eval-interval", "7", "--eval-iters", "1"]
+    code, output = entry.run(arguments, {}, [])
+    assert code == 0 and "iteration        4/       4" in output and "Nothing to do" not in output, output[-2000:]
+    code, output = entry.run(arguments, {}, [])
+    assert code == 0 and "validation loss at iteration 4" in output
+    last = output.splitlines()[-1]
+    assert (
+        last.startswith("Nothing to do: the checkpoint in --load")
+        and "is of iteration 4, and --train-iters is 4" in last
+    )
 
 
 PYTHON = sys.executable

@@ -10,7 +10,7 @@ from megatron.remoe.training import arguments
 from megatron.remoe.training.arguments import add_remoe_arguments, apply_granularity, parse_and_validate_args
 from megatron.training.arguments import parse_args
 from tests.trainings import TINY
-from tools.common.tiny_model import RELU, TOPK
+from tools.common.tiny_model import EXPERTS, RELU, TOPK
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str):
@@ -90,6 +90,36 @@ def test_granularity_splits_the_dense_size_where_experts_have_none(monkeypatch: 
 BAD_VALUES = {
     "no experts": (["--moe-relu-routing"], "--moe-relu-routing needs experts", "give --num-experts"),
     "topk too large": ([*RELU, "--moe-router-topk", "8"], "--moe-router-topk 8", "below --num-experts 8"),
+    "warm-up without steps": (
+        [*TOPK, "--moe-warmup-topk", "6"],
+        "--moe-warmup-topk and --moe-warmup-steps",
+        "give both",
+    ),
+    "warm-up below topk": (
+        [*TOPK, *"--moe-warmup-topk 1 --moe-warmup-steps 9".split()],
+        "--moe-warmup-topk 1",
+        "above --moe-router-topk 1",
+    ),
+    "warm-up above experts": (
+        [*TOPK, *"--moe-warmup-topk 9 --moe-warmup-steps 9".split()],
+        "--moe-warmup-topk 9",
+        "at most --num-experts 8",
+    ),
+    "warm-up of ReLU": (
+        [*RELU, *"--moe-warmup-topk 6 --moe-warmup-steps 9".split()],
+        "--moe-warmup-topk cannot",
+        "Leave it out",
+    ),
+    "warm-up with a fixed size": (
+        [*TOPK, *"--moe-warmup-topk 6 --moe-warmup-steps 9 --moe-expert-capacity-factor 1".split()],
+        "--moe-expert-capacity-factor 1.0 cannot be used with --moe-warmup-topk",
+        "Leave it out",
+    ),
+    "dispatcher of older versions": (
+        [*RELU, "--moe-token-dispatcher-type", "alltoall_seq"],
+        "'alltoall_seq'",
+        "its successor is alltoall.",
+    ),
     "topk zero": ([*RELU, "--moe-router-topk", "0"], "--moe-router-topk 0", "at least 1"),
     "multiplier": ([*RELU, "--moe-relu-l1-reg-coeff-multiplier", "1.0"], "multiplier 1.0", "above 1"),
     "init zero": ([*RELU, "--moe-relu-l1-reg-coeff-init", "0"], "init 0.0", "positive"),
@@ -123,7 +153,7 @@ REFUSED = {
     "moe_router_padding_for_quantization": [],
     "fp8": None,  # --fp8-format
     "fp4": None,  # --fp4-format
-    "moe_aux_loss_coeff": ["1e-2"],
+    "moe_aux_loss_coeff": ["1e-2", "--moe-router-load-balancing-type", "seq_aux_loss"],
     "moe_router_enable_expert_bias": [],
     "moe_router_load_balancing_type": ["sinkhorn"],
     "moe_router_score_function": ["sigmoid"],
@@ -161,8 +191,7 @@ def test_refused_combination(name: str, monkeypatch: pytest.MonkeyPatch, capsys:
     value = REFUSED[name]
     message = refusal(monkeypatch, capsys, *RELU, flag(name), *value)
     entry = next(entry for entry in REFUSALS if entry.name == name)
-    shown = " ".join(value) or "(on)"
-    shown = {"1e-2": "0.01"}.get(shown, shown)
+    shown = value[0].replace("1e-2", "0.01") if value else "(on)"
     assert f"{flag(name)} {shown} cannot be used with --moe-relu-routing" in message
     assert entry.remedy in message
 
@@ -180,6 +209,35 @@ def test_graphs_over_moe_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "--cuda-graph-modules attn moe_router" in message and "--cuda-graph-impl none" in message
 
 
+# From its scripts/train_llama_182m_remoe.sh, but for data, sizes and what trains.
+OF_THE_FORK = """
+--use-mcore-models --no-masked-softmax-fusion --no-position-embedding --rotary-base 1000000 --use-flash-attn
+--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-token-dispatcher-type alltoall
+--overlap-param-gather --overlap-grad-reduce --moe-router-pre-softmax --moe-relu-routing --moe-grouped-gemm
+--moe-layer-recompute --moe-granularity 1 --use-distributed-optimizer --sequence-parallel
+"""
+
+
+def test_flags_of_the_fork_are_taken_and_what_it_ignores_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *EXPERTS, *OF_THE_FORK.split()])
+        args = arguments.parse_args()
+        assert args.moe_router_load_balancing_type == "none"
+        assert not args.moe_aux_loss_coeff and not args.moe_router_pre_softmax
+        told.append([line for line in capsys.readouterr().err.splitlines() if "ignored" in line])
+    assert told[1] == [] and len(told[0]) == 1
+    for ignored in (
+        "--moe-router-load-balancing-type aux_loss",
+        "--moe-aux-loss-coeff 0.01",
+        "--moe-router-pre-softmax",
+    ):
+        assert ignored in told[0][0]
+
+
 def test_refusals_hold_in_the_library_too() -> None:
     shape = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "moe_relu_routing": True}
     with pytest.raises(ValueError, match="--moe-expert-capacity-factor 1.0 cannot be used"):
@@ -190,5 +248,5 @@ def test_refusals_hold_in_the_library_too() -> None:
 
 
 def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(monkeypatch, capsys, *RELU, "--moe-aux-loss-coeff", "1e-2", "--moe-router-topk", "9")
-    assert "--moe-aux-loss-coeff 0.01" in message and "--moe-router-topk 9" in message
+    message = refusal(monkeypatch, capsys, *RELU, "--moe-expert-capacity-factor", "1", "--moe-router-topk", "9")
+    assert "--moe-expert-capacity-factor 1.0" in message and "--moe-router-topk 9" in message

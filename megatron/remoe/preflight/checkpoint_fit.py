@@ -183,13 +183,16 @@ def check_loaded_run(args: argparse.Namespace) -> None:
         _check_optimizer(args, saved, source)
     if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    schedule = SCHEDULE if _duration(args) == _duration(saved) else DURATION + SCHEDULE
+    (end, decayed), (end_before, decayed_before) = _duration(args), _duration(saved)
+    schedule = SCHEDULE if decayed == decayed_before else DURATION + SCHEDULE
     if different := _differences(_picked(args, schedule), _picked(saved, schedule), args, saved):
         raise ValueError(
             f"{source}: the learning rate would follow another schedule than before: {different}. Give its "
             "values, or --override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to "
             "follow the checkpoint."
         )
+    # The same rates to another end: Megatron would refuse it, for the sake of a weight decay that grows until then.
+    args.override_opt_param_scheduler = end != end_before and args.weight_decay_incr_style == "constant"
 
 
 @torch.no_grad()
