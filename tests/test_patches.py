@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron.core import optimizer as core_optimizer
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -109,6 +110,26 @@ def test_megatron_still_reads_steps_that_adam_has_not() -> None:
     stock = getattr(DistributedOptimizer.state_dict, "__wrapped__", DistributedOptimizer.state_dict)
     with pytest.raises(AssertionError):
         stock(optimizer)
+
+
+def test_megatron_still_leaves_adam_to_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    for module in (core_optimizer, patches):
+        monkeypatch.setattr(module, "torch", torch)  # without what the CPU part puts into it
+    config = core_optimizer.OptimizerConfig(optimizer="adam", lr=1e-3)
+    build = partial(core_optimizer._get_megatron_optimizer_based_on_param_groups, config, [])
+    adam, _ = build([{"params": [parameter]}], skip_megatron_wrapping=True)
+    assert not adam.param_groups[0]["fused"]
+
+    def initialize(optimizer: DistributedOptimizer) -> None:
+        optimizer.optimizer = adam
+
+    monkeypatch.setattr(DistributedOptimizer, "__init__", initialize)
+    patches.use_fused_adam()
+    assert DistributedOptimizer().optimizer.param_groups[0]["fused"]
+    on_device = torch.nn.Parameter(torch.empty(2, device="meta"))
+    steps = [patches._step(3, {"fused": fused, "capturable": False}, on_device) for fused in (False, True)]
+    assert [step.device.type for step in steps] == ["cpu", "meta"], "where the kernel looks for it"
 
 
 def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.MonkeyPatch) -> None:

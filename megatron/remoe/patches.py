@@ -70,7 +70,7 @@ def let_torch_adam_resume() -> None:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
                 if not state and isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
-                    state["step"] = torch.zeros(())
+                    state["step"] = _step(0.0, group, parameter)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state_dict(self)
@@ -82,7 +82,7 @@ def let_torch_adam_resume() -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if "step" in (state := self.optimizer.state[parameter]):
-                    state["step"] = torch.tensor(float(group["step"]))
+                    state["step"] = _step(group["step"], group, parameter)
 
     @wraps(set_states)
     def set_states_but_steps(self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
@@ -91,6 +91,30 @@ def let_torch_adam_resume() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_steps
     DistributedOptimizer.state_dict = state_dict_with_steps
     DistributedOptimizer.load_state_dict = load_state_dict_with_steps
+
+
+def _step(number: float, group: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
+    """PyTorch's counter of steps: where the kernel that takes all of a parameter's state reads it, or on the host."""
+    return torch.tensor(float(number), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
+
+
+def use_fused_adam() -> None:
+    """Let PyTorch's Adam, in the distributed optimizer, pass over memory once where no engine brings another.
+
+    Megatron gives PyTorch no choice, and by default it makes a pass for each of about ten operations.
+    """
+    initialize = DistributedOptimizer.__init__
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(initialize, "__wrapped__"):
+        return
+
+    @wraps(initialize)
+    def initialize_fused(self: DistributedOptimizer, *arguments: Any, **options: Any) -> None:
+        initialize(self, *arguments, **options)
+        if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
+
+    DistributedOptimizer.__init__ = initialize_fused
 
 
 def keep_norms_on_the_device() -> None:
@@ -262,6 +286,12 @@ PATCHES = (
         "_set_main_param_and_optimizer_states",
         "resuming the distributed optimizer without Transformer Engine or apex",
         "a distributed torch.optim.AdamW resumes",
+    ),
+    Patch(
+        use_fused_adam,
+        "core/optimizer/distrib_optimizer.py: DistributedOptimizer.__init__",
+        "an Adam that passes over memory once, on GPUs without Transformer Engine or apex",
+        "Megatron asks PyTorch's Adam to be fused",
     ),
     Patch(
         keep_norms_on_the_device,
