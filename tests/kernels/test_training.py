@@ -1,0 +1,25 @@
+"""A whole training with the kernels of router, dispatch, experts and update is the one without them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.kernels import DEVICE
+from tests.trainings import TINY, run, series
+from tools.common.tiny_model import RELU
+
+# Interpreted, a program of a kernel takes milliseconds.
+SHORT = "--seq-length 16 --max-position-embeddings 16 --global-batch-size 4 --train-iters 3".split()
+
+
+def test_trainings_are_equal(data: Path) -> None:
+    """With expert parallelism, except on a machine with one GPU."""
+    processes = 1 if torch.cuda.device_count() == 1 else 2
+    flags = [*TINY, *RELU, *SHORT, "--data-path", str(data), "--expert-model-parallel-size", str(processes)]
+    plain = run(flags, processes)
+    found = run([*flags, "--moe-kernels", "triton"], processes, TRITON_INTERPRET=str(int(DEVICE == "cpu")))
+    for name in ("lm loss", "sparsity", "l1 loss", "grad norm"):
+        assert series(found, name) == pytest.approx(series(plain, name), rel=1e-5), name
