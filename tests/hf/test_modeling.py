@@ -47,7 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def make(name: str, **changes: Any) -> RemoeForCausalLM:
     torch.manual_seed(5)
-    model = RemoeForCausalLM(RemoeConfig(**SIZES, **(MODELS[name] | changes)))
+    model = RemoeForCausalLM(RemoeConfig(**(SIZES | MODELS[name] | changes)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -1,0 +1,180 @@
+"""A checkpoint becomes a folder for transformers and the folder a checkpoint that trains on; what is refused."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+from tests.hf.test_modeling import make, tokens
+from tests.trainings import TINY, run, series
+from tools.common.tiny_model import RELU
+from tools.convert_checkpoint import checkpoints
+from tools.convert_checkpoint.models import build, round_to
+from tools.export_hf import command
+from tools.export_hf.check import read_back
+from tools.export_hf.folder import write_weights
+from tools.export_hf.settings import args_of
+from tools.export_hf.weights import fill
+
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
+MIXED = [*TINY, *RELU, *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate-size 32 --eval-iters 0".split()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Beside other tests two threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ReMoE with a dense layer and shared experts, trained by two processes that share the experts."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = f"--expert-model-parallel-size 2 --train-iters 4 --save {folder} --save-interval 4 --no-save-optim".split()
+    run([*MIXED, "--data-path", str(data), *words], processes=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return gpt2_tokenizer_folder(*byte_level_vocabulary(folder), cache_dir=folder)
+
+
+def save_megatron(model: RemoeForCausalLM, folder: Path, engine_names: bool = False) -> Path:
+    """Megatron's checkpoint of a model for transformers."""
+    args = args_of(model.config)
+    megatron = build(args)
+    fill(megatron, model)
+    checkpoints.save(megatron, args, folder, engine_names)
+    return folder
+
+
+def main(*words: str | Path) -> int:
+    return command.main([str(word) for word in words])
+
+
+def test_there_and_back(
+    trained: Path, tokenizer: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint that comes back has the next step's loss, and the model between them the same weights."""
+    there, back = tmp_path / "folder", tmp_path / "back"
+    assert main("--load", trained, "--save", there, "--tokenizer-model", tokenizer) == 0
+    output = capfd.readouterr().out
+    assert float(output.split("largest difference of logits ")[1].split()[0]) < 1e-5
+    assert "on 2,048 tokens" in output
+    assert main("--reverse", "--load", there, "--save", back) == 0
+    flags = capfd.readouterr().out.split("train with ")[1].split()
+    assert flags[:2] == ["--pretrained-checkpoint", str(back)]
+    # Flags that the tool prints come last: the model is theirs, data and schedule those of the training.
+    before, after = (
+        series(run([*MIXED, "--data-path", str(data), *words, "--train-iters", "1"]), "lm loss")
+        for words in (["--pretrained-checkpoint", str(trained)], [*flags, "--seq-length", "64"])
+    )
+    assert after == pytest.approx(before, rel=1e-5)
+
+    model = AutoModelForCausalLM.from_pretrained(there)
+    loaded = AutoTokenizer.from_pretrained(there)
+    assert (loaded.padding_side, loaded.pad_token, loaded.eos_token_id) == ("left", "<|endoftext|>", 256)
+    made = model.generate(**loaded(["def", "class A"], return_tensors="pt", padding=True), max_new_tokens=5)
+    assert made.max() < len(loaded) < model.config.vocab_size
+    assert model.config.router_aux_loss_coef == pytest.approx(1e-8 * 1.2**4, rel=1e-9)
+    card = (there / "README.md").read_text()
+    assert "| tokens trained on | 2,048 |" in card and "| kind | ReMoE |" in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "folder"]
+
+
+@pytest.mark.parametrize("name", ["dense", "top-k"])
+@pytest.mark.parametrize("engine_names", [False, True], ids=["local", "engine"])
+def test_other_models(
+    name: str, engine_names: bool, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Tied embeddings, bf16, layers that are all alike, under the names of both implementations."""
+    model = make(name, vocab_size=264)
+    round_to(model, torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    run_folder = save_megatron(model, tmp_path / "run", engine_names)
+    assert main("--load", run_folder, "--save", tmp_path / "out", "--tokenizer-model", tokenizer) == 0
+    assert "on 2,048 random tokens" in capfd.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16 and loaded.config.tie_word_embeddings == (name == "dense")
+    with torch.no_grad():
+        logits = read_back(tmp_path / "out")(tokens()).logits
+        torch.testing.assert_close(logits, model(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_shards(tmp_path: Path) -> None:
+    model = make("relu, shared")
+    parts = [{name: tensor} for name, tensor in model.state_dict().items()]
+    assert write_weights(tmp_path, iter(parts), shard_bytes=10_000) == model.num_parameters()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(model.state_dict()) and len(set(index["weight_map"].values())) > 3
+    model.config.save_pretrained(tmp_path)
+    for name, tensor in read_back(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("qk_layernorm", True, "does not know: --qk-layernorm (on)."),
+        ("moe_router_score_function", "sigmoid", "does not know: --moe-router-score-function sigmoid."),
+        ("tokenizer_type", "SentencePieceTokenizer", "--tokenizer-type SentencePieceTokenizer, which cannot"),
+        ("tokenizer_type", "HuggingFaceTokenizer", "--load: its --tokenizer-model /nowhere: cannot be read"),
+        ("ffn_hidden_size", 44, "mlp.gate_proj.weight has the shape [40, 32], and its arguments call for [44, 32]"),
+        ("num_layers", 3, "has no decoder.layers.2.self_attention.linear_qkv.layer_norm_weight, which its"),
+        (None, None, "model.norm.weight holds values that are not finite. Choose an earlier iteration"),
+    ],
+)
+def test_refusals(
+    setting: str | None, value: object, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = make("relu, shared")
+    args = args_of(model.config)
+    args.tokenizer_type, args.tokenizer_model = "NullTokenizer", "/nowhere"
+    megatron = build(args)
+    fill(megatron, model)
+    if setting is None:
+        megatron.decoder.final_layernorm.weight.data[3] = float("inf")
+    else:
+        setattr(args, setting, value)
+    if setting == "num_layers":
+        args.moe_layer_freq = [0, 1, 1]
+    checkpoints.save(megatron, args, tmp_path / "run", engine_names=False)
+    assert main("--load", tmp_path / "run", "--save", tmp_path / "out") == 1
+    errors = capfd.readouterr().err
+    assert message in errors and "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_models_that_differ_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make("relu").save_pretrained(tmp_path / "folder")
+    other = make("relu", initializer_range=0.2)
+    monkeypatch.setattr(command, "fill", lambda megatron, _source: fill(megatron, other))
+    assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 1
+    assert "above 1e-04: nothing was written" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_places_that_do_not_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make("dense").save_pretrained(tmp_path / "folder")
+    for words, message in (
+        (["--load", tmp_path, "--save", tmp_path / "out"], "is not the folder of a run's checkpoints"),
+        (["--load", tmp_path, "--save", tmp_path / "folder"], "exists and is not an empty folder"),
+        (["--reverse", "--load", tmp_path, "--save", tmp_path / "out"], "is not a folder that this tool has exported"),
+        (["--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out", "--data-path", "/no"], "/no.idx"),
+    ):
+        assert main(*words) == 1
+        assert message in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -1,0 +1,151 @@
+"""Export a checkpoint to Hugging Face transformers, or make a checkpoint of an exported folder.
+
+python tools/export_hf --load RUN --save FOLDER               # a dense, top-k or ReMoE checkpoint → a folder
+python tools/export_hf --reverse --load FOLDER --save OUT     # the folder, maybe trained on → a checkpoint
+
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it, with torch and transformers alone. Both
+ways the logits of both models are compared before it is said to be done; if they differ, nothing is written.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron.remoe.hf import RemoeConfig
+
+from ..common.one_process import one_process
+from ..convert_checkpoint.checkpoints import check_output, load, save
+from ..convert_checkpoint.display import Display
+from ..convert_checkpoint.errors import ConversionError
+from ..convert_checkpoint.models import build
+from .card import write_card
+from .check import BOUND, Check, Text, compare, megatron_logits, read_back, text_for
+from .folder import set_tokens, tokenizer_of, write_rest, write_weights
+from .settings import args_of, flags_of
+from .source import open_run
+from .weights import Tensors, fill, read
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags; those that Megatron has too mean the same."""
+    parser = argparse.ArgumentParser(
+        prog="export_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a run (--save there)"
+    )
+    parser.add_argument("--save", type=Path, required=True, metavar="FOLDER", help="what to make")
+    parser.add_argument("--reverse", action="store_true", help="--load is an exported folder, --save a checkpoint")
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration to export (default: the newest)")
+    parser.add_argument(
+        "--tokenizer-model", type=Path, metavar="FOLDER", help="a Hugging Face tokenizer (default: the training's own)"
+    )
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        metavar="WORD",
+        help="data sets to compare the models on, as in Megatron (default: the training's held-out ones)",
+    )
+    parser.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        default="transformer_engine" if importlib.util.find_spec("transformer_engine") else "local",
+        help="with --reverse: layers that shall load the checkpoint (default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def export(options: argparse.Namespace, display: Display) -> None:
+    """From a checkpoint to a folder.
+
+    Raises:
+        ConversionError: something is wrong with the flags, the checkpoint or the tokenizer, or the logits differ.
+    """
+    checkpoint, args, config = open_run(options.load, options.ckpt_step)
+    tokenizer = tokenizer_of(args, options.tokenizer_model)
+    if tokenizer is None:
+        display.say("no tokenizer: the training had none (NullTokenizer); --tokenizer-model gives one")
+    else:
+        set_tokens(config, tokenizer)
+    text = text_for(args, options.data_path, config)
+    aside = options.save.with_name(f".{options.save.name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir(parents=True)
+        with display.step("writing weights", config.num_hidden_layers + 1):
+            parameters = write_weights(aside, _counted(read(checkpoint, config), display))
+        write_rest(aside, config, tokenizer)
+        model = build(args)
+        load(checkpoint, model)
+        logits = megatron_logits(model, text)
+        del model  # before the other one is in memory too
+        check = compare(read_back(aside), logits, text)
+        _accept(check, text, display)
+        card = write_card(args, config, checkpoint.name, parameters, text, check)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        aside.replace(options.save)
+    except OSError as error:
+        raise ConversionError(f"--save {options.save}: cannot be written ({error}). Give another folder.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    display.say(f"wrote {options.save}: {parameters:,} parameters, loss {check.loss:.4f}")
+
+
+def reverse(options: argparse.Namespace, display: Display) -> None:
+    """From a folder to a checkpoint.
+
+    Raises:
+        ConversionError: something is wrong with the flags or the folder, or the logits differ.
+    """
+    try:
+        config = RemoeConfig.from_pretrained(options.load, local_files_only=True)
+        source = read_back(options.load)
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            f"--load {options.load}: is not a folder that this tool has exported ({str(error).splitlines()[0]})."
+        ) from error
+    args = args_of(config)
+    text = text_for(args, options.data_path, config)
+    model = build(args)
+    fill(model, source)
+    _accept(compare(source, megatron_logits(model, text), text), text, display)
+    del source
+    args.transformer_impl = options.transformer_impl
+    save(model.to(args.params_dtype), args, options.save, options.transformer_impl == "transformer_engine")
+    flags = " ".join(flags_of(config))
+    display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save} {flags}")
+
+
+def _counted(parts: Iterator[Tensors], display: Display) -> Iterator[Tensors]:
+    for part in parts:
+        yield part
+        display.advance(1)
+
+
+def _accept(check: Check, text: Text, display: Display) -> None:
+    result = f"largest difference of logits {check.difference:.1e} of the largest, on {text.tokens[:, 1:].numel():,}"
+    if not check.difference <= BOUND:
+        raise ConversionError(f"{result} {text.name}, above {BOUND:.0e}: nothing was written. Please report it.")
+    display.say(f"{result} {text.name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 1 if it cannot be done; 130 if it was stopped."""
+    options = parse_arguments(arguments)
+    alone = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process()
+    with Display() as display, alone:
+        try:
+            check_output(options.save)
+            (reverse if options.reverse else export)(options, display)
+        except ConversionError as error:
+            display.fail(f"export_hf: error: {error}")
+            return 1
+        except KeyboardInterrupt:
+            display.fail("export_hf: stopped; nothing was written.")
+            return 130
+    return 0

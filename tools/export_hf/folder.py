@@ -1,0 +1,115 @@
+"""The folder that transformers loads: weights in shards, configuration, code, tokenizer and card."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron.remoe.data.gpt2_files import FOLDER_TOKENIZER, GPT2_TOKENIZER
+from megatron.remoe.hf import RemoeConfig, modeling_remoe
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+
+from ..convert_checkpoint.errors import ConversionError
+from .weights import Tensors
+
+SHARD_BYTES = 2 * 10**9
+
+
+def write_weights(folder: Path, parts: Iterator[Tensors], shard_bytes: int = SHARD_BYTES) -> int:
+    """Write weights as they come, holding one shard at a time.
+
+    Args:
+        folder: where to.
+        parts: name → tensor, a part of the model each.
+        shard_bytes: a file is closed when it has as many, or the part that it is at ends.
+
+    Returns:
+        The number of parameters.
+    """
+    files: list[dict[str, int]] = []
+    pending: Tensors = {}
+
+    def close() -> None:
+        path = folder / f"{len(files)}.part"
+        save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors lets nobody else read it
+        files.append({name: tensor.numel() for name, tensor in pending.items()})
+        pending.clear()
+
+    total = 0
+    for part in parts:
+        # A copy each: safetensors refuses views of one storage.
+        pending |= {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in part.items()}
+        total += sum(tensor.nbytes for tensor in part.values())
+        if sum(tensor.nbytes for tensor in pending.values()) >= shard_bytes:
+            close()
+    if pending:
+        close()
+    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for number, name in enumerate(names):
+        (folder / f"{number}.part").rename(folder / name)
+    return sum(sum(sizes.values()) for sizes in files)
+
+
+def write_rest(folder: Path, config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write all but weights and card: configuration, generation configuration, code and tokenizer."""
+    config.save_pretrained(folder)
+    shutil.copyfile(modeling_remoe.__file__, folder / Path(modeling_remoe.__file__).name)
+    generation = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id)
+    if tokenizer is not None:
+        # Megatron pads the vocabulary; those rows are no tokens.
+        generation.suppress_tokens = list(range(len(tokenizer), config.vocab_size)) or None
+        tokenizer.save_pretrained(folder)
+    generation.save_pretrained(folder)
+
+
+def tokenizer_of(args: argparse.Namespace, given: Path | None) -> PreTrainedTokenizerBase | None:
+    """The training's tokenizer, or that in a folder, set up for generation; None if the training had none.
+
+    Raises:
+        ConversionError: it is not here, or transformers cannot read its kind.
+    """
+    remedy = "Give the folder of a Hugging Face tokenizer with --tokenizer-model."
+    kind, place = args.tokenizer_type, given or args.tokenizer_model
+    if given is None and kind == "NullTokenizer":
+        return None
+    if given is None and kind == GPT2_TOKENIZER and args.vocab_file and args.merge_file:
+        place = gpt2_tokenizer_folder(args.vocab_file, args.merge_file)
+    elif given is None and kind != FOLDER_TOKENIZER:
+        raise ConversionError(f"--load: was trained with --tokenizer-type {kind}, which cannot be exported. {remedy}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(place), padding_side="left", model_max_length=args.max_position_embeddings
+        )
+    except (OSError, ValueError) as error:
+        flag = "--tokenizer-model" if given else "--load: its --tokenizer-model"
+        raise ConversionError(f"{flag} {place}: cannot be read ({str(error).splitlines()[0]}). {remedy}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def set_tokens(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take over what begins and ends a text.
+
+    Raises:
+        ConversionError: the tokenizer has more tokens than the model.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ConversionError(
+            f"--tokenizer-model: has {len(tokenizer)} tokens, and the model {config.vocab_size}. Give that of the "
+            "training."
+        )
+    # Without pad_token_id: as the embedding's padding index that token would not be trained on.
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

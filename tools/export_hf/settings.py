@@ -1,0 +1,180 @@
+"""What Megatron's arguments are in the model's configuration for transformers, and the other way round."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from megatron.remoe.hf import RemoeConfig
+from megatron.remoe.routing.refusals import flag, shown
+from megatron.remoe.training import add_remoe_arguments
+from megatron.training.arguments import add_megatron_arguments
+
+from ..convert_checkpoint.errors import ConversionError
+
+# Megatron's arguments for which the model for transformers has one value.
+ONLY: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
+    "no_rope_freq": None,
+    "multi_latent_attention": False,
+    "window_size": None,
+    "qk_layernorm": False,
+    "add_qkv_bias": False,
+    "attention_output_gate": False,
+    "softmax_type": "vanilla",
+    "add_bias_linear": False,
+    "swiglu": True,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "apply_residual_connection_post_layernorm": False,
+    "heterogeneous_layers_config_path": None,
+    "mtp_num_layers": None,
+    "use_mup": False,
+    "moe_latent_size": None,
+    "moe_shared_expert_gate": False,
+    "moe_apply_probs_on_input": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_expert_capacity_factor": None,
+    "moe_relu_router_bias": False,
+}
+ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
+
+
+def complete(saved: argparse.Namespace) -> argparse.Namespace:
+    """A checkpoint's arguments, with this version's defaults for those that it does not have."""
+    return argparse.Namespace(**(vars(_parser().parse_args([])) | vars(saved)))
+
+
+def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> RemoeConfig:
+    """The configuration for transformers.
+
+    Args:
+        args: from `complete`.
+        vocabulary: rows of the embedding.
+        coefficient: λ; of top-k routing that of the load balancing loss.
+
+    Raises:
+        ConversionError: the model has what cannot be expressed; names each flag.
+    """
+    wrong = [name for name, value in ONLY.items() if getattr(args, name, value) != value]
+    if "sinkhorn" in str(args.moe_router_load_balancing_type):
+        wrong.append("moe_router_load_balancing_type")
+    if wrong:
+        flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
+        raise ConversionError(f"--load: its model has what the one for transformers does not know: {flags}.")
+    config = RemoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.ffn_hidden_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        num_key_value_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        max_position_embeddings=args.max_position_embeddings,
+        rms_norm_eps=args.layernorm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": float(args.rotary_base)},
+        initializer_range=args.init_method_std,
+        attention_dropout=args.attention_dropout,
+        tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+        bos_token_id=None,
+        eos_token_id=None,
+        dtype=args.params_dtype,
+        architectures=["RemoeForCausalLM"],
+        **(_experts(args, coefficient) if args.num_experts else {}),
+    )
+    # config.json names the classes for an environment that has transformers alone.
+    config.auto_map = {
+        "AutoModel": "modeling_remoe.RemoeModel",
+        "AutoModelForCausalLM": "modeling_remoe.RemoeForCausalLM",
+    }
+    return config
+
+
+def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
+    pattern = args.moe_layer_freq
+    if isinstance(pattern, int):
+        pattern = [int(layer % pattern == 0) for layer in range(args.num_layers)]
+    return {
+        "num_experts": args.num_experts,
+        "num_experts_per_tok": args.moe_router_topk,
+        "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
+        "mlp_only_layers": [layer for layer, has_experts in enumerate(pattern) if not has_experts],
+        "moe_relu_routing": args.moe_relu_routing,
+        "norm_topk_prob": not (args.moe_relu_routing or args.moe_router_pre_softmax),
+        "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
+        "router_aux_loss_coef": coefficient,
+    }
+
+
+def flags_of(config: RemoeConfig) -> list[str]:
+    """Megatron's flags for a model of this configuration.
+
+    Raises:
+        ConversionError: Megatron's model cannot be that.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default" or config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
+        raise ConversionError(
+            "--load: rope_parameters, attention_bias, mlp_bias and hidden_act in config.json must be those of a model "
+            "that this tool has exported."
+        )
+    flags = f"""
+        --num-layers {config.num_hidden_layers} --hidden-size {config.hidden_size}
+        --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
+        --group-query-attention --num-query-groups {config.num_key_value_heads} --kv-channels {config.head_dim}
+        --seq-length {config.max_position_embeddings} --max-position-embeddings {config.max_position_embeddings}
+        --normalization RMSNorm --norm-epsilon {config.rms_norm_eps} --swiglu --disable-bias-linear
+        --position-embedding-type rope --rotary-base {int(rope["rope_theta"])}
+        --init-method-std {config.initializer_range} --attention-dropout {config.attention_dropout} --hidden-dropout 0
+    """.split()
+    if not config.tie_word_embeddings:
+        flags.append("--untie-embeddings-and-output-weights")
+    flags += {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(config.dtype, [])
+    return flags + (_expert_flags(config) if config.num_experts else [])
+
+
+def _expert_flags(config: RemoeConfig) -> list[str]:
+    pattern = [int(layer not in config.mlp_only_layers) for layer in range(config.num_hidden_layers)]
+    flags = f"""
+        --num-experts {config.num_experts} --moe-router-topk {config.num_experts_per_tok}
+        --moe-ffn-hidden-size {config.moe_intermediate_size} --moe-layer-freq {str(pattern).replace(" ", "")}
+        --moe-token-dispatcher-type alltoall
+    """.split()
+    if config.shared_expert_intermediate_size:
+        flags += ["--moe-shared-expert-intermediate-size", str(config.shared_expert_intermediate_size)]
+    if config.router_dtype:
+        flags += ["--moe-router-dtype", {"float32": "fp32", "float64": "fp64"}[config.router_dtype]]
+    if not config.moe_relu_routing:
+        balancing = f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {config.router_aux_loss_coef}"
+        return flags + balancing.split() + ([] if config.norm_topk_prob else ["--moe-router-pre-softmax"])
+    flags.append("--moe-relu-routing")
+    if config.router_aux_loss_coef:
+        flags += ["--moe-relu-l1-reg-coeff-init", repr(config.router_aux_loss_coef)]
+    return flags
+
+
+def args_of(config: RemoeConfig) -> argparse.Namespace:
+    """Megatron's arguments for a model of this configuration, as a training would save them.
+
+    Raises:
+        ConversionError: as `flags_of`.
+    """
+    args = _parser().parse_args(flags_of(config))
+    args.padded_vocab_size = config.vocab_size
+    args.params_dtype = config.dtype or torch.float32
+    args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = args.iteration = 0
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    return add_remoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))

@@ -1,0 +1,44 @@
+"""A run's checkpoint, opened for export."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
+
+from ..convert_checkpoint.checkpoints import Checkpoint, find
+from ..convert_checkpoint.command import EMBEDDING
+from ..convert_checkpoint.errors import ConversionError
+from .settings import complete, config_of
+from .weights import exponents, read
+
+
+def open_run(root: Path, step: int | None) -> tuple[Checkpoint, argparse.Namespace, RemoeConfig]:
+    """Find a run's newest checkpoint, or that of an iteration, with its arguments and the model's configuration.
+
+    Raises:
+        ConversionError: there is none, it cannot be read, or its model cannot be expressed.
+    """
+    checkpoint = find(root, step)
+    if EMBEDDING not in checkpoint.shapes:
+        raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
+    args = complete(checkpoint.args)
+    args.padded_vocab_size = checkpoint.shapes[EMBEDDING][0]
+    coefficient = args.moe_aux_loss_coeff if isinstance(args.moe_aux_loss_coeff, float) else 0.0
+    config = config_of(args, args.padded_vocab_size, coefficient)
+    if args.num_experts and args.moe_relu_routing:
+        exponent = max(exponents(checkpoint, config), default=0)
+        config.router_aux_loss_coef = args.moe_relu_l1_reg_coeff_init * args.moe_relu_l1_reg_coeff_multiplier**exponent
+    return checkpoint, args, config
+
+
+@torch.no_grad()
+def model_of(checkpoint: Checkpoint, config: RemoeConfig) -> RemoeForCausalLM:
+    """The model for transformers with the checkpoint's weights, for evaluation, without any file."""
+    model = RemoeForCausalLM(config).to(config.dtype).eval()
+    state = model.state_dict()
+    for part in read(checkpoint, config):
+        for name, tensor in part.items():
+            state[name].copy_(tensor)
+    return model

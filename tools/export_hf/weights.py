@@ -1,0 +1,190 @@
+"""Weights under Megatron's names and under those of transformers, a layer at a time."""
+
+from collections.abc import Iterator
+
+import torch
+
+from megatron.core.models.gpt import GPTModel
+from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
+
+from ..convert_checkpoint.checkpoints import FAILURES, Checkpoint
+from ..convert_checkpoint.errors import ConversionError
+from ..convert_checkpoint.models import EXPERT
+from .parts import Part, read_parts
+
+Tensors = dict[str, torch.Tensor]
+
+OUTER = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+# In a layer: Megatron's name, that of transformers. Experts are stacked: [experts, out, in], gate above up.
+SAME = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.experts.linear_fc1.weight": "mlp.experts.gate_up_proj",
+    "mlp.experts.linear_fc2.weight": "mlp.experts.down_proj",
+    "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight",
+}
+HALVES = {"mlp.linear_fc1.weight": "mlp.", "mlp.shared_experts.linear_fc1.weight": "mlp.shared_expert."}
+QKV = "self_attention.linear_qkv.weight"
+# What a checkpoint calls it, where that is something else: plain PyTorch layers, then those of Transformer Engine.
+KEYS = {
+    "input_layernorm.weight": ("self_attention.linear_qkv.layer_norm_weight",),
+    "pre_mlp_layernorm.weight": ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    "mlp.experts.linear_fc1.weight": ("mlp.experts.experts.linear_fc1.weight",),
+    "mlp.experts.linear_fc2.weight": ("mlp.experts.experts.linear_fc2.weight",),
+}
+
+
+def to_transformers(layer: Tensors, config: RemoeConfig) -> Tensors:
+    """A layer's weights under the names of transformers.
+
+    Args:
+        layer: under Megatron's names, without "decoder.layers.N.".
+    """
+    found = {}
+    for name, tensor in layer.items():
+        if name == QKV:
+            size = config.head_dim
+            heads = config.num_attention_heads // config.num_key_value_heads * size
+            groups = tensor.view(config.num_key_value_heads, heads + 2 * size, -1)
+            for letter, part in zip("qkv", groups.split([heads, size, size], dim=1), strict=True):
+                found[f"self_attn.{letter}_proj.weight"] = part.reshape(-1, tensor.shape[-1])
+        elif name in HALVES:
+            gate, up = tensor.chunk(2)
+            found |= {f"{HALVES[name]}gate_proj.weight": gate, f"{HALVES[name]}up_proj.weight": up}
+        else:
+            found[SAME[name]] = tensor
+    return found
+
+
+def to_megatron(layer: Tensors, config: RemoeConfig) -> Tensors:
+    """The inverse of `to_transformers`."""
+    found = {name: layer[other] for name, other in SAME.items() if other in layer}
+    for name, prefix in HALVES.items():
+        if f"{prefix}gate_proj.weight" in layer:
+            found[name] = torch.cat([layer[f"{prefix}gate_proj.weight"], layer[f"{prefix}up_proj.weight"]])
+    parts = [layer[f"self_attn.{letter}_proj.weight"] for letter in "qkv"]
+    hidden = parts[0].shape[-1]
+    grouped = [part.view(config.num_key_value_heads, -1, hidden) for part in parts]
+    return found | {QKV: torch.cat(grouped, dim=1).view(-1, hidden)}
+
+
+def has_experts(config: RemoeConfig, layer: int) -> bool:
+    """Of the layer, from 0."""
+    return bool(config.num_experts) and layer not in config.mlp_only_layers
+
+
+def _names(config: RemoeConfig, layer: int) -> list[str]:
+    names = ["input_layernorm.weight", QKV, "self_attention.linear_proj.weight", "pre_mlp_layernorm.weight"]
+    if not has_experts(config, layer):
+        return [*names, "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+    groups = ["experts"] + ["shared_experts"] * bool(config.shared_expert_intermediate_size)
+    return [*names, "mlp.router.weight"] + [
+        f"mlp.{group}.linear_fc{number}.weight" for group in groups for number in (1, 2)
+    ]
+
+
+def read(checkpoint: Checkpoint, config: RemoeConfig) -> Iterator[Tensors]:
+    """The weights under the names of transformers, in the configuration's type: what is outside of layers, each layer.
+
+    Raises:
+        ConversionError: one is missing, has another shape, cannot be read, or holds what is not finite.
+    """
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in RemoeForCausalLM(config).state_dict().items()}
+    outer = {name: name for name in OUTER if not (config.tie_word_embeddings and name == "output_layer.weight")}
+    yield _checked(checkpoint, shapes, {OUTER[name]: one for name, one in _load(checkpoint, outer, config).items()})
+    for number in range(config.num_hidden_layers):
+        keys = {name: _key(checkpoint, name, number) for name in _names(config, number)}
+        layer = to_transformers(_load(checkpoint, keys, config, number), config)
+        yield _checked(checkpoint, shapes, {f"model.layers.{number}.{name}": one for name, one in layer.items()})
+
+
+def exponents(checkpoint: Checkpoint, config: RemoeConfig) -> list[int]:
+    """λ's exponent in each layer with a ReLU router."""
+    keys = {key: key for key in checkpoint.shapes if key.endswith(".mlp.router.l1_exponent")}
+    loaded = _load(checkpoint, keys, config, layer=None, dtype=torch.int64)
+    return [number for one in loaded.values() for number in one.flatten().tolist()]
+
+
+def _key(checkpoint: Checkpoint, name: str, layer: int) -> str:
+    # Layers that are alike are one tensor; where they differ, each has its number in the key.
+    numbered = any(key.startswith("decoder.layers.0.") for key in checkpoint.shapes)
+    keys = [f"decoder.layers.{layer}.{key}" if numbered else f"decoder.layers.{key}" for key in KEYS.get(name, (name,))]
+    return next((key for key in keys if key in checkpoint.shapes), keys[0])
+
+
+def _load(
+    checkpoint: Checkpoint,
+    keys: dict[str, str],
+    config: RemoeConfig,
+    layer: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensors:
+    """Tensors under the names that `keys` gives them; of one that is stacked the layer's part."""
+    found, parts = {}, []
+    for name, key in keys.items():
+        if key not in checkpoint.shapes:
+            raise ConversionError(
+                f"{checkpoint.folder}: has no {key}, which its arguments call for. Only models that pretrain_gpt.py "
+                "trains can be exported."
+            )
+        shape = checkpoint.shapes[key]
+        stacked = layer is not None and not key.split(".")[2].isdecimal()
+        data = torch.empty((1, *shape[1:]) if stacked else shape, dtype=dtype or config.dtype)
+        offsets = [layer or 0] * stacked + [0] * (len(shape) - stacked)
+        parts.append(Part(key, offsets, data))
+        found[name] = data[0] if stacked else data
+    try:
+        read_parts(checkpoint.folder, parts)
+    except FAILURES as error:
+        raise ConversionError(
+            f"{checkpoint.folder}: cannot be read ({error}). If it is damaged, choose another iteration with "
+            "--ckpt-step."
+        ) from error
+    return found
+
+
+def _checked(checkpoint: Checkpoint, shapes: dict[str, torch.Size], tensors: Tensors) -> Tensors:
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise ConversionError(
+                f"{checkpoint.folder}: {name} has the shape {list(tensor.shape)}, and its arguments call for "
+                f"{list(shapes[name])}."
+            )
+        if not tensor.isfinite().all():
+            raise ConversionError(
+                f"{checkpoint.folder}: {name} holds values that are not finite. Choose an earlier iteration with "
+                "--ckpt-step."
+            )
+    return tensors
+
+
+@torch.no_grad()
+def fill(model: GPTModel, source: RemoeForCausalLM) -> None:
+    """Give Megatron's model the weights of one for transformers."""
+    state, config = source.state_dict(), source.config
+    layers = []
+    for number in range(config.num_hidden_layers):
+        prefix = f"model.layers.{number}."
+        layer = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+        layers.append(to_megatron(layer, config))
+    for name, tensor in model.state_dict().items():
+        if not torch.is_tensor(tensor) or tensor.dtype == torch.int64:
+            continue  # λ's exponent is 0: the flags' λ₀ is the model's λ
+        if name in OUTER:
+            tensor.copy_(state[OUTER[name]])
+            continue
+        number, inner = name.removeprefix("decoder.layers.").split(".", 1)
+        expert = EXPERT.fullmatch(name)
+        if expert:
+            stacked = layers[int(number)][f"mlp.experts.{expert['weight']}"]
+            tensor.copy_(stacked[int(expert["expert"])])
+        else:
+            tensor.copy_(layers[int(number)][inner])
