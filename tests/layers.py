@@ -34,8 +34,9 @@ def make_config(**changes: Any) -> ReMoEConfig:
 
 
 def make_topk_config(**changes: Any) -> TransformerConfig:
-    """Megatron's own configuration of such layers."""
-    return TransformerConfig(**(_settings() | {"moe_router_pre_softmax": True} | changes))
+    """Megatron's own configuration of such layers; this project's where `moe_kernels` are given."""
+    kind = ReMoEConfig if "moe_kernels" in changes else TransformerConfig
+    return kind(**(_settings() | {"moe_router_pre_softmax": True} | changes))
 
 
 def _settings() -> dict[str, Any]:
@@ -70,7 +71,7 @@ def make_layer(config: TransformerConfig, fused: bool = False) -> ReMoELayer:
         fused: with grouped experts instead of one small layer an expert.
     """
     spec = get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm")
-    spec = with_relu_routing(spec) if isinstance(config, ReMoEConfig) else spec
+    spec = with_relu_routing(spec) if getattr(config, "moe_relu_routing", False) else spec
     spec = with_fused_layers(spec) if fused else spec
     layer = spec.submodules.mlp(config=config, layer_number=1)  # type: ignore[union-attr]
     layer.set_layer_number(1)

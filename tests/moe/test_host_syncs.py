@@ -41,9 +41,11 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("limit", [0.0, 2.0], ids=["unbounded", "bounded"])
-def test_a_layer_waits_once(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make_layer(make_config(num_moe_experts=4, moe_router_topk=2, moe_relu_activation_limit=limit), fused=True)
+def test_a_layer_waits_once(limit: float, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(moe_router_topk=2, moe_relu_activation_limit=limit, moe_kernels=kernels)
+    layer = make_layer(config, fused=True)
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
     calls = counted_pairs(monkeypatch)
     with Waits() as waits:
@@ -78,8 +80,9 @@ def counted_pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     return calls
 
 
-def test_a_topk_layer_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make_layer(make_topk_config(moe_router_topk=2), fused=True)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_topk_layer_does_not_wait(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(make_topk_config(moe_router_topk=2, moe_kernels=kernels), fused=True)
     assert isinstance(layer, moe_layer.ReMoELayer)
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
     calls = counted_pairs(monkeypatch)

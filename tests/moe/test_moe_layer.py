@@ -1,6 +1,8 @@
 """Router, L1 term, dispatch and experts together against the oracle in float64."""
 
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +127,34 @@ def test_a_tokens_rows_are_added_up_in_fp32(dtype: torch.dtype) -> None:
     assert sums.found == {torch.float32} and output.dtype == tokens.grad.dtype == dtype
     torch.testing.assert_close(output, 4 * tokens)
     torch.testing.assert_close(tokens.grad, torch.full_like(tokens, 4.0))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [(make_config, {}), (make_config, {"moe_relu_activation_limit": 1.2}), (make_topk_config, {})],
+    ids=["ReMoE", "in chunks", "top-k"],
+)
+def test_tritons_kernels_give_the_same(make: Callable[..., Any], changes: dict[str, Any], fused: bool) -> None:
+    """As near to float64 as PyTorch's operations in float32."""
+    pytest.importorskip("triton")
+    found, weights = [], None
+    for kernels, router_dtype, dtype in [
+        ("torch", "fp64", torch.float64),
+        ("torch", "fp32", torch.float32),
+        ("triton", "fp32", torch.float32),
+    ]:
+        torch.manual_seed(5)
+        types = {"params_dtype": dtype, "pipeline_dtype": dtype, "moe_router_dtype": router_dtype}
+        layer = make_layer(make(**types, **changes, moe_kernels=kernels, num_moe_experts=8, moe_router_topk=2), fused)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        tokens = torch.randn(7, 3, HIDDEN, device=layer.router.weight.device).to(dtype).requires_grad_()
+        found.append(results(layer, tokens, layer(tokens)[0]))
+    for right, plain, mine in zip(*found, strict=True):
+        assert mine.dtype == plain.dtype == torch.float32
+        apart, allowed = ((result.double() - right).abs().max() for result in (mine, plain))
+        assert apart <= 2 * allowed + 1e-6 * right.abs().max()
 
 
 @pytest.mark.parametrize("fused", [False, True])
