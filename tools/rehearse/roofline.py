@@ -27,18 +27,10 @@ TRITON_PARTS = {
     "plan": "small: router, plan, update",
     "update": "small: router, plan, update",
     "rows": "tokens: norms, residuals, gather, sum",
-    "rms_norm": "tokens: norms, residuals, gather, sum",
-    "fused_add_rms_norm": "tokens: norms, residuals, gather, sum",
     "swiglu": "experts: SwiGLU and gates",
-    "cross_entropy": "cross-entropy and embedding",
-    "rope": "attention: rope and copies",
 }
-# Of libraries' kernels, which say nothing of their bytes: how often they pass over an argument, where it is not once.
-PASSES: dict[str, dict[str, int]] = {
-    "liger_cross_entropy_kernel": {"X_ptr": 3},
-    "_swiglu_backward_kernel": {"a_ptr": 2, "b_ptr": 2},
-    "_triton_rope": {"q_ptr": 2, "k_ptr": 2},
-}
+# Of flash-linear-attention: they were read, and pass over each argument once.
+ONE_PASS = {"cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel", "rotary_embedding_kernel"}
 
 
 @dataclass
@@ -92,12 +84,10 @@ class Roofline(TorchDispatchMode):
 
     def _add_triton(self, kernel: Any, told: dict[str, Any], arguments: dict[str, Any]) -> None:
         name, tensors = kernel.src.fn.__name__, [value for value in arguments.values() if torch.is_tensor(value)]
-        passes = PASSES.get(name, {})
-        moved = sum(passes.get(key, 1) * _size(value) for key, value in arguments.items() if torch.is_tensor(value))
-        if "bytes" not in told and name not in PASSES:
+        if "bytes" not in told and name not in ONE_PASS:
             self.guessed.add(name)
         part = TRITON_PARTS.get(kernel.src.fn.__module__.rpartition(".")[2]) or self._part(name, False, tensors)
-        self._add(part, told.get("bytes", moved), told.get("flops", 0.0), "products")
+        self._add(part, told.get("bytes", sum(map(_size, tensors))), told.get("flops", 0.0), "products")
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

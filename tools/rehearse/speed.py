@@ -1,0 +1,107 @@
+"""Launches, waits, bytes and modelled time of the paper's launch commands by kernels; writes docs/performance.md.
+
+python tools/rehearse/speed.py             all of it; finished rehearsals in runs/speed are not repeated
+python tools/rehearse/speed.py --write     and puts the table into docs/performance.md
+git worktree add EARLIER COMMIT; python tools/rehearse/speed.py --before EARLIER     has what was before, too
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tools.common.files import write_aside  # noqa: E402
+from tools.common.places import ROOT  # noqa: E402
+from tools.cost import choices  # noqa: E402
+from tools.rehearse.scripts import GPUS, PLAIN, Launch, Step, whole_step  # noqa: E402
+
+SIZES = {"182m": 16, "469m": 8, "978m": 4}  # and the scripts' micro-batches
+ROUTINGS = {"remoe": "ReMoE", "moe": "top-k"}
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A launch script with these kernels, in these micro-batches."""
+
+    kernels: str
+    launch: Launch
+    micro_batch: int
+
+    @property
+    def title(self) -> str:
+        """The first columns."""
+        model = f"{self.launch.size.upper()} {ROUTINGS[self.launch.routing]}"
+        return f"{model} | {self.kernels} | {self.micro_batch}, {self.launch.settings.get('EP', '1')}"
+
+
+def rows(before: Path | None) -> Iterator[Row]:
+    """All that are rehearsed: as before, and now by kernels, last with the micro-batch and EP that suit them best."""
+    engines = {"": PLAIN}
+    if importlib.util.find_spec("transformer_engine") is not None:
+        engines |= {"Transformer Engine, ": ()}
+    for size, micro_batch in SIZES.items():
+        for routing in ROUTINGS:
+            if before is not None:
+                yield Row("before", Launch(routing, PLAIN, size=size, root=before), micro_batch)
+            for engine, flags in engines.items():
+                for kernels in ("torch", "triton"):
+                    settings = {"KERNELS": kernels.removeprefix("torch")}
+                    yield Row(f"{engine}{kernels}", Launch(routing, flags, settings, size), micro_batch)
+        if table := choices.read().get(choices.name("h100", GPUS, size, "triton")):
+            best = table["rows"][0]
+            settings = {"KERNELS": "triton", "EP": str(best["ep"])}
+            yield Row("triton", Launch("remoe", PLAIN, settings, size), best["micro_batch"])
+
+
+def figures(row: Row, folder: Path) -> Step:
+    """Of a row, or those of a finished rehearsal."""
+    path = folder / f"{row.title.replace(' ', '').replace('|', '-')}.json"
+    if not path.exists():
+        step = whole_step(row.launch, row.micro_batch)
+        text = json.dumps(dataclasses.asdict(step))
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return Step(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def line(row: Row, step: Step) -> str:
+    """A row of the table."""
+    if step.error is not None:
+        return f"| {row.title} | no: {step.error.splitlines()[0][:120]} | | | | | | |"
+    counts = [step.forward_layer, step.update, step.launches, step.waits]
+    numbers = ["–" if count is None else f"{count:,.0f}" for count in counts]
+    numbers += [f"{step.bytes / 1e9:,.0f}", f"{step.seconds * 1e3:,.0f}", f"{step.roofline_mfu:.1%}", f"{step.mfu:.1%}"]
+    return f"| {row.title} | {' | '.join(numbers)} |"
+
+
+def main() -> int:
+    """Rehearse what was not rehearsed yet, print the table, and write it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of an earlier commit, to compare with")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "speed", help="default: runs/speed")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    titles = (
+        "model | kernels | micro-batch, EP | launches of a forward layer | of λ's update | of a step | waits of a step"
+    )
+    table = [f"| {titles} | GB | ms | MFU | MFU, collectives counted |", "|---|---|---|" + "---:|" * 8]
+    for row in rows(options.before):
+        table.append(line(row, figures(row, options.output_dir)))
+        print(table[-1], flush=True)
+    if options.write:
+        path = ROOT / "docs" / "performance.md"
+        start, rest = path.read_text(encoding="utf-8").split(BEGIN)
+        whole = f"{start}{BEGIN}\n" + "\n".join(table) + f"\n{END}{rest.split(END)[1]}"
+        write_aside(path, lambda aside: aside.write_text(whole, encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
