@@ -142,7 +142,7 @@ def _gates(
     program, expert = tl.program_id(0), tl.arange(0, WIDTH)
     pairs = tl.zeros([WIDTH], tl.int32)
     sums = tl.zeros([WIDTH], tl.float32)
-    tokens = 0
+    tokens = tl.zeros([BLOCK], tl.int32)
     end = tl.minimum((program + 1) * span, num_tokens)
     for first in range(program * span, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
@@ -160,9 +160,9 @@ def _gates(
         tl.store(map_TE + at, is_active, mask=is_inside)
         pairs += tl.sum(is_active.to(tl.int32), axis=0)
         sums += tl.sum(gate.to(tl.float32), axis=0)
-        tokens += tl.sum(is_routed.to(tl.int32), axis=0)
+        tokens += is_routed.to(tl.int32)
     tl.store(pairs_PC + program * (E + 1) + expert, pairs, mask=expert < E)
-    tl.store(pairs_PC + program * (E + 1) + E, tokens)
+    tl.store(pairs_PC + program * (E + 1) + E, tl.sum(tokens))
     tl.store(sums_PE + program * E + expert, sums, mask=expert < E)
 
 
@@ -178,19 +178,19 @@ def _terms(
     expert = tl.arange(0, WIDTH)
     is_expert = expert < E
     own_pairs = tl.zeros([WIDTH], tl.int32)
-    tokens_here = 0
+    own_tokens = tl.zeros([BLOCK], tl.int32)
     sums = tl.zeros([WIDTH], tl.float32)
     for first in range(0, programs, BLOCK):
         program = first + tl.arange(0, BLOCK)
         is_program, row = program < programs, program * (E + 1)
         is_inside = is_program[:, None] & is_expert[None, :]
         own_pairs += tl.sum(tl.load(pairs_PC + row[:, None] + expert[None, :], mask=is_inside, other=0), axis=0)
-        tokens_here += tl.sum(tl.load(pairs_PC + row + E, mask=is_program, other=0))
+        own_tokens += tl.load(pairs_PC + row + E, mask=is_program, other=0)
         sums += tl.sum(tl.load(sums_PE + program[:, None] * E + expert[None, :], mask=is_inside, other=0.0), axis=0)
-    pairs, own_tokens = own_pairs.to(tl.float64), tokens_here.to(tl.float64)
-    tokens = own_tokens
+    pairs, own = own_pairs.to(tl.float64), tl.sum(own_tokens).to(tl.float64)
+    tokens = own
     tl.store(counts + expert, tl.load(counts + expert, mask=is_expert) + pairs, mask=is_expert)
-    tl.store(counts + E, tl.load(counts + E) + own_tokens)
+    tl.store(counts + E, tl.load(counts + E) + own)
     if of_sequence_C is not None:
         pairs = tl.load(of_sequence_C + expert, mask=is_expert, other=0).to(tl.float64)
         tokens = tl.load(of_sequence_C + E).to(tl.float64)
@@ -205,7 +205,7 @@ def _terms(
     coefficient = INIT * tl.exp2(tl.load(exponent).to(tl.float64) * LOG2) * (1.0 - is_guarded)
     push = 0.0 - GUARD * is_guarded / (tokens * E)
     if PER_TOKEN:
-        coefficient, push = coefficient * own_tokens * RANKS, push * own_tokens * RANKS
+        coefficient, push = coefficient * own * RANKS, push * own * RANKS
     tl.store(terms_C + expert, (coefficient * weight).to(tl.float32), mask=is_expert)
     tl.store(terms_C + E, push.to(tl.float32))
 
