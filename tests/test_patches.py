@@ -21,10 +21,12 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+from megatron.training import training
 from tests.layers import make_topk_config
 
 
@@ -163,6 +165,87 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
     monkeypatch.setattr(clip_grads, "l2_norm_impl", of_transformer_engine)
     patches.keep_norms_on_the_device()
     assert clip_grads.l2_norm_impl is of_transformer_engine
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> RerunStateMachine:
+    """Megatron's, after its first step."""
+    for name in ("validate_result", "should_run_forward_backward"):
+        stock = getattr(RerunStateMachine, name)
+        monkeypatch.setattr(RerunStateMachine, name, getattr(stock, "__wrapped__", stock))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(RerunStateMachine, "_reduce_any", lambda _self, value: value)
+    machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
+    machine.first_iteration_complete = True
+    return machine
+
+
+def step(machine: RerunStateMachine, *losses: torch.Tensor) -> list[str]:
+    """The forward and backward passes of one step; what was found rejected, and when."""
+    found = []
+    assert machine.should_run_forward_backward(None)
+    for loss in losses:
+        for rejection in (torch.isnan, torch.isinf):
+            machine.validate_result(loss, rejection, f"{rejection.__name__} of {len(losses)}")
+        found.append("asks for a rerun" if machine.rerun_requested else "goes on")
+    machine.should_run_forward_backward(None)
+    return [*found, f"{machine.failed_validation_call.caller.message}, its {machine.failed_validation_call.sequence}."]
+
+
+def test_megatron_still_waits_for_each_result(machine: RerunStateMachine) -> None:
+    losses = [torch.tensor(value) for value in (1.0, float("inf"), 1.0)]
+    assert step(machine, *losses) == ["goes on", "asks for a rerun", "asks for a rerun", "isinf of 3, its 2."]
+
+
+def test_results_are_validated_once_a_step(machine: RerunStateMachine) -> None:
+    patches.validate_once_a_step()
+    patched = RerunStateMachine.validate_result
+    patches.validate_once_a_step()
+    assert RerunStateMachine.validate_result is patched
+    # Without values: nothing may look at them before the last backward pass is through.
+    machine.should_run_forward_backward(None)
+    with torch.device("meta"):
+        machine.validate_result(torch.empty(()), torch.isnan, "nothing")
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        machine.should_run_forward_backward(None)
+    machine.state = RerunState.NOT_RUNNING_YET
+    losses = [torch.tensor(value) for value in (1.0, float("inf"), 1.0)]
+    assert step(machine, *losses) == ["goes on", "goes on", "goes on", "isinf of 3, its 2."]
+    assert machine.state == RerunState.RERUNNING_IN_PLACE
+    # The rerun meets the same: Megatron's own diagnosis.
+    for rejection in (torch.isnan, torch.isinf):
+        machine.validate_result(losses[0], rejection, f"{rejection.__name__} of 3")
+    machine.validate_result(losses[1], torch.isinf, "isinf of 3")
+    assert machine.checkpoint_requested
+
+
+def test_without_reruns_a_step_that_is_not_finite_ends_before_the_update(machine: RerunStateMachine) -> None:
+    machine.set_mode(RerunMode.DISABLED)
+    patches.validate_once_a_step()
+    machine.should_run_forward_backward(None)
+    machine.validate_result(torch.tensor(float("nan")), torch.isnan, "found NaN in a loss")
+    with pytest.raises(RuntimeError, match="found NaN in a loss"):
+        machine.should_run_forward_backward(None)
+
+
+@pytest.mark.parametrize(
+    "name", ["reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"]
+)
+def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = getattr(training, name)
+    stock = getattr(stock, "__wrapped__", stock)
+    monkeypatch.setattr(training, name, stock)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda *_arguments, group, **_options: asked.append(group.size())
+    )
+    alone, two = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
+    before = stock(True, group=alone), stock(1.5, group=alone) if "stat" in name else None
+    patches.ask_no_other_rank_if_alone()
+    patched = getattr(training, name)
+    assert (patched(True, group=alone), patched(1.5, group=alone) if "stat" in name else None) == before
+    patched(True, group=two)
+    assert asked == [1] * (1 + ("stat" in name)) + [2], "Megatron's own does without"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None, reason="apex is installed")

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from importlib.util import find_spec
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -30,11 +30,13 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.language_module import language_module
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 from megatron.core.tensor_parallel import layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.local.rotary import FusedRotaryEmbedding
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+from megatron.training import training
 
 READ_AGAINST = ("0.19.0", "0.19.1", "0.19.2")  # megatron-core, in which all that is changed here is the same
 
@@ -140,6 +142,56 @@ def keep_norms_on_the_device() -> None:
 def _norm_of_all(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The L2 norm of tensors on one device, fp32 `[1]` there."""
     return torch.nn.utils.get_total_norm(tensors).to(torch.float32).reshape(1)
+
+
+def validate_once_a_step() -> None:
+    """Wait once a step for the losses and gradients that Megatron validates on a GPU: it waits twice a bucket.
+
+    Whether one is NaN or infinite stays on the device until the last backward pass is through. If one is, all are
+    validated as Megatron does, in their order and before the optimizer's step.
+    """
+    validate, run_again = RerunStateMachine.validate_result, RerunStateMachine.should_run_forward_backward
+    if hasattr(validate, "__wrapped__"):
+        return
+    waiting: list[tuple[torch.Tensor, Callable[[], None]]] = []
+
+    @wraps(validate)
+    def validate_later(self: RerunStateMachine, result: Any, rejection_func: Any, *rest: Any, **options: Any) -> None:
+        waits = self.state == RerunState.INITIAL_RUN and self.mode != RerunMode.REPORT_DETERMINISM_STATS
+        if not waits or rejection_func not in (torch.isnan, torch.isinf) or self.error_injector.should_inject_errors:
+            return validate(self, result, rejection_func, *rest, **options)
+        result = result.detach()
+        waiting.append((rejection_func(result), partial(validate, self, result, rejection_func, *rest, **options)))
+
+    @wraps(run_again)
+    def run_again_if_rejected(self: RerunStateMachine, data_iterator: Any) -> bool:
+        results, waiting[:] = waiting[:], []
+        if results and torch.stack([is_rejected for is_rejected, _ in results]).any():
+            for _, validate_now in results:
+                validate_now()
+        return run_again(self, data_iterator)
+
+    RerunStateMachine.validate_result = validate_later
+    RerunStateMachine.should_run_forward_backward = run_again_if_rejected
+
+
+def ask_no_other_rank_if_alone() -> None:
+    """Let a rank that has the whole model take its own word for the gradients' norm and that of the update.
+
+    Megatron asks a group of one by way of the device, and waits for it five times a step.
+    """
+    for name in ("reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"):
+        stock = getattr(training, name)
+        if not hasattr(stock, "__wrapped__"):
+            setattr(training, name, _asked_if_not_alone(stock))
+
+
+def _asked_if_not_alone(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stock)
+    def ask(value: Any, group: torch.distributed.ProcessGroup | None = None) -> Any:
+        return value if group is not None and group.size() == 1 else stock(value, group)
+
+    return ask
 
 
 def add_weight_gradients_by_torch() -> None:
@@ -298,6 +350,18 @@ PATCHES = (
         "core/optimizer/clip_grads.py: l2_norm_impl",
         "a gradient norm without a wait a tensor, on GPUs without Transformer Engine or apex",
         "local_multi_tensor_l2_norm in core/utils.py asks for no value on the host",
+    ),
+    Patch(
+        validate_once_a_step,
+        "core/rerun_state_machine.py: RerunStateMachine's validate_result and should_run_forward_backward",
+        "one wait a step for losses and gradients that are not finite, instead of two for each of them",
+        "validate_result asks for no value on the host",
+    ),
+    Patch(
+        ask_no_other_rank_if_alone,
+        "training/training.py: reduce_max_stat_across_model_parallel_group, logical_and_across_model_parallel_group",
+        "a step without five waits for a model parallel group of one rank",
+        "both return at once in a group of one rank",
     ),
     Patch(
         add_weight_gradients_by_torch,
