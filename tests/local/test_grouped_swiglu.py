@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.remoe.local import grouped_swiglu as module
 from megatron.remoe.local.blocked_swiglu import BLOCK_PAIRS, FEW_PAIRS, BlockedSwiGLU, _blocks
@@ -116,7 +117,9 @@ def check_half_precision(
     right = [value.double().requires_grad_() for value in inputs]
     if accumulates:
         for weight in ours[2:]:
-            weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
+            # Megatron's buffers are fp32, which only a GPU's products are added to.
+            buffer = torch.ones_like(weight, dtype=torch.float32 if DEVICE == "cuda" else None)
+            weight.main_grad, weight.grad_added_to_main_grad = buffer, False
     with SumTypes() as sums:
         output = kernel.apply(*ours, sizes, Order(rows, ends=ends), PLAIN, True)
         direction = torch.randn_like(output)
@@ -148,14 +151,43 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, in
     module._generation.cache_clear()
 
 
+class Products(TorchDispatchMode):
+    """Counts the products that are added to a buffer of another type."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.addmm.dtype_out
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_gradients_are_added_to_fp32(pretend, monkeypatch, capability: tuple[int, int], large: bool) -> None:
+    """Large ones as products, an expert at a time, and all where a GPU has no other; without a gradient in bf16."""
+    pretend(capability)
+    monkeypatch.setattr(module, "LARGE_MATRIX", 16 * 16 if large else 16 * 16 + 1)  # fc1's; fc2's are smaller
+    sizes = torch.tensor([3, 0, 2])
+    with FakeTensorMode(allow_non_fake_inputs=True), Products() as products:
+        run_on_fake_gpu(sizes, 5, main_grad=torch.float32)
+    assert products.count == (4 if capability == (8, 0) else 2 * large)
+
+
 def run_on_fake_gpu(
-    sizes: torch.Tensor, pairs: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 16, ffn: int = 8
+    sizes: torch.Tensor,
+    pairs: int,
+    dtype: torch.dtype = torch.bfloat16,
+    hidden: int = 16,
+    ffn: int = 8,
+    main_grad: torch.dtype | None = None,
 ) -> str:
     """Forward and backward passes over 7 tokens; the name of what was run."""
     experts, options = len(sizes), {"dtype": dtype, "device": "cuda:0"}
     tokens, gates = torch.empty(7, hidden, **options, requires_grad=True), torch.empty(pairs, **options)
     fc1 = torch.nn.Parameter(torch.empty(experts, 2 * ffn, hidden, **options))
     fc2 = torch.nn.Parameter(torch.empty(experts, hidden, ffn, **options))
+    for weight in (fc1, fc2) if main_grad else ():
+        weight.main_grad, weight.grad_added_to_main_grad = torch.empty_like(weight, dtype=main_grad), False
     rows = torch.empty(pairs, dtype=torch.int64, device="cuda:0")
     output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, Order(rows))
     name = output.grad_fn.name()
@@ -164,6 +196,7 @@ def run_on_fake_gpu(
         found = kernel.backward(output.grad_fn, torch.empty_like(output))[:4]
     inputs = (tokens, gates, fc1, fc2)
     assert [(g.shape, g.dtype, g.device) for g in found] == [(x.shape, x.dtype, x.device) for x in inputs]
+    assert not main_grad or (fc1.grad_added_to_main_grad and fc2.grad_added_to_main_grad)
     return name
 
 
