@@ -1,0 +1,95 @@
+"""Text from a checkpoint and from an exported folder: the same, streamed, with what it cost."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+from tests.hf.test_modeling import make
+from tools.convert_checkpoint import checkpoints
+from tools.convert_checkpoint.models import build
+from tools.export_hf.settings import args_of
+from tools.export_hf.weights import fill
+from tools.generate.command import main
+
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same model as a run's checkpoint and as a folder; the folder of a dense one."""
+    root = tmp_path_factory.mktemp("models")
+    vocabulary = gpt2_tokenizer_folder(*byte_level_vocabulary(root / "files"), cache_dir=root)
+    model = make("relu", vocab_size=264, max_position_embeddings=24)
+    args = args_of(model.config)
+    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(vocabulary)
+    megatron = build(args)
+    fill(megatron, model)
+    checkpoints.save(megatron, args, root / "run", engine_names=False)
+    for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
+        one.save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(vocabulary).save_pretrained(root / name)
+    make("dense").save_pretrained(root / "no tokenizer")
+    return {path.name: path for path in root.iterdir()}
+
+
+def generate(capfd: pytest.CaptureFixture[str], *words: str | Path, code: int = 0) -> tuple[str, str]:
+    assert main([str(word) for word in words]) == code
+    return capfd.readouterr()
+
+
+def test_run_and_folder_say_the_same(
+    places: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt").write_text("def f")
+    for how in (["--temperature", "0"], ["--top-k", "9", "--top-p", "0.9", "--seed", "5"]):
+        texts = set()
+        for place, prompt in (("run", "--prompt=def f"), ("folder", f"--prompt-file={tmp_path / 'prompt'}")):
+            text, costs = generate(capfd, "--load", places[place], prompt, "--max-new-tokens", "7", *how)
+            assert text.startswith("def f")
+            found = re.search(r"(\d+) tokens, [\d.]+ tokens/s, ([\d.]+) experts per token and layer", costs)
+            assert found and 1 <= int(found[1]) <= 7 and 0 < float(found[2]) < 8
+            texts.add(text)
+        assert len(texts) == 1
+    # The context ends what has no other end; a dense model has no experts to tell of.
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nthree\n"))
+    text, costs = generate(capfd, "--load", places["dense"], "--temperature", "0")
+    assert text.startswith("one") and "\ntwo" in text and "three" not in text
+    assert [int(number) for number in re.findall(r"^(\d+) tokens", costs, re.MULTILINE)] == [29, 29]
+    assert "experts" not in costs
+
+
+def test_mean_number_of_experts(places: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """That of a forward pass over the whole text, but for its last token."""
+    prompt, new = "class A", 4
+    _, costs = generate(
+        capfd, "--load", places["folder"], "--prompt", prompt, "--max-new-tokens", str(new), "--temperature", "0"
+    )
+    model = make("relu", vocab_size=264)
+    ids = AutoTokenizer.from_pretrained(places["folder"])(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        whole = model.generate(ids, max_new_tokens=new, do_sample=False)[:, :-1]
+        logits = torch.cat(model(whole, output_router_logits=True).router_logits)
+    assert f", {float((logits > 0).sum(dim=1).double().mean()):.2f} experts" in costs
+
+
+@pytest.mark.parametrize(
+    ("place", "words", "message"),
+    [
+        ("folder", ["--prompt", ""], "--prompt: has 0 tokens, and the model was trained on 1 to 24."),
+        ("folder", ["--prompt", "a" * 24], "--prompt: has 24 tokens"),
+        ("folder", ["--prompt-file", "/nowhere"], "--prompt-file /nowhere: cannot be read"),
+        ("no tokenizer", ["--prompt", "a"], "--load: has no tokenizer. Give the folder of one with --tokenizer-model."),
+        ("files", ["--prompt", "a"], "is not the folder of a run's checkpoints"),
+    ],
+)
+def test_refusals(
+    place: str, words: list[str], message: str, places: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    text, errors = generate(capfd, "--load", places[place], *words, code=1)
+    assert message in errors and "Traceback" not in errors and not text

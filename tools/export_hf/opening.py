@@ -1,0 +1,57 @@
+"""A model to work with: from a run's checkpoints or from an exported folder."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron.remoe.hf import RemoeForCausalLM
+
+from ..convert_checkpoint.errors import ConversionError
+
+
+def open_model(
+    place: Path, step: int | None = None, tokenizer_model: Path | None = None
+) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBase | None]:
+    """The model, for evaluation, and its tokenizer.
+
+    A folder goes to the accelerator where there is one, the checkpoints of a run to the CPU.
+
+    Args:
+        place: a run's checkpoints or an exported folder.
+        step: the run's iteration (default: the newest).
+        tokenizer_model: folder of another tokenizer than its own.
+
+    Raises:
+        ConversionError: it is neither, or cannot be read.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    if not (place / "config.json").is_file():
+        return _open_run(place, step, tokenizer_model)
+    try:
+        model = RemoeForCausalLM.from_pretrained(place, local_files_only=True, dtype="auto")
+        has_tokenizer = tokenizer_model is not None or (place / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_model or place) if has_tokenizer else None
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"--load {place}: cannot be read ({str(error).splitlines()[0]}).") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _open_run(
+    place: Path, step: int | None, tokenizer_model: Path | None
+) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBase | None]:
+    # Megatron is imported here: an exported folder needs none of it.
+    from megatron.remoe import cpu
+    from megatron.remoe.preflight import machine
+
+    machine.do_without_what_is_missing(on_cpu=True)
+    cpu.install()
+    from .folder import set_tokens, tokenizer_of
+    from .source import model_of, open_run
+
+    checkpoint, args, config = open_run(place, step)
+    tokenizer = tokenizer_of(args, tokenizer_model)
+    if tokenizer is not None:
+        set_tokens(config, tokenizer)
+    return model_of(checkpoint, config), tokenizer

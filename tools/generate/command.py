@@ -1,0 +1,121 @@
+"""Continue a text with a trained model: a run's checkpoint, or a folder that tools/export_hf made.
+
+python tools/generate --load RUN --prompt "Once upon a time"
+python tools/generate --load FOLDER --prompt-file start.txt --max-new-tokens 500
+python tools/generate --load FOLDER                             # asks for a text, again and again
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from megatron.remoe.hf import RemoeForCausalLM
+
+from ..common.errors import ToolError
+from ..common.expert_counts import counted_experts
+from ..export_hf.opening import open_model
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", type=Path, required=True, metavar="FOLDER", help="a run's checkpoints, or exported")
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
+    parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="another tokenizer than the model's own")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", metavar="TEXT", help="what to continue")
+    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds it")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0: the likeliest token (default: %(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K likeliest (default: of all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the likeliest that make up P")
+    parser.add_argument("--seed", type=int, default=1234, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    for flag, right in (
+        ("--max-new-tokens", args.max_new_tokens >= 1),
+        ("--temperature", args.temperature >= 0),
+        ("--top-k", args.top_k >= 0),
+        ("--top-p", 0 < args.top_p <= 1),
+    ):
+        if not right:
+            parser.error(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: is out of range.")
+    return args
+
+
+def prompts(args: argparse.Namespace) -> Iterator[str]:
+    """The texts to continue: that given, or lines as they are typed."""
+    if args.prompt is not None:
+        yield args.prompt
+    elif args.prompt_file is not None:
+        try:
+            yield args.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ToolError(f"--prompt-file {args.prompt_file}: cannot be read ({error}).") from error
+    else:
+        asks = sys.stdin.isatty()
+        print("A text to continue; an empty line ends." if asks else "", end="\n" * asks, file=sys.stderr)
+        for line in iter(sys.stdin.readline, ""):
+            if not line.strip():
+                return
+            yield line.rstrip("\n")
+
+
+def continue_text(
+    model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, args: argparse.Namespace
+) -> str:
+    """Print the prompt and what follows, as it comes.
+
+    Returns:
+        Number of tokens, their rate, and the mean number of experts per token and layer.
+
+    Raises:
+        ToolError: the prompt is empty or too long.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    if not 0 < length < context:
+        raise ToolError(
+            f"--prompt: has {length} tokens, and the model was trained on 1 to {context}. Give another one."
+        )
+    sampling = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    started = time.perf_counter()
+    with counted_experts(model) as counts, torch.inference_mode():
+        output = model.generate(
+            **inputs, **sampling, max_new_tokens=min(args.max_new_tokens, context - length), streamer=streamer
+        )
+    new = output.shape[1] - length
+    line = f"{new} tokens, {new / (time.perf_counter() - started):.1f} tokens/s"
+    if counts:
+        mean = torch.cat([one for passes in counts.values() for one in passes]).double().mean()
+        line += f", {mean:.2f} experts per token and layer"
+    return line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    args = parse_arguments(arguments)
+    try:
+        model, tokenizer = open_model(args.load, args.ckpt_step, args.tokenizer_model)
+        if tokenizer is None:
+            raise ToolError("--load: has no tokenizer. Give the folder of one with --tokenizer-model.")
+        torch.manual_seed(args.seed)
+        for prompt in prompts(args):
+            print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)
+    except ToolError as error:
+        print(f"generate: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
