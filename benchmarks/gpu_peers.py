@@ -6,6 +6,7 @@ Each module takes `[tokens, 1, hidden]` to the same shape and has its router's w
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.functional import linear, silu
@@ -91,12 +92,22 @@ def gpu_peers(
     """
     found = {}
     for name, peer in PEERS.items():
-        try:
+
+        def build(peer: Callable[..., Any] = peer) -> torch.nn.Module:
             layer = peer(experts, hidden, ffn, topk).to(device=router_weight.device, dtype=router_weight.dtype)
             layer.router_weight.data.copy_(router_weight)
-            layer(tokens).sum().backward()
-        except Exception as error:  # kernels that were built for another PyTorch fail in many ways, some when they run
-            print(f"{name}: not measured, {error}", file=sys.stderr)
-            continue
-        found[name] = layer
+            return layer
+
+        found |= usable(name, build, tokens)
     return found
+
+
+def usable(name: str, build: Callable[[], torch.nn.Module], tokens: torch.Tensor) -> dict[str, torch.nn.Module]:
+    """Name → layer, where it can be built and run both ways; nothing where it cannot, and why goes to stderr."""
+    try:
+        layer = build()
+        layer(tokens).sum().backward()
+    except Exception as error:  # kernels that were built for another PyTorch fail in many ways, some when they run
+        print(f"{name}: not measured, {error}", file=sys.stderr)
+        return {}
+    return {name: layer}

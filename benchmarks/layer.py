@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ machine.do_without_what_is_missing(cpu.is_wanted(sys.argv))
 if cpu.is_wanted(sys.argv):
     cpu.install()
 
-from gpu_peers import gpu_peers  # noqa: E402
+from gpu_peers import gpu_peers, usable  # noqa: E402
 from timed_entry import start_at_target  # noqa: E402
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
@@ -83,36 +84,33 @@ def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> d
     theirs = megatron_layer(experts, options, relu=False, dtype=tokens.dtype)
     theirs.router.weight.data.copy_(ours.router.weight)
     found: dict[str, Layer] = {OURS: lambda x: ours(x)[0], "Megatron's, top-k": lambda x: theirs(x)[0]}
-    if options.transformers:
-        found |= mixtral_blocks(experts, options, ours.router.weight)
+    for name in options.transformers:
+        block = partial(mixtral_block, name, experts, options, ours.router.weight)
+        found |= usable(f"transformers, {name}", block, tokens)
     if tokens.is_cuda and tokens.dtype == torch.bfloat16:
         found |= gpu_peers(experts, options.hidden, options.ffn, options.topk, ours.router.weight, tokens)
     return found
 
 
-def mixtral_blocks(experts: int, options: argparse.Namespace, router_weight: torch.Tensor) -> dict[str, Layer]:
-    """Those of transformers, where it is installed, in the router's type and on its device."""
-    try:
-        from transformers.models.mixtral import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-    except ImportError as error:
-        print(f"transformers: not measured, {error}", file=sys.stderr)
-        return {}
-    found: dict[str, Layer] = {}
-    for implementation in options.transformers:
-        config = MixtralConfig(
-            hidden_size=options.hidden,
-            intermediate_size=options.ffn,
-            num_local_experts=experts,
-            num_experts_per_tok=options.topk,
-        )
-        config._experts_implementation = implementation
-        block = MixtralSparseMoeBlock(config).to(device=router_weight.device, dtype=router_weight.dtype).train()
-        for weight in block.parameters():
-            torch.nn.init.normal_(weight, std=0.02)
-        block.gate.weight.data.copy_(router_weight)
-        found[f"transformers, {implementation}"] = block
-    return found
+def mixtral_block(
+    implementation: str, experts: int, options: argparse.Namespace, router_weight: torch.Tensor
+) -> torch.nn.Module:
+    """That of transformers, with the router's weight, type and device."""
+    from transformers.models.mixtral import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=options.hidden,
+        intermediate_size=options.ffn,
+        num_local_experts=experts,
+        num_experts_per_tok=options.topk,
+    )
+    config._experts_implementation = implementation
+    block = MixtralSparseMoeBlock(config).to(device=router_weight.device, dtype=router_weight.dtype).train()
+    for weight in block.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    block.gate.weight.data.copy_(router_weight)
+    return block
 
 
 def seconds(layer: Layer, tokens: torch.Tensor, weights: list[torch.nn.Parameter]) -> float:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -159,6 +160,16 @@ def test_a_gpu_gets_the_launch_scripts_flags(monkeypatch: pytest.MonkeyPatch) ->
     assert [set(wanted) <= set(command) for command in commands] == [True, False, False]
     assert ["--bf16" in command for command in commands] == [True, False, False]
     assert commands[0][-2:] == ["--lr", "1"]  # the user's win
+
+
+def test_what_a_router_was_fitted_to_is_let_go(timed_entry: ModuleType) -> None:
+    router, tokens = half_precision_router()
+    fit = timed_entry._Fit(router)
+    for _ in range(timed_entry.FIT_STEPS):
+        fit(router, (tokens,))
+    kept = router.weight.clone()
+    fit(router, (tokens,))
+    assert fit.tokens == [] and torch.equal(router.weight, kept)
 
 
 @pytest.mark.parametrize("name", ["scaling", "memory", "bounded", "operations"])
@@ -340,6 +351,31 @@ def test_a_peer_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "broken: not measured, no kernel image" in capsys.readouterr().err
 
 
+def test_transformers_may_be_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = module("layer", monkeypatch)
+    monkeypatch.setitem(sys.modules, "transformers.models.mixtral", None)
+    block = partial(layer.mixtral_block, "eager", 4, SimpleNamespace(), torch.empty(4, 8))
+    assert layer.usable("transformers, eager", block, torch.empty(1)) == {}
+    assert "transformers, eager: not measured, " in capsys.readouterr().err
+
+
+def test_rich_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = module("results", monkeypatch)
+    monkeypatch.setattr(results, "Console", None)
+    with results.progress(2) as done:
+        done("(8, 1): 3 s")
+    results.show("A step", ["variant", "s/step"], [("ReMoE", 0.12345)], tmp_path / "step.json")
+    printed = capsys.readouterr()
+    assert printed.err == "(8, 1): 3 s\n"
+    assert printed.out == f"A step\nvariant\ts/step\nReMoE\t0.123\nFigures: {tmp_path / 'step.json'}\n"
+
+
+def test_kernels_need_a_gpu(tmp_path: Path) -> None:
+    assert "there is no GPU" in benchmark("kernels", tmp_path / "kernels.json", expect=2)
+
+
 def test_figures_name_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = module("results", monkeypatch)
     tool = tmp_path / "nvidia-smi"
@@ -369,6 +405,7 @@ def test_a_short_time_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
         ("memory", ["--experts", "16"]),
         ("operations", ["--shapes", "(8, 1)"]),
         ("layer", ["--bf16", "--tokens", "1024", "--experts", "8", "--repetitions", "2"]),
+        ("kernels", ["--tokens", "1024", "--repetitions", "2"]),
     ],
 )
 def test_on_a_gpu(name: str, arguments: list[str], tmp_path: Path) -> None:

@@ -89,13 +89,17 @@ def machine(environment: Mapping[str, str] | None) -> dict[str, Any]:
     ):
         digest.update(path.read_bytes())
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    # Not from PyTorch, which would hold the card in this process too.
-    asked = [] if environment is not None else ["nvidia-smi", "-L"]
-    card = (
-        subprocess.run(asked, capture_output=True, text=True).stdout.strip() if asked else f"no card ({PLAYED} played)"
-    )
+    card = f"no card: {PLAYED} played" if environment is not None else _card()
     found = {"card": card, "host": platform.node(), "torch": torch.__version__, "sources": digest.hexdigest()[:16]}
     return found | {"commit": git.stdout.strip() or None}
+
+
+def _card() -> str:
+    """As the driver's tool names it with its number; PyTorch would hold the card in this process too."""
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return "unknown"
 
 
 class Acceptance:

@@ -20,7 +20,9 @@ from tools.common.places import ROOT  # noqa: E402
 from tools.rehearse.flags import rehearsed  # noqa: E402
 
 EXPECTED = Path(__file__).with_name("rehearsed.json")
-SHARE_OF_BATCH = ["--global-batch-size", "64"]  # one GPU's of the eight that share the paper's 512
+SEQUENCES = 64  # one GPU's of the eight that share the paper's 512
+LENGTH = 1024  # tokens of a sequence
+OWN_FLAGS = ["--global-batch-size", str(SEQUENCES), "--transformer-impl", "local"]  # what was rehearsed, on any machine
 STAGES = {"dense": 0.5, "steady": 0.125}  # active share of the pairs
 # Kept at the target, where training would come after hundreds of steps: weights hardly move.
 AT_TARGET = "--lr 1e-7 --min-lr 0 --lr-warmup-fraction 0".split()
@@ -28,7 +30,7 @@ AT_TARGET = "--lr 1e-7 --min-lr 0 --lr-warmup-fraction 0".split()
 
 def command() -> tuple[dict[str, str], list[str]]:
     """What the launch script gives: the environment's settings, and the entry's flags."""
-    script = ["bash", str(ROOT / "scripts" / "train_llama_182m_remoe.sh"), "1", "--", *SHARE_OF_BATCH]
+    script = ["bash", str(ROOT / "scripts" / "train_llama_182m_remoe.sh"), "1", "--", *OWN_FLAGS]
     planned = os.environ | {"DRY_RUN": "command", "DATA_PATH": "made-up", "PYTHON": sys.executable}
     planned.pop("REHEARSE", None)
     result = subprocess.run(script, env=planned, capture_output=True, text=True)

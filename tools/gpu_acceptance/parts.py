@@ -231,7 +231,7 @@ def _with_failures(stages: dict[str, Figures], work: Work) -> Figures:
         rehearsed = expected[stage]
         flops = rehearsed["roofline"]["model_flops"] / found["seconds"]
         found["rehearsed"] = rehearsed
-        found["tokens_per_second"] = 64 * 1024 / found["seconds"]
+        found["tokens_per_second"] = launched.SEQUENCES * launched.LENGTH / found["seconds"]
         found["mfu"] = flops / (ACCELERATORS[kind].tflops * 1e12) if kind else None
         found["of_matmul_rate"] = flops / (found["matmul_tflops"] * 1e12)
         if not all(map(math.isfinite, found["losses"])):

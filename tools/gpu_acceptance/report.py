@@ -130,7 +130,9 @@ def _layer(figures: Figures, is_rehearsed: bool) -> str:
     return f"fastest in {best} of {len(figures['seconds'])} cases, beside {peers}"
 
 
-def _memory(figures: Figures, _is_rehearsed: bool) -> str:
+def _memory(figures: Figures, is_rehearsed: bool) -> str:
+    if is_rehearsed:  # all of them have the same active share
+        return f"{sum(map(len, figures['results'].values()))} trainings"
     said = []
     for experts, records in figures["results"].items():
         if {"dense stage", "at the target"} <= records.keys():
@@ -239,7 +241,9 @@ def _layer_table(figures: Figures, is_rehearsed: bool) -> list[str]:
     return lines
 
 
-def _memory_table(figures: Figures, _is_rehearsed: bool) -> list[str]:
+def _memory_table(figures: Figures, is_rehearsed: bool) -> list[str]:
+    if is_rehearsed:
+        return []
     names = list(next(iter(figures["results"].values())))
     lines = ["| E | " + " | ".join(f"{name}, MiB" for name in names) + " |", "|---" + "|---:" * len(names) + "|"]
     for experts, records in figures["results"].items():
