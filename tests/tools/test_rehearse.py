@@ -3,15 +3,17 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.trainings import REPOSITORY
+from tools.cost import choices
 from tools.rehearse import build, command, golden, report
 from tools.rehearse.errors import RehearsalError
 from tools.rehearse.flags import data_of, rehearsed, value_of
-from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch
+from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch, drawn_on
 
 needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played"
@@ -91,6 +93,40 @@ def test_the_words_of_the_cluster() -> None:
     assert report.error_in("one\ntwo", -11) == "exit code -11; the end of its output:\none\ntwo"
 
 
+def test_collectives_take_their_latency() -> None:
+    """By hand: ten of 8 GB over 8 ranks of a node, 7/8 of the bytes sent twice, and three doublings each."""
+    one = {"kind": "all_reduce", "ranks": 8, "within_node": True, "times": 10, "bytes": 80e9}
+    given = {"link": 400.0, "latency": 5.0, "network": 0.0, "network_latency": 0.0}
+    (timed,) = report.timed([one, one | {"ranks": 1}], given)
+    assert timed["seconds"] == pytest.approx(2 * 70e9 / 400e9 + 10 * 3 * 5e-6)
+
+
+def test_steps_of_many_micro_batches_are_drawn_on() -> None:
+    def rehearsal(number: int) -> dict[str, Any]:
+        work = {"bytes": 10.0 + number, "seconds": 1.0 + number, "mfu": number / (1.0 + number)}
+        waits = [{"where": "a", "times": 2 + number}, {"where": "megatron/remoe/moe/plan.py:1", "times": 9}]
+        seen = {"host_syncs": waits, "roofline": work, "collectives": [{"seconds": 0.5 * number}]}
+        launches = {"step": 100 + 10 * number, "forward_layer": 5, "update": 7}
+        return seen | {"launches": launches, "stages": {"steady": {"peak_reserved_gib": 10.0}}}
+
+    step = drawn_on([rehearsal(1), rehearsal(2)], 16)
+    assert (step.launches, step.waits, step.bytes, step.seconds, step.collectives) == (260, 18, 26, 17, 8)
+    assert step.roofline_mfu == pytest.approx(16 / 17) and step.mfu == pytest.approx(16 / 25)
+    assert drawn_on([rehearsal(3)], 3).roofline_mfu == pytest.approx(3 / 4)
+
+
+def test_a_dry_run_shows_the_table() -> None:
+    tables = choices.read()
+    for name, table in tables.items():
+        best = table["rows"][0]
+        assert 0.1 < best["mfu"] < 0.7 and best["gib"] < 80 and best["mfu"] == max(r["mfu"] for r in table["rows"]), (
+            name
+        )
+    assert "python tools/rehearse/choose.py --size 182m --gpu b200" in next(choices.lines("b200", 8, "182m", "torch"))
+    shown = Launch(settings={"KERNELS": "triton"}).run(DRY_RUN="1", DATA_PATH="made-up")
+    assert f"Micro-batch and EP by rehearsals: {tables['8 x h100, 182m, triton']['made']}" in shown.stdout, shown.stderr
+
+
 @needs_cuda_build
 @pytest.mark.parametrize("name", golden.CASES)
 def test_launch_commands(name: str) -> None:
@@ -104,6 +140,7 @@ def test_launch_commands(name: str) -> None:
         for stage, peaks in found["stages"].items():
             assert peaks["forecast_gib"] == pytest.approx(peaks["peak_allocated_gib"], rel=0.06), stage
     assert 0.1 < found["roofline"]["mfu"] < 0.7 and found["roofline"]["bytes"] > 1e9
+    assert found["roofline"]["guessed"] == []
     assert all(wait["times"] > 0 and ":" in wait["where"] for wait in found["host_syncs"])
     kinds = {(one["kind"], one["group"]) for one in found["collectives"]}
     assert any(kind == "reduce_scatter_tensor" for kind, _ in kinds)

@@ -50,7 +50,7 @@ def summary(records: list[dict[str, Any]], options: argparse.Namespace) -> dict[
         "stages": stages,
         "launches": None,
         "host_syncs": fullest.get("host_syncs"),
-        "collectives": _collectives(fullest.get("collectives", []), options.rates),
+        "collectives": timed(fullest.get("collectives", []), options.rates),
         "roofline": _roofline(fullest, options),
     }
     if "parts" in fullest:
@@ -73,15 +73,15 @@ def _launches(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _collectives(found: list[dict[str, Any]], rates: dict[str, float]) -> list[dict[str, Any]]:
-    """With the seconds that their bytes need at the rate of the link that their ranks have, and their latency."""
-    timed = []
+def timed(found: list[dict[str, Any]], rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Collectives of more than one rank, with the seconds of their latency and of their bytes on their ranks' links."""
+    counted = []
     for one in found:
         sent = one["bytes"] * (1 if one["kind"] in POINT_TO_POINT else (one["ranks"] - 1) / one["ranks"])
         rate = rates["link" if one["within_node"] else "network"] * 1e9
         latency = rates["latency" if one["within_node"] else "network_latency"] * 1e-6 * math.log2(one["ranks"])
-        timed.append(one | {"seconds": RINGS.get(one["kind"], 1.0) * sent / rate + one["times"] * latency})
-    return sorted((one for one in timed if one["ranks"] > 1), key=lambda one: -one["seconds"])
+        counted.append(one | {"seconds": RINGS.get(one["kind"], 1.0) * sent / rate + one["times"] * latency})
+    return sorted((one for one in counted if one["ranks"] > 1), key=lambda one: -one["seconds"])
 
 
 def _roofline(record: dict[str, Any], options: argparse.Namespace) -> dict[str, Any] | None:

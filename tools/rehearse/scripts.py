@@ -104,6 +104,11 @@ def whole_step(launch: Launch, micro_batch: int) -> Step:
         found.append(replace(launch, flags=(*launch.flags, *sizes)).rehearse())
         if not found[-1]["starts"]:
             return Step(found[-1]["error"])
+    return drawn_on(found, whole)
+
+
+def drawn_on(found: list[dict[str, Any]], whole: int) -> Step:
+    """The step of `whole` micro-batches from rehearsals of one and of two, or from its own alone."""
     counted = [
         {
             "launches": seen["launches"]["step"],
@@ -116,7 +121,8 @@ def whole_step(launch: Launch, micro_batch: int) -> Step:
     ]
     drawn = {key: one + (whole - 1) * (counted[-1][key] - one) for key, one in counted[0].items()}
     roofline, launches = found[-1]["roofline"], found[-1]["launches"]
-    ideal = whole / number * roofline["mfu"] * roofline["seconds"]  # at the card's rate
+    rehearsed = 2 if len(found) == 2 else whole
+    ideal = whole / rehearsed * roofline["mfu"] * roofline["seconds"]  # at the card's rate
     return Step(
         None,
         max(peaks["peak_reserved_gib"] for peaks in found[-1]["stages"].values()),

@@ -21,7 +21,7 @@ from tools.common.places import ROOT  # noqa: E402
 from tools.cost import choices  # noqa: E402
 from tools.rehearse.scripts import GPUS, PLAIN, Launch, Step, whole_step  # noqa: E402
 
-SIZES = {"182m": 16, "469m": 8, "978m": 4}  # and the scripts' micro-batches
+SIZES = {"182m": 16, "469m": 8, "978m": 4}  # and micro-batches that fit everywhere
 ROUTINGS = {"remoe": "ReMoE", "moe": "top-k"}
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
