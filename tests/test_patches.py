@@ -26,8 +26,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+from megatron.remoe.training.arguments import add_remoe_arguments
 from megatron.training import training
+from megatron.training.arguments import parse_args
 from tests.layers import make_topk_config
+from tests.trainings import TINY
+from tools.common.tiny_model import TOPK
 
 
 def in_another_process(lines: str) -> subprocess.CompletedProcess[str]:
@@ -288,6 +292,24 @@ def test_megatron_still_has_no_rope_kernel_of_its_own() -> None:
     lines = "from megatron.core.models.common.embeddings import rope_utils\nimport importlib.util\n"
     lines += "print(rope_utils.fused_apply_rotary_pos_emb, importlib.util.find_spec('transformer_engine'))"
     assert in_another_process(lines).stdout.split()[-2:] in (["None", "None"],)
+
+
+def test_megatron_still_counts_all_steps_with_the_last_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "num_floating_point_operations"
+    stock = getattr(training.num_floating_point_operations, "__wrapped__", training.num_floating_point_operations)
+    monkeypatch.setattr(training, name, stock)
+    warmup = "--moe-warmup-topk 6 --moe-warmup-steps 2".split()
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *TOPK, *warmup])
+    args = parse_args(add_remoe_arguments)
+    args.padded_vocab_size, args.kv_channels, args.curr_iteration = 384, 16, 1
+    last = stock(args, 8)
+    args.moe_router_topk = 6
+    first = stock(args, 8)
+    args.moe_router_topk = 1
+    patches.count_operations_of_warmup()
+    assert training.num_floating_point_operations(args, 8) == first > last
+    args.curr_iteration = 2
+    assert training.num_floating_point_operations(args, 8) == last
 
 
 def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

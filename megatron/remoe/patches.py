@@ -230,6 +230,21 @@ def fuse_rotary_embedding_without_engine() -> None:
         rope_utils.fused_apply_rotary_pos_emb = FusedRotaryEmbedding()
 
 
+def count_operations_of_warmup() -> None:
+    """Count a step of a near-dense warm-up by its own k, in throughput and in the total that checkpoints keep."""
+    count = training.num_floating_point_operations
+    if hasattr(count, "__wrapped__"):
+        return
+
+    @wraps(count)
+    def count_by_step(args: Any, *rest: Any, **options: Any) -> Any:
+        if getattr(args, "moe_warmup_topk", None) and args.curr_iteration < args.moe_warmup_steps:
+            args = SimpleNamespace(**vars(args) | {"moe_router_topk": args.moe_warmup_topk})
+        return count(args, *rest, **options)
+
+    training.num_floating_point_operations = count_by_step
+
+
 def load_objects_unexecuted() -> None:
     """Refuse what could run code among a checkpoint's objects, such as the states of random number generators.
 
@@ -380,6 +395,12 @@ PATCHES = (
         "core/models/common/embeddings/rope_utils.py: fused_apply_rotary_pos_emb",
         "rotary embedding in one kernel, without Transformer Engine",
         "rope fusion takes a kernel that needs no Transformer Engine",
+    ),
+    Patch(
+        count_operations_of_warmup,
+        "training/training.py: num_floating_point_operations",
+        "the floating-point operations of --moe-warmup-topk's steps",
+        "the count is told the experts per token of a step",
     ),
     Patch(
         load_objects_unexecuted,

@@ -5,12 +5,13 @@ from megatron.remoe.training.arguments import (
     parse_and_validate_args,
     transformer_config_from_args,
 )
-from megatron.remoe.training.hooks import install_local_layers, install_relu_routing
+from megatron.remoe.training.hooks import install_local_layers, install_relu_routing, install_topk_warmup
 
 __all__ = [
     "add_remoe_arguments",
     "install_local_layers",
     "install_relu_routing",
+    "install_topk_warmup",
     "parse_and_validate_args",
     "transformer_config_from_args",
 ]

@@ -59,7 +59,7 @@ def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
 
 
 def install_topk_warmup(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
-    """Give a top-k MoE its near-dense warm-up. Does nothing without --moe-warmup-topk.
+    """Give a top-k MoE its near-dense warm-up, and make the changes of `patches`. Nothing without --moe-warmup-topk.
 
     Args:
         args: arguments from `parse_and_validate_args`.
@@ -70,6 +70,7 @@ def install_topk_warmup(args: argparse.Namespace, model_cfg: GPTModelConfig) -> 
     """
     if args.moe_warmup_topk is None:
         return
+    apply_patches(saves=bool(args.save))
 
     def begin_step(router: WarmupTopKRouter, _inputs: Any) -> None:
         # Megatron's loop sets one when it loads, the other at each step; an evaluation belongs to the step before it.
@@ -146,7 +147,8 @@ def _post_wrap_hook(args: argparse.Namespace, config: ReMoEConfig) -> Callable[[
             controller.update()
 
         chunks_config.finalize_model_grads_func = finalize_and_update
-        set_moe_metrics_tracker(ReMoEMetricsTracker(controller, args.log_interval, args.tensorboard_log_interval))
+        intervals = args.log_interval, args.tensorboard_log_interval
+        set_moe_metrics_tracker(ReMoEMetricsTracker(controller, *intervals, lambda: args.consumed_train_samples))
         return model_chunks
 
     return install
