@@ -89,7 +89,7 @@ find_data_sets() {
     for file in "${found[@]}"; do
       if [[ ! $file =~ /(pile_)?(0[1-9]|[12][0-9])_text_document$ ]]; then left+=("${file##*/}"); fi
     done
-    if ((${#left[@]})); then echo "Data: the Pile's shards 01 to 29; left out: ${left[*]}" >&2; fi
+    if ((${#left[@]})); then NOTES+=("Data: the Pile's shards 01 to 29; left out: ${left[*]}"); fi
     found=("${pile[@]}")
   fi
   if ((${#found[@]} == 1)); then DATA_FLAGS=("${found[@]}") && return; fi
@@ -175,11 +175,12 @@ set_hardware_flags() {
     if [[ $ROUTING != dense ]]; then HARDWARE+=(--moe-grouped-gemm); fi
   else
     ENGINE="plain PyTorch (Transformer Engine${engine:-: $PYTHON did not say})"
-    HARDWARE+=(--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion)
+    HARDWARE+=(--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion)
+    if [[ -z ${KERNELS-} ]]; then HARDWARE+=(--no-rope-fusion); fi
   fi
-  # Without apex Megatron's own linear layers, of which the output layer is always one, cannot be built with this fusion. The
-  # flag is one for all: Transformer Engine's layers, which could do it, then add their weight gradients in a pass of their own.
-  if [[ $apex != usable ]]; then HARDWARE+=(--no-gradient-accumulation-fusion); fi
+  # Without apex PyTorch's product, which no card has run in its place, adds the weight gradients of Megatron's own linear layers,
+  # of which the output layer is always one. The flag is one for all, Transformer Engine's layers included.
+  if [[ $apex != usable && -z ${KERNELS-} ]]; then HARDWARE+=(--no-gradient-accumulation-fusion); fi
 }
 
 # What KERNELS stands for into FAST.
@@ -187,7 +188,11 @@ set_kernel_flags() {
   FAST=()
   case ${KERNELS-} in
     "") ;;
-    triton) FAST=(--moe-kernels triton) ;;
+    triton)
+      "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("fla") is None)' ||
+        die "KERNELS=triton needs flash-linear-attention's kernels: $PYTHON -m pip install fla-core"
+      FAST=(--moe-kernels triton --cross-entropy-loss-fusion --ddp-average-in-collective)
+      ;;
     *) die "KERNELS=$KERNELS: choose triton, or leave it unset" ;;
   esac
 }
@@ -292,13 +297,13 @@ launch() {
   GPUS_PER_NODE=${positional[0]:-8}
   local train_iters=${positional[1]:-60000} micro_batch_size=${positional[2]:-16}
   local project most=6
-  EXPERTS=8 GRANULARITY=1 FFN=$((HIDDEN * 4))
+  EXPERTS=8 GRANULARITY=1 FFN=$((HIDDEN * 4)) NOTES=() # what is said where nothing is wrong
   if [[ $ROUTING == dense ]]; then
     local expansion=${positional[3]:-1}
     whole_number ffn_expansion "$expansion"
     FFN=$((HIDDEN * 4 * expansion)) project=${positional[4]:-remoe} most=5
     name=llama_${size}_dense_ffn$((4 * expansion)) # over the hidden size
-    echo "FFN: $FFN = $expansion x 4 x $HIDDEN" >&2
+    NOTES+=("FFN: $FFN = $expansion x 4 x $HIDDEN")
   else
     EXPERTS=${positional[3]:-8} GRANULARITY=${positional[4]:-1} project=${positional[5]:-remoe}
     name=llama_${size}_${ROUTING}_e${EXPERTS}g${GRANULARITY}
@@ -355,8 +360,9 @@ launch() {
   command+=("${flags[@]}")
   set_settings "${flags[@]}"
   if ((${#SETTINGS[@]})); then command=(env "${SETTINGS[@]}" "${command[@]}"); fi
-  if [[ -n $ENGINE ]]; then echo "Layers: $ENGINE" >&2; fi
-  if ((${#FAST[@]})); then echo "KERNELS=triton: ${FAST[*]}, not run on a card yet" >&2; fi
+  if [[ -n $ENGINE ]]; then NOTES+=("Layers: $ENGINE"); fi
+  if ((${#FAST[@]})); then NOTES+=("KERNELS=triton: ${FAST[*]}, not run on a card yet"); fi
+  if ((${#NOTES[@]})); then printf '%s\n' "${NOTES[@]}" >&2; fi
 
   if [[ ${DRY_RUN:-0} != 0 ]]; then
     quoted "${command[@]}"

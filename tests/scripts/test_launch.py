@@ -132,9 +132,14 @@ def test_vocabulary_files_under_either_name(tmp_path: Path) -> None:
 
 def test_kernels_that_are_asked_for() -> None:
     result = launch("182m_remoe", DRY_RUN="command", DATA_PATH="pile", KERNELS="triton")
-    assert value(shlex.split(result.stdout), "--moe-kernels") == "triton"
-    assert "KERNELS=triton: --moe-kernels triton, not run on a card yet\n" in result.stderr
-    assert "--moe-kernels" not in command("182m_remoe")
+    words, without = shlex.split(result.stdout), command("182m_remoe")
+    fusions = {"--cross-entropy-loss-fusion", "--ddp-average-in-collective"}
+    assert value(words, "--moe-kernels") == "triton" and fusions <= set(words)
+    assert "KERNELS=triton: --moe-kernels triton --cross-entropy-loss-fusion" in result.stderr
+    assert "not run on a card yet\n" in result.stderr
+    assert not {"--moe-kernels", *fusions} & set(without)
+    left_out = {"--no-rope-fusion", "--no-gradient-accumulation-fusion"}
+    assert left_out <= set(without) and not left_out & set(words)
 
 
 def test_layout_and_nodes() -> None:

@@ -186,6 +186,9 @@ def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) 
     assert list(values.values()) == pytest.approx([printed[step - 1] for step in values], abs=1e-6)
     for name in ("sparsity_target", "l1_reg_coeff", "l1_reg_loss", "sparsity_min_layer", "sparsity_max_layer"):
         assert len(events.Scalars(f"moe_relu/{name}")) == 4
+    against_samples = {event.step: event.value for event in events.Scalars("moe_relu/sparsity vs samples")}
+    consumed = series(output, "consumed samples")
+    assert against_samples == {consumed[step - 1]: value for step, value in values.items()}
     load = [events.Scalars(f"moe_relu/tokens_per_expert_layer_1_expert_{e}")[-1].value for e in range(8)]
     layer = events.Scalars("moe_relu/sparsity_layer_1")[-1].value
     assert 1 - sum(load) / 8 == pytest.approx(layer, abs=1e-6)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("SIZE", "ROUTING"),
         help="tell what differs from the paper's run, for instance: 182m remoe",
     )
+    parser.add_argument("--json", action="store_true", help="print FLOPs and parameters alone, as JSON")
     return parser
 
 
@@ -54,9 +56,9 @@ def accelerator(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
 
 
 def asks_for_gpt2(flags: list[str]) -> bool:
-    """Whether GPT-2's tokenizer is asked for, which is built as another type from its two files."""
+    """Whether GPT-2's tokenizer is asked for, the entry's default, which is built as another type from its two files."""
     given = [flags[i + 1] for i, name in enumerate(flags[:-1]) if name == "--tokenizer-type"]
-    return given[-1:] == ["GPT2BPETokenizer"]
+    return given[-1:] in ([], ["GPT2BPETokenizer"])
 
 
 def without_missing_vocabulary(flags: list[str]) -> list[str]:
@@ -122,6 +124,9 @@ def main() -> int:
         validate_args(args, {})
         set_global_variables(args)
         stages, total = parameters.stages(args), parameters.total(args)
+    if options.json:
+        print(json.dumps(estimate.figures(args, *total)))
+        return 0
     # What was switched off for building the model here counts as it will be there.
     text = estimate.lines(argparse.Namespace(**vars(args) | planned), given, plan, stages, total)
     print("\n".join(text))

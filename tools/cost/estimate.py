@@ -98,6 +98,24 @@ def _checkpoint_line(args: argparse.Namespace, total: int) -> str:
     return f"Checkpoints: {told}, one every {interval} iterations; --save-retain-interval N keeps fewer"
 
 
+def figures(args: argparse.Namespace, total: int, experts: int) -> dict[str, float]:
+    """What other tools ask for: parameters, training FLOPs of a sequence, and FLOPs of one more active expert in each
+    MoE layer."""
+    topk = args.moe_router_topk if args.num_experts else 0
+    flops = compute.flops_per_sequence(args)
+    return {
+        "total_parameters": total,
+        "active_parameters": active_parameters(args, total, experts),
+        "flops_per_sequence": flops,
+        "flops_per_sequence_and_expert": compute.flops_per_sequence(args, topk + 1) - flops if topk else 0.0,
+    }
+
+
+def active_parameters(args: argparse.Namespace, total: int, experts: int) -> int:
+    """Parameters that a token meets where it has k experts."""
+    return total - experts + (experts * args.moe_router_topk // args.num_experts if args.num_experts else 0)
+
+
 def _paper_lines(given: dict[str, object], size: str, routing: str) -> Iterator[str]:
     """Where the paper does not give a value, the scripts of its authors' fork do."""
     different = paper.differences(given, size, routing)
@@ -107,16 +125,13 @@ def _paper_lines(given: dict[str, object], size: str, routing: str) -> Iterator[
 
 
 def _compute_lines(args: argparse.Namespace, plan: Plan, total: int, experts: int) -> Iterator[str]:
-    active = total - experts
-    if args.num_experts:
-        active += experts * args.moe_router_topk // args.num_experts
     per_sequence = compute.flops_per_sequence(args)
     sequences = args.train_samples or args.train_iters * args.global_batch_size
     tokens, flops = sequences * args.seq_length, sequences * per_sequence
     hours = compute.hours(flops, plan.gpus, plan.accelerator.tflops, plan.utilization)
     yield "Model and compute"
     yield f"  total parameters    {total:,}"
-    yield f"  active parameters   {active:,} per token"
+    yield f"  active parameters   {active_parameters(args, total, experts):,} per token"
     yield f"  FLOPs               {per_sequence / args.seq_length / 1e9:.3f} G per token"
     yield f"                      {per_sequence / 1e9:,.0f} G per sequence of {args.seq_length} tokens"
     yield f"                      {flops:.3g} for the whole run of {tokens:,} tokens"

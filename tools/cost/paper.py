@@ -35,12 +35,18 @@ COMMON: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {"num_experts": 8, "moe_router_topk": 1, "moe_granularity": 1}
 ROUTINGS: dict[str, dict[str, Any]] = {
     "dense": {"num_experts": None},
-    "moe": {**EXPERTS, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01},
+    "moe": {
+        **EXPERTS,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.01,
+        "moe_warmup_topk": None,
+    },
     "remoe": {
         **EXPERTS,
         "moe_relu_l1_reg_coeff_init": 1e-8,
         "moe_relu_l1_reg_coeff_multiplier": 1.2,
         "moe_relu_l1_reg_load_balancing": True,
+        "moe_relu_router_bias": False,
     },
 }
 # Settings of the fork's scripts that bear on the result and that the paper does not give, by the routings they concern.

@@ -1,9 +1,13 @@
 """Sparsity, λ and expert load in Megatron's log line, TensorBoard and Weights & Biases."""
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.remoe.routing.controller import RoutingSummary, SparsityController
+
+
+AGAINST_SAMPLES = ("moe_relu/sparsity", "moe_relu/l1_reg_coeff")  # as Megatron does with the loss
 
 
 class ReMoEMetricsTracker(MoEMetricsTracker):
@@ -13,8 +17,15 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
     device only where they are written.
     """
 
-    def __init__(self, controller: SparsityController, log_interval: int, tensorboard_log_interval: int) -> None:
+    def __init__(
+        self,
+        controller: SparsityController,
+        log_interval: int,
+        tensorboard_log_interval: int,
+        consumed_samples: Callable[[], int],
+    ) -> None:
         super().__init__()
+        self._consumed_samples = consumed_samples
         self._controller = controller
         self._log_interval = log_interval
         self._tensorboard_log_interval = tensorboard_log_interval
@@ -46,6 +57,8 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
             for name, value in scalars.items():
                 if writer is not None:
                     writer.add_scalar(name, value, iteration)
+                    if name in AGAINST_SAMPLES:
+                        writer.add_scalar(f"{name} vs samples", value, self._consumed_samples())
             if wandb_writer is not None:
                 wandb_writer.log(scalars, iteration)
         return text + _log_text(summary)

@@ -1,0 +1,71 @@
+"""The authors' fork: docs/fork.md tells each flag that differs, and the entry takes the fork's own command line."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.scripts.test_launch import command
+from tests.trainings import REPOSITORY
+from tools.cost.paper import FORK
+from tools.fork_settings import by_flag
+
+SIZES, ROUTINGS = ("182m", "469m", "978m"), ("dense", "moe", "remoe")
+Flags = dict[str, dict[str, str]]  # script → flag → what is typed behind it
+
+
+def of_the_fork() -> Flags:
+    table = json.loads(FORK.read_text())["flags"]
+    return {name: table["all"] | flags for name, flags in table.items() if name != "all"}
+
+
+def of_our_scripts() -> Flags:
+    found = {}
+    for name in of_the_fork():
+        words = command(name, PYTHON="true", OUTPUT_DIR="runs/NAME")
+        entry = next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
+        found[name] = by_flag(words[entry + 1 :])
+    return found
+
+
+def cell(flags: Flags, flag: str, routing: str) -> str:
+    values = [flags[f"{size}_{routing}"].get(flag) for size in SIZES]
+    told = ["not given" if value is None else value or "given" for value in values]
+    return told[0] if len(set(told)) == 1 else " / ".join(told)
+
+
+def equal(one: str, other: str) -> bool:
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one == other
+
+
+def test_the_page_has_every_flag() -> None:
+    page, fork, ours = (REPOSITORY / "docs" / "fork.md").read_text(), of_the_fork(), of_our_scripts()
+    rows = re.findall(r"^\| `(--[\w-]+)` \| (.+) \| (.+) \| (.+) \| (.+) \|$", page, re.MULTILINE)
+    told = {(flag, scripts): (theirs, here) for flag, scripts, theirs, here, _ in rows}
+    expected = {}
+    for flag in {flag for flags in (*fork.values(), *ours.values()) for flag in flags}:
+        cells = {routing: (cell(fork, flag, routing), cell(ours, flag, routing)) for routing in ROUTINGS}
+        different = {routing: pair for routing, pair in cells.items() if not equal(*pair)}
+        if not different:
+            assert f"`{flag}`" in page
+            continue
+        (pair,) = set(different.values())
+        expected[flag, "all" if len(different) == len(ROUTINGS) else ", ".join(different)] = pair
+    assert told == expected
+
+
+def test_takes_the_forks_command_line(tmp_path: Path) -> None:
+    """And it is the paper's run: nothing is named as different but the data, which it does not find here."""
+    flags = [word for flag, values in of_the_fork()["182m_remoe"].items() for word in (flag, *shlex.split(values))]
+    tool = [sys.executable, str(REPOSITORY / "tools" / "cost"), "--gpus", "8", "--paper", "182m", "remoe"]
+    result = subprocess.run([*tool, "--", *flags, "--data-path", "pile"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines() if "(paper: " in line or "(fork: " in line] == [
+        "--data-path"
+    ]
+    assert "--moe-router-pre-softmax" in result.stderr and "ignored" in result.stderr
