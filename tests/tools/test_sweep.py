@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from tests.trainings import REPOSITORY, SMALL, finish, records
 from tools.common import training_process
-from tools.sweep import execution, plan, results, run_log, scaling_picture, settings
+from tools.common.log_reader import read_log
+from tools.sweep import execution, plan, results, run_log, scaling_picture, settings, stages
 from tools.sweep.plan import Run
 from tools.sweep.progress import SweepDisplay, Work
 
@@ -53,6 +55,7 @@ def test_the_full_list(tmp_path: Path) -> None:
     heads, commands = output.splitlines()[::2], [shlex.split(line) for line in output.splitlines()[1::2]]
     scripts = REPOSITORY / "scripts"
     expected = [f"{scripts}/train_llama_{size}_dense.sh 8 60000 " for size in ("182m", "469m", "978m")]
+    expected.append(f"{scripts}/train_llama_182m_dense.sh 8 60000  8")
     for routing in ("moe", "remoe"):
         for size in ("182m", "469m", "978m"):
             expected.append(f"{scripts}/train_llama_{size}_{routing}.sh 8 60000  8 1")
@@ -70,14 +73,23 @@ def test_the_full_list(tmp_path: Path) -> None:
 
 def test_narrowed_lists() -> None:
     def names(*figures: str, routings: tuple[str, ...] = plan.ROUTINGS) -> list[str]:
-        return [run.name for run in plan.plan(figures, ["469m"], [4, 8], [1, 2], routings)]
+        values: dict[str, list[Any]] = {"size": ["469m"], "experts": [4, 8], "granularity": [1, 2]}
+        values |= {"l1-init": [1e-16, 1e-8, 1.0], "l1-multiplier": [1.05, 1.2]}
+        return [run.name for run in plan.plan(figures, values, routings)]
 
     assert names("size") == ["llama_469m_dense_ffn4", "llama_469m_moe_e8g1", "llama_469m_remoe_e8g1"]
     assert names("experts", "granularity", routings=("remoe",)) == [
         f"llama_182m_remoe_{shape}" for shape in ("e4g1", "e8g1", "e8g2")
     ]
     assert names("experts", "granularity").count("llama_182m_dense_ffn4") == 1
-    for name in names(*plan.FIGURES):
+    assert names("experts", routings=("dense",)) == ["llama_182m_dense_ffn4", "llama_182m_dense_ffn32"]
+    base = "llama_182m_remoe_e8g1"
+    assert names(*plan.L1_FIGURES) == [f"{base}_init1e-16", base, f"{base}_init1", f"{base}_multiplier1.05"]
+    kinds = (plan.MATCHED, "remoe", plan.WARMUP)
+    assert names("granularity", routings=kinds)[3:] == [
+        f"llama_182m_moe_e8{end}" for end in ("g2_warmup", "g1_matched", "g2_matched")
+    ]
+    for name in [*names(*plan.FIGURES, *plan.L1_FIGURES), *names("granularity", routings=kinds), f"{base}_fork"]:
         run = Run.from_name(name)
         assert run is not None and run.name == name
     assert Run.from_name("checkpoints") is None
@@ -87,8 +99,9 @@ def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
     arguments = "--figures experts --experts 4 16 --gpus-per-node 2 --train-iters 100 --micro-batch-size 4".split()
     flags = "-- --moe-z-loss-coeff 1e-3 --lr 1e-3".split()
     output, _ = sweep(*arguments, "--output-dir", str(tmp_path), *flags, DRY_RUN="1", EP="8")
-    dense, few, _, many, _ = output.splitlines()[1::2]
+    dense, wide, few, _, many, _ = output.splitlines()[1::2]
     assert dense.endswith("train_llama_182m_dense.sh 2 100 4 -- --lr 1e-3")
+    assert wide.endswith("train_llama_182m_dense.sh 2 100 4 8 -- --lr 1e-3")
     assert few.endswith("train_llama_182m_moe.sh 2 100 4 4 1 -- --moe-z-loss-coeff 1e-3 --lr 1e-3")
     assert " EP=4 " in few and " EP=" not in many + dense  # 8 does not divide 4 experts
 
@@ -98,6 +111,7 @@ def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
     [
         (["--experts", "1"], "argument --experts: '1': give a whole number of at least 2"),
         (["--train-iters", "many"], "argument --train-iters: 'many': give a whole number of at least 1"),
+        (["--l1-inits", "0"], "argument --l1-inits: '0': give a number above 0"),
         (["--sizes", "7b"], "argument --sizes: invalid choice: '7b'"),
         (["--sbatch-flags=--nodes 2"], "--sbatch-flags without --slurm"),
         (["--slurm", "--sbatch-flags=-Mfar"], "--sbatch-flags -Mfar: jobs of other clusters cannot be followed"),
@@ -114,6 +128,24 @@ def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
 def test_bad_values_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
     _, errors = sweep("--output-dir", str(tmp_path), *arguments, code=2)
     assert message in errors
+
+
+def test_flags_of_other_protocols_and_l1_coefficients(tmp_path: Path) -> None:
+    figures = "--figures granularity l1-init l1-multiplier --granularities 2 --l1-inits 1e-16 --l1-multipliers 1.5"
+    routings = "--routings remoe moe-warmup moe-matched"
+    output, _ = sweep("--dry-run", "--output-dir", str(tmp_path), *figures.split(), *routings.split())
+    commands = output.splitlines()[1::2]
+    for command, flags in zip(
+        commands,
+        ("", " -- --moe-warmup-topk 6 --moe-warmup-steps 100", " -- --moe-relu-l1-reg-coeff-init 1e-16",
+         " -- --moe-relu-l1-reg-coeff-multiplier 1.5"),
+        strict=True,
+    ):  # fmt: skip
+        shape = "8 1" if "l1-reg" in flags else "8 2"
+        assert command.endswith(f"8 60000 '' {shape}{flags}")
+    assert output.splitlines()[-1] == (
+        "# llama_182m_moe_e8g2_matched: the same command trains it once llama_182m_remoe_e8g2 is finished"
+    )
 
 
 def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> None:
@@ -177,11 +209,52 @@ def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
         perplexity=250.0,
         sparsity=0.74,
         target_sparsity=0.75,
+        settled=None,
         tokens_per_second=pytest.approx(4 * 64 * (10 + 5) / 2),
         training_seconds=pytest.approx(0.9 + 9 * 0.1 + 10 * 0.2),
     )
     assert settings.processes(tmp_path / "run") == 8
     assert run_log.read_outcome(tmp_path / "nothing") is None
+
+
+def remoe(iteration: int, sparsity: float) -> str:
+    return logged(iteration, 50, f" sparsity: {sparsity:.6f} | target sparsity: 0.750000 |")
+
+
+def test_stages_of_a_remoe(tmp_path: Path) -> None:
+    """By hand, of 8 experts with k = 2; a line of the log stands for the iterations since the one before."""
+    path = [0.50, 0.51, 0.53, 0.70, 0.745, 0.76, 0.744, 0.755, 0.75, 0.75]
+    write_run(tmp_path / "run", 50, "".join(remoe(5 * place, s) for place, s in enumerate(path, start=1)))
+    outcome = run_log.read_outcome(tmp_path / "run")
+    assert outcome is not None and outcome.settled == 35
+    records = read_log((tmp_path / "run" / "train.log").read_text())
+    assert stages.settled_at({1: {"sparsity": "0.75"}, 2: {"sparsity": "0.74"}}, 0.75) is None
+    dense, way, steady = stages.stages(records, 0.75, 8, stages.Flops(sequence=100.0, expert=10.0))
+    assert (dense.first, dense.last, way.first, way.last, steady.first, steady.last) == (1, 10, 11, 35, 36, 50)
+    assert dense.experts == pytest.approx(8 * (0.50 + 0.49) / 2)
+    assert way.hours == pytest.approx(25 * 0.1 / 3600)
+    assert dense.flops == pytest.approx(4 * 5 * ((100 + 10 * (4 - 2)) + (100 + 10 * (3.92 - 2))))
+
+
+def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
+    """As its training loop prints arguments and figures; there is no command.sh."""
+    arguments = {"train_iters": 20, "seq_length": 64, "num_experts": 8, "moe_router_topk": 1, "world_size": 4}
+    arguments |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
+    text = "".join(f"  {name} {'.' * 10} {value}\n" for name, value in arguments.items())
+    figures = " l1_reg_loss: 3.0E-01 | moe relu sparsity: 0.8750 | moe relu l1 reg coeff: 1.2000E-08 |"
+    folder = tmp_path / "llama_182m_remoe_e8g1_fork"
+    folder.mkdir()
+    (folder / "train.log").write_text(text + logged(20, 20, figures) + evaluated(20, FINAL, 4.5))
+    outcome = run_log.read_outcome(folder)
+    assert outcome is not None and (outcome.sparsity, outcome.target_sparsity, outcome.settled) == (0.875, 0.875, 20)
+    assert (outcome.validation_loss, outcome.tokens) == (4.5, 20 * 4 * 64)
+    record = read_log((folder / "train.log").read_text())[20]
+    assert record["l1 coefficient after the update"] == "1.2000E-08" and record["mean l1 loss of a layer"] == "3.0E-01"
+    sweep("--collect", "--output-dir", str(tmp_path))
+    assert (
+        "| 182M | ReMoE, fork | 8 | 1 | 4.5000 | 250.000 | 0.8750 (0.8750) | 20 |"
+        in (tmp_path / "results.md").read_text()
+    )
 
 
 def test_differences_between_settings() -> None:
@@ -224,9 +297,11 @@ def test_picture_has_a_panel_for_each_axis(tmp_path: Path) -> None:
         assert content.startswith(PNG)
         return int.from_bytes(content[16:20], "big")
 
-    runs = plan.plan(plan.FIGURES, plan.SIZES, plan.EXPERTS, plan.GRANULARITIES, plan.ROUTINGS)
+    runs = plan.plan(plan.FIGURES, plan.VALUES, [*plan.ROUTINGS, plan.WARMUP, plan.MATCHED])
     all_points = [(run, 2.0 - place / 100) for place, run in enumerate(runs)]
     assert width(all_points) == 1500
+    l1_points = [(run, 2.0) for run in plan.plan(plan.L1_FIGURES, plan.VALUES, ["remoe"])]
+    assert width([*all_points, *l1_points]) == 2500
     assert width([point for point in all_points if point[0].size == "182m"]) == 1000
     assert width(all_points[:1]) == 1000  # one run: a panel of its own
 
@@ -368,11 +443,14 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
     assert list(records(log.read_text())) == list(range(1, ITERATIONS + 1))
 
     # Another figure takes over the run that both have.
-    experts = [*common, "--figures", "experts", "--routings", "moe", "remoe", "--experts", "8"]
+    routings = ["--routings", "moe", "remoe", "moe-warmup", "moe-matched"]
+    experts = [*common, "--figures", "experts", *routings, "--experts", "8"]
     output, _ = sweep(*experts, "--", *FLAGS, **environment)
-    assert "2 runs in" in output and "1 finished; 1 to train" in output
+    assert "4 runs in" in output and "1 finished; 3 to train" in output
     assert states(output_dir) == {
         "llama_182m_moe_e8g1": "finished",
+        "llama_182m_moe_e8g1_matched": "finished",
+        "llama_182m_moe_e8g1_warmup": "finished",
         "llama_182m_remoe_e8g1": "finished",
         "llama_182m_remoe_e8g2": "finished",
         "llama_182m_remoe_e8g3": "unfinished",
@@ -382,7 +460,9 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
     # All done: nothing is trained again.
     before = {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")}
     output, _ = sweep(*experts, "--", *FLAGS, **environment)
-    assert "2 finished; 0 to train" in output
+    assert "4 finished; 0 to train" in output
+    output, _ = sweep("--stages", str(output_dir / "llama_182m_remoe_e8g1"))
+    assert re.search(r"^  dense +1-\d+ +\d\.\d\d +0\.\d+ +\d\.\d+e\+\d+$", output, re.MULTILINE)
     assert {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")} == before
 
     for changed, flags, told in (
@@ -399,9 +479,12 @@ def check_results(folder: Path) -> None:
         rows = [row for row in csv.DictReader(file) if row["state"] == "finished"]
     for row in rows:
         log = (folder / row["run"] / "train.log").read_text()
-        printed = re.findall(rf"loss at iteration {ITERATIONS} on validation set \| lm loss value: (\S+)", log)
+        iterations = int(row["train_iters"])
+        printed = re.findall(rf"loss at iteration {iterations} on validation set \| lm loss value: (\S+)", log)
         assert float(row["validation_loss"]) == float(printed[-1])
-        assert int(row["tokens"]) == ITERATIONS * 4 * 64 and row["processes"] == "1"
+        # A ReMoE that begins with more than k experts costs what top-k would in more steps.
+        assert (iterations > ITERATIONS) == (row["protocol"] == "matched")
+        assert int(row["tokens"]) == iterations * 4 * 64 and row["processes"] == "1"
         assert float(row["tokens_per_second"]) > 0
         if row["routing"] == "remoe":
             assert float(row["target_sparsity"]) == pytest.approx(1 - 1 / int(row["experts"]))
@@ -411,4 +494,4 @@ def check_results(folder: Path) -> None:
     markdown = (folder / "results.md").read_text()
     loss = float(rows[0]["validation_loss"])
     assert f"| 182M | MoE | 8 | 1 | {loss:.4f} |" in markdown
-    assert len(results.rows_of(folder, [])) == 4 and (folder / "results.png").read_bytes().startswith(PNG)
+    assert len(results.rows_of(folder, [])) == 6 and (folder / "results.png").read_bytes().startswith(PNG)

@@ -1,4 +1,4 @@
-"""Train models over size, number of experts and granularity, and compare MoE with ReMoE along each.
+"""Train models over size, number of experts and granularity, or over ReMoE's λ₀ and α, and compare them along each.
 
 Runs scripts/train_llama_*.sh one after another, or submits them as Slurm jobs. What is finished is skipped, what was
 cut off goes on. A table (results.csv, results.md) and a picture (results.png) end up in the output folder. Data and
@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from ..common.files import lock
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
-from . import execution, plan, results, slurm
+from . import execution, plan, results, slurm, stages
 from .errors import SettingsError, SweepError
 from .inspection import Found, look, set_aside_old_log
 from .progress import Stopwatch, SweepDisplay, Work
@@ -26,12 +27,17 @@ from .run_log import read_outcome
 from .settings import cost, tokens_per_iteration, whole
 
 EXAMPLES = """examples:
-  all 31 runs on the 8 GPUs of this machine, one after another:
+  all 32 runs on the 8 GPUs of this machine, one after another:
     DATA_DIR=data bash scripts/sweep.sh
   the figure over the number of experts as Slurm jobs of 2 nodes; later the same again submits what is not finished:
     DATA_DIR=data EP=8 bash scripts/sweep.sh --figures experts --slurm --sbatch-flags="--nodes 2 --time 48:00:00"
-  the table and the picture of what is there:
-    bash scripts/sweep.sh --collect
+  the table and the picture of what is there, with a run of the authors' fork beside them:
+    ln -s ../../fork/logs/test runs/sweep/llama_182m_remoe_e8g1_fork && bash scripts/sweep.sh --collect
+  the two MoE baselines trained as in the paper's ablations; λ₀ and α with the steps until the sparsity has settled:
+    DATA_DIR=data bash scripts/sweep.sh --figures granularity --granularities 1 --routings remoe moe-warmup moe-matched
+    DATA_DIR=data bash scripts/sweep.sh --figures l1-init l1-multiplier --train-iters 20000 --output-dir runs/lambda
+  hours and FLOPs of the dense stage, the way to the target and the steady stage of a ReMoE:
+    bash scripts/sweep.sh --stages runs/llama_182m_remoe_e8g1
   a part of it, shorter, with flags for Megatron behind --:
     DATA_DIR=data bash scripts/sweep.sh --figures granularity --granularities 1 4 --train-iters 5000 -- --lr 1e-3
 """
@@ -48,6 +54,17 @@ def whole_number(least: int) -> Callable[[str], int]:
     return convert
 
 
+def above_zero(text: str) -> float:
+    """A converter for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
+    return number
+
+
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """The command line; what stands behind -- becomes `flags`."""
     parser = argparse.ArgumentParser(
@@ -59,7 +76,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     base = f"{plan.SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
     what = parser.add_argument_group("what to train", f"Each figure varies one thing and keeps the others at {base}.")
-    what.add_argument("--figures", nargs="+", choices=plan.FIGURES, default=plan.FIGURES, help="default: all three")
+    what.add_argument("--figures", nargs="+", choices=(*plan.FIGURES, *plan.L1_FIGURES), default=plan.FIGURES,
+                      help="default: the first three")  # fmt: skip
     what.add_argument("--sizes", nargs="+", choices=plan.SIZES, default=plan.SIZES, help="of the figure size")
     for name, least, values in (("experts", 2, plan.EXPERTS), ("granularities", 1, plan.GRANULARITIES)):
         figure = "experts" if name == "experts" else "granularity"
@@ -67,9 +85,16 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
             f"--{name}", nargs="+", type=whole_number(least), default=values, metavar="N",
             help=f"of the figure {figure} (default: {' '.join(map(str, values))})",
         )  # fmt: skip
+    for name, numbers, letter in (("l1-inits", plan.L1_INITS, "λ₀"), ("l1-multipliers", plan.L1_MULTIPLIERS, "α")):
+        what.add_argument(
+            f"--{name}", nargs="+", type=above_zero, default=numbers, metavar=letter,
+            help=f"of the figure {name.removesuffix('s')} (default: {' '.join(f'{number:g}' for number in numbers)})",
+        )  # fmt: skip
     what.add_argument(
-        "--routings", nargs="+", choices=plan.ROUTINGS, default=plan.ROUTINGS,
-        help="default: all; dense is one run along E and G, drawn as a line; it gets no --moe-... flag behind --",
+        "--routings", nargs="+", choices=(*plan.ROUTINGS, plan.WARMUP, plan.MATCHED), default=plan.ROUTINGS,
+        help="default: the first three; dense is one run along E and G (with E one more, 8 times as wide), drawn as "
+        "lines; it gets no --moe-... flag behind --. moe-warmup: top-k with 6 of 8 experts in the first 100 steps; "
+        "moe-matched: top-k for as many steps as the FLOPs of the finished ReMoE beside it are worth",
     )  # fmt: skip
     how = parser.add_argument_group("how to train", "Handed to the launch scripts; their defaults are the paper's.")
     for name, default, help_text in (
@@ -90,6 +115,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     instead.add_argument("--collect", action="store_true", help="table and picture of what is in the output folder")
     instead.add_argument(
+        "--stages", nargs="+", type=Path, metavar="RUN", help="hours and FLOPs of each stage, from folders of runs"
+    )
+    instead.add_argument(
         "--dry-run", action="store_true", default=os.environ.get("DRY_RUN", "0") != "0",
         help="list the commands and what is finished (also with DRY_RUN=1)",
     )  # fmt: skip
@@ -109,14 +137,25 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def sweep(console: Console, args: argparse.Namespace) -> int:
     """Train or submit what is not done, and collect; returns the exit code."""
-    runs = plan.plan(args.figures, args.sizes, args.experts, args.granularities, args.routings)
+    values = {
+        "size": args.sizes,
+        "experts": args.experts,
+        "granularity": args.granularities,
+        "l1-init": args.l1_inits,
+        "l1-multiplier": args.l1_multipliers,
+    }
+    runs = plan.plan(args.figures, values, args.routings)
     launch = plan.Launch(args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, args.flags)
+    waiting = waiting_runs(launch, runs)
+    ready = [run for run in runs if run not in waiting]
+    launch = match_flops(launch, ready)
     if args.dry_run:
-        list_commands(launch, look(launch, runs, anywhere=args.slurm), args)
+        list_commands(launch, look(launch, ready, anywhere=args.slurm), args)
+        tell_waiting(console, waiting)
         return 0
     message = f"Another sweep is at work in {args.output_dir}. Wait for it, or give --output-dir another folder."
     with lock(args.output_dir, SweepError(message)) as held:
-        found = look(launch, runs, anywhere=args.slurm)
+        found = look(launch, ready, anywhere=args.slurm)
         todo = [each for each in found if not each.finished and each.job is None]
         queued = sum(each.job is not None for each in found)
         told = f"; {queued} queued or running as Slurm jobs" if queued else ""
@@ -133,6 +172,9 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
                 failed = train(console, launch, todo, held)
         finally:
             collect(console, args.output_dir, runs)
+    if not failed and not args.slurm and len(waiting_runs(launch, runs)) < len(waiting):
+        return sweep(console, args)
+    tell_waiting(console, waiting)
     if failed:
         Console(stderr=True).print(
             f"{len(failed)} of {len(found)} runs did not finish: {', '.join(failed)}.\n"
@@ -140,6 +182,27 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
             style="red", highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
     return 1 if failed else 0
+
+
+def waiting_runs(launch: plan.Launch, runs: Sequence[plan.Run]) -> list[plan.Run]:
+    """The matched runs whose ReMoE is not finished."""
+    matched = [run for run in runs if run.protocol == "matched"]
+    outcomes = {run: read_outcome(launch.folder(plan.partner(run))) for run in matched}
+    return [run for run, outcome in outcomes.items() if outcome is None or not outcome.finished]
+
+
+def match_flops(launch: plan.Launch, ready: Sequence[plan.Run]) -> plan.Launch:
+    """The launch with the iterations of the matched runs."""
+    matched = [run for run in ready if run.protocol == "matched"]
+    iterations = {run: stages.matched_iterations(launch.folder(plan.partner(run))) for run in matched}
+    return replace(launch, iterations=iterations)
+
+
+def tell_waiting(console: Console, waiting: Sequence[plan.Run]) -> None:
+    """Say which runs cannot start yet."""
+    for run in waiting:
+        line = f"# {run.name}: the same command trains it once {plan.partner(run).name} is finished"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _doing(args: argparse.Namespace) -> str:
@@ -218,6 +281,9 @@ def main() -> int:
 
 def _run(console: Console, args: argparse.Namespace) -> int:
     try:
+        if args.stages:
+            stages.show(console, args.stages)
+            return 0
         if args.collect:
             collect(console, args.output_dir, [])
             return 0

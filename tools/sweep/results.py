@@ -12,14 +12,15 @@ from rich.table import Table
 from ..common.files import write_aside
 from ..common.units import duration
 from . import scaling_picture
-from .plan import ROUTINGS, SIZES, Run
+from .plan import L1_INIT, L1_MULTIPLIER, ROUTINGS, SIZES, Run
 from .run_log import Outcome, read_outcome
 from .settings import is_resized, processes
 
 TITLES = {"dense": "dense", "moe": "MoE", "remoe": "ReMoE"}
 COLUMNS = (
     *("run", "size", "routing", "experts", "granularity", "state", "iterations", "train_iters", "tokens"),
-    *("validation_loss", "perplexity", "sparsity", "target_sparsity", "total_parameters", "processes"),
+    *("l1_init", "l1_multiplier", "protocol"),
+    *("validation_loss", "perplexity", "sparsity", "target_sparsity", "settled", "total_parameters", "processes"),
     *("tokens_per_second", "training_seconds"),
 )
 
@@ -46,14 +47,17 @@ class Row:
 
 def rows_of(output: Path, planned: Iterable[Run]) -> list[Row]:
     """The runs that are in `output`, and the planned ones that are not; MoE beside ReMoE."""
-    found = filter(None, (Run.from_name(path.parent.name) for path in output.glob("*/command.sh")))
+    folders = {path.parent for name in ("command.sh", "train.log") for path in output.glob(f"*/{name}")}
+    found = filter(None, (Run.from_name(path.name) for path in folders))
     order = {size: place for place, size in enumerate(SIZES)}
     runs = sorted(
         {*found, *planned},
-        key=lambda run: (order[run.size], run.granularity or 0, run.experts or 0, ROUTINGS.index(run.routing)),
+        key=lambda run: (
+            *(order[run.size], run.granularity or 0, run.experts or 0, run.expansion, ROUTINGS.index(run.routing)),
+            *(run.protocol, run.l1_init, run.l1_multiplier),
+        ),
     )
-    folders = [output / run.name for run in runs]
-    return [Row(run, read_outcome(at), processes(at), is_resized(at)) for run, at in zip(runs, folders, strict=True)]
+    return [Row(run, read_outcome(at), processes(at), is_resized(at)) for run in runs for at in [output / run.name]]
 
 
 def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
@@ -75,7 +79,8 @@ def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
 
 def unequal(rows: Sequence[Row]) -> str:
     """A warning where finished runs were trained on different numbers of tokens; empty where they were not."""
-    tokens = {row.outcome.tokens for row in rows if row.outcome and row.outcome.finished}
+    equal = [row for row in rows if row.run.protocol != "matched"]
+    tokens = {row.outcome.tokens for row in equal if row.outcome and row.outcome.finished}
     if len(tokens) < 2:
         return ""
     told = ", ".join(f"{number:,}" if number is not None else "unknown" for number in sorted(tokens, key=_or_zero))
@@ -111,14 +116,15 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
 def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
     yield "# Sweep"
     yield ""
-    heads = ["size", "routing", "E", "G", "validation loss", "perplexity", "sparsity (target)", "total parameters"]
-    heads += ["tokens", "tokens/s", "training"]
+    heads = ["size", "routing", "E", "G", "validation loss", "perplexity", "sparsity (target)", "settled"]
+    heads += ["total parameters", "tokens", "tokens/s", "training"]
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * 2}{'---:|' * (len(heads) - 2)}"
     for row in rows:
         yield f"| {' | '.join(_cells(row))} |"
     yield ""
-    yield "Validation loss in nats per token, after the last iteration; sparsity as in the log's last line; tokens/s"
+    yield "Validation loss in nats per token, after the last iteration; sparsity as in the log's last line; settled:"
+    yield "the first logged iteration from which it stays within 1 % of its target; tokens/s"
     yield "over all processes, the median of the log's lines; training is the time of the iterations alone."
     if any(row.resized for row in rows):
         yield ""
@@ -132,14 +138,22 @@ def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
 
 
 def _cells(row: Row) -> list[str]:
-    cells = [row.run.size.upper(), TITLES[row.run.routing], _plain(row.run.experts), _plain(row.run.granularity)]
+    cells = [row.run.size.upper(), _title(row.run), _plain(row.run.experts), _plain(row.run.granularity)]
     if (of := row.outcome) is None:
-        return [*cells, row.state, *[""] * 6]
+        return [*cells, row.state, *[""] * 7]
     unfinished = f"unfinished ({of.iterations}/{of.train_iters})"
     loss = unfinished if of.validation_loss is None else f"{of.validation_loss:.4f}"
     perplexity = "" if of.perplexity is None else f"{of.perplexity:.3f}"
     numbers = [_plain(of.total_parameters), _plain(of.tokens), _plain(of.tokens_per_second)]
-    return [*cells, loss, perplexity, _sparsity(of), *numbers, _time(of)]
+    return [*cells, loss, perplexity, _sparsity(of), _plain(of.settled), *numbers, _time(of)]
+
+
+def _title(run: Run) -> str:
+    told = [TITLES[run.routing] + (f" x {run.expansion}" if run.expansion > 1 else ""), run.protocol]
+    told += [f"λ₀ = {run.l1_init:g}"] * (run.l1_init != L1_INIT) + [f"α = {run.l1_multiplier:g}"] * (
+        run.l1_multiplier != L1_MULTIPLIER
+    )
+    return ", ".join(filter(None, told))
 
 
 def _sparsity(of: Outcome) -> str:

@@ -2,17 +2,20 @@
 
 import re
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.log_reader import read_log, seconds_per_iteration
-from .settings import Settings, started_with, whole
+from .settings import Settings, settings_of, whole
 
 # Evaluations on the way lack "on validation set".
 _EVALUATED = re.compile(
     r"validation loss at iteration (\d+) on validation set \| lm loss value: (\S+) \| lm loss PPL: (\S+)"
 )
 _PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d+)")
+WITHIN = 0.01  # of the target: S has settled
+Records = Mapping[int, Mapping[str, str]]
 _SPLITTING = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size")
 
 
@@ -23,7 +26,8 @@ class Outcome:
     iterations: trained so far, as far as logged; train_iters: how many it was started for.
     tokens: that it was trained on so far.
     validation_loss: nats per token, from the evaluation after the last iteration; perplexity: its exponential.
-    sparsity, target_sparsity: of the last line of the log, for ReMoE.
+    sparsity, target_sparsity: of the last line of the log, for ReMoE; settled: the first logged iteration from which
+        S stays within 1 % of its target.
     total_parameters: where one process holds the whole model.
     tokens_per_second: over all processes, median over the log's lines but the first, in which the process warms up.
     training_seconds: of the iterations alone, from the log's time per iteration.
@@ -36,6 +40,7 @@ class Outcome:
     perplexity: float | None = None
     sparsity: float | None = None
     target_sparsity: float | None = None
+    settled: int | None = None
     total_parameters: int | None = None
     tokens_per_second: float | None = None
     training_seconds: float | None = None
@@ -58,7 +63,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 def read_outcome(folder: Path) -> Outcome | None:
     """What the run in `folder` has come to; None where it was never started."""
-    settings = started_with(folder)
+    settings = settings_of(folder)
     if settings is None:
         return None
     log = log_of(folder)
@@ -71,7 +76,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     if not records:
         return Outcome(0, train_iters, validation_loss=loss, perplexity=perplexity)
     last, fields = next(reversed(records.items()))
-    batch = int(fields["global batch size"])
+    batch, target = int(fields["global batch size"]), target_sparsity(settings, fields)
     unlogged = train_iters - last if loss is not None else 0
     return Outcome(
         iterations=last + unlogged,
@@ -80,11 +85,33 @@ def read_outcome(folder: Path) -> Outcome | None:
         validation_loss=loss,
         perplexity=perplexity,
         sparsity=_number(fields, "sparsity"),
-        target_sparsity=_number(fields, "target sparsity"),
+        target_sparsity=target,
+        settled=None if target is None else settled_at(records, target),
         total_parameters=_parameters(settings, text),
         tokens_per_second=_rate(settings, records),
         training_seconds=_seconds(records),
     )
+
+
+def target_sparsity(settings: Settings, fields: Mapping[str, str]) -> float | None:
+    """Of S, for a ReMoE: as its log tells it, or 1 - k/E, for the authors' fork does not; None for other models."""
+    if "sparsity" not in fields:
+        return None
+    topk, experts = whole(settings, "--moe-router-topk") or 1, whole(settings, "--num-experts")
+    return float(fields["target sparsity"]) if "target sparsity" in fields else 1 - topk / experts
+
+
+def settled_at(records: Records, target: float) -> int | None:
+    """The first logged iteration from which S stays within 1 % of its target; None where it does not."""
+    found = None
+    for iteration, fields in records.items():
+        if "sparsity" not in fields:
+            continue
+        if abs(float(fields["sparsity"]) - target) > WITHIN * target:
+            found = None
+        elif found is None:
+            found = iteration
+    return found
 
 
 def _number(fields: dict[str, str], name: str) -> float | None:

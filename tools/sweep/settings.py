@@ -1,12 +1,17 @@
 """A run's Megatron flags: as its command.sh says it was started, and as it would be started now."""
 
+import itertools
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
 
 from .errors import SettingsError
 from .plan import Launch, Run
+
+_ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
+PRINTED_WITHIN = 5000  # lines
 
 Settings = dict[str, tuple[str, ...]]  # flag → its values, of the last occurrence, which is the one that counts
 
@@ -19,7 +24,7 @@ NOT_COMPARED = frozenset(
     --log-interval --exit-interval --exit-duration-in-mins
     --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size
     --sequence-parallel --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --transformer-impl --moe-grouped-gemm --no-persist-layer-norm --no-gradient-accumulation-fusion
+    --transformer-impl --moe-grouped-gemm --moe-kernels --no-persist-layer-norm --no-gradient-accumulation-fusion
     --no-masked-softmax-fusion --no-rope-fusion
     """.split()
 )
@@ -58,17 +63,42 @@ def whole(settings: Settings, flag: str) -> int:
 
 def of_command(text: str) -> Settings | None:
     """The settings of a shell command that starts the entry, without the launcher's; None for any other text."""
+    words = _entrys_words(text)
+    return None if words is None else parse(words)
+
+
+def _entrys_words(text: str) -> list[str] | None:
     try:
         words = shlex.split(text)
     except ValueError:
         return None
     entry = next((place for place, word in enumerate(words) if word.endswith(ENTRY)), None)
-    return None if entry is None else parse(words[entry + 1 :])
+    return None if entry is None else words[entry + 1 :]
+
+
+def flags_of(folder: Path) -> list[str]:
+    """The words behind the entry in command.sh; none where it does not exist."""
+    return _entrys_words(_command(folder)) or []
 
 
 def started_with(folder: Path) -> Settings | None:
-    """What the run in `folder` was last started with; None where it never was."""
+    """What the launch script last started the run in `folder` with; None where it never did."""
     return of_command(_command(folder))
+
+
+def settings_of(folder: Path) -> Settings | None:
+    """The same, or the arguments in the log of a run that was started otherwise, for instance in the authors' fork."""
+    return started_with(folder) or _printed(folder)
+
+
+def _printed(folder: Path) -> Settings | None:
+    try:
+        with (folder / "train.log").open(encoding="utf-8", errors="replace") as file:
+            found = [match for line in itertools.islice(file, PRINTED_WITHIN) if (match := _ARGUMENT.search(line))]
+    except FileNotFoundError:
+        return None
+    named: Settings = {f"--{match[1].replace('_', '-')}": (match[2].strip(),) for match in found}
+    return named or None
 
 
 def would_start_with(launch: Launch, run: Run, anywhere: bool) -> Settings:
@@ -147,7 +177,9 @@ def _shown(values: tuple[str, ...] | None) -> str:
 
 def processes(folder: Path) -> int:
     """The number of processes, one a GPU, that command.sh starts on all nodes; 0 where it does not exist."""
-    launcher, _, _ = _command(folder).partition(ENTRY)
+    launcher, entry, _ = _command(folder).partition(ENTRY)
+    if not entry:
+        return whole(_printed(folder) or {}, "--world-size")
     settings = parse(launcher.split())
     return whole(settings, "--nproc-per-node") * whole(settings, "--nnodes")
 
