@@ -18,7 +18,7 @@ SETTINGS = set(
 ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more repeat it
 GPUS = 8
 BATCH = 512  # sequences of a step
-FEW = 4  # micro-batches of a step that are all rehearsed
+FEW = 8  # micro-batches of a step that are all rehearsed
 PLAIN = ("--transformer-impl", "local")  # whether or not Transformer Engine is installed
 
 
