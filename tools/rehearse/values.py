@@ -23,7 +23,6 @@ class Pairs:
 
     def put_in(self) -> None:
         """To be called when Megatron is imported."""
-        from megatron.core.rerun_state_machine import RerunStateMachine
         from megatron.core.transformer.moe import token_dispatcher
         from megatron.remoe.moe import layer, plan
         from megatron.remoe.training import hooks
@@ -31,7 +30,6 @@ class Pairs:
         count_pairs = plan.count_pairs
         plan.count_pairs = layer.count_pairs = self._counted(count_pairs)
         torch.Tensor.item = _one(torch.Tensor.item)  # type: ignore[method-assign]
-        RerunStateMachine.validate_result = _all_is_well(RerunStateMachine.validate_result)
         hooks.check_is_finite = _looked_at(hooks.check_is_finite)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
 
@@ -86,17 +84,3 @@ def _looked_at(check: Callable[[str, torch.nn.Module], None]) -> Callable[[str, 
             check(source, chunk)
 
     return check_is_finite
-
-
-def _all_is_well(validate: Callable[..., Any]) -> Callable[..., Any]:
-    """Losses and gradients are looked at, which takes its time, and are finite."""
-
-    def validate_result(
-        machine: Any, result: Any, rejection_func: Callable[[Any], Any], *rest: Any, **more: Any
-    ) -> Any:
-        def never(value: Any) -> bool:
-            return bool(rejection_func(value)) and False
-
-        return validate(machine, result, never, *rest, **more)
-
-    return validate_result
