@@ -31,8 +31,7 @@ def sum_rows(pairs: torch.Tensor, by_token: torch.Tensor) -> torch.Tensor:
 
 def _sum_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     elements = args["pairs_PH"].numel() + args["sums_TH"].numel()
-    bytes = elements * args["pairs_PH"].element_size() + 4 * args["by_token"].numel()
-    return {"name": "rows: sum", "bytes": bytes, "flops": args["pairs_PH"].numel()}
+    return {"name": "rows: sum", "bytes": elements * args["pairs_PH"].element_size() + 4 * args["by_token"].numel()}
 
 
 @triton.jit(launch_metadata=_sum_bytes)

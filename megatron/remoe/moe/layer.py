@@ -51,7 +51,6 @@ class ReMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.ranks = Ranks.of(pg_collection)
         self.kernels = wants_kernels(config)
-        self.pairs_limit = _pairs_limit(config)
         self.is_planned = takes_plans(config)
         if self.is_planned:
             self.token_dispatcher = PlannedAlltoAllDispatcher(
@@ -64,6 +63,7 @@ class ReMoELayer(MoELayer):
         self.experts_gather = is_alone and self.has_grouped_experts and not self.shared_expert_overlap
         # Top-k routers without dropped tokens: a token's number of experts needs no counting where no rank is told it.
         varies = isinstance(self.router, ReLURouter | WarmupTopKRouter)
+        self.pairs_limit = _pairs_limit(config) if varies else 0.0
         has_fixed_topk = not varies and config.moe_expert_capacity_factor is None
         self.known_topk = config.moe_router_topk if is_alone and has_fixed_topk else None
         for parameter in self.experts.parameters():

@@ -185,6 +185,6 @@ def apply_granularity(args: argparse.Namespace) -> None:
 
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
-    """A `ReMoEConfig` with --moe-relu-routing or a warm-up of top-k, otherwise Megatron's own configuration."""
-    ours = args.moe_relu_routing or args.moe_warmup_topk is not None
+    """A `ReMoEConfig` where flags ask for more than Megatron has, otherwise Megatron's own configuration."""
+    ours = args.moe_relu_routing or args.moe_warmup_topk is not None or args.moe_kernels == "triton"
     return megatron.core_transformer_config_from_args(args, config_class=ReMoEConfig if ours else None)
