@@ -238,9 +238,6 @@ ENTRY = {
     "several data sets for too many evaluations": Case(
         two("--eval-iters", "5000"), ("sequences are wanted for validation", "Put a weight before each")
     ),
-    "several data sets and no evaluation": Case(
-        two(), ("0 sequences are wanted for validation", "Put a weight before each")
-    ),
     "missing list of data sets": Case(
         lambda user: [*lacking("--data-path")(user), "--data-args-path", user["list"]],
         ("list cannot be read (No such",),
@@ -466,7 +463,7 @@ def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
     assert {path: after.get(path) for path in before} == before, "a file of the user's has changed"
 
 
-@pytest.mark.parametrize("arguments", [on("text"), resumed()], ids=["new", "resumed"])
+@pytest.mark.parametrize("arguments", [on("text"), resumed(), two()], ids=["new", "resumed", "two data sets"])
 def test_without_the_mistake_it_trains(arguments: Callable[[User], list[str]], entry: Entry, user: User) -> None:
     """The cases fail by what they change."""
     code, output = entry.run([*arguments(user), "--train-iters", "2"], {}, [])

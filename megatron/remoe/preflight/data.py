@@ -154,13 +154,13 @@ def _check_one_epoch(
     tokens = [int(_part(data, share).sum(dtype=np.int64)) for data in data_sets]
     sequences = [max((some - 1) // args.seq_length, 0) for some in tokens]
     wanted = _sequences_wanted(args)[number]
-    if wanted is None or 0 < wanted <= sum(sequences):
+    if wanted is None or wanted <= sum(sequences):
         return
     weighted = " ".join(f"{some} {data.prefix}" for some, data in zip(sequences, data_sets, strict=True))
     raise DataError(
         f"{flag}: {wanted:,} sequences are wanted for {SPLITS[number]}, and the {len(data_sets)} data sets have "
-        f"{sum(sequences):,}. Without weights Megatron goes through them once, and fails at the end or where none is "
-        f"wanted. Put a weight before each; by their sizes: {textwrap.shorten(weighted, 500, placeholder=' ...')}"
+        f"{sum(sequences):,}. Without weights Megatron goes through them once and fails at their end. Put a "
+        f"weight before each; by their sizes: {textwrap.shorten(weighted, 500, placeholder=' ...')}"
     )
 
 

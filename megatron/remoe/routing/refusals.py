@@ -183,6 +183,7 @@ def _warmup(settings: Settings) -> Iterator[str]:
         return
     refused = (refusal.problem(settings, "--moe-warmup-topk") for refusal in REFUSALS if refusal.reason != IGNORED)
     yield from filter(None, refused)
+    yield from _combinations(settings, "--moe-warmup-topk")
 
 
 def _values(settings: Settings) -> Iterator[str]:
@@ -208,7 +209,7 @@ def _values(settings: Settings) -> Iterator[str]:
         yield f"--moe-relu-activation-limit {limit} must be at least 1 (default 2), or 0 for no limit."
 
 
-def _combinations(settings: Settings) -> Iterator[str]:
+def _combinations(settings: Settings, beside: str = "--moe-relu-routing") -> Iterator[str]:
     """Settings of Megatron's that are refused together with others."""
     if settings.moe_relu_activation_limit and getattr(settings, "moe_shared_expert_overlap", False):
         yield (
@@ -218,7 +219,7 @@ def _combinations(settings: Settings) -> Iterator[str]:
     tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
     if tensor_parallel > 1 and not settings.sequence_parallel:
         yield (
-            f"--tensor-model-parallel-size {tensor_parallel} cannot be used with --moe-relu-routing and without "
+            f"--tensor-model-parallel-size {tensor_parallel} cannot be used with {beside} and without "
             "--sequence-parallel: each rank would count the same tokens. Add --sequence-parallel."
         )
     if settings.moe_relu_router_bias and not settings.add_bias_linear:
@@ -229,6 +230,6 @@ def _combinations(settings: Settings) -> Iterator[str]:
     graphs = getattr(settings, "cuda_graph_modules", None) or []
     if getattr(settings, "cuda_graph_impl", None) not in (None, "none") and _moe_graph_scope(graphs):
         yield (
-            f"--cuda-graph-modules {shown(graphs)} cannot be used with --moe-relu-routing: the "
+            f"--cuda-graph-modules {shown(graphs)} cannot be used with {beside}: the "
             "number of routed pairs changes from step to step. Keep only attention, or use --cuda-graph-impl none."
         )

@@ -133,7 +133,7 @@ def dataset_config() -> GPTDatasetConfig:
 
 
 def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
-    """The training, validation and test sets.
+    """The training, validation and test sets; None for one of which nothing is wanted.
 
     Args:
         num_samples: number of sequences wanted of each.
@@ -141,9 +141,11 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
     """
     dataset_class = MockGPTDataset if get_args().mock_data else GPTDataset
     print_rank_0("> building train, validation, and test datasets ...")
-    return BlendedMegatronDatasetBuilder(
+    data_sets = BlendedMegatronDatasetBuilder(
         dataset_class, num_samples, partial(_builds_datasets, vp_stage), dataset_config()
     ).build()
+    # Megatron's loader fails over a blend of which nothing is wanted, as with --eval-iters 0.
+    return [None if wanted == 0 else data_set for wanted, data_set in zip(num_samples, data_sets, strict=True)]
 
 
 # Megatron then builds the sets on every rank that needs them, instead of on rank 0 alone.
