@@ -91,8 +91,8 @@ def main() -> None:
                 )
             save(options.output, {"layers": results, "failures": failures})
             times = [statistics.median(found["seconds"]) for found in (theirs, ours)]
-            rows.append((case, milliseconds(times[0]), milliseconds(times[1]), times[1] / times[0]))
-            rows[-1] += (f"{theirs['error']:.1e}", f"{ours['error']:.1e}")
+            errors = [f"{found['error']:.1e}" for found in (theirs, ours)]
+            rows.append((case, *map(milliseconds, times), times[1] / times[0], *errors))
             done(f"{case}: {times[1] / times[0]:.3f} of PyTorch's time")
     columns = ["(E, G)", "torch", "triton", "triton / torch", "error, torch", "error, triton"]
     show(f"One layer, forward and backward, {options.tokens} tokens", columns, rows, options.output)

@@ -74,7 +74,7 @@ class Part:
 def environment(work: Work) -> Figures:
     """Card, driver, versions, what is missing, and the card's rates."""
     printed = work.python(Path(__file__).with_name("environment.py"))
-    return json.loads(printed.splitlines()[-1])
+    return json.loads(next(line for line in reversed(printed.splitlines()) if line.startswith("{")))
 
 
 def tests(work: Work) -> Figures:

@@ -57,7 +57,7 @@ class Programs:
         if self.rehearsal is not None and on_gpu:
             through = [str(Path(__file__).with_name("rehearsed.py")), str(share)]
             command = [*through, *words]
-            environment |= self.rehearsal | {"BENCHMARK_THROUGH": " ".join(through)}
+            environment |= {**self.rehearsal, "BENCHMARK_THROUGH": " ".join(through)}
         before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             process = subprocess.Popen(
