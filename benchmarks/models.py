@@ -9,6 +9,7 @@ import torch
 # Steps for which routers are brought to the target; one batch of a few sequences is not enough for it, since the tokens
 # of a sequence have much in common.
 FIT_STEPS = 4
+WATCHED_STEPS = 3  # in which waits are counted, after those and one more
 COMMON = """
 --num-attention-heads 12 --group-query-attention --num-query-groups 4 --normalization RMSNorm --swiglu
 --position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0

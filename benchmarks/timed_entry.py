@@ -3,7 +3,7 @@
 With BENCHMARK_AT_TARGET=1 the routers start with the same share of the first batches for every expert, those of a ReMoE
 at the target sparsity. With BENCHMARK_LIMIT_IN_TURNS=1 every second step goes without the bound on activations. With
 BENCHMARK_PROFILE=memory or =operations a step's memory or its operations' time are measured instead, which makes it
-slow; with =waits, on a GPU, the memory of each step besides and in one of them where the host waits for the device.
+slow; with =waits, on a GPU, the memory of each step besides and in some of them where the host waits for the device.
 With BENCHMARK_PLAIN_PYTORCH=1 a CPU does without oneDNN's products, Adam and clipping in one pass, norms in parts
 and the memory that is kept.
 
@@ -31,7 +31,7 @@ if os.environ.get("BENCHMARK_PLAIN_PYTORCH"):
     engine._keep_freed_memory = engine._scale_in_place = lambda: None
     facade._optim = lambda: torch.optim  # type: ignore[assignment, return-value]
 
-from models import FIT_STEPS, on_gpu  # noqa: E402
+from models import FIT_STEPS, WATCHED_STEPS, on_gpu  # noqa: E402
 
 import pretrain_gpt  # noqa: E402
 from tools.rehearse.measure import Waits  # noqa: E402
@@ -174,18 +174,18 @@ class Recorder:
         SparsityController.update = timed  # type: ignore[method-assign]
 
     def watch_waits(self) -> None:
-        """Let one step, which that makes slow, add the places at which the host waits for the device."""
+        """Let some steps, which that makes slow, add the places at which the host waits for the device."""
         from megatron.training import training
 
         train_step = training.train_step
 
         def watched(*arguments: Any, **options: Any) -> Any:
-            if self.count != PROFILED_STEP:
+            if not PROFILED_STEP <= self.count < PROFILED_STEP + WATCHED_STEPS:
                 return train_step(*arguments, **options)
             waits = Waits()
             with waits.watching():
                 result = train_step(*arguments, **options)
-            self.record["host_syncs"] = waits.found
+            self.record.setdefault("host_syncs", []).append(waits.found)
             return result
 
         training.train_step = watched

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import FIT_STEPS, GPU_FLAGS
+from benchmarks.models import FIT_STEPS, GPU_FLAGS, WATCHED_STEPS
 
 from ..common.data_sets import write_documents
 from ..common.log_reader import read_log
@@ -27,7 +27,7 @@ OUTCOMES = ("failure", "error", "skipped")
 KERNEL_TESTS = (ROOT / "tests" / "kernels", ROOT / "tests" / "local" / "test_grouped_swiglu.py")
 ALLOWED_MEMORY = 1.05  # of the rehearsed peak; a card's own libraries take a little
 ALLOWED_WAITS = 1.1  # of the rehearsed ones: chunks of the dense stage depend on the routing
-WARM_UP = FIT_STEPS + 2  # steps; that in which waits are counted is among them
+WARM_UP = FIT_STEPS + 1 + WATCHED_STEPS + 1  # steps
 FASTER = 0.98  # of PyTorch's time, from where on Triton's kernels are recommended: less is noise
 Figures = dict[str, Any]
 
@@ -84,7 +84,7 @@ def tests(work: Work) -> Figures:
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     found = _run_tests(work, "-m", "gpu", *(path for path in marked if path.name != "test_benchmarks.py"))
     if not work.is_rehearsed:
-        found |= _run_tests(work, *KERNEL_TESTS)
+        found |= _run_tests(work, *KERNEL_TESTS, f"--ignore={KERNEL_TESTS[0] / 'test_compiles.py'}")  # needs none
     failures = [f"{name}: {result}" for name, result in found.items() if result not in ("passed", "skipped")]
     return {"results": found, "failures": failures}
 
@@ -215,7 +215,7 @@ def _train_launched(work: Work, stage: str, more: tuple[str, ...] | list[str]) -
         "peak_allocated_gib": allocated,
         "peak_reserved_gib": reserved,
         "host_syncs": found["host_syncs"],
-        "waits": sum(found["host_syncs"].values()),
+        "waits": statistics.median(sum(step.values()) for step in found["host_syncs"]),
         "matmul_tflops": found["peak_flops"] / 1e12,
         "update_seconds": found["median_update"],
     }
