@@ -63,6 +63,8 @@ TOPK_ONLY: dict[str, Any] = {
     "moe_pad_expert_input_to_capacity": False,
     "moe_token_dispatcher_type": "alltoall",
     "moe_enable_deepep": False,
+    "moe_warmup_topk": None,
+    "moe_warmup_steps": 0,
 }
 EXPERT = re.compile(r"(?P<mlp>.*\.mlp\.)experts\.local_experts\.(?P<expert>\d+)\.(?P<weight>linear_fc[12]\.\w+)")
 ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
