@@ -38,15 +38,20 @@ def open_model(
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def _open_run(
-    place: Path, step: int | None, tokenizer_model: Path | None
-) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBase | None]:
-    # Megatron is imported here: an exported folder needs none of it.
+def megatron_on_cpu() -> None:
+    """Let Megatron be imported for work on the CPU, also where there is an accelerator."""
     from megatron.remoe import cpu
     from megatron.remoe.preflight import machine
 
     machine.do_without_what_is_missing(on_cpu=True)
     cpu.install()
+
+
+def _open_run(
+    place: Path, step: int | None, tokenizer_model: Path | None
+) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBase | None]:
+    megatron_on_cpu()
+    # An exported folder needs nothing of Megatron.
     from .folder import set_tokens, tokenizer_of
     from .source import model_of, open_run
 

