@@ -127,7 +127,7 @@ def test_results_of_other_sources_are_kept_aside(
 ) -> None:
     run(tmp_path, "good")
     first = (tmp_path / "results.json").read_text()
-    monkeypatch.setattr(command, "machine", lambda _: {"sources": "others"})
+    monkeypatch.setattr(command, "machine", lambda _: {"card": "another"})
     assert run(tmp_path, "good")[0] == 0
     kept = [path for path in tmp_path.glob("results-*.json")]
     assert [path.read_text() for path in kept] == [first]

@@ -157,7 +157,7 @@ class Acceptance:
         before = {other: result.get("figures", {}) for other, result in self.results["parts"].items()}
         result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M")}
         try:
-            figures = PARTS[name].run(Work(self.programs, folder, before))
+            figures = PARTS[name].run(Work(self.programs, folder, before, self.results["machine"]["card"]))
             result |= {"state": "failed" if figures.get("failures") else "passed", "figures": figures}
         except (NotRehearsed, OutOfTime) as error:
             state = "out of time" if isinstance(error, OutOfTime) else "not rehearsed"

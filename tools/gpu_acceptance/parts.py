@@ -40,11 +40,13 @@ class Work:
         programs: run its programs.
         folder: for files in between.
         before: figures of the parts that are done, by name.
+        card: as nvidia-smi names it.
     """
 
     programs: Programs
     folder: Path
     before: dict[str, Figures]
+    card: str
 
     @property
     def is_rehearsed(self) -> bool:
@@ -225,8 +227,7 @@ def _with_failures(stages: dict[str, Figures], work: Work) -> Figures:
     """The stages beside what was rehearsed, with tokens per second and MFU, and what is not as it should be."""
     expected = json.loads(launched.EXPECTED.read_text(encoding="utf-8"))
     failures = []
-    card = work.before.get("environment", {}).get("card", "")
-    kind = next((name for name, card_of in CARDS.items() if card.startswith(card_of.title)), None)
+    kind = next((name for name, card in CARDS.items() if card.title in work.card), None)
     for stage, found in stages.items():
         rehearsed = expected[stage]
         flops = rehearsed["roofline"]["model_flops"] / found["seconds"]
