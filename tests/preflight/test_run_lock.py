@@ -69,7 +69,7 @@ def test_one_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
         assert f"process {os.getpid()} on " in (tmp_path / HOLDER).read_text() and (tmp_path / LOCK).exists()
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_two_trainings_in_one_folder(data: Path, tmp_path: Path) -> None:
     """The second is refused, and goes on where the first was killed; torchrun's ranks are one training."""
     saving = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2", "--data-path", str(data)]
