@@ -92,7 +92,7 @@ def test_narrowed_lists() -> None:
     for name in [*names(*plan.FIGURES, *plan.L1_FIGURES), *names("granularity", routings=kinds), f"{base}_fork"]:
         run = Run.from_name(name)
         assert run is not None and run.name == name
-    assert Run.from_name("checkpoints") is None
+    assert Run.from_name("checkpoints") is None and Run.from_name("llama_182m_dense_ffn6") is None
 
 
 def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
@@ -463,6 +463,8 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
     assert "4 finished; 0 to train" in output
     output, _ = sweep("--stages", str(output_dir / "llama_182m_remoe_e8g1"))
     assert re.search(r"^  dense +1-\d+ +\d\.\d\d +0\.\d+ +\d\.\d+e\+\d+$", output, re.MULTILINE)
+    matched = settings.whole(settings.started_with(output_dir / "llama_182m_moe_e8g1_matched") or {}, "--train-iters")
+    assert re.search(rf"^  top-k MoE, FLOPs matched +{matched} *$", output, re.MULTILINE)
     assert {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")} == before
 
     for changed, flags, told in (

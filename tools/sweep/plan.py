@@ -85,9 +85,11 @@ class Run:
             return None
         size, ffn, routing, experts, granularity, protocol, kind, value = match.groups()
         if ffn:
-            return cls(size, "dense", expansion=int(ffn) // 4)
-        changes: dict[str, Any] = {f"l1_{kind}": float(value)} if kind else {}
-        return cls(size, routing, int(experts), int(granularity), protocol=protocol or "", **changes)
+            run = cls(size, "dense", expansion=int(ffn) // 4)
+        else:
+            changes: dict[str, Any] = {f"l1_{kind}": float(value)} if kind else {}
+            run = cls(size, routing, int(experts), int(granularity), protocol=protocol or "", **changes)
+        return run if run.name == name else None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ NOT_COMPARED = frozenset(
     --log-interval --exit-interval --exit-duration-in-mins
     --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size
     --sequence-parallel --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --transformer-impl --moe-grouped-gemm --moe-kernels --no-persist-layer-norm --no-gradient-accumulation-fusion
+    --transformer-impl --moe-grouped-gemm --no-persist-layer-norm --no-gradient-accumulation-fusion
+    --moe-kernels --cross-entropy-loss-fusion --ddp-average-in-collective
     --no-masked-softmax-fusion --no-rope-fusion
     """.split()
 )

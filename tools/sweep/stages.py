@@ -116,8 +116,11 @@ def read_stages(folder: Path) -> tuple[list[Stage], Flops]:
 
 
 def matched_iterations(folder: Path) -> int:
-    """The iterations of a top-k MoE that take the FLOPs of the finished ReMoE in `folder`, by that run's own counts."""
-    found, flops = read_stages(folder)
+    """The iterations of a top-k MoE that take the FLOPs of the ReMoE in `folder`, by that run's own counts."""
+    return _matched(folder, *read_stages(folder))
+
+
+def _matched(folder: Path, found: Sequence[Stage], flops: Flops) -> int:
     settings = started_with(folder)
     assert settings is not None
     ends, batch = found[-1].last, whole(settings, "--global-batch-size")
@@ -132,9 +135,10 @@ def show(console: Console, folders: Sequence[Path]) -> None:
     for name in ("iterations", "experts per token", "hours", "FLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
     for folder in folders:
-        found, _ = read_stages(folder)
+        found, flops = read_stages(folder)
         table.add_row(folder.name)
         for each in found:
             numbers = (f"{each.first}-{each.last}", f"{each.experts:.2f}", f"{each.hours:.3f}", f"{each.flops:.3g}")
             table.add_row(f"  {each.name}", *numbers)
+        table.add_row("  top-k MoE, FLOPs matched", f"{_matched(folder, found, flops)}")
     console.print(table)
