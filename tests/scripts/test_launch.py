@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpt2_reference import gpt2_files
 from tests.trainings import REPOSITORY, SMALL, records
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -408,10 +409,15 @@ def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
     assert (f"Checkpoints: {24 if size == '978m' else 12} of " in estimate) and "--save" in command_line
 
 
-def test_cost_names_what_differs_from_the_paper() -> None:
+def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
+    """With GPT-2's vocabulary, which is read, on a path with blanks and letters beyond ASCII."""
+    vocabulary, merges = tmp_path / "my vocäbulary.json", tmp_path / "my mërges.txt"
+    for file, name in zip(gpt2_files(), (vocabulary, merges), strict=True):
+        name.symlink_to(file)
     flags = ["2", "100", "4", "16", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2", "--weight-decay", "0.1"]
     flags += ["--eval-iters", "32", "--seed", "1", "--no-moe-relu-l1-reg-load-balancing"]
     environment = {"DRY_RUN": "1", "DATA_PATH": "pile", "PYTHON": sys.executable, "GPU": "a100", "UTILIZATION": "0.3"}
+    environment |= {"VOCAB_FILE": str(vocabulary), "MERGE_FILE": str(merges)}
     result = launch("182m_remoe", *flags, **environment)
     assert result.returncode == 0, result.stderr
     for line in (
