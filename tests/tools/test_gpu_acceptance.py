@@ -140,3 +140,9 @@ def test_a_program_that_fails_leaves_its_last_words(tmp_path: Path) -> None:
     programs.deadline = float("inf")
     with pytest.raises(PartError, match=r"broken.py ended with code 1:\nCUDA error: no kernel image"):
         programs.python(str(script))
+
+
+def test_a_table_has_the_line_that_tells_the_error() -> None:
+    result = {"error": "x.py ended with code 1:\nTraceback\nx.py: error: RuntimeError: a | b\nTake another."}
+    assert report.words("golden", result, False) == "x.py ended with code 1: x.py: error: RuntimeError: a / b"
+    assert report.words("golden", {"error": "pytest is not installed"}, False) == "pytest is not installed"

@@ -1,6 +1,7 @@
 """The results as lines and as the tables of docs/gpu.md."""
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,9 +72,10 @@ def tables(found: Mapping[str, Any]) -> str:
 
 
 def _reason(text: str) -> str:
-    """The line of a message that says most: the last of a program's output, or the first."""
+    """A message's first line, and of a program's output the last that tells of an error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[0] if len(lines) < 2 else f"{lines[0].rstrip(':')}: {lines[-1]}")[:300].replace("|", "/")
+    errors = [line for line in lines[1:] if re.search(r"\berror\b|Error:", line)] or lines[1:]
+    return ": ".join([lines[0].rstrip(":"), *errors[-1:]])[:300].replace("|", "/")
 
 
 def _environment(figures: Figures, is_rehearsed: bool) -> str:
