@@ -96,6 +96,7 @@ def _draw_panel(axes: Any, panel: str, points: Sequence[Point], resized: bool) -
         )  # fmt: skip
     if panel != "size":
         axes.set_xscale("linear" if panel == "l1-multiplier" else "log")
+    if panel in ("experts", "granularity"):
         wide = Run(SIZE, "dense", expansion=WIDE)
         lines = {Run(SIZE, "dense"): "dense"} | ({wide: f"dense x {WIDE}"} if panel == "experts" else {})
         for run, loss in points:
