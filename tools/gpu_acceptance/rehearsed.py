@@ -26,7 +26,6 @@ def main() -> None:
     sys.argv = sys.argv[2:]
     torch.backends.cudnn.enabled = False  # the one library that is not stood in for
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.Tensor.__bool__ = _false(torch.Tensor.__bool__)  # type: ignore[method-assign]
     world.join(0, 1, 1)
     run = pretrain_gpt.main
 
@@ -45,11 +44,6 @@ def main() -> None:
         runpy.run_path(program, run_name="__main__")
     else:
         runpy.run_module(program, run_name="__main__", alter_sys=True)
-
-
-def _false(truth: Callable[[torch.Tensor], bool]) -> Callable[[torch.Tensor], bool]:
-    """Nothing on the device is true, after the true wait: what a small copy left there may be read as anything."""
-    return lambda tensor: truth(tensor) and not tensor.is_cuda
 
 
 if __name__ == "__main__":

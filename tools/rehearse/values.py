@@ -30,6 +30,7 @@ class Pairs:
         count_pairs = plan.count_pairs
         plan.count_pairs = layer.count_pairs = self._counted(count_pairs)
         torch.Tensor.item = _one(torch.Tensor.item)  # type: ignore[method-assign]
+        torch.Tensor.__bool__ = _false(torch.Tensor.__bool__)  # type: ignore[method-assign]
         hooks.check_is_finite = _looked_at(hooks.check_is_finite)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
 
@@ -72,6 +73,15 @@ def _one(item: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
     def read(tensor: torch.Tensor) -> Any:
         value = item(tensor)
         return 1.0 if tensor.is_cuda and tensor.is_floating_point() else value
+
+    return read
+
+
+def _false(truth: Callable[[torch.Tensor], bool]) -> Callable[[torch.Tensor], bool]:
+    """Nothing on the device is true: where a small copy was left, a new tensor would be read as that."""
+
+    def read(tensor: torch.Tensor) -> bool:
+        return truth(tensor) and not tensor.is_cuda
 
     return read
 
