@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import paper
+from .choices import lines as rehearsed_lines
 from .gpus import ACCELERATORS, Accelerator
 
 GPT2_VOCABULARY = 50257
@@ -56,7 +57,7 @@ def accelerator(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
 
 
 def asks_for_gpt2(flags: list[str]) -> bool:
-    """Whether GPT-2's tokenizer is asked for, the entry's default, which is built as another type from its two files."""
+    """Whether GPT-2's tokenizer is asked for, the entry's default, which is built as another type from two files."""
     given = [flags[i + 1] for i, name in enumerate(flags[:-1]) if name == "--tokenizer-type"]
     return given[-1:] in ([], ["GPT2BPETokenizer"])
 
@@ -119,6 +120,7 @@ def main() -> int:
     )
     with contextlib.redirect_stdout(io.StringIO()), usage_errors():
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
+        args.tensorboard_dir, args.wandb_project = None, ""  # which would be made, or asked, by the globals below
         adapt(args)
         take_saved_args(args)
         validate_args(args, {})
@@ -128,6 +130,8 @@ def main() -> int:
         print(json.dumps(estimate.figures(args, *total)))
         return 0
     # What was switched off for building the model here counts as it will be there.
-    text = estimate.lines(argparse.Namespace(**vars(args) | planned), given, plan, stages, total)
+    text = [*estimate.lines(argparse.Namespace(**vars(args) | planned), given, plan, stages, total)]
+    if options.paper and options.paper[1] == "remoe":
+        text += ["", *rehearsed_lines(options.gpu.lower(), options.gpus, options.paper[0], args.moe_kernels)]
     print("\n".join(text))
     return 0
