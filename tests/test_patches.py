@@ -273,9 +273,11 @@ def test_megatron_still_adds_no_weight_gradients_without_apex(
     (rows.double() @ weight.T).square().sum().backward()
     torch.testing.assert_close(layer.weight.main_grad.double(), 1 + 2 * weight.grad, rtol=1e-5, atol=1e-5)
     # Of bf16 rows into fp32 there is a product on GPUs alone; PyTorch's checks of it are everywhere.
-    with torch.device("meta"):
-        half, main_grad = torch.empty(5, 6, dtype=torch.bfloat16), torch.empty(4, 6)
+    with torch.device("cuda" if torch.cuda.is_available() else "meta"):
+        half, main_grad = torch.randn(5, 6).bfloat16(), torch.ones(4, 6)
         patches._add_weight_gradient(half, half[:, :4], main_grad)
+    if torch.cuda.is_available():
+        torch.testing.assert_close(main_grad, 1 + half[:, :4].T.float() @ half.float())
 
 
 def test_megatron_still_keeps_the_softmax_in_fp32(process_groups: None) -> None:

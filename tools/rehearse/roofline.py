@@ -30,7 +30,12 @@ TRITON_PARTS = {
     "swiglu": "experts: SwiGLU and gates",
 }
 # Of flash-linear-attention: they were read, and pass over each argument once.
-ONE_PASS = {"cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel", "rotary_embedding_kernel"}
+ONE_PASS = {
+    "cross_entropy_fwd_kernel",
+    "cross_entropy_fwd_kernel_reduce",
+    "cross_entropy_bwd_kernel",
+    "rotary_embedding_kernel",
+}
 
 
 @dataclass
