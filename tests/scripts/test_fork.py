@@ -69,3 +69,4 @@ def test_takes_the_forks_command_line(tmp_path: Path) -> None:
         "--data-path"
     ]
     assert "--moe-router-pre-softmax" in result.stderr and "ignored" in result.stderr
+    assert not list(tmp_path.iterdir())
