@@ -4,8 +4,9 @@ import json
 import math
 import statistics
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ KERNEL_TESTS = (ROOT / "tests" / "kernels", ROOT / "tests" / "local" / "test_gro
 ALLOWED_MEMORY = 1.05  # of the rehearsed peak; a card's own libraries take a little
 ALLOWED_WAITS = 1.1  # of the rehearsed ones: chunks of the dense stage depend on the routing
 WARM_UP = FIT_STEPS + 1 + WATCHED_STEPS + 1  # steps
+STEPS = {"dense": 50, "steady": 30}
 FASTER = 0.98  # of PyTorch's time, from where on Triton's kernels are recommended: less is noise
 Figures = dict[str, Any]
 
@@ -119,7 +121,8 @@ def golden(work: Work) -> Figures:
 
 def launch(work: Work) -> Figures:
     """The dense stage, with which training starts, and the steady one."""
-    return _with_failures({stage: _train_launched(work, stage, ()) for stage in launched.STAGES}, work)
+    stages, failures = _each({stage: partial(_train_launched, work, stage) for stage in launched.STAGES})
+    return _beside_rehearsal(stages, failures, work.card)
 
 
 def step(work: Work) -> Figures:
@@ -144,29 +147,48 @@ def kernels(work: Work) -> Figures:
     """`--moe-kernels torch` and `triton`: a tiny training, a layer, and the 182M model's step."""
     fused = [flag for flag in FLAGS if flag != "--no-local-layer-fusion"]
     ways = {way: ["--moe-kernels", way] for way in ("torch", "triton")}
-    trained = {way: _train_golden(work, "fused", fused, more) for way, more in ways.items()}
-    layers = _benchmark(work, "kernels", *(["--tokens", "256", "--repetitions", "2"] if work.is_rehearsed else []))
-    launches = {way: _train_launched(work, "steady", more) for way, more in ways.items()}
-    ratio = launches["triton"]["seconds"] / launches["torch"]["seconds"]
-    failures = [] if work.is_rehearsed else [*_differences(trained["triton"], trained["torch"]), *layers["failures"]]
-    recommended = "triton" if ratio < FASTER and not failures else "torch"
-    reason = failures[0] if failures else f"a step of the 182M model takes {ratio:.3f} of PyTorch's time"
-    return {"trained": trained, "layers": layers, "launched": launches, "failures": failures} | (
-        {} if work.is_rehearsed else {"step_ratio": ratio, "recommended": recommended, "reason": reason}
+    found, failures = _each(
+        {
+            "layer": lambda: _benchmark(work, "kernels", *(["--tokens", "256"] if work.is_rehearsed else [])),
+            "launched": lambda: {way: _train_launched(work, "steady", more) for way, more in ways.items()},
+            "trained": lambda: {way: _train_golden(work, "fused", fused, more) for way, more in ways.items()},
+        }
     )
+    if work.is_rehearsed:
+        return found | {"failures": failures}
+    failures += found.get("layer", {}).get("failures", [])
+    if "trained" in found:
+        failures += _differences(found["trained"]["triton"], found["trained"]["torch"])
+    recommended, reason = "torch", failures[0] if failures else ""
+    if "launched" in found and not failures:
+        ratio = found["launched"]["triton"]["seconds"] / found["launched"]["torch"]["seconds"]
+        recommended = "triton" if ratio < FASTER else "torch"
+        reason = f"a step of the 182M model takes {ratio:.3f} of PyTorch's time"
+    return found | {"failures": failures, "recommended": recommended, "reason": reason}
 
 
 # Together a quarter of an hour.
 PARTS = {
     "environment": Part("card, driver, versions, rates", 30, environment),
-    "tests": Part("the tests that need a GPU", 150, tests),
+    "tests": Part("the tests that need a GPU", 130, tests),
     "golden": Part("the golden model: loss, S and λ against the CPU's", 60, golden),
-    "launch": Part("the launch script's 182M ReMoE: time, memory and waits against the rehearsal's", 120, launch),
-    "step": Part("benchmark a: a training step, ReMoE and top-k", 170, step),
+    "launch": Part("the launch script's 182M ReMoE: time, memory and waits against the rehearsal's", 160, launch),
+    "step": Part("benchmark a: a training step, ReMoE and top-k", 160, step),
     "layer": Part("benchmark c: one MoE layer, and its peers", 60, layer),
-    "memory": Part("benchmark e: memory while routing is dense", 140, memory),
+    "memory": Part("benchmark e: memory while routing is dense", 130, memory),
     "kernels": Part("--moe-kernels torch and triton: numbers and times", 170, kernels),
 }
+
+
+def _each(runs: dict[str, Callable[[], Figures]]) -> tuple[Figures, list[str]]:
+    """What those found that came to their end, and why the others did not."""
+    found, failures = {}, []
+    for name, run in runs.items():
+        try:
+            found[name] = run()
+        except PartError as error:
+            failures.append(f"{name}: {error}")
+    return found, failures
 
 
 def _train_golden(work: Work, name: str, flags: list[str], more: list[str]) -> dict[int, dict[str, float]]:
@@ -199,9 +221,9 @@ def _differences(found: dict[int, dict[str, float]], expected: dict[int, dict[st
     return failures
 
 
-def _train_launched(work: Work, stage: str, more: tuple[str, ...] | list[str]) -> Figures:
+def _train_launched(work: Work, stage: str, more: Sequence[str] = ()) -> Figures:
     """Seconds of a step, memory and waits of the launch command in one stage, medians of the steps after the first."""
-    steps = WARM_UP + 3 if work.is_rehearsed else 50
+    steps = WARM_UP + 3 if work.is_rehearsed else STEPS[stage]
     record, at_target = work.folder / "record.json", {"BENCHMARK_AT_TARGET": "1"} if stage == "steady" else {}
     settings = launched.command()[0] | at_target | {"BENCHMARK_RECORD": str(record), "BENCHMARK_PROFILE": "waits"}
     words = [*launched.flags(stage, steps), *more]
@@ -223,11 +245,10 @@ def _train_launched(work: Work, stage: str, more: tuple[str, ...] | list[str]) -
     }
 
 
-def _with_failures(stages: dict[str, Figures], work: Work) -> Figures:
+def _beside_rehearsal(stages: dict[str, Figures], failures: list[str], card: str) -> Figures:
     """The stages beside what was rehearsed, with tokens per second and MFU, and what is not as it should be."""
     expected = json.loads(launched.EXPECTED.read_text(encoding="utf-8"))
-    failures = []
-    kind = next((name for name, card in CARDS.items() if card.title in work.card), None)
+    kind = next((name for name, sort in CARDS.items() if sort.title in card), None)
     for stage, found in stages.items():
         rehearsed = expected[stage]
         flops = rehearsed["roofline"]["model_flops"] / found["seconds"]

@@ -102,7 +102,7 @@ def _golden(figures: Figures, is_rehearsed: bool) -> str:
 
 def _launch(figures: Figures, is_rehearsed: bool) -> str:
     said = []
-    for stage in ("dense", "steady"):
+    for stage in [stage for stage in ("dense", "steady") if stage in figures]:
         found, rehearsed = figures[stage], figures[stage]["rehearsed"]
         waits = sum(wait["times"] for wait in rehearsed["host_syncs"])
         speed = "" if is_rehearsed else f"{found['tokens_per_second']:,.0f} tokens/s, MFU {_percent(found['mfu'])}, "
@@ -145,7 +145,7 @@ def _memory(figures: Figures, is_rehearsed: bool) -> str:
 
 def _kernels(figures: Figures, is_rehearsed: bool) -> str:
     if is_rehearsed:
-        return "both ways train"
+        return f"both ways run: {', '.join(name for name in figures if name != 'failures')}"
     return f"recommended: --moe-kernels {figures['recommended']} ({figures['reason']})"
 
 
@@ -195,7 +195,7 @@ def _launch_table(figures: Figures, is_rehearsed: bool) -> list[str]:
         + " | rehearsal |"
     ]
     lines.append("|---|---:|---:|")
-    for stage in ("dense", "steady"):
+    for stage in [stage for stage in ("dense", "steady") if stage in figures]:
         found, model = figures[stage], figures[stage]["rehearsed"]
         waits = sum(wait["times"] for wait in model["host_syncs"])
         rows: list[tuple[str, str, str]] = []
@@ -257,17 +257,15 @@ def _memory_table(figures: Figures, is_rehearsed: bool) -> list[str]:
 def _kernels_table(figures: Figures, is_rehearsed: bool) -> list[str]:
     if is_rehearsed:
         return []
-    lines = [
-        "| layer, by (E, G) | torch, ms | triton, ms | largest error, torch | triton |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for case, ways in figures["layers"]["layers"].items():
+    lines = ["| both ways | torch, ms | triton, ms | largest error, torch | triton |", "|---|---:|---:|---:|---:|"]
+    for case, ways in figures.get("layer", {}).get("layers", {}).items():
         times = " | ".join(f"{statistics.median(ways[way]['seconds']) * 1e3:.3g}" for way in ("torch", "triton"))
         errors = " | ".join(f"{ways[way]['error']:.1e}" for way in ("torch", "triton"))
-        lines.append(f"| {case} | {times} | {errors} |")
-    launched = [figures["launched"][way] for way in ("torch", "triton")]
-    times = " | ".join(f"{found['seconds'] * 1e3:.4g}" for found in launched)
-    return [*lines, f"| step of the 182M ReMoE | {times} | | |"]
+        lines.append(f"| one layer, (E, G) = {case} | {times} | {errors} |")
+    if "launched" in figures:
+        times = " | ".join(f"{figures['launched'][way]['seconds'] * 1e3:.4g}" for way in ("torch", "triton"))
+        lines.append(f"| a step of the 182M ReMoE | {times} | | |")
+    return lines
 
 
 TABLES: dict[str, Callable[[Figures, bool], list[str]]] = {
