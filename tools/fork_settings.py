@@ -52,18 +52,19 @@ def ask(fork: Path, size: str, routing: str) -> dict[str, Any]:
 def by_flag(words: list[str]) -> dict[str, str]:
     """Flag → its values as they were typed; the paths of the data, which are long, as a setting only."""
     found: dict[str, list[str]] = {}
+    flag = ""
     for word in words:
-        found[word] = []
-        if not word.startswith("--"):
-            found.pop(word)
-            found[list(found)[-1]].append(word)
+        if word.startswith("--"):
+            found[flag := word] = []
+        else:
+            found[flag].append(word)
     return {flag: " ".join(values) for flag, values in found.items() if flag != "--data-path"}
 
 
 def shared(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The entries that all tables have alike as "all", and what is left of each."""
     first = next(iter(tables.values()))
-    same = {key: value for key, value in first.items() if all(t.get(key, t) == value for t in tables.values())}
+    same = {key: value for key, value in first.items() if all(key in t and t[key] == value for t in tables.values())}
     rest = {name: {key: value for key, value in t.items() if key not in same} for name, t in tables.items()}
     return {"all": same} | rest
 
