@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from tools.convert_checkpoint.models import build
 from tools.export_hf.settings import args_of, complete, config_of
-from tools.export_hf.weights import fill
+from tools.export_hf.weights import fill, under_megatrons_names
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -64,7 +64,7 @@ def test_logits_are_megatrons(name: str, process_groups: None) -> None:
     model, ids = make(name), tokens()
     args = args_of(model.config)
     megatron = build(args)
-    fill(megatron, model)
+    fill(megatron, *under_megatrons_names(model))
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, megatron(ids, positions, None), rtol=1e-5, atol=1e-5)
@@ -78,7 +78,7 @@ def test_training_is_megatrons(process_groups: None) -> None:
     """Loss, L1 term, sparsity and gradients, the L1 term's included; also with activations computed again."""
     model, ids = make("relu, shared"), tokens()
     megatron = build(args_of(model.config))
-    fill(megatron, model)
+    fill(megatron, *under_megatrons_names(model))
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()

@@ -24,7 +24,7 @@ from tools.evaluate.command import main
 from tools.evaluate.tasks import TASKS, Score, choices, lambada, read_requests
 from tools.evaluate.text import Experts
 from tools.export_hf.settings import args_of
-from tools.export_hf.weights import fill
+from tools.export_hf.weights import fill, under_megatrons_names
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -151,7 +151,7 @@ def test_tasks_through_lm_eval(requests: Path, tmp_path: Path) -> None:
     assert learnt["arc_easy", "acc"].value == learnt["lambada_openai", "acc"].value == 1
 
     megatron = build(args_of(model.config))
-    fill(megatron, model)
+    fill(megatron, *under_megatrons_names(model))
     documents = read_requests(requests, "arc_easy")
     pairs = [pair for _, pairs in documents for pair in pairs]
     from lm_eval.api.instance import Instance

@@ -17,10 +17,10 @@ from tools.common.tiny_model import RELU
 from tools.convert_checkpoint import checkpoints
 from tools.convert_checkpoint.models import build, round_to
 from tools.export_hf import command
-from tools.export_hf.check import read_back
+from tools.export_hf.check import Text, check_in_parts, layers_at_once, read_back
 from tools.export_hf.folder import write_weights
-from tools.export_hf.settings import args_of
-from tools.export_hf.weights import fill
+from tools.export_hf.settings import args_of, complete
+from tools.export_hf.weights import fill, under_megatrons_names
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 MIXED = [*TINY, *RELU, *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate-size 32 --eval-iters 0".split()]
@@ -55,7 +55,7 @@ def save_megatron(model: RemoeForCausalLM, folder: Path, engine_names: bool = Fa
     """Megatron's checkpoint of a model for transformers."""
     args = args_of(model.config)
     megatron = build(args)
-    fill(megatron, model)
+    fill(megatron, *under_megatrons_names(model))
     checkpoints.save(megatron, args, folder, engine_names)
     return folder
 
@@ -143,7 +143,7 @@ def test_refusals(
     args = args_of(model.config)
     args.tokenizer_type, args.tokenizer_model = "NullTokenizer", "/nowhere"
     megatron = build(args)
-    fill(megatron, model)
+    fill(megatron, *under_megatrons_names(model))
     if setting is None:
         megatron.decoder.final_layernorm.weight.data[3] = float("inf")
     else:
@@ -157,12 +157,29 @@ def test_refusals(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_part_at_a_time(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too large as a whole: each layer is held against Megatron's, and one that is wrong is found."""
+    monkeypatch.setattr(command, "layers_at_once", lambda config: layers_at_once(config, memory=1))
+    assert main("--load", trained, "--save", tmp_path / "out") == 0
+    assert "not measured" in (tmp_path / "out" / "README.md").read_text()
+    whole = read_back(tmp_path / "out")
+    text = Text(torch.randint(200, (2, 9)), "random tokens")
+    found = checkpoints.find(trained, None)
+    assert check_in_parts(found, complete(found.args), whole.config, tmp_path / "out", text, layers=1).difference < 1e-5
+    with torch.no_grad():
+        queries = whole.model.layers[1].self_attn.q_proj.weight
+        queries.copy_(queries.roll(3, dims=0))
+    whole.save_pretrained(tmp_path / "wrong")
+    wrong = check_in_parts(found, complete(found.args), whole.config, tmp_path / "wrong", text, layers=1)
+    assert wrong.difference > 1e-4
+
+
 def test_models_that_differ_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make("relu").save_pretrained(tmp_path / "folder")
     other = make("relu", initializer_range=0.2)
-    monkeypatch.setattr(command, "fill", lambda megatron, _source: fill(megatron, other))
+    monkeypatch.setattr(command, "fill", lambda megatron, *_source: fill(megatron, *under_megatrons_names(other)))
     assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 1
     assert "above 1e-04: nothing was written" in capfd.readouterr().err and not (tmp_path / "out").exists()
 

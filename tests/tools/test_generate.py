@@ -14,7 +14,7 @@ from tests.hf.test_modeling import make
 from tools.convert_checkpoint import checkpoints
 from tools.convert_checkpoint.models import build
 from tools.export_hf.settings import args_of
-from tools.export_hf.weights import fill
+from tools.export_hf.weights import fill, under_megatrons_names
 from tools.generate.command import main
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -29,7 +29,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     args = args_of(model.config)
     args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(vocabulary)
     megatron = build(args)
-    fill(megatron, model)
+    fill(megatron, *under_megatrons_names(model))
     checkpoints.save(megatron, args, root / "run", engine_names=False)
     for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
         one.save_pretrained(root / name)

@@ -43,15 +43,16 @@ def write_card(
             f"{config.num_experts}, {config.num_experts_per_tok}, {config.moe_intermediate_size}"
         )
     if config.num_experts and config.moe_relu_routing:
-        rows["sparsity, target"] = (
-            f"{check.sparsity:.4f} measured, {1 - config.num_experts_per_tok / config.num_experts:.4f}"
-        )
+        measured = "not measured" if check.sparsity is None else f"{check.sparsity:.4f}"
+        rows["sparsity, target"] = f"{measured}, {1 - config.num_experts_per_tok / config.num_experts:.4f}"
         rows["λ at the end"] = f"{config.router_aux_loss_coef:.6g}"
     seen = getattr(args, "consumed_train_samples", 0) * args.seq_length
     rows |= {
         "checkpoint": name,
         "tokens trained on": f"{seen:,}" if seen else "not known",
-        f"loss on {text.tokens[:, 1:].numel():,} {text.name}": f"{check.loss:.4f} nats per token",
+        f"loss on {text.tokens[:, 1:].numel():,} {text.name}": (
+            "not measured" if check.loss is None else f"{check.loss:.4f} nats per token"
+        ),
         "largest difference of logits from Megatron's": f"{check.difference:.1e} of the largest",
     }
     table = "\n".join(f"| {row} | {value} |" for row, value in rows.items())

@@ -1,24 +1,32 @@
 """The proof that both models are the same: their logits for the same text."""
 
 import argparse
+import copy
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from megatron.training.utils.common_utils import get_blend_from_list
 
+from ..convert_checkpoint.checkpoints import Checkpoint, load
 from ..convert_checkpoint.command import blend_of
 from ..convert_checkpoint.errors import ConversionError
+from ..convert_checkpoint.models import build
 from ..convert_checkpoint.text import Blend, sample
+from .weights import fill, read_layer, read_outer
 
 TOKENS = 2048
 TOKENS_PER_FORWARD = 1024
 BOUND = 1e-4
+MEMORY = 4 * 10**9
+LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,12 @@ class Check:
 
     Attributes:
         difference: largest of all logits, as a share of the largest logit.
-        loss: of the model for transformers, nats per token.
-        sparsity: share of inactive (token, expert) pairs; None without experts.
+        loss: of the model for transformers, nats per token; None where it was looked at a part at a time.
+        sparsity: share of inactive (token, expert) pairs; None without experts, and likewise.
     """
 
     difference: float
-    loss: float
+    loss: float | None
     sparsity: float | None
 
 
@@ -75,14 +83,13 @@ def megatron_logits(model: GPTModel, text: Text) -> torch.Tensor:
 @torch.no_grad()
 def compare(model: RemoeForCausalLM, logits: torch.Tensor, text: Text) -> Check:
     """Run the model for transformers on the text, and hold it against Megatron's logits."""
-    routed = bool(model.config.num_experts)
-    outputs = [model(batch, use_cache=False, output_router_logits=routed) for batch in _batches(text.tokens[:, :-1])]
+    outputs = [model(batch, use_cache=False, output_router_logits=True) for batch in _batches(text.tokens[:, :-1])]
     other = torch.cat([output.logits.float() for output in outputs])
-    sparsity = float(torch.stack([output.sparsity for output in outputs]).mean()) if routed else None
+    sparsities = [output.sparsity for output in outputs if output.sparsity is not None]
     return Check(
         difference=float((other - logits).abs().max() / logits.abs().max()),
         loss=float(cross_entropy(other.flatten(0, 1).double(), text.tokens[:, 1:].flatten())),
-        sparsity=sparsity,
+        sparsity=float(torch.stack(sparsities).mean()) if sparsities else None,
     )
 
 
@@ -94,3 +101,50 @@ def read_back(folder: Path) -> RemoeForCausalLM:
     """The model in a folder, in float32, for evaluation."""
     transformers.utils.logging.disable_progress_bar()
     return RemoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def check_whole(checkpoint: Checkpoint, args: argparse.Namespace, folder: Path, text: Text) -> Check:
+    """Megatron's model as Megatron loads it against that in the folder; one of them is in memory at a time."""
+    model = build(args)
+    load(checkpoint, model)
+    logits = megatron_logits(model, text)
+    del model
+    return compare(read_back(folder), logits, text)
+
+
+def check_in_parts(
+    checkpoint: Checkpoint, args: argparse.Namespace, config: RemoeConfig, folder: Path, text: Text, layers: int
+) -> Check:
+    """So many layers at a time, each time as a model of these layers alone, for what is too large as a whole."""
+    largest = 0.0
+    for start in range(0, config.num_hidden_layers, layers):
+        numbers = range(start, min(config.num_hidden_layers, start + layers))
+        part, part_args = copy.deepcopy(config), copy.copy(args)
+        part.num_hidden_layers = part_args.num_layers = len(numbers)
+        part.mlp_only_layers = [number - start for number in config.mlp_only_layers if number in numbers]
+        part_args.moe_layer_freq = [int(number not in config.mlp_only_layers) for number in numbers]
+        model = build(part_args)
+        fill(model, read_outer(checkpoint, config), [read_layer(checkpoint, config, number) for number in numbers])
+        logits = megatron_logits(model, text)
+        del model
+        other = RemoeForCausalLM(part).float().eval()
+        _read_layers(folder, other, start)
+        largest = max(largest, compare(other, logits, text).difference)
+    return Check(largest, None, None)
+
+
+@torch.no_grad()
+def _read_layers(folder: Path, model: RemoeForCausalLM, start: int) -> None:
+    wanted = {LAYER.sub(lambda found: f"layers.{int(found[1]) + start}.", name): name for name in model.state_dict()}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys() & wanted.keys():
+                model.state_dict()[wanted[name]].copy_(file.get_tensor(name))
+
+
+def layers_at_once(config: RemoeConfig, memory: int = MEMORY) -> int:
+    """Layers that a part of `check_in_parts` has within so many bytes: as read, and in a model in float32."""
+    with torch.device("meta"):
+        model = RemoeForCausalLM(config)
+    largest = max(sum(one.numel() for one in layer.parameters()) for layer in model.model.layers)
+    return max(1, memory // (2 * 4 * largest))

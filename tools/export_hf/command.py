@@ -20,16 +20,27 @@ import torch
 from megatron.remoe.hf import RemoeConfig
 
 from ..common.one_process import one_process
-from ..convert_checkpoint.checkpoints import check_output, load, save
+from ..convert_checkpoint.checkpoints import check_output, save
 from ..convert_checkpoint.display import Display
 from ..convert_checkpoint.errors import ConversionError
 from ..convert_checkpoint.models import build
 from .card import write_card
-from .check import BOUND, Check, Text, compare, megatron_logits, read_back, text_for
+from .check import (
+    BOUND,
+    Check,
+    Text,
+    check_in_parts,
+    check_whole,
+    compare,
+    layers_at_once,
+    megatron_logits,
+    read_back,
+    text_for,
+)
 from .folder import set_tokens, tokenizer_of, write_rest, write_weights
 from .settings import args_of, flags_of
 from .source import open_run
-from .weights import Tensors, fill, read
+from .weights import Tensors, fill, read, under_megatrons_names
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,11 +91,11 @@ def export(options: argparse.Namespace, display: Display) -> None:
         with display.step("writing weights", config.num_hidden_layers + 1):
             parameters = write_weights(aside, _counted(read(checkpoint, config), display))
         write_rest(aside, config, tokenizer)
-        model = build(args)
-        load(checkpoint, model)
-        logits = megatron_logits(model, text)
-        del model  # before the other one is in memory too
-        check = compare(read_back(aside), logits, text)
+        layers = layers_at_once(config)
+        if layers >= config.num_hidden_layers:
+            check = check_whole(checkpoint, args, aside, text)
+        else:
+            check = check_in_parts(checkpoint, args, config, aside, text, layers)
         _accept(check, text, display)
         card = write_card(args, config, checkpoint.name, parameters, text, check)
         (aside / "README.md").write_text(card, encoding="utf-8")
@@ -93,7 +104,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
         raise ConversionError(f"--save {options.save}: cannot be written ({error}). Give another folder.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    display.say(f"wrote {options.save}: {parameters:,} parameters, loss {check.loss:.4f}")
+    display.say(f"wrote {options.save}: {parameters:,} parameters")
 
 
 def reverse(options: argparse.Namespace, display: Display) -> None:
@@ -112,7 +123,7 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     args = args_of(config)
     text = text_for(args, options.data_path, config)
     model = build(args)
-    fill(model, source)
+    fill(model, *under_megatrons_names(source))
     _accept(compare(source, megatron_logits(model, text), text), text, display)
     del source
     args.transformer_impl = options.transformer_impl

@@ -98,12 +98,22 @@ def read(checkpoint: Checkpoint, config: RemoeConfig) -> Iterator[Tensors]:
     """
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in RemoeForCausalLM(config).state_dict().items()}
-    outer = {name: name for name in OUTER if not (config.tie_word_embeddings and name == "output_layer.weight")}
-    yield _checked(checkpoint, shapes, {OUTER[name]: one for name, one in _load(checkpoint, outer, config).items()})
+    outer = {OUTER[name]: tensor for name, tensor in read_outer(checkpoint, config).items()}
+    yield _checked(checkpoint, shapes, outer)
     for number in range(config.num_hidden_layers):
-        keys = {name: _key(checkpoint, name, number) for name in _names(config, number)}
-        layer = to_transformers(_load(checkpoint, keys, config, number), config)
+        layer = to_transformers(read_layer(checkpoint, config, number), config)
         yield _checked(checkpoint, shapes, {f"model.layers.{number}.{name}": one for name, one in layer.items()})
+
+
+def read_outer(checkpoint: Checkpoint, config: RemoeConfig) -> Tensors:
+    """What is outside of layers, under Megatron's names."""
+    names = [name for name in OUTER if not (config.tie_word_embeddings and name == "output_layer.weight")]
+    return _load(checkpoint, {name: name for name in names}, config)
+
+
+def read_layer(checkpoint: Checkpoint, config: RemoeConfig, number: int) -> Tensors:
+    """A layer, from 0, under Megatron's names as in `SAME`, `HALVES` and `QKV`."""
+    return _load(checkpoint, {name: _key(checkpoint, name, number) for name in _names(config, number)}, config, number)
 
 
 def exponents(checkpoint: Checkpoint, config: RemoeConfig) -> list[int]:
@@ -167,24 +177,26 @@ def _checked(checkpoint: Checkpoint, shapes: dict[str, torch.Size], tensors: Ten
 
 
 @torch.no_grad()
-def fill(model: GPTModel, source: RemoeForCausalLM) -> None:
-    """Give Megatron's model the weights of one for transformers."""
-    state, config = source.state_dict(), source.config
-    layers = []
-    for number in range(config.num_hidden_layers):
-        prefix = f"model.layers.{number}."
-        layer = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
-        layers.append(to_megatron(layer, config))
+def fill(model: GPTModel, outer: Tensors, layers: list[Tensors]) -> None:
+    """Give Megatron's model weights under Megatron's names, as `read_outer` and `read_layer` have them."""
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor) or tensor.dtype == torch.int64:
             continue  # λ's exponent is 0: the flags' λ₀ is the model's λ
-        if name in OUTER:
-            tensor.copy_(state[OUTER[name]])
+        if name in outer:
+            tensor.copy_(outer[name])
             continue
         number, inner = name.removeprefix("decoder.layers.").split(".", 1)
-        expert = EXPERT.fullmatch(name)
-        if expert:
-            stacked = layers[int(number)][f"mlp.experts.{expert['weight']}"]
-            tensor.copy_(stacked[int(expert["expert"])])
+        if expert := EXPERT.fullmatch(name):
+            tensor.copy_(layers[int(number)][f"mlp.experts.{expert['weight']}"][int(expert["expert"])])
         else:
             tensor.copy_(layers[int(number)][inner])
+
+
+def under_megatrons_names(model: RemoeForCausalLM) -> tuple[Tensors, list[Tensors]]:
+    """What `fill` takes, of a model for transformers."""
+    state, layers = model.state_dict(), []
+    for number in range(model.config.num_hidden_layers):
+        prefix = f"model.layers.{number}."
+        layer = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+        layers.append(to_megatron(layer, model.config))
+    return {name: state[other] for name, other in OUTER.items()}, layers
