@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
@@ -212,3 +213,38 @@ assert not any(name.startswith("megatron") for name in sys.modules)
     theirs, shape = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(theirs, logits)
     assert shape == (len(ids), ids.shape[1] + 2)
+
+
+def test_structure_that_servers_ask_for() -> None:
+    """Their attention and their experts take the place of the model's: the same numbers come out, of fixed shapes."""
+    model, ids = make("relu, shared", max_experts_per_token=3), tokens()
+    with torch.no_grad():
+        logits = model(ids).logits
+    config, seen = model.config, []
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 2, 24)
+
+    def attention(module, query, key, value, mask, scaling, **kwargs):
+        seen.append(module.layer_idx)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, **kwargs)
+
+    class Server(torch.nn.Module):
+        def __init__(self, experts: torch.nn.Module) -> None:
+            super().__init__()
+            assert experts.gate_up_proj.dim() == experts.down_proj.dim() == 3
+            self.held = experts
+
+        def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            assert index.shape == weights.shape == (len(hidden), 3)
+            return self.held(hidden, index, weights)
+
+    replaced = []
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if name == "experts":
+                setattr(module, name, Server(child))
+                replaced.append(name)
+    AttentionInterface.register("a_servers", attention)
+    model.set_attn_implementation("a_servers")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=1e-5)
+    assert seen == [0, 1] and replaced == ["experts"]
