@@ -19,7 +19,8 @@ from tools.convert_checkpoint.models import build, round_to
 from tools.export_hf import command
 from tools.export_hf.check import Text, check_in_parts, layers_at_once, read_back
 from tools.export_hf.folder import write_weights
-from tools.export_hf.settings import args_of, complete
+from tools.export_hf.settings import args_of
+from tools.export_hf.source import open_run
 from tools.export_hf.weights import fill, under_megatrons_names
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -162,16 +163,15 @@ def test_a_part_at_a_time(trained: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(command, "layers_at_once", lambda config: layers_at_once(config, memory=1))
     assert main("--load", trained, "--save", tmp_path / "out") == 0
     assert "not measured" in (tmp_path / "out" / "README.md").read_text()
-    whole = read_back(tmp_path / "out")
     text = Text(torch.randint(200, (2, 9)), "random tokens")
-    found = checkpoints.find(trained, None)
-    assert check_in_parts(found, complete(found.args), whole.config, tmp_path / "out", text, layers=1).difference < 1e-5
+    checkpoint, args, config = open_run(trained, None)
+    assert check_in_parts(checkpoint, args, config, tmp_path / "out", text, layers=1).difference < 1e-5
+    wrong = read_back(tmp_path / "out")
     with torch.no_grad():
-        queries = whole.model.layers[1].self_attn.q_proj.weight
+        queries = wrong.model.layers[1].self_attn.q_proj.weight
         queries.copy_(queries.roll(3, dims=0))
-    whole.save_pretrained(tmp_path / "wrong")
-    wrong = check_in_parts(found, complete(found.args), whole.config, tmp_path / "wrong", text, layers=1)
-    assert wrong.difference > 1e-4
+    wrong.save_pretrained(tmp_path / "wrong")
+    assert check_in_parts(checkpoint, args, config, tmp_path / "wrong", text, layers=1).difference > 1e-4
 
 
 def test_models_that_differ_are_not_written(
