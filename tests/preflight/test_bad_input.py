@@ -176,7 +176,7 @@ def resumed(*more: str, routing: list[str] = RELU, run: str = "remoe") -> Callab
 
 def two(*more: str) -> Callable[[User], list[str]]:
     """A ReMoE on two data sets without weights."""
-    return lambda user: [*on("text", *more)(user), "--data-path", user["text"], user["one"]]
+    return lambda user: [*on("text", *more)(user), "--data-path", user["text"], user["text"]]
 
 
 def within(flag: str, name: str) -> Callable[[User], list[str]]:
@@ -233,7 +233,11 @@ ENTRY = {
     ),
     "several data sets for more than an epoch": Case(
         two("--split", "100,0,0", "--train-iters", "99999"),
-        ("799,992 sequences are wanted for training, and the 2 data sets have", "Put a weight before each", "46 "),
+        ("799,992 sequences are wanted for training, and the 2 data sets have", "Put a weight before each"),
+    ),
+    "a data set that is too small to mix in": Case(
+        lambda user: [*on("text", "--split", "100,0,0")(user), "--data-path", user["text"], user["few"]],
+        ("few: has not even one sequence of --seq-length 64 for training", "Leave it out, or give another --split"),
     ),
     "several data sets for too many evaluations": Case(
         two("--eval-iters", "5000"), ("sequences are wanted for validation", "Put a weight before each")
@@ -306,6 +310,13 @@ ENTRY = {
             user["new"],
         ],
         ("--non-persistent-save-interval", "Add --non-persistent-ckpt-type global"),
+    ),
+    "async save on a CPU": Case(
+        lambda user: [
+            *on("text", "--save-interval", "1", "--save", user["new"])(user),
+            *"--async-save --use-persistent-ckpt-worker --async-strategy mcore".split(),
+        ],
+        ("--async-save needs a GPU", "Leave it out"),
     ),
     "profile on a CPU": Case(on("text", "--profile"), ("--profile needs a GPU", "--use-pytorch-profiler")),
     "routing combination": Case(

@@ -55,10 +55,9 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
                         f"{flag}: --multiple-validation-sets cannot be used with a test set, at which Megatron fails "
                         "after the training. Leave it out, or give 0 as the third number of --split."
                     )
-                # Without weights, data sets that have nothing for a split are not asked for it.
-                _check_split(args, flag, data_sets, SPLITS[number], share, each=weights is not None)
+                _check_split(args, flag, data_sets, SPLITS[number], share)
                 if weights is None and len(used) > 1:
-                    _check_one_epoch(args, flag, data_sets, number, share)
+                    _check_unweighted(args, flag, data_sets, number, share)
         if split[0] is None and flag in ("--data-path", "--data-args-path") and not args.skip_train:
             raise DataError(f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.")
 
@@ -125,12 +124,11 @@ def _check_split(
     data_sets: list[IndexedReader],
     name: str,
     share: tuple[float, float],
-    each: bool,
 ) -> None:
     split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag
     parts = [_part(data, share) for data in data_sets]
     filled = [_has_tokens(lengths, 1) for lengths in parts]
-    if not any(filled) or (each and not all(filled)):
+    if not all(filled):
         empty = data_sets[filled.index(False)]
         documents = f"{len(empty.lengths):,} document" + ("s" if len(empty.lengths) != 1 else "")
         raise DataError(
@@ -145,16 +143,19 @@ def _check_split(
         )
 
 
-def _check_one_epoch(
+def _check_unweighted(
     args: argparse.Namespace, flag: str, data_sets: list[IndexedReader], number: int, share: tuple[float, float]
 ) -> None:
-    """Megatron takes several data sets without weights once: a training that wants more ends where they end."""
-    if args.dataloader_type == "cyclic":
-        return
+    """Several data sets without weights, of which Megatron takes one epoch: each has a part in it, and it suffices."""
     tokens = [int(_part(data, share).sum(dtype=np.int64)) for data in data_sets]
     sequences = [max((some - 1) // args.seq_length, 0) for some in tokens]
+    if 0 in sequences:
+        raise DataError(
+            f"{flag} {data_sets[sequences.index(0)].prefix}: has not even one sequence of --seq-length "
+            f"{args.seq_length} for {SPLITS[number]}, and could not be mixed in. Leave it out, or give another --split."
+        )
     wanted = _sequences_wanted(args)[number]
-    if wanted is None or wanted <= sum(sequences):
+    if wanted is None or wanted <= sum(sequences) or args.dataloader_type == "cyclic":
         return
     weighted = " ".join(f"{some} {data.prefix}" for some, data in zip(sequences, data_sets, strict=True))
     raise DataError(

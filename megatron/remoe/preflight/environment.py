@@ -86,6 +86,9 @@ def check_evaluation_and_saving(args: argparse.Namespace) -> None:
         "installed. Leave them out.": (
             (args.save_dgrads_interval or args.save_activations_interval) and not find_spec("transformer_engine")
         ),
+        "--async-save needs a GPU: its process dies without one, and the first save waits for it. Leave it out.": (
+            args.async_save and args.distributed_backend == "gloo"
+        ),
         "--profile needs a GPU. Add --use-pytorch-profiler.": (
             args.profile and not args.use_pytorch_profiler and args.distributed_backend == "gloo"
         ),
