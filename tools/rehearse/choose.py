@@ -8,6 +8,7 @@ import argparse
 import datetime
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,9 +23,8 @@ from tools.rehearse.scripts import GPUS, PLAIN, Launch, whole_step  # noqa: E402
 SIZES = {"182m": (16, 32, 64), "469m": (8, 16, 32), "978m": (4, 8, 16)}  # and micro-batches
 
 
-def rows(size: str, micro_batches: list[int], options: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each micro-batch and EP, the best first; MFU is 0 where it, or a smaller one, does not fit."""
-    found = []
+def rows(size: str, micro_batches: list[int], options: argparse.Namespace) -> Iterator[dict[str, float]]:
+    """A row for each micro-batch and EP; MFU is 0 where it, or a smaller one, does not fit."""
     for ep in options.ep:
         fits = True
         for micro_batch in sorted(micro_batches):
@@ -38,13 +38,21 @@ def rows(size: str, micro_batches: list[int], options: argparse.Namespace) -> li
                 row |= {"gib": round(step.peak_gib, 2), "mfu": round(step.mfu, 4)}
                 row |= {"ms": round((step.seconds + step.collectives) * 1e3, 1)}
                 row |= {"collectives_ms": round(step.collectives * 1e3, 1)}
-            found.append(row)
-            print(size, row, flush=True)
-    return sorted(found, key=lambda row: -row["mfu"])
+            yield row
+
+
+def keep(name: str, made: str, row: dict[str, float]) -> None:
+    """Put a row into its table, in the place of an earlier one."""
+    tables = choices.read()
+    others = tables.get(name, {"rows": []})["rows"]
+    others = [other for other in others if (other["micro_batch"], other["ep"]) != (row["micro_batch"], row["ep"])]
+    tables[name] = {"made": made, "rows": sorted([*others, row], key=lambda row: -row["mfu"])}
+    text = json.dumps(dict(sorted(tables.items())), indent=1) + "\n"
+    write_aside(choices.FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def main() -> int:
-    """Rehearse, and put the tables into the file."""
+    """Rehearse, and put each row into the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")
     parser.add_argument("--micro-batch", type=int, nargs="+", help="default: three around that of the script")
@@ -54,10 +62,9 @@ def main() -> int:
     options = parser.parse_args()
     for size in options.size:
         made = f"{datetime.date.today()}, torch {torch.__version__}, {GPUS} x {options.gpu}, {options.kernels} kernels"
-        table = {"made": made, "rows": rows(size, options.micro_batch or list(SIZES[size]), options)}
-        tables = choices.read() | {choices.name(options.gpu, GPUS, size, options.kernels): table}
-        text = json.dumps(dict(sorted(tables.items())), indent=1) + "\n"
-        write_aside(choices.FILE, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+        for row in rows(size, options.micro_batch or list(SIZES[size]), options):
+            keep(choices.name(options.gpu, GPUS, size, options.kernels), made, row)
+            print(size, row, flush=True)
     return 0
 
 
