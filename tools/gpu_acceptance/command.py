@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, on one of them and without network, in parts of at most a quarter of an hour.
+"""Everything that only a GPU can show, on one of them and without network, in a quarter of an hour at most.
 
 Each part's result is in results.json before the next begins; a second call goes on with the parts that are missing, on
 the same card and with the same sources. With REHEARSE=1 it runs over a CUDA that does nothing, where numbers and times
