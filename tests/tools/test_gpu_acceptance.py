@@ -92,6 +92,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Part]:
     made = {name: Part(name, 1, run) for name, run in found.items()}
     for module in (command, report):
         monkeypatch.setattr(module, "PARTS", made)
+    monkeypatch.setattr(command, "machine", lambda _: {"card": "one"})  # sources that nobody edits meanwhile
     monkeypatch.setattr(command, "SLOWER", 1)
     monkeypatch.setattr(report, "SAYS", {name: lambda figures, _: str(figures) for name in made})
     return made
