@@ -25,6 +25,8 @@ from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateM
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
+from megatron.remoe.patches import fusions, waits
+from megatron.remoe.patches import optimizer as adam_patches
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
 from megatron.remoe.training.arguments import add_remoe_arguments
 from megatron.training import training
@@ -120,7 +122,7 @@ def test_megatron_still_reads_steps_that_adam_has_not() -> None:
 
 def test_megatron_still_leaves_adam_to_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
-    for module in (core_optimizer, patches):
+    for module in (core_optimizer, adam_patches):
         monkeypatch.setattr(module, "torch", torch)  # without what the CPU part puts into it
     config = core_optimizer.OptimizerConfig(optimizer="adam", lr=1e-3)
     build = partial(core_optimizer._get_megatron_optimizer_based_on_param_groups, config, [])
@@ -134,7 +136,7 @@ def test_megatron_still_leaves_adam_to_its_default(monkeypatch: pytest.MonkeyPat
     patches.use_fused_adam()
     assert DistributedOptimizer().optimizer.param_groups[0]["fused"]
     on_device = torch.nn.Parameter(torch.empty(2, device="meta"))
-    steps = [patches._step(3, {"fused": fused, "capturable": False}, on_device) for fused in (False, True)]
+    steps = [adam_patches._step(3, {"fused": fused, "capturable": False}, on_device) for fused in (False, True)]
     assert [step.device.type for step in steps] == ["cpu", "meta"], "where the kernel looks for it"
 
 
@@ -144,11 +146,11 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
     without_values = [torch.empty(shape, device="meta") for shape in shapes]
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         local_multi_tensor_l2_norm(0, None, [without_values], False)
-    assert patches._norm_of_all(without_values).shape == (1,)
+    assert waits._norm_of_all(without_values).shape == (1,)
 
     torch.manual_seed(1)
     tensors = [torch.randn(shape) for shape in shapes]
-    found = patches._norm_of_all(tensors)
+    found = waits._norm_of_all(tensors)
     torch.testing.assert_close(found, torch.cat([tensor.flatten() for tensor in tensors]).norm().reshape(1))
     assert found.dtype == torch.float32
 
@@ -158,7 +160,7 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
     patches.keep_norms_on_the_device()
     assert clip_grads.l2_norm_impl is patched is not local_multi_tensor_l2_norm
     on_gpu = [SimpleNamespace(is_cuda=True)] * 3
-    monkeypatch.setattr(patches, "_norm_of_all", lambda given: given)
+    monkeypatch.setattr(waits, "_norm_of_all", lambda given: given)
     assert patched(0, None, [on_gpu], False) == (on_gpu, None)
     on_cpu = patched(0, None, [tensors], False)[0]
     assert torch.equal(on_cpu, local_multi_tensor_l2_norm(0, None, [tensors], False)[0]), "to the last digit"
@@ -275,7 +277,7 @@ def test_megatron_still_adds_no_weight_gradients_without_apex(
     # Of bf16 rows into fp32 there is a product on GPUs alone; PyTorch's checks of it are everywhere.
     with torch.device("cuda" if torch.cuda.is_available() else "meta"):
         half, main_grad = torch.randn(5, 6).bfloat16(), torch.ones(4, 6)
-        patches._add_weight_gradient(half, half[:, :4], main_grad)
+        fusions._add_weight_gradient(half, half[:, :4], main_grad)
     if torch.cuda.is_available():
         torch.testing.assert_close(main_grad, 1 + half[:, :4].T.float() @ half.float())
 

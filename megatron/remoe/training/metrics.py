@@ -6,7 +6,6 @@ from typing import Any
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.remoe.routing.controller import RoutingSummary, SparsityController
 
-
 AGAINST_SAMPLES = ("moe_relu/sparsity", "moe_relu/l1_reg_coeff")  # as Megatron does with the loss
 
 

@@ -1,0 +1,87 @@
+"""A step in which the host waits for a GPU as rarely as it has to."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+
+from megatron.core.optimizer import clip_grads
+from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
+from megatron.core.utils import local_multi_tensor_l2_norm
+from megatron.training import training
+
+
+def keep_norms_on_the_device() -> None:
+    """Wait once for the gradients' norm on a GPU where neither Transformer Engine nor apex is installed.
+
+    Megatron puts the norms of all tensors into one tensor on the host, for which it waits once a tensor. On the CPU
+    its own function goes on, whose digits do not change.
+    """
+    stock = clip_grads.l2_norm_impl
+    if stock is not local_multi_tensor_l2_norm:
+        return
+
+    @wraps(stock)
+    def norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], *rest: Any) -> Any:
+        tensors = [tensor for tensors in tensor_lists for tensor in tensors]
+        if all(tensor.is_cuda for tensor in tensors):
+            return _norm_of_all(tensors), None
+        return stock(chunk_size, noop_flag, tensor_lists, *rest)
+
+    clip_grads.l2_norm_impl = norm
+
+
+def _norm_of_all(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The L2 norm of tensors on one device, fp32 `[1]` there."""
+    return torch.nn.utils.get_total_norm(tensors).to(torch.float32).reshape(1)
+
+
+def validate_once_a_step() -> None:
+    """Wait once a step for the losses and gradients that Megatron validates on a GPU: it waits twice a bucket.
+
+    Whether one is NaN or infinite stays on the device until the last backward pass is through. If one is, all are
+    validated as Megatron does, in their order and before the optimizer's step.
+    """
+    validate, run_again = RerunStateMachine.validate_result, RerunStateMachine.should_run_forward_backward
+    if hasattr(validate, "__wrapped__"):
+        return
+    waiting: list[tuple[torch.Tensor, Callable[[], None]]] = []
+
+    @wraps(validate)
+    def validate_later(self: RerunStateMachine, result: Any, rejection_func: Any, *rest: Any, **options: Any) -> None:
+        waits = self.state == RerunState.INITIAL_RUN and self.mode != RerunMode.REPORT_DETERMINISM_STATS
+        if not waits or rejection_func not in (torch.isnan, torch.isinf) or self.error_injector.should_inject_errors:
+            return validate(self, result, rejection_func, *rest, **options)
+        result = result.detach()
+        waiting.append((rejection_func(result), partial(validate, self, result, rejection_func, *rest, **options)))
+
+    @wraps(run_again)
+    def run_again_if_rejected(self: RerunStateMachine, data_iterator: Any) -> bool:
+        results, waiting[:] = waiting[:], []
+        if results and torch.stack([is_rejected for is_rejected, _ in results]).any():
+            for _, validate_now in results:
+                validate_now()
+        return run_again(self, data_iterator)
+
+    RerunStateMachine.validate_result = validate_later
+    RerunStateMachine.should_run_forward_backward = run_again_if_rejected
+
+
+def ask_no_other_rank_if_alone() -> None:
+    """Let a rank that has the whole model take its own word for the gradients' norm and that of the update.
+
+    Megatron asks a group of one by way of the device, and waits for it five times a step.
+    """
+    for name in ("reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"):
+        stock = getattr(training, name)
+        if not hasattr(stock, "__wrapped__"):
+            setattr(training, name, _asked_if_not_alone(stock))
+
+
+def _asked_if_not_alone(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stock)
+    def ask(value: Any, group: torch.distributed.ProcessGroup | None = None) -> Any:
+        return value if group is not None and group.size() == 1 else stock(value, group)
+
+    return ask
