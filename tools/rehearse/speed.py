@@ -60,9 +60,11 @@ def rows(before: Path | None) -> Iterator[Row]:
             yield Row("triton", Launch("remoe", PLAIN, settings, size), best["micro_batch"])
 
 
-def figures(row: Row, folder: Path) -> Step:
+def figures(row: Row, folder: Path, only_finished: bool = False) -> Step | None:
     """Of a row, or those of a finished rehearsal."""
     path = folder / f"{row.title.replace(' ', '').replace('|', '-')}.json"
+    if only_finished and not path.exists():
+        return None
     if not path.exists():
         step = whole_step(row.launch, row.micro_batch)
         text = json.dumps(dataclasses.asdict(step))
@@ -85,6 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of an earlier commit, to compare with")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "speed", help="default: runs/speed")
+    parser.add_argument("--finished", action="store_true", help="only what was rehearsed already")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -93,8 +96,9 @@ def main() -> int:
     )
     table = [f"| {titles} | GB | ms | MFU | MFU, collectives counted |", "|---|---|---|" + "---:|" * 8]
     for row in rows(options.before):
-        table.append(line(row, figures(row, options.output_dir)))
-        print(table[-1], flush=True)
+        if (step := figures(row, options.output_dir, options.finished)) is not None:
+            table.append(line(row, step))
+            print(table[-1], flush=True)
     if options.write:
         path = ROOT / "docs" / "performance.md"
         start, rest = path.read_text(encoding="utf-8").split(BEGIN)
