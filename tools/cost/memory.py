@@ -87,7 +87,9 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
         tokens, tensor_parallel = tokens_per_gpu(args), args.tensor_model_parallel_size
         split = tokens / tensor_parallel if args.sequence_parallel else tokens
         total += 2 * args.hidden_size * split * element_size(args)  # before and behind the last norm
-        logits = element_size(args) + (4 if element_size(args) < 4 else 0)  # the loss is computed in fp32
+        logits = element_size(args)
+        if logits < 4 and not args.cross_entropy_loss_fusion:
+            logits += 4  # the softmax; fused, the logits' gradient takes their own place
         total += logits * args.padded_vocab_size * tokens / tensor_parallel
     return total
 
