@@ -13,9 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
-from tools.convert_checkpoint.models import build
-from tools.export_hf.settings import args_of, complete, config_of
-from tools.export_hf.weights import fill, under_megatrons_names
+from tools.common.hf.settings import args_of, complete, config_of
+from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.megatron_model import build
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {

@@ -233,7 +233,9 @@ def test_key_names_of_transformer_engine(
     data: Path, topk: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
 ) -> None:
     """They are written where asked for, and read, and the weights behind them are the same."""
-    from tools.convert_checkpoint import checkpoints, models
+    from tools.common import checkpoints
+    from tools.common.megatron_model import build
+    from tools.convert_checkpoint import models
 
     options = {
         "--ckpt-step": str(STEPS_BEFORE // 2),
@@ -247,9 +249,9 @@ def test_key_names_of_transformer_engine(
     assert "decoder.layers.pre_mlp_layernorm.weight" in converted.shapes
     assert "decoder.layers.mlp.linear_fc1.layer_norm_weight" in original.shapes.keys() - converted.shapes.keys()
     args = models.source_args(argparse.Namespace(**(vars(converted.args) | {"moe_relu_routing": False})), 384)
-    model = models.build(argparse.Namespace(**(vars(args) | {"moe_relu_routing": True})))
+    model = build(argparse.Namespace(**(vars(args) | {"moe_relu_routing": True})))
     checkpoints.load(converted, model)
-    same = models.build(models.source_args(original.args, 384))
+    same = build(models.source_args(original.args, 384))
     checkpoints.load(original, same)
     state = model.state_dict()
     for name, value in same.state_dict().items():
@@ -328,7 +330,9 @@ def test_too_large_a_loss_writes_nothing(
 def test_damaged_checkpoints(
     dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
 ) -> None:
-    from tools.convert_checkpoint import checkpoints, models
+    from tools.common import checkpoints
+    from tools.common.megatron_model import build
+    from tools.convert_checkpoint import models
 
     words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
     broken = tmp_path / "broken"
@@ -340,7 +344,7 @@ def test_damaged_checkpoints(
     assert f"it is truncated. --ckpt-step {STEPS_BEFORE // 2} is whole." in error and error.count("\n") == 1
 
     source = checkpoints.find(dense[0], None)
-    model = models.build(models.source_args(source.args, 384))
+    model = build(models.source_args(source.args, 384))
     checkpoints.load(source, model)
     with torch.no_grad():
         model.output_layer.weight[3, 5] = float("nan")

@@ -18,13 +18,13 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.test_modeling import make
 from tests.trainings import TINY, run
 from tools.common.data_sets import write_documents
+from tools.common.hf.settings import args_of
+from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.megatron_model import build
 from tools.common.tiny_model import RELU
-from tools.convert_checkpoint.models import build
 from tools.evaluate.command import main
 from tools.evaluate.tasks import TASKS, Score, choices, lambada, read_requests
 from tools.evaluate.text import Experts
-from tools.export_hf.settings import args_of
-from tools.export_hf.weights import fill, under_megatrons_names
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 

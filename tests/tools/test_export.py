@@ -13,15 +13,16 @@ from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.test_modeling import make, tokens
 from tests.trainings import TINY, run, series
+from tools.common import checkpoints
+from tools.common.hf.settings import args_of
+from tools.common.hf.source import open_run
+from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.megatron_model import build
 from tools.common.tiny_model import RELU
-from tools.convert_checkpoint import checkpoints
-from tools.convert_checkpoint.models import build, round_to
+from tools.convert_checkpoint.models import round_to
 from tools.export_hf import command
 from tools.export_hf.check import Text, check_in_parts, layers_at_once, read_back
 from tools.export_hf.folder import write_weights
-from tools.export_hf.settings import args_of
-from tools.export_hf.source import open_run
-from tools.export_hf.weights import fill, under_megatrons_names
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 MIXED = [*TINY, *RELU, *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate-size 32 --eval-iters 0".split()]

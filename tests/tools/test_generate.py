@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.test_modeling import make
-from tools.convert_checkpoint import checkpoints
-from tools.convert_checkpoint.models import build
-from tools.export_hf.settings import args_of
-from tools.export_hf.weights import fill, under_megatrons_names
+from tools.common import checkpoints
+from tools.common.hf.settings import args_of
+from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.megatron_model import build
 from tools.generate.command import main
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]

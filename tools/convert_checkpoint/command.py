@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 from megatron.core.models.gpt import GPTModel
-from megatron.training.utils.common_utils import get_blend_and_blend_per_split, get_blend_from_list
 
+from ..common.checkpoints import EMBEDDING, Checkpoint, check_output, find, load, save
+from ..common.display import Display
+from ..common.errors import ConversionError
+from ..common.megatron_model import build
 from ..common.one_process import one_process
-from .checkpoints import Checkpoint, check_output, find, load, save
-from .display import Display
-from .errors import ConversionError
+from ..common.text import blend_of, sample
 from .fitting import fit_router
 from .models import (
-    build,
     counted_pairs,
     fill,
     moe_layers,
@@ -32,9 +32,7 @@ from .models import (
     source_args,
     target_args,
 )
-from .text import Blend, sample
 
-EMBEDDING = "embedding.word_embeddings.weight"
 TOKENS = 32768
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
 TOKENS_PER_FORWARD = 4096
@@ -88,25 +86,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         if value is not None and value < least:
             parser.error(f"{flag} {value}: must be at least {least}.")
     return args
-
-
-def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
-    """The data sets to take text from: those given, otherwise those of the training.
-
-    Raises:
-        ConversionError: there are none.
-    """
-    try:
-        if data_path:
-            blend = get_blend_from_list(data_path)
-        else:
-            blend, per_split = get_blend_and_blend_per_split(args)
-            blend = blend or (per_split and per_split[0])
-    except (OSError, ValueError, AssertionError) as error:
-        raise ConversionError(f"the data sets cannot be read: {error}. Name them with --data-path.") from error
-    if not blend:
-        raise ConversionError("the checkpoint names no data sets to fit the routers to: give --data-path.")
-    return Blend(*blend)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The source's model and the ReMoE that it becomes, built by Megatron in one process from the source's arguments."""
+"""The source's arguments and weights, and those of the ReMoE that it becomes."""
 
 import argparse
 import copy
@@ -10,44 +10,16 @@ from typing import Any
 import torch
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.remoe import cpu
 from megatron.remoe.routing.refusals import relu_routing_problems
-from megatron.remoe.training import add_remoe_arguments, install_relu_routing, transformer_config_from_args
+from megatron.remoe.training import add_remoe_arguments
 from megatron.remoe.training.arguments import apply_granularity
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, moe_freq_type
 
-from .errors import ConversionError
+from ..common.errors import ConversionError
+from ..common.megatron_model import EXPERT
 from .fitting import split_mlp
 
-# One process, in single precision.
-HERE: dict[str, Any] = {
-    "rank": 0,
-    "world_size": 1,
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "num_layers_per_virtual_pipeline_stage": None,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": 1,
-    "sequence_parallel": False,
-    "moe_shared_expert_overlap": False,
-    "overlap_moe_expert_parallel_comm": False,
-    "recompute_granularity": None,
-    "recompute_modules": None,
-    "cuda_graph_impl": "none",
-    "fp16": False,
-    "bf16": False,
-    "params_dtype": torch.float32,
-}
 # Settings of top-k routing that ReLU routing has no use for.
 TOPK_ONLY: dict[str, Any] = {
     "moe_router_load_balancing_type": "none",
@@ -66,7 +38,6 @@ TOPK_ONLY: dict[str, Any] = {
     "moe_warmup_topk": None,
     "moe_warmup_steps": 0,
 }
-EXPERT = re.compile(r"(?P<mlp>.*\.mlp\.)experts\.local_experts\.(?P<expert>\d+)\.(?P<weight>linear_fc[12]\.\w+)")
 ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
@@ -157,23 +128,6 @@ def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> No
             )
     if options.moe_router_topk is not None:
         target.moe_router_topk = options.moe_router_topk * granularity
-
-
-def build(args: argparse.Namespace) -> GPTModel:
-    """A model of these arguments in this process, in single precision, for evaluation.
-
-    Raises:
-        ConversionError: Megatron refuses the arguments.
-    """
-    here = argparse.Namespace(**(vars(args) | HERE))
-    cpu.adapt_arguments(here)
-    try:
-        model_cfg = gpt_config_from_args(here, config=transformer_config_from_args(here))
-        install_relu_routing(here, model_cfg)
-        builder = model_cfg.get_builder_cls()(model_cfg)
-        return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
-    except (ValueError, AssertionError, TypeError) as error:
-        raise ConversionError(f"Megatron cannot build this model here: {error}") from error
 
 
 def moe_layers(model: GPTModel) -> list[int]:

@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_aside
-from ..convert_checkpoint.display import Display
-from ..export_hf.opening import megatron_on_cpu, open_model
+from ..common.hf.opening import megatron_on_cpu, open_model
 from .speed import speeds
 from .tasks import TASKS, from_files, from_hub, scorer
 

@@ -15,12 +15,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from megatron.training.utils.common_utils import get_blend_from_list
 
-from ..convert_checkpoint.checkpoints import Checkpoint, load
-from ..convert_checkpoint.command import blend_of
-from ..convert_checkpoint.errors import ConversionError
-from ..convert_checkpoint.models import build
-from ..convert_checkpoint.text import Blend, sample
-from .weights import fill, read_layer, read_outer
+from ..common.checkpoints import Checkpoint, load
+from ..common.errors import ConversionError
+from ..common.hf.weights import fill, read_layer, read_outer
+from ..common.megatron_model import build
+from ..common.text import Blend, blend_of, sample
 
 TOKENS = 2048
 TOKENS_PER_FORWARD = 1024

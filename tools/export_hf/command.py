@@ -19,11 +19,15 @@ import torch
 
 from megatron.remoe.hf import RemoeConfig
 
+from ..common.checkpoints import check_output, save
+from ..common.display import Display
+from ..common.errors import ConversionError
+from ..common.hf.settings import args_of, flags_of
+from ..common.hf.source import open_run
+from ..common.hf.tokenizer import set_tokens, tokenizer_of
+from ..common.hf.weights import Tensors, fill, read, under_megatrons_names
+from ..common.megatron_model import build
 from ..common.one_process import one_process
-from ..convert_checkpoint.checkpoints import check_output, save
-from ..convert_checkpoint.display import Display
-from ..convert_checkpoint.errors import ConversionError
-from ..convert_checkpoint.models import build
 from .card import write_card
 from .check import (
     BOUND,
@@ -37,10 +41,7 @@ from .check import (
     read_back,
     text_for,
 )
-from .folder import set_tokens, tokenizer_of, write_rest, write_weights
-from .settings import args_of, flags_of
-from .source import open_run
-from .weights import Tensors, fill, read, under_megatrons_names
+from .folder import write_rest, write_weights
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
 from ..common.expert_counts import counted_experts
-from ..export_hf.opening import open_model
+from ..common.hf.opening import open_model
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What the conversion shows: a bar for the step under way on a terminal, and a plain line for each result."""
+"""What a tool in steps shows: a bar for the step under way on a terminal, and a plain line for each result."""
 
 import sys
 from collections.abc import Iterator

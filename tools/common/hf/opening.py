@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeForCausalLM
 
-from ..convert_checkpoint.errors import ConversionError
+from ..errors import ConversionError
 
 
 def open_model(
@@ -52,8 +52,8 @@ def _open_run(
 ) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBase | None]:
     megatron_on_cpu()
     # An exported folder needs nothing of Megatron.
-    from .folder import set_tokens, tokenizer_of
     from .source import model_of, open_run
+    from .tokenizer import set_tokens, tokenizer_of
 
     checkpoint, args, config = open_run(place, step)
     tokenizer = tokenizer_of(args, tokenizer_model)

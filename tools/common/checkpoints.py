@@ -30,6 +30,7 @@ from megatron.remoe.preflight.checkpoint_fit import common_state
 
 from .errors import ConversionError
 
+EMBEDDING = "embedding.word_embeddings.weight"
 # Whatever reading a damaged file raises; PyTorch's own is no Exception.
 FAILURES = (Exception, CheckpointException)
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}

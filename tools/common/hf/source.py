@@ -7,9 +7,8 @@ import torch
 
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
-from ..convert_checkpoint.checkpoints import Checkpoint, find
-from ..convert_checkpoint.command import EMBEDDING
-from ..convert_checkpoint.errors import ConversionError
+from ..checkpoints import EMBEDDING, Checkpoint, find
+from ..errors import ConversionError
 from .settings import complete, config_of
 from .weights import exponents, read
 

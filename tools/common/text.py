@@ -1,5 +1,6 @@
 """Takes sequences of tokens from Megatron data sets, without a tokenizer."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, bin_path
+from megatron.training.utils.common_utils import get_blend_and_blend_per_split, get_blend_from_list
 
 from .errors import ConversionError
 
@@ -18,6 +20,25 @@ class Blend:
 
     prefixes: list[str]
     weights: list[float] | None
+
+
+def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
+    """The data sets to take text from: those given, otherwise those of the training.
+
+    Raises:
+        ConversionError: there are none.
+    """
+    try:
+        if data_path:
+            blend = get_blend_from_list(data_path)
+        else:
+            blend, per_split = get_blend_and_blend_per_split(args)
+            blend = blend or (per_split and per_split[0])
+    except (OSError, ValueError, AssertionError) as error:
+        raise ConversionError(f"the data sets cannot be read: {error}. Name them with --data-path.") from error
+    if not blend:
+        raise ConversionError("the checkpoint names no data sets to fit the routers to: give --data-path.")
+    return Blend(*blend)
 
 
 def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from megatron.remoe.routing.refusals import flag, shown
 from megatron.remoe.training import add_remoe_arguments
 from megatron.training.arguments import add_megatron_arguments
 
-from ..convert_checkpoint.errors import ConversionError
+from ..errors import ConversionError
 
 # Megatron's arguments for which the model for transformers has one value.
 ONLY: dict[str, Any] = {

@@ -7,9 +7,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
-from ..convert_checkpoint.checkpoints import FAILURES, Checkpoint
-from ..convert_checkpoint.errors import ConversionError
-from ..convert_checkpoint.models import EXPERT
+from ..checkpoints import FAILURES, Checkpoint
+from ..errors import ConversionError
+from ..megatron_model import EXPERT
 from .parts import Part, read_parts
 
 Tensors = dict[str, torch.Tensor]

@@ -1,0 +1,60 @@
+"""A model of Megatron in one process, built from the arguments of a training."""
+
+import argparse
+import re
+from typing import Any
+
+import torch
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.remoe import cpu
+from megatron.remoe.training import install_relu_routing, transformer_config_from_args
+from megatron.training.argument_utils import gpt_config_from_args
+
+from .errors import ConversionError
+
+# One process, in single precision.
+HERE: dict[str, Any] = {
+    "rank": 0,
+    "world_size": 1,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "moe_shared_expert_overlap": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "recompute_granularity": None,
+    "recompute_modules": None,
+    "cuda_graph_impl": "none",
+    "fp16": False,
+    "bf16": False,
+    "params_dtype": torch.float32,
+}
+EXPERT = re.compile(r"(?P<mlp>.*\.mlp\.)experts\.local_experts\.(?P<expert>\d+)\.(?P<weight>linear_fc[12]\.\w+)")
+
+
+def build(args: argparse.Namespace) -> GPTModel:
+    """A model of these arguments in this process, in single precision, for evaluation.
+
+    Raises:
+        ConversionError: Megatron refuses the arguments.
+    """
+    here = argparse.Namespace(**(vars(args) | HERE))
+    cpu.adapt_arguments(here)
+    try:
+        model_cfg = gpt_config_from_args(here, config=transformer_config_from_args(here))
+        install_relu_routing(here, model_cfg)
+        builder = model_cfg.get_builder_cls()(model_cfg)
+        return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConversionError(f"Megatron cannot build this model here: {error}") from error
