@@ -10,7 +10,7 @@ import torch
 
 from tests.trainings import REPOSITORY
 from tools.cost import choices
-from tools.rehearse import build, command, golden, report
+from tools.rehearse import build, command, engine, golden, report
 from tools.rehearse.errors import RehearsalError
 from tools.rehearse.flags import data_of, rehearsed, value_of
 from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch, drawn_on
@@ -99,6 +99,33 @@ def test_collectives_take_their_latency() -> None:
     given = {"link": 400.0, "latency": 5.0, "network": 0.0, "network_latency": 0.0}
     (timed,) = report.timed([one, one | {"ranks": 1}], given)
     assert timed["seconds"] == pytest.approx(2 * 70e9 / 400e9 + 10 * 3 * 5e-6)
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize(
+    ("left", "right", "layout"), [("nk", "mk", "TN"), ("nk", "mn", "NN"), ("mk", "mn", "NT")], ids=["y", "dx", "dw"]
+)
+def test_work_of_engine_products(left: str, right: str, layout: str, is_grouped: bool) -> None:
+    """Output, and gradients of rows and weights: two FLOPs for each of m k n, and one pass over each matrix."""
+    sizes = {"m": 6, "k": 4, "n": 10}
+    shapes = [*(tuple(sizes[letter] for letter in letters) for letters in (left, right)), (10, 4)]
+    a, b, out = ([torch.empty(shape)] if is_grouped else torch.empty(shape) for shape in shapes)
+    name, work_space = "te_general_grouped_gemm" if is_grouped else "generic_gemm", torch.empty(1000)
+    rest = [None, None, None, None, None, None, None, work_space, 1000]
+    for accumulate in (False, True):
+        arguments = [a, layout[0] == "T", b, layout[1] == "T", out, *rest, accumulate]
+        work = engine.work_of(name, arguments, engine.tensors_of(name, arguments, {}, [out]))
+        moved = 4 * (sum(x * y for x, y in shapes) + 10 * 4 * accumulate)
+        assert work == (moved, 2 * 6 * 4 * 10, "grouped" if is_grouped else "products")
+
+
+def test_work_of_engine_attention() -> None:
+    """Two products forward and five backward, of which causal attention needs half."""
+    query, key = torch.empty(8, 2, 4, 16), torch.empty(8, 2, 2, 16)
+    for name, products in (("fused_attn_fwd", 2), ("fused_attn_bwd", 5)):
+        moved, flops, rate = engine.work_of(name, [8, 8, query, key, key], [query, key])
+        assert (moved, rate) == (query.nbytes + key.nbytes, "attention")
+        assert flops == products * 2 * (2 * 4 * 8 * 8 * 16) / 2
 
 
 def test_steps_of_many_micro_batches_are_drawn_on() -> None:

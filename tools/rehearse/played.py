@@ -18,6 +18,7 @@ import torch  # noqa: E402
 
 import pretrain_gpt  # noqa: E402
 from tools.rehearse import measure, world  # noqa: E402
+from tools.rehearse.engine import Calls  # noqa: E402
 from tools.rehearse.roofline import Roofline  # noqa: E402
 from tools.rehearse.values import Pairs  # noqa: E402
 
@@ -31,7 +32,7 @@ class Rehearsal:
         self.options, self.collectives = options, collectives
         self.events, self.waits = measure.Events(), measure.Waits()
         self.parts = measure.Parts(self.events)
-        self.pairs = Pairs(0.0)
+        self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.model: list[torch.nn.Module] = []
         self.steps = 0
@@ -41,6 +42,7 @@ class Rehearsal:
         from megatron.training import get_args, training
 
         get_args().do_train = True  # which a stage without data would hear from the first rank
+        self.engine.watch()
         self._look_at_data()
         self._watch_parts()
         self.pairs.put_in()
@@ -73,6 +75,7 @@ class Rehearsal:
     def _watch_parts(self) -> None:
         from megatron.core.pipeline_parallel import schedules
         from megatron.core.transformer.attention import SelfAttention
+        from megatron.core.transformer.moe.experts import TEGroupedMLP
         from megatron.core.transformer.moe.moe_layer import MoELayer
         from megatron.core.transformer.transformer_layer import TransformerLayer
         from megatron.remoe.local.experts import GroupedExperts
@@ -88,6 +91,7 @@ class Rehearsal:
             (layer.ReMoELayer, "_count", "count"),
             (layer, "plan_dispatch", "plan"),
             (GroupedExperts, "forward", "experts"),
+            (TEGroupedMLP, "forward", "experts"),
             (SparsityController, "update", "update"),
         ):
             self.parts.watch(owner, method, name)
@@ -102,7 +106,7 @@ class Rehearsal:
         if plan["for"] == "events":
             result = self._count_events(run)
         elif plan["for"] == "roofline":
-            with Roofline(args, self.options["rates"]) as roofline:
+            with Roofline(args, self.options["rates"], self.engine) as roofline:
                 result = run()
             self.record["roofline"] = {name: vars(work) for name, work in roofline.parts.items()}
             self.record["guessed"] = sorted(roofline.guessed)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .engine import Calls
+
 # Operations that move nothing.
 FREE = set(
     "view transpose t permute slice select split unbind expand as_strided alias detach unsqueeze squeeze _unsafe_view "
@@ -54,11 +56,12 @@ class Roofline(TorchDispatchMode):
     Args:
         args: Megatron's, for the sizes by which the parts are told apart.
         rates: see `cards.rates`.
+        engine: Transformer Engine's functions.
     """
 
-    def __init__(self, args: argparse.Namespace, rates: dict[str, float]) -> None:
+    def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: Calls) -> None:
         super().__init__()
-        self._args, self._rates = args, rates
+        self._args, self._rates, self._engine = args, rates, engine
         self._kernel: Any = None
         self.parts: dict[str, Work] = {}
         self.guessed: set[str] = set()  # Triton kernels of which nothing is known but their arguments
@@ -69,10 +72,12 @@ class Roofline(TorchDispatchMode):
 
             self._kernel, self._launch_metadata = CompiledKernel, CompiledKernel.launch_metadata
             CompiledKernel.launch_metadata = self._watched(CompiledKernel.launch_metadata)
+        self._engine.tell = self._add_engine
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
+        self._engine.tell = None
         if self._kernel is not None:
             self._kernel.launch_metadata = self._launch_metadata
 
@@ -93,6 +98,9 @@ class Roofline(TorchDispatchMode):
             self.guessed.add(name)
         part = TRITON_PARTS.get(kernel.src.fn.__module__.rpartition(".")[2]) or self._part(name, False, tensors)
         self._add(part, told.get("bytes", sum(map(_size, tensors))), told.get("flops", 0.0), "products")
+
+    def _add_engine(self, name: str, tensors: list[torch.Tensor], moved: float, flops: float, rate: str) -> None:
+        self._add(self._part(rate if flops else name, bool(flops), tensors), moved, flops, rate)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -138,7 +146,7 @@ class Roofline(TorchDispatchMode):
             for shape in shapes
         ):
             return "small: router, plan, update"
-        if name.startswith("_foreach") or any(len(shape) == 1 and shape[0] > 1e6 for shape in shapes):
+        if name.startswith(("_foreach", "multi_tensor")) or any(len(shape) == 1 and shape[0] > 1e6 for shape in shapes):
             return "optimizer, norm and buffers of gradients"
         return "tokens: norms, residuals, gather, sum"
 

@@ -82,6 +82,8 @@ def ask_no_other_rank_if_alone() -> None:
 def _asked_if_not_alone(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
     def ask(value: Any, group: torch.distributed.ProcessGroup | None = None) -> Any:
-        return value if group is not None and group.size() == 1 else stock(value, group)
+        if group is None or group.size() > 1:
+            return stock(value, group)
+        return value.item() if torch.is_tensor(value) else value  # with Transformer Engine the norm is on the device
 
     return ask
