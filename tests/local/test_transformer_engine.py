@@ -11,8 +11,9 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.remoe.moe.engine_experts import EngineExperts
 from megatron.remoe.moe.layer import ReMoELayer
-from megatron.remoe.moe.specs import with_relu_routing
+from megatron.remoe.moe.specs import with_engine_kernels, with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
 from tests.layers import HIDDEN, make_config, oracle
 
@@ -55,10 +56,19 @@ def test_only_router_and_layer_are_replaced(engine_spec: ModuleSpec) -> None:
         assert getattr(changed.submodules, name) is getattr(engine_spec.submodules, name)
 
 
+def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
+    mlp = with_engine_kernels(engine_spec).submodules.mlp
+    assert mlp.func is ReMoELayer and mlp.keywords["submodules"].experts.func is EngineExperts
+    assert mlp.keywords["submodules"].router is engine_spec.submodules.mlp.keywords["submodules"].router
+
+
 @pytest.mark.parametrize("limit", [0.0, 1.0], ids=["unbounded", "bounded"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("topk", [1, 2])
-def test_engine_experts_equal_oracle(engine_spec: ModuleSpec, topk: int, dispatcher: str, limit: float) -> None:
+@pytest.mark.parametrize("with_kernels", [False, True], ids=["stock", "kernels"])
+def test_engine_experts_equal_oracle(
+    engine_spec: ModuleSpec, with_kernels: bool, topk: int, dispatcher: str, limit: float
+) -> None:
     """Any number of pairs reaches them with sizes and gates as they take them, outputs and gradients are right."""
     torch.manual_seed(topk)
     config = make_config(
@@ -68,10 +78,12 @@ def test_engine_experts_equal_oracle(engine_spec: ModuleSpec, topk: int, dispatc
         moe_relu_activation_limit=limit,
         moe_relu_l1_reg_coeff_init=1e-30,
     )
-    layer = with_relu_routing(engine_spec).submodules.mlp(config=config, layer_number=1)
+    spec = with_relu_routing(engine_spec)
+    layer = (with_engine_kernels(spec) if with_kernels else spec).submodules.mlp(config=config, layer_number=1)
     layer.set_layer_number(1)
     layer.to(torch.float64)
-    assert isinstance(layer.experts, TEGroupedMLP)
+    assert type(layer.experts) is (EngineExperts if with_kernels else TEGroupedMLP)
+    assert not with_kernels or layer.experts.is_plain
     experts = list(zip(layer.experts.linear_fc1.weights, layer.experts.linear_fc2.weights, strict=True))
     tokens = torch.randn(9, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
     weights = [tokens, layer.router.weight, *layer.experts.parameters()]

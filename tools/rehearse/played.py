@@ -80,6 +80,7 @@ class Rehearsal:
         from megatron.core.transformer.transformer_layer import TransformerLayer
         from megatron.remoe.local.experts import GroupedExperts
         from megatron.remoe.moe import layer
+        from megatron.remoe.moe.engine_experts import EngineExperts
         from megatron.remoe.routing.controller import SparsityController
 
         for owner, method, name in (
@@ -92,6 +93,7 @@ class Rehearsal:
             (layer, "plan_dispatch", "plan"),
             (GroupedExperts, "forward", "experts"),
             (TEGroupedMLP, "forward", "experts"),
+            (EngineExperts, "forward", "experts"),
             (SparsityController, "update", "update"),
         ):
             self.parts.watch(owner, method, name)

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.remoe.local.attention import FusedDotProductAttention
 from megatron.remoe.local.experts import build_experts
 from megatron.remoe.local.norm import SequenceParallelTorchNorm
+from megatron.remoe.moe.engine_experts import EngineExperts
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.routing.router import ReLURouter
 
@@ -71,7 +72,18 @@ def with_fused_layers(spec: Any) -> Any:
     Args:
         spec: as above.
     """
-    return _replaced(spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer})
+    return _replaced(
+        spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer, SequentialMLP: build_experts}
+    )
+
+
+def with_engine_kernels(spec: Any) -> Any:
+    """A copy of `spec` in which MoE layers and experts of Transformer Engine take `--moe-kernels`.
+
+    Args:
+        spec: as above.
+    """
+    return _replaced(spec, {MoELayer: ReMoELayer, TEGroupedMLP: EngineExperts})
 
 
 def _replaced(spec: Any, classes: dict[Any, Any]) -> Any:
@@ -82,7 +94,7 @@ def _replaced(spec: Any, classes: dict[Any, Any]) -> Any:
         return [_replaced(item, classes) for item in spec]
     if isinstance(spec, partial):
         if spec.func is SequentialMLP:
-            return partial(build_experts, stock=spec) if MoELayer in classes else spec
+            return partial(classes[SequentialMLP], stock=spec) if SequentialMLP in classes else spec
         keywords = {name: _replaced(value, classes) for name, value in spec.keywords.items()}
         return partial(_replaced(spec.func, classes), *spec.args, **keywords)
     if is_dataclass(spec) and not isinstance(spec, type):

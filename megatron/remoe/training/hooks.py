@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_model_config
 from megatron.remoe.moe.specs import (
     LayerSpec,
+    with_engine_kernels,
     with_fused_layers,
     with_relu_routing,
     with_router,
@@ -91,8 +92,9 @@ def install_topk_warmup(args: argparse.Namespace, model_cfg: GPTModelConfig) -> 
 def install_local_layers(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
     """Give `--transformer-impl local` attention, experts and norms made of PyTorch's own kernels.
 
-    For dense, top-k and ReLU-routed models alike. Nothing with Transformer Engine, and with --no-local-layer-fusion
-    only what sequence parallelism needs, which MoE layers need with tensor parallelism.
+    For dense, top-k and ReLU-routed models alike. With Transformer Engine its MoE layers get the kernels that
+    --moe-kernels asks for and no more, and with --no-local-layer-fusion there is only what sequence parallelism needs,
+    which MoE layers need with tensor parallelism.
 
     Args:
         args: arguments from `parse_and_validate_args`; the attention mask in the data loader is turned off where it is
@@ -100,6 +102,10 @@ def install_local_layers(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
         model_cfg: its layer specification may be the caller's own.
     """
     if args.transformer_impl != "local":
+        if args.moe_kernels == "triton":
+            model_cfg.transformer_layer_spec = _changed_spec(
+                model_cfg.transformer_layer_spec, lambda spec, _vp_stage: with_engine_kernels(spec)
+            )
         return
     if args.local_layer_fusion and not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False
