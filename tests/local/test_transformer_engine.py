@@ -15,7 +15,7 @@ from megatron.remoe.moe.engine_experts import EngineExperts
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_engine_kernels, with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
-from tests.layers import HIDDEN, make_config, oracle
+from tests.layers import HIDDEN, make_config, make_topk_config, oracle
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -57,9 +57,21 @@ def test_only_router_and_layer_are_replaced(engine_spec: ModuleSpec) -> None:
 
 
 def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
-    mlp = with_engine_kernels(engine_spec).submodules.mlp
-    assert mlp.func is ReMoELayer and mlp.keywords["submodules"].experts.func is EngineExperts
-    assert mlp.keywords["submodules"].router is engine_spec.submodules.mlp.keywords["submodules"].router
+    """Top-k layers go by a plan too, which knows the sizes on the host."""
+    stock, planned = (
+        spec.submodules.mlp(config=make_topk_config(moe_router_topk=2, moe_grouped_gemm=True), layer_number=1)
+        for spec in (engine_spec, with_engine_kernels(engine_spec))
+    )
+    assert (type(stock), type(planned)) == (MoELayer, ReMoELayer) and type(planned.router) is type(stock.router)
+    planned.load_state_dict(stock.state_dict())
+    tokens, found = torch.randn(9, 2, HIDDEN, dtype=torch.float64), []
+    for layer in (stock, planned):
+        layer.set_layer_number(1)
+        copy = tokens.clone().requires_grad_()
+        output, _ = layer(copy)
+        found.append((output, *torch.autograd.grad(output.square().sum(), [copy, *layer.parameters()])))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("limit", [0.0, 1.0], ids=["unbounded", "bounded"])

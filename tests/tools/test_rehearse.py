@@ -194,6 +194,14 @@ def test_chunks_of_a_dense_stage_wait_for_nothing(tmp_path: Path) -> None:
 
 
 @needs_cuda_build
+def test_topk_waits_where_no_kernel_takes_all_experts() -> None:
+    """On an A100 each layer waits for its counts, as ReLU's does, and experts have their sizes from these."""
+    found = Launch("moe", (*ONE_MICRO_BATCH, *PLAIN, "--num-layers", "2"), settings={"GPU": "a100"}).rehearse()
+    assert found["starts"], found["error"]
+    assert sum(wait["times"] for wait in found["host_syncs"] if "remoe/moe/" in wait["where"]) == 2
+
+
+@needs_cuda_build
 def test_saves_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log, small = tmp_path / "log", "--num-layers 2 --hidden-size 192 --moe-ffn-hidden-size 256 --global-batch-size 16"
     flags = [*REMOE_182M.command(), *small.split()]

@@ -60,6 +60,11 @@ def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
     return fc1.dtype == torch.bfloat16 and has_grouped_kernel(fc1.device) and not sizes_refused(fc1)
 
 
+def waits_for_sizes(fc1: torch.Tensor) -> bool:
+    """Whether experts with these weights have to be told on the host how many tokens each has."""
+    return fc1.is_cuda and not takes_grouped_kernel(fc1)
+
+
 def grouped_swiglu(
     tokens: torch.Tensor,
     gates: torch.Tensor,

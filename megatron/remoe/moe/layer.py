@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.local.experts import GroupedExperts
+from megatron.remoe.local.grouped_swiglu import waits_for_sizes
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.moe.plan import Ranks, count_bounded, count_pairs, plan_dispatch, plan_known
 from megatron.remoe.routing.router import ReLURouter
@@ -65,7 +66,8 @@ class ReMoELayer(MoELayer):
         varies = isinstance(self.router, ReLURouter | WarmupTopKRouter)
         self.pairs_limit = _pairs_limit(config) if varies else 0.0
         has_fixed_topk = not varies and config.moe_expert_capacity_factor is None
-        self.known_topk = config.moe_router_topk if is_alone and has_fixed_topk else None
+        takes_any_sizes = isinstance(self.experts, GroupedExperts) and not waits_for_sizes(self.experts.fc1)
+        self.known_topk = config.moe_router_topk if is_alone and has_fixed_topk and takes_any_sizes else None
         for parameter in self.experts.parameters():
             # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
             # the optimizer's state from a checkpoint without.
