@@ -5,11 +5,13 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
@@ -23,6 +25,7 @@ from tools.common.hf.weights import fill, under_megatrons_names
 from tools.common.megatron_model import build
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main
+from tools.evaluate.paper import ROWS, beside_the_papers
 from tools.evaluate.tasks import TASKS, Score, choices, lambada, read_requests
 from tools.evaluate.text import Experts
 
@@ -86,6 +89,26 @@ def test_scores_as_by_hand() -> None:
     accuracy, perplexity = lambada([(0, [(-1.0, True, " a")]), (0, [(-3.0, False, " b")])])
     assert (accuracy.value, perplexity.value) == (0.5, pytest.approx(math.exp(2)))
     assert perplexity.error == pytest.approx(math.exp(2))
+
+
+def test_papers_rows_are_those_that_it_averages() -> None:
+    """Its own means, of dense, MoE and ReMoE in three sizes, of which some are cut and not rounded."""
+    means = [38.20, 41.48, 43.68, 39.53, 43.69, 44.91, 40.03, 43.88, 45.20]
+    assert [sum(row) / len(TASKS) for row in ROWS.values()] == pytest.approx(means, abs=0.008)
+
+
+def test_measured_beside_the_papers() -> None:
+    scores = [asdict(Score(task, "acc", number / 10, 0.1, 9)) for number, task in enumerate(TASKS)]
+    other = asdict(Score("piqa", "acc_norm", 0.9, 0.1, 9))
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(beside_the_papers({"run": [*scores, other]}))
+        console.print(beside_the_papers({"run": scores[1:3]}))
+    whole, part = (text.splitlines() for text in re.split(r"(?m)^ +(?=ARC-e)", capture.get()))
+    assert whole[1].split() == "run 0.00 10.00 20.00 30.00 40.00 50.00 60.00 30.00".split()
+    assert whole[10].split() == "paper, ReMoE 978M 24.06 55.26 57.28 35.93 44.42 68.99 30.43 45.20".split()
+    assert part[1].split() == ["run", "10.00", "20.00"] and part[2].split()[-2:] == ["43.35", "54.40"]
+    assert max(map(len, [*whole, *part])) <= 80
 
 
 QUESTIONS = [("Question: a cat\nAnswer:", [" mews", " barks", " sings", " rows"], 0)]

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -206,7 +207,7 @@ def test_table_and_picture(
     assert re.search(r"2\.250 ± 0\.004 +2\.150 ± 0\.005 +2\.050 ± 0\.006\n", text)
     assert re.search(r"against dense +-0\.100 +-0\.200\n", text)
     assert "± spread over 3 seeds, docs/experiments.md" in text and "\x1b" not in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, text.partition("To try next")[0].splitlines())) <= 80
     stages.write_json(tmp_path / "spread.json", spread | {"iterations": 50})
     assert "±" not in shown(summary)
 
@@ -345,6 +346,27 @@ def test_end_to_end(tmp_path: Path, code: list[corpus.Document], topics: list[co
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
     assert output.count(": reused") == 3
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+    try_what_it_says(output, summary["remoe"]["val_loss_by_domain"]["docs"])
+
+
+def try_what_it_says(output: str, loss: float) -> None:
+    """Its last lines run as they are; what is evaluated has the loss that the training printed."""
+    commands = [shlex.split(line) for line in output.partition("To try next")[2].splitlines()[1:]]
+    assert [words[1] for words in commands] == ["tools/generate", "tools/evaluate", "tools/export_hf"]
+    said = []
+    for python, *words in commands:
+        assert python == ".venv/bin/python"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        result = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
+        said.append(result.stdout)
+    assert said[0].startswith("My lord, ") and len(said[0]) > 50
+    found = re.search(r" none +│ ([0-9.]+) │", said[1])
+    assert found and float(found[1]) == pytest.approx(loss, abs=1e-4)
+    assert (Path(commands[2][-1]) / "model.safetensors").exists()
 
 
 def assert_is_complete(summary: dict, folder: Path) -> None:

