@@ -62,7 +62,6 @@ def shared_vocabulary(rank: int, folder: Path) -> None:
         gather(output_tensor.flatten(), input_tensor, group=group)
 
     torch.distributed.all_gather_into_tensor = gather_stack
-    torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(1)
     logits, target = torch.randn(3, 2, 64), torch.randint(64, (3, 2))
@@ -78,7 +77,7 @@ def shared_vocabulary(rank: int, folder: Path) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="interpreted, on two processes of the CPU")
 def test_cross_entropy_over_a_shared_vocabulary(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(shared_vocabulary, (tmp_path,), nprocs=2, start_method="fork")
+    torch.multiprocessing.spawn(shared_vocabulary, (tmp_path,), nprocs=2)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -21,7 +21,7 @@ from tools.common.places import ROOT  # noqa: E402
 from tools.cost import choices  # noqa: E402
 from tools.rehearse.scripts import GPUS, PLAIN, Launch, Step, whole_step  # noqa: E402
 
-SIZES = {"182m": 16, "469m": 8, "978m": 4}  # and micro-batches that fit everywhere
+SIZES, MICRO_BATCH = ("182m", "469m", "978m"), 16  # that of the launch scripts
 ROUTINGS = {"remoe": "ReMoE", "moe": "top-k"}
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
@@ -46,14 +46,14 @@ def rows(before: Path | None) -> Iterator[Row]:
     engines = {"": PLAIN}
     if importlib.util.find_spec("transformer_engine") is not None:
         engines |= {"Transformer Engine, ": ()}
-    for size, micro_batch in SIZES.items():
+    for size in SIZES:
         for routing in ROUTINGS:
             if before is not None:
-                yield Row("before", Launch(routing, PLAIN, size=size, root=before), micro_batch)
+                yield Row("before", Launch(routing, PLAIN, size=size, root=before), MICRO_BATCH)
             for engine, flags in engines.items():
                 for kernels in ("torch", "triton"):
                     settings = {"KERNELS": kernels.removeprefix("torch")}
-                    yield Row(f"{engine}{kernels}", Launch(routing, flags, settings, size), micro_batch)
+                    yield Row(f"{engine}{kernels}", Launch(routing, flags, settings, size), MICRO_BATCH)
         if table := choices.read().get(choices.name("h100", GPUS, size, "triton")):
             best = table["rows"][0]
             settings = {"KERNELS": "triton", "EP": str(best["ep"])}
