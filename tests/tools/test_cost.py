@@ -253,6 +253,7 @@ def test_optimizer_bytes() -> None:
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "padded_vocab_size": 128,
+        "cross_entropy_loss_fusion": False,
     }
     common |= {"expert_model_parallel_size": 2, "use_precision_aware_optimizer": False}
     stages = [Stage(shared=1000, experts=400, layers=(1, 2))]
