@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from tools.common.tiny_model import RELU, TOPK
 from tools.convert_checkpoint.fitting import fit_router, split_mlp
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
     pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
@@ -29,15 +29,6 @@ SETTING = [
     *TINY,
     *"--micro-batch-size 8 --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --eval-iters 20".split(),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Beside other tests two threads would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def dense_weights(bias: bool = False, gated: bool = True) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,7 @@ from tools.evaluate.paper import ROWS, beside_the_papers
 from tools.evaluate.tasks import TASKS, Score, choices, lambada, read_requests
 from tools.evaluate.text import Experts
 
-pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Beside other tests two threads would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 
 
 def evaluate(tmp_path: Path, *words: str | Path) -> dict[str, Any]:

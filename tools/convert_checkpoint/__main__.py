@@ -6,12 +6,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from megatron.remoe import cpu  # noqa: E402
-from megatron.remoe.preflight import console, machine  # noqa: E402
+from tools.common.on_cpu import megatron_on_cpu  # noqa: E402
 
-console.hide_unhelpful_warnings()
-machine.do_without_what_is_missing(on_cpu=True)
-cpu.install()
+megatron_on_cpu()
 
 from tools.common.running import interrupt_at  # noqa: E402
 from tools.convert_checkpoint.command import main  # noqa: E402

@@ -88,12 +88,10 @@ def main() -> int:
     # One process stands for the first of all.
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.gpus)})
     logging.disable(logging.INFO)
-    from megatron.remoe import cpu
-    from megatron.remoe.preflight import console, machine
+    from ..common.on_cpu import megatron_on_cpu
 
-    console.hide_unhelpful_warnings()
-    machine.do_without_what_is_missing(on_cpu=True)
-    cpu.install()  # the estimate itself always runs on the CPU
+    megatron_on_cpu()  # where the estimate itself always runs
+    from megatron.remoe import cpu
     from megatron.remoe.preflight.messages import usage_errors
     from megatron.remoe.training.arguments import parse_args, take_saved_args
     from megatron.training.arguments import validate_args

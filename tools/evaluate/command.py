@@ -22,7 +22,8 @@ from rich.table import Table
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_aside
-from ..common.hf.opening import megatron_on_cpu, open_model
+from ..common.hf.opening import open_model
+from ..common.on_cpu import megatron_on_cpu
 from .paper import beside_the_papers
 from .speed import speeds
 from .tasks import TASKS, from_files, from_hub, scorer

@@ -233,25 +233,30 @@ def _step_table(figures: Figures, is_rehearsed: bool) -> list[str]:
 
 
 def _layer_table(figures: Figures, is_rehearsed: bool) -> list[str]:
-    if is_rehearsed:
-        return []
-    names = list(next(iter(figures["seconds"].values())))
-    lines = ["| layer | " + " | ".join(f"{name}, ms" for name in names) + " |", "|---" + "|---:" * len(names) + "|"]
-    for case, times in figures["seconds"].items():
-        cells = (f"{statistics.median(times[name]) * 1e3:.3g}" if name in times else "" for name in names)
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    return lines
+    return [] if is_rehearsed else _by_case("layer", "ms", figures["seconds"], _milliseconds)
 
 
 def _memory_table(figures: Figures, is_rehearsed: bool) -> list[str]:
     if is_rehearsed:
         return []
-    names = list(next(iter(figures["results"].values())))
-    lines = ["| E | " + " | ".join(f"{name}, MiB" for name in names) + " |", "|---" + "|---:" * len(names) + "|"]
-    for experts, records in figures["results"].items():
-        cells = (f"{records[name]['peak_bytes'] / 2**20:,.0f}" if name in records else "" for name in names)
-        lines.append(f"| {experts} | " + " | ".join(cells) + " |")
+    return _by_case("E", "MiB", figures["results"], lambda record: f"{record['peak_bytes'] / 2**20:,.0f}")
+
+
+def _by_case(
+    case: str, unit: str, figures: Mapping[str, Mapping[str, Any]], written: Callable[[Any], str]
+) -> list[str]:
+    """A table with a line for each case and a column for each name, empty where there is no figure."""
+    names = list(next(iter(figures.values())))
+    lines = [f"| {case} | " + " | ".join(f"{name}, {unit}" for name in names) + " |"]
+    lines.append("|---" + "|---:" * len(names) + "|")
+    for title, found in figures.items():
+        cells = (written(found[name]) if name in found else "" for name in names)
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds) * 1e3:.3g}"
 
 
 def _kernels_table(figures: Figures, is_rehearsed: bool) -> list[str]:
@@ -259,7 +264,7 @@ def _kernels_table(figures: Figures, is_rehearsed: bool) -> list[str]:
         return []
     lines = ["| both ways | torch, ms | triton, ms | largest error, torch | triton |", "|---|---:|---:|---:|---:|"]
     for case, ways in figures.get("layer", {}).get("layers", {}).items():
-        times = " | ".join(f"{statistics.median(ways[way]['seconds']) * 1e3:.3g}" for way in ("torch", "triton"))
+        times = " | ".join(_milliseconds(ways[way]["seconds"]) for way in ("torch", "triton"))
         errors = " | ".join(f"{ways[way]['error']:.1e}" for way in ("torch", "triton"))
         lines.append(f"| one layer, (E, G) = {case} | {times} | {errors} |")
     if "launched" in figures:

@@ -6,14 +6,13 @@ Nothing is hidden behind anything else, and the host costs nothing. It is a mode
 import argparse
 import importlib.util
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .engine import Calls
+from .engine import Calls, tensors
 
 # Operations that move nothing.
 FREE = set(
@@ -108,7 +107,7 @@ class Roofline(TorchDispatchMode):
         if name in FREE or "c10d" in function._schema.name:
             return result
         given = [*args, *(value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input"))]
-        inputs, outputs = list(_tensors(given)), list(_tensors(result))
+        inputs, outputs = list(tensors(given)), list(tensors(result))
         outputs = outputs or inputs[:1]
         if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             flops, rate = _flops(name, inputs)
@@ -149,14 +148,6 @@ class Roofline(TorchDispatchMode):
         if name.startswith(("_foreach", "multi_tensor")) or any(len(shape) == 1 and shape[0] > 1e6 for shape in shapes):
             return "optimizer, norm and buffers of gradients"
         return "tokens: norms, residuals, gather, sum"
-
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
 
 
 def _size(tensor: torch.Tensor) -> int:

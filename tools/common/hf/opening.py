@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron.remoe.hf import RemoeForCausalLM
 
 from ..errors import ConversionError
+from ..on_cpu import megatron_on_cpu
 
 
 def open_model(
@@ -36,15 +37,6 @@ def open_model(
     except (OSError, ValueError) as error:
         raise ConversionError(f"--load {place}: cannot be read ({str(error).splitlines()[0]}).") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def megatron_on_cpu() -> None:
-    """Let Megatron be imported for work on the CPU, also where there is an accelerator."""
-    from megatron.remoe import cpu
-    from megatron.remoe.preflight import machine
-
-    machine.do_without_what_is_missing(on_cpu=True)
-    cpu.install()
 
 
 def _open_run(
