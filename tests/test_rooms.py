@@ -17,7 +17,7 @@ ROOMS = {
     "data": set(),
     "preflight": {"routing", "data"},
     "patches": {"preflight", "local"},
-    "training": {"routing", "local", "moe", "data", "preflight", "patches"},
+    "training": {"routing", "local", "moe", "kernels", "data", "preflight", "patches"},
     "hf": set(),
     "cpu": set(),
 }

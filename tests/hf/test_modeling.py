@@ -181,6 +181,19 @@ def test_padding_is_not_routed() -> None:
     assert rows[0] == rows[1] > 0
 
 
+def test_losses_of_routing_beside_a_cache_and_of_nothing_but_padding() -> None:
+    model, ids = make("relu"), tokens(batch=2, length=6)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+        step = model(ids[:, -1:], attention_mask=mask, past_key_values=cache, output_router_logits=True)
+        nothing = model(ids, attention_mask=torch.zeros_like(mask), output_router_logits=True)
+    active = torch.cat([logits > 0 for logits in step.router_logits]).float().mean()
+    torch.testing.assert_close(step.sparsity, 1.0 - active)
+    assert nothing.aux_loss == 0 and nothing.sparsity == 1
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     """In shards, in bf16 and with a device map; and where transformers is installed and this project is not."""
     model, ids = make("relu, shared"), tokens()

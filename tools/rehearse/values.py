@@ -34,11 +34,11 @@ class Pairs:
         hooks.check_is_finite = _looked_at(hooks.check_is_finite)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
 
-    def _counted(self, real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def count_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> torch.Tensor:
+    def _counted(self, real: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def count_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> list[Any]:
             counts = real(routing_map, chunks, *how)
             for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(chunks)):
-                for number in counts[chunk]:
+                for number in counts[chunk].pairs:
                     number.copy_(torch.tensor([self._some_of(tokens) for _ in number]))
             return counts
 

@@ -177,8 +177,8 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
     ) -> BaseModelOutputWithPast:
         """As Llama's; padding (0 in a two-dimensional `attention_mask`) is not routed."""
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is not None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            kwargs["token_mask"] = attention_mask[:, -given.shape[1] :].bool()
+        if given is not None and (token_mask := newest_tokens(attention_mask, given.shape[1])) is not None:
+            kwargs["token_mask"] = token_mask
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -222,7 +222,11 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:
-            aux_loss, sparsity = routing_loss(self.config, outputs.router_logits, attention_mask)
+            aux_loss, sparsity = routing_loss(
+                self.config,
+                outputs.router_logits,
+                newest_tokens(attention_mask, outputs.last_hidden_state.shape[1]),
+            )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         # The cache's name has changed between versions of transformers.
@@ -235,14 +239,21 @@ def softmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def newest_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
+    """bool `[batch, length]`, False at padding; None where no two-dimensional mask, of cached tokens too, tells it."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -length:].bool()
+
+
 def routing_loss(
-    config: RemoeConfig, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None
+    config: RemoeConfig, router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The load-balanced L1 term (section 3.4) summed over the layers, or with top-k the load balancing loss; sparsity.
 
     Args:
         router_logits: of each layer with experts, `[batch * sequence, num_experts]`.
-        attention_mask: `[batch, sequence]`, 0 at padding, which does not count.
+        token_mask: bool `[batch, sequence]`, False at padding, which does not count.
 
     Returns:
         The term, which has a gradient, and S, the share of inactive pairs: scalars.
@@ -250,13 +261,14 @@ def routing_loss(
     experts, k = config.num_experts, config.num_experts_per_tok
     losses, sparsities = [], []
     for logits in router_logits:
-        if attention_mask is not None:
-            logits = logits[attention_mask.reshape(-1).bool().to(logits.device)]
+        if token_mask is not None:
+            logits = logits[token_mask.reshape(-1).to(logits.device)]
         scores = torch.relu(logits).float() if config.moe_relu_routing else softmax(logits)
         active = scores > 0 if config.moe_relu_routing else _largest(scores, k)
-        load = active.sum(dim=0) * (experts / (k * len(scores)))
-        losses.append((load * scores).sum() / len(scores))
-        sparsities.append(1.0 - active.float().mean())
+        tokens = max(len(scores), 1)
+        load = active.sum(dim=0) * (experts / (k * tokens))
+        losses.append((load * scores).sum() / tokens)
+        sparsities.append(1.0 - active.float().sum() / (tokens * experts))
     device = losses[0].device
     mean_sparsity = torch.stack([sparsity.to(device) for sparsity in sparsities]).mean()
     return torch.stack([loss.to(device) for loss in losses]).sum(), mean_sparsity

@@ -127,10 +127,16 @@ def main_grad_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
 def add_outers(outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sizes: list[int]) -> None:
     """Add each expert's `left.T @ right` to its matrix: `[pairs, out]`, `[pairs, in]` → `[experts, out, in]`."""
     for out, a, b in zip(outs, left.split(sizes), right.split(sizes), strict=True):
-        if len(a) and out.dtype == a.dtype:
-            out.addmm_(a.T, b)
-        elif len(a):
-            torch.addmm(out, a.T, b, out_dtype=out.dtype, out=out)
+        if len(a):
+            add_outer(out, a, b)
+
+
+def add_outer(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left.T @ right` to `out`, in its type: `[rows, out]`, `[rows, in]` → `[out, in]`."""
+    if out.dtype == left.dtype:
+        out.addmm_(left.T, right)
+    else:
+        torch.addmm(out, left.T, right, out_dtype=out.dtype, out=out)
 
 
 def gradient_is_in_main_grad(weight: torch.nn.Parameter, gives_gradient: bool) -> torch.Tensor | None:

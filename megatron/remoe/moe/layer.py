@@ -15,7 +15,7 @@ from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.local.experts import GroupedExperts
 from megatron.remoe.local.grouped_swiglu import waits_for_sizes
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
-from megatron.remoe.moe.plan import Ranks, count_bounded, count_pairs, plan_dispatch, plan_known
+from megatron.remoe.moe.plan import Counts, Ranks, count_bounded, count_pairs, plan_dispatch, plan_known
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.routing.warmup import WarmupTopKRouter
 
@@ -62,11 +62,12 @@ class ReMoELayer(MoELayer):
         self.has_grouped_experts = isinstance(self.experts, GroupedExperts)
         is_alone = self.is_planned and self.ranks.is_alone
         self.experts_gather = is_alone and self.has_grouped_experts and not self.shared_expert_overlap
-        # Top-k routers without dropped tokens: a token's number of experts needs no counting where no rank is told it.
+        # Top-k routers without dropped tokens, and experts that need no sizes on the host: nothing has to be counted
+        # where no rank is told of it.
         varies = isinstance(self.router, ReLURouter | WarmupTopKRouter)
         self.pairs_limit = _pairs_limit(config) if varies else 0.0
         has_fixed_topk = not varies and config.moe_expert_capacity_factor is None
-        takes_any_sizes = isinstance(self.experts, GroupedExperts) and not waits_for_sizes(self.experts.fc1)
+        takes_any_sizes = self.has_grouped_experts and not waits_for_sizes(self.experts.fc1)
         self.known_topk = config.moe_router_topk if is_alone and has_fixed_topk and takes_any_sizes else None
         for parameter in self.experts.parameters():
             # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
@@ -118,7 +119,7 @@ class ReMoELayer(MoELayer):
             output = torch.cat(outputs).view_as(hidden_states)
         return output if shared_expert_output is None else output + shared_expert_output
 
-    def _count(self, routing_map: torch.Tensor) -> torch.Tensor | list[None]:
+    def _count(self, routing_map: torch.Tensor) -> list[Counts] | list[None]:
         """`count_pairs` for each chunk, as many as the bound asks for; one None where nothing has to be counted."""
         if self.pairs_limit:
             return count_bounded(routing_map, self.pairs_limit, self.ranks, self.kernels)
@@ -129,14 +130,14 @@ class ReMoELayer(MoELayer):
         hidden_states: torch.Tensor,
         probs: torch.Tensor,
         routing_map: torch.Tensor,
-        counts: torch.Tensor | None,
+        counts: Counts | None,
         gives_gradient: bool = True,
     ) -> torch.Tensor:
         """`[sequence, batch, hidden]` → the experts' sum, of that shape.
 
         Args:
             hidden_states, probs, routing_map: of all tokens or of a chunk.
-            counts: of this routing map, `[ranks, num_experts]`.
+            counts: of this routing map; None where nothing has to be counted.
             gives_gradient: see `grouped_swiglu`.
         """
         if not self.is_planned:
@@ -184,7 +185,7 @@ class ReMoELayer(MoELayer):
         tokens: torch.Tensor,
         probs: torch.Tensor,
         routing_map: torch.Tensor,
-        counts: torch.Tensor,
+        counts: Counts,
         is_first: bool,
     ) -> torch.Tensor:
         # The first chunk's backward pass is the last one.

@@ -65,7 +65,20 @@ class DispatchPlan:
     exchange: Exchange | None
 
 
-def count_pairs(routing_map: torch.Tensor, chunks: int, ranks: Ranks, kernels: bool = False) -> torch.Tensor:
+@dataclass(frozen=True)
+class Counts:
+    """What is counted of a layer's tokens, or of one chunk of them, before they are planned.
+
+    Attributes:
+        pairs: int64 `[ranks, num_experts]` on the host, tokens that each rank sends to each expert.
+        blocks: of `kernels.plan.count_blocks`, this rank's; None without kernels.
+    """
+
+    pairs: torch.Tensor
+    blocks: torch.Tensor | None
+
+
+def count_pairs(routing_map: torch.Tensor, chunks: int, ranks: Ranks, kernels: bool = False) -> list[Counts]:
     """How many tokens each rank sends to each expert. Waits for the device, once.
 
     Args:
@@ -75,18 +88,22 @@ def count_pairs(routing_map: torch.Tensor, chunks: int, ranks: Ranks, kernels: b
         kernels: whether Triton's count.
 
     Returns:
-        int64 `[chunks, ranks, num_experts]` on the host.
+        Those of each chunk.
     """
+    maps = routing_map.tensor_split(chunks)
+    blocks: list[torch.Tensor | None] = [None] * chunks
     if kernels:
         from megatron.remoe.kernels.plan import count_blocks
 
-        parts = [_sum_blocks(count_blocks(part)) for part in routing_map.tensor_split(chunks)]
+        counted = [count_blocks(part) for part in maps]
+        blocks, parts = [*counted], [_sum_blocks(counts) for counts in counted]
     else:
-        parts = [part.sum(dim=0) for part in routing_map.tensor_split(chunks)]
+        parts = [part.sum(dim=0) for part in maps]
     counts = torch.stack(parts) if chunks > 1 else parts[0].unsqueeze(0)
     if not ranks.is_alone:
         counts = gather_from_sequence_parallel_region(counts, group=ranks.group)
-    return counts.view(ranks.ep * ranks.tp, chunks, -1).transpose(0, 1).cpu().long()
+    pairs = counts.view(ranks.ep * ranks.tp, chunks, -1).transpose(0, 1).cpu().long()
+    return [Counts(*chunk) for chunk in zip(pairs, blocks, strict=True)]
 
 
 def _sum_blocks(counts: torch.Tensor) -> torch.Tensor:
@@ -96,7 +113,7 @@ def _sum_blocks(counts: torch.Tensor) -> torch.Tensor:
 
 def count_bounded(
     routing_map: torch.Tensor, pairs_per_token: float, ranks: Ranks, kernels: bool = False
-) -> torch.Tensor:
+) -> list[Counts]:
     """As `count_pairs`, in the smallest number of chunks found in which no rank sends or receives too many pairs.
 
     Args:
@@ -110,27 +127,28 @@ def count_bounded(
     while True:
         counts = count_pairs(routing_map, chunks, ranks, kernels)
         # A rank has the experts of one slice, and the tokens of its tensor parallel partners.
-        received = counts.sum(dim=1).view(chunks, ranks.ep, -1).sum(dim=2) / ranks.tp
-        pairs = max(counts.sum(dim=2).flatten().tolist() + received.flatten().tolist())
-        if pairs <= limit or chunks == num_tokens:
+        pairs = torch.stack([chunk.pairs for chunk in counts])
+        received = pairs.sum(dim=1).view(chunks, ranks.ep, -1).sum(dim=2) / ranks.tp
+        most = max(pairs.sum(dim=2).flatten().tolist() + received.flatten().tolist())
+        if most <= limit or chunks == num_tokens:
             return counts
-        chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * pairs / limit)))
+        chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * most / limit)))
 
 
 def plan_dispatch(
-    probs: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor, ranks: Ranks, kernels: bool = False
+    probs: torch.Tensor, routing_map: torch.Tensor, counts: Counts, ranks: Ranks, kernels: bool = False
 ) -> DispatchPlan:
     """The plan of a routing map whose counts are known.
 
     Args:
         probs: `[num_tokens, num_experts]`.
         routing_map: bool `[num_tokens, num_experts]`.
-        counts: int64 `[ranks, num_experts]` on the host, one chunk of `count_pairs`.
+        counts: of `count_pairs`, for this map.
         ranks: that it was counted on.
         kernels: whether Triton's make it.
     """
     # The group's ranks go through tensor parallelism first.
-    sent = counts.view(ranks.ep, ranks.tp, -1).transpose(0, 1)
+    sent = counts.pairs.view(ranks.ep, ranks.tp, -1).transpose(0, 1)
     mine = sent[ranks.tp_rank, ranks.ep_rank]
     received = sent.unflatten(2, (ranks.ep, -1))[:, :, ranks.ep_rank]
     exchange = None
@@ -141,12 +159,13 @@ def plan_dispatch(
             gathered=received.sum(dim=(1, 2)),
             per_expert=received.flatten(0, 1),
         )
-    return _plan(probs, routing_map, sum(mine.tolist()), received.sum(dim=(0, 1)), exchange, kernels)
+    arriving = received.sum(dim=(0, 1))
+    return _plan(probs, routing_map, sum(mine.tolist()), arriving, counts.blocks, exchange, kernels)
 
 
 def plan_known(probs: torch.Tensor, routing_map: torch.Tensor, topk: int, kernels: bool = False) -> DispatchPlan:
     """The plan where each token has `topk` experts and one rank has all of them: nothing is waited for."""
-    return _plan(probs, routing_map, len(routing_map) * topk, None, None, kernels)
+    return _plan(probs, routing_map, len(routing_map) * topk, None, None, None, kernels)
 
 
 def _plan(
@@ -154,16 +173,17 @@ def _plan(
     routing_map: torch.Tensor,
     num_pairs: int,
     tokens_per_expert: torch.Tensor | None,
+    blocks: torch.Tensor | None,
     exchange: Exchange | None,
     kernels: bool,
 ) -> DispatchPlan:
-    """`tokens_per_expert` is None where the host does not know it."""
+    """`tokens_per_expert` and `blocks` are None where nothing was counted before."""
     if kernels:
         from megatron.remoe.kernels.plan import count_blocks, fill
 
-        counts = count_blocks(routing_map)
-        *order, gates = fill(probs, routing_map, counts, num_pairs)
-        arriving = _sum_blocks(counts) if tokens_per_expert is None else tokens_per_expert
+        blocks = count_blocks(routing_map) if blocks is None else blocks
+        *order, gates = fill(probs, routing_map, blocks, num_pairs)
+        arriving = _sum_blocks(blocks) if tokens_per_expert is None else tokens_per_expert
         return DispatchPlan(Order(*order), gates, arriving, exchange)
     expert_index, token_index = torch.nonzero_static(routing_map.T, size=num_pairs).unbind(dim=1)
     gates = probs.reshape(-1).gather(0, token_index * probs.shape[1] + expert_index)

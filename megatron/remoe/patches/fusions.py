@@ -10,6 +10,7 @@ from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel import layers
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.local.rotary import FusedRotaryEmbedding
+from megatron.remoe.local.swiglu import add_outer
 
 
 def add_weight_gradients_by_torch() -> None:
@@ -27,10 +28,7 @@ def add_weight_gradients_by_torch() -> None:
 
 def _add_weight_gradient(rows: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
     """`main_grad += gradient.T @ rows`: `[rows, in]`, `[rows, out]` → `[out, in]`, in the type of `main_grad`."""
-    if rows.dtype == main_grad.dtype:
-        main_grad.addmm_(gradient.t(), rows)
-    else:
-        torch.addmm(main_grad, gradient.t(), rows, out_dtype=main_grad.dtype, out=main_grad)
+    add_outer(main_grad, gradient, rows)
 
 
 def fuse_cross_entropy_without_compiler() -> None:

@@ -1,7 +1,6 @@
 """What a run of Megatron needs to start, and to count its operations."""
 
 import importlib
-import importlib.metadata
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace

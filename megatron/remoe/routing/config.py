@@ -30,8 +30,8 @@ class ReMoEConfig(TransformerConfig):
     swings more."""
 
     moe_relu_l1_reg_load_balancing: bool = True
-    """Let the L1 term weigh the gates of all experts alike (f_e = 1, the paper's equation 9). By default each expert's
-    are weighed by the share of tokens that it gets, which balances the load."""
+    """Whether the L1 term weighs each expert's gates by its share of the tokens, which balances the load (default);
+    without it all alike (f_e = 1, the paper's equation 9)."""
 
     moe_relu_layer_floor: float = 1e-3
     """Keep layers alive: where a layer has less than this share of topk active experts per token, it is freed from the

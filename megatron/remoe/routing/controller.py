@@ -7,6 +7,7 @@ import torch
 
 from megatron.core.extensions import transformer_engine
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingCounts
 from megatron.remoe.routing.router import ReLURouter
@@ -59,7 +60,7 @@ class SparsityController:
         self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
         self._counts: RoutingCounts | None = None
         self._kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
-        if config.moe_kernels == "triton":
+        if wants_kernels(config):
             from megatron.remoe.kernels.update import decide
 
             self._kernel = decide

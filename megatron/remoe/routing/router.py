@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, switch_load_balancing_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingCounts
 
@@ -68,7 +69,7 @@ class ReLURouter(TopKRouter):
         self.register_buffer("l1_exponent", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("guarded", torch.zeros((), dtype=torch.int64, device=device))
         self.counts: RoutingCounts | None = None
-        self._kernels = _kernels_of(config) if config.moe_kernels == "triton" else None
+        self._kernels = _kernels_of(config) if wants_kernels(config) else None
 
     @property
     def l1_coefficient(self) -> torch.Tensor:

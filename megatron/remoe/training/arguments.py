@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.preflight.checkpoint_fit import check_is_data_alone
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
@@ -186,5 +187,5 @@ def apply_granularity(args: argparse.Namespace) -> None:
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     """A `ReMoEConfig` where flags ask for more than Megatron has, otherwise Megatron's own configuration."""
-    ours = args.moe_relu_routing or args.moe_warmup_topk is not None or args.moe_kernels == "triton"
+    ours = args.moe_relu_routing or args.moe_warmup_topk is not None or wants_kernels(args)
     return megatron.core_transformer_config_from_args(args, config_class=ReMoEConfig if ours else None)

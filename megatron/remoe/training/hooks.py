@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_model_config
+from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.moe.specs import (
     LayerSpec,
     with_engine_kernels,
@@ -102,7 +103,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
         model_cfg: its layer specification may be the caller's own.
     """
     if args.transformer_impl != "local":
-        if args.moe_kernels == "triton":
+        if wants_kernels(args):
             model_cfg.transformer_layer_spec = _changed_spec(
                 model_cfg.transformer_layer_spec, lambda spec, _vp_stage: with_engine_kernels(spec)
             )
