@@ -16,7 +16,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.common.files import write_aside  # noqa: E402
+from tools.common.files import write_text  # noqa: E402
+from tools.common.flags import parse  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.cost.paper import FORK, NAMES, ROUTINGS, SIZES  # noqa: E402
 
@@ -51,14 +52,7 @@ def ask(fork: Path, size: str, routing: str) -> dict[str, Any]:
 
 def by_flag(words: list[str]) -> dict[str, str]:
     """Flag → its values as they were typed; the paths of the data, which are long, as a setting only."""
-    found: dict[str, list[str]] = {}
-    flag = ""
-    for word in words:
-        if word.startswith("--"):
-            found[flag := word] = []
-        else:
-            found[flag].append(word)
-    return {flag: " ".join(values) for flag, values in found.items() if flag != "--data-path"}
+    return {flag: " ".join(values) for flag, values in parse(words).items() if flag != "--data-path"}
 
 
 def shared(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -86,7 +80,7 @@ def main() -> int:
     ).stdout.strip()
     table = {"repository": "https://github.com/thu-ml/ReMoE", "commit": commit}
     content = json.dumps(table | {"flags": shared(flags), "settings": shared(settings)}, indent=1) + "\n"
-    write_aside(FORK, lambda aside: aside.write_text(content, encoding="utf-8"))
+    write_text(FORK, content)
     print(f"{FORK.relative_to(ROOT)}: {len(flags)} scripts at {commit}")
     return 0
 

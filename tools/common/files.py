@@ -17,6 +17,18 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """The whole text, aside and renamed."""
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks, each of which is once in the file."""
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
+    write_text(path, f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def lock(folder: Path, taken: Exception) -> TextIO:
     """Take the folder for this call; held until the file is closed by this process and all that inherited it.
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..common.display import Display
 from ..common.errors import ToolError
-from ..common.files import write_aside
+from ..common.files import write_text
 from ..common.hf.opening import open_model
 from ..common.on_cpu import megatron_on_cpu
 from .paper import beside_the_papers
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(results)
         if args.output is not None:
             text = json.dumps(results, indent=2) + "\n"
-            write_aside(args.output, lambda aside: aside.write_text(text, encoding="utf-8"))
+            write_text(args.output, text)
     except (ToolError, OSError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,8 @@ import torch
 
 from megatron.remoe.hf import RemoeForCausalLM
 
+from ..common.errors import ConversionError
+
 ROUNDS = 5
 NEW_TOKENS = 32
 
@@ -28,7 +30,14 @@ def speeds(models: Sequence[RemoeForCausalLM], prompts: torch.Tensor) -> list[Sp
     Args:
         models: on the same device.
         prompts: int64 `[batch, length]`, read at once, and continued by `NEW_TOKENS`.
+
+    Raises:
+        ConversionError: they are on different devices.
     """
+    if len({model.device for model in models}) > 1:
+        raise ConversionError(
+            "--speed: give runs alone or exported folders alone; folders are on the GPU, runs on the CPU."
+        )
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in models]
     for number in range(ROUNDS + 1):
         for model, (reading, writing) in zip(models, times, strict=True):

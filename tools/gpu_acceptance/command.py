@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..common.errors import ToolError
-from ..common.files import write_aside
+from ..common.files import write_text
 from ..common.places import ROOT
 from ..common.units import duration
 from . import report
@@ -56,29 +56,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def rehearsal() -> dict[str, str]:
-    """The environment in which a program runs over a CUDA that does nothing.
+    """The environment of a program that is rehearsed on one card.
 
     Raises:
-        RehearsalError: it cannot be built here.
+        RehearsalError: there is none here.
     """
-    from ..cost.gpus import ACCELERATORS
-    from ..rehearse import build
-    from ..rehearse.cards import CARDS, CONTEXT
+    from ..rehearse.environment import environment_of  # builds what runs, which a GPU machine may not be able to
 
-    card = CARDS[PLAYED]
-    return {
-        "LD_PRELOAD": ":".join(map(str, build.libraries())),
-        "REHEARSAL_CARD": card.title,
-        "REHEARSAL_CAPABILITY": card.capability,
-        "REHEARSAL_MULTIPROCESSORS": str(card.multiprocessors),
-        "REHEARSAL_DEVICES": "1",
-        "REHEARSAL_GIB": str(ACCELERATORS[PLAYED].memory - CONTEXT),
-        "TRITON_LIBCUDA_PATH": str(build.libraries()[0].parent),
-        "TRITON_CACHE_DIR": str(build.cache() / "triton"),
-        "TORCHDYNAMO_DISABLE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "0",
-    }
+    return environment_of(PLAYED, devices=1) | {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 def machine(environment: Mapping[str, str] | None) -> dict[str, Any]:
@@ -130,7 +115,7 @@ class Acceptance:
                 left = sum(self._limit(name) for name in todo[place:])
                 self.say(f"[{place + 1}/{len(todo)}] {name}: {PARTS[name].title}; at most {duration(left)} left in all")
                 self.results["parts"][name] = self._result(name, Path(folder))
-                write_aside(self.path, lambda aside: aside.write_text(json.dumps(self.results, indent=1) + "\n"))
+                write_text(self.path, json.dumps(self.results, indent=1) + "\n")
                 self.say("    " + report.line(name, self.results["parts"][name], self.environment is not None))
         chosen = {name: self.results["parts"][name] for name in self.options.parts}
         self.say("\n".join(["", *report.summary(chosen, self.environment is not None), f"Results: {self.path}"]))

@@ -5,41 +5,34 @@ python tools/gpu_acceptance/launched.py      rehearse it and write rehearsed.jso
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.files import write_aside  # noqa: E402
+from tools.common.files import write_text  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.rehearse.flags import rehearsed  # noqa: E402
+from tools.rehearse.scripts import PLAIN, Launch  # noqa: E402
 
 EXPECTED = Path(__file__).with_name("rehearsed.json")
 SEQUENCES = 64  # one GPU's of the eight that share the paper's 512
 LENGTH = 1024  # tokens of a sequence
-OWN_FLAGS = ["--global-batch-size", str(SEQUENCES), "--transformer-impl", "local"]  # what was rehearsed, on any machine
+OWN_FLAGS = ("--global-batch-size", str(SEQUENCES), *PLAIN)  # what was rehearsed, on any machine
 STAGES = {"dense": 0.5, "steady": 0.125}  # active share of the pairs
 # Kept at the target, where training would come after hundreds of steps: weights hardly move.
 AT_TARGET = "--lr 1e-7 --min-lr 0 --lr-warmup-fraction 0".split()
 
 
+@cache
 def command() -> tuple[dict[str, str], list[str]]:
     """What the launch script gives: the environment's settings, and the entry's flags."""
-    script = ["bash", str(ROOT / "scripts" / "train_llama_182m_remoe.sh"), "1", "--", *OWN_FLAGS]
-    planned = os.environ | {"DRY_RUN": "command", "DATA_PATH": "made-up", "PYTHON": sys.executable}
-    planned.pop("REHEARSE", None)
-    result = subprocess.run(script, env=planned, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"the launch script gives no command:\n{result.stderr}")
-    words = shlex.split(result.stdout)
-    entry = next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
-    settings = dict(word.split("=", 1) for word in words[1:entry] if words[0] == "env" and word.partition("=")[1])
-    return settings, words[entry + 1 :]
+    return Launch(flags=OWN_FLAGS, gpus=1).planned()
 
 
 def flags(stage: str, steps: int) -> list[str]:
@@ -63,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = {stage: _rehearse(stage, Path(folder) / f"{stage}.json") for stage in STAGES}
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    write_aside(EXPECTED, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_text(EXPECTED, text)
 
 
 if __name__ == "__main__":

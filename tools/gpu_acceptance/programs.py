@@ -1,6 +1,7 @@
 """Runs the programs of a part, one at a time, until the part's time is over."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ class Programs:
         if self.rehearsal is not None and on_gpu:
             through = [str(Path(__file__).with_name("rehearsed.py")), str(share)]
             command = [*through, *words]
-            environment |= {**self.rehearsal, "BENCHMARK_THROUGH": " ".join(through)}
+            environment |= {**self.rehearsal, "BENCHMARK_THROUGH": shlex.join(through)}
         before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             process = subprocess.Popen(

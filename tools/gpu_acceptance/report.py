@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.files import write_aside
+from ..common.files import write_between
 from ..common.places import ROOT
 from .parts import PARTS
 
@@ -46,9 +46,7 @@ def write_docs(path: Path) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     kind = "rehearsed" if found["rehearsal"] else "measured"
     begin, end = (f"<!-- gpu-acceptance {kind}: {side} -->" for side in ("begin", "end"))
-    before, rest = DOCS.read_text(encoding="utf-8").split(begin)
-    whole = f"{before}{begin}\n{tables(found)}\n{end}{rest.split(end)[1]}"
-    write_aside(DOCS, lambda aside: aside.write_text(whole, encoding="utf-8"))
+    write_between(DOCS, begin, end, tables(found))
 
 
 def tables(found: Mapping[str, Any]) -> str:

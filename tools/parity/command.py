@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ..common.data_sets import write_real_text
-from ..common.files import write_aside
+from ..common.files import write_between
 from ..common.places import ROOT
 from .layouts import LAYOUTS, ROUTINGS, VARIANTS, Layout
 from .measure import Difference, TrainingFailed, compare, train
@@ -97,6 +97,4 @@ def table(routing: str, variants: list[str], cells: dict[str, dict[str, Differen
 
 def write(path: Path, text: str) -> None:
     """Replace what stands between the marks, aside and renamed."""
-    before, rest = path.read_text().split(BEGIN)
-    whole = f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
-    write_aside(path, lambda aside: aside.write_text(whole))
+    write_between(path, BEGIN, END, text)

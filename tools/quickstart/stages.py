@@ -27,7 +27,7 @@ def fingerprint_of_files(paths: Iterable[Path]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, aside and renamed."""
-    files.write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    files.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.files import write_aside  # noqa: E402
+from tools.common.files import write_text  # noqa: E402
 from tools.cost import choices  # noqa: E402
 from tools.rehearse.cards import CARDS  # noqa: E402
 from tools.rehearse.scripts import GPUS, PLAIN, Launch, whole_step  # noqa: E402
@@ -48,7 +48,7 @@ def keep(name: str, made: str, row: dict[str, float]) -> None:
     others = [other for other in others if (other["micro_batch"], other["ep"]) != (row["micro_batch"], row["ep"])]
     tables[name] = {"made": made, "rows": sorted([*others, row], key=lambda row: -row["mfu"])}
     text = json.dumps(dict(sorted(tables.items())), indent=1) + "\n"
-    write_aside(choices.FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_text(choices.FILE, text)
 
 
 def main() -> int:

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..common.files import write_aside
+from ..common.files import write_text
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
-from ..cost.gpus import ACCELERATORS
 from . import build, report
-from .cards import CARDS, CONTEXT, rates
+from .cards import CARDS, rates
+from .environment import environment_of
 from .errors import RehearsalError
 from .flags import data_of, number, rehearsed
 
@@ -152,26 +152,14 @@ def resumed(rank: Rank, steps: int, folder: Path) -> list[Rank]:
 def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
     """Play one rank; its record, with "starts" and "error"."""
     shares = shares_of(flags, options.stage)
-    steps, card = steps_of(shares), CARDS[options.gpu]
+    steps = steps_of(shares)
     record, log = folder / f"rank{rank.number}.json", folder / f"rank{rank.number}.log"
     if options.log is not None:
         log = options.log.with_name(f"{options.log.name}.rank{rank.number}")
     told = {"rank": rank.number, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
     told |= {"shares": shares, "steps": steps, "rates": options.rates, "data": data_of(flags)}
-    environment = os.environ | {
-        "LD_PRELOAD": ":".join(map(str, build.libraries())),
-        "REHEARSAL_CARD": card.title,
-        "REHEARSAL_CAPABILITY": card.capability,
-        "REHEARSAL_MULTIPROCESSORS": str(card.multiprocessors),
-        "REHEARSAL_DEVICES": str(options.gpus_per_node),
-        "REHEARSAL_GIB": str(ACCELERATORS[options.gpu].memory - CONTEXT),
-        "TRITON_LIBCUDA_PATH": str(build.libraries()[0].parent),
-        "TRITON_CACHE_DIR": str(build.cache() / "triton"),
-        "TORCHDYNAMO_DISABLE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"):
-        environment.pop(name, None)
+    environment = os.environ | environment_of(options.gpu, options.gpus_per_node)
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, str(Path(__file__).with_name("played.py")), json.dumps(told)]
     process = subprocess.Popen(
         [*command, *rehearsed(flags, len(steps)), *rank.flags], env=environment, cwd=ROOT, stdin=subprocess.DEVNULL,
@@ -208,7 +196,7 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     print("\n".join(report.lines(found, options)))
     if options.json is not None:
         text = json.dumps(found, indent=1) + "\n"
-        write_aside(options.json, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_text(options.json, text)
     return 0 if found["starts"] else 1
 
 

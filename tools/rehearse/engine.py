@@ -69,7 +69,7 @@ def _play_attention(functions: Any) -> None:
 def tensors_of(name: str, arguments: Sequence[Any], options: dict[str, Any], result: Any) -> list[torch.Tensor]:
     """What a function takes and gives, each once; not the memory that a product works in."""
     given = [*arguments[:WORKSPACE], *arguments[WORKSPACE + 1 :]] if name in PRODUCTS else arguments
-    return list({id(one): one for one in tensors([given, list(options.values()), result])}.values())
+    return list({id(one): one for one in tensors_in([given, list(options.values()), result])}.values())
 
 
 def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[float, float, str]:
@@ -86,14 +86,14 @@ def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) ->
         return moved, passes * _heads(arguments)[0].numel() * arguments[1], "attention"
     if name in PRODUCTS:
         if arguments[ACCUMULATE]:
-            moved += sum(one.nbytes for one in tensors([arguments[4]]))
+            moved += sum(one.nbytes for one in tensors_in([arguments[4]]))
         flops = 0.0
-        for left, right in zip(tensors([arguments[0]]), tensors([arguments[2]]), strict=True):
+        for left, right in zip(tensors_in([arguments[0]]), tensors_in([arguments[2]]), strict=True):
             common = left.shape[-1] if arguments[1] else left.numel() // left.shape[-1]
             flops += 2.0 * left.numel() * right.numel() / max(common, 1)
         return moved, flops, PRODUCTS[name]
     if name.startswith("multi_tensor_adam"):
-        moved += sum(one.nbytes for one in tensors(arguments[2][1:]))  # written as well, but for the gradients
+        moved += sum(one.nbytes for one in tensors_in(arguments[2][1:]))  # written as well, but for the gradients
     return moved, 0.0, ""
 
 
@@ -121,10 +121,10 @@ def _launched(name: str) -> None:
     ctypes.CDLL("libcuda.so.1").rehearsal_launched(name.encode())
 
 
-def tensors(values: Any) -> Iterator[torch.Tensor]:
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
     """Those among the arguments or results of a function, lists gone through."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from tensors(value)
+            yield from tensors_in(value)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.flags import parse
+
 # Nothing is saved, loaded or reported, and the number of steps is the rehearsal's: Megatron's defaults are right.
 LEFT_OUT = set(
     "--save --load --pretrained-checkpoint --save-interval --ckpt-step --finetune --tensorboard-dir --wandb-project "
@@ -28,11 +30,7 @@ def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
 
 def data_of(flags: Sequence[str]) -> list[str]:
     """The words behind --data-path; none where the launch scripts made them up."""
-    words: list[str] = []
-    for place, word in enumerate(flags):
-        if word == "--data-path":
-            rest = flags[place + 1 :]
-            words = list(rest[: next((n for n, other in enumerate(rest) if other.startswith("--")), len(rest))])
+    words = list(parse(flags).get("--data-path", ()))
     return [] if words == [MADE_UP] else words
 
 

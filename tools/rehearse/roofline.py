@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .engine import Calls, tensors
+from .engine import Calls, tensors_in
 
 # Operations that move nothing.
 FREE = set(
@@ -107,7 +107,7 @@ class Roofline(TorchDispatchMode):
         if name in FREE or "c10d" in function._schema.name:
             return result
         given = [*args, *(value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input"))]
-        inputs, outputs = list(tensors(given)), list(tensors(result))
+        inputs, outputs = list(tensors_in(given)), list(tensors_in(result))
         outputs = outputs or inputs[:1]
         if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             flops, rate = _flops(name, inputs)

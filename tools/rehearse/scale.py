@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.files import write_aside  # noqa: E402
+from tools.common.files import write_between  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 
 # 48 layers, hidden 2048, 128 experts of 768, k = 8: about 30B parameters, of which 3B are active.
@@ -92,8 +92,7 @@ def row(gpus: int, layout: Layout, found: dict[str, Any]) -> str:
     sent = sum(one["seconds"] for one in found["collectives"])
     largest = found["collectives"][0]
     bound = "the GPU" if work > sent else f"{largest['kind']}, {largest['group']}"
-    flops = found["roofline"]["model_flops"] / (found["roofline"]["mfu"] * work)  # of the card, a second
-    alone, hidden = (found["roofline"]["model_flops"] / seconds / flops for seconds in (work + sent, max(work, sent)))
+    alone, hidden = (found["roofline"]["mfu"] * work / seconds for seconds in (work + sent, max(work, sent)))
     return (
         f"| {gpus} | {layout.title} | {found['kind']}: {memory} | {work:.2f} | {sent:.2f} | {bound} | "
         f"{alone:.0%} to {hidden:.0%} |"
@@ -129,10 +128,7 @@ def main() -> int:
             print(rows[-1], flush=True)
     text = "\n".join([*rows, "", "Collectives of a step that take longest, on the rank above:", "", *sent])
     if options.write:
-        path = ROOT / "docs" / "scale.md"
-        before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-        whole = f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
-        write_aside(path, lambda aside: aside.write_text(whole, encoding="utf-8"))
+        write_between(ROOT / "docs" / "scale.md", BEGIN, END, text)
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.places import ROOT
+from .flags import MADE_UP
 
 SETTINGS = set(
     "TP PP EP CP DRY_RUN REHEARSE REHEARSE_JSON DATA_PATH DATA_DIR GPU KERNELS PYTORCH_CUDA_ALLOC_CONF".split()
@@ -24,13 +25,14 @@ PLAIN = ("--transformer-impl", "local")  # whether or not Transformer Engine is 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch script for `GPUS`.
+    """A launch script.
 
     Attributes:
         routing: dense, moe or remoe.
         flags: of Megatron, behind "--".
         settings: environment of the script, as EP or KERNELS.
         size: of the model, as the scripts are named.
+        gpus: of one machine.
         root: the checkout.
     """
 
@@ -38,19 +40,33 @@ class Launch:
     flags: tuple[str, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
     size: str = "182m"
+    gpus: int = GPUS
     root: Path = ROOT
 
     def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run it, with these settings besides its own."""
-        script = ["bash", str(self.root / "scripts" / f"train_llama_{self.size}_{self.routing}.sh"), str(GPUS)]
+        script = ["bash", str(self.root / "scripts" / f"train_llama_{self.size}_{self.routing}.sh"), str(self.gpus)]
         plain = {key: value for key, value in os.environ.items() if key not in SETTINGS}
         settings = plain | {"PYTHON": sys.executable} | self.settings | environment
         return subprocess.run([*script, "--", *self.flags], env=settings, capture_output=True, text=True)
 
     def command(self) -> list[str]:
         """The training's flags."""
-        words = shlex.split(self.run(DRY_RUN="command", DATA_PATH="made-up").stdout)
-        return words[next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py")) + 1 :]
+        return self.planned()[1]
+
+    def planned(self) -> tuple[dict[str, str], list[str]]:
+        """The environment's settings and the training's flags.
+
+        Raises:
+            RuntimeError: the script gives none; has what it printed.
+        """
+        result = self.run(DRY_RUN="command", DATA_PATH=MADE_UP)
+        if result.returncode:
+            raise RuntimeError(f"{self} gives no command:\n{result.stderr}")
+        words = shlex.split(result.stdout)
+        entry = next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
+        settings = dict(word.split("=", 1) for word in words[1:entry] if words[0] == "env" and "=" in word)
+        return settings, words[entry + 1 :]
 
     def rehearse(self) -> dict[str, Any]:
         """What its rehearsal says, as REHEARSE_JSON holds it.

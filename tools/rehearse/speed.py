@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.files import write_aside  # noqa: E402
+from tools.common.files import write_between, write_text  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.cost import choices  # noqa: E402
 from tools.rehearse.scripts import GPUS, PLAIN, Launch, Step, whole_step  # noqa: E402
@@ -68,7 +68,7 @@ def figures(row: Row, folder: Path, only_finished: bool = False) -> Step | None:
     if not path.exists():
         step = whole_step(row.launch, row.micro_batch)
         text = json.dumps(dataclasses.asdict(step))
-        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_text(path, text)
     return Step(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -100,10 +100,7 @@ def main() -> int:
             table.append(line(row, step))
             print(table[-1], flush=True)
     if options.write:
-        path = ROOT / "docs" / "performance.md"
-        start, rest = path.read_text(encoding="utf-8").split(BEGIN)
-        whole = f"{start}{BEGIN}\n" + "\n".join(table) + f"\n{END}{rest.split(END)[1]}"
-        write_aside(path, lambda aside: aside.write_text(whole, encoding="utf-8"))
+        write_between(ROOT / "docs" / "performance.md", BEGIN, END, "\n".join(table))
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..common.files import write_aside
+from ..common.files import write_aside, write_text
 from ..common.units import duration
 from . import scaling_picture
 from .plan import L1_INIT, L1_MULTIPLIER, ROUTINGS, SIZES, Run
@@ -73,7 +73,7 @@ def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
         picture.unlink(missing_ok=True)
     write_aside(written[0], lambda aside: _write_csv(aside, rows))
     markdown = "\n".join(_markdown(rows, bool(points))) + "\n"
-    write_aside(written[1], lambda aside: aside.write_text(markdown, encoding="utf-8"))
+    write_text(written[1], markdown)
     return written
 
 

@@ -7,13 +7,13 @@ import shlex
 import subprocess
 from pathlib import Path
 
+from ..common.flags import Settings, parse
 from .errors import SettingsError
 from .plan import Launch, Run
 
 _ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
 PRINTED_WITHIN = 5000  # lines
 
-Settings = dict[str, tuple[str, ...]]  # flag → its values, of the last occurrence, which is the one that counts
 
 ENTRY = "pretrain_gpt.py"
 LAYOUT = ("TP", "PP", "EP", "CP", "NNODES")
@@ -41,19 +41,6 @@ SET_BY_SWEEP = {
 }
 DIMENSIONS = ("--num-layers", "--hidden-size", "--ffn-hidden-size", "--moe-ffn-hidden-size")
 SHOWN = 4  # differences that a message names
-
-
-def parse(words: list[str]) -> Settings:
-    """Flags and their values, later ones in place of earlier ones."""
-    settings: Settings = {}
-    flag = ""
-    for word in words:
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            settings[flag] = (value,) if equals else ()
-        elif flag:
-            settings[flag] += (word,)
-    return settings
 
 
 def whole(settings: Settings, flag: str) -> int:

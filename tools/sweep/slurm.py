@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.files import write_aside
+from ..common.files import write_text
 from ..common.places import ROOT
 from .errors import SweepError
 from .plan import Launch, Run
@@ -50,7 +50,7 @@ def submit(launch: Launch, run: Run, flags: Sequence[str], settings: Settings) -
     if not number.isdecimal():
         raise SweepError(f"sbatch answered {answer.strip()!r}, not a job's number, to\n  {shlex.join(command)}")
     content = json.dumps({"job": number, "settings": settings}, indent=1) + "\n"
-    write_aside(_file(launch.folder(run)), lambda aside: aside.write_text(content, encoding="utf-8"))
+    write_text(_file(launch.folder(run)), content)
     return number
 
 
