@@ -21,7 +21,7 @@ ROUTINGS = {
     "ReMoE": ["--moe-relu-routing"],
     "top-k": ["--moe-router-pre-softmax", "--moe-aux-loss-coeff", "1e-2"],
 }
-# As scripts/lib/launch.sh's for plain PyTorch on a GPU. A log waits for the device and works on the host, for ReMoE
+# As scripts/lib/gpus.sh's for plain PyTorch on a GPU. A log waits for the device and works on the host, for ReMoE
 # longer than for top-k, which a step of some milliseconds would feel.
 GPU_FLAGS = """
 --bf16 --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion

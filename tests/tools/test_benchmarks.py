@@ -141,7 +141,7 @@ def test_the_optimizers_weights_are_at_the_target_too(timed_entry: ModuleType, s
 
 def test_a_gpu_gets_the_launch_scripts_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     models, step = module("models", monkeypatch), module("step", monkeypatch)
-    script = (REPOSITORY / "scripts" / "lib" / "launch.sh").read_text()
+    script = (REPOSITORY / "scripts" / "lib" / "gpus.sh").read_text()
     wanted = re.findall(r"--bf16|--transformer-impl(?= local)|--no-[a-z-]+", script[script.index("set_hardware") :])
     assert set(wanted) == {word for word in models.GPU_FLAGS if word.startswith("--")} - {"--log-interval"}
     assert models.GPU_FLAGS[models.GPU_FLAGS.index("--transformer-impl") + 1] == "local"

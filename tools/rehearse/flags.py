@@ -13,7 +13,7 @@ LEFT_OUT = set(
     "--lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --exit-interval --exit-duration-in-mins "
     "--log-interval --eval-interval --eval-iters --num-workers --rampup-batch-size --mock-data --cpu".split()
 )
-MADE_UP = "made-up"  # what scripts/lib/launch.sh says for data where it was given none
+MADE_UP = "made-up"  # what scripts/lib/data.sh says for data where it was given none
 GPT2 = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "50256"]  # as many tokens as its vocabulary, without files
 
 
