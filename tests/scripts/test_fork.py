@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.scripts.test_launch import command
+from tests.scripts.launching import command
 from tests.trainings import REPOSITORY
 from tools.cost.paper import FORK
 from tools.fork_settings import by_flag

@@ -1,0 +1,85 @@
+"""What a launch script says of a training before it starts: cost, and what differs from the paper."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpt2_reference import gpt2_files
+from tests.scripts.launching import ROUTINGS, SIZES, launch, shards
+
+PAPER = {  # total parameters in units of 10^6, GFLOPs per sequence
+    "182m": (777, 995),
+    "469m": (2580, 2873),
+    "978m": (5730, 5991),
+}
+
+
+@pytest.fixture(scope="module")
+def pile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the names of the fork's shards."""
+    folder = tmp_path_factory.mktemp("pile")
+    shards(folder, [f"{number:02}" for number in range(1, 30)])
+    return str(folder)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("size", SIZES)
+def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
+    """The entry's own parser and validation accept each script's flags, and model and settings are the paper's.
+
+    Settings are those that tools/cost/paper.py names, with the values of the paper or, read by its parser, the fork.
+    """
+    result = launch(f"{size}_{routing}", DRY_RUN="1", DATA_DIR=pile, PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    command_line, estimate = result.stdout.split("\n", 1)
+    assert "torch.distributed.run" in command_line and "--bf16" in command_line
+    parameters, gflops = PAPER[size]
+    figures = {
+        line.split("  ")[1].strip(): line.replace(",", "").split() for line in estimate.splitlines() if "  " in line
+    }
+    if routing != "dense":
+        assert int(figures["total parameters"][2]) == pytest.approx(parameters * 1e6, rel=0.02)
+    per_sequence = next(line for line in estimate.splitlines() if "G per sequence of 1024 tokens" in line)
+    assert float(per_sequence.split()[0].replace(",", "")) == pytest.approx(gflops, rel=0.02)
+    assert f"Settings that differ from the paper's {size.upper()} {routing}: none" in estimate
+    assert "31,457,280,000 tokens" in estimate
+    assert ("dense first stage, 4 of 8 experts" in estimate) == (routing == "remoe")
+    assert (f"Checkpoints: {24 if size == '978m' else 12} of " in estimate) and "--save" in command_line
+
+
+def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
+    """With GPT-2's vocabulary, which is read, on a path with blanks and letters beyond ASCII."""
+    vocabulary, merges = tmp_path / "my vocäbulary.json", tmp_path / "my mërges.txt"
+    for file, name in zip(gpt2_files(), (vocabulary, merges), strict=True):
+        name.symlink_to(file)
+    flags = ["2", "100", "4", "16", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2", "--weight-decay", "0.1"]
+    flags += ["--eval-iters", "32", "--seed", "1", "--no-moe-relu-l1-reg-load-balancing"]
+    environment = {"DRY_RUN": "1", "DATA_PATH": "pile", "PYTHON": sys.executable, "GPU": "a100", "UTILIZATION": "0.3"}
+    environment |= {"VOCAB_FILE": str(vocabulary), "MERGE_FILE": str(merges)}
+    result = launch("182m_remoe", *flags, **environment)
+    assert result.returncode == 0, result.stderr
+    for line in (
+        "--lr 0.001   (paper: 0.0005)",
+        "--train-iters 100   (paper: 60000)",
+        "--num-experts 16   (paper: 8)",
+        "--moe-router-topk 2   (paper: 1)",
+        "--moe-granularity 2   (paper: 1)",
+        "--moe-relu-l1-reg-load-balancing off   (paper: on)",
+        "--weight-decay 0.1   (fork: 0.01)",
+        "--eval-iters 32   (fork: 100)",
+        "--micro-batch-size 4   (fork: 16)",
+        "--seed 1   (fork: 1234)",
+        "--data-path pile   (fork: 01 to 29, equally)",
+        "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)",
+        "at 30% utilization",
+    ):
+        assert line in result.stdout
+    assert (result.stdout.count("(paper:"), result.stdout.count("(fork:")) == (6, 5)
+
+
+def test_cost_refuses_a_layout_that_megatron_refuses() -> None:
+    result = launch(
+        "182m_moe", "8", "--", "--micro-batch-size", "3", DRY_RUN="1", DATA_PATH="pile", PYTHON=sys.executable
+    )
+    assert result.returncode == 2 and "must be divisible by" in result.stderr

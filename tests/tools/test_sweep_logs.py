@@ -1,0 +1,142 @@
+"""What the sweep reads from the logs of runs, its tables and its picture."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.tools.sweeping import FINAL, evaluated, logged, sweep, write_run
+from tools.common.log_reader import read_log
+from tools.sweep import plan, run_log, scaling_picture, settings, stages
+from tools.sweep.plan import Run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+# ---------------------------------------------------------------- what counts as finished
+
+
+@pytest.mark.parametrize(
+    ("log", "loss"),
+    [
+        (logged(20, 20) + evaluated(20, "", 5.0), None),  # the evaluation on the way
+        (logged(10, 20) + evaluated(10, FINAL, 5.0), None),  # of an earlier, shorter training
+        (logged(20, 20) + evaluated(20, " on test set", 5.0), None),
+        (logged(20, 20) + evaluated(20, "", 5.0) + evaluated(20, FINAL, 4.5), 4.5),
+    ],
+)
+def test_only_the_final_validation_loss_finishes_a_run(tmp_path: Path, log: str, loss: float | None) -> None:
+    write_run(tmp_path / "run", 20, log)
+    outcome = run_log.read_outcome(tmp_path / "run")
+    assert outcome is not None and outcome.validation_loss == loss and outcome.finished == (loss is not None)
+
+
+def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
+    sparse = " sparsity: 0.740000 | target sparsity: 0.750000 |"
+    lines = [logged(1, 25, milliseconds=900), logged(10, 25), logged(20, 25), logged(20, 25, sparse, milliseconds=200)]
+    write_run(tmp_path / "run", 25, "".join(lines) + evaluated(25, FINAL, 4.5))
+    outcome = run_log.read_outcome(tmp_path / "run")
+    assert outcome == run_log.Outcome(
+        iterations=25,
+        train_iters=25,
+        tokens=25 * 4 * 64,
+        validation_loss=4.5,
+        perplexity=250.0,
+        sparsity=0.74,
+        target_sparsity=0.75,
+        settled=None,
+        tokens_per_second=pytest.approx(4 * 64 * (10 + 5) / 2),
+        training_seconds=pytest.approx(0.9 + 9 * 0.1 + 10 * 0.2),
+    )
+    assert settings.processes(tmp_path / "run") == 8
+    assert run_log.read_outcome(tmp_path / "nothing") is None
+
+
+def remoe(iteration: int, sparsity: float) -> str:
+    return logged(iteration, 50, f" sparsity: {sparsity:.6f} | target sparsity: 0.750000 |")
+
+
+def test_stages_of_a_remoe(tmp_path: Path) -> None:
+    """By hand, of 8 experts with k = 2; a line of the log stands for the iterations since the one before."""
+    path = [0.50, 0.51, 0.53, 0.70, 0.745, 0.76, 0.744, 0.755, 0.75, 0.75]
+    write_run(tmp_path / "run", 50, "".join(remoe(5 * place, s) for place, s in enumerate(path, start=1)))
+    outcome = run_log.read_outcome(tmp_path / "run")
+    assert outcome is not None and outcome.settled == 35
+    records = read_log((tmp_path / "run" / "train.log").read_text())
+    assert stages.settled_at({1: {"sparsity": "0.75"}, 2: {"sparsity": "0.74"}}, 0.75) is None
+    dense, way, steady = stages.stages(records, 0.75, 8, stages.Flops(sequence=100.0, expert=10.0))
+    assert (dense.first, dense.last, way.first, way.last, steady.first, steady.last) == (1, 10, 11, 35, 36, 50)
+    assert dense.experts == pytest.approx(8 * (0.50 + 0.49) / 2)
+    assert way.hours == pytest.approx(25 * 0.1 / 3600)
+    assert dense.flops == pytest.approx(4 * 5 * ((100 + 10 * (4 - 2)) + (100 + 10 * (3.92 - 2))))
+
+
+def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
+    """As its training loop prints arguments and figures; there is no command.sh."""
+    arguments = {"train_iters": 20, "seq_length": 64, "num_experts": 8, "moe_router_topk": 1, "world_size": 4}
+    arguments |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
+    text = "".join(f"  {name} {'.' * 10} {value}\n" for name, value in arguments.items())
+    figures = " l1_reg_loss: 3.0E-01 | moe relu sparsity: 0.8750 | moe relu l1 reg coeff: 1.2000E-08 |"
+    folder = tmp_path / "llama_182m_remoe_e8g1_fork"
+    folder.mkdir()
+    (folder / "train.log").write_text(text + logged(20, 20, figures) + evaluated(20, FINAL, 4.5))
+    outcome = run_log.read_outcome(folder)
+    assert outcome is not None and (outcome.sparsity, outcome.target_sparsity, outcome.settled) == (0.875, 0.875, 20)
+    assert (outcome.validation_loss, outcome.tokens) == (4.5, 20 * 4 * 64)
+    record = read_log((folder / "train.log").read_text())[20]
+    assert record["l1 coefficient after the update"] == "1.2000E-08" and record["mean l1 loss of a layer"] == "3.0E-01"
+    sweep("--collect", "--output-dir", str(tmp_path))
+    assert (
+        "| 182M | ReMoE, fork | 8 | 1 | 4.5000 | 250.000 | 0.8750 (0.8750) | 20 |"
+        in (tmp_path / "results.md").read_text()
+    )
+
+
+def test_differences_between_settings() -> None:
+    then = settings.parse("--lr 5e-4 --bf16 --save a --data-path 1 a 2 b --lr 1e-3 --cpu".split())
+    assert settings.differences(then, settings.parse("--data-path 1 a 2 b --save b --lr=1e-3 --cpu".split())) == ""
+    now = settings.parse("--lr 2e-3 --data-path 1 a --seed 1".split())
+    assert settings.differences(then, now) == (
+        "--cpu was given and is now not given; --data-path was 1 a 2 b and is now 1 a; "
+        "--lr was 1e-3 and is now 2e-3; --seed was not given and is now 1"
+    )
+
+
+def test_results_of_runs_in_a_folder(tmp_path: Path) -> None:
+    write_run(tmp_path / "llama_182m_remoe_e4g1", 20, logged(20, 20) + evaluated(20, FINAL, 4.25))
+    write_run(tmp_path / "llama_182m_moe_e4g1", 20, logged(8, 20), more="--hidden-size 64")
+    write_run(tmp_path / "llama_182m_moe_e8g1", 10, logged(10, 10) + evaluated(10, FINAL, 4.5))
+    write_run(tmp_path / "else", 10, logged(10, 10) + evaluated(10, FINAL, 4.5))
+    output, _ = sweep("--collect", "--output-dir", str(tmp_path))
+    assert re.search(r"llama_182m_moe_e4g1 +at 8/20 ", output) and "llama_182m_remoe_e4g1           4.2500" in output
+    lines = [line for line in output.split("\n\n")[1].splitlines() if str(tmp_path) not in line]
+    assert lines and max(map(len, lines)) <= 80
+    with (tmp_path / "results.csv").open() as file:
+        rows = [(row["run"], row["state"], row["validation_loss"], row["processes"]) for row in csv.DictReader(file)]
+    assert rows == [
+        ("llama_182m_moe_e4g1", "unfinished", "", "8"),
+        ("llama_182m_remoe_e4g1", "finished", "4.25", "8"),
+        ("llama_182m_moe_e8g1", "finished", "4.5", "8"),
+    ]
+    markdown = (tmp_path / "results.md").read_text()
+    assert "| 182M | MoE | 4 | 1 | unfinished (8/20) |" in markdown
+    assert "different numbers of tokens (2,560, 5,120)" in markdown and "dimensions of these models" in markdown
+    assert (tmp_path / "results.png").read_bytes().startswith(PNG)
+    assert not list(tmp_path.glob("*.new*"))
+
+
+def test_picture_has_a_panel_for_each_axis(tmp_path: Path) -> None:
+    def width(points: list[tuple[Run, float]]) -> int:
+        scaling_picture.draw(tmp_path / "picture.png", points, resized=False)
+        content = (tmp_path / "picture.png").read_bytes()
+        assert content.startswith(PNG)
+        return int.from_bytes(content[16:20], "big")
+
+    runs = plan.plan(plan.FIGURES, plan.VALUES, [*plan.ROUTINGS, plan.WARMUP, plan.MATCHED])
+    all_points = [(run, 2.0 - place / 100) for place, run in enumerate(runs)]
+    assert width(all_points) == 1500
+    l1_points = [(run, 2.0) for run in plan.plan(plan.L1_FIGURES, plan.VALUES, ["remoe"])]
+    assert width([*all_points, *l1_points]) == 2500
+    assert width([point for point in all_points if point[0].size == "182m"]) == 1000
+    assert width(all_points[:1]) == 1000  # one run: a panel of its own
