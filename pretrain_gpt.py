@@ -1,4 +1,4 @@
-"""Pre-train a GPT model with Megatron: dense, top-k Mixture-of-Experts or, with --moe-relu-routing, ReMoE.
+"""Pre-train a language model with Megatron: dense, top-k Mixture-of-Experts or, with --moe-relu-routing, ReMoE.
 
 Takes Megatron's flags and those of ReMoE (see --help). Without an accelerator it trains on the CPU.
 """
@@ -12,13 +12,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron.training.models.gpt import GPTModelConfig
+    from megatron.training.models.base import ModelConfig
 
 # Started without torchrun, this is the only process.
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
-def main(observe: "Callable[[GPTModelConfig], None] | None" = None) -> None:
+def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     """Train as the command line says; an error ends the process with exit code 1 or 2 and one short message.
 
     Args:
@@ -60,7 +60,7 @@ def prepare() -> bool:
     return on_cpu
 
 
-def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None", at_the_end: ExitStack) -> None:
+def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_end: ExitStack) -> None:
     """Parse, lock, look, patch, configure the model, install, and hand over to Megatron's loop."""
     from megatron.core.enums import ModelType
     from megatron.remoe import cpu, patches
@@ -77,10 +77,10 @@ def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None", at_t
     from megatron.remoe.preflight.messages import usage_errors
     from megatron.remoe.preflight.run_lock import only_training
     from megatron.remoe.training import hooks
-    from megatron.remoe.training.arguments import parse_args, take_saved_args, transformer_config_from_args
+    from megatron.remoe.training.arguments import model_config_from_args, parse_args, take_saved_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
     from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
     from megatron.training.utils import get_blend_and_blend_per_split, print_rank_last
@@ -105,7 +105,7 @@ def train(on_cpu: bool, observe: "Callable[[GPTModelConfig], None] | None", at_t
         check_vocabulary(args, get_blend_and_blend_per_split)
 
         patches.apply_patches(saves=bool(args.save))
-        model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
+        model_cfg = model_config_from_args(args)
         hooks.install_relu_routing(args, model_cfg)
         hooks.install_topk_warmup(args, model_cfg)
         hooks.install_local_layers(args, model_cfg)

@@ -4,6 +4,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -30,7 +31,7 @@ def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
     """A copy of `spec` in which every MoE layer takes any routing map, and has this router; dense layers stay.
 
     Args:
-        spec: one transformer layer's specification, or that of a block of layers.
+        spec: one transformer layer's specification, that of a block of layers, or that of a hybrid stack.
         router: its class.
 
     Raises:
@@ -38,6 +39,9 @@ def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
     """
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[with_router(layer_spec, router) for layer_spec in spec.layer_specs or []])
+    if isinstance(spec.submodules, HybridStackSubmodules):
+        moe_layer = with_router(spec.submodules.moe_layer, router)
+        return replace(spec, submodules=replace(spec.submodules, moe_layer=moe_layer))
     return replace(spec, submodules=replace(spec.submodules, mlp=_routed_mlp(spec.submodules.mlp, router)))
 
 
@@ -92,6 +96,8 @@ def _replaced(spec: Any, classes: dict[Any, Any]) -> Any:
         return classes.get(spec, spec)
     if isinstance(spec, list):
         return [_replaced(item, classes) for item in spec]
+    if isinstance(spec, dict):
+        return {name: _replaced(value, classes) for name, value in spec.items()}
     if isinstance(spec, partial):
         if spec.func is SequentialMLP:
             return partial(classes[SequentialMLP], stock=spec) if SequentialMLP in classes else spec

@@ -138,7 +138,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS),
     Refusal("mtp_num_layers", _is_set, "the multi-token prediction block builds its own top-k routers"),
     Refusal("experimental_attention_variant", _given, "it builds its own layer specification"),
-    Refusal("hybrid_layer_pattern", _given, "hybrid models build their own layer specification"),
     Refusal("use_megatron_fsdp", _is_set, UNTESTED_STATE),
     Refusal("use_torch_fsdp2", _is_set, UNTESTED_STATE),
     Refusal("init_model_with_meta_device", _is_set, "the router's state would be left uninitialized"),

@@ -13,9 +13,11 @@ from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
 from megatron.remoe.routing.refusals import relu_routing_problems, shown
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron
-from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args, hybrid_config_from_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.hybrid import HybridModelConfig
 
 # The data's index is built by one rank while all others wait. After the first step Megatron's own default holds again.
 MINUTES_TO_THE_FIRST_STEP, SECONDS_AFTER_IT = 60, 600
@@ -189,3 +191,9 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     """A `ReMoEConfig` where flags ask for more than Megatron has, otherwise Megatron's own configuration."""
     ours = args.moe_relu_routing or args.moe_warmup_topk is not None or wants_kernels(args)
     return megatron.core_transformer_config_from_args(args, config_class=ReMoEConfig if ours else None)
+
+
+def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
+    """The configuration of a HybridModel where --hybrid-layer-pattern is given, otherwise of a GPTModel."""
+    of_class = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
+    return of_class(args, config=transformer_config_from_args(args))

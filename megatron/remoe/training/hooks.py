@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_model_config
 from megatron.remoe.kernels import wants_kernels
+from megatron.remoe.local.hybrid import local_hybrid_stack_spec
 from megatron.remoe.moe.specs import (
     LayerSpec,
     with_engine_kernels,
@@ -31,9 +33,12 @@ from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.warmup import WarmupTopKRouter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+from megatron.training.models.hybrid import HybridModelConfig
+
+type ModelConfig = GPTModelConfig | HybridModelConfig
 
 
-def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
+def install_relu_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     """Give `model_cfg` the ReLU router, its dispatch, the once-per-step update and the log.
 
     Makes the changes of `patches` too, where that was not done. Does nothing without --moe-relu-routing.
@@ -54,13 +59,11 @@ def install_relu_routing(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
             "with transformer_config_from_args(args)."
         )
     apply_patches(saves=bool(args.save))
-    model_cfg.transformer_layer_spec = _changed_spec(
-        model_cfg.transformer_layer_spec, lambda spec, _vp_stage: with_relu_routing(spec)
-    )
+    _change_layers(model_cfg, lambda spec, _vp_stage: with_relu_routing(spec))
     model_cfg.post_wrap_hooks.append(_post_wrap_hook(args, config))
 
 
-def install_topk_warmup(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
+def install_topk_warmup(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     """Give a top-k MoE its near-dense warm-up, and make the changes of `patches`. Nothing without --moe-warmup-topk.
 
     Args:
@@ -84,13 +87,11 @@ def install_topk_warmup(args: argparse.Namespace, model_cfg: GPTModelConfig) -> 
                 module.register_forward_pre_hook(begin_step)
         return model_chunks
 
-    model_cfg.transformer_layer_spec = _changed_spec(
-        model_cfg.transformer_layer_spec, lambda spec, _vp_stage: with_router(spec, WarmupTopKRouter)
-    )
+    _change_layers(model_cfg, lambda spec, _vp_stage: with_router(spec, WarmupTopKRouter))
     model_cfg.post_wrap_hooks.append(install)
 
 
-def install_local_layers(args: argparse.Namespace, model_cfg: GPTModelConfig) -> None:
+def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     """Give `--transformer-impl local` attention, experts and norms made of PyTorch's own kernels.
 
     For dense, top-k and ReLU-routed models alike. With Transformer Engine its MoE layers get the kernels that
@@ -104,10 +105,9 @@ def install_local_layers(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
     """
     if args.transformer_impl != "local":
         if wants_kernels(args):
-            model_cfg.transformer_layer_spec = _changed_spec(
-                model_cfg.transformer_layer_spec, lambda spec, _vp_stage: with_engine_kernels(spec)
-            )
+            _change_layers(model_cfg, lambda spec, _vp_stage: with_engine_kernels(spec))
         return
+    is_hybrid = isinstance(model_cfg, HybridModelConfig)
     if args.local_layer_fusion and not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False
 
@@ -116,19 +116,34 @@ def install_local_layers(args: argparse.Namespace, model_cfg: GPTModelConfig) ->
             spec = with_fused_layers(spec)
         if not args.sequence_parallel:
             return spec
-        if isinstance(spec, ModuleSpec):
+        if isinstance(spec, ModuleSpec) and not is_hybrid:
             # Megatron would choose the final norm by itself.
             num_layers = get_num_layers_to_build(model_cfg.transformer, vp_stage=vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=WrappedTorchNorm)
         return with_sequence_parallel_norms(spec)
 
-    model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
+    _change_layers(model_cfg, change)
+
+
+def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | None], LayerSpec]) -> None:
+    """Let the model be built of other layers: those of the caller's specification, or Megatron's default, changed."""
+    if not isinstance(model_cfg, HybridModelConfig):
+        model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
+        return
+    if model_cfg.hybrid_stack_spec is None:
+        local = model_cfg.transformer.transformer_impl == "local"
+        model_cfg.hybrid_stack_spec = (
+            local_hybrid_stack_spec(model_cfg.transformer, model_cfg.hybrid_layer_pattern)
+            if local
+            else hybrid_stack_spec
+        )
+    model_cfg.hybrid_stack_spec = change(model_cfg.hybrid_stack_spec, None)
 
 
 def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpec]) -> Callable[..., LayerSpec]:
     """A builder of the layer specification `given` (Megatron's default where None) with `change` applied."""
 
-    def build(model_cfg: GPTModelConfig, vp_stage: int | None = None) -> LayerSpec:
+    def build(model_cfg: ModelConfig, vp_stage: int | None = None) -> LayerSpec:
         if given is None:
             spec = default_layer_spec(model_cfg, vp_stage)
         elif isinstance(given, ModuleSpec | TransformerBlockSubmodules):
@@ -162,7 +177,7 @@ def _post_wrap_hook(args: argparse.Namespace, config: ReMoEConfig) -> Callable[[
 
 
 def with_checked_weights(
-    args: argparse.Namespace, model_cfg: GPTModelConfig, provider: Callable[..., Any]
+    args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The provider of the data sets, which Megatron calls after loading: it first looks whether all weights are finite.
 

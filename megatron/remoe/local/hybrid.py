@@ -1,0 +1,94 @@
+"""HybridModel without Transformer Engine: Megatron has layers of plain PyTorch for GPTModel alone."""
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+LOCAL_LAYERS = {Symbols.ATTENTION: "attention", Symbols.MLP: "dense MLP", Symbols.MOE: "MoE"}
+
+
+class LocalHybridStack(HybridStack):
+    """`HybridStack` whose final norm is not Transformer Engine's.
+
+    Args:
+        layer_norm: builds the final norm.
+        post_layer_norm: whether there is one, on the last stage.
+        arguments, options: as `HybridStack`'s.
+    """
+
+    def __init__(
+        self, *arguments: Any, layer_norm: LayerNormBuilder, post_layer_norm: bool = True, **options: Any
+    ) -> None:
+        super().__init__(*arguments, post_layer_norm=False, **options)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            config = self.config
+            self.final_norm = layer_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSpec:
+    """A stack of the parts that Megatron's local GPT layers are made of, one sublayer a layer.
+
+    Parameters have the names in checkpoints that the local layers of GPTModel have.
+
+    Args:
+        config: of the model.
+        pattern: --hybrid-layer-pattern.
+
+    Raises:
+        ValueError: the pattern has layers that exist in Transformer Engine's stack alone.
+    """
+    others = sorted(set(pattern) & Symbols.VALID_LAYERS - set(LOCAL_LAYERS))
+    if others:
+        known = ", ".join(f"{letter} ({name})" for letter, name in LOCAL_LAYERS.items())
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern}: {' and '.join(others)} need Transformer Engine (and M mamba-ssm, G "
+            f"flash-linear-attention): use --transformer-impl transformer_engine on a GPU where they are installed. "
+            f"Plain PyTorch layers are {known}."
+        )
+    dense, moe = (
+        get_gpt_layer_local_submodules(
+            num_experts=experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+        )
+        for experts in (None, config.num_moe_experts)
+    )
+    names = dense.sharded_state_dict_keys_map
+    attention = TransformerLayerSubmodules(
+        input_layernorm=dense.input_layernorm,
+        self_attention=dense.self_attention,
+        self_attn_bda=dense.self_attn_bda,
+        sharded_state_dict_keys_map=names,
+    )
+    mlp, experts = (
+        TransformerLayerSubmodules(
+            pre_mlp_layernorm=of.pre_mlp_layernorm,
+            mlp=of.mlp,
+            mlp_bda=of.mlp_bda,
+            sharded_state_dict_keys_map=names,
+        )
+        for of in (dense, moe)
+    )
+    return ModuleSpec(
+        module=LocalHybridStack,
+        params={"layer_norm": dense.input_layernorm},
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+            moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=experts),
+        ),
+    )
