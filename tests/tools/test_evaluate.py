@@ -19,6 +19,7 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.test_modeling import make
 from tests.trainings import TINY, run
 from tools.common.data_sets import write_documents
+from tools.common.expert_counts import Experts
 from tools.common.hf.settings import args_of
 from tools.common.hf.weights import fill, under_megatrons_names
 from tools.common.megatron_model import build
@@ -26,7 +27,6 @@ from tools.common.tiny_model import RELU
 from tools.evaluate.command import main
 from tools.evaluate.paper import ROWS, beside_the_papers
 from tools.evaluate.tasks import TASKS, Score, choices, lambada, read_requests
-from tools.evaluate.text import Experts
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 

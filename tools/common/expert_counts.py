@@ -2,11 +2,34 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts per token of one layer, and the number of tokens that they were counted over."""
+
+    mean: float
+    percentile_99: int
+    largest: int
+    tokens: int
+
+    @classmethod
+    def of(cls, histogram: torch.Tensor) -> "Experts":
+        """From the number of tokens with 0, 1, 2, ... experts."""
+        tokens = int(histogram.sum())
+        share = histogram.cumsum(0) / tokens
+        return cls(
+            mean=float((histogram * torch.arange(len(histogram))).sum() / tokens),
+            percentile_99=int((share >= 0.99).nonzero()[0]),
+            largest=int(histogram.nonzero()[-1]),
+            tokens=tokens,
+        )
 
 
 @contextmanager

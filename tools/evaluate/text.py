@@ -19,31 +19,9 @@ from megatron.remoe.data.indexed import IndexedReader
 from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
-from ..common.expert_counts import counted_experts
+from ..common.expert_counts import Experts, counted_experts
 
 TOKENS_PER_FORWARD = 4096
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Experts per token of one layer, and the number of tokens that they were counted over."""
-
-    mean: float
-    percentile_99: int
-    largest: int
-    tokens: int
-
-    @classmethod
-    def of(cls, histogram: torch.Tensor) -> "Experts":
-        """From the number of tokens with 0, 1, 2, ... experts."""
-        tokens = int(histogram.sum())
-        share = histogram.cumsum(0) / tokens
-        return cls(
-            mean=float((histogram * torch.arange(len(histogram))).sum() / tokens),
-            percentile_99=int((share >= 0.99).nonzero()[0]),
-            largest=int(histogram.nonzero()[-1]),
-            tokens=tokens,
-        )
 
 
 @dataclass(frozen=True)
