@@ -22,6 +22,8 @@ _ROOMS = {
     "install_local_layers": "training.hooks",
     "install_relu_routing": "training.hooks",
     "install_topk_warmup": "training.hooks",
+    "with_flips": "training.hooks",
+    "keep_run_log": "training.run_log",
     "only_training": "preflight.run_lock",
     "check_evaluation_and_saving": "preflight.environment",
     "check_data": "preflight.data",

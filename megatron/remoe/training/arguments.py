@@ -11,6 +11,7 @@ from megatron.remoe.preflight.checkpoint_fit import check_is_data_alone
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
 from megatron.remoe.routing.refusals import relu_routing_problems, shown
+from megatron.remoe.training.flips import flips_problems
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron
 from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args, hybrid_config_from_args
@@ -35,6 +36,15 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         dest="local_layer_fusion",
         help="With --transformer-impl local: Megatron's own attention and experts, one small layer an expert, instead "
         "of those made of PyTorch's fused and grouped kernels.",
+    )
+    group.add_argument(
+        "--moe-log-flips-interval",
+        type=int,
+        metavar="N",
+        help="At every Nth update, log flips: the routing decisions that the update changes on a fixed micro-batch of "
+        "validation text (share of all token-expert pairs, and number per token and layer). Costs two forward passes "
+        "of a micro-batch, so about 2/(3NM) of the time with M micro-batches a step; the training stays as it is, "
+        "bit for bit. Off by default. The log line has them where N is a multiple of --log-interval.",
     )
     group.add_argument(
         "--allow-changed-settings",
@@ -95,7 +105,7 @@ def parse_args(
     choose_timeouts(args)
     apply_granularity(args)
     ignore_what_the_fork_ignores(args)
-    problems = relu_routing_problems(args)
+    problems = [*relu_routing_problems(args), *flips_problems(args)]
     if problems:
         raise ValueError("\n".join(problems))
     if args.moe_relu_routing:

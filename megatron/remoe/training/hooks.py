@@ -10,7 +10,7 @@ import torch
 
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker, set_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -31,6 +31,7 @@ from megatron.remoe.preflight.checkpoint_fit import check_is_finite
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.warmup import WarmupTopKRouter
+from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron.training.models.hybrid import HybridModelConfig
@@ -169,8 +170,7 @@ def _post_wrap_hook(args: argparse.Namespace, config: ReMoEConfig) -> Callable[[
             controller.update()
 
         chunks_config.finalize_model_grads_func = finalize_and_update
-        intervals = args.log_interval, args.tensorboard_log_interval
-        set_moe_metrics_tracker(ReMoEMetricsTracker(controller, *intervals, lambda: args.consumed_train_samples))
+        set_moe_metrics_tracker(_tracker(args, controller))
         return model_chunks
 
     return install
@@ -179,6 +179,48 @@ def _post_wrap_hook(args: argparse.Namespace, config: ReMoEConfig) -> Callable[[
 def with_checked_weights(
     args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]
 ) -> Callable[..., Any]:
+def _tracker(args: argparse.Namespace, controller: SparsityController | None) -> ReMoEMetricsTracker:
+    intervals = args.log_interval, args.tensorboard_log_interval
+    return ReMoEMetricsTracker(controller, *intervals, lambda: args.consumed_train_samples)
+
+
+def with_flips(
+    args: argparse.Namespace,
+    model_cfg: ModelConfig,
+    provider: Callable[..., Any],
+    forward_step: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The provider of the data sets, from which the calibration set of --moe-log-flips-interval is taken.
+
+    To be called after `install_relu_routing`. Does nothing without the flag.
+
+    Args:
+        args: Megatron's arguments.
+        model_cfg: the configuration that the model will be built from.
+        provider: of the data sets.
+        forward_step: as Megatron's loop takes it.
+    """
+    if args.moe_log_flips_interval is None:
+        return provider
+    meter = FlipMeter(args.moe_log_flips_interval, forward_step)
+
+    def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        meter.watch(model_chunks)
+        tracker = get_moe_metrics_tracker() if args.moe_relu_routing else _tracker(args, None)
+        tracker.measure_flips(meter)
+        set_moe_metrics_tracker(tracker)
+        return model_chunks
+
+    @wraps(provider)
+    def calibrating(*arguments: Any, **options: Any) -> Any:
+        data_sets = provider(*arguments, **options)
+        meter.calibrate(data_sets)
+        return data_sets
+
+    model_cfg.post_wrap_hooks.append(install)
+    return calibrating
+
+
     """The provider of the data sets, which Megatron calls after loading: it first looks whether all weights are finite.
 
     Args:

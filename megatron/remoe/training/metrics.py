@@ -1,16 +1,20 @@
-"""Sparsity, λ and expert load in Megatron's log line, TensorBoard and Weights & Biases."""
+"""Sparsity, λ, expert load and flips in Megatron's log line, TensorBoard, Weights & Biases and the run's log."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.remoe.patches.log_lines import RUN_LOGGER
 from megatron.remoe.routing.controller import RoutingSummary, SparsityController
+from megatron.remoe.training.flips import FlipMeter
 
 AGAINST_SAMPLES = ("moe_relu/sparsity", "moe_relu/l1_reg_coeff")  # as Megatron does with the loss
 
 
 class ReMoEMetricsTracker(MoEMetricsTracker):
-    """Megatron's tracker, whose report also tells what the sparsity controller saw.
+    """Megatron's tracker, whose report also tells what the sparsity controller saw, and flips where they are measured.
 
     Megatron's loop asks for a report after every step and prints it at log intervals; figures are fetched from the
     device only where they are written.
@@ -18,17 +22,23 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
 
     def __init__(
         self,
-        controller: SparsityController,
+        controller: SparsityController | None,
         log_interval: int,
         tensorboard_log_interval: int,
         consumed_samples: Callable[[], int],
     ) -> None:
         super().__init__()
+        self._logger = logging.getLogger(RUN_LOGGER)
+        self._flips: FlipMeter | None = None
         self._consumed_samples = consumed_samples
         self._controller = controller
         self._log_interval = log_interval
         self._tensorboard_log_interval = tensorboard_log_interval
         self._first = True
+
+    def measure_flips(self, meter: FlipMeter) -> None:
+        """Report what `meter` finds too."""
+        self._flips = meter
 
     def report(
         self,
@@ -46,21 +56,32 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         printed = self._first or iteration % self._log_interval == 0
         recorded = iteration % self._tensorboard_log_interval == 0 and (writer or wandb_writer)
         self._first = False
-        if not (printed or recorded):
+        flips = self._flips.after_update(iteration) if self._flips is not None else None
+        if flips is not None:
+            self._logger.info({"kind": "flips", "iteration": iteration, **asdict(flips)})
+            scalars = {"moe/flip_rate": flips.rate, "moe/flip_count": flips.count}
+            self._record(scalars, iteration, writer, wandb_writer)
+            text += f" flip rate: {flips.rate:.6f} | flip count: {flips.count:.6f} |"
+        if self._controller is None or not (printed or recorded):
             return text
         summary = self._controller.summary()
         if summary is None:
             return text
         if recorded:
-            scalars = _scalars(summary, per_layer_logging)
-            for name, value in scalars.items():
-                if writer is not None:
-                    writer.add_scalar(name, value, iteration)
-                    if name in AGAINST_SAMPLES:
-                        writer.add_scalar(f"{name} vs samples", value, self._consumed_samples())
-            if wandb_writer is not None:
-                wandb_writer.log(scalars, iteration)
+            self._record(_scalars(summary, per_layer_logging), iteration, writer, wandb_writer)
+        if printed and self._logger.isEnabledFor(logging.INFO):
+            self._logger.info(_run_log_record(summary))
         return text + _log_text(summary)
+
+    def _record(self, scalars: dict[str, float], iteration: int, writer: Any, wandb_writer: Any) -> None:
+        """Hand scalars to TensorBoard and Weights & Biases, each None where it is not asked for."""
+        for name, value in scalars.items():
+            if writer is not None:
+                writer.add_scalar(name, value, iteration)
+                if name in AGAINST_SAMPLES:
+                    writer.add_scalar(f"{name} vs samples", value, self._consumed_samples())
+        if wandb_writer is not None:
+            wandb_writer.log(scalars, iteration)
 
 
 def _log_text(summary: RoutingSummary) -> str:
@@ -72,6 +93,13 @@ def _log_text(summary: RoutingSummary) -> str:
         f" lowest layer sparsity: {min(layers, default=1.0):.6f} |"
         f" highest layer sparsity: {max(layers, default=1.0):.6f} |"
     ) + (f" guarded layers: {guarded} |" if guarded else "")
+
+
+def _run_log_record(summary: RoutingSummary) -> dict[str, Any]:
+    figures = asdict(summary)
+    loads = figures.pop("expert_load")
+    figures["layer_sparsity"] = {number: round(sparsity, 6) for number, sparsity in summary.layer_sparsity.items()}
+    return figures | {"tokens_per_expert": {number: [round(load, 5) for load in row] for number, row in loads.items()}}
 
 
 def _scalars(summary: RoutingSummary, per_layer: bool) -> dict[str, float]:

@@ -1,0 +1,195 @@
+"""Flips: the routing decisions that one update of the weights changes, on a fixed calibration set (paper figure 10)."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import get_model_config
+from megatron.training import get_args
+from megatron.training.training import (
+    disable_forward_pre_hook,
+    enable_forward_pre_hook,
+    should_disable_forward_pre_hook,
+)
+
+Maps = list[tuple[int, torch.Tensor]]  # layer number (from 1) and routing map, bool [tokens, experts]
+
+
+@dataclass(frozen=True)
+class Flips:
+    """What one update changed.
+
+    Attributes:
+        rate: share of the (token, expert) pairs of all MoE layers that became active or inactive, 0 to 1.
+        count: such pairs per token and layer: the rate times the number of experts.
+        layer_rate: the rate of each MoE layer, keyed by layer number (from 1).
+    """
+
+    rate: float
+    count: float
+    layer_rate: dict[int, float]
+
+
+class FlipMeter:
+    """Routes the calibration set before and after an update, without a trace in the training.
+
+    The calibration set is one micro-batch a data-parallel rank: the first sequences of the validation set, or of the
+    training set where there is none. It is routed as in evaluation, with the same input jitter each time.
+    """
+
+    def __init__(self, interval: int, forward_step: Callable[..., Any]) -> None:
+        """
+        Args:
+            interval: updates from one measured one to the next.
+            forward_step: as Megatron's loop takes it.
+        """
+        self._interval = interval
+        self._forward_step = forward_step
+        self._chunks: list[torch.nn.Module] = []
+        self._batches: list[dict[str, torch.Tensor] | None] = []
+        self._before: tuple[int, Maps] | None = None
+
+    def watch(self, model_chunks: list[torch.nn.Module]) -> None:
+        """Take the model on this rank, all its virtual pipeline stages."""
+        self._chunks = model_chunks
+
+    def calibrate(self, data_sets: list[Any]) -> None:
+        """Take this rank's sequences; once for each virtual pipeline stage.
+
+        Args:
+            data_sets: training, validation and test set, each None where this rank needs none; the validation set may
+                be a list of several.
+        """
+        train, valid, *_ = data_sets
+        data = valid[0] if isinstance(valid, list) and valid else valid or train
+        size, rank = get_args().micro_batch_size, mpu.get_data_parallel_rank()
+        self._batches.append(
+            data
+            and torch.utils.data.default_collate(
+                [data[number % len(data)] for number in range(rank * size, (rank + 1) * size)]
+            )
+        )
+
+    def after_update(self, iteration: int) -> Flips | None:
+        """Look at the routing where it is time; to be called on every rank after each update.
+
+        Args:
+            iteration: number of updates so far.
+
+        Returns:
+            What this update changed, on every `interval`th; otherwise None, as after a start between two of them.
+        """
+        if iteration % self._interval not in (0, self._interval - 1):
+            return None
+        maps = self._route()
+        before, self._before = self._before, (iteration, maps)
+        if iteration % self._interval or before is None or before[0] != iteration - 1:
+            return None
+        return self._compare(before[1], maps)
+
+    @torch.no_grad()
+    def _route(self) -> Maps:
+        """What this rank's routers decide, in the order of their calls."""
+        args, config = get_args(), get_model_config(self._chunks[0])
+        maps: Maps = []
+
+        def keep(router: TopKRouter, _inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            maps.append((router.layer_number, output[1].bool()))
+
+        modules = (module for chunk in self._chunks for module in chunk.modules())
+        routers = [module for module in modules if isinstance(module, TopKRouter) and not module.is_mtp_layer]
+        hooks = [router.register_forward_hook(keep) for router in routers]
+        timers, config.timers = config.timers, None  # they are about the training
+        try:
+            with _evaluating(self._chunks), _own_random_numbers(args.seed):
+                get_forward_backward_func()(
+                    forward_step_func=lambda data, model: (self._forward_step(data, model)[0], None),
+                    data_iterator=[repeat(batch) for batch in self._batches],
+                    model=self._chunks,
+                    # Interleaved stages take no fewer.
+                    num_microbatches=config.microbatch_group_size_per_vp_stage if len(self._chunks) > 1 else 1,
+                    seq_length=args.seq_length,
+                    micro_batch_size=args.micro_batch_size,
+                    decoder_seq_length=args.decoder_seq_length,
+                    forward_only=True,
+                )
+        finally:
+            config.timers = timers
+            for hook in hooks:
+                hook.remove()
+        return maps
+
+    def _compare(self, before: Maps, after: Maps) -> Flips:
+        config = get_model_config(self._chunks[0])
+        device = next(self._chunks[0].parameters()).device
+        table = torch.zeros(config.num_layers, 2, dtype=torch.float64, device=device)
+        for (number, was), (_, now) in zip(before, after, strict=True):
+            table[number - 1, 0] += (was != now).sum()
+            table[number - 1, 1] += now.numel()
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(table)  # each rank has routed tokens, or layers, of its own
+        rows = {number: row for number, row in enumerate(table.tolist(), start=1) if row[1]}
+        flipped, pairs = (sum(column) for column in zip(*rows.values(), strict=True))
+        return Flips(
+            rate=flipped / pairs,
+            count=flipped / pairs * config.num_moe_experts,
+            layer_rate={number: flipped / pairs for number, (flipped, pairs) in rows.items()},
+        )
+
+
+def flips_problems(args: argparse.Namespace) -> Iterator[str]:
+    """What does not go with --moe-log-flips-interval, each with the flag, its value and the remedy."""
+    interval = args.moe_log_flips_interval
+    if interval is None:
+        return
+    if interval < 1:
+        yield f"--moe-log-flips-interval {interval} must be at least 1. Leave it out to measure no flips."
+    if not args.num_experts:
+        yield f"--moe-log-flips-interval {interval} counts changed routing, and there are no experts. Leave it out."
+    if args.cuda_graph_impl != "none":
+        yield (
+            f"--moe-log-flips-interval {interval} cannot be used with --cuda-graph-impl {args.cuda_graph_impl}: what "
+            "routers in a graph decide is not seen. Leave it out, or use --cuda-graph-impl none."
+        )
+    if args.reuse_grad_buf_for_mxfp8_param_ag:
+        yield (
+            f"--moe-log-flips-interval {interval} cannot be used with --reuse-grad-buf-for-mxfp8-param-ag: the weights "
+            "are not whole after an update. Leave one of them out."
+        )
+
+
+@contextmanager
+def _evaluating(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Evaluation mode, with weights that are whole: those gathered as training goes forward are gathered at once."""
+    # Megatron gathers so from the first update on that was not skipped.
+    gathers = should_disable_forward_pre_hook(get_args()) and bool(chunks[0].remove_forward_pre_hook_handles)
+    if gathers:
+        disable_forward_pre_hook(chunks)
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.train()
+        if gathers:
+            enable_forward_pre_hook(chunks)
+
+
+@contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    on_host, on_device = torch.get_rng_state(), torch.cuda.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(on_host)
+        torch.cuda.set_rng_state(on_device)
