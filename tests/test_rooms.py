@@ -12,12 +12,13 @@ PACKAGE = REPOSITORY / "megatron" / "remoe"
 ROOMS = {
     "kernels": set(),
     "routing": {"kernels"},
+    "baselines": set(),
     "local": {"kernels"},
     "moe": {"routing", "local", "kernels"},
     "data": set(),
     "preflight": {"routing", "data"},
     "patches": {"preflight", "local"},
-    "training": {"routing", "local", "moe", "kernels", "data", "preflight", "patches"},
+    "training": {"routing", "baselines", "local", "moe", "kernels", "data", "preflight", "patches"},
     "hf": set(),
     "cpu": set(),
 }
@@ -27,6 +28,7 @@ MEGATRON: dict[str, set[str]] = {"data": set(), "hf": set(), "patches": BOTH, "t
 # What the method and its layers are made of, and nothing else.
 PURE = {
     "routing": {"torch", "megatron"},
+    "baselines": {"torch", "megatron"},
     "moe": {"torch", "megatron"},
     "local": {"torch", "megatron", "fla"},
     "kernels": {"torch", "triton", "megatron"},

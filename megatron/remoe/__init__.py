@@ -19,6 +19,7 @@ _ROOMS = {
     "add_remoe_arguments": "training.arguments",
     "parse_and_validate_args": "training.arguments",
     "transformer_config_from_args": "training.arguments",
+    "install_baseline_router": "training.hooks",
     "install_local_layers": "training.hooks",
     "install_relu_routing": "training.hooks",
     "install_topk_warmup": "training.hooks",

@@ -9,7 +9,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.remoe import cpu
-from megatron.remoe.training import install_relu_routing, transformer_config_from_args
+from megatron.remoe.baselines.hash import hand_token_ids
+from megatron.remoe.training import install_baseline_router, install_relu_routing, transformer_config_from_args
 from megatron.training.argument_utils import gpt_config_from_args
 
 from .errors import ConversionError
@@ -54,7 +55,10 @@ def build(args: argparse.Namespace) -> GPTModel:
     try:
         model_cfg = gpt_config_from_args(here, config=transformer_config_from_args(here))
         install_relu_routing(here, model_cfg)
+        install_baseline_router(here, model_cfg)
         builder = model_cfg.get_builder_cls()(model_cfg)
-        return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
+        model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
+        hand_token_ids([model])
+        return model.eval()
     except (ValueError, AssertionError, TypeError) as error:
         raise ConversionError(f"Megatron cannot build this model here: {error}") from error

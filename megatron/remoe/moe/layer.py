@@ -10,14 +10,13 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.local.experts import GroupedExperts
 from megatron.remoe.local.grouped_swiglu import waits_for_sizes
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.moe.plan import Counts, Ranks, count_bounded, count_pairs, plan_dispatch, plan_known
-from megatron.remoe.routing.router import ReLURouter
-from megatron.remoe.routing.warmup import WarmupTopKRouter
 
 
 class _OwnGradient(torch.autograd.Function):
@@ -64,7 +63,7 @@ class ReMoELayer(MoELayer):
         self.experts_gather = is_alone and self.has_grouped_experts and not self.shared_expert_overlap
         # Top-k routers without dropped tokens, and experts that need no sizes on the host: nothing has to be counted
         # where no rank is told of it.
-        varies = isinstance(self.router, ReLURouter | WarmupTopKRouter)
+        varies = type(self.router) is not TopKRouter
         self.pairs_limit = _pairs_limit(config) if varies else 0.0
         has_fixed_topk = not varies and config.moe_expert_capacity_factor is None
         takes_any_sizes = self.has_grouped_experts and not waits_for_sizes(self.experts.fc1)

@@ -49,7 +49,7 @@ moe_router_topk moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coe
 moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups
 moe_router_group_topk moe_router_enable_expert_bias moe_router_bias_update_rate moe_input_jitter_eps
 moe_expert_capacity_factor moe_token_drop_policy moe_pad_expert_input_to_capacity moe_apply_probs_on_input
-moe_warmup_topk moe_warmup_steps
+moe_warmup_topk moe_warmup_steps moe_baseline_router
 """.split()
 # ReLU routing's own settings do, but for the exact one and the one that the shape tells.
 RESULT_OF_RELU = [

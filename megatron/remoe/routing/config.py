@@ -56,6 +56,10 @@ class ReMoEConfig(TransformerConfig):
     """Near-dense warm-up of top-k routing, as in the paper's comparison: experts per token in the first steps, for
     instance 6 of 8; after them --moe-router-topk."""
 
+    moe_baseline_router: Literal["hash", "expert_choice", "random"] | None = None
+    """A router that the paper compares to, in the place of top-k: by the token's id; experts that take tokens, which
+    see the future of their sequence; at random."""
+
     moe_warmup_steps: int = 0
     """Optimizer steps of the near-dense warm-up, for instance 100."""
 
@@ -63,8 +67,8 @@ class ReMoEConfig(TransformerConfig):
         problems = relu_routing_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
-        if self.moe_relu_routing:
-            # Megatron insists on it for k = 1, where a softmax over one score is constant; ReLU has no softmax.
+        if self.moe_relu_routing or self.moe_baseline_router:
+            # Megatron insists on it for k = 1, where a softmax over one score is constant; these have none over k.
             self.moe_router_pre_softmax = True
         super().__post_init__()
 

@@ -6,7 +6,7 @@ which its `TransformerConfig` shares, so the table serves the command line and t
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Settings = Any  # argparse.Namespace or TransformerConfig: both are read by attribute name
@@ -161,7 +161,33 @@ def relu_routing_problems(settings: Settings) -> list[str]:
         problems.extend(_combinations(settings))
         problems.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
     problems.extend(_warmup(settings))
+    problems.extend(_baseline(settings))
     return problems
+
+
+def _baseline(settings: Settings) -> Iterator[str]:
+    """What does not go with a baseline router, which has no weights, or none that Megatron's settings reach."""
+    name = settings.moe_baseline_router
+    if name is None:
+        return
+    beside = f"--moe-baseline-router {name}"
+    if settings.moe_relu_routing or settings.moe_warmup_topk is not None:
+        other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
+        yield f"{other} cannot be used with {beside}: each is a router of its own. Give one of them."
+    refused = (replace(refusal, remedy="Leave it out") if refusal.reason == IGNORED else refusal for refusal in REFUSALS)
+    yield from filter(None, (refusal.problem(settings, beside) for refusal in refused))
+    yield from _combinations(settings, beside)
+    stages = getattr(settings, "pipeline_model_parallel_size", 1)
+    if name == "hash" and stages > 1:
+        yield (
+            f"--pipeline-model-parallel-size {stages} cannot be used with {beside}: only the first and the last stage "
+            "have the tokens' ids. Leave it out."
+        )
+    if name == "hash" and getattr(settings, "overlap_moe_expert_parallel_comm", False):
+        yield (
+            f"--overlap-moe-expert-parallel-comm (on) cannot be used with {beside}: layers of two micro-batches take "
+            "turns, and the router knows the ids of one. Leave it out."
+        )
 
 
 def _warmup(settings: Settings) -> Iterator[str]:

@@ -5,11 +5,18 @@ from megatron.remoe.training.arguments import (
     parse_and_validate_args,
     transformer_config_from_args,
 )
-from megatron.remoe.training.hooks import install_local_layers, install_relu_routing, install_topk_warmup, with_flips
+from megatron.remoe.training.hooks import (
+    install_baseline_router,
+    install_local_layers,
+    install_relu_routing,
+    install_topk_warmup,
+    with_flips,
+)
 from megatron.remoe.training.run_log import keep_run_log
 
 __all__ = [
     "add_remoe_arguments",
+    "install_baseline_router",
     "install_local_layers",
     "install_relu_routing",
     "install_topk_warmup",

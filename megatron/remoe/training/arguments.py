@@ -199,7 +199,8 @@ def apply_granularity(args: argparse.Namespace) -> None:
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     """A `ReMoEConfig` where flags ask for more than Megatron has, otherwise Megatron's own configuration."""
-    ours = args.moe_relu_routing or args.moe_warmup_topk is not None or wants_kernels(args)
+    routes = args.moe_relu_routing or args.moe_baseline_router or args.moe_warmup_topk is not None
+    ours = routes or wants_kernels(args)
     return megatron.core_transformer_config_from_args(args, config_class=ReMoEConfig if ours else None)
 
 

@@ -15,6 +15,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_model_config
+from megatron.remoe.baselines import ROUTERS
+from megatron.remoe.baselines.hash import hand_token_ids
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.local.hybrid import local_hybrid_stack_spec
 from megatron.remoe.moe.specs import (
@@ -90,6 +92,23 @@ def install_topk_warmup(args: argparse.Namespace, model_cfg: ModelConfig) -> Non
 
     _change_layers(model_cfg, lambda spec, _vp_stage: with_router(spec, WarmupTopKRouter))
     model_cfg.post_wrap_hooks.append(install)
+
+
+def install_baseline_router(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
+    """Give a model the router of --moe-baseline-router, and make the changes of `patches`. Nothing without the flag.
+
+    Args:
+        args: arguments from `parse_and_validate_args`.
+        model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
+
+    Raises:
+        TypeError: its layers cannot take the router.
+    """
+    if args.moe_baseline_router is None:
+        return
+    apply_patches(saves=bool(args.save))
+    _change_layers(model_cfg, lambda spec, _vp_stage: with_router(spec, ROUTERS[args.moe_baseline_router]))
+    model_cfg.pre_wrap_hooks.append(hand_token_ids)
 
 
 def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> None:

@@ -1,0 +1,66 @@
+"""Hash layers (Roller et al., arXiv 2106.04426): a token's experts follow from its id alone."""
+
+import torch
+
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.remoe.baselines.unlearned import UnlearnedRouter
+
+BITS = 0xFFFFFFFF
+
+
+class HashRouter(UnlearnedRouter):
+    """Gives each token id k experts at random, once for all and other ones in each layer.
+
+    Frequent ids weigh on their experts: the load is not balanced.
+    """
+
+    token_ids: torch.Tensor | None = None
+
+    def begin_batch(self, token_ids: torch.Tensor) -> None:
+        """Take the ids of the tokens that come next; see `hand_token_ids`.
+
+        Args:
+            token_ids: `[batch, sequence]`, of the whole tensor-parallel group.
+        """
+        self.token_ids = token_ids
+
+    def draw(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As above.
+
+        Raises:
+            RuntimeError: nobody has handed over the ids of these tokens.
+        """
+        if self.token_ids is None:
+            raise RuntimeError("HashRouter has no token ids: call hand_token_ids with the model once it is built.")
+        ids = self.token_ids.transpose(0, 1)
+        if self.config.sequence_parallel:
+            ids = scatter_to_sequence_parallel_region(ids.contiguous(), group=self.tp_group)
+        experts = torch.arange(self.num_experts, device=ids.device)
+        return _mixed(_mixed(ids.reshape(-1, 1)) + _mixed(experts + self.num_experts * self.layer_number))
+
+
+def hand_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Let the embedding tell the hash routers of a model which ids it looks up; nothing where there are none.
+
+    A router gets hidden states alone, and no public hook passes ids through the layers. All layers must be in this
+    process, and read the ids before those of the next micro-batch come.
+    """
+    modules = [module for chunk in model_chunks for module in chunk.modules()]
+    routers = [module for module in modules if isinstance(module, HashRouter)]
+
+    def tell(_embedding: torch.nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+        for router in routers:
+            router.begin_batch(named["input_ids"] if "input_ids" in named else inputs[0])
+
+    for module in modules if routers else []:
+        if isinstance(module, LanguageModelEmbedding):
+            module.register_forward_pre_hook(tell, with_kwargs=True)
+    return model_chunks
+
+
+def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """int64 → 32 bits that depend on all of the number's lower 32, in int64."""
+    for _ in range(2):
+        numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & BITS
+    return (numbers >> 16) ^ numbers
