@@ -25,6 +25,11 @@ check mypy "$VENV/bin/python" -m mypy
 check shellcheck find . \( -path ./.venv -o -path ./.git -o -path ./runs \) -prune \
   -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -type f -exec "$VENV/bin/shellcheck" --external-sources {} +
 
+# Of lm-eval the tests need no more than this; its dependencies take 500 MB. Without a network they skip what needs it.
+if ! "$VENV/bin/python" -c 'import lm_eval, sqlitedict' 2>/dev/null; then
+  pip_install --quiet --no-deps --no-build-isolation lm-eval sqlitedict || true
+fi
+
 status=0
 "$VENV/bin/python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@" || status=$?
 if [[ -n $failed ]]; then

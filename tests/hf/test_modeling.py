@@ -1,8 +1,5 @@
 """The model for transformers against Megatron's, and what transformers asks of a model."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
+from tools.after_training import environment
 from tools.common.hf.settings import args_of, complete, config_of
 from tools.common.hf.weights import fill, under_megatrons_names
 from tools.common.megatron_model import build
@@ -207,22 +205,16 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         assert half(ids).logits.dtype == torch.bfloat16
         assert (half(ids).logits - logits).abs().max() < 0.1 * logits.abs().max()
     assert isinstance(AutoConfig.from_pretrained(tmp_path), RemoeConfig)
-    lines = f"""
-import importlib.abc, sys
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("megatron", "tools", "tests"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Hidden())
-import torch
+    program = tmp_path / "alone.py"
+    program.write_text(f"""
+import importlib.util, torch
 from transformers import AutoModelForCausalLM
+assert not importlib.util.find_spec("megatron")
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
 ids = torch.tensor({ids.tolist()})
 torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=2).shape), {str(tmp_path / "out.pt")!r})
-assert not any(name.startswith("megatron") for name in sys.modules)
-"""
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
+""")
+    environment.run(environment.without_megatron(tmp_path / "environment"), program)
     theirs, shape = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(theirs, logits)
     assert shape == (len(ids), ids.shape[1] + 2)

