@@ -56,12 +56,12 @@ class ReMoEConfig(TransformerConfig):
     """Near-dense warm-up of top-k routing, as in the paper's comparison: experts per token in the first steps, for
     instance 6 of 8; after them --moe-router-topk."""
 
+    moe_warmup_steps: int = 0
+    """Optimizer steps of the near-dense warm-up, for instance 100."""
+
     moe_baseline_router: Literal["hash", "expert_choice", "random"] | None = None
     """A router that the paper compares to, in the place of top-k: by the token's id; experts that take tokens, which
     see the future of their sequence; at random."""
-
-    moe_warmup_steps: int = 0
-    """Optimizer steps of the near-dense warm-up, for instance 100."""
 
     def __post_init__(self) -> None:
         problems = relu_routing_problems(self)

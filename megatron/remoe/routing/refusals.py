@@ -174,8 +174,10 @@ def _baseline(settings: Settings) -> Iterator[str]:
     if settings.moe_relu_routing or settings.moe_warmup_topk is not None:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
         yield f"{other} cannot be used with {beside}: each is a router of its own. Give one of them."
-    refused = (replace(refusal, remedy="Leave it out") if refusal.reason == IGNORED else refusal for refusal in REFUSALS)
-    yield from filter(None, (refusal.problem(settings, beside) for refusal in refused))
+    for refusal in REFUSALS:
+        ignored = refusal.reason == IGNORED
+        if problem := (replace(refusal, remedy="Leave it out") if ignored else refusal).problem(settings, beside):
+            yield problem
     yield from _combinations(settings, beside)
     stages = getattr(settings, "pipeline_model_parallel_size", 1)
     if name == "hash" and stages > 1:
