@@ -1,7 +1,7 @@
-"""Reads the lines that Megatron's training loop prints at log intervals."""
+"""Reads what Megatron prints: its arguments, and the lines at log intervals."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 _LINE = re.compile(r"\[[^][]+\] iteration +(\d+)/ *(\d+) \|(.*)$", re.MULTILINE)
 # What the authors' fork prints, by this project's names: its λ is the one after the update, its L1 a mean over layers.
@@ -11,6 +11,7 @@ FORK_NAMES = {
     "l1_reg_loss": "mean l1 loss of a layer",
 }
 _FIELD = re.compile(r" ([a-z][a-z0-9_ ()/]*): +(\S+) \|")
+_ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
 
 
 def read_log(text: str) -> dict[int, dict[str, str]]:
@@ -27,6 +28,11 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
         int(iteration): {FORK_NAMES.get(name, name): value for name, value in _FIELD.findall(fields)}
         for iteration, _, fields in _LINE.findall(text)
     }
+
+
+def read_arguments(lines: Iterable[str]) -> dict[str, str]:
+    """Name of each argument, as `args` has it → its value as printed; of the last start where there are several."""
+    return {match[1]: match[2].strip() for line in lines if (match := _ARGUMENT.search(line))}
 
 
 def seconds_per_iteration(fields: Mapping[str, str]) -> float:

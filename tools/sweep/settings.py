@@ -2,16 +2,15 @@
 
 import itertools
 import os
-import re
 import shlex
 import subprocess
 from pathlib import Path
 
 from ..common.flags import Settings, parse
+from ..common.log_reader import read_arguments
 from .errors import SettingsError
 from .plan import Launch, Run
 
-_ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
 PRINTED_WITHIN = 5000  # lines
 
 
@@ -82,11 +81,10 @@ def settings_of(folder: Path) -> Settings | None:
 def _printed(folder: Path) -> Settings | None:
     try:
         with (folder / "train.log").open(encoding="utf-8", errors="replace") as file:
-            found = [match for line in itertools.islice(file, PRINTED_WITHIN) if (match := _ARGUMENT.search(line))]
+            found = read_arguments(itertools.islice(file, PRINTED_WITHIN))
     except FileNotFoundError:
         return None
-    named: Settings = {f"--{match[1].replace('_', '-')}": (match[2].strip(),) for match in found}
-    return named or None
+    return {f"--{name.replace('_', '-')}": (value,) for name, value in found.items()} or None
 
 
 def would_start_with(launch: Launch, run: Run, anywhere: bool) -> Settings:

@@ -1,0 +1,94 @@
+"""One HTML file of one or more trainings, which opens by a double click and needs no network.
+
+python tools/report runs/quickstart/remoe                                         # writes report.html there
+python tools/report runs/quickstart/{dense,moe,remoe} --output comparison.html    # laid over each other
+python tools/report runs/llama_182m_remoe --watch                                 # anew every 30 s while it trains
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..common.display import Display
+from ..common.errors import ToolError
+from ..common.files import write_text
+from .reading import Run, read_run, sources
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its --save, or a log's file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
+    parser.add_argument(
+        "--watch",
+        type=int,
+        nargs="?",
+        const=30,
+        metavar="SECONDS",
+        help="write it anew every so many seconds (default: 30) until the runs are done; the page loads itself again",
+    )
+    args = parser.parse_args(arguments)
+    if args.watch is not None and args.watch < 1:
+        parser.error(f"--watch {args.watch}: give a number of at least 1.")
+    return args
+
+
+def names(places: Sequence[Path]) -> list[str]:
+    """Of the runs' folders, or whole paths where two are equal."""
+    folders = [place.parent if place.name == "checkpoints" else place for place in map(Path.resolve, places)]
+    short = [folder.name for folder in folders]
+    return short if len(set(short)) == len(short) else list(map(str, places))
+
+
+def write(args: argparse.Namespace, output: Path, display: Display, last: bool) -> list[Run]:
+    """Read the runs and write the page."""
+    from .page import page  # takes a moment to import
+
+    with display.step("reading", len(args.runs)):
+        runs = []
+        for place, name in zip(args.runs, names(args.runs), strict=True):
+            runs.append(read_run(place, name))
+            display.advance(1)
+    write_text(output, page(runs, None if last else args.watch))
+    return runs
+
+
+def report(args: argparse.Namespace, display: Display) -> None:
+    """Write the page; with --watch again and again, until all runs are done or somebody stops it.
+
+    Raises:
+        ToolError: a run has no files that tell of it.
+    """
+    for place in args.runs:
+        sources(place)
+    first = args.runs[0]
+    output = args.output or (first if first.is_dir() else first.parent) / "report.html"
+    try:
+        while args.watch and not all(run.done for run in write(args, output, display, last=False)):
+            display.say(f"{output}, {time.strftime('%H:%M:%S')}")
+            time.sleep(args.watch)
+    finally:
+        for run in write(args, output, display, last=True):
+            for note in run.notes:
+                display.fail(note)
+    display.say(str(output))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    args = parse_arguments(arguments)
+    try:
+        with Display() as display:
+            report(args, display)
+    except (ToolError, OSError) as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("report: stopped.", file=sys.stderr)
+        return 130
+    return 0

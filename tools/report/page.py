@@ -1,0 +1,50 @@
+"""The page: one HTML file with figures, tables and the library that draws them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bokeh.embed import components
+from bokeh.resources import Resources
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from ..sweep.stages import Stage
+from . import tables
+from .costs import UNKNOWN, count_flops, stages_of
+from .figures import colour, panels
+from .reading import Run
+
+
+def page(runs: Sequence[Run], reload_after: int | None) -> str:
+    """HTML that needs no network.
+
+    Args:
+        runs: at least one.
+        reload_after: seconds after which the page loads itself again.
+    """
+    sections = panels(runs)
+    script, plots = components([panel.plot for found in sections.values() for panel in found])
+    loader = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    found = [tables.differences(runs), *(table for run in runs for table in tables.evaluations(run))]
+    return loader.get_template("page.html").render(
+        title=", ".join(run.name for run in runs),
+        reload_after=reload_after,
+        library=Markup(Resources(mode="inline", components=["bokeh"]).render()),
+        script=Markup(script),
+        runs=[(run.name, colour(place)) for place, run in enumerate(runs)],
+        summary=tables.summary(runs),
+        stages=tables.stages({run.name: _stages(run) for run in runs}),
+        sections=sections,
+        next_plot=iter([Markup(plot) for plot in plots]).__next__,
+        tables=[table for table in found if table.rows],
+        notes=[note for run in runs for note in run.notes],
+    )
+
+
+def _stages(run: Run) -> list[Stage]:
+    try:
+        flops = count_flops(run.args)
+    except (AttributeError, TypeError) as error:
+        run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
+        flops = UNKNOWN
+    return stages_of(run, flops)
