@@ -1,10 +1,13 @@
-"""Start a ReMoE from a dense checkpoint (upcycling) or from a top-k MoE checkpoint.
+"""Start a ReMoE from a dense checkpoint (upcycling) or from a top-k MoE checkpoint, or change the model's class.
 
 dense:  python tools/convert_checkpoint --load DENSE --save OUT --num-experts 8
 top-k:  python tools/convert_checkpoint --load MOE --save OUT
+class:  python tools/convert_checkpoint --load RUN --save OUT --model hybrid|gpt
 
-The shape of the model, and the text that the routers are fitted to, come from the checkpoint's own arguments. Nothing
-is written if the loss grows by more than a bound. Then train as any ReMoE, with --pretrained-checkpoint OUT.
+A ReMoE: the shape of the model, and the text that the routers are fitted to, come from the checkpoint's own arguments.
+Nothing is written if the loss grows by more than a bound. Then train as any ReMoE, with --pretrained-checkpoint OUT.
+
+Another class: the same training, of any routing, goes on with --load OUT, optimizer state and all.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from ..common.megatron_model import build
 from ..common.one_process import one_process
 from ..common.text import blend_of, sample
 from .fitting import fit_router
+from .model_class import convert_class
 from .models import (
     counted_pairs,
     fill,
@@ -48,6 +52,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--save", type=Path, required=True, metavar="FOLDER", help="where the ReMoE's checkpoint goes")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration to convert (default: the newest)")
+    parser.add_argument(
+        "--model", choices=("gpt", "hybrid"), help="only change Megatron's model class; nothing is fitted or measured"
+    )
     shape = parser.add_argument_group("shape of the ReMoE (for a top-k checkpoint: its own)")
     shape.add_argument("--num-experts", type=int, metavar="E", help="experts, each as large as the dense layer")
     shape.add_argument("--moe-router-topk", type=int, metavar="K", help="k of the target sparsity (default: 1)")
@@ -85,6 +92,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     ):
         if value is not None and value < least:
             parser.error(f"{flag} {value}: must be at least {least}.")
+    if args.model:
+        made = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
+        if given := [f"--{name.replace('_', '-')}" for name in made if getattr(args, name) is not None]:
+            parser.error(f"--model {args.model} keeps the model as it is: leave out {', '.join(given)}.")
     return args
 
 
@@ -200,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     with Display() as display:
         try:
-            convert(options, display)
+            (convert_class if options.model else convert)(options, display)
         except ConversionError as error:
             display.fail(f"convert_checkpoint: error: {error}")
             return 1
