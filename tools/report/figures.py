@@ -136,7 +136,7 @@ def _array(values: Sequence[float]) -> np.ndarray:
 
 
 def _figure(x_range: Range1d, unit: str, **settings: Any) -> figure:
-    settings = {"height": 270, "tools": "box_zoom,pan,wheel_zoom,reset,save", "active_scroll": None} | settings
+    settings = {"height": 270, "tools": "box_zoom,pan,wheel_zoom,reset,save", "active_drag": "box_zoom"} | settings
     plot = figure(x_range=x_range, sizing_mode="stretch_width", x_axis_label="iteration", y_axis_label=unit, **settings)
     plot.toolbar.logo, plot.toolbar.autohide = None, True
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")

@@ -23,7 +23,8 @@ def page(runs: Sequence[Run], reload_after: int | None) -> str:
         reload_after: seconds after which the page loads itself again.
     """
     sections = panels(runs)
-    script, plots = components([panel.plot for found in sections.values() for panel in found])
+    drawn = [panel.plot for found in sections.values() for panel in found]
+    script, plots = components(drawn) if drawn else ("", [])
     loader = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     found = [tables.differences(runs), *(table for run in runs for table in tables.evaluations(run))]
     return loader.get_template("page.html").render(
