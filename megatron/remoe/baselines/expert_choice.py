@@ -1,5 +1,7 @@
 """Expert choice (Zhou et al., arXiv 2202.09368): experts take tokens, instead of tokens experts."""
 
+from typing import Any
+
 import torch
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -14,13 +16,14 @@ class ExpertChoiceRouter(TopKRouter):
     """
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_of_topk: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route k · sequence / num_experts tokens of each sequence to each expert.
 
         Args:
             logits: `[sequence, batch, num_experts]`, in the router's dtype.
             padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
+            _of_topk: what only other ways of routing go by, in versions of Megatron that have them.
 
         Returns:
             probs: `[num_tokens, num_experts]`, the softmax over the experts where the map is True, else 0.

@@ -1,19 +1,17 @@
 """What routers without weights have in common."""
 
+from typing import Any
+
 import torch
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class UnlearnedRouter(TopKRouter):
     """Routes each token to `moe_router_topk` different experts, which add up with gates of 1; nothing is learned."""
 
-    def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
-    ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         # Megatron waits for the gradient of every parameter that is there.
         self.weight = self.bias = None
 
@@ -22,13 +20,14 @@ class UnlearnedRouter(TopKRouter):
         raise NotImplementedError
 
     def forward(
-        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None, *_of_topk: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route the tokens, padding included, as Megatron's top-k router does.
 
         Args:
             input: `[sequence, batch, hidden]`.
             padding_mask: not looked at.
+            _of_topk: what only other ways of routing go by, in versions of Megatron that have them.
 
         Returns:
             probs: `[num_tokens, num_experts]` of the input's dtype, 1 where the map is True.

@@ -22,14 +22,16 @@ def install() -> None:
     """Make Megatron run on the CPU in this process. Call it before anything else of Megatron is imported.
 
     Raises:
-        SystemExit: the installed megatron-core is a version that this was not written for.
+        SystemExit: the installed megatron-core is a version that this was not written for, and REMOE_TRY_MEGATRON is
+            not set.
     """
     version = importlib.metadata.version("megatron-core")
-    if version not in WRITTEN_FOR:
+    if version not in WRITTEN_FOR and not os.environ.get("REMOE_TRY_MEGATRON"):
         raise SystemExit(
             f"Training on the CPU was written for megatron-core {' or '.join(WRITTEN_FOR)}, {version} is installed. "
             f"Install it with: pip install 'megatron-core[training]=={WRITTEN_FOR[-1]}'. "
-            "On a machine with an accelerator this version is fine."
+            "On a machine with an accelerator this version is fine. "
+            "REMOE_TRY_MEGATRON=1 in the environment tries it here."
         )
     # Megatron decorates small functions with torch.compile, which needs a C++ compiler and a minute on a CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

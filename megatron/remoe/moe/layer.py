@@ -78,6 +78,7 @@ class ReMoELayer(MoELayer):
         hidden_states: torch.Tensor,
         intermediate_tensors: tuple[torch.Tensor, ...] | None = None,
         padding_mask: torch.Tensor | None = None,
+        **for_router: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As Megatron's.
 
@@ -85,6 +86,7 @@ class ReMoELayer(MoELayer):
             hidden_states: `[sequence, batch, hidden]`.
             intermediate_tensors: as Megatron's, for parts of the layer in CUDA graphs.
             padding_mask: bool `[batch, sequence]`, True at padding.
+            for_router: what some versions of Megatron hand to the router besides.
 
         Returns:
             `[sequence, batch, hidden]` and no bias.
@@ -94,18 +96,21 @@ class ReMoELayer(MoELayer):
         """
         in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
         if not self.pairs_limit and (in_graphs or not self.is_planned):
-            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+            return super().forward(hidden_states, intermediate_tensors, padding_mask, **for_router)
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("MoE layers with tensor parallelism train with sequence parallelism alone.")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
+        forward = partial(self._forward, for_router)
         if self.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(self._forward, False, hidden_states, padding_mask), None
-        return self._forward(hidden_states, padding_mask), None
+            return tensor_parallel.checkpoint(forward, False, hidden_states, padding_mask), None
+        return forward(hidden_states, padding_mask), None
 
-    def _forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    def _forward(
+        self, for_router: dict[str, Any], hidden_states: torch.Tensor, padding_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         shared_expert_output = self.shared_experts_compute(hidden_states)
-        probs, routing_map = self.route(hidden_states, padding_mask)
+        probs, routing_map = self.route(hidden_states, padding_mask, **for_router)
         counts = self._count(routing_map)
         if len(counts) == 1:
             output = self._routed(hidden_states, probs, routing_map, counts[0])

@@ -138,12 +138,14 @@ PATCHES = (
 def apply_patches(saves: bool = True) -> None:
     """Make the changes; with a version of Megatron that they were not read against none, and warn of what is lacking.
 
+    With REMOE_TRY_MEGATRON in the environment they are made in any version.
+
     Args:
         saves: whether checkpoints will be written.
     """
     patches = [patch for patch in PATCHES if saves or not patch.for_saving]
     version = importlib.metadata.version("megatron-core")
-    if version in READ_AGAINST:
+    if version in READ_AGAINST or os.environ.get("REMOE_TRY_MEGATRON"):
         for patch in patches:
             patch.apply()
     elif os.environ.get("RANK", "0") == "0":

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, switch_load_balancing_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
@@ -57,12 +56,10 @@ class ReLURouter(TopKRouter):
 
     config: ReMoEConfig
 
-    def __init__(
-        self, config: ReMoEConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
-    ) -> None:
+    def __init__(self, config: ReMoEConfig, *arguments: Any, **options: Any) -> None:
         if not getattr(config, "moe_relu_routing", False):
             raise ValueError(f"ReLURouter needs a ReMoEConfig with moe_relu_routing=True, got {type(config).__name__}.")
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        super().__init__(config, *arguments, **options)
         if not config.moe_relu_router_bias:
             self.bias = None
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
@@ -80,13 +77,14 @@ class ReLURouter(TopKRouter):
         return self.config.moe_relu_l1_reg_coeff_init * multiplier**self.l1_exponent
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_of_topk: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route each token to the experts with a positive logit.
 
         Args:
             logits: `[sequence, batch, num_experts]`, in the router's dtype.
             padding_mask: bool `[sequence, batch]`, True at padding, which is neither routed nor counted.
+            _of_topk: what only other ways of routing go by, in versions of Megatron that have them.
 
         Returns:
             probs: `[num_tokens, num_experts]`, the gates ReLU(logits), with the L1 term attached to their gradient

@@ -1,0 +1,1 @@
+"""What another version of Megatron would break."""

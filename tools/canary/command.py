@@ -1,0 +1,74 @@
+"""Run what can be run of this project against other versions of Megatron, and say what they would break.
+
+Each PATH is a Megatron-LM checkout or a wheel of megatron-core; neither it nor the environment is touched.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ..common.display import Display
+from ..common.errors import ToolError
+from ..common.files import write_between
+from ..common.places import ROOT
+from .candidate import Candidate, candidate, installed
+from .checks import CHECKS, Change, Comparison, Result
+from .report import BEGIN, END, markdown
+from .uses import sources, uses
+
+PAGE = ROOT / "docs" / "megatron_versions.md"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/canary.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkout or a wheel")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS), help="default: all")
+    parser.add_argument(
+        "--write", action="store_true", help=f"put the tables, side by side, into {PAGE.relative_to(ROOT)}"
+    )
+    return parser
+
+
+def main() -> int:
+    """Look at each; returns 1 if anything fails or did not run."""
+    parser = build_parser()
+    options = parser.parse_args()
+    if options.write and len(options.checks) < len(CHECKS):
+        parser.error("--write needs all checks: leave out --checks.")
+    found: list[tuple[Candidate, dict[str, Result], list[Change]]] = []
+    try:
+        with Display() as display:
+            for path in options.paths:
+                found.append(look_at(path, options.checks, display))
+    except ToolError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.write:
+        write_between(PAGE, BEGIN, END, markdown(installed(), found))
+    return int(any(result.state != "passes" for _, results, _ in found for result in results.values()))
+
+
+def look_at(path: Path, checks: list[str], display: Display) -> tuple[Candidate, dict[str, Result], list[Change]]:
+    """Run the checks on one, and say of each how it went."""
+    with tempfile.TemporaryDirectory(prefix="canary-") as folder, display.step(str(path), len(checks)):
+        other, base = candidate(path, Path(folder).resolve()), installed()
+        display.say(f"megatron-core {other.version} {other.date} beside {base.version}, which is installed")
+        comparison = Comparison(uses(sources()), base, other)
+        results = dict.fromkeys(checks, Result())
+        for name in checks:
+            start = time.monotonic()
+            results[name] = result = CHECKS[name](comparison)
+            display.say(f"  {name:22} {result.state:12} {time.monotonic() - start:4.0f} s  {result.said}")
+            for problem in result.problems:
+                display.say(f"    {problem}")
+            display.advance(1)
+        changes = comparison.changes()
+    display.say(f"  changed of what this project takes from Megatron: {len(changes)}")
+    for change in changes:
+        display.say(f"    {change.place}: {change.what}: {change.how}")
+    return other, results, changes
