@@ -47,6 +47,13 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "bit for bit. Off by default. The log line has them where N is a multiple of --log-interval.",
     )
     group.add_argument(
+        "--no-moe-router-pre-softmax",
+        action="store_false",
+        dest="moe_router_pre_softmax",
+        default=argparse.SUPPRESS,
+        help="Take back a --moe-router-pre-softmax in front of it, for instance of a launch script: softmax over the k.",
+    )
+    group.add_argument(
         "--allow-changed-settings",
         action="store_true",
         help="Go on from a checkpoint with another seed, data, batch size, routing or other settings that change the "
