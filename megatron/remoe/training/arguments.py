@@ -51,7 +51,7 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         action="store_false",
         dest="moe_router_pre_softmax",
         default=argparse.SUPPRESS,
-        help="Take back a --moe-router-pre-softmax in front of it, for instance of a launch script: softmax over the k.",
+        help="Take back a --moe-router-pre-softmax in front of it, as of a launch script: softmax over the k.",
     )
     group.add_argument(
         "--allow-changed-settings",
