@@ -6,6 +6,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodu
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -53,9 +58,9 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
     if others:
         known = ", ".join(f"{letter} ({name})" for letter, name in LOCAL_LAYERS.items())
         raise ValueError(
-            f"--hybrid-layer-pattern {pattern}: {' and '.join(others)} need Transformer Engine (and M mamba-ssm, G "
-            f"flash-linear-attention): use --transformer-impl transformer_engine on a GPU where they are installed. "
-            f"Plain PyTorch layers are {known}."
+            f"--hybrid-layer-pattern {pattern}: there are no plain PyTorch layers for {', '.join(others)}, but for {known}. "
+            "With --transformer-impl transformer_engine Megatron has them where its packages are installed "
+            "(Transformer Engine; mamba-ssm for M, flash-linear-attention for G)."
         )
     dense, moe = (
         get_gpt_layer_local_submodules(
@@ -90,5 +95,12 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
             moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=experts),
+            mtp_block_spec=ModuleSpec(
+                module=MultiTokenPredictionBlock,
+                # Without a layer: each depth is a stack of these, as the pattern has it.
+                submodules=MultiTokenPredictionBlockSubmodules(
+                    [get_mtp_layer_spec(None, use_transformer_engine=False)]
+                ),
+            ),
         ),
     )

@@ -9,6 +9,10 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -19,7 +23,7 @@ from megatron.remoe.moe.engine_experts import EngineExperts
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.routing.router import ReLURouter
 
-type LayerSpec = ModuleSpec | TransformerBlockSubmodules
+type LayerSpec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
 
 
 def with_relu_routing(spec: LayerSpec) -> LayerSpec:
@@ -31,17 +35,21 @@ def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
     """A copy of `spec` in which every MoE layer takes any routing map, and has this router; dense layers stay.
 
     Args:
-        spec: one transformer layer's specification, that of a block of layers, or that of a hybrid stack.
+        spec: one layer's specification, that of a block of layers (of multi-token prediction too), or that of a hybrid
+            stack.
         router: its class.
 
     Raises:
         TypeError: a layer's MLP is neither dense nor built from Megatron's `MoELayer`.
     """
-    if isinstance(spec, TransformerBlockSubmodules):
+    if isinstance(spec, TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules):
         return replace(spec, layer_specs=[with_router(layer_spec, router) for layer_spec in spec.layer_specs or []])
     if isinstance(spec.submodules, HybridStackSubmodules):
         moe_layer = with_router(spec.submodules.moe_layer, router)
         return replace(spec, submodules=replace(spec.submodules, moe_layer=moe_layer))
+    if isinstance(spec.submodules, MultiTokenPredictionLayerSubmodules):
+        layer = with_router(spec.submodules.mtp_model_layer, router)
+        return replace(spec, submodules=replace(spec.submodules, mtp_model_layer=layer))
     return replace(spec, submodules=replace(spec.submodules, mlp=_routed_mlp(spec.submodules.mlp, router)))
 
 

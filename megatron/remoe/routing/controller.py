@@ -1,5 +1,6 @@
 """Adaptive L1 coefficient: λ ← λ · α^sign(target − S), once per optimizer step (paper section 3.3)."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 
 from megatron.core.extensions import transformer_engine
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingCounts
@@ -22,7 +24,8 @@ class RoutingSummary:
         target_sparsity: 1 − k/E.
         l1_coefficient: the λ that was in force during the step.
         l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
-        layer_sparsity: sparsity per MoE layer, keyed by layer number (from 1).
+        layer_sparsity: sparsity per MoE layer, keyed by layer number (from 1): the decoder's, then those of multi-token
+            prediction.
         expert_load: per MoE layer, the share of its tokens that each expert got, `num_experts` values.
         guarded_layers: numbers of the layers that were freed from L1 and pushed up, being all but off before.
     """
@@ -56,6 +59,10 @@ class SparsityController:
         self.routers = [module for module in modules if isinstance(module, ReLURouter)]
         parameter = next((parameter for module in modules for parameter in module.parameters()), None)
         self.device = parameter.device if parameter is not None else torch.device("cpu")
+        self._numbers = _layer_numbers(self.routers, modules, config.num_layers)
+        self._num_layers = max([config.num_layers, *self._numbers])
+        if config.mtp_num_layers:  # whose layers one stage has, and others may not know how many are MoE
+            self._num_layers = _agreed_maximum(self._num_layers, self.device)
         # A router that is off for all tokens has no gradient; every layer's norms have one.
         self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
         self._counts: RoutingCounts | None = None
@@ -83,7 +90,7 @@ class SparsityController:
             # All routers at once: a launch for each of them would be most of the update.
             torch._foreach_copy_(
                 [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
-                [exponent] * len(self.routers) + [of_layers[router.layer_number - 1] for router in self.routers],
+                [exponent] * len(self.routers) + [of_layers[number - 1] for number in self._numbers],
             )
 
     def _decide(self, counts: RoutingCounts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +117,7 @@ class SparsityController:
             return None
         counts = self._counts.on_host()
         total, experts = counts.total(), self.num_experts
-        rows = {number: counts.layer(number) for number in range(1, self.config.num_layers + 1)}
+        rows = {number: counts.layer(number) for number in range(1, self._num_layers + 1)}
         layers = {number: row for number, row in rows.items() if row["tokens"] > 0}
         tokens, exponent = total["tokens"].item(), (total["l1_exponent"] / total["routers"].clamp(min=1.0)).item()
         return RoutingSummary(
@@ -126,8 +133,8 @@ class SparsityController:
 
     def _collect(self) -> RoutingCounts:
         """This rank's counts, a row for each layer: zeros where it has no router. The routers begin anew."""
-        counts = RoutingCounts.zeros(self.num_experts, self.device, self.config.num_layers)
-        layers = [counts.layer(router.layer_number) for router in self.routers]
+        counts = RoutingCounts.zeros(self.num_experts, self.device, self._num_layers)
+        layers = [counts.layer(number) for number in self._numbers]
         counted = [
             (layer.table, router.counts.table)
             for layer, router in zip(layers, self.routers, strict=True)
@@ -148,6 +155,22 @@ class SparsityController:
         if flat:
             torch.mul(torch.cat(flat).sum(), 0.0, out=counts.layer(1)["not_finite"])
         return counts
+
+
+def _layer_numbers(routers: Iterable[ReLURouter], modules: Iterable[torch.nn.Module], num_layers: int) -> list[int]:
+    """Each router's layer, from 1: Megatron counts those of multi-token prediction anew, in hybrids at each depth."""
+    blocks = [module for module in modules if isinstance(module, MultiTokenPredictionBlock)]
+    predicting = {id(module) for block in blocks for module in block.modules()}  # which a hybrid's routers are not told
+    after = itertools.count(num_layers + 1)
+    return [next(after) if id(router) in predicting else router.layer_number for router in routers]
+
+
+def _agreed_maximum(number: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers. Waits for the device."""
+    largest = torch.tensor(number, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
 
 
 def norm_weights(modules: Iterable[torch.nn.Module]) -> Iterator[torch.nn.Parameter]:

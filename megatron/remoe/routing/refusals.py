@@ -20,12 +20,14 @@ class Refusal:
         name: attribute that holds the setting; the flag is derived from it.
         refused: tells from the attribute's value whether it is refused.
         reason: what would go wrong.
+        where: file and function of megatron-core 0.19.2 that show it.
         remedy: what to do instead.
     """
 
     name: str
     refused: Callable[[Any], bool]
     reason: str
+    where: str
     remedy: str = "Leave it out"
 
     def problem(self, settings: Settings, beside: str = "--moe-relu-routing") -> str | None:
@@ -72,75 +74,156 @@ DROPLESS = "Leave it out: ReMoE is dropless"
 FIXED_K = "a token's number of experts varies, and this keeps, drops or pads to a fixed number"
 IGNORED = "it belongs to top-k routing and would have no effect"
 OTHER_CLASS = "Megatron replaces the configuration class for it"
+QUANTIZED = "chunks of a dense layer are computed again, which needs Transformer Engine's own checkpoint there"
+TOPK_SPEC = "its router and dispatcher compute top-k"
 UNTESTED_STATE = "it has not been tested with the router's state"
 
+DISPATCHERS = "core/transformer/moe/token_dispatcher.py"
+MOE_LAYER = "core/transformer/moe/moe_layer.py: MoELayer.forward"
+MOE_UTILS = "core/transformer/moe/moe_utils.py"
+ROUTING = "core/transformer/moe/router.py: TopKRouter.routing"
+SETTINGS = "training/argument_utils.py: core_transformer_config_from_args"
+
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal("moe_expert_capacity_factor", _given, FIXED_K, DROPLESS),
-    Refusal("moe_pad_expert_input_to_capacity", _is_set, FIXED_K, DROPLESS),
-    Refusal("moe_token_dropping", _is_set, FIXED_K, DROPLESS),
-    Refusal("moe_expert_rank_capacity_factor", _given, FIXED_K, DROPLESS),
-    Refusal("moe_paged_stash", _is_set, "its buffers are sized for k experts per token"),
     Refusal(
-        "moe_token_dispatcher_type",
-        lambda value: value not in ("alltoall", "allgather"),
-        "DeepEP and NCCL-EP send the k largest gates of a token and drop the others, and HybridEP is untested",
-        "Use --moe-token-dispatcher-type alltoall (or allgather)",
+        "moe_expert_capacity_factor", _given, FIXED_K, f"{MOE_UTILS}: apply_router_token_dropping", remedy=DROPLESS
+    ),
+    Refusal(
+        "moe_pad_expert_input_to_capacity",
+        _is_set,
+        FIXED_K,
+        f"{DISPATCHERS}: MoEAlltoAllTokenDispatcher.preprocess",
+        DROPLESS,
+    ),
+    Refusal(
+        "moe_pad_experts_for_cuda_graph_inference",
+        _is_set,
+        FIXED_K,
+        "core/inference/utils.py: set_decode_expert_padding",
+        DROPLESS,
+    ),
+    Refusal(
+        "moe_token_dropping", _is_set, FIXED_K, "core/transformer/transformer_config.py: TransformerConfig", DROPLESS
+    ),
+    Refusal(
+        "moe_expert_rank_capacity_factor",
+        _given,
+        FIXED_K,
+        f"{DISPATCHERS}: _HybridEPManager.setup_metadata",
+        DROPLESS,
+    ),
+    Refusal(
+        "moe_paged_stash",
+        _is_set,
+        "its buffers are sized for k experts per token",
+        "core/transformer/moe/experts.py: TEGroupedMLP._fused_forward",
     ),
     Refusal(
         "moe_permute_fusion",
         _is_set,
         "Transformer Engine's permutation fails where a layer routes no token",
+        f"{MOE_UTILS}: permute",
         "Leave it out: tokens are not sorted, so there is nothing to fuse",
     ),
-    Refusal("moe_enable_deepep", _is_set, "DeepEP sends exactly k experts per token"),
-    Refusal("moe_enable_routing_replay", _is_set, "replay records k experts per token"),
+    Refusal(
+        "moe_enable_deepep",
+        _is_set,
+        "DeepEP sends exactly k experts per token",
+        f"{DISPATCHERS}: _DeepepManager.setup_metadata",
+    ),
+    Refusal(
+        "moe_enable_routing_replay",
+        _is_set,
+        "replay records k experts per token",
+        f"{MOE_UTILS}: topk_routing_with_score_function",
+    ),
     Refusal(
         "moe_apply_probs_on_input",
         _is_set,
         "it assumes one expert per token",
+        "core/transformer/moe/experts.py: TEGroupedMLP.forward",
         "Leave it out: the gate scales the expert's output",
     ),
-    Refusal("moe_router_padding_for_quantization", _is_set, ADDS_PAIRS),
-    Refusal("fp8", _is_set, ADDS_PAIRS, "Use --bf16"),
-    Refusal("fp4", _is_set, ADDS_PAIRS, "Use --bf16"),
-    Refusal("moe_aux_loss_coeff", lambda value: any(_as_list(value)), IGNORED, BALANCED),
-    Refusal("moe_router_enable_expert_bias", _is_set, IGNORED, BALANCED),
+    Refusal("moe_router_padding_for_quantization", _is_set, ADDS_PAIRS, f"{MOE_UTILS}: pad_routing_map"),
+    Refusal("fp8", _is_set, QUANTIZED, MOE_LAYER, "Use --bf16"),
+    Refusal("fp4", _is_set, QUANTIZED, MOE_LAYER, "Use --bf16"),
+    Refusal("moe_aux_loss_coeff", lambda value: any(_as_list(value)), IGNORED, ROUTING, BALANCED),
+    Refusal("moe_router_enable_expert_bias", _is_set, IGNORED, ROUTING, BALANCED),
     Refusal(
         "moe_router_load_balancing_type",
         lambda value: not set(_as_list(value)) <= {"none", "aux_loss"},
         IGNORED,
+        ROUTING,
         "The L1 term balances the load: use --moe-router-load-balancing-type none or leave it out",
     ),
-    Refusal("moe_router_score_function", lambda value: value != "softmax", IGNORED, "Leave it out: the score is ReLU"),
-    Refusal("moe_router_topk_scaling_factor", _given, IGNORED),
-    Refusal("moe_router_num_groups", _given, IGNORED),
-    Refusal("moe_router_group_topk", _given, IGNORED),
-    Refusal("moe_router_topk_limited_devices", _given, IGNORED),
-    Refusal("moe_router_fusion", _is_set, "the fused kernel computes top-k"),
-    Refusal("moe_router_force_biased", _given, IGNORED),
-    Refusal("moe_router_force_load_balancing", _is_set, "it routes by random logits, which do not give k experts"),
-    Refusal("moe_latent_size", _given, "latent projections have not been tested with it"),
+    Refusal(
+        "moe_router_score_function",
+        lambda value: value != "softmax",
+        IGNORED,
+        ROUTING,
+        "Leave it out: the score is ReLU",
+    ),
+    Refusal("moe_router_topk_scaling_factor", _given, IGNORED, ROUTING),
+    Refusal("moe_router_num_groups", _given, IGNORED, ROUTING),
+    Refusal("moe_router_group_topk", _given, IGNORED, ROUTING),
+    Refusal(
+        "moe_router_topk_limited_devices",
+        _given,
+        IGNORED,
+        "core/transformer/transformer_config.py: TransformerConfig",
+    ),
+    Refusal("moe_router_fusion", _is_set, "the fused kernel computes top-k", ROUTING),
+    Refusal("moe_router_force_biased", _given, IGNORED, f"{MOE_UTILS}: apply_biased_logits"),
+    Refusal(
+        "moe_router_force_load_balancing",
+        _is_set,
+        "it routes by random logits, which do not give k experts",
+        f"{MOE_UTILS}: apply_random_logits",
+    ),
+    Refusal(
+        "moe_use_upcycling",
+        _is_set,
+        "it scales the experts for a softmax over k of them",
+        "core/transformer/moe/upcycling_utils.py: _convert_to_moe_state_dict",
+        "Use tools/convert_checkpoint, which fits the gates",
+    ),
+    Refusal(
+        "moe_latent_size",
+        _given,
+        "tokens that go by a plan would pass by the latent projections",
+        "core/transformer/moe/moe_layer.py: MoELayer.preprocess",
+    ),
     Refusal(
         "cuda_graph_impl",
         lambda value: value == "full_iteration",
         "the number of routed pairs changes the shapes from step to step",
+        "core/full_cuda_graph.py: FullCudaGraphWrapper",
         "Use --cuda-graph-impl none",
     ),
     Refusal(
         "transformer_impl",
         lambda value: value == "inference_optimized",
-        "its router and dispatcher compute top-k",
+        TOPK_SPEC,
+        "core/models/gpt/moe_module_specs.py: get_inference_optimized_moe_spec",
         "Use --transformer-impl transformer_engine or local",
     ),
-    Refusal("use_inference_optimized_layers", _is_set, "its router computes top-k"),
-    Refusal("multi_latent_attention", _is_set, OTHER_CLASS),
-    Refusal("heterogeneous_layers_config_path", _given, OTHER_CLASS),
-    Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS),
-    Refusal("mtp_num_layers", _is_set, "the multi-token prediction block builds its own top-k routers"),
-    Refusal("experimental_attention_variant", _given, "it builds its own layer specification"),
-    Refusal("use_megatron_fsdp", _is_set, UNTESTED_STATE),
-    Refusal("use_torch_fsdp2", _is_set, UNTESTED_STATE),
-    Refusal("init_model_with_meta_device", _is_set, "the router's state would be left uninitialized"),
+    Refusal(
+        "use_inference_optimized_layers",
+        _is_set,
+        TOPK_SPEC,
+        "core/models/gpt/moe_module_specs.py: get_inference_optimized_moe_spec",
+    ),
+    Refusal("multi_latent_attention", _is_set, OTHER_CLASS, SETTINGS),
+    Refusal("heterogeneous_layers_config_path", _given, OTHER_CLASS, SETTINGS),
+    Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS, SETTINGS),
+    Refusal("use_megatron_fsdp", _is_set, UNTESTED_STATE, "training/models/dist_utils.py: _ddp_wrap"),
+    Refusal("use_torch_fsdp2", _is_set, UNTESTED_STATE, "training/models/dist_utils.py: _ddp_wrap"),
+    Refusal(
+        "init_model_with_meta_device",
+        _is_set,
+        "without Megatron's FSDP all weights would be left uninitialized",
+        "training/models/dist_utils.py: to_empty_if_meta_device",
+    ),
 )
 
 
@@ -238,11 +321,33 @@ def _values(settings: Settings) -> Iterator[str]:
 
 def _combinations(settings: Settings, beside: str = "--moe-relu-routing") -> Iterator[str]:
     """Settings of Megatron's that are refused together with others."""
-    if settings.moe_relu_activation_limit and getattr(settings, "moe_shared_expert_overlap", False):
+    backend = getattr(settings, "moe_flex_dispatcher_backend", None)
+    if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
         yield (
-            "--moe-shared-expert-overlap (on) cannot be used with --moe-relu-activation-limit: a layer that works in "
-            "chunks has no single dispatch to overlap with. Leave it out, or add --moe-relu-activation-limit 0."
+            f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {beside}: "
+            "it sends the k largest gates of a token and drops the others. Use --moe-flex-dispatcher-backend hybridep, "
+            "or --moe-token-dispatcher-type alltoall (or allgather)."
         )
+    for overlap in ("moe_shared_expert_overlap", "overlap_dispatch_backward_with_experts_wgrad"):
+        if settings.moe_relu_activation_limit and getattr(settings, overlap, False):
+            yield (
+                f"{flag(overlap)} (on) cannot be used with --moe-relu-activation-limit: a layer that works in chunks "
+                "has no single dispatch to overlap with. Leave it out, or add --moe-relu-activation-limit 0."
+            )
+    is_hybrid = getattr(settings, "hybrid_layer_pattern", None) or getattr(settings, "is_hybrid_model", False)
+    if getattr(settings, "mtp_num_layers", None) and not is_hybrid:
+        if settings.sequence_parallel and settings.transformer_impl == "local":
+            yield (
+                f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {beside}, --sequence-parallel and "
+                "--transformer-impl local: Megatron builds its layers with PyTorch's norms, which refuse it. Use "
+                "--transformer-impl transformer_engine, or no tensor parallelism."
+            )
+        if getattr(settings, "pipeline_model_parallel_layout", None):
+            yield (
+                f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {beside} and "
+                "--pipeline-model-parallel-layout: only the first and the last stage get tokens and embeddings here. "
+                "Leave the layout out."
+            )
     tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
     if tensor_parallel > 1 and not settings.sequence_parallel:
         yield (

@@ -3,7 +3,7 @@
 import argparse
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.warmup import WarmupTopKRouter
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
+from megatron.remoe.training.mtp import rebuild_prediction_layers
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron.training.models.hybrid import HybridModelConfig
 
@@ -149,6 +150,8 @@ def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | No
     """Let the model be built of other layers: those of the caller's specification, or Megatron's default, changed."""
     if not isinstance(model_cfg, HybridModelConfig):
         model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
+        if model_cfg.transformer.mtp_num_layers:
+            model_cfg.pre_wrap_hooks.append(partial(rebuild_prediction_layers, change))
         return
     if model_cfg.hybrid_stack_spec is None:
         local = model_cfg.transformer.transformer_impl == "local"
@@ -195,9 +198,6 @@ def _post_wrap_hook(args: argparse.Namespace, config: ReMoEConfig) -> Callable[[
     return install
 
 
-def with_checked_weights(
-    args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]
-) -> Callable[..., Any]:
 def _tracker(args: argparse.Namespace, controller: SparsityController | None) -> ReMoEMetricsTracker:
     intervals = args.log_interval, args.tensorboard_log_interval
     return ReMoEMetricsTracker(controller, *intervals, lambda: args.consumed_train_samples)
@@ -221,7 +221,7 @@ def with_flips(
     """
     if args.moe_log_flips_interval is None:
         return provider
-    meter = FlipMeter(args.moe_log_flips_interval, forward_step)
+    meter = FlipMeter(args, forward_step)
 
     def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         meter.watch(model_chunks)
@@ -240,6 +240,9 @@ def with_flips(
     return calibrating
 
 
+def with_checked_weights(
+    args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]
+) -> Callable[..., Any]:
     """The provider of the data sets, which Megatron calls after loading: it first looks whether all weights are finite.
 
     Args:

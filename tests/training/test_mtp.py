@@ -1,0 +1,104 @@
+"""Multi-token prediction: its layers' routers are routers like any other, in both model classes."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.remoe.local.attention import FusedDotProductAttention
+from megatron.remoe.moe.layer import ReMoELayer
+from megatron.remoe.routing.controller import SparsityController
+from megatron.remoe.routing.router import ReLURouter
+from megatron.remoe.training import hooks
+from megatron.training.models.base import compose_hooks
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.hybrid import HybridModelConfig
+from tests.layers import make_config
+from tests.trainings import TINY, records, run
+from tools.common.tiny_model import RELU
+
+ARGS = argparse.Namespace(
+    moe_relu_routing=True,
+    log_interval=1,
+    tensorboard_log_interval=1,
+    save=None,
+    transformer_impl="local",
+    local_layer_fusion=True,
+    reset_attention_mask=False,
+    sequence_parallel=False,
+)
+
+
+def built(model_cfg: GPTModelConfig | HybridModelConfig) -> Any:
+    """The model with what is installed, before it is wrapped."""
+    hooks.install_relu_routing(ARGS, model_cfg)
+    hooks.install_local_layers(ARGS, model_cfg)
+    model = model_cfg.get_builder_cls()(model_cfg).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([model])
+    return model
+
+
+def config_of(num_layers: int, **changes: Any) -> dict[str, Any]:
+    config = make_config(
+        num_layers=num_layers, mtp_num_layers=2, normalization="RMSNorm", transformer_impl="local", **changes
+    )
+    return {"transformer": config, "vocab_size": 128, "position_embedding_type": "rope"}
+
+
+@pytest.mark.usefixtures("process_groups")
+def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They get router, dispatch and experts like the decoder's; when this fails, the rebuilding can go."""
+    settings = config_of(2)
+    monkeypatch.setattr(hooks, "rebuild_prediction_layers", lambda _change, chunks: chunks)
+    stock: GPTModel = built(GPTModelConfig(**settings))
+    assert [type(layer.mtp_model_layer.mlp.router) for layer in stock.mtp.layers] == [TopKRouter] * 2
+    monkeypatch.undo()
+    model: GPTModel = built(GPTModelConfig(**settings))
+    for layer, of_decoder in zip(model.mtp.layers, model.decoder.layers, strict=True):
+        layer = layer.mtp_model_layer
+        assert type(layer.mlp) is ReMoELayer and type(layer.mlp.router) is ReLURouter
+        assert type(layer.mlp.experts) is type(of_decoder.mlp.experts)
+        assert type(layer.self_attention.core_attention) is FusedDotProductAttention
+    assert model.state_dict().keys() >= {f"mtp.layers.{n}.mtp_model_layer.mlp.router.l1_exponent" for n in (0, 1)}
+
+
+@pytest.mark.usefixtures("process_groups")
+@pytest.mark.parametrize("is_hybrid", [False, True], ids=["GPT", "hybrid"])
+def test_each_router_has_a_row_of_its_own(is_hybrid: bool) -> None:
+    """Megatron numbers a hybrid's layers anew at each depth, and does not tell its routers that they predict."""
+    if is_hybrid:
+        settings = config_of(4, is_hybrid_model=True)
+        model = built(HybridModelConfig(**settings, hybrid_layer_pattern="*E*E/*E/*E"))
+        layers = [2, 4, 5, 6]
+    else:
+        settings, layers = config_of(2), [1, 2, 3, 4]
+        model = built(GPTModelConfig(**settings))
+    controller = SparsityController([model], settings["transformer"])
+    for router, pairs in zip(controller.routers, (1, 2, 3, 4), strict=True):
+        router.weight.data.fill_(-1.0)[:pairs] = 1.0
+        router(router.weight.new_ones(5, 1, router.weight.shape[1]))
+    controller.update()
+    summary = controller.summary()
+    assert summary is not None
+    assert summary.layer_sparsity == dict(zip(layers, (0.75, 0.5, 0.25, 0.0), strict=True))
+    assert summary.sparsity == 0.375, "those of multi-token prediction among them"
+    assert [int(router.l1_exponent) for router in controller.routers] == [1] * 4
+
+
+def test_training_goes_on_in_another_layout(data: Path, tmp_path: Path) -> None:
+    """The last stage takes tokens too, and the first learns of its layers from the table alone."""
+
+    def train(*arguments: str, processes: int = 1) -> dict[int, dict[str, str]]:
+        saving = ["--save", str(tmp_path / str(processes)), "--save-interval", "3", "--train-iters", "4"]
+        more = ["--data-path", str(data), *RELU, "--mtp-num-layers", "2", *saving, *arguments]
+        return records(run([*TINY, *more], processes))
+
+    whole = train()
+    parts = train("--pipeline-model-parallel-size", "2", "--load", str(tmp_path / "1"), "--ckpt-step", "3", processes=2)
+    assert list(parts) == [4]
+    for name in ("lm loss", "mtp_1 loss", "mtp_2 loss", "sparsity", "l1 coefficient", "l1 loss", "grad norm"):
+        assert float(parts[4][name]) == pytest.approx(float(whole[4][name]), rel=1e-4), name
