@@ -6,7 +6,9 @@
 #   DATA_DIR       a folder of them, taken with equal weights: the Pile's shards 01 to 29, or else every *_document.bin
 #   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt
 #                                                           (default: in DATA_DIR, or in the folder above it)
+#   MODEL          Megatron's class: gpt (GPTModel) or hybrid (HybridModel)            (default: see set_layer_flags)
 #   TP, PP, EP, CP           tensor, pipeline, expert and context parallel sizes      (default: 1)
+#   VPP            virtual stages of each pipeline rank                               (default: 1)
 #   NNODES or SLURM_NNODES, NODE_RANK, RANK or SLURM_NODEID, MASTER_ADDR, MASTER_PORT (default: one node)
 #   KERNELS=triton kernels beyond PyTorch's that no card has run yet                  (default: none of them)
 #   OUTPUT_DIR     checkpoints, TensorBoard, log and command of this run              (default: runs/<name>)
@@ -54,18 +56,38 @@ find_interpreter() {
 }
 
 set_layout_flags() {
-  local tp=${TP:-1} pp=${PP:-1} ep=${EP:-1} cp=${CP:-1} world
-  for pair in "TP $tp" "PP $pp" "EP $ep" "CP $cp"; do whole_number "${pair% *}" "${pair#* }"; done
+  local tp=${TP:-1} pp=${PP:-1} vpp=${VPP:-1} ep=${EP:-1} cp=${CP:-1} world
+  for pair in "TP $tp" "PP $pp" "VPP $vpp" "EP $ep" "CP $cp"; do whole_number "${pair% *}" "${pair#* }"; done
   world=$((GPUS_PER_NODE * NODES))
   ((world % (tp * pp * cp) == 0)) || die "$world processes cannot be split into TP=$tp x PP=$pp x CP=$cp"
   ((HEADS % tp == 0)) || die "TP=$tp does not divide the $HEADS attention heads"
-  ((LAYERS % pp == 0)) || die "PP=$pp does not divide the $LAYERS layers"
+  ((LAYERS % (pp * vpp) == 0)) || die "PP=$pp x VPP=$vpp does not divide the $LAYERS layers"
   LAYOUT=(--tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp" --context-parallel-size "$cp")
   if ((tp > 1)); then LAYOUT+=(--sequence-parallel); fi
   if [[ $ROUTING != dense ]]; then
     ((EXPERTS * GRANULARITY % ep == 0)) || die "EP=$ep does not divide the $((EXPERTS * GRANULARITY)) experts"
     LAYOUT+=(--expert-model-parallel-size "$ep")
   fi
+}
+
+# The layers as MODEL's class takes them: their number, or a pattern of attention and MLP, cut by | into pipeline stages.
+set_layer_flags() { # MEGATRON FLAGS, those behind --
+  local pp=${PP:-1} vpp=${VPP:-1} layer="*E" stage pattern
+  case ${MODEL:-gpt} in
+    gpt)
+      DEPTH=(--num-layers "$LAYERS")
+      if ((vpp > 1)); then DEPTH+=(--num-virtual-stages-per-pipeline-rank "$vpp"); fi
+      ;;
+    hybrid)
+      [[ " $* " != *" --num-layers"[\ =]* ]] || die "MODEL=hybrid takes no --num-layers: give --hybrid-layer-pattern," \
+        "as '*E*E' for two layers with experts, or '*-*-' without"
+      if [[ $ROUTING == dense ]]; then layer="*-"; fi
+      printf -v stage "%.0s$layer" $(seq $((LAYERS / pp / vpp)))
+      printf -v pattern "%.0s$stage|" $(seq $((pp * vpp)))
+      DEPTH=(--hybrid-layer-pattern "${pattern%|}")
+      ;;
+    *) die "MODEL=$MODEL: choose gpt or hybrid" ;;
+  esac
 }
 
 set_routing_flags() {
@@ -126,6 +148,7 @@ launch() {
   set_kernel_flags
   set_routing_flags
   set_layout_flags
+  set_layer_flags "$@"
   set_hardware_flags "$@"
   local output=${OUTPUT_DIR:-$LAUNCH_ROOT/runs/$name}
 
@@ -142,7 +165,7 @@ launch() {
   fi
   command+=("$LAUNCH_ROOT/pretrain_gpt.py")
   local flags=(
-    --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS" --ffn-hidden-size "$FFN"
+    "${DEPTH[@]}" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS" --ffn-hidden-size "$FFN"
     --group-query-attention --num-query-groups 4 --seq-length 1024 --max-position-embeddings 1024
     --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --position-embedding-type rope --rotary-base 1000000 --attention-dropout 0 --hidden-dropout 0

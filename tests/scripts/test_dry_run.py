@@ -48,6 +48,16 @@ def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
     assert (f"Checkpoints: {24 if size == '978m' else 12} of " in estimate) and "--save" in command_line
 
 
+def test_both_models_cost_the_same(pile: str) -> None:
+    """Parameters, FLOPs and memory, and neither differs from the paper."""
+    environment = {"DRY_RUN": "1", "DATA_DIR": pile, "PYTHON": sys.executable, "PP": "2", "VPP": "2"}
+    gpt, hybrid = (
+        launch("182m_remoe", MODEL=model, **environment).stdout.split("\n", 1) for model in ("gpt", "hybrid")
+    )
+    assert "--num-layers 12" in gpt[0] and "--hybrid-layer-pattern" in hybrid[0]
+    assert "in the fullest of 2 pipeline stages" in gpt[1] and gpt[1] == hybrid[1]
+
+
 def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
     """With GPT-2's vocabulary, which is read, on a path with blanks and letters beyond ASCII."""
     vocabulary, merges = tmp_path / "my vocäbulary.json", tmp_path / "my mërges.txt"

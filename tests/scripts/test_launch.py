@@ -13,6 +13,7 @@ import pytest
 
 from tests.scripts.launching import SCRIPTS, SIZES, command, launch, shards, value
 from tests.trainings import REPOSITORY, SMALL, records
+from tools.common.flags import parse
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -115,6 +116,17 @@ def test_layout_and_nodes() -> None:
     assert value(words, "--expert-model-parallel-size") == "4"
     assert value(words, "--node-rank") == "1" and value(words, "--master-addr") == "first"
     assert "--sequence-parallel" in words and "--standalone" not in words
+
+
+@pytest.mark.parametrize(("routing", "layer"), [("dense", "*-"), ("moe", "*E"), ("remoe", "*E")])
+@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (2, 3)])
+def test_models_differ_in_their_layers_alone(routing: str, layer: str, pp: int, vpp: int) -> None:
+    layout = {"PP": str(pp), "VPP": str(vpp)}
+    gpt, hybrid = (parse(command(f"182m_{routing}", MODEL=model, **layout)) for model in ("gpt", "hybrid"))
+    assert hybrid.pop("--hybrid-layer-pattern") == ("|".join([layer * (12 // (pp * vpp))] * (pp * vpp)),)
+    assert gpt.pop("--num-layers") == ("12",)
+    assert gpt.pop("--num-virtual-stages-per-pipeline-rank", ("1",)) == (str(vpp),)
+    assert gpt == hybrid
 
 
 @pytest.mark.parametrize(
@@ -243,6 +255,9 @@ def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Pat
         (["2"], {"EP": "3"}, "EP=3 does not divide the 8 experts"),
         (["2"], {"TP": "4"}, "cannot be split into TP=4"),
         (["8"], {"TP": "8"}, "TP=8 does not divide the 12 attention heads"),
+        (["8"], {"PP": "2", "VPP": "5"}, "PP=2 x VPP=5 does not divide the 12 layers"),
+        ([], {"MODEL": "mamba"}, "MODEL=mamba: choose gpt or hybrid"),
+        (["8", "--", "--num-layers", "2"], {"MODEL": "hybrid"}, "takes no --num-layers: give --hybrid-layer-pattern"),
         (["8"], {"NNODES": "2"}, "needs MASTER_ADDR"),
         (["8"], {"NNODES": "2", "MASTER_ADDR": "first", "RANK": "2"}, "is '2': give a number below NNODES=2"),
         (["8", "1", "1", "8", "1", "a/b"], {}, "project_name is 'a/b': it becomes part of a folder's name"),

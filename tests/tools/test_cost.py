@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.remoe.local.hybrid import local_hybrid_stack_spec
 from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing
 from tests.layers import make_config
 from tests.trainings import REPOSITORY
@@ -116,6 +117,7 @@ def arguments(**changes: object) -> argparse.Namespace:
         "kv_channels": 16,
         "micro_batch_size": 3,
         "seq_length": 32,
+        "hybrid_layer_pattern": None,
         "num_experts": 4,
         "moe_shared_expert_intermediate_size": None,
         "tensor_model_parallel_size": 1,
@@ -143,8 +145,9 @@ def arguments(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**settings | changes)
 
 
-def kept_by_pytorch(args: argparse.Namespace, experts: bool) -> tuple[float, float]:
+def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, float]:
     """Bytes that a real layer keeps for backward, its parameters not counted, and its active experts per token."""
+    experts = "E" in sublayers
     config = make_config(
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
@@ -163,9 +166,12 @@ def kept_by_pytorch(args: argparse.Namespace, experts: bool) -> tuple[float, flo
         attention_dropout=0.0,
         hidden_dropout=0.0,
     )
-    spec = get_gpt_layer_local_spec(
-        args.num_experts if experts else None, False
-    )  # LayerNorm keeps nothing beside input
+    if len(sublayers) == 2:
+        spec = get_gpt_layer_local_spec(args.num_experts if experts else None, False)
+    else:
+        stack = local_hybrid_stack_spec(config, sublayers).submodules
+        spec = {"*": stack.attention_layer, "-": stack.mlp_layer, "E": stack.moe_layer}[sublayers]
+    # Their LayerNorm keeps nothing beside its input.
     spec = with_relu_routing(spec) if experts else spec
     spec = with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
@@ -189,62 +195,63 @@ def kept_by_pytorch(args: argparse.Namespace, experts: bool) -> tuple[float, flo
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")
 @pytest.mark.usefixtures("process_groups")
-@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+@pytest.mark.parametrize("sublayers", ["*-", "*E", "*", "-", "E"])
 @pytest.mark.parametrize(
     "changes",
     [{}, {"local_layer_fusion": True}, {"local_layer_fusion": True, "moe_token_dispatcher_type": "allgather"}],
     ids=["Megatron's", "fused", "fused, allgather"],
 )
-def test_activations_are_those_that_pytorch_keeps(changes: dict[str, object], experts: bool) -> None:
+def test_activations_are_those_that_pytorch_keeps(changes: dict[str, object], sublayers: str) -> None:
+    """Of layers as in GPTModel and, each attention or MLP alone, in HybridModel."""
     args = arguments(**changes)
-    real, per_token = kept_by_pytorch(args, experts)
-    assert activations.layer_activations(args, experts, per_token).kept == pytest.approx(real, rel=0.03)
+    real, per_token = kept_by_pytorch(args, sublayers)
+    assert activations.layer_activations(args, sublayers, per_token).kept == pytest.approx(real, rel=0.04)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")
 @pytest.mark.usefixtures("process_groups")
 def test_activations_beyond_the_limit_are_not_kept() -> None:
     args = arguments(local_layer_fusion=True, moe_relu_activation_limit=1.0)
-    real, per_token = kept_by_pytorch(args, True)
+    real, per_token = kept_by_pytorch(args, "*E")
     assert per_token > 1.5
-    found = activations.layer_activations(args, True, per_token)
+    found = activations.layer_activations(args, "*E", per_token)
     assert found.kept == pytest.approx(real, rel=0.03)
-    at_target = activations.layer_activations(args, True, 1.0)
+    at_target = activations.layer_activations(args, "*E", 1.0)
     assert found.kept + found.recomputed == at_target.kept and at_target.recomputed == 0
 
 
 @pytest.mark.parametrize("flag", ["moe_permute_fusion", "moe_pad_expert_input_to_capacity"])
 def test_megatrons_permutation_keeps_a_copy_of_the_pairs(flag: str) -> None:
-    taken = activations.layer_parts(arguments(local_layer_fusion=True), True, 2)
-    permuted = activations.layer_parts(arguments(local_layer_fusion=True, **{flag: True}), True, 2)
+    taken = activations.layer_parts(arguments(local_layer_fusion=True), "*E", 2)
+    permuted = activations.layer_parts(arguments(local_layer_fusion=True, **{flag: True}), "*E", 2)
     assert taken["expert inputs"] == 0
     assert permuted == taken | {"expert inputs": 2 * 96 * 64 * 4}
 
 
 def test_recomputation() -> None:
     args = arguments()
-    parts = activations.layer_parts(args, True, 2)
-    everything = activations.layer_activations(args, True, 2)
+    parts = activations.layer_parts(args, "*E", 2)
+    everything = activations.layer_activations(args, "*E", 2)
     assert everything.kept == sum(parts.values()) and everything.recomputed == 0
 
     moe = activations.layer_activations(
-        arguments(recompute_granularity="selective", recompute_modules=["moe"]), True, 2
+        arguments(recompute_granularity="selective", recompute_modules=["moe"]), "*E", 2
     )
     assert moe.kept == sum(parts[name] for name in ("residual", "norms", "attention", "attention output", "scores"))
     assert moe.kept + moe.recomputed == everything.kept
 
-    full = activations.layer_activations(arguments(recompute_granularity="full"), True, 2)
+    full = activations.layer_activations(arguments(recompute_granularity="full"), "*E", 2)
     assert full.kept == args.hidden_size * args.seq_length * args.micro_batch_size * 4
 
 
 def test_mixed_dense_and_expert_layers() -> None:
-    assert [memory.is_moe_layer(arguments(moe_layer_freq=2), number) for number in (1, 2, 3, 4)] == [True, False] * 2
-    assert [memory.is_moe_layer(arguments(moe_layer_freq=[0, 1, 1]), number) for number in (1, 2, 3)] == [
-        False,
-        True,
-        True,
-    ]
-    assert not memory.is_moe_layer(arguments(num_experts=None), 1)
+    def layers(number: int, **changes: object) -> list[str]:
+        return [memory.sublayers(arguments(**changes), layer + 1) for layer in range(number)]
+
+    assert layers(4, moe_layer_freq=2) == ["*E", "*-"] * 2
+    assert layers(3, moe_layer_freq=[0, 1, 1]) == ["*-", "*E", "*E"]
+    assert layers(1, num_experts=None) == ["*-"]
+    assert layers(4, hybrid_layer_pattern="*-|*E") == ["*", "-", "*", "E"]
 
 
 def test_optimizer_bytes() -> None:

@@ -41,12 +41,12 @@ def element_size(args: argparse.Namespace) -> int:
     return 2 if args.bf16 or args.fp16 else 4
 
 
-def layer_parts(args: argparse.Namespace, is_moe: bool, experts_per_token: float) -> dict[str, float]:
+def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> dict[str, float]:
     """Bytes by part of the layer, nothing recomputed.
 
     Args:
         args: Megatron's validated arguments.
-        is_moe: whether the layer has experts.
+        sublayers: the layer as --hybrid-layer-pattern writes it: * attention, - MLP, E experts.
         experts_per_token: active experts of a token.
     """
     size, tp = element_size(args), args.tensor_model_parallel_size
@@ -58,22 +58,19 @@ def layer_parts(args: argparse.Namespace, is_moe: bool, experts_per_token: float
     local = args.transformer_impl == "local"
     fused = local and args.local_layer_fusion
 
-    parts = {
-        "residual": 2 * hidden * split * size,  # before attention and before the MLP
-        "norms": 2 * hidden * split * size,
-        "attention": (query + key_value) * tokens * size / tp,
-        "attention output": query * tokens * size / tp,
-    }
-    if local and not fused:
-        # Keys and values are repeated to all heads; the softmax's output is kept.
-        parts["attention"] = 3 * query * tokens * size / tp
-        parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
-    else:
+    parts = dict.fromkeys(("residual", "norms"), len(sublayers) * hidden * split * size)  # before each sublayer
+    if "*" in sublayers:
+        parts["attention"] = (query + key_value) * tokens * size / tp
+        parts["attention output"] = query * tokens * size / tp
         parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
         if fused:  # the queries are copied, and keys and values are parts of what they were copied from
             parts["attention"] += query * tokens * size / tp
-    if not is_moe:
+        elif local:  # keys and values are repeated to all heads; the softmax's output is kept
+            parts["attention"] = 3 * query * tokens * size / tp
+            parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
+    if "-" in sublayers:
         parts["mlp"] = _mlp(args, args.ffn_hidden_size) * tokens * size / tp
+    if "E" not in sublayers:
         return parts
 
     pairs = experts_per_token * split
@@ -105,14 +102,15 @@ def _mlp(args: argparse.Namespace, size: int) -> int:
     return sum(_mlp_tensors(args)) * size
 
 
-def layer_activations(args: argparse.Namespace, is_moe: bool, experts_per_token: float) -> LayerActivations:
+def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> LayerActivations:
     """Bytes of a layer under the arguments' recomputation; for parameters see `layer_parts`."""
-    limit = args.moe_relu_activation_limit * args.moe_router_topk if is_moe and args.moe_relu_routing else 0.0
+    bounded = "E" in sublayers and args.moe_relu_routing
+    limit = args.moe_relu_activation_limit * args.moe_router_topk if bounded else 0.0
     in_chunks = 0.0 < limit < experts_per_token
-    parts = layer_parts(args, is_moe, limit if in_chunks else experts_per_token)
+    parts = layer_parts(args, sublayers, limit if in_chunks else experts_per_token)
     everything = sum(parts.values())
     if args.recompute_granularity == "full":
-        inputs = parts["residual"] / 2
+        inputs = parts["residual"] / len(sublayers)
         if args.distribute_saved_activations:
             inputs /= args.tensor_model_parallel_size
         return LayerActivations(inputs, everything - inputs)

@@ -3,6 +3,7 @@
 import argparse
 import math
 from dataclasses import dataclass
+from itertools import batched
 
 import torch
 
@@ -80,7 +81,7 @@ def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
 
 
 def _activations(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> float:
-    layers = [layer_activations(args, is_moe_layer(args, n), experts_per_token) for n in stages[index].layers]
+    layers = [layer_activations(args, sublayers(args, n), experts_per_token) for n in stages[index].layers]
     kept, working = _with_recomputation(args, layers)
     total = kept * _micro_batches_in_flight(args, index) + working
     if index == len(stages) - 1:
@@ -101,25 +102,26 @@ def _with_recomputation(args: argparse.Namespace, layers: list[LayerActivations]
     if args.recompute_granularity != "full":
         return sum(layer.kept for layer in layers), max(layer.recomputed for layer in layers)
     number = args.recompute_num_layers or 1
-    everything = max(layer.kept + layer.recomputed for layer in layers)
+    everything = [layer.kept + layer.recomputed for layer in layers]
     if args.recompute_method == "block":
-        rest = layers[number:]
-        kept = sum(layer.kept for layer in layers[:number]) + sum(layer.kept + layer.recomputed for layer in rest)
-        return kept, everything
-    return sum(layer.kept for layer in layers) / number, everything * min(number, len(layers))
+        return sum(layer.kept for layer in layers[:number]) + sum(everything[number:]), max(everything)
+    return sum(layer.kept for layer in layers[::number]), max(map(sum, batched(everything, number)))
 
 
-def is_moe_layer(args: argparse.Namespace, number: int) -> bool:
-    """Whether the layer has experts.
+def sublayers(args: argparse.Namespace, number: int) -> str:
+    """What a layer is made of, in the letters of --hybrid-layer-pattern: one of them in HybridModel, two in GPTModel.
 
     Args:
         args: Megatron's validated arguments.
         number: of the layer, from 1.
     """
+    if args.hybrid_layer_pattern is not None:
+        return args.hybrid_layer_pattern.replace("|", "")[number - 1]
     if not args.num_experts:
-        return False
+        return "*-"
     pattern = args.moe_layer_freq
-    return (number - 1) % pattern == 0 if isinstance(pattern, int) else bool(pattern[number - 1])
+    is_moe = (number - 1) % pattern == 0 if isinstance(pattern, int) else pattern[number - 1]
+    return "*E" if is_moe else "*-"
 
 
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:

@@ -73,7 +73,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     if given["num_experts"]:
         given["num_experts"] //= args.moe_granularity
         given["moe_router_topk"] //= args.moe_granularity
+    if args.hybrid_layer_pattern:
+        given["num_layers"] = _of_gpt(args.hybrid_layer_pattern.replace("|", ""), "*E" if args.num_experts else "*-")
     return given
+
+
+def _of_gpt(pattern: str, layer: str) -> int | str:
+    """The number of GPTModel's layers that a HybridModel's amount to; the pattern where they are others."""
+    number = len(pattern) // len(layer)
+    return number if pattern == number * layer else pattern
 
 
 def expected(size: str, routing: str) -> dict[str, tuple[Any, str]]:

@@ -8,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.remoe.training import install_local_layers, install_relu_routing, transformer_config_from_args
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.remoe.training import install_local_layers, install_relu_routing
+from megatron.remoe.training.arguments import model_config_from_args
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def _without_parallelism(args: argparse.Namespace) -> argparse.Namespace:
     alone.world_size = alone.tensor_model_parallel_size = alone.pipeline_model_parallel_size = 1
     alone.context_parallel_size = alone.expert_model_parallel_size = alone.expert_tensor_parallel_size = 1
     alone.virtual_pipeline_model_parallel_size = None
+    alone.hybrid_layer_pattern = args.hybrid_layer_pattern and args.hybrid_layer_pattern.replace("|", "")
     alone.sequence_parallel = False
     return alone
 
@@ -80,15 +82,20 @@ def _stage(args: argparse.Namespace, rank: int) -> Stage:
 
 
 def _count(args: argparse.Namespace) -> Stage:
-    model_cfg = gpt_config_from_args(args, config=transformer_config_from_args(args))
+    model_cfg = model_config_from_args(args)
     install_relu_routing(args, model_cfg)
     install_local_layers(args, model_cfg)
     builder = model_cfg.get_builder_cls()(model_cfg)
-    chunks = args.virtual_pipeline_model_parallel_size
+    groups, chunks = ProcessGroupCollection.use_mpu_process_groups(), args.virtual_pipeline_model_parallel_size or 1
     with FakeTensorMode():
         models = [
-            builder.build_model(ProcessGroupCollection.use_mpu_process_groups(), vp_stage=chunk)
-            for chunk in (range(chunks) if chunks else (None,))
+            builder.build_model(
+                groups,
+                pre_process=chunk == 0 and is_pp_first_stage(groups.pp),
+                post_process=chunk == chunks - 1 and is_pp_last_stage(groups.pp),
+                vp_stage=chunk if chunks > 1 else None,
+            )
+            for chunk in range(chunks)
         ]
     shared = experts = 0
     for name, parameter in (item for model in models for item in model.named_parameters()):

@@ -69,8 +69,16 @@ class Parts:
         self._events = events
         self.found: dict[str, list[int]] = {}  # name → launches of each call
 
-    def watch(self, owner: Any, method: str, name: str) -> None:
-        """Count in this method of a class, or function of a module, from now on."""
+    def watch(
+        self, owner: Any, method: str, name: str, continues: Callable[[Any], bool] = lambda _first: False
+    ) -> None:
+        """Count in this method of a class, or function of a module, from now on.
+
+        Args:
+            owner, method: where it is.
+            name: of the part.
+            continues: whether a call, by its first argument, belongs to the one before it.
+        """
         real = getattr(owner, method)
 
         @functools.wraps(real)
@@ -78,7 +86,9 @@ class Parts:
             before = self._events.launches
             result = real(*arguments, **options)
             if self._events.are_counted:
-                self.found.setdefault(name, []).append(self._events.launches - before)
+                calls = self.found.setdefault(name, [])
+                so_far = calls.pop() if calls and continues(arguments[0]) else 0
+                calls.append(so_far + self._events.launches - before)
             return result
 
         setattr(owner, method, watched)

@@ -75,6 +75,7 @@ class Rehearsal:
     def _watch_parts(self) -> None:
         from megatron.core.pipeline_parallel import schedules
         from megatron.core.transformer.attention import SelfAttention
+        from megatron.core.transformer.identity_op import IdentityOp
         from megatron.core.transformer.moe.experts import TEGroupedMLP
         from megatron.core.transformer.moe.moe_layer import MoELayer
         from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -86,7 +87,6 @@ class Rehearsal:
         for owner, method, name in (
             (schedules, "forward_step", "forward"),
             (schedules, "backward_step", "backward"),
-            (TransformerLayer, "forward", "layer"),
             (SelfAttention, "forward", "attention"),
             (MoELayer, "route", "router"),
             (layer.ReMoELayer, "_count", "count"),
@@ -97,6 +97,10 @@ class Rehearsal:
             (SparsityController, "update", "update"),
         ):
             self.parts.watch(owner, method, name)
+        # HybridModel has attention and MLP in layers of their own.
+        self.parts.watch(
+            TransformerLayer, "forward", "layer", lambda layer: isinstance(layer.self_attention, IdentityOp)
+        )
 
     def _step(self, plan: dict[str, str], run: Any) -> Any:
         from megatron.training import get_args

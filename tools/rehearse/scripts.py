@@ -14,7 +14,8 @@ from ..common.places import ROOT
 from .flags import MADE_UP
 
 SETTINGS = set(
-    "TP PP EP CP DRY_RUN REHEARSE REHEARSE_JSON DATA_PATH DATA_DIR GPU KERNELS PYTORCH_CUDA_ALLOC_CONF".split()
+    "MODEL TP PP VPP EP CP KERNELS GPU DATA_PATH DATA_DIR DRY_RUN REHEARSE REHEARSE_JSON "
+    "PYTORCH_CUDA_ALLOC_CONF".split()
 )
 ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more repeat it
 GPUS = 8
