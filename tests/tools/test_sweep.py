@@ -35,7 +35,8 @@ FLAGS = [
 
 def test_the_full_list(tmp_path: Path) -> None:
     output, _ = sweep("--dry-run", "--output-dir", str(tmp_path / "all"))
-    heads, commands = output.splitlines()[::2], [shlex.split(line) for line in output.splitlines()[1::2]]
+    *lines, cost = output.splitlines()
+    heads, commands = lines[::2], [shlex.split(line) for line in lines[1::2]]
     scripts = REPOSITORY / "scripts"
     expected = [f"{scripts}/train_llama_{size}_dense.sh 8 60000 " for size in ("182m", "469m", "978m")]
     expected.append(f"{scripts}/train_llama_182m_dense.sh 8 60000  8")
@@ -51,14 +52,14 @@ def test_the_full_list(tmp_path: Path) -> None:
     for head, words in zip(heads, commands, strict=True):
         name = head.removeprefix("# ").partition(":")[0]
         assert words[:2] == [f"OUTPUT_DIR={tmp_path}/all/{name}", "bash"]
+    assert cost.startswith("# to train: 32 runs, ") and " h on 8 x h100 at 40%" in cost
     assert not (tmp_path / "all").exists()
 
 
 def test_narrowed_lists() -> None:
-    def names(*figures: str, routings: tuple[str, ...] = plan.ROUTINGS) -> list[str]:
+    def names(*figures: str, routings: tuple[str, ...] | None = None, **more: Any) -> list[str]:
         values: dict[str, list[Any]] = {"size": ["469m"], "experts": [4, 8], "granularity": [1, 2]}
-        values |= {"l1-init": [1e-16, 1e-8, 1.0], "l1-multiplier": [1.05, 1.2]}
-        return [run.name for run in plan.plan(figures, values, routings)]
+        return [run.name for run in plan.plan(figures, values | more, routings)]
 
     assert names("size") == ["llama_469m_dense_ffn4", "llama_469m_moe_e8g1", "llama_469m_remoe_e8g1"]
     assert names("experts", "granularity", routings=("remoe",)) == [
@@ -67,12 +68,30 @@ def test_narrowed_lists() -> None:
     assert names("experts", "granularity").count("llama_182m_dense_ffn4") == 1
     assert names("experts", routings=("dense",)) == ["llama_182m_dense_ffn4", "llama_182m_dense_ffn32"]
     base = "llama_182m_remoe_e8g1"
-    assert names(*plan.L1_FIGURES) == [f"{base}_init1e-16", base, f"{base}_init1", f"{base}_multiplier1.05"]
-    kinds = (plan.MATCHED, "remoe", plan.WARMUP)
+    l1 = {"l1-init": [1e-16, 1e-8, 1.0], "l1-multiplier": [1.05, 1.2], "granularity": [1]}
+    assert names("l1-init", "l1-multiplier", **l1) == [
+        f"{base}_init1e-16", base, f"{base}_init1", f"{base}_multiplier1.05"
+    ]  # fmt: skip
+    assert names("aux-coeff", routings=("moe-post", "remoe", "moe"), **{"aux-coeff": [1e-2, 1e-3]}) == [
+        "llama_182m_moe_e8g1", "llama_182m_moe_e8g1_coeff0.001", "llama_182m_moe_e8g2_post",
+        "llama_182m_moe_e8g2_post_coeff0.001", "llama_182m_moe_e8g2", "llama_182m_moe_e8g2_coeff0.001",
+    ]  # fmt: skip
+    assert names("lr", granularity=[1], lr=[1e-3]) == [
+        f"llama_182m_{kind}_lr0.001" for kind in ("dense_ffn4", "moe_e8g1", "remoe_e8g1")
+    ]
+    assert names("warmup-length", granularity=[1], **{"warmup-length": [500]}) == [
+        "llama_182m_moe_e8g1_warmup_length500"
+    ]
+    assert not names("gate", routings=("remoe",))
+    kinds = (plan.MATCHED, "remoe", "moe-warmup")
     assert names("granularity", routings=kinds)[3:] == [
         f"llama_182m_moe_e8{end}" for end in ("g2_warmup", "g1_matched", "g2_matched")
     ]
-    for name in [*names(*plan.FIGURES, *plan.L1_FIGURES), *names("granularity", routings=kinds), f"{base}_fork"]:
+    for name in [
+        *names(*plan.FIGURES, *plan.AXES, plan.COMPARED),
+        *names("granularity", routings=kinds),
+        f"{base}_fork",
+    ]:
         run = Run.from_name(name)
         assert run is not None and run.name == name
     assert Run.from_name("checkpoints") is None and Run.from_name("llama_182m_dense_ffn6") is None
@@ -82,7 +101,7 @@ def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
     arguments = "--figures experts --experts 4 16 --gpus-per-node 2 --train-iters 100 --micro-batch-size 4".split()
     flags = "-- --moe-z-loss-coeff 1e-3 --lr 1e-3".split()
     output, _ = sweep(*arguments, "--output-dir", str(tmp_path), *flags, DRY_RUN="1", EP="8")
-    dense, wide, few, _, many, _ = output.splitlines()[1::2]
+    dense, wide, few, _, many, _ = output.splitlines()[1:-1:2]
     assert dense.endswith("train_llama_182m_dense.sh 2 100 4 -- --lr 1e-3")
     assert wide.endswith("train_llama_182m_dense.sh 2 100 4 8 -- --lr 1e-3")
     assert few.endswith("train_llama_182m_moe.sh 2 100 4 4 1 -- --moe-z-loss-coeff 1e-3 --lr 1e-3")
@@ -103,6 +122,11 @@ def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
             "--num-experts behind --: the sweep sets it for each run; choose with",
         ),
         (["--", "--save=x"], "--save behind --: the sweep sets it for each run; choose with --output-dir"),
+        (
+            ["--figures", "lr", "--lrs", "1e-3", "--", "--min-lr", "0"],
+            "--min-lr behind --: the sweep sets it for llama_182m_dense_ffn4_lr0.001",
+        ),
+        (["--figures", "gate", "--routings", "remoe"], "--figures gate --routings remoe: no such routing has this"),
         (["--", "--eval-iters", "0"], "--eval-iters 0: no validation loss at the end. Give a number of at least 1"),
         (["--", "--split", "90,0,10"], "--split 90,0,10: nothing is left for validation"),
         (["--collect"], "no run of a sweep is there"),
@@ -117,16 +141,16 @@ def test_flags_of_other_protocols_and_l1_coefficients(tmp_path: Path) -> None:
     figures = "--figures granularity l1-init l1-multiplier --granularities 2 --l1-inits 1e-16 --l1-multipliers 1.5"
     routings = "--routings remoe moe-warmup moe-matched"
     output, _ = sweep("--dry-run", "--output-dir", str(tmp_path), *figures.split(), *routings.split())
-    commands = output.splitlines()[1::2]
+    *lines, waiting, _ = output.splitlines()
+    commands = lines[1::2]
     for command, flags in zip(
         commands,
         ("", " -- --moe-warmup-topk 6 --moe-warmup-steps 100", " -- --moe-relu-l1-reg-coeff-init 1e-16",
          " -- --moe-relu-l1-reg-coeff-multiplier 1.5"),
         strict=True,
     ):  # fmt: skip
-        shape = "8 1" if "l1-reg" in flags else "8 2"
-        assert command.endswith(f"8 60000 '' {shape}{flags}")
-    assert output.splitlines()[-1] == (
+        assert command.endswith(f"8 60000 '' 8 2{flags}")
+    assert waiting == (
         "# llama_182m_moe_e8g2_matched: the same command trains it once llama_182m_remoe_e8g2 is finished"
     )
 

@@ -133,10 +133,13 @@ def test_picture_has_a_panel_for_each_axis(tmp_path: Path) -> None:
         assert content.startswith(PNG)
         return int.from_bytes(content[16:20], "big")
 
-    runs = plan.plan(plan.FIGURES, plan.VALUES, [*plan.ROUTINGS, plan.WARMUP, plan.MATCHED])
+    runs = plan.plan(plan.FIGURES, {}, None)
     all_points = [(run, 2.0 - place / 100) for place, run in enumerate(runs)]
     assert width(all_points) == 1500
-    l1_points = [(run, 2.0) for run in plan.plan(plan.L1_FIGURES, plan.VALUES, ["remoe"])]
+    l1_points = [(run, 2.0) for run in plan.plan(["l1-init", "l1-multiplier"], {}, None)]
     assert width([*all_points, *l1_points]) == 2500
+    compared = [(run, 2.0) for run in plan.plan([plan.COMPARED], {}, None)]
+    assert width([*all_points, *compared]) == 2000
+    assert width([*all_points, *l1_points, *compared]) == 2500  # in two rows
     assert width([point for point in all_points if point[0].size == "182m"]) == 1000
     assert width(all_points[:1]) == 1000  # one run: a panel of its own

@@ -1,4 +1,4 @@
-"""Train models over size, number of experts and granularity, or over ReMoE's λ₀ and α, and compare them along each.
+"""Train models over size, experts, granularity, routings and settings of ReMoE and its baselines, and compare them.
 
 Runs scripts/train_llama_*.sh one after another, or submits them as Slurm jobs. What is finished is skipped, what was
 cut off goes on. A table (results.csv, results.md) and a picture (results.png) end up in the output folder. Data and
@@ -19,12 +19,13 @@ from rich.console import Console
 from ..common.files import lock
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
+from ..cost.gpus import ACCELERATORS
 from . import execution, plan, results, slurm, stages
 from .errors import SettingsError, SweepError
 from .inspection import Found, look, set_aside_old_log
 from .progress import Stopwatch, SweepDisplay, Work
 from .run_log import read_outcome
-from .settings import cost, tokens_per_iteration, whole
+from .settings import flops, tokens_per_iteration, whole
 
 EXAMPLES = """examples:
   all 32 runs on the 8 GPUs of this machine, one after another:
@@ -33,9 +34,11 @@ EXAMPLES = """examples:
     DATA_DIR=data EP=8 bash scripts/sweep.sh --figures experts --slurm --sbatch-flags="--nodes 2 --time 48:00:00"
   the table and the picture of what is there, with a run of the authors' fork beside them:
     ln -s ../../fork/logs/test runs/sweep/llama_182m_remoe_e8g1_fork && bash scripts/sweep.sh --collect
-  the two MoE baselines trained as in the paper's ablations; λ₀ and α with the steps until the sparsity has settled:
-    DATA_DIR=data bash scripts/sweep.sh --figures granularity --granularities 1 --routings remoe moe-warmup moe-matched
+  all routings beside each other; λ₀ and α with the steps until the sparsity has settled:
+    DATA_DIR=data bash scripts/sweep.sh --figures routing
     DATA_DIR=data bash scripts/sweep.sh --figures l1-init l1-multiplier --train-iters 20000 --output-dir runs/lambda
+  a top-k baseline tuned, with k = 1 and with k = 2 of twice as many experts:
+    DATA_DIR=data bash scripts/sweep.sh --figures aux-coeff gate lr --routings moe moe-sigmoid --granularities 1 2
   hours and FLOPs of the dense stage, the way to the target and the steady stage of a ReMoE:
     bash scripts/sweep.sh --stages runs/llama_182m_remoe_e8g1
   a part of it, shorter, with flags for Megatron behind --:
@@ -76,25 +79,29 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     base = f"{plan.SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
     what = parser.add_argument_group("what to train", f"Each figure varies one thing and keeps the others at {base}.")
-    what.add_argument("--figures", nargs="+", choices=(*plan.FIGURES, *plan.L1_FIGURES), default=plan.FIGURES,
+    what.add_argument("--figures", nargs="+", choices=(*plan.FIGURES, plan.COMPARED, *plan.AXES), default=plan.FIGURES,
                       help="default: the first three")  # fmt: skip
-    what.add_argument("--sizes", nargs="+", choices=plan.SIZES, default=plan.SIZES, help="of the figure size")
-    for name, least, values in (("experts", 2, plan.EXPERTS), ("granularities", 1, plan.GRANULARITIES)):
-        figure = "experts" if name == "experts" else "granularity"
+    what.add_argument("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="of the figure size")
+    for name, figure, least, more in (
+        ("experts", "experts", 2, ""),
+        ("granularities", "granularity", 1, "; if given, of the figure routing and those behind it too"),
+    ):
         what.add_argument(
-            f"--{name}", nargs="+", type=whole_number(least), default=values, metavar="N",
-            help=f"of the figure {figure} (default: {' '.join(map(str, values))})",
+            f"--{name}", nargs="+", type=whole_number(least), dest=figure, metavar="N",
+            help=f"of the figure {figure} (default: {' '.join(map(str, plan.VALUES[figure]))}){more}",
         )  # fmt: skip
-    for name, numbers, letter in (("l1-inits", plan.L1_INITS, "λ₀"), ("l1-multipliers", plan.L1_MULTIPLIERS, "α")):
+    for name, axis in plan.AXES.items():
         what.add_argument(
-            f"--{name}", nargs="+", type=above_zero, default=numbers, metavar=letter,
-            help=f"of the figure {name.removesuffix('s')} (default: {' '.join(f'{number:g}' for number in numbers)})",
+            f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N",
+            help=f"of the figure {name}: {axis.label} (default: {' '.join(f'{number:g}' for number in axis.values)})",
         )  # fmt: skip
     what.add_argument(
-        "--routings", nargs="+", choices=(*plan.ROUTINGS, plan.WARMUP, plan.MATCHED), default=plan.ROUTINGS,
-        help="default: the first three; dense is one run along E and G (with E one more, 8 times as wide), drawn as "
-        "lines; it gets no --moe-... flag behind --. moe-warmup: top-k with 6 of 8 experts in the first 100 steps; "
-        "moe-matched: top-k for as many steps as the FLOPs of the finished ReMoE beside it are worth",
+        "--routings", nargs="+", choices=plan.KINDS,
+        help="default: the first three, with the figure routing all, and with those behind it what has the setting. "
+        "dense is one run along E and G (with E one more, 8 times as wide), drawn as lines; it gets no --moe-... flag "
+        "behind --. moe-warmup: top-k with 6 of 8 experts in the first 100 steps; moe-matched: top-k for as many steps "
+        "as the FLOPs of the finished ReMoE beside it are worth; moe-post: softmax over the k, where G is above 1; "
+        "moe-lossfree: sigmoid with loss-free balance; remoe-unbalanced: f_e = 1; docs/baselines.md tells of all",
     )  # fmt: skip
     how = parser.add_argument_group("how to train", "Handed to the launch scripts; their defaults are the paper's.")
     for name, default, help_text in (
@@ -137,21 +144,20 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def sweep(console: Console, args: argparse.Namespace) -> int:
     """Train or submit what is not done, and collect; returns the exit code."""
-    values = {
-        "size": args.sizes,
-        "experts": args.experts,
-        "granularity": args.granularities,
-        "l1-init": args.l1_inits,
-        "l1-multiplier": args.l1_multipliers,
-    }
+    values = {name: given for name in (*plan.VALUES, *plan.AXES) if (given := getattr(args, name)) is not None}
     runs = plan.plan(args.figures, values, args.routings)
+    if not runs:
+        told = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
+        raise SettingsError(f"{told}: no such routing has this setting. Choose others, or leave --routings out.")
     launch = plan.Launch(args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, args.flags)
     waiting = waiting_runs(launch, runs)
     ready = [run for run in runs if run not in waiting]
     launch = match_flops(launch, ready)
     if args.dry_run:
-        list_commands(launch, look(launch, ready, anywhere=args.slurm), args)
+        found = look(launch, ready, anywhere=args.slurm)
+        list_commands(launch, found, args)
         tell_waiting(console, waiting)
+        tell_cost(console, launch, found)
         return 0
     message = f"Another sweep is at work in {args.output_dir}. Wait for it, or give --output-dir another folder."
     with lock(args.output_dir, SweepError(message)) as held:
@@ -186,14 +192,14 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
 
 def waiting_runs(launch: plan.Launch, runs: Sequence[plan.Run]) -> list[plan.Run]:
     """The matched runs whose ReMoE is not finished."""
-    matched = [run for run in runs if run.protocol == "matched"]
+    matched = [run for run in runs if run.kind == plan.MATCHED]
     outcomes = {run: read_outcome(launch.folder(plan.partner(run))) for run in matched}
     return [run for run, outcome in outcomes.items() if outcome is None or not outcome.finished]
 
 
 def match_flops(launch: plan.Launch, ready: Sequence[plan.Run]) -> plan.Launch:
     """The launch with the iterations of the matched runs."""
-    matched = [run for run in ready if run.protocol == "matched"]
+    matched = [run for run in ready if run.kind == plan.MATCHED]
     iterations = {run: stages.matched_iterations(launch.folder(plan.partner(run))) for run in matched}
     return replace(launch, iterations=iterations)
 
@@ -203,6 +209,19 @@ def tell_waiting(console: Console, waiting: Sequence[plan.Run]) -> None:
     for run in waiting:
         line = f"# {run.name}: the same command trains it once {plan.partner(run).name} is finished"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def tell_cost(console: Console, launch: plan.Launch, found: Sequence[Found]) -> None:
+    """Say what the runs that are left cost, as DRY_RUN=1 of the launch scripts does for one."""
+    todo = [each for each in found if not each.finished and each.job is None]
+    total = sum(flops(each.settings) for each in todo)
+    gpus, kind = launch.gpus_per_node * int(os.environ.get("NNODES") or 1), os.environ.get("GPU") or "h100"
+    utilization = float(os.environ.get("UTILIZATION") or 0.4)
+    told = f"# to train: {len(todo)} runs, {total:.3g} FLOPs, the dense stages of ReMoE not counted"
+    if kind in ACCELERATORS:
+        hours = total / (gpus * ACCELERATORS[kind].tflops * 1e12 * utilization) / 3600
+        told += f"; {hours:,.3g} h on {gpus} x {kind} at {utilization:.0%} of their rate"
+    console.print(told, highlight=False, soft_wrap=True, markup=False)
 
 
 def _doing(args: argparse.Namespace) -> str:
@@ -228,7 +247,7 @@ def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO
             place=f"{number}/{len(todo)}",
             iterations=whole(each.settings, "--train-iters"),
             tokens_per_iteration=tokens_per_iteration(each.settings),
-            cost=cost(each.settings),
+            cost=flops(each.settings),
         )
         for number, each in enumerate(todo, start=1)
     ]

@@ -50,7 +50,7 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
         SettingsError: the scripts refuse their arguments, or something there was made with other settings.
         SweepError: squeue cannot be asked about jobs that were submitted.
     """
-    check_flags(launch.flags)
+    check_flags(launch.flags, runs)
     with ThreadPoolExecutor(THREADS) as threads:
         wanted = dict(zip(runs, threads.map(lambda run: would_start_with(launch, run, anywhere), runs), strict=True))
     for settings in wanted.values():

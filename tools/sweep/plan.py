@@ -12,27 +12,81 @@ from ..common.places import ROOT
 SIZES = ("182m", "469m", "978m")
 EXPERTS = (4, 8, 16, 32, 64, 128)
 GRANULARITIES = (1, 2, 4, 8, 16, 32, 64)
-L1_INITS = (1e-16, 1e-12, 1e-8, 1e-4, 1.0)
-L1_MULTIPLIERS = (1.05, 1.1, 1.2, 1.3, 1.5)
 ROUTINGS = ("dense", "moe", "remoe")
-# Top-k otherwise: a near-dense warm-up (k = 6 of 8 for 100 steps); further steps, to the FLOPs of the ReMoE beside it.
-WARMUP, MATCHED = "moe-warmup", "moe-matched"
 FIGURES = ("size", "experts", "granularity")
-L1_FIGURES = ("l1-init", "l1-multiplier")
-# Where the axes meet: each figure varies one of these and keeps the others.
-SIZE, FEW_EXPERTS, WHOLE, L1_INIT, L1_MULTIPLIER = "182m", 8, 1, 1e-8, 1.2
-VALUES: Mapping[str, Sequence[Any]] = {
-    "size": SIZES,
-    "experts": EXPERTS,
-    "granularity": GRANULARITIES,
-    "l1-init": L1_INITS,
-    "l1-multiplier": L1_MULTIPLIERS,
-}
+COMPARED = "routing"  # the figure over routings, at the other figures' common point
+# Where the axes meet: each figure varies one thing and keeps the others.
+SIZE, FEW_EXPERTS, WHOLE = "182m", 8, 1
+VALUES: Mapping[str, Sequence[Any]] = {"size": SIZES, "experts": EXPERTS, "granularity": GRANULARITIES}
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
 
+
+@dataclass(frozen=True)
+class Protocol:
+    """A routing of the launch scripts trained otherwise: `flags` for Megatron behind the script's, which win."""
+
+    title: str
+    marker: str
+    flags: str = ""
+
+
+UNBALANCED = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0"
+LOSS_FREE = f"--moe-router-score-function sigmoid --moe-router-enable-expert-bias {UNBALANCED}"
+MATCHED, POST_SOFTMAX = "moe-matched", "moe-post"
+# By the word behind the routing's.
+PROTOCOLS: Mapping[str, Protocol] = {
+    "moe-warmup": Protocol("near-dense warm-up", "^", "--moe-warmup-topk {warmup_topk} --moe-warmup-steps 100"),
+    MATCHED: Protocol("FLOPs matched", "v"),
+    POST_SOFTMAX: Protocol("softmax over the k", "P", "--no-moe-router-pre-softmax"),
+    "moe-sigmoid": Protocol("sigmoid", "<", "--moe-router-score-function sigmoid"),
+    "moe-lossfree": Protocol("sigmoid, loss-free balance", ">", LOSS_FREE),
+    "moe-hash": Protocol("hash", "h", f"--moe-baseline-router hash {UNBALANCED}"),
+    "moe-random": Protocol("random", "*", f"--moe-baseline-router random {UNBALANCED}"),
+    "moe-expertchoice": Protocol(
+        "expert choice, sees the future", "p", f"--moe-baseline-router expert_choice {UNBALANCED}"
+    ),
+    "remoe-unbalanced": Protocol("no load balancing", "d", "--no-moe-relu-l1-reg-load-balancing"),
+}
+KINDS = (*ROUTINGS, *PROTOCOLS)
+AUXILIARY = ("moe", "moe-warmup", POST_SOFTMAX, "moe-sigmoid")  # with an auxiliary loss
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A number that runs of some routings vary.
+
+    base: the launch scripts' value, which needs no flag.
+    flags: for Megatron, with {value}, or a {tenth} of it.
+    """
+
+    title: str
+    label: str
+    base: float
+    values: tuple[float, ...]
+    kinds: tuple[str, ...]
+    flags: str
+    is_log: bool = True
+
+
+AXES: Mapping[str, Axis] = {
+    "l1-init": Axis("First L1 coefficient", "λ₀", 1e-8, (1e-16, 1e-12, 1e-8, 1e-4, 1.0),
+                    ("remoe", "remoe-unbalanced"), "--moe-relu-l1-reg-coeff-init {value}"),
+    "l1-multiplier": Axis("L1 multiplier", "α", 1.2, (1.05, 1.1, 1.2, 1.3, 1.5),
+                          ("remoe", "remoe-unbalanced"), "--moe-relu-l1-reg-coeff-multiplier {value}", is_log=False),
+    "warmup-length": Axis("Near-dense warm-up", "steps", 100, (50, 100, 500, 1000),
+                          ("moe-warmup",), "--moe-warmup-steps {value}"),
+    "aux-coeff": Axis("Auxiliary loss", "coefficient", 1e-2, (1e-4, 1e-3, 1e-2, 1e-1),
+                      AUXILIARY, "--moe-aux-loss-coeff {value}"),
+    "gate": Axis("First gate", "factor on the gates", 1, (1, 2, 4, 8),
+                 (*AUXILIARY, "moe-lossfree"), "--moe-router-topk-scaling-factor {value}"),
+    "lr": Axis("Learning rate", "learning rate", 5e-4, (2.5e-4, 5e-4, 1e-3, 2e-3),
+               KINDS, "--lr {value} --min-lr {tenth}"),
+}  # fmt: skip
+_WORDS = {name.rpartition("-")[2]: name for name in AXES}  # in names of runs
+
 _NAME = re.compile(
-    rf"llama_({'|'.join(SIZES)})_(?:dense_ffn(\d+)|(moe|remoe)_e(\d+)g(\d+)(?:_(?!init|multiplier)([a-z]\w*)"
-    r"|_(init|multiplier)([0-9.e-]+))?)"
+    rf"llama_({'|'.join(SIZES)})_(?:dense_ffn(\d+)|(moe|remoe)_e(\d+)g(\d+)"
+    rf"(?:_(?!(?:{'|'.join(_WORDS)})\d)([a-z]\w*?))?)(?:_({'|'.join(_WORDS)})([0-9.e+-]+))?"
 )
 
 
@@ -41,9 +95,8 @@ class Run:
     """One training; a dense one has no experts and no granularity.
 
     expansion: of a dense one's FFN over 4 x hidden.
-    l1_init, l1_multiplier: λ₀ and α of ReMoE.
-    protocol: "warmup" or "matched" for top-k trained otherwise (`WARMUP`, `MATCHED`); any other word stands for a run
-        that was made elsewhere, for instance by the authors' fork.
+    axis, value: of `AXES`, where it is not at the base.
+    protocol: of `PROTOCOLS`; any other word stands for a run made elsewhere, for instance by the authors' fork.
     """
 
     size: str
@@ -51,31 +104,34 @@ class Run:
     experts: int | None = None
     granularity: int | None = None
     expansion: int = 1
-    l1_init: float = L1_INIT
-    l1_multiplier: float = L1_MULTIPLIER
+    axis: str = ""
+    value: float = 0.0
     protocol: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Routing and protocol."""
+        return f"{self.routing}-{self.protocol}" if self.protocol else self.routing
 
     @property
     def name(self) -> str:
         """The name that the launch scripts give to it, with what they do not know behind."""
-        if self.routing == "dense":
-            return f"llama_{self.size}_dense_ffn{4 * self.expansion}"
-        name = f"llama_{self.size}_{self.routing}_e{self.experts}g{self.granularity}"
-        name += f"_init{self.l1_init:g}" if self.l1_init != L1_INIT else ""
-        name += f"_multiplier{self.l1_multiplier:g}" if self.l1_multiplier != L1_MULTIPLIER else ""
-        return name + (f"_{self.protocol}" if self.protocol else "")
+        name = f"llama_{self.size}_{self.routing}_"
+        name += f"ffn{4 * self.expansion}" if self.routing == "dense" else f"e{self.experts}g{self.granularity}"
+        name += f"_{self.protocol}" if self.protocol else ""
+        return name + (f"_{self.axis.rpartition('-')[2]}{self.value:g}" if self.axis else "")
 
     @property
     def flags(self) -> list[str]:
         """What the run gives to Megatron beside the launch script."""
-        flags = []
-        if self.l1_init != L1_INIT:
-            flags += ["--moe-relu-l1-reg-coeff-init", f"{self.l1_init:g}"]
-        if self.l1_multiplier != L1_MULTIPLIER:
-            flags += ["--moe-relu-l1-reg-coeff-multiplier", f"{self.l1_multiplier:g}"]
-        if self.protocol == "warmup" and self.experts:
-            flags += ["--moe-warmup-topk", str(self.experts * 6 // 8), "--moe-warmup-steps", "100"]
-        return flags
+        told = {
+            "value": f"{self.value:g}",
+            "tenth": f"{self.value / 10:g}",
+            "warmup_topk": (self.experts or 0) * 6 // 8,
+        }
+        flags = [PROTOCOLS[self.kind].flags] if self.kind in PROTOCOLS else []
+        flags += [AXES[self.axis].flags] if self.axis else []
+        return " ".join(flags).format(**told).split()
 
     @classmethod
     def from_name(cls, name: str) -> "Run | None":
@@ -83,13 +139,17 @@ class Run:
         match = _NAME.fullmatch(name)
         if match is None:
             return None
-        size, ffn, routing, experts, granularity, protocol, kind, value = match.groups()
+        size, ffn, routing, experts, granularity, protocol, word, value = match.groups()
         if ffn:
             run = cls(size, "dense", expansion=int(ffn) // 4)
         else:
-            changes: dict[str, Any] = {f"l1_{kind}": float(value)} if kind else {}
-            run = cls(size, routing, int(experts), int(granularity), protocol=protocol or "", **changes)
+            run = cls(size, routing, int(experts), int(granularity), protocol=protocol or "")
+        run = run.at(_WORDS[word], float(value)) if word else run
         return run if run.name == name else None
+
+    def at(self, axis: str, value: float) -> "Run":
+        """The run elsewhere on an axis."""
+        return self if value == AXES[axis].base else replace(self, axis=axis, value=value)
 
 
 @dataclass(frozen=True)
@@ -147,35 +207,47 @@ def without_expert_flags(flags: Sequence[str]) -> list[str]:
     return kept
 
 
-def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], routings: Sequence[str]) -> list[Run]:
+def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], kinds: Sequence[str] | None) -> list[Run]:
     """The runs of one figure; dense ones of the base size are reference lines where the size does not vary.
 
     Args:
-        figure: one of `FIGURES` and `L1_FIGURES`.
-        values: figure → the values along its axis.
-        routings: those of `ROUTINGS`, `WARMUP` and `MATCHED` that are wanted; λ₀ and α are ReMoE's alone.
+        figure: one of `FIGURES` and `AXES`, or `COMPARED`.
+        values: figure → the values along its axis; a granularity that is given holds for `AXES` and `COMPARED` too.
+        kinds: those of `KINDS` that are wanted; None for `ROUTINGS`, for all of them where they are compared, and on an
+            axis for those of `ROUTINGS` that have it, or all that have it where none does.
     """
+    if figure in FIGURES:
+        points = [{figure: value} for value in values.get(figure, VALUES[figure])]
+        kinds = ROUTINGS if kinds is None else kinds
+    else:
+        points = [{"granularity": value} for value in values.get("granularity", (WHOLE,))]
+        fitting = AXES[figure].kinds if figure in AXES else KINDS
+        plain = [kind for kind in fitting if kind in ROUTINGS and figure in AXES] or fitting
+        kinds = plain if kinds is None else [kind for kind in kinds if kind in fitting]
     base = Run(SIZE, "remoe", FEW_EXPERTS, WHOLE)
-    if figure in L1_FIGURES:
-        return [replace(base, **{figure.replace("-", "_"): value}) for value in values[figure]] * ("remoe" in routings)
     runs = []
-    for value in values[figure]:
-        at = replace(base, **{figure: value})
-        for routing in routings:
-            if routing == "dense":
-                runs.append(Run(at.size, "dense"))
-                if figure == "experts":
-                    runs.append(Run(SIZE, "dense", expansion=WIDE))
+    for point in points:
+        for kind in kinds:
+            routing, _, protocol = kind.partition("-")
+            run = replace(base, **point, routing=routing, protocol=protocol)
+            if kind == "dense":
+                run = Run(run.size, "dense")
+                if figure in ("experts", COMPARED):
+                    runs += [run, replace(run, expansion=WIDE)]
+                    continue
+            elif kind == POST_SOFTMAX and run.granularity == WHOLE:
+                continue  # a softmax over k = 1 is constant
+            if figure in AXES:
+                runs += [run.at(figure, value) for value in values.get(figure, AXES[figure].values)]
             else:
-                kind, _, protocol = routing.partition("-")
-                runs.append(replace(at, routing=kind, protocol=protocol))
+                runs.append(run)
     return runs
 
 
-def plan(figures: Iterable[str], values: Mapping[str, Sequence[Any]], routings: Sequence[str]) -> list[Run]:
+def plan(figures: Iterable[str], values: Mapping[str, Sequence[Any]], kinds: Sequence[str] | None) -> list[Run]:
     """The runs of all figures, each once, in the order in which they are trained; see `runs_of_figure`."""
-    runs = dict.fromkeys(run for figure in figures for run in runs_of_figure(figure, values, routings))
-    return sorted(runs, key=lambda run: run.protocol == "matched")  # which wait for others
+    runs = dict.fromkeys(run for figure in figures for run in runs_of_figure(figure, values, kinds))
+    return sorted(runs, key=lambda run: run.kind == MATCHED)  # which wait for others
 
 
 def partner(run: Run) -> Run:
@@ -185,14 +257,18 @@ def partner(run: Run) -> Run:
 
 def figures_of(run: Run) -> list[str]:
     """The figures in which a run is a point."""
-    if run.routing == "dense":
-        return ["size"] if run.expansion == 1 else []
-    base = {
+    dense = run.routing == "dense"
+    at = {
         "size": run.size == SIZE,
-        "experts": run.experts == FEW_EXPERTS,
-        "granularity": run.granularity == WHOLE,
-        "l1-init": run.l1_init == L1_INIT,
-        "l1-multiplier": run.l1_multiplier == L1_MULTIPLIER,
+        "experts": dense or run.experts == FEW_EXPERTS,
+        "granularity": dense or run.granularity == WHOLE,
     }
-    figures = [figure for figure in base if all(at for other, at in base.items() if other != figure)]
-    return [figure for figure in figures if figure in FIGURES or (run.routing, run.protocol) == ("remoe", "")]
+    of_axis = [name for name in ([run.axis] if run.axis else AXES) if run.kind in AXES[name].kinds]
+    of_axis = of_axis if at["size"] and at["experts"] and run.expansion == 1 else []
+    if run.axis:
+        return of_axis
+    if dense:
+        plain = ["size"] if run.expansion == 1 else []
+    else:
+        plain = [name for name in at if all(there for other, there in at.items() if other != name)]
+    return [*plain, *of_axis, *([COMPARED] if all(at.values()) else [])]

@@ -12,14 +12,14 @@ from rich.table import Table
 from ..common.files import write_aside, write_text
 from ..common.units import duration
 from . import scaling_picture
-from .plan import L1_INIT, L1_MULTIPLIER, ROUTINGS, SIZES, Run
+from .plan import AXES, MATCHED, ROUTINGS, SIZES, Run
 from .run_log import Outcome, read_outcome
 from .settings import is_resized, processes
 
 TITLES = {"dense": "dense", "moe": "MoE", "remoe": "ReMoE"}
 COLUMNS = (
     *("run", "size", "routing", "experts", "granularity", "state", "iterations", "train_iters", "tokens"),
-    *("l1_init", "l1_multiplier", "protocol"),
+    *("protocol", "axis", "value"),
     *("validation_loss", "perplexity", "sparsity", "target_sparsity", "settled", "total_parameters", "processes"),
     *("tokens_per_second", "training_seconds"),
 )
@@ -54,7 +54,7 @@ def rows_of(output: Path, planned: Iterable[Run]) -> list[Row]:
         {*found, *planned},
         key=lambda run: (
             *(order[run.size], run.granularity or 0, run.experts or 0, run.expansion, ROUTINGS.index(run.routing)),
-            *(run.protocol, run.l1_init, run.l1_multiplier),
+            *(run.protocol, run.axis, run.value),
         ),
     )
     return [Row(run, read_outcome(at), processes(at), is_resized(at)) for run in runs for at in [output / run.name]]
@@ -79,7 +79,7 @@ def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
 
 def unequal(rows: Sequence[Row]) -> str:
     """A warning where finished runs were trained on different numbers of tokens; empty where they were not."""
-    equal = [row for row in rows if row.run.protocol != "matched"]
+    equal = [row for row in rows if row.run.kind != MATCHED]
     tokens = {row.outcome.tokens for row in equal if row.outcome and row.outcome.finished}
     if len(tokens) < 2:
         return ""
@@ -110,7 +110,8 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
         for row in rows:
             of: dict[str, Any] = {} if row.outcome is None else vars(row.outcome)
             started = {"processes": row.processes or None}
-            writer.writerow({"run": row.run.name, "state": row.state} | vars(row.run) | of | started)
+            value = {} if row.run.axis else {"value": None}
+            writer.writerow({"run": row.run.name, "state": row.state} | vars(row.run) | value | of | started)
 
 
 def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
@@ -134,7 +135,7 @@ def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
         yield f"**{warning}**"
     if pictured:
         yield ""
-        yield "![Validation loss against size, experts and granularity](results.png)"
+        yield "![Validation loss along each axis](results.png)"
 
 
 def _cells(row: Row) -> list[str]:
@@ -150,9 +151,7 @@ def _cells(row: Row) -> list[str]:
 
 def _title(run: Run) -> str:
     told = [TITLES[run.routing] + (f" x {run.expansion}" if run.expansion > 1 else ""), run.protocol]
-    told += [f"λ₀ = {run.l1_init:g}"] * (run.l1_init != L1_INIT) + [f"α = {run.l1_multiplier:g}"] * (
-        run.l1_multiplier != L1_MULTIPLIER
-    )
+    told += [f"{AXES[run.axis].label} = {run.value:g}"] if run.axis else []
     return ", ".join(filter(None, told))
 
 

@@ -1,25 +1,27 @@
-"""The picture: validation loss against size, number of experts and granularity, MoE and ReMoE side by side."""
+"""The picture: validation loss along each axis, routings side by side."""
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..common.picture_style import COLOURS, file_pyplot, style
-from .plan import FEW_EXPERTS, SIZE, SIZES, WHOLE, WIDE, Run, figures_of
+from .plan import AXES, COMPARED, FEW_EXPERTS, FIGURES, PROTOCOLS, ROUTINGS, SIZE, SIZES, WHOLE, WIDE, Run, figures_of
 
 Point = tuple[Run, float]  # a finished run and its validation loss
+Line = tuple[str, str, int | None]  # routing and protocol, and the granularity on the axes that keep it
 
 TITLES = {"dense": "dense", "moe": "MoE (top-k)", "remoe": "ReMoE (ReLU)"}
 MARKERS = {"dense": "D", "moe": "s", "remoe": "o"}
-PROTOCOLS = {"": "", "warmup": ", near-dense warm-up", "matched": ", FLOPs matched"}
-OTHER_MARKERS = {"warmup": "^", "matched": "v"}  # or else X
-AXES = {
+PANELS = {
     "size": ("Size", f"E = {FEW_EXPERTS}, G = {WHOLE}", "active size"),
     "experts": ("Experts", f"G = {WHOLE}", "number of experts E"),
     "granularity": ("Granularity", f"E = {FEW_EXPERTS}", "granularity G"),
-    "l1-init": ("First L1 coefficient", f"E = {FEW_EXPERTS}", "λ₀"),
-    "l1-multiplier": ("L1 multiplier", f"E = {FEW_EXPERTS}", "α"),
+    **{name: (axis.title, f"E = {FEW_EXPERTS}", axis.label) for name, axis in AXES.items()},
+    COMPARED: ("Routings", f"E = {FEW_EXPERTS}, G = {WHOLE}", "validation loss (nats per token)"),
 }
+IN_A_ROW = 5
 
 
 def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
@@ -33,21 +35,32 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
     from matplotlib.lines import Line2D
 
     pyplot, panels = file_pyplot(), _panels(points)
+    columns, rows = min(IN_A_ROW, max(2, len(panels))), math.ceil(len(panels) / IN_A_ROW)
     with pyplot.rc_context(style(font_size=13, pad=(0.12, 0.1))):
-        figure = pyplot.figure(figsize=(5 * max(2, len(panels)), 4.8), dpi=100, layout="constrained")
+        figure = pyplot.figure(figsize=(5 * columns, 4.8 * rows), dpi=100, layout="constrained")
         for place, panel in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), place + 1)
-            _draw_panel(axes, panel, points, resized)
-            if place == 0:
-                axes.set_ylabel("validation loss (nats per token)")
-        shown = _kinds(points)
+            axes = figure.add_subplot(rows, columns, place + 1)
+            if panel == COMPARED:
+                _draw_compared(axes, points)
+            else:
+                _draw_panel(axes, panel, points)
+                if place % columns == 0:
+                    axes.set_ylabel("validation loss (nats per token)")
+            title, fixed, label = PANELS[panel]
+            if panel != "size" and not resized:
+                fixed = f"{SIZE.upper()}, {fixed}"
+            axes.set_title(title)
+            axes.set_title(fixed, loc="right", fontsize=11, color="#555555", fontweight="normal")
+            axes.set_xlabel(label)
+        kinds = sorted({(run.routing, run.protocol) for run, _ in points}, key=_in_order)
         handles = []
-        for routing, protocol in shown:
-            only_line = routing == "dense" and "size" not in panels
+        for routing, protocol in kinds:
+            drawn = COMPARED in panels or any(routing in line for name in panels for line in _lines(points, name))
+            only_line = routing == "dense" and not drawn
             look = {"linestyle": "--"} if only_line else _look(routing, protocol)
             handles.append(Line2D([], [], color=COLOURS[routing], linewidth=2, **look))
-        titles = [TITLES[routing] + PROTOCOLS.get(protocol, f", {protocol}") for routing, protocol in shown]
-        figure.legend(handles, titles, loc="outside upper center", ncols=len(shown))
+        titles = [_title(routing, protocol) for routing, protocol in kinds]
+        figure.legend(handles, titles, loc="outside upper center", ncols=min(len(kinds), 2 * columns))
         figure.savefig(path)
         pyplot.close(figure)
 
@@ -56,59 +69,77 @@ def position(run: Run, figure: str) -> float:
     """Where a run lies on the axis of a figure."""
     if figure == "size":
         return SIZES.index(run.size)
-    return float(getattr(run, figure.replace("-", "_")))
+    if figure in AXES:
+        return run.value if run.axis else AXES[figure].base
+    return float(getattr(run, figure))
 
 
-def _kinds(points: Sequence[Point]) -> list[tuple[str, str]]:
-    """Routing and protocol of each line."""
-    found = {(run.routing, run.protocol) for run, _ in points}
-    return sorted(found, key=lambda kind: ([*TITLES].index(kind[0]), kind[1]))
+def _in_order(kind: tuple[Any, ...]) -> tuple[int, str]:
+    return ROUTINGS.index(kind[0]), kind[1]
+
+
+def _title(routing: str, protocol: str) -> str:
+    known = PROTOCOLS.get(f"{routing}-{protocol}")
+    return TITLES[routing] + (f", {known.title if known else protocol}" if protocol else "")
 
 
 def _look(routing: str, protocol: str) -> dict[str, Any]:
-    marker = OTHER_MARKERS.get(protocol, "X") if protocol else MARKERS[routing]
+    known = PROTOCOLS.get(f"{routing}-{protocol}")
+    marker = known.marker if known else "X" if protocol else MARKERS[routing]
     return {"marker": marker, "markersize": 8, "linestyle": ":" if protocol else "-"}
 
 
+def _lines(points: Sequence[Point], panel: str) -> dict[Line, list[tuple[float, float]]]:
+    """The points of each line of a panel; on an axis those lines alone that have more than one."""
+    lines = defaultdict(list)
+    for run, loss in points:
+        if panel in figures_of(run):
+            kept = run.granularity if panel in AXES else None
+            lines[run.routing, run.protocol, kept].append((position(run, panel), loss))
+    least = 2 if panel in AXES else 1
+    return {line: sorted(lines[line]) for line in sorted(lines, key=_in_order) if len(lines[line]) >= least}
+
+
 def _panels(points: Sequence[Point]) -> list[str]:
-    places = {name: {position(run, name) for run, _ in points if name in figures_of(run)} for name in AXES}
-    lines = [name for name, values in places.items() if len(values) > 1]
-    return lines or [name for name, values in places.items() if values]
+    places = {name: {x for line in _lines(points, name).values() for x, _ in line} for name in (*FIGURES, *AXES)}
+    panels = [name for name, values in places.items() if len(values) > 1]
+    if any(run.kind in PROTOCOLS and COMPARED in figures_of(run) for run, _ in points):
+        panels.append(COMPARED)
+    return panels or [name for name, values in places.items() if values]
 
 
-def _draw_panel(axes: Any, panel: str, points: Sequence[Point], resized: bool) -> None:
-    title, fixed, label = AXES[panel]
-    if panel != "size" and not resized:
-        fixed = f"{SIZE.upper()}, {fixed}"
-    ticks = set()
-    for kind in _kinds(points):
-        series = sorted(
-            (position(run, panel), loss)
-            for run, loss in points
-            if (run.routing, run.protocol) == kind and panel in figures_of(run)
-        )
-        if not series:
-            continue
-        ticks |= {place for place, _ in series}
+def _draw_compared(axes: Any, points: Sequence[Point]) -> None:
+    """One row for each run at the common point, the best at the top."""
+    rows = sorted(((loss, run) for run, loss in points if COMPARED in figures_of(run)), key=lambda row: -row[0])
+    for place, (loss, run) in enumerate(rows):
+        axes.plot(loss, place, color=COLOURS[run.routing], markeredgecolor="white", **_look(run.routing, run.protocol))
+    wide = {WIDE: f" x {WIDE}"}
+    labels = [_title(run.routing, run.protocol) + wide.get(run.expansion, "") for _, run in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=11)
+    axes.margins(x=0.1)
+
+
+def _draw_panel(axes: Any, panel: str, points: Sequence[Point]) -> None:
+    lines = _lines(points, panel)
+    for (routing, protocol, granularity), line in lines.items():
         axes.plot(
-            *zip(*series, strict=True), color=COLOURS[kind[0]], linewidth=2, markeredgecolor="white", clip_on=False,
-            zorder=3, **_look(*kind),
+            *zip(*line, strict=True), color=COLOURS[routing], linewidth=2, markeredgecolor="white", clip_on=False,
+            zorder=3, **_look(routing, protocol),
         )  # fmt: skip
+        if granularity not in (None, WHOLE):
+            axes.annotate(f"G = {granularity}", line[-1], (4, 4), textcoords="offset points", fontsize=11)
     if panel != "size":
-        axes.set_xscale("linear" if panel == "l1-multiplier" else "log")
+        axes.set_xscale("log" if panel not in AXES or AXES[panel].is_log else "linear")
     if panel in ("experts", "granularity"):
         wide = Run(SIZE, "dense", expansion=WIDE)
-        lines = {Run(SIZE, "dense"): "dense"} | ({wide: f"dense x {WIDE}"} if panel == "experts" else {})
+        references = {Run(SIZE, "dense"): "dense"} | ({wide: f"dense x {WIDE}"} if panel == "experts" else {})
         for run, loss in points:
-            if run in lines:
+            if run in references:
                 axes.axhline(loss, color=COLOURS["dense"], linestyle="--", linewidth=1.8)
                 place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-                axes.text(1, loss, lines[run], fontsize=11, color=COLOURS["dense"], **place)
-    axes.set_title(title)
-    axes.set_title(fixed, loc="right", fontsize=11, color="#555555", fontweight="normal")
-    axes.set_xlabel(label)
+                axes.text(1, loss, references[run], fontsize=11, color=COLOURS["dense"], **place)
     axes.margins(y=0.1)
-    _set_ticks(axes, sorted(ticks), panel)
+    _set_ticks(axes, sorted({x for line in lines.values() for x, _ in line}), panel)
 
 
 def _set_ticks(axes: Any, ticks: list[float], panel: str) -> None:

@@ -1,9 +1,11 @@
 """A run's Megatron flags: as its command.sh says it was started, and as it would be started now."""
 
 import itertools
+import math
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.flags import Settings, parse
@@ -39,6 +41,7 @@ SET_BY_SWEEP = {
     "--tensorboard-dir": "choose with --output-dir",
 }
 DIMENSIONS = ("--num-layers", "--hidden-size", "--ffn-hidden-size", "--moe-ffn-hidden-size")
+GPT2 = 50257  # words
 SHOWN = 4  # differences that a message names
 
 
@@ -113,8 +116,8 @@ def would_start_with(launch: Launch, run: Run, anywhere: bool) -> Settings:
     return settings
 
 
-def check_flags(flags: tuple[str, ...]) -> None:
-    """Refuse flags behind -- that the sweep sets itself.
+def check_flags(flags: tuple[str, ...], runs: Sequence[Run]) -> None:
+    """Refuse flags behind -- that the sweep sets itself, for each run or for some of `runs`.
 
     Raises:
         SettingsError: with the flag and the remedy.
@@ -122,6 +125,8 @@ def check_flags(flags: tuple[str, ...]) -> None:
     for flag in parse(list(flags)):
         if flag in SET_BY_SWEEP:
             raise SettingsError(f"{flag} behind --: the sweep sets it for each run; {SET_BY_SWEEP[flag]}.")
+        if run := next((run for run in runs if flag in run.flags), None):
+            raise SettingsError(f"{flag} behind --: the sweep sets it for {run.name}. Leave out the flag, or that run.")
 
 
 def check_evaluation(settings: Settings) -> None:
@@ -181,9 +186,19 @@ def tokens_per_iteration(settings: Settings) -> int:
     return whole(settings, "--global-batch-size") * whole(settings, "--seq-length")
 
 
-def cost(settings: Settings) -> float:
-    """The time of a whole run in an arbitrary unit: multiplications of its active matrices over all tokens."""
-    layers, hidden, ffn = (whole(settings, f"--{name}") for name in ("num-layers", "hidden-size", "ffn-hidden-size"))
+def flops(settings: Settings) -> float:
+    """Training FLOPs of a whole run with k experts per token, counted as tools/cost counts them."""
+    sizes = ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups", "seq-length")
+    layers, hidden, ffn, heads, groups, sequence = (whole(settings, f"--{name}") for name in sizes)
+    layers = layers or "".join(settings.get("--hybrid-layer-pattern", ())).count("*")
     ffn = whole(settings, "--moe-ffn-hidden-size") or ffn
-    matrices = layers * hidden * (4 * hidden + 3 * ffn)
-    return float(whole(settings, "--train-iters") * tokens_per_iteration(settings) * max(1, matrices))
+    vocabulary, multiple = (
+        whole(settings, "--vocab-size") or GPT2,
+        whole(settings, "--make-vocab-size-divisible-by") or 128,
+    )
+    vocabulary = math.ceil(vocabulary / multiple) * multiple
+    attention = 2 * hidden * (hidden + hidden * (groups or heads) // max(1, heads) + sequence)
+    matrices = (
+        layers * (attention + 3 * hidden * ffn * max(1, whole(settings, "--moe-router-topk"))) + hidden * vocabulary
+    )
+    return 6.0 * whole(settings, "--train-iters") * tokens_per_iteration(settings) * max(1, matrices)

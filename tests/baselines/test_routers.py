@@ -1,0 +1,170 @@
+"""Baseline routers: each map by brute force, gradients where they belong, layouts, and what is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.remoe.baselines import ROUTERS
+from megatron.remoe.baselines.hash import hand_token_ids
+from megatron.remoe.moe.layer import ReMoELayer
+from megatron.remoe.moe.specs import with_fused_layers, with_router
+from megatron.remoe.routing.config import ReMoEConfig
+from tests.layers import HIDDEN, expert_weights, make_config
+from tests.trainings import REPOSITORY, TINY, run, series
+from tools.common.tiny_model import TOPK
+
+SEQUENCE, BATCH = 8, 3
+BASELINE = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --moe-baseline-router".split()
+
+
+def make_layer(name: str, fused: bool = False, **changes: Any) -> ReMoELayer:
+    config = make_config(moe_relu_routing=False, moe_baseline_router=name, **{"moe_router_topk": 2} | changes)
+    spec = with_router(get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm"), ROUTERS[name])
+    spec = with_fused_layers(spec) if fused else spec
+    layer = spec.submodules.mlp(config=config, layer_number=1).to(torch.float64)  # type: ignore[union-attr]
+    layer.set_layer_number(1)
+    if name == "hash":
+        layer.router.begin_batch(torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % 5)
+    return layer
+
+
+def make_tokens() -> torch.Tensor:
+    return torch.randn(SEQUENCE, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
+
+
+def test_the_flag_names_all_routers() -> None:
+    [choices, nothing] = get_args(get_type_hints(ReMoEConfig)["moe_baseline_router"])
+    assert set(get_args(choices)) == set(ROUTERS) and nothing is type(None)
+
+
+def test_expert_choice_by_brute_force(process_groups: None) -> None:
+    router, tokens = make_layer("expert_choice").router, make_tokens()
+    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool)
+    padding[-3:, 0] = True
+    scores = (tokens.detach() @ router.weight.detach().T).softmax(dim=-1)
+    for mask in (None, padding):
+        probs, routing_map = router(tokens, mask)
+        expected = torch.zeros(SEQUENCE, BATCH, 4, dtype=torch.bool)
+        for sequence in range(BATCH):
+            for expert in range(4):
+                places = [place for place in range(SEQUENCE) if mask is None or not mask[place, sequence]]
+                places.sort(key=lambda place: float(scores[place, sequence, expert]), reverse=True)
+                expected[places[: SEQUENCE * 2 // 4], sequence, expert] = True
+        assert torch.equal(routing_map, expected.view(-1, 4))
+        assert len(set(routing_map.sum(dim=1).tolist())) > 1
+        torch.testing.assert_close(probs, (scores * expected).view(-1, 4))
+
+
+def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
+    router = make_layer("hash", num_moe_experts=8).router
+    ids = torch.randint(0, 50000, (BATCH, 4096))
+    maps = []
+    for layer_number in (1, 2):
+        router.set_layer_number(layer_number)
+        router.begin_batch(ids)
+        _, routing_map = router(torch.zeros(4096, BATCH, HIDDEN))
+        maps.append(routing_map)
+        assert routing_map.sum(dim=1).eq(2).all()
+        first: dict[int, list[bool]] = {}
+        for token, row in zip(ids.T.flatten().tolist(), routing_map.tolist(), strict=True):
+            assert first.setdefault(token, row) == row
+        share = torch.tensor(list(first.values()), dtype=torch.float64).mean(dim=0)
+        torch.testing.assert_close(share, torch.full_like(share, 2 / 8), atol=0.02, rtol=0)
+    both = (maps[0] & maps[1]).sum() / maps[0].sum()
+    assert float(both) == pytest.approx(2 / 8, abs=0.02)  # another layer's are independent
+
+
+def test_random_is_drawn_anew_and_evenly(process_groups: None) -> None:
+    router, tokens = make_layer("random").router, torch.zeros(4096, BATCH, HIDDEN)
+    (_, first), (_, second) = router(tokens), router(tokens)
+    assert first.sum(dim=1).eq(2).all()
+    share = first.double().mean(dim=0)
+    torch.testing.assert_close(share, torch.full_like(share, 2 / 4), atol=0.02, rtol=0)
+    assert float((first & second).sum() / first.sum()) == pytest.approx(2 / 4, abs=0.02)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["one by one", "grouped"])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_layer_sums_what_the_map_says(
+    name: str, fused: bool, process_groups: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, tokens = make_layer(name, fused), make_tokens()
+    probs, routing_map = layer.router(tokens)
+    if name == "random":
+        again = probs, routing_map
+        monkeypatch.setattr(layer.router, "forward", lambda *_: again)
+    flat = tokens.view(-1, HIDDEN)
+    expected = torch.zeros_like(flat)
+    for gates, (fc1, fc2) in zip((probs * routing_map).T, expert_weights(layer), strict=True):
+        gate, up = (flat @ fc1.T).chunk(2, dim=1)
+        expected = expected + gates.unsqueeze(1) * ((torch.nn.functional.silu(gate) * up) @ fc2.T)
+    output, _ = layer(tokens)
+    torch.testing.assert_close(output.view(-1, HIDDEN), expected)
+    weights = [tokens, *layer.parameters()]
+    given = torch.autograd.grad(output.square().sum(), weights)
+    assert all(gradient.abs().sum() > 0 for gradient in given)
+    assert any(weight is layer.router.weight for weight in weights) == (name == "expert_choice")
+    for gradient, of in zip(given, torch.autograd.grad(expected.square().sum(), weights), strict=True):
+        torch.testing.assert_close(gradient, of)
+
+
+def test_the_embedding_hands_over_ids(process_groups: None) -> None:
+    layer = make_layer("hash")
+    embedding = LanguageModelEmbedding(layer.config, 16, SEQUENCE, position_embedding_type="rope")
+    chunk = torch.nn.ModuleList([embedding, layer])
+    hand_token_ids([chunk])
+    layer.router.token_ids = None
+    with pytest.raises(RuntimeError, match="has no token ids"):
+        layer(make_tokens())
+    for ids in (torch.randint(0, 16, (BATCH, SEQUENCE)) for _ in range(2)):
+        embedding(input_ids=ids, position_ids=None)
+        assert layer.router.token_ids is ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_relu_routing": True}, "--moe-relu-routing cannot be used with --moe-baseline-router hash"),
+        ({"moe_warmup_topk": 3, "moe_warmup_steps": 1}, "--moe-warmup-topk cannot be used with --moe-baseline-router"),
+        ({"moe_aux_loss_coeff": 0.01}, "--moe-aux-loss-coeff 0.01 cannot be used with --moe-baseline-router hash"),
+        ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid cannot be used with"),
+        ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor 1.0 cannot be used with"),
+        ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 cannot be used with"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm (on) cannot be used with"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make_config(**{"moe_relu_routing": False, "moe_baseline_router": "hash"} | changes)
+    assert message in str(error.value)
+
+
+def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(REPOSITORY / "tests" / "baselines" / "split_sequence.py")]
+    output = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert output.stdout.count(" ok") == 2, output.stderr
+
+
+@pytest.mark.timeout(300)
+def test_layouts_agree(data: Path, tmp_path: Path) -> None:
+    """One process, and two that share each sequence and exchange tokens with its experts."""
+
+    def train(*more: str, processes: int = 1) -> list[float]:
+        shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "3", *BASELINE, "hash"]
+        losses = series(run([*shared, *more], processes), "lm loss")
+        losses[1] = 2 * losses[1] - losses[0]  # the second line after a start tells the mean of both steps
+        return losses
+
+    whole = train("--save", str(tmp_path), "--save-interval", "1")
+    assert whole[-1] < whole[0]
+    split = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
+    ranks = [*split.split(), "--expert-tensor-parallel-size", "1", "--load", str(tmp_path), "--ckpt-step", "1"]
+    assert train(*ranks, processes=2) == pytest.approx(whole[1:], rel=1e-4)
