@@ -1,0 +1,287 @@
+"""What tools/analyze says of a router is what a recount by hand gives; a call that was cut off goes on."""
+
+import itertools
+import json
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from megatron.remoe.data.indexed import IndexedReader
+from megatron.remoe.hf import RemoeForCausalLM
+from tests.hf.test_modeling import make
+from tools.analyze import command, findings
+from tools.analyze.command import main
+from tools.analyze.counts import WINDOW, Counts
+from tools.analyze.routing import blocks
+from tools.analyze.text import Text
+from tools.common.checkpoints import save
+from tools.common.data_sets import write_documents
+from tools.common.hf.settings import args_of
+from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.megatron_model import build
+
+pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+
+LENGTH = 20
+NAMES = "experts_per_token", "load", "balance", "neighbours", "gates"
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two data sets with hardly a byte in common."""
+    folder, dice = tmp_path_factory.mktemp("domains"), random.Random(1)
+    for name, letters, documents in (("words", b"abcdefgh ", 12), ("numbers", b"0123456789,", 8)):
+        texts = [bytes(dice.choices(letters, weights=range(1, len(letters) + 1), k=49)) for _ in range(documents)]
+        write_documents(folder / name, texts)
+    return [folder / "words", folder / "numbers"]
+
+
+def analyze(output: Path, *words: object) -> dict[str, Any]:
+    assert main([*map(str, words), "--seq-length", str(LENGTH), "--output-dir", str(output)]) == 0
+    assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in NAMES)
+    return {name: json.loads((output / f"{name}.json").read_text()) for name in NAMES}
+
+
+def exported(folder: Path, name: str) -> tuple[RemoeForCausalLM, Path]:
+    model = make(name, vocab_size=257)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@torch.no_grad()
+def recount(model: RemoeForCausalLM, prefix: Path) -> list[list[list[dict[int, float]]]]:
+    """Layer → sequence → token → expert → gate, from the logits of a forward pass."""
+    reader, config = IndexedReader(prefix), model.config
+    number = reader.tokens // LENGTH
+    ids = torch.from_numpy(reader.read(0, number * LENGTH).astype(numpy.int64)).view(number, LENGTH)
+    found = []
+    for logits in model(ids, output_router_logits=True).router_logits:
+        sequences = []
+        for rows in logits.view(number, LENGTH, -1).double().tolist():
+            if config.moe_relu_routing:
+                tokens = [{expert: gate for expert, gate in enumerate(row) if gate > 0} for row in rows]
+            else:
+                tokens = [topk(row, config.num_experts_per_tok, config.norm_topk_prob) for row in rows]
+            sequences.append(tokens)
+        found.append(sequences)
+    return found
+
+
+def topk(logits: list[float], k: int, normed: bool) -> dict[int, float]:
+    total = sum(map(math.exp, logits))
+    first = sorted(range(len(logits)), key=lambda expert: -logits[expert])[:k]
+    gates = {expert: math.exp(logits[expert]) / total for expert in first}
+    return {expert: gate / sum(gates.values()) for expert, gate in gates.items()} if normed else gates
+
+
+@pytest.mark.parametrize("name", ["relu, shared", "top-k, normed"])
+def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
+    model, folder = exported(tmp_path / "model", name)
+    found = analyze(tmp_path / "out", "--load", folder, "--data", *domains, "--expert-parallel", 4)
+    recounted = [recount(model, prefix) for prefix in domains]
+    numbers = [*blocks(model)]
+    assert numbers == ([2] if "shared" in name else [1, 2])
+    for place, layer in enumerate(map(str, numbers)):
+        sequences = [tokens for domain in recounted for tokens in domain[place]]
+        tokens = [token for sequence in sequences for token in sequence]
+        sizes = [len(token) for token in tokens]
+        experts = found["experts_per_token"]["layers"][layer]
+        assert experts["histogram"] == pytest.approx([sizes.count(n) / len(sizes) for n in range(9)])
+        assert (experts["largest"], experts["none"]) == (max(sizes), sizes.count(0) / len(sizes))
+
+        shares = []
+        for domain, prefix in zip(recounted, domains, strict=True):
+            inside = [token for sequence in domain[place] for token in sequence]
+            shares.append([sum(expert in token for token in inside) / len(inside) for expert in range(8)])
+            here = found["load"]["domains"][prefix.name]
+            assert here["load"][layer] == pytest.approx(shares[-1])
+            assert here["experts_per_token"][layer] == pytest.approx(sum(shares[-1]))
+        special = found["load"]["specialization"][layer]
+        assert special["bits"] == pytest.approx(bits(shares), abs=1e-12)
+        assert special["bits"] > special["shuffled_95"] > special["shuffled"] > 0
+
+        counts = [sum(expert in token for token in tokens) for expert in range(8)]
+        balance = found["balance"]["layers"][layer]
+        assert balance["sparsity"] == pytest.approx(1 - sum(counts) / len(tokens) / 8)
+        assert balance["imbalance"] == pytest.approx(8 * max(counts) / sum(counts))
+        assert balance["dead"] == [expert for expert in range(8) if not counts[expert]]
+        pairs = [counts[2 * rank] + counts[2 * rank + 1] for rank in range(4)]
+        assert [rank["relative_load"] for rank in balance["ranks"]] == pytest.approx(
+            [4 * n / sum(counts) for n in pairs]
+        )
+        assert balance["rank_imbalance"] == pytest.approx(4 * max(pairs) / sum(counts))
+
+        near = found["neighbours"]["layers"][layer]
+        both = [len(before.keys() & token.keys()) for one in sequences for before, token in itertools.pairwise(one)]
+        assert near["common"] == pytest.approx(sum(both) / sum(len(token) for one in sequences for token in one[1:]))
+        windows = [one[start : start + WINDOW] for one in sequences for start in range(0, LENGTH - WINDOW + 1, WINDOW)]
+        unions = [len(set().union(*window)) for window in windows]
+        assert near["union"] == pytest.approx(sum(unions) / len(unions))
+
+        gates = [gate for token in tokens for gate in token.values()]
+        size = found["gates"]["layers"][layer]
+        assert size["mean"] == pytest.approx(sum(gates) / len(gates), rel=1e-5)
+        assert size["median"] == pytest.approx(numpy.median(gates), rel=0.05)
+        largest = [max(token.values()) / sum(token.values()) for token in tokens if token]
+        assert size["largest_gate"] == pytest.approx(sum(largest) / len(largest), rel=1e-5)
+        assert size["largest_output"] == pytest.approx(largest_in_output(model, int(layer), domains), rel=1e-4)
+
+
+def bits(shares: list[list[float]]) -> float:
+    """Mutual information of domain and expert as H(domain) + H(expert) - H(both)."""
+    both = numpy.array([[share / sum(row) / len(shares) for share in row] for row in shares])
+
+    def entropy(shares: numpy.ndarray) -> float:
+        return -sum(share * math.log2(share) for share in shares.flatten() if share)
+
+    return entropy(both.sum(axis=0)) + entropy(both.sum(axis=1)) - entropy(both)
+
+
+@torch.no_grad()
+def largest_in_output(model: RemoeForCausalLM, layer: int, domains: list[Path]) -> float:
+    """Each expert of each token by itself."""
+    block, found = blocks(model)[layer], []
+
+    def look(_: object, given: tuple[torch.Tensor, ...]) -> None:
+        for token in given[0].flatten(0, 1):
+            gates = block.gate(token[None])[1][0]
+            parts = []
+            for expert in gates.nonzero()[:, 0]:
+                gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
+                parts.append(gates[expert] * (block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)))
+            if parts:
+                largest = parts[int(gates[gates > 0].argmax())]
+                size, rest = float(largest.norm()), float((sum(parts) - largest).norm())
+                found.append(size / (size + rest))
+
+    handle = block.register_forward_pre_hook(look)
+    for prefix in domains:
+        text = Text(str(prefix), LENGTH, 1, 257)
+        model(text.read(0, len(text)))
+    handle.remove()
+    return sum(found) / len(found)
+
+
+def test_slope_and_its_interval() -> None:
+    """The fit is numpy's; the interval is as wide as the error of a regression with even noise."""
+    generator = numpy.random.default_rng(3)
+    x = generator.normal(size=400)
+    y = numpy.stack([2 - 0.3 * x + generator.normal(scale=0.5, size=400), numpy.ones(400)])
+    (slope, low, high), flat = findings.slopes_with_intervals(torch.from_numpy(x), torch.from_numpy(y)).tolist()
+    assert slope == pytest.approx(numpy.polyfit(x, y[0], 1)[0]) and low < -0.3 < high
+    error = 0.5 / (x.std() * math.sqrt(400))
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.2)
+    assert flat == pytest.approx([0, 0, 0])
+
+
+def test_information() -> None:
+    """One bit where two domains share no expert, none where they share all alike; who has no pairs has no say."""
+    apart, alike, silent = [[8, 0], [0, 2]], [[3, 9], [1, 3]], [[3, 5], [0, 0]]
+    routed = torch.tensor([apart, alike, silent]).transpose(0, 1)
+    assert findings.information(routed).tolist() == pytest.approx([1, 0, 0])
+
+
+def test_chance_is_that_of_random_neighbours() -> None:
+    """Counted over all pairs of tokens, and over all windows where the tokens are of two kinds."""
+    generator = torch.Generator().manual_seed(2)
+    ids, gates = torch.zeros(1, 400, dtype=torch.int64), torch.zeros(1, 400, 3)
+    gates[0, torch.randperm(400, generator=generator)[:100], :2] = 0.5  # a quarter of the tokens has experts 0 and 1
+    counts = Counts.none([1], domains=1, experts=3, vocabulary=1)
+    counts.add_layer(0, 0, ids, gates, torch.ones(1, 400))
+    counts.add_text(0, ids)
+    found = findings.neighbours(counts)["layers"][1]
+    active = gates[0] > 0
+    both = (active[:, None] & active[None]).sum() / 400**2
+    assert found["common_by_chance"] == pytest.approx(float(both / active.sum(dim=1).double().mean()), rel=0.01)
+    assert found["union_by_chance"] == pytest.approx(2 * (1 - 0.75**WINDOW))
+    assert found["common"] == pytest.approx(found["common_by_chance"], abs=0.1)
+    balance = findings.balance(counts, topk=1, ranks=1)["layers"][1]
+    assert (balance["dead"], balance["inactive"]) == ([2], [2])
+    assert findings.gates(counts)["layers"][1]["largest_gate"] == 0.5
+
+
+def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tmp_path: Path) -> None:
+    """Against a recount; one data set alone tells nothing of domains."""
+    model, folder = exported(tmp_path / "model", "relu")
+    found = analyze(tmp_path / "out", "--load", folder, "--data-path", domains[0])
+    assert found["load"]["specialization"] is None
+    ids = Text(str(domains[0]), LENGTH, 1, 257).read(0, 10**6).flatten().tolist()
+    assert sorted(ids) == sorted(IndexedReader(domains[0]).read(0, len(ids)).tolist())
+    ids = IndexedReader(domains[0]).read(0, len(ids)).tolist()
+    layers = [[token for sequence in layer for token in sequence] for layer in recount(model, domains[0])]
+    for one in found["experts_per_token"]["by_frequency"]["tokens"]:
+        taken = [len(token) for layer in layers for name, token in zip(ids, layer, strict=True) if name == one["token"]]
+        assert one["frequency"] == ids.count(one["token"]) / len(ids)
+        assert one["experts"] == pytest.approx(sum(taken) / len(taken))
+    for layer, experts in found["load"]["tokens"].items():
+        for expert, rows in enumerate(experts):
+            assert [row["share"] for row in rows] == sorted((row["share"] for row in rows), reverse=True)
+            for row in rows:
+                routed = [name for name, token in zip(ids, layers[int(layer) - 1], strict=True) if expert in token]
+                assert row["share"] == routed.count(row["token"]) / row["occurrences"]
+
+
+def test_goes_on_and_reads_checkpoints(
+    domains: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Cut off in the second data set, a run's checkpoint gives what the exported folder gives in one go."""
+    model, folder = exported(tmp_path / "model", "relu")
+    args = args_of(model.config)
+    args.tokenizer_type = "NullTokenizer"
+    megatron = build(args)
+    fill(megatron, *under_megatrons_names(model))
+    run = tmp_path / "run"
+    save(megatron, args, run, engine_names=False)
+    expected = analyze(tmp_path / "out", "--load", folder, "--data", *domains)
+
+    read, reads = Text.read, []
+
+    def interrupted(text: Text, start: int, stop: int) -> torch.Tensor:
+        reads.append((text.prefix, start))
+        if len(reads) == 5:
+            raise KeyboardInterrupt
+        return read(text, start, stop)
+
+    monkeypatch.setattr(Text, "read", interrupted)
+    monkeypatch.setattr(command, "TOKENS_PER_FORWARD", 10 * LENGTH)
+    monkeypatch.setattr(command, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(command, "SAVING", 1e9)
+    words = ["--load", str(run), "--seq-length", str(LENGTH), "--data", *map(str, domains)]
+    assert main(words) == 130 and reads[-1] == (str(domains[1]), 10)
+    assert main(words) == 0 and reads[5:] == [(str(domains[1]), 10)]
+    for name in NAMES:
+        close(json.loads((run / "analysis" / f"{name}.json").read_text()), expected[name])
+
+    capfd.readouterr()
+    for wrong, message in (
+        (["--seed", "5"], "with other values of --seed. Give another folder"),
+        (["--sequences", "4"], "--sequences 4: .*counts.pt has counted 30 of a data set"),
+        (["--expert-parallel", "3"], "size 3: does not divide the model's 8 experts"),
+        (["--seq-length", "99999"], "has 600 tokens, fewer than one sequence of 99999"),
+        (["--load", str(exported(tmp_path / "dense", "dense")[1])], "dense: is a dense model"),
+        (["--load", str(tmp_path / "small"), "--output-dir", str(tmp_path / "new")], "holds token 25., and the model"),
+    ):
+        if "small" in wrong[1]:
+            make("relu").save_pretrained(wrong[1])
+        assert main([*words, *wrong]) == 1
+        assert re.search(message, capfd.readouterr().err.replace("\n", ""))
+
+
+def close(found: Any, expected: Any) -> None:
+    """The same but for rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            close(found[key], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            close(one, other)
+    else:
+        assert found == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected)

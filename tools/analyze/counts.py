@@ -1,0 +1,123 @@
+"""What is counted of a model's routing, and where it is kept."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from ..common.files import write_aside
+
+PARTS = 64  # of a data set, which shuffling takes apart
+WINDOW = 8  # tokens, as speculative decoding checks them at once
+OCTAVES, PER_OCTAVE = range(-24, 8), 32  # of gates
+
+
+@dataclass
+class Counts:
+    """Sums over tokens: int64 but for those of gates and shares, which are float64.
+
+    D data sets, P parts of each, L layers with experts, E experts, V tokens of the vocabulary, C classes of gates.
+
+    Attributes:
+        layers: their numbers from 1. `[L]`
+        sequences: that were read. `[D]`
+        routed: pairs of a token and an expert that is active for it. `[D, P, L, E]`
+        histogram: tokens with 0, 1, 2, ... experts. `[D, L, E + 1]`
+        common: pairs whose expert the token before has too. `[D, L]`
+        followers: pairs of tokens that have one before. `[D, L]`
+        union: different experts of `WINDOW` tokens, over all windows. `[D, L]`
+        windows: their number. `[D]`
+        gates: active gates by size. `[L, C]`
+        gate_sum: of active gates. `[L]`
+        largest_gate: the largest gate's share of a token's gates, over tokens with experts. `[L]`
+        largest_output: the same of its part in the output, see `routing.watched`. `[L]`
+        by_token: pairs by token and expert, int32. `[L, V, E]`
+        occurrences: of each token. `[V]`
+    """
+
+    layers: torch.Tensor
+    sequences: torch.Tensor
+    routed: torch.Tensor
+    histogram: torch.Tensor
+    common: torch.Tensor
+    followers: torch.Tensor
+    union: torch.Tensor
+    windows: torch.Tensor
+    gates: torch.Tensor
+    gate_sum: torch.Tensor
+    largest_gate: torch.Tensor
+    largest_output: torch.Tensor
+    by_token: torch.Tensor
+    occurrences: torch.Tensor
+
+    @classmethod
+    def none(cls, layers: list[int], domains: int, experts: int, vocabulary: int) -> Self:
+        """Nothing counted yet."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype)
+
+        number = len(layers)
+        return cls(
+            layers=torch.tensor(layers),
+            sequences=zeros(domains),
+            routed=zeros(domains, PARTS, number, experts),
+            histogram=zeros(domains, number, experts + 1),
+            common=zeros(domains, number),
+            followers=zeros(domains, number),
+            union=zeros(domains, number),
+            windows=zeros(domains),
+            gates=zeros(number, len(OCTAVES) * PER_OCTAVE),
+            gate_sum=zeros(number, dtype=torch.float64),
+            largest_gate=zeros(number, dtype=torch.float64),
+            largest_output=zeros(number, dtype=torch.float64),
+            by_token=zeros(number, vocabulary, experts, dtype=torch.int32),
+            occurrences=zeros(vocabulary),
+        )
+
+    def add_text(self, domain: int, ids: torch.Tensor) -> None:
+        """Sequences of a data set that all layers have counted; int64 `[batch, length]`."""
+        self.sequences[domain] += len(ids)
+        self.windows[domain] += len(ids) * (ids.shape[1] // WINDOW)
+        self.occurrences += torch.bincount(ids.flatten(), minlength=len(self.occurrences))
+
+    def add_layer(
+        self, domain: int, layer: int, ids: torch.Tensor, gates: torch.Tensor, largest_output: torch.Tensor
+    ) -> None:
+        """What a layer does with the next sequences of a data set.
+
+        Args:
+            domain: the data set's place.
+            layer: the layer's place in `layers`.
+            ids: int64 `[batch, length]`.
+            gates: `[batch, length, experts]`, 0 where an expert is not active.
+            largest_output: share of the output by the largest gate, `[batch, length]`.
+        """
+        active = gates > 0
+        taken = active.sum(dim=-1)
+        parts = (self.sequences[domain] + torch.arange(len(ids))) % PARTS
+        self.routed[domain, :, layer].index_add_(0, parts, active.sum(dim=1))
+        self.histogram[domain, layer] += torch.bincount(taken.flatten(), minlength=active.shape[-1] + 1)
+        self.common[domain, layer] += (active[:, 1:] & active[:, :-1]).sum()
+        self.followers[domain, layer] += taken[:, 1:].sum()
+        whole = active[:, : ids.shape[1] // WINDOW * WINDOW]
+        self.union[domain, layer] += whole.unflatten(1, (-1, WINDOW)).any(dim=2).sum()
+        self.by_token[layer].index_add_(0, ids.flatten(), active.flatten(0, 1).int())
+
+        sizes, some = gates[active].double(), taken > 0
+        classes = ((sizes.log2() - OCTAVES.start) * PER_OCTAVE).floor().clamp(0, self.gates.shape[1] - 1)
+        self.gates[layer] += torch.bincount(classes.long(), minlength=self.gates.shape[1])
+        self.gate_sum[layer] += sizes.sum()
+        self.largest_gate[layer] += (gates.amax(dim=-1) / gates.sum(dim=-1))[some].double().sum()
+        self.largest_output[layer] += largest_output[some].double().sum()
+
+    def save(self, path: Path, inputs: dict[str, Any]) -> None:
+        """Write all aside, with what it was counted from, and rename it."""
+        write_aside(path, lambda aside: torch.save({"inputs": inputs, "counts": asdict(self)}, aside))
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[dict[str, Any], Self]:
+        """What `save` wrote."""
+        saved = torch.load(path, weights_only=True)
+        return saved["inputs"], cls(**saved["counts"])

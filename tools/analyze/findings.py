@@ -1,0 +1,246 @@
+"""What the counts say, a dictionary for each file and picture."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..common.expert_counts import Experts
+from .counts import OCTAVES, PER_OCTAVE, WINDOW, Counts
+
+LEAST = 10  # occurrences of a token that is shown by itself
+RESAMPLES = 1000
+SHUFFLES = 200
+SHOWN_TOKENS = 8
+PERCENTILES = {"percentile_10": 0.1, "median": 0.5, "percentile_90": 0.9}
+INACTIVE = 1 / 8  # of the even share: 1/64 of the tokens for 8 experts, as in figure 8b
+
+Numbers = dict[str, Any]
+
+
+def experts_per_token(counts: Counts) -> Numbers:
+    """Layer → how many experts a token takes; the same by the token's frequency (figure 7)."""
+    layers = {}
+    for layer, histogram in zip(counts.layers.tolist(), counts.histogram.sum(dim=0), strict=True):
+        found, share = Experts.of(histogram), histogram.double() / histogram.sum()
+        layers[layer] = {
+            "mean": found.mean,
+            "none": float(share[0]),
+            "percentile_99": found.percentile_99,
+            "largest": found.largest,
+            "histogram": share.tolist(),
+        }
+    return {"layers": layers, "by_frequency": _by_frequency(counts)}
+
+
+def _by_frequency(counts: Counts) -> Numbers:
+    shown = (counts.occurrences >= LEAST).nonzero()[:, 0]
+    occurrences = counts.occurrences[shown]
+    frequency = occurrences.double() / counts.occurrences.sum()
+    experts = counts.by_token.sum(dim=-1)[:, shown] / occurrences.double()
+    experts = torch.cat([experts, experts.mean(dim=0, keepdim=True)])
+    found: Numbers = {"least_occurrences": LEAST, "resamples": RESAMPLES}
+    if len(frequency.unique()) > 1:
+        slopes = slopes_with_intervals(frequency.log10(), experts)
+        names = [*counts.layers.tolist(), "mean"]
+        found["slopes"] = {
+            name: dict(zip(("slope", "low", "high"), row, strict=True))
+            for name, row in zip(names, slopes.tolist(), strict=True)
+        }
+    columns = shown.tolist(), frequency.tolist(), experts[-1].tolist()
+    found["tokens"] = [
+        {"token": token, "frequency": often, "experts": mean} for token, often, mean in zip(*columns, strict=True)
+    ]
+    return found
+
+
+def slopes_with_intervals(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Least squares, and the 2.5th and 97.5th percentile of the slopes of bootstrap samples of the points.
+
+    Args:
+        x: float64 `[points]`, not all equal.
+        y: float64 `[lines, points]`.
+
+    Returns:
+        slope, low, high: float64 `[lines, 3]`.
+    """
+
+    def slopes(weights: torch.Tensor) -> torch.Tensor:
+        centred = weights * (x - weights @ x / weights.sum())
+        return y @ centred / (centred @ x)
+
+    generator = torch.Generator().manual_seed(0)
+    number = len(x)
+    resampled = [
+        slopes(torch.bincount(torch.randint(number, (number,), generator=generator), minlength=number).double())
+        for _ in range(RESAMPLES)
+    ]
+    bounds = torch.stack(resampled).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    return torch.stack([slopes(torch.ones_like(x)), *bounds], dim=1)
+
+
+def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[int], str | None]) -> Numbers:
+    """Share of a data set's tokens that each expert gets (figures 8, 9 and 11), experts per token (figure 12), what
+    data set and expert tell of each other, and the tokens that an expert gets most often (table 12).
+
+    Args:
+        names: of the data sets.
+        even: the share that each expert would get if all got the same, at the target.
+        text_of: a token's text, where there is a tokenizer.
+    """
+    layers, tokens = counts.layers.tolist(), _tokens(counts)
+    shares = counts.routed.sum(dim=1) / tokens[:, None, None].double()
+    found: Numbers = {"even": even, "domains": {}, "specialization": None}
+    for name, number, rows in zip(names, tokens.tolist(), shares, strict=True):
+        found["domains"][name] = {
+            "tokens": number,
+            "load": dict(zip(layers, rows.tolist(), strict=True)),
+            "experts_per_token": dict(zip(layers, rows.sum(dim=-1).tolist(), strict=True)),
+        }
+    if len(names) > 1:
+        columns = information(counts.routed.sum(dim=1)), *_shuffled(counts)
+        keys = "bits", "shuffled", "shuffled_95"
+        found["specialization"] = {
+            layer: dict(zip(keys, row, strict=True))
+            for layer, row in zip(layers, torch.stack(columns, dim=1).tolist(), strict=True)
+        }
+    found["tokens"] = {layer: _tokens_of(counts, place, text_of) for place, layer in enumerate(layers)}
+    return found
+
+
+def information(routed: torch.Tensor) -> torch.Tensor:
+    """Bits that the expert of a pair tells of the data set that it comes from, all data sets weighing the same.
+
+    Args:
+        routed: pairs, `[data sets, layers, experts]`.
+
+    Returns:
+        float64 `[layers]`; 0 where all data sets share the experts alike, at most log2(data sets).
+    """
+    pairs = routed.double()
+    total = pairs.sum(dim=-1, keepdim=True)
+    share, some = pairs / total.clamp(min=1), (total > 0).sum(dim=0).clamp(min=1)
+    mean = share.sum(dim=0) / some
+    terms = torch.where(share > 0, share * (share / mean).log2(), 0.0)
+    return terms.sum(dim=(0, 2)) / some[:, 0]
+
+
+def _shuffled(counts: Counts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 95th percentile of `information` where parts of the data sets are dealt out anew."""
+    domains, parts = counts.routed.shape[:2]
+    filled = torch.arange(parts) < counts.sequences[:, None]
+    labels, routed = filled.nonzero()[:, 0], counts.routed[filled]
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(SHUFFLES):
+        dealt = labels[torch.randperm(len(labels), generator=generator)]
+        groups = torch.zeros(domains, *routed.shape[1:], dtype=torch.int64)
+        found.append(information(groups.index_add_(0, dealt, routed)))
+    bits = torch.stack(found)
+    return bits.mean(dim=0), bits.quantile(0.95, dim=0)
+
+
+def _tokens_of(counts: Counts, place: int, text_of: Callable[[int], str | None]) -> list[list[Numbers]]:
+    """For each expert of a layer the tokens of which the largest share goes to it; of equals the frequent ones."""
+    often = counts.occurrences.argsort(descending=True, stable=True)
+    often = often[counts.occurrences[often] >= LEAST]
+    shares = counts.by_token[place][often].double() / counts.occurrences[often, None]
+    first = shares.argsort(dim=0, descending=True, stable=True)[:SHOWN_TOKENS]
+    return [
+        [
+            {"token": token, "text": text_of(token), "share": share, "occurrences": int(counts.occurrences[token])}
+            for token, share in zip(often[rows].tolist(), shares[rows, expert].tolist(), strict=True)
+            if share
+        ]
+        for expert, rows in enumerate(first.T)
+    ]
+
+
+def balance(counts: Counts, topk: int, ranks: int) -> Numbers:
+    """Layer → sparsity (figure 8d), load imbalance, experts without tokens; and of expert-parallel ranks.
+
+    Args:
+        topk: k, which gives the target.
+        ranks: that share a layer's experts, in their order.
+    """
+    tokens, routed = int(_tokens(counts).sum()), counts.routed.sum(dim=(0, 1))
+    experts = routed.shape[1]
+    found: Numbers = {"target": 1 - topk / experts, "expert_parallel": ranks, "layers": {}}
+    for layer, row in zip(counts.layers.tolist(), routed, strict=True):
+        of_ranks = row.view(ranks, -1)
+        found["layers"][layer] = {
+            "sparsity": 1 - int(row.sum()) / (tokens * experts),
+            "imbalance": _largest_over_even(row),
+            "relative_load": (row / row.double().mean().clamp(min=1)).tolist(),
+            "dead": (row == 0).nonzero()[:, 0].tolist(),
+            "inactive": (row < INACTIVE * tokens * topk / experts).nonzero()[:, 0].tolist(),
+            "rank_imbalance": _largest_over_even(of_ranks.sum(dim=1)),
+            "ranks": [
+                {
+                    "relative_load": int(part.sum()) * ranks / max(1, int(row.sum())),
+                    "imbalance": _largest_over_even(part),
+                    "sparsity": 1 - int(part.sum()) / (tokens * len(part)),
+                    "dead": int((part == 0).sum()),
+                }
+                for part in of_ranks
+            ],
+        }
+    return found
+
+
+def neighbours(counts: Counts) -> Numbers:
+    """Layer → what tokens have in common with the one before, and how many experts `WINDOW` tokens take together.
+
+    Chance is that of tokens drawn at random from the same data set.
+    """
+    tokens = _tokens(counts)
+    share = counts.routed.sum(dim=1) / tokens[:, None, None].double()
+    common_by_chance = ((tokens - counts.sequences)[:, None] * share.square().sum(dim=-1)).sum(dim=0)
+    union_by_chance = (counts.windows[:, None] * (1 - (1 - share) ** WINDOW).sum(dim=-1)).sum(dim=0)
+    pairs, windows = counts.followers.sum(dim=0).clamp(min=1), counts.windows.sum()
+    columns = (
+        counts.common.sum(dim=0).double() / pairs,
+        common_by_chance / pairs,
+        counts.union.sum(dim=0).double() / windows,
+        union_by_chance / windows,
+    )
+    keys = "common", "common_by_chance", "union", "union_by_chance"
+    rows = torch.stack(columns, dim=1).tolist()
+    layers = counts.layers.tolist()
+    return {
+        "window": WINDOW,
+        "layers": {layer: dict(zip(keys, row, strict=True)) for layer, row in zip(layers, rows, strict=True)},
+    }
+
+
+def gates(counts: Counts) -> Numbers:
+    """Layer → size of active gates, and what the largest of a token's gates has of all and of the output.
+
+    Percentiles are those of classes, true to 1 %.
+    """
+    found: Numbers = {}
+    some = counts.histogram[:, :, 1:].sum(dim=(0, 2))
+    for place, layer in enumerate(counts.layers.tolist()):
+        classes = counts.gates[place].cumsum(0)
+        number, tokens = int(classes[-1]), int(some[place])
+        if not number:
+            found[layer] = None
+            continue
+        at = {name: int(torch.searchsorted(classes, number * q)) for name, q in PERCENTILES.items()}
+        found[layer] = {
+            "mean": float(counts.gate_sum[place]) / number,
+            **{name: 2 ** (OCTAVES.start + (one + 0.5) / PER_OCTAVE) for name, one in at.items()},
+            "largest_gate": float(counts.largest_gate[place]) / tokens,
+            "largest_output": float(counts.largest_output[place]) / tokens,
+        }
+    return {"layers": found}
+
+
+def _tokens(counts: Counts) -> torch.Tensor:
+    """Of each data set."""
+    return counts.histogram[:, 0].sum(dim=-1)
+
+
+def _largest_over_even(load: torch.Tensor) -> float | None:
+    """Where there is any load."""
+    return float(load.max() / load.double().mean()) if load.any() else None

@@ -1,0 +1,51 @@
+"""Looks on while a model for transformers routes tokens."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
+
+See = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+def blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:
+    """Number of a layer with experts, from 1 → its experts."""
+    layers = enumerate(model.model.layers, start=1)
+    return {number: layer.mlp for number, layer in layers if isinstance(layer.mlp, RemoeSparseMoeBlock)}
+
+
+@contextmanager
+def watched(model: RemoeForCausalLM, see: See) -> Iterator[None]:
+    """While it is open, `see` is told what each layer does in each forward pass.
+
+    `see` takes the layer's place among those with experts, from 0; gates `[batch, length, experts]` on the CPU, 0 where
+    an expert is not active; and the share of the output by the largest gate, `[batch, length]`: |a| / (|a| + |b|) with
+    a the part of the expert with that gate and b the sum of all others'. Experts that all tokens share are left out.
+    """
+    handles = []
+    for place, block in enumerate(blocks(model).values()):
+
+        def look(block: RemoeSparseMoeBlock, given: tuple, output: torch.Tensor, place: int = place) -> None:
+            tokens = given[0].flatten(0, 1)
+            _, gates = block.gate(tokens)
+            if block.width is not None:
+                top, experts = gates.topk(block.width)
+                gates = torch.zeros_like(gates).scatter(-1, experts, top)
+            routed = output.flatten(0, 1)
+            if block.shared_expert is not None:
+                routed = routed - block.shared_expert(tokens)
+            gate, expert = gates.max(dim=-1, keepdim=True)
+            largest = block.experts(tokens, expert, gate)
+            size, rest = largest.float().norm(dim=-1), (routed - largest).float().norm(dim=-1)
+            shape = given[0].shape[:2]
+            see(place, gates.unflatten(0, shape).cpu(), (size / (size + rest)).unflatten(0, shape).cpu())
+
+        handles.append(block.register_forward_hook(look))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
