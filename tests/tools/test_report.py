@@ -17,7 +17,7 @@ from tests.trainings import REPOSITORY, TINY, finish, run
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main as evaluate
 from tools.report.command import main, names
-from tools.report.costs import count_flops
+from tools.report.costs import LATER, count_flops
 from tools.report.figures import thin
 from tools.report.reading import Run, read_run
 
@@ -75,7 +75,8 @@ def test_all_files_of_a_run_tell_the_same(trained: Path, other: Path) -> None:
     assert metrics.validation == printed.validation and list(metrics.validation[""]) == [4, 8]
     assert list(metrics.flips) == [2, 4, 6, 8] and metrics.done and printed.done
     assert metrics.target == printed.target == 0.875
-    assert count_flops(metrics.args) == count_flops(printed.args)
+    of_the_fork = {name: value for name, value in printed.args.items() if name not in LATER}
+    assert count_flops(metrics.args) == count_flops(printed.args) == count_flops(of_the_fork)
 
 
 def test_reads_a_half_written_line_as_none(trained: Path, tmp_path: Path) -> None:
@@ -201,10 +202,10 @@ def test_names_of_runs() -> None:
 
 
 def test_a_long_curve_keeps_its_spikes() -> None:
-    iterations, values = list(range(100_000)), [1.0] * 100_000
-    values[54_321], values[77_777] = 9.0, 0.0
-    thinned = thin((iterations, values), 1000)
-    assert len(thinned[0]) <= 1000 and (54_321, 9.0) in zip(*thinned, strict=True)
+    iterations, values = list(range(10_000)), [1.0] * 10_000
+    values[5_432], values[7_777] = 9.0, 0.0
+    thinned = thin((iterations, values), 100)
+    assert len(thinned[0]) <= 100 and (5_432, 9.0) in zip(*thinned, strict=True)
     assert min(thinned[1]) == 0.0 and list(thinned[0]) == sorted(thinned[0])
 
 

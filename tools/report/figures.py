@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 from bokeh.models import (
+    BasicTicker,
     ColorBar,
     CustomJSHover,
     FixedTicker,
     HoverTool,
     LinearColorMapper,
     NumeralTickFormatter,
+    PrintfTickFormatter,
     Range1d,
     Span,
 )
@@ -21,8 +23,8 @@ from bokeh.plotting import figure
 from ..quickstart.picture import FIRST_SHARE, smooth
 from .reading import Run
 
-# Okabe and Ito's, without those that vanish on white or on black; each with the next line style when they are used up.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+# After Okabe and Ito; none vanishes on white or on black. When they are used up, they come again with the next dash.
+COLOURS = ("#2E8BC9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8C7AE6")
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 POINTS, POINTS_OF_LAYERS = 1000, 200  # of a curve, at most
 CELLS, COLUMNS = 100_000, 240  # of a heat map, at most
@@ -114,9 +116,9 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
     sections = {
         "Loss": [*_losses(runs, x_range)],
         "Optimization": [
-            *_simple(runs, x_range, "learning_rate", "Learning rate", form="0.0e+0"),
+            *_simple(runs, x_range, "learning_rate", "Learning rate", form="%.1e"),
             *_simple(runs, x_range, "grad_norm", "Gradient norm", "before it is clipped"),
-            *_simple(runs, x_range, "tokens_per_second", "Throughput", "tokens per second, of all processes", "0,0"),
+            *_simple(runs, x_range, "tokens_per_second", "Throughput", "tokens per second, of all processes", "%.0f"),
         ],
         "Routing": [
             *_sparsity(runs, x_range),
@@ -148,7 +150,7 @@ def _simple(
 ) -> Iterator[Panel]:
     overlay = Overlay(x_range, title, **settings)
     if form:
-        overlay.plot.yaxis.formatter = NumeralTickFormatter(format=form)
+        overlay.plot.yaxis.formatter = PrintfTickFormatter(format=form)
     for place, run in enumerate(runs):
         overlay.curve(place, run, run.series(key))
     yield from overlay.panel(title, note)
@@ -195,8 +197,9 @@ def _sparsity(runs: Sequence[Run], x_range: Range1d) -> Iterator[Panel]:
 def _experts(runs: Sequence[Run], x_range: Range1d) -> Iterator[Panel]:
     overlay = Overlay(x_range, "experts per token")
     for place, run in enumerate(runs):
+        experts = run.num_experts
         layers = {
-            layer: (iterations, [run.num_experts * (1 - value) for value in values])
+            layer: (iterations, [experts * (1 - value) for value in values])
             for layer, (iterations, values) in run.layers("layer_sparsity").items()
         }
         overlay.layers(place, run, layers)
@@ -215,6 +218,7 @@ def _flips(runs: Sequence[Run], x_range: Range1d) -> Iterator[Panel]:
 
 def _guarded(runs: Sequence[Run], x_range: Range1d) -> Iterator[Panel]:
     overlay = Overlay(x_range, "layer")
+    overlay.plot.yaxis.ticker = BasicTicker(min_interval=1)
     for place, run in enumerate(runs):
         found = [(at, layer) for at, layers in zip(*run.series("guarded_layers"), strict=True) for layer in layers]
         overlay.points(place, run, ([at for at, _ in found], [layer for _, layer in found]), "square")

@@ -86,8 +86,8 @@ class Run:
     @property
     def num_experts(self) -> int:
         """Of a layer, after granularity; 0 for dense models, and where nothing tells."""
-        counted = self.series("tokens_per_expert")[1][-1:]
-        return self.args.get("num_experts") or max((len(of) for row in counted for of in row.values()), default=0)
+        counted = (of for row in self.rows.values() for of in row.get("tokens_per_expert", {}).values())
+        return self.args.get("num_experts") or len(next(counted, ()))
 
     @property
     def topk(self) -> int | None:
@@ -110,8 +110,9 @@ class Run:
 
     def experts_per_token(self) -> tuple[list[int], list[float]]:
         """Iterations and the mean over tokens and layers, of a ReMoE."""
-        iterations, values = self.series("sparsity") if self.num_experts else ([], [])
-        return iterations, [self.num_experts * (1 - value) for value in values]
+        experts = self.num_experts
+        iterations, values = self.series("sparsity") if experts else ([], [])
+        return iterations, [experts * (1 - value) for value in values]
 
 
 def sources(place: Path) -> dict[str, Path]:
