@@ -117,7 +117,14 @@ class ReMoELayer(MoELayer):
         else:
             tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
             # One that is re-entrant would give the experts' gradients, and reduce them, chunk by chunk.
-            run = partial(checkpoint, self._routed_chunk, use_reentrant=False, preserve_rng_state=False)
+            run = partial(
+                checkpoint,
+                self._routed_chunk,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                # HybridEP's manager keeps a dispatch's sizes until its tokens are combined.
+                early_stop=self.config.moe_token_dispatcher_type != "flex",
+            )
             wholes = (whole.tensor_split(len(counts)) for whole in (tokens, probs, routing_map))
             outputs = [run(*part, number == 0) for number, part in enumerate(zip(*wholes, counts, strict=True))]
             output = torch.cat(outputs).view_as(hidden_states)

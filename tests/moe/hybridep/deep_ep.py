@@ -1,0 +1,63 @@
+"""What HybridEP's kernels do, by collectives of PyTorch: the part of the package `deep_ep` that Megatron calls.
+
+As in its branch `hybrid-ep` (`deep_ep/hybrid_ep_buffer.py`, `csrc/hybrid_ep`) a token goes to each expert that the map
+names, however many they are; rows are ordered by expert and then by token. Sums are those of all ranks, and 0 for a
+token that went nowhere.
+"""
+
+from typing import Any
+
+import torch
+from torch import distributed
+
+Handle = tuple[torch.Tensor, torch.Tensor, int]  # expert, token of all ranks, tokens of this rank
+
+
+class HybridEPBuffer:
+    """Dispatch and combination over one group, whose ranks have equally many tokens and experts."""
+
+    def __init__(self, group: distributed.ProcessGroup, num_local_experts: int, **_sizes: Any) -> None:
+        self.group, self.experts = group, num_local_experts
+        self.first = group.rank() * num_local_experts
+
+    def dispatch_with_permute(
+        self,
+        *,
+        hidden: torch.Tensor,
+        routing_map: torch.Tensor | None = None,
+        probs: torch.Tensor | None = None,
+        handle: Handle | None = None,
+        **_tuning: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, torch.Tensor, Handle]:
+        """`[tokens, hidden]` → rows for this rank's experts, their gates, and how many each gets."""
+        if handle is None:
+            assert routing_map is not None and routing_map.dtype == torch.bool
+            mine = self._gathered(routing_map)[:, self.first : self.first + self.experts]
+            expert, token = mine.T.nonzero(as_tuple=True)
+            handle = expert, token, len(hidden)
+        expert, token, _ = handle
+        gates = None if probs is None else self._gathered(probs)[token, self.first + expert]
+        counts = torch.bincount(expert, minlength=self.experts)
+        return self._gathered(hidden)[token], gates, None, counts, handle
+
+    def combine_with_unpermute(
+        self, *, hidden: torch.Tensor, handle: Handle, probs: torch.Tensor | None = None, **_tuning: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of this rank's experts → sums of each token of this rank, and gates in the map's shape."""
+        expert, token, num_tokens = handle
+        ranks = self.group.size()
+        sums = hidden.new_zeros(ranks * num_tokens, hidden.shape[1]).index_add_(0, token, hidden)
+        if probs is None:
+            return self._scattered(sums), None
+        gates = probs.new_zeros(ranks * num_tokens, ranks * self.experts)
+        gates[token, self.first + expert] = probs
+        return self._scattered(sums), self._scattered(gates)
+
+    def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(self.group.size())]
+        distributed.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    def _scattered(self, sums: torch.Tensor) -> torch.Tensor:
+        distributed.all_reduce(sums, group=self.group)
+        return sums.chunk(self.group.size())[self.group.rank()]
