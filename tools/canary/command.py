@@ -14,7 +14,8 @@ from ..common.errors import ToolError
 from ..common.files import write_between
 from ..common.places import ROOT
 from .candidate import Candidate, candidate, installed
-from .checks import CHECKS, Change, Comparison, Result
+from .checks import CHECKS, Result
+from .comparison import Change, Comparison
 from .report import BEGIN, END, markdown
 from .uses import sources, uses
 
@@ -62,12 +63,19 @@ def look_at(path: Path, checks: list[str], display: Display) -> tuple[Candidate,
         results = dict.fromkeys(checks, Result())
         for name in checks:
             start = time.monotonic()
-            results[name] = result = CHECKS[name](comparison)
+            try:
+                result = CHECKS[name](comparison)
+            except ToolError as error:
+                result = Result([str(error)])
+            results[name] = result
             display.say(f"  {name:22} {result.state:12} {time.monotonic() - start:4.0f} s  {result.said}")
             for problem in result.problems:
                 display.say(f"    {problem}")
             display.advance(1)
-        changes = comparison.changes()
+        try:
+            changes = comparison.changes()
+        except ToolError:
+            changes = []  # the checks have said why
     display.say(f"  changed of what this project takes from Megatron: {len(changes)}")
     for change in changes:
         display.say(f"    {change.place}: {change.what}: {change.how}")

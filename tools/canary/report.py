@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from .candidate import Candidate
-from .checks import Change, Result
+from .checks import Result
+from .comparison import Change
 
 BEGIN, END = "<!-- canary:begin -->", "<!-- canary:end -->"
 Found = tuple[Candidate, dict[str, Result], list[Change]]

@@ -1,7 +1,6 @@
-"""Looks at the Megatron that this process finds; prints what it found as one line of JSON behind `MARK`.
+"""Looks at the Megatron that this process finds, and at what this project puts in the place of parts of it.
 
-python -m tools.canary.survey facts < paths     what each dotted path, or flag, leads to; paths as a list in JSON
-python -m tools.canary.survey replaced          what this project puts in the place of Megatron's
+python -m tools.canary.survey < PATHS     PATHS: a list in JSON; prints one line of JSON behind `MARK`
 """
 
 import argparse
@@ -10,52 +9,78 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .signatures import Parameter, parameters
+from .signatures import parameters
 from .uses import CONFIG
 
 MARK = "canary:"
 OWN = str(Path(__file__).resolve().parents[2] / "megatron" / "remoe")
 
 
-def facts(paths: list[str]) -> dict[str, Any]:
-    """What each path leads to.
+def survey(paths: list[str]) -> dict[str, Any]:
+    """What each path leads to, and what else is there.
+
+    Args:
+        paths: dotted, from `megatron` on; or flags.
 
     Returns:
-        Path → `parameters`, `file`, `line` and `body` (a hash of what the code does) as far as it has them; `error`
-        where there is nothing.
+        `modules`: where `megatron.core` and `megatron.training` come from. `facts`: path → `parameters`, `place`
+        and `body` (a hash of what the code does) as far as it has them, `error` where there is nothing; with the paths
+        that are replaced. `moe_settings`: the configuration's fields that are about MoE → file and line. `replaced`:
+        path → parameters of what the patches and the CPU part put there, None for an object that is called. `failed`:
+        what a patch changes → why it cannot be made. `patches`: how many there are.
     """
-    return {path: _fact(path) for path in paths}
+    modules = {name: str(importlib.import_module(f"megatron.{name}").__file__) for name in ("core", "training")}
+    facts = {path: _fact(path) for path in paths}
+    settings = _moe_settings()
+    before = _all_there()
+    patches, failed = _patch()
+    changed = {path: value for path, value in _all_there().items() if value is not before.get(path)}
+    own = {path: part for path, value in changed.items() if (part := _own_part(value)) is not None}
+    return {
+        "modules": modules,
+        "facts": facts | {path: _fact_of(before.get(path, changed[path])) for path in own},
+        "moe_settings": settings,
+        "replaced": {path: parameters(part, False) if inspect.isfunction(part) else None for path, part in own.items()},
+        "failed": failed,
+        "patches": patches,
+    }
 
 
 def _fact(path: str) -> dict[str, Any]:
     if path.startswith("--"):
         return {} if path[2:] in _flags() else {"error": "there is no such flag"}
     try:
-        found = _resolve(path)
+        return _fact_of(_resolve(path))
     except Exception as error:  # whatever importing raises
         return {"error": _in_one_line(error)}
+
+
+def _fact_of(found: Any) -> dict[str, Any]:
     if not (inspect.isroutine(found) or inspect.isclass(found)):
         return {}
     fact: dict[str, Any] = {}
     try:
         fact["parameters"] = parameters(found)
         plain = inspect.unwrap(found)
-        lines, fact["line"] = inspect.getsourcelines(plain)
-        fact["file"] = _from_megatron(str(inspect.getsourcefile(plain)))
+        lines, first = _source(plain)
+        fact["place"] = f"{_from_megatron(str(inspect.getsourcefile(plain)))}:{first}"
         fact["body"] = _digest("".join(lines))
     except (TypeError, ValueError, OSError):
         pass  # built in, or made while importing
     return fact
+
+
+_source = cache(inspect.getsourcelines)
 
 
 def _resolve(path: str) -> Any:
@@ -90,7 +115,7 @@ def _has_in_objects(found: type, name: str) -> bool:
     if name in getattr(found, "__dataclass_fields__", {}):
         return True
     classes = [one for one in found.__mro__ if one.__module__.startswith("megatron.")]
-    return any(re.search(rf"\bself\.{name}\b *(:[^=\n]+)?=[^=]", inspect.getsource(one)) for one in classes)
+    return any(re.search(rf"\bself\.{name}\b *(:[^=\n]+)?=[^=]", "".join(_source(one)[0])) for one in classes)
 
 
 @cache
@@ -119,74 +144,59 @@ def _in_one_line(error: BaseException) -> str:
     return f"{said} ({_from_megatron(frame.filename)}:{frame.lineno})" if "/megatron/" in frame.filename else said
 
 
-def moe_settings() -> dict[str, str]:
-    """The configuration's fields that are about MoE → file and line."""
+def _moe_settings() -> dict[str, str]:
     config = _resolve(CONFIG)
-    lines, first = inspect.getsourcelines(config)
+    lines, first = _source(config)
     file = _from_megatron(str(inspect.getsourcefile(config)))
     places = {found[1]: place for place, line in enumerate(lines, first) if (found := re.match(r" +(\w+) *:", line))}
     return {name: f"{file}:{places[name]}" for name in config.__dataclass_fields__ if "moe" in name and name in places}
 
 
-def replaced() -> dict[str, Any]:
-    """What the patches and the CPU part put in the place of Megatron's.
-
-    Returns:
-        `replaced`: path → parameters of what stands there, None for an object that is called. `failed`: what a patch
-        changes → why it cannot be made. `patches`: how many there are.
-    """
+def _patch() -> tuple[int, dict[str, str]]:
+    """Make all changes of Megatron, those for the CPU included; how many, and which cannot be made and why."""
     from megatron.remoe.patches import PATCHES
 
+    from ..common.on_cpu import megatron_on_cpu
+
     failed = {}
+    megatron_on_cpu()
     for patch in PATCHES:
         try:
             patch.apply()
         except Exception as error:  # whatever another version raises
             failed[patch.changes] = _in_one_line(error)
-    return {"replaced": dict(_replacements()), "failed": failed, "patches": len(PATCHES)}
+    return len(PATCHES), failed
 
 
-def _replacements() -> Iterator[tuple[str, list[Parameter] | None]]:
-    for name, module in sorted(sys.modules.items()):
-        if not name.startswith(("megatron.core.", "megatron.training.")):
-            continue
-        owners = {name: module} | {
-            f"{name}.{word}": value
-            for word, value in vars(module).items()
-            if inspect.isclass(value) and value.__module__ == name
-        }
-        for path, owner in owners.items():
-            for word, value in list(vars(owner).items()):
-                if function := _own_function(value):
-                    yield f"{path}.{word}", parameters(function, follow_wrapped=False)
-                elif type(value).__module__.startswith("megatron.remoe.") and not isinstance(value, ModuleType):
-                    yield f"{path}.{word}", None
+def _all_there() -> dict[str, Any]:
+    """What Megatron's modules, and the classes in them, have under each path."""
+    there = {}
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("megatron.core.", "megatron.training.")):
+            for word, value in vars(module).items():
+                there[f"{name}.{word}"] = value
+                if inspect.isclass(value) and value.__module__ == name:
+                    there |= {f"{name}.{word}.{inner}": found for inner, found in vars(value).items()}
+    return there
 
 
-def _own_function(value: Any) -> Callable[..., Any] | None:
-    """This project's part of a function, where decorators stand around it or it stands around another."""
+def _own_part(value: Any) -> Any:
+    """What of it is this project's: a function, decorated or around another, or an object; None where nothing is."""
+    if type(value).__module__.startswith("megatron.remoe.") and not isinstance(value, ModuleType):
+        return value
     value = getattr(value, "__func__", value)
     while inspect.isfunction(value):
-        inner = [cell.cell_contents for cell in value.__closure__ or ()]
-        for function in [value, *filter(inspect.isfunction, inner)]:
-            if function.__code__.co_filename.startswith(OWN):
+        for function in (value, *(cell.cell_contents for cell in value.__closure__ or ())):
+            if inspect.isfunction(function) and function.__code__.co_filename.startswith(OWN):
                 return function
         value = getattr(value, "__wrapped__", None)
     return None
 
 
 def main() -> None:
-    """Answer one question."""
-    if sys.argv[1] == "facts":
-        found = facts(json.load(sys.stdin))
-        modules = {name: str(importlib.import_module(f"megatron.{name}").__file__) for name in ("core", "training")}
-        answer = {"facts": found, "modules": modules, "moe_settings": moe_settings()}
-    else:
-        from ..common.on_cpu import megatron_on_cpu
-
-        megatron_on_cpu()
-        answer = replaced()
-    print(f"{MARK}{json.dumps(answer)}")
+    """Print it."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron decorates functions when it is imported, which loads a compiler
+    print(f"{MARK}{json.dumps(survey(json.load(sys.stdin)))}")
 
 
 if __name__ == "__main__":

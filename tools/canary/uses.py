@@ -83,7 +83,7 @@ class _Reader:
         elif isinstance(node.func, ast.Name) and node.func.id == "Refusal" and isinstance(node.args[0], ast.Constant):
             # Refused settings are looked up by name, so that one which has another name now would be taken.
             for prefix in KNOWN.values():
-                yield Use(f"{prefix}{node.args[0].value}", self._at(node))
+                yield Use(prefix + str(node.args[0].value), self._at(node))
 
     def _class(self, node: ast.ClassDef) -> Iterator[Use]:
         methods = [inner for inner in node.body if isinstance(inner, ast.FunctionDef)]
