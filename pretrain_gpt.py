@@ -70,6 +70,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     from megatron.remoe.preflight.environment import (
         check_environment,
         check_evaluation_and_saving,
+        check_hybrid_model,
         check_output_folders,
         check_required_flags,
     )
@@ -98,6 +99,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
         take_saved_args(args)
         check_required_flags(args)
         validate_args(args, {})
+        check_hybrid_model(args)
         check_evaluation_and_saving(args)
         check_data(args, get_blend_and_blend_per_split)
         check_loaded_run(args)

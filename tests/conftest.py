@@ -9,6 +9,7 @@ import torch
 
 from megatron.remoe import cpu
 from megatron.remoe.preflight import console
+from tests.entry import Entry
 from tools.common.data_sets import write_real_text
 
 console.hide_unhelpful_warnings()
@@ -45,3 +46,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = tmp_path_factory.mktemp("data") / "stdlib"
     write_real_text(prefix)
     return prefix
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Entry]:
+    """The training entry, for many short trainings."""
+    entry = Entry(tmp_path_factory.mktemp("entry") / "output")
+    yield entry
+    entry.close()

@@ -71,7 +71,40 @@ SCHEDULE = "--override-opt_param-scheduler"
 ANEW = "--finetune with another --save"
 MAKE = "tools/preprocess_data.py"
 WEIGHT = "put one number before each prefix"
+HYBRID = ["--hybrid-layer-pattern", "*E*E"]
 ENTRY = {
+    # HybridModel
+    "a hybrid without experts": Case(
+        on("text", "--hybrid-layer-pattern", "*-*-"), ("--hybrid-layer-pattern *-*- has no MoE layer (E)", "'*E*E'")
+    ),
+    "experts of no number": Case(
+        lambda user: [*base(user), *HYBRID], ("--hybrid-layer-pattern *E*E has MoE layers (E): give --num-experts",)
+    ),
+    "two patterns of experts": Case(
+        on("text", *HYBRID, "--moe-layer-freq", "([0,1])"), ("--moe-layer-freq [0, 1]: --hybrid-layer-pattern *E*E",)
+    ),
+    "what a hybrid leaves out": Case(
+        on("text", *HYBRID, "--use-rope-scaling"), ("--use-rope-scaling: HybridModel does not",)
+    ),
+    "layers of other packages": Case(
+        on("text", "--hybrid-layer-pattern", "M*E"),
+        ("--hybrid-layer-pattern M*E: there are no plain PyTorch layers for M", "* (attention)", "mamba-ssm"),
+    ),
+    "a hybrid of another pattern": Case(
+        resumed("--hybrid-layer-pattern", "*-*E"),
+        ("holds a GPTModel, which Megatron reads", "*-*E has - and E: use tools/convert_checkpoint --model hybrid"),
+    ),
+    "a hybrid as GPT": Case(
+        resumed(run="hybrid"), ("holds a HybridModel: add --hybrid-layer-pattern '*E*E'", "--model gpt")
+    ),
+    "a hybrid of other layers": Case(
+        resumed("--hybrid-layer-pattern", "*E*E*E", run="hybrid"),
+        ("another shape: --hybrid-layer-pattern *E*E in the checkpoint, *E*E*E here",),
+    ),
+    "a distributed optimizer's state for another class": Case(
+        resumed("--use-distributed-optimizer", *HYBRID, run="distributed"),
+        ("state was saved for GPTModel alone", "--dist-ckpt-optim-fully-reshardable", "--no-load-optim"),
+    ),
     # data
     "no data": Case(lacking("--data-path"), ("--data-path is missing", "--mock-data")),
     "missing data": Case(on("nowhere"), ("--data-path", "nowhere.idx", "nowhere.bin", MAKE)),

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import os
 import shutil
 import socket
@@ -18,48 +17,13 @@ import torch
 
 from megatron.remoe.data.indexed import IndexedWriter, bin_path, idx_path
 from megatron.remoe.preflight.checkpoint_files import read_index
-from tests.preflight.mistakes import ENTRY, MAKE, User, base, on, resumed, two
+from tests.entry import LIMIT, Entry
+from tests.preflight.mistakes import ENTRY, HYBRID, MAKE, User, base, on, resumed, two
 from tests.trainings import REPOSITORY
 from tools.common.data_sets import write_documents
 from tools.common.tiny_model import RELU, TOPK
 
-LIMIT = 30.0  # seconds for one case: longer is a hang
 LINES = 3
-
-
-class Entry:
-    """The training entry, imported once."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "entry_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | single | {"OMP_NUM_THREADS": "1"},
-        )
-
-    def run(self, arguments: list[str], environment: dict[str, str], unset: list[str]) -> tuple[int | None, str]:
-        """Exit code, None after the time limit, and all that was printed."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"arguments": arguments, "environment": environment, "unset": unset, "limit": LIMIT}
-        self.process.stdin.write(json.dumps(request | {"output": str(self.output)}) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.strip() == "null" or line.strip().lstrip("-").isdecimal():
-                return json.loads(line), self.output.read_text(errors="replace")
-        raise AssertionError("the server of the entry has ended")
-
-
-@pytest.fixture(scope="module")
-def entry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Entry]:
-    entry = Entry(tmp_path_factory.mktemp("entry") / "output")
-    yield entry
-    assert entry.process.stdin is not None
-    entry.process.stdin.close()
-    entry.process.wait(timeout=30)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -125,7 +89,13 @@ def user(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     user = User(tmp_path_factory.mktemp("user"))
     make_data_sets(user, data)
     distributed = [*RELU, "--use-distributed-optimizer"]
-    for name, routing in (("remoe", RELU), ("distributed", distributed), ("topk", TOPK), ("dense", [])):
+    for name, routing in (
+        ("remoe", RELU),
+        ("distributed", distributed),
+        ("topk", TOPK),
+        ("dense", []),
+        ("hybrid", [*RELU, *HYBRID]),
+    ):
         saving = ["--save", user[name], "--save-interval", "2", "--train-iters", "2"]
         code, output = entry.run([*base(user), *routing, *saving], {}, [])
         assert code == 0, output[-3000:]

@@ -167,6 +167,7 @@ def check_loaded_run(args: argparse.Namespace) -> None:
         return
     if args.dist_ckpt_strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
         _check_routing(args, saved, source)
+    _check_model_class(args, saved, source)
     if different := _differences(_shape(args), _shape(saved), args, saved):
         raise ValueError(f"{source} holds a model of another shape: {different}. Give its values, or another {flag}.")
     if args.finetune or folder.name == RELEASE or flag != "--load":
@@ -246,6 +247,21 @@ def _check_routing(args: argparse.Namespace, saved: argparse.Namespace, source: 
         )
 
 
+def _check_model_class(args: argparse.Namespace, saved: argparse.Namespace, source: str) -> None:
+    """Megatron reads GPTModel's checkpoints into a HybridModel where all layers are alike, and none the other way."""
+    here, there = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
+    if there and not here:
+        raise ValueError(
+            f"{source} holds a HybridModel: add --hybrid-layer-pattern '{there}', or make a GPTModel's checkpoint of "
+            "it with tools/convert_checkpoint --model gpt."
+        )
+    if here and not there and {"E", "-"} <= set(here):
+        raise ValueError(
+            f"{source} holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, "
+            f"and --hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid."
+        )
+
+
 def _check_optimizer(args: argparse.Namespace, saved: argparse.Namespace, source: str) -> None:
     """The distributed optimizer's state is that of ranks; Megatron gives it to other ranks in some cases only."""
     anew = "--no-load-optim to go on with new optimizer state"
@@ -257,6 +273,11 @@ def _check_optimizer(args: argparse.Namespace, saved: argparse.Namespace, source
         )
     if not was_distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
         return
+    if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
+        raise ValueError(
+            f"{source}: without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for "
+            f"GPTModel alone. Save once more with the flag, or give {anew}."
+        )
     was_fused = getattr(saved, "local_layer_fusion", False) and getattr(saved, "transformer_impl", "") == "local"
     if args.num_experts and was_fused != (args.local_layer_fusion and args.transformer_impl == "local"):
         kind, remedy = ("grouped experts", "Leave out") if was_fused else ("experts one by one", "Add")
@@ -295,8 +316,9 @@ def _weight_or_name(word: str) -> float | str:
 
 def _shape(args: argparse.Namespace) -> Settings:
     shape = _picked(args, SHAPE)
-    if getattr(args, "hybrid_layer_pattern", None) or getattr(args, "heterogeneous_layers_config_encoded_json", None):
+    if getattr(args, "heterogeneous_layers_config_encoded_json", None):
         return {}
+    pattern = getattr(args, "hybrid_layer_pattern", None)
     if getattr(args, "group_query_attention", False):
         shape["num_query_groups"] = args.num_query_groups
     if getattr(args, "moe_relu_routing", False):
@@ -305,9 +327,15 @@ def _shape(args: argparse.Namespace) -> Settings:
     frequency = getattr(args, "moe_layer_freq", 1)
     if isinstance(frequency, int):
         frequency = [int(layer % frequency == 0) for layer in range(args.num_layers)]
+    if pattern:
+        del shape["num_layers"]
+        shape["hybrid_layer_pattern"] = pattern.replace("|", "")
+        frequency = [layer == "E" for layer in pattern if layer in "E-"]
     if not getattr(args, "num_experts", None):
         return shape | {"ffn_hidden_size": args.ffn_hidden_size}
-    shape |= {"moe_layer_freq": frequency, "moe_ffn_hidden_size": args.moe_ffn_hidden_size or args.ffn_hidden_size}
+    shape["moe_ffn_hidden_size"] = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    if not pattern:
+        shape["moe_layer_freq"] = frequency
     return shape if all(frequency) else shape | {"ffn_hidden_size": args.ffn_hidden_size}
 
 

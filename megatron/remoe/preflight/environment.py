@@ -58,6 +58,37 @@ def check_required_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"Missing: {', '.join(missing)}. Give a value above 0; there is no default.")
 
 
+def check_hybrid_model(args: argparse.Namespace) -> None:
+    """Settings that a HybridModel would leave out without a word, or end over in its first step.
+
+    Args:
+        args: Megatron's arguments, validated.
+
+    Raises:
+        ValueError: names flag, reason and remedy.
+    """
+    pattern = args.hybrid_layer_pattern
+    if not pattern:
+        return
+    given = f"--hybrid-layer-pattern {pattern}"
+    problems = {
+        f"{given} has no MoE layer (E), and --num-experts {args.num_experts} has nothing to apply to. Put E where "
+        "experts shall be, for instance '*E*E', or leave --num-experts out.": args.num_experts and "E" not in pattern,
+        f"{given} has MoE layers (E): give --num-experts, or - for dense ones.": (
+            "E" in pattern and not args.num_experts
+        ),
+        f"--moe-layer-freq {shown(args.moe_layer_freq)}: {given} says which layers have experts. Leave one out.": (
+            args.moe_layer_freq != 1
+        ),
+        "--use-rope-scaling: HybridModel does not scale rope. Leave it out.": args.use_rope_scaling,
+        "--overlap-moe-expert-parallel-comm: HybridModel has no schedule plan to overlap by. Leave it out.": (
+            args.overlap_moe_expert_parallel_comm
+        ),
+    }
+    if found := [words for words, holds in problems.items() if holds]:
+        raise ValueError("\n".join(found))
+
+
 def check_evaluation_and_saving(args: argparse.Namespace) -> None:
     """Settings at which Megatron ends at its first evaluation or save, which may be after the training.
 

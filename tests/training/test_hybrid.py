@@ -1,0 +1,100 @@
+"""HybridModel, where attention and MLP are layers of their own: GPTModel's training, and from one to the other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.entry import Entry
+from tests.trainings import REPOSITORY, TINY, records
+from tools.common.tiny_model import RELU, TOPK
+
+# λ₀ is large enough for the L1 term to show in the loss within the run.
+RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3", "--num-workers", "0"]
+SAVED, END = 4, 8
+
+
+class Trainings:
+    """Trainings of both classes that save on the way."""
+
+    def __init__(self, entry: Entry, data: Path, folder: Path) -> None:
+        self.entry, self.data, self.folder = entry, data, folder
+
+    def run(self, *flags: str) -> dict[int, dict[str, str]]:
+        """What each step printed, with all its digits; layers by GPTModel's numbers."""
+        code, output = self.entry.run([*TINY, "--data-path", str(self.data), *flags], {}, [])
+        assert code == 0, output[-3000:]
+        steps = records(output)
+        for fields in steps.values():
+            if "--hybrid-layer-pattern" in flags and (guarded := fields.get("guarded layers")):
+                fields["guarded layers"] = ",".join(str(int(number) // 2) for number in guarded.split(","))
+        return steps
+
+    def saving(self, name: str, *flags: str) -> dict[int, dict[str, str]]:
+        """A whole training that saves at step `SAVED`."""
+        return self.run(*RUN, *flags, "--save", str(self.folder / name), "--save-interval", str(SAVED))
+
+    def resumed(self, name: str, *flags: str) -> dict[int, dict[str, str]]:
+        """The steps after `SAVED`."""
+        return self.run(*RUN, *flags, "--load", str(self.folder / name), "--ckpt-step", str(SAVED))
+
+    def converted(self, name: str, model: str) -> str:
+        """The checkpoint of step `SAVED` for the other class."""
+        command = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint"), "--model", model]
+        places = ["--load", str(self.folder / name), "--save", str(self.folder / f"{name}-as-{model}")]
+        done = subprocess.run([*command, *places, "--ckpt-step", str(SAVED)], capture_output=True, text=True)
+        assert done.returncode == 0 and "the training goes on with --load" in done.stdout, done.stderr
+        return f"{name}-as-{model}"
+
+
+@pytest.fixture(scope="module")
+def trainings(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(entry, data, tmp_path_factory.mktemp("hybrid"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "gpt"),
+    [("*E*E", []), ("*-*E", ["--moe-layer-freq", "([0,1])"])],
+    ids=["MoE layers", "dense and MoE layers"],
+)
+def test_one_training_in_two_classes(pattern: str, gpt: list[str], trainings: Trainings) -> None:
+    """Losses, norms, S and λ to the last digit; and each class goes on from the other's checkpoint as from its own."""
+    name, hybrid = pattern.replace("*", "a"), ["--hybrid-layer-pattern", pattern]
+    expected = trainings.saving(f"{name}-gpt", *gpt)
+    assert len(expected) == END and "l1 coefficient" in expected[END]
+    assert trainings.saving(f"{name}-hybrid", *hybrid) == expected
+    expected = trainings.resumed(f"{name}-gpt", *gpt)
+    of_gpt, of_hybrid = (trainings.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
+    assert trainings.resumed(of_gpt, *hybrid) == expected
+    assert trainings.resumed(of_hybrid, *gpt) == expected
+    if not gpt:  # Megatron reads what is alike in all layers by itself
+        assert trainings.resumed(f"{name}-gpt", *hybrid) == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--moe-shared-expert-intermediate-size", "64", "--moe-granularity", "2"],
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
+        "--recompute-granularity selective --recompute-modules moe --moe-relu-activation-limit 1".split(),
+        ["--no-local-layer-fusion", "--bf16"],
+    ],
+    ids=["shared expert and granularity", "full recompute", "MoE recompute in chunks", "Megatron's layers in bf16"],
+)
+def test_with_what_layers_can_do(flags: list[str], trainings: Trainings) -> None:
+    flags = [*RUN, *flags, "--train-iters", "3"]
+    assert trainings.run(*flags, "--hybrid-layer-pattern", "*E*E") == trainings.run(*flags)
+
+
+@pytest.mark.parametrize("routing", [TOPK, []], ids=["top-k", "dense"])
+def test_other_routings(routing: list[str], trainings: Trainings) -> None:
+    flags = [*routing, "--num-workers", "0", "--train-iters", "3"]
+    pattern = "*E*E" if routing else "*-*-"
+    assert trainings.run(*flags, "--hybrid-layer-pattern", pattern) == trainings.run(*flags)
+
+
+def test_layers_without_attention_between(trainings: Trainings) -> None:
+    """Numbers of MoE layers with any gaps: S and λ do not care."""
+    steps = trainings.run(*RUN, "--train-iters", "3", "--hybrid-layer-pattern", "*EE-*E")
+    assert float(steps[3]["l1 coefficient"]) != float(steps[1]["l1 coefficient"])
