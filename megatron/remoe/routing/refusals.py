@@ -173,7 +173,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "core/transformer/transformer_config.py: TransformerConfig",
     ),
     Refusal("moe_router_fusion", _is_set, "the fused kernel computes top-k", ROUTING),
-    Refusal("moe_router_force_biased", _given, IGNORED, f"{MOE_UTILS}: apply_biased_logits"),
+    Refusal(
+        "moe_router_force_biased",
+        _given,
+        "its random bias on the logits changes the number of experts",
+        f"{MOE_UTILS}: apply_biased_logits",
+    ),
     Refusal(
         "moe_router_force_load_balancing",
         _is_set,

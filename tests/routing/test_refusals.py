@@ -1,0 +1,96 @@
+"""What is refused and what is not, held against Megatron's source."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megatron.core
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.remoe.moe.layer import ReMoELayer
+from megatron.remoe.moe.specs import with_relu_routing
+from megatron.remoe.routing.refusals import REFUSALS, flag
+from tests.layers import make_config
+from tests.trainings import REPOSITORY
+
+MEGATRON = Path(megatron.core.__file__).parents[1]
+
+
+@pytest.mark.parametrize("where", sorted({refusal.where for refusal in REFUSALS}))
+def test_what_shows_the_reason_is_there(where: str) -> None:
+    file, name = where.split(": ")
+    body: Any = ast.parse((MEGATRON / file).read_text()).body
+    for part in name.split("."):
+        (found,) = (node for node in body if getattr(node, "name", None) == part)
+        body = found.body
+
+
+def test_the_page_has_every_refusal() -> None:
+    rows = [f"| `{flag(entry.name)}` | {entry.reason} | `{entry.where}` |" for entry in REFUSALS]
+    table = "\n".join(["|---|---|---|", *rows, ""])
+    assert f"{table}\n" in (REPOSITORY / "docs" / "refusals.md").read_text()
+
+
+REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
+    "DeepEP": ({"moe_token_dispatcher_type": "flex"}, "backend deepep .* Use --moe-flex-dispatcher-backend hybridep"),
+    "NCCL-EP": (
+        {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "ncclep"},
+        "backend ncclep .* sends the k largest gates",
+    ),
+    "HybridEP with a budget": (
+        {
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": "hybridep",
+            "moe_expert_rank_capacity_factor": 1.5,
+        },
+        "--moe-expert-rank-capacity-factor 1.5 cannot be used",
+    ),
+    "weight gradients beside dispatch": (
+        {"overlap_dispatch_backward_with_experts_wgrad": True},
+        "--overlap-dispatch-backward-with-experts-wgrad .* add --moe-relu-activation-limit 0",
+    ),
+    "prediction with local norms": (
+        {
+            "mtp_num_layers": 1,
+            "transformer_impl": "local",
+            "sequence_parallel": True,
+            "tensor_model_parallel_size": 2,
+        },
+        "--mtp-num-layers 1 .* or no tensor parallelism",
+    ),
+    "prediction on a stage of its own": (
+        {"mtp_num_layers": 1, "pipeline_model_parallel_layout": [["embedding", "decoder"], ["mtp"], ["loss"]]},
+        "--mtp-num-layers 1 .* Leave the layout out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_TOGETHER)
+def test_refused_together(name: str) -> None:
+    settings, message = REFUSED_TOGETHER[name]
+    with pytest.raises(ValueError, match=message):
+        make_config(**settings)
+
+
+def test_attention_variants_take_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron builds their layers by a specification of its own, in which the MoE layers are its usual ones."""
+    monkeypatch.setattr(variants, "TESpecProvider", TESpecProvider, raising=False)  # where the engine is not installed
+    config = make_config(
+        num_layers=3,
+        experimental_attention_variant="gated_delta_net",
+        linear_attention_freq=[1, 1, 1],
+        moe_layer_freq=[0, 1, 1],
+        transformer_impl="transformer_engine",
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_conv_kernel_dim=4,
+    )
+    layers = variants.get_transformer_layer_with_experimental_attention_variant_spec(config)
+    dense, *moe = with_relu_routing(TransformerBlockSubmodules(layer_specs=layers)).layer_specs
+    assert dense.submodules.mlp is layers[0].submodules.mlp
+    assert [layer.submodules.mlp.func for layer in moe] == [ReMoELayer] * 2
