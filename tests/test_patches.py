@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
+import logging
 import os
 import queue
 import subprocess
@@ -25,12 +26,13 @@ from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateM
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
-from megatron.remoe.patches import fusions, waits
+from megatron.remoe.patches import fusions, log_lines, waits
 from megatron.remoe.patches import optimizer as adam_patches
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
 from megatron.remoe.training.arguments import add_remoe_arguments
 from megatron.training import training
 from megatron.training.arguments import parse_args
+from megatron.training.utils import common_utils
 from tests.layers import make_topk_config
 from tests.trainings import TINY
 from tools.common.tiny_model import TOPK
@@ -317,6 +319,27 @@ def test_megatron_still_counts_all_steps_with_the_last_k(monkeypatch: pytest.Mon
     assert training.num_floating_point_operations(args, 8) == first > last
     args.curr_iteration = 2
     assert training.num_floating_point_operations(args, 8) == last
+
+
+def test_megatron_still_tells_the_console_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "print_rank_last", common_utils.print_rank_last)
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.msg)  # type: ignore[method-assign]
+    logger = logging.getLogger(log_lines.RUN_LOGGER)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        training.print_rank_last("before")
+        log_lines.tell_what_is_printed()
+        log_lines.tell_what_is_printed()
+        training.print_rank_last("after")
+    finally:
+        logger.removeHandler(handler)
+    assert heard == ["after"], "once"
+    assert capsys.readouterr().out == "before\nafter\n"
 
 
 def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

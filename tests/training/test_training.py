@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron.remoe.training.run_log import read_run_log
 from tests.trainings import REPOSITORY, TINY, records, run, series, weights
 from tools.common.tiny_model import RELU, TOPK
 
@@ -18,6 +20,9 @@ ROUTING = (
     "lowest layer sparsity",
     "highest layer sparsity",
 )
+
+
+FLIPS = ["--moe-log-flips-interval", "1"]
 
 
 def train(data: Path, *arguments: str, processes: int = 1, **options) -> str:
@@ -34,7 +39,33 @@ def initial(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(data: Path, initial: Path) -> str:
-    return train(data, *RELU, "--load", str(initial), "--finetune")
+    return train(data, *RELU, *FLIPS, "--load", str(initial), "--finetune")
+
+
+def without_flips(found: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:
+    return {
+        iteration: {name: value for name, value in record.items() if not name.startswith("flip ")}
+        for iteration, record in found.items()
+    }
+
+
+def logged(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_run_log(folder / "metrics.jsonl") if record["kind"] == kind]
+
+
+def assert_log_tells_what_is_printed(folder: Path, output: str) -> None:
+    printed, lines = records(output), logged(folder, "log")
+    assert [line["iteration"] for line in lines] == list(printed)
+    for line, fields in zip(lines, printed.values(), strict=True):
+        for name in {"load_balancing_loss", "flip rate"} & fields.keys() | {"lm loss", "learning rate", "grad norm"}:
+            assert line[name.replace(" ", "_")] == float(fields[name])
+        assert ("sparsity" in line) == ("sparsity" in fields)
+        if "sparsity" in line:
+            load = [share for row in line["tokens_per_expert"].values() for share in row]
+            assert 1 - sum(load) / len(load) == pytest.approx(float(fields["sparsity"]), abs=1e-4)
+    flips = {record["iteration"]: record["rate"] for record in logged(folder, "flips")}
+    told = {iteration: float(fields["flip rate"]) for iteration, fields in printed.items() if "flip rate" in fields}
+    assert flips == pytest.approx(told, abs=1e-6)
 
 
 def test_log_line_tells_the_routing(one_process: str) -> None:
@@ -75,6 +106,24 @@ def test_same_training_in_every_way(way: str, data: Path, initial: Path, one_pro
         assert series(output, "l1 loss") == pytest.approx(series(one_process, "l1 loss"), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [
+        (2, "--micro-batch-size 1 --expert-model-parallel-size 2"),
+        (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    ],
+)
+def test_same_flips_in_every_layout(processes: int, layout: str, data: Path, initial: Path, one_process: str) -> None:
+    """The calibration set has two sequences in each of them."""
+    output = train(data, *RELU, *FLIPS, *layout.split(), "--load", str(initial), "--finetune", processes=processes)
+    found, expected = records(output), records(one_process)
+    assert "flip rate" not in found[1], "nothing was looked at before"
+    for name in ("flip rate", "flip count"):
+        rates = [float(found[step][name]) for step in range(2, 9)]
+        assert rates == pytest.approx([float(expected[step][name]) for step in range(2, 9)], abs=2e-3)
+        assert rates[0] > 0.01
+
+
 DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 
 
@@ -95,7 +144,7 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
         saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "5", "--train-iters", "10"]
         return train(data, *RELU, *arguments, *saving, *more, processes=processes)
 
-    whole = continued(tmp_path / "whole")
+    whole = continued(tmp_path / "whole", "--moe-log-flips-interval", "2")  # which leaves no trace
     continued(tmp_path / "parts", "--exit-interval", "5")
     second = continued(tmp_path / "parts")
 
@@ -103,8 +152,13 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
     resumed, uninterrupted = records(second), records(whole)
     # The second line of a run tells the mean loss of both iterations since its start.
     del resumed[7]["lm loss"], uninterrupted[7]["lm loss"]
+    assert all(("flip rate" in record) == (iteration % 2 == 0) for iteration, record in uninterrupted.items())
+    uninterrupted = without_flips(uninterrupted)
     for iteration, record in resumed.items():
         assert record == uninterrupted[iteration]
+    assert_log_tells_what_is_printed(tmp_path / "whole", whole)
+    assert [record["iteration"] for record in logged(tmp_path / "parts", "log")] == list(range(1, 11))
+    assert [record["iteration"] for record in logged(tmp_path / "parts", "start")] == [0, 5]
     expected, found = weights(tmp_path / "whole", 10), weights(tmp_path / "parts", 10)
     assert expected.keys() == found.keys() and any("l1_exponent" in key for key in found)
     for key in expected:
@@ -112,8 +166,11 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
 
 
 @pytest.mark.parametrize(("kind", "arguments"), [("dense", []), ("top-k", TOPK)])
-def test_without_relu_routing_it_is_megatrons_own_training(kind: str, arguments: list[str], data: Path) -> None:
-    output = train(data, *arguments)
+def test_without_relu_routing_it_is_megatrons_own_training(
+    kind: str, arguments: list[str], data: Path, tmp_path: Path
+) -> None:
+    output = train(data, *arguments, "--save", str(tmp_path), "--save-interval", "8")
+    assert_log_tells_what_is_printed(tmp_path, output)
     record = records(output)[8]
     assert not set(ROUTING) & set(record)
     assert ("load balancing loss" in record or "load_balancing_loss" in output) == (kind == "top-k")
@@ -156,14 +213,17 @@ def test_layers_without_any_token_train_on(data: Path) -> None:
     assert coefficients[-1] < max(coefficients)
 
 
-def test_evaluation_leaves_the_training_as_it_is(data: Path, initial: Path, one_process: str) -> None:
-    output = train(data, *RELU, "--load", str(initial), "--finetune", "--eval-interval", "2", "--eval-iters", "2")
+def test_evaluation_leaves_the_training_as_it_is(data: Path, initial: Path, one_process: str, tmp_path: Path) -> None:
+    same = [*RELU, *FLIPS, "--load", str(initial), "--finetune", "--save", str(tmp_path), "--save-interval", "8"]
+    output = train(data, *same, "--eval-interval", "2", "--eval-iters", "2")
     assert "validation loss at iteration 2" in output
-    assert records(output) == records(one_process)
+    assert [record["iteration"] for record in logged(tmp_path, "validation")] == [2, 4, 6, 8, 8]
+    # What flips are measured on is validation text here, and training text where there is none.
+    assert without_flips(records(output)) == without_flips(records(one_process))
 
 
 def test_guard_leaves_a_healthy_training_as_it_is(data: Path, initial: Path, one_process: str) -> None:
-    output = train(data, *RELU, "--load", str(initial), "--finetune", "--moe-relu-layer-floor", "0")
+    output = train(data, *RELU, *FLIPS, "--load", str(initial), "--finetune", "--moe-relu-layer-floor", "0")
     assert "guarded layers" not in one_process
     assert records(output) == records(one_process)
 

@@ -13,12 +13,7 @@ from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_model_config
-from megatron.training import get_args
-from megatron.training.training import (
-    disable_forward_pre_hook,
-    enable_forward_pre_hook,
-    should_disable_forward_pre_hook,
-)
+from megatron.training.training import disable_forward_pre_hook, enable_forward_pre_hook
 
 Maps = list[tuple[int, torch.Tensor]]  # layer number (from 1) and routing map, bool [tokens, experts]
 
@@ -45,13 +40,13 @@ class FlipMeter:
     training set where there is none. It is routed as in evaluation, with the same input jitter each time.
     """
 
-    def __init__(self, interval: int, forward_step: Callable[..., Any]) -> None:
+    def __init__(self, args: argparse.Namespace, forward_step: Callable[..., Any]) -> None:
         """
         Args:
-            interval: updates from one measured one to the next.
+            args: Megatron's arguments; every `moe_log_flips_interval`th update is measured.
             forward_step: as Megatron's loop takes it.
         """
-        self._interval = interval
+        self._args = args
         self._forward_step = forward_step
         self._chunks: list[torch.nn.Module] = []
         self._batches: list[dict[str, torch.Tensor] | None] = []
@@ -70,7 +65,7 @@ class FlipMeter:
         """
         train, valid, *_ = data_sets
         data = valid[0] if isinstance(valid, list) and valid else valid or train
-        size, rank = get_args().micro_batch_size, mpu.get_data_parallel_rank()
+        size, rank = self._args.micro_batch_size, mpu.get_data_parallel_rank()
         self._batches.append(
             data
             and torch.utils.data.default_collate(
@@ -85,20 +80,21 @@ class FlipMeter:
             iteration: number of updates so far.
 
         Returns:
-            What this update changed, on every `interval`th; otherwise None, as after a start between two of them.
+            What this update changed, where it is measured; otherwise None, as after a start between two of them.
         """
-        if iteration % self._interval not in (0, self._interval - 1):
+        interval = self._args.moe_log_flips_interval
+        if iteration % interval not in (0, interval - 1):
             return None
         maps = self._route()
         before, self._before = self._before, (iteration, maps)
-        if iteration % self._interval or before is None or before[0] != iteration - 1:
+        if iteration % interval or before is None or before[0] != iteration - 1:
             return None
         return self._compare(before[1], maps)
 
     @torch.no_grad()
     def _route(self) -> Maps:
         """What this rank's routers decide, in the order of their calls."""
-        args, config = get_args(), get_model_config(self._chunks[0])
+        args, config = self._args, get_model_config(self._chunks[0])
         maps: Maps = []
 
         def keep(router: TopKRouter, _inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -169,8 +165,8 @@ def flips_problems(args: argparse.Namespace) -> Iterator[str]:
 @contextmanager
 def _evaluating(chunks: list[torch.nn.Module]) -> Iterator[None]:
     """Evaluation mode, with weights that are whole: those gathered as training goes forward are gathered at once."""
-    # Megatron gathers so from the first update on that was not skipped.
-    gathers = should_disable_forward_pre_hook(get_args()) and bool(chunks[0].remove_forward_pre_hook_handles)
+    # DDP's hooks of --overlap-param-gather, which Megatron sets after the first update that was not skipped.
+    gathers = bool(getattr(chunks[0], "remove_forward_pre_hook_handles", None))
     if gathers:
         disable_forward_pre_hook(chunks)
     for chunk in chunks:

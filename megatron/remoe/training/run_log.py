@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.remoe import __version__
+import megatron.remoe
 from megatron.remoe.patches.log_lines import RUN_LOGGER
 
 FILE = "metrics.jsonl"
@@ -60,7 +60,7 @@ class RunLog(logging.Handler):
         super().__init__()
         self.path = Path(args.save, FILE)
         self._args, self._limit = args, limit
-        self._started = time.time()
+        self._started = _now()
         self._stride = 0
         self._routing: dict[str, Any] = {}
 
@@ -87,7 +87,7 @@ class RunLog(logging.Handler):
     def _log_record(self, iteration: int, figures: dict[str, float]) -> dict[str, Any]:
         seconds = figures.pop("elapsed_time_per_iteration_ms") / 1000
         tokens = figures["global_batch_size"] * self._args.seq_length
-        record = {"kind": "log", "time": round(time.time(), 3), "iteration": iteration, **figures}
+        record = {"kind": "log", "time": _now(), "iteration": iteration, **figures}
         record |= {"seconds_per_iteration": seconds, "tokens_per_second": round(tokens / max(seconds, 1e-4), 1)}
         return record | self._routing
 
@@ -109,7 +109,7 @@ class RunLog(logging.Handler):
             self._keep(lambda record: record["iteration"] <= iteration)
         elif self.path.exists():
             self.path.replace(self.path.with_suffix(".old.jsonl"))
-        versions = {"version": __version__, "megatron_core": importlib.metadata.version("megatron-core")}
+        versions = {"version": megatron.remoe.__version__, "megatron_core": importlib.metadata.version("megatron-core")}
         arguments = {name: value for name, value in sorted(vars(self._args).items()) if _is_json(value)}
         self._append({"kind": "start", "time": self._started, "iteration": iteration, **versions, "args": arguments})
 
@@ -141,6 +141,10 @@ def read_run_log(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 continue
+
+
+def _now() -> float:
+    return round(time.time(), 3)
 
 
 def _figures(line: str) -> dict[str, float]:

@@ -1,0 +1,85 @@
+"""Flips: what is counted. tests/training/test_training.py has them in all layouts, where they leave no trace."""
+
+import argparse
+
+import pytest
+import torch
+
+from megatron.core.enums import ModelType
+from megatron.remoe.training.flips import FlipMeter, flips_problems
+from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
+
+ARGUMENTS = {
+    "moe_log_flips_interval": 3,
+    "micro_batch_size": 2,
+    "seq_length": 5,
+    "decoder_seq_length": None,
+    "seed": 1,
+}
+
+
+class Model(torch.nn.Module):
+    """One MoE layer, as Megatron's schedules take a model."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer, self.config = layer, layer.config
+
+    def set_input_tensor(self, _inputs: object) -> None: ...
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        output, _ = self.layer(tokens.transpose(0, 1).contiguous())
+        return output
+
+
+@pytest.mark.usefixtures("process_groups")
+@pytest.mark.parametrize("kind", ["relu", "top-k"])
+def test_what_an_update_changes_is_counted(kind: str) -> None:
+    layer = make_layer(make_config() if kind == "relu" else make_topk_config())
+    weight, model = layer.router.weight.data, Model(layer)
+    weight.zero_()
+    weight[0], weight[1] = 1.0, -1.0  # of each token one of the two is on
+    meter = FlipMeter(argparse.Namespace(**ARGUMENTS), lambda data, model: (model(next(data)["tokens"]), None))
+    meter.watch([model])
+    sequence = {"tokens": torch.randn(5, HIDDEN, dtype=torch.float64, device=weight.device)}
+    meter.calibrate([[sequence] * 3, None])
+    numbers = torch.get_rng_state()
+    assert meter.after_update(1) is None
+    assert meter.after_update(2) is None
+    weight[0] *= -1
+    weight[1] *= -1
+    flips = meter.after_update(3)
+    assert flips is not None
+    assert (flips.rate, flips.count, flips.layer_rate) == (0.5, 2.0, {1: 0.5})
+    assert model.training and torch.equal(torch.get_rng_state(), numbers)
+    if kind == "relu":
+        assert layer.router.counts is None, "what is routed here is not counted for the sparsity"
+
+    assert meter.after_update(6) is None, "before the update nothing was looked at, as after a start"
+    assert meter.after_update(8) is None
+    again = meter.after_update(9)
+    assert again is not None and again.rate == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"moe_log_flips_interval": 0}, "--moe-log-flips-interval 0 must be at least 1"),
+        ({"num_experts": None}, "there are no experts. Leave it out"),
+        ({"cuda_graph_impl": "local"}, "cannot be used with --cuda-graph-impl local"),
+        ({"reuse_grad_buf_for_mxfp8_param_ag": True}, "cannot be used with --reuse-grad-buf-for-mxfp8-param-ag"),
+    ],
+)
+def test_what_it_does_not_go_with(change: dict[str, object], problem: str) -> None:
+    fine = {
+        "moe_log_flips_interval": 1,
+        "num_experts": 8,
+        "cuda_graph_impl": "none",
+        "reuse_grad_buf_for_mxfp8_param_ag": False,
+    }
+    assert list(flips_problems(argparse.Namespace(**fine))) == []
+    (found,) = flips_problems(argparse.Namespace(**fine | change))
+    assert problem in found
+    assert list(flips_problems(argparse.Namespace(**fine | change | {"moe_log_flips_interval": None}))) == []
