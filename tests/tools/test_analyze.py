@@ -86,6 +86,7 @@ def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
     found = analyze(tmp_path / "out", "--load", folder, "--data", *domains, "--expert-parallel", 4)
     recounted = [recount(model, prefix) for prefix in domains]
     numbers = [*blocks(model)]
+    assert ("slopes" in found["experts_per_token"]["by_frequency"]) == model.config.moe_relu_routing
     assert numbers == ([2] if "shared" in name else [1, 2])
     for place, layer in enumerate(map(str, numbers)):
         sequences = [tokens for domain in recounted for tokens in domain[place]]

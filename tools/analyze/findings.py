@@ -40,7 +40,7 @@ def _by_frequency(counts: Counts) -> Numbers:
     experts = counts.by_token.sum(dim=-1)[:, shown] / occurrences.double()
     experts = torch.cat([experts, experts.mean(dim=0, keepdim=True)])
     found: Numbers = {"least_occurrences": LEAST, "resamples": RESAMPLES}
-    if len(frequency.unique()) > 1:
+    if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
         slopes = slopes_with_intervals(frequency.log10(), experts)
         names = [*counts.layers.tolist(), "mean"]
         found["slopes"] = {

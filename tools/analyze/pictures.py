@@ -35,8 +35,9 @@ def draw(path: Path, name: str, numbers: Numbers) -> None:
 
 def _experts_per_token(figure: Any, numbers: Numbers) -> None:
     layers, frequency = numbers["layers"], numbers["by_frequency"]
-    figure.set_size_inches(15, _height(len(layers)))
-    table, points, slopes = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
+    fitted = "slopes" in frequency
+    figure.set_size_inches(15 if fitted else 11, _height(len(layers)))
+    table, points, *others = figure.subplots(1, 2 + fitted, width_ratios=(1.2, 1.2, 0.8)[: 2 + fitted])
     largest = max(one["largest"] for one in layers.values())
     shares = numpy.array([one["histogram"][: largest + 1] for one in layers.values()])
     _heat(
@@ -55,10 +56,10 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
         title="A token's frequency and its experts", xlabel="frequency of the token", ylabel="experts, mean of layers"
     )
     x, y = (numpy.array([token[key] for token in tokens]) for key in ("frequency", "experts"))
-    points.plot(x, y, "o", color=MEASURED, alpha=0.5, markersize=4, markeredgewidth=0)
+    points.plot(x, y, "o", color=MEASURED, alpha=0.5, markersize=4, markeredgewidth=0, clip_on=False)
     points.set_xscale("log")
-    if "slopes" not in frequency:
-        slopes.set_axis_off()
+    points.set_ylim(0, 1.08 * y.max(initial=1))
+    if not fitted:
         return
     mean = frequency["slopes"]["mean"]
     ends = numpy.array([x.min(), x.max()])
@@ -66,6 +67,7 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
     fit = f"{mean['slope']:+.3f} for each tenfold (95 %: {mean['low']:+.3f} to {mean['high']:+.3f})"
     points.plot(ends, line, color=BESIDE, linewidth=2, label=fit.replace("-", "\N{MINUS SIGN}"))
     _legend(points)
+    (slopes,) = others
     _intervals(
         slopes, [*layers], [[frequency["slopes"][layer][key] for layer in layers] for key in ("slope", "low", "high")]
     )
@@ -76,9 +78,9 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
 def _load(figure: Any, numbers: Numbers) -> None:
     domains, special = numbers["domains"], numbers["specialization"]
     layers = [*next(iter(domains.values()))["load"]]
-    columns = min(3, max(2, len(domains)))
+    columns = min(3, len(domains))
     rows = -(-len(domains) // columns)
-    figure.set_size_inches(15, rows * _height(len(layers), 2.2) + 3.4)
+    figure.set_size_inches(15 if columns > 1 else 8, rows * _height(len(layers), 2.2) + 3.4)
     above, below = figure.subfigures(2, 1, height_ratios=(rows * _height(len(layers), 2.2), 3.4))
     grid = above.subplots(rows, columns, squeeze=False).flatten()
     even, image = numbers["even"], None
@@ -89,7 +91,7 @@ def _load(figure: Any, numbers: Numbers) -> None:
     for axes in grid[len(domains) :]:
         axes.set_axis_off()
     _relative_bar(above, image, list(grid), f"1: even ({even:.1%})")
-    experts, bits = below.subplots(1, 2)
+    experts, *others = below.subplots(1, 2 if special else 1, squeeze=False)[0]
     for number, (name, domain) in enumerate(domains.items()):
         experts.plot(
             range(len(layers)), [domain["experts_per_token"][layer] for layer in layers], "o-", label=name,
@@ -98,9 +100,9 @@ def _load(figure: Any, numbers: Numbers) -> None:
     _legend(experts)
     _layer_axis(experts, layers)
     experts.set(title="Experts per token, by domain", ylabel="experts, mean of tokens")
-    if special is None:
-        bits.set_axis_off()
+    if not special:
         return
+    (bits,) = others
     bits.bar(
         range(len(layers)), [special[layer]["bits"] for layer in layers], color=MEASURED, width=0.6, label="measured"
     )
