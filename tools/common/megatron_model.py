@@ -12,6 +12,7 @@ from megatron.remoe import cpu
 from megatron.remoe.baselines.hash import hand_token_ids
 from megatron.remoe.training import install_baseline_router, install_relu_routing, transformer_config_from_args
 from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.base import compose_hooks
 
 from .errors import ConversionError
 
@@ -57,7 +58,8 @@ def build(args: argparse.Namespace) -> GPTModel:
         install_relu_routing(here, model_cfg)
         install_baseline_router(here, model_cfg)
         builder = model_cfg.get_builder_cls()(model_cfg)
-        model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
+        stock = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
+        (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([stock])
         hand_token_ids([model])
         return model.eval()
     except (ValueError, AssertionError, TypeError) as error:

@@ -71,6 +71,10 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
     Raises:
         ConversionError: they do not fit the source, or ReLU routing cannot be used with its other settings.
     """
+    if source.mtp_num_layers:
+        raise ConversionError(
+            f"--load: layers of multi-token prediction are not converted, and it has {source.mtp_num_layers} of them."
+        )
     target = copy.copy(source)
     if source.num_experts is None:
         _become_mixture(target, options)
