@@ -18,7 +18,8 @@ from rich.console import Console
 from tests.tools.sweeping import FINAL, evaluated, logged, start, sweep, write_run
 from tests.trainings import REPOSITORY, SMALL, finish, records
 from tools.common import training_process
-from tools.sweep import execution, plan, results, settings
+from tools.sweep import execution, plan, results, settings, stages, tiny
+from tools.sweep.errors import SettingsError
 from tools.sweep.plan import Run
 from tools.sweep.progress import SweepDisplay, Work
 
@@ -76,8 +77,8 @@ def test_narrowed_lists() -> None:
         "llama_182m_moe_e8g1", "llama_182m_moe_e8g1_coeff0.001", "llama_182m_moe_e8g2_post",
         "llama_182m_moe_e8g2_post_coeff0.001", "llama_182m_moe_e8g2", "llama_182m_moe_e8g2_coeff0.001",
     ]  # fmt: skip
-    assert names("lr", granularity=[1], lr=[1e-3]) == [
-        f"llama_182m_{kind}_lr0.001" for kind in ("dense_ffn4", "moe_e8g1", "remoe_e8g1")
+    assert names("lr", granularity=[1], lr=[2]) == [
+        f"llama_182m_{kind}_lr2" for kind in ("dense_ffn4", "moe_e8g1", "remoe_e8g1")
     ]
     assert names("warmup-length", granularity=[1], **{"warmup-length": [500]}) == [
         "llama_182m_moe_e8g1_warmup_length500"
@@ -123,8 +124,8 @@ def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
         ),
         (["--", "--save=x"], "--save behind --: the sweep sets it for each run; choose with --output-dir"),
         (
-            ["--figures", "lr", "--lrs", "1e-3", "--", "--min-lr", "0"],
-            "--min-lr behind --: the sweep sets it for llama_182m_dense_ffn4_lr0.001",
+            ["--figures", "gate", "--", "--moe-router-topk-scaling-factor", "2"],
+            "--moe-router-topk-scaling-factor behind --: the sweep sets it for llama_182m_moe_e8g1_gate2",
         ),
         (["--figures", "gate", "--routings", "remoe"], "--figures gate --routings remoe: no such routing has this"),
         (["--", "--eval-iters", "0"], "--eval-iters 0: no validation loss at the end. Give a number of at least 1"),
@@ -160,6 +161,36 @@ def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> N
     assert errors.startswith("llama_182m_dense_ffn4: no data: set DATA_PATH")
     _, errors = sweep("--output-dir", str(tmp_path), code=2, TP="8")
     assert "TP=8 does not divide the 12 attention heads" in errors
+
+
+def test_what_follows_from_flags_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--dry-run", "--output-dir", str(tmp_path), "--routings", "dense", "--figures"]
+    output, _ = sweep(*options, "lr", "--lrs", "0.5", "--", "--lr", "4e-3")
+    assert output.splitlines()[1].endswith(" -- --lr 4e-3 --lr 0.002 --min-lr 2.5e-05")
+    output, _ = sweep(*options, "experts", "--experts", "8", "--tiny")
+    _, plain, _, wide, cost = output.splitlines()
+    assert "train_llama_182m_dense.sh 1 1200 32 -- --cpu " in plain and "--ffn-hidden-size 128 " in plain
+    assert wide.endswith(" --ffn-hidden-size 1024") and "train_llama_182m_dense.sh 1 1200 32 8 -- --cpu " in wide
+    assert cost.startswith("# to train: 2 runs, ") and " h on " not in cost
+    monkeypatch.setattr(tiny, "TEXT", tmp_path)
+    with pytest.raises(SettingsError, match="--tiny: there is no text in"):
+        tiny.environment({})
+    for domain, size in (("code", 20), ("docs", 10)):
+        (tmp_path / f"train_{domain}_text_document.bin").write_bytes(bytes(size))
+    prefixes = (f"{tmp_path}/train_{domain}_text_document" for domain in ("code", "docs"))
+    assert tiny.environment({})["DATA_PATH"] == "20 {}\n10 {}".format(*prefixes)
+    assert tiny.environment({"DATA_DIR": "data"}) == {}
+
+
+def test_cost_is_counted_as_tools_cost_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_PATH", "pile")
+    run, launch = Run("182m", "remoe", 8, 2), plan.Launch(tmp_path, 8, 60000, None)
+    started = settings.would_start_with(launch, run, anywhere=False)
+    words = shlex.join(word for flag, values in started.items() for word in (flag, *values))
+    launch.folder(run).mkdir()
+    (launch.folder(run) / "command.sh").write_text(f"python -m torch.distributed.run /there/pretrain_gpt.py {words}")
+    sequences = 60000 * 512
+    assert settings.flops(started) / sequences == pytest.approx(stages.ask_for_flops(launch.folder(run)).sequence)
 
 
 # ---------------------------------------------------------------- Slurm

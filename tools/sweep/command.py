@@ -20,12 +20,13 @@ from ..common.files import lock
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
 from ..cost.gpus import ACCELERATORS
-from . import execution, plan, results, slurm, stages
+from ..quickstart.models import ITERATIONS, SIZE
+from . import execution, plan, results, slurm, stages, tiny
 from .errors import SettingsError, SweepError
 from .inspection import Found, look, set_aside_old_log
 from .progress import Stopwatch, SweepDisplay, Work
 from .run_log import read_outcome
-from .settings import flops, tokens_per_iteration, whole
+from .settings import check_flags, flops, tokens_per_iteration, whole
 
 EXAMPLES = """examples:
   all 32 runs on the 8 GPUs of this machine, one after another:
@@ -41,6 +42,8 @@ EXAMPLES = """examples:
     DATA_DIR=data bash scripts/sweep.sh --figures aux-coeff gate lr --routings moe moe-sigmoid --granularities 1 2
   hours and FLOPs of the dense stage, the way to the target and the steady stage of a ReMoE:
     bash scripts/sweep.sh --stages runs/llama_182m_remoe_e8g1
+  all routings on a CPU, with the quickstart's text:
+    bash scripts/sweep.sh --tiny --figures routing --output-dir runs/tiny
   a part of it, shorter, with flags for Megatron behind --:
     DATA_DIR=data bash scripts/sweep.sh --figures granularity --granularities 1 4 --train-iters 5000 -- --lr 1e-3
 """
@@ -105,8 +108,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     how = parser.add_argument_group("how to train", "Handed to the launch scripts; their defaults are the paper's.")
     for name, default, help_text in (
-        ("gpus-per-node", 8, "processes on a node (default: 8)"),
-        ("train-iters", 60000, "iterations of each run (default: 60000)"),
+        ("gpus-per-node", None, "processes on a node (default: 8)"),
+        ("train-iters", None, "iterations of each run (default: 60000)"),
         ("micro-batch-size", None, "sequences that a process takes at once (default: what each size's script takes)"),
     ):
         how.add_argument(f"--{name}", type=whole_number(1), default=default, metavar="N", help=help_text)
@@ -114,6 +117,11 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     how.add_argument(
         "--output-dir", type=Path, default=default_output, metavar="FOLDER",
         help="a folder for each run, and the results (default: OUTPUT_DIR, or runs/sweep)",
+    )  # fmt: skip
+    how.add_argument(
+        "--tiny", action="store_true",
+        help=f"on one CPU: the quickstart's model, of whatever size, and its text where none is given; {ITERATIONS} "
+        "iterations (default: no)",
     )  # fmt: skip
     how.add_argument("--slurm", action="store_true", help="submit each run as a job of scripts/slurm/train.sbatch")
     how.add_argument(
@@ -132,6 +140,10 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     place = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:place])
     args.flags = tuple(words[place + 1 :])
+    args.gpus_per_node = args.gpus_per_node or (1 if args.tiny else 8)
+    args.train_iters = args.train_iters or (ITERATIONS if args.tiny else 60000)
+    if args.tiny:
+        args.micro_batch_size = args.micro_batch_size or SIZE.batch
     args.output_dir = args.output_dir.expanduser().resolve()
     args.sbatch_flags = shlex.split(args.sbatch_flags)
     if args.sbatch_flags and not args.slurm:
@@ -149,7 +161,11 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
     if not runs:
         told = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
         raise SettingsError(f"{told}: no such routing has this setting. Choose others, or leave --routings out.")
-    launch = plan.Launch(args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, args.flags)
+    check_flags(args.flags, runs)
+    small, data = (tiny.flags(args.train_iters), tiny.environment(os.environ)) if args.tiny else ((), {})
+    launch = plan.Launch(
+        args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, (*small, *args.flags), data=data
+    )
     waiting = waiting_runs(launch, runs)
     ready = [run for run in runs if run not in waiting]
     launch = match_flops(launch, ready)
@@ -218,7 +234,7 @@ def tell_cost(console: Console, launch: plan.Launch, found: Sequence[Found]) -> 
     gpus, kind = launch.gpus_per_node * int(os.environ.get("NNODES") or 1), os.environ.get("GPU") or "h100"
     utilization = float(os.environ.get("UTILIZATION") or 0.4)
     told = f"# to train: {len(todo)} runs, {total:.3g} FLOPs, the dense stages of ReMoE not counted"
-    if kind in ACCELERATORS:
+    if kind in ACCELERATORS and not any("--cpu" in each.settings for each in todo):
         hours = total / (gpus * ACCELERATORS[kind].tflops * 1e12 * utilization) / 3600
         told += f"; {hours:,.3g} h on {gpus} x {kind} at {utilization:.0%} of their rate"
     console.print(told, highlight=False, soft_wrap=True, markup=False)

@@ -10,7 +10,7 @@ from . import slurm
 from .errors import SettingsError
 from .plan import Launch, Run
 from .run_log import Outcome, has_checkpoint, log_of, read_outcome
-from .settings import Settings, check_evaluation, check_flags, differences, started_with, would_start_with
+from .settings import Settings, check_evaluation, differences, started_with, would_start_with
 
 THREADS = 8  # scripts asked at once; each waits for the machine's GPUs to be listed
 TOLD = 5  # runs that a message names
@@ -50,7 +50,6 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
         SettingsError: the scripts refuse their arguments, or something there was made with other settings.
         SweepError: squeue cannot be asked about jobs that were submitted.
     """
-    check_flags(launch.flags, runs)
     with ThreadPoolExecutor(THREADS) as threads:
         wanted = dict(zip(runs, threads.map(lambda run: would_start_with(launch, run, anywhere), runs), strict=True))
     for settings in wanted.values():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..common.flags import Settings, parse
 from ..common.places import ROOT
 
 SIZES = ("182m", "469m", "978m")
@@ -18,6 +19,7 @@ COMPARED = "routing"  # the figure over routings, at the other figures' common p
 # Where the axes meet: each figure varies one thing and keeps the others.
 SIZE, FEW_EXPERTS, WHOLE = "182m", 8, 1
 VALUES: Mapping[str, Sequence[Any]] = {"size": SIZES, "experts": EXPERTS, "granularity": GRANULARITIES}
+RATES: Mapping[str, tuple[str]] = {"--lr": ("5e-4",), "--min-lr": ("5e-5",)}  # the launch scripts'
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
 
 
@@ -55,8 +57,8 @@ AUXILIARY = ("moe", "moe-warmup", POST_SOFTMAX, "moe-sigmoid")  # with an auxili
 class Axis:
     """A number that runs of some routings vary.
 
-    base: the launch scripts' value, which needs no flag.
-    flags: for Megatron, with {value}, or a {tenth} of it.
+    base: where nothing is changed, and no flag is needed.
+    flags: for Megatron, with {value}, or {lr} and {min_lr}, the launch's times the value.
     """
 
     title: str
@@ -79,8 +81,8 @@ AXES: Mapping[str, Axis] = {
                       AUXILIARY, "--moe-aux-loss-coeff {value}"),
     "gate": Axis("First gate", "factor on the gates", 1, (1, 2, 4, 8),
                  (*AUXILIARY, "moe-lossfree"), "--moe-router-topk-scaling-factor {value}"),
-    "lr": Axis("Learning rate", "learning rate", 5e-4, (2.5e-4, 5e-4, 1e-3, 2e-3),
-               KINDS, "--lr {value} --min-lr {tenth}"),
+    "lr": Axis("Learning rate", "factor on the learning rate", 1, (0.5, 1, 2, 4),
+               KINDS, "--lr {lr} --min-lr {min_lr}"),
 }  # fmt: skip
 _WORDS = {name.rpartition("-")[2]: name for name in AXES}  # in names of runs
 
@@ -121,16 +123,15 @@ class Run:
         name += f"_{self.protocol}" if self.protocol else ""
         return name + (f"_{self.axis.rpartition('-')[2]}{self.value:g}" if self.axis else "")
 
-    @property
-    def flags(self) -> list[str]:
-        """What the run gives to Megatron beside the launch script."""
-        told = {
-            "value": f"{self.value:g}",
-            "tenth": f"{self.value / 10:g}",
-            "warmup_topk": (self.experts or 0) * 6 // 8,
-        }
+    def flags(self, given: Settings) -> list[str]:
+        """What the run gives to Megatron behind the launch script's flags and those `given` for all runs."""
+        lr, min_lr = (float(given.get(flag, default)[0]) * self.value for flag, default in RATES.items())
+        told = {"lr": f"{lr:g}", "min_lr": f"{min_lr:g}", "value": f"{self.value:g}"}
+        told["warmup_topk"] = str((self.experts or 0) * 6 // 8)
         flags = [PROTOCOLS[self.kind].flags] if self.kind in PROTOCOLS else []
         flags += [AXES[self.axis].flags] if self.axis else []
+        if self.expansion > 1 and "--ffn-hidden-size" in given:
+            flags += [f"--ffn-hidden-size {int(given['--ffn-hidden-size'][0]) * self.expansion}"]
         return " ".join(flags).format(**told).split()
 
     @classmethod
@@ -157,6 +158,7 @@ class Launch:
     """What all runs have in common; `flags` go to Megatron behind the script's, to dense runs without --moe-... ones.
 
     iterations: of those runs that do not train for `train_iters`.
+    data: what leads the launch scripts to the text, where the environment does not.
     """
 
     output: Path
@@ -165,6 +167,7 @@ class Launch:
     micro_batch_size: int | None
     flags: tuple[str, ...] = ()
     iterations: Mapping[Run, int] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
 
     def folder(self, run: Run) -> Path:
         """Where the run leaves its files."""
@@ -174,7 +177,7 @@ class Launch:
         """The launch script with its arguments."""
         micro_batch = "" if self.micro_batch_size is None else str(self.micro_batch_size)  # empty: the script's own
         words = [str(self.gpus_per_node), str(self.iterations.get(run, self.train_iters)), micro_batch]
-        flags = [*self.flags, *run.flags]
+        flags = [*self.flags, *run.flags(parse(self.flags))]
         if run.experts is not None and run.granularity is not None:
             words += [str(run.experts), str(run.granularity)]
         else:
@@ -188,7 +191,7 @@ class Launch:
 
         EP is lowered to what divides the run's experts: one value serves a whole axis.
         """
-        added = {"OUTPUT_DIR": str(self.folder(run))}
+        added = {**self.data, "OUTPUT_DIR": str(self.folder(run))}
         if run.experts is not None and run.granularity is not None and given.get("EP", "").isdecimal():
             fitting = math.gcd(int(given["EP"]), run.experts * run.granularity)
             if fitting != int(given["EP"]):

@@ -41,6 +41,7 @@ SET_BY_SWEEP = {
     "--tensorboard-dir": "choose with --output-dir",
 }
 DIMENSIONS = ("--num-layers", "--hidden-size", "--ffn-hidden-size", "--moe-ffn-hidden-size")
+SCALED = ("--lr", "--min-lr", "--ffn-hidden-size")  # which runs change in proportion
 GPT2 = 50257  # words
 SHOWN = 4  # differences that a message names
 
@@ -122,10 +123,13 @@ def check_flags(flags: tuple[str, ...], runs: Sequence[Run]) -> None:
     Raises:
         SettingsError: with the flag and the remedy.
     """
-    for flag in parse(list(flags)):
+    given = parse(flags)
+    for flag in given:
         if flag in SET_BY_SWEEP:
             raise SettingsError(f"{flag} behind --: the sweep sets it for each run; {SET_BY_SWEEP[flag]}.")
-        if run := next((run for run in runs if flag in run.flags), None):
+        if flag in SCALED:
+            continue
+        if run := next((run for run in runs if flag in run.flags(given)), None):
             raise SettingsError(f"{flag} behind --: the sweep sets it for {run.name}. Leave out the flag, or that run.")
 
 
