@@ -45,6 +45,7 @@ ONLY: dict[str, Any] = {
     "moe_router_enable_expert_bias": False,
     "moe_expert_capacity_factor": None,
     "moe_relu_router_bias": False,
+    "moe_baseline_router": None,
 }
 ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 
