@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools.sweeping import FINAL, evaluated, logged, sweep, write_run
+from tests.trainings import REPOSITORY
 from tools.common.log_reader import read_log
 from tools.sweep import plan, run_log, scaling_picture, settings, stages
 from tools.sweep.plan import Run
@@ -143,3 +144,12 @@ def test_picture_has_a_panel_for_each_axis(tmp_path: Path) -> None:
     assert width([*all_points, *l1_points, *compared]) == 2500  # in two rows
     assert width([point for point in all_points if point[0].size == "182m"]) == 1000
     assert width(all_points[:1]) == 1000  # one run: a panel of its own
+
+
+def test_docs_tell_of_every_routing_and_setting() -> None:
+    text = (REPOSITORY / "docs" / "baselines.md").read_text()
+    assert set(re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE)) == {*plan.KINDS, *plan.AXES}
+    for name, axis in plan.AXES.items():
+        [row] = re.findall(rf"^\| `{name}` \|.*\| (.*) \| `--{name}s` \|$", text, re.MULTILINE)
+        [base] = re.findall(r"\*\*(.*)\*\*", row)
+        assert [float(value.strip("*")) for value in row.split()] == [*axis.values] and float(base) == axis.base
