@@ -126,32 +126,41 @@ def tests(*selection: str) -> Callable[[Comparison], Result]:
     return check
 
 
-def training(comparison: Comparison) -> Result:
-    """A tiny ReMoE on the CPU with each; other losses are told, and only those that are not finite are a failure."""
-    ended = _train(comparison.other)
-    found = read_log(ended.stdout)
-    if ended.returncode or sorted(found) != [*range(1, STEPS + 1)]:
-        return Result([last_words(ended)])
-    losses, sparsities = ([float(found[step][name]) for step in sorted(found)] for name in ("lm loss", "sparsity"))
-    if not all(map(math.isfinite, losses)):
-        return Result([f"losses: {losses}"])
-    base = _train(comparison.base)
-    if base.returncode:
-        raise ToolError(f"The training with the installed Megatron fails: {last_words(base)}")
-    expected = [float(fields["lm loss"]) for _, fields in sorted(read_log(base.stdout).items())]
-    apart = max(abs(one - other) for one, other in zip(losses, expected, strict=True))
-    beside = (
-        f"as {comparison.base.version}" if not apart else f"up to {apart:.1e} from those of {comparison.base.version}"
-    )
-    return Result([], f"{STEPS} steps to loss {losses[-1]:.4f} and S {sparsities[-1]:.4f}; losses {beside}")
+def training(*flags: str) -> Callable[[Comparison], Result]:
+    """A check by a tiny ReMoE on the CPU, with each Megatron: other losses are told, those not finite are a failure.
+
+    Args:
+        flags: besides `FLAGS`.
+    """
+
+    def check(comparison: Comparison) -> Result:
+        ended, version = _train(comparison.other, flags), comparison.base.version
+        found = _losses(ended)
+        if ended.returncode or len(found) != STEPS:
+            return Result([last_words(ended)])
+        if not all(map(math.isfinite, found)):
+            return Result([f"losses: {found}"])
+        base = _train(comparison.base, flags)
+        expected = _losses(base)
+        if len(expected) != STEPS:
+            raise ToolError(f"the same with the installed Megatron: {last_words(base)}")
+        apart = max(abs(one - other) for one, other in zip(found, expected, strict=True))
+        beside = f"up to {apart:.1e} from those of {version}" if apart else f"those of {version}"
+        return Result([], f"{STEPS} steps to {found[-1]:.4f}, losses {beside}")
+
+    return check
 
 
 @cache
-def _train(who: Candidate) -> Ended:
+def _train(who: Candidate, flags: tuple[str, ...]) -> Ended:
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "text"
         write_documents(prefix, (ROOT / "LICENSE").read_bytes().split(b"\n\n"))
-        return run(who, [str(ROOT / "pretrain_gpt.py"), *FLAGS, "--data-path", str(prefix)])
+        return run(who, [str(ROOT / "pretrain_gpt.py"), *FLAGS, *flags, "--data-path", str(prefix)])
+
+
+def _losses(ended: Ended) -> list[float]:
+    return [float(fields["lm loss"]) for _, fields in sorted(read_log(ended.stdout).items())]
 
 
 SPECIFICATIONS = (
@@ -167,5 +176,6 @@ CHECKS: dict[str, Callable[[Comparison], Result]] = {
     "layer specifications": tests(*SPECIFICATIONS),
     "router and controller": tests("tests/routing"),
     "dispatch and experts": tests("tests/moe"),
-    "training": training,
+    "training, GPTModel": training(),
+    "training, HybridModel": training("--hybrid-layer-pattern", "*E*E", "--num-layers", "4"),
 }
