@@ -328,7 +328,7 @@ def test_megatron_still_tells_the_console_alone(
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.msg)  # type: ignore[method-assign]
-    logger = logging.getLogger(log_lines.RUN_LOGGER)
+    logger = log_lines.run_logger()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

@@ -5,7 +5,12 @@ from functools import wraps
 
 from megatron.training import training
 
-RUN_LOGGER = "megatron.remoe.run"  # carries them, and the figures that belong to them
+
+def run_logger() -> logging.Logger:
+    """Carries those lines (str), and what this package adds to them (dict)."""
+    logger = logging.getLogger("megatron.remoe.run")
+    logger.propagate = False  # --logging-level would print every line twice
+    return logger
 
 
 def tell_what_is_printed() -> None:
@@ -17,8 +22,7 @@ def tell_what_is_printed() -> None:
     print_rank_last = training.print_rank_last
     if hasattr(print_rank_last, "__wrapped__"):
         return
-    logger = logging.getLogger(RUN_LOGGER)
-    logger.propagate = False  # --logging-level would print every line twice
+    logger = run_logger()
 
     @wraps(print_rank_last)
     def print_and_tell(message: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-from megatron.remoe.patches.log_lines import RUN_LOGGER
+from megatron.remoe.patches.log_lines import run_logger
 from megatron.remoe.routing.controller import RoutingSummary, SparsityController
 from megatron.remoe.training.flips import FlipMeter
 
@@ -28,7 +28,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         consumed_samples: Callable[[], int],
     ) -> None:
         super().__init__()
-        self._logger = logging.getLogger(RUN_LOGGER)
+        self._logger = run_logger()
         self._flips: FlipMeter | None = None
         self._consumed_samples = consumed_samples
         self._controller = controller

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron.remoe
-from megatron.remoe.patches.log_lines import RUN_LOGGER
+from megatron.remoe.patches.log_lines import run_logger
 
 FILE = "metrics.jsonl"
 LIMIT_BYTES = 2**25
@@ -34,7 +34,7 @@ def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
     if args.skip_train or not args.save or "://" in args.save or args.rank != args.world_size - 1:
         yield
         return
-    logger, log = logging.getLogger(RUN_LOGGER), RunLog(args)
+    logger, log = run_logger(), RunLog(args)
     logger.setLevel(logging.INFO)
     logger.addHandler(log)
     try:
@@ -44,7 +44,7 @@ def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
 
 
 class RunLog(logging.Handler):
-    """Takes the lines that Megatron prints, and the figures of this package, as records of `RUN_LOGGER`.
+    """Takes the lines that Megatron prints, and the figures of this package, as records of `run_logger`.
 
     A record is a printed line (str), or a dict: with a `kind` it is written as it is, without one it belongs to the
     next line of the training log.
