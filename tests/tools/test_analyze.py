@@ -194,7 +194,7 @@ def test_chance_is_that_of_random_neighbours() -> None:
     ids, gates = torch.zeros(1, 400, dtype=torch.int64), torch.zeros(1, 400, 3)
     gates[0, torch.randperm(400, generator=generator)[:100], :2] = 0.5  # a quarter of the tokens has experts 0 and 1
     counts = Counts.none([1], domains=1, experts=3, vocabulary=1)
-    counts.add_layer(0, 0, ids, gates, torch.ones(1, 400))
+    counts.add_layer(0, ids, 0, gates, torch.ones(1, 400))
     counts.add_text(0, ids)
     found = findings.neighbours(counts)["layers"][1]
     active = gates[0] > 0

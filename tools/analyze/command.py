@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,7 @@ def count(
             display.advance(int(counts.sequences[domain]))
             for start in range(int(counts.sequences[domain]), number, size):
                 ids = text.read(start, min(number, start + size))
-
-                def see(layer: int, *routed: torch.Tensor, domain: int = domain, ids: torch.Tensor = ids) -> None:
-                    counts.add_layer(domain, layer, ids, *routed)
-
-                with watched(model, see):
+                with watched(model, partial(counts.add_layer, domain, ids)):
                     model.model(ids.to(model.device), use_cache=False)
                 counts.add_text(domain, ids)
                 if (begin := time.monotonic()) - saved > max(SAVE_EVERY, took / SAVING):

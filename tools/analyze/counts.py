@@ -83,14 +83,14 @@ class Counts:
         self.occurrences += torch.bincount(ids.flatten(), minlength=len(self.occurrences))
 
     def add_layer(
-        self, domain: int, layer: int, ids: torch.Tensor, gates: torch.Tensor, largest_output: torch.Tensor
+        self, domain: int, ids: torch.Tensor, layer: int, gates: torch.Tensor, largest_output: torch.Tensor
     ) -> None:
         """What a layer does with the next sequences of a data set.
 
         Args:
             domain: the data set's place.
-            layer: the layer's place in `layers`.
             ids: int64 `[batch, length]`.
+            layer: the layer's place in `layers`.
             gates: `[batch, length, experts]`, 0 where an expert is not active.
             largest_output: share of the output by the largest gate, `[batch, length]`.
         """
