@@ -16,10 +16,10 @@ from tests.tools.sweeping import evaluated, logged
 from tests.trainings import REPOSITORY, TINY, finish, run
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main as evaluate
-from tools.report.command import main, names
+from tools.report.command import main
 from tools.report.costs import LATER, count_flops
 from tools.report.figures import thin
-from tools.report.reading import Run, read_run
+from tools.report.reading import Run, names, read_run
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -99,7 +99,7 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     assert "FLOPs are not counted" in (tmp_path / "report.html").read_text()
 
 
-def test_the_page_tells_what_the_files_do(page: Path, trained: Path) -> None:
+def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path) -> None:
     text = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]
     rows = {row[0]: row[1:] for row in cells if row}
@@ -109,9 +109,9 @@ def test_the_page_tells_what_the_files_do(page: Path, trained: Path) -> None:
     assert rows["--lr"] == ["0.004", "0.125"] and "--save" not in rows
     held_out = json.loads((trained / "held-out.json").read_text())["text"]
     ((_, bounds),) = next(iter(held_out.values())).items()
-    assert f"<td>{bounds['none']['loss']:.4f}</td>" in text
-    stages = [row for row in cells if row[:1] == ["remoe"] or row[:1] == ["older"]]
-    assert {row[1] for row in stages} <= {"dense", "on the way", "steady"} and all(float(row[5]) > 0 for row in stages)
+    assert rows["remoe"][:3] == [data.name, "none", f"{bounds['none']['loss']:.4f}"]
+    stages = [row for row in cells if {*row[1:2]} & {"dense", "on the way", "steady"}]
+    assert {row[0] for row in stages} == {"remoe", "older"} and all(float(row[5]) > 0 for row in stages)
     for title in ("Training", "Validation", "Throughput", "Experts per token", "λ", "Flips", "remoe", "older"):
         assert f"<h3>{title}</h3>" in text
     assert page.stat().st_size < 3e6

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_text
-from .reading import Run, read_run, sources
+from .reading import Run, names, read_run, sources
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,13 +36,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if args.watch is not None and args.watch < 1:
         parser.error(f"--watch {args.watch}: give a number of at least 1.")
     return args
-
-
-def names(places: Sequence[Path]) -> list[str]:
-    """Of the runs' folders, or whole paths where two are equal."""
-    folders = [place.parent if place.name == "checkpoints" else place for place in map(Path.resolve, places)]
-    short = [folder.name for folder in folders]
-    return short if len(set(short)) == len(short) else list(map(str, places))
 
 
 def write(args: argparse.Namespace, output: Path, display: Display, last: bool) -> list[Run]:

@@ -4,12 +4,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import localtime, strftime
 from typing import Any
 
 from ..common.units import duration
 from ..sweep.stages import Stage
-from .reading import Run
+from .reading import Run, names
 
 RECENT = 20  # lines whose rate tells the time that is left
 # Where the files of a run and its processes are: different in any two.
@@ -122,24 +123,25 @@ def evaluations(run: Run) -> Iterator[Table]:
             columns = ["model", "data set", "K", "loss", "perplexity", "experts per token"]
             yield Table(title, columns, [*_on_text(held["text"])])
         if "speed" in held:
-            rows = [[model, f"{one['prefill']:,.0f}", f"{one['decode']:,.0f}"] for model, one in held["speed"].items()]
+            rows = [[name, f"{one['prefill']:,.0f}", f"{one['decode']:,.0f}"] for name, one in _named(held["speed"])]
             yield Table(title, ["model", "reading, tokens/s", "writing, tokens/s"], rows)
         if "tasks" in held:
             rows = [
-                [
-                    *(model, one["task"], one["metric"]),
-                    f"{one['value']:.4f} ± {one['error']:.4f}",
-                    str(one["documents"]),
-                ]
-                for model, scores in held["tasks"].items()
+                [*(name, one["task"], one["metric"]), f"{one['value']:.4f} ± {one['error']:.4f}", str(one["documents"])]
+                for name, scores in _named(held["tasks"])
                 for one in scores
             ]
             yield Table(title, ["model", "task", "metric", "value ± standard error", "documents"], rows)
 
 
-def _on_text(measured: Mapping[str, Any]) -> Iterator[list[str]]:
-    for model, sets in measured.items():
+def _named(of_models: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return zip(names([Path(model) for model in of_models]), of_models.values(), strict=True)
+
+
+def _on_text(of_models: Mapping[str, Any]) -> Iterator[list[str]]:
+    for name, sets in _named(of_models):
         for prefix, bounds in sets.items():
             for bound, one in bounds.items():
                 experts = ", ".join(f"{layer['mean']:.2f}" for layer in one["experts"].values())
-                yield [model, prefix, bound, f"{one['loss']:.4f}", f"{math.exp(one['loss']):.3f}", experts]
+                loss = one["loss"]
+                yield [name, Path(prefix).name, bound, f"{loss:.4f}", f"{math.exp(loss):.3f}", experts]
