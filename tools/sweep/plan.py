@@ -71,11 +71,11 @@ class Axis:
 
 
 AXES: Mapping[str, Axis] = {
-    "l1-init": Axis("First L1 coefficient", "λ₀", 1e-8, (1e-16, 1e-12, 1e-8, 1e-4, 1.0),
+    "l1-init": Axis("L1 coefficient", "λ₀", 1e-8, (1e-16, 1e-12, 1e-8, 1e-4, 1.0),
                     ("remoe", "remoe-unbalanced"), "--moe-relu-l1-reg-coeff-init {value}"),
     "l1-multiplier": Axis("L1 multiplier", "α", 1.2, (1.05, 1.1, 1.2, 1.3, 1.5),
                           ("remoe", "remoe-unbalanced"), "--moe-relu-l1-reg-coeff-multiplier {value}", is_log=False),
-    "warmup-length": Axis("Near-dense warm-up", "steps", 100, (50, 100, 500, 1000),
+    "warmup-length": Axis("Warm-up", "near-dense steps", 100, (50, 100, 500, 1000),
                           ("moe-warmup",), "--moe-warmup-steps {value}"),
     "aux-coeff": Axis("Auxiliary loss", "coefficient", 1e-2, (1e-4, 1e-3, 1e-2, 1e-1),
                       AUXILIARY, "--moe-aux-loss-coeff {value}"),

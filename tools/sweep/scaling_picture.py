@@ -13,6 +13,7 @@ Point = tuple[Run, float]  # a finished run and its validation loss
 Line = tuple[str, str, int | None]  # routing and protocol, and the granularity on the axes that keep it
 
 TITLES = {"dense": "dense", "moe": "MoE (top-k)", "remoe": "ReMoE (ReLU)"}
+IN_SHORT = {"moe": "MoE", "remoe": "ReMoE"}
 MARKERS = {"dense": "D", "moe": "s", "remoe": "o"}
 PANELS = {
     "size": ("Size", f"E = {FEW_EXPERTS}, G = {WHOLE}", "active size"),
@@ -35,9 +36,9 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
     from matplotlib.lines import Line2D
 
     pyplot, panels = file_pyplot(), _panels(points)
-    columns, rows = min(IN_A_ROW, max(2, len(panels))), math.ceil(len(panels) / IN_A_ROW)
+    columns, rows = min(IN_A_ROW, len(panels)), math.ceil(len(panels) / IN_A_ROW)
     with pyplot.rc_context(style(font_size=13, pad=(0.12, 0.1))):
-        figure = pyplot.figure(figsize=(5 * columns, 4.8 * rows), dpi=100, layout="constrained")
+        figure = pyplot.figure(figsize=(5 * max(2, columns), 4.8 * rows), dpi=100, layout="constrained")
         for place, panel in enumerate(panels):
             axes = figure.add_subplot(rows, columns, place + 1)
             if panel == COMPARED:
@@ -52,15 +53,17 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
             axes.set_title(title)
             axes.set_title(fixed, loc="right", fontsize=11, color="#555555", fontweight="normal")
             axes.set_xlabel(label)
-        kinds = sorted({(run.routing, run.protocol) for run, _ in points}, key=_in_order)
+        lines = {line[:2] for name in panels if name != COMPARED for line in _lines(points, name)}
+        kinds = sorted(
+            {(run.routing, run.protocol) for run, _ in points if run.routing == "dense"} | lines, key=_in_order
+        )
         handles = []
-        for routing, protocol in kinds:
-            drawn = COMPARED in panels or any(routing in line for name in panels for line in _lines(points, name))
-            only_line = routing == "dense" and not drawn
-            look = {"linestyle": "--"} if only_line else _look(routing, protocol)
-            handles.append(Line2D([], [], color=COLOURS[routing], linewidth=2, **look))
-        titles = [_title(routing, protocol) for routing, protocol in kinds]
-        figure.legend(handles, titles, loc="outside upper center", ncols=min(len(kinds), 2 * columns))
+        for kind in kinds:
+            look = _look(*kind) if kind in lines else {"linestyle": "--"}
+            handles.append(Line2D([], [], color=COLOURS[kind[0]], linewidth=2, **look))
+        if panels != [COMPARED]:
+            titles = [_title(*kind) for kind in kinds]
+            figure.legend(handles, titles, loc="outside upper center", ncols=min(len(kinds), max(3, columns)))
         figure.savefig(path)
         pyplot.close(figure)
 
@@ -80,24 +83,25 @@ def _in_order(kind: tuple[Any, ...]) -> tuple[int, str]:
 
 def _title(routing: str, protocol: str) -> str:
     known = PROTOCOLS.get(f"{routing}-{protocol}")
-    return TITLES[routing] + (f", {known.title if known else protocol}" if protocol else "")
+    return f"{IN_SHORT[routing]}, {known.title if known else protocol}" if protocol else TITLES[routing]
 
 
 def _look(routing: str, protocol: str) -> dict[str, Any]:
     known = PROTOCOLS.get(f"{routing}-{protocol}")
     marker = known.marker if known else "X" if protocol else MARKERS[routing]
-    return {"marker": marker, "markersize": 8, "linestyle": ":" if protocol else "-"}
+    return {"marker": marker, "markersize": 12 if marker == "*" else 8, "linestyle": ":" if protocol else "-"}
 
 
 def _lines(points: Sequence[Point], panel: str) -> dict[Line, list[tuple[float, float]]]:
-    """The points of each line of a panel; on an axis those lines alone that have more than one."""
+    """The points of each line of a panel; single points of axes and protocols are left out, unless there is no more."""
     lines = defaultdict(list)
     for run, loss in points:
         if panel in figures_of(run):
             kept = run.granularity if panel in AXES else None
             lines[run.routing, run.protocol, kept].append((position(run, panel), loss))
-    least = 2 if panel in AXES else 1
-    return {line: sorted(lines[line]) for line in sorted(lines, key=_in_order) if len(lines[line]) >= least}
+    drawn = [line for line in lines if len(lines[line]) > 1 or (panel not in AXES and not line[1])]
+    drawn = drawn or (list(lines) if panel not in AXES else [])
+    return {line: sorted(lines[line]) for line in sorted(drawn, key=_in_order)}
 
 
 def _panels(points: Sequence[Point]) -> list[str]:
@@ -113,10 +117,12 @@ def _draw_compared(axes: Any, points: Sequence[Point]) -> None:
     rows = sorted(((loss, run) for run, loss in points if COMPARED in figures_of(run)), key=lambda row: -row[0])
     for place, (loss, run) in enumerate(rows):
         axes.plot(loss, place, color=COLOURS[run.routing], markeredgecolor="white", **_look(run.routing, run.protocol))
-    wide = {WIDE: f" x {WIDE}"}
-    labels = [_title(run.routing, run.protocol) + wide.get(run.expansion, "") for _, run in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=11)
-    axes.margins(x=0.1)
+        left = loss < (rows[0][0] + rows[-1][0]) / 2
+        told = _title(run.routing, run.protocol) + (f" x {run.expansion}" if run.expansion > 1 else "")
+        side = {"xytext": (9 if left else -9, 0), "ha": "left" if left else "right"}
+        axes.annotate(told, (loss, place), textcoords="offset points", va="center", fontsize=11, **side)
+    axes.set_yticks([])
+    axes.margins(x=0.25)
 
 
 def _draw_panel(axes: Any, panel: str, points: Sequence[Point]) -> None:
