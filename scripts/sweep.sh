@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a list of models over size, experts and granularity, the paper's three scaling figures, one after another or as
-# Slurm jobs; skips what is finished, and collects a table and a picture of the validation loss. --help lists the options.
+# Trains a list of models over size, experts, granularity, routings and their settings, one after another or as Slurm jobs;
+# skips what is finished, and collects a table and a picture of the validation loss. --help lists the options.
 #   DATA_DIR=data bash scripts/sweep.sh --figures experts --experts 4 8 16
 # The environment of the launch scripts holds here too: lib/launch.sh lists it.
 set -euo pipefail
