@@ -35,6 +35,8 @@ SHAPE = (
     "add_bias_linear",
     "normalization",
     "untie_embeddings_and_output_weights",
+    "mtp_num_layers",
+    "mtp_use_repeated_layer",
 )
 DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
 # What a training's result depends on, beside its shape and the learning rate's schedule.
@@ -43,6 +45,7 @@ seed split mock_data dataloader_type seq_length global_batch_size rampup_batch_s
 reset_attention_mask eod_mask_loss calculate_per_token_loss optimizer adam_beta1 adam_beta2 adam_eps sgd_momentum
 clip_grad bf16 fp16 decoupled_lr decoupled_min_lr attention_dropout hidden_dropout init_method_std
 init_method_xavier_uniform layernorm_epsilon position_embedding_type rotary_base rotary_percent window_size
+mtp_loss_scaling_factor mtp_detach_heads
 """.split()
 RESULT_OF_EXPERTS = """
 moe_router_topk moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_router_dtype
