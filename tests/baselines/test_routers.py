@@ -21,6 +21,7 @@ from tests.trainings import REPOSITORY, TINY, run, series
 from tools.common.tiny_model import TOPK
 
 SEQUENCE, BATCH = 8, 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASELINE = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --moe-baseline-router".split()
 
 
@@ -28,15 +29,15 @@ def make_layer(name: str, fused: bool = False, **changes: Any) -> ReMoELayer:
     config = make_config(moe_relu_routing=False, moe_baseline_router=name, **{"moe_router_topk": 2} | changes)
     spec = with_router(get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm"), ROUTERS[name])
     spec = with_fused_layers(spec) if fused else spec
-    layer = spec.submodules.mlp(config=config, layer_number=1).to(torch.float64)  # type: ignore[union-attr]
+    layer = spec.submodules.mlp(config=config, layer_number=1).to(DEVICE, torch.float64)  # type: ignore[union-attr]
     layer.set_layer_number(1)
     if name == "hash":
-        layer.router.begin_batch(torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % 5)
+        layer.router.begin_batch(torch.arange(BATCH * SEQUENCE, device=DEVICE).view(BATCH, SEQUENCE) % 5)
     return layer
 
 
 def make_tokens() -> torch.Tensor:
-    return torch.randn(SEQUENCE, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
+    return torch.randn(SEQUENCE, BATCH, HIDDEN, dtype=torch.float64, device=DEVICE, requires_grad=True)
 
 
 def test_the_flag_names_all_routers() -> None:
@@ -46,12 +47,12 @@ def test_the_flag_names_all_routers() -> None:
 
 def test_expert_choice_by_brute_force(process_groups: None) -> None:
     router, tokens = make_layer("expert_choice").router, make_tokens()
-    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool)
+    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
     padding[-3:, 0] = True
     scores = (tokens.detach() @ router.weight.detach().T).softmax(dim=-1)
     for mask in (None, padding):
         probs, routing_map = router(tokens, mask)
-        expected = torch.zeros(SEQUENCE, BATCH, 4, dtype=torch.bool)
+        expected = torch.zeros(SEQUENCE, BATCH, 4, dtype=torch.bool, device=DEVICE)
         for sequence in range(BATCH):
             for expert in range(4):
                 places = [place for place in range(SEQUENCE) if mask is None or not mask[place, sequence]]
@@ -64,12 +65,12 @@ def test_expert_choice_by_brute_force(process_groups: None) -> None:
 
 def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
     router = make_layer("hash", num_moe_experts=8).router
-    ids = torch.randint(0, 50000, (BATCH, 4096))
+    ids = torch.randint(0, 50000, (BATCH, 4096), device=DEVICE)
     maps = []
     for layer_number in (1, 2):
         router.set_layer_number(layer_number)
         router.begin_batch(ids)
-        _, routing_map = router(torch.zeros(4096, BATCH, HIDDEN))
+        _, routing_map = router(torch.zeros(4096, BATCH, HIDDEN, device=DEVICE))
         maps.append(routing_map)
         assert routing_map.sum(dim=1).eq(2).all()
         first: dict[int, list[bool]] = {}
@@ -82,7 +83,7 @@ def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
 
 
 def test_random_is_drawn_anew_and_evenly(process_groups: None) -> None:
-    router, tokens = make_layer("random").router, torch.zeros(4096, BATCH, HIDDEN)
+    router, tokens = make_layer("random").router, torch.zeros(4096, BATCH, HIDDEN, device=DEVICE)
     (_, first), (_, second) = router(tokens), router(tokens)
     assert first.sum(dim=1).eq(2).all()
     share = first.double().mean(dim=0)
@@ -117,13 +118,13 @@ def test_layer_sums_what_the_map_says(
 
 def test_the_embedding_hands_over_ids(process_groups: None) -> None:
     layer = make_layer("hash")
-    embedding = LanguageModelEmbedding(layer.config, 16, SEQUENCE, position_embedding_type="rope")
+    embedding = LanguageModelEmbedding(layer.config, 16, SEQUENCE, position_embedding_type="rope").to(DEVICE)
     chunk = torch.nn.ModuleList([embedding, layer])
     hand_token_ids([chunk])
     layer.router.token_ids = None
     with pytest.raises(RuntimeError, match="has no token ids"):
         layer(make_tokens())
-    for ids in (torch.randint(0, 16, (BATCH, SEQUENCE)) for _ in range(2)):
+    for ids in (torch.randint(0, 16, (BATCH, SEQUENCE), device=DEVICE) for _ in range(2)):
         embedding(input_ids=ids, position_ids=None)
         assert layer.router.token_ids is ids
 

@@ -120,8 +120,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     how.add_argument(
         "--tiny", action="store_true",
-        help=f"on one CPU: the quickstart's model instead of each size's, {ITERATIONS} iterations, and the quickstart's text "
-        "where neither DATA_PATH nor DATA_DIR is set; what stands behind -- wins",
+        help=f"on one CPU: the quickstart's model instead of each size's, {ITERATIONS} iterations, and its text where "
+        "neither DATA_PATH nor DATA_DIR is set; what stands behind -- wins",
     )  # fmt: skip
     how.add_argument("--slurm", action="store_true", help="submit each run as a job of scripts/slurm/train.sbatch")
     how.add_argument(
