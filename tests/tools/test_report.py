@@ -215,3 +215,5 @@ def test_a_run_that_has_not_logged_yet(tmp_path: Path, trained: Path) -> None:
     assert main([str(tmp_path)]) == 0
     assert "<td>0 of 8</td>" in (tmp_path / "report.html").read_text()
     assert Run("nothing").target is None and not Run("nothing").done
+    told = {"train_iters": 25, "log_interval": 10}
+    assert Run("last line", told, {20: {}}).done and not Run("one is to come", told, {10: {}}).done

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,8 +82,8 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether it has all the iterations that it was started for."""
-        return self.last >= self.args.get("train_iters", float("inf"))
+        """Whether no line of its log is left to come."""
+        return self.last + self.args.get("log_interval", 1) > (self.args.get("train_iters") or math.inf)
 
     @property
     def num_experts(self) -> int:
@@ -202,7 +203,8 @@ def _read_printed(path: Path, run: Run) -> None:
         run.args["padded_vocab_size"] = int(padded[-1])
     records = read_log(text)
     for iteration, fields in records.items():
-        row = {PRINTED[name]: float(value) for name, value in fields.items() if name in PRINTED}
+        figures = {PRINTED[name]: float(value) for name, value in fields.items() if name in PRINTED}
+        row: Row = {key: value for key, value in figures.items() if math.isfinite(value)}
         row["seconds_per_iteration"] = seconds_per_iteration(fields)
         row["guarded_layers"] = [int(layer) for layer in fields.get("guarded layers", "").split(",") if layer]
         run.rows[iteration] = row
