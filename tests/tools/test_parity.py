@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.parity.command import as_hybrid
 from tools.parity.layouts import LAYOUTS, Layout
 from tools.parity.measure import Training, TrainingFailed, compare, train
 
@@ -17,6 +18,7 @@ CORE = [
     ("dense and MoE layers", "PP2, 2 virtual stages"),
     ("dense and MoE layers", "PP2 x EP2"),
 ]
+CORE_HYBRID = [("plain", "TP2 x EP2, expert TP 2"), ("dense and MoE layers", "PP2, 2 virtual stages")]
 CORE_TOPK = [("plain", "TP2 x EP2, expert TP 2")]
 
 
@@ -26,14 +28,17 @@ class References:
     def __init__(self, data: Path, folder: Path) -> None:
         self.data, self.folder = data, folder
 
-    def train(self, variant: str, layout: str | None, steps: int = 8, routing: str = "ReMoE") -> Training:
+    def train(
+        self, variant: str, layout: str | None, steps: int = 8, routing: str = "ReMoE", model: str = "gpt"
+    ) -> Training:
         """Train in a layout, or in one process."""
         folder = self.folder / routing / variant
-        initial, place = folder / "initial", folder / (layout or "one")
+        initial, place = folder / "initial", folder / f"{model} {layout or 'one'}"
         begin = ["--train-iters", "1", "--save", str(initial / "checkpoint"), "--save-interval", "1"]
         train(initial, self.data, SINGLE, routing, variant, *begin)
-        more = ["--train-iters", str(steps), "--load", str(initial / "checkpoint"), "--finetune"]
-        return train(place, self.data, LAYOUTS[layout] if layout else SINGLE, routing, variant, *more)
+        start = as_hybrid(initial / "checkpoint") if model == "hybrid" else initial / "checkpoint"
+        more = ["--train-iters", str(steps), "--load", str(start), "--finetune"]
+        return train(place, self.data, LAYOUTS[layout] if layout else SINGLE, routing, variant, *more, model=model)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,14 @@ def test_same_training(variant: str, layout: str, references: References) -> Non
     difference = compare(references.train(variant, layout), references.train(variant, None))
     assert difference.loss < 1e-4 and difference.gradient < 1e-4
     assert difference.sparsity is not None and difference.sparsity < 1e-3
+    assert difference.counts_equal and difference.exponents_equal
+
+
+@pytest.mark.parametrize(("variant", "layout"), CORE_HYBRID)
+def test_same_training_as_hybrid(variant: str, layout: str, references: References) -> None:
+    """HybridModel in a layout against GPTModel in one process."""
+    difference = compare(references.train(variant, layout, model="hybrid"), references.train(variant, None))
+    assert difference.loss < 1e-4 and difference.gradient < 1e-4
     assert difference.counts_equal and difference.exponents_equal
 
 

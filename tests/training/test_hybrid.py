@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.entry import Entry
 from tests.trainings import REPOSITORY, TINY, records
+from tools.common.hf.source import model_of, open_run
 from tools.common.tiny_model import RELU, TOPK
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
@@ -39,6 +41,11 @@ class Trainings:
         """The steps after `SAVED`."""
         return self.run(*RUN, *flags, "--load", str(self.folder / name), "--ckpt-step", str(SAVED))
 
+    def exported(self, name: str) -> dict[str, torch.Tensor]:
+        """The weights of step `SAVED` in the model for transformers."""
+        checkpoint, _, config = open_run(self.folder / name, SAVED)
+        return model_of(checkpoint, config).state_dict()
+
     def converted(self, name: str, model: str) -> str:
         """The checkpoint of step `SAVED` for the other class."""
         command = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint"), "--model", model]
@@ -64,6 +71,9 @@ def test_one_training_in_two_classes(pattern: str, gpt: list[str], trainings: Tr
     expected = trainings.saving(f"{name}-gpt", *gpt)
     assert len(expected) == END and "l1 coefficient" in expected[END]
     assert trainings.saving(f"{name}-hybrid", *hybrid) == expected
+    weights = [trainings.exported(f"{name}-{model}") for model in ("gpt", "hybrid")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(one, weights[1][key]) for key, one in weights[0].items())
     expected = trainings.resumed(f"{name}-gpt", *gpt)
     of_gpt, of_hybrid = (trainings.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
     assert trainings.resumed(of_gpt, *hybrid) == expected

@@ -10,8 +10,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.remoe import cpu
 from megatron.remoe.baselines.hash import hand_token_ids
-from megatron.remoe.training import install_baseline_router, install_relu_routing, transformer_config_from_args
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.remoe.training import (
+    install_baseline_router,
+    install_local_layers,
+    install_relu_routing,
+    model_config_from_args,
+)
 from megatron.training.models.base import compose_hooks
 
 from .errors import ConversionError
@@ -38,6 +42,7 @@ HERE: dict[str, Any] = {
     "recompute_granularity": None,
     "recompute_modules": None,
     "cuda_graph_impl": "none",
+    "local_layer_fusion": False,
     "fp16": False,
     "bf16": False,
     "params_dtype": torch.float32,
@@ -52,11 +57,14 @@ def build(args: argparse.Namespace) -> GPTModel:
         ConversionError: Megatron refuses the arguments.
     """
     here = argparse.Namespace(**(vars(args) | HERE))
+    if getattr(here, "hybrid_layer_pattern", None):
+        here.hybrid_layer_pattern = here.hybrid_layer_pattern.replace("|", "")
     cpu.adapt_arguments(here)
     try:
-        model_cfg = gpt_config_from_args(here, config=transformer_config_from_args(here))
+        model_cfg = model_config_from_args(here)
         install_relu_routing(here, model_cfg)
         install_baseline_router(here, model_cfg)
+        install_local_layers(here, model_cfg)
         builder = model_cfg.get_builder_cls()(model_cfg)
         stock = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
         (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([stock])

@@ -122,6 +122,8 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     checkpoint = find(options.load, options.ckpt_step)
     if EMBEDDING not in checkpoint.shapes:
         raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
+    if getattr(checkpoint.args, "hybrid_layer_pattern", None):
+        raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel. Convert it with --model gpt first.")
     args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
     new_args = target_args(args, options)
     kind = "dense" if args.num_experts is None else "top-k"

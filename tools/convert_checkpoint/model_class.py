@@ -30,13 +30,12 @@ from megatron.remoe.preflight.checkpoint_fit import common_state
 from ..common.checkpoints import FAILURES, Checkpoint, check_output, find
 from ..common.display import Display
 from ..common.errors import ConversionError
+from ..common.hybrid import FINAL_NORM, as_gpt, as_hybrid, number_of
 
 # With one of these the optimizer's state is stored under the weights' names.
 RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?:(?P<number>\d+)\.)?(?P<rest>.+)")
 OBJECT = re.compile(r"(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)")
-ATTENTION = ("self_attention.", "input_layernorm.")
-FINAL_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}
 # It is empty, and GPTModel leaves it out.
 HYBRID_ALONE = "output_layer._extra_state"
 
@@ -64,7 +63,7 @@ class Names:
         if self.to == "hybrid":
             layer = offset[0] if self.is_stacked else int(match["number"])
             rest = (shape[1:], offset[1:]) if self.is_stacked else (shape, offset)
-            return self._numbered(match, self._hybrid_number(layer, match["rest"])), *rest
+            return self._numbered(match, number_of(layer, match["rest"])), *rest
         layer = int(match["number"]) // 2
         if self.is_stacked:
             return match["before"] + match["rest"], (self.layers, *shape), (layer, *offset)
@@ -77,14 +76,14 @@ class Names:
             return None if self.to == "gpt" and key.startswith(HYBRID_ALONE) else self._outside(key)
         if not self.is_stacked:
             layer = int(match["number"])
-            number = layer // 2 if self.to == "gpt" else self._hybrid_number(layer, match["rest"])
+            number = layer // 2 if self.to == "gpt" else number_of(layer, match["rest"])
             return self._numbered(match, number)
         parts = OBJECT.fullmatch(match["rest"])
         assert parts is not None, key
         offset, shape = parts["offset"], parts["shape"]
         if self.to == "hybrid":
             (first, _, offset), (_, _, shape) = offset.partition("."), shape.partition(".")
-            number = self._hybrid_number(int(first), match["rest"])
+            number = number_of(int(first), match["rest"])
             return f"{match['before']}{number}.{parts['key']}/shard_{offset or 0}_{shape or 1}"
         layer = int(match["number"]) // 2
         alone = (offset, shape) == ("0", "1")
@@ -97,9 +96,6 @@ class Names:
 
     def _numbered(self, match: re.Match[str], number: int) -> str:
         return f"{match['before']}{number}.{match['rest']}"
-
-    def _hybrid_number(self, layer: int, rest: str) -> int:
-        return 2 * layer + (0 if rest.startswith(ATTENTION) else 1)
 
 
 def convert_class(options: argparse.Namespace, display: Display) -> None:
@@ -140,30 +136,13 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
 
 def _target(checkpoint: Checkpoint, to: str, stored: dict[str, Any]) -> tuple[argparse.Namespace, Names]:
     """The arguments of the training that goes on, and what its checkpoints call things."""
-    args = argparse.Namespace(**vars(checkpoint.args))
-    pattern = getattr(args, "hybrid_layer_pattern", None)
-    if (to == "hybrid") == bool(pattern):
+    if (to == "hybrid") == bool(getattr(checkpoint.args, "hybrid_layer_pattern", None)):
         raise ConversionError(f"{checkpoint.folder}: is that of a {to} model already (--model {to}).")
-    if to == "hybrid":
-        frequency = args.moe_layer_freq
-        if isinstance(frequency, int):
-            frequency = [int(layer % frequency == 0) for layer in range(args.num_layers)]
-        mlps = ["E" if args.num_experts and has_experts else "-" for has_experts in frequency]
-        args.hybrid_layer_pattern = "".join(f"*{mlp}" for mlp in mlps)
-        args.num_layers, args.moe_layer_freq = 2 * len(mlps), 1
-        is_stacked = not any((match := LAYER.fullmatch(key)) and match["number"] for key in stored)
-        return args, Names(len(mlps), is_stacked, to)
-    layers = (pattern or "").replace("|", "")
-    if not re.fullmatch(r"(\*[E-])+", layers):
-        raise ConversionError(
-            f"{checkpoint.folder}: --hybrid-layer-pattern {pattern} is not attention (*) and MLP (- or E) in turn, "
-            "which is all that a GPTModel can express."
-        )
-    experts = [int(mlp == "E") for mlp in layers[1::2]]
-    is_stacked = len(set(experts)) == 1
-    args.hybrid_layer_pattern, args.num_layers = None, len(experts)
-    args.moe_layer_freq = 1 if is_stacked else experts
-    return args, Names(len(experts), is_stacked, to)
+    if to == "gpt":
+        args = as_gpt(checkpoint.args, checkpoint.folder)
+        return args, Names(args.num_layers, isinstance(args.moe_layer_freq, int), to)
+    is_stacked = not any((match := LAYER.fullmatch(key)) and match["number"] for key in stored)
+    return as_hybrid(checkpoint.args), Names(checkpoint.args.num_layers, is_stacked, to)
 
 
 def _check_optimizer(checkpoint: Checkpoint) -> None:

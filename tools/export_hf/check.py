@@ -15,8 +15,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from megatron.training.utils.common_utils import get_blend_from_list
 
-from ..common.checkpoints import Checkpoint, load
+from ..common.checkpoints import EMBEDDING, Checkpoint, load
 from ..common.errors import ConversionError
+from ..common.hf.settings import complete
 from ..common.hf.weights import fill, read_layer, read_outer
 from ..common.megatron_model import build
 from ..common.text import Blend, blend_of, sample
@@ -102,8 +103,10 @@ def read_back(folder: Path) -> RemoeForCausalLM:
     return RemoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def check_whole(checkpoint: Checkpoint, args: argparse.Namespace, folder: Path, text: Text) -> Check:
+def check_whole(checkpoint: Checkpoint, folder: Path, text: Text) -> Check:
     """Megatron's model as Megatron loads it against that in the folder; one of them is in memory at a time."""
+    args = complete(checkpoint.args)
+    args.padded_vocab_size = checkpoint.shapes[EMBEDDING][0]
     model = build(args)
     load(checkpoint, model)
     logits = megatron_logits(model, text)

@@ -94,7 +94,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
         write_rest(aside, config, tokenizer)
         layers = layers_at_once(config)
         if layers >= config.num_hidden_layers:
-            check = check_whole(checkpoint, args, aside, text)
+            check = check_whole(checkpoint, aside, text)
         else:
             check = check_in_parts(checkpoint, args, config, aside, text, layers)
         _accept(check, text, display)

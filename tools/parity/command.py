@@ -1,6 +1,7 @@
 """Train one small model in every layout and say how far each is from one process (docs/parallelism.md)."""
 
 import argparse
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,14 +9,15 @@ from pathlib import Path
 from ..common.data_sets import write_real_text
 from ..common.files import write_between
 from ..common.places import ROOT
-from .layouts import LAYOUTS, ROUTINGS, VARIANTS, Layout
+from .layouts import LAYOUTS, MODELS, ROUTINGS, VARIANTS, Layout
 from .measure import Difference, TrainingFailed, compare, train
 
 STEPS = 20
 # fp32: sums in another order. bf16: every activation is rounded to 8 bits, in other places in each layout.
 TOLERANCES = {"bf16": (2e-2, 1e-1)}
 TOLERANCE = (1e-4, 1e-4)  # of loss and gradient
-BEGIN, END = "<!-- parity:begin -->", "<!-- parity:end -->"
+# Where the tables of a model class stand.
+MARKS = {model: (f"<!-- parity:{model}:begin -->", f"<!-- parity:{model}:end -->") for model in MODELS}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,6 +25,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/parity", description=__doc__)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default="gpt",
+        help="Megatron's model class that is split; the one process is GPTModel's in any case (default: gpt)",
+    )
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="default: both")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "parity", help="default: runs/parity")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/parallelism.md")
@@ -57,17 +65,23 @@ def main() -> int:
         write_real_text(data)
     tables, failures, start = [], [], time.monotonic()
     single = Layout(1, [])
+    layouts = {name: LAYOUTS[name] for name in options.layouts}
+    if options.model == "hybrid":
+        layouts = {"one process": single} | layouts
     for routing in options.routings:
-        cells: dict[str, dict[str, Difference | None]] = {layout: {} for layout in options.layouts}
+        cells: dict[str, dict[str, Difference | None]] = {layout: {} for layout in layouts}
         for variant in options.variants:
             initial = folder / slug(routing, variant, "initial")
             begin = ["--train-iters", "1", "--save", str(initial / "checkpoint"), "--save-interval", "1"]
             train(initial, data, single, routing, variant, *begin)
-            more = ["--train-iters", str(STEPS), "--load", str(initial / "checkpoint"), "--finetune"]
+            more = starting_from(initial / "checkpoint")
             expected = train(folder / slug(routing, variant, "one"), data, single, routing, variant, *more)
-            for name in options.layouts:
+            if options.model == "hybrid":
+                more = starting_from(as_hybrid(initial / "checkpoint"))
+            for name, layout in layouts.items():
+                place = folder / slug(*([] if options.model == "gpt" else ["hybrid"]), routing, variant, name)
                 try:
-                    found = train(folder / slug(routing, variant, name), data, LAYOUTS[name], routing, variant, *more)
+                    found = train(place, data, layout, routing, variant, *more, model=options.model)
                     difference = compare(found, expected)
                 except TrainingFailed as failure:
                     difference = None
@@ -81,10 +95,24 @@ def main() -> int:
     text = "\n\n".join(tables)
     print(f"\n{text}")
     if options.write:
-        write(ROOT / "docs" / "parallelism.md", text)
-    for failure in failures:
-        print(f"OUT OF TOLERANCE: {failure}", file=sys.stderr)
+        write_between(ROOT / "docs" / "parallelism.md", *MARKS[options.model], text)
+    for words in failures:
+        print(f"OUT OF TOLERANCE: {words}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def starting_from(checkpoint: Path) -> list[str]:
+    """The flags of a training that is compared."""
+    return ["--train-iters", str(STEPS), "--load", str(checkpoint), "--finetune"]
+
+
+def as_hybrid(checkpoint: Path) -> Path:
+    """The same weights for HybridModel."""
+    converted = checkpoint.with_name("hybrid")
+    if not converted.exists():
+        command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint"), "--model", "hybrid"]
+        subprocess.run([*command, "--load", str(checkpoint), "--save", str(converted)], check=True)
+    return converted
 
 
 def table(routing: str, variants: list[str], cells: dict[str, dict[str, Difference | None]]) -> str:
@@ -93,8 +121,3 @@ def table(routing: str, variants: list[str], cells: dict[str, dict[str, Differen
     for layout, row in cells.items():
         lines.append(f"| {layout} | " + " | ".join(shown(row[variant], variant) for variant in variants) + " |")
     return "\n".join(lines)
-
-
-def write(path: Path, text: str) -> None:
-    """Replace what stands between the marks, aside and renamed."""
-    write_between(path, BEGIN, END, text)

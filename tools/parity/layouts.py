@@ -1,12 +1,13 @@
-"""The trainings that are compared: a small model, its variants, and the layouts of up to four processes."""
+"""The trainings that are compared: a small model of two classes, its variants, and layouts of up to four processes."""
 
 from dataclasses import dataclass
 
 from ..common.tiny_model import RELU, TOPK, TRAINING
 
+LAYERS = 4
 MODEL = [
     *TRAINING,
-    *"--num-layers 4 --micro-batch-size 2 --lr 1e-3 --lr-decay-style constant".split(),
+    *"--micro-batch-size 2 --lr 1e-3 --lr-decay-style constant".split(),
     *"--make-vocab-size-divisible-by 192 --split 90,10,0 --log-interval 1".split(),
 ]
 # λ₀ is large enough for the L1 term to show in the loss within the run.
@@ -14,10 +15,11 @@ ROUTINGS: dict[str, list[str]] = {
     "ReMoE": [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"],
     "top-k": TOPK,
 }
+DENSE_AND_MOE = "dense and MoE layers"
 VARIANTS: dict[str, list[str]] = {
     "plain": [],
     "gradient accumulation": ["--global-batch-size", "16"],
-    "dense and MoE layers": ["--moe-layer-freq", "([0,1,0,1])"],
+    DENSE_AND_MOE: ["--moe-layer-freq", "([0,1,0,1])"],
     "shared expert": ["--moe-shared-expert-intermediate-size", "64"],
     "full recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
     "MoE recompute": "--recompute-granularity selective --recompute-modules moe".split(),
@@ -27,14 +29,42 @@ VARIANTS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A number of processes and the flags that split the training over them."""
+    """A number of processes, the flags that split the training over them, and how often each holds layers in turn."""
 
     processes: int
     flags: list[str]
+    virtual_stages: int = 1
+
+    @property
+    def stages(self) -> int:
+        """Parts into which the layers are cut."""
+        flag = "--pipeline-model-parallel-size"
+        ranks = int(self.flags[self.flags.index(flag) + 1]) if flag in self.flags else 1
+        return ranks * self.virtual_stages
 
 
-def _layout(processes: int, flags: str) -> Layout:
-    return Layout(processes, flags.split())
+def gpt_layers(layout: Layout, variant: str) -> list[str]:
+    """The flags of GPTModel's layers."""
+    flags = ["--num-layers", str(LAYERS), *VARIANTS[variant]]
+    if layout.virtual_stages > 1:
+        flags += ["--num-layers-per-virtual-pipeline-stage", str(LAYERS // layout.stages)]
+    return flags
+
+
+def hybrid_layers(layout: Layout, variant: str) -> list[str]:
+    """The flags of HybridModel's layers: attention and MLP of each of GPTModel's are two."""
+    mlps = "-E-E" if variant == DENSE_AND_MOE else "EEEE"
+    size = LAYERS // layout.stages
+    parts = ("".join(f"*{mlp}" for mlp in mlps[start : start + size]) for start in range(0, LAYERS, size))
+    flags = [] if variant == DENSE_AND_MOE else VARIANTS[variant]
+    return ["--hybrid-layer-pattern", "|".join(parts), *flags]
+
+
+MODELS = {"gpt": gpt_layers, "hybrid": hybrid_layers}
+
+
+def _layout(processes: int, flags: str, virtual_stages: int = 1) -> Layout:
+    return Layout(processes, flags.split(), virtual_stages)
 
 
 TP2, PP2, EP2 = (
@@ -54,6 +84,6 @@ LAYOUTS: dict[str, Layout] = {
     "TP2 x EP2, expert TP 1": _layout(4, f"{TP2} {EP2} --expert-tensor-parallel-size 1"),
     "TP2 x EP2, expert TP 2": _layout(4, f"{TP2} {EP2} --expert-tensor-parallel-size 2"),
     "PP2": _layout(2, PP2),
-    "PP2, 2 virtual stages": _layout(2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
+    "PP2, 2 virtual stages": _layout(2, PP2, virtual_stages=2),
     "PP2 x EP2": _layout(4, f"{PP2} {EP2}"),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..common.log_reader import read_log
-from .layouts import MODEL, ROUTINGS, VARIANTS, Layout
+from .layouts import MODEL, MODELS, ROUTINGS, Layout
 
 TIMEOUT = 300  # seconds for one training
 
@@ -58,8 +58,10 @@ class Difference:
     exponents_equal: bool | None
 
 
-def train(folder: Path, data: Path, layout: Layout, routing: str, variant: str, *flags: str) -> Training:
-    """Run a training, or read it where `folder` holds a finished one.
+def train(
+    folder: Path, data: Path, layout: Layout, routing: str, variant: str, *flags: str, model: str = "gpt"
+) -> Training:
+    """Run a training of a model class, or read it where `folder` holds a finished one.
 
     Raises:
         TrainingFailed: it ended with an error or took longer than `TIMEOUT`.
@@ -69,7 +71,8 @@ def train(folder: Path, data: Path, layout: Layout, routing: str, variant: str, 
         folder.mkdir(parents=True, exist_ok=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.processes)]
         entry = str(Path(__file__).with_name("record.py"))
-        settings = [*MODEL, *ROUTINGS[routing], *VARIANTS[variant], *layout.flags, "--data-path", str(data), *flags]
+        split = [*MODELS[model](layout, variant), *layout.flags]
+        settings = [*MODEL, *ROUTINGS[routing], *split, "--data-path", str(data), *flags]
         with log.open("w") as output:
             try:
                 code = subprocess.run(
@@ -86,19 +89,21 @@ def train(folder: Path, data: Path, layout: Layout, routing: str, variant: str, 
                 f"exit code {code}; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-8:])
             )
         done.touch()
-    return _read(folder, layout.processes)
+    return _read(folder, layout.processes, 2 if model == "hybrid" else 1)
 
 
-def _read(folder: Path, processes: int) -> Training:
+def _read(folder: Path, processes: int, sublayers: int) -> Training:
+    """What a training of so many processes wrote down; layers by GPTModel's numbers."""
     lines = [fields for _, fields in sorted(read_log((folder / "log").read_text()).items())]
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
     counts: dict[str, list[float]] = {}
     gradients: dict[str, list[torch.Tensor]] = {}
     for rank in ranks:
-        for layer, seen in rank["first_counts"].items():
+        for number, seen in rank["first_counts"].items():
+            layer = str(int(number) // sublayers)
             counts[layer] = [a + b for a, b in zip(counts.get(layer, [0.0] * len(seen)), seen, strict=True)]
-        for layer, gradient in rank["router_gradients"].items():
-            gradients.setdefault(layer, []).append(torch.tensor(gradient, dtype=torch.float64))
+        for number, gradient in rank["router_gradients"].items():
+            gradients.setdefault(str(int(number) // sublayers), []).append(torch.tensor(gradient, dtype=torch.float64))
     return Training(
         losses=[float(line["lm loss"]) for line in lines],
         sparsities=[float(line["sparsity"]) for line in lines if "sparsity" in line],

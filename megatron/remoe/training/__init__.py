@@ -2,6 +2,7 @@
 
 from megatron.remoe.training.arguments import (
     add_remoe_arguments,
+    model_config_from_args,
     parse_and_validate_args,
     transformer_config_from_args,
 )
@@ -20,8 +21,9 @@ __all__ = [
     "install_local_layers",
     "install_relu_routing",
     "install_topk_warmup",
-    "parse_and_validate_args",
     "keep_run_log",
+    "model_config_from_args",
+    "parse_and_validate_args",
     "transformer_config_from_args",
     "with_flips",
 ]

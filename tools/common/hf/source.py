@@ -9,6 +9,7 @@ from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
 from ..checkpoints import EMBEDDING, Checkpoint, find
 from ..errors import ConversionError
+from ..hybrid import as_gpt
 from .settings import complete, config_of
 from .weights import exponents, read
 
@@ -22,7 +23,7 @@ def open_run(root: Path, step: int | None) -> tuple[Checkpoint, argparse.Namespa
     checkpoint = find(root, step)
     if EMBEDDING not in checkpoint.shapes:
         raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
-    args = complete(checkpoint.args)
+    args = as_gpt(complete(checkpoint.args), checkpoint.folder)
     args.padded_vocab_size = checkpoint.shapes[EMBEDDING][0]
     coefficient = args.moe_aux_loss_coeff if isinstance(args.moe_aux_loss_coeff, float) else 0.0
     config = config_of(args, args.padded_vocab_size, coefficient)

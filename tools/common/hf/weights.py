@@ -9,6 +9,7 @@ from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
 from ..checkpoints import FAILURES, Checkpoint
 from ..errors import ConversionError
+from ..hybrid import FINAL_NORM, number_of
 from ..megatron_model import EXPERT
 from .parts import Part, read_parts
 
@@ -108,7 +109,8 @@ def read(checkpoint: Checkpoint, config: RemoeConfig) -> Iterator[Tensors]:
 def read_outer(checkpoint: Checkpoint, config: RemoeConfig) -> Tensors:
     """What is outside of layers, under Megatron's names."""
     names = [name for name in OUTER if not (config.tie_word_embeddings and name == "output_layer.weight")]
-    return _load(checkpoint, {name: name for name in names}, config)
+    of_hybrid = {name: name.replace(FINAL_NORM["gpt"], FINAL_NORM["hybrid"]) for name in names}
+    return _load(checkpoint, of_hybrid if _is_hybrid(checkpoint) else {name: name for name in names}, config)
 
 
 def read_layer(checkpoint: Checkpoint, config: RemoeConfig, number: int) -> Tensors:
@@ -123,10 +125,17 @@ def exponents(checkpoint: Checkpoint, config: RemoeConfig) -> list[int]:
     return [number for one in loaded.values() for number in one.flatten().tolist()]
 
 
+def _is_hybrid(checkpoint: Checkpoint) -> bool:
+    return bool(getattr(checkpoint.args, "hybrid_layer_pattern", None))
+
+
 def _key(checkpoint: Checkpoint, name: str, layer: int) -> str:
     # Layers that are alike are one tensor; where they differ, each has its number in the key.
     numbered = any(key.startswith("decoder.layers.0.") for key in checkpoint.shapes)
-    keys = [f"decoder.layers.{layer}.{key}" if numbered else f"decoder.layers.{key}" for key in KEYS.get(name, (name,))]
+    number = number_of(layer, name) if _is_hybrid(checkpoint) else layer
+    keys = [
+        f"decoder.layers.{number}.{key}" if numbered else f"decoder.layers.{key}" for key in KEYS.get(name, (name,))
+    ]
     return next((key for key in keys if key in checkpoint.shapes), keys[0])
 
 

@@ -1,0 +1,52 @@
+"""How HybridModel's layers and names answer to those of GPTModel, which has attention and an MLP in one layer."""
+
+import argparse
+import re
+
+from .errors import ConversionError
+
+FINAL_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}
+ATTENTION = ("self_attention.", "input_layernorm.")
+
+
+def number_of(layer: int, rest: str) -> int:
+    """HybridModel's number, from 0, of the layer that has what is called `rest` in GPTModel's `layer`."""
+    return 2 * layer + (0 if rest.startswith(ATTENTION) else 1)
+
+
+def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
+    """The arguments of the GPTModel that computes the same; as they are where they are those of one.
+
+    Args:
+        args: Megatron's, of either class.
+        source: what to call their checkpoint.
+
+    Raises:
+        ConversionError: the pattern is not attention and MLP in turn.
+    """
+    args = argparse.Namespace(**vars(args))
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if not pattern:
+        return args
+    layers = pattern.replace("|", "")
+    if not re.fullmatch(r"(\*[E-])+", layers):
+        raise ConversionError(
+            f"{source}: --hybrid-layer-pattern {pattern} is not attention (*) and MLP (- or E) in turn, which is all "
+            "that a GPTModel can express."
+        )
+    experts = [int(mlp == "E") for mlp in layers[1::2]]
+    args.hybrid_layer_pattern, args.num_layers = None, len(experts)
+    args.moe_layer_freq = 1 if len(set(experts)) == 1 else experts
+    return args
+
+
+def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of the HybridModel that computes the same as a GPTModel of `args`."""
+    args = argparse.Namespace(**vars(args))
+    frequency = args.moe_layer_freq
+    if isinstance(frequency, int):
+        frequency = [int(layer % frequency == 0) for layer in range(args.num_layers)]
+    mlps = ["E" if args.num_experts and has_experts else "-" for has_experts in frequency]
+    args.hybrid_layer_pattern = "".join(f"*{mlp}" for mlp in mlps)
+    args.num_layers, args.moe_layer_freq = 2 * len(mlps), 1
+    return args
