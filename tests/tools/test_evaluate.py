@@ -105,7 +105,7 @@ def test_measured_beside_the_papers() -> None:
 
 QUESTIONS = [("Question: a cat\nAnswer:", [" mews", " barks", " sings", " rows"], 0)]
 QUESTIONS += [("Question: a dog\nAnswer:", [" mews", " barks", " sings", " rows"], 1)]
-QUESTIONS += [("Question: a boat\nAnswer:", [" mews", " barks", " sings", " sails"], 3)]
+QUESTIONS += [("Question: a boat\nAnswer:", [" mews", " barks aloud", " sings", " sails"], 3)]
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +169,10 @@ def test_tasks_through_lm_eval(requests: Path, tmp_path: Path, monkeypatch: pyte
         patch.setattr(model, "forward", None)
         assert scores() == learnt, "the answers are kept, of each model its own"
 
+    model.config.max_position_embeddings = 6  # the last question has a longer choice
+    assert {score.documents for score in from_files(scorer(model, tokenizer, None), ["piqa"], requests, None)} == {2}
     model.config.max_position_embeddings = 2
-    with pytest.raises(
-        ToolError, match="--tasks piqa: has a choice of [0-9]+ tokens, and the model reads 2. Leave piqa"
-    ):
+    with pytest.raises(ToolError, match="--tasks piqa: the model reads 2 tokens, fewer than its choices"):
         from_files(scorer(model, tokenizer, None), ["piqa"], requests, None)
 
     model.config.max_position_embeddings = 64

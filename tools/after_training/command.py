@@ -4,17 +4,19 @@ python tools/after_training --runs runs/quickstart --task-data runs/olmo
 
 Export → the folder alone, where Megatron is not installed: the validation losses that Megatron printed, and text →
 back to a checkpoint, which trains on with the same losses → zero-shot tasks, and what fewer experts and tokens cost.
+What is done is kept in FOLDER/after_training, and the same command goes on where it was stopped.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from ..common.log_reader import read_log
 from ..common.places import ROOT
 from ..common.running import interrupt_at
 from ..evaluate.text import batches, sequences
-from ..quickstart import models
+from ..quickstart import models, stages
 from . import alone, environment, tables
 from .followed import PROMPT, Followed
 
@@ -107,6 +109,12 @@ class Quickstart:
 
 def follow(quickstart: Quickstart, model: str, scratch: Path, display: Display) -> Followed:
     """One model, there and back; its folder stays in `scratch`, where the held-out text is."""
+    kept, inputs = scratch / f"{model}.json", stages.fingerprint_of_files([quickstart.folder / model / "done.json"])
+    if stamp := stages.read_stamp(kept, inputs):
+        display.advance(PARTS)
+        return Followed(**stamp["followed"])
+    for name in (model, f"{model}-back", f"{model}-environment"):
+        shutil.rmtree(scratch / name, ignore_errors=True)
     checkpoints, folder = quickstart.folder / model / "checkpoints", scratch / model
     exported = program("tools/export_hf", "--load", checkpoints, "--save", folder)
     display.advance(1)
@@ -120,7 +128,7 @@ def follow(quickstart: Quickstart, model: str, scratch: Path, display: Display) 
     display.advance(1)
     after = quickstart.next_losses(model, *reversed_.split("train with ")[1].split())
     display.advance(1)
-    return Followed(
+    followed = Followed(
         logits=float(exported.split("largest difference of logits ")[1].split()[0]),
         printed=quickstart.printed(model),
         alone=dict(zip(quickstart.train_tokens, found["losses"], strict=True)),
@@ -128,6 +136,8 @@ def follow(quickstart: Quickstart, model: str, scratch: Path, display: Display) 
         before=before,
         after=after,
     )
+    stages.write_json(kept, {"inputs": inputs, "followed": asdict(followed)})
+    return followed
 
 
 def measure(quickstart: Quickstart, task_data: Path, scratch: Path, display: Display) -> dict[str, Any]:
@@ -135,7 +145,7 @@ def measure(quickstart: Quickstart, task_data: Path, scratch: Path, display: Dis
     code = ["--data-path", quickstart.held_out(next(iter(quickstart.train_tokens)))]
     results = scratch / "results.json"
     folders = {model: str(scratch / model) for model in models.NAMES}
-    tasks = ["--tasks", *TASKS, "--task-data", str(task_data.resolve())]
+    tasks = ["--tasks", *TASKS, "--task-data", str(task_data.resolve()), "--task-cache", str(scratch / "answers")]
     program("tools/evaluate", "--load", *folders.values(), *code, "--speed", *tasks, "--output", results)
     found = json.loads(results.read_text())
     display.advance(1)
@@ -155,14 +165,15 @@ def after_training(args: argparse.Namespace, display: Display) -> None:
     """
     quickstart = Quickstart(args.runs)
     size = models.SIZE
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        for domain in quickstart.train_tokens:
-            data = sequences(quickstart.held_out(domain), size.sequence, quickstart.seed, size.vocabulary)
-            torch.save(torch.cat(list(batches(data, None))), scratch / f"{domain}.pt")
-        with display.step("three models", PARTS * len(models.NAMES) + 2):
-            followed = {model: follow(quickstart, model, scratch, display) for model in models.NAMES}
-            measured = measure(quickstart, args.task_data, scratch, display)
+    scratch = quickstart.folder / "after_training"
+    scratch.mkdir(exist_ok=True)
+    for domain in quickstart.train_tokens:
+        data = sequences(quickstart.held_out(domain), size.sequence, quickstart.seed, size.vocabulary)
+        torch.save(torch.cat(list(batches(data, None))), scratch / f"{domain}.pt")
+    with display.step("three models", PARTS * len(models.NAMES) + 2), ThreadPoolExecutor() as threads:
+        found = threads.map(lambda model: follow(quickstart, model, scratch, display), models.NAMES)
+        followed = dict(zip(models.NAMES, found, strict=True))
+        measured = measure(quickstart, args.task_data, scratch, display)
     text = tables.markdown(followed, measured)
     display.say(text)
     if args.output is not None:
@@ -186,6 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             display.fail(f"after_training: error: {error}")
             return 1
         except KeyboardInterrupt:
-            display.fail("after_training: stopped; nothing was written.")
+            display.fail("after_training: stopped; the same command goes on from here.")
             return 130
     return 0

