@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -112,16 +113,18 @@ def tests(*selection: str) -> Callable[[Comparison], Result]:
             suite = ElementTree.parse(report).find("testsuite") if report.exists() else None
         if suite is None:
             return Result([last_words(ended)])
-        failed = [
-            f"{case.get('classname')}::{case.get('name')}: {said.get('message', '').splitlines()[0]}"
+        failed = Counter(
+            f"{case.get('classname')}::{name.partition('[')[0]}: {said.get('message', '').splitlines()[0]}"
             for case in suite.iter("testcase")
+            if (name := case.get("name", ""))
             for said in [*case.findall("failure"), *case.findall("error")]
-        ]
+        )
         skipped = int(suite.get("skipped", 0))
-        passed = int(suite.get("tests", 0)) - skipped - len(failed)
+        passed = int(suite.get("tests", 0)) - skipped - failed.total()
         if ended.returncode and not failed:
-            failed = [last_words(ended)]
-        return Result(failed, f"{passed} tests" + (f", {skipped} skipped" if skipped else "") if passed else "")
+            failed[last_words(ended)] = 1
+        problems = [said if times == 1 else f"{said} ({times} cases)" for said, times in failed.items()]
+        return Result(problems, f"{passed} tests" + (f", {skipped} skipped" if skipped else "") if passed else "")
 
     return check
 

@@ -83,17 +83,18 @@ def wrong_with_call(theirs: Sequence[Parameter], positional: int, keywords: Sequ
 def wrong_with_replacement(ours: Sequence[Parameter], theirs: Sequence[Parameter]) -> str:
     """What a function in the place of another does not take, or asks for besides; empty where all goes.
 
-    A parameter at the same place may have another name, unless that is the name of another one of theirs.
+    One that has to be given may have another name at the same place, unless that is the name of another one of theirs.
     """
     our_names, their_names = {one.name for one in ours}, {one.name for one in theirs}
     takes = {one.kind for one in ours if one.is_variable}
-    slots = [one.name for one in ours if one.kind in POSITIONAL]
+    slots = [one for one in ours if one.kind in POSITIONAL]
     given, lacking = set(their_names), []
     for place, one in enumerate(theirs):
         if one.name in our_names or one.is_variable:
             continue
-        if one.kind in POSITIONAL and place < len(slots) and slots[place] not in their_names:
-            given.add(slots[place])
+        slot = slots[place] if one.kind in POSITIONAL and place < len(slots) else None
+        if slot is not None and slot.default is None and slot.name not in their_names:
+            given.add(slot.name)
         elif "VAR_KEYWORD" not in takes and (one.kind not in POSITIONAL or "VAR_POSITIONAL" not in takes):
             lacking.append(f"does not take {one.name}")
     for one in ours:
