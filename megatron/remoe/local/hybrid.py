@@ -58,8 +58,8 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
     if others:
         known = ", ".join(f"{letter} ({name})" for letter, name in LOCAL_LAYERS.items())
         raise ValueError(
-            f"--hybrid-layer-pattern {pattern}: there are no plain PyTorch layers for {', '.join(others)}, but for {known}. "
-            "With --transformer-impl transformer_engine Megatron has them where its packages are installed "
+            f"--hybrid-layer-pattern {pattern}: there are no plain PyTorch layers for {', '.join(others)}, but for "
+            f"{known}. With --transformer-impl transformer_engine Megatron has them where its packages are installed "
             "(Transformer Engine; mamba-ssm for M, flash-linear-attention for G)."
         )
     dense, moe = (
