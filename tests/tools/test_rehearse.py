@@ -174,6 +174,14 @@ def test_launch_commands(name: str) -> None:
     assert ("all_to_all_single" in {kind for kind, _ in kinds}) is ("EP8" in name)
 
 
+def test_both_models_do_the_same() -> None:
+    expected = json.loads(golden.GOLDEN.read_text())
+    hybrid = [name for name in golden.CASES if name.endswith(", hybrid")]
+    assert hybrid and [expected[name] for name in hybrid] == [
+        expected[name.removesuffix(", hybrid")] for name in hybrid
+    ]
+
+
 @needs_cuda_build
 def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
     """In the middle of a pipeline there are no data, and what to do is heard from the first rank."""

@@ -24,9 +24,9 @@ CASES = {
     "dense": Launch("dense"),
     "ReMoE, EP8": Launch(settings={"EP": "8"}),
     "ReMoE, TP2": Launch(settings={"TP": "2"}),
-    "ReMoE, PP2 with virtual stages": Launch(
-        flags=("--num-layers-per-virtual-pipeline-stage", "3"), settings={"PP": "2"}
-    ),
+    "ReMoE, PP2 with virtual stages": Launch(settings={"PP": "2", "VPP": "2"}),
+    "ReMoE, hybrid": Launch(settings={"MODEL": "hybrid"}),
+    "ReMoE, PP2 with virtual stages, hybrid": Launch(settings={"MODEL": "hybrid", "PP": "2", "VPP": "2"}),
     "ReMoE, G = 8": Launch(flags=("--moe-granularity", "8")),
     "ReMoE, MoE recomputed": Launch(flags=tuple("--recompute-granularity selective --recompute-modules moe".split())),
     "ReMoE, Megatron's layers": Launch(flags=("--no-local-layer-fusion",)),
@@ -42,6 +42,7 @@ def kept(found: dict[str, Any]) -> dict[str, float]:
     launches, waits = found["launches"], sum(wait["times"] for wait in found["host_syncs"])
     numbers = {"launches of a forward layer": launches["forward_layer"], "launches of λ's update": launches["update"]}
     numbers |= {"launches of a step": launches["step"], "waits of a step": waits}
+    numbers["GB moved in a step"] = round(found["roofline"]["bytes"] / 1e9, 1)
     for stage, peaks in found["stages"].items():
         numbers[f"GiB, {stage}"] = round(peaks["peak_allocated_gib"], 2)
     return {key: value for key, value in numbers.items() if value is not None}
