@@ -28,7 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="scripts/canary.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkout or a wheel")
-    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS), help="default: all")
+    names = "; ".join(CHECKS)
+    parser.add_argument(
+        "--checks", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK", help=f"some of: {names}"
+    )
     parser.add_argument(
         "--write", action="store_true", help=f"put the tables, side by side, into {PAGE.relative_to(ROOT)}"
     )
