@@ -2,11 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.remoe.moe.layer import ReMoELayer
+from megatron.remoe.moe.specs import with_relu_routing
+from megatron.remoe.routing.router import ReLURouter
 from tests.entry import Entry
 from tests.trainings import REPOSITORY, TINY, records
 from tools.common.hf.source import model_of, open_run
@@ -28,9 +33,9 @@ class Trainings:
         code, output = self.entry.run([*TINY, "--data-path", str(self.data), *flags], {}, [])
         assert code == 0, output[-3000:]
         steps = records(output)
-        for fields in steps.values():
-            if "--hybrid-layer-pattern" in flags and (guarded := fields.get("guarded layers")):
-                fields["guarded layers"] = ",".join(str(int(number) // 2) for number in guarded.split(","))
+        for step in steps.values():
+            if "--hybrid-layer-pattern" in flags and (guarded := step.get("guarded layers")):
+                step["guarded layers"] = ",".join(str(int(number) // 2) for number in guarded.split(","))
         return steps
 
     def saving(self, name: str, *flags: str) -> dict[int, dict[str, str]]:
@@ -108,3 +113,13 @@ def test_layers_without_attention_between(trainings: Trainings) -> None:
     """Numbers of MoE layers with any gaps: S and λ do not care."""
     steps = trainings.run(*RUN, "--train-iters", "3", "--hybrid-layer-pattern", "*EE-*E")
     assert float(steps[3]["l1 coefficient"]) != float(steps[1]["l1 coefficient"])
+
+
+def test_transformer_engines_stack_takes_the_router() -> None:
+    """Megatron's own specification, with all its kinds of layers: the MoE layer's alone is another."""
+    stack = with_relu_routing(hybrid_stack_spec)
+    layer = stack.submodules.moe_layer.submodules.mlp
+    assert layer.func is ReMoELayer and layer.keywords["submodules"].router is ReLURouter
+    for kind in fields(stack.submodules):
+        same = getattr(stack.submodules, kind.name) is getattr(hybrid_stack_spec.submodules, kind.name)
+        assert same == (kind.name != "moe_layer"), kind.name

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.trainings import REPOSITORY, TINY, series
@@ -18,7 +19,7 @@ if not torch.cuda.is_available():
 from megatron.core.enums import ModelType
 from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider as datasets_provider
 from megatron.training import pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 model_type = ModelType.encoder_or_decoder
 
@@ -26,7 +27,7 @@ def my_arguments(parser):
     parser.add_argument("--my-own-flag", type=int)
     return parser
 
-{three_lines}
+{documented_lines}
 """
 CPU_FLAGS = (
     "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm "
@@ -42,10 +43,11 @@ def documented_lines() -> str:
     return found.group(1)
 
 
-def test_three_lines(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [[], ["--hybrid-layer-pattern", "*E*E"]], ids=["GPTModel", "HybridModel"])
+def test_documented_lines(layers: list[str], data: Path, tmp_path: Path) -> None:
     script = tmp_path / "my_pretrain.py"
-    script.write_text(OWN_SCRIPT.format(three_lines=documented_lines()))
-    arguments = [*TINY, *RELU, "--data-path", str(data), "--my-own-flag", "7"]
+    script.write_text(OWN_SCRIPT.format(documented_lines=documented_lines()))
+    arguments = [*TINY, *RELU, *layers, "--data-path", str(data), "--my-own-flag", "7"]
     if not torch.cuda.is_available():
         arguments += CPU_FLAGS
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
