@@ -141,7 +141,7 @@ def test_file_that_cannot_grow(data: Path, uninterrupted: Path, tmp_path: Path) 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("flags", ["--moe-relu-l1-reg-coeff-multiplier 1.5", "--moe-relu-l1-reg-coeff-init 1"])
 def test_training_survives(flags: str, data: Path) -> None:
-    """Far too large coefficients; the paper's runs take them too (tables 5 and 6)."""
+    """Far too large coefficients; the paper's runs take them too."""
     steps = 100
     output = run(
         [*TINY, *RELU, *f"--micro-batch-size 8 --train-iters {steps} {flags}".split(), "--data-path", str(data)]
