@@ -81,7 +81,7 @@ ENTRY = {
         lambda user: [*base(user), *HYBRID], ("--hybrid-layer-pattern *E*E has MoE layers (E): give --num-experts",)
     ),
     "two patterns of experts": Case(
-        on("text", *HYBRID, "--moe-layer-freq", "([0,1])"), ("--moe-layer-freq [0, 1]: --hybrid-layer-pattern *E*E",)
+        on("text", *HYBRID, "--moe-layer-freq", "([0,1])"), ("--moe-layer-freq 0 1: --hybrid-layer-pattern *E*E",)
     ),
     "what a hybrid leaves out": Case(
         on("text", *HYBRID, "--use-rope-scaling"), ("--use-rope-scaling: HybridModel does not",)
