@@ -246,7 +246,7 @@ def test_recomputation() -> None:
 
 def test_mixed_dense_and_expert_layers() -> None:
     def layers(number: int, **changes: object) -> list[str]:
-        return [memory.sublayers(arguments(**changes), layer + 1) for layer in range(number)]
+        return [memory.sublayers(arguments(num_layers=number, **changes), layer + 1) for layer in range(number)]
 
     assert layers(4, moe_layer_freq=2) == ["*E", "*-"] * 2
     assert layers(3, moe_layer_freq=[0, 1, 1]) == ["*-", "*E", "*E"]
@@ -255,8 +255,10 @@ def test_mixed_dense_and_expert_layers() -> None:
 
 
 def test_optimizer_bytes() -> None:
-    common = {"optimizer": "adam", "accumulate_allreduce_grads_in_fp32": True, "world_size": 4, "moe_layer_freq": 1}
+    common = {"optimizer": "adam", "accumulate_allreduce_grads_in_fp32": True, "world_size": 4}
     common |= {
+        "num_layers": 2,
+        "moe_layer_freq": 1,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "padded_vocab_size": 128,

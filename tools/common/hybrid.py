@@ -3,6 +3,8 @@
 import argparse
 import re
 
+from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
+
 from .errors import ConversionError
 
 FINAL_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}
@@ -43,10 +45,7 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
 def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments of the HybridModel that computes the same as a GPTModel of `args`."""
     args = argparse.Namespace(**vars(args))
-    frequency = args.moe_layer_freq
-    if isinstance(frequency, int):
-        frequency = [int(layer % frequency == 0) for layer in range(args.num_layers)]
-    mlps = ["E" if args.num_experts and has_experts else "-" for has_experts in frequency]
+    mlps = ["E" if args.num_experts and has_experts else "-" for has_experts in moe_layer_pattern(args)]
     args.hybrid_layer_pattern = "".join(f"*{mlp}" for mlp in mlps)
     args.num_layers, args.moe_layer_freq = 2 * len(mlps), 1
     return args

@@ -8,6 +8,7 @@ from itertools import batched
 import torch
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
 
 from .activations import LayerActivations, element_size, layer_activations, tokens_per_gpu
 from .parameters import Stage
@@ -119,9 +120,7 @@ def sublayers(args: argparse.Namespace, number: int) -> str:
         return args.hybrid_layer_pattern.replace("|", "")[number - 1]
     if not args.num_experts:
         return "*-"
-    pattern = args.moe_layer_freq
-    is_moe = (number - 1) % pattern == 0 if isinstance(pattern, int) else pattern[number - 1]
-    return "*E" if is_moe else "*-"
+    return "*E" if moe_layer_pattern(args)[number - 1] else "*-"
 
 
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:

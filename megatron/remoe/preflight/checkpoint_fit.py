@@ -83,6 +83,18 @@ SHOWN = 120  # letters of a setting, as of a list of data sets
 Settings = dict[str, Any]
 
 
+def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
+    """--moe-layer-freq of a GPTModel as Megatron reads it: for each layer, from the first, 1 if it has experts, else 0.
+
+    Args:
+        args: Megatron's, or those in a checkpoint, of which older ones have no such flag.
+    """
+    frequency: int | list[int] = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        return [int(layer % frequency == 0) for layer in range(args.num_layers)]
+    return frequency
+
+
 def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
     """The folder of the iteration that Megatron loads from a folder of checkpoints; None if it is no torch_dist one."""
     newest = newest_iteration(root)
@@ -327,19 +339,16 @@ def _shape(args: argparse.Namespace) -> Settings:
     if getattr(args, "moe_relu_routing", False):
         # Before there was a flag for it, the router had a bias wherever other linear layers had one.
         shape["moe_relu_router_bias"] = getattr(args, "moe_relu_router_bias", args.add_bias_linear)
-    frequency = getattr(args, "moe_layer_freq", 1)
-    if isinstance(frequency, int):
-        frequency = [int(layer % frequency == 0) for layer in range(args.num_layers)]
     if pattern:
         del shape["num_layers"]
         shape["hybrid_layer_pattern"] = pattern.replace("|", "")
-        frequency = [layer == "E" for layer in pattern if layer in "E-"]
     if not getattr(args, "num_experts", None):
         return shape | {"ffn_hidden_size": args.ffn_hidden_size}
     shape["moe_ffn_hidden_size"] = args.moe_ffn_hidden_size or args.ffn_hidden_size
     if not pattern:
-        shape["moe_layer_freq"] = frequency
-    return shape if all(frequency) else shape | {"ffn_hidden_size": args.ffn_hidden_size}
+        shape["moe_layer_freq"] = moe_layer_pattern(args)
+    has_dense = "-" in pattern if pattern else not all(shape["moe_layer_freq"])
+    return shape | {"ffn_hidden_size": args.ffn_hidden_size} if has_dense else shape
 
 
 def _duration(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron.remoe.hf import RemoeConfig
+from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
 from megatron.remoe.routing.refusals import flag, shown
 from megatron.remoe.training import add_remoe_arguments
 from megatron.training.arguments import add_megatron_arguments
@@ -101,15 +102,12 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
 
 
 def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
-    pattern = args.moe_layer_freq
-    if isinstance(pattern, int):
-        pattern = [int(layer % pattern == 0) for layer in range(args.num_layers)]
     return {
         "num_experts": args.num_experts,
         "num_experts_per_tok": args.moe_router_topk,
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
         "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
-        "mlp_only_layers": [layer for layer, has_experts in enumerate(pattern) if not has_experts],
+        "mlp_only_layers": [layer for layer, has_experts in enumerate(moe_layer_pattern(args)) if not has_experts],
         "moe_relu_routing": args.moe_relu_routing,
         "norm_topk_prob": not (args.moe_relu_routing or args.moe_router_pre_softmax),
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
