@@ -22,6 +22,7 @@ class Display:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # rich would write a file's lines to the console
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
