@@ -266,6 +266,7 @@ REFUSED = [
     (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:", None),
     (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007: there is no such checkpoint", None),
     (["--num-experts", "8", "--data-path", "/nowhere/text"], "there is no /nowhere/text.idx", None),
+    (["--model", "gpt"], "is that of a gpt model already (--model gpt)", None),
     (["--num-experts", "8", "--tokens", "99999999"], "Give more text with --data-path", None),
 ]
 

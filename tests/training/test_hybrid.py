@@ -12,10 +12,15 @@ from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
+from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
 from tests.trainings import REPOSITORY, TINY, records
+from tools.common.display import Display
+from tools.common.errors import ConversionError
 from tools.common.hf.source import model_of, open_run
 from tools.common.tiny_model import RELU, TOPK
+from tools.convert_checkpoint.command import parse_arguments
+from tools.convert_checkpoint.model_class import convert_class
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
 RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3", "--num-workers", "0"]
@@ -113,6 +118,21 @@ def test_layers_without_attention_between(trainings: Trainings) -> None:
     """Numbers of MoE layers with any gaps: S and λ do not care."""
     steps = trainings.run(*RUN, "--train-iters", "3", "--hybrid-layer-pattern", "*EE-*E")
     assert float(steps[3]["l1 coefficient"]) != float(steps[1]["l1 coefficient"])
+
+
+def test_multi_token_prediction(trainings: Trainings) -> None:
+    """Its layers are numbered like the decoder's first: flips are those of the decoder; and no other class has them."""
+    folder = trainings.folder / "flips"
+    trainings.run(
+        *[*RUN, "--hybrid-layer-pattern", "*E*E/*E", "--train-iters", "2", "--moe-log-flips-interval", "1"],
+        *["--save", str(folder), "--save-interval", "9"],
+    )
+    (flips,) = [record for record in read_run_log(folder / "metrics.jsonl") if record["kind"] == "flips"]
+    assert flips["layer_rate"].keys() == {"2", "4"}
+    assert flips["rate"] == pytest.approx(sum(flips["layer_rate"].values()) / 2)
+    options = parse_arguments(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
+    with Display() as display, pytest.raises(ConversionError, match="multi-token prediction are not converted"):
+        convert_class(options, display)
 
 
 def test_transformer_engines_stack_takes_the_router() -> None:

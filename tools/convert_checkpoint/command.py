@@ -24,6 +24,7 @@ from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.megatron_model import build
 from ..common.one_process import one_process
+from ..common.running import run_once
 from ..common.text import blend_of, sample
 from .fitting import fit_router
 from .model_class import convert_class
@@ -211,13 +212,9 @@ def training_flags(args: argparse.Namespace, output: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 1 if it cannot be converted; 130 if it was stopped."""
     options = parse_arguments(arguments)
-    with Display() as display:
-        try:
+
+    def work() -> None:
+        with Display() as display:
             (convert_class if options.model else convert)(options, display)
-        except ConversionError as error:
-            display.fail(f"convert_checkpoint: error: {error}")
-            return 1
-        except KeyboardInterrupt:
-            display.fail("convert_checkpoint: stopped; nothing was written.")
-            return 130
-    return 0
+
+    return run_once("convert_checkpoint", work, "stopped; nothing was written")

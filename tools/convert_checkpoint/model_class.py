@@ -128,7 +128,7 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     pattern = f"--hybrid-layer-pattern '{args.hybrid_layer_pattern}'"
     flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
     if options.model == "gpt" and isinstance(args.moe_layer_freq, list):
-        flags += f" --moe-layer-freq '({args.moe_layer_freq})'".replace(", ", ",")
+        flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
     display.say(
         f"wrote {options.save}, {checkpoint.folder.name}; the training goes on with --load {options.save} {flags}"
     )
@@ -138,6 +138,8 @@ def _target(checkpoint: Checkpoint, to: str, stored: dict[str, Any]) -> tuple[ar
     """The arguments of the training that goes on, and what its checkpoints call things."""
     if (to == "hybrid") == bool(getattr(checkpoint.args, "hybrid_layer_pattern", None)):
         raise ConversionError(f"{checkpoint.folder}: is that of a {to} model already (--model {to}).")
+    if getattr(checkpoint.args, "mtp_num_layers", None):
+        raise ConversionError(f"{checkpoint.folder}: layers of multi-token prediction are not converted.")
     if to == "gpt":
         args = as_gpt(checkpoint.args, checkpoint.folder)
         return args, Names(args.num_layers, isinstance(args.moe_layer_freq, int), to)

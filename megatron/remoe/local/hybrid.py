@@ -79,7 +79,7 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
         self_attn_bda=dense.self_attn_bda,
         sharded_state_dict_keys_map=names,
     )
-    mlp, experts = (
+    mlp_layer, moe_layer = (
         TransformerLayerSubmodules(
             pre_mlp_layernorm=of.pre_mlp_layernorm,
             mlp=of.mlp,
@@ -93,8 +93,8 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
         params={"layer_norm": dense.input_layernorm},
         submodules=HybridStackSubmodules(
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
-            moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=experts),
+            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp_layer),
+            moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=moe_layer),
             mtp_block_spec=ModuleSpec(
                 module=MultiTokenPredictionBlock,
                 # Without a layer: each depth is a stack of these, as the pattern has it.

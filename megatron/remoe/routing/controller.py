@@ -8,6 +8,7 @@ import torch
 
 from megatron.core.extensions import transformer_engine
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.routing.config import ReMoEConfig
@@ -59,7 +60,7 @@ class SparsityController:
         self.routers = [module for module in modules if isinstance(module, ReLURouter)]
         parameter = next((parameter for module in modules for parameter in module.parameters()), None)
         self.device = parameter.device if parameter is not None else torch.device("cpu")
-        self._numbers = _layer_numbers(self.routers, modules, config.num_layers)
+        self._numbers = layer_numbers(self.routers, modules, config.num_layers)
         self._num_layers = max([config.num_layers, *self._numbers])
         if config.mtp_num_layers:  # whose layers one stage has, and others may not know how many are MoE
             self._num_layers = _agreed_maximum(self._num_layers, self.device)
@@ -157,8 +158,14 @@ class SparsityController:
         return counts
 
 
-def _layer_numbers(routers: Iterable[ReLURouter], modules: Iterable[torch.nn.Module], num_layers: int) -> list[int]:
-    """Each router's layer, from 1: Megatron counts those of multi-token prediction anew, in hybrids at each depth."""
+def layer_numbers(routers: Iterable[TopKRouter], modules: Iterable[torch.nn.Module], num_layers: int) -> list[int]:
+    """Each router's layer, from 1; those of multi-token prediction, which Megatron counts anew, after the decoder's.
+
+    Args:
+        routers: of Megatron's classes, in the model's order.
+        modules: all of the model on this rank.
+        num_layers: the decoder's.
+    """
     blocks = [module for module in modules if isinstance(module, MultiTokenPredictionBlock)]
     predicting = {id(module) for block in blocks for module in block.modules()}  # which a hybrid's routers are not told
     after = itertools.count(num_layers + 1)

@@ -13,6 +13,7 @@ from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_model_config
+from megatron.remoe.routing.controller import layer_numbers
 from megatron.training.training import disable_forward_pre_hook, enable_forward_pre_hook
 
 Maps = list[tuple[int, torch.Tensor]]  # layer number (from 1) and routing map, bool [tokens, experts]
@@ -100,9 +101,14 @@ class FlipMeter:
         def keep(router: TopKRouter, _inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
             maps.append((router.layer_number, output[1].bool()))
 
-        modules = (module for chunk in self._chunks for module in chunk.modules())
-        routers = [module for module in modules if isinstance(module, TopKRouter) and not module.is_mtp_layer]
-        hooks = [router.register_forward_hook(keep) for router in routers]
+        modules = [module for chunk in self._chunks for module in chunk.modules()]
+        routers = [module for module in modules if isinstance(module, TopKRouter)]
+        numbers = layer_numbers(routers, modules, config.num_layers)
+        hooks = [
+            router.register_forward_hook(keep)
+            for router, number in zip(routers, numbers, strict=True)
+            if number <= config.num_layers  # the decoder's
+        ]
         timers, config.timers = config.timers, None  # they are about the training
         try:
             with _evaluating(self._chunks), _own_random_numbers(args.seed):
