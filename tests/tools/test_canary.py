@@ -13,7 +13,7 @@ from tools.canary import checks, command, report
 from tools.canary.candidate import candidate, installed
 from tools.canary.checks import Result
 from tools.canary.comparison import Change, Comparison
-from tools.canary.signatures import parameters, shown_change, wrong_with_call, wrong_with_replacement
+from tools.canary.signatures import shown_change, signature, wrong_with_call, wrong_with_replacement
 from tools.common.errors import ToolError
 
 INSTALLED = Path(sysconfig.get_paths()["purelib"])
@@ -84,6 +84,11 @@ def test_no_check_passes_without_having_looked(
     assert main(monkeypatch, INSTALLED) == 1 and "did not run" in capsys.readouterr().out
     assert main(monkeypatch, INSTALLED, "--checks", "one") == 0
 
+    capsys.readouterr()
+    assert main(monkeypatch, INSTALLED, file, "--checks", "one") == 1
+    told = capsys.readouterr()
+    assert "is neither a Megatron-LM checkout" in told.err and told.out == "", "before what takes long"
+
 
 def test_a_checkout_a_wheel_and_neither(tmp_path: Path) -> None:
     core = tmp_path / "checkout" / "megatron" / "core"
@@ -117,15 +122,15 @@ def test_what_goes_in_the_place_of_what() -> None:
     def has_own(self, logits, mask=None, own=None, *, name=None): ...
     def grown(self, logits, mask=None, new=None, *, name=None): ...
 
-    stock = parameters(theirs)
-    assert wrong_with_replacement(parameters(renamed), stock) == ""
-    assert wrong_with_replacement(parameters(shorter), stock) == "does not take name"
-    assert wrong_with_replacement(parameters(asks), stock) == "asks for more, which is not given"
-    assert wrong_with_replacement(parameters(has_own), stock) == ""
-    assert wrong_with_replacement(parameters(has_own), parameters(grown)) == "does not take new"
+    stock = signature(theirs)
+    assert wrong_with_replacement(signature(renamed), stock) == ""
+    assert wrong_with_replacement(signature(shorter), stock) == "does not take name"
+    assert wrong_with_replacement(signature(asks), stock) == "asks for more, which is not given"
+    assert wrong_with_replacement(signature(has_own), stock) == ""
+    assert wrong_with_replacement(signature(has_own), signature(grown)) == "does not take new"
     assert wrong_with_call(stock, 3, ("name",)) == "" and "too many" in wrong_with_call(stock, 4, ())
     assert "unexpected keyword" in wrong_with_call(stock, 2, ("names",))
-    change = shown_change(parameters(shorter), stock)
+    change = shown_change(signature(shorter), stock)
     assert change == "(self, logits, mask=None) → (self, logits, mask=None, *, name=None)"
 
 

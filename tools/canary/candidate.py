@@ -1,7 +1,7 @@
 """Another Megatron, put in front of the installed one without touching either."""
 
-import ast
 import filecmp
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..common.errors import ToolError
 
-HELPERS = Path("megatron/core/datasets")
+PACKAGE_INFO = Path("megatron/core/package_info.py")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def candidate(path: Path, folder: Path) -> Candidate:
         with zipfile.ZipFile(path) as wheel:
             wheel.extractall(folder)
             changed = date(*max(item.date_time for item in wheel.infolist())[:3]).isoformat()
-    elif (path / "megatron" / "core" / "package_info.py").exists():
+    elif (path / PACKAGE_INFO).exists():
         # As a wheel has it: without the Makefile, which would compile the helpers for another Python.
         leave = shutil.ignore_patterns("__pycache__", "Makefile", "remoe")
         shutil.copytree(path / "megatron", folder / "megatron", ignore=leave)
@@ -72,17 +72,10 @@ def _describe(path: Path, folder: Path) -> str:
     for metadata in path.glob("megatron_core-*.dist-info"):
         shutil.copytree(metadata, folder / metadata.name)
         return ""
-    named = ast.parse((path / "megatron" / "core" / "package_info.py").read_text(encoding="utf-8")).body
-    values = {
-        node.targets[0].id: str(node.value.value)
-        for node in named
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-    }
-    number = ".".join(values[name] for name in ("MAJOR", "MINOR", "PATCH")) + values["PRE_RELEASE"]
-    commit, _, changed = _git(path, "log", "-1", "--format=%h %cs").partition(" ")
-    number += f"+{commit or 'checkout'}"  # a branch may call itself as a release that it is not
+    # A branch may call itself as a release that it is not.
+    number = "{MAJOR}.{MINOR}.{PATCH}{PRE_RELEASE}".format(**runpy.run_path(str(path / PACKAGE_INFO)))
+    commit, _, changed = _last_commit(path).partition(" ")
+    number += f"+{commit or 'checkout'}"
     metadata = folder / f"megatron_core-{number}.dist-info"
     metadata.mkdir()
     text = f"Metadata-Version: 2.1\nName: megatron-core\nVersion: {number}\n"
@@ -90,11 +83,12 @@ def _describe(path: Path, folder: Path) -> str:
     return changed
 
 
-def _git(path: Path, *words: str) -> str:
-    """What git says of a checkout; empty where it is none."""
+def _last_commit(path: Path) -> str:
+    """Short hash and date; empty where it is no checkout."""
     if not (path / ".git").exists():
         return ""
-    return subprocess.run(["git", "-C", path, *words], capture_output=True, text=True).stdout.strip()
+    command = ["git", "-C", str(path), "log", "-1", "--format=%h %cs"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def _add_helpers(folder: Path) -> None:
@@ -103,6 +97,6 @@ def _add_helpers(folder: Path) -> None:
     spec = find_spec("megatron.core")
     assert spec is not None and spec.origin is not None
     here = Path(spec.origin).parent / "datasets"
-    there = folder / HELPERS
+    there = folder / "megatron" / "core" / "datasets"
     if not (there / name).exists() and filecmp.cmp(here / "helpers.cpp", there / "helpers.cpp", shallow=False):
         shutil.copy2(here / name, there)

@@ -3,9 +3,10 @@
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from inspect import Signature
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ from ..common.places import ROOT
 from ..common.tiny_model import RELU, TRAINING
 from .candidate import Candidate
 from .comparison import Comparison, Ended, last_words, run
-from .signatures import Parameter, wrong_with_call, wrong_with_replacement
+from .signatures import wrong_with_call, wrong_with_replacement
 
 STEPS = 4
 FLAGS = [
@@ -73,7 +74,7 @@ def _all_there(comparison: Comparison, paths: set[str], what: str, problems: lis
 def signatures(comparison: Comparison) -> Result:
     """Whether Megatron takes our calls, and our methods and replacements what Megatron may give them."""
     problems, looked_at = [], 0
-    own: list[tuple[str, Sequence[Parameter] | None, str]] = [
+    own: list[tuple[str, Signature | None, str]] = [
         *((use.path, use.override, use.where) for use in comparison.uses),
         *((path, taken, "what is put in its place") for path, taken in comparison.now.replaced.items()),
     ]
@@ -114,7 +115,7 @@ def tests(*selection: str) -> Callable[[Comparison], Result]:
         if suite is None:
             return Result([last_words(ended)])
         failed = Counter(
-            f"{case.get('classname')}::{name.partition('[')[0]}: {said.get('message', '').splitlines()[0]}"
+            f"{case.get('classname')}::{name.partition('[')[0]}: {said.get('message', '').partition('\n')[0]}"
             for case in suite.iter("testcase")
             if (name := case.get("name", ""))
             for said in [*case.findall("failure"), *case.findall("error")]

@@ -15,8 +15,8 @@ from ..common.files import write_between
 from ..common.places import ROOT
 from .candidate import Candidate, candidate, installed
 from .checks import CHECKS, Result
-from .comparison import Change, Comparison
-from .report import BEGIN, END, markdown
+from .comparison import Comparison
+from .report import BEGIN, END, Found, markdown
 from .uses import sources, uses
 
 PAGE = ROOT / "docs" / "megatron_versions.md"
@@ -44,11 +44,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.write and len(options.checks) < len(CHECKS):
         parser.error("--write needs all checks: leave out --checks.")
-    found: list[tuple[Candidate, dict[str, Result], list[Change]]] = []
     try:
-        with Display() as display:
-            for path in options.paths:
-                found.append(look_at(path, options.checks, display))
+        with Display() as display, tempfile.TemporaryDirectory(prefix="canary-") as folder:
+            copies = Path(folder).resolve()
+            others = [candidate(path, copies / str(number)) for number, path in enumerate(options.paths)]
+            found = [look_at(other, options.checks, display) for other in others]
     except ToolError as error:
         print(error, file=sys.stderr)
         return 1
@@ -57,28 +57,27 @@ def main() -> int:
     return int(any(result.state != "passes" for _, results, _ in found for result in results.values()))
 
 
-def look_at(path: Path, checks: list[str], display: Display) -> tuple[Candidate, dict[str, Result], list[Change]]:
+def look_at(other: Candidate, checks: list[str], display: Display) -> Found:
     """Run the checks on one, and say of each how it went."""
-    with tempfile.TemporaryDirectory(prefix="canary-") as folder, display.step(str(path), len(checks)):
-        other, base = candidate(path, Path(folder).resolve()), installed()
-        display.say(f"megatron-core {other.version} {other.date} beside {base.version}, which is installed")
-        comparison = Comparison(uses(sources()), base, other)
-        results = dict.fromkeys(checks, Result())
+    base = installed()
+    display.say(f"megatron-core {other.version} {other.date} beside {base.version}, which is installed")
+    comparison = Comparison(uses(sources()), base, other)
+    results: dict[str, Result] = {}
+    with display.step(other.version, len(checks)):
         for name in checks:
             start = time.monotonic()
             try:
-                result = CHECKS[name](comparison)
+                results[name] = result = CHECKS[name](comparison)
             except ToolError as error:
-                result = Result([str(error)])
-            results[name] = result
+                results[name] = result = Result([str(error)])
             display.say(f"  {name:22} {result.state:12} {time.monotonic() - start:4.0f} s  {result.said}")
             for problem in result.problems:
                 display.say(f"    {problem}")
             display.advance(1)
-        try:
-            changes = comparison.changes()
-        except ToolError:
-            changes = []  # the checks have said why
+    try:
+        changes = comparison.changes()
+    except ToolError:
+        changes = []  # the checks have said why
     display.say(f"  changed of what this project takes from Megatron: {len(changes)}")
     for change in changes:
         display.say(f"    {change.place}: {change.what}: {change.how}")

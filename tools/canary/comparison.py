@@ -2,51 +2,25 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from inspect import Signature
+from pathlib import Path
 
 from ..common.errors import ToolError
 from ..common.places import ROOT
 from .candidate import Candidate
-from .signatures import Parameter, shown, shown_change
-from .survey import MARK
+from .facts import Look
+from .signatures import shown_change
 from .uses import Use
 
 TIMEOUT = 600  # seconds for one process
 Ended = subprocess.CompletedProcess[str]
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What a path leads to.
-
-    Attributes:
-        parameters: of a function or class; None for what has none.
-        body: a hash of what its code does.
-        place: file and line.
-        error: why there is nothing; empty where there is something.
-    """
-
-    parameters: list[Parameter] | None
-    body: str
-    place: str
-    error: str
-
-
-@dataclass(frozen=True)
-class Look:
-    """What one Megatron has; see `survey.survey`."""
-
-    modules: dict[str, str]
-    facts: dict[str, Fact]
-    moe_settings: dict[str, str]
-    replaced: dict[str, list[Parameter] | None]
-    failed: dict[str, str]
-    patches: int
 
 
 @dataclass(frozen=True)
@@ -85,15 +59,15 @@ class Comparison:
         """Whether a path leads to something in the installed Megatron."""
         return path in self.then.facts and not self.then.facts[path].error
 
-    def signatures(self, path: str) -> tuple[list[Parameter], list[Parameter]] | None:
+    def signatures(self, path: str) -> tuple[Signature, Signature] | None:
         """What is taken at a path, by the installed Megatron and the candidate; None where one of them has nothing."""
-        then, now = (found[path].parameters if path in found else None for found in (self.then.facts, self.now.facts))
+        then, now = (found[path].signature if path in found else None for found in (self.then.facts, self.now.facts))
         return None if then is None or now is None else (then, now)
 
     def told(self, path: str, reason: str) -> str:
-        """A problem with a path that is in both: where it is, how it changed, and what does not fit."""
+        """A problem with a path that has a signature in both: where it is, how it changed, and what does not fit."""
         then, now = self.then.facts[path], self.now.facts[path]
-        return f"{path} ({now.place}) {shown_change(then.parameters or [], now.parameters or [])}: {reason}"
+        return f"{path} ({now.place}) {shown_change(then.signature, now.signature)}: {reason}"
 
     def changes(self) -> list[Change]:
         """All differences in what this project takes from Megatron, and new settings about MoE."""
@@ -102,9 +76,9 @@ class Comparison:
         for path in filter(self.is_known, sorted(self.then.facts)):
             then, now = self.then.facts[path], self.now.facts.get(path)
             if now is None or now.error:
-                change = Change(path, f"{shown(then.parameters or [])} → gone", then.place)
-            elif then.parameters != now.parameters:
-                change = Change(path, shown_change(then.parameters or [], now.parameters or []), now.place)
+                change = Change(path, f"{then.signature or Signature()} → gone", then.place)
+            elif then.signature != now.signature:
+                change = Change(path, shown_change(then.signature, now.signature), now.place)
             elif path in rewritten and then.body != now.body:
                 change = Change(path, "another body", now.place)
             else:
@@ -124,24 +98,13 @@ def look(who: Candidate, paths: tuple[str, ...]) -> Look:
     Raises:
         ToolError: this Megatron cannot be imported.
     """
-    ended = run(who, ["-m", "tools.canary.survey"], json.dumps(paths))
-    answers = [line for line in ended.stdout.splitlines() if line.startswith(MARK)]
-    if ended.returncode or not answers:
-        raise ToolError(f"megatron-core {who.version} cannot be looked at: {last_words(ended)}")
-    found: dict[str, Any] = json.loads(answers[-1].removeprefix(MARK))
-    facts = {
-        path: Fact(
-            _parameters(fact.get("parameters")), fact.get("body", ""), fact.get("place", ""), fact.get("error", "")
-        )
-        for path, fact in found["facts"].items()
-    }
-    return Look(
-        **found | {"facts": facts, "replaced": {path: _parameters(one) for path, one in found["replaced"].items()}}
-    )
-
-
-def _parameters(given: list[list[Any]] | None) -> list[Parameter] | None:
-    return None if given is None else [Parameter(*one) for one in given]
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "look"
+        ended = run(who, ["-m", "tools.canary.survey", str(found)], json.dumps(paths))
+        if ended.returncode:
+            raise ToolError(f"megatron-core {who.version} cannot be looked at: {last_words(ended)}")
+        answer: Look = pickle.loads(found.read_bytes())
+    return answer
 
 
 def run(who: Candidate, words: list[str], given: str = "") -> Ended:

@@ -1,33 +1,28 @@
-"""Signatures as plain data, which cross from one process to another, and what goes together with what."""
+"""Signatures with defaults as text, which cross from one process to another, and what goes together with what."""
 
 import ast
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from inspect import Parameter, Signature
+from typing import Any
 
-POSITIONAL = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")
-
-
-class Parameter(NamedTuple):
-    """One parameter.
-
-    Attributes:
-        name, kind: as `inspect` has them.
-        default: as it is written; None where it has to be given.
-    """
-
-    name: str
-    kind: str
-    default: str | None
-
-    @property
-    def is_variable(self) -> bool:
-        """Whether it takes any number of arguments."""
-        return self.kind.startswith("VAR")
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
-def parameters(function: Callable[..., Any], follow_wrapped: bool = True) -> list[Parameter]:
-    """Of a function or class.
+@dataclass(frozen=True)
+class Written:
+    """A default, as it is written."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def signature(function: Callable[..., Any], follow_wrapped: bool = True) -> Signature:
+    """Of a function or class, without annotations.
 
     Args:
         function: either.
@@ -37,95 +32,81 @@ def parameters(function: Callable[..., Any], follow_wrapped: bool = True) -> lis
         TypeError, ValueError: it has no signature.
     """
     found = inspect.signature(function, follow_wrapped=follow_wrapped).parameters.values()
-    return [Parameter(one.name, one.kind.name, _default(one.default)) for one in found]
+    return Signature([Parameter(one.name, one.kind, default=_default(one.default)) for one in found])
 
 
-def _default(value: object) -> str | None:
-    if value is inspect.Parameter.empty:
-        return None
+def _default(value: object) -> object:
+    if value is Parameter.empty:
+        return value
     plain = value is None or isinstance(value, bool | int | float | str | tuple)
-    return repr(value) if plain else getattr(value, "__name__", "...")
+    return Written(repr(value) if plain else getattr(value, "__name__", "..."))
 
 
-def parameters_of(arguments: ast.arguments) -> tuple[Parameter, ...]:
+def signature_of(arguments: ast.arguments) -> Signature:
     """Of a function as it is written."""
+    return Signature(list(_parameters(arguments)))
+
+
+def _parameters(arguments: ast.arguments) -> Iterator[Parameter]:
     positional = [*arguments.posonlyargs, *arguments.args]
-    defaults = [None] * (len(positional) - len(arguments.defaults)) + [ast.unparse(one) for one in arguments.defaults]
-    found = [Parameter(one.arg, POSITIONAL[1], default) for one, default in zip(positional, defaults, strict=True)]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    for one, value in zip(positional, defaults, strict=True):
+        yield Parameter(one.arg, Parameter.POSITIONAL_OR_KEYWORD, default=_written(value))
     if arguments.vararg:
-        found.append(Parameter(arguments.vararg.arg, "VAR_POSITIONAL", None))
+        yield Parameter(arguments.vararg.arg, Parameter.VAR_POSITIONAL)
     for one, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        found.append(Parameter(one.arg, "KEYWORD_ONLY", ast.unparse(value) if value else None))
+        yield Parameter(one.arg, Parameter.KEYWORD_ONLY, default=_written(value))
     if arguments.kwarg:
-        found.append(Parameter(arguments.kwarg.arg, "VAR_KEYWORD", None))
-    return tuple(found)
+        yield Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD)
 
 
-def wrong_with_call(theirs: Sequence[Parameter], positional: int, keywords: Sequence[str]) -> str:
+def _written(value: ast.expr | None) -> object:
+    return Parameter.empty if value is None else Written(ast.unparse(value))
+
+
+def wrong_with_call(theirs: Signature, positional: int, keywords: Sequence[str]) -> str:
     """Why a function does not take a call; empty where it does."""
-    signature = inspect.Signature(
-        [
-            inspect.Parameter(
-                one.name,
-                getattr(inspect.Parameter, one.kind),
-                default=inspect.Parameter.empty if one.default is None else one.default,
-            )
-            for one in theirs
-        ]
-    )
     try:
-        signature.bind(*[None] * positional, **dict.fromkeys(keywords))
+        theirs.bind(*[None] * positional, **dict.fromkeys(keywords))
     except TypeError as error:
         return str(error)
     return ""
 
 
-def wrong_with_replacement(ours: Sequence[Parameter], theirs: Sequence[Parameter]) -> str:
+def wrong_with_replacement(ours: Signature, theirs: Signature) -> str:
     """What a function in the place of another does not take, or asks for besides; empty where all goes.
 
     One that has to be given may have another name at the same place, unless that is the name of another one of theirs.
     """
-    our_names, their_names = {one.name for one in ours}, {one.name for one in theirs}
-    takes = {one.kind for one in ours if one.is_variable}
-    slots = [one for one in ours if one.kind in POSITIONAL]
-    given, lacking = set(their_names), []
-    for place, one in enumerate(theirs):
-        if one.name in our_names or one.is_variable:
+    takes = {one.kind for one in ours.parameters.values()}
+    slots = [one for one in ours.parameters.values() if one.kind in POSITIONAL]
+    given, lacking = set(theirs.parameters), []
+    for place, one in enumerate(theirs.parameters.values()):
+        if one.name in ours.parameters or one.kind in VARIABLE:
             continue
         slot = slots[place] if one.kind in POSITIONAL and place < len(slots) else None
-        if slot is not None and slot.default is None and slot.name not in their_names:
+        if slot is not None and slot.default is Parameter.empty and slot.name not in theirs.parameters:
             given.add(slot.name)
-        elif "VAR_KEYWORD" not in takes and (one.kind not in POSITIONAL or "VAR_POSITIONAL" not in takes):
+        elif Parameter.VAR_KEYWORD not in takes and (
+            one.kind not in POSITIONAL or Parameter.VAR_POSITIONAL not in takes
+        ):
             lacking.append(f"does not take {one.name}")
-    for one in ours:
-        if one.default is None and not one.is_variable and one.name not in given:
+    for one in ours.parameters.values():
+        if one.default is Parameter.empty and one.kind not in VARIABLE and one.name not in given:
             lacking.append(f"asks for {one.name}, which is not given")
     return "; ".join(lacking)
 
 
-def shown(found: Sequence[Parameter]) -> str:
-    """A signature in one line."""
-    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
-    words = [
-        f"{stars.get(one.kind, '')}{one.name}" + ("" if one.default is None or one.is_variable else f"={one.default}")
-        for one in found
-    ]
-    first = next((place for place, one in enumerate(found) if one.kind == "KEYWORD_ONLY"), None)
-    if first is not None and not any(one.kind == "VAR_POSITIONAL" for one in found):
-        words.insert(first, "*")
-    return f"({', '.join(words)})"
-
-
-def shown_change(then: Sequence[Parameter], now: Sequence[Parameter]) -> str:
-    """Old → new; of a long one the names of those that differ."""
-    whole = f"{shown(then)} → {shown(now)}"
+def shown_change(then: Signature | None, now: Signature | None) -> str:
+    """Old → new; of a long one the names of those that differ. None is shown as one without parameters."""
+    then, now = then or Signature(), now or Signature()
+    whole = f"{then} → {now}"
     if len(whole) <= 160:
         return whole
-    gone, come = ([one.name for one in some if one not in others] for some, others in ((then, now), (now, then)))
-    changed = [name for name in gone if name in come]
+    old, new = then.parameters, now.parameters
     parts = {
-        "new": [name for name in come if name not in changed],
-        "gone": [name for name in gone if name not in changed],
-        "another default": changed,
+        "new": [name for name in new if name not in old],
+        "gone": [name for name in old if name not in new],
+        "another default": [name for name in old if name in new and old[name] != new[name]],
     }
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names) or "another order"

@@ -1,6 +1,6 @@
 """Looks at the Megatron that this process finds, and at what this project puts in the place of parts of it.
 
-python -m tools.canary.survey < PATHS     PATHS: a list in JSON; prints one line of JSON behind `MARK`
+python -m tools.canary.survey LOOK < PATHS     PATHS: a list in JSON; LOOK: the file to write, a pickled `Look`
 """
 
 import argparse
@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+import pickle
 import re
 import sys
 import textwrap
@@ -19,25 +20,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .signatures import parameters
+from .facts import Fact, Look
+from .signatures import signature
 from .uses import CONFIG
 
-MARK = "canary:"
 OWN = str(Path(__file__).resolve().parents[2] / "megatron" / "remoe")
 
 
-def survey(paths: list[str]) -> dict[str, Any]:
+def survey(paths: list[str]) -> Look:
     """What each path leads to, and what else is there.
 
     Args:
         paths: dotted, from `megatron` on; or flags.
-
-    Returns:
-        `modules`: where `megatron.core` and `megatron.training` come from. `facts`: path → `parameters`, `place`
-        and `body` (a hash of what the code does) as far as it has them, `error` where there is nothing; with the paths
-        that are replaced. `moe_settings`: the configuration's fields that are about MoE → file and line. `replaced`:
-        path → parameters of what the patches and the CPU part put there, None for an object that is called. `failed`:
-        what a patch changes → why it cannot be made. `patches`: how many there are.
     """
     modules = {name: str(importlib.import_module(f"megatron.{name}").__file__) for name in ("core", "training")}
     facts = {path: _fact(path) for path in paths}
@@ -46,38 +40,38 @@ def survey(paths: list[str]) -> dict[str, Any]:
     patches, failed = _patch()
     changed = {path: value for path, value in _all_there().items() if value is not before.get(path)}
     own = {path: part for path, value in changed.items() if (part := _own_part(value)) is not None}
-    return {
-        "modules": modules,
-        "facts": facts | {path: _fact_of(before.get(path, changed[path])) for path in own},
-        "moe_settings": settings,
-        "replaced": {path: parameters(part, False) if inspect.isfunction(part) else None for path, part in own.items()},
-        "failed": failed,
-        "patches": patches,
-    }
+    return Look(
+        modules=modules,
+        facts=facts | {path: _fact_of(before.get(path, changed[path])) for path in own},
+        moe_settings=settings,
+        replaced={path: signature(part, False) if inspect.isfunction(part) else None for path, part in own.items()},
+        failed=failed,
+        patches=patches,
+    )
 
 
-def _fact(path: str) -> dict[str, Any]:
+def _fact(path: str) -> Fact:
     if path.startswith("--"):
-        return {} if path[2:] in _flags() else {"error": "there is no such flag"}
+        return Fact(error="" if path[2:] in _flags() else "there is no such flag")
     try:
         return _fact_of(_resolve(path))
     except Exception as error:  # whatever importing raises
-        return {"error": _in_one_line(error)}
+        return Fact(error=_in_one_line(error))
 
 
-def _fact_of(found: Any) -> dict[str, Any]:
+def _fact_of(found: Any) -> Fact:
     if not (inspect.isroutine(found) or inspect.isclass(found)):
-        return {}
+        return Fact()
     fact: dict[str, Any] = {}
     try:
-        fact["parameters"] = parameters(found)
+        fact["signature"] = signature(found)
         plain = inspect.unwrap(found)
         lines, first = _source(plain)
         fact["place"] = f"{_from_megatron(str(inspect.getsourcefile(plain)))}:{first}"
         fact["body"] = _digest("".join(lines))
     except (TypeError, ValueError, OSError):
         pass  # built in, or made while importing
-    return fact
+    return Fact(**fact)
 
 
 _source = cache(inspect.getsourcelines)
@@ -135,7 +129,7 @@ def _digest(source: str) -> str:
 
 
 def _from_megatron(file: str) -> str:
-    return f"megatron{file.rpartition('/megatron')[2]}"
+    return f"megatron/{file.rpartition('/megatron/')[2]}"
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -194,9 +188,9 @@ def _own_part(value: Any) -> Any:
 
 
 def main() -> None:
-    """Print it."""
+    """Write it."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron decorates functions when it is imported, which loads a compiler
-    print(f"{MARK}{json.dumps(survey(json.load(sys.stdin)))}")
+    Path(sys.argv[1]).write_bytes(pickle.dumps(survey(json.load(sys.stdin))))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from inspect import Signature
 from pathlib import Path
 
 from ..common.places import ROOT
-from .signatures import Parameter, parameters_of
+from .signatures import signature_of
 
 CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
 # Things that are known by their name alone, and what they are; a flag's path is its spelling.
@@ -21,13 +22,13 @@ class Use:
         path: dotted, from `megatron` on; or a flag.
         where: file and line in this project.
         call: number of positional values and the keywords of a call whose arguments are all written out.
-        override: parameters of the method that takes the place of this one.
+        override: signature of the method that takes the place of this one.
     """
 
     path: str
     where: str
     call: tuple[int, tuple[str, ...]] | None = None
-    override: tuple[Parameter, ...] | None = None
+    override: Signature | None = None
 
 
 def sources() -> list[Path]:
@@ -90,7 +91,7 @@ class _Reader:
         own = {method.name for method in methods}
         for base in filter(None, map(self._path, node.bases)):
             for method in methods:
-                yield Use(f"{base}.{method.name}", self._at(method), override=parameters_of(method.args))
+                yield Use(f"{base}.{method.name}", self._at(method), override=signature_of(method.args))
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Attribute) and _is_theirs(inner, own):
                     yield Use(f"{base}.{inner.attr}", self._at(inner))
