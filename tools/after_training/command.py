@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from ..common.files import write_between, write_text
 from ..common.flags import parse
 from ..common.log_reader import read_log
 from ..common.places import ROOT
-from ..common.running import interrupt_at
+from ..common.running import run_once
 from ..evaluate.text import batches, sequences
 from ..quickstart import models, stages
 from . import alone, environment, tables
@@ -189,14 +188,9 @@ def after_training(args: argparse.Namespace, display: Display) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    interrupt_at(signal.SIGTERM)
-    with Display() as display:
-        try:
+
+    def work() -> None:
+        with Display() as display:
             after_training(args, display)
-        except ToolError as error:
-            display.fail(f"after_training: error: {error}")
-            return 1
-        except KeyboardInterrupt:
-            display.fail("after_training: stopped; the same command goes on from here.")
-            return 130
-    return 0
+
+    return run_once("after_training", work, "stopped; the same command goes on from here")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy
+
 PROMPT = "My lord, "
 
 
@@ -25,7 +27,8 @@ class Followed:
 
     def next_difference(self) -> float:
         """Largest relative difference between the next losses."""
-        return max(abs(after - before) / before for before, after in zip(self.before, self.after, strict=True))
+        apart = [abs(after - before) / before for before, after in zip(self.before, self.after, strict=True)]
+        return float(numpy.max(apart))  # not a number wherever one is, unlike Python's
 
     def wrong(self) -> list[str]:
         """What is not as it must be."""

@@ -1,6 +1,7 @@
-"""How a tool ends: what the user can act on in red, and signals like Ctrl-C."""
+"""How a tool ends: what the user can act on, and signals like Ctrl-C."""
 
 import signal
+import sys
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -9,16 +10,30 @@ from rich.console import Console
 from .errors import ToolError
 
 
-def interrupt_at(*numbers: signal.Signals) -> None:
-    """Let these signals interrupt the program as Ctrl-C does."""
-    for number in numbers:
-        signal.signal(number, _interrupt)
+def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") -> int:
+    """Do the work of a tool; returns the exit code: 0, 1 after an error, 130 after Ctrl-C or SIGTERM.
+
+    Args:
+        tool: its name, which its messages begin with.
+        work: raises what the user can act on.
+        stopped: what is said after an interruption.
+    """
+    _interrupt_at(signal.SIGTERM)
+    try:
+        work()
+    except (ToolError, OSError) as error:
+        print(f"{tool}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{tool}: {stopped}.", file=sys.stderr)
+        return 130
+    return 0
 
 
 def run_to_the_end(work: Callable[[], int]) -> int:
     """Do the work of a tool that writes to --output-dir and goes on where it was stopped; returns the exit code."""
     errors = Console(stderr=True)
-    interrupt_at(signal.SIGTERM, signal.SIGHUP)
+    _interrupt_at(signal.SIGTERM, signal.SIGHUP)
     try:
         return work()
     except ToolError as error:
@@ -30,6 +45,11 @@ def run_to_the_end(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         errors.print("\nStopped. The same command goes on from here.", highlight=False)
         return 130
+
+
+def _interrupt_at(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> NoReturn:

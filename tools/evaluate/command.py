@@ -9,7 +9,6 @@ python tools/evaluate --load RUN --tasks [--task-data DIR]                      
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..common.errors import ToolError
 from ..common.files import write_text
 from ..common.hf.opening import open_model
 from ..common.on_cpu import megatron_on_cpu
+from ..common.running import run_once
 from .paper import beside_the_papers
 from .speed import speeds
 from .tasks import TASKS, from_files, from_hub, scorer
@@ -166,37 +166,28 @@ def show(results: dict[str, Any]) -> None:
         console.print(beside_the_papers(results["tasks"]))
 
 
-def evaluate(args: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """All that was asked for.
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure, show and write all that was asked for.
 
     Raises:
         ToolError: something is wrong with the flags, a model or the data.
+        OSError: --output cannot be written.
     """
-    models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model) for place in args.load}
     results: dict[str, Any] = {}
-    if args.data_path:
-        results["text"] = on_text(args, models, display)
-    if args.speed:
-        results["speed"] = on_speed(args, models)
-    if args.tasks is not None:
-        results["tasks"] = on_tasks(args, models)
-    return results
+    with Display() as display:
+        models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model) for place in args.load}
+        if args.data_path:
+            results["text"] = on_text(args, models, display)
+        if args.speed:
+            results["speed"] = on_speed(args, models)
+        if args.tasks is not None:
+            results["tasks"] = on_tasks(args, models)
+    show(results)
+    if args.output is not None:
+        write_text(args.output, json.dumps(results, indent=2) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    try:
-        with Display() as display:
-            results = evaluate(args, display)
-        show(results)
-        if args.output is not None:
-            text = json.dumps(results, indent=2) + "\n"
-            write_text(args.output, text)
-    except (ToolError, OSError) as error:
-        print(f"evaluate: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("evaluate: stopped.", file=sys.stderr)
-        return 130
-    return 0
+    return run_once("evaluate", lambda: evaluate(args))

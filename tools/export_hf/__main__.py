@@ -1,6 +1,5 @@
 """Starts `command`, on the CPU also where there is an accelerator."""
 
-import signal
 import sys
 from pathlib import Path
 
@@ -10,9 +9,7 @@ from tools.common.on_cpu import megatron_on_cpu  # noqa: E402
 
 megatron_on_cpu()
 
-from tools.common.running import interrupt_at  # noqa: E402
 from tools.export_hf.command import main  # noqa: E402
 
 if __name__ == "__main__":
-    interrupt_at(signal.SIGTERM)
     sys.exit(main())

@@ -28,6 +28,7 @@ from ..common.hf.tokenizer import set_tokens, tokenizer_of
 from ..common.hf.weights import Tensors, fill, read, under_megatrons_names
 from ..common.megatron_model import build
 from ..common.one_process import one_process
+from ..common.running import run_once
 from .card import write_card
 from .check import (
     BOUND,
@@ -149,15 +150,11 @@ def _accept(check: Check, text: Text, display: Display) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 1 if it cannot be done; 130 if it was stopped."""
     options = parse_arguments(arguments)
-    alone = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process()
-    with Display() as display, alone:
-        try:
+
+    def work() -> None:
+        alone = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process()
+        with Display() as display, alone:
             check_output(options.save)
             (reverse if options.reverse else export)(options, display)
-        except ConversionError as error:
-            display.fail(f"export_hf: error: {error}")
-            return 1
-        except KeyboardInterrupt:
-            display.fail("export_hf: stopped; nothing was written.")
-            return 130
-    return 0
+
+    return run_once("export_hf", work, "stopped; nothing was written")

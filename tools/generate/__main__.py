@@ -1,6 +1,5 @@
 """Starts `command`."""
 
-import signal
 import sys
 from pathlib import Path
 
@@ -10,9 +9,7 @@ from megatron.remoe.preflight import console  # noqa: E402
 
 console.hide_unhelpful_warnings()
 
-from tools.common.running import interrupt_at  # noqa: E402
 from tools.generate.command import main  # noqa: E402
 
 if __name__ == "__main__":
-    interrupt_at(signal.SIGTERM)
     sys.exit(main())

@@ -19,6 +19,7 @@ from megatron.remoe.hf import RemoeForCausalLM
 from ..common.errors import ToolError
 from ..common.expert_counts import counted_experts
 from ..common.hf.opening import open_model
+from ..common.running import run_once
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -103,19 +104,21 @@ def continue_text(
     return line
 
 
+def generate(args: argparse.Namespace) -> None:
+    """Continue each text.
+
+    Raises:
+        ToolError: something is wrong with the flags, the model or a text.
+    """
+    model, tokenizer = open_model(args.load, args.ckpt_step, args.tokenizer_model)
+    if tokenizer is None:
+        raise ToolError("--load: has no tokenizer. Give the folder of one with --tokenizer-model.")
+    torch.manual_seed(args.seed)
+    for prompt in prompts(args):
+        print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    try:
-        model, tokenizer = open_model(args.load, args.ckpt_step, args.tokenizer_model)
-        if tokenizer is None:
-            raise ToolError("--load: has no tokenizer. Give the folder of one with --tokenizer-model.")
-        torch.manual_seed(args.seed)
-        for prompt in prompts(args):
-            print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)
-    except ToolError as error:
-        print(f"generate: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_once("generate", lambda: generate(args))

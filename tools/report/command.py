@@ -6,14 +6,13 @@ python tools/report runs/llama_182m_remoe --watch                               
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.display import Display
-from ..common.errors import ToolError
 from ..common.files import write_text
+from ..common.running import run_once
 from .reading import Run, names, read_run, sources
 
 
@@ -51,37 +50,30 @@ def write(args: argparse.Namespace, output: Path, display: Display, last: bool) 
     return runs
 
 
-def report(args: argparse.Namespace, display: Display) -> None:
+def report(args: argparse.Namespace) -> None:
     """Write the page; with --watch again and again, until all runs are done or somebody stops it.
 
     Raises:
         ToolError: a run has no files that tell of it.
+        OSError: one cannot be read, or the page cannot be written.
     """
     for place in args.runs:
         sources(place)
     first = args.runs[0]
     output = args.output or (first if first.is_dir() else first.parent) / "report.html"
-    try:
-        while args.watch and not all(run.done for run in write(args, output, display, last=False)):
-            display.say(f"{output}, {time.strftime('%H:%M:%S')}")
-            time.sleep(args.watch)
-    finally:
-        for run in write(args, output, display, last=True):
-            for note in run.notes:
-                display.fail(note)
-    display.say(str(output))
+    with Display() as display:
+        try:
+            while args.watch and not all(run.done for run in write(args, output, display, last=False)):
+                display.say(f"{output}, {time.strftime('%H:%M:%S')}")
+                time.sleep(args.watch)
+        finally:
+            for run in write(args, output, display, last=True):
+                for note in run.notes:
+                    display.fail(note)
+        display.say(str(output))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    try:
-        with Display() as display:
-            report(args, display)
-    except (ToolError, OSError) as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("report: stopped.", file=sys.stderr)
-        return 130
-    return 0
+    return run_once("report", lambda: report(args))
