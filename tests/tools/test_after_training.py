@@ -30,6 +30,7 @@ GOOD = Followed(
         ("text", "My lord, ", "'My lord, ' was continued as 'My lord, '"),
         ("after", [2.0, 1.6], "the next losses are [2.0, 1.6], and the training's own [2.0, 1.5]"),
         ("after", [math.nan, 1.5], "the next losses are [nan, 1.5], and the training's own [2.0, 1.5]"),
+        ("after", [2.0, math.nan], "the next losses are [2.0, nan], and the training's own [2.0, 1.5]"),
     ],
 )
 def test_what_is_wrong_is_named(field: str, value: object, message: str) -> None:
