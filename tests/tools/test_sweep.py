@@ -18,6 +18,7 @@ from rich.console import Console
 from tests.tools.sweeping import FINAL, evaluated, logged, start, sweep, write_run
 from tests.trainings import REPOSITORY, SMALL, finish, records
 from tools.common import training_process
+from tools.common.flags import parse
 from tools.sweep import execution, plan, results, settings, stages, tiny
 from tools.sweep.errors import SettingsError
 from tools.sweep.plan import Run
@@ -115,6 +116,7 @@ def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
         (["--experts", "1"], "argument --experts: '1': give a whole number of at least 2"),
         (["--train-iters", "many"], "argument --train-iters: 'many': give a whole number of at least 1"),
         (["--l1-inits", "0"], "argument --l1-inits: '0': give a number above 0"),
+        (["--tiny", "--figures", "routing", "size"], "--figures size with --tiny: all sizes would be one tiny model"),
         (["--sizes", "7b"], "argument --sizes: invalid choice: '7b'"),
         (["--sbatch-flags=--nodes 2"], "--sbatch-flags without --slurm"),
         (["--slurm", "--sbatch-flags=-Mfar"], "--sbatch-flags -Mfar: jobs of other clusters cannot be followed"),
@@ -172,6 +174,8 @@ def test_what_follows_from_flags_for_all(tmp_path: Path, monkeypatch: pytest.Mon
     assert "train_llama_182m_dense.sh 1 1200 32 -- --cpu " in plain and "--ffn-hidden-size 128 " in plain
     assert wide.endswith(" --ffn-hidden-size 1024") and "train_llama_182m_dense.sh 1 1200 32 8 -- --cpu " in wide
     assert cost.startswith("# to train: 2 runs, ") and " h on " not in cost
+    output, _ = sweep(*options[:-1], "--tiny")
+    assert "182m_dense" in output and "469m" not in output
     monkeypatch.setattr(tiny, "TEXT", tmp_path)
     with pytest.raises(SettingsError, match="--tiny: there is no text in"):
         tiny.environment({})
@@ -180,6 +184,16 @@ def test_what_follows_from_flags_for_all(tmp_path: Path, monkeypatch: pytest.Mon
     prefixes = (f"{tmp_path}/train_{domain}_text_document" for domain in ("code", "docs"))
     assert tiny.environment({})["DATA_PATH"] == "20 {}\n10 {}".format(*prefixes)
     assert tiny.environment({"DATA_DIR": "data"}) == {}
+
+
+@pytest.mark.parametrize("options", [["--tiny"], ["--", "--hybrid-layer-pattern", "*E*E"]], ids=["tiny", "given"])
+def test_hybrid_models(options: list[str], tmp_path: Path) -> None:
+    """Dense ones have no experts in their pattern."""
+    figure = "--figures granularity --granularities 1".split()
+    output, _ = sweep("--dry-run", "--output-dir", str(tmp_path), *figure, *options, MODEL="hybrid")
+    commands = [parse(shlex.split(line)) for line in output.splitlines()[1:-1:2]]
+    assert [command["--hybrid-layer-pattern"] for command in commands] == [("*-*-",), ("*E*E",), ("*E*E",)]
+    assert not any("--num-layers" in command for command in commands)
 
 
 def test_cost_is_counted_as_tools_cost_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,9 @@ def test_differences_between_settings() -> None:
         "--cpu was given and is now not given; --data-path was 1 a 2 b and is now 1 a; "
         "--lr was 1e-3 and is now 2e-3; --seed was not given and is now 1"
     )
+    then = settings.parse(["--hybrid-layer-pattern", "*E*E"])
+    assert settings.differences(then, settings.parse(["--hybrid-layer-pattern", "*E|*E"])) == ""
+    assert settings.differences(then, settings.parse(["--hybrid-layer-pattern", "*E*-"]))
 
 
 def test_results_of_runs_in_a_folder(tmp_path: Path) -> None:

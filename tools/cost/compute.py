@@ -23,8 +23,3 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
         counted.moe_router_topk = experts_per_token
     # Megatron halves attention for the causal mask; the paper does not.
     return float(num_floating_point_operations(counted, 1, seqlen_squared_sum_in_batch=2 * args.seq_length**2))
-
-
-def hours(flops: float, gpus: int, tflops: float, utilization: float) -> float:
-    """Hours for `flops` on `gpus` accelerators of `tflops` each, of which the share `utilization` is reached."""
-    return flops / (gpus * tflops * 1e12 * utilization) / 3600

@@ -128,7 +128,7 @@ def _compute_lines(args: argparse.Namespace, plan: Plan, total: int, experts: in
     per_sequence = compute.flops_per_sequence(args)
     sequences = args.train_samples or args.train_iters * args.global_batch_size
     tokens, flops = sequences * args.seq_length, sequences * per_sequence
-    hours = compute.hours(flops, plan.gpus, plan.accelerator.tflops, plan.utilization)
+    hours = plan.accelerator.hours(flops, plan.gpus, plan.utilization)
     yield "Model and compute"
     yield f"  total parameters    {total:,}"
     yield f"  active parameters   {active_parameters(args, total, experts):,} per token"

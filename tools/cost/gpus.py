@@ -15,6 +15,10 @@ class Accelerator:
     tflops: float
     memory: float
 
+    def hours(self, flops: float, gpus: int, utilization: float) -> float:
+        """Hours for `flops` on this many of them, of whose rate the share `utilization` is reached."""
+        return flops / (gpus * self.tflops * 1e12 * utilization) / 3600
+
 
 ACCELERATORS: dict[str, Accelerator] = {
     "a100-40": Accelerator(312, 40),

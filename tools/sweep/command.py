@@ -2,7 +2,8 @@
 
 Runs scripts/train_llama_*.sh one after another, or submits them as Slurm jobs. What is finished is skipped, what was
 cut off goes on. A table (results.csv, results.md) and a picture (results.png) end up in the output folder. Data and
-layout come from the environment, as for these scripts: DATA_DIR or DATA_PATH, VOCAB_FILE, MERGE_FILE, TP, PP, EP, CP.
+layout come from the environment, as for these scripts: DATA_DIR or DATA_PATH, VOCAB_FILE, MERGE_FILE, MODEL, TP, PP,
+VPP, EP, CP.
 """
 
 import argparse
@@ -82,8 +83,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     base = f"{plan.SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
     what = parser.add_argument_group("what to train", f"Each figure varies one thing and keeps the others at {base}.")
-    what.add_argument("--figures", nargs="+", choices=(*plan.FIGURES, plan.COMPARED, *plan.AXES), default=plan.FIGURES,
-                      help="default: the first three")  # fmt: skip
+    what.add_argument("--figures", nargs="+", choices=(*plan.FIGURES, plan.COMPARED, *plan.AXES),
+                      help="default: the first three, with --tiny the second and third")  # fmt: skip
     what.add_argument("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="of the figure size")
     for name, figure, least, more in (
         ("experts", "experts", 2, ""),
@@ -142,8 +143,11 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     args.flags = tuple(words[place + 1 :])
     args.gpus_per_node = args.gpus_per_node or (1 if args.tiny else 8)
     args.train_iters = args.train_iters or (ITERATIONS if args.tiny else 60000)
+    args.figures = args.figures or (plan.FIGURES[1:] if args.tiny else plan.FIGURES)
     if args.tiny:
         args.micro_batch_size = args.micro_batch_size or SIZE.batch
+        if "size" in args.figures:
+            parser.error("--figures size with --tiny: all sizes would be one tiny model. Choose other figures.")
     args.output_dir = args.output_dir.expanduser().resolve()
     args.sbatch_flags = shlex.split(args.sbatch_flags)
     if args.sbatch_flags and not args.slurm:
@@ -162,7 +166,7 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
         told = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
         raise SettingsError(f"{told}: no such routing has this setting. Choose others, or leave --routings out.")
     check_flags(args.flags, runs)
-    small, data = (tiny.flags(args.train_iters), tiny.environment(os.environ)) if args.tiny else ((), {})
+    small, data = (tiny.flags(args.train_iters, os.environ), tiny.environment(os.environ)) if args.tiny else ((), {})
     launch = plan.Launch(
         args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, (*small, *args.flags), data=data
     )
@@ -235,7 +239,7 @@ def tell_cost(console: Console, launch: plan.Launch, found: Sequence[Found]) -> 
     utilization = float(os.environ.get("UTILIZATION") or 0.4)
     told = f"# to train: {len(todo)} runs, {total:.3g} FLOPs, the dense stages of ReMoE not counted"
     if kind in ACCELERATORS and not any("--cpu" in each.settings for each in todo):
-        hours = total / (gpus * ACCELERATORS[kind].tflops * 1e12 * utilization) / 3600
+        hours = ACCELERATORS[kind].hours(total, gpus, utilization)
         told += f"; {hours:,.3g} h on {gpus} x {kind} at {utilization:.0%} of their rate"
     console.print(told, highlight=False, soft_wrap=True, markup=False)
 

@@ -132,6 +132,8 @@ class Run:
         flags += [AXES[self.axis].flags] if self.axis else []
         if self.expansion > 1 and "--ffn-hidden-size" in given:
             flags += [f"--ffn-hidden-size {int(given['--ffn-hidden-size'][0]) * self.expansion}"]
+        if self.routing == "dense" and "--hybrid-layer-pattern" in given:
+            flags += [f"--hybrid-layer-pattern {given['--hybrid-layer-pattern'][0].replace('E', '-')}"]
         return " ".join(flags).format(**told).split()
 
     @classmethod

@@ -15,16 +15,16 @@ from .plan import Launch, Run
 
 PRINTED_WITHIN = 5000  # lines
 
-
 ENTRY = "pretrain_gpt.py"
-LAYOUT = ("TP", "PP", "EP", "CP", "NNODES")
+LAYOUT = ("TP", "PP", "VPP", "EP", "CP", "NNODES")
 # What says where a run leaves its files, when it stops, or what the machine is: no part of the result.
 NOT_COMPARED = frozenset(
     """
     --save --load --save-interval --tensorboard-dir --wandb-project --wandb-exp-name --wandb-save-dir
     --log-interval --exit-interval --exit-duration-in-mins
     --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size
-    --sequence-parallel --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --num-virtual-stages-per-pipeline-rank --sequence-parallel
+    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     --transformer-impl --moe-grouped-gemm --no-persist-layer-norm --no-gradient-accumulation-fusion
     --moe-kernels --cross-entropy-loss-fusion --ddp-average-in-collective
     --no-masked-softmax-fusion --no-rope-fusion
@@ -40,8 +40,9 @@ SET_BY_SWEEP = {
     "--load": "choose with --output-dir",
     "--tensorboard-dir": "choose with --output-dir",
 }
-DIMENSIONS = ("--num-layers", "--hidden-size", "--ffn-hidden-size", "--moe-ffn-hidden-size")
-SCALED = ("--lr", "--min-lr", "--ffn-hidden-size")  # which runs change in proportion
+PATTERN = "--hybrid-layer-pattern"
+DIMENSIONS = ("--num-layers", PATTERN, "--hidden-size", "--ffn-hidden-size", "--moe-ffn-hidden-size")
+ADAPTED = ("--lr", "--min-lr", "--ffn-hidden-size", PATTERN)  # of which runs take what is given, and change it
 GPT2 = 50257  # words
 SHOWN = 4  # differences that a message names
 
@@ -127,7 +128,7 @@ def check_flags(flags: tuple[str, ...], runs: Sequence[Run]) -> None:
     for flag in given:
         if flag in SET_BY_SWEEP:
             raise SettingsError(f"{flag} behind --: the sweep sets it for each run; {SET_BY_SWEEP[flag]}.")
-        if flag in SCALED:
+        if flag in ADAPTED:
             continue
         if run := next((run for run in runs if flag in run.flags(given)), None):
             raise SettingsError(f"{flag} behind --: the sweep sets it for {run.name}. Leave out the flag, or that run.")
@@ -153,10 +154,17 @@ def check_evaluation(settings: Settings) -> None:
 def differences(then: Settings, now: Settings) -> str:
     """What differs, in words; empty where the results of both are comparable."""
     told = []
+    then, now = _in_one_stage(then), _in_one_stage(now)
     for flag in sorted((then.keys() | now.keys()) - NOT_COMPARED):
         if then.get(flag) != now.get(flag):
             told.append(f"{flag} was {_shown(then.get(flag))} and is now {_shown(now.get(flag))}")
     return "; ".join(told[:SHOWN]) + (f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else "")
+
+
+def _in_one_stage(settings: Settings) -> Settings:
+    """HybridModel's pattern without the marks of pipeline stages, which are the layout's."""
+    pattern = {flag: tuple(word.replace("|", "") for word in settings[flag]) for flag in {PATTERN} & settings.keys()}
+    return settings | pattern
 
 
 def _command(folder: Path) -> str:
@@ -194,15 +202,10 @@ def flops(settings: Settings) -> float:
     """Training FLOPs of a whole run with k experts per token, counted as tools/cost counts them."""
     sizes = ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups", "seq-length")
     layers, hidden, ffn, heads, groups, sequence = (whole(settings, f"--{name}") for name in sizes)
-    layers = layers or "".join(settings.get("--hybrid-layer-pattern", ())).count("*")
-    ffn = whole(settings, "--moe-ffn-hidden-size") or ffn
-    vocabulary, multiple = (
-        whole(settings, "--vocab-size") or GPT2,
-        whole(settings, "--make-vocab-size-divisible-by") or 128,
-    )
-    vocabulary = math.ceil(vocabulary / multiple) * multiple
+    layers = layers or "".join(settings.get(PATTERN, ())).count("*")
+    ffn = (whole(settings, "--moe-ffn-hidden-size") or ffn) * max(1, whole(settings, "--moe-router-topk"))
+    multiple = whole(settings, "--make-vocab-size-divisible-by") or 128
+    vocabulary = math.ceil((whole(settings, "--vocab-size") or GPT2) / multiple) * multiple
     attention = 2 * hidden * (hidden + hidden * (groups or heads) // max(1, heads) + sequence)
-    matrices = (
-        layers * (attention + 3 * hidden * ffn * max(1, whole(settings, "--moe-router-topk"))) + hidden * vocabulary
-    )
+    matrices = layers * (attention + 3 * hidden * ffn) + hidden * vocabulary
     return 6.0 * whole(settings, "--train-iters") * tokens_per_iteration(settings) * max(1, matrices)
