@@ -6,7 +6,7 @@
 #   DATA_DIR       a folder of them, taken with equal weights: the Pile's shards 01 to 29, or else every *_document.bin
 #   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt
 #                                                           (default: in DATA_DIR, or in the folder above it)
-#   MODEL          Megatron's class: gpt (GPTModel) or hybrid (HybridModel)            (default: see set_layer_flags)
+#   MODEL          Megatron's class: gpt (GPTModel) or hybrid (HybridModel)            (default: gpt)
 #   TP, PP, EP, CP           tensor, pipeline, expert and context parallel sizes      (default: 1)
 #   VPP            virtual stages of each pipeline rank                               (default: 1)
 #   NNODES or SLURM_NNODES, NODE_RANK, RANK or SLURM_NODEID, MASTER_ADDR, MASTER_PORT (default: one node)
@@ -61,6 +61,7 @@ set_layout_flags() {
   world=$((GPUS_PER_NODE * NODES))
   ((world % (tp * pp * cp) == 0)) || die "$world processes cannot be split into TP=$tp x PP=$pp x CP=$cp"
   ((HEADS % tp == 0)) || die "TP=$tp does not divide the $HEADS attention heads"
+  ((pp > 1 || vpp == 1)) || die "VPP=$vpp cuts pipeline stages, and PP=$pp: set PP to at least 2, or leave VPP unset"
   ((LAYERS % (pp * vpp) == 0)) || die "PP=$pp x VPP=$vpp does not divide the $LAYERS layers"
   LAYOUT=(--tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp" --context-parallel-size "$cp")
   if ((tp > 1)); then LAYOUT+=(--sequence-parallel); fi

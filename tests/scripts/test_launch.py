@@ -255,6 +255,7 @@ def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Pat
         (["2"], {"EP": "3"}, "EP=3 does not divide the 8 experts"),
         (["2"], {"TP": "4"}, "cannot be split into TP=4"),
         (["8"], {"TP": "8"}, "TP=8 does not divide the 12 attention heads"),
+        (["8"], {"VPP": "2"}, "VPP=2 cuts pipeline stages, and PP=1: set PP to at least 2"),
         (["8"], {"PP": "2", "VPP": "5"}, "PP=2 x VPP=5 does not divide the 12 layers"),
         ([], {"MODEL": "mamba"}, "MODEL=mamba: choose gpt or hybrid"),
         (["8", "--", "--num-layers", "2"], {"MODEL": "hybrid"}, "takes no --num-layers: give --hybrid-layer-pattern"),
