@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,12 +60,7 @@ def program(*words: str | Path) -> str:
     Raises:
         ToolError: it failed.
     """
-    command = [sys.executable, *map(str, words)]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise ToolError(f"{' '.join(command)}: failed with exit code {done.returncode}.\n{done.stderr[-2000:]}")
-    return done.stdout
+    return environment.printed_by([sys.executable, *words], ROOT, os.environ)
 
 
 class Quickstart:

@@ -1,9 +1,11 @@
 """An environment with all packages of this one but Megatron and this project."""
 
 import os
+import shlex
 import subprocess
 import sysconfig
 import venv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..common.errors import ToolError
@@ -25,16 +27,26 @@ def run(python: Path, program: str | Path, *words: str | Path) -> str:
     Raises:
         ToolError: it failed.
     """
-    environment = {"OMP_NUM_THREADS": "1"}
-    environment |= {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    folder = python.parents[1]
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     # Code from a model's folder is copied before it is run.
-    environment = (
-        {"OMP_NUM_THREADS": "1"}
-        | environment
-        | {"HF_MODULES_CACHE": str(python.parents[1] / "modules"), "HF_HUB_OFFLINE": "1"}
-    )
-    command = [python, "-P", program, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    settings |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    return printed_by([python, "-P", program, *words], folder, settings)
+
+
+def printed_by(command: Sequence[str | Path], folder: Path, settings: Mapping[str, str]) -> str:
+    """What a process prints.
+
+    Args:
+        command: its words.
+        folder: where it runs.
+        settings: its environment; one thread where they say nothing of it.
+
+    Raises:
+        ToolError: it failed.
+    """
+    words, settings = [*map(str, command)], {"OMP_NUM_THREADS": "1", **settings}
+    done = subprocess.run(words, cwd=folder, env=settings, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise ToolError(f"{program}, without Megatron: failed with exit code {done.returncode}.\n{done.stderr[-2000:]}")
+        raise ToolError(f"{shlex.join(words)}: failed with exit code {done.returncode}.\n{done.stderr[-2000:]}")
     return done.stdout
