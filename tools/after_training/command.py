@@ -4,7 +4,8 @@ python tools/after_training --runs runs/quickstart --task-data runs/olmo
 
 Export → the folder alone, where Megatron is not installed: the validation losses that Megatron printed, and text →
 back to a checkpoint, which trains on with the same losses → zero-shot tasks, and what fewer experts and tokens cost.
-What is done is kept in FOLDER/after_training, and the same command goes on where it was stopped.
+What is done is kept in FOLDER/after_training, and the same command goes on where it was stopped; with other code it
+begins anew.
 """
 
 import argparse
@@ -23,9 +24,9 @@ import torch
 
 from ..common.display import Display
 from ..common.errors import ToolError
-from ..common.files import write_between, write_text
+from ..common.files import write_between
 from ..common.flags import parse
-from ..common.log_reader import read_log
+from ..common.log_reader import series
 from ..common.places import ROOT
 from ..common.running import run_once
 from ..evaluate.text import batches, sequences
@@ -36,6 +37,7 @@ from .followed import PROMPT, Followed
 TASKS = ("arc_easy", "lambada_openai")
 BOUNDS = ("1", "2", "3", "4")
 STEPS = 3  # of the trainings that go on
+CODE = ("megatron/remoe", "tools/common", "tools/export_hf", "tools/after_training")  # that the models go through
 VALIDATION = ("--full-validation", "--multiple-validation-sets", "--valid-data-path", "--validation-set-names")
 PARTS = 5  # of a model's way
 
@@ -96,13 +98,15 @@ class Quickstart:
         words += models.data_flags(self.folder / "data", self.train_tokens)
         settings = {flag: values for flag, values in parse(words).items() if flag not in VALIDATION}
         words = [word for flag, values in settings.items() for word in (flag, *values)] + ["--eval-iters", "0"]
-        log = read_log(program("pretrain_gpt.py", *words, *flags, "--seq-length", str(models.SIZE.sequence)))
-        return [float(fields["lm loss"]) for _, fields in sorted(log.items())]
+        printed = program("pretrain_gpt.py", *words, *flags, "--seq-length", str(models.SIZE.sequence))
+        return series(printed, "lm loss")
 
 
 def follow(quickstart: Quickstart, model: str, scratch: Path, display: Display) -> Followed:
     """One model, there and back; its folder stays in `scratch`, where the held-out text is."""
-    kept, inputs = scratch / f"{model}.json", stages.fingerprint_of_files([quickstart.folder / model / "done.json"])
+    code = [path for folder in CODE for path in (ROOT / folder).rglob("*.py")]
+    kept = scratch / f"{model}.json"
+    inputs = stages.fingerprint_of_files([quickstart.folder / model / "done.json", *code])
     if stamp := stages.read_stamp(kept, inputs):
         display.advance(PARTS)
         return Followed(**stamp["followed"])
@@ -171,7 +175,7 @@ def after_training(args: argparse.Namespace, display: Display) -> None:
     display.say(text)
     if args.output is not None:
         results = {"models": {model: asdict(one) for model, one in followed.items()}} | measured
-        write_text(args.output, json.dumps(results, indent=2) + "\n")
+        stages.write_json(args.output, results)
     wrong = [f"{model}: {what}" for model, one in followed.items() for what in one.wrong()]
     if wrong:
         raise ToolError("\n".join(wrong))

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from ..common.data_sets import write_documents
 from ..common.errors import ToolError
-from ..common.log_reader import read_log
+from ..common.log_reader import series
 from ..common.places import ROOT
 from ..common.tiny_model import RELU, TRAINING
 from .candidate import Candidate
@@ -139,13 +139,13 @@ def training(*flags: str) -> Callable[[Comparison], Result]:
 
     def check(comparison: Comparison) -> Result:
         ended, version = _train(comparison.other, flags), comparison.base.version
-        found = _losses(ended)
+        found = series(ended.stdout, "lm loss")
         if ended.returncode or len(found) != STEPS:
             return Result([last_words(ended)])
         if not all(map(math.isfinite, found)):
             return Result([f"losses: {found}"])
         base = _train(comparison.base, flags)
-        expected = _losses(base)
+        expected = series(base.stdout, "lm loss")
         if len(expected) != STEPS:
             raise ToolError(f"the same with the installed Megatron: {last_words(base)}")
         apart = max(abs(one - other) for one, other in zip(found, expected, strict=True))
@@ -161,10 +161,6 @@ def _train(who: Candidate, flags: tuple[str, ...]) -> Ended:
         prefix = Path(folder) / "text"
         write_documents(prefix, (ROOT / "LICENSE").read_bytes().split(b"\n\n"))
         return run(who, [str(ROOT / "pretrain_gpt.py"), *FLAGS, *flags, "--data-path", str(prefix)])
-
-
-def _losses(ended: Ended) -> list[float]:
-    return [float(fields["lm loss"]) for _, fields in sorted(read_log(ended.stdout).items())]
 
 
 SPECIFICATIONS = (

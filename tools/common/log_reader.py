@@ -30,6 +30,11 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
     }
 
 
+def series(text: str, field: str) -> list[float]:
+    """The values of a field that every logged iteration has, in their order."""
+    return [float(fields[field]) for _, fields in sorted(read_log(text).items())]
+
+
 def read_arguments(lines: Iterable[str]) -> dict[str, str]:
     """Name of each argument, as `args` has it → its value as printed; of the last start where there are several."""
     return {match[1]: match[2].strip() for line in lines if (match := _ARGUMENT.search(line))}
