@@ -99,6 +99,13 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     assert "FLOPs are not counted" in (tmp_path / "report.html").read_text()
 
 
+def test_a_log_without_its_arguments_tells_no_tokens(tmp_path: Path) -> None:
+    (tmp_path / "end.log").write_text(logged(10, 30))
+    assert main([str(tmp_path / "end.log")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>iteration</td><td>10</td>" in page and "<td>tokens</td>" not in page
+
+
 def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path) -> None:
     text = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]

@@ -39,8 +39,8 @@ def summary(runs: Sequence[Run]) -> Table:
         if any(cells):
             rows.append([name, *cells])
 
-    def newest(key: str, form: str, of: Callable[[Run], float] = lambda _: 1) -> Callable[[Run], str | None]:
-        return lambda run: f"{values[-1] * of(run):{form}}" if (values := run.series(key)[1]) else None
+    def newest(key: str, form: str) -> Callable[[Run], str | None]:
+        return lambda run: f"{values[-1]:{form}}" if (values := run.series(key)[1]) else None
 
     row("iteration", lambda run: f"{run.last:,}" + (f" of {end:,}" if (end := run.args.get("train_iters")) else ""))
     row("time left", _time_left)
@@ -55,7 +55,7 @@ def summary(runs: Sequence[Run]) -> Table:
     row("experts per token", lambda run: f"{found[-1]:.3f}" if (found := run.experts_per_token()[1]) else None)
     row("experts, k", lambda run: f"{run.num_experts}, {run.topk}" if run.topk else None)
     row("guarded layers", _guarded)
-    row("tokens", newest("consumed_samples", ",.0f", lambda run: run.args.get("seq_length", 0)))
+    row("tokens", _tokens)
     row(
         "tokens per second",
         lambda run: f"{statistics.median(r):,.0f}" if (r := run.series("tokens_per_second")[1]) else None,
@@ -89,6 +89,11 @@ def _guarded(run: Run) -> str | None:
     now = ", ".join(map(str, layers[-1])) or "none"
     until = max((at for at, found in zip(iterations, layers, strict=True) if found), default=None)
     return now if until is None or layers[-1] else f"none, the last at {until:,}"
+
+
+def _tokens(run: Run) -> str | None:
+    samples, length = run.series("consumed_samples")[1], run.args.get("seq_length")
+    return f"{samples[-1] * length:,.0f}" if samples and length else None
 
 
 def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
