@@ -18,10 +18,10 @@ from tests.hf.test_modeling import make
 from tools.analyze import command, findings
 from tools.analyze.command import main
 from tools.analyze.counts import WINDOW, Counts
-from tools.analyze.routing import blocks
 from tools.analyze.text import Text
 from tools.common.checkpoints import save
 from tools.common.data_sets import write_documents
+from tools.common.expert_counts import expert_blocks
 from tools.common.hf.settings import args_of
 from tools.common.hf.weights import fill, under_megatrons_names
 from tools.common.megatron_model import build
@@ -85,7 +85,7 @@ def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
     model, folder = exported(tmp_path / "model", name)
     found = analyze(tmp_path / "out", "--load", folder, "--data", *domains, "--expert-parallel", 4)
     recounted = [recount(model, prefix) for prefix in domains]
-    numbers = [*blocks(model)]
+    numbers = [*expert_blocks(model)]
     assert ("slopes" in found["experts_per_token"]["by_frequency"]) == model.config.moe_relu_routing
     assert numbers == ([2] if "shared" in name else [1, 2])
     for place, layer in enumerate(map(str, numbers)):
@@ -147,7 +147,7 @@ def bits(shares: list[list[float]]) -> float:
 @torch.no_grad()
 def largest_in_output(model: RemoeForCausalLM, layer: int, domains: list[Path]) -> float:
     """Each expert of each token by itself."""
-    block, found = blocks(model)[layer], []
+    block, found = expert_blocks(model)[layer], []
 
     def look(_: object, given: tuple[torch.Tensor, ...]) -> None:
         for token in given[0].flatten(0, 1):

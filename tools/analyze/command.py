@@ -24,12 +24,13 @@ from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.display import Display
 from ..common.errors import ToolError
+from ..common.expert_counts import expert_blocks
 from ..common.files import lock, write_text
 from ..common.hf.opening import open_model
 from ..common.running import run_to_the_end
 from . import findings, pictures
 from .counts import WINDOW, Counts
-from .routing import blocks, watched
+from .routing import watched
 from .text import Text
 
 TOKENS_PER_FORWARD = 4096
@@ -73,7 +74,7 @@ def check(args: argparse.Namespace, model: RemoeForCausalLM) -> None:
     Raises:
         ToolError: in these cases.
     """
-    if not blocks(model):
+    if not expert_blocks(model):
         raise ToolError(
             f"--load {args.load}: is a dense model, and has no routing to look at. Give one with --num-experts."
         )
@@ -85,7 +86,7 @@ def check(args: argparse.Namespace, model: RemoeForCausalLM) -> None:
 def inputs_of(args: argparse.Namespace, model: RemoeForCausalLM, texts: Sequence[Text]) -> dict[str, Any]:
     """Flag → what counts depend on."""
     routers = hashlib.sha256()
-    for block in blocks(model).values():
+    for block in expert_blocks(model).values():
         routers.update(block.gate.weight.detach().float().cpu().numpy().tobytes())
     return {
         "--load": [routers.hexdigest(), model.config.max_experts_per_token],
@@ -103,7 +104,7 @@ def counts_so_far(path: Path, inputs: dict[str, Any], model: RemoeForCausalLM, m
     """
     if not path.exists():
         config = model.config
-        return Counts.none([*blocks(model)], len(inputs["--data-path"]), config.num_experts, config.vocab_size)
+        return Counts.none([*expert_blocks(model)], len(inputs["--data-path"]), config.num_experts, config.vocab_size)
     before, counts = Counts.load(path)
     if other := [flag for flag, value in inputs.items() if before[flag] != value]:
         raise ToolError(

@@ -8,25 +8,22 @@ import torch
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
 
+from ..common.expert_counts import expert_blocks
+
 See = Callable[[int, torch.Tensor, torch.Tensor], None]
-
-
-def blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:
-    """Number of a layer with experts, from 1 → its experts."""
-    layers = enumerate(model.model.layers, start=1)
-    return {number: layer.mlp for number, layer in layers if isinstance(layer.mlp, RemoeSparseMoeBlock)}
 
 
 @contextmanager
 def watched(model: RemoeForCausalLM, see: See) -> Iterator[None]:
     """While it is open, `see` is told what each layer does in each forward pass.
 
-    `see` takes the layer's place among those with experts, from 0; gates `[batch, length, experts]` on the CPU, 0 where
-    an expert is not active; and the share of the output by the largest gate, `[batch, length]`: |a| / (|a| + |b|) with
-    a the part of the expert with that gate and b the sum of all others'. Experts that all tokens share are left out.
+    `see` takes the layer's place among those with experts, from 0; gates `[batch, length, experts]` in the router's
+    dtype, 0 where an expert is not active; and the share of the output by the largest gate, float32 `[batch, length]`:
+    |a| / (|a| + |b|) with a the part of the expert with that gate and b the sum of all others', NaN where both are 0.
+    Experts that all tokens share are left out. Both tensors are on the CPU.
     """
     handles = []
-    for place, block in enumerate(blocks(model).values()):
+    for place, block in enumerate(expert_blocks(model).values()):
 
         def look(block: RemoeSparseMoeBlock, given: tuple, output: torch.Tensor, place: int = place) -> None:
             tokens = given[0].flatten(0, 1)

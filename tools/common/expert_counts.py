@@ -32,6 +32,12 @@ class Experts:
         )
 
 
+def expert_blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:
+    """Number of a layer with experts, from 1 → its experts."""
+    layers = enumerate(model.model.layers, start=1)
+    return {number: layer.mlp for number, layer in layers if isinstance(layer.mlp, RemoeSparseMoeBlock)}
+
+
 @contextmanager
 def counted_experts(model: RemoeForCausalLM) -> Iterator[dict[int, list[torch.Tensor]]]:
     """While it is open, count the active experts of every token, padding included.
@@ -41,16 +47,14 @@ def counted_experts(model: RemoeForCausalLM) -> Iterator[dict[int, list[torch.Te
     """
     counts: dict[int, list[torch.Tensor]] = {}
     handles = []
-    for number, layer in enumerate(model.model.layers, start=1):
-        if not isinstance(layer.mlp, RemoeSparseMoeBlock):
-            continue
+    for number, block in expert_blocks(model).items():
         passes = counts[number] = []
-        most = layer.mlp.width or model.config.num_experts
+        most = block.width or model.config.num_experts
 
         def count(_router: object, _tokens: object, routed: tuple[torch.Tensor, ...], passes=passes, most=most) -> None:
             passes.append((routed[1] > 0).sum(dim=-1).clamp(max=most))
 
-        handles.append(layer.mlp.gate.register_forward_hook(count))
+        handles.append(block.gate.register_forward_hook(count))
     try:
         yield counts
     finally:

@@ -19,7 +19,7 @@ from megatron.remoe.data.indexed import IndexedReader
 from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
-from ..common.expert_counts import Experts, counted_experts
+from ..common.expert_counts import Experts, counted_experts, expert_blocks
 
 TOKENS_PER_FORWARD = 4096
 
@@ -136,6 +136,5 @@ def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
         raise ToolError("--max-experts-per-token: the model under --load has no ReLU routing.")
     if most is not None and not 1 <= most <= config.num_experts:
         raise ToolError(f"--max-experts-per-token {most}: must be 1 to {config.num_experts}.")
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "width"):
-            layer.mlp.width = most
+    for block in expert_blocks(model).values():
+        block.width = most
