@@ -91,8 +91,8 @@ class Counts:
             domain: the data set's place.
             ids: int64 `[batch, length]`.
             layer: the layer's place in `layers`.
-            gates: `[batch, length, experts]`, 0 where an expert is not active.
-            largest_output: share of the output by the largest gate, `[batch, length]`.
+            gates: `[batch, length, experts]` of any floating dtype, 0 where an expert is not active.
+            largest_output: share of the output by the largest gate, `[batch, length]`; not read of tokens without one.
         """
         active = gates > 0
         taken = active.sum(dim=-1)

@@ -40,15 +40,9 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
     table, points, *others = figure.subplots(1, 2 + fitted, width_ratios=(1.2, 1.2, 0.8)[: 2 + fitted])
     largest = max(one["largest"] for one in layers.values())
     shares = numpy.array([one["histogram"][: largest + 1] for one in layers.values()])
-    _heat(
-        figure,
-        table,
-        shares,
-        [*layers],
-        "Blues",
-        (0, 1),
-        lambda share: f"{100 * share:.1f}" if share >= LEAST_SHARE else "",
-    )
+    image = table.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    marks = [[f"{100 * share:.1f}" if share >= LEAST_SHARE else "" for share in row] for row in shares]
+    _cells(table, image, shares, [*layers], marks)
     table.set(title="Tokens by their number of experts, %", xlabel="experts of a token", ylabel="layer")
 
     tokens = frequency["tokens"]
@@ -206,19 +200,6 @@ def _height(layers: int, least: float = 4.0) -> float:
     return max(least, 1.4 + 0.32 * layers)
 
 
-def _heat(
-    figure: Any,
-    axes: Any,
-    values: numpy.ndarray,
-    layers: Sequence[int],
-    colours: str,
-    span: tuple[float, float],
-    text: Any,
-) -> None:
-    image = axes.imshow(values, cmap=colours, vmin=span[0], vmax=span[1], aspect="auto")
-    _cells(axes, image, values, layers, [[text(value) for value in row] for row in values])
-
-
 def _relative(axes: Any, values: numpy.ndarray, layers: Sequence[int], marks: list[list[str]]) -> Any:
     """Loads relative to even, from a quarter to four times; logarithmic."""
     from matplotlib.colors import LogNorm
@@ -241,8 +222,8 @@ def _cells(axes: Any, image: Any, values: numpy.ndarray, layers: Sequence[int], 
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_xticks(_some(values.shape[1], 12))
-    axes.set_yticks(_some(len(layers)), [layers[place] for place in _some(len(layers))])
+    axes.set_xticks(*_ticks(range(values.shape[1]), 12))
+    axes.set_yticks(*_ticks(layers))
     few = values.size <= MOST_CELLS
     for row, texts in enumerate(marks):
         for column, text in enumerate(texts):
@@ -267,17 +248,18 @@ def _legend(axes: Any) -> None:
 
 def _layers_down(axes: Any, layers: Sequence[int]) -> None:
     """The first layer at the top, as in the heat maps."""
-    axes.set_yticks(_some(len(layers)), [layers[place] for place in _some(len(layers))])
+    axes.set_yticks(*_ticks(layers))
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_ylabel("layer")
 
 
 def _layer_axis(axes: Any, layers: Sequence[int]) -> None:
-    axes.set_xticks(_some(len(layers)), [layers[place] for place in _some(len(layers))])
+    axes.set_xticks(*_ticks(layers))
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_xlabel("layer")
 
 
-def _some(number: int, most: int = 24) -> list[int]:
-    """Places of so many, not more than can be labelled."""
-    return list(range(0, number, -(-number // most)))
+def _ticks(labels: Sequence[int], most: int = 24) -> tuple[Sequence[int], Sequence[int]]:
+    """Places and what is written there, where there is room for so many."""
+    step = -(-len(labels) // most)
+    return range(0, len(labels), step), labels[::step]
