@@ -1,6 +1,5 @@
-"""Finding a Python, making and keeping .venv, and what the built wheel holds; all without network."""
+"""Making and keeping .venv; without network."""
 
-import json
 import os
 import re
 import shutil
@@ -8,141 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 import zipfile
-from importlib.metadata import distribution, distributions
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
+from tests.scripts.setting_up import REAL, make_failing_shim, make_python, run_bash
 from tools.common.places import ROOT
-
-LIBRARY = "scripts/lib/environment.sh"
-REAL = Path(getattr(sys, "_base_executable", sys.executable))
-
-
-def run_bash(code: str, root: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` after sourcing the library of the tree at `root`, as the scripts do."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "TORCH_INDEX_URL")}
-    return subprocess.run(
-        ["bash", "-c", f'set -euo pipefail; source "{root / LIBRARY}"; {code}'],
-        env=environment | variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-# ---------------------------------------------------------------- finding a Python
-
-
-def make_python(path: Path, version: tuple[int, int, int], ensurepip: bool = True) -> Path:
-    """The Python that runs this test, which takes itself for another version and may miss ensurepip."""
-    prelude = f"import sys; sys.version_info = ({version[0]}, {version[1]}, {version[2]}, 'final', 0); "
-    prelude += "" if ensurepip else "sys.modules['ensurepip'] = None; "
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\nexec "{REAL}" -c "{prelude}exec(sys.argv[2])" "$@"\n')
-    path.chmod(0o755)
-    return path
-
-
-def make_failing_shim(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\necho "pyenv: {path.name}: command not found" >&2\nexit 127\n')
-    path.chmod(0o755)
-    return path
-
-
-class Machine:
-    """A made-up machine: folders for PATH, for HOME and for the fixed places."""
-
-    def __init__(self, folder: Path) -> None:
-        self.first, self.second, self.home, self.fixed = (folder / name for name in ("a", "b", "home", "fixed"))
-
-    def find(self, **variables: str) -> subprocess.CompletedProcess[str]:
-        search = f'PATH="{self.first}:{self.second}"; find_python "{self.fixed}"'
-        return run_bash(search, **{"HOME": str(self.home), "PYENV_ROOT": "", **variables})
-
-    def found(self, **variables: str) -> list[str]:
-        """Kind and version of the Python that is chosen."""
-        answer = self.find(**variables)
-        assert answer.returncode == 0 and answer.stderr == "", answer.stderr
-        kind, version, path = answer.stdout.split(maxsplit=2)
-        assert Path(path.strip()).resolve() == REAL.resolve()
-        return [kind, version]
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
-
-
-def test_a_shim_that_fails_is_passed_over_for_the_same_name_further_on(machine: Machine) -> None:
-    make_failing_shim(machine.first / "python3.12")
-    make_failing_shim(machine.first / "python3.13")
-    make_python(machine.second / "python3.13", (3, 13, 77))
-    assert machine.found() == ["ready", "3.13.77"]
-
-
-def test_a_python_too_old_is_passed_over_for_one_in_pyenvs_folders(machine: Machine) -> None:
-    make_failing_shim(machine.first / "python3.12")
-    make_python(machine.first / "python3", (3, 11, 7))
-    make_python(machine.home / ".pyenv/versions/3.10.13/bin/python", (3, 10, 13))
-    make_python(machine.home / ".pyenv/versions/3.12.66/bin/python", (3, 12, 66))
-    assert machine.found() == ["ready", "3.12.66"]
-
-
-def test_pyenv_root_says_where_pyenvs_folders_are(machine: Machine, tmp_path: Path) -> None:
-    make_python(tmp_path / "elsewhere/versions/3.13.5/bin/python", (3, 13, 5))
-    assert machine.found(PYENV_ROOT=str(tmp_path / "elsewhere")) == ["ready", "3.13.5"]
-
-
-def test_a_python_without_ensurepip_is_the_choice_only_where_no_complete_one_is(machine: Machine) -> None:
-    make_python(machine.first / "python3", (3, 13, 5), ensurepip=False)
-    make_python(machine.first / "python3.14", (3, 14, 1))
-    assert machine.found() == ["bare", "3.13.5"]
-    make_python(machine.fixed / "usr/bin/python3.12", (3, 12, 3))
-    assert machine.found() == ["ready", "3.12.3"]
-
-
-def test_a_python_newer_than_the_wheels_is_the_last_resort(machine: Machine) -> None:
-    make_python(machine.first / "python3", (3, 14, 1))
-    assert machine.found() == ["newer", "3.14.1"]
-    make_python(machine.fixed / "usr/local/bin/python3.13", (3, 13, 2))
-    assert machine.found() == ["ready", "3.13.2"]
-
-
-def test_without_any_python_the_message_says_what_was_looked_for_and_how_to_get_one(machine: Machine) -> None:
-    answer = machine.find()
-    assert answer.returncode == 1 and answer.stdout == ""
-    for words in ("No Python >= 3.12", "python3.12, python3.13", "pyenv's", "Too old: none", "apt", "conda", "uv"):
-        assert words in answer.stderr
-
-
-def test_the_message_names_the_pythons_that_are_too_old(machine: Machine) -> None:
-    old = make_python(machine.first / "python3", (3, 9, 2))
-    make_failing_shim(machine.first / "python3.12")
-    answer = machine.find()
-    assert answer.returncode == 1
-    assert f"Too old: {old} (3.9.2)." in answer.stderr
-    assert "command not found" not in answer.stderr
-
-
-def test_the_variable_python_comes_first_and_is_not_silently_replaced(machine: Machine) -> None:
-    make_python(machine.first / "python3.12", (3, 12, 1))
-    wanted = make_python(machine.second / "mine", (3, 13, 9))
-    assert machine.found(PYTHON=str(wanted)) == ["ready", "3.13.9"]
-    old = make_python(machine.second / "old", (3, 8, 18))
-    shim = make_failing_shim(machine.second / "shim")
-    for python, words in ((old, "is Python 3.8.18; 3.12 or newer is needed"), (shim, "does not run")):
-        answer = machine.find(PYTHON=str(python))
-        assert answer.returncode == 1 and answer.stdout == ""
-        assert f"PYTHON={python} {words}" in answer.stderr
-        assert "unset it" in answer.stderr
-
-
-# ---------------------------------------------------------------- making and keeping .venv
 
 
 def make_wheel(folder: Path, name: str, version: str, *extras: str) -> Path:
@@ -379,83 +251,3 @@ def test_without_any_pip_the_log_says_what_to_install(tree: Tree) -> None:
     answer = run_bash(borrow, root=tree.root, HOME=str(tree.root), PYENV_ROOT="")
     assert answer.returncode == 1
     assert f"{python} has neither ensurepip nor pip" in answer.stdout and "apt install python3-venv" in answer.stdout
-
-
-# ---------------------------------------------------------------- the package
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this tree, built in a copy, since setuptools leaves its traces beside the sources."""
-    copy = tmp_path_factory.mktemp("build") / "tree"
-    shutil.copytree(ROOT / "megatron", copy / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("tests", "tools", "scripts"):
-        (copy / name).mkdir()
-        (copy / name / "stray.py").touch()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."]
-    built = subprocess.run(build, cwd=copy, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = (copy / "dist").iterdir()
-    return path
-
-
-def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) -> None:
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron").rglob("*.py")}
-    assert "megatron/remoe/__init__.py" in sources
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
-    assert {name for name in names if name.endswith(".py")} == sources
-    assert "megatron/__init__.py" not in names
-    assert all(name.startswith("megatron/remoe/") for name in names)
-
-
-def editable_here() -> bool:
-    origins = [found.read_text("direct_url.json") or "{}" for found in distributions(name="megatron-remoe")]
-    return any(json.loads(origin).get("url") == ROOT.as_uri() for origin in origins)
-
-
-def imported_files(folder: Path, **variables: str) -> list[Path]:
-    """Where megatron.core and megatron.remoe come from in a program that is run in `folder`."""
-    code = "import megatron.core, megatron.remoe; print(megatron.core.__file__, megatron.remoe.__file__, sep='\\n')"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    return [Path(line) for line in answer.stdout.splitlines()[-2:]]
-
-
-def test_the_wheel_imports_beside_megatron_core(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    core, remoe = imported_files(tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert remoe == tmp_path / "site/megatron/remoe/__init__.py"
-    assert core.exists() and not core.is_relative_to(tmp_path)
-
-
-@pytest.mark.skipif(not editable_here(), reason="this tree is not installed in editable mode")
-def test_the_editable_install_imports_beside_megatron_core_from_any_folder(tmp_path: Path) -> None:
-    core, remoe = imported_files(tmp_path)
-    assert remoe == ROOT / "megatron/remoe/__init__.py"
-    assert core.exists() and not core.is_relative_to(ROOT / "megatron")
-
-
-def test_every_direct_dependency_has_its_exact_version() -> None:
-    pinned = {}
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            requirement = Requirement(line)
-            assert [clause.operator for clause in requirement.specifier] == ["=="], line
-            pinned[normalized(requirement.name)] = next(iter(requirement.specifier)).version
-    of_cuda = {name for name in pinned if name.startswith(("nvidia-", "cuda-", "triton"))}
-    assert of_cuda == {"nvidia-cuda-crt"}, "torch pins the others itself"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
-        requirement = Requirement(line)
-        assert requirement.specifier.contains(pinned[normalized(requirement.name)]), line
-
-
-def normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
