@@ -4,7 +4,6 @@ Each PATH is a Megatron-LM checkout or a wheel of megatron-core; neither it nor 
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_between
 from ..common.places import ROOT
+from ..common.running import run_once
 from .candidate import Candidate, candidate, installed
 from .checks import CHECKS, Result
 from .comparison import Comparison
@@ -39,22 +39,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Look at each; returns 1 if anything fails or did not run."""
+    """Exit code: 0; 1 if anything fails, did not run or is wrong; 130 if it was stopped."""
     parser = build_parser()
     options = parser.parse_args()
     if options.write and len(options.checks) < len(CHECKS):
         parser.error("--write needs all checks: leave out --checks.")
-    try:
+    found: list[Found] = []
+
+    def work() -> None:
         with Display() as display, tempfile.TemporaryDirectory(prefix="canary-") as folder:
             copies = Path(folder).resolve()
             others = [candidate(path, copies / str(number)) for number, path in enumerate(options.paths)]
-            found = [look_at(other, options.checks, display) for other in others]
-    except ToolError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if options.write:
-        write_between(PAGE, BEGIN, END, markdown(installed(), found))
-    return int(any(result.state != "passes" for _, results, _ in found for result in results.values()))
+            found.extend(look_at(other, options.checks, display) for other in others)
+        if options.write:
+            write_between(PAGE, BEGIN, END, markdown(installed(), found))
+
+    code = run_once("canary", work)
+    return code or int(any(result.state != "passes" for _, results, _ in found for result in results.values()))
 
 
 def look_at(other: Candidate, checks: list[str], display: Display) -> Found:

@@ -109,13 +109,11 @@ def look(who: Candidate, paths: tuple[str, ...]) -> Look:
 
 def run(who: Candidate, words: list[str], given: str = "") -> Ended:
     """Run Python in this project's folder with a Megatron in front, told to try it whatever its version."""
-    environment = os.environ | {"REMOE_TRY_MEGATRON": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    if who.folder is not None:
-        environment["PYTHONPATH"] = str(who.folder)
+    settings = {"REMOE_TRY_MEGATRON": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(who.folder or "")}
     command = [sys.executable, *words]
     try:
         return subprocess.run(
-            command, input=given, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=TIMEOUT
+            command, input=given, capture_output=True, text=True, cwd=ROOT, env=os.environ | settings, timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"It had not ended after {TIMEOUT} s.")
