@@ -110,8 +110,12 @@ def test_a_checkout_a_wheel_and_neither(tmp_path: Path) -> None:
         file.writestr("megatron_core-0.20.2.dist-info/METADATA", "Name: megatron-core\nVersion: 0.20.2\n")
     assert candidate(wheel, tmp_path / "second").version == "0.20.2"
 
-    with pytest.raises(ToolError, match=f"{tmp_path} is neither a Megatron-LM checkout"):
-        candidate(tmp_path, tmp_path / "third")
+    other = tmp_path / "other-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(other, "w") as file:
+        file.writestr("other-1.0.dist-info/METADATA", "Name: other\nVersion: 1.0\n")
+    for place in (tmp_path, tmp_path / "nowhere", other):
+        with pytest.raises(ToolError, match=f"{place} is neither a Megatron-LM checkout"):
+            candidate(place, tmp_path / "third")
 
 
 def test_what_goes_in_the_place_of_what() -> None:

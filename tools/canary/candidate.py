@@ -49,6 +49,7 @@ def candidate(path: Path, folder: Path) -> Candidate:
     Raises:
         ToolError: it holds no Megatron.
     """
+    changed = ""
     if path.suffix == ".whl" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as wheel:
             wheel.extractall(folder)
@@ -58,12 +59,12 @@ def candidate(path: Path, folder: Path) -> Candidate:
         leave = shutil.ignore_patterns("__pycache__", "Makefile", "remoe")
         shutil.copytree(path / "megatron", folder / "megatron", ignore=leave)
         changed = _describe(path, folder)
-    else:
+    metadata = next(folder.glob("megatron_core-*.dist-info"), None)
+    if metadata is None:
         raise ToolError(
             f"{path} is neither a Megatron-LM checkout, a folder that holds megatron/core, nor a wheel of it."
         )
     _add_helpers(folder)
-    (metadata,) = folder.glob("megatron_core-*.dist-info")
     return Candidate(folder, Distribution.at(metadata).version, changed)
 
 
