@@ -17,9 +17,9 @@ LINE = (
 )
 
 
-def make_log(folder: Path, iteration: int = 0, **options: Any) -> RunLog:
+def make_log(folder: Path, iteration: int = 0, train_iters: int = 100, **options: Any) -> RunLog:
     args = argparse.Namespace(
-        save=str(folder), iteration=iteration, train_iters=100, seq_length=64, log_interval=1, device=object()
+        save=str(folder), iteration=iteration, train_iters=train_iters, seq_length=64, log_interval=1, device=object()
     )
     return RunLog(args, **options)
 
@@ -102,15 +102,16 @@ def test_a_run_that_has_nothing_to_do_leaves_it(tmp_path: Path) -> None:
 
 
 def test_it_is_bounded(tmp_path: Path) -> None:
-    limit, log = 20_000, make_log(tmp_path, limit=20_000)
+    limit, log = 20_000, make_log(tmp_path, train_iters=1001, limit=20_000)
     validation = " validation loss at iteration 7 | lm loss value: 2.5E+00 | "
     tell(log, validation)
-    for iteration in range(1, 1001):
+    for iteration in range(1, 1002):
         tell(log, {"tokens_per_expert": {1: [0.125] * 8}}, LINE.format(iteration))
         assert (tmp_path / "metrics.jsonl").stat().st_size <= limit
-    kept = iterations(tmp_path)
+    *kept, last = iterations(tmp_path)
     (step,) = {after - before for before, after in zip(kept, kept[1:], strict=False)}
     assert len(kept) >= 20 and kept[0] <= step and kept[-1] > 1000 - step, "evenly spread over all of the run"
+    assert last == 1001 and last % step, "the run's last line"
     assert iterations(tmp_path, "validation") == [7]
 
 

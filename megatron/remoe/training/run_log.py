@@ -100,7 +100,8 @@ class RunLog(logging.Handler):
             self._keep(self._is_due)
 
     def _is_due(self, record: dict[str, Any]) -> bool:
-        return record["kind"] not in THINNED or record["iteration"] // self._args.log_interval % self._stride == 0
+        line, last = record["iteration"] // self._args.log_interval, self._args.train_iters // self._args.log_interval
+        return record["kind"] not in THINNED or line % self._stride == 0 or line == last
 
     def _begin(self) -> None:
         """Take out what came after the checkpoint that this training goes on from, and say how it was started."""
