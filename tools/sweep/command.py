@@ -108,12 +108,12 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         "moe-lossfree: sigmoid with loss-free balance; remoe-unbalanced: f_e = 1; docs/baselines.md tells of all",
     )  # fmt: skip
     how = parser.add_argument_group("how to train", "Handed to the launch scripts; their defaults are the paper's.")
-    for name, default, help_text in (
-        ("gpus-per-node", None, "processes on a node (default: 8)"),
-        ("train-iters", None, "iterations of each run (default: 60000)"),
-        ("micro-batch-size", None, "sequences that a process takes at once (default: what each size's script takes)"),
+    for name, help_text in (
+        ("gpus-per-node", "processes on a node (default: 8)"),
+        ("train-iters", "iterations of each run (default: 60000)"),
+        ("micro-batch-size", "sequences that a process takes at once (default: what each size's script takes)"),
     ):
-        how.add_argument(f"--{name}", type=whole_number(1), default=default, metavar="N", help=help_text)
+        how.add_argument(f"--{name}", type=whole_number(1), metavar="N", help=help_text)
     default_output = Path(os.environ.get("OUTPUT_DIR") or ROOT / "runs" / "sweep")
     how.add_argument(
         "--output-dir", type=Path, default=default_output, metavar="FOLDER",
@@ -121,7 +121,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     how.add_argument(
         "--tiny", action="store_true",
-        help=f"on one CPU: the quickstart's model instead of each size's, {ITERATIONS} iterations, and its text where "
+        help=f"on one CPU: the quickstart's model, {ITERATIONS} iterations, one process, and its text where "
         "neither DATA_PATH nor DATA_DIR is set; what stands behind -- wins",
     )  # fmt: skip
     how.add_argument("--slurm", action="store_true", help="submit each run as a job of scripts/slurm/train.sbatch")
