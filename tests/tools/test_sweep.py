@@ -163,6 +163,9 @@ def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> N
     assert errors.startswith("llama_182m_dense_ffn4: no data: set DATA_PATH")
     _, errors = sweep("--output-dir", str(tmp_path), code=2, TP="8")
     assert "TP=8 does not divide the 12 attention heads" in errors
+    one = "--dry-run --figures lr --lrs 1 --routings dense --output-dir".split()
+    _, errors = sweep(*one, str(tmp_path), code=2, UTILIZATION="40%")
+    assert errors.startswith("UTILIZATION '40%': give a number above 0.")
 
 
 def test_what_follows_from_flags_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,16 +232,28 @@ def tell_waiting(console: Console, waiting: Sequence[plan.Run]) -> None:
 
 
 def tell_cost(console: Console, launch: plan.Launch, found: Sequence[Found]) -> None:
-    """Say what the runs that are left cost, as DRY_RUN=1 of the launch scripts does for one."""
+    """Say what the runs that are left cost, as DRY_RUN=1 of the launch scripts does for one.
+
+    Raises:
+        SettingsError: NNODES or UTILIZATION in the environment is no such number.
+    """
     todo = [each for each in found if not each.finished and each.job is None]
     total = sum(flops(each.settings) for each in todo)
-    gpus, kind = launch.gpus_per_node * int(os.environ.get("NNODES") or 1), os.environ.get("GPU") or "h100"
-    utilization = float(os.environ.get("UTILIZATION") or 0.4)
+    gpus, kind = launch.gpus_per_node * _given("NNODES", "1", whole_number(1)), os.environ.get("GPU") or "h100"
+    utilization = _given("UTILIZATION", "0.4", above_zero)
     told = f"# to train: {len(todo)} runs, {total:.3g} FLOPs, the dense stages of ReMoE not counted"
     if kind in ACCELERATORS and not any("--cpu" in each.settings for each in todo):
         hours = ACCELERATORS[kind].hours(total, gpus, utilization)
         told += f"; {hours:,.3g} h on {gpus} x {kind} at {utilization:.0%} of their rate"
     console.print(told, highlight=False, soft_wrap=True, markup=False)
+
+
+def _given[Number: (int, float)](name: str, default: str, convert: Callable[[str], Number]) -> Number:
+    """A number in the environment."""
+    try:
+        return convert(os.environ.get(name) or default)
+    except argparse.ArgumentTypeError as error:
+        raise SettingsError(f"{name} {error}.") from error
 
 
 def _doing(args: argparse.Namespace) -> str:
