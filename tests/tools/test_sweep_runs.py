@@ -10,7 +10,7 @@ from tools.common.tiny_model import BYTES
 from tools.sweep import plan, settings, tiny
 
 FLAGS = (*tiny.flags(3, {}), *BYTES, *"--global-batch-size 4 --eval-iters 1".split())
-# The others are trained by test_sweep.py.
+# The others are trained by test_sweep_training.py.
 KINDS = [kind for kind in plan.PROTOCOLS if kind not in ("moe-warmup", plan.MATCHED, plan.POST_SOFTMAX)]
 RUNS = plan.runs_of_figure(plan.COMPARED, {}, KINDS)
 RUNS += plan.runs_of_figure(plan.COMPARED, {"granularity": (2,)}, [plan.POST_SOFTMAX])

@@ -1,0 +1,150 @@
+"""A tiny sweep for real: it trains, goes on, notices other settings, and ends at a second interrupt."""
+
+import csv
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.tools.sweeping import start, sweep
+from tests.trainings import REPOSITORY, SMALL, finish, records
+from tools.common import training_process
+from tools.sweep import execution, results, settings
+from tools.sweep.progress import SweepDisplay, Work
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ITERATIONS = 30
+FLAGS = [
+    *SMALL,
+    *"--moe-ffn-hidden-size 128 --split 80,20,0 --eval-interval 30 --eval-iters 2 --ckpt-format torch".split(),
+]
+
+
+SLOW_TO_SAVE = """
+source "$1"
+echo started
+run_training "$2" bash -c 'bash -c "trap : TERM; for i in {1..900}; do sleep 0.1; done"; true'
+"""
+
+
+def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "SECONDS_TO_DIE", 60)
+    work = Work("run", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
+    library = str(REPOSITORY / "scripts" / "lib" / "launch.sh")
+    command = ["bash", "-c", SLOW_TO_SAVE, "-", library, str(tmp_path / "log")]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with (tmp_path / "lock").open("w") as lock:
+            process = training_process.start(command, os.environ, lock)
+        assert process.stdout is not None and process.stdout.readline() == "started\n"
+        time.sleep(0.5)
+        timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer.start()
+        start_of_stop = time.monotonic()
+        execution._stop(process, SweepDisplay(Console(quiet=True), [work]), work)
+        assert process.returncode == 143 and time.monotonic() - start_of_stop < 30
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+# ---------------------------------------------------------------- for real
+
+
+def states(folder: Path) -> dict[str, str]:
+    with (folder / "results.csv").open() as file:
+        return {row["run"]: row["state"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -> None:
+    output_dir = tmp_path / "sweep"
+    common = f"--output-dir {output_dir} --gpus-per-node 1 --micro-batch-size 2 --train-iters {ITERATIONS}".split()
+    environment = {"DATA_PATH": str(data)}
+    granularity = [*common, "--figures", "granularity", "--routings", "remoe", "--granularities"]
+    fine = output_dir / "llama_182m_remoe_e8g2"
+
+    # Stopped in the first run, which saves what it has.
+    process = start(*granularity, "2", "1", "--", *FLAGS, **environment)
+    log = fine / "train.log"
+    while process.poll() is None and not (log.exists() and len(records(log.read_text())) > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = finish(process, code=130)
+    assert "saving a checkpoint" in output and "The same command goes on from here" in errors
+    assert states(output_dir) == {"llama_182m_remoe_e8g1": "not started", "llama_182m_remoe_e8g2": "unfinished"}
+    cut = max(records(log.read_text()))
+    assert cut < ITERATIONS
+
+    # The FFN cannot be divided by 3: that run fails, the others do not.
+    output, errors = sweep(*granularity, "3", "2", "1", "--", *FLAGS, code=1, **environment)
+    assert "1/3 llama_182m_remoe_e8g3: failed with exit code" in output
+    assert "--moe-granularity" in output and f"The whole log: {output_dir}/llama_182m_remoe_e8g3/train.log" in output
+    assert f"2/3 llama_182m_remoe_e8g2: goes on from iteration {cut}" in output
+    assert "3/3 llama_182m_remoe_e8g1: validation loss" in output
+    assert "1 of 3 runs did not finish: llama_182m_remoe_e8g3." in errors
+    assert list(records(log.read_text())) == list(range(1, ITERATIONS + 1))
+
+    # Another figure takes over the run that both have.
+    routings = ["--routings", "moe", "remoe", "moe-warmup", "moe-matched"]
+    experts = [*common, "--figures", "experts", *routings, "--experts", "8"]
+    output, _ = sweep(*experts, "--", *FLAGS, **environment)
+    assert "4 runs in" in output and "1 finished; 3 to train" in output
+    assert states(output_dir) == {
+        "llama_182m_moe_e8g1": "finished",
+        "llama_182m_moe_e8g1_matched": "finished",
+        "llama_182m_moe_e8g1_warmup": "finished",
+        "llama_182m_remoe_e8g1": "finished",
+        "llama_182m_remoe_e8g2": "finished",
+        "llama_182m_remoe_e8g3": "unfinished",
+    }
+    check_results(output_dir)
+
+    # All done: nothing is trained again.
+    before = {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")}
+    output, _ = sweep(*experts, "--", *FLAGS, **environment)
+    assert "4 finished; 0 to train" in output
+    output, _ = sweep("--stages", str(output_dir / "llama_182m_remoe_e8g1"))
+    assert re.search(r"^  dense +1-\d+ +\d\.\d\d +0\.\d+ +\d[.\d]*e\+\d+$", output, re.MULTILINE)
+    matched = settings.whole(settings.started_with(output_dir / "llama_182m_moe_e8g1_matched") or {}, "--train-iters")
+    assert re.search(rf"^  top-k MoE, FLOPs matched +{matched} *$", output, re.MULTILINE)
+    assert {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")} == before
+
+    for changed, flags, told in (
+        (["--train-iters", "40"], [], f"--train-iters was {ITERATIONS} and is now 40"),
+        ([], ["--lr", "1e-3"], "--lr was 5e-4 and is now 1e-3"),
+    ):
+        _, errors = sweep(*experts, *changed, "--", *FLAGS, *flags, code=2, **environment)
+        assert f"llama_182m_moe_e8g1: {told}" in errors and "another --output-dir" in errors
+    assert {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")} == before
+
+
+def check_results(folder: Path) -> None:
+    with (folder / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["state"] == "finished"]
+    for row in rows:
+        log = (folder / row["run"] / "train.log").read_text()
+        iterations = int(row["train_iters"])
+        printed = re.findall(rf"loss at iteration {iterations} on validation set \| lm loss value: (\S+)", log)
+        assert float(row["validation_loss"]) == float(printed[-1])
+        # A ReMoE that begins with more than k experts costs what top-k would in more steps.
+        assert (iterations > ITERATIONS) == (row["protocol"] == "matched")
+        assert int(row["tokens"]) == iterations * 4 * 64 and row["processes"] == "1"
+        assert float(row["tokens_per_second"]) > 0
+        if row["routing"] == "remoe":
+            assert float(row["target_sparsity"]) == pytest.approx(1 - 1 / int(row["experts"]))
+            assert float(row["sparsity"]) == float(records(log)[ITERATIONS]["sparsity"])
+        printed = re.findall(r"number of parameters on .*: (\d+)", log)
+        assert row["total_parameters"] == printed[-1]
+    markdown = (folder / "results.md").read_text()
+    loss = float(rows[0]["validation_loss"])
+    assert f"| 182M | MoE | 8 | 1 | {loss:.4f} |" in markdown
+    assert len(results.rows_of(folder, [])) == 6 and (folder / "results.png").read_bytes().startswith(PNG)
