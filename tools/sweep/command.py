@@ -21,6 +21,7 @@ from ..common.files import lock
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
 from ..cost.gpus import ACCELERATORS
+from ..quickstart.corpora import CORPORA, MIXED
 from ..quickstart.models import ITERATIONS, SIZE
 from . import execution, plan, results, slurm, stages, tiny
 from .errors import SettingsError, SweepError
@@ -124,6 +125,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         help=f"on one CPU: the quickstart's model, {ITERATIONS} iterations, one process, and its text where "
         "neither DATA_PATH nor DATA_DIR is set; what stands behind -- wins",
     )  # fmt: skip
+    how.add_argument(
+        "--corpus", choices=CORPORA, default=MIXED, help="of the quickstart, the text of --tiny (default: %(default)s)"
+    )
     how.add_argument("--slurm", action="store_true", help="submit each run as a job of scripts/slurm/train.sbatch")
     how.add_argument(
         "--sbatch-flags", default="", metavar='"FLAGS"', help='for sbatch; write --sbatch-flags="--nodes 2 ..."'
@@ -166,7 +170,9 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
         told = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
         raise SettingsError(f"{told}: no such routing has this setting. Choose others, or leave --routings out.")
     check_flags(args.flags, runs)
-    small, data = (tiny.flags(args.train_iters, os.environ), tiny.environment(os.environ)) if args.tiny else ((), {})
+    small, data = (
+        (tiny.flags(args.train_iters, os.environ), tiny.environment(os.environ, args.corpus)) if args.tiny else ((), {})
+    )
     launch = plan.Launch(
         args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, (*small, *args.flags), data=data
     )

@@ -38,6 +38,7 @@ MATCHED, POST_SOFTMAX = "moe-matched", "moe-post"
 # By the word behind the routing's.
 PROTOCOLS: Mapping[str, Protocol] = {
     "moe-warmup": Protocol("near-dense warm-up", "^", "--moe-warmup-topk {warmup_topk} --moe-warmup-steps 100"),
+    "moe-unbalanced": Protocol("no load balancing", "D", UNBALANCED),
     MATCHED: Protocol("FLOPs matched", "v"),
     POST_SOFTMAX: Protocol("softmax over the k", "P", "--no-moe-router-pre-softmax"),
     "moe-sigmoid": Protocol("sigmoid", "<", "--moe-router-score-function sigmoid"),

@@ -20,7 +20,16 @@ TITLES = {"dense": "dense", "moe": "MoE", "remoe": "ReMoE"}
 COLUMNS = (
     *("run", "size", "routing", "experts", "granularity", "state", "iterations", "train_iters", "tokens"),
     *("protocol", "axis", "value"),
-    *("validation_loss", "perplexity", "sparsity", "target_sparsity", "settled", "total_parameters", "processes"),
+    *(
+        "validation_loss",
+        "perplexity",
+        "test_loss",
+        "sparsity",
+        "target_sparsity",
+        "settled",
+        "total_parameters",
+        "processes",
+    ),
     *("tokens_per_second", "training_seconds"),
 )
 

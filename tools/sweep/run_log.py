@@ -13,6 +13,7 @@ from .settings import Settings, settings_of, whole
 _EVALUATED = re.compile(
     r"validation loss at iteration (\d+) on validation set \| lm loss value: (\S+) \| lm loss PPL: (\S+)"
 )
+_TESTED = re.compile(r"validation loss at iteration (\d+) on test set \| lm loss value: (\S+)")
 _PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d+)")
 WITHIN = 0.01  # of the target: S has settled
 Records = Mapping[int, Mapping[str, str]]
@@ -26,6 +27,7 @@ class Outcome:
     iterations: trained so far, as far as logged; train_iters: how many it was started for.
     tokens: that it was trained on so far.
     validation_loss: nats per token, from the evaluation after the last iteration; perplexity: its exponential.
+    test_loss: the same of the split's third part, where it has one.
     sparsity, target_sparsity: of the last line of the log, for ReMoE; settled: the first logged iteration from which
         S stays within 1 % of its target.
     total_parameters: where one process holds the whole model.
@@ -38,6 +40,7 @@ class Outcome:
     tokens: int | None = None
     validation_loss: float | None = None
     perplexity: float | None = None
+    test_loss: float | None = None
     sparsity: float | None = None
     target_sparsity: float | None = None
     settled: int | None = None
@@ -71,10 +74,11 @@ def read_outcome(folder: Path) -> Outcome | None:
     train_iters = whole(settings, "--train-iters")
     losses = {int(iteration): (float(loss), float(ppl)) for iteration, loss, ppl in _EVALUATED.findall(text)}
     loss, perplexity = losses.get(train_iters, (None, None))
+    tests = {int(iteration): float(loss) for iteration, loss in _TESTED.findall(text)}
     # A resumed run may log an iteration again: the newer line counts.
     records = dict(sorted(read_log(text).items()))
     if not records:
-        return Outcome(0, train_iters, validation_loss=loss, perplexity=perplexity)
+        return Outcome(0, train_iters, validation_loss=loss, perplexity=perplexity, test_loss=tests.get(train_iters))
     last, fields = next(reversed(records.items()))
     batch, target = int(fields["global batch size"]), target_sparsity(settings, fields)
     unlogged = train_iters - last if loss is not None else 0
@@ -84,6 +88,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         tokens=(int(fields["consumed samples"]) + unlogged * batch) * whole(settings, "--seq-length"),
         validation_loss=loss,
         perplexity=perplexity,
+        test_loss=tests.get(train_iters),
         sparsity=_number(fields, "sparsity"),
         target_sparsity=target,
         settled=None if target is None else settled_at(records, target),

@@ -1,15 +1,16 @@
-"""What --tiny makes of a sweep: the quickstart's model and text, on one CPU."""
+"""What --tiny makes of a sweep: the quickstart's model and a text of its, on one CPU."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from ..common.flags import parse
 from ..common.places import ROOT
+from ..quickstart.corpora import FOLDERS
 from ..quickstart.models import SEED, SIZE, common_flags
 from .errors import SettingsError
 
 SET_BY_SWEEP = ("--train-iters", "--micro-batch-size")
 DOMAIN_BY_DOMAIN = ("--multiple-validation-sets", "--full-validation")
-TEXT = ROOT / "runs" / "quickstart" / "data"
 
 
 def flags(iterations: int, given: Mapping[str, str]) -> tuple[str, ...]:
@@ -28,17 +29,26 @@ def flags(iterations: int, given: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(word for flag, values in kept.items() for word in (flag, *values))
 
 
-def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """What leads the launch scripts to the quickstart's training text, by its size; nothing where data are given.
+def environment(given: Mapping[str, str], corpus: str) -> dict[str, str]:
+    """What leads the launch scripts to the text that the quickstart made of a corpus; nothing where data are given.
 
     Raises:
         SettingsError: it is not there.
     """
-    if given.get("DATA_PATH") or given.get("DATA_DIR"):
-        return {}
-    found = sorted(TEXT.glob("train_*_document.bin"))
+    return {} if given.get("DATA_PATH") or given.get("DATA_DIR") else text_in(ROOT / FOLDERS[corpus] / "data", corpus)
+
+
+def text_in(folder: Path, corpus: str) -> dict[str, str]:
+    """The same for a folder of the quickstart's data: its training text, each domain by its size.
+
+    Raises:
+        SettingsError: it is not there.
+    """
+    found = sorted(folder.glob("train_*_document.bin"))
     if not found:
-        raise SettingsError(f"--tiny: there is no text in {TEXT}. Run scripts/quickstart.sh, or set DATA_PATH.")
+        raise SettingsError(
+            f"--tiny: there is no text in {folder}. Run scripts/quickstart.sh --corpus {corpus}, or set DATA_PATH."
+        )
     lines = [f"{path.stat().st_size} {path.with_suffix('')}" for path in found]
-    vocabulary = {"VOCAB_FILE": str(TEXT / "vocab.json"), "MERGE_FILE": str(TEXT / "merges.txt")}
+    vocabulary = {"VOCAB_FILE": str(folder / "vocab.json"), "MERGE_FILE": str(folder / "merges.txt")}
     return {"DATA_PATH": "\n".join(lines)} | vocabulary

@@ -1,0 +1,1 @@
+"""Routings beside each other, over corpora and seeds."""

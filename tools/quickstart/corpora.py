@@ -1,0 +1,13 @@
+"""The corpora by name, and where the quickstart leaves what it makes of them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from . import corpus, technical
+
+MIXED, TECHNICAL = "mixed", "technical"
+CORPORA: Mapping[str, Callable[[], corpus.Sources]] = {
+    MIXED: lambda: corpus.SOURCES,
+    TECHNICAL: technical.sources,
+}
+FOLDERS = {MIXED: Path("runs", "quickstart"), TECHNICAL: Path("runs", "quickstart-technical")}

