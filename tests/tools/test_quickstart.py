@@ -115,8 +115,9 @@ def test_unreachable_domain_is_named_and_the_rest_is_taken(
 
 
 def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
-    first = corpus.build(tmp_path / "corpus", print, {"code": lambda: code, "docs": lambda: topics})
-    again = corpus.build(tmp_path / "corpus", print, {})
+    sources = {"code": lambda: code, "docs": lambda: topics}
+    first = corpus.build(tmp_path / "corpus", print, sources)
+    again = corpus.build(tmp_path / "corpus", print, dict.fromkeys(sources, lambda: pytest.fail("read again")))
     assert again == first | {"reused": True}
     for domain, parts in first["domains"].items():
         for part, figures in parts.items():
@@ -126,6 +127,8 @@ def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], 
             assert sum(len(each["text"].encode()) for each in documents) == figures["bytes"]
             assert {each["domain"] for each in documents} == {domain}
             assert all(each["id"].startswith(f"{domain}/") for each in documents)
+    other = corpus.build(tmp_path / "corpus", print, {"docs": lambda: topics, "reference": lambda: topics})
+    assert list(other["domains"]) == ["docs", "reference"] and not other["reused"]
 
 
 # ---------------------------------------------------------------- figures

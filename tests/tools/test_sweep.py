@@ -152,7 +152,7 @@ def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> N
     assert errors.startswith("UTILIZATION '40%': give a number above 0.")
 
 
-def test_what_follows_from_flags_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_follows_from_flags_for_all(tmp_path: Path) -> None:
     options = ["--dry-run", "--output-dir", str(tmp_path), "--routings", "dense", "--figures"]
     output, _ = sweep(*options, "lr", "--lrs", "0.5", "--", "--lr", "4e-3")
     assert output.splitlines()[1].endswith(" -- --lr 4e-3 --lr 0.002 --min-lr 2.5e-05")
@@ -163,14 +163,15 @@ def test_what_follows_from_flags_for_all(tmp_path: Path, monkeypatch: pytest.Mon
     assert cost.startswith("# to train: 2 runs, ") and " h on " not in cost
     output, _ = sweep(*options[:-1], "--tiny")
     assert "182m_dense" in output and "469m" not in output
-    monkeypatch.setattr(tiny, "TEXT", tmp_path)
-    with pytest.raises(SettingsError, match="--tiny: there is no text in"):
-        tiny.environment({})
+    with pytest.raises(
+        SettingsError, match="no text in .*Run scripts/quickstart.sh --corpus technical, or set"
+    ):
+        tiny.text_in(tmp_path, "technical")
     for domain, size in (("code", 20), ("docs", 10)):
         (tmp_path / f"train_{domain}_text_document.bin").write_bytes(bytes(size))
     prefixes = (f"{tmp_path}/train_{domain}_text_document" for domain in ("code", "docs"))
-    assert tiny.environment({})["DATA_PATH"] == "20 {}\n10 {}".format(*prefixes)
-    assert tiny.environment({"DATA_DIR": "data"}) == {}
+    assert tiny.text_in(tmp_path, "mixed")["DATA_PATH"] == "20 {}\n10 {}".format(*prefixes)
+    assert tiny.environment({"DATA_DIR": "data"}, "mixed") == {}
 
 
 @pytest.mark.parametrize("options", [["--tiny"], ["--", "--hybrid-layer-pattern", "*E*E"]], ids=["tiny", "given"])
