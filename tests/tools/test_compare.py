@@ -58,36 +58,44 @@ class Trainings:
         return Outcome(10, 10, validation_loss=2.0 + sum(self.costs.get(each, 0.0) for each in told))
 
 
+GATE, RATE, AUX = "--moe-router-topk-scaling-factor", "--lr", "--moe-aux-loss-coeff"
+# Everything but the middle is bad, so that no tuning goes past the ends.
+ENDS = {(GATE, "0.5"): 1.0, (GATE, "8"): 1.0, (AUX, "0.0001"): 1.0, (AUX, "0.1"): 1.0}
+ENDS |= {(RATE, "0.002"): 1.0, (RATE, "0.016"): 1.0}
+
+
 def test_tuning_takes_what_is_best_of_each_setting() -> None:
-    gate, rate = ("--moe-router-topk-scaling-factor", "4"), ("--lr", "0.008")
-    train = Trainings(
-        {"moe-sigmoid": -0.1, ("G", 2): -0.05, gate: -0.02, rate: -0.03, ("--moe-aux-loss-coeff", "0.1"): 0.2}
-    )
+    costs = {"moe-sigmoid": -0.1, ("G", 2): -0.05, (GATE, "4"): -0.02, (RATE, "0.008"): -0.03, (AUX, "0.001"): 0.2}
+    train = Trainings(ENDS | costs)
     found = recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN)
-    assert found == Recipe("moe-sigmoid", 2, (*gate, *rate, "--min-lr", "0.0008")) and train.calls == 3
+    assert found == Recipe("moe-sigmoid", 2, (GATE, "4", RATE, "0.008", "--min-lr", "0.0008"))
+    assert train.calls == 1 + 3 + 1, "routings, each setting, what was best of each together"
     assert str(found) == f"top-k, sigmoid, k = G = 2, {' '.join(found.flags)}"
 
-    # Nothing is better than the routing as it is: no further training.
-    train = Trainings({"moe-lossfree": -0.1} | {("--lr", rate): 1.0 for rate in ("0.002", "0.008", "0.016")})
-    train.costs |= {("--moe-router-topk-scaling-factor", factor): 0.1 for factor in "248"}
-    assert recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN) == Recipe("moe-lossfree") and train.calls == 2
+    # Nothing is better than a routing as it is.
+    train = Trainings(ENDS | {"moe-lossfree": -0.1, (GATE, "2"): 0.1, (GATE, "4"): 0.1, (RATE, "0.008"): 0.1})
+    assert recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN) == Recipe("moe-lossfree")
+    assert recipes.tune(recipes.TUNED["tuned-dense"], train, GIVEN) == Recipe("dense")
+    assert recipes.tune(recipes.TUNED["tuned-remoe"], train, GIVEN) == Recipe("remoe")
 
-    # Two that are good alone and bad together.
-    train = Trainings({("--lr", "0.008"): -0.1})
-    assert recipes.tune(recipes.TUNED["tuned-dense"], train, GIVEN).flags == ("--lr", "0.008", "--min-lr", "0.0008")
-    assert recipes.tune(recipes.TUNED["tuned-remoe"], train, GIVEN).kind == "remoe"
+
+def test_tuning_goes_past_the_ends_of_a_setting() -> None:
+    better = {(GATE, value): -0.1 * place for place, value in enumerate(("2", "4", "8", "16", "32", "64"))}
+    train = Trainings(ENDS | better | {(AUX, "1e-05"): -0.1, (AUX, "1e-06"): 1.0, (AUX, "0.0001"): -0.05})
+    found = recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN)
+    assert found.flags == (AUX, "1e-05", GATE, "32"), "two values past the end, and no more"
 
 
 def test_two_settings_that_do_not_go_together() -> None:
     class Opposed(Trainings):
         def outcome(self, run: plan.Run, flags: Sequence[str]) -> Outcome:
-            worse = 5.0 if "--lr" in flags and "--moe-aux-loss-coeff" in flags else 0.0
+            worse = 5.0 if RATE in flags and AUX in flags else 0.0
             loss = super().outcome(run, flags).validation_loss
             assert loss is not None
             return Outcome(10, 10, validation_loss=loss + worse)
 
-    train = Opposed({("--lr", "0.008"): -0.1, ("--moe-aux-loss-coeff", "0.001"): -0.2, "moe": -1.0})
-    assert recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN).flags == ("--moe-aux-loss-coeff", "0.001")
+    costs = {(RATE, "0.008"): -0.1, (AUX, "0.001"): -0.2, "moe": -1.0, (GATE, "2"): 0.1, (GATE, "4"): 0.1}
+    assert recipes.tune(recipes.TUNED["tuned-moe"], Opposed(ENDS | costs), GIVEN).flags == (AUX, "0.001")
 
 
 @pytest.mark.parametrize(

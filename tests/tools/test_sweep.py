@@ -163,9 +163,7 @@ def test_what_follows_from_flags_for_all(tmp_path: Path) -> None:
     assert cost.startswith("# to train: 2 runs, ") and " h on " not in cost
     output, _ = sweep(*options[:-1], "--tiny")
     assert "182m_dense" in output and "469m" not in output
-    with pytest.raises(
-        SettingsError, match="no text in .*Run scripts/quickstart.sh --corpus technical, or set"
-    ):
+    with pytest.raises(SettingsError, match="no text in .*Run scripts/quickstart.sh --corpus technical, or set"):
         tiny.text_in(tmp_path, "technical")
     for domain, size in (("code", 20), ("docs", 10)):
         (tmp_path / f"train_{domain}_text_document.bin").write_bytes(bytes(size))

@@ -17,6 +17,7 @@ TUNED: Mapping[str, tuple[str, ...]] = {
 }
 SETTINGS = ("aux-coeff", "gate", "lr")  # of `AXES`, of those that a routing has
 GRANULARITIES = (1, 2)
+BEYOND = 2  # values of a setting that are tried past the end of the sweep's
 OTHERS = ("moe-sigmoid", "moe-unbalanced", "moe-warmup", "moe-hash", "moe-random", "moe-expertchoice")
 # In the order in which they are trained: what decides first.
 ROWS = (*QUICKSTARTS, "moe-lossfree", "tuned-moe", "tuned-dense", "tuned-remoe", *OTHERS, "remoe-unbalanced")
@@ -56,8 +57,8 @@ Train = Callable[[Sequence[str], Sequence[str]], Found]
 def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
     """The routing, granularity and settings with the lowest validation loss.
 
-    First each routing at each granularity as it is, then the best of them along each setting that it has, then what was
-    best of each setting together.
+    First each routing at each granularity as it is, then the best of them along each setting that it has, beyond the
+    sweep's values where the best is at their end, then what was best of each setting together.
 
     Args:
         kinds: of `sweep.plan.KINDS`.
@@ -69,24 +70,40 @@ def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
         granularities = map(str, GRANULARITIES)
         found |= train(["--figures", "granularity", "--granularities", *granularities, "--routings", *kinds], ())
     first = min(found, key=lambda run: loss_of(found[run])) if found else Run(SIZE, "dense")
-    settings = [name for name in SETTINGS if first.kind in AXES[name].kinds]
     at = Recipe(first.kind, first.granularity or WHOLE)
-    found |= train(["--figures", *settings, *at.options()[2:]], ())
     losses: dict[tuple[str, ...], float] = {}
-    moved: list[str] = []
-    for name in settings:
-        along = {
-            run: loss_of(outcome)
-            for run, outcome in found.items()
-            if replace(run, axis="", value=0.0) == first and run.axis in ("", name)
-        }
-        losses |= {flags_behind(run, first, given): loss for run, loss in along.items()}
-        moved += flags_behind(min(along, key=along.__getitem__), first, given)
-    together = tuple(moved)
+    together: tuple[str, ...] = ()
+    for name in SETTINGS:
+        if first.kind in AXES[name].kinds:
+            along = _along(name, first, at, train)
+            losses |= {flags_behind(run, first, given): loss for run, loss in along.items()}
+            together += flags_behind(min(along, key=along.__getitem__), first, given)
     if together not in losses:
         (outcome,) = train(at.options(), together).values()
         losses[together] = loss_of(outcome)
     return replace(at, flags=min(losses, key=losses.__getitem__))
+
+
+def _along(name: str, first: Run, at: Recipe, train: Train) -> dict[Run, float]:
+    """The losses along a setting, until the best is not at an end, or `BEYOND` more values were tried."""
+    values = AXES[name].values
+    for _ in range(1 + BEYOND):
+        options = ["--figures", name, f"--{name}s", *(f"{value:g}" for value in values), *at.options()[2:]]
+        found = train(options, ())
+        along = {run: loss_of(found[run]) for run in (first.at(name, value) for value in values)}
+        place = min(range(len(values)), key=lambda place: along[first.at(name, values[place])])
+        if place == 0:
+            values = (_plain(values[0] ** 2 / values[1]), *values)
+        elif place == len(values) - 1:
+            values = (*values, _plain(values[-1] ** 2 / values[-2]))
+        else:
+            break
+    return along
+
+
+def _plain(value: float) -> float:
+    """As names and flags tell it."""
+    return float(f"{value:g}")
 
 
 def flags_behind(run: Run, first: Run, given: Settings) -> tuple[str, ...]:
