@@ -45,12 +45,17 @@ class Trainings:
 
     def __init__(self, costs: dict[object, float]) -> None:
         self.costs, self.calls = costs, 0
+        self.found: dict[plan.Run, Outcome] = {}
 
     def __call__(self, options: Sequence[str], flags: Sequence[str]) -> recipes.Found:
         args = parse_arguments(["--tiny", *options, "--", *flags])
         values = {name: given for name in (*plan.VALUES, *plan.AXES) if (given := getattr(args, name)) is not None}
         self.calls += 1
-        return {run: self.outcome(run, flags) for run in plan.plan(args.figures, values, args.routings)}
+        found = {run: self.outcome(run, flags) for run in plan.plan(args.figures, values, args.routings)}
+        if flags:  # in a folder of their own
+            return found
+        self.found |= found
+        return self.found
 
     def outcome(self, run: plan.Run, flags: Sequence[str]) -> Outcome:
         words = [*run.flags(GIVEN), *flags]
@@ -70,13 +75,13 @@ def test_tuning_takes_what_is_best_of_each_setting() -> None:
     found = recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN)
     assert found == Recipe("moe-sigmoid", 2, (GATE, "4", RATE, "0.008", "--min-lr", "0.0008"))
     assert train.calls == 1 + 3 + 1, "routings, each setting, what was best of each together"
+    assert recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN) == found, "all runs are there already"
     assert str(found) == f"top-k, sigmoid, k = G = 2, {' '.join(found.flags)}"
 
     # Nothing is better than a routing as it is.
-    train = Trainings(ENDS | {"moe-lossfree": -0.1, (GATE, "2"): 0.1, (GATE, "4"): 0.1, (RATE, "0.008"): 0.1})
-    assert recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN) == Recipe("moe-lossfree")
-    assert recipes.tune(recipes.TUNED["tuned-dense"], train, GIVEN) == Recipe("dense")
-    assert recipes.tune(recipes.TUNED["tuned-remoe"], train, GIVEN) == Recipe("remoe")
+    costs = ENDS | {"moe-lossfree": -0.1, (GATE, "2"): 0.1, (GATE, "4"): 0.1, (RATE, "0.008"): 0.1}
+    for row, kind in (("tuned-moe", "moe-lossfree"), ("tuned-dense", "dense"), ("tuned-remoe", "remoe")):
+        assert recipes.tune(recipes.TUNED[row], Trainings(costs), GIVEN) == Recipe(kind)
 
 
 def test_tuning_goes_past_the_ends_of_a_setting() -> None:

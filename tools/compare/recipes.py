@@ -62,14 +62,16 @@ def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
 
     Args:
         kinds: of `sweep.plan.KINDS`.
-        train: takes options for scripts/sweep.sh and flags for Megatron behind them; returns the outcomes by run.
+        train: takes options for scripts/sweep.sh and flags for Megatron behind them; returns the
+            outcomes of all runs so far by run.
         given: the flags of all runs, whose learning rate is multiplied.
     """
     found: dict[Run, Outcome] = {}
     if kinds != ("dense",):
         granularities = map(str, GRANULARITIES)
         found |= train(["--figures", "granularity", "--granularities", *granularities, "--routings", *kinds], ())
-    first = min(found, key=lambda run: loss_of(found[run])) if found else Run(SIZE, "dense")
+    plain = [run for run in found if not run.axis]
+    first = min(plain, key=lambda run: loss_of(found[run]), default=Run(SIZE, "dense"))
     at = Recipe(first.kind, first.granularity or WHOLE)
     losses: dict[tuple[str, ...], float] = {}
     together: tuple[str, ...] = ()
