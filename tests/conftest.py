@@ -9,7 +9,7 @@ import torch
 
 from megatron.remoe import cpu
 from megatron.remoe.preflight import console
-from tests.entry import Entry
+from tests.entry import Entry, shared_entry
 from tools.common.data_sets import write_real_text
 
 console.hide_unhelpful_warnings()
@@ -48,9 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prefix
 
 
-@pytest.fixture(scope="module")
-def entry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Entry]:
+@pytest.fixture(scope="session")
+def entry() -> Entry:
     """The training entry, for many short trainings."""
-    entry = Entry(tmp_path_factory.mktemp("entry") / "output")
-    yield entry
-    entry.close()
+    return shared_entry()

@@ -1,39 +1,59 @@
 """The training entry, imported once for many short trainings."""
 
+import atexit
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.trainings import REPOSITORY
+from tools.common.places import ROOT
 
 LIMIT = 30.0  # seconds for one training: longer is a hang
 
 
 class Entry:
-    """A process that holds the entry, and a child of it for each training."""
+    """A process that holds the entry, and for each training children of it, one a rank."""
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
+    def __init__(self) -> None:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        self.numbers = itertools.count()
         self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "entry_server.py")],
+            [sys.executable, str(ROOT / "tests" / "entry_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | single | {"OMP_NUM_THREADS": "1"},
         )
 
-    def run(self, arguments: list[str], environment: dict[str, str], unset: list[str]) -> tuple[int | None, str]:
-        """Exit code, None after the time limit, and all that was printed."""
+    def run(
+        self,
+        arguments: Sequence[str],
+        environment: dict[str, str] | None = None,
+        unset: Sequence[str] = (),
+        processes: int = 1,
+        script: Path | None = None,
+        limit: float = LIMIT,
+    ) -> tuple[int | None, str]:
+        """Run the entry, or a script around it, as torchrun would with so many processes.
+
+        Returns:
+            The exit code, None after the time limit, and all that was printed.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"arguments": arguments, "environment": environment, "unset": unset, "limit": LIMIT}
-        self.process.stdin.write(json.dumps(request | {"output": str(self.output)}) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.strip() == "null" or line.strip().lstrip("-").isdecimal():
-                return json.loads(line), self.output.read_text(errors="replace")
+        number = next(self.numbers)
+        with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+            request = {"number": number, "output": output.name, "script": str(script or ""), "processes": processes}
+            request |= {"arguments": list(arguments), "environment": environment or {}, "unset": list(unset)}
+            self.process.stdin.write(json.dumps(request | {"limit": limit}) + "\n")
+            self.process.stdin.flush()
+            for line in self.process.stdout:
+                if line.startswith(f"answer {number} "):  # and no late one to a test that ran out of time
+                    return json.loads(line.split()[2]), output.read()
         raise AssertionError("the server of the entry has ended")
 
     def close(self) -> None:
@@ -41,3 +61,11 @@ class Entry:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=30)
+
+
+@functools.cache
+def shared_entry() -> Entry:
+    """The one of this process's tests."""
+    entry = Entry()
+    atexit.register(entry.close)
+    return entry

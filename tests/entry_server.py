@@ -1,11 +1,14 @@
-"""Runs the training entry once per request in a forked child, so that Megatron is imported only once.
+"""Runs the training entry once per request in forked children, so that Megatron is imported only once.
 
-A line of JSON on standard input asks: {"arguments", "environment", "unset", "output", "limit"}; what the child prints
-goes to the file "output". A line on standard output answers: its exit code, or null after `limit` seconds.
+A line of JSON on standard input asks: {"number", "arguments", "environment", "unset", "processes", "script", "output",
+"limit"}; what the children print goes to the file "output". A line on standard output answers: "answer", the number,
+and the exit code, or null after `limit` seconds.
 """
 
+import atexit
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -15,52 +18,86 @@ from typing import Any, NoReturn
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch  # noqa: E402
+
 import pretrain_gpt  # noqa: E402
 from megatron.remoe import cpu  # noqa: E402
 
 
-def child(request: dict[str, Any]) -> NoReturn:
+def child(request: dict[str, Any], rank: dict[str, str]) -> NoReturn:
     """End as the entry would, started with these arguments in this environment."""
-    output = os.open(request["output"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+    output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.setpgid(0, 0)
-    os.environ.update(request["environment"])
+    os.environ.update(rank | request["environment"])
     for name in request["unset"]:
         os.environ.pop(name, None)
-    sys.argv = ["pretrain_gpt.py", *request["arguments"]]
+    sys.argv = [request["script"] or "pretrain_gpt.py", *request["arguments"]]
     code = 0
     try:
-        pretrain_gpt.main()
+        if request["script"]:
+            runpy.run_path(request["script"], run_name="__main__")
+        else:
+            pretrain_gpt.main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def exit_code(pid: int, limit: float) -> int | None:
-    """Wait for a child; kill it and its children after `limit` seconds."""
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
+def hold_store(writing: int) -> NoReturn:
+    """Hold the store in which ranks meet, which as with torchrun is none's own, until killed."""
+    os.setpgid(0, 0)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(writing, str(store.port).encode())
+    while True:
+        signal.pause()
+
+
+def answer(request: dict[str, Any]) -> int | None:
+    """Run the ranks to their end, the first that fails or the time limit; return the exit code."""
+    count, holders = request["processes"], []
+    ranks: list[dict[str, str]] = [{}]
+    if count > 1:
+        reading, writing = os.pipe()
+        holders = [os.fork() or hold_store(writing)]  # a thread of this process would be in the way of forks
+        world = {"WORLD_SIZE": str(count), "MASTER_PORT": os.read(reading, 9).decode()}
+        world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        os.close(reading)
+        os.close(writing)
+    running = [os.fork() or child(request, rank) for rank in ranks]
+    deadline, code = time.monotonic() + request["limit"], 0
+    while running and code == 0 and time.monotonic() < deadline:
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.remove(pid)
+                code = code or os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    for pid in (*running, *holders):
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return None if running and code == 0 else code
 
 
 if __name__ == "__main__":
     if cpu.is_wanted([]):
         cpu.install()
-    import megatron.training  # noqa: F401  # children need not
+    # Children need not import what they share.
+    import megatron.core.tokenizers.text
+    import megatron.remoe.preflight.checkpoint_fit
+    import megatron.remoe.training.arguments
+    import megatron.remoe.training.gpt
+    import megatron.remoe.training.hooks
+    import megatron.training  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork() or child(request)
-        print(json.dumps(exit_code(pid, request["limit"])), flush=True)
+        print("answer", request["number"], json.dumps(answer(request)), flush=True)

@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 ranks: routers that share the tokens of one sequence, as in sequence and context parallelism."""
+"""Run on 2 ranks: routers that share the tokens of one sequence, as in sequence and context parallelism."""
 
 import sys
 from importlib.util import find_spec

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tests.entry import shared_entry
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT as REPOSITORY
 from tools.common.tiny_model import BYTES, SIZES, TRAINING
@@ -41,11 +42,21 @@ def start(arguments: list[str], processes: int = 1, **environment: str) -> subpr
     )
 
 
-def run(arguments: list[str], processes: int = 1, expect: int | None = 0, **environment: str) -> str:
-    """Run the entry to its end and return what it printed; assert its exit code unless `expect` is None."""
-    process = start(arguments, processes, **environment)
-    output, _ = process.communicate(timeout=240)
-    assert expect is None or process.returncode == expect, output[-4000:]
+def run(
+    arguments: list[str], processes: int = 1, expect: int | None = 0, anew: bool = False, **environment: str
+) -> str:
+    """Run the entry to its end and return what it printed; assert its exit code unless `expect` is None.
+
+    Args:
+        anew: start it as a user does, as also with an environment, which imports may read; else it is imported already.
+    """
+    if anew or environment:
+        process = start(arguments, processes, **environment)
+        output, _ = process.communicate(timeout=240)
+        code: int | None = process.returncode
+    else:
+        code, output = shared_entry().run(arguments, processes=processes, limit=240)
+    assert expect is None or code == expect, output[-4000:]
     return output
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 ranks: baseline routers that share a sequence route it as one does the whole."""
+"""Run on 2 ranks: baseline routers that share a sequence route it as one does the whole."""
 
 import sys
 from pathlib import Path

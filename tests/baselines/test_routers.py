@@ -1,8 +1,5 @@
 """Baseline routers: each map by brute force, gradients where they belong, layouts, and what is refused."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -16,6 +13,7 @@ from megatron.remoe.baselines.hash import hand_token_ids
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_fused_layers, with_router
 from megatron.remoe.routing.config import ReMoEConfig
+from tests.entry import Entry
 from tests.layers import HIDDEN, expert_weights, make_config
 from tests.trainings import REPOSITORY, TINY, run, series
 from tools.common.tiny_model import TOPK
@@ -147,11 +145,9 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
     assert message in str(error.value)
 
 
-def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(REPOSITORY / "tests" / "baselines" / "split_sequence.py")]
-    output = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert output.stdout.count(" ok") == 2, output.stderr
+def test_parts_of_a_sequence_are_routed_as_the_whole(entry: Entry) -> None:
+    code, output = entry.run([], processes=2, script=REPOSITORY / "tests" / "baselines" / "split_sequence.py")
+    assert code == 0 and output.count(" ok") == 2, output[-3000:]
 
 
 @pytest.mark.timeout(300)

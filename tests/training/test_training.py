@@ -1,7 +1,5 @@
 """Real trainings: all kinds of models, every layout, recomputation, saving and resuming."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 
 from megatron.remoe.training.run_log import read_run_log
+from tests.entry import Entry
 from tests.trainings import REPOSITORY, TINY, records, run, series, weights
 from tools.common.tiny_model import RELU, TOPK
 
@@ -39,7 +38,7 @@ def initial(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(data: Path, initial: Path) -> str:
-    return train(data, *RELU, *FLIPS, "--load", str(initial), "--finetune")
+    return train(data, *RELU, *FLIPS, "--load", str(initial), "--finetune", anew=True)
 
 
 def without_flips(found: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:
@@ -257,10 +256,7 @@ def test_tensorboard_and_wandb_get_the_same_figures(data: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["context", "sequence"])
-def test_tokens_of_one_sequence_on_two_ranks(kind: str) -> None:
+def test_tokens_of_one_sequence_on_two_ranks(kind: str, entry: Entry) -> None:
     """L1, its gradient, S and λ over a context or tensor parallel group equal those of the whole sequence."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(REPOSITORY / "tests" / "split_sequence.py")
-    result = subprocess.run([*launcher, script, kind], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "rank 0 ok" in result.stdout and "rank 1 ok" in result.stdout
+    code, output = entry.run([kind], processes=2, script=REPOSITORY / "tests" / "split_sequence.py")
+    assert code == 0 and "rank 0 ok" in output and "rank 1 ok" in output, output[-3000:]
