@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.entry import Entry
 from tools.parity.command import as_hybrid
 from tools.parity.layouts import LAYOUTS, Layout
-from tools.parity.measure import Training, TrainingFailed, compare, train
+from tools.parity.measure import RECORD, TIMEOUT, Training, TrainingFailed, compare, train
 
 SINGLE = Layout(1, [])
 CORE = [
@@ -25,8 +26,15 @@ CORE_TOPK = [("plain", "TP2 x EP2, expert TP 2")]
 class References:
     """One process's training of each variant, from a checkpoint that its layouts start from too."""
 
-    def __init__(self, data: Path, folder: Path) -> None:
-        self.data, self.folder = data, folder
+    def __init__(self, entry: Entry, data: Path, folder: Path) -> None:
+        self.entry, self.data, self.folder = entry, data, folder
+
+    def launch(self, arguments: list[str], processes: int, folder: Path, log: Path) -> int:
+        """As `by_torchrun`, with Megatron imported already."""
+        record = {"PARITY_RECORD": str(folder)}
+        code, output = self.entry.run(arguments, record, processes=processes, script=RECORD, limit=TIMEOUT)
+        log.write_text(output)
+        return -1 if code is None else code
 
     def train(
         self, variant: str, layout: str | None, steps: int = 8, routing: str = "ReMoE", model: str = "gpt"
@@ -35,15 +43,16 @@ class References:
         folder = self.folder / routing / variant
         initial, place = folder / "initial", folder / f"{model} {layout or 'one'}"
         begin = ["--train-iters", "1", "--save", str(initial / "checkpoint"), "--save-interval", "1"]
-        train(initial, self.data, SINGLE, routing, variant, *begin)
+        train(initial, self.data, SINGLE, routing, variant, *begin, launch=self.launch)
         start = as_hybrid(initial / "checkpoint") if model == "hybrid" else initial / "checkpoint"
         more = ["--train-iters", str(steps), "--load", str(start), "--finetune"]
-        return train(place, self.data, LAYOUTS[layout] if layout else SINGLE, routing, variant, *more, model=model)
+        split = LAYOUTS[layout] if layout else SINGLE
+        return train(place, self.data, split, routing, variant, *more, model=model, launch=self.launch)
 
 
 @pytest.fixture(scope="module")
-def references(data: Path, tmp_path_factory: pytest.TempPathFactory) -> References:
-    return References(data, tmp_path_factory.mktemp("parity"))
+def references(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(entry, data, tmp_path_factory.mktemp("parity"))
 
 
 @pytest.mark.parametrize(("variant", "layout"), CORE)
@@ -72,7 +81,7 @@ def test_same_training_with_topk(variant: str, layout: str, references: Referenc
 
 
 def test_a_difference_is_seen(references: References) -> None:
-    """The measure itself: another λ₀ must show in loss, sparsity and λ, a shorter training is refused."""
+    """The measure itself, by torchrun: another λ₀ must show in loss, sparsity and λ, a shorter training is refused."""
     right = references.train("plain", None)
     other = train(
         references.folder / "other", references.data, SINGLE, "ReMoE", "plain", "--train-iters", "8",

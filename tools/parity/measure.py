@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..common.log_reader import read_log
 from .layouts import MODEL, MODELS, ROUTINGS, Layout
 
 TIMEOUT = 300  # seconds for one training
+RECORD = Path(__file__).with_name("record.py")
 
 
 class TrainingFailed(Exception):
@@ -58,8 +60,39 @@ class Difference:
     exponents_equal: bool | None
 
 
+def by_torchrun(arguments: list[str], processes: int, folder: Path, log: Path) -> int:
+    """Train with these arguments and write down what parity is measured by.
+
+    Args:
+        folder: where each rank writes its record.
+        log: what is printed.
+
+    Returns:
+        The exit code, or -1 after `TIMEOUT`.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with log.open("w") as output:
+        try:
+            return subprocess.run(
+                [sys.executable, *launcher, str(RECORD), *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PARITY_RECORD": str(folder)},
+                timeout=TIMEOUT,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return -1
+
+
 def train(
-    folder: Path, data: Path, layout: Layout, routing: str, variant: str, *flags: str, model: str = "gpt"
+    folder: Path,
+    data: Path,
+    layout: Layout,
+    routing: str,
+    variant: str,
+    *flags: str,
+    model: str = "gpt",
+    launch: Callable[[list[str], int, Path, Path], int] = by_torchrun,
 ) -> Training:
     """Run a training of a model class, or read it where `folder` holds a finished one.
 
@@ -69,21 +102,9 @@ def train(
     log, done = folder / "log", folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.processes)]
-        entry = str(Path(__file__).with_name("record.py"))
         split = [*MODELS[model](layout, variant), *layout.flags]
         settings = [*MODEL, *ROUTINGS[routing], *split, "--data-path", str(data), *flags]
-        with log.open("w") as output:
-            try:
-                code = subprocess.run(
-                    [sys.executable, *launcher, entry, *settings],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | {"OMP_NUM_THREADS": "1", "PARITY_RECORD": str(folder)},
-                    timeout=TIMEOUT,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = -1
+        code = launch(settings, layout.processes, folder, log)
         if code:
             raise TrainingFailed(
                 f"exit code {code}; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-8:])
