@@ -31,7 +31,8 @@ if ! "$VENV/bin/python" -c 'import lm_eval, sqlitedict' 2>/dev/null; then
 fi
 
 status=0
-"$VENV/bin/python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@" || status=$?
+order=(--dist loadfile --no-loadscope-reorder) # tests/conftest.py has long files first
+"$VENV/bin/python" -m pytest --numprocesses "${TEST_PROCESSES:-2}" "${order[@]}" "$@" || status=$?
 if [[ -n $failed ]]; then
   echo "Failed before pytest:$failed" >&2
   exit 1

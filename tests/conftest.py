@@ -19,6 +19,15 @@ if cpu.is_wanted([]):
     cpu.install()
 
 
+# Minutes each, in a process of their own: begun first, none of them is left when the other processes are done.
+LONG = ("test_rehearse", "test_sweep_training", "test_quickstart", "test_training", "test_parity", "test_conversion")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, which pytest-xdist keeps to with --no-loadscope-reorder."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session")
 def process_groups() -> Iterator[None]:
     """Megatron's process groups for a world of one process."""

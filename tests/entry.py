@@ -36,7 +36,7 @@ class Entry:
         environment: dict[str, str] | None = None,
         unset: Sequence[str] = (),
         processes: int = 1,
-        script: Path | None = None,
+        script: Path = ROOT / "pretrain_gpt.py",
         limit: float = LIMIT,
     ) -> tuple[int | None, str]:
         """Run the entry, or a script around it, as torchrun would with so many processes.
@@ -47,7 +47,7 @@ class Entry:
         assert self.process.stdin is not None and self.process.stdout is not None
         number = next(self.numbers)
         with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-            request = {"number": number, "output": output.name, "script": str(script or ""), "processes": processes}
+            request = {"number": number, "output": output.name, "script": str(script), "processes": processes}
             request |= {"arguments": list(arguments), "environment": environment or {}, "unset": list(unset)}
             self.process.stdin.write(json.dumps(request | {"limit": limit}) + "\n")
             self.process.stdin.flush()
@@ -56,16 +56,10 @@ class Entry:
                     return json.loads(line.split()[2]), output.read()
         raise AssertionError("the server of the entry has ended")
 
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
 
 @functools.cache
 def shared_entry() -> Entry:
     """The one of this process's tests."""
     entry = Entry()
-    atexit.register(entry.close)
+    atexit.register(entry.process.kill)  # its standard input may be open in forks of this process
     return entry

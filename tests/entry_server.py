@@ -1,4 +1,4 @@
-"""Runs the training entry once per request in forked children, so that Megatron is imported only once.
+"""Runs the training entry, or a script around it, once per request in forked children: Megatron is imported once.
 
 A line of JSON on standard input asks: {"number", "arguments", "environment", "unset", "processes", "script", "output",
 "limit"}; what the children print goes to the file "output". A line on standard output answers: "answer", the number,
@@ -20,7 +20,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
 
-import pretrain_gpt  # noqa: E402
 from megatron.remoe import cpu  # noqa: E402
 
 
@@ -33,13 +32,10 @@ def child(request: dict[str, Any], rank: dict[str, str]) -> NoReturn:
     os.environ.update(rank | request["environment"])
     for name in request["unset"]:
         os.environ.pop(name, None)
-    sys.argv = [request["script"] or "pretrain_gpt.py", *request["arguments"]]
+    sys.argv = [request["script"], *request["arguments"]]
     code = 0
     try:
-        if request["script"]:
-            runpy.run_path(request["script"], run_name="__main__")
-        else:
-            pretrain_gpt.main()
+        runpy.run_path(request["script"], run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:

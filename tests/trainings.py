@@ -12,6 +12,7 @@ from tools.common.log_reader import read_log
 from tools.common.places import ROOT as REPOSITORY
 from tools.common.tiny_model import BYTES, SIZES, TRAINING
 
+ENTRY = REPOSITORY / "pretrain_gpt.py"
 TINY = [
     *TRAINING,
     *"--micro-batch-size 2 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 8 --log-interval 1".split(),
@@ -28,13 +29,13 @@ SMALL = [
 VOLATILE = ("elapsed time per iteration (ms)", "allocated", "max allocated", "reserved", "max reserved")
 
 
-def start(arguments: list[str], processes: int = 1, **environment: str) -> subprocess.Popen[str]:
-    """Start the entry, under torchrun for more than one process."""
+def start(arguments: list[str], processes: int = 1, script: Path = ENTRY, **environment: str) -> subprocess.Popen[str]:
+    """Start the entry, or a script around it, under torchrun for more than one process."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [*launcher, str(REPOSITORY / "pretrain_gpt.py"), *arguments],
+        [*launcher, str(script), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -43,19 +44,26 @@ def start(arguments: list[str], processes: int = 1, **environment: str) -> subpr
 
 
 def run(
-    arguments: list[str], processes: int = 1, expect: int | None = 0, anew: bool = False, **environment: str
+    arguments: list[str],
+    processes: int = 1,
+    expect: int | None = 0,
+    anew: bool = False,
+    script: Path = ENTRY,
+    **environment: str,
 ) -> str:
-    """Run the entry to its end and return what it printed; assert its exit code unless `expect` is None.
+    """Run the entry, or a script around it, to its end and return what it printed.
 
     Args:
-        anew: start it as a user does, as also with an environment, which imports may read; else it is imported already.
+        expect: the exit code, which is asserted unless this is None.
+        anew: start it as a user does. Else Megatron is imported already, except where imports may read `environment`,
+            and on a GPU, which a fork cannot use.
     """
-    if anew or environment:
-        process = start(arguments, processes, **environment)
+    if anew or environment or torch.cuda.is_available():
+        process = start(arguments, processes, script, **environment)
         output, _ = process.communicate(timeout=240)
         code: int | None = process.returncode
     else:
-        code, output = shared_entry().run(arguments, processes=processes, limit=240)
+        code, output = shared_entry().run(arguments, processes=processes, script=script, limit=240)
     assert expect is None or code == expect, output[-4000:]
     return output
 

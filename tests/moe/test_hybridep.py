@@ -77,11 +77,11 @@ def test_training_is_that_of_alltoall(data: Path) -> None:
     """On two ranks with half the experts each, in chunks at first."""
     folders = os.pathsep.join([str(Path(deep_ep.__file__).parent), os.environ.get("PYTHONPATH", "")])
 
-    def losses(*arguments: str) -> list[list[float]]:
+    def losses(*arguments: str, **environment: str) -> list[list[float]]:
         more = ["--data-path", str(data), *RELU, "--expert-model-parallel-size", "2", "--train-iters", "3", *arguments]
-        output = run([*TINY, *more], 2, PYTHONPATH=folders)
+        output = run([*TINY, *more], 2, **environment)
         return [series(output, name) for name in ("lm loss", "sparsity", "l1 loss", "l1 coefficient", "grad norm")]
 
     hybridep = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep --moe-router-dtype fp32".split()
-    for found, right in zip(losses(*hybridep), losses(), strict=True):
+    for found, right in zip(losses(*hybridep, PYTHONPATH=folders), losses(), strict=True):
         assert found == pytest.approx(right, rel=1e-4)

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.entry import Entry
 from tools.parity.command import as_hybrid
 from tools.parity.layouts import LAYOUTS, Layout
-from tools.parity.measure import RECORD, TIMEOUT, Training, TrainingFailed, compare, train
+from tools.parity.measure import RECORD, TIMEOUT, Training, TrainingFailed, by_torchrun, compare, train
 
 SINGLE = Layout(1, [])
 CORE = [
@@ -30,7 +31,9 @@ class References:
         self.entry, self.data, self.folder = entry, data, folder
 
     def launch(self, arguments: list[str], processes: int, folder: Path, log: Path) -> int:
-        """As `by_torchrun`, with Megatron imported already."""
+        """As `by_torchrun`, with Megatron imported already, except on a GPU, which a fork cannot use."""
+        if torch.cuda.is_available():
+            return by_torchrun(arguments, processes, folder, log)
         record = {"PARITY_RECORD": str(folder)}
         code, output = self.entry.run(arguments, record, processes=processes, script=RECORD, limit=TIMEOUT)
         log.write_text(output)
