@@ -7,10 +7,10 @@ import io
 import logging
 import os
 import queue
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,14 +34,15 @@ from megatron.training import training
 from megatron.training.arguments import parse_args
 from megatron.training.utils import common_utils
 from tests.layers import make_topk_config
-from tests.trainings import TINY
+from tests.trainings import TINY, run
 from tools.common.tiny_model import TOPK
 
 
-def in_another_process(lines: str) -> subprocess.CompletedProcess[str]:
-    """Run lines of Python in a process in which nothing of Megatron is changed but for the CPU."""
-    start = "from megatron.remoe import cpu\ncpu.install()\n"
-    return subprocess.run([sys.executable, "-c", start + lines], capture_output=True, text=True, timeout=120)
+def in_another_process(lines: str, folder: Path, expect: int | None = 0) -> str:
+    """What lines of Python print in a process in which nothing of Megatron is changed but for the CPU."""
+    script = folder / "lines.py"
+    script.write_text("from megatron.remoe import cpu\ncpu.install()\n" + lines)
+    return run([], expect=expect, script=script)
 
 
 class RunsCode:
@@ -101,13 +102,13 @@ def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch, recwarn:
     assert applied == [patch.changes for patch in patches.PATCHES] and not recwarn
 
 
-def test_megatron_still_compiles_its_helpers() -> None:
+def test_megatron_still_compiles_its_helpers(tmp_path: Path) -> None:
     """It ends the process where there is no Makefile."""
-    result = in_another_process("from megatron.core.datasets import utils\nutils.compile_helpers()\nprint('goes on')")
-    assert "goes on" not in result.stdout and result.returncode
+    lines = "from megatron.core.datasets import utils\nutils.compile_helpers()\nprint('goes on')"
+    assert "goes on" not in in_another_process(lines, tmp_path, expect=1)
     lines = "from megatron.core.datasets import utils\nfrom megatron.remoe import patches\n"
-    result = in_another_process(lines + "patches.use_shipped_helpers()\nutils.compile_helpers()\nprint('goes on')")
-    assert "goes on" in result.stdout and result.returncode == 0, result.stderr
+    lines += "patches.use_shipped_helpers()\nutils.compile_helpers()\nprint('goes on')"
+    assert "goes on" in in_another_process(lines, tmp_path)
 
 
 def test_megatron_still_reads_steps_that_adam_has_not() -> None:
@@ -297,10 +298,10 @@ def test_megatron_still_keeps_the_softmax_in_fp32(process_groups: None) -> None:
     assert softmax.dtype == torch.float32 and softmax.shape == logits.shape
 
 
-def test_megatron_still_has_no_rope_kernel_of_its_own() -> None:
+def test_megatron_still_has_no_rope_kernel_of_its_own(tmp_path: Path) -> None:
     lines = "from megatron.core.models.common.embeddings import rope_utils\nimport importlib.util\n"
     lines += "print(rope_utils.fused_apply_rotary_pos_emb, importlib.util.find_spec('transformer_engine'))"
-    assert in_another_process(lines).stdout.split()[-2:] in (["None", "None"],)
+    assert in_another_process(lines, tmp_path).split()[-2:] == ["None", "None"]
 
 
 def test_megatron_still_counts_all_steps_with_the_last_k(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +382,7 @@ def test_megatron_still_loses_why_writing_failed(tmp_path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_the_queue_of_written_shards_does_not_outlive_sigterm_by_itself(patched: bool) -> None:
+def test_the_queue_of_written_shards_does_not_outlive_sigterm_by_itself(patched: bool, tmp_path: Path) -> None:
     """Slurm sends it to all processes of a step; without the patch the save that follows has no queue."""
     lines = f"""
 import os, signal, time
@@ -396,5 +397,4 @@ time.sleep(0.5)
 shards.put(1)
 print("kept", shards.get())
 """
-    result = in_another_process(lines)
-    assert ("kept 1" in result.stdout) is patched, result.stderr
+    assert ("kept 1" in in_another_process(lines, tmp_path, expect=int(not patched))) is patched

@@ -1,7 +1,5 @@
 """HybridModel, where attention and MLP are layers of their own: GPTModel's training, and from one to the other."""
 
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from megatron.remoe.moe.specs import with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
-from tests.trainings import REPOSITORY, TINY, records
+from tests.trainings import REPOSITORY, TINY, records, run
 from tools.common.display import Display
 from tools.common.errors import ConversionError
 from tools.common.hf.source import model_of, open_run
@@ -58,10 +56,10 @@ class Trainings:
 
     def converted(self, name: str, model: str) -> str:
         """The checkpoint of step `SAVED` for the other class."""
-        command = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint"), "--model", model]
         places = ["--load", str(self.folder / name), "--save", str(self.folder / f"{name}-as-{model}")]
-        done = subprocess.run([*command, *places, "--ckpt-step", str(SAVED)], capture_output=True, text=True)
-        assert done.returncode == 0 and "the training goes on with --load" in done.stdout, done.stderr
+        flags = ["--model", model, *places, "--ckpt-step", str(SAVED)]
+        output = run(flags, script=REPOSITORY / "tools" / "convert_checkpoint")
+        assert "the training goes on with --load" in output
         return f"{name}-as-{model}"
 
 
