@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..common.flags import Settings
-from ..sweep.plan import AXES, PROTOCOLS, SIZE, WHOLE, Run
+from ..sweep.plan import AXES, FEW_EXPERTS, PROTOCOLS, SIZE, WHOLE, Run
 from ..sweep.run_log import Outcome
 
 REFERENCE = "remoe"
@@ -31,6 +31,13 @@ class Recipe:
     kind: str
     granularity: int = WHOLE
     flags: tuple[str, ...] = ()
+
+    def run(self) -> Run:
+        """As the sweep names it."""
+        routing, _, protocol = self.kind.partition("-")
+        if routing == "dense":
+            return Run(SIZE, routing)
+        return Run(SIZE, routing, FEW_EXPERTS, self.granularity, protocol=protocol)
 
     def options(self) -> list[str]:
         """For scripts/sweep.sh: one run."""
@@ -81,8 +88,7 @@ def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
             losses |= {flags_behind(run, first, given): loss for run, loss in along.items()}
             together += flags_behind(min(along, key=along.__getitem__), first, given)
     if together not in losses:
-        (outcome,) = train(at.options(), together).values()
-        losses[together] = loss_of(outcome)
+        losses[together] = loss_of(train(at.options(), together)[at.run()])
     return replace(at, flags=min(losses, key=losses.__getitem__))
 
 

@@ -1,0 +1,168 @@
+"""The trainings of a comparison: sweeps of a few runs as processes, and what they came to so far."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from ..common.display import Display
+from ..common.errors import ToolError
+from ..common.flags import parse
+from ..common.places import ROOT
+from ..common.units import duration
+from ..quickstart import corpora, corpus, dataset
+from ..sweep import results, tiny
+from ..sweep.plan import Run
+from ..sweep.run_log import Outcome, log_of
+from .recipes import ROWS, TUNED, Recipe, title, tune
+from .table import markdown
+
+SPLIT = "95,2.5,2.5"
+EVALUATED = 64  # batches of each part
+TUNING_SEED = 1233
+
+
+class Sweeps:
+    """Starts sweeps of a few runs as processes, and ends them when told to stop."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+
+    def train(
+        self, folder: Path, text: Path, iterations: int, seed: int, options: Iterable[str], flags: Iterable[str]
+    ) -> dict[Run, Outcome]:
+        """What the runs of one call came to.
+
+        Args:
+            folder: for the runs.
+            text: the quickstart's data.
+            iterations: of each.
+            seed: of each.
+            options: for scripts/sweep.sh.
+            flags: for Megatron behind them.
+
+        Raises:
+            ToolError: one did not finish.
+        """
+        behind = ["--split", SPLIT, "--eval-iters", str(EVALUATED), "--seed", str(seed), *flags]
+        command = ["bash", str(ROOT / "scripts" / "sweep.sh"), "--tiny", "--train-iters", str(iterations)]
+        command += ["--output-dir", str(folder), *options, "--", *behind]
+        settings = (
+            os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | tiny.text_in(text, text.parent.name)
+        )
+        if self._stopped:
+            raise KeyboardInterrupt
+        # Ctrl-C reaches it through `stop` alone: a second one would end it without a checkpoint.
+        process = subprocess.Popen(
+            command,
+            env=settings,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._running.add(process)
+        if self._stopped:
+            process.send_signal(signal.SIGTERM)
+        errors = process.communicate()[1]
+        self._running.discard(process)
+        if process.returncode and not self._stopped:
+            raise ToolError(f"{errors.strip()}\nThe logs: {log_of(folder / '*')}")
+        rows = results.rows_of(folder, [])
+        return {row.run: row.outcome for row in rows if row.outcome is not None and row.outcome.finished}
+
+    def stop(self) -> None:
+        """End all, after a last checkpoint each."""
+        self._stopped = True
+        for process in list(self._running):
+            process.send_signal(signal.SIGTERM)
+
+
+def make_text(folder: Path, name: str, display: Display) -> Path:
+    """A corpus as the quickstart's data; reused where it is there."""
+    text = corpus.build(folder / "corpus", display.say, corpora.CORPORA[name]())
+    dataset.build(folder / "data", folder / "corpus", text, threads=1)
+    return folder / "data"
+
+
+class Comparison:
+    """Trainings of all corpora, in a pool of processes, and what they came to so far."""
+
+    def __init__(self, args: argparse.Namespace, output: Path, display: Display) -> None:
+        self._args, self._output, self._display = args, output, display
+        self._sweeps = Sweeps()
+        self._texts = {name: make_text(output / name, name, display) for name in args.corpora}
+        self.recipes: dict[str, dict[str, Recipe]] = {name: {} for name in args.corpora}
+        self.losses: dict[str, dict[str, dict[int, float]]] = {name: {} for name in args.corpora}
+
+    def run(self) -> None:
+        """Tune, then train, each with all processes; what is under way is saved when this is interrupted.
+
+        Raises:
+            ToolError: a training failed.
+        """
+        args = self._args
+        with ThreadPoolExecutor(args.processes) as threads:
+            try:
+                choices = {
+                    threads.submit(self._tuned, name, row): (name, row)
+                    for row in args.rows
+                    if row in TUNED
+                    for name in args.corpora
+                }
+                for choice in self._followed("tuning", choices):
+                    name, row = choices[choice]
+                    self.recipes[name][row] = choice.result()
+                    self._display.say(f"{name}: {title(row)} is {self.recipes[name][row]}")
+                jobs = {
+                    threads.submit(self._trained, name, row, seed): (name, row, seed)
+                    for row in args.rows
+                    for seed in args.seeds
+                    for name in args.corpora
+                }
+                began = time.monotonic()
+                for number, job in enumerate(self._followed("training", jobs), start=1):
+                    name, row, seed = jobs[job]
+                    loss = self.losses[name].setdefault(row, {})[seed] = job.result()
+                    left = duration((time.monotonic() - began) / number * (len(jobs) - number))
+                    told = f"{loss:.4f} ({number}/{len(jobs)}, {left} left)"
+                    self._display.say(f"{name}: {title(row)}, seed {seed}: {told}")
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                self._sweeps.stop()
+                raise
+
+    def table_of(self, name: str) -> str:
+        """Of a corpus, the rows in their order."""
+        return markdown({row: of for row in ROWS if (of := self.losses[name].get(row))}, self.recipes[name])
+
+    def _tuned(self, name: str, row: str) -> Recipe:
+        def train(options: Sequence[str], flags: Sequence[str]) -> dict[Run, Outcome]:
+            folder = self._output / name / row / ("together" if flags else "tuning")
+            return self._sweeps.train(folder, self._texts[name], self._args.tuning_iters, TUNING_SEED, options, flags)
+
+        return tune(TUNED[row], train, parse(tiny.flags(self._args.tuning_iters, os.environ)))
+
+    def _trained(self, name: str, row: str, seed: int) -> float:
+        recipe, folder = self.recipes[name].get(row, Recipe(row)), self._output / name / row / f"seed-{seed}"
+        options, flags = recipe.options(), recipe.flags
+        found = self._sweeps.train(folder, self._texts[name], self._args.train_iters, seed, options, flags)
+        loss = found[recipe.run()].test_loss
+        if loss is None:
+            raise ToolError(f"{log_of(folder / recipe.run().name)}: has no loss on the test set.")
+        return loss
+
+    def _followed[Result](self, what: str, jobs: Iterable[Future[Result]]) -> Iterable[Future[Result]]:
+        """The jobs as they finish, with a bar."""
+        waiting = list(jobs)
+        with self._display.step(what, len(waiting)):
+            for job in as_completed(waiting):
+                self._display.advance(1)
+                yield job
