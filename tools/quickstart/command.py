@@ -127,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
             text = corpus.build(
                 output / "corpus",
                 lambda line: console.print(f"  {line}", highlight=False, markup=False),
+                args.corpus,
                 corpora.CORPORA[args.corpus](),
             )
             result.append(describe_corpus(text) + " (reused)" * text["reused"])

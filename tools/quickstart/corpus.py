@@ -221,21 +221,22 @@ def _id_hash(document_id: str) -> bytes:
     return hashlib.sha256(document_id.encode()).digest()
 
 
-def inputs(sources: Sources) -> str:
-    """Fingerprint of what the corpus is made from."""
+def inputs(name: str) -> str:
+    """Fingerprint of what the corpus of this name is made from."""
     versions = {
         name: importlib.metadata.version(name) for name in DOCUMENTED_PACKAGES if importlib.util.find_spec(name)
     }
     code = [Path(__file__), Path(__file__).with_name("technical.py")]
-    return stages.fingerprint(sys.version, versions, list(sources), stages.fingerprint_of_files(code))
+    return stages.fingerprint(name, sys.version, versions, stages.fingerprint_of_files(code))
 
 
-def build(folder: Path, say: Callable[[str], None], sources: Sources) -> Any:
+def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources) -> Any:
     """Write {folder}/{train,heldout}/{domain}.jsonl and a manifest; reuse them if they are there.
 
     Args:
         folder: for the corpus; replaced when whole.
         say: shows a line of text.
+        name: of the corpus.
         sources: domain → its documents.
 
     Returns:
@@ -245,11 +246,11 @@ def build(folder: Path, say: Callable[[str], None], sources: Sources) -> Any:
     Raises:
         stages.QuickstartError: fewer than two domains are to be had.
     """
-    stamp = stages.read_stamp(folder / "manifest.json", inputs(sources))
+    stamp = stages.read_stamp(folder / "manifest.json", inputs(name))
     if stamp is not None:
         return stamp | {"reused": True}
     aside = stages.fresh_folder(folder.with_name(folder.name + ".new"))
-    manifest: dict[str, Any] = {"inputs": inputs(sources), "domains": {}, "missing": {}, "reused": False}
+    manifest: dict[str, Any] = {"inputs": inputs(name), "domains": {}, "missing": {}, "reused": False}
     for domain, source in sources.items():
         try:
             parts = split(source())
@@ -258,8 +259,8 @@ def build(folder: Path, say: Callable[[str], None], sources: Sources) -> Any:
             say(f"No {domain}: {error}")
             continue
         manifest["domains"][domain] = {
-            name: _write(aside / name / f"{domain}.jsonl", documents)
-            for name, documents in zip(("train", "heldout"), parts, strict=True)
+            part: _write(aside / part / f"{domain}.jsonl", documents)
+            for part, documents in zip(("train", "heldout"), parts, strict=True)
         }
     if len(manifest["domains"]) < 2:
         raise stages.QuickstartError(

@@ -146,7 +146,7 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
     console.print(table(summary, spread))
     if spread is not None:
         console.print(f"[dim]± spread over {spread['seeds']} seeds, docs/experiments.md[/dim]", highlight=False)
-    baseline = "MoE (top-k) is the paper's baseline: softmax, auxiliary loss. Stronger ones, tuned: docs/paper.md"
+    baseline = "MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md"
     console.print(f"[dim]{baseline}[/dim]", highlight=False, soft_wrap=True)
     models_in_braces = "{" + ",".join(models.NAMES) + "}"
     console.print()
