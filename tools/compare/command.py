@@ -67,7 +67,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--processes", type=number_of(1), default=len(os.sched_getaffinity(0)), metavar="N",
         help="trainings at once, of one thread each (default: the cores)",
     )  # fmt: skip
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER")
+    parser.add_argument(
+        "--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER",
+        help="a folder for each training, and the losses of a corpus as .json (default: runs/compare)",
+    )  # fmt: skip
     parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/paper.md")
     args = parser.parse_args(arguments)
     args.rows = [row for row in ROWS if row in args.rows]
