@@ -12,7 +12,7 @@ What is finished is kept in --output-dir, and the same command goes on where it 
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,24 +22,14 @@ from ..common.files import lock, write_between
 from ..common.places import ROOT
 from ..common.running import run_once
 from ..quickstart import corpora, models
-from ..quickstart.stages import write_json
-from .recipes import ROWS
-from .table import STUDENT, verdicts
+from ..quickstart.stages import fingerprint, read_stamp, write_json
+from ..sweep.command import whole_number
+from .recipes import ROWS, Recipe
+from .table import STUDENT, Losses, verdicts
 from .trainings import TUNING_SEED, Comparison
 
 SEEDS = (1234, 1235, 1236)
 PAGE = ROOT / "docs" / "paper.md"
-
-
-def number_of(least: int) -> Callable[[str], int]:
-    """A converter for argparse."""
-
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least {least}")
-        return int(text)
-
-    return convert
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,17 +44,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=f"default: all of {', '.join(ROWS)}"
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=number_of(1), default=[*SEEDS], metavar="N",
+        "--seeds", nargs="+", type=whole_number(1), default=[*SEEDS], metavar="N",
         help=f"of the trainings that are compared (default: {' '.join(map(str, SEEDS))})",
     )  # fmt: skip
     parser.add_argument(
-        "--train-iters", type=number_of(1), default=models.ITERATIONS, metavar="N", help="default: %(default)s"
+        "--train-iters", type=whole_number(1), default=models.ITERATIONS, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
-        "--tuning-iters", type=number_of(1), default=models.ITERATIONS // 3, metavar="N", help="default: %(default)s"
+        "--tuning-iters", type=whole_number(1), default=models.ITERATIONS // 3, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
-        "--processes", type=number_of(1), default=len(os.sched_getaffinity(0)), metavar="N",
+        "--processes", type=whole_number(1), default=len(os.sched_getaffinity(0)), metavar="N",
         help="trainings at once, of one thread each (default: the cores)",
     )  # fmt: skip
     parser.add_argument(
@@ -74,12 +64,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/paper.md")
     args = parser.parse_args(arguments)
     args.rows = [row for row in ROWS if row in args.rows]
-    args.seeds = list(dict.fromkeys(args.seeds))
+    args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
     if len(args.seeds) > 1 + max(STUDENT):
         parser.error(f"--seeds: {len(args.seeds)} are more than the {1 + max(STUDENT)} that an interval is known for.")
     if TUNING_SEED in args.seeds:
         parser.error(f"--seeds {TUNING_SEED}: settings are chosen with it. Give another.")
     return args
+
+
+def keep(path: Path, args: argparse.Namespace, losses: Losses, recipes: Mapping[str, Recipe]) -> None:
+    """Write what was found beside what earlier calls with as many iterations found.
+
+    The file holds "tuned" (row → its `Recipe`) and "losses" (row → seed → nats per byte).
+    """
+    inputs = fingerprint(args.train_iters, args.tuning_iters)
+    before = read_stamp(path, inputs) or {"tuned": {}, "losses": {}}
+    tuned = before["tuned"] | {row: asdict(recipe) for row, recipe in recipes.items()}
+    by_row = dict(before["losses"])
+    for row, by_seed in losses.items():
+        by_row[row] = by_row.get(row, {}) | {str(seed): by_seed[seed] for seed in sorted(by_seed)}
+    write_json(path, {"inputs": inputs, "iterations": args.train_iters, "tuned": tuned, "losses": by_row})
 
 
 def compare(args: argparse.Namespace, display: Display) -> None:
@@ -98,10 +102,7 @@ def compare(args: argparse.Namespace, display: Display) -> None:
             for name in filter(comparison.losses.get, args.corpora):
                 told = ["", f"{name}:", "", comparison.table_of(name), "", *verdicts(comparison.losses[name])]
                 display.say("\n".join(told))
-                recipes = {row: asdict(recipe) for row, recipe in comparison.recipes[name].items()}
-                losses = {row: dict(sorted(by_seed.items())) for row, by_seed in comparison.losses[name].items()}
-                found = {"iterations": args.train_iters, "tuned": recipes, "losses": losses}
-                write_json(output / f"{name}.json", found)
+                keep(output / f"{name}.json", args, comparison.losses[name], comparison.recipes[name])
     if args.write_docs:
         for name in args.corpora:
             marks = f"<!-- compare {name} -->", f"<!-- end of compare {name} -->"

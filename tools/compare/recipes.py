@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..common.flags import Settings
-from ..sweep.plan import AXES, FEW_EXPERTS, PROTOCOLS, SIZE, WHOLE, Run
+from ..sweep.plan import AXES, PROTOCOLS, WHOLE, Run, runs_of_figure
 from ..sweep.run_log import Outcome
 
 REFERENCE = "remoe"
@@ -34,14 +34,12 @@ class Recipe:
 
     def run(self) -> Run:
         """As the sweep names it."""
-        routing, _, protocol = self.kind.partition("-")
-        if routing == "dense":
-            return Run(SIZE, routing)
-        return Run(SIZE, routing, FEW_EXPERTS, self.granularity, protocol=protocol)
+        (run,) = runs_of_figure("granularity", {"granularity": (self.granularity,)}, [self.kind])
+        return run
 
-    def options(self) -> list[str]:
-        """For scripts/sweep.sh: one run."""
-        return f"--figures granularity --granularities {self.granularity} --routings {self.kind}".split()
+    def options(self, figure: str = "granularity") -> list[str]:
+        """For scripts/sweep.sh: one run, or those along a setting."""
+        return f"--figures {figure} --granularities {self.granularity} --routings {self.kind}".split()
 
     def __str__(self) -> str:
         fine = [f"k = G = {self.granularity}"] if self.granularity > WHOLE else []
@@ -73,12 +71,9 @@ def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
             outcomes of all runs so far by run.
         given: the flags of all runs, whose learning rate is multiplied.
     """
-    found: dict[Run, Outcome] = {}
-    if kinds != ("dense",):
-        granularities = map(str, GRANULARITIES)
-        found |= train(["--figures", "granularity", "--granularities", *granularities, "--routings", *kinds], ())
-    plain = [run for run in found if not run.axis]
-    first = min(plain, key=lambda run: loss_of(found[run]), default=Run(SIZE, "dense"))
+    granularities = map(str, GRANULARITIES)
+    found = train(["--figures", "granularity", "--granularities", *granularities, "--routings", *kinds], ())
+    first = min((run for run in found if not run.axis), key=lambda run: loss_of(found[run]))
     at = Recipe(first.kind, first.granularity or WHOLE)
     losses: dict[tuple[str, ...], float] = {}
     together: tuple[str, ...] = ()
@@ -96,7 +91,7 @@ def _along(name: str, first: Run, at: Recipe, train: Train) -> dict[Run, float]:
     """The losses along a setting, until the best is not at an end, or `BEYOND` more values were tried."""
     values = AXES[name].values
     for _ in range(1 + BEYOND):
-        options = ["--figures", name, f"--{name}s", *(f"{value:g}" for value in values), *at.options()[2:]]
+        options = [*at.options(name), f"--{name}s", *(f"{value:g}" for value in values)]
         found = train(options, ())
         along = {run: loss_of(found[run]) for run in (first.at(name, value) for value in values)}
         place = min(range(len(values)), key=lambda place: along[first.at(name, values[place])])
