@@ -15,9 +15,10 @@ import pytest
 from tests.trainings import REPOSITORY, finish
 from tools.common.flags import parse
 from tools.compare import command, recipes, table
+from tools.compare.kept import Kept
 from tools.compare.recipes import Recipe
 from tools.sweep import plan, tiny
-from tools.sweep.command import parse_arguments
+from tools.sweep.command import parse_arguments, planned
 from tools.sweep.run_log import Outcome, read_outcome
 
 GIVEN = parse(tiny.flags(10, {}))
@@ -33,11 +34,37 @@ def test_intervals_by_hand() -> None:
     }
     assert table.differences(losses, "moe") == pytest.approx([0.02, -0.02])
     assert list(table.verdicts(losses)) == ["dense: ReMoE is lower", "top-k, softmax: cannot be told"]
-    lines = table.markdown(losses, {}).splitlines()
+    lines = table.markdown(losses, {}, {}).splitlines()
+    assert lines[0] == "| | loss | above ReMoE | seeds |"
     assert lines[2] == "| dense | 1.640 ± 0.131 | +0.107 ± 0.029 | 3 |"
     assert lines[3] == "| ReMoE | 1.533 ± 0.143 |  | 3 |"
-    alone = table.markdown({"remoe": {1: 1.5}, "dense": {1: 1.6}}, {}).splitlines()
+    alone = table.markdown({"remoe": {1: 1.5}, "dense": {1: 1.6}}, {}, {}).splitlines()
     assert alone[2:] == ["| ReMoE | 1.500 |  | 1 |", "| dense | 1.600 | +0.100 | 1 |"]
+
+
+def test_runs_of_a_figure_have_the_remoe_beside_them() -> None:
+    words = "--rows remoe --figures experts l1-init --experts 8 16 --routings dense moe remoe --l1-inits 1e-8 1e-4"
+    args = command.parse_arguments(words.split())
+    runs = ["remoe_e8g1_init0.0001"]
+    assert set(args.rows) == {"remoe", "dense", "dense_ffn32", "moe", "moe_e16g1", "remoe_e16g1", *runs}
+    assert [recipes.reference_of(row) for row in ("moe_e16g1", *runs)] == ["remoe_e16g1", "remoe"]
+    losses = {"remoe": {1: 1.5, 2: 1.6}, runs[0]: {1: 1.4, 2: 1.6}, "moe_e16g1": {1: 1.4}, "remoe_e16g1": {1: 1.3}}
+    settled = {"remoe": {1: 60, 2: 70}, runs[0]: {1: 40, 2: None}, "moe_e16g1": {1: None}}
+    lines = table.markdown(losses, {}, settled).splitlines()
+    assert lines[0] == "| | loss | above ReMoE | S settled | seeds |"
+    assert lines[3] == "| ReMoE, λ₀ = 0.0001 | 1.500 ± 1.271 | -0.050 ± 0.635 | 40 (1 of 2) | 2 |"
+    assert lines[4] == "| top-k, softmax, E = 16 | 1.400 | +0.100 |  | 1 |"
+
+
+@pytest.mark.parametrize(
+    "run", plan.plan((*plan.FIGURES[1:], plan.COMPARED, *plan.AXES), {}, None), ids=lambda run: run.name
+)
+def test_a_row_trains_its_run(run: plan.Run) -> None:
+    row = recipes.row_of(run)
+    recipe = recipes.recipe_of(row)
+    assert recipe.run == run
+    planned_runs = planned(parse_arguments(["--tiny", *recipe.options()]))
+    assert run in planned_runs and len(planned_runs) <= 2, "one more where it is needed, or comes with it"
 
 
 class Trainings:
@@ -49,9 +76,8 @@ class Trainings:
 
     def __call__(self, options: Sequence[str], flags: Sequence[str]) -> recipes.Found:
         args = parse_arguments(["--tiny", *options, "--", *flags])
-        values = {name: given for name in (*plan.VALUES, *plan.AXES) if (given := getattr(args, name)) is not None}
         self.calls += 1
-        found = {run: self.outcome(run, flags) for run in plan.plan(args.figures, values, args.routings)}
+        found = {run: self.outcome(run, flags) for run in planned(args)}
         if flags:  # in a folder of their own
             return found
         self.found |= found
@@ -73,7 +99,8 @@ def test_tuning_takes_what_is_best_of_each_setting() -> None:
     costs = {"moe-sigmoid": -0.1, ("G", 2): -0.05, (GATE, "4"): -0.02, (RATE, "0.008"): -0.03, (AUX, "0.001"): 0.2}
     train = Trainings(ENDS | costs)
     found = recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN)
-    assert found == Recipe("moe-sigmoid", 2, (GATE, "4", RATE, "0.008", "--min-lr", "0.0008"))
+    sigmoid = plan.Run("182m", "moe", 8, 2, protocol="sigmoid")
+    assert found == Recipe(sigmoid, (GATE, "4", RATE, "0.008", "--min-lr", "0.0008"))
     assert train.calls == 1 + 3 + 1, "routings, each setting, what was best of each together"
     assert recipes.tune(recipes.TUNED["tuned-moe"], train, GIVEN) == found, "all runs are there already"
     assert str(found) == f"top-k, sigmoid, k = G = 2, {' '.join(found.flags)}"
@@ -81,7 +108,7 @@ def test_tuning_takes_what_is_best_of_each_setting() -> None:
     # Nothing is better than a routing as it is.
     costs = ENDS | {"moe-lossfree": -0.1, (GATE, "2"): 0.1, (GATE, "4"): 0.1, (RATE, "0.008"): 0.1}
     for row, kind in (("tuned-moe", "moe-lossfree"), ("tuned-dense", "dense"), ("tuned-remoe", "remoe")):
-        assert recipes.tune(recipes.TUNED[row], Trainings(costs), GIVEN) == Recipe(kind)
+        assert recipes.tune(recipes.TUNED[row], Trainings(costs), GIVEN) == recipes.recipe_of(kind)
 
 
 def test_tuning_goes_past_the_ends_of_a_setting() -> None:
@@ -110,6 +137,7 @@ def test_two_settings_that_do_not_go_together() -> None:
         (["--seeds", *map(str, range(11))], "0': give a whole number of at least 1"),
         (["--seeds", *map(str, range(1, 12))], "--seeds: 11 are more than the 10"),
         (["--rows", "best"], "invalid choice: 'best'"),
+        ("--figures l1-init --routings moe".split(), "no such routing has this setting"),
     ],
 )
 def test_bad_values_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,14 +147,24 @@ def test_bad_values_are_named(arguments: list[str], message: str, capsys: pytest
 
 
 def test_results_of_earlier_calls_are_kept(tmp_path: Path) -> None:
-    path, args = tmp_path / "mixed.json", command.parse_arguments([])
-    command.keep(path, args, {"dense": {2: 1.5}, "tuned-moe": {2: 1.4}}, {"tuned-moe": Recipe("moe", 2)})
-    command.keep(path, args, {"dense": {1: 1.6, 2: 1.5}, "remoe": {1: 1.3}}, {})
-    kept = json.loads(path.read_text())
-    assert kept["losses"] == {"dense": {"2": 1.5, "1": 1.6}, "tuned-moe": {"2": 1.4}, "remoe": {"1": 1.3}}
-    assert kept["tuned"] == {"tuned-moe": {"kind": "moe", "granularity": 2, "flags": []}}
-    command.keep(path, command.parse_arguments(["--train-iters", "7"]), {"dense": {1: 3.0}}, {})
-    assert json.loads(path.read_text())["losses"] == {"dense": {"1": 3.0}}
+    path = tmp_path / "mixed.json"
+
+    def outcome(loss: float, settled: int | None = None) -> Outcome:
+        return Outcome(10, 10, test_loss=loss, settled=settled)
+
+    def add(inputs: str, losses: dict[str, dict[int, Outcome]], tuned: dict[str, Recipe]) -> Kept:
+        kept = Kept.read(path, inputs)
+        kept.add(losses, tuned)
+        kept.write(path)
+        return Kept.read(path, inputs)
+
+    tuned = {"tuned-moe": Recipe(plan.Run("182m", "moe", 8, 2), (RATE, "0.008"))}
+    add("1200", {"dense": {2: outcome(1.5)}, "tuned-moe": {2: outcome(1.4)}}, tuned)
+    kept = add("1200", {"dense": {1: outcome(1.6), 2: outcome(1.5)}, "remoe": {1: outcome(1.3, 60)}}, {})
+    assert kept.losses == {"dense": {1: 1.6, 2: 1.5}, "tuned-moe": {2: 1.4}, "remoe": {1: 1.3}}
+    assert kept.tuned == tuned and kept.settled["remoe"] == {1: 60}
+    assert f"| top-k, tuned: top-k, softmax, k = G = 2, {RATE} 0.008 | 1.400 |" in kept.table(kept.losses, False)
+    assert add("7", {"dense": {1: outcome(3.0)}}, {}).losses == {"dense": {1: 3.0}}
 
 
 def start(output: Path) -> subprocess.Popen[str]:

@@ -10,15 +10,17 @@ from tests.tools import test_sweep_runs
 from tests.trainings import REPOSITORY
 from tools.analyze.command import parse_arguments as analyze
 from tools.compare.command import parse_arguments as compare
+from tools.compare.recipes import recipe_of
 from tools.evaluate.command import parse_arguments as evaluate
 from tools.quickstart.command import parse_arguments as quickstart
 from tools.report.command import parse_arguments as report
 from tools.sweep import plan
 from tools.sweep.command import parse_arguments as sweep
+from tools.sweep.command import planned
 
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
 PARSERS: dict[str, Callable[[list[str]], object]] = {
-    "quickstart.sh": quickstart, "analyze": analyze, "compare": compare, "evaluate": evaluate, "report": report,
+    "quickstart.sh": quickstart, "analyze": analyze, "evaluate": evaluate, "report": report,
 }  # fmt: skip
 # A few steps of each: test_sweep_runs.py, test_sweep_training.py, test_compare.py.
 TRAINED = {*(run.kind for run in test_sweep_runs.RUNS), "dense", "moe", "remoe", "moe-warmup", plan.MATCHED}
@@ -38,6 +40,10 @@ def commands() -> list[list[str]]:
     return found
 
 
+def run_of_row(row: str) -> plan.Run:
+    return recipe_of(row.removeprefix("tuned-")).run
+
+
 def test_every_figure_and_table_has_a_row() -> None:
     figures, tables = (PAGE.partition(f"\n## {name}\n")[2].partition("\n## ")[0] for name in ("Figures", "Tables"))
     for part, number in ((figures, 12), (tables, 15)):
@@ -51,10 +57,9 @@ def test_a_command_is_taken_and_was_tried(words: list[str]) -> None:
     assert (REPOSITORY / words[0]).exists()
     if program == "sweep.sh":
         args = sweep(arguments)
-        if not args.stages:
-            values = {name: value for name in (*plan.VALUES, *plan.AXES) if (value := getattr(args, name)) is not None}
-            runs = plan.plan(args.figures, values, args.routings)
-            assert runs and {run.kind for run in runs} <= TRAINED
+        assert args.stages or {run.kind for run in planned(args)} <= TRAINED
+    elif program == "compare":
+        assert {run.kind for run in map(run_of_row, compare(arguments).rows)} <= TRAINED
     elif program in PARSERS:
         PARSERS[program](arguments)
     else:

@@ -1,19 +1,21 @@
 """Compare dense, top-k, ReMoE and other routings on two corpora over several seeds, the top-k baseline tuned as well.
 
-python tools/compare                                # everything: hours on a CPU
+python tools/compare                                # all rows: hours on a CPU
 python tools/compare --corpora mixed --rows dense moe remoe --seeds 1 2 3
 python tools/compare --write-docs                   # put the tables into docs/paper.md
+python tools/compare --figures experts --experts 2 4 8 --routings moe remoe   # runs of a figure of scripts/sweep.sh
 
 All runs are the quickstart's models, trained by scripts/sweep.sh --tiny; a text is split 95 : 2.5 : 2.5 by documents.
 Settings are chosen on the second part with a seed of their own: routing, granularity, coefficient of the auxiliary
 loss, factor on the gates, learning rate; of dense and ReMoE those that they have. The losses shown are of the third.
-What is finished is kept in --output-dir, and the same command goes on where it was stopped.
+A run is compared with the ReMoE of as many experts. What is finished is kept in --output-dir, and the same command goes
+on where it was stopped; what earlier ones found of the same rows, with other seeds, is shown too.
 """
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.display import Display
@@ -22,10 +24,13 @@ from ..common.files import lock, write_between
 from ..common.places import ROOT
 from ..common.running import run_once
 from ..quickstart import corpora, models
-from ..quickstart.stages import fingerprint, read_stamp, write_json
-from ..sweep.command import whole_number
-from .recipes import ROWS, Recipe
-from .table import STUDENT, Losses, verdicts
+from ..quickstart.stages import fingerprint
+from ..sweep.command import add_what_to_train, planned, whole_number
+from ..sweep.errors import SettingsError
+from ..sweep.plan import AXES, COMPARED, FIGURES
+from .kept import Kept
+from .recipes import ROWS, row_of
+from .table import STUDENT, verdicts
 from .trainings import TUNING_SEED, Comparison
 
 SEEDS = (1234, 1235, 1236)
@@ -35,14 +40,18 @@ PAGE = ROOT / "docs" / "paper.md"
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
-        prog="compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="compare",
+        usage="%(prog)s [options] [-- Megatron flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--corpora", nargs="+", choices=corpora.CORPORA, default=[*corpora.CORPORA], help="default: both"
     )
     parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=f"default: all of {', '.join(ROWS)}"
-    )
+        "--rows", nargs="+", choices=ROWS, metavar="ROW",
+        help=f"default: none where --figures is given, else all of {', '.join(ROWS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--seeds", nargs="+", type=whole_number(1), default=[*SEEDS], metavar="N",
         help=f"of the trainings that are compared (default: {' '.join(map(str, SEEDS))})",
@@ -62,28 +71,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="a folder for each training, and the losses of a corpus as .json (default: runs/compare)",
     )  # fmt: skip
     parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/paper.md")
-    args = parser.parse_args(arguments)
-    args.rows = [row for row in ROWS if row in args.rows]
+    add_what_to_train(parser, (*FIGURES[1:], COMPARED, *AXES), "none")
+    words = sys.argv[1:] if arguments is None else [*arguments]
+    place = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:place])
+    args.flags = tuple(words[place + 1 :])
+    args.rows = [row for row in ROWS if row in (args.rows or ([] if args.figures else ROWS))]
+    try:
+        runs = planned(args) if args.figures else []
+    except SettingsError as error:
+        parser.error(str(error))
+    args.rows += [row for row in map(row_of, runs) if row not in args.rows]
     args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
     if len(args.seeds) > 1 + max(STUDENT):
         parser.error(f"--seeds: {len(args.seeds)} are more than the {1 + max(STUDENT)} that an interval is known for.")
     if TUNING_SEED in args.seeds:
         parser.error(f"--seeds {TUNING_SEED}: settings are chosen with it. Give another.")
     return args
-
-
-def keep(path: Path, args: argparse.Namespace, losses: Losses, recipes: Mapping[str, Recipe]) -> None:
-    """Write what was found beside what earlier calls with as many iterations found.
-
-    The file holds "tuned" (row → its `Recipe`) and "losses" (row → seed → nats per byte).
-    """
-    inputs = fingerprint(args.train_iters, args.tuning_iters)
-    before = read_stamp(path, inputs) or {"tuned": {}, "losses": {}}
-    tuned = before["tuned"] | {row: asdict(recipe) for row, recipe in recipes.items()}
-    by_row = dict(before["losses"])
-    for row, by_seed in losses.items():
-        by_row[row] = by_row.get(row, {}) | {str(seed): by_seed[seed] for seed in sorted(by_seed)}
-    write_json(path, {"inputs": inputs, "iterations": args.train_iters, "tuned": tuned, "losses": by_row})
 
 
 def compare(args: argparse.Namespace, display: Display) -> None:
@@ -93,20 +97,25 @@ def compare(args: argparse.Namespace, display: Display) -> None:
         ToolError: something is not as it must be.
     """
     output = args.output_dir.expanduser().resolve()
+    inputs = fingerprint(args.train_iters, args.tuning_iters, *args.flags)
     message = f"Another comparison is at work in {output}. Wait for it, or give --output-dir another folder."
     with lock(output, ToolError(message)):
         comparison = Comparison(args, output, display)
+        found = {name: Kept.read(output / f"{name}.json", inputs) for name in args.corpora}
         try:
             comparison.run()
         finally:
-            for name in filter(comparison.losses.get, args.corpora):
-                told = ["", f"{name}:", "", comparison.table_of(name), "", *verdicts(comparison.losses[name])]
-                display.say("\n".join(told))
-                keep(output / f"{name}.json", args, comparison.losses[name], comparison.recipes[name])
+            for name, kept in found.items():
+                if not comparison.outcomes[name]:
+                    continue
+                kept.add(comparison.outcomes[name], comparison.recipes[name])
+                kept.write(output / f"{name}.json")
+                table = kept.table(args.rows, with_steps=any(row not in ROWS for row in args.rows))
+                display.say("\n".join(["", f"{name}:", "", table, "", *verdicts(kept.of(args.rows))]))
     if args.write_docs:
-        for name in args.corpora:
+        for name, kept in found.items():
             marks = f"<!-- compare {name} -->", f"<!-- end of compare {name} -->"
-            write_between(PAGE, *marks, f"\n{comparison.table_of(name)}\n")
+            write_between(PAGE, *marks, f"\n{kept.table(ROWS, with_steps=False)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

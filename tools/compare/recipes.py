@@ -1,11 +1,11 @@
-"""What is compared: routings as they are, and three of them tuned first, setting by setting."""
+"""What is compared: routings as they are, three of them tuned first, setting by setting, and runs of the figures."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..common.flags import Settings
-from ..sweep.plan import AXES, PROTOCOLS, WHOLE, Run, runs_of_figure
+from ..sweep.plan import AXES, FEW_EXPERTS, KINDS, MATCHED, PROTOCOLS, SIZE, WHOLE, Run, partner
 from ..sweep.run_log import Outcome
 
 REFERENCE = "remoe"
@@ -21,29 +21,63 @@ BEYOND = 2  # values of a setting that are tried past the end of the sweep's
 OTHERS = ("moe-sigmoid", "moe-unbalanced", "moe-warmup", "moe-hash", "moe-random", "moe-expertchoice")
 # In the order in which they are trained: what decides first.
 ROWS = (*QUICKSTARTS, "moe-lossfree", "tuned-moe", "tuned-dense", "tuned-remoe", *OTHERS, "remoe-unbalanced")
+_PREFIX = f"llama_{SIZE}_"
 TITLES = {"dense": "dense", "moe": "top-k, softmax", REFERENCE: "ReMoE"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A routing of the sweep, with flags for Megatron behind its own."""
+    """A run of the sweep, with flags for Megatron behind its own."""
 
-    kind: str
-    granularity: int = WHOLE
+    run: Run
     flags: tuple[str, ...] = ()
 
-    def run(self) -> Run:
-        """As the sweep names it."""
-        (run,) = runs_of_figure("granularity", {"granularity": (self.granularity,)}, [self.kind])
-        return run
-
-    def options(self, figure: str = "granularity") -> list[str]:
-        """For scripts/sweep.sh: one run, or those along a setting."""
-        return f"--figures {figure} --granularities {self.granularity} --routings {self.kind}".split()
+    def options(self, axis: str = "") -> list[str]:
+        """For scripts/sweep.sh: this run, or those along a setting."""
+        run, kinds = self.run, [self.run.kind]
+        options = ["--granularities", str(run.granularity or WHOLE)]
+        if axis or run.axis:
+            options += ["--figures", axis or run.axis]
+            options += [] if axis else [f"--{run.axis}s", f"{run.value:g}"]
+        elif run.expansion > 1 or run.experts not in (None, FEW_EXPERTS):
+            options += ["--figures", "experts", "--experts", str(run.experts or FEW_EXPERTS)]
+        else:
+            options += ["--figures", "granularity"]
+        if run.kind == MATCHED:
+            kinds.insert(0, partner(run).kind)
+        return [*options, "--routings", *kinds]
 
     def __str__(self) -> str:
-        fine = [f"k = G = {self.granularity}"] if self.granularity > WHOLE else []
-        return ", ".join([title(self.kind), *fine, *([" ".join(self.flags)] if self.flags else [])])
+        fine = [f"k = G = {self.run.granularity}"] if (self.run.granularity or WHOLE) > WHOLE else []
+        return ", ".join([title(self.run.kind), *fine, *([" ".join(self.flags)] if self.flags else [])])
+
+
+def recipe_of(row: str) -> Recipe:
+    """Of a row that is not tuned.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    routing, _, protocol = row.partition("-")
+    if row == "dense":
+        return Recipe(Run(SIZE, row))
+    run = Run(SIZE, routing, FEW_EXPERTS, WHOLE, protocol=protocol) if row in KINDS else Run.from_name(_PREFIX + row)
+    if run is None:
+        raise ValueError(f"{row}: no such row")
+    return Recipe(run)
+
+
+def row_of(run: Run) -> str:
+    """The row that is a run of a figure: its routing where nothing else is changed, else the run's name."""
+    return run.kind if run == recipe_of(run.kind).run else run.name.removeprefix(_PREFIX)
+
+
+def reference_of(row: str) -> str:
+    """The ReMoE that a row is compared with: of as many experts of the same size, as it is."""
+    if row in TUNED or row in KINDS:
+        return REFERENCE
+    run = recipe_of(row).run
+    return REFERENCE if run.routing == "dense" else row_of(replace(partner(run), axis="", value=0.0))
 
 
 def title(row: str) -> str:
@@ -52,7 +86,14 @@ def title(row: str) -> str:
         return f"{TITLES[row.removeprefix('tuned-')].split(',')[0]}, tuned"
     if row in TITLES:
         return TITLES[row]
-    return f"{TITLES[row.partition('-')[0]].split(',')[0]}, {PROTOCOLS[row].title}"
+    if row in KINDS:
+        return f"{TITLES[row.partition('-')[0]].split(',')[0]}, {PROTOCOLS[row].title}"
+    run = recipe_of(row).run
+    told = [f"dense x {run.expansion}"] if run.expansion > 1 else [title(run.kind)]
+    told += [f"E = {run.experts}"] if run.experts not in (None, FEW_EXPERTS) else []
+    told += [f"G = {run.granularity}"] if (run.granularity or WHOLE) > WHOLE else []
+    told += [f"{AXES[run.axis].label} = {run.value:g}"] if run.axis else []
+    return ", ".join(told)
 
 
 Found = Mapping[Run, Outcome]
@@ -74,7 +115,7 @@ def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
     granularities = map(str, GRANULARITIES)
     found = train(["--figures", "granularity", "--granularities", *granularities, "--routings", *kinds], ())
     first = min((run for run in found if not run.axis), key=lambda run: loss_of(found[run]))
-    at = Recipe(first.kind, first.granularity or WHOLE)
+    at = Recipe(first)
     losses: dict[tuple[str, ...], float] = {}
     together: tuple[str, ...] = ()
     for name in SETTINGS:
@@ -83,7 +124,7 @@ def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
             losses |= {flags_behind(run, first, given): loss for run, loss in along.items()}
             together += flags_behind(min(along, key=along.__getitem__), first, given)
     if together not in losses:
-        losses[together] = loss_of(train(at.options(), together)[at.run()])
+        losses[together] = loss_of(train(at.options(), together)[first])
     return replace(at, flags=min(losses, key=losses.__getitem__))
 
 

@@ -19,8 +19,7 @@ from ..quickstart import corpora, corpus, dataset
 from ..sweep import results, tiny
 from ..sweep.plan import Run
 from ..sweep.run_log import Outcome, log_of
-from .recipes import ROWS, TUNED, Recipe, title, tune
-from .table import markdown
+from .recipes import TUNED, Recipe, recipe_of, title, tune
 
 SPLIT = "95,2.5,2.5"
 EVALUATED = 64  # batches of each part
@@ -39,16 +38,15 @@ class Sweeps:
     ) -> dict[Run, Outcome]:
         """What the runs of one call came to.
 
-        Args:
-            folder: for the runs.
-            text: the quickstart's data.
-            iterations: of each.
-            seed: of each.
-            options: for scripts/sweep.sh.
-            flags: for Megatron behind them.
+            Args:
+                folder: for the runs.
+                text: the quickstart's data.
+                iterations: of each.
+                seed: of each.
+        XX Megatron behind them.
 
-        Raises:
-            ToolError: one did not finish.
+            Raises:
+                ToolError: one did not finish.
         """
         behind = ["--split", SPLIT, "--eval-iters", str(EVALUATED), "--seed", str(seed), *flags]
         command = ["bash", str(ROOT / "scripts" / "sweep.sh"), "--tiny", "--train-iters", str(iterations)]
@@ -100,7 +98,7 @@ class Comparison:
         self._sweeps = Sweeps()
         self._texts = {name: make_text(output / name, name, display) for name in args.corpora}
         self.recipes: dict[str, dict[str, Recipe]] = {name: {} for name in args.corpora}
-        self.losses: dict[str, dict[str, dict[int, float]]] = {name: {} for name in args.corpora}
+        self.outcomes: dict[str, dict[str, dict[int, Outcome]]] = {name: {} for name in args.corpora}
 
     def run(self) -> None:
         """Tune, then train, each with all processes; what is under way is saved when this is interrupted.
@@ -130,34 +128,31 @@ class Comparison:
                 began = time.monotonic()
                 for number, job in enumerate(self._followed("training", jobs), start=1):
                     name, row, seed = jobs[job]
-                    loss = self.losses[name].setdefault(row, {})[seed] = job.result()
+                    outcome = self.outcomes[name].setdefault(row, {})[seed] = job.result()
                     left = duration((time.monotonic() - began) / number * (len(jobs) - number))
-                    told = f"{loss:.4f} ({number}/{len(jobs)}, {left} left)"
+                    told = f"{outcome.test_loss:.4f} ({number}/{len(jobs)}, {left} left)"
                     self._display.say(f"{name}: {title(row)}, seed {seed}: {told}")
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self._sweeps.stop()
                 raise
 
-    def table_of(self, name: str) -> str:
-        """Of a corpus, the rows in their order."""
-        return markdown({row: of for row in ROWS if (of := self.losses[name].get(row))}, self.recipes[name])
-
     def _tuned(self, name: str, row: str) -> Recipe:
         def train(options: Sequence[str], flags: Sequence[str]) -> dict[Run, Outcome]:
             folder = self._output / name / row / ("together" if flags else "tuning")
-            return self._sweeps.train(folder, self._texts[name], self._args.tuning_iters, TUNING_SEED, options, flags)
+            behind = [*flags, *self._args.flags]
+            return self._sweeps.train(folder, self._texts[name], self._args.tuning_iters, TUNING_SEED, options, behind)
 
         return tune(TUNED[row], train, parse(tiny.flags(self._args.tuning_iters, os.environ)))
 
-    def _trained(self, name: str, row: str, seed: int) -> float:
-        recipe, folder = self.recipes[name].get(row, Recipe(row)), self._output / name / row / f"seed-{seed}"
-        options, flags = recipe.options(), recipe.flags
-        found = self._sweeps.train(folder, self._texts[name], self._args.train_iters, seed, options, flags)
-        loss = found[recipe.run()].test_loss
-        if loss is None:
-            raise ToolError(f"{log_of(folder / recipe.run().name)}: has no loss on the test set.")
-        return loss
+    def _trained(self, name: str, row: str, seed: int) -> Outcome:
+        recipe = self.recipes[name][row] if row in TUNED else recipe_of(row)
+        folder, flags = self._output / name / row / f"seed-{seed}", [*recipe.flags, *self._args.flags]
+        found = self._sweeps.train(folder, self._texts[name], self._args.train_iters, seed, recipe.options(), flags)
+        outcome = found[recipe.run]
+        if outcome.test_loss is None:
+            raise ToolError(f"{log_of(folder / recipe.run.name)}: has no loss on the test set.")
+        return outcome
 
     def _followed[Result](self, what: str, jobs: Iterable[Future[Result]]) -> Iterable[Future[Result]]:
         """The jobs as they finish, with a bar."""

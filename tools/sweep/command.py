@@ -73,20 +73,13 @@ def above_zero(text: str) -> float:
     return number
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """The command line; what stands behind -- becomes `flags`."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/sweep.sh",
-        usage="%(prog)s [options] [-- Megatron flags]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_what_to_train(parser: argparse.ArgumentParser, figures: Sequence[str], default: str) -> None:
+    """Add the flags that choose runs; `planned` reads them."""
     base = f"{plan.SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
     what = parser.add_argument_group("what to train", f"Each figure varies one thing and keeps the others at {base}.")
-    what.add_argument("--figures", nargs="+", choices=(*plan.FIGURES, plan.COMPARED, *plan.AXES),
-                      help="default: the first three, with --tiny the second and third")  # fmt: skip
-    what.add_argument("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="of the figure size")
+    what.add_argument("--figures", nargs="+", choices=figures, help=f"default: {default}")
+    if "size" in figures:
+        what.add_argument("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="of the figure size")
     for name, figure, least, more in (
         ("experts", "experts", 2, ""),
         ("granularities", "granularity", 1, "; if given, of the figure routing and those behind it too"),
@@ -108,6 +101,33 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         "as the FLOPs of the finished ReMoE beside it are worth; moe-post: softmax over the k, where G is above 1; "
         "moe-lossfree: sigmoid with loss-free balance; remoe-unbalanced: f_e = 1; docs/baselines.md tells of all",
     )  # fmt: skip
+
+
+def planned(args: argparse.Namespace) -> list[plan.Run]:
+    """The runs that were chosen.
+
+    Raises:
+        SettingsError: none fits.
+    """
+    values = {name: given for name in (*plan.VALUES, *plan.AXES) if (given := getattr(args, name, None)) is not None}
+    runs = plan.plan(args.figures, values, args.routings)
+    if not runs:
+        told = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
+        raise SettingsError(f"{told}: no such routing has this setting. Choose others, or leave --routings out.")
+    return runs
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The command line; what stands behind -- becomes `flags`."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/sweep.sh",
+        usage="%(prog)s [options] [-- Megatron flags]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    figures = (*plan.FIGURES, plan.COMPARED, *plan.AXES)
+    add_what_to_train(parser, figures, "the first three, with --tiny the second and third")
     how = parser.add_argument_group("how to train", "Handed to the launch scripts; their defaults are the paper's.")
     for name, help_text in (
         ("gpus-per-node", "processes on a node (default: 8)"),
@@ -164,11 +184,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def sweep(console: Console, args: argparse.Namespace) -> int:
     """Train or submit what is not done, and collect; returns the exit code."""
-    values = {name: given for name in (*plan.VALUES, *plan.AXES) if (given := getattr(args, name)) is not None}
-    runs = plan.plan(args.figures, values, args.routings)
-    if not runs:
-        told = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
-        raise SettingsError(f"{told}: no such routing has this setting. Choose others, or leave --routings out.")
+    runs = planned(args)
     check_flags(args.flags, runs)
     small, data = (
         (tiny.flags(args.train_iters, os.environ), tiny.environment(os.environ, args.corpus)) if args.tiny else ((), {})
