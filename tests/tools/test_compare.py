@@ -17,6 +17,7 @@ from tools.common.flags import parse
 from tools.compare import command, recipes, table
 from tools.compare.kept import Kept
 from tools.compare.recipes import Recipe
+from tools.compare.table import Result
 from tools.sweep import plan, tiny
 from tools.sweep.command import parse_arguments, planned
 from tools.sweep.run_log import Outcome, read_outcome
@@ -24,21 +25,23 @@ from tools.sweep.run_log import Outcome, read_outcome
 GIVEN = parse(tiny.flags(10, {}))
 
 
+def of_losses(losses: dict[str, dict[int, float]]) -> dict[str, dict[int, Result]]:
+    return {row: {seed: Result(loss) for seed, loss in of.items()} for row, of in losses.items()}
+
+
 def test_intervals_by_hand() -> None:
     assert table.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
     assert table.interval([1.5]) == (1.5, math.inf)
-    losses = {
-        "dense": {1: 1.60, 2: 1.70, 3: 1.62},
-        "remoe": {1: 1.5, 2: 1.6, 3: 1.5},
-        "moe": {1: 1.52, 2: 1.58, 9: 1.0},
-    }
-    assert table.differences(losses, "moe") == pytest.approx([0.02, -0.02])
-    assert list(table.verdicts(losses)) == ["dense: ReMoE is lower", "top-k, softmax: cannot be told"]
-    lines = table.markdown(losses, {}, {}).splitlines()
+    results = of_losses(
+        {"dense": {1: 1.60, 2: 1.70, 3: 1.62}, "remoe": {1: 1.5, 2: 1.6, 3: 1.5}, "moe": {1: 1.52, 2: 1.58, 9: 1.0}}
+    )
+    assert table.differences(results, "moe") == pytest.approx([0.02, -0.02])
+    assert list(table.verdicts(results)) == ["dense: ReMoE is lower", "top-k, softmax: cannot be told"]
+    lines = table.markdown(results, {}).splitlines()
     assert lines[0] == "| | loss | above ReMoE | seeds |"
     assert lines[2] == "| dense | 1.640 ± 0.131 | +0.107 ± 0.029 | 3 |"
     assert lines[3] == "| ReMoE | 1.533 ± 0.143 |  | 3 |"
-    alone = table.markdown({"remoe": {1: 1.5}, "dense": {1: 1.6}}, {}, {}).splitlines()
+    alone = table.markdown(of_losses({"remoe": {1: 1.5}, "dense": {1: 1.6}}), {}).splitlines()
     assert alone[2:] == ["| ReMoE | 1.500 |  | 1 |", "| dense | 1.600 | +0.100 | 1 |"]
 
 
@@ -48,12 +51,17 @@ def test_runs_of_a_figure_have_the_remoe_beside_them() -> None:
     runs = ["remoe_e8g1_init0.0001"]
     assert set(args.rows) == {"remoe", "dense", "dense_ffn32", "moe", "moe_e16g1", "remoe_e16g1", *runs}
     assert [recipes.reference_of(row) for row in ("moe_e16g1", *runs)] == ["remoe_e16g1", "remoe"]
-    losses = {"remoe": {1: 1.5, 2: 1.6}, runs[0]: {1: 1.4, 2: 1.6}, "moe_e16g1": {1: 1.4}, "remoe_e16g1": {1: 1.3}}
-    settled = {"remoe": {1: 60, 2: 70}, runs[0]: {1: 40, 2: None}, "moe_e16g1": {1: None}}
-    lines = table.markdown(losses, {}, settled).splitlines()
-    assert lines[0] == "| | loss | above ReMoE | S settled | seeds |"
-    assert lines[3] == "| ReMoE, λ₀ = 0.0001 | 1.500 ± 1.271 | -0.050 ± 0.635 | 40 (1 of 2) | 2 |"
-    assert lines[4] == "| top-k, softmax, E = 16 | 1.400 | +0.100 |  | 1 |"
+    results = {
+        "remoe": {1: Result(1.5, 60, 0.01, 0.08), 2: Result(1.6, 70, 0.02, 0.16)},
+        runs[0]: {1: Result(1.4, 40), 2: Result(1.6)},
+        "moe_e16g1": {1: Result(1.4, None, 0.03, 0.48)},
+        "remoe_e16g1": {1: Result(1.3)},
+    }
+    lines = table.markdown(results, {}).splitlines()
+    assert lines[0] == "| | loss | above ReMoE | S settled | flip rate | flips per token | seeds |"
+    assert lines[2] == "| ReMoE | 1.550 ± 0.635 |  | 60 | 0.0150 | 0.1200 | 2 |"
+    assert lines[3] == "| ReMoE, λ₀ = 0.0001 | 1.500 ± 1.271 | -0.050 ± 0.635 | 40 (1 of 2) |  |  | 2 |"
+    assert lines[4] == "| top-k, softmax, E = 16 | 1.400 | +0.100 |  | 0.0300 | 0.4800 | 1 |"
 
 
 @pytest.mark.parametrize(
@@ -149,22 +157,20 @@ def test_bad_values_are_named(arguments: list[str], message: str, capsys: pytest
 def test_results_of_earlier_calls_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "mixed.json"
 
-    def outcome(loss: float, settled: int | None = None) -> Outcome:
-        return Outcome(10, 10, test_loss=loss, settled=settled)
-
-    def add(inputs: str, losses: dict[str, dict[int, Outcome]], tuned: dict[str, Recipe]) -> Kept:
+    def add(inputs: str, losses: dict[str, dict[int, float]], tuned: dict[str, Recipe]) -> Kept:
         kept = Kept.read(path, inputs)
-        kept.add(losses, tuned)
+        kept.add(of_losses(losses), tuned)
         kept.write(path)
-        return Kept.read(path, inputs)
+        assert Kept.read(path, inputs) == kept
+        return kept
 
     tuned = {"tuned-moe": Recipe(plan.Run("182m", "moe", 8, 2), (RATE, "0.008"))}
-    add("1200", {"dense": {2: outcome(1.5)}, "tuned-moe": {2: outcome(1.4)}}, tuned)
-    kept = add("1200", {"dense": {1: outcome(1.6), 2: outcome(1.5)}, "remoe": {1: outcome(1.3, 60)}}, {})
-    assert kept.losses == {"dense": {1: 1.6, 2: 1.5}, "tuned-moe": {2: 1.4}, "remoe": {1: 1.3}}
-    assert kept.tuned == tuned and kept.settled["remoe"] == {1: 60}
-    assert f"| top-k, tuned: top-k, softmax, k = G = 2, {RATE} 0.008 | 1.400 |" in kept.table(kept.losses, False)
-    assert add("7", {"dense": {1: outcome(3.0)}}, {}).losses == {"dense": {1: 3.0}}
+    add("1200", {"dense": {2: 1.5}, "tuned-moe": {2: 1.4}}, tuned)
+    kept = add("1200", {"dense": {1: 1.6, 2: 1.5}, "remoe": {1: 1.3}}, {})
+    assert kept.results == of_losses({"dense": {1: 1.6, 2: 1.5}, "tuned-moe": {2: 1.4}, "remoe": {1: 1.3}})
+    assert kept.tuned == tuned and [*kept.of(["remoe", "moe"])] == ["remoe"]
+    assert f"| top-k, tuned: top-k, softmax, k = G = 2, {RATE} 0.008 | 1.400 |" in table.markdown(kept.results, tuned)
+    assert add("7", {"dense": {1: 3.0}}, {}).results == of_losses({"dense": {1: 3.0}})
 
 
 def start(output: Path) -> subprocess.Popen[str]:
@@ -193,5 +199,5 @@ def test_trains_stops_and_goes_on(tmp_path: Path) -> None:
     assert 3 < min(losses) < max(losses) < 5
     assert all(outcome and outcome.validation_loss != outcome.test_loss for outcome in outcomes)
     found = json.loads((tmp_path / "mixed.json").read_text())
-    assert found["losses"] == {"dense": dict(zip(("1", "2"), losses, strict=True))}
+    assert [of["loss"] for of in found["results"]["dense"].values()] == losses
     assert f"| dense | {statistics.fmean(losses):.3f} ± " in output

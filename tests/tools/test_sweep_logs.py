@@ -73,6 +73,14 @@ def test_stages_of_a_remoe(tmp_path: Path) -> None:
     assert dense.flops == pytest.approx(4 * 5 * ((100 + 10 * (4 - 2)) + (100 + 10 * (3.92 - 2))))
 
 
+def test_flips_are_those_late_in_the_training(tmp_path: Path) -> None:
+    rates = [0.3, 0.2, 0.1, 0.02, 0.04]
+    lines = [logged(place, 9, f" flip rate: {rate:f} | flip count: {8 * rate:f} |") for place, rate in enumerate(rates)]
+    write_run(tmp_path / "run", 9, "".join(lines) + logged(8, 9))
+    outcome = run_log.read_outcome(tmp_path / "run")
+    assert outcome is not None and (outcome.flip_rate, outcome.flip_count) == (0.04, 0.32)
+
+
 def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     """As its training loop prints arguments and figures; there is no command.sh."""
     arguments = {"train_iters": 20, "seq_length": 64, "num_experts": 8, "moe_router_topk": 1, "world_size": 4}

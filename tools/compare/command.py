@@ -30,7 +30,7 @@ from ..sweep.errors import SettingsError
 from ..sweep.plan import AXES, COMPARED, FIGURES
 from .kept import Kept
 from .recipes import ROWS, row_of
-from .table import STUDENT, verdicts
+from .table import STUDENT, markdown, verdicts
 from .trainings import TUNING_SEED, Comparison
 
 SEEDS = (1234, 1235, 1236)
@@ -106,16 +106,16 @@ def compare(args: argparse.Namespace, display: Display) -> None:
             comparison.run()
         finally:
             for name, kept in found.items():
-                if not comparison.outcomes[name]:
+                if not comparison.results[name]:
                     continue
-                kept.add(comparison.outcomes[name], comparison.recipes[name])
+                kept.add(comparison.results[name], comparison.recipes[name])
                 kept.write(output / f"{name}.json")
-                table = kept.table(args.rows, with_steps=any(row not in ROWS for row in args.rows))
-                display.say("\n".join(["", f"{name}:", "", table, "", *verdicts(kept.of(args.rows))]))
+                results = kept.of(args.rows)
+                display.say("\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results)]))
     if args.write_docs:
         for name, kept in found.items():
             marks = f"<!-- compare {name} -->", f"<!-- end of compare {name} -->"
-            write_between(PAGE, *marks, f"\n{kept.table(ROWS, with_steps=False)}\n")
+            write_between(PAGE, *marks, f"\n{markdown(kept.of(ROWS), kept.tuned)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,14 +1,13 @@
 """What all calls of a comparison found of a corpus, in one JSON file."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..quickstart.stages import read_stamp, write_json
 from ..sweep.plan import Run
-from ..sweep.run_log import Outcome
 from .recipes import Recipe
-from .table import markdown
+from .table import Result, Results
 
 
 @dataclass(frozen=True)
@@ -17,14 +16,12 @@ class Kept:
 
     inputs: a fingerprint of what all trainings have in common.
     tuned: row → what its tuning came to.
-    losses: row → seed → nats per byte.
-    settled: row → seed → the step from which S stays at its target, None where it does not.
+    results: row → seed → what came out.
     """
 
     inputs: str
     tuned: dict[str, Recipe] = field(default_factory=dict)
-    losses: dict[str, dict[int, float]] = field(default_factory=dict)
-    settled: dict[str, dict[int, int | None]] = field(default_factory=dict)
+    results: dict[str, dict[int, Result]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, inputs: str) -> "Kept":
@@ -37,37 +34,23 @@ class Kept:
             for row, of in stamp["tuned"].items()
             if (run := Run.from_name(of["run"])) is not None
         }
-        losses, settled = (
-            {row: {int(seed): value for seed, value in of.items()} for row, of in stamp[name].items()}
-            for name in ("losses", "settled")
-        )
-        return cls(inputs, tuned, losses, settled)
+        results = {
+            row: {int(seed): Result(**found) for seed, found in of.items()} for row, of in stamp["results"].items()
+        }
+        return cls(inputs, tuned, results)
 
-    def add(self, outcomes: Mapping[str, Mapping[int, Outcome]], tuned: Mapping[str, Recipe]) -> None:
+    def add(self, results: Results, tuned: Mapping[str, Recipe]) -> None:
         """Take in what was found now."""
         self.tuned.update(tuned)
-        for row, by_seed in outcomes.items():
-            for seed, outcome in by_seed.items():
-                if outcome.test_loss is not None:
-                    self.losses.setdefault(row, {})[seed] = outcome.test_loss
-                    self.settled.setdefault(row, {})[seed] = outcome.settled
+        for row, of in results.items():
+            self.results[row] = dict(sorted((self.results.get(row, {}) | dict(of)).items()))
 
     def write(self, path: Path) -> None:
         """Aside, and renamed."""
-        write_json(
-            path,
-            {
-                "inputs": self.inputs,
-                "tuned": {row: {"run": of.run.name, "flags": of.flags} for row, of in self.tuned.items()},
-                "losses": {row: dict(sorted(of.items())) for row, of in self.losses.items()},
-                "settled": {row: dict(sorted(of.items())) for row, of in self.settled.items()},
-            },
-        )
+        tuned = {row: {"run": of.run.name, "flags": of.flags} for row, of in self.tuned.items()}
+        results = {row: {seed: asdict(found) for seed, found in of.items()} for row, of in self.results.items()}
+        write_json(path, {"inputs": self.inputs, "tuned": tuned, "results": results})
 
-    def of(self, rows: Iterable[str]) -> dict[str, dict[int, float]]:
-        """The losses of those rows that are there."""
-        return {row: self.losses[row] for row in rows if row in self.losses}
-
-    def table(self, rows: Iterable[str], with_steps: bool) -> str:
-        """As Markdown."""
-        return markdown(self.of(rows), self.tuned, self.settled if with_steps else {})
+    def of(self, rows: Iterable[str]) -> dict[str, dict[int, Result]]:
+        """Those rows that are there."""
+        return {row: self.results[row] for row in rows if row in self.results}

@@ -67,6 +67,11 @@ def recipe_of(row: str) -> Recipe:
     return Recipe(run)
 
 
+def is_routing(row: str) -> bool:
+    """Whether nothing but the routing, or what it was tuned to, is changed."""
+    return row in TUNED or row in KINDS
+
+
 def row_of(run: Run) -> str:
     """The row that is a run of a figure: its routing where nothing else is changed, else the run's name."""
     return run.kind if run == recipe_of(run.kind).run else run.name.removeprefix(_PREFIX)
@@ -74,7 +79,7 @@ def row_of(run: Run) -> str:
 
 def reference_of(row: str) -> str:
     """The ReMoE that a row is compared with: of as many experts of the same size, as it is."""
-    if row in TUNED or row in KINDS:
+    if is_routing(row):
         return REFERENCE
     run = recipe_of(row).run
     return REFERENCE if run.routing == "dense" else row_of(replace(partner(run), axis="", value=0.0))

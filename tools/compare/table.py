@@ -3,13 +3,30 @@
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from .recipes import Recipe, reference_of, title
+from .recipes import Recipe, is_routing, reference_of, title
 
 # Student's t at 97.5 % by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-Losses = Mapping[str, Mapping[int, float]]  # row → seed → nats per byte
-Steps = Mapping[str, Mapping[int, int | None]]  # row → seed → step, None where there is none
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one training.
+
+    loss: nats per byte.
+    settled: the step from which S stays at its target; None where it does not, or there is no S.
+    flip_rate, flip_count: of the routing decisions late in the training, where they were measured.
+    """
+
+    loss: float
+    settled: int | None = None
+    flip_rate: float | None = None
+    flip_count: float | None = None
+
+
+Results = Mapping[str, Mapping[int, Result]]  # row → seed → what came out
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -18,48 +35,61 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), half
 
 
-def differences(losses: Losses, row: str) -> list[float]:
+def differences(results: Results, row: str) -> list[float]:
     """Loss of a row less that of the ReMoE beside it, by the seeds that both have."""
-    reference = losses.get(reference_of(row), {})
-    return [losses[row][seed] - reference[seed] for seed in sorted(losses[row].keys() & reference.keys())]
+    of, beside = results[row], results.get(reference_of(row), {})
+    return [of[seed].loss - beside[seed].loss for seed in sorted(of.keys() & beside.keys())]
 
 
-def markdown(losses: Losses, tuned: Mapping[str, Recipe], settled: Steps) -> str:
+def markdown(results: Results, tuned: Mapping[str, Recipe]) -> str:
     """A row for each routing or run: loss, and its difference to ReMoE's by seed.
 
+    With runs that are no routings it is told too from when on S stays at its target, and how many decisions flip.
+
     Args:
-        losses: of the rows that are there.
+        results: of the rows that are there.
         tuned: row → what its tuning came to.
-        settled: from when on S stays at its target; no such column where nothing settles.
     """
-    steps = {row: _median(settled.get(row, {})) for row in losses}
-    heads = ["", "loss", "above ReMoE", *(["S settled"] if any(steps.values()) else []), "seeds"]
-    lines = [f"| {' | '.join(heads)} |".replace("|  |", "| |"), "|---" * len(heads) + "|"]
-    for row in losses:
-        name = f"{title(row)}: {tuned[row]}" if row in tuned else title(row)
-        above = "" if row == reference_of(row) else _told(differences(losses, row), "+")
-        cells = [name, _told(list(losses[row].values())), above, *([steps[row]] if any(steps.values()) else [])]
-        lines.append(f"| {' | '.join(cells)} | {len(losses[row])} |")
+    columns = {
+        "": {row: f"{title(row)}: {tuned[row]}" if row in tuned else title(row) for row in results},
+        "loss": {row: _told([each.loss for each in of.values()]) for row, of in results.items()},
+        "above ReMoE": {row: _told(differences(results, row), "+") for row in results if row != reference_of(row)},
+    }
+    if any(not is_routing(row) for row in results):
+        more = {
+            "S settled": {row: _settled([each.settled for each in of.values()]) for row, of in results.items()},
+            "flip rate": {row: _mean([each.flip_rate for each in of.values()]) for row, of in results.items()},
+            "flips per token": {row: _mean([each.flip_count for each in of.values()]) for row, of in results.items()},
+        }
+        columns |= {name: told for name, told in more.items() if any(told.values())}
+    columns["seeds"] = {row: str(len(of)) for row, of in results.items()}
+    lines = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(told.get(row, '') for told in columns.values())} |" for row in results]
     return "\n".join(lines)
 
 
-def verdicts(losses: Losses) -> Iterator[str]:
+def verdicts(results: Results) -> Iterator[str]:
     """Of each row in words: whether the ReMoE beside it is below it, above it, or neither can be told."""
-    for row in losses:
-        values = differences(losses, row) if row != reference_of(row) else []
+    for row in results:
+        values = differences(results, row) if row != reference_of(row) else []
         if values:
             mean, half = interval(values)
             told = "cannot be told" if abs(mean) <= half else "ReMoE is lower" if mean > 0 else "ReMoE is higher"
             yield f"{title(row)}: {told}"
 
 
-def _median(steps: Mapping[int, int | None]) -> str:
-    """Over the seeds; with how many of them where not all have settled."""
-    found = [step for step in steps.values() if step is not None]
+def _settled(steps: Sequence[int | None]) -> str:
+    """Median over the seeds, with how many of them where not all have settled."""
+    found = [step for step in steps if step is not None]
     if not found:
         return ""
     told = f"{statistics.median_low(found)}"
     return told if len(found) == len(steps) else f"{told} ({len(found)} of {len(steps)})"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return f"{statistics.fmean(found):.4f}" if found else ""
 
 
 def _told(values: Sequence[float], sign: str = "") -> str:

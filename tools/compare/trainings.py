@@ -20,6 +20,7 @@ from ..sweep import results, tiny
 from ..sweep.plan import Run
 from ..sweep.run_log import Outcome, log_of
 from .recipes import TUNED, Recipe, recipe_of, title, tune
+from .table import Result
 
 SPLIT = "95,2.5,2.5"
 EVALUATED = 64  # batches of each part
@@ -98,7 +99,7 @@ class Comparison:
         self._sweeps = Sweeps()
         self._texts = {name: make_text(output / name, name, display) for name in args.corpora}
         self.recipes: dict[str, dict[str, Recipe]] = {name: {} for name in args.corpora}
-        self.outcomes: dict[str, dict[str, dict[int, Outcome]]] = {name: {} for name in args.corpora}
+        self.results: dict[str, dict[str, dict[int, Result]]] = {name: {} for name in args.corpora}
 
     def run(self) -> None:
         """Tune, then train, each with all processes; what is under way is saved when this is interrupted.
@@ -128,9 +129,9 @@ class Comparison:
                 began = time.monotonic()
                 for number, job in enumerate(self._followed("training", jobs), start=1):
                     name, row, seed = jobs[job]
-                    outcome = self.outcomes[name].setdefault(row, {})[seed] = job.result()
+                    result = self.results[name].setdefault(row, {})[seed] = job.result()
                     left = duration((time.monotonic() - began) / number * (len(jobs) - number))
-                    told = f"{outcome.test_loss:.4f} ({number}/{len(jobs)}, {left} left)"
+                    told = f"{result.loss:.4f} ({number}/{len(jobs)}, {left} left)"
                     self._display.say(f"{name}: {title(row)}, seed {seed}: {told}")
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -145,14 +146,14 @@ class Comparison:
 
         return tune(TUNED[row], train, parse(tiny.flags(self._args.tuning_iters, os.environ)))
 
-    def _trained(self, name: str, row: str, seed: int) -> Outcome:
+    def _trained(self, name: str, row: str, seed: int) -> Result:
         recipe = self.recipes[name][row] if row in TUNED else recipe_of(row)
         folder, flags = self._output / name / row / f"seed-{seed}", [*recipe.flags, *self._args.flags]
         found = self._sweeps.train(folder, self._texts[name], self._args.train_iters, seed, recipe.options(), flags)
         outcome = found[recipe.run]
         if outcome.test_loss is None:
             raise ToolError(f"{log_of(folder / recipe.run.name)}: has no loss on the test set.")
-        return outcome
+        return Result(outcome.test_loss, outcome.settled, outcome.flip_rate, outcome.flip_count)
 
     def _followed[Result](self, what: str, jobs: Iterable[Future[Result]]) -> Iterable[Future[Result]]:
         """The jobs as they finish, with a bar."""

@@ -27,6 +27,8 @@ COLUMNS = (
         "sparsity",
         "target_sparsity",
         "settled",
+        "flip_rate",
+        "flip_count",
         "total_parameters",
         "processes",
     ),

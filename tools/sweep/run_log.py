@@ -30,6 +30,7 @@ class Outcome:
     test_loss: the same of the split's third part, where it has one.
     sparsity, target_sparsity: of the last line of the log, for ReMoE; settled: the first logged iteration from which
         S stays within 1 % of its target.
+    flip_rate, flip_count: of the routing decisions, median over the log's second half, where they are measured.
     total_parameters: where one process holds the whole model.
     tokens_per_second: over all processes, median over the log's lines but the first, in which the process warms up.
     training_seconds: of the iterations alone, from the log's time per iteration.
@@ -44,6 +45,8 @@ class Outcome:
     sparsity: float | None = None
     target_sparsity: float | None = None
     settled: int | None = None
+    flip_rate: float | None = None
+    flip_count: float | None = None
     total_parameters: int | None = None
     tokens_per_second: float | None = None
     training_seconds: float | None = None
@@ -92,6 +95,8 @@ def read_outcome(folder: Path) -> Outcome | None:
         sparsity=_number(fields, "sparsity"),
         target_sparsity=target,
         settled=None if target is None else settled_at(records, target),
+        flip_rate=_late_median(records, "flip rate"),
+        flip_count=_late_median(records, "flip count"),
         total_parameters=_parameters(settings, text),
         tokens_per_second=_rate(settings, records),
         training_seconds=_seconds(records),
@@ -117,6 +122,11 @@ def settled_at(records: Records, target: float) -> int | None:
         elif found is None:
             found = iteration
     return found
+
+
+def _late_median(records: Records, name: str) -> float | None:
+    values = [float(fields[name]) for fields in records.values() if name in fields]
+    return statistics.median(values[len(values) // 2 :]) if values else None
 
 
 def _number(fields: dict[str, str], name: str) -> float | None:
