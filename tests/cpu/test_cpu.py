@@ -134,12 +134,16 @@ import sys, torch
 from megatron.remoe.cpu import matmul
 matmul.amd_family_with_avx512 = lambda: int(sys.argv[1])
 kept = matmul.use_onednn()
-large, small = torch.ones(300, 300), torch.ones(3, 3)
+large, small, worth_it = torch.ones(320, 320), torch.ones(3, 3), torch.ones(4097, 256)
 for product in (
     lambda: torch.mm(large, large),
     lambda: torch.mm(small, small),
+    lambda: torch.mm(large[:301], large),
+    lambda: torch.mm(large[:19], large),
+    lambda: torch.mm(worth_it, torch.ones(256, 256)),
     lambda: torch.mm(large.T, large),
-    lambda: torch.zeros(300, 300).addmm_(large.T, large),
+    lambda: torch.zeros(320, 320).addmm_(large.T, large),
+    lambda: torch.zeros(320, 320).addmm_(large[:301].T, large[:301]),
 ):
     with torch.profiler.profile() as profiler:
         product()
@@ -147,8 +151,8 @@ for product in (
 """
     command = [sys.executable, "-c", script, str(family)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    weight_gradients = "1 1" if family >= matmul.ZEN_5 else "0 0"
-    assert result.stdout.strip() == f"1 0 {weight_gradients}", result.stderr
+    weight_gradients = "1 1 0" if family >= matmul.ZEN_5 else "0 0 0"
+    assert result.stdout.strip() == f"1 0 0 1 1 {weight_gradients}", result.stderr
 
 
 def test_norms_of_many_elements_are_exact() -> None:

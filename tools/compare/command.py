@@ -97,7 +97,7 @@ def compare(args: argparse.Namespace, display: Display) -> None:
         ToolError: something is not as it must be.
     """
     output = args.output_dir.expanduser().resolve()
-    inputs = fingerprint(args.train_iters, args.tuning_iters, *args.flags)
+    inputs = fingerprint("results", args.train_iters, args.tuning_iters, *args.flags)
     message = f"Another comparison is at work in {output}. Wait for it, or give --output-dir another folder."
     with lock(output, ToolError(message)):
         comparison = Comparison(args, output, display)

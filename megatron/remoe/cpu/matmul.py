@@ -8,6 +8,11 @@ import torch
 
 # Below, calling another kernel costs more than it gains.
 SMALLEST = 1 << 20
+# oneDNN makes a kernel for each shape, in about half a millisecond, and keeps the last 1024. Experts have another number
+# of tokens in each step: their products go there if they are worth a kernel, or if their number of tokens will recur.
+WORTH_A_KERNEL = 1 << 28
+FEW_TOKENS = 64
+TOKENS_THAT_RECUR = 16
 # Rows from which a product and a pass that adds it are faster than MKL's product that adds.
 ROWS_TO_ADD = 32
 
@@ -42,10 +47,15 @@ def use_onednn() -> torch.library.Library | None:
         torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "mm.out", "addmm_")
     )
     linear = torch.ops.mkldnn._linear_pointwise
+    worth_a_kernel = WORTH_A_KERNEL // 4 if family >= ZEN_5 else WORTH_A_KERNEL
 
     def takes(left: torch.Tensor, right: torch.Tensor) -> bool:
-        is_large = left.numel() * right.shape[1] >= SMALLEST and left.dtype == torch.float32
-        return is_large and (family >= ZEN_5 or left.stride(1) == 1)
+        size = left.numel() * right.shape[1]
+        if size < SMALLEST or left.dtype != torch.float32 or (family < ZEN_5 and left.stride(1) != 1):
+            return False
+        return size >= worth_a_kernel or all(
+            tokens <= FEW_TOKENS or tokens % TOKENS_THAT_RECUR == 0 for tokens in left.shape
+        )
 
     def mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         if takes(left, right):
