@@ -8,8 +8,8 @@ import torch
 
 # Below, calling another kernel costs more than it gains.
 SMALLEST = 1 << 20
-# oneDNN makes a kernel for each shape, in about half a millisecond, and keeps the last 1024. Experts have another number
-# of tokens in each step: their products go there if they are worth a kernel, or if their number of tokens will recur.
+# oneDNN makes a kernel for each shape, in about half a millisecond, and keeps the last 1024. Experts have other numbers
+# of tokens in each step: their products go there if they are worth a kernel, or if their numbers will recur.
 WORTH_A_KERNEL = 1 << 28
 FEW_TOKENS = 64
 TOKENS_THAT_RECUR = 16
