@@ -70,24 +70,39 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER",
         help="a folder for each training, and the losses of a corpus as .json (default: runs/compare)",
     )  # fmt: skip
-    parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/paper.md")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="put the tables into docs/paper.md, which has places for some"
+    )
     add_what_to_train(parser, (*FIGURES[1:], COMPARED, *AXES), "none")
     words = sys.argv[1:] if arguments is None else [*arguments]
     place = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:place])
     args.flags = tuple(words[place + 1 :])
+    args.figures = args.figures or []
     args.rows = [row for row in ROWS if row in (args.rows or ([] if args.figures else ROWS))]
     try:
         runs = planned(args) if args.figures else []
     except SettingsError as error:
         parser.error(str(error))
     args.rows += [row for row in map(row_of, runs) if row not in args.rows]
+    if args.write_docs and not all(
+        mark in PAGE.read_text(encoding="utf-8") for name in args.corpora for mark in marks(args.figures, name)
+    ):
+        parser.error(
+            f"--write-docs: docs/paper.md has no place for the figures {' '.join(args.figures)}. Leave it out."
+        )
     args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
     if len(args.seeds) > 1 + max(STUDENT):
         parser.error(f"--seeds: {len(args.seeds)} are more than the {1 + max(STUDENT)} that an interval is known for.")
     if TUNING_SEED in args.seeds:
         parser.error(f"--seeds {TUNING_SEED}: settings are chosen with it. Give another.")
     return args
+
+
+def marks(figures: Sequence[str], corpus: str) -> tuple[str, str]:
+    """What stands around a table in `PAGE`."""
+    what = " ".join(["compare", *figures, corpus])
+    return f"<!-- {what} -->", f"<!-- end of {what} -->"
 
 
 def compare(args: argparse.Namespace, display: Display) -> None:
@@ -114,8 +129,8 @@ def compare(args: argparse.Namespace, display: Display) -> None:
                 display.say("\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results)]))
     if args.write_docs:
         for name, kept in found.items():
-            marks = f"<!-- compare {name} -->", f"<!-- end of compare {name} -->"
-            write_between(PAGE, *marks, f"\n{markdown(kept.of(ROWS), kept.tuned)}\n")
+            results = kept.of(args.rows if args.figures else ROWS)
+            write_between(PAGE, *marks(args.figures, name), f"\n{markdown(results, kept.tuned)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
