@@ -41,6 +41,8 @@ def test_intervals_by_hand() -> None:
     assert lines[0] == "| | loss | above ReMoE | seeds |"
     assert lines[2] == "| dense | 1.640 ± 0.131 | +0.107 ± 0.029 | 3 |"
     assert lines[3] == "| ReMoE | 1.533 ± 0.143 |  | 3 |"
+    same = table.markdown(of_losses({"remoe": {1: 1.5}, "tuned-remoe": {1: 1.49999}}), {}).splitlines()
+    assert same[3] == "| ReMoE, tuned | 1.500 | +0.000 | 1 |"
     alone = table.markdown(of_losses({"remoe": {1: 1.5}, "dense": {1: 1.6}}), {}).splitlines()
     assert alone[2:] == ["| ReMoE | 1.500 |  | 1 |", "| dense | 1.600 | +0.100 | 1 |"]
 

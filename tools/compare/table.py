@@ -96,4 +96,4 @@ def _told(values: Sequence[float], sign: str = "") -> str:
     if not values:
         return ""
     mean, half = interval(values)
-    return f"{mean:{sign}.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
+    return f"{mean:{sign}z.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
