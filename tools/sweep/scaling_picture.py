@@ -100,8 +100,7 @@ def _lines(points: Sequence[Point], panel: str) -> dict[Line, list[tuple[float, 
             kept = run.granularity if panel in AXES else None
             lines[run.routing, run.protocol, kept].append((position(run, panel), loss))
     drawn = [line for line in lines if len(lines[line]) > 1 or (panel not in AXES and not line[1])]
-    drawn = drawn or (list(lines) if panel not in AXES else [])
-    return {line: sorted(lines[line]) for line in sorted(drawn, key=_in_order)}
+    return {line: sorted(lines[line]) for line in sorted(drawn or lines, key=_in_order)}
 
 
 def _panels(points: Sequence[Point]) -> list[str]:
@@ -109,7 +108,8 @@ def _panels(points: Sequence[Point]) -> list[str]:
     panels = [name for name, values in places.items() if len(values) > 1]
     if any(run.kind in PROTOCOLS and COMPARED in figures_of(run) for run, _ in points):
         panels.append(COMPARED)
-    return panels or [name for name, values in places.items() if values]
+    single = [name for name, values in places.items() if values]
+    return panels or [name for name in single if name in FIGURES] or single
 
 
 def _draw_compared(axes: Any, points: Sequence[Point]) -> None:
