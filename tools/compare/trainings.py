@@ -39,15 +39,16 @@ class Sweeps:
     ) -> dict[Run, Outcome]:
         """What the runs of one call came to.
 
-            Args:
-                folder: for the runs.
-                text: the quickstart's data.
-                iterations: of each.
-                seed: of each.
-        XX Megatron behind them.
+        Args:
+            folder: for the runs.
+            text: the quickstart's data.
+            iterations: of each.
+            seed: of each.
+            options: for scripts/sweep.sh.
+            flags: for Megatron behind them.
 
-            Raises:
-                ToolError: one did not finish.
+        Raises:
+            ToolError: one did not finish.
         """
         behind = ["--split", SPLIT, "--eval-iters", str(EVALUATED), "--seed", str(seed), *flags]
         command = ["bash", str(ROOT / "scripts" / "sweep.sh"), "--tiny", "--train-iters", str(iterations)]
