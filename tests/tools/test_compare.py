@@ -176,10 +176,10 @@ def test_results_of_earlier_calls_are_kept(tmp_path: Path) -> None:
     assert add("7", {"dense": {1: 3.0}}, {}).results == of_losses({"dense": {1: 3.0}})
 
 
-def start(output: Path) -> subprocess.Popen[str]:
-    words = "--corpora mixed --rows dense --seeds 2 1 --train-iters 12 --processes 2 --output-dir".split()
+def start(output: Path, rest: str = "--rows dense --seeds 2 1") -> subprocess.Popen[str]:
+    words = ["--output-dir", str(output), *"--corpora mixed --train-iters 12 --processes 2".split(), *rest.split()]
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tools" / "compare"), *words, str(output)],
+        [sys.executable, str(REPOSITORY / "tools" / "compare"), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -204,3 +204,8 @@ def test_trains_stops_and_goes_on(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "mixed.json").read_text())
     assert [of["loss"] for of in found["results"]["dense"].values()] == losses
     assert f"| dense | {statistics.fmean(losses):.3f} ± " in output
+
+    output, errors = finish(start(tmp_path, "--rows moe dense --seeds 3 -- --moe-router-topk 9"), code=1)
+    assert "mixed: top-k, softmax, seed 3: failed (1/2, " in output and "mixed: dense, seed 3: " in output
+    assert "1 failed; the same command tries them again.\nmixed: top-k, softmax, seed 3: " in errors
+    assert "| dense | " in output, "the others go on"

@@ -106,9 +106,10 @@ class Comparison:
         """Tune, then train, each with all processes; what is under way is saved when this is interrupted.
 
         Raises:
-            ToolError: a training failed.
+            ToolError: trainings failed; the others have come to their end.
         """
         args = self._args
+        failed: list[str] = []
         with ThreadPoolExecutor(args.processes) as threads:
             try:
                 choices = {
@@ -119,25 +120,38 @@ class Comparison:
                 }
                 for choice in self._followed("tuning", choices):
                     name, row = choices[choice]
+                    told = f"{name}: {title(row)}"
+                    if isinstance(error := choice.exception(), ToolError):
+                        failed.append(f"{told}: {error}")
+                        self._display.say(f"{told}: tuning failed")
+                        continue
                     self.recipes[name][row] = choice.result()
-                    self._display.say(f"{name}: {title(row)} is {self.recipes[name][row]}")
+                    self._display.say(f"{told} is {self.recipes[name][row]}")
                 jobs = {
                     threads.submit(self._trained, name, row, seed): (name, row, seed)
                     for row in args.rows
                     for seed in args.seeds
                     for name in args.corpora
+                    if row not in TUNED or row in self.recipes[name]
                 }
                 began = time.monotonic()
                 for number, job in enumerate(self._followed("training", jobs), start=1):
                     name, row, seed = jobs[job]
-                    result = self.results[name].setdefault(row, {})[seed] = job.result()
+                    told = f"{name}: {title(row)}, seed {seed}"
+                    if isinstance(error := job.exception(), ToolError):
+                        failed.append(f"{told}: {error}")
+                        came_to = "failed"
+                    else:
+                        result = self.results[name].setdefault(row, {})[seed] = job.result()
+                        came_to = f"{result.loss:.4f}"
                     left = duration((time.monotonic() - began) / number * (len(jobs) - number))
-                    told = f"{result.loss:.4f} ({number}/{len(jobs)}, {left} left)"
-                    self._display.say(f"{name}: {title(row)}, seed {seed}: {told}")
+                    self._display.say(f"{told}: {came_to} ({number}/{len(jobs)}, {left} left)")
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self._sweeps.stop()
                 raise
+        if failed:
+            raise ToolError("\n".join([f"{len(failed)} failed; the same command tries them again.", *failed]))
 
     def _tuned(self, name: str, row: str) -> Recipe:
         def train(options: Sequence[str], flags: Sequence[str]) -> dict[Run, Outcome]:
