@@ -14,7 +14,7 @@ import pytest
 
 from tests.trainings import REPOSITORY, finish
 from tools.common.flags import parse
-from tools.compare import command, recipes, table
+from tools.compare import command, inside, recipes, table
 from tools.compare.kept import Kept
 from tools.compare.recipes import Recipe
 from tools.compare.table import Result
@@ -64,6 +64,26 @@ def test_runs_of_a_figure_have_the_remoe_beside_them() -> None:
     assert lines[2] == "| ReMoE | 1.550 ± 0.635 |  | 60 | 0.0150 | 0.1200 | 2 |"
     assert lines[3] == "| ReMoE, λ₀ = 0.0001 | 1.500 ± 1.271 | -0.050 ± 0.635 | 40 (1 of 2) |  |  | 2 |"
     assert lines[4] == "| top-k, softmax, E = 16 | 1.400 | +0.100 |  | 0.0300 | 0.4800 | 1 |"
+
+
+def test_routers_beside_each_other_by_layer() -> None:
+    def result(bits: list[float | None], slope: float | None) -> Result:
+        others: dict[str, list[float | None]] = {name: [1.0, 2.0] for name in (*inside.COLUMNS, "inactive")}
+        return Result(1.5, routing=others | {"domain bits": bits, "for a tenfold frequency": [slope, None]})
+
+    results = {
+        "moe": {1: result([0.1, 0.2], None), 2: result([0.3, 0.2], None), 3: Result(1.4)},
+        "remoe": {1: result([0.2, 0.2], -0.1), 2: result([0.2, 0.1], -0.3), 3: Result(1.4)},
+        "dense": {1: Result(1.6)},
+    }
+    lines = inside.markdown(results).splitlines()
+    assert lines[2] == "| top-k, softmax | 1 | 1.000 ± 0.000 | 1.000 ± 0.000 |  | 1.000 ± 0.000 | 0.200 ± 1.271 | " + (
+        "+0.000 ± 1.271 | 1, 1 |"
+    )
+    assert "| +0.050 ± 0.635 | 2, 2 |" in lines[3] and "| -0.200 ± 1.271 | " in lines[4] and len(lines) == 6
+    analyzed = [row for row in recipes.OTHERS if inside.is_analyzed(recipes.recipe_of(row).run)]
+    assert analyzed == ["moe-sigmoid", "moe-unbalanced", "moe-warmup"]
+    assert not inside.is_analyzed(recipes.recipe_of("dense").run)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +168,7 @@ def test_two_settings_that_do_not_go_together() -> None:
         (["--seeds", *map(str, range(1, 12))], "--seeds: 11 are more than the 10"),
         (["--rows", "best"], "invalid choice: 'best'"),
         ("--figures l1-init --routings moe".split(), "no such routing has this setting"),
-        ("--figures gate --write-docs".split(), "docs/paper.md has no place for the figures gate"),
+        ("--figures gate --write-docs".split(), "docs/paper.md has no place for gate"),
     ],
 )
 def test_bad_values_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +193,9 @@ def test_results_of_earlier_calls_are_kept(tmp_path: Path) -> None:
     assert kept.results == of_losses({"dense": {1: 1.6, 2: 1.5}, "tuned-moe": {2: 1.4}, "remoe": {1: 1.3}})
     assert kept.tuned == tuned and [*kept.of(["remoe", "moe"])] == ["remoe"]
     assert f"| top-k, tuned: top-k, softmax, k = G = 2, {RATE} 0.008 | 1.400 |" in table.markdown(kept.results, tuned)
+    seen = {"domain bits": [0.1, None]}
+    Kept("1200", results={"dense": {2: Result(1.5, routing=dict(seen))}}).write(path)
+    assert add("1200", {"dense": {2: 1.5}}, {}).results == {"dense": {2: Result(1.5, routing=dict(seen))}}
     assert add("7", {"dense": {1: 3.0}}, {}).results == of_losses({"dense": {1: 3.0}})
 
 
@@ -205,7 +228,12 @@ def test_trains_stops_and_goes_on(tmp_path: Path) -> None:
     assert [of["loss"] for of in found["results"]["dense"].values()] == losses
     assert f"| dense | {statistics.fmean(losses):.3f} ± " in output
 
-    output, errors = finish(start(tmp_path, "--rows moe dense --seeds 3 -- --moe-router-topk 9"), code=1)
-    assert "mixed: top-k, softmax, seed 3: failed (1/2, " in output and "mixed: dense, seed 3: " in output
-    assert "1 failed; the same command tries them again.\nmixed: top-k, softmax, seed 3: " in errors
-    assert "| dense | " in output, "the others go on"
+    flags = "--moe-router-topk-scaling-factor 2"  # has no meaning with ReLU routing, and is refused
+    output, errors = finish(start(tmp_path, f"--rows remoe moe --seeds 3 --analyze -- {flags}"), code=1)
+    assert "mixed: ReMoE, seed 3: failed (1/2, " in output and "mixed: top-k, softmax, seed 3: " in output
+    assert "1 failed; the same command tries them again.\nmixed: ReMoE, seed 3: " in errors
+    assert "| top-k, softmax | " in output, "the others go on"
+    bits = json.loads((tmp_path / "mixed.json").read_text())["results"]["moe"]["3"]["routing"]["domain bits"]
+    assert (
+        len(bits) == 2 and "| top-k, softmax | 2 | 1.000 | 0.000 |  | " in output and f" | {bits[1]:.3f} | " in output
+    )

@@ -28,6 +28,7 @@ from ..quickstart.stages import fingerprint
 from ..sweep.command import add_what_to_train, planned, whole_number
 from ..sweep.errors import SettingsError
 from ..sweep.plan import AXES, COMPARED, FIGURES
+from . import inside
 from .kept import Kept
 from .recipes import ROWS, row_of
 from .table import STUDENT, markdown, verdicts
@@ -71,6 +72,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="a folder for each training, and the losses of a corpus as .json (default: runs/compare)",
     )  # fmt: skip
     parser.add_argument(
+        "--analyze", action="store_true",
+        help="also look into the routers with tools/analyze and the held-out sets, and show a table of what it finds",
+    )  # fmt: skip
+    parser.add_argument(
         "--write-docs", action="store_true", help="put the tables into docs/paper.md, which has places for some"
     )
     add_what_to_train(parser, (*FIGURES[1:], COMPARED, *AXES), "none")
@@ -85,12 +90,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     except SettingsError as error:
         parser.error(str(error))
     args.rows += [row for row in map(row_of, runs) if row not in args.rows]
-    if args.write_docs and not all(
-        mark in PAGE.read_text(encoding="utf-8") for name in args.corpora for mark in marks(args.figures, name)
-    ):
-        parser.error(
-            f"--write-docs: docs/paper.md has no place for the figures {' '.join(args.figures)}. Leave it out."
-        )
+    page = PAGE.read_text(encoding="utf-8")
+    for what in places(args) if args.write_docs else []:
+        if not all(mark in page for name in args.corpora for mark in marks(what, name)):
+            parser.error(f"--write-docs: docs/paper.md has no place for {' '.join(what)}. Leave it out.")
     args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
     if len(args.seeds) > 1 + max(STUDENT):
         parser.error(f"--seeds: {len(args.seeds)} are more than the {1 + max(STUDENT)} that an interval is known for.")
@@ -99,10 +102,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def marks(figures: Sequence[str], corpus: str) -> tuple[str, str]:
+def places(args: argparse.Namespace) -> list[list[str]]:
+    """What each table that is written is of."""
+    return [args.figures, *([["analysis", *args.figures]] if args.analyze else [])]
+
+
+def marks(what: Sequence[str], corpus: str) -> tuple[str, str]:
     """What stands around a table in `PAGE`."""
-    what = " ".join(["compare", *figures, corpus])
-    return f"<!-- {what} -->", f"<!-- end of {what} -->"
+    words = " ".join(["compare", *what, corpus])
+    return f"<!-- {words} -->", f"<!-- end of {words} -->"
 
 
 def compare(args: argparse.Namespace, display: Display) -> None:
@@ -127,10 +135,14 @@ def compare(args: argparse.Namespace, display: Display) -> None:
                 kept.write(output / f"{name}.json")
                 results = kept.of(args.rows)
                 display.say("\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results)]))
+                if args.analyze:
+                    display.say("\n".join(["", f"{name}, routers:", "", inside.markdown(results)]))
     if args.write_docs:
         for name, kept in found.items():
             results = kept.of(args.rows if args.figures else ROWS)
-            write_between(PAGE, *marks(args.figures, name), f"\n{markdown(results, kept.tuned)}\n")
+            tables = [markdown(results, kept.tuned), *([inside.markdown(results)] if args.analyze else [])]
+            for what, table in zip(places(args), tables, strict=True):
+                write_between(PAGE, *marks(what, name), f"\n{table}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """What all calls of a comparison found of a corpus, in one JSON file."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..quickstart.stages import read_stamp, write_json
@@ -43,7 +43,12 @@ class Kept:
         """Take in what was found now."""
         self.tuned.update(tuned)
         for row, of in results.items():
-            self.results[row] = dict(sorted((self.results.get(row, {}) | dict(of)).items()))
+            before = self.results.get(row, {})
+            now = {
+                seed: replace(found, routing=found.routing or before[seed].routing) if seed in before else found
+                for seed, found in of.items()
+            }
+            self.results[row] = dict(sorted((before | now).items()))
 
     def write(self, path: Path) -> None:
         """Aside, and renamed."""

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .recipes import Recipe, is_routing, reference_of, title
 
@@ -18,12 +18,14 @@ class Result:
     loss: nats per byte.
     settled: the step from which S stays at its target; None where it does not, or there is no S.
     flip_rate, flip_count: of the routing decisions late in the training, where they were measured.
+    routing: what tools/analyze found, where it was asked: name → of each MoE layer.
     """
 
     loss: float
     settled: int | None = None
     flip_rate: float | None = None
     flip_count: float | None = None
+    routing: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 Results = Mapping[str, Mapping[int, Result]]  # row → seed → what came out
@@ -52,8 +54,8 @@ def markdown(results: Results, tuned: Mapping[str, Recipe]) -> str:
     """
     columns = {
         "": {row: f"{title(row)}: {tuned[row]}" if row in tuned else title(row) for row in results},
-        "loss": {row: _told([each.loss for each in of.values()]) for row, of in results.items()},
-        "above ReMoE": {row: _told(differences(results, row), "+") for row in results if row != reference_of(row)},
+        "loss": {row: shown([each.loss for each in of.values()]) for row, of in results.items()},
+        "above ReMoE": {row: shown(differences(results, row), "+") for row in results if row != reference_of(row)},
     }
     if any(not is_routing(row) for row in results):
         more = {
@@ -83,8 +85,8 @@ def _settled(steps: Sequence[int | None]) -> str:
     found = [step for step in steps if step is not None]
     if not found:
         return ""
-    told = f"{statistics.median_low(found)}"
-    return told if len(found) == len(steps) else f"{told} ({len(found)} of {len(steps)})"
+    median = f"{statistics.median_low(found)}"
+    return median if len(found) == len(steps) else f"{median} ({len(found)} of {len(steps)})"
 
 
 def _mean(values: Sequence[float | None]) -> str:
@@ -92,7 +94,8 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(found):.4f}" if found else ""
 
 
-def _told(values: Sequence[float], sign: str = "") -> str:
+def shown(values: Sequence[float], sign: str = "") -> str:
+    """Mean and interval; nothing of no values."""
     if not values:
         return ""
     mean, half = interval(values)

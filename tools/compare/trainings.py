@@ -2,13 +2,16 @@
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..common.display import Display
 from ..common.errors import ToolError
@@ -19,6 +22,7 @@ from ..quickstart import corpora, corpus, dataset
 from ..sweep import results, tiny
 from ..sweep.plan import Run
 from ..sweep.run_log import Outcome, log_of
+from . import inside
 from .recipes import TUNED, Recipe, recipe_of, title, tune
 from .table import Result
 
@@ -27,8 +31,8 @@ EVALUATED = 64  # batches of each part
 TUNING_SEED = 1233
 
 
-class Sweeps:
-    """Starts sweeps of a few runs as processes, and ends them when told to stop."""
+class Processes:
+    """Starts sweeps of a few runs, and analyses, as processes of one thread, and ends them when told to stop."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
@@ -53,15 +57,34 @@ class Sweeps:
         behind = ["--split", SPLIT, "--eval-iters", str(EVALUATED), "--seed", str(seed), *flags]
         command = ["bash", str(ROOT / "scripts" / "sweep.sh"), "--tiny", "--train-iters", str(iterations)]
         command += ["--output-dir", str(folder), *options, "--", *behind]
-        settings = (
-            os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | tiny.text_in(text, text.parent.name)
-        )
+        self._run(command, tiny.text_in(text, text.parent.name), f"The logs: {log_of(folder / '*')}")
+        rows = results.rows_of(folder, [])
+        return {row.run: row.outcome for row in rows if row.outcome is not None and row.outcome.finished}
+
+    def analyze(self, run: Path, text: Path) -> inside.Figures:
+        """What tools/analyze finds in a run with the held-out sets of a text, each a domain.
+
+        Raises:
+            ToolError: it found nothing.
+        """
+        sets = [str(index.with_suffix("")) for index in sorted(text.glob("heldout_*.idx"))]
+        command = [sys.executable, str(ROOT / "tools" / "analyze"), "--load", str(run / "checkpoints")]
+        command += ["--output-dir", str(run / "analysis"), "--sequences", str(inside.SEQUENCES), "--data-path", *sets]
+        self._run(command, {}, f"The command: {shlex.join(command)}")
+        return inside.read(run / "analysis")
+
+    def _run(self, command: Sequence[str], settings: Mapping[str, str], where: str) -> None:
+        """
+        Args:
+            settings: of the environment.
+            where: to look if it fails.
+        """
         if self._stopped:
             raise KeyboardInterrupt
         # Ctrl-C reaches it through `stop` alone: a second one would end it without a checkpoint.
         process = subprocess.Popen(
             command,
-            env=settings,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | dict(settings),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -74,15 +97,30 @@ class Sweeps:
         errors = process.communicate()[1]
         self._running.discard(process)
         if process.returncode and not self._stopped:
-            raise ToolError(f"{errors.strip()}\nThe logs: {log_of(folder / '*')}")
-        rows = results.rows_of(folder, [])
-        return {row.run: row.outcome for row in rows if row.outcome is not None and row.outcome.finished}
+            raise ToolError(f"{errors.strip()}\n{where}")
 
     def stop(self) -> None:
         """End all, after a last checkpoint each."""
         self._stopped = True
         for process in list(self._running):
             process.send_signal(signal.SIGTERM)
+
+
+class Failed:
+    """Jobs that came to nothing."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self.reasons: list[str] = []
+
+    def tells(self, job: Future[Any], told: str, place: str = "") -> bool:
+        """Whether a job is one of them, which is said."""
+        error = job.exception()
+        if not isinstance(error, ToolError):
+            return False
+        self.reasons.append(f"{told}: {error}")
+        self._display.say(f"{told}: failed {place}".rstrip())
+        return True
 
 
 def make_text(folder: Path, name: str, display: Display) -> Path:
@@ -97,7 +135,7 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, output: Path, display: Display) -> None:
         self._args, self._output, self._display = args, output, display
-        self._sweeps = Sweeps()
+        self._processes = Processes()
         self._texts = {name: make_text(output / name, name, display) for name in args.corpora}
         self.recipes: dict[str, dict[str, Recipe]] = {name: {} for name in args.corpora}
         self.results: dict[str, dict[str, dict[int, Result]]] = {name: {} for name in args.corpora}
@@ -108,8 +146,7 @@ class Comparison:
         Raises:
             ToolError: trainings failed; the others have come to their end.
         """
-        args = self._args
-        failed: list[str] = []
+        args, failed = self._args, Failed(self._display)
         with ThreadPoolExecutor(args.processes) as threads:
             try:
                 choices = {
@@ -121,12 +158,9 @@ class Comparison:
                 for choice in self._followed("tuning", choices):
                     name, row = choices[choice]
                     told = f"{name}: {title(row)}"
-                    if isinstance(error := choice.exception(), ToolError):
-                        failed.append(f"{told}: {error}")
-                        self._display.say(f"{told}: tuning failed")
-                        continue
-                    self.recipes[name][row] = choice.result()
-                    self._display.say(f"{told} is {self.recipes[name][row]}")
+                    if not failed.tells(choice, told):
+                        self.recipes[name][row] = choice.result()
+                        self._display.say(f"{told} is {self.recipes[name][row]}")
                 jobs = {
                     threads.submit(self._trained, name, row, seed): (name, row, seed)
                     for row in args.rows
@@ -137,38 +171,60 @@ class Comparison:
                 began = time.monotonic()
                 for number, job in enumerate(self._followed("training", jobs), start=1):
                     name, row, seed = jobs[job]
-                    told = f"{name}: {title(row)}, seed {seed}"
-                    if isinstance(error := job.exception(), ToolError):
-                        failed.append(f"{told}: {error}")
-                        came_to = "failed"
-                    else:
-                        result = self.results[name].setdefault(row, {})[seed] = job.result()
-                        came_to = f"{result.loss:.4f}"
                     left = duration((time.monotonic() - began) / number * (len(jobs) - number))
-                    self._display.say(f"{told}: {came_to} ({number}/{len(jobs)}, {left} left)")
+                    told, place = f"{name}: {title(row)}, seed {seed}", f"({number}/{len(jobs)}, {left} left)"
+                    if not failed.tells(job, told, place):
+                        result = self.results[name].setdefault(row, {})[seed] = job.result()
+                        self._display.say(f"{told}: {result.loss:.4f} {place}")
+                looks = {
+                    threads.submit(self._analyzed, name, row, seed): (name, row, seed)
+                    for name, rows in self.results.items()
+                    for row, of in rows.items()
+                    if args.analyze and inside.is_analyzed(self._recipe(name, row).run)
+                    for seed in of
+                }
+                for look in self._followed("analyzing", looks):
+                    name, row, seed = looks[look]
+                    if not failed.tells(look, f"{name}: {title(row)}, seed {seed}, analyzed"):
+                        of = self.results[name][row]
+                        of[seed] = replace(of[seed], routing=look.result())
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
-                self._sweeps.stop()
+                self._processes.stop()
                 raise
-        if failed:
-            raise ToolError("\n".join([f"{len(failed)} failed; the same command tries them again.", *failed]))
+        if failed.reasons:
+            raise ToolError(
+                "\n".join([f"{len(failed.reasons)} failed; the same command tries them again.", *failed.reasons])
+            )
 
     def _tuned(self, name: str, row: str) -> Recipe:
         def train(options: Sequence[str], flags: Sequence[str]) -> dict[Run, Outcome]:
             folder = self._output / name / row / ("together" if flags else "tuning")
             behind = [*flags, *self._args.flags]
-            return self._sweeps.train(folder, self._texts[name], self._args.tuning_iters, TUNING_SEED, options, behind)
+            return self._processes.train(
+                folder, self._texts[name], self._args.tuning_iters, TUNING_SEED, options, behind
+            )
 
         return tune(TUNED[row], train, parse(tiny.flags(self._args.tuning_iters, os.environ)))
 
     def _trained(self, name: str, row: str, seed: int) -> Result:
-        recipe = self.recipes[name][row] if row in TUNED else recipe_of(row)
-        folder, flags = self._output / name / row / f"seed-{seed}", [*recipe.flags, *self._args.flags]
-        found = self._sweeps.train(folder, self._texts[name], self._args.train_iters, seed, recipe.options(), flags)
+        recipe, folder = self._recipe(name, row), self._folder(name, row, seed)
+        flags = [*recipe.flags, *self._args.flags]
+        found = self._processes.train(folder, self._texts[name], self._args.train_iters, seed, recipe.options(), flags)
         outcome = found[recipe.run]
         if outcome.test_loss is None:
             raise ToolError(f"{log_of(folder / recipe.run.name)}: has no loss on the test set.")
         return Result(outcome.test_loss, outcome.settled, outcome.flip_rate, outcome.flip_count)
+
+    def _analyzed(self, name: str, row: str, seed: int) -> inside.Figures:
+        run = self._recipe(name, row).run
+        return self._processes.analyze(self._folder(name, row, seed) / run.name, self._texts[name])
+
+    def _recipe(self, name: str, row: str) -> Recipe:
+        return self.recipes[name][row] if row in TUNED else recipe_of(row)
+
+    def _folder(self, name: str, row: str, seed: int) -> Path:
+        return self._output / name / row / f"seed-{seed}"
 
     def _followed[Result](self, what: str, jobs: Iterable[Future[Result]]) -> Iterable[Future[Result]]:
         """The jobs as they finish, with a bar."""
