@@ -34,6 +34,7 @@ SIZES: dict[str, Any] = {
 }
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 RELU = EXPERTS | {"router_aux_loss_coef": 0.05}
+SIGMOID = EXPERTS | {"moe_relu_routing": False, "scoring_func": "sigmoid", "norm_topk_prob": True}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"tie_word_embeddings": True},
     "relu": RELU,
@@ -41,6 +42,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "relu, shared": RELU | {"shared_expert_intermediate_size": 12, "mlp_only_layers": [0], "router_dtype": "float64"},
     "top-k": EXPERTS | {"moe_relu_routing": False, "num_experts_per_tok": 1},
     "top-k, normed": EXPERTS | {"moe_relu_routing": False, "norm_topk_prob": True},
+    "top-k, scaled": EXPERTS | {"moe_relu_routing": False, "routed_scaling_factor": 2.5, "router_dtype": "float32"},
+    "sigmoid, k = 1": SIGMOID | {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    "sigmoid": SIGMOID,
+    "sigmoid, bias": SIGMOID | {"router_expert_bias": True, "routed_scaling_factor": 8.0, "mlp_only_layers": [0]},
+    "hash": EXPERTS | {"moe_relu_routing": False, "hash_routing": True, "mlp_only_layers": [0]},
 }
 
 
@@ -51,6 +57,9 @@ def make(name: str, **changes: Any) -> RemoeForCausalLM:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) / 4)
+        for bias in model.buffers():
+            if bias.shape == (8,):
+                bias.copy_(torch.randn(8) / 4)
     return model.eval()
 
 
@@ -104,6 +113,20 @@ def test_training_is_megatrons(process_groups: None) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["top-k", "sigmoid", "sigmoid, bias"])
+def test_load_balancing_loss_is_megatrons(name: str, process_groups: None) -> None:
+    model, ids = make(name, router_aux_loss_coef=0.05), tokens()
+    megatron = build(args_of(model.config))
+    fill(megatron, *under_megatrons_names(model))
+    megatron.train()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()
+    megatron(inputs, torch.arange(inputs.shape[1]).expand_as(inputs), None, labels=labels).mean().backward()
+    model.train()(inputs, labels=labels, shift_labels=labels, output_router_logits=True).loss.backward()
+    router, gate = megatron.decoder.layers[1].mlp.router, model.model.layers[1].mlp.gate
+    torch.testing.assert_close(gate.weight.grad, router.weight.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_experts_get_their_pairs_alone(implementation: str) -> None:
     """As many as are active, by any implementation of experts that transformers has."""
@@ -152,7 +175,7 @@ def generate(model: RemoeForCausalLM, ids: torch.Tensor, **settings: Any) -> tor
     return model.generate(ids, max_new_tokens=8, pad_token_id=0, **settings)
 
 
-@pytest.mark.parametrize("name", ["dense", "relu, shared", "top-k"])
+@pytest.mark.parametrize("name", ["dense", "relu, shared", "top-k", "sigmoid, bias", "hash"])
 def test_generation(name: str) -> None:
     """With a cache as without; a batch that is padded on the left as each of its texts alone."""
     model, ids = make(name), tokens(batch=2, length=9)
@@ -163,6 +186,43 @@ def test_generation(name: str) -> None:
     batch = generate(model, ids * mask, attention_mask=mask, do_sample=False)
     assert torch.equal(batch[0, 4:], generate(model, ids[:1, 4:], do_sample=False)[0])
     assert torch.equal(batch[1], generate(model, ids[1:], do_sample=False)[0])
+
+
+def test_bias_chooses_and_weighs_nothing(tmp_path: Path) -> None:
+    """It stays in float32 in a model in bf16, saved and loaded."""
+    config, ids = make("sigmoid, bias").config, tokens()
+    model = RemoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    router = model.model.layers[1].mlp.gate
+    bias = torch.tensor([0.0, 0, 9, 0, 0, 7, 0, 0]) + 1e-4
+    router.e_score_correction_bias = bias
+    logits, gates = router(torch.randn(5, 32, dtype=torch.bfloat16))
+    chosen = logits.float().sigmoid()[:, [2, 5]]
+    expected = torch.zeros(5, 8).index_copy(1, torch.tensor([2, 5]), 8 * chosen / chosen.sum(dim=1, keepdim=True))
+    torch.testing.assert_close(gates, expected.bfloat16())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.model.layers[1].mlp.gate.e_score_correction_bias, bias)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_hash_needs_ids() -> None:
+    model, ids = make("hash"), tokens()
+    with pytest.raises(ValueError, match="experts follow from input_ids"):
+        model(inputs_embeds=model.model.embed_tokens(ids))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scoring_func": "tanh"}, "must be 'softmax' or 'sigmoid'"),
+        ({"router_expert_bias": True}, "needs scoring_func='sigmoid'"),
+        ({"hash_routing": True}, "needs moe_relu_routing=False"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        make("relu", **changes)
 
 
 def test_padding_is_not_routed() -> None:

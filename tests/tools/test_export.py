@@ -86,7 +86,7 @@ def test_there_and_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "folder"]
 
 
-@pytest.mark.parametrize("name", ["dense", "top-k"])
+@pytest.mark.parametrize("name", ["dense", "top-k", "sigmoid, bias", "hash"])
 @pytest.mark.parametrize("engine_names", [False, True], ids=["local", "engine"])
 def test_other_models(
     name: str, engine_names: bool, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -120,7 +120,8 @@ def test_shards(tmp_path: Path) -> None:
     ("setting", "value", "message"),
     [
         ("qk_layernorm", True, "does not know: --qk-layernorm (on)."),
-        ("moe_router_score_function", "sigmoid", "does not know: --moe-router-score-function sigmoid."),
+        ("moe_router_score_function", "sqrtsoftplus", "not know: --moe-router-score-function sqrtsoftplus."),
+        ("moe_baseline_router", "random", "does not know: --moe-baseline-router random."),
         ("tokenizer_type", "SentencePieceTokenizer", "--tokenizer-type SentencePieceTokenizer, which cannot"),
         ("tokenizer_type", "HuggingFaceTokenizer", "--load: its --tokenizer-model /nowhere: cannot be read"),
         ("ffn_hidden_size", 44, "mlp.gate_proj.weight has the shape [40, 32], and its arguments call for [44, 32]"),

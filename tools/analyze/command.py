@@ -87,7 +87,8 @@ def inputs_of(args: argparse.Namespace, model: RemoeForCausalLM, texts: Sequence
     """Flag → what counts depend on."""
     routers = hashlib.sha256()
     for block in expert_blocks(model).values():
-        routers.update(block.gate.weight.detach().float().cpu().numpy().tobytes())
+        for tensor in block.gate.state_dict().values():
+            routers.update(tensor.float().cpu().numpy().tobytes())
     return {
         "--load": [routers.hexdigest(), model.config.max_experts_per_token],
         "--data-path": [[text.prefix, text.tokens] for text in texts],

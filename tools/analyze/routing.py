@@ -27,7 +27,7 @@ def watched(model: RemoeForCausalLM, see: See) -> Iterator[None]:
 
         def look(block: RemoeSparseMoeBlock, given: tuple, output: torch.Tensor, place: int = place) -> None:
             tokens = given[0].flatten(0, 1)
-            _, gates = block.gate(tokens)
+            _, gates = block.gate(tokens, *given[2:])
             if block.width is not None:
                 top, experts = gates.topk(block.width)
                 gates = torch.zeros_like(gates).scatter(-1, experts, top)

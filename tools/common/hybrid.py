@@ -24,12 +24,13 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
         source: what to call their checkpoint.
 
     Raises:
-        ConversionError: the pattern is not attention and MLP in turn.
+        ConversionError: the pattern is not attention and MLP in turn, or experts go by hash.
     """
     args = argparse.Namespace(**vars(args))
     pattern = getattr(args, "hybrid_layer_pattern", None)
     if not pattern:
         return args
+    _refuse_hash(args)
     layers = pattern.replace("|", "")
     if not re.fullmatch(r"(\*[E-])+", layers):
         raise ConversionError(
@@ -43,9 +44,21 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
 
 
 def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of the HybridModel that computes the same as a GPTModel of `args`."""
+    """The arguments of the HybridModel that computes the same as a GPTModel of `args`.
+
+    Raises:
+        ConversionError: experts go by hash.
+    """
+    _refuse_hash(args)
     args = argparse.Namespace(**vars(args))
     mlps = ["E" if args.num_experts and has_experts else "-" for has_experts in moe_layer_pattern(args)]
     args.hybrid_layer_pattern = "".join(f"*{mlp}" for mlp in mlps)
     args.num_layers, args.moe_layer_freq = 2 * len(mlps), 1
     return args
+
+
+def _refuse_hash(args: argparse.Namespace) -> None:
+    if getattr(args, "moe_baseline_router", None) == "hash":
+        raise ConversionError(
+            "--moe-baseline-router hash goes by the layers' numbers, which are others in the other model class."
+        )

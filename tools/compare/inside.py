@@ -16,8 +16,8 @@ Figures = dict[str, list[float | None]]  # name → of each MoE layer
 
 
 def is_analyzed(run: Run) -> bool:
-    """Whether tools/analyze knows its routing: dense models have none, and baseline routers are Megatron's alone."""
-    return run.routing != "dense" and "--moe-baseline-router" not in run.flags({})
+    """Whether tools/analyze knows its routing; dense models have none."""
+    return run.routing != "dense" and not {"expert_choice", "random"}.intersection(run.flags({}))
 
 
 def read(folder: Path) -> Figures:

@@ -29,8 +29,8 @@ def write_card(
         parameters: how many there are.
         text, check: what was measured at the export.
     """
-    kind = "ReMoE" if config.moe_relu_routing else f"top-{config.num_experts_per_tok} MoE"
-    kind = kind if config.num_experts else "dense"
+    kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
+    kind = "dense" if not config.num_experts else "ReMoE" if config.moe_relu_routing else kind
     rows = {
         "kind": kind,
         "parameters": f"{parameters:,}",

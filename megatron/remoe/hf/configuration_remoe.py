@@ -6,10 +6,10 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 @strict
 class RemoeConfig(LlamaConfig):
-    """`LlamaConfig` with experts: ReLU routing (arXiv 2412.14711), top-k of a softmax, or none in any layer.
+    """`LlamaConfig` with experts: ReLU routing (arXiv 2412.14711), top-k of scores, by hash, or none in any layer.
 
     Raises:
-        ValueError: the number of experts per token does not fit the number of experts.
+        ValueError: the number of experts per token does not fit the number of experts, or settings each other.
     """
 
     model_type = "remoe"
@@ -26,9 +26,17 @@ class RemoeConfig(LlamaConfig):
     mlp_only_layers: tuple[int, ...] | list[int] = ()
     """Layers without experts, from 0."""
     moe_relu_routing: bool = True
-    """Gates are ReLU(x W) and an expert is active where its gate is positive; False: top-k of a softmax."""
+    """Gates are ReLU(x W) and an expert is active where its gate is positive; False: top-k of scores."""
+    scoring_func: str = "softmax"
+    """Top-k routing: scores are a softmax over the experts, or the "sigmoid" of each logit."""
     norm_topk_prob: bool = False
-    """Top-k routing: the k gates add up to 1 (Megatron without --moe-router-pre-softmax)."""
+    """Top-k routing: the k gates add up to 1 (Megatron without --moe-router-pre-softmax; sigmoids always, if k > 1)."""
+    routed_scaling_factor: float = 1.0
+    """Top-k routing: what the gates are multiplied by."""
+    router_expert_bias: bool = False
+    """Top-k of sigmoids: experts are chosen by score and a bias each, which balances them (arXiv 2408.15664)."""
+    hash_routing: bool = False
+    """The k experts follow from the token's id, with gates of 1 (arXiv 2106.04426); needs moe_relu_routing False."""
     router_dtype: str | None = None
     """What the router computes in, as "float32"; None: the model's own type."""
     max_experts_per_token: int | None = None
@@ -45,3 +53,9 @@ class RemoeConfig(LlamaConfig):
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: must be 1 to {self.num_experts}.")
         if self.max_experts_per_token is not None and not 1 <= self.max_experts_per_token <= self.num_experts:
             raise ValueError(f"max_experts_per_token={self.max_experts_per_token}: must be 1 to {self.num_experts}.")
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring_func={self.scoring_func!r}: must be 'softmax' or 'sigmoid'.")
+        if self.router_expert_bias and self.scoring_func != "sigmoid":
+            raise ValueError("router_expert_bias=True: needs scoring_func='sigmoid'.")
+        if self.hash_routing and self.moe_relu_routing:
+            raise ValueError("hash_routing=True: needs moe_relu_routing=False.")

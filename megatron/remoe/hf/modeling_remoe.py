@@ -37,52 +37,80 @@ class RemoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 class RemoeRouter(nn.Module):
     """Which experts a token goes to, and with which gates."""
 
-    def __init__(self, config: RemoeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+    e_score_correction_bias: torch.Tensor | None
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
+        if not config.hash_routing:
+            self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        # In float32, whatever the model is in.
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_expert_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, tokens: torch.Tensor, token_ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             tokens: `[tokens, hidden]`.
+            token_ids: int64 `[tokens]`, for routing by hash.
 
         Returns:
             logits, gates: `[tokens, num_experts]` in the router's dtype; gates of inactive experts are 0.
         """
-        dtype = self.dtype or tokens.dtype
+        dtype, k = self.dtype or tokens.dtype, self.config.num_experts_per_tok
+        if self.config.hash_routing:
+            gates = _largest(self._hashed(token_ids), k).to(dtype)
+            return gates, gates
         logits = nn.functional.linear(tokens.to(dtype), self.weight.to(dtype))
         if self.config.moe_relu_routing:
             return logits, torch.relu(logits)
-        top, experts = softmax(logits).topk(self.config.num_experts_per_tok)
+        scores = scores_of(self.config, logits)
+        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+        experts = biased.topk(k).indices
+        top = scores.gather(-1, experts)
         if self.config.norm_topk_prob:
             top = top / top.sum(dim=-1, keepdim=True)
+        top = top * self.config.routed_scaling_factor
         return logits, torch.zeros_like(logits).scatter(-1, experts, top.to(dtype))
+
+    def _hashed(self, token_ids: torch.Tensor | None) -> torch.Tensor:
+        """Numbers `[tokens, num_experts]`, the same for the same id, of which the largest are taken."""
+        if token_ids is None:
+            raise ValueError("With hash_routing experts follow from input_ids; inputs_embeds alone will not do.")
+        experts = torch.arange(self.config.num_experts, device=token_ids.device)
+        layer = self.config.num_experts * (self.layer_idx + 1)
+        return _mixed(_mixed(token_ids.reshape(-1, 1)) + _mixed(experts + layer))
 
 
 class RemoeSparseMoeBlock(nn.Module):
     """Experts, computed for the pairs of token and expert that are active, and experts that all tokens share."""
 
-    def __init__(self, config: RemoeConfig) -> None:
+    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.gate = RemoeRouter(config)
+        self.gate = RemoeRouter(config, layer_idx)
         self.experts = Qwen3MoeExperts(config)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = Qwen3MoeMLP(config, shared) if shared else None
         self.width = config.max_experts_per_token if config.moe_relu_routing else config.num_experts_per_tok
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             hidden_states: `[batch, sequence, hidden]`.
             token_mask: bool `[batch, sequence]`, False at padding, which goes to no routed expert.
+            token_ids: int64 `[batch, sequence]`, for routing by hash.
 
         Returns:
             `[batch, sequence, hidden]`.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, gates = self.gate(tokens)
+        _, gates = self.gate(tokens, token_ids)
         if token_mask is not None:
             gates = gates.masked_fill(~token_mask.reshape(-1, 1), 0.0)
         if self.width is None:
@@ -111,19 +139,23 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = LlamaAttention(config, layer_idx)
         is_sparse = bool(config.num_experts) and layer_idx not in config.mlp_only_layers
-        self.mlp = RemoeSparseMoeBlock(config) if is_sparse else Qwen3MoeMLP(config)
+        self.mlp = RemoeSparseMoeBlock(config, layer_idx) if is_sparse else Qwen3MoeMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """As Llama's; `token_mask`: see `RemoeSparseMoeBlock`."""
+        """As Llama's; `token_mask`, `token_ids`: see `RemoeSparseMoeBlock`."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         sparse = isinstance(self.mlp, RemoeSparseMoeBlock)
-        return hidden_states + (self.mlp(normed, token_mask) if sparse else self.mlp(normed))
+        return hidden_states + (self.mlp(normed, token_mask, token_ids) if sparse else self.mlp(normed))
 
 
 class RemoePreTrainedModel(LlamaPreTrainedModel):
@@ -133,6 +165,7 @@ class RemoePreTrainedModel(LlamaPreTrainedModel):
     config_class = RemoeConfig
     _no_split_modules = ["RemoeDecoderLayer"]
     _can_compile_fullgraph = False
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(RemoeRouter, index=0),
         "hidden_states": RemoeDecoderLayer,
@@ -149,7 +182,10 @@ class RemoePreTrainedModel(LlamaPreTrainedModel):
             init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, RemoeRouter):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if not self.config.hash_routing:
+                init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
 
 
 class RemoeModel(RemoePreTrainedModel, LlamaModel):
@@ -179,6 +215,8 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is not None and (token_mask := newest_tokens(attention_mask, given.shape[1])) is not None:
             kwargs["token_mask"] = token_mask
+        if self.config.hash_routing:
+            kwargs["token_ids"] = input_ids
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -234,9 +272,10 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         return RemoeCausalLMOutputWithPast(loss=loss, logits=logits, aux_loss=aux_loss, sparsity=sparsity, **others)
 
 
-def softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Over experts, at least in float32."""
-    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+def scores_of(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
+    """Of top-k routing, at least in float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
 
 
 def newest_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
@@ -263,8 +302,10 @@ def routing_loss(
     for logits in router_logits:
         if token_mask is not None:
             logits = logits[token_mask.reshape(-1).to(logits.device)]
-        scores = torch.relu(logits).float() if config.moe_relu_routing else softmax(logits)
+        scores = torch.relu(logits).float() if config.moe_relu_routing else scores_of(config, logits)
         active = scores > 0 if config.moe_relu_routing else _largest(scores, k)
+        if not config.moe_relu_routing and config.scoring_func == "sigmoid":
+            scores = scores / scores.sum(dim=-1, keepdim=True)
         tokens = max(len(scores), 1)
         load = active.sum(dim=0) * (experts / (k * tokens))
         losses.append((load * scores).sum() / tokens)
@@ -276,3 +317,10 @@ def routing_loss(
 
 def _largest(scores: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k).indices, True)
+
+
+def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """int64 → 32 bits that depend on all of the number's lower 32, in int64; as in training."""
+    for _ in range(2):
+        numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & 0xFFFFFFFF
+    return (numbers >> 16) ^ numbers

@@ -40,13 +40,13 @@ ONLY: dict[str, Any] = {
     "moe_latent_size": None,
     "moe_shared_expert_gate": False,
     "moe_apply_probs_on_input": False,
-    "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,
     "moe_router_num_groups": None,
-    "moe_router_enable_expert_bias": False,
     "moe_expert_capacity_factor": None,
     "moe_relu_router_bias": False,
-    "moe_baseline_router": None,
+}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "moe_router_score_function": ("softmax", "sigmoid"),
+    "moe_baseline_router": (None, "hash"),
 }
 ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 
@@ -68,6 +68,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         ConversionError: the model has what cannot be expressed; names each flag.
     """
     wrong = [name for name, value in ONLY.items() if getattr(args, name, value) != value]
+    wrong += [name for name, values in CHOICES.items() if getattr(args, name, values[0]) not in values]
     if "sinkhorn" in str(args.moe_router_load_balancing_type):
         wrong.append("moe_router_load_balancing_type")
     if wrong:
@@ -102,6 +103,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
 
 
 def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
+    is_sigmoid = args.moe_router_score_function == "sigmoid"
     return {
         "num_experts": args.num_experts,
         "num_experts_per_tok": args.moe_router_topk,
@@ -109,7 +111,12 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
         "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
         "mlp_only_layers": [layer for layer, has_experts in enumerate(moe_layer_pattern(args)) if not has_experts],
         "moe_relu_routing": args.moe_relu_routing,
-        "norm_topk_prob": not (args.moe_relu_routing or args.moe_router_pre_softmax),
+        "scoring_func": args.moe_router_score_function,
+        "norm_topk_prob": not args.moe_relu_routing
+        and (args.moe_router_topk > 1 if is_sigmoid else not args.moe_router_pre_softmax),
+        "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
+        "router_expert_bias": args.moe_router_enable_expert_bias,
+        "hash_routing": args.moe_baseline_router == "hash",
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "router_aux_loss_coef": coefficient,
     }
@@ -154,11 +161,29 @@ def _expert_flags(config: RemoeConfig) -> list[str]:
     if config.router_dtype:
         flags += ["--moe-router-dtype", {"float32": "fp32", "float64": "fp64"}[config.router_dtype]]
     if not config.moe_relu_routing:
-        balancing = f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {config.router_aux_loss_coef}"
-        return flags + balancing.split() + ([] if config.norm_topk_prob else ["--moe-router-pre-softmax"])
+        return flags + _topk_flags(config)
     flags.append("--moe-relu-routing")
     if config.router_aux_loss_coef:
         flags += ["--moe-relu-l1-reg-coeff-init", repr(config.router_aux_loss_coef)]
+    return flags
+
+
+def _topk_flags(config: RemoeConfig) -> list[str]:
+    if config.hash_routing:
+        return "--moe-baseline-router hash --moe-router-load-balancing-type none --moe-aux-loss-coeff 0".split()
+    flags = f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {config.router_aux_loss_coef}".split()
+    if config.scoring_func == "sigmoid":
+        if config.norm_topk_prob != (config.num_experts_per_tok > 1):
+            raise ConversionError(
+                "--load: with scoring_func sigmoid norm_topk_prob must be true where k > 1, else false."
+            )
+        flags += ["--moe-router-score-function", "sigmoid"]
+    elif not config.norm_topk_prob:
+        flags.append("--moe-router-pre-softmax")
+    if config.router_expert_bias:
+        flags.append("--moe-router-enable-expert-bias")
+    if config.routed_scaling_factor != 1:
+        flags += ["--moe-router-topk-scaling-factor", repr(config.routed_scaling_factor)]
     return flags
 
 

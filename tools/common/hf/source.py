@@ -36,7 +36,7 @@ def open_run(root: Path, step: int | None) -> tuple[Checkpoint, argparse.Namespa
 @torch.no_grad()
 def model_of(checkpoint: Checkpoint, config: RemoeConfig) -> RemoeForCausalLM:
     """The model for transformers with the checkpoint's weights, for evaluation, without any file."""
-    model = RemoeForCausalLM(config).to(config.dtype).eval()
+    model = RemoeForCausalLM._from_config(config, dtype=config.dtype).eval()
     state = model.state_dict()
     for part in read(checkpoint, config):
         for name, tensor in part.items():

@@ -20,6 +20,7 @@ OUTER = {
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
+BIAS = "mlp.router.expert_bias"  # in float32, as in training
 # In a layer: Megatron's name, that of transformers. Experts are stacked: [experts, out, in], gate above up.
 SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -27,6 +28,7 @@ SAME = {
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
     "mlp.router.weight": "mlp.gate.weight",
+    BIAS: "mlp.gate.e_score_correction_bias",
     "mlp.experts.linear_fc1.weight": "mlp.experts.gate_up_proj",
     "mlp.experts.linear_fc2.weight": "mlp.experts.down_proj",
     "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight",
@@ -86,9 +88,9 @@ def _names(config: RemoeConfig, layer: int) -> list[str]:
     if not has_experts(config, layer):
         return [*names, "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
     groups = ["experts"] + ["shared_experts"] * bool(config.shared_expert_intermediate_size)
-    return [*names, "mlp.router.weight"] + [
-        f"mlp.{group}.linear_fc{number}.weight" for group in groups for number in (1, 2)
-    ]
+    router = [] if config.hash_routing else ["mlp.router.weight"]
+    router += [BIAS] if config.router_expert_bias else []
+    return [*names, *router] + [f"mlp.{group}.linear_fc{number}.weight" for group in groups for number in (1, 2)]
 
 
 def read(checkpoint: Checkpoint, config: RemoeConfig) -> Iterator[Tensors]:
@@ -156,7 +158,8 @@ def _load(
             )
         shape = checkpoint.shapes[key]
         stacked = layer is not None and not key.split(".")[2].isdecimal()
-        data = torch.empty((1, *shape[1:]) if stacked else shape, dtype=dtype or config.dtype)
+        wanted = torch.float32 if name == BIAS else dtype or config.dtype
+        data = torch.empty((1, *shape[1:]) if stacked else shape, dtype=wanted)
         offsets = [layer or 0] * stacked + [0] * (len(shape) - stacked)
         parts.append(Part(key, offsets, data))
         found[name] = data[0] if stacked else data
