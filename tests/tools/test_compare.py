@@ -233,6 +233,7 @@ def test_trains_stops_and_goes_on(tmp_path: Path) -> None:
     assert "mixed: ReMoE, seed 3: failed (1/2, " in output and "mixed: top-k, softmax, seed 3: " in output
     assert "1 failed; the same command tries them again.\nmixed: ReMoE, seed 3: " in errors
     assert "| top-k, softmax | " in output, "the others go on"
+    assert "mixed: top-k, softmax, seed 3: tools/analyze (1/1, 0:00 left)" in output
     bits = json.loads((tmp_path / "mixed.json").read_text())["results"]["moe"]["3"]["routing"]["domain bits"]
     assert (
         len(bits) == 2 and "| top-k, softmax | 2 | 1.000 | 0.000 |  | " in output and f" | {bits[1]:.3f} | " in output

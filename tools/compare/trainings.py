@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +155,7 @@ class Comparison:
                     if row in TUNED
                     for name in args.corpora
                 }
-                for choice in self._followed("tuning", choices):
+                for choice, _ in self._followed("tuning", choices):
                     name, row = choices[choice]
                     told = f"{name}: {title(row)}"
                     if not failed.tells(choice, told):
@@ -168,11 +168,9 @@ class Comparison:
                     for name in args.corpora
                     if row not in TUNED or row in self.recipes[name]
                 }
-                began = time.monotonic()
-                for number, job in enumerate(self._followed("training", jobs), start=1):
+                for job, place in self._followed("training", jobs):
                     name, row, seed = jobs[job]
-                    left = duration((time.monotonic() - began) / number * (len(jobs) - number))
-                    told, place = f"{name}: {title(row)}, seed {seed}", f"({number}/{len(jobs)}, {left} left)"
+                    told = f"{name}: {title(row)}, seed {seed}"
                     if not failed.tells(job, told, place):
                         result = self.results[name].setdefault(row, {})[seed] = job.result()
                         self._display.say(f"{told}: {result.loss:.4f} {place}")
@@ -183,11 +181,13 @@ class Comparison:
                     if args.analyze and inside.is_analyzed(self._recipe(name, row).run)
                     for seed in of
                 }
-                for look in self._followed("analyzing", looks):
+                for look, place in self._followed("analyzing", looks):
                     name, row, seed = looks[look]
-                    if not failed.tells(look, f"{name}: {title(row)}, seed {seed}, analyzed"):
+                    told = f"{name}: {title(row)}, seed {seed}: tools/analyze"
+                    if not failed.tells(look, told, place):
                         of = self.results[name][row]
                         of[seed] = replace(of[seed], routing=look.result())
+                        self._display.say(f"{told} {place}")
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self._processes.stop()
@@ -226,10 +226,11 @@ class Comparison:
     def _folder(self, name: str, row: str, seed: int) -> Path:
         return self._output / name / row / f"seed-{seed}"
 
-    def _followed[Result](self, what: str, jobs: Iterable[Future[Result]]) -> Iterable[Future[Result]]:
-        """The jobs as they finish, with a bar."""
-        waiting = list(jobs)
+    def _followed[Job: Future[Any]](self, what: str, jobs: Iterable[Job]) -> Iterator[tuple[Job, str]]:
+        """The jobs as they finish, each with its number and the time left, and a bar."""
+        waiting, began = list(jobs), time.monotonic()
         with self._display.step(what, len(waiting)):
-            for job in as_completed(waiting):
+            for number, job in enumerate(as_completed(waiting), start=1):
                 self._display.advance(1)
-                yield job
+                left = duration((time.monotonic() - began) / number * (len(waiting) - number))
+                yield job, f"({number}/{len(waiting)}, {left} left)"
