@@ -68,8 +68,9 @@ def test_runs_of_a_figure_have_the_remoe_beside_them() -> None:
 
 def test_routers_beside_each_other_by_layer() -> None:
     def result(bits: list[float | None], slope: float | None) -> Result:
-        others: dict[str, list[float | None]] = {name: [1.0, 2.0] for name in (*inside.COLUMNS, "inactive")}
-        return Result(1.5, routing=others | {"domain bits": bits, "for a tenfold frequency": [slope, None]})
+        names = (*inside.COLUMNS, inside.BITS, "inactive")
+        others: dict[str, list[float | None]] = {name: [1.0, 2.0] for name in names}
+        return Result(1.5, routing=others | {inside.BITS: bits, "for a tenfold frequency": [slope, None]})
 
     results = {
         "moe": {1: result([0.1, 0.2], None), 2: result([0.3, 0.2], None), 3: Result(1.4)},
@@ -77,12 +78,11 @@ def test_routers_beside_each_other_by_layer() -> None:
         "dense": {1: Result(1.6)},
     }
     lines = inside.markdown(results).splitlines()
-    assert lines[2] == "| top-k, softmax | 1 | 1.000 ± 0.000 | 1.000 ± 0.000 |  | 1.000 ± 0.000 | 0.200 ± 1.271 | " + (
-        "+0.000 ± 1.271 | 1, 1 |"
-    )
-    assert "| +0.050 ± 0.635 | 2, 2 |" in lines[3] and "| -0.200 ± 1.271 | " in lines[4] and len(lines) == 6
+    ones = "1.000 ± 0.000 | 1.000 ± 0.000 |  | 1.000 ± 0.000"
+    assert lines[2] == f"| top-k, softmax | 1 | {ones} | 0.2000 ± 1.2706 | +0.0000 ± 1.2706 | 1, 1 |"
+    assert "| +0.0500 ± 0.6353 | 2, 2 |" in lines[3] and "| -0.200 ± 1.271 | " in lines[4] and len(lines) == 6
     analyzed = [row for row in recipes.OTHERS if inside.is_analyzed(recipes.recipe_of(row).run)]
-    assert analyzed == ["moe-sigmoid", "moe-unbalanced", "moe-warmup"]
+    assert analyzed == ["moe-sigmoid", "moe-unbalanced", "moe-warmup", "moe-hash"]
     assert not inside.is_analyzed(recipes.recipe_of("dense").run)
 
 
@@ -236,5 +236,5 @@ def test_trains_stops_and_goes_on(tmp_path: Path) -> None:
     assert "mixed: top-k, softmax, seed 3: tools/analyze (1/1, 0:00 left)" in output
     bits = json.loads((tmp_path / "mixed.json").read_text())["results"]["moe"]["3"]["routing"]["domain bits"]
     assert (
-        len(bits) == 2 and "| top-k, softmax | 2 | 1.000 | 0.000 |  | " in output and f" | {bits[1]:.3f} | " in output
+        len(bits) == 2 and "| top-k, softmax | 2 | 1.000 | 0.000 |  | " in output and f" | {bits[1]:.4f} | " in output
     )

@@ -10,7 +10,7 @@ from .table import Results, shown
 
 SEQUENCES = 1024  # of each held-out set, at most
 BITS = "domain bits"
-COLUMNS = ("experts per token", "tokens without", "for a tenfold frequency", "imbalance", BITS)
+COLUMNS = ("experts per token", "tokens without", "for a tenfold frequency", "imbalance")
 
 Figures = dict[str, list[float | None]]  # name → of each MoE layer
 
@@ -18,6 +18,12 @@ Figures = dict[str, list[float | None]]  # name → of each MoE layer
 def is_analyzed(run: Run) -> bool:
     """Whether tools/analyze knows its routing; dense models have none."""
     return run.routing != "dense" and not {"expert_choice", "random"}.intersection(run.flags({}))
+
+
+def is_there(run: Path) -> bool:
+    """Whether an analysis of the run's newest checkpoint is."""
+    last, newest = run / "analysis" / "gates.json", run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return last.exists() and last.stat().st_mtime >= newest.stat().st_mtime
 
 
 def read(folder: Path) -> Figures:
@@ -41,7 +47,7 @@ def read(folder: Path) -> Figures:
 
 def markdown(results: Results) -> str:
     """A row for each MoE layer of what was analyzed: means with intervals, and inactive experts seed by seed."""
-    header = ["", "layer", *COLUMNS, "above ReMoE", "inactive experts"]
+    header = ["", "layer", *COLUMNS, BITS, "above ReMoE", "inactive experts"]
     lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "|---" * len(header) + "|"]
     for row, of in results.items():
         found = {seed: result.routing for seed, result in of.items() if result.routing}
@@ -54,7 +60,8 @@ def markdown(results: Results) -> str:
 
             bits, other = column(BITS, found), column(BITS, beside) if row != reference_of(row) else {}
             cells = [title(row), str(place + 1), *(shown([*column(name, found).values()]) for name in COLUMNS)]
-            cells += [shown([bits[seed] - other[seed] for seed in bits if seed in other], "+")]
+            cells += [shown([*bits.values()], digits=4)]
+            cells += [shown([bits[seed] - other[seed] for seed in bits if seed in other], "+", digits=4)]
             cells += [", ".join(f"{number:g}" for number in column("inactive", found).values())]
             lines += [f"| {' | '.join(cells)} |"]
     return "\n".join(lines)

@@ -94,9 +94,9 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(found):.4f}" if found else ""
 
 
-def shown(values: Sequence[float], sign: str = "") -> str:
+def shown(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
     """Mean and interval; nothing of no values."""
     if not values:
         return ""
     mean, half = interval(values)
-    return f"{mean:{sign}z.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
+    return f"{mean:{sign}z.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")

@@ -67,6 +67,8 @@ class Processes:
         Raises:
             ToolError: it found nothing.
         """
+        if inside.is_there(run):
+            return inside.read(run / "analysis")
         sets = [str(index.with_suffix("")) for index in sorted(text.glob("heldout_*.idx"))]
         command = [sys.executable, str(ROOT / "tools" / "analyze"), "--load", str(run / "checkpoints")]
         command += ["--output-dir", str(run / "analysis"), "--sequences", str(inside.SEQUENCES), "--data-path", *sets]
