@@ -1,5 +1,6 @@
 """HybridModel, where attention and MLP are layers of their own: GPTModel's training, and from one to the other."""
 
+import argparse
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.trainings import REPOSITORY, TINY, records, run
 from tools.common.display import Display
 from tools.common.errors import ConversionError
 from tools.common.hf.source import model_of, open_run
+from tools.common.hybrid import as_gpt, as_hybrid
 from tools.common.tiny_model import RELU, TOPK
 from tools.convert_checkpoint.command import parse_arguments
 from tools.convert_checkpoint.model_class import convert_class
@@ -131,6 +133,16 @@ def test_multi_token_prediction(trainings: Trainings) -> None:
     options = parse_arguments(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
     with Display() as display, pytest.raises(ConversionError, match="multi-token prediction are not converted"):
         convert_class(options, display)
+
+
+def test_hash_stays_in_its_class() -> None:
+    """It goes by the layers' numbers."""
+    args = argparse.Namespace(moe_baseline_router="hash", num_layers=2, num_experts=8, moe_layer_freq=1)
+    with pytest.raises(ConversionError, match="--moe-baseline-router hash goes by the layers' numbers"):
+        as_hybrid(args)
+    args.hybrid_layer_pattern = "*E*E"
+    with pytest.raises(ConversionError, match="--moe-baseline-router hash goes by the layers' numbers"):
+        as_gpt(args, "checkpoint")
 
 
 def test_transformer_engines_stack_takes_the_router() -> None:
