@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..sweep.plan import Run
 from .recipes import reference_of, title
-from .table import Results, shown
+from .table import Result, Results, shown
 
 SEQUENCES = 1024  # of each held-out set, at most
 BITS = "domain bits"
@@ -32,17 +32,15 @@ def read(folder: Path) -> Figures:
         json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("experts_per_token", "load", "balance")
     )
-    slopes = experts["by_frequency"].get("slopes", {})
-    layers = [*experts["layers"]]
-    found: dict[str, Mapping[str, float | None]] = {
-        "experts per token": {layer: experts["layers"][layer]["mean"] for layer in layers},
-        "tokens without": {layer: experts["layers"][layer]["none"] for layer in layers},
-        "for a tenfold frequency": {layer: slopes.get(layer, {}).get("slope") for layer in layers},
-        "imbalance": {layer: balance["layers"][layer]["imbalance"] for layer in layers},
-        "inactive": {layer: len(balance["layers"][layer]["inactive"]) for layer in layers},
-        BITS: {layer: load["specialization"][layer]["bits"] for layer in layers},
+    slopes, layers = experts["by_frequency"].get("slopes", {}), [*experts["layers"]]
+    return {
+        "experts per token": [experts["layers"][layer]["mean"] for layer in layers],
+        "tokens without": [experts["layers"][layer]["none"] for layer in layers],
+        "for a tenfold frequency": [slopes[layer]["slope"] if slopes else None for layer in layers],
+        "imbalance": [balance["layers"][layer]["imbalance"] for layer in layers],
+        "inactive": [len(balance["layers"][layer]["inactive"]) for layer in layers],
+        BITS: [load["specialization"][layer]["bits"] for layer in layers],
     }
-    return {name: [of[layer] for layer in layers] for name, of in found.items()}
 
 
 def markdown(results: Results) -> str:
@@ -50,18 +48,19 @@ def markdown(results: Results) -> str:
     header = ["", "layer", *COLUMNS, BITS, "above ReMoE", "inactive experts"]
     lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "|---" * len(header) + "|"]
     for row, of in results.items():
-        found = {seed: result.routing for seed, result in of.items() if result.routing}
-        beside = {seed: result.routing for seed, result in results.get(reference_of(row), {}).items()}
-        for place in range(max((len(routing[BITS]) for routing in found.values()), default=0)):
-
-            def column(name: str, of: Mapping[int, Figures], place: int = place) -> dict[int, float]:
-                values = {seed: routing[name][place] for seed, routing in of.items() if routing}
-                return {seed: value for seed, value in values.items() if value is not None}
-
-            bits, other = column(BITS, found), column(BITS, beside) if row != reference_of(row) else {}
-            cells = [title(row), str(place + 1), *(shown([*column(name, found).values()]) for name in COLUMNS)]
+        beside = results.get(reference_of(row), {}) if row != reference_of(row) else {}
+        for place in range(max(len(result.routing.get(BITS, ())) for result in of.values())):
+            columns = {name: _column(of, name, place) for name in (*COLUMNS, BITS, "inactive")}
+            bits, other = columns[BITS], _column(beside, BITS, place)
+            cells = [title(row), str(place + 1), *(shown([*columns[name].values()]) for name in COLUMNS)]
             cells += [shown([*bits.values()], digits=4)]
             cells += [shown([bits[seed] - other[seed] for seed in bits if seed in other], "+", digits=4)]
-            cells += [", ".join(f"{number:g}" for number in column("inactive", found).values())]
+            cells += [", ".join(f"{number:g}" for number in columns["inactive"].values())]
             lines += [f"| {' | '.join(cells)} |"]
     return "\n".join(lines)
+
+
+def _column(of: Mapping[int, Result], name: str, place: int) -> dict[int, float]:
+    """Seed → a figure of a layer, where it was found."""
+    values = {seed: result.routing[name][place] for seed, result in of.items() if result.routing}
+    return {seed: value for seed, value in values.items() if value is not None}
