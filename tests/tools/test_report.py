@@ -14,12 +14,13 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from tests.tools.sweeping import evaluated, logged
 from tests.trainings import REPOSITORY, TINY, finish, run
+from tools.common import short_names
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main as evaluate
 from tools.report.command import main
 from tools.report.costs import LATER, count_flops
 from tools.report.figures import thin
-from tools.report.reading import Run, names, read_run
+from tools.report.reading import Run, read_run
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -203,9 +204,10 @@ def test_names_what_was_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture
         main([str(tmp_path), "--watch", "0"])
 
 
-def test_names_of_runs() -> None:
-    assert names([Path("/a/dense"), Path("/a/remoe/checkpoints")]) == ["dense", "remoe"]
-    assert names([Path("/a/remoe"), Path("/b/remoe")]) == ["/a/remoe", "/b/remoe"]
+def test_short_names() -> None:
+    assert short_names.of_models([Path("/a/dense"), Path("/a/remoe/checkpoints")]) == ["dense", "remoe"]
+    assert short_names.of_models([Path("/a/remoe"), Path("/b/remoe")]) == ["/a/remoe", "/b/remoe"]
+    assert short_names.of_data_sets(["a/code_text_document", "a/docs"]) == ["code", "docs"]
 
 
 def test_a_long_curve_keeps_its_spikes() -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeForCausalLM
 
+from ..common import short_names
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.expert_counts import expert_blocks
@@ -147,12 +148,6 @@ def count(
     save()
 
 
-def names_of(prefixes: Sequence[str]) -> list[str]:
-    """Short names of data sets, where they tell them apart."""
-    short = [Path(prefix).name.removesuffix("_text_document") for prefix in prefixes]
-    return short if len(set(short)) == len(short) else list(prefixes)
-
-
 def decoder(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[int], str | None]:
     """A token's text, where there is a tokenizer; of a part of a character its name in the vocabulary."""
 
@@ -170,10 +165,10 @@ def write(
 ) -> dict[str, Any]:
     """Write a .json and a .png of each analysis, and return what is in them."""
     config = model.config
-    topk = config.num_experts_per_tok
+    topk, names = config.num_experts_per_tok, short_names.of_data_sets(args.data_path)
     found: dict[str, Any] = {
         "experts_per_token": findings.experts_per_token(counts),
-        "load": findings.load(counts, names_of(args.data_path), topk / config.num_experts, decoder(tokenizer)),
+        "load": findings.load(counts, names, topk / config.num_experts, decoder(tokenizer)),
         "balance": findings.balance(counts, topk, args.expert_model_parallel_size),
         "neighbours": findings.neighbours(counts),
         "gates": findings.gates(counts),

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..common import short_names
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_text
@@ -139,27 +140,27 @@ def show(results: dict[str, Any]) -> None:
 
     if "text" in results:
         table = table_of("model", "data set", "K", "loss", "perplexity", "experts per token: mean, 99 %, largest")
-        for name, sets in results["text"].items():
-            for prefix, bounds in sets.items():
+        for name, sets in short_names.by_model(results["text"]):
+            for data_set, bounds in zip(short_names.of_data_sets([*sets]), sets.values(), strict=True):
                 for bound, one in bounds.items():
                     layers = "; ".join(
                         f"{layer['mean']:.2f}, {layer['percentile_99']}, {layer['largest']}"
                         for layer in one["experts"].values()
                     )
                     loss = one["loss"]
-                    table.add_row(name, Path(prefix).name, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", layers)
+                    table.add_row(name, data_set, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", layers)
         console.print(table)
     if "speed" in results:
         table = table_of("model", "reading, tokens/s", "ratio", "writing, tokens/s", "ratio")
         first = next(iter(results["speed"].values()))
-        for name, one in results["speed"].items():
+        for name, one in short_names.by_model(results["speed"]):
             cells = (f"{one[what]:,.0f}" for what in ("prefill", "decode"))
             ratios = (f"{one[what] / first[what]:.2f}" for what in ("prefill", "decode"))
             table.add_row(name, *(cell for pair in zip(cells, ratios, strict=True) for cell in pair))
         console.print(table)
     if "tasks" in results:
         table = table_of("model", "task", "metric", "value", "± standard error", "documents")
-        for name, scores in results["tasks"].items():
+        for name, scores in short_names.by_model(results["tasks"]):
             for one in scores:
                 error = f"{one['error']:.4f}"
                 table.add_row(name, one["task"], one["metric"], f"{one['value']:.4f}", error, str(one["documents"]))

@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common import short_names
 from ..common.display import Display
 from ..common.files import write_text
 from ..common.running import run_once
-from .reading import Run, names, read_run, sources
+from .reading import Run, read_run, sources
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +44,7 @@ def write(args: argparse.Namespace, output: Path, display: Display, last: bool) 
 
     with display.step("reading", len(args.runs)):
         runs = []
-        for place, name in zip(args.runs, names(args.runs), strict=True):
+        for place, name in zip(args.runs, short_names.of_models(args.runs), strict=True):
             runs.append(read_run(place, name))
             display.advance(1)
     write_text(output, page(runs, None if last else args.watch))

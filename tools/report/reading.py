@@ -4,7 +4,6 @@ import ast
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,13 +114,6 @@ class Run:
         experts = self.num_experts
         iterations, values = self.series("sparsity") if experts else ([], [])
         return iterations, [experts * (1 - value) for value in values]
-
-
-def names(places: Sequence[Path]) -> list[str]:
-    """Of the runs' folders, or whole paths where two are equal."""
-    folders = [place.parent if place.name == "checkpoints" else place for place in map(Path.resolve, places)]
-    short = [folder.name for folder in folders]
-    return short if len(set(short)) == len(short) else list(map(str, places))
 
 
 def sources(place: Path) -> dict[str, Path]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from time import localtime, strftime
 from typing import Any
 
+from ..common import short_names
 from ..common.units import duration
 from ..sweep.stages import Stage
-from .reading import Run, names
+from .reading import Run
 
 RECENT = 20  # lines whose rate tells the time that is left
 # Where the files of a run and its processes are: different in any two.
@@ -128,23 +129,22 @@ def evaluations(run: Run) -> Iterator[Table]:
             columns = ["model", "data set", "K", "loss", "perplexity", "experts per token"]
             yield Table(title, columns, [*_on_text(held["text"])])
         if "speed" in held:
-            rows = [[name, f"{one['prefill']:,.0f}", f"{one['decode']:,.0f}"] for name, one in _named(held["speed"])]
+            rows = [
+                [name, f"{one['prefill']:,.0f}", f"{one['decode']:,.0f}"]
+                for name, one in short_names.by_model(held["speed"])
+            ]
             yield Table(title, ["model", "reading, tokens/s", "writing, tokens/s"], rows)
         if "tasks" in held:
             rows = [
                 [*(name, one["task"], one["metric"]), f"{one['value']:.4f} ± {one['error']:.4f}", str(one["documents"])]
-                for name, scores in _named(held["tasks"])
+                for name, scores in short_names.by_model(held["tasks"])
                 for one in scores
             ]
             yield Table(title, ["model", "task", "metric", "value ± standard error", "documents"], rows)
 
 
-def _named(of_models: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    return zip(names([Path(model) for model in of_models]), of_models.values(), strict=True)
-
-
 def _on_text(of_models: Mapping[str, Any]) -> Iterator[list[str]]:
-    for name, sets in _named(of_models):
+    for name, sets in short_names.by_model(of_models):
         for prefix, bounds in sets.items():
             for bound, one in bounds.items():
                 experts = ", ".join(f"{layer['mean']:.2f}" for layer in one["experts"].values())
