@@ -1,6 +1,7 @@
 """Tests run in one process on the CPU, or on the GPU where there is one; layouts are tested by real trainings."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 if cpu.is_wanted([]):
     cpu.install()
+# Under nohup and behind & it is ignored, by all processes that tests start and interrupt too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Minutes each, in a process of their own: begun first, none of them is left when the other processes are done.
