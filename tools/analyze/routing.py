@@ -26,8 +26,9 @@ def watched(model: RemoeForCausalLM, see: See) -> Iterator[None]:
     for place, block in enumerate(expert_blocks(model).values()):
 
         def look(block: RemoeSparseMoeBlock, given: tuple, output: torch.Tensor, place: int = place) -> None:
-            tokens = given[0].flatten(0, 1)
-            _, gates = block.gate(tokens, *given[2:])
+            hidden_states, _, token_ids = given
+            tokens = hidden_states.flatten(0, 1)
+            _, gates = block.gate(tokens, token_ids)
             if block.width is not None:
                 top, experts = gates.topk(block.width)
                 gates = torch.zeros_like(gates).scatter(-1, experts, top)
@@ -37,7 +38,7 @@ def watched(model: RemoeForCausalLM, see: See) -> Iterator[None]:
             gate, expert = gates.max(dim=-1, keepdim=True)
             largest = block.experts(tokens, expert, gate)
             size, rest = largest.float().norm(dim=-1), (routed - largest).float().norm(dim=-1)
-            shape = given[0].shape[:2]
+            shape = hidden_states.shape[:2]
             see(place, gates.unflatten(0, shape).cpu(), (size / (size + rest)).unflatten(0, shape).cpu())
 
         handles.append(block.register_forward_hook(look))

@@ -90,8 +90,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     except SettingsError as error:
         parser.error(str(error))
     args.rows += [row for row in map(row_of, runs) if row not in args.rows]
-    page = PAGE.read_text(encoding="utf-8")
     for what in places(args) if args.write_docs else []:
+        page = PAGE.read_text(encoding="utf-8")
         if not all(mark in page for name in args.corpora for mark in marks(what, name)):
             parser.error(f"--write-docs: docs/paper.md has no place for {' '.join(what)}. Leave it out.")
     args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
