@@ -206,6 +206,16 @@ def test_bias_chooses_and_weighs_nothing(tmp_path: Path) -> None:
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+def test_sigmoids_that_are_all_zero() -> None:
+    model = make("sigmoid")
+    router = model.model.layers[0].mlp.gate
+    with torch.no_grad():
+        router.weight.fill_(-10)
+        logits, gates = router(torch.ones(3, 32))
+        assert not logits.sigmoid().any() and torch.equal(gates, torch.zeros(3, 8))
+        assert model(tokens(), output_router_logits=True).aux_loss.isfinite()
+
+
 def test_hash_needs_ids() -> None:
     model, ids = make("hash"), tokens()
     with pytest.raises(ValueError, match="experts follow from input_ids"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import statistics
 import subprocess
@@ -95,6 +96,18 @@ def test_a_row_trains_its_run(run: plan.Run) -> None:
     assert recipe.run == run
     planned_runs = planned(parse_arguments(["--tiny", *recipe.options()]))
     assert run in planned_runs and len(planned_runs) <= 2, "one more where it is needed, or comes with it"
+
+
+def test_an_analysis_is_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    last, newest = tmp_path / "analysis" / "gates.json", tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert not inside.is_there(tmp_path)
+    for path in (newest, last):
+        path.parent.mkdir()
+        path.touch()
+        os.utime(path, (5, 5))
+    assert inside.is_there(tmp_path)
+    os.utime(newest, (6, 6))
+    assert not inside.is_there(tmp_path)
 
 
 class Trainings:

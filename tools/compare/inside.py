@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..sweep.plan import Run
 from .recipes import reference_of, title
-from .table import Result, Results, shown
+from .table import Result, Results, joined, shown
 
 SEQUENCES = 1024  # of each held-out set, at most
 BITS = "domain bits"
@@ -46,7 +46,7 @@ def read(folder: Path) -> Figures:
 def markdown(results: Results) -> str:
     """A row for each MoE layer of what was analyzed: means with intervals, and inactive experts seed by seed."""
     header = ["", "layer", *COLUMNS, BITS, "above ReMoE", "inactive experts"]
-    lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "|---" * len(header) + "|"]
+    rows = []
     for row, of in results.items():
         beside = results.get(reference_of(row), {}) if row != reference_of(row) else {}
         for place in range(max(len(result.routing.get(BITS, ())) for result in of.values())):
@@ -56,8 +56,8 @@ def markdown(results: Results) -> str:
             cells += [shown([*bits.values()], digits=4)]
             cells += [shown([bits[seed] - other[seed] for seed in bits if seed in other], "+", digits=4)]
             cells += [", ".join(f"{number:g}" for number in columns["inactive"].values())]
-            lines += [f"| {' | '.join(cells)} |"]
-    return "\n".join(lines)
+            rows.append(cells)
+    return joined(header, rows)
 
 
 def _column(of: Mapping[int, Result], name: str, place: int) -> dict[int, float]:

@@ -22,6 +22,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_remoe import RemoeConfig
 
+TINY = 1e-20  # as Megatron adds to sums of sigmoids, which may all be 0
+
 
 @dataclass
 class RemoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
@@ -53,10 +55,14 @@ class RemoeRouter(nn.Module):
         """
         Args:
             tokens: `[tokens, hidden]`.
-            token_ids: int64 `[tokens]`, for routing by hash.
+            token_ids: int64, of these tokens in any shape, for routing by hash (arXiv 2106.04426).
 
         Returns:
-            logits, gates: `[tokens, num_experts]` in the router's dtype; gates of inactive experts are 0.
+            logits, gates: `[tokens, num_experts]` in the router's dtype; gates of inactive experts are 0. Routing by
+            hash has no logits: they are the gates.
+
+        Raises:
+            ValueError: there are no ids, and routing is by hash.
         """
         dtype, k = self.dtype or tokens.dtype, self.config.num_experts_per_tok
         if self.config.hash_routing:
@@ -70,7 +76,7 @@ class RemoeRouter(nn.Module):
         experts = biased.topk(k).indices
         top = scores.gather(-1, experts)
         if self.config.norm_topk_prob:
-            top = top / top.sum(dim=-1, keepdim=True)
+            top = top / (top.sum(dim=-1, keepdim=True) + TINY)
         top = top * self.config.routed_scaling_factor
         return logits, torch.zeros_like(logits).scatter(-1, experts, top.to(dtype))
 
@@ -273,7 +279,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
 
 
 def scores_of(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
-    """Of top-k routing, at least in float32."""
+    """Of top-k routing, of the shape of the logits, at least in float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
 
@@ -305,7 +311,7 @@ def routing_loss(
         scores = torch.relu(logits).float() if config.moe_relu_routing else scores_of(config, logits)
         active = scores > 0 if config.moe_relu_routing else _largest(scores, k)
         if not config.moe_relu_routing and config.scoring_func == "sigmoid":
-            scores = scores / scores.sum(dim=-1, keepdim=True)
+            scores = scores / (scores.sum(dim=-1, keepdim=True) + TINY)
         tokens = max(len(scores), 1)
         load = active.sum(dim=0) * (experts / (k * tokens))
         losses.append((load * scores).sum() / tokens)
