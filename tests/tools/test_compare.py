@@ -19,11 +19,12 @@ from tools.compare import command, inside, recipes, table
 from tools.compare.kept import Kept
 from tools.compare.recipes import Recipe
 from tools.compare.table import Result
+from tools.quickstart.models import SIZE
 from tools.sweep import plan, tiny
 from tools.sweep.command import parse_arguments, planned
 from tools.sweep.run_log import Outcome, read_outcome
 
-GIVEN = parse(tiny.flags(10, {}))
+GIVEN = parse(tiny.flags(SIZE, 10, {}))
 
 
 def of_losses(losses: dict[str, dict[int, float]]) -> dict[str, dict[int, Result]]:
@@ -88,7 +89,7 @@ def test_routers_beside_each_other_by_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "run", plan.plan((*plan.FIGURES[1:], plan.COMPARED, *plan.AXES), {}, None), ids=lambda run: run.name
+    "run", plan.plan((*plan.FIGURES, plan.COMPARED, *plan.AXES), {}, None), ids=lambda run: run.name
 )
 def test_a_row_trains_its_run(run: plan.Run) -> None:
     row = recipes.row_of(run)

@@ -100,7 +100,6 @@ def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
         (["--experts", "1"], "argument --experts: '1': give a whole number of at least 2"),
         (["--train-iters", "many"], "argument --train-iters: 'many': give a whole number of at least 1"),
         (["--l1-inits", "0"], "argument --l1-inits: '0': give a number above 0"),
-        (["--tiny", "--figures", "routing", "size"], "--figures size with --tiny: all sizes would be one tiny model"),
         (["--sizes", "7b"], "argument --sizes: invalid choice: '7b'"),
         (["--sbatch-flags=--nodes 2"], "--sbatch-flags without --slurm"),
         (["--slurm", "--sbatch-flags=-Mfar"], "--sbatch-flags -Mfar: jobs of other clusters cannot be followed"),
@@ -161,8 +160,13 @@ def test_what_follows_from_flags_for_all(tmp_path: Path) -> None:
     assert "train_llama_182m_dense.sh 1 1200 32 -- --cpu " in plain and "--ffn-hidden-size 128 " in plain
     assert wide.endswith(" --ffn-hidden-size 1024") and "train_llama_182m_dense.sh 1 1200 32 8 -- --cpu " in wide
     assert cost.startswith("# to train: 2 runs, ") and " h on " not in cost
-    output, _ = sweep(*options[:-1], "--tiny")
-    assert "182m_dense" in output and "469m" not in output
+    output, _ = sweep(*options, "size", "--tiny", "--", "--lr", "1e-3")
+    sizes = [parse(shlex.split(line)) for line in output.splitlines()[1:-1:2]]
+    assert [(of["--num-layers"], of["--hidden-size"], of["--ffn-hidden-size"], of["--lr"]) for of in sizes] == [
+        (("2",), ("64",), ("128",), ("1e-3",)),
+        (("4",), ("80",), ("160",), ("1e-3",)),
+        (("4",), ("128",), ("256",), ("1e-3",)),
+    ]
     with pytest.raises(SettingsError, match="no text in .*Run scripts/quickstart.sh --corpus technical, or set"):
         tiny.text_in(tmp_path, "technical")
     for domain, size in (("code", 20), ("docs", 10)):

@@ -7,9 +7,10 @@ import pytest
 
 from tests.entry import Entry
 from tools.common.tiny_model import BYTES
+from tools.quickstart.models import SIZE
 from tools.sweep import plan, settings, tiny
 
-FLAGS = (*tiny.flags(3, {}), *BYTES, *"--global-batch-size 4 --eval-iters 1".split())
+FLAGS = (*tiny.flags(SIZE, 3, {}), *BYTES, *"--global-batch-size 4 --eval-iters 1".split())
 # The others are trained by test_sweep_training.py.
 KINDS = [kind for kind in plan.PROTOCOLS if kind not in ("moe-warmup", plan.MATCHED, plan.POST_SOFTMAX)]
 RUNS = plan.runs_of_figure(plan.COMPARED, {}, KINDS)

@@ -78,7 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--write-docs", action="store_true", help="put the tables into docs/paper.md, which has places for some"
     )
-    add_what_to_train(parser, (*FIGURES[1:], COMPARED, *AXES), "none")
+    add_what_to_train(parser, (*FIGURES, COMPARED, *AXES), "none")
     words = sys.argv[1:] if arguments is None else [*arguments]
     place = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:place])

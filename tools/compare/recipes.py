@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from ..common.flags import Settings
 from ..sweep.plan import AXES, FEW_EXPERTS, KINDS, MATCHED, PROTOCOLS, SIZE, WHOLE, Run, partner
 from ..sweep.run_log import Outcome
+from ..sweep.tiny import SIZES
 
 REFERENCE = "remoe"
 QUICKSTARTS = ("dense", "moe", REFERENCE)
@@ -21,7 +22,7 @@ BEYOND = 2  # values of a setting that are tried past the end of the sweep's
 OTHERS = ("moe-sigmoid", "moe-unbalanced", "moe-warmup", "moe-hash", "moe-random", "moe-expertchoice")
 # In the order in which they are trained: what decides first.
 ROWS = (*QUICKSTARTS, "moe-lossfree", "tuned-moe", "tuned-dense", "tuned-remoe", *OTHERS, "remoe-unbalanced")
-_PREFIX = f"llama_{SIZE}_"
+_MODEL, _PREFIX = "llama_", f"llama_{SIZE}_"
 TITLES = {"dense": "dense", "moe": "top-k, softmax", REFERENCE: "ReMoE"}
 
 
@@ -36,7 +37,9 @@ class Recipe:
         """For scripts/sweep.sh: this run, or those along a setting."""
         run, kinds = self.run, [self.run.kind]
         options = ["--granularities", str(run.granularity or WHOLE)]
-        if axis or run.axis:
+        if run.size != SIZE:
+            options = ["--figures", "size", "--sizes", run.size]
+        elif axis or run.axis:
             options += ["--figures", axis or run.axis]
             options += [] if axis else [f"--{run.axis}s", f"{run.value:g}"]
         elif run.expansion > 1 or run.experts not in (None, FEW_EXPERTS):
@@ -61,7 +64,9 @@ def recipe_of(row: str) -> Recipe:
     routing, _, protocol = row.partition("-")
     if row == "dense":
         return Recipe(Run(SIZE, row))
-    run = Run(SIZE, routing, FEW_EXPERTS, WHOLE, protocol=protocol) if row in KINDS else Run.from_name(_PREFIX + row)
+    if row in KINDS:
+        return Recipe(Run(SIZE, routing, FEW_EXPERTS, WHOLE, protocol=protocol))
+    run = Run.from_name(_PREFIX + row) or Run.from_name(_MODEL + row)
     if run is None:
         raise ValueError(f"{row}: no such row")
     return Recipe(run)
@@ -74,7 +79,7 @@ def is_routing(row: str) -> bool:
 
 def row_of(run: Run) -> str:
     """The row that is a run of a figure: its routing where nothing else is changed, else the run's name."""
-    return run.kind if run == recipe_of(run.kind).run else run.name.removeprefix(_PREFIX)
+    return run.kind if run == recipe_of(run.kind).run else run.name.removeprefix(_PREFIX).removeprefix(_MODEL)
 
 
 def reference_of(row: str) -> str:
@@ -82,7 +87,8 @@ def reference_of(row: str) -> str:
     if is_routing(row):
         return REFERENCE
     run = recipe_of(row).run
-    return REFERENCE if run.routing == "dense" else row_of(replace(partner(run), axis="", value=0.0))
+    run = replace(run, experts=FEW_EXPERTS, granularity=WHOLE, expansion=1) if run.routing == "dense" else run
+    return row_of(replace(partner(run), axis="", value=0.0))
 
 
 def title(row: str) -> str:
@@ -95,6 +101,7 @@ def title(row: str) -> str:
         return f"{TITLES[row.partition('-')[0]].split(',')[0]}, {PROTOCOLS[row].title}"
     run = recipe_of(row).run
     told = [f"dense x {run.expansion}"] if run.expansion > 1 else [title(run.kind)]
+    told += [f"{SIZES[run.size].layers} layers of {SIZES[run.size].hidden}"] if run.size != SIZE else []
     told += [f"E = {run.experts}"] if run.experts not in (None, FEW_EXPERTS) else []
     told += [f"G = {run.granularity}"] if (run.granularity or WHOLE) > WHOLE else []
     told += [f"{AXES[run.axis].label} = {run.value:g}"] if run.axis else []

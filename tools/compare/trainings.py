@@ -19,6 +19,7 @@ from ..common.flags import parse
 from ..common.places import ROOT
 from ..common.units import duration
 from ..quickstart import corpora, corpus, dataset
+from ..quickstart.models import SIZE
 from ..sweep import results, tiny
 from ..sweep.plan import Run
 from ..sweep.run_log import Outcome, log_of
@@ -207,7 +208,7 @@ class Comparison:
                 folder, self._texts[name], self._args.tuning_iters, TUNING_SEED, options, behind
             )
 
-        return tune(TUNED[row], train, parse(tiny.flags(self._args.tuning_iters, os.environ)))
+        return tune(TUNED[row], train, parse(tiny.flags(SIZE, self._args.tuning_iters, os.environ)))
 
     def _trained(self, name: str, row: str, seed: int) -> Result:
         recipe, folder = self._recipe(name, row), self._folder(name, row, seed)

@@ -78,8 +78,7 @@ def add_what_to_train(parser: argparse.ArgumentParser, figures: Sequence[str], d
     base = f"{plan.SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
     what = parser.add_argument_group("what to train", f"Each figure varies one thing and keeps the others at {base}.")
     what.add_argument("--figures", nargs="+", choices=figures, help=f"default: {default}")
-    if "size" in figures:
-        what.add_argument("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="of the figure size")
+    what.add_argument("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="of the figure size")
     for name, figure, least, more in (
         ("experts", "experts", 2, ""),
         ("granularities", "granularity", 1, "; if given, of the figure routing and those behind it too"),
@@ -127,7 +126,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     figures = (*plan.FIGURES, plan.COMPARED, *plan.AXES)
-    add_what_to_train(parser, figures, "the first three, with --tiny the second and third")
+    add_what_to_train(parser, figures, "the first three")
     how = parser.add_argument_group("how to train", "Handed to the launch scripts; their defaults are the paper's.")
     for name, help_text in (
         ("gpus-per-node", "processes on a node (default: 8)"),
@@ -142,8 +141,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     how.add_argument(
         "--tiny", action="store_true",
-        help=f"on one CPU: the quickstart's model, {ITERATIONS} iterations, one process, and its text where "
-        "neither DATA_PATH nor DATA_DIR is set; what stands behind -- wins",
+        help=f"on one CPU: the quickstart's model, for the figure size two larger ones too, {ITERATIONS} iterations, "
+        "one process, and its text where neither DATA_PATH nor DATA_DIR is set; what stands behind -- wins",
     )  # fmt: skip
     how.add_argument(
         "--corpus", choices=CORPORA, default=MIXED, help="of the quickstart, the text of --tiny (default: %(default)s)"
@@ -167,11 +166,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     args.flags = tuple(words[place + 1 :])
     args.gpus_per_node = args.gpus_per_node or (1 if args.tiny else 8)
     args.train_iters = args.train_iters or (ITERATIONS if args.tiny else 60000)
-    args.figures = args.figures or (plan.FIGURES[1:] if args.tiny else plan.FIGURES)
+    args.figures = args.figures or plan.FIGURES
     if args.tiny:
         args.micro_batch_size = args.micro_batch_size or SIZE.batch
-        if "size" in args.figures:
-            parser.error("--figures size with --tiny: all sizes would be one tiny model. Choose other figures.")
     args.output_dir = args.output_dir.expanduser().resolve()
     args.sbatch_flags = shlex.split(args.sbatch_flags)
     if args.sbatch_flags and not args.slurm:
@@ -186,12 +183,10 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
     """Train or submit what is not done, and collect; returns the exit code."""
     runs = planned(args)
     check_flags(args.flags, runs)
-    small, data = (
-        (tiny.flags(args.train_iters, os.environ), tiny.environment(os.environ, args.corpus)) if args.tiny else ((), {})
-    )
-    launch = plan.Launch(
-        args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, (*small, *args.flags), data=data
-    )
+    launch = plan.Launch(args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, args.flags)
+    if args.tiny:
+        small = {name: tiny.flags(size, args.train_iters, os.environ) for name, size in tiny.SIZES.items()}
+        launch = replace(launch, small=small, data=tiny.environment(os.environ, args.corpus))
     waiting = waiting_runs(launch, runs)
     ready = [run for run in runs if run not in waiting]
     launch = match_flops(launch, ready)

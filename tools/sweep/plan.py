@@ -160,6 +160,7 @@ class Run:
 class Launch:
     """What all runs have in common; `flags` go to Megatron behind the script's, to dense runs without --moe-... ones.
 
+    small: flags in front of these, by the size of the launch script, where its model is made tiny.
     iterations: of those runs that do not train for `train_iters`.
     data: what leads the launch scripts to the text, where the environment does not.
     """
@@ -169,6 +170,7 @@ class Launch:
     train_iters: int
     micro_batch_size: int | None
     flags: tuple[str, ...] = ()
+    small: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     iterations: Mapping[Run, int] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
 
@@ -180,7 +182,8 @@ class Launch:
         """The launch script with its arguments."""
         micro_batch = "" if self.micro_batch_size is None else str(self.micro_batch_size)  # empty: the script's own
         words = [str(self.gpus_per_node), str(self.iterations.get(run, self.train_iters)), micro_batch]
-        flags = [*self.flags, *run.flags(parse(self.flags))]
+        common = (*self.small.get(run.size, ()), *self.flags)
+        flags = [*common, *run.flags(parse(common))]
         if run.experts is not None and run.granularity is not None:
             words += [str(run.experts), str(run.granularity)]
         else:

@@ -48,6 +48,8 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
                 if place % columns == 0:
                     axes.set_ylabel("validation loss (nats per token)")
             title, fixed, label = PANELS[panel]
+            if panel == "size" and resized:
+                label = "size by its launch script"
             if panel != "size" and not resized:
                 fixed = f"{SIZE.upper()}, {fixed}"
             axes.set_title(title)

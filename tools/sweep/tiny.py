@@ -1,30 +1,38 @@
-"""What --tiny makes of a sweep: the quickstart's model and a text of its, on one CPU."""
+"""What --tiny makes of a sweep: the quickstart's model, two larger ones, and a text of its, on one CPU."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..common.flags import parse
 from ..common.places import ROOT
 from ..quickstart.corpora import FOLDERS
-from ..quickstart.models import SEED, SIZE, common_flags
+from ..quickstart.models import SEED, SIZE, Size, common_flags
 from .errors import SettingsError
 
+# By the launch script that each stands for.
+SIZES: Mapping[str, Size] = {
+    "182m": SIZE,
+    "469m": replace(SIZE, layers=4, hidden=80, ffn=160),
+    "978m": replace(SIZE, layers=4, hidden=128, ffn=256),
+}
 SET_BY_SWEEP = ("--train-iters", "--micro-batch-size")
 DOMAIN_BY_DOMAIN = ("--multiple-validation-sets", "--full-validation")
 
 
-def flags(iterations: int, given: Mapping[str, str]) -> tuple[str, ...]:
-    """For Megatron, behind the launch scripts': the quickstart's sizes and rates, one held-out part of the text.
+def flags(size: Size, iterations: int, given: Mapping[str, str]) -> tuple[str, ...]:
+    """For Megatron, behind the launch scripts': a tiny size, the quickstart's rates, one held-out part of the text.
 
     Args:
+        size: of the model.
         iterations: of a training.
         given: the environment, of which MODEL says how layers are given.
     """
-    settings = parse(common_flags(SIZE, iterations, SEED))
-    settings |= {"--moe-ffn-hidden-size": (str(SIZE.ffn),), "--split": ("95,5,0",), "--eval-iters": ("40",)}
+    settings = parse(common_flags(size, iterations, SEED))
+    settings |= {"--moe-ffn-hidden-size": (str(size.ffn),), "--split": ("95,5,0",), "--eval-iters": ("40",)}
     if given.get("MODEL") == "hybrid":
         del settings["--num-layers"]
-        settings["--hybrid-layer-pattern"] = ("*E" * SIZE.layers,)
+        settings["--hybrid-layer-pattern"] = ("*E" * size.layers,)
     kept = {flag: values for flag, values in settings.items() if flag not in (*SET_BY_SWEEP, *DOMAIN_BY_DOMAIN)}
     return tuple(word for flag, values in kept.items() for word in (flag, *values))
 
