@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainings import REPOSITORY, finish
+from tools.common.errors import ToolError
 from tools.common.flags import parse
 from tools.compare import command, inside, recipes, table
 from tools.compare.kept import Kept
@@ -63,7 +64,7 @@ def test_runs_of_a_figure_have_the_remoe_beside_them() -> None:
     }
     lines = table.markdown(results, {}).splitlines()
     assert lines[0] == "| | loss | above ReMoE | S settled | flip rate | flips per token | seeds |"
-    assert lines[2] == "| ReMoE | 1.550 ± 0.635 |  | 60 | 0.0150 | 0.1200 | 2 |"
+    assert lines[2] == "| ReMoE | 1.550 ± 0.635 |  | 60 | 0.0150 ± 0.0635 | 0.1200 ± 0.5082 | 2 |"
     assert lines[3] == "| ReMoE, λ₀ = 0.0001 | 1.500 ± 1.271 | -0.050 ± 0.635 | 40 (1 of 2) |  |  | 2 |"
     assert lines[4] == "| top-k, softmax, E = 16 | 1.400 | +0.100 |  | 0.0300 | 0.4800 | 1 |"
 
@@ -210,7 +211,10 @@ def test_results_of_earlier_calls_are_kept(tmp_path: Path) -> None:
     seen = {"domain bits": [0.1, None]}
     Kept("1200", results={"dense": {2: Result(1.5, routing=dict(seen))}}).write(path)
     assert add("1200", {"dense": {2: 1.5}}, {}).results == {"dense": {2: Result(1.5, routing=dict(seen))}}
-    assert add("7", {"dense": {1: 3.0}}, {}).results == of_losses({"dense": {1: 3.0}})
+    before = path.read_bytes()
+    with pytest.raises(ToolError, match="mixed.json is of trainings with other --train-iters, .* Give --output-dir an"):
+        add("7", {"dense": {1: 3.0}}, {})
+    assert path.read_bytes() == before
 
 
 def start(output: Path, rest: str = "--rows dense --seeds 2 1") -> subprocess.Popen[str]:

@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..common.display import Display
@@ -36,6 +37,7 @@ from .trainings import TUNING_SEED, Comparison
 
 SEEDS = (1234, 1235, 1236)
 PAGE = ROOT / "docs" / "paper.md"
+FOUND = ROOT / "docs" / "compare"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -76,8 +78,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="also look into the routers with tools/analyze and the held-out sets, and show a table of what it finds",
     )  # fmt: skip
     parser.add_argument(
-        "--write-docs", action="store_true", help="put the tables into docs/paper.md, which has places for some"
-    )
+        "--write-docs", nargs="?", const="", metavar="PLACE",
+        help="put the tables into docs/paper.md, which has places for some (default: that of the figures), and what "
+        "they are made from into docs/compare",
+    )  # fmt: skip
     add_what_to_train(parser, (*FIGURES, COMPARED, *AXES), "none")
     words = sys.argv[1:] if arguments is None else [*arguments]
     place = words.index("--") if "--" in words else len(words)
@@ -90,7 +94,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     except SettingsError as error:
         parser.error(str(error))
     args.rows += [row for row in map(row_of, runs) if row not in args.rows]
-    for what in places(args) if args.write_docs else []:
+    for what in [] if args.write_docs is None else places(args):
         page = PAGE.read_text(encoding="utf-8")
         if not all(mark in page for name in args.corpora for mark in marks(what, name)):
             parser.error(f"--write-docs: docs/paper.md has no place for {' '.join(what)}. Leave it out.")
@@ -104,7 +108,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def places(args: argparse.Namespace) -> list[list[str]]:
     """What each table that is written is of."""
-    return [args.figures, *([["analysis", *args.figures]] if args.analyze else [])]
+    what = [args.write_docs] if args.write_docs else args.figures
+    return [what, *([["analysis", *what]] if args.analyze else [])]
 
 
 def marks(what: Sequence[str], corpus: str) -> tuple[str, str]:
@@ -137,9 +142,10 @@ def compare(args: argparse.Namespace, display: Display) -> None:
                 display.say("\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results)]))
                 if args.analyze:
                     display.say("\n".join(["", f"{name}, routers:", "", inside.markdown(results)]))
-    if args.write_docs:
+    if args.write_docs is not None:
         for name, kept in found.items():
             results = kept.of(args.rows if args.figures else ROWS)
+            replace(kept, results=results).write(FOUND / f"{'-'.join([*places(args)[0], name])}.json")
             tables = [markdown(results, kept.tuned), *([inside.markdown(results)] if args.analyze else [])]
             for what, table in zip(places(args), tables, strict=True):
                 write_between(PAGE, *marks(what, name), f"\n{table}\n")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from ..common.errors import ToolError
 from ..quickstart.stages import read_stamp, write_json
 from ..sweep.plan import Run
 from .recipes import Recipe
@@ -25,10 +26,19 @@ class Kept:
 
     @classmethod
     def read(cls, path: Path, inputs: str) -> "Kept":
-        """What is there; nothing if there is no file, or it is of other inputs."""
+        """What is there; nothing if there is no file.
+
+        Raises:
+            ToolError: it is of other inputs, or damaged.
+        """
+        if not path.exists():
+            return cls(inputs)
         stamp = read_stamp(path, inputs)
         if stamp is None:
-            return cls(inputs)
+            raise ToolError(
+                f"{path} is of trainings with other --train-iters, --tuning-iters or Megatron flags, or damaged. "
+                "Give --output-dir another folder, or take the file away."
+            )
         tuned = {
             row: Recipe(run, tuple(of["flags"]))
             for row, of in stamp["tuned"].items()

@@ -60,8 +60,8 @@ def markdown(results: Results, tuned: Mapping[str, Recipe]) -> str:
     if any(not is_routing(row) for row in results):
         more = {
             "S settled": {row: _settled([each.settled for each in of.values()]) for row, of in results.items()},
-            "flip rate": {row: _mean([each.flip_rate for each in of.values()]) for row, of in results.items()},
-            "flips per token": {row: _mean([each.flip_count for each in of.values()]) for row, of in results.items()},
+            "flip rate": {row: _flips([each.flip_rate for each in of.values()]) for row, of in results.items()},
+            "flips per token": {row: _flips([each.flip_count for each in of.values()]) for row, of in results.items()},
         }
         columns |= {name: told for name, told in more.items() if any(told.values())}
     columns["seeds"] = {row: str(len(of)) for row, of in results.items()}
@@ -93,9 +93,8 @@ def _settled(steps: Sequence[int | None]) -> str:
     return median if len(found) == len(steps) else f"{median} ({len(found)} of {len(steps)})"
 
 
-def _mean(values: Sequence[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    return f"{statistics.fmean(found):.4f}" if found else ""
+def _flips(values: Sequence[float | None]) -> str:
+    return shown([value for value in values if value is not None], digits=4)
 
 
 def shown(values: Sequence[float], sign: str = "", digits: int = 3) -> str:

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -21,10 +22,10 @@ from ..common.units import duration
 from ..quickstart import corpora, corpus, dataset
 from ..quickstart.models import SIZE
 from ..sweep import results, tiny
-from ..sweep.plan import Run
+from ..sweep.plan import MATCHED, Run
 from ..sweep.run_log import Outcome, log_of
 from . import inside
-from .recipes import TUNED, Recipe, recipe_of, title, tune
+from .recipes import TUNED, Recipe, recipe_of, reference_of, title, tune
 from .table import Result
 
 SPLIT = "95,2.5,2.5"
@@ -139,6 +140,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, output: Path, display: Display) -> None:
         self._args, self._output, self._display = args, output, display
         self._processes = Processes()
+        self._at_work: dict[Path, threading.Lock] = {}
         self._texts = {name: make_text(output / name, name, display) for name in args.corpora}
         self.recipes: dict[str, dict[str, Recipe]] = {name: {} for name in args.corpora}
         self.results: dict[str, dict[str, dict[int, Result]]] = {name: {} for name in args.corpora}
@@ -213,7 +215,10 @@ class Comparison:
     def _trained(self, name: str, row: str, seed: int) -> Result:
         recipe, folder = self._recipe(name, row), self._folder(name, row, seed)
         flags = [*recipe.flags, *self._args.flags]
-        found = self._processes.train(folder, self._texts[name], self._args.train_iters, seed, recipe.options(), flags)
+        with self._at_work.setdefault(folder, threading.Lock()):
+            found = self._processes.train(
+                folder, self._texts[name], self._args.train_iters, seed, recipe.options(), flags
+            )
         outcome = found[recipe.run]
         if outcome.test_loss is None:
             raise ToolError(f"{log_of(folder / recipe.run.name)}: has no loss on the test set.")
@@ -227,7 +232,9 @@ class Comparison:
         return self.recipes[name][row] if row in TUNED else recipe_of(row)
 
     def _folder(self, name: str, row: str, seed: int) -> Path:
-        return self._output / name / row / f"seed-{seed}"
+        """Matched runs are trained beside their ReMoE, by whose FLOPs they go."""
+        beside = reference_of(row) if self._recipe(name, row).run.kind == MATCHED else row
+        return self._output / name / beside / f"seed-{seed}"
 
     def _followed[Job: Future[Any]](self, what: str, jobs: Iterable[Job]) -> Iterator[tuple[Job, str]]:
         """The jobs as they finish, each with its number and the time left, and a bar."""
