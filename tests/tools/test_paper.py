@@ -1,47 +1,58 @@
-"""docs/paper.md: every figure and table in its order, and commands that the tools take as they stand there."""
+"""docs/paper.md: every figure and table in its order, and its commands, run with a few steps as they stand there."""
 
+import json
+import os
 import re
 import shlex
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
 
 import pytest
+from rich.console import Console
 
-from tests.tools import test_sweep_runs
+from tests.entry import shared_entry
 from tests.trainings import REPOSITORY
 from tools.analyze.command import parse_arguments as analyze
-from tools.compare.command import parse_arguments as compare
-from tools.compare.recipes import recipe_of
+from tools.compare import command as compare
+from tools.compare.inside import markdown as routers
+from tools.compare.kept import Kept
+from tools.compare.table import markdown
+from tools.compare.trainings import Processes
 from tools.evaluate.command import parse_arguments as evaluate
 from tools.quickstart.command import parse_arguments as quickstart
 from tools.report.command import parse_arguments as report
-from tools.sweep import plan
-from tools.sweep.command import parse_arguments as sweep
-from tools.sweep.command import planned
+from tools.sweep import command as sweep
+from tools.sweep import execution, plan, settings
+from tools.sweep.progress import SweepDisplay, Work
+from tools.sweep.run_log import log_of
 
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "quickstart.sh": quickstart, "analyze": analyze, "evaluate": evaluate, "report": report,
+    "sweep.sh": sweep.parse_arguments,
 }  # fmt: skip
-# A few steps of each: test_sweep_runs.py, test_sweep_training.py, test_compare.py.
-TRAINED = {*(run.kind for run in test_sweep_runs.RUNS), "dense", "moe", "remoe", "moe-warmup", plan.MATCHED}
+SHORT = "--train-iters 3 --tuning-iters 2 --seeds 1 --corpora mixed --processes 1".split()
+SMALL = "--eval-iters 1 --seq-length 32 --max-position-embeddings 32".split()
 
 
 def commands() -> list[list[str]]:
     """Of the page, in words, with its abbreviations written out."""
+    meant = dict(re.findall(r"`([A-Z])`[^`]* for `([^`]+)`", PAGE))
     written = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
     written += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
     found = []
     for text in written:
-        text = re.sub(r"^T ", "bash scripts/sweep.sh --tiny ", text.partition("#")[0].strip())
+        text = re.sub(r"\b[A-Z]\b(?!=)", lambda match: meant.get(match[0], match[0]), text.partition("#")[0].strip())
         words = [word for word in shlex.split(text) if not re.match(r"[A-Z_]+=", word)]
-        words = words[words[0] in ("bash", "python", ".venv/bin/python") :]
-        if len(words) > 1 and words[0].startswith(("scripts/", "tools/")):
-            found.append(words)
-    return found
+        program = next((place for place, word in enumerate(words) if word.startswith(("scripts/", "tools/"))), None)
+        if program is not None and words[0] in ("bash", "python"):
+            found.append(words[program:])
+    return [[*words] for words in dict.fromkeys(map(tuple, found))]
 
 
-def run_of_row(row: str) -> plan.Run:
-    return recipe_of(row.removeprefix("tuned-")).run
+COMPARISONS = [words[1:] for words in commands() if words[0] == "tools/compare"]
 
 
 def test_every_figure_and_table_has_a_row() -> None:
@@ -52,15 +63,89 @@ def test_every_figure_and_table_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])
-def test_a_command_is_taken_and_was_tried(words: list[str]) -> None:
+def test_a_command_is_taken(words: list[str]) -> None:
     program, arguments = words[0].rpartition("/")[2], words[1:]
     assert (REPOSITORY / words[0]).exists()
-    if program == "sweep.sh":
-        args = sweep(arguments)
-        assert args.stages or {run.kind for run in planned(args)} <= TRAINED
-    elif program == "compare":
-        assert {run.kind for run in map(run_of_row, compare(arguments).rows)} <= TRAINED
+    if program == "compare":
+        assert compare.parse_arguments(arguments).rows
     elif program in PARSERS:
         PARSERS[program](arguments)
     else:
         assert re.fullmatch(r"train_llama_\w+\.sh|gpu_acceptance\.sh", program)
+
+
+def test_comparisons_train_what_the_sweeps_of_the_page_do() -> None:
+    trained = {row for words in COMPARISONS for row in compare.parse_arguments(words).rows}
+    kinds = {row.removeprefix("tuned-") for row in trained} | {"moe-post"}  # that tuned-moe tries
+    sweeps = [sweep.parse_arguments(words[1:]) for words in commands() if words[0] == "scripts/sweep.sh"]
+    assert sweeps and all({run.kind for run in sweep.planned(args)} <= kinds for args in sweeps if not args.stages)
+    assert all(run.axis in {""} | plan.AXES.keys() for args in sweeps for run in sweep.planned(args))
+
+
+def train(launch: plan.Launch, run: plan.Run, display: SweepDisplay, work: Work, _: IO[str]) -> str | None:
+    """In the place of `execution.train`: what the launch script would start, in a Megatron that is imported already."""
+    display.begin(work)
+    environment = os.environ | launch.environment(run, os.environ) | {"DRY_RUN": "command", "PYTHON": "true"}
+    command = subprocess.run(
+        ["bash", *launch.arguments(run)], env=environment, capture_output=True, text=True, check=True
+    )
+    folder = launch.folder(run)
+    folder.mkdir(parents=True)
+    (folder / "command.sh").write_text(command.stdout)
+    code, printed = shared_entry().run(settings.flags_of(folder), limit=120)
+    log_of(folder).write_text(printed)
+    return None if code == 0 else printed[-3000:]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For all commands, which share runs as on the page."""
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture(autouse=True)
+def without_new_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sweeps in this process, trainings and analyses in forks: imports would take most of the time."""
+
+    def run(_: Processes, words: list[str], given: dict[str, str], where: str) -> None:
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        if words[0] == "bash":
+            assert sweep.sweep(Console(quiet=True), sweep.parse_arguments(words[2:])) == 0, where
+        else:
+            code, printed = shared_entry().run(words[2:], script=Path(words[1]) / "__main__.py", limit=120)
+            assert code == 0, printed
+
+    monkeypatch.setattr(Processes, "_run", run)
+    monkeypatch.setattr(execution, "train", train)
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMPARISONS, ids=" ".join)
+def test_a_comparison_is_made(words: list[str], output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = words.index("--") if "--" in words else len(words)
+    has_flips = "--moe-log-flips-interval" in words
+    flags = [*words[place + 1 :], *SMALL, *(["--moe-log-flips-interval", "2"] if has_flips else [])]
+    own = [word for word in words[:place] if word != "--write-docs"]
+    folder = output / ("flips" if has_flips else "plain")
+    arguments = [*own, *SHORT, "--output-dir", str(folder), "--", *flags]
+    args = compare.parse_arguments(arguments)
+    assert compare.main(arguments) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((folder / "mixed.json").read_text())
+    for row in args.rows:
+        (result,) = found["results"][row].values()
+        assert 4 < result["loss"] < 7
+        assert "dense" in row or has_flips == (result["flip_rate"] is not None)
+    assert printed.count("\n| ") >= len(args.rows) + 1
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "compare").glob("*.json")), ids=lambda path: path.stem)
+def test_a_table_is_made_of_what_is_kept(path: Path) -> None:
+    kept = Kept.read(path, json.loads(path.read_text())["inputs"])
+    place, _, corpus = path.stem.rpartition("-")
+    begin, end = compare.marks([place], corpus)
+    assert PAGE.partition(begin)[2].partition(end)[0].strip() == markdown(kept.results, kept.tuned)
+    begin, end = compare.marks(["analysis", place], corpus)
+    assert begin not in PAGE or PAGE.partition(begin)[2].partition(end)[0].strip() == routers(kept.results)
