@@ -41,7 +41,7 @@ def test_intervals_by_hand() -> None:
     assert table.differences(results, "moe") == pytest.approx([0.02, -0.02])
     assert list(table.verdicts(results)) == ["dense: ReMoE is lower", "top-k, softmax: cannot be told"]
     lines = table.markdown(results, {}).splitlines()
-    assert lines[0] == "| | loss | above ReMoE | seeds |"
+    assert lines[0] == "|  | loss | above ReMoE | seeds |"
     assert lines[2] == "| dense | 1.640 ± 0.131 | +0.107 ± 0.029 | 3 |"
     assert lines[3] == "| ReMoE | 1.533 ± 0.143 |  | 3 |"
     same = table.markdown(of_losses({"remoe": {1: 1.5}, "tuned-remoe": {1: 1.49999}}), {}).splitlines()
@@ -63,7 +63,7 @@ def test_runs_of_a_figure_have_the_remoe_beside_them() -> None:
         "remoe_e16g1": {1: Result(1.3)},
     }
     lines = table.markdown(results, {}).splitlines()
-    assert lines[0] == "| | loss | above ReMoE | S settled | flip rate | flips per token | seeds |"
+    assert lines[0] == "|  | loss | above ReMoE | S settled | flip rate | flips per token | seeds |"
     assert lines[2] == "| ReMoE | 1.550 ± 0.635 |  | 60 | 0.0150 ± 0.0635 | 0.1200 ± 0.5082 | 2 |"
     assert lines[3] == "| ReMoE, λ₀ = 0.0001 | 1.500 ± 1.271 | -0.050 ± 0.635 | 40 (1 of 2) |  |  | 2 |"
     assert lines[4] == "| top-k, softmax, E = 16 | 1.400 | +0.100 |  | 0.0300 | 0.4800 | 1 |"

@@ -1,8 +1,8 @@
 """The results as the tables of docs/huggingface.md."""
 
-from collections.abc import Iterable
 from typing import Any
 
+from ..common.markdown import table
 from ..quickstart.models import NAMES
 from .followed import Followed
 
@@ -17,28 +17,23 @@ def markdown(followed: dict[str, Followed], measured: dict[str, Any]) -> str:
         measured: "tasks" and "speed", model → what tools/evaluate says; "loss by K", bound → nats per token.
     """
     models = [followed[model] for model in NAMES]
-    lines = [_row("", NAMES.values()), _rule(len(NAMES))]
-    lines.append(_row("logits' largest difference, of the largest", (f"{one.logits:.0e}" for one in models)))
+    rows = [["logits' largest difference, of the largest", *(f"{one.logits:.0e}" for one in models)]]
     for name in models[0].printed:
         pairs = ((one.printed[name], one.alone[name]) for one in models)
-        lines.append(_row(f"loss on {name}: Megatron's, the folder's", (f"{a:.6f}, {b:.6f}" for a, b in pairs)))
+        rows.append([f"loss on {name}: Megatron's, the folder's", *(f"{a:.6f}, {b:.6f}" for a, b in pairs)])
     steps = len(models[0].before)
-    lines.append(_row(f"next {steps} losses' largest difference", (f"{one.next_difference():.0e}" for one in models)))
+    rows.append([f"next {steps} losses' largest difference", *(f"{one.next_difference():.0e}" for one in models)])
     for scores in zip(*(measured["tasks"][model] for model in NAMES), strict=True):
         cells = (f"{score['value']:.4g} ± {score['error']:.2g}" for score in scores)
-        lines.append(_row(f"{scores[0]['task']}, {scores[0]['metric']}, {scores[0]['documents']:,} documents", cells))
+        rows.append([f"{scores[0]['task']}, {scores[0]['metric']}, {scores[0]['documents']:,} documents", *cells])
     for what, title in (("prefill", "reading"), ("decode", "writing")):
         rates = [measured["speed"][model][what] for model in NAMES]
-        lines.append(_row(f"{title}, tokens/s against dense", (f"{rate / rates[0]:.2f}" for rate in rates)))
+        rows.append([f"{title}, tokens/s against dense", *(f"{rate / rates[0]:.2f}" for rate in rates)])
     by_bound = measured["loss by K"]
-    lines += ["", _row("K largest gates", by_bound), _rule(len(by_bound))]
-    lines.append(_row("ReMoE's loss on code", (f"{loss:.4f}" for loss in by_bound.values())))
+    of_bounds = ["ReMoE's loss on code", *(f"{loss:.4f}" for loss in by_bound.values())]
+    lines = [
+        *table(["", *NAMES.values()], rows, text=1),
+        "",
+        *table(["K largest gates", *by_bound], [of_bounds], text=1),
+    ]
     return "\n".join([*lines, "", "```", followed["remoe"].text, "```"])
-
-
-def _row(title: str, cells: Iterable[str]) -> str:
-    return f"| {title} | {' | '.join(cells)} |"
-
-
-def _rule(columns: int) -> str:
-    return "|---|" + "---:|" * columns

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..common.markdown import table
 from .candidate import Candidate
 from .checks import Result
 from .comparison import Change
@@ -12,11 +13,8 @@ Found = tuple[Candidate, dict[str, Result], list[Change]]
 
 def markdown(base: Candidate, found: Sequence[Found]) -> str:
     """The table of outcomes, what fails, and what changed against the installed version."""
-    titles = [f"{one.version}, {one.date}" for one, _, _ in found]
-    lines = ["| check | " + " | ".join(titles) + " |", "|---" * (1 + len(found)) + "|"]
-    for name in found[0][1]:
-        cells = [_cell(results[name]) for _, results, _ in found]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    titles = ["check", *(f"{one.version}, {one.date}" for one, _, _ in found)]
+    lines = table(titles, ([name, *(_cell(results[name]) for _, results, _ in found)] for name in found[0][1]))
     failures = [
         f"- {one.version}, {name}: {_plain(problem)}"
         for one, results, _ in found
@@ -26,16 +24,16 @@ def markdown(base: Candidate, found: Sequence[Found]) -> str:
     if failures:
         lines += ["", "What fails:", "", *failures]
     lines += ["", f"Changed against {base.version}, of what this project takes from Megatron:", ""]
-    lines += ["| what | old → new | file and line | in |", "|---|---|---|---|"]
     merged: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for one, _, changes in found:
         for change in changes:
             merged.setdefault((change.what, change.how), []).append((change.place, one.version))
+    rows = []
     for (what, how), places in merged.items():
         where = ", ".join(dict.fromkeys(place for place, _ in places))
         versions = ", ".join(version for _, version in places)
-        lines.append(f"| `{what.removeprefix('megatron.')}` | {_plain(how)} | {where} | {versions} |")
-    return "\n".join(lines)
+        rows.append([f"`{what.removeprefix('megatron.')}`", _plain(how), where, versions])
+    return "\n".join([*lines, *table(["what", "old → new", "file and line", "in"], rows)])
 
 
 def _cell(result: Result) -> str:

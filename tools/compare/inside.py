@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..common.markdown import table
 from ..sweep.plan import Run
 from .recipes import reference_of, title
-from .table import Result, Results, joined, shown
+from .table import Result, Results, shown
 
 SEQUENCES = 1024  # of each held-out set, at most
 BITS = "domain bits"
@@ -57,7 +58,7 @@ def markdown(results: Results) -> str:
             cells += [shown([bits[seed] - other[seed] for seed in bits if seed in other], "+", digits=4)]
             cells += [", ".join(f"{number:g}" for number in columns["inactive"].values())]
             rows.append(cells)
-    return joined(header, rows)
+    return "\n".join(table(header, rows))
 
 
 def _column(of: Mapping[int, Result], name: str, place: int) -> dict[int, float]:

@@ -2,9 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..common.markdown import table
 from .recipes import Recipe, is_routing, reference_of, title
 
 # Student's t at 97.5 % by degrees of freedom.
@@ -65,13 +66,7 @@ def markdown(results: Results, tuned: Mapping[str, Recipe]) -> str:
         }
         columns |= {name: told for name, told in more.items() if any(told.values())}
     columns["seeds"] = {row: str(len(of)) for row, of in results.items()}
-    return joined([*columns], [[told.get(row, "") for told in columns.values()] for row in results])
-
-
-def joined(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, whose first column has no title."""
-    lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "|---" * len(header) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    return "\n".join(table([*columns], ([told.get(row, "") for told in columns.values()] for row in results)))
 
 
 def verdicts(results: Results) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_between
+from ..common.markdown import table
 from ..common.places import ROOT
 from .parts import PARTS
 
@@ -56,16 +57,17 @@ def tables(found: Mapping[str, Any]) -> str:
     lines = [
         f"{machine['card'].split(' (UUID')[0]}, torch {machine['torch']}, commit {machine['commit'] or 'unknown'}."
     ]
-    lines += ["", "| part | date | result | seconds | what it says |", "|---|---|---|---:|---|"]
+    rows = []
     for name in PARTS:
         if name in parts:
             result = parts[name]
             state = "ran" if is_rehearsed and result["state"] == "passed" else result["state"]
             seconds = "" if is_rehearsed else f"{result['seconds']:.0f}"
-            lines.append(f"| {name} | {result['date']} | {state} | {seconds} | {words(name, result, is_rehearsed)} |")
-    for name, table in TABLES.items():
+            rows.append([name, result["date"], state, seconds, words(name, result, is_rehearsed)])
+    lines += ["", *table(["part", "date", "result", "seconds", "what it says"], rows)]
+    for name, of_part in TABLES.items():
         if "figures" in parts.get(name, {}):
-            lines += ["", *table(parts[name]["figures"], is_rehearsed)]
+            lines += ["", *of_part(parts[name]["figures"], is_rehearsed)]
     return "\n".join(lines)
 
 
@@ -164,35 +166,23 @@ def _percent(share: float | None) -> str:
 
 
 def _tests_table(figures: Figures, _is_rehearsed: bool) -> list[str]:
-    return [
-        "| test | result |",
-        "|---|---|",
-        *(f"| {name} | {result} |" for name, result in figures["results"].items()),
-    ]
+    return table(["test", "result"], figures["results"].items())
 
 
 def _golden_table(figures: Figures, is_rehearsed: bool) -> list[str]:
     if is_rehearsed:
         return []
     names = list(next(iter(figures["expected"].values())))
-    lines = [
-        "| iteration | " + " | ".join(f"{name} | CPU" for name in names) + " |",
-        "|---:" * (1 + 2 * len(names)) + "|",
-    ]
+    rows = []
     for iteration, expected in figures["expected"].items():
         found = figures["found"].get(iteration, {})
-        cells = (f"{found.get(name, float('nan')):g} | {expected[name]:g}" for name in names)
-        lines.append(f"| {iteration} | " + " | ".join(cells) + " |")
-    return lines
+        pairs = ((found.get(name, float("nan")), expected[name]) for name in names)
+        rows.append([iteration, *(f"{value:g}" for pair in pairs for value in pair)])
+    return table(["iteration", *(title for name in names for title in (name, "CPU"))], rows, text=0)
 
 
 def _launch_table(figures: Figures, is_rehearsed: bool) -> list[str]:
-    lines = [
-        "| 182M ReMoE, one GPU, 4 micro-batches of 16 | "
-        + ("this run" if is_rehearsed else "measured")
-        + " | rehearsal |"
-    ]
-    lines.append("|---|---:|---:|")
+    lines: list[tuple[str, str, str]] = []
     for stage in [stage for stage in ("dense", "steady") if stage in figures]:
         found, model = figures[stage], figures[stage]["rehearsed"]
         waits = sum(wait["times"] for wait in model["host_syncs"])
@@ -209,25 +199,21 @@ def _launch_table(figures: Figures, is_rehearsed: bool) -> list[str]:
             key = f"peak_{kind}_gib"
             rows.append((f"GiB {kind} at most", f"{found[key]:.2f}", f"{model[key]:.2f}"))
         rows.append(("waits of a step", str(found["waits"]), str(waits)))
-        lines += [f"| {stage}: {title} | {here} | {there} |" for title, here, there in rows]
-    return lines
+        lines += [(f"{stage}: {title}", here, there) for title, here, there in rows]
+    here = "this run" if is_rehearsed else "measured"
+    return table(["182M ReMoE, one GPU, 4 micro-batches of 16", here, "rehearsal"], lines, text=1)
 
 
 def _step_table(figures: Figures, is_rehearsed: bool) -> list[str]:
     if is_rehearsed:
         return []
-    lines = [
-        "| (E, G) | variant | s/step | tokens/s | over ReMoE | of the matmul rate |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    rows = []
     for shape, found in figures["results"].items():
         for variant, one in found.items():
-            ratio = one["seconds"] / found["ReMoE"]["seconds"]
-            lines.append(
-                f"| {shape} | {variant} | {one['seconds']:.4g} | {one['tokens_per_second']:,.0f} | {ratio:.3f} | "
-                f"{one['utilization']:.1%} |"
-            )
-    return lines
+            ratio, speed = one["seconds"] / found["ReMoE"]["seconds"], f"{one['tokens_per_second']:,.0f}"
+            rows.append([shape, variant, f"{one['seconds']:.4g}", speed, f"{ratio:.3f}", f"{one['utilization']:.1%}"])
+    titles = ["(E, G)", "variant", "s/step", "tokens/s", "over ReMoE", "of the matmul rate"]
+    return table(titles, rows, text=2)
 
 
 def _layer_table(figures: Figures, is_rehearsed: bool) -> list[str]:
@@ -245,12 +231,10 @@ def _by_case(
 ) -> list[str]:
     """A table with a line for each case and a column for each name, empty where there is no figure."""
     names = list(next(iter(figures.values())))
-    lines = [f"| {case} | " + " | ".join(f"{name}, {unit}" for name in names) + " |"]
-    lines.append("|---" + "|---:" * len(names) + "|")
-    for title, found in figures.items():
-        cells = (written(found[name]) if name in found else "" for name in names)
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return lines
+    rows = (
+        [title, *(written(found[name]) if name in found else "" for name in names)] for title, found in figures.items()
+    )
+    return table([case, *(f"{name}, {unit}" for name in names)], rows, text=1)
 
 
 def _milliseconds(seconds: list[float]) -> str:
@@ -260,15 +244,15 @@ def _milliseconds(seconds: list[float]) -> str:
 def _kernels_table(figures: Figures, is_rehearsed: bool) -> list[str]:
     if is_rehearsed:
         return []
-    lines = ["| both ways | torch, ms | triton, ms | largest error, torch | triton |", "|---|---:|---:|---:|---:|"]
+    rows = []
     for case, ways in figures.get("layer", {}).get("layers", {}).items():
-        times = " | ".join(_milliseconds(ways[way]["seconds"]) for way in ("torch", "triton"))
-        errors = " | ".join(f"{ways[way]['error']:.1e}" for way in ("torch", "triton"))
-        lines.append(f"| one layer, (E, G) = {case} | {times} | {errors} |")
+        times = [_milliseconds(ways[way]["seconds"]) for way in ("torch", "triton")]
+        errors = [f"{ways[way]['error']:.1e}" for way in ("torch", "triton")]
+        rows.append([f"one layer, (E, G) = {case}", *times, *errors])
     if "launched" in figures:
-        times = " | ".join(f"{figures['launched'][way]['seconds'] * 1e3:.4g}" for way in ("torch", "triton"))
-        lines.append(f"| a step of the 182M ReMoE | {times} | | |")
-    return lines
+        times = [f"{figures['launched'][way]['seconds'] * 1e3:.4g}" for way in ("torch", "triton")]
+        rows.append(["a step of the 182M ReMoE", *times, "", ""])
+    return table(["both ways", "torch, ms", "triton, ms", "largest error, torch", "triton"], rows, text=1)
 
 
 TABLES: dict[str, Callable[[Figures, bool], list[str]]] = {

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..common import markdown
 from ..common.data_sets import write_real_text
 from ..common.files import write_between
 from ..common.places import ROOT
@@ -117,7 +118,5 @@ def as_hybrid(checkpoint: Path) -> Path:
 
 def table(routing: str, variants: list[str], cells: dict[str, dict[str, Difference | None]]) -> str:
     """Markdown: a row a layout, a column a variant."""
-    lines = [f"**{routing}**", "", "| layout | " + " | ".join(variants) + " |", "|---|" + "---|" * len(variants)]
-    for layout, row in cells.items():
-        lines.append(f"| {layout} | " + " | ".join(shown(row[variant], variant) for variant in variants) + " |")
-    return "\n".join(lines)
+    rows = ([layout, *(shown(row[variant], variant) for variant in variants)] for layout, row in cells.items())
+    return "\n".join([f"**{routing}**", "", *markdown.table(["layout", *variants], rows)])

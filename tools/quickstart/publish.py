@@ -14,6 +14,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tools.common.markdown import table  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.quickstart import models, report  # noqa: E402
 
@@ -37,11 +38,8 @@ def markdown(summary: dict[str, Any]) -> str:
             "remoe": f"{remoe['sparsity_last_quarter']:.4f} ({remoe['sparsity_target']:.3f})"
         },
     }
-    lines = ["| | " + " | ".join(models.NAMES.values()) + " |", "|---|" + "---:|" * len(models.NAMES)]
-    lines += [
-        f"| {name} | " + " | ".join(row.get(model, "") for model in models.NAMES) + " |" for name, row in rows.items()
-    ]
-    return "\n".join(lines) + "\n"
+    cells = ([name, *(row.get(model, "") for model in models.NAMES)] for name, row in rows.items())
+    return "\n".join(table(["", *models.NAMES.values()], cells, text=1)) + "\n"
 
 
 def main() -> int:
@@ -49,14 +47,14 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="folder of a finished quickstart")
     run = parser.parse_args().run
     try:
-        table = markdown(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+        text = markdown(json.loads((run / "summary.json").read_text(encoding="utf-8")))
         shutil.copyfile(run / "report.png", ROOT / "docs" / "quickstart.png")
     except OSError as error:
         print(f"publish.py: {error}. Give the folder of a finished quickstart.", file=sys.stderr)
         return 1
     readme = ROOT / "README.md"
-    readme.write_text(BLOCK.sub(lambda found: found[1] + table + found[2], readme.read_text(encoding="utf-8")), "utf-8")
-    print(table, end="")
+    readme.write_text(BLOCK.sub(lambda found: found[1] + text + found[2], readme.read_text(encoding="utf-8")), "utf-8")
+    print(text, end="")
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tools.common.markdown import table  # noqa: E402
 from tools.quickstart import models, report, stages  # noqa: E402
 
 
@@ -41,13 +42,12 @@ def spread_of(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def markdown(summaries: list[dict[str, Any]]) -> str:
     """A row for each seed: the models' validation losses and ReMoE's sparsity over its last quarter."""
-    lines = ["| seed | " + " | ".join(models.NAMES.values()) + " | sparsity (target) |", "|---|---|---|---|---|"]
+    rows = []
     for summary in summaries:
-        losses = " | ".join(f"{summary[model]['val_loss']:.4f}" for model in models.NAMES)
-        remoe = summary["remoe"]
+        remoe, losses = summary["remoe"], [f"{summary[model]['val_loss']:.4f}" for model in models.NAMES]
         sparsity = f"{remoe['sparsity_last_quarter']:.4f} ({remoe['sparsity_target']:.3f})"
-        lines.append(f"| {summary['seed']} | {losses} | {sparsity} |")
-    return "\n".join(lines)
+        rows.append([str(summary["seed"]), *losses, sparsity])
+    return "\n".join(table(["seed", *models.NAMES.values(), "sparsity (target)"], rows))
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..common.files import write_aside, write_text
+from ..common.markdown import table
 from ..common.units import duration
 from . import scaling_picture
 from .plan import AXES, MATCHED, ROUTINGS, SIZES, Run
@@ -100,18 +101,18 @@ def unequal(rows: Sequence[Row]) -> str:
 
 def show(console: Console, rows: Sequence[Row]) -> None:
     """Print the table in short."""
-    table = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
-    table.add_column("run", no_wrap=True)
+    grid = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
+    grid.add_column("run", no_wrap=True)
     for name in ("validation loss", "sparsity (target)", "tokens/s", "training"):
-        table.add_column(name, justify="right", no_wrap=True)
+        grid.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         of = row.outcome
         if of is None:
-            table.add_row(row.run.name, row.state)
+            grid.add_row(row.run.name, row.state)
             continue
         loss = f"at {of.iterations}/{of.train_iters}" if of.validation_loss is None else f"{of.validation_loss:.4f}"
-        table.add_row(row.run.name, loss, _sparsity(of), _plain(of.tokens_per_second), _time(of))
-    console.print(table)
+        grid.add_row(row.run.name, loss, _sparsity(of), _plain(of.tokens_per_second), _time(of))
+    console.print(grid)
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -130,10 +131,7 @@ def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
     yield ""
     heads = ["size", "routing", "E", "G", "validation loss", "perplexity", "sparsity (target)", "settled"]
     heads += ["total parameters", "tokens", "tokens/s", "training"]
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{'---|' * 2}{'---:|' * (len(heads) - 2)}"
-    for row in rows:
-        yield f"| {' | '.join(_cells(row))} |"
+    yield from table(heads, map(_cells, rows), text=2)
     yield ""
     yield "Validation loss in nats per token, after the last iteration; sparsity as in the log's last line; settled:"
     yield "the first logged iteration from which it stays within 1 % of its target; tokens/s"

@@ -1,0 +1,17 @@
+"""Tables in Markdown."""
+
+from collections.abc import Iterable, Sequence
+
+
+def table(titles: Sequence[str], rows: Iterable[Iterable[str]], text: int | None = None) -> list[str]:
+    """The lines of a table: titles, and rows of as many cells.
+
+    Args:
+        titles: of the columns.
+        rows: below them.
+        text: how many columns are set to the left; those behind them, to the right (default: all to the left).
+    """
+    left = len(titles) if text is None else text
+    rule = "|" + "---|" * left + "---:|" * (len(titles) - left)
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (titles, *rows))
+    return [head, rule, *body]
