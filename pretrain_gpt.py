@@ -109,9 +109,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
 
         patches.apply_patches(saves=bool(args.save))
         model_cfg = model_config_from_args(args)
-        hooks.install_relu_routing(args, model_cfg)
-        hooks.install_topk_warmup(args, model_cfg)
-        hooks.install_baseline_router(args, model_cfg)
+        hooks.install_routing(args, model_cfg)
         hooks.install_local_layers(args, model_cfg)
         datasets_provider = hooks.with_checked_weights(args, model_cfg, train_valid_test_datasets_provider)
         datasets_provider = hooks.with_flips(args, model_cfg, datasets_provider, forward_step)

@@ -18,7 +18,7 @@ def test_what_was_called_once_a_step_still_is() -> None:
     config.finalize_model_grads_func = lambda *arguments, **options: calls.append((*arguments, options))
     model_cfg = argparse.Namespace(transformer=config, transformer_layer_spec=None, post_wrap_hooks=[])
     args = argparse.Namespace(moe_relu_routing=True, log_interval=1, tensorboard_log_interval=1, save=None)
-    hooks.install_relu_routing(args, model_cfg)
+    hooks.install_routing(args, model_cfg)
     (hook,) = model_cfg.post_wrap_hooks
     assert hook([layer]) == [layer]
     layer.router.weight.data.fill_(1.0)
@@ -31,5 +31,6 @@ def test_what_was_called_once_a_step_still_is() -> None:
 def test_another_configuration_class_is_refused() -> None:
     model_cfg = argparse.Namespace(transformer=object())
     with pytest.raises(TypeError, match="needs a ReMoEConfig, got object"):
-        hooks.install_relu_routing(argparse.Namespace(moe_relu_routing=True), model_cfg)
-    hooks.install_relu_routing(argparse.Namespace(moe_relu_routing=False), model_cfg)
+        hooks.install_routing(argparse.Namespace(moe_relu_routing=True), model_cfg)
+    none = {"moe_relu_routing": False, "moe_warmup_topk": None, "moe_baseline_router": None}
+    hooks.install_routing(argparse.Namespace(**none), model_cfg)

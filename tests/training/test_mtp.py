@@ -35,7 +35,7 @@ ARGS = argparse.Namespace(
 
 def built(model_cfg: GPTModelConfig | HybridModelConfig) -> Any:
     """The model with what is installed, before it is wrapped."""
-    hooks.install_relu_routing(ARGS, model_cfg)
+    hooks.install_routing(ARGS, model_cfg)
     hooks.install_local_layers(ARGS, model_cfg)
     model = model_cfg.get_builder_cls()(model_cfg).build_model(ProcessGroupCollection.use_mpu_process_groups())
     (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([model])

@@ -10,12 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.remoe import cpu
 from megatron.remoe.baselines.hash import hand_token_ids
-from megatron.remoe.training import (
-    install_baseline_router,
-    install_local_layers,
-    install_relu_routing,
-    model_config_from_args,
-)
+from megatron.remoe.training import install_local_layers, install_routing, model_config_from_args
 from megatron.training.models.base import compose_hooks
 
 from .errors import ConversionError
@@ -39,6 +34,8 @@ HERE: dict[str, Any] = {
     "sequence_parallel": False,
     "moe_shared_expert_overlap": False,
     "overlap_moe_expert_parallel_comm": False,
+    "moe_warmup_topk": None,  # over, where a training is
+    "moe_warmup_steps": 0,
     "recompute_granularity": None,
     "recompute_modules": None,
     "cuda_graph_impl": "none",
@@ -62,8 +59,7 @@ def build(args: argparse.Namespace) -> GPTModel:
     cpu.adapt_arguments(here)
     try:
         model_cfg = model_config_from_args(here)
-        install_relu_routing(here, model_cfg)
-        install_baseline_router(here, model_cfg)
+        install_routing(here, model_cfg)
         install_local_layers(here, model_cfg)
         builder = model_cfg.get_builder_cls()(model_cfg)
         stock = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())

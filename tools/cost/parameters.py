@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.remoe.training import install_local_layers, install_relu_routing
+from megatron.remoe.training import install_local_layers, install_routing
 from megatron.remoe.training.arguments import model_config_from_args
 
 
@@ -83,7 +83,7 @@ def _stage(args: argparse.Namespace, rank: int) -> Stage:
 
 def _count(args: argparse.Namespace) -> Stage:
     model_cfg = model_config_from_args(args)
-    install_relu_routing(args, model_cfg)
+    install_routing(args, model_cfg)
     install_local_layers(args, model_cfg)
     builder = model_cfg.get_builder_cls()(model_cfg)
     groups, chunks = ProcessGroupCollection.use_mpu_process_groups(), args.virtual_pipeline_model_parallel_size or 1

@@ -7,20 +7,16 @@ from megatron.remoe.training.arguments import (
     transformer_config_from_args,
 )
 from megatron.remoe.training.hooks import (
-    install_baseline_router,
     install_local_layers,
-    install_relu_routing,
-    install_topk_warmup,
+    install_routing,
     with_flips,
 )
 from megatron.remoe.training.run_log import keep_run_log
 
 __all__ = [
     "add_remoe_arguments",
-    "install_baseline_router",
     "install_local_layers",
-    "install_relu_routing",
-    "install_topk_warmup",
+    "install_routing",
     "keep_run_log",
     "model_config_from_args",
     "parse_and_validate_args",

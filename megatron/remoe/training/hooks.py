@@ -11,6 +11,7 @@ import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker, set_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -23,7 +24,6 @@ from megatron.remoe.moe.specs import (
     LayerSpec,
     with_engine_kernels,
     with_fused_layers,
-    with_relu_routing,
     with_router,
     with_sequence_parallel_norms,
 )
@@ -32,6 +32,7 @@ from megatron.remoe.preflight.checkpoint_files import loaded_from
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
+from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.routing.warmup import WarmupTopKRouter
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
@@ -42,10 +43,12 @@ from megatron.training.models.hybrid import HybridModelConfig
 type ModelConfig = GPTModelConfig | HybridModelConfig
 
 
-def install_relu_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
-    """Give `model_cfg` the ReLU router, its dispatch, the once-per-step update and the log.
+def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
+    """Give `model_cfg` the router that the flags ask for beside Megatron's, its dispatch, and what the router needs.
 
-    Makes the changes of `patches` too, where that was not done. Does nothing without --moe-relu-routing.
+    With --moe-relu-routing the once-per-step update and the log; with --moe-warmup-topk the number of the step; with
+    --moe-baseline-router hash the tokens' ids. Makes the changes of `patches` too, where that was not done. Does
+    nothing without these flags.
 
     Args:
         args: arguments from `parse_and_validate_args`.
@@ -54,62 +57,53 @@ def install_relu_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> No
     Raises:
         TypeError: `model_cfg` was built with another configuration class, or its layers cannot take the router.
     """
-    if not args.moe_relu_routing:
-        return
+    router: type[TopKRouter]
+    prepare: Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
     config = model_cfg.transformer
+    if args.moe_relu_routing:
+        router, prepare = ReLURouter, partial(_install_controller, args, config)
+    elif args.moe_warmup_topk is not None:
+        router, prepare = WarmupTopKRouter, partial(_tell_steps, args)
+    elif args.moe_baseline_router is not None:
+        router, prepare = ROUTERS[args.moe_baseline_router], hand_token_ids
+    else:
+        return
     if not isinstance(config, ReMoEConfig):
         raise TypeError(
-            f"--moe-relu-routing needs a ReMoEConfig, got {type(config).__name__}: build the model's configuration "
+            f"{router.__name__} needs a ReMoEConfig, got {type(config).__name__}: build the model's configuration "
             "with transformer_config_from_args(args)."
         )
     apply_patches(saves=bool(args.save))
-    _change_layers(model_cfg, lambda spec, _vp_stage: with_relu_routing(spec))
-    model_cfg.post_wrap_hooks.append(_post_wrap_hook(args, config))
+    _change_layers(model_cfg, lambda spec, _vp_stage: with_router(spec, router))
+    model_cfg.post_wrap_hooks.append(prepare)
 
 
-def install_topk_warmup(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
-    """Give a top-k MoE its near-dense warm-up, and make the changes of `patches`. Nothing without --moe-warmup-topk.
+def _install_controller(
+    args: argparse.Namespace, config: ReMoEConfig, model_chunks: list[torch.nn.Module]
+) -> list[torch.nn.Module]:
+    controller = SparsityController(model_chunks, config)
+    chunks_config = get_model_config(model_chunks[0])
+    finalize = chunks_config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
 
-    Args:
-        args: arguments from `parse_and_validate_args`.
-        model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
+    def finalize_and_update(*hook_args: Any, **hook_kwargs: Any) -> None:
+        # Every schedule calls this once per training step, after the last backward pass, and never in evaluation.
+        finalize(*hook_args, **hook_kwargs)
+        controller.update()
 
-    Raises:
-        TypeError: its layers cannot take the router.
-    """
-    if args.moe_warmup_topk is None:
-        return
-    apply_patches(saves=bool(args.save))
+    chunks_config.finalize_model_grads_func = finalize_and_update
+    set_moe_metrics_tracker(_tracker(args, controller))
+    return model_chunks
 
+
+def _tell_steps(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     def begin_step(router: WarmupTopKRouter, _inputs: Any) -> None:
         # Megatron's loop sets one when it loads, the other at each step; an evaluation belongs to the step before it.
         router.begin_step(max(args.iteration, getattr(args, "curr_iteration", 0)))
 
-    def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        for module in (module for chunk in model_chunks for module in chunk.modules()):
-            if isinstance(module, WarmupTopKRouter):
-                module.register_forward_pre_hook(begin_step)
-        return model_chunks
-
-    _change_layers(model_cfg, lambda spec, _vp_stage: with_router(spec, WarmupTopKRouter))
-    model_cfg.post_wrap_hooks.append(install)
-
-
-def install_baseline_router(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
-    """Give a model the router of --moe-baseline-router, and make the changes of `patches`. Nothing without the flag.
-
-    Args:
-        args: arguments from `parse_and_validate_args`.
-        model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
-
-    Raises:
-        TypeError: its layers cannot take the router.
-    """
-    if args.moe_baseline_router is None:
-        return
-    apply_patches(saves=bool(args.save))
-    _change_layers(model_cfg, lambda spec, _vp_stage: with_router(spec, ROUTERS[args.moe_baseline_router]))
-    model_cfg.pre_wrap_hooks.append(hand_token_ids)
+    for module in (module for chunk in model_chunks for module in chunk.modules()):
+        if isinstance(module, WarmupTopKRouter):
+            module.register_forward_pre_hook(begin_step)
+    return model_chunks
 
 
 def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
@@ -180,24 +174,6 @@ def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpe
     return build
 
 
-def _post_wrap_hook(args: argparse.Namespace, config: ReMoEConfig) -> Callable[[list[Any]], list[Any]]:
-    def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        controller = SparsityController(model_chunks, config)
-        chunks_config = get_model_config(model_chunks[0])
-        finalize = chunks_config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
-
-        def finalize_and_update(*hook_args: Any, **hook_kwargs: Any) -> None:
-            # Every schedule calls this once per training step, after the last backward pass, and never in evaluation.
-            finalize(*hook_args, **hook_kwargs)
-            controller.update()
-
-        chunks_config.finalize_model_grads_func = finalize_and_update
-        set_moe_metrics_tracker(_tracker(args, controller))
-        return model_chunks
-
-    return install
-
-
 def _tracker(args: argparse.Namespace, controller: SparsityController | None) -> ReMoEMetricsTracker:
     intervals = args.log_interval, args.tensorboard_log_interval
     return ReMoEMetricsTracker(controller, *intervals, lambda: args.consumed_train_samples)
@@ -211,7 +187,7 @@ def with_flips(
 ) -> Callable[..., Any]:
     """The provider of the data sets, from which the calibration set of --moe-log-flips-interval is taken.
 
-    To be called after `install_relu_routing`. Does nothing without the flag.
+    To be called after `install_routing`. Does nothing without the flag.
 
     Args:
         args: Megatron's arguments.
