@@ -82,7 +82,7 @@ def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> 
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        (["--gpus", "0"], "--gpus 0: give a number"),
+        (["--gpus", "0"], "--gpus: '0': give a whole number of at least 1"),
         (["--gpus", "1", "--utilization", "40"], "--utilization 40.0: give a share"),
         (["--gpus", "1", "--gpu", "tpu"], "--gpu tpu is not in the list"),
         (["--gpus", "1", "--paper", "7b", "dense"], "--paper 7b dense"),

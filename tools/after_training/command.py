@@ -25,7 +25,7 @@ import torch
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_between
-from ..common.flags import parse
+from ..common.flags import parse, words_of
 from ..common.log_reader import series
 from ..common.places import ROOT
 from ..common.running import run_once
@@ -97,7 +97,7 @@ class Quickstart:
         words = models.common_flags(models.SIZE, STEPS, self.seed) + models.model_flags(model, models.SIZE)
         words += models.data_flags(self.folder / "data", self.train_tokens)
         settings = {flag: values for flag, values in parse(words).items() if flag not in VALIDATION}
-        words = [word for flag, values in settings.items() for word in (flag, *values)] + ["--eval-iters", "0"]
+        words = [*words_of(settings), "--eval-iters", "0"]
         printed = program("pretrain_gpt.py", *words, *flags, "--seq-length", str(models.SIZE.sequence))
         return series(printed, "lm loss")
 

@@ -27,6 +27,7 @@ from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.expert_counts import expert_blocks
 from ..common.files import lock, write_text
+from ..common.flags import whole_number
 from ..common.hf.opening import open_model
 from ..common.running import run_to_the_end
 from . import findings, pictures
@@ -52,19 +53,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--data-path", "--data", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain"
     )
     parser.add_argument("--output-dir", type=Path, metavar="FOLDER", help="default: analysis/ in that of --load")
-    parser.add_argument("--seq-length", type=int, metavar="N", help="as in training (default: the model's context)")
-    parser.add_argument("--sequences", type=int, metavar="N", help="of each data set, at most (default: all)")
+    parser.add_argument(
+        "--seq-length", type=whole_number(WINDOW), metavar="N", help="as in training (default: the model's context)"
+    )
+    parser.add_argument(
+        "--sequences", type=whole_number(1), metavar="N", help="of each data set, at most (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the order in which they are read (%(default)s)")
     parser.add_argument(
-        "--expert-model-parallel-size", "--expert-parallel", type=int, default=1, metavar="N",
+        "--expert-model-parallel-size", "--expert-parallel", type=whole_number(1), default=1, metavar="N",
         help="also say what each of so many ranks would have to do",
     )  # fmt: skip
     parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="another tokenizer than the model's own")
     args = parser.parse_args(arguments)
-    least = {"seq_length": WINDOW, "sequences": 1, "expert_model_parallel_size": 1}
-    for name, lowest in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < lowest:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {lowest}.")
     args.output_dir = args.output_dir or args.load / "analysis"
     return args
 

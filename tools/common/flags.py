@@ -1,6 +1,7 @@
 """A command's flags, as they are typed."""
 
-from collections.abc import Iterable
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 
 Settings = dict[str, tuple[str, ...]]  # flag → its values, of the last occurrence, which is the one that counts
 
@@ -16,3 +17,47 @@ def parse(words: Iterable[str]) -> Settings:
         elif flag:
             settings[flag] += (word,)
     return settings
+
+
+def words_of(settings: Settings) -> list[str]:
+    """What `parse` takes apart."""
+    return [word for flag, values in settings.items() for word in (flag, *values)]
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A tool's own words, and those behind --."""
+    place = words.index("--") if "--" in words else len(words)
+    return [*words[:place]], [*words[place + 1 :]]
+
+
+def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
+    """The words but for some flags and their values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = left_out(word.partition("=")[0])
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A converter for argparse of whole numbers of at least `least`."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least {least}")
+        return int(text)
+
+    return convert
+
+
+def above_zero(text: str) -> float:
+    """A converter for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
+    return number

@@ -22,11 +22,12 @@ from pathlib import Path
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import lock, write_between
+from ..common.flags import split, whole_number
 from ..common.places import ROOT
 from ..common.running import run_once
 from ..quickstart import corpora, models
 from ..quickstart.stages import fingerprint
-from ..sweep.command import add_what_to_train, planned, whole_number
+from ..sweep.command import add_what_to_train, planned
 from ..sweep.errors import SettingsError
 from ..sweep.plan import AXES, COMPARED, FIGURES
 from . import inside
@@ -83,10 +84,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "they are made from into docs/compare",
     )  # fmt: skip
     add_what_to_train(parser, (*FIGURES, COMPARED, *AXES), "none")
-    words = sys.argv[1:] if arguments is None else [*arguments]
-    place = words.index("--") if "--" in words else len(words)
-    args = parser.parse_args(words[:place])
-    args.flags = tuple(words[place + 1 :])
+    own, flags = split(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(own)
+    args.flags = tuple(flags)
     args.figures = args.figures or []
     args.rows = [row for row in ROWS if row in (args.rows or ([] if args.figures else ROWS))]
     try:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..common.flags import split, whole_number
 from . import paper
 from .choices import lines as rehearsed_lines
 from .gpus import ACCELERATORS, Accelerator
@@ -25,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python tools/cost --gpus N [--gpu KIND] [--utilization U] -- FLAGS OF pretrain_gpt.py",
         epilog="DRY_RUN=1 bash scripts/train_llama_....sh calls it with the script's flags.",
     )
-    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
+    parser.add_argument("--gpus", type=whole_number(1), required=True, help="number of GPUs")
     parser.add_argument(
         "--gpu", default="h100", help=f"kind of GPU, for hours and memory (default h100): {', '.join(ACCELERATORS)}"
     )
@@ -72,12 +73,9 @@ def without_missing_vocabulary(flags: list[str]) -> list[str]:
 
 def main() -> int:
     """Print the estimate; returns the exit code."""
-    argv = sys.argv[1:]
-    own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, flags = split(sys.argv[1:])
     parser = build_parser()
     options = parser.parse_args(own)
-    if options.gpus < 1:
-        parser.error(f"--gpus {options.gpus}: give a number of at least 1")
     if not 0 < options.utilization <= 1:
         parser.error(f"--utilization {options.utilization}: give a share above 0 and up to 1")
     if options.paper and (options.paper[0] not in paper.SIZES or options.paper[1] not in paper.ROUTINGS):

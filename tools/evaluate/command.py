@@ -22,6 +22,7 @@ from ..common import short_names
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_text
+from ..common.flags import whole_number
 from ..common.hf.opening import open_model
 from ..common.on_cpu import megatron_on_cpu
 from ..common.running import run_once
@@ -45,9 +46,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the results there, as JSON")
     text = parser.add_argument_group("text")
     text.add_argument("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets, each whole")
-    text.add_argument("--seq-length", type=int, metavar="N", help="as in training (default: the model's context)")
+    text.add_argument(
+        "--seq-length", type=whole_number(1), metavar="N", help="as in training (default: the model's context)"
+    )
     text.add_argument("--seed", type=int, default=1234, help="as in training: order of the documents (%(default)s)")
-    text.add_argument("--sequences", type=int, metavar="N", help="of each data set, at most (default: all)")
+    text.add_argument("--sequences", type=whole_number(1), metavar="N", help="of each data set, at most (default: all)")
     text.add_argument(
         "--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help="measure with each bound too"
     )
@@ -63,15 +66,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     tasks.add_argument(
         "--task-cache", type=Path, metavar="PREFIX", help="of files of each model's answers so far, to go on from"
     )
-    tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task, at most")
+    tasks.add_argument("--limit", type=whole_number(1), metavar="N", help="documents of each task, at most")
     args = parser.parse_args(arguments)
     if not args.data_path and args.tasks is None:
         parser.error("nothing to do: give --data-path or --tasks.")
     if (args.speed or args.max_experts_per_token) and not args.data_path:
         parser.error("--speed and --max-experts-per-token need --data-path.")
-    for flag in ("seq_length", "sequences", "limit"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1.")
     return args
 
 

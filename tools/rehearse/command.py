@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_text
+from ..common.flags import split
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
 from . import build, report
@@ -76,9 +77,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep what rank R printed in FILE.rankR")
-    own, flags = list(arguments), []
-    if "--" in own:
-        own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, flags = split(arguments)
     options = parser.parse_args(own)
     options.gpus_per_node = options.gpus_per_node or min(GPUS_PER_NODE, options.gpus)
     if options.gpus < 1 or options.gpus % options.gpus_per_node:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import parse
+from ..common.flags import parse, without
 
 # Nothing is saved, loaded or reported, and the number of steps is the rehearsal's: Megatron's defaults are right.
 LEFT_OUT = set(
@@ -13,17 +13,18 @@ LEFT_OUT = set(
     "--lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --exit-interval --exit-duration-in-mins "
     "--log-interval --eval-interval --eval-iters --num-workers --rampup-batch-size --mock-data --cpu".split()
 )
+GPT2S = {"--tokenizer-type", "--vocab-file", "--merge-file"}
 MADE_UP = "made-up"  # what scripts/lib/data.sh says for data where it was given none
 GPT2 = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "50256"]  # as many tokens as its vocabulary, without files
 
 
 def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
     """The flags of the training as it is rehearsed: made-up tokens, `steps` steps, nothing saved."""
-    kept = _without(flags, LEFT_OUT)
+    kept = without(flags, LEFT_OUT.__contains__)
     if value_of(kept, "--tokenizer-type") in (None, "GPT2BPETokenizer"):
         files = [value_of(kept, flag) for flag in ("--vocab-file", "--merge-file")]
         if not all(file and Path(file).is_file() for file in files):
-            kept = [*_without(kept, {"--tokenizer-type", "--vocab-file", "--merge-file"}), *GPT2]
+            kept = [*without(kept, GPT2S.__contains__), *GPT2]
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
     return [*kept, *run.split()]
 
@@ -48,14 +49,3 @@ def number(flags: Sequence[str], name: str, default: float) -> float:
         return float(value_of(flags, name) or default)
     except ValueError:
         return default
-
-
-def _without(flags: Sequence[str], names: set[str]) -> list[str]:
-    kept: list[str] = []
-    leaving_out = False
-    for word in flags:
-        if word.startswith("--"):
-            leaving_out = word.split("=", 1)[0] in names
-        if not leaving_out:
-            kept.append(word)
-    return kept

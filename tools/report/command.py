@@ -13,6 +13,7 @@ from pathlib import Path
 from ..common import short_names
 from ..common.display import Display
 from ..common.files import write_text
+from ..common.flags import whole_number
 from ..common.running import run_once
 from .reading import Run, read_run, sources
 
@@ -26,16 +27,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     parser.add_argument(
         "--watch",
-        type=int,
+        type=whole_number(1),
         nargs="?",
         const=30,
         metavar="SECONDS",
         help="write it anew every so many seconds (default: 30) until the runs are done; the page loads itself again",
     )
-    args = parser.parse_args(arguments)
-    if args.watch is not None and args.watch < 1:
-        parser.error(f"--watch {args.watch}: give a number of at least 1.")
-    return args
+    return parser.parse_args(arguments)
 
 
 def write(args: argparse.Namespace, output: Path, display: Display, last: bool) -> list[Run]:

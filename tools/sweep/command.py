@@ -18,6 +18,7 @@ from typing import IO
 from rich.console import Console
 
 from ..common.files import lock
+from ..common.flags import above_zero, split, whole_number
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
 from ..cost.gpus import ACCELERATORS
@@ -49,28 +50,6 @@ EXAMPLES = """examples:
   a part of it, shorter, with flags for Megatron behind --:
     DATA_DIR=data bash scripts/sweep.sh --figures granularity --granularities 1 4 --train-iters 5000 -- --lr 1e-3
 """
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """A converter for argparse of whole numbers of at least `least`."""
-
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least {least}")
-        return int(text)
-
-    return convert
-
-
-def above_zero(text: str) -> float:
-    """A converter for argparse."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
-    return number
 
 
 def add_what_to_train(parser: argparse.ArgumentParser, figures: Sequence[str], default: str) -> None:
@@ -161,9 +140,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         help="list the commands and what is finished (also with DRY_RUN=1)",
     )  # fmt: skip
 
-    place = words.index("--") if "--" in words else len(words)
-    args = parser.parse_args(words[:place])
-    args.flags = tuple(words[place + 1 :])
+    own, flags = split(words)
+    args = parser.parse_args(own)
+    args.flags = tuple(flags)
     args.gpus_per_node = args.gpus_per_node or (1 if args.tiny else 8)
     args.train_iters = args.train_iters or (ITERATIONS if args.tiny else 60000)
     args.figures = args.figures or plan.FIGURES

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..common.flags import Settings, parse
+from ..common.flags import Settings, parse, without
 from ..common.places import ROOT
 
 SIZES = ("182m", "469m", "978m")
@@ -188,7 +188,8 @@ class Launch:
             words += [str(run.experts), str(run.granularity)]
         else:
             words += [str(run.expansion)] if run.expansion > 1 else []
-            flags = without_expert_flags(flags)
+            # Megatron refuses some of them where there are no experts.
+            flags = without(flags, lambda flag: flag.startswith("--moe-"))
         behind = ["--", *flags] if flags else []
         return [str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *words, *behind]
 
@@ -203,17 +204,6 @@ class Launch:
             if fitting != int(given["EP"]):
                 added["EP"] = str(fitting)
         return added
-
-
-def without_expert_flags(flags: Sequence[str]) -> list[str]:
-    """`flags` without --moe-... and their values: Megatron refuses some of them where there are no experts."""
-    kept, dropping = [], False
-    for word in flags:
-        if word.startswith("--"):
-            dropping = word.startswith("--moe-")
-        if not dropping:
-            kept.append(word)
-    return kept
 
 
 def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], kinds: Sequence[str] | None) -> list[Run]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..common.flags import parse
+from ..common.flags import parse, words_of
 from ..common.places import ROOT
 from ..quickstart.corpora import FOLDERS
 from ..quickstart.models import SEED, SIZE, Size, common_flags
@@ -34,7 +34,7 @@ def flags(size: Size, iterations: int, given: Mapping[str, str]) -> tuple[str, .
         del settings["--num-layers"]
         settings["--hybrid-layer-pattern"] = ("*E" * size.layers,)
     kept = {flag: values for flag, values in settings.items() if flag not in (*SET_BY_SWEEP, *DOMAIN_BY_DOMAIN)}
-    return tuple(word for flag, values in kept.items() for word in (flag, *values))
+    return tuple(words_of(kept))
 
 
 def environment(given: Mapping[str, str], corpus: str) -> dict[str, str]:
