@@ -64,9 +64,9 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_taken_once(tmp_path: Path) -> None:
-    with lock(tmp_path / "runs", ToolError("taken")), pytest.raises(ToolError, match="taken"):
-        lock(tmp_path / "runs", ToolError("taken"))
-    lock(tmp_path / "runs", ToolError("taken")).close()
+    with lock(tmp_path / "runs", "sweep"), pytest.raises(ToolError, match="Another sweep is at work in .*/runs"):
+        lock(tmp_path / "runs", "sweep")
+    lock(tmp_path / "runs", "sweep").close()
 
 
 def test_what_a_training_tells() -> None:

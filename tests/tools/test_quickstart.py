@@ -17,6 +17,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.trainings import finish
+from tools.common.files import lock
 from tools.common.places import ROOT
 from tools.quickstart import corpora, corpus, dataset, models, picture, report, stages, training
 from tools.quickstart.display import TrainingDisplay, Work
@@ -258,23 +259,17 @@ def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
     assert not job(tmp_path / "dense", "a").is_done()
 
 
-def test_one_call_at_a_time(tmp_path: Path) -> None:
-    with stages.lock(tmp_path), pytest.raises(stages.QuickstartError, match="Another quickstart is at work in"):
-        stages.lock(tmp_path)
-    stages.lock(tmp_path).close()
-
-
 def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
     failing = job(tmp_path / "dense", "a", ["--cpu", "--no-such-flag"])
     work = Work("dense", iterations=10, tokens_per_iteration=1, cost=1.0, evaluation=1.0)
     with (
-        stages.lock(tmp_path) as lock,
+        lock(tmp_path, "quickstart") as held,
         TrainingDisplay(Console(quiet=True), [work]) as display,
         pytest.raises(
             stages.QuickstartError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag"
         ) as error,
     ):
-        training.run(failing, display, work, 1, lock)
+        training.run(failing, display, work, 1, held)
     assert str(failing.log) in str(error.value) and "--no-such-flag" in failing.log.read_text()
     assert not failing.is_done()
 
@@ -327,7 +322,7 @@ def test_end_to_end(tmp_path: Path, code: list[corpus.Document], topics: list[co
     assert "The same command goes on from here" in errors and "Traceback" not in errors
     cut = saved_iteration(runs / "dense")
     assert cut > 0 and not (runs / "dense" / "done.json").exists()
-    stages.lock(tmp_path).close()  # nothing is left running
+    lock(tmp_path, "quickstart").close()  # nothing is left running
 
     output, errors = finish(start("--output-dir", str(tmp_path)), code=0)
     assert f"dense: goes on from iteration {cut}" in output and "\x1b" not in output + errors

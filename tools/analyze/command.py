@@ -239,8 +239,7 @@ def analyze(args: argparse.Namespace) -> int:
     length = args.seq_length or model.config.max_position_embeddings
     texts = [Text(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     inputs, path = inputs_of(args, model, texts), args.output_dir / "counts.pt"
-    taken = ToolError(f"--output-dir {args.output_dir}: another call is at work there. Wait for it, or give another.")
-    with lock(args.output_dir, taken), Display() as display:
+    with lock(args.output_dir, "analysis"), Display() as display:
         counts = counts_so_far(path, inputs, model, args.sequences)
         count(model, texts, counts, args.sequences, lambda: counts.save(path, inputs), display)
         found = write(args, model, tokenizer, counts)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from .errors import ToolError
+
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, then rename it."""
@@ -29,12 +31,15 @@ def write_between(path: Path, begin: str, end: str, text: str) -> None:
     write_text(path, f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def lock(folder: Path, taken: Exception) -> TextIO:
+def lock(folder: Path, tool: str) -> TextIO:
     """Take the folder for this call; held until the file is closed by this process and all that inherited it.
 
     Args:
-        folder: made where it is missing.
-        taken: raised if another call is at work there.
+        folder: of --output-dir, made where it is missing.
+        tool: what to call a call.
+
+    Raises:
+        ToolError: another call is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("w")
@@ -42,5 +47,7 @@ def lock(folder: Path, taken: Exception) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise taken from None
+        raise ToolError(
+            f"Another {tool} is at work in {folder}. Wait for it, or give --output-dir another folder."
+        ) from None
     return file

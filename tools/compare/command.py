@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..common.display import Display
-from ..common.errors import ToolError
 from ..common.files import lock, write_between
 from ..common.flags import split, whole_number
 from ..common.places import ROOT
@@ -126,8 +125,7 @@ def compare(args: argparse.Namespace, display: Display) -> None:
     """
     output = args.output_dir.expanduser().resolve()
     inputs = fingerprint("results", args.train_iters, args.tuning_iters, *args.flags)
-    message = f"Another comparison is at work in {output}. Wait for it, or give --output-dir another folder."
-    with lock(output, ToolError(message)):
+    with lock(output, "comparison"):
         comparison = Comparison(args, output, display)
         found = {name: Kept.read(output / f"{name}.json", inputs) for name in args.corpora}
         try:

@@ -5,10 +5,11 @@ import importlib.metadata
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
+from ..common.files import lock
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
 from ..common.units import duration
@@ -81,7 +82,7 @@ def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str
 
 
 def train(
-    console: Console, trainings: list[training.Training], held_out: dict[str, int], threads: int, lock: Any
+    console: Console, trainings: list[training.Training], held_out: dict[str, int], threads: int, held: IO[str]
 ) -> None:
     """Run what is not done yet, one training after another."""
     works = [
@@ -100,7 +101,7 @@ def train(
                 display.finish(work, "reused")
             else:
                 start = time.monotonic()
-                training.run(each, display, work, threads, lock)
+                training.run(each, display, work, threads, held)
                 display.finish(work, f"trained in {duration(time.monotonic() - start)}")
 
 
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     output: Path = args.output_dir.resolve()
     runs = output if args.iterations == models.ITERATIONS else output / f"iterations-{args.iterations}"
-    with stages.lock(output) as lock:
+    with lock(output, "quickstart") as held:
         console.print(
             f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, "
             f"{args.threads} thread{'s' * (args.threads > 1)}, in {_short(output)}",
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
             for domain, tokens in data["tokens"]["heldout"].items()
         }
         trainings = plan(args, runs, output / "data", data)
-        train(console, trainings, held_out, args.threads, lock)
+        train(console, trainings, held_out, args.threads, held)
         with step(console, "report", "reading the figures") as result:
             scalars = {each.model: report.read_scalars(each.folder / "tensorboard") for each in trainings}
             summary = report.summarize(scalars, held_out, args.iterations, args.seed, models.SIZE)

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..common import files
 from ..common.errors import ToolError
@@ -45,13 +45,3 @@ def fresh_folder(path: Path) -> Path:
         shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
-
-
-def lock(folder: Path) -> TextIO:
-    """Take the folder for this call; see `files.lock`.
-
-    Raises:
-        QuickstartError: another call is at work there.
-    """
-    message = f"Another quickstart is at work in {folder}. Wait for it, or give --output-dir another folder."
-    return files.lock(folder, QuickstartError(message))

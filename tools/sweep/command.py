@@ -25,7 +25,7 @@ from ..cost.gpus import ACCELERATORS
 from ..quickstart.corpora import CORPORA, MIXED
 from ..quickstart.models import ITERATIONS, SIZE
 from . import execution, plan, results, slurm, stages, tiny
-from .errors import SettingsError, SweepError
+from .errors import SettingsError
 from .inspection import Found, look, set_aside_old_log
 from .progress import Stopwatch, SweepDisplay, Work
 from .run_log import read_outcome
@@ -175,8 +175,7 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
         tell_waiting(console, waiting)
         tell_cost(console, launch, found)
         return 0
-    message = f"Another sweep is at work in {args.output_dir}. Wait for it, or give --output-dir another folder."
-    with lock(args.output_dir, SweepError(message)) as held:
+    with lock(args.output_dir, "sweep") as held:
         found = look(launch, ready, anywhere=args.slurm)
         todo = [each for each in found if not each.finished and each.job is None]
         queued = sum(each.job is not None for each in found)
