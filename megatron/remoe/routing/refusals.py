@@ -52,10 +52,6 @@ def shown(value: Any) -> str:
     return str(getattr(value, "name", value))
 
 
-def _is_set(value: Any) -> bool:
-    return bool(value)
-
-
 def _given(_value: Any) -> bool:
     return True
 
@@ -90,65 +86,59 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "moe_pad_expert_input_to_capacity",
-        _is_set,
+        bool,
         FIXED_K,
         f"{DISPATCHERS}: MoEAlltoAllTokenDispatcher.preprocess",
         DROPLESS,
     ),
     Refusal(
         "moe_pad_experts_for_cuda_graph_inference",
-        _is_set,
+        bool,
         FIXED_K,
         "core/inference/utils.py: set_decode_expert_padding",
         DROPLESS,
     ),
+    Refusal("moe_token_dropping", bool, FIXED_K, "core/transformer/transformer_config.py: TransformerConfig", DROPLESS),
     Refusal(
-        "moe_token_dropping", _is_set, FIXED_K, "core/transformer/transformer_config.py: TransformerConfig", DROPLESS
-    ),
-    Refusal(
-        "moe_expert_rank_capacity_factor",
-        _given,
-        FIXED_K,
-        f"{DISPATCHERS}: _HybridEPManager.setup_metadata",
-        DROPLESS,
+        "moe_expert_rank_capacity_factor", _given, FIXED_K, f"{DISPATCHERS}: _HybridEPManager.setup_metadata", DROPLESS
     ),
     Refusal(
         "moe_paged_stash",
-        _is_set,
+        bool,
         "its buffers are sized for k experts per token",
         "core/transformer/moe/experts.py: TEGroupedMLP._fused_forward",
     ),
     Refusal(
         "moe_permute_fusion",
-        _is_set,
+        bool,
         "Transformer Engine's permutation fails where a layer routes no token",
         f"{MOE_UTILS}: permute",
         "Leave it out: tokens are not sorted, so there is nothing to fuse",
     ),
     Refusal(
         "moe_enable_deepep",
-        _is_set,
+        bool,
         "DeepEP sends exactly k experts per token",
         f"{DISPATCHERS}: _DeepepManager.setup_metadata",
     ),
     Refusal(
         "moe_enable_routing_replay",
-        _is_set,
+        bool,
         "replay records k experts per token",
         f"{MOE_UTILS}: topk_routing_with_score_function",
     ),
     Refusal(
         "moe_apply_probs_on_input",
-        _is_set,
+        bool,
         "it assumes one expert per token",
         "core/transformer/moe/experts.py: TEGroupedMLP.forward",
         "Leave it out: the gate scales the expert's output",
     ),
-    Refusal("moe_router_padding_for_quantization", _is_set, ADDS_PAIRS, f"{MOE_UTILS}: pad_routing_map"),
-    Refusal("fp8", _is_set, QUANTIZED, MOE_LAYER, "Use --bf16"),
-    Refusal("fp4", _is_set, QUANTIZED, MOE_LAYER, "Use --bf16"),
+    Refusal("moe_router_padding_for_quantization", bool, ADDS_PAIRS, f"{MOE_UTILS}: pad_routing_map"),
+    Refusal("fp8", bool, QUANTIZED, MOE_LAYER, "Use --bf16"),
+    Refusal("fp4", bool, QUANTIZED, MOE_LAYER, "Use --bf16"),
     Refusal("moe_aux_loss_coeff", lambda value: any(_as_list(value)), IGNORED, ROUTING, BALANCED),
-    Refusal("moe_router_enable_expert_bias", _is_set, IGNORED, ROUTING, BALANCED),
+    Refusal("moe_router_enable_expert_bias", bool, IGNORED, ROUTING, BALANCED),
     Refusal(
         "moe_router_load_balancing_type",
         lambda value: not set(_as_list(value)) <= {"none", "aux_loss"},
@@ -167,12 +157,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe_router_num_groups", _given, IGNORED, ROUTING),
     Refusal("moe_router_group_topk", _given, IGNORED, ROUTING),
     Refusal(
-        "moe_router_topk_limited_devices",
-        _given,
-        IGNORED,
-        "core/transformer/transformer_config.py: TransformerConfig",
+        "moe_router_topk_limited_devices", _given, IGNORED, "core/transformer/transformer_config.py: TransformerConfig"
     ),
-    Refusal("moe_router_fusion", _is_set, "the fused kernel computes top-k", ROUTING),
+    Refusal("moe_router_fusion", bool, "the fused kernel computes top-k", ROUTING),
     Refusal(
         "moe_router_force_biased",
         _given,
@@ -181,13 +168,13 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "moe_router_force_load_balancing",
-        _is_set,
+        bool,
         "it routes by random logits, which do not give k experts",
         f"{MOE_UTILS}: apply_random_logits",
     ),
     Refusal(
         "moe_use_upcycling",
-        _is_set,
+        bool,
         "it scales the experts for a softmax over k of them",
         "core/transformer/moe/upcycling_utils.py: _convert_to_moe_state_dict",
         "Use tools/convert_checkpoint, which fits the gates",
@@ -214,18 +201,18 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "use_inference_optimized_layers",
-        _is_set,
+        bool,
         TOPK_SPEC,
         "core/models/gpt/moe_module_specs.py: get_inference_optimized_moe_spec",
     ),
-    Refusal("multi_latent_attention", _is_set, OTHER_CLASS, SETTINGS),
+    Refusal("multi_latent_attention", bool, OTHER_CLASS, SETTINGS),
     Refusal("heterogeneous_layers_config_path", _given, OTHER_CLASS, SETTINGS),
     Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS, SETTINGS),
-    Refusal("use_megatron_fsdp", _is_set, UNTESTED_STATE, "training/models/dist_utils.py: _ddp_wrap"),
-    Refusal("use_torch_fsdp2", _is_set, UNTESTED_STATE, "training/models/dist_utils.py: _ddp_wrap"),
+    Refusal("use_megatron_fsdp", bool, UNTESTED_STATE, "training/models/dist_utils.py: _ddp_wrap"),
+    Refusal("use_torch_fsdp2", bool, UNTESTED_STATE, "training/models/dist_utils.py: _ddp_wrap"),
     Refusal(
         "init_model_with_meta_device",
-        _is_set,
+        bool,
         "without Megatron's FSDP all weights would be left uninitialized",
         "training/models/dist_utils.py: to_empty_if_meta_device",
     ),
@@ -285,7 +272,7 @@ def _warmup(settings: Settings) -> Iterator[str]:
     topk, steps = settings.moe_warmup_topk, settings.moe_warmup_steps
     if topk is None and not steps:
         return
-    experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None) or 0
+    experts = _experts(settings)
     if topk is None or steps < 1:
         yield "--moe-warmup-topk and --moe-warmup-steps belong together: give both, for instance 6 (of 8) and 100."
     elif not settings.moe_router_topk < topk <= experts:
@@ -301,9 +288,14 @@ def _warmup(settings: Settings) -> Iterator[str]:
     yield from _combinations(settings, "--moe-warmup-topk")
 
 
+def _experts(settings: Settings) -> int:
+    """Megatron's parsed arguments call them otherwise than its configuration does; 0 for dense models."""
+    return getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None) or 0
+
+
 def _values(settings: Settings) -> Iterator[str]:
     """What is out of range in the settings of ReLU routing itself."""
-    experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None)
+    experts = _experts(settings)
     topk, init = settings.moe_router_topk, settings.moe_relu_l1_reg_coeff_init
     multiplier, floor = settings.moe_relu_l1_reg_coeff_multiplier, settings.moe_relu_layer_floor
     limit = settings.moe_relu_activation_limit
