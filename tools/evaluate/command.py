@@ -92,9 +92,8 @@ def on_text(args: argparse.Namespace, models: dict[str, Any], display: Display) 
                 if most is not None:
                     bound_experts(model, most)
                 with display.step(f"{name}, {Path(prefix).name}", number):
-                    by_bound["none" if most is None else str(most)] = measure(
-                        model, data, args.sequences, display.advance
-                    ).as_json()
+                    measured = measure(model, data, args.sequences, display.advance)
+                by_bound["none" if most is None else str(most)] = asdict(measured)
             if args.max_experts_per_token:
                 bound_experts(model, model.config.max_experts_per_token)
     return found

@@ -3,10 +3,9 @@
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy
 import torch
@@ -37,10 +36,6 @@ class Measured:
     loss: float
     tokens: int
     experts: dict[int, Experts]
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields, as JSON can hold them."""
-        return asdict(self)
 
 
 def sequences(prefix: str, length: int, seed: int, vocabulary: int) -> GPTDataset:

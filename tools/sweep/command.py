@@ -10,6 +10,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,14 @@ from ..common.files import lock
 from ..common.flags import above_zero, split, whole_number
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
+from ..common.units import duration
 from ..cost.gpus import ACCELERATORS
 from ..quickstart.corpora import CORPORA, MIXED
 from ..quickstart.models import ITERATIONS, SIZE
 from . import execution, plan, results, slurm, stages, tiny
 from .errors import SettingsError
 from .inspection import Found, look, set_aside_old_log
-from .progress import Stopwatch, SweepDisplay, Work
+from .progress import SweepDisplay, Work
 from .run_log import read_outcome
 from .settings import check_flags, flops, tokens_per_iteration, whole
 
@@ -180,9 +182,9 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
         todo = [each for each in found if not each.finished and each.job is None]
         queued = sum(each.job is not None for each in found)
         told = f"; {queued} queued or running as Slurm jobs" if queued else ""
-        done = len(found) - len(todo) - queued
+        done, doing = len(found) - len(todo) - queued, "submit" if args.slurm else "train"
         console.print(
-            f"{len(found)} runs in {args.output_dir}: {done} finished{told}; {len(todo)} to {_doing(args)}.",
+            f"{len(found)} runs in {args.output_dir}: {done} finished{told}; {len(todo)} to {doing}.",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
         failed: list[str] = []
@@ -251,10 +253,6 @@ def _given[Number: (int, float)](name: str, default: str, convert: Callable[[str
         raise SettingsError(f"{name} {error}.") from error
 
 
-def _doing(args: argparse.Namespace) -> str:
-    return "submit" if args.slurm else "train"
-
-
 def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Namespace) -> None:
     """Print the state and the command of each run, in a form that a shell can read."""
     for each in found:
@@ -280,12 +278,14 @@ def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO
     ]
     with SweepDisplay(console, works) as display:
         for each, work in zip(todo, works, strict=True):
-            folder, time = launch.folder(each.run), Stopwatch()
+            folder, began = launch.folder(each.run), time.monotonic()
             set_aside_old_log(folder, each.settings)
             problem = execution.train(launch, each.run, display, work, held)
             outcome = read_outcome(folder)
             if problem is None and outcome is not None:
-                display.finish(work, f"validation loss {outcome.validation_loss:.4f}, {time}")
+                display.finish(
+                    work, f"validation loss {outcome.validation_loss:.4f}, {duration(time.monotonic() - began)}"
+                )
             else:
                 display.finish(work, f"{problem}\n")
                 failed.append(each.run.name)

@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console
 
 from ..common.bars import Bars
-from ..common.units import duration, rate
+from ..common.units import rate
 
 PLAIN_LINES = 4  # per run, where there is no terminal
 
@@ -108,13 +108,3 @@ class SweepDisplay(Bars):
     def _plain(self, line: str) -> None:
         if not self._console.is_terminal:
             self.say(line)
-
-
-class Stopwatch:
-    """Seconds since it was made, as text."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    def __str__(self) -> str:
-        return duration(time.monotonic() - self._start)

@@ -18,23 +18,11 @@ from .run_log import Outcome, read_outcome
 from .settings import is_resized, processes
 
 TITLES = {"dense": "dense", "moe": "MoE", "remoe": "ReMoE"}
-COLUMNS = (
-    *("run", "size", "routing", "experts", "granularity", "state", "iterations", "train_iters", "tokens"),
-    *("protocol", "axis", "value"),
-    *(
-        "validation_loss",
-        "perplexity",
-        "test_loss",
-        "sparsity",
-        "target_sparsity",
-        "settled",
-        "flip_rate",
-        "flip_count",
-        "total_parameters",
-        "processes",
-    ),
-    *("tokens_per_second", "training_seconds"),
-)
+COLUMNS = """
+run size routing experts granularity state iterations train_iters tokens protocol axis value validation_loss perplexity
+test_loss sparsity target_sparsity settled flip_rate flip_count total_parameters processes tokens_per_second
+training_seconds
+""".split()
 
 
 @dataclass(frozen=True)
