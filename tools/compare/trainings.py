@@ -110,23 +110,6 @@ class Processes:
             process.send_signal(signal.SIGTERM)
 
 
-class Failed:
-    """Jobs that came to nothing."""
-
-    def __init__(self, display: Display) -> None:
-        self._display = display
-        self.reasons: list[str] = []
-
-    def tells(self, job: Future[Any], told: str, place: str = "") -> bool:
-        """Whether a job is one of them, which is said."""
-        error = job.exception()
-        if not isinstance(error, ToolError):
-            return False
-        self.reasons.append(f"{told}: {error}")
-        self._display.say(f"{told}: failed {place}".rstrip())
-        return True
-
-
 def make_text(folder: Path, name: str, display: Display) -> Path:
     """A corpus as the quickstart's data; reused where it is there."""
     text = corpus.build(folder / "corpus", display.say, name, corpora.CORPORA[name]())
@@ -139,7 +122,7 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, output: Path, display: Display) -> None:
         self._args, self._output, self._display = args, output, display
-        self._processes = Processes()
+        self._processes, self._failed = Processes(), list[str]()
         self._at_work: dict[Path, threading.Lock] = {}
         self._texts = {name: make_text(output / name, name, display) for name in args.corpora}
         self.recipes: dict[str, dict[str, Recipe]] = {name: {} for name in args.corpora}
@@ -151,56 +134,49 @@ class Comparison:
         Raises:
             ToolError: trainings failed; the others have come to their end.
         """
-        args, failed = self._args, Failed(self._display)
+        args, say = self._args, self._display.say
         with ThreadPoolExecutor(args.processes) as threads:
             try:
                 choices = {
-                    threads.submit(self._tuned, name, row): (name, row)
+                    threads.submit(self._tuned, name, row): (name, row, f"{name}: {title(row)}")
                     for row in args.rows
                     if row in TUNED
                     for name in args.corpora
                 }
-                for choice, _ in self._followed("tuning", choices):
-                    name, row = choices[choice]
-                    told = f"{name}: {title(row)}"
-                    if not failed.tells(choice, told):
-                        self.recipes[name][row] = choice.result()
-                        self._display.say(f"{told} is {self.recipes[name][row]}")
+                for (name, row, told), recipe, _ in self._found("tuning", choices):
+                    self.recipes[name][row] = recipe
+                    say(f"{told} is {recipe}")
                 jobs = {
-                    threads.submit(self._trained, name, row, seed): (name, row, seed)
+                    threads.submit(self._trained, name, row, seed): (name, row, seed, _told(name, row, seed))
                     for row in args.rows
                     for seed in args.seeds
                     for name in args.corpora
                     if row not in TUNED or row in self.recipes[name]
                 }
-                for job, place in self._followed("training", jobs):
-                    name, row, seed = jobs[job]
-                    told = f"{name}: {title(row)}, seed {seed}"
-                    if not failed.tells(job, told, place):
-                        result = self.results[name].setdefault(row, {})[seed] = job.result()
-                        self._display.say(f"{told}: {result.loss:.4f} {place}")
+                for (name, row, seed, told), result, place in self._found("training", jobs):
+                    self.results[name].setdefault(row, {})[seed] = result
+                    say(f"{told}: {result.loss:.4f} {place}")
                 looks = {
-                    threads.submit(self._analyzed, name, row, seed): (name, row, seed)
+                    threads.submit(self._analyzed, name, row, seed): (
+                        of,
+                        seed,
+                        f"{_told(name, row, seed)}: tools/analyze",
+                    )
                     for name, rows in self.results.items()
                     for row, of in rows.items()
                     if args.analyze and inside.is_analyzed(self._recipe(name, row).run)
                     for seed in of
                 }
-                for look, place in self._followed("analyzing", looks):
-                    name, row, seed = looks[look]
-                    told = f"{name}: {title(row)}, seed {seed}: tools/analyze"
-                    if not failed.tells(look, told, place):
-                        of = self.results[name][row]
-                        of[seed] = replace(of[seed], routing=look.result())
-                        self._display.say(f"{told} {place}")
+                for (of, seed, told), routing, place in self._found("analyzing", looks):
+                    of[seed] = replace(of[seed], routing=routing)
+                    say(f"{told} {place}")
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self._processes.stop()
                 raise
-        if failed.reasons:
-            raise ToolError(
-                "\n".join([f"{len(failed.reasons)} failed; the same command tries them again.", *failed.reasons])
-            )
+        if self._failed:
+            told = f"{len(self._failed)} failed; the same command tries them again."
+            raise ToolError("\n".join([told, *self._failed]))
 
     def _tuned(self, name: str, row: str) -> Recipe:
         def train(options: Sequence[str], flags: Sequence[str]) -> dict[Run, Outcome]:
@@ -236,11 +212,27 @@ class Comparison:
         beside = reference_of(row) if self._recipe(name, row).run.kind == MATCHED else row
         return self._output / name / beside / f"seed-{seed}"
 
-    def _followed[Job: Future[Any]](self, what: str, jobs: Iterable[Job]) -> Iterator[tuple[Job, str]]:
-        """The jobs as they finish, each with its number and the time left, and a bar."""
-        waiting, began = list(jobs), time.monotonic()
-        with self._display.step(what, len(waiting)):
-            for number, job in enumerate(as_completed(waiting), start=1):
+    def _found[Key: tuple[Any, ...], Value](
+        self, what: str, jobs: Mapping[Future[Value], Key]
+    ) -> Iterator[tuple[Key, Value, str]]:
+        """What jobs came to as they finish, with their number and the time left; those that failed are told.
+
+        Args:
+            what: is done, for the bar.
+            jobs: each with its key, whose last part is what to call it.
+        """
+        began = time.monotonic()
+        with self._display.step(what, len(jobs)):
+            for number, job in enumerate(as_completed(jobs), start=1):
                 self._display.advance(1)
-                left = duration((time.monotonic() - began) / number * (len(waiting) - number))
-                yield job, f"({number}/{len(waiting)}, {left} left)"
+                left = duration((time.monotonic() - began) / number * (len(jobs) - number))
+                key, place = jobs[job], f"({number}/{len(jobs)}, {left} left)"
+                if isinstance(error := job.exception(), ToolError):
+                    self._failed.append(f"{key[-1]}: {error}")
+                    self._display.say(f"{key[-1]}: failed {place}")
+                else:
+                    yield key, job.result(), place
+
+
+def _told(name: str, row: str, seed: int) -> str:
+    return f"{name}: {title(row)}, seed {seed}"
