@@ -8,7 +8,6 @@ python tools/evaluate --load RUN --tasks [--task-data DIR]                      
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..common import short_names
+from ..common import evaluations
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_text
@@ -130,40 +129,14 @@ def on_tasks(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]
 def show(results: dict[str, Any]) -> None:
     """Print the results as tables."""
     console = Console(highlight=False)
-
-    def table_of(*titles: str) -> Table:
+    for kind, rows in evaluations.tables(results):
         table = Table()
-        for title in titles:
+        for title in evaluations.TITLES[kind]:
             table.add_column(title, overflow="fold")
-        return table
-
-    if "text" in results:
-        table = table_of("model", "data set", "K", "loss", "perplexity", "experts per token: mean, 99 %, largest")
-        for name, sets in short_names.by_model(results["text"]):
-            for data_set, bounds in zip(short_names.of_data_sets([*sets]), sets.values(), strict=True):
-                for bound, one in bounds.items():
-                    layers = "; ".join(
-                        f"{layer['mean']:.2f}, {layer['percentile_99']}, {layer['largest']}"
-                        for layer in one["experts"].values()
-                    )
-                    loss = one["loss"]
-                    table.add_row(name, data_set, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", layers)
-        console.print(table)
-    if "speed" in results:
-        table = table_of("model", "reading, tokens/s", "ratio", "writing, tokens/s", "ratio")
-        first = next(iter(results["speed"].values()))
-        for name, one in short_names.by_model(results["speed"]):
-            cells = (f"{one[what]:,.0f}" for what in ("prefill", "decode"))
-            ratios = (f"{one[what] / first[what]:.2f}" for what in ("prefill", "decode"))
-            table.add_row(name, *(cell for pair in zip(cells, ratios, strict=True) for cell in pair))
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
     if "tasks" in results:
-        table = table_of("model", "task", "metric", "value", "± standard error", "documents")
-        for name, scores in short_names.by_model(results["tasks"]):
-            for one in scores:
-                error = f"{one['error']:.4f}"
-                table.add_row(name, one["task"], one["metric"], f"{one['value']:.4f}", error, str(one["documents"]))
-        console.print(table)
         console.print("\nAccuracy in %; the paper's: arXiv 2412.14711, table 8, 30B tokens each")
         console.print(beside_the_papers(results["tasks"]))
 

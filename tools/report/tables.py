@@ -4,11 +4,9 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import localtime, strftime
-from typing import Any
 
-from ..common import short_names
+from ..common import evaluations as measured
 from ..common.units import duration
 from ..sweep.stages import Stage
 from .reading import Run
@@ -124,29 +122,5 @@ def differences(runs: Sequence[Run]) -> Table:
 def evaluations(run: Run) -> Iterator[Table]:
     """What tools/evaluate wrote into the run's folder, a table for each kind of it."""
     for file, held in run.evaluations.items():
-        title = f"{run.name}, {file}"
-        if "text" in held:
-            columns = ["model", "data set", "K", "loss", "perplexity", "experts per token"]
-            yield Table(title, columns, [*_on_text(held["text"])])
-        if "speed" in held:
-            rows = [
-                [name, f"{one['prefill']:,.0f}", f"{one['decode']:,.0f}"]
-                for name, one in short_names.by_model(held["speed"])
-            ]
-            yield Table(title, ["model", "reading, tokens/s", "writing, tokens/s"], rows)
-        if "tasks" in held:
-            rows = [
-                [*(name, one["task"], one["metric"]), f"{one['value']:.4f} ± {one['error']:.4f}", str(one["documents"])]
-                for name, scores in short_names.by_model(held["tasks"])
-                for one in scores
-            ]
-            yield Table(title, ["model", "task", "metric", "value ± standard error", "documents"], rows)
-
-
-def _on_text(of_models: Mapping[str, Any]) -> Iterator[list[str]]:
-    for name, sets in short_names.by_model(of_models):
-        for prefix, bounds in sets.items():
-            for bound, one in bounds.items():
-                experts = ", ".join(f"{layer['mean']:.2f}" for layer in one["experts"].values())
-                loss = one["loss"]
-                yield [name, Path(prefix).name, bound, f"{loss:.4f}", f"{math.exp(loss):.3f}", experts]
+        for kind, rows in measured.tables(held):
+            yield Table(f"{run.name}, {file}", measured.TITLES[kind], rows)
