@@ -17,6 +17,7 @@ _ROOMS = {
     "with_fused_layers": "moe.specs",
     "with_sequence_parallel_norms": "moe.specs",
     "add_remoe_arguments": "training.arguments",
+    "model_config_from_args": "training.arguments",
     "parse_and_validate_args": "training.arguments",
     "transformer_config_from_args": "training.arguments",
     "install_local_layers": "training.hooks",

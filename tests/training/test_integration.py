@@ -37,7 +37,7 @@ CPU_FLAGS = (
 
 def documented_lines() -> str:
     found = re.search(
-        r"```python\n(from megatron.remoe.training import.*?)```", (REPOSITORY / "docs/design.md").read_text(), re.S
+        r"```python\n(from megatron.remoe import.*?)```", (REPOSITORY / "docs/design.md").read_text(), re.S
     )
     assert found
     return found.group(1)

@@ -10,7 +10,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.remoe import cpu
 from megatron.remoe.baselines.hash import hand_token_ids
-from megatron.remoe.training import install_local_layers, install_routing, model_config_from_args
+from megatron.remoe.training.arguments import model_config_from_args
+from megatron.remoe.training.hooks import install_local_layers, install_routing
 from megatron.training.models.base import compose_hooks
 
 from .errors import ConversionError

@@ -12,8 +12,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe.routing.refusals import relu_routing_problems
-from megatron.remoe.training import add_remoe_arguments
-from megatron.remoe.training.arguments import apply_granularity
+from megatron.remoe.training.arguments import add_remoe_arguments, apply_granularity
 from megatron.training.arguments import add_megatron_arguments, moe_freq_type
 
 from ..common.errors import ConversionError

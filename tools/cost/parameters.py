@@ -10,8 +10,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.remoe.training import install_local_layers, install_routing
 from megatron.remoe.training.arguments import model_config_from_args
+from megatron.remoe.training.hooks import install_local_layers, install_routing
 
 
 @dataclass(frozen=True)
