@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.trainings import REPOSITORY
+from tools.common.errors import ToolError
 from tools.cost import choices
 from tools.rehearse import build, command, engine, golden, report
-from tools.rehearse.errors import RehearsalError
 from tools.rehearse.flags import data_of, rehearsed, value_of
 from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch, drawn_on
 
@@ -52,7 +52,7 @@ def test_stages_are_those_of_the_training() -> None:
     assert command.shares_of(REMOE, "dense") == {"dense": 0.5}
     assert command.shares_of(REMOE[:-1], None) == {"steady": 0.125}
     assert command.shares_of([], None) == {"steady": 0.0}
-    with pytest.raises(RehearsalError, match="--stage way: this training has none; it has steady"):
+    with pytest.raises(ToolError, match="--stage way: this training has none; it has steady"):
         command.shares_of([], "way")
 
 
@@ -62,7 +62,7 @@ def test_ranks_of_each_kind() -> None:
     assert [rank.number for rank in command.ranks_of([], 16, "each-kind")] == [0]
     assert [rank.number for rank in command.ranks_of([], 3, "all")] == [0, 1, 2]
     assert [rank.number for rank in command.ranks_of([], 16, "15")] == [15]
-    with pytest.raises(RehearsalError, match="--rank 16: give a number below 16"):
+    with pytest.raises(ToolError, match="--rank 16: give a number below 16"):
         command.ranks_of([], 16, "16")
 
 

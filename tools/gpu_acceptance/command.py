@@ -59,7 +59,7 @@ def rehearsal() -> dict[str, str]:
     """The environment of a program that is rehearsed on one card.
 
     Raises:
-        RehearsalError: there is none here.
+        ToolError: there is none here.
     """
     from ..rehearse.environment import environment_of  # builds what runs, which a GPU machine may not be able to
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import RehearsalError
+from ..common.errors import ToolError
 
 FOLDER = Path(__file__).parent / "cuda"
 MANAGEMENT = FOLDER / "management.cpp"
@@ -40,10 +40,10 @@ def libraries() -> list[Path]:
     """The libraries to be preloaded, built where there are none yet of these sources and this torch.
 
     Raises:
-        RehearsalError: torch is not built for CUDA, or there are no headers or no compiler; says what to install.
+        ToolError: torch is not built for CUDA, or there are no headers or no compiler; says what to install.
     """
     if torch.version.cuda is None:
-        raise RehearsalError(
+        raise ToolError(
             "A rehearsal needs PyTorch built for CUDA, as PyPI has it for Linux, and here is "
             f"{torch.__version__}, for CPUs alone. Install it in another environment (pip install torch), and name "
             "that: PYTHON=/path/to/python."
@@ -75,7 +75,7 @@ def _compile(sources: list[Path], output: Path) -> None:
     command += [f"-I{path}" for path in _include_folders()]
     result = subprocess.run([*command, *map(str, sources), "-o", str(output), "-ldl"], capture_output=True, text=True)
     if result.returncode:
-        raise RehearsalError(f"The CUDA that does nothing cannot be built:\n{result.stderr[-3000:]}")
+        raise ToolError(f"The CUDA that does nothing cannot be built:\n{result.stderr[-3000:]}")
 
 
 def _compiler() -> list[str]:
@@ -84,7 +84,7 @@ def _compiler() -> list[str]:
             return [found]
     if importlib.util.find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "c++"]
-    raise RehearsalError("A rehearsal needs a C++ compiler: install g++, or with pip the package ziglang.")
+    raise ToolError("A rehearsal needs a C++ compiler: install g++, or with pip the package ziglang.")
 
 
 def _include_folders() -> list[Path]:
@@ -92,7 +92,7 @@ def _include_folders() -> list[Path]:
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     found = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
     if not any((path / "crt" / "host_defines.h").exists() for path in found):
-        raise RehearsalError("A rehearsal needs CUDA's headers: pip install nvidia-cuda-crt (170 KB).")
+        raise ToolError("A rehearsal needs CUDA's headers: pip install nvidia-cuda-crt (170 KB).")
     return found
 
 
@@ -114,6 +114,6 @@ def _imported() -> set[str]:
         command = ["nm", "-D", "--undefined-only", "--without-symbol-versions", str(path)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            raise RehearsalError(f"nm, of the package binutils, cannot read {path}: {result.stderr[:300]}")
+            raise ToolError(f"nm, of the package binutils, cannot read {path}: {result.stderr[:300]}")
         names |= {line.split()[-1] for line in result.stdout.splitlines()}
     return {name for name in names if FAMILY.fullmatch(name) and not OTHERS.match(name)}

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import ToolError
 from ..common.files import write_text
 from ..common.flags import split
 from ..common.places import ROOT
@@ -24,7 +25,6 @@ from ..common.running import run_to_the_end
 from . import build, report
 from .cards import CARDS, rates
 from .environment import environment_of
-from .errors import RehearsalError
 from .flags import data_of, number, rehearsed
 
 GPUS_PER_NODE = 8
@@ -108,7 +108,7 @@ def shares_of(flags: Sequence[str], stage: str | None) -> dict[str, float]:
         way = {"way": BELOW_LIMIT * limit} if steady < limit < DENSE_SHARE else {}
         shares = {"dense": max(DENSE_SHARE, steady), **way, "steady": steady}
     if stage is not None and stage not in shares:
-        raise RehearsalError(f"--stage {stage}: this training has none; it has {', '.join(shares)}.")
+        raise ToolError(f"--stage {stage}: this training has none; it has {', '.join(shares)}.")
     return {stage: shares[stage]} if stage else shares
 
 
@@ -123,13 +123,13 @@ def ranks_of(flags: Sequence[str], world: int, wanted: str) -> list[Rank]:
     """The ranks to play.
 
     Raises:
-        RehearsalError: `wanted` is no rank of this world.
+        ToolError: `wanted` is no rank of this world.
     """
     if wanted == "all":
         return [Rank(rank, f"rank {rank}") for rank in range(world)]
     if wanted != "each-kind":
         if not wanted.isdecimal() or int(wanted) >= world:
-            raise RehearsalError(f"--rank {wanted}: give a number below {world}, all, or each-kind.")
+            raise ToolError(f"--rank {wanted}: give a number below {world}, all, or each-kind.")
         return [Rank(int(wanted), f"rank {wanted}")]
     stages = int(number(flags, "--pipeline-model-parallel-size", 1))
     if stages < 2 or world % stages:

@@ -13,7 +13,7 @@ def environment_of(gpu: str, devices: int) -> dict[str, str]:
         devices: how many of them the process sees.
 
     Raises:
-        RehearsalError: the CUDA that does nothing cannot be built here.
+        ToolError: the CUDA that does nothing cannot be built here.
     """
     card, libraries = CARDS[gpu], build.libraries()
     return {

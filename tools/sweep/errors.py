@@ -3,11 +3,7 @@
 from ..common.errors import ToolError
 
 
-class SweepError(ToolError):
-    """The sweep cannot go on; the message says what happened and what to do."""
-
-
-class SettingsError(SweepError):
+class SettingsError(ToolError):
     """The command line does not fit the scripts, or what is in the output folder."""
 
     exit_code = 2

@@ -48,7 +48,7 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
 
     Raises:
         SettingsError: the scripts refuse their arguments, or something there was made with other settings.
-        SweepError: squeue cannot be asked about jobs that were submitted.
+        ToolError: squeue cannot be asked about jobs that were submitted.
     """
     with ThreadPoolExecutor(THREADS) as threads:
         wanted = dict(zip(runs, threads.map(lambda run: would_start_with(launch, run, anywhere), runs), strict=True))

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.errors import ToolError
 from ..common.files import write_text
 from ..common.places import ROOT
-from .errors import SweepError
 from .plan import Launch, Run
 from .settings import Settings
 
@@ -41,14 +41,14 @@ def submit(launch: Launch, run: Run, flags: Sequence[str], settings: Settings) -
     """Submit a run and remember its job in the run's folder; returns Slurm's number.
 
     Raises:
-        SweepError: sbatch is missing or refuses.
+        ToolError: sbatch is missing or refuses.
     """
     launch.folder(run).mkdir(parents=True, exist_ok=True)
     command = sbatch_command(launch, run, flags)
     answer = _ask(command, os.environ | launch.environment(run, os.environ))
     number = answer.strip().splitlines()[-1].partition(";")[0] if answer.strip() else ""
     if not number.isdecimal():
-        raise SweepError(f"sbatch answered {answer.strip()!r}, not a job's number, to\n  {shlex.join(command)}")
+        raise ToolError(f"sbatch answered {answer.strip()!r}, not a job's number, to\n  {shlex.join(command)}")
     content = json.dumps({"job": number, "settings": settings}, indent=1) + "\n"
     write_text(_file(launch.folder(run)), content)
     return number
@@ -67,7 +67,7 @@ def alive(jobs: Iterable[Job]) -> set[str]:
     """The numbers of those jobs that squeue still lists: waiting, running or ending.
 
     Raises:
-        SweepError: squeue cannot be asked.
+        ToolError: squeue cannot be asked.
     """
     if not (numbers := {job.number for job in jobs}):
         return set()
@@ -79,9 +79,9 @@ def _ask(command: list[str], environment: dict[str, str]) -> str:
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
-        raise SweepError(f"{command[0]} was not found: run this on a machine of the Slurm cluster.") from None
+        raise ToolError(f"{command[0]} was not found: run this on a machine of the Slurm cluster.") from None
     if result.returncode:
-        raise SweepError(f"{command[0]} failed: {result.stderr.strip()}\n  {shlex.join(command)}")
+        raise ToolError(f"{command[0]} failed: {result.stderr.strip()}\n  {shlex.join(command)}")
     return result.stdout
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..common.errors import ToolError
 from ..common.log_reader import read_log, seconds_per_iteration
 from ..common.places import ROOT
-from .errors import SweepError
 from .run_log import Records, log_of, settled_at, target_sparsity
 from .settings import flags_of, processes, started_with, whole
 
@@ -86,12 +86,12 @@ def ask_for_flops(folder: Path) -> Flops:
     """Of the run in `folder`, by its command; counted as tools/cost counts them.
 
     Raises:
-        SweepError: tools/cost refuses the command.
+        ToolError: tools/cost refuses the command.
     """
     command = [sys.executable, str(ROOT / "tools" / "cost"), "--gpus", str(processes(folder) or 1), "--json", "--"]
     answer = subprocess.run([*command, *flags_of(folder)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if answer.returncode:
-        raise SweepError(f"{folder}: tools/cost cannot count the FLOPs of its command.\n{answer.stderr.strip()}")
+        raise ToolError(f"{folder}: tools/cost cannot count the FLOPs of its command.\n{answer.stderr.strip()}")
     figures = json.loads(answer.stdout.splitlines()[-1])
     return Flops(figures["flops_per_sequence"], figures["flops_per_sequence_and_expert"])
 
@@ -100,14 +100,14 @@ def read_stages(folder: Path) -> tuple[list[Stage], Flops]:
     """Those of the ReMoE in `folder`, and what its FLOPs were counted by.
 
     Raises:
-        SweepError: there is no log of a ReMoE.
+        ToolError: there is no log of a ReMoE.
     """
     settings = started_with(folder)
     log = log_of(folder)
     records = read_log(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else {}
     records = {iteration: fields for iteration, fields in sorted(records.items()) if "sparsity" in fields}
     if settings is None or not records:
-        raise SweepError(f"{folder}: there is no command.sh with a train.log of a ReMoE that has begun to train.")
+        raise ToolError(f"{folder}: there is no command.sh with a train.log of a ReMoE that has begun to train.")
     target = target_sparsity(settings, records[max(records)])
     assert target is not None
     num_experts = whole(settings, "--num-experts") * (whole(settings, "--moe-granularity") or 1)
