@@ -16,7 +16,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.common.files import write_text  # noqa: E402
+from tools.common.files import write_json  # noqa: E402
 from tools.common.flags import parse  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.cost.paper import FORK, NAMES, ROUTINGS, SIZES  # noqa: E402
@@ -79,8 +79,7 @@ def main() -> int:
         ["git", "-C", str(fork), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     table = {"repository": "https://github.com/thu-ml/ReMoE", "commit": commit}
-    content = json.dumps(table | {"flags": shared(flags), "settings": shared(settings)}, indent=1) + "\n"
-    write_text(FORK, content)
+    write_json(FORK, table | {"flags": shared(flags), "settings": shared(settings)})
     print(f"{FORK.relative_to(ROOT)}: {len(flags)} scripts at {commit}")
     return 0
 

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools.common.data_sets import write_documents  # noqa: E402
-from tools.common.files import write_text  # noqa: E402
+from tools.common.files import write_json  # noqa: E402
 from tools.common.log_reader import read_log  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.common.tiny_model import RELU, TRAINING  # noqa: E402
@@ -89,8 +89,7 @@ def main() -> int:
     options = parser.parse_args()
     found = train()
     if options.update:
-        text = json.dumps({str(key): value for key, value in found.items()}, indent=1) + "\n"
-        write_text(GOLDEN, text)
+        write_json(GOLDEN, found)
         print(f"wrote {GOLDEN.relative_to(ROOT)}")
         return 0
     expected = {int(key): value for key, value in json.loads(GOLDEN.read_text()).items()}

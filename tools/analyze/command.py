@@ -8,7 +8,6 @@ a call that was cut off goes on from them.
 
 import argparse
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from ..common import short_names
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.expert_counts import expert_blocks
-from ..common.files import lock, write_text
+from ..common.files import lock, write_json
 from ..common.flags import whole_number
 from ..common.hf.opening import open_model
 from ..common.running import run_to_the_end
@@ -175,7 +174,7 @@ def write(
         "gates": findings.gates(counts),
     }
     for name, numbers in found.items():
-        write_text(args.output_dir / f"{name}.json", json.dumps(numbers, indent=1) + "\n")
+        write_json(args.output_dir / f"{name}.json", numbers)
         pictures.draw(args.output_dir / f"{name}.png", name, numbers)
     return found
 

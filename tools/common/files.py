@@ -1,10 +1,11 @@
 """Files that are whole whenever they exist, and a lock on a folder."""
 
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from .errors import ToolError
 
@@ -22,6 +23,11 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """The whole text, aside and renamed."""
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A value as JSON, aside and renamed."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_between(path: Path, begin: str, end: str, text: str) -> None:

@@ -7,7 +7,6 @@ python tools/evaluate --load RUN --tasks [--task-data DIR]                      
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.table import Table
 from ..common import evaluations
 from ..common.display import Display
 from ..common.errors import ToolError
-from ..common.files import write_text
+from ..common.files import write_json
 from ..common.flags import whole_number
 from ..common.hf.opening import open_model
 from ..common.on_cpu import megatron_on_cpu
@@ -159,7 +158,7 @@ def evaluate(args: argparse.Namespace) -> None:
             results["tasks"] = on_tasks(args, models)
     show(results)
     if args.output is not None:
-        write_text(args.output, json.dumps(results, indent=2) + "\n")
+        write_json(args.output, results)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

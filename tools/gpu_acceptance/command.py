@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..common.errors import ToolError
-from ..common.files import write_text
+from ..common.files import write_json
 from ..common.places import ROOT
 from ..common.units import duration
 from . import report
@@ -115,7 +115,7 @@ class Acceptance:
                 left = sum(self._limit(name) for name in todo[place:])
                 self.say(f"[{place + 1}/{len(todo)}] {name}: {PARTS[name].title}; at most {duration(left)} left in all")
                 self.results["parts"][name] = self._result(name, Path(folder))
-                write_text(self.path, json.dumps(self.results, indent=1) + "\n")
+                write_json(self.path, self.results)
                 self.say("    " + report.line(name, self.results["parts"][name], self.environment is not None))
         chosen = {name: self.results["parts"][name] for name in self.options.parts}
         self.say("\n".join(["", *report.summary(chosen, self.environment is not None), f"Results: {self.path}"]))

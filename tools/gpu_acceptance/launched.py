@@ -15,7 +15,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.files import write_text  # noqa: E402
+from tools.common.files import write_json  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.rehearse.flags import rehearsed  # noqa: E402
 from tools.rehearse.scripts import PLAIN, Launch  # noqa: E402
@@ -55,8 +55,7 @@ def main() -> None:
     """Write the file."""
     with tempfile.TemporaryDirectory() as folder:
         found = {stage: _rehearse(stage, Path(folder) / f"{stage}.json") for stage in STAGES}
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    write_text(EXPECTED, text)
+    write_json(EXPECTED, found)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python tools/rehearse/choose.py --size 182m --gpu a100 --micro-batch 8 16 --ep 1
 
 import argparse
 import datetime
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.files import write_text  # noqa: E402
+from tools.common.files import write_json  # noqa: E402
 from tools.cost import choices  # noqa: E402
 from tools.rehearse.cards import CARDS  # noqa: E402
 from tools.rehearse.scripts import GPUS, PLAIN, Launch, whole_step  # noqa: E402
@@ -47,8 +46,7 @@ def keep(name: str, made: str, row: dict[str, float]) -> None:
     others = tables.get(name, {"rows": []})["rows"]
     others = [other for other in others if (other["micro_batch"], other["ep"]) != (row["micro_batch"], row["ep"])]
     tables[name] = {"made": made, "rows": sorted([*others, row], key=lambda row: -row["mfu"])}
-    text = json.dumps(dict(sorted(tables.items())), indent=1) + "\n"
-    write_text(choices.FILE, text)
+    write_json(choices.FILE, dict(sorted(tables.items())))
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import ToolError
-from ..common.files import write_text
+from ..common.files import write_json
 from ..common.flags import split
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
@@ -194,8 +194,7 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     found = report.summary(records, options)
     print("\n".join(report.lines(found, options)))
     if options.json is not None:
-        text = json.dumps(found, indent=1) + "\n"
-        write_text(options.json, text)
+        write_json(options.json, found)
     return 0 if found["starts"] else 1
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.files import write_text  # noqa: E402
+from tools.common.files import write_json  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch  # noqa: E402
 
@@ -73,8 +73,7 @@ def main() -> int:
         failed = failed or bool(problems)
         print(f"{name}: {all_found[name]}" + "".join(f"\n  WORSE  {problem}" for problem in problems), flush=True)
     if options.update:
-        text = json.dumps(all_found, indent=1, ensure_ascii=False) + "\n"
-        write_text(GOLDEN, text)
+        write_json(GOLDEN, all_found)
         print(f"wrote {GOLDEN.relative_to(ROOT)}")
         return 0
     return int(failed)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.common.files import write_between, write_text  # noqa: E402
+from tools.common.files import write_between, write_json  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.cost import choices  # noqa: E402
 from tools.rehearse.scripts import GPUS, PLAIN, Launch, Step, whole_step  # noqa: E402
@@ -66,9 +66,7 @@ def figures(row: Row, folder: Path, only_finished: bool = False) -> Step | None:
     if only_finished and not path.exists():
         return None
     if not path.exists():
-        step = whole_step(row.launch, row.micro_batch)
-        text = json.dumps(dataclasses.asdict(step))
-        write_text(path, text)
+        write_json(path, dataclasses.asdict(whole_step(row.launch, row.micro_batch)))
     return Step(**json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import ToolError
-from ..common.files import write_text
+from ..common.files import write_json
 from ..common.places import ROOT
 from .plan import Launch, Run
 from .settings import Settings
@@ -49,8 +49,7 @@ def submit(launch: Launch, run: Run, flags: Sequence[str], settings: Settings) -
     number = answer.strip().splitlines()[-1].partition(";")[0] if answer.strip() else ""
     if not number.isdecimal():
         raise ToolError(f"sbatch answered {answer.strip()!r}, not a job's number, to\n  {shlex.join(command)}")
-    content = json.dumps({"job": number, "settings": settings}, indent=1) + "\n"
-    write_text(_file(launch.folder(run)), content)
+    write_json(_file(launch.folder(run)), {"job": number, "settings": settings})
     return number
 
 
