@@ -226,6 +226,8 @@ def with_checked_weights(
         model_cfg: the configuration that the model will be built from.
         provider: of the data sets.
     """
+    if not args.load and not args.pretrained_checkpoint:
+        return provider
     chunks: list[torch.nn.Module] = []
     source = " ".join(str(part) for part in loaded_from(args) or ("--load", args.load or args.pretrained_checkpoint))
 
@@ -239,7 +241,5 @@ def with_checked_weights(
             check_is_finite(source, chunks.pop())
         return provider(*arguments, **options)
 
-    if not args.load and not args.pretrained_checkpoint:
-        return provider
     model_cfg.post_wrap_hooks.append(keep)
     return checked
