@@ -26,7 +26,7 @@ class HashRouter(UnlearnedRouter):
         self.token_ids = token_ids
 
     def draw(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As above.
+        """As `UnlearnedRouter.draw`.
 
         Raises:
             RuntimeError: nobody has handed over the ids of these tokens.

@@ -10,7 +10,10 @@ class RandomRouter(UnlearnedRouter):
     """Draws a token's experts anew in each forward pass, in evaluation too."""
 
     def draw(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As above. The generator is one that differs between ranks, and that recomputation sets back."""
+        """As `UnlearnedRouter.draw`.
+
+        The generator is one that differs between ranks, and that recomputation sets back.
+        """
         num_tokens = hidden_states.shape[:-1].numel()
         with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
             return torch.rand(num_tokens, self.num_experts, device=hidden_states.device)
