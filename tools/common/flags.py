@@ -3,6 +3,9 @@
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 
+GPT2_WORDS = 50257  # of its vocabulary
+OF_GPT2S_SIZE = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(GPT2_WORDS)]  # without files
+
 Settings = dict[str, tuple[str, ...]]  # flag → its values, of the last occurrence, which is the one that counts
 
 

@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..common.flags import split, whole_number
+from ..common.flags import OF_GPT2S_SIZE, split, whole_number
 from . import paper
 from .choices import lines as rehearsed_lines
 from .gpus import ACCELERATORS, Accelerator
-
-GPT2_VOCABULARY = 50257
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +66,7 @@ def without_missing_vocabulary(flags: list[str]) -> list[str]:
     named = {name: flags[i + 1] for i, name in enumerate(flags[:-1]) if name in ("--vocab-file", "--merge-file")}
     if not asks_for_gpt2(flags) or all(Path(path).is_file() for path in named.values()):
         return flags
-    return [*flags, "--tokenizer-type", "NullTokenizer", "--vocab-size", str(GPT2_VOCABULARY)]
+    return [*flags, *OF_GPT2S_SIZE]
 
 
 def main() -> int:

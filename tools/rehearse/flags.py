@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import parse, without
+from ..common.flags import OF_GPT2S_SIZE, parse, without
 
 # Nothing is saved, loaded or reported, and the number of steps is the rehearsal's: Megatron's defaults are right.
 LEFT_OUT = set(
@@ -15,7 +15,6 @@ LEFT_OUT = set(
 )
 GPT2S = {"--tokenizer-type", "--vocab-file", "--merge-file"}
 MADE_UP = "made-up"  # what scripts/lib/data.sh says for data where it was given none
-GPT2 = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "50256"]  # as many tokens as its vocabulary, without files
 
 
 def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
@@ -24,7 +23,7 @@ def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
     if value_of(kept, "--tokenizer-type") in (None, "GPT2BPETokenizer"):
         files = [value_of(kept, flag) for flag in ("--vocab-file", "--merge-file")]
         if not all(file and Path(file).is_file() for file in files):
-            kept = [*without(kept, GPT2S.__contains__), *GPT2]
+            kept = [*without(kept, GPT2S.__contains__), *OF_GPT2S_SIZE]
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
     return [*kept, *run.split()]
 

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import Settings, parse
+from ..common.flags import GPT2_WORDS, Settings, parse
 from ..common.log_reader import read_arguments
 from .errors import SettingsError
 from .plan import Launch, Run
@@ -43,7 +43,6 @@ SET_BY_SWEEP = {
 PATTERN = "--hybrid-layer-pattern"
 DIMENSIONS = ("--num-layers", PATTERN, "--hidden-size", "--ffn-hidden-size", "--moe-ffn-hidden-size")
 ADAPTED = ("--lr", "--min-lr", "--ffn-hidden-size", PATTERN)  # of which runs take what is given, and change it
-GPT2 = 50257  # words
 SHOWN = 4  # differences that a message names
 
 
@@ -205,7 +204,7 @@ def flops(settings: Settings) -> float:
     layers = layers or "".join(settings.get(PATTERN, ())).count("*")
     ffn = (whole(settings, "--moe-ffn-hidden-size") or ffn) * max(1, whole(settings, "--moe-router-topk"))
     multiple = whole(settings, "--make-vocab-size-divisible-by") or 128
-    vocabulary = math.ceil((whole(settings, "--vocab-size") or GPT2) / multiple) * multiple
+    vocabulary = math.ceil((whole(settings, "--vocab-size") or GPT2_WORDS) / multiple) * multiple
     attention = 2 * hidden * (hidden + hidden * (groups or heads) // max(1, heads) + sequence)
     matrices = layers * (attention + 3 * hidden * ffn) + hidden * vocabulary
     return 6.0 * whole(settings, "--train-iters") * tokens_per_iteration(settings) * max(1, matrices)
