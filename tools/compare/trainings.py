@@ -23,7 +23,7 @@ from ..quickstart import corpora, corpus, dataset
 from ..quickstart.models import SIZE
 from ..sweep import results, tiny
 from ..sweep.plan import MATCHED, Run
-from ..sweep.run_log import Outcome, log_of
+from ..sweep.run_log import Outcome, is_finished, log_of
 from . import inside
 from .recipes import TUNED, Recipe, recipe_of, reference_of, title, tune
 from .table import Result
@@ -61,7 +61,7 @@ class Processes:
         command += ["--output-dir", str(folder), *options, "--", *behind]
         self._run(command, tiny.text_in(text, text.parent.name), f"The logs: {log_of(folder / '*')}")
         rows = results.rows_of(folder, [])
-        return {row.run: row.outcome for row in rows if row.outcome is not None and row.outcome.finished}
+        return {row.run: row.outcome for row in rows if is_finished(row.outcome)}
 
     def analyze(self, run: Path, text: Path) -> inside.Figures:
         """What tools/analyze finds in a run with the held-out sets of a text, each a domain.

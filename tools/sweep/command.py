@@ -30,7 +30,7 @@ from . import execution, plan, results, slurm, stages, tiny
 from .errors import SettingsError
 from .inspection import Found, look, set_aside_old_log
 from .progress import SweepDisplay, Work
-from .run_log import read_outcome
+from .run_log import is_finished, read_outcome
 from .settings import check_flags, flops, tokens_per_iteration, whole
 
 EXAMPLES = """examples:
@@ -211,7 +211,7 @@ def waiting_runs(launch: plan.Launch, runs: Sequence[plan.Run]) -> list[plan.Run
     """The matched runs whose ReMoE is not finished."""
     matched = [run for run in runs if run.kind == plan.MATCHED]
     outcomes = {run: read_outcome(launch.folder(plan.partner(run))) for run in matched}
-    return [run for run, outcome in outcomes.items() if outcome is None or not outcome.finished]
+    return [run for run, outcome in outcomes.items() if not is_finished(outcome)]
 
 
 def match_flops(launch: plan.Launch, ready: Sequence[plan.Run]) -> plan.Launch:

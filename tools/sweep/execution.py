@@ -13,7 +13,7 @@ from ..common.log_reader import seconds_per_iteration
 from ..common.training_process import Evaluating, Logged, Resumed, end, events, start
 from .plan import Launch, Run
 from .progress import SweepDisplay, Work
-from .run_log import log_of, read_outcome
+from .run_log import is_finished, log_of, read_outcome
 
 KEPT, SHOWN = 300, 15  # last lines of the output; those of them that are shown if a run fails
 _LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which says nothing about the cause
@@ -47,7 +47,7 @@ def train(launch: Launch, run: Run, display: SweepDisplay, work: Work, keep_open
         _stop(process, display, work)
         raise
     outcome = read_outcome(folder)
-    if outcome is not None and outcome.finished and code == 0:
+    if is_finished(outcome) and code == 0:
         return None
     if code:
         reason = f"failed with exit code {code}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import slurm
 from .errors import SettingsError
 from .plan import Launch, Run
-from .run_log import Outcome, has_checkpoint, log_of, read_outcome
+from .run_log import Outcome, has_checkpoint, is_finished, log_of, read_outcome
 from .settings import Settings, check_evaluation, differences, started_with, would_start_with
 
 THREADS = 8  # scripts asked at once; each waits for the machine's GPUs to be listed
@@ -29,7 +29,7 @@ class Found:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.outcome is not None and self.outcome.finished
+        return is_finished(self.outcome)
 
     @property
     def state(self) -> str:
@@ -55,12 +55,12 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
     for settings in wanted.values():
         check_evaluation(settings)
     outcomes = {run: read_outcome(launch.folder(run)) for run in runs}
-    jobs = {run: job for run in runs if (job := slurm.read_job(launch.folder(run))) and not _finished(outcomes[run])}
+    jobs = {run: job for run in runs if (job := slurm.read_job(launch.folder(run))) and not is_finished(outcomes[run])}
     alive = slurm.alive(jobs.values())
     outcomes |= {run: read_outcome(launch.folder(run)) for run in jobs}  # one may have finished before squeue was asked
     found = []
     for run in runs:
-        at_work = run in jobs and jobs[run].number in alive and not _finished(outcomes[run])
+        at_work = run in jobs and jobs[run].number in alive and not is_finished(outcomes[run])
         job = jobs[run] if at_work else None
         conflict = _conflict(launch.folder(run), wanted[run], outcomes[run], job)
         found.append(Found(run, wanted[run], outcomes[run], job.number if job else None, conflict))
@@ -98,10 +98,6 @@ def set_aside_old_log(folder: Path, now: Settings) -> None:
         os.replace(log_of(folder), folder / "train.log.old")
 
 
-def _finished(outcome: Outcome | None) -> bool:
-    return outcome is not None and outcome.finished
-
-
 def _conflict(folder: Path, now: Settings, outcome: Outcome | None, job: slurm.Job | None) -> str:
     if job is not None:
         told = differences(job.settings, now)
@@ -109,4 +105,4 @@ def _conflict(folder: Path, now: Settings, outcome: Outcome | None, job: slurm.J
     then = started_with(folder)
     if then is None:
         return "there is a checkpoint, but no command.sh to tell what it was trained with" * has_checkpoint(folder)
-    return differences(then, now) if _finished(outcome) or has_checkpoint(folder) else ""
+    return differences(then, now) if is_finished(outcome) or has_checkpoint(folder) else ""

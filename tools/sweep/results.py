@@ -14,7 +14,7 @@ from ..common.markdown import table
 from ..common.units import duration
 from . import scaling_picture
 from .plan import AXES, MATCHED, ROUTINGS, SIZES, Run
-from .run_log import Outcome, read_outcome
+from .run_log import Outcome, is_finished, read_outcome
 from .settings import is_resized, processes
 
 TITLES = {"dense": "dense", "moe": "MoE", "remoe": "ReMoE"}
@@ -80,7 +80,7 @@ def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
 def unequal(rows: Sequence[Row]) -> str:
     """A warning where finished runs were trained on different numbers of tokens; empty where they were not."""
     equal = [row for row in rows if row.run.kind != MATCHED]
-    tokens = {row.outcome.tokens for row in equal if row.outcome and row.outcome.finished}
+    tokens = {row.outcome.tokens for row in equal if is_finished(row.outcome)}
     if len(tokens) < 2:
         return ""
     told = ", ".join(f"{number:,}" if number is not None else "unknown" for number in sorted(tokens, key=_or_zero))

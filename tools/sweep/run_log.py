@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from ..common.log_reader import read_log, seconds_per_iteration
 from .settings import Settings, settings_of, whole
@@ -55,6 +56,11 @@ class Outcome:
     def finished(self) -> bool:
         """Whether it has the final validation loss of the number of iterations that it was started for."""
         return self.validation_loss is not None
+
+
+def is_finished(outcome: Outcome | None) -> TypeGuard[Outcome]:
+    """Whether there is a run, and it has come to its end."""
+    return outcome is not None and outcome.finished
 
 
 def log_of(folder: Path) -> Path:
