@@ -90,7 +90,7 @@ def gpu_peers(
         router_weight: `[experts, hidden]`, on the GPU.
         tokens: `[tokens, 1, hidden]`, that a layer has to take.
     """
-    found = {}
+    found: dict[str, torch.nn.Module] = {}
     for name, peer in PEERS.items():
 
         def build(peer: Callable[..., Any] = peer) -> torch.nn.Module:

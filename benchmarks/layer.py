@@ -35,6 +35,7 @@ from gpu_peers import gpu_peers, usable  # noqa: E402
 from timed_entry import start_at_target  # noqa: E402
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing  # noqa: E402
@@ -45,9 +46,7 @@ OURS = "ReMoE, grouped"
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
-def megatron_layer(
-    experts: int, options: argparse.Namespace, relu: bool, dtype: torch.dtype, **more: Any
-) -> torch.nn.Module:
+def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype: torch.dtype, **more: Any) -> MoELayer:
     """ReMoE's layer, whose configuration may be given `more`, or top-k in Megatron's own."""
     settings: dict[str, Any] = {
         "num_layers": 1,
@@ -72,7 +71,7 @@ def megatron_layer(
     config = ReMoEConfig(moe_relu_routing=True, **settings, **more) if relu else TransformerConfig(**settings)
     spec = get_gpt_layer_local_spec(experts, False, normalization="RMSNorm")
     spec = with_fused_layers(with_relu_routing(spec)) if relu else spec
-    layer = spec.submodules.mlp(config=config, layer_number=1)  # type: ignore[union-attr]
+    layer = spec.submodules.mlp(config=config, layer_number=1)
     layer.set_layer_number(1)
     return layer.to(dtype).cuda()
 

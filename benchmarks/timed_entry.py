@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if os.environ.get("BENCHMARK_PLAIN_PYTORCH"):
     from megatron.remoe.cpu import engine, facade
 
-    engine.use_onednn = engine.sum_in_chunks = lambda: None  # type: ignore[attr-defined, assignment, return-value]
+    engine.use_onednn = engine.sum_in_chunks = lambda: None  # type: ignore[assignment, return-value]
     engine._keep_freed_memory = engine._scale_in_place = lambda: None
-    facade._optim = lambda: torch.optim  # type: ignore[assignment, return-value]
+    facade._optim = lambda: torch.optim
 
 from models import FIT_STEPS, WATCHED_STEPS, on_gpu  # noqa: E402
 
@@ -61,7 +62,7 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
                 torch.mm(left, right)
                 seconds = time.perf_counter() - start
             else:
-                seconds = seconds_on_gpu(lambda left=left, right=right: torch.mm(left, right))
+                seconds = seconds_on_gpu(partial(torch.mm, left, right))
             best = max(best, 2.0 * rows * inner * columns / seconds)
     return best
 
@@ -131,9 +132,10 @@ class Recorder:
             chunks[0].register_forward_pre_hook(lambda *_: self._before_forward())
 
         def finalize_and_record(*arguments: Any, **options: Any) -> None:
-            if routers:  # a tensor: a number would be waited for, in ReMoE's steps alone
-                pairs = sum(router.counts.active for router in routers)
-                self.record["active"].append(pairs / sum(router.counts["tokens"] for router in routers))
+            if counts := [router.counts for router in routers if router.counts is not None]:
+                # A tensor: a number would be waited for, in ReMoE's steps alone.
+                pairs = sum(of_router.active for of_router in counts)
+                self.record["active"].append(pairs / sum(of_router["tokens"] for of_router in counts))
             finalize(*arguments, **options)
             self._end_of_step()
 
@@ -171,7 +173,7 @@ class Recorder:
             self._wait()
             self.record["updates"].append(time.perf_counter() - start)
 
-        SparsityController.update = timed  # type: ignore[method-assign]
+        SparsityController.update = timed  # type: ignore[method-assign, assignment]
 
     def watch_waits(self) -> None:
         """Let some steps, which that makes slow, add the places at which the host waits for the device."""
@@ -236,7 +238,7 @@ class Recorder:
             for chunk in chunks:
                 for name, weight in chunk.named_parameters():
                     if name.endswith("word_embeddings.weight"):  # gives all tokens something in common
-                        weight += 3 * weight.std() * torch.randn(weight.shape[1], device=weight.device).sign()
+                        weight.add_(3 * weight.std() * torch.randn(weight.shape[1], device=weight.device).sign())
         for router in routers:
             router.register_forward_pre_hook(_Fit(router))
 
@@ -282,8 +284,9 @@ def seconds_of_operations(events: Sequence[Any], on_gpu: bool) -> dict[str, floa
 def peak_of(profiler: torch.profiler.profile) -> int:
     """The most bytes of the host's memory that PyTorch held above what it held at the beginning."""
     held = peak = 0
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     # `profiler.events()` puts what is allocated within an operation into the operation's sum.
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events = [event for event in events if event.device_type() == DeviceType.CPU]
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

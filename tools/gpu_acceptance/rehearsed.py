@@ -29,10 +29,11 @@ def main() -> None:
     world.join(0, 1, 1)
     run = pretrain_gpt.main
 
-    def run_on_made_up_values(observe: Callable[[Any], None] = lambda _: None) -> None:
+    def run_on_made_up_values(observe: Callable[[Any], None] | None = None) -> None:
         def observe_too(model_cfg: Any) -> None:
             Pairs(share).put_in()
-            observe(model_cfg)
+            if observe is not None:
+                observe(model_cfg)
 
         run(observe_too)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def full_gradient(chunk: "DistributedDataParallel", parameter: torch.nn.Parameter) -> torch.Tensor:
     """The reduced gradient; under the distributed optimizer each rank has the sum of its own share only."""
     if not chunk.ddp_config.use_distributed_optimizer:
-        return parameter.main_grad
+        return parameter.main_grad  # type: ignore[attr-defined]
     buffer = next(buffer for buffer in chunk.buffers if parameter in buffer.param_index_map)
     start, end, number = buffer.param_index_map[parameter][:3]
     bucket, group = buffer.buckets[number], buffer.data_parallel_group
@@ -49,6 +49,7 @@ def observe(model_cfg: Any) -> None:
             relu = [router for _, router in routers if isinstance(router, ReLURouter)]
             if first:
                 for router in relu:
+                    assert router.counts is not None
                     seen = [*router.counts["tokens_per_expert"].tolist(), float(router.counts["tokens"])]
                     record["first_counts"][router.layer_number] = seen
             finalize(*arguments, **options)

@@ -185,7 +185,7 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         ranks = ranks_of(flags, options.gpus, options.rank)
         if options.resume:
-            ranks = resumed(*ranks, len(steps_of(shares_of(flags, options.stage))), Path(folder) / "checkpoint")
+            ranks = resumed(ranks[0], len(steps_of(shares_of(flags, options.stage))), Path(folder) / "checkpoint")
         for rank in ranks:
             print(f"{PROGRESS} {options.gpus} x {options.gpu}, {rank.kind}: starting", file=sys.stderr, flush=True)
             records.append(play(rank, options, flags, Path(folder)))

@@ -120,6 +120,7 @@ class Collectives:
                     (a for a in arguments if isinstance(a, torch.distributed.ProcessGroup)), options.get("group")
                 )
                 group = group or torch.distributed.group.WORLD
+                assert group is not None
                 ranks = torch.distributed.get_process_group_ranks(group)
                 within = len({rank // gpus_per_node for rank in ranks}) == 1
                 name = group.group_desc.removesuffix("_GROUP").lower().replace("_", " ")

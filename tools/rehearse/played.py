@@ -169,7 +169,7 @@ class Rehearsal:
         for name, parameter in (item for chunk in self.model for item in chunk.named_parameters()):
             is_expert = ".mlp.experts." in name
             experts, shared = experts + parameter.numel() * is_expert, shared + parameter.numel() * (not is_expert)
-        layers = [
+        layers: list[Any] = [
             module.layer_number
             for chunk in self.model
             for module in chunk.modules()

@@ -43,7 +43,7 @@ class Row:
 
 def rows(before: Path | None) -> Iterator[Row]:
     """All that are rehearsed: as before, and now by kernels, last with the micro-batch and EP that suit them best."""
-    engines = {"": PLAIN}
+    engines: dict[str, tuple[str, ...]] = {"": PLAIN}
     if importlib.util.find_spec("transformer_engine") is not None:
         engines |= {"Transformer Engine, ": ()}
     for size in SIZES:

@@ -67,7 +67,7 @@ class Pairs:
         return min(tokens, max(0, round(tokens * self.share * (1 + off))))
 
 
-def _one(item: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+def _one(item: Callable[..., Any]) -> Callable[..., Any]:
     """Losses and norms that the host reads are 1: memory that nobody wrote to holds no number to compute with."""
 
     def read(tensor: torch.Tensor) -> Any:
@@ -77,7 +77,7 @@ def _one(item: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
     return read
 
 
-def _false(truth: Callable[[torch.Tensor], bool]) -> Callable[[torch.Tensor], bool]:
+def _false(truth: Callable[..., bool]) -> Callable[..., bool]:
     """Nothing on the device is true: where a small copy was left, a new tensor would be read as that."""
 
     def read(tensor: torch.Tensor) -> bool:
@@ -86,7 +86,7 @@ def _false(truth: Callable[[torch.Tensor], bool]) -> Callable[[torch.Tensor], bo
     return read
 
 
-def _looked_at(check: Callable[[str, torch.nn.Module], None]) -> Callable[[str, torch.nn.Module], None]:
+def _looked_at(check: Callable[..., None]) -> Callable[..., None]:
     """Weights that were loaded are looked at, and are finite."""
 
     def check_is_finite(source: str, chunk: torch.nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The figures: each lays all runs over each other, in a colour each; a heat map is of one run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ class Overlay:
             return
         iterations, values = thin(curve, POINTS)
         dash = DASHES[place // len(COLOURS) % len(DASHES)]
-        style = {"color": colour(place), "line_dash": dash, "name": run.name}
+        style: dict[str, Any] = {"color": colour(place), "line_dash": dash, "name": run.name}
         style |= {"alpha": 0.3, "width": 1} if faint else {"width": 2}
         line = self.plot.line(_array(iterations), _array(values), **style)
         if not faint:
@@ -83,7 +83,7 @@ class Overlay:
             style = {"color": colour(place), "size": 9, "marker": marker, "line_color": "white", "name": run.name}
             self._tell(self.plot.scatter(_array(curve[0]), _array(curve[1]), **style))
 
-    def layers(self, place: int, run: Run, layers: dict[int, Curve]) -> None:
+    def layers(self, place: int, run: Run, layers: Mapping[int, Curve]) -> None:
         """A thin line for each layer of a run."""
         if layers:
             thinned = [thin(curve, POINTS_OF_LAYERS) for curve in layers.values()]

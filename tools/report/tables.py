@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import localtime, strftime
 
 from ..common import evaluations as measured
@@ -46,7 +47,7 @@ def summary(runs: Sequence[Run]) -> Table:
     row("newest figures", lambda run: strftime("%d %b, %H:%M", localtime(run.written)))
     row("training loss, nats per token", newest("lm_loss", ".4f"))
     for name in dict.fromkeys(name for run in runs for name in run.validation):
-        row(f"validation loss {name}".strip(), lambda run, name=name: _validation(run.validation.get(name)))
+        row(f"validation loss {name}".strip(), partial(_validation, name))
     row("sparsity S", newest("sparsity", ".4f"))
     row("target", lambda run: None if run.target is None else f"{run.target:.4f}")
     row("settled within 1 %, at iteration", _settled)
@@ -67,7 +68,8 @@ def _time_left(run: Run) -> str | None:
     return duration((end - run.last) * statistics.median(seconds)) if seconds and end and end > run.last else None
 
 
-def _validation(losses: Mapping[int, float] | None) -> str | None:
+def _validation(name: str, run: Run) -> str | None:
+    losses = run.validation.get(name)
     if not losses:
         return None
     at = max(losses)

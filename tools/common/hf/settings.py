@@ -128,8 +128,9 @@ def flags_of(config: RemoeConfig) -> list[str]:
     Raises:
         ConversionError: Megatron's model cannot be that.
     """
-    rope = config.rope_parameters
-    if rope["rope_type"] != "default" or config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
+    rope = config.rope_parameters or {}
+    base = rope.get("rope_theta") if rope.get("rope_type") == "default" else None
+    if base is None or config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
         raise ConversionError(
             "--load: rope_parameters, attention_bias, mlp_bias and hidden_act in config.json must be those of a model "
             "that this tool has exported."
@@ -140,12 +141,13 @@ def flags_of(config: RemoeConfig) -> list[str]:
         --group-query-attention --num-query-groups {config.num_key_value_heads} --kv-channels {config.head_dim}
         --seq-length {config.max_position_embeddings} --max-position-embeddings {config.max_position_embeddings}
         --normalization RMSNorm --norm-epsilon {config.rms_norm_eps} --swiglu --disable-bias-linear
-        --position-embedding-type rope --rotary-base {int(rope["rope_theta"])}
+        --position-embedding-type rope --rotary-base {int(base)}
         --init-method-std {config.initializer_range} --attention-dropout {config.attention_dropout} --hidden-dropout 0
     """.split()
     if not config.tie_word_embeddings:
         flags.append("--untie-embeddings-and-output-weights")
-    flags += {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(config.dtype, [])
+    precisions: dict[Any, list[str]] = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
+    flags += precisions.get(config.dtype, [])
     return flags + (_expert_flags(config) if config.num_experts else [])
 
 

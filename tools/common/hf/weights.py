@@ -53,6 +53,7 @@ def to_transformers(layer: Tensors, config: RemoeConfig) -> Tensors:
     found = {}
     for name, tensor in layer.items():
         if name == QKV:
+            assert config.head_dim is not None and config.num_key_value_heads is not None
             size = config.head_dim
             heads = config.num_attention_heads // config.num_key_value_heads * size
             groups = tensor.view(config.num_key_value_heads, heads + 2 * size, -1)
@@ -74,6 +75,7 @@ def to_megatron(layer: Tensors, config: RemoeConfig) -> Tensors:
             found[name] = torch.cat([layer[f"{prefix}gate_proj.weight"], layer[f"{prefix}up_proj.weight"]])
     parts = [layer[f"self_attn.{letter}_proj.weight"] for letter in "qkv"]
     hidden = parts[0].shape[-1]
+    assert config.num_key_value_heads is not None
     grouped = [part.view(config.num_key_value_heads, -1, hidden) for part in parts]
     return found | {QKV: torch.cat(grouped, dim=1).view(-1, hidden)}
 
@@ -149,6 +151,7 @@ def _load(
     dtype: torch.dtype | None = None,
 ) -> Tensors:
     """Tensors under the names that `keys` gives them; of one that is stacked the layer's part."""
+    assert not isinstance(config.dtype, str)
     found, parts = {}, []
     for name, key in keys.items():
         if key not in checkpoint.shapes:
