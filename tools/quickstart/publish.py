@@ -23,13 +23,11 @@ BLOCK = re.compile(r"(<!-- quickstart:begin -->\n).*?(<!-- quickstart:end -->)",
 
 def markdown(summary: dict[str, Any]) -> str:
     """The table of README.md."""
-    spread = report.read_spread(summary["iterations"])
-    around = {model: f" ± {spread['val_loss_std'][model]:.3f}" if spread else "" for model in models.NAMES}
-    remoe = summary["remoe"]
+    remoe, spread = summary["remoe"], report.read_spread(summary["iterations"])
+    deviation = {model: f"{spread['val_loss_std'][model]:.3f}" for model in models.NAMES} if spread else {}
     rows = {
-        "validation loss, nats per byte (± over seeds)": {
-            model: f"{summary[model]['val_loss']:.3f}{around[model]}" for model in models.NAMES
-        },
+        "validation loss, nats per byte": {model: f"{summary[model]['val_loss']:.3f}" for model in models.NAMES},
+        **({"standard deviation over three seeds": deviation} if spread else {}),
         "active parameters": {model: f"{summary[model]['active_params']:,}" for model in models.NAMES},
         "total parameters": {model: f"{summary[model]['total_params']:,}" for model in models.NAMES},
         "training tokens": {model: f"{summary[model]['train_tokens']:,}" for model in models.NAMES},
