@@ -117,7 +117,7 @@ def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path)
     assert rows["--lr"] == ["0.004", "0.125"] and "--save" not in rows
     held_out = json.loads((trained / "held-out.json").read_text())["text"]
     ((_, bounds),) = next(iter(held_out.values())).items()
-    assert rows["remoe"][:3] == [data.name, "none", f"{bounds['none']['loss']:.4f}"]
+    assert rows["remoe"][:3] == [data.name, "none", f"{bounds['none']['loss']:.5f}"]
     stages = [row for row in cells if {*row[1:2]} & {"dense", "on the way", "steady"}]
     assert {row[0] for row in stages} == {"remoe", "older"} and all(float(row[5]) > 0 for row in stages)
     for title in ("Training", "Validation", "Throughput", "Experts per token", "λ", "Flips", "remoe", "older"):
