@@ -246,6 +246,7 @@ def test_trains_stops_and_goes_on(tmp_path: Path) -> None:
     assert [of["loss"] for of in found["results"]["dense"].values()] == losses
     assert f"| dense | {statistics.fmean(losses):.3f} ± " in output
 
+    (tmp_path / "mixed.json").unlink()  # of other flags
     flags = "--moe-router-topk-scaling-factor 2"  # has no meaning with ReLU routing, and is refused
     output, errors = finish(start(tmp_path, f"--rows remoe moe --seeds 3 --analyze -- {flags}"), code=1)
     assert "mixed: ReMoE, seed 3: failed (1/2, " in output and "mixed: top-k, softmax, seed 3: " in output
