@@ -12,6 +12,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 if [[ -z ${PYTHON-} && -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
 PYTHON=${PYTHON:-python3}
+# shellcheck source=scripts/lib/help.sh
+source "$root/scripts/lib/help.sh"
 
 die() {
   printf 'data_preprocessing.sh: error: %s\n' "$@" >&2
@@ -64,6 +66,7 @@ process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
   RESULT="made: $found"
 }
 
+if asks_for_help "$@"; then print_header && exit; fi
 [[ -d ${INPUT_DIR:-} ]] || die "INPUT_DIR '${INPUT_DIR-}': give the folder of the Pile's shards, 00.jsonl.zst and so on"
 [[ -n ${OUTPUT_DIR:-} ]] || die "OUTPUT_DIR is not set: give the folder for the data sets"
 "$PYTHON" -c 'import megatron.remoe' 2>/dev/null || die "$PYTHON has no megatron.remoe: run bash scripts/setup.sh first"

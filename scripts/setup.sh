@@ -5,5 +5,6 @@ set -euo pipefail
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
+if asks_for_help "$@"; then print_header && exit; fi
 prepare_environment
 echo "Ready: $VENV/bin/python"

@@ -5,6 +5,7 @@ set -euo pipefail
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
+if asks_for_help "$@"; then print_header && exit; fi
 prepare_environment
 cd "$ROOT"
 failed=""

@@ -7,6 +7,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 VENV=$ROOT/.venv
 SETUP_LOG=$ROOT/runs/setup.log
 STAMP=$VENV/remoe-setup # "unfinished", or what the environment was made from
+# shellcheck source=scripts/lib/help.sh
+source "$ROOT/scripts/lib/help.sh"
 
 fail() {
   printf '%s\n' "$@" >&2
@@ -234,4 +236,12 @@ prepare_environment() {
     make_environment "$found"
   fi
   exec 9>&-
+}
+
+# Answers --help without setting anything up: with a tool's own where .venv is ready, else with the script's header.
+answer_help() { # TOOL ARGUMENTS
+  if ! asks_for_help "${@:2}"; then return; fi
+  if environment_is_ready ""; then exec "$VENV/bin/python" "$ROOT/tools/$1" --help; fi
+  print_header
+  exit
 }

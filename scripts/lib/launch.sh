@@ -21,6 +21,8 @@
 #   REHEARSE_JSON  a file for the rehearsal's figures
 
 LAUNCH_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+# shellcheck source=scripts/lib/help.sh
+source "$LAUNCH_ROOT/scripts/lib/help.sh"
 # shellcheck source=scripts/lib/data.sh
 source "$LAUNCH_ROOT/scripts/lib/data.sh"
 # shellcheck source=scripts/lib/gpus.sh
@@ -107,6 +109,13 @@ set_routing_flags() {
   esac
 }
 
+# Prints the script's header and the list of environment variables above.
+print_usage() {
+  print_header
+  echo
+  sed -n '/^# Environment/,/^$/ s/^# \{0,1\}//p' "$LAUNCH_ROOT/scripts/lib/launch.sh"
+}
+
 # launch SIZE ROUTING [positional arguments of the script] [-- Megatron flags]
 launch() {
   local size=$1 name positional=()
@@ -116,6 +125,7 @@ launch() {
     positional+=("$1")
     shift
   done
+  if asks_for_help "${positional[@]}"; then print_usage && exit; fi
   if (($#)); then shift; fi # what is left goes to Megatron unchanged, behind all else, and wins
 
   set_model "$size"

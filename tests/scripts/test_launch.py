@@ -276,6 +276,20 @@ def test_errors(arguments: list[str], environment: dict[str, str], message: str)
     assert message in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["8", "-h"]])
+def test_help_is_the_header_and_the_environment(arguments: list[str]) -> None:
+    result = launch("469m_moe", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("The paper's 469M model.\n[gpus_per_node] [train_iters]")
+    assert re.search(r"^  DATA_PATH .*^  REHEARSE_JSON +a file for .*\Z", result.stdout, re.MULTILINE | re.DOTALL)
+
+
+def test_help_of_the_data_script_is_its_header() -> None:
+    script = [REPOSITORY / "data_preprocessing.sh", "--help"]
+    told = subprocess.run(["bash", *script], capture_output=True, text=True, check=True).stdout
+    assert told.startswith("Turns the shards") and "  INPUT_DIR " in told and told.endswith("--on-error skip\n")
+
+
 FLAGS = [*SMALL, *"--split 90,10,0 --eval-iters 0 --save-interval 2".split()]
 
 

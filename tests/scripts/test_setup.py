@@ -225,6 +225,26 @@ def test_an_environment_of_other_make_is_left_alone(tree: Tree) -> None:
     assert theirs.exists()
 
 
+@pytest.mark.parametrize("script", ["canary", "quickstart", "setup", "test"])
+def test_help_sets_nothing_up(script: str, tree: Tree) -> None:
+    command = ["bash", str(tree.root / f"scripts/{script}.sh"), "--help"]
+    answer = subprocess.run(command, env=tree.environment(), capture_output=True, text=True)
+    header = (ROOT / f"scripts/{script}.sh").read_text().split("\nset -euo")[0]
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.splitlines() == [line[2:] for line in header.splitlines()[1:]]
+    assert not (tree.root / ".venv").exists() and not tree.log.exists()
+
+
+@pytest.mark.parametrize("script", ["canary", "quickstart"])
+def test_help_is_the_tools_own_where_all_is_ready(script: str, finished: Tree) -> None:
+    tool = finished.root / "tools" / script
+    tool.mkdir(parents=True)
+    (tool / "__main__.py").write_text("import sys; print(sys.prefix, sys.argv[1:])")
+    command = ["bash", str(finished.root / f"scripts/{script}.sh"), "--tiny", "--help"]
+    answer = subprocess.run(command, env=finished.environment(), capture_output=True, text=True)
+    assert answer.stdout == f"{finished.root / '.venv'} ['--help']\n", answer.stderr
+
+
 def test_a_python_without_ensurepip_borrows_the_pip_of_another(tree: Tree) -> None:
     hidden = tree.root / "hidden/ensurepip.py"
     hidden.parent.mkdir()
