@@ -189,6 +189,7 @@ lock_environment() {
 make_environment() {
   local found=$1 version python start=$SECONDS
   read -r _ version python <<<"$found"
+  if [[ -L $VENV ]]; then fail "$VENV is a link. Remove it, or set up where it points to."; fi
   if [[ -e $VENV/bin && ! -f $STAMP ]]; then
     fail "$VENV exists, but was not made by this script." "Move it away and run the same command again."
   fi

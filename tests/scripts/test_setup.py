@@ -225,6 +225,16 @@ def test_an_environment_of_other_make_is_left_alone(tree: Tree) -> None:
     assert theirs.exists()
 
 
+def test_a_link_is_left_alone(finished: Tree, tree: Tree) -> None:
+    """As of a checkout that shares the environment of another."""
+    link = tree.root / ".venv"
+    link.symlink_to(finished.root / ".venv")
+    code, _, err = tree.set_up()
+    assert code == 1 and err == f"{link} is a link. Remove it, or set up where it points to.\n"
+    assert link.is_symlink()
+    finished.assert_complete()
+
+
 @pytest.mark.parametrize("script", ["canary", "quickstart", "setup", "test"])
 def test_help_sets_nothing_up(script: str, tree: Tree) -> None:
     command = ["bash", str(tree.root / f"scripts/{script}.sh"), "--help"]
