@@ -57,6 +57,9 @@ find_data() {
     find_data_sets
   elif [[ ${REHEARSE:-0} != 0 ]]; then
     DATA_FLAGS=(made-up)
+  elif [[ ${DRY_RUN:-0} != 0 && $DRY_RUN != command ]]; then
+    DATA_FLAGS=(PREFIX)
+    NOTES+=("Data: none are set; PREFIX in the command stands for DATA_PATH, or for what is in DATA_DIR")
   else
     die "no data: set DATA_PATH to a prefix of .bin/.idx, or DATA_DIR to a folder of them"
   fi

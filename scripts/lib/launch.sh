@@ -15,7 +15,7 @@
 #   WANDB_API_KEY  when set, figures also go to Weights & Biases
 #   CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF     for GPUs                   (default: see set_settings)
 #   PYTHON         the interpreter                                                    (default: .venv's, else python3)
-#   DRY_RUN=1      print the command for GPUs and what the training will cost, and stop; DRY_RUN=command: the command alone
+#   DRY_RUN=1      print the command for GPUs and what training will cost, data or not; DRY_RUN=command: the command
 #   REHEARSE=1     play the training on GPUs that are not there, data or not: whether it starts, memory, waits, launches
 #   GPU, UTILIZATION         for these: the kind of GPU and, in a dry run, the share of its rate    (default: h100, 0.4)
 #   REHEARSE_JSON  a file for the rehearsal's figures

@@ -48,6 +48,13 @@ def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
     assert (f"Checkpoints: {24 if size == '978m' else 12} of " in estimate) and "--save" in command_line
 
 
+def test_cost_without_data() -> None:
+    result = launch("182m_dense", DRY_RUN="1", PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    assert "Data: none are set; PREFIX in the command" in result.stderr
+    assert " --data-path PREFIX " in result.stdout and "182,471,424" in result.stdout
+
+
 def test_both_models_cost_the_same(pile: str) -> None:
     """Parameters, FLOPs and memory, and neither differs from the paper."""
     environment = {"DRY_RUN": "1", "DATA_DIR": pile, "PYTHON": sys.executable, "PP": "2", "VPP": "2"}

@@ -246,7 +246,8 @@ def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        ([], {"DATA_PATH": "", "DATA_DIR": ""}, "no data: set DATA_PATH"),
+        ([], {"DRY_RUN": "0", "DATA_PATH": ""}, "no data: set DATA_PATH"),
+        ([], {"DRY_RUN": "command", "DATA_PATH": ""}, "no data: set DATA_PATH"),
         ([], {"DATA_PATH": "", "DATA_DIR": "/nowhere"}, "no *_document.bin in DATA_DIR=/nowhere"),
         ([], {"DRY_RUN": "0", "DATA_DIR": "/nowhere"}, "VOCAB_FILE: there is no /nowhere/encoder.json"),
         (["two"], {}, "gpus_per_node is 'two'"),
