@@ -1,5 +1,6 @@
 """What is refused and what is not, held against Megatron's source."""
 
+import argparse
 import ast
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_relu_routing
 from megatron.remoe.routing.refusals import REFUSALS, flag
+from megatron.training.arguments import add_megatron_arguments
 from tests.layers import make_config
 from tests.trainings import REPOSITORY
 
@@ -28,8 +30,24 @@ def test_what_shows_the_reason_is_there(where: str) -> None:
         body = found.body
 
 
+def test_flags_are_megatrons() -> None:
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {action.dest: action.option_strings for action in parser._actions}
+    assert all(flag(entry.name) in known.get(entry.name, [entry.name]) for entry in REFUSALS)
+
+
+SETTINGS = {  # of which only some values are refused
+    "moe_aux_loss_coeff": "`--moe-aux-loss-coeff` (ignored with `--moe-router-load-balancing-type aux_loss`)",
+    "moe_router_load_balancing_type": "`--moe-router-load-balancing-type` other than `none` or `aux_loss`",
+    "moe_router_score_function": "`--moe-router-score-function` other than `softmax`",
+    "cuda_graph_impl": "`--cuda-graph-impl full_iteration`",
+    "transformer_impl": "`--transformer-impl inference_optimized`",
+}
+
+
 def test_the_page_has_every_refusal() -> None:
-    rows = [f"| `{flag(entry.name)}` | {entry.reason} | `{entry.where}` |" for entry in REFUSALS]
+    settings = {entry.name: SETTINGS.get(entry.name, f"`{flag(entry.name)}`") for entry in REFUSALS}
+    rows = [f"| {settings[entry.name]} | {entry.reason} | `{entry.where}` |" for entry in REFUSALS]
     table = "\n".join(["|---|---|---|", *rows, ""])
     assert f"{table}\n" in (REPOSITORY / "docs" / "refusals.md").read_text()
 

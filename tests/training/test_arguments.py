@@ -151,8 +151,8 @@ REFUSED = {
     "moe_enable_routing_replay": [],
     "moe_apply_probs_on_input": [],
     "moe_router_padding_for_quantization": [],
-    "fp8": None,  # --fp8-format
-    "fp4": None,  # --fp4-format
+    "fp8": ["hybrid"],
+    "fp4": ["e2m1"],
     "moe_aux_loss_coeff": ["1e-2", "--moe-router-load-balancing-type", "seq_aux_loss"],
     "moe_router_enable_expert_bias": [],
     "moe_router_load_balancing_type": ["sinkhorn"],
@@ -173,7 +173,7 @@ REFUSED = {
     "use_megatron_fsdp": [],
     "use_torch_fsdp2": [],
     "init_model_with_meta_device": [],
-    # without a flag of their own: set by others, or in a configuration only
+    # without a flag: in a configuration only
     "moe_token_dropping": None,
     "moe_router_topk_limited_devices": None,
     "use_inference_optimized_layers": None,
@@ -192,13 +192,6 @@ def test_refused_combination(name: str, monkeypatch: pytest.MonkeyPatch, capsys:
     shown = value[0].replace("1e-2", "0.01") if value else "(on)"
     assert f"{flag(name)} {shown} cannot be used with --moe-relu-routing" in message
     assert entry.remedy in message
-
-
-@pytest.mark.parametrize("arguments", [["--fp8-format", "hybrid"], ["--fp4-format", "e2m1"]])
-def test_quantized_formats_are_refused(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "cannot be used with --moe-relu-routing" in refusal(monkeypatch, capsys, *RELU, *arguments)
 
 
 def test_graphs_over_moe_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

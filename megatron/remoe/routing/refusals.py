@@ -38,9 +38,13 @@ class Refusal:
         return f"{flag(self.name)} {shown(value)} cannot be used with {beside}: {self.reason}. {self.remedy}."
 
 
+SPELLED = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+ONLY_CONFIGURED = ("moe_token_dropping", "moe_router_topk_limited_devices", "use_inference_optimized_layers")
+
+
 def flag(name: str) -> str:
-    """Megatron's spelling of an attribute on the command line."""
-    return "--" + name.replace("_", "-")
+    """Megatron's spelling of an attribute on the command line; the name of a field that has no flag."""
+    return name if name in ONLY_CONFIGURED else SPELLED.get(name, "--" + name.replace("_", "-"))
 
 
 def shown(value: Any) -> str:
