@@ -3,6 +3,7 @@
 python tools/gpu_acceptance/launched.py      rehearse it and write rehearsed.json, where a compiler is at hand
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -53,6 +54,7 @@ def _rehearse(stage: str, path: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Write the file."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = {stage: _rehearse(stage, Path(folder) / f"{stage}.json") for stage in STAGES}
     write_json(EXPECTED, found)

@@ -173,9 +173,9 @@ PARTS = {
     "tests": Part("the tests that need a GPU", 130, tests),
     "golden": Part("the golden model: loss, S and λ against the CPU's", 60, golden),
     "launch": Part("the launch script's 182M ReMoE: time, memory and waits against the rehearsal's", 160, launch),
-    "step": Part("benchmark a: a training step, ReMoE and top-k", 160, step),
-    "layer": Part("benchmark c: one MoE layer, and its peers", 60, layer),
-    "memory": Part("benchmark e: memory while routing is dense", 130, memory),
+    "step": Part("benchmarks/step.py in bf16: a training step, ReMoE and top-k", 160, step),
+    "layer": Part("benchmarks/layer.py in bf16: one MoE layer, and its peers", 60, layer),
+    "memory": Part("benchmarks/memory.py in bf16: memory while routing is dense", 130, memory),
     "kernels": Part("--moe-kernels torch and triton: numbers and times", 170, kernels),
 }
 

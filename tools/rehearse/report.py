@@ -129,7 +129,9 @@ def _memory_lines(found: dict[str, Any], options: argparse.Namespace) -> Iterato
     }
     for key, title in titles.items():
         yield f"  {title:<45}" + "".join(f"{stage[key]:10.2f}" for stage in stages.values())
-    yield f"  a {options.gpu} has {memory:g} GiB, of which the driver takes about {CONTEXT:g}; forecast: tools/cost"
+    article = "an" if options.gpu[0] in "aefhilmnorsx" else "a"  # an h100, a b200
+    has = f"{article} {options.gpu} has {memory:g} GiB"
+    yield f"  {has}, of which the driver takes about {CONTEXT:g}; forecast: tools/cost"
     if not found["starts"] and "out of memory" in (found["error"] or ""):
         yield "  It does not fit: take a smaller micro-batch, more expert (EP), tensor or pipeline parallelism, or"
         yield "  --recompute-granularity selective --recompute-modules moe."
