@@ -134,7 +134,10 @@ def chosen_variants(names: list[str] | None, more: list[str]) -> list[Variant]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all three")
-    parser.add_argument("--variants", nargs="+", choices=[v.name for v in VARIANTS], help="default: all that differ")
+    names = [variant.name for variant in VARIANTS]
+    parser.add_argument(
+        "--variants", nargs="+", choices=names, metavar="NAME", help=f"{'; '.join(names)} (default: all that differ)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant (default 3)")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (default 6)")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "step.json")

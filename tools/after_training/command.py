@@ -45,7 +45,7 @@ PARTS = 5  # of a model's way
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
-        prog="after_training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/after_training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "runs" / "quickstart", metavar="FOLDER", help="a finished quickstart"

@@ -46,7 +46,7 @@ TOKENS_PER_FORWARD = 4096
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags; those that Megatron has too mean the same."""
     parser = argparse.ArgumentParser(
-        prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a dense or top-k run"

@@ -34,7 +34,7 @@ PROMPTS = 8
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
-        prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--load", type=Path, nargs="+", required=True, metavar="FOLDER", help="runs' checkpoints, or exported folders"
@@ -52,7 +52,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text.add_argument(
         "--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help="measure with each bound too"
     )
-    text.add_argument("--speed", action="store_true", help="time reading and writing the beginning of the first one")
+    text.add_argument(
+        "--speed",
+        action="store_true",
+        help="also tokens per second, reading and writing the beginning of the first data set",
+    )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--tasks", nargs="*", choices=TASKS, metavar="TASK", help=f"all of {', '.join(TASKS)}, or some")
     tasks.add_argument(

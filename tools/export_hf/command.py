@@ -48,7 +48,7 @@ from .folder import write_rest, write_weights
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags; those that Megatron has too mean the same."""
     parser = argparse.ArgumentParser(
-        prog="export_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/export_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a run (--save there)"

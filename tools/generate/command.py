@@ -25,7 +25,7 @@ from ..common.running import run_once
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
-        prog="generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--load", type=Path, required=True, metavar="FOLDER", help="a run's checkpoints, or exported")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")

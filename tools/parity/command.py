@@ -24,8 +24,9 @@ MARKS = {model: (f"<!-- parity:{model}:begin -->", f"<!-- parity:{model}:end -->
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/parity", description=__doc__)
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    for name, known in (("layouts", list(LAYOUTS)), ("variants", list(VARIANTS))):
+        told = f"{'; '.join(known)} (default: all)"
+        parser.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar="NAME", help=told)
     parser.add_argument(
         "--model",
         choices=MODELS,

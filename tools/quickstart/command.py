@@ -26,7 +26,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--corpus",
         choices=corpora.CORPORA,
         default=corpora.MIXED,
-        help="mixed: code, documentation and drama, 15 MB; technical: what web services are, 44 MB (%(default)s)",
+        help="mixed: code, documentation and drama, 15 MB; technical: descriptions of web services, 43 MB "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--output-dir",

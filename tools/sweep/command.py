@@ -62,7 +62,7 @@ def add_what_to_train(parser: argparse.ArgumentParser, figures: Sequence[str], d
     what.add_argument("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="of the figure size")
     for name, figure, least, more in (
         ("experts", "experts", 2, ""),
-        ("granularities", "granularity", 1, "; if given, of the figure routing and those behind it too"),
+        ("granularities", "granularity", 1, "; if given, of routing and of the settings' figures (l1-init to lr) too"),
     ):
         what.add_argument(
             f"--{name}", nargs="+", type=whole_number(least), dest=figure, metavar="N",
@@ -75,7 +75,7 @@ def add_what_to_train(parser: argparse.ArgumentParser, figures: Sequence[str], d
         )  # fmt: skip
     what.add_argument(
         "--routings", nargs="+", choices=plan.KINDS,
-        help="default: the first three, with the figure routing all, and with those behind it what has the setting. "
+        help="default: the first three, with routing all, and with the settings' figures what has the setting. "
         "dense is one run along E and G (with E one more, 8 times as wide), drawn as lines; it gets no --moe-... flag "
         "behind --. moe-warmup: top-k with 6 of 8 experts in the first 100 steps; moe-matched: top-k for as many steps "
         "as the FLOPs of the finished ReMoE beside it are worth; moe-post: softmax over the k, where G is above 1; "
