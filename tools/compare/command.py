@@ -141,6 +141,7 @@ def compare(args: argparse.Namespace, display: Display) -> None:
                 if args.analyze:
                     display.say("\n".join(["", f"{name}, routers:", "", inside.markdown(results)]))
     if args.write_docs is not None:
+        FOUND.mkdir(exist_ok=True)
         for name, kept in found.items():
             results = kept.of(args.rows if args.figures else ROWS)
             replace(kept, results=results).write(FOUND / f"{'-'.join([*places(args)[0], name])}.json")
