@@ -127,7 +127,7 @@ def test_a_comparison_is_made(words: list[str], output: Path, capsys: pytest.Cap
     place = words.index("--") if "--" in words else len(words)
     has_flips = "--moe-log-flips-interval" in words
     flags = [*words[place + 1 :], *SMALL, *(["--moe-log-flips-interval", "2"] if has_flips else [])]
-    own = [word for word in words[:place] if word != "--write-docs"]
+    own = re.sub(r" --write-docs( [a-z]+)?", "", " ".join(words[:place])).split()
     folder = output / ("flips" if has_flips else "plain")
     arguments = [*own, *SHORT, "--output-dir", str(folder), "--", *flags]
     args = compare.parse_arguments(arguments)

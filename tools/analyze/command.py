@@ -42,7 +42,7 @@ SAVING = 0.05  # of the time, at most
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
-        prog="analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--load", type=Path, required=True, metavar="FOLDER", help="a run's checkpoints, or an exported folder"

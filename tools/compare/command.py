@@ -43,7 +43,7 @@ FOUND = ROOT / "docs" / "compare"
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
-        prog="compare",
+        prog="tools/compare",
         usage="%(prog)s [options] [-- Megatron flags]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

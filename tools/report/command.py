@@ -21,7 +21,7 @@ from .reading import Run, read_run, sources
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
-        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its --save, or a log's file")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
