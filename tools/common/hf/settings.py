@@ -35,7 +35,6 @@ ONLY: dict[str, Any] = {
     "glu_linear_offset": 0.0,
     "apply_residual_connection_post_layernorm": False,
     "heterogeneous_layers_config_path": None,
-    "mtp_num_layers": None,
     "use_mup": False,
     "moe_latent_size": None,
     "moe_shared_expert_gate": False,

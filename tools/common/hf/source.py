@@ -17,13 +17,19 @@ from .weights import exponents, read
 def open_run(root: Path, step: int | None) -> tuple[Checkpoint, argparse.Namespace, RemoeConfig]:
     """Find a run's newest checkpoint, or that of an iteration, with its arguments and the model's configuration.
 
+    Layers of multi-token prediction are left out of both: the model's logits do not need them.
+
     Raises:
         ConversionError: there is none, it cannot be read, or its model cannot be expressed.
     """
     checkpoint = find(root, step)
     if EMBEDDING not in checkpoint.shapes:
         raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
-    args = as_gpt(complete(checkpoint.args), checkpoint.folder)
+    args = complete(checkpoint.args)
+    args.mtp_num_layers = None
+    if args.hybrid_layer_pattern:
+        args.hybrid_layer_pattern = args.hybrid_layer_pattern.split("/")[0]
+    args = as_gpt(args, checkpoint.folder)
     args.padded_vocab_size = checkpoint.shapes[EMBEDDING][0]
     coefficient = args.moe_aux_loss_coeff if isinstance(args.moe_aux_loss_coeff, float) else 0.0
     config = config_of(args, args.padded_vocab_size, coefficient)

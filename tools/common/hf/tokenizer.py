@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.gpt2_files import FOLDER_TOKENIZER, GPT2_TOKENIZER
 from megatron.remoe.hf import RemoeConfig
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
@@ -23,7 +24,10 @@ def tokenizer_of(args: argparse.Namespace, given: Path | None) -> PreTrainedToke
     if given is None and kind == "NullTokenizer":
         return None
     if given is None and kind == GPT2_TOKENIZER and args.vocab_file and args.merge_file:
-        place = gpt2_tokenizer_folder(args.vocab_file, args.merge_file)
+        try:
+            place = gpt2_tokenizer_folder(args.vocab_file, args.merge_file)
+        except DataError as error:
+            raise ConversionError(f"--load: its tokenizer cannot be read ({error}) {remedy}") from error
     elif given is None and kind != FOLDER_TOKENIZER:
         raise ConversionError(f"--load: was trained with --tokenizer-type {kind}, which cannot be exported. {remedy}")
     try:
