@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -188,6 +189,53 @@ def test_information() -> None:
     assert findings.information(routed).tolist() == pytest.approx([1, 0, 0])
 
 
+def uneven(few: int, likely: list[float], seed: int) -> tuple[Counts, dict[str, float | None]]:
+    """So many sequences of one data set and 6400 of another: the layer's counts, and what they tell of the domain.
+
+    Args:
+        likely: how likely an expert is to have all tokens of a sequence of the smaller data set; of the larger one each
+            of the four is alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = Counts.none([1], domains=2, experts=4, vocabulary=1)
+    for domain, (number, weights) in enumerate(((few, likely), (6400, [1.0] * 4))):
+        experts = torch.multinomial(torch.tensor(weights), number, replacement=True, generator=generator)
+        gates = torch.nn.functional.one_hot(experts, 4)[:, None].expand(-1, WINDOW, -1).double()
+        for part in gates.split(800):
+            ids = torch.zeros(part.shape[:2], dtype=torch.int64)
+            counts.add_layer(domain, ids, 0, part, torch.ones(ids.shape))
+            counts.add_text(domain, ids)
+    found = findings.load(counts, ["few", "many"], 0.25, lambda token: None)
+    return counts, found["specialization"][1]
+
+
+def test_shuffled_domains_of_uneven_size() -> None:
+    """By chance one draw of twenty is above; 5 of 64 are what a domain of its own can have."""
+    alike = [uneven(64, [1.0] * 4, seed)[1] for seed in range(20)]
+    assert sum(one["bits"] > one["shuffled_95"] for one in alike) <= 3
+    mean, by_chance = (sum(one[key] for one in alike) / 20 for key in ("bits", "shuffled"))
+    assert mean == pytest.approx(by_chance, rel=0.3)
+    counts, apart = uneven(64, [1.0, 1.0, 1.0, 4.0], 1)
+    assert apart["bits"] > 2 * apart["shuffled_95"]
+    assert counts.part_sequences == 8 and int(counts.routed.sum()) == 6464 * WINDOW
+    assert counts.routed[1].sum(dim=(1, 2)).tolist() == [8 * WINDOW] * 800 + [0] * 224
+    _, few = uneven(7, [1.0] * 4, 1)
+    assert few["bits"] and few["shuffled"] is None and few["shuffled_95"] is None, "no part of 8 sequences"
+
+
+def test_small_loads_and_gates_of_one() -> None:
+    """Fewer pairs than experts, each with a gate of 1, as by hash."""
+    gates = torch.zeros(1, WINDOW, 8)
+    gates[0, 0, 2] = gates[0, 1, 2] = gates[0, 5, 7] = 1.0
+    counts, ids = Counts.none([1], domains=1, experts=8, vocabulary=1), torch.zeros(1, WINDOW, dtype=torch.int64)
+    counts.add_layer(0, ids, 0, gates, torch.ones(1, WINDOW))
+    counts.add_text(0, ids)
+    balance = findings.balance(counts, topk=1, ranks=1)["layers"][1]
+    assert balance["relative_load"] == pytest.approx([0, 0, 16 / 3, 0, 0, 0, 0, 8 / 3])
+    size = findings.gates(counts)["layers"][1]
+    assert [size[name] for name in ("mean", "percentile_10", "median", "percentile_90")] == [1.0] * 4
+
+
 def test_chance_is_that_of_random_neighbours() -> None:
     """Counted over all pairs of tokens, and over all windows where the tokens are of two kinds."""
     generator = torch.Generator().manual_seed(2)
@@ -234,11 +282,12 @@ def test_goes_on_and_reads_checkpoints(
     """Cut off in the second data set, a run's checkpoint gives what the exported folder gives in one go."""
     model, folder = exported(tmp_path / "model", "relu")
     args = args_of(model.config)
-    args.tokenizer_type = "NullTokenizer"
+    args.tokenizer_type = "SentencePieceTokenizer"
     megatron = build(args)
     fill(megatron, *under_megatrons_names(model))
     run = tmp_path / "run"
-    save(megatron, args, run, engine_names=False)
+    run.mkdir()
+    save(megatron, args, run / "checkpoints", engine_names=False)
     expected = analyze(tmp_path / "out", "--load", folder, "--data", *domains)
 
     read, reads = Text.read, []
@@ -257,11 +306,13 @@ def test_goes_on_and_reads_checkpoints(
     assert main(words) == 130 and reads[-1] == (str(domains[1]), 10)
     assert main(words) == 0 and reads[5:] == [(str(domains[1]), 10)]
     for name in NAMES:
-        close(json.loads((run / "analysis" / f"{name}.json").read_text()), expected[name])
+        close(json.loads((run / "checkpoints" / "analysis" / f"{name}.json").read_text()), expected[name])
+    warned = "--tokenizer-type SentencePieceTokenizer, which cannot .* Tokens are told by their numbers alone."
+    assert re.search(warned, capfd.readouterr().err)
 
-    capfd.readouterr()
     for wrong, message in (
         (["--seed", "5"], "with other values of --seed. Give another folder"),
+        (["--tokenizer-model", "/nowhere"], "--tokenizer-model /nowhere: cannot be read"),
         (["--sequences", "4"], "--sequences 4: .*counts.pt has counted 30 of a data set"),
         (["--expert-parallel", "3"], "size 3: does not divide the model's 8 experts"),
         (["--seq-length", "99999"], "has 600 tokens, fewer than one sequence of 99999"),
@@ -272,6 +323,39 @@ def test_goes_on_and_reads_checkpoints(
             make("relu").save_pretrained(wrong[1])
         assert main([*words, *wrong]) == 1
         assert re.search(message, capfd.readouterr().err.replace("\n", ""))
+    with pytest.raises(SystemExit):
+        main([*words, str(domains[0].parent / "." / domains[0].name)])
+    assert f"--data-path {domains[0]}: is given more than once" in capfd.readouterr().err
+
+
+def test_counts_of_something_else_are_not_taken(
+    domains: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of experts that have trained on, of text that was made anew, and what no call of this version has written."""
+    model, folder = exported(tmp_path / "model", "hash")
+    words = ["--load", folder, "--data", *domains]
+    analyze(tmp_path / "out", *words)
+    counts, text = tmp_path / "out" / "counts.pt", domains[1].with_suffix(".bin")
+
+    def refused(message: str) -> None:
+        assert main([*map(str, words), "--seq-length", str(LENGTH), "--output-dir", str(tmp_path / "out")]) == 1
+        error = capfd.readouterr().err.replace("\n", "")
+        assert message in error and "Traceback" not in error
+
+    expert_blocks(model)[2].experts.down_proj.data += 0.1
+    model.save_pretrained(folder)
+    refused("was counted with other values of --load. Give another")
+    before = text.stat()
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    refused("--load, --data-path. Give another folder, or remove")
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    kept = torch.load(counts, weights_only=True)
+    for wrong in (kept | {"format": 1}, {"inputs": kept["inputs"], "counts": {}}, [1]):
+        torch.save(wrong, counts)
+        refused("counts.pt is damaged, or of another version of this tool. Remove it")
+    for content in (b"", b"PK\x03\x04 cut off", b"text"):
+        counts.write_bytes(content)
+        refused("counts.pt is damaged")
 
 
 def close(found: Any, expected: Any) -> None:

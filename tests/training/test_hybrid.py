@@ -14,8 +14,10 @@ from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
 from tests.trainings import REPOSITORY, TINY, records, run
+from tools.analyze.command import layer_numbers
 from tools.common.display import Display
 from tools.common.errors import ConversionError
+from tools.common.hf.opening import open_model
 from tools.common.hf.source import model_of, open_run
 from tools.common.hybrid import as_gpt, as_hybrid
 from tools.common.tiny_model import RELU, TOPK
@@ -133,6 +135,9 @@ def test_multi_token_prediction(trainings: Trainings) -> None:
     options = parse_arguments(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
     with Display() as display, pytest.raises(ConversionError, match="multi-token prediction are not converted"):
         convert_class(options, display)
+    model, _ = open_model(folder)
+    looked_at = layer_numbers(argparse.Namespace(load=folder, ckpt_step=None), model)
+    assert [*map(str, looked_at)] == [*flips["layer_rate"]], "tools/analyze has the log's numbers"
 
 
 def test_hash_stays_in_its_class() -> None:

@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from megatron.remoe.data.indexed import bin_path
 from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.preflight.checkpoint_files import TRACKER
 
 from ..common import short_names
 from ..common.display import Display
@@ -35,6 +37,7 @@ from .routing import watched
 from .text import Text
 
 TOKENS_PER_FORWARD = 4096
+HASHED = 1021  # values of a tensor, at least; no power of two, so that they are not all of one column
 SAVE_EVERY = 10.0  # seconds
 SAVING = 0.05  # of the time, at most
 
@@ -45,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         prog="tools/analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--load", type=Path, required=True, metavar="FOLDER", help="a run's checkpoints, or an exported folder"
+        "--load", type=Path, required=True, metavar="FOLDER", help="a run's folder, its --save, or an exported folder"
     )
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
     parser.add_argument(
@@ -65,6 +68,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )  # fmt: skip
     parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="another tokenizer than the model's own")
     args = parser.parse_args(arguments)
+    places = [Path(prefix).resolve() for prefix in args.data_path]
+    if twice := next(
+        (prefix for prefix, place in zip(args.data_path, places, strict=True) if places.count(place) > 1), None
+    ):
+        parser.error(f"--data-path {twice}: is given more than once. Give each data set once.")
+    if not (args.load / TRACKER).exists() and (args.load / "checkpoints" / TRACKER).exists():
+        args.load /= "checkpoints"
     args.output_dir = args.output_dir or args.load / "analysis"
     return args
 
@@ -85,20 +95,36 @@ def check(args: argparse.Namespace, model: RemoeForCausalLM) -> None:
 
 
 def inputs_of(args: argparse.Namespace, model: RemoeForCausalLM, texts: Sequence[Text]) -> dict[str, Any]:
-    """Flag → what counts depend on."""
-    routers = hashlib.sha256()
-    for block in expert_blocks(model).values():
-        for tensor in block.gate.state_dict().values():
-            routers.update(tensor.float().cpu().numpy().tobytes())
+    """Flag → what counts depend on: of the model some values of each of its tensors, which a training changes."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.flatten()[:: max(1, tensor.numel() // HASHED)]
+        weights.update(name.encode() + values.float().cpu().numpy().tobytes())
+    files = [bin_path(Path(text.prefix)).stat() for text in texts]
     return {
-        "--load": [routers.hexdigest(), model.config.max_experts_per_token],
-        "--data-path": [[text.prefix, text.tokens] for text in texts],
+        "--load": [weights.hexdigest(), model.config.max_experts_per_token],
+        "--data-path": [
+            [text.prefix, text.tokens, file.st_size, file.st_mtime_ns] for text, file in zip(texts, files, strict=True)
+        ],
         "--seq-length": texts[0].length,
         "--seed": args.seed,
     }
 
 
-def counts_so_far(path: Path, inputs: dict[str, Any], model: RemoeForCausalLM, most: int | None) -> Counts:
+def layer_numbers(args: argparse.Namespace, model: RemoeForCausalLM) -> list[int]:
+    """Megatron's, from 1, of the layers with experts; in a HybridModel attention is a layer of its own before each."""
+    numbers = [*expert_blocks(model)]
+    if (args.load / "config.json").is_file():
+        return numbers
+    from ..common.checkpoints import find  # an exported folder needs nothing of Megatron
+
+    is_hybrid = getattr(find(args.load, args.ckpt_step).args, "hybrid_layer_pattern", None)
+    return [2 * number for number in numbers] if is_hybrid else numbers
+
+
+def counts_so_far(
+    path: Path, inputs: dict[str, Any], layers: list[int], model: RemoeForCausalLM, most: int | None
+) -> Counts:
     """Those of a call that was cut off, or none yet.
 
     Raises:
@@ -106,7 +132,7 @@ def counts_so_far(path: Path, inputs: dict[str, Any], model: RemoeForCausalLM, m
     """
     if not path.exists():
         config = model.config
-        return Counts.none([*expert_blocks(model)], len(inputs["--data-path"]), config.num_experts, config.vocab_size)
+        return Counts.none(layers, len(inputs["--data-path"]), config.num_experts, config.vocab_size)
     before, counts = Counts.load(path)
     if other := [flag for flag, value in inputs.items() if before[flag] != value]:
         raise ToolError(
@@ -206,9 +232,7 @@ def show(found: dict[str, Any]) -> None:
                 f"of {WINDOW} tokens (chance)": f"{near['union']:.2f} ({near['union_by_chance']:.2f})",
                 "gate": f"{gate['median']:.3g}" if gate else "",
                 "largest has": f"{gate['largest_output']:.1%}" if gate else "",
-                "domain bits (shuffled)": f"{special[layer]['bits']:.4f} ({special[layer]['shuffled']:.4f})"
-                if special
-                else "",
+                "domain bits (shuffled)": _beside_shuffled(special[layer]) if special else "",
             }
         )
     console = Console(highlight=False)
@@ -219,6 +243,11 @@ def show(found: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*row.values())
         console.print(table, "")
+
+
+def _beside_shuffled(special: findings.Numbers) -> str:
+    shuffled = special["shuffled"]
+    return f"{special['bits']:.4f} ({'too few' if shuffled is None else f'{shuffled:.4f}'})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -233,13 +262,13 @@ def analyze(args: argparse.Namespace) -> int:
     Raises:
         ToolError: something is wrong with the flags, the model, the data or the folder.
     """
-    model, tokenizer = open_model(args.load, args.ckpt_step, args.tokenizer_model)
+    model, tokenizer = open_model(args.load, args.ckpt_step, args.tokenizer_model, needs_tokenizer=False)
     check(args, model)
     length = args.seq_length or model.config.max_position_embeddings
     texts = [Text(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     inputs, path = inputs_of(args, model, texts), args.output_dir / "counts.pt"
     with lock(args.output_dir, "analysis"), Display() as display:
-        counts = counts_so_far(path, inputs, model, args.sequences)
+        counts = counts_so_far(path, inputs, layer_numbers(args, model), model, args.sequences)
         count(model, texts, counts, args.sequences, lambda: counts.save(path, inputs), display)
         found = write(args, model, tokenizer, counts)
     show(found)

@@ -6,9 +6,11 @@ from typing import Any, Self
 
 import torch
 
+from ..common.errors import ToolError
 from ..common.files import write_aside
 
-PARTS = 64  # of a data set, which shuffling takes apart
+FORMAT = 2  # of the file
+PARTS = 1024  # of a data set, at most; an even number
 WINDOW = 8  # tokens, as speculative decoding checks them at once
 OCTAVES, PER_OCTAVE = range(-24, 8), 32  # of gates
 
@@ -18,10 +20,12 @@ class Counts:
     """Sums over tokens: int64 but for those of gates and shares, which are float64.
 
     D data sets, P parts of each, L layers with experts, E experts, V tokens of the vocabulary, C classes of gates.
+    A part is `part_sequences` sequences in a row, of whichever data set, so that parts can change places.
 
     Attributes:
         layers: their numbers from 1. `[L]`
         sequences: that were read. `[D]`
+        part_sequences: of a part, twice as many whenever a data set fills all its parts. `[]`
         routed: pairs of a token and an expert that is active for it. `[D, P, L, E]`
         histogram: tokens with 0, 1, 2, ... experts. `[D, L, E + 1]`
         common: pairs whose expert the token before has too. `[D, L]`
@@ -38,6 +42,7 @@ class Counts:
 
     layers: torch.Tensor
     sequences: torch.Tensor
+    part_sequences: torch.Tensor
     routed: torch.Tensor
     histogram: torch.Tensor
     common: torch.Tensor
@@ -62,6 +67,7 @@ class Counts:
         return cls(
             layers=torch.tensor(layers),
             sequences=zeros(domains),
+            part_sequences=torch.tensor(1),
             routed=zeros(domains, PARTS, number, experts),
             histogram=zeros(domains, number, experts + 1),
             common=zeros(domains, number),
@@ -96,7 +102,10 @@ class Counts:
         """
         active = gates > 0
         taken = active.sum(dim=-1)
-        parts = (self.sequences[domain] + torch.arange(len(ids))) % PARTS
+        places = self.sequences[domain] + torch.arange(len(ids))
+        while places[-1] // self.part_sequences >= PARTS:
+            self._join_parts()
+        parts = places // self.part_sequences
         self.routed[domain, :, layer].index_add_(0, parts, active.sum(dim=1))
         self.histogram[domain, layer] += torch.bincount(taken.flatten(), minlength=active.shape[-1] + 1)
         self.common[domain, layer] += (active[:, 1:] & active[:, :-1]).sum()
@@ -106,18 +115,38 @@ class Counts:
         self.by_token[layer].index_add_(0, ids.flatten(), active.flatten(0, 1).int())
 
         sizes, some = gates[active].double(), taken > 0
-        classes = ((sizes.log2() - OCTAVES.start) * PER_OCTAVE).floor().clamp(0, self.gates.shape[1] - 1)
+        classes = ((sizes.log2() - OCTAVES.start) * PER_OCTAVE).round().clamp(0, self.gates.shape[1] - 1)
         self.gates[layer] += torch.bincount(classes.long(), minlength=self.gates.shape[1])
         self.gate_sum[layer] += sizes.sum()
         self.largest_gate[layer] += (gates.amax(dim=-1) / gates.sum(dim=-1))[some].double().sum()
         self.largest_output[layer] += largest_output[some].double().sum()
 
+    def _join_parts(self) -> None:
+        """Two and two, so that half of each data set's parts are empty."""
+        joined = self.routed.unflatten(1, (-1, 2)).sum(dim=2)
+        self.routed = torch.cat([joined, torch.zeros_like(joined)], dim=1)
+        self.part_sequences *= 2
+
     def save(self, path: Path, inputs: dict[str, Any]) -> None:
         """Write all aside, with what it was counted from, and rename it."""
-        write_aside(path, lambda aside: torch.save({"inputs": inputs, "counts": asdict(self)}, aside))
+        state = {"format": FORMAT, "inputs": inputs, "counts": asdict(self)}
+        write_aside(path, lambda aside: torch.save(state, aside))
 
     @classmethod
     def load(cls, path: Path) -> tuple[dict[str, Any], Self]:
-        """What `save` wrote."""
-        saved = torch.load(path, weights_only=True)
-        return saved["inputs"], cls(**saved["counts"])
+        """What `save` wrote.
+
+        Raises:
+            ToolError: it did not.
+        """
+        error: Exception | None = None
+        try:
+            saved = torch.load(path, weights_only=True)
+            if saved["format"] == FORMAT:
+                return saved["inputs"], cls(**saved["counts"])
+        except Exception as damage:  # PyTorch raises almost anything
+            error = damage
+        raise ToolError(
+            f"--output-dir {path.parent}: {path.name} is damaged, or of another version of this tool. Remove it, and "
+            "the text is read anew."
+        ) from error

@@ -1,5 +1,6 @@
 """What the counts say, a dictionary for each file and picture."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,7 +102,7 @@ def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[i
         columns = information(counts.routed.sum(dim=1)), *_shuffled(counts)
         keys = "bits", "shuffled", "shuffled_95"
         found["specialization"] = {
-            layer: dict(zip(keys, row, strict=True))
+            layer: {key: None if math.isnan(value) else value for key, value in zip(keys, row, strict=True)}
             for layer, row in zip(layers, torch.stack(columns, dim=1).tolist(), strict=True)
         }
     found["tokens"] = {layer: _tokens_of(counts, place, text_of) for place, layer in enumerate(layers)}
@@ -126,16 +127,21 @@ def information(routed: torch.Tensor) -> torch.Tensor:
 
 
 def _shuffled(counts: Counts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 95th percentile of `information` where parts of the data sets are dealt out anew."""
+    """Mean and 95th percentile of `information` where parts of the data sets are dealt out anew, to each as many as it
+    has. Parts that are not full are left out; NaN where a data set has no other.
+    """
     domains, parts = counts.routed.shape[:2]
-    filled = torch.arange(parts) < counts.sequences[:, None]
-    labels, routed = filled.nonzero()[:, 0], counts.routed[filled]
+    full = torch.arange(parts) < (counts.sequences // counts.part_sequences)[:, None]
+    if not full[:, 0].all():
+        unknown = torch.full((len(counts.layers),), torch.nan, dtype=torch.float64)
+        return unknown, unknown
+    labels, routed = full.nonzero()[:, 0], counts.routed[full].double()  # exact, and sums are matrix products
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(SHUFFLES):
         dealt = labels[torch.randperm(len(labels), generator=generator)]
-        groups = torch.zeros(domains, *routed.shape[1:], dtype=torch.int64)
-        found.append(information(groups.index_add_(0, dealt, routed)))
+        groups = torch.nn.functional.one_hot(dealt, domains).T.double() @ routed.flatten(1)
+        found.append(information(groups.unflatten(1, routed.shape[1:])))
     bits = torch.stack(found)
     return bits.mean(dim=0), bits.quantile(0.95, dim=0)
 
@@ -171,7 +177,7 @@ def balance(counts: Counts, topk: int, ranks: int) -> Numbers:
         found["layers"][layer] = {
             "sparsity": 1 - int(row.sum()) / (tokens * experts),
             "imbalance": _largest_over_even(row),
-            "relative_load": (row / row.double().mean().clamp(min=1)).tolist(),
+            "relative_load": (row / row.double().mean().clamp(min=1e-30)).tolist(),
             "dead": (row == 0).nonzero()[:, 0].tolist(),
             "inactive": (row < INACTIVE * tokens * topk / experts).nonzero()[:, 0].tolist(),
             "rank_imbalance": _largest_over_even(of_ranks.sum(dim=1)),
@@ -229,7 +235,7 @@ def gates(counts: Counts) -> Numbers:
         at = {name: int(torch.searchsorted(classes, number * q)) for name, q in PERCENTILES.items()}
         found[layer] = {
             "mean": float(counts.gate_sum[place]) / number,
-            **{name: 2 ** (OCTAVES.start + (one + 0.5) / PER_OCTAVE) for name, one in at.items()},
+            **{name: 2 ** (OCTAVES.start + one / PER_OCTAVE) for name, one in at.items()},
             "largest_gate": float(counts.largest_gate[place]) / tokens,
             "largest_output": float(counts.largest_output[place]) / tokens,
         }

@@ -100,7 +100,7 @@ def _load(figure: Any, numbers: Numbers) -> None:
     bits.bar(
         range(len(layers)), [special[layer]["bits"] for layer in layers], color=MEASURED, width=0.6, label="measured"
     )
-    shuffled = [special[layer]["shuffled_95"] for layer in layers]
+    shuffled = [numpy.nan if (of := special[layer]["shuffled_95"]) is None else of for layer in layers]
     bits.plot(range(len(layers)), shuffled, "D", color=BESIDE, label="shuffled domains, 95 % are below")
     _legend(bits)
     _layer_axis(bits, layers)
