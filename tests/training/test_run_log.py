@@ -76,22 +76,32 @@ def test_evaluations(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    tell(make_log(tmp_path), *(LINE.format(iteration) for iteration in (1, 10, 20, 30)))
+    tell(make_log(tmp_path), *(LINE.format(iteration) for iteration in (18, 19, 20, 21)))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "log", "iter')  # cut off in the middle
     resumed = make_log(tmp_path, iteration=20)
-    assert iterations(tmp_path) == [1, 10, 20, 30], "nothing is taken out before the training goes on"
-    tell(resumed, LINE.format(21), LINE.format(30))
-    assert iterations(tmp_path) == [1, 10, 20, 21, 30]
+    assert iterations(tmp_path) == [18, 19, 20, 21], "nothing is taken out before the training goes on"
+    tell(resumed, LINE.format(21), LINE.format(22))
+    assert iterations(tmp_path) == [18, 19, 20, 21, 22]
     assert iterations(tmp_path, "start") == [0, 20]
+
+
+def test_a_run_goes_on_with_another_log_interval(tmp_path: Path) -> None:
+    log = make_log(tmp_path)
+    log._args.log_interval = 10
+    tell(log, *(LINE.format(iteration) for iteration in (10, 20, 30)))
+    tell(make_log(tmp_path, iteration=30), LINE.format(31), LINE.format(32))
+    assert iterations(tmp_path) == [10, 20, 30, 31, 32]
 
 
 def test_a_run_from_its_start_keeps_the_former_one_beside_it(tmp_path: Path) -> None:
     tell(make_log(tmp_path), LINE.format(1), LINE.format(10))
     tell(make_log(tmp_path), LINE.format(1))
-    assert iterations(tmp_path) == [1]
-    former = [record["iteration"] for record in read_run_log(tmp_path / "metrics.old.jsonl")]
-    assert former == [0, 1, 10]
+    tell(make_log(tmp_path), LINE.format(2))
+    tell(make_log(tmp_path), LINE.format(3))
+    assert iterations(tmp_path) == [3]
+    for name, expected in (("old", [0, 1, 10]), ("old.1", [0, 1]), ("old.2", [0, 2])):
+        assert [record["iteration"] for record in read_run_log(tmp_path / f"metrics.{name}.jsonl")] == expected
 
 
 def test_a_run_that_has_nothing_to_do_leaves_it(tmp_path: Path) -> None:
@@ -113,6 +123,28 @@ def test_it_is_bounded(tmp_path: Path) -> None:
     assert len(kept) >= 20 and kept[0] <= step and kept[-1] > 1000 - step, "evenly spread over all of the run"
     assert last == 1001 and last % step, "the run's last line"
     assert iterations(tmp_path, "validation") == [7]
+
+
+def test_it_is_bounded_over_many_sessions(tmp_path: Path) -> None:
+    """Each does eight lines, and the last six of it again."""
+    limit, train_iters = 20_000, 1000
+    for start in range(0, train_iters - 8, 8):
+        log = make_log(tmp_path, iteration=start, train_iters=train_iters, limit=limit)
+        log._args.flags = "x" * 500
+        for iteration in range(start + 1, start + 15):
+            tell(log, {"tokens_per_expert": {1: [0.125] * 8}}, LINE.format(iteration))
+            assert (tmp_path / "metrics.jsonl").stat().st_size <= limit
+    kept, starts = iterations(tmp_path), [one for one in read_run_log(tmp_path / "metrics.jsonl") if "version" in one]
+    (step,) = {after - before for before, after in zip(kept, kept[1:], strict=False)}
+    assert kept[0] <= step and kept[-1] > train_iters - 10 - step, "evenly spread over all of the run"
+    assert [one["iteration"] for one in starts] == [*range(0, train_iters - 8, 8)]
+    assert ["args" in one for one in starts] == [False] * (len(starts) - 4) + [True] * 4
+
+
+def test_what_is_over_the_limit_without_lines_of_the_log(tmp_path: Path) -> None:
+    log = make_log(tmp_path, train_iters=16, limit=100)
+    tell(log, *(LINE.format(iteration) for iteration in range(1, 17)))
+    assert iterations(tmp_path) == [16], "the last one, and an end of halving"
 
 
 def test_a_training_outlives_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import logging
 import re
+import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from megatron.remoe.patches.log_lines import run_logger
 FILE = "metrics.jsonl"
 LIMIT_BYTES = 2**25
 THINNED = ("log", "flips")
+STARTS = 4  # newest ones whose arguments are kept
 
 _STEP = re.compile(r"\] iteration +(\d+)/")
 _EVALUATION = re.compile(r" validation(?:-(\S+))? loss at iteration (\d+)(?: on (test|validation) set)? \|")
@@ -55,7 +58,7 @@ class RunLog(logging.Handler):
         Args:
             args: Megatron's arguments; `iteration`, which is set when a checkpoint is loaded, is read when the first
                 line comes.
-            limit: bytes at which every second record of `THINNED` is left out, once more each time.
+            limit: bytes above which every second record of `THINNED` is left out, as often as it takes.
         """
         super().__init__()
         self.path = Path(args.save, FILE)
@@ -95,9 +98,14 @@ class RunLog(logging.Handler):
         if not self._stride:
             self._stride = 1
             self._begin()
-        if self._is_due(record) and self._append(record) > self._limit:
+        if self._is_due(record):
+            self._thin(self._append(record))
+
+    def _thin(self, size: int) -> None:
+        """Bring a file of so many bytes below the limit, as far as there is something to leave out."""
+        while size > self._limit and self._stride <= self._args.train_iters // self._args.log_interval:
             self._stride *= 2
-            self._keep(self._is_due)
+            size = self._write_anew(filter(self._is_due, read_run_log(self.path)))
 
     def _is_due(self, record: dict[str, Any]) -> bool:
         line, last = record["iteration"] // self._args.log_interval, self._args.train_iters // self._args.log_interval
@@ -107,12 +115,22 @@ class RunLog(logging.Handler):
         """Take out what came after the checkpoint that this training goes on from, and say how it was started."""
         iteration = self._args.iteration
         if iteration:
-            self._keep(lambda record: record["iteration"] <= iteration)
+            kept = [record for record in read_run_log(self.path) if record["iteration"] <= iteration]
+            starts = [record for record in kept if record["kind"] == "start"]
+            former = starts[-1].get("args", {}) if starts else {}
+            self._stride = _stride_of(kept, former.get("log_interval", self._args.log_interval))
+            for record in starts[: 1 - STARTS]:
+                record.pop("args", None)
+            self._write_anew(kept)
         elif self.path.exists():
-            self.path.replace(self.path.with_suffix(".old.jsonl"))
+            self.path.rename(_free_name(self.path))
         versions = {"version": megatron.remoe.__version__, "megatron_core": importlib.metadata.version("megatron-core")}
         arguments = {name: value for name, value in sorted(vars(self._args).items()) if _is_json(value)}
-        self._append({"kind": "start", "time": self._started, "iteration": iteration, **versions, "args": arguments})
+        self._thin(
+            self._append(
+                {"kind": "start", "time": self._started, "iteration": iteration, **versions, "args": arguments}
+            )
+        )
 
     def _append(self, record: dict[str, Any]) -> int:
         """Write one line, without what is not finite; returns the size of the file in bytes."""
@@ -120,12 +138,14 @@ class RunLog(logging.Handler):
             file.write(json.dumps({name: value for name, value in record.items() if _is_json(value)}) + "\n")
             return file.tell()
 
-    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Write the file anew, aside, with the wanted records alone."""
+    def _write_anew(self, records: Iterable[dict[str, Any]]) -> int:
+        """Put them aside and in the file's place; returns its size in bytes."""
         aside = self.path.with_suffix(".new")
         with aside.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in read_run_log(self.path) if wanted(record))
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            size = file.tell()
         aside.replace(self.path)
+        return size
 
 
 def read_run_log(path: Path) -> Iterator[dict[str, Any]]:
@@ -142,6 +162,19 @@ def read_run_log(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 continue
+
+
+def _stride_of(records: Iterable[dict[str, Any]], log_interval: int) -> int:
+    """Of the lines of the log that are kept: what lies between most of them, a power of two."""
+    lines = [record["iteration"] // log_interval for record in records if record["kind"] == "log"]
+    gaps = [after - before for before, after in itertools.pairwise(lines)]
+    return 1 << max(1, int(statistics.median(gaps))).bit_length() - 1 if gaps else 1
+
+
+def _free_name(path: Path) -> Path:
+    """metrics.old.jsonl, metrics.old.1.jsonl, ...: the first that is not there."""
+    names = itertools.chain([".old.jsonl"], (f".old.{number}.jsonl" for number in itertools.count(1)))
+    return next(former for name in names if not (former := path.with_suffix(name)).exists())
 
 
 def _now() -> float:
