@@ -25,6 +25,7 @@ class RoutingSummary:
         target_sparsity: 1 − k/E.
         l1_coefficient: the λ that was in force during the step.
         l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
+        layer_l1_loss: the same of each MoE layer, keyed as `layer_sparsity`.
         layer_sparsity: sparsity per MoE layer, keyed by layer number (from 1): the decoder's, then those of multi-token
             prediction.
         expert_load: per MoE layer, the share of its tokens that each expert got, `num_experts` values.
@@ -35,6 +36,7 @@ class RoutingSummary:
     target_sparsity: float
     l1_coefficient: float
     l1_loss: float
+    layer_l1_loss: dict[int, float]
     layer_sparsity: dict[int, float]
     expert_load: dict[int, list[float]]
     guarded_layers: list[int]
@@ -120,13 +122,15 @@ class SparsityController:
         total, experts = counts.total(), self.num_experts
         rows = {number: counts.layer(number) for number in range(1, self._num_layers + 1)}
         layers = {number: row for number, row in rows.items() if row["tokens"] > 0}
+        l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}
         tokens, exponent = total["tokens"].item(), (total["l1_exponent"] / total["routers"].clamp(min=1.0)).item()
         return RoutingSummary(
             sparsity=1.0 - total.active.item() / (tokens * experts) if tokens else 1.0,
             target_sparsity=self.config.target_sparsity,
             l1_coefficient=self.config.moe_relu_l1_reg_coeff_init
             * self.config.moe_relu_l1_reg_coeff_multiplier**exponent,
-            l1_loss=sum((row["l1_loss"] / row["micro_batches"]).item() for row in layers.values()),
+            l1_loss=sum(l1_losses.values()),
+            layer_l1_loss=l1_losses,
             layer_sparsity={n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()},
             expert_load={n: (row["tokens_per_expert"] / row["tokens"]).tolist() for n, row in layers.items()},
             guarded_layers=[number for number, row in layers.items() if row["guarded"] > 0],

@@ -98,6 +98,7 @@ def _log_text(summary: RoutingSummary) -> str:
 def _run_log_record(summary: RoutingSummary) -> dict[str, Any]:
     figures = asdict(summary)
     loads = figures.pop("expert_load")
+    figures["layer_l1_loss"] = {number: float(f"{loss:.6g}") for number, loss in summary.layer_l1_loss.items()}
     figures["layer_sparsity"] = {number: round(sparsity, 6) for number, sparsity in summary.layer_sparsity.items()}
     return figures | {"tokens_per_expert": {number: [round(load, 5) for load in row] for number, row in loads.items()}}
 
@@ -116,6 +117,7 @@ def _scalars(summary: RoutingSummary, per_layer: bool) -> dict[str, float]:
     if per_layer:
         for number, sparsity in layers.items():
             scalars[f"moe_relu/sparsity_layer_{number}"] = sparsity
+            scalars[f"moe_relu/l1_reg_loss_layer_{number}"] = summary.layer_l1_loss[number]
             for expert, load in enumerate(summary.expert_load[number]):
                 scalars[f"moe_relu/tokens_per_expert_layer_{number}_expert_{expert}"] = load
     return scalars
