@@ -1,6 +1,7 @@
 """The report of a tiny training: what is read, what the page tells, and how it looks in a browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,9 +19,11 @@ from tools.common import short_names
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main as evaluate
 from tools.report.command import main
-from tools.report.costs import LATER, count_flops
+from tools.report.costs import LATER, count_flops, stages_of
 from tools.report.figures import thin
 from tools.report.reading import Run, read_run
+from tools.report.tables import differences, summary
+from tools.sweep.stages import Flops
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -66,14 +69,17 @@ def test_all_files_of_a_run_tell_the_same(trained: Path, other: Path) -> None:
     for key in ("lm_loss", "learning_rate", "grad_norm", "sparsity", "l1_coefficient", "tokens_per_second"):
         iterations, values = metrics.series(key)
         assert len(iterations) == 8 and printed.series(key)[1] == pytest.approx(values, rel=1e-3), key
-    for key in ("layer_sparsity", "tokens_per_expert"):
+    for row in metrics.rows.values():
+        assert sum(row["layer_l1_loss"].values()) == pytest.approx(row["l1_loss"], rel=1e-5)
+    for key in ("layer_sparsity", "layer_l1_loss", "tokens_per_expert"):
         of_layers = metrics.layers(key)
         assert list(of_layers) == [1, 2]
         for layer, (iterations, values) in printed.layers(key).items():
             assert iterations == of_layers[layer][0]
             for value, expected in zip(values, of_layers[layer][1], strict=True):
-                assert value == pytest.approx(expected, abs=1e-5)
+                assert value == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert metrics.validation == printed.validation and list(metrics.validation[""]) == [4, 8]
+    assert metrics.newest_validation == printed.newest_validation
     assert list(metrics.flips) == [2, 4, 6, 8] and metrics.done and printed.done
     assert metrics.target == printed.target == 0.875
     of_the_fork = {name: value for name, value in printed.args.items() if name not in LATER}
@@ -100,8 +106,10 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     assert "FLOPs are not counted" in (tmp_path / "report.html").read_text()
 
 
-def test_a_log_without_its_arguments_tells_no_tokens(tmp_path: Path) -> None:
-    (tmp_path / "end.log").write_text(logged(10, 30))
+@pytest.mark.parametrize("more", ["", " moe relu sparsity: 0.5 | moe relu l1 reg coeff: 1.2000E-08 |"])
+def test_a_log_without_its_arguments_tells_no_tokens(more: str, tmp_path: Path) -> None:
+    """Of this project, and of the authors' fork."""
+    (tmp_path / "end.log").write_text(logged(10, 30, more))
     assert main([str(tmp_path / "end.log")]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "<td>iteration</td><td>10</td>" in page and "<td>tokens</td>" not in page
@@ -125,11 +133,87 @@ def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path)
     assert page.stat().st_size < 3e6
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, object]) -> Path:
+    """A metrics.jsonl of a start with these arguments and of these records."""
+    folder.mkdir(exist_ok=True)
+    start = {"kind": "start", "time": 0.0, "iteration": 0, "args": args}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (start, *records)))
+    return folder
+
+
+@pytest.mark.parametrize("target", [None, 0.75])
+def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
+    """FLOPs and tokens are those of each line's own sequences, not of the batch that the last start was given."""
+    args = {"global_batch_size": 16, "seq_length": 10, "num_experts": 8, "moe_router_topk": 2}
+    routing = {} if target is None else {"sparsity": target, "target_sparsity": target}
+    of_steps = {10: 4, 20: 8, 30: 16}
+    line = {"kind": "log", "seconds_per_iteration": 2.0, **routing}
+    rows = [line | {"iteration": at, "global_batch_size": batch} for at, batch in of_steps.items()]
+    run = read_run(write_metrics(tmp_path / "run", args, *rows), "run")
+    assert run.series("tokens_per_second")[1] == [20.0, 40.0, 80.0]
+    found = stages_of(run, Flops(100.0, 10.0))
+    assert sum(stage.flops for stage in found) == pytest.approx(100.0 * 10 * (4 + 8 + 16))
+    assert sum(stage.hours for stage in found) == pytest.approx(30 * 2.0 / 3600)
+    log = "".join(logged(at, 30).replace("size:     4", f"size: {batch}") for at, batch in of_steps.items())
+    (tmp_path / "run.log").write_text("  seq_length ......... 10\n  global_batch_size ........ 16\n" + log)
+    assert read_run(tmp_path / "run.log", "printed").series("tokens_per_second")[1] == [400.0, 800.0, 1600.0]
+
+
+def test_of_two_evaluations_at_an_iteration_the_curve_has_the_first(tmp_path: Path) -> None:
+    """The second is that of the training's end, which the table has."""
+    held_out = [{"kind": "validation", "iteration": at, "lm_loss": loss} for at, loss in ((4, 3.0), (8, 2.5), (8, 2.0))]
+    metrics = read_run(write_metrics(tmp_path / "run", {}, *held_out), "run")
+    losses = ((4, "", 3.0), (8, "", 2.5), (8, " on validation set", 2.0))
+    (tmp_path / "run.log").write_text(logged(8, 8) + "".join(evaluated(*loss) for loss in losses))
+    printed = read_run(tmp_path / "run.log", "run")
+    for found in (metrics, printed):
+        assert found.validation == {"": {4: 3.0, 8: 2.5}}
+        assert ["validation loss", "2.0000 at 8"] in summary([found]).rows
+
+
+def test_what_differs_are_flags(tmp_path: Path) -> None:
+    noted = "iteration curr_iteration consumed_train_samples num_floating_point_operations_so_far encoder_num_layers"
+    runs = [
+        read_run(write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n)), str(n))
+        for n in (1, 2)
+    ]
+    assert differences(runs).rows == [["--lr", "1", "2"]]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1, 2]", '{"kind": "log"}'])
+def test_names_a_file_of_something_else(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.jsonl").write_text(f"{content}\n")
+    assert main([str(tmp_path / "text.jsonl")]) == 1
+    assert "text.jsonl: is no log of a run: line 1 has no kind and iteration. Give a" in capsys.readouterr().err
+
+
+def test_old_starts_without_their_arguments(tmp_path: Path) -> None:
+    folder = write_metrics(tmp_path, {"lr": 1}, {"kind": "start", "iteration": 2})
+    assert read_run(folder, "run").args == {"lr": 1}
+
+
+def browser_path() -> str:
+    """A browser's; where there is none the test is skipped, or fails if REQUIRE_BROWSER is set."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
-        pytest.skip(f"needs a browser, one of {', '.join(BROWSERS)}: apt-get install chromium")
+        missing = f"needs a browser, one of {', '.join(BROWSERS)}: apt-get install chromium"
+        (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(missing)
+    return path
+
+
+def test_a_browser_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("REQUIRE_BROWSER", "1")
+    with pytest.raises(pytest.fail.Exception, match="needs a browser, one of chromium"):
+        browser_path()
+    monkeypatch.setenv("REQUIRE_BROWSER", "")
+    with pytest.raises(pytest.skip.Exception):
+        browser_path()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = browser_path()
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
 

@@ -32,20 +32,21 @@ def count_flops(args: dict[str, Any]) -> Flops:
 
 def stages_of(run: Run, flops: Flops) -> list[Stage]:
     """ReMoE's three stages, as far as the run is; of other models all iterations as one."""
-    batch = run.args.get("global_batch_size")
-    timed = {at: row for at, row in run.rows.items() if row.get("seconds_per_iteration") is not None}
-    if not timed or batch is None:
+    timed = {at: row for at, row in run.rows.items() if row.get("seconds_per_iteration") and run.batch_of(row)}
+    if not timed:
         return []
     if run.target is None:
-        before = [0, *timed]
-        steps = [at - earlier for earlier, at in zip(before, timed, strict=False)]
-        seconds = sum(n * row["seconds_per_iteration"] for n, row in zip(steps, timed.values(), strict=True))
-        return [Stage("all", 1, run.last, seconds / 3600, batch * run.last * flops.sequence, run.topk or 0)]
+        seconds = sequences = before = 0
+        for at, row in timed.items():
+            seconds += (at - before) * row["seconds_per_iteration"]
+            sequences += (at - before) * run.batch_of(row)
+            before = at
+        return [Stage("all", 1, before, seconds / 3600, sequences * flops.sequence, run.topk or 0)]
     records = {
         at: {
             "sparsity": str(row["sparsity"]),
             "elapsed time per iteration (ms)": str(1000 * row["seconds_per_iteration"]),
-            "global batch size": str(batch),
+            "global batch size": str(run.batch_of(row)),
         }
         for at, row in timed.items()
         if row.get("sparsity") is not None

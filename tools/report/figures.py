@@ -80,7 +80,8 @@ class Overlay:
     def points(self, place: int, run: Run, curve: Curve, marker: str) -> None:
         """Single values of a run."""
         if curve[0]:
-            style = {"color": colour(place), "size": 9, "marker": marker, "line_color": "white", "name": run.name}
+            style = {"color": colour(place), "size": 11, "marker": marker, "name": run.name}
+            style |= {"line_color": "#888888", "line_width": 2} if marker == "diamond" else {"line_color": "white"}
             self._tell(self.plot.scatter(_array(curve[0]), _array(curve[1]), **style))
 
     def layers(self, place: int, run: Run, layers: Mapping[int, Curve]) -> None:
@@ -124,7 +125,7 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
             *_sparsity(runs, x_range),
             *_experts(runs, x_range),
             *_simple(runs, x_range, "l1_coefficient", "λ", "coefficient of the L1 term", y_axis_type="log"),
-            *_simple(runs, x_range, "l1_loss", "L1 term", "before λ"),
+            *_l1_losses(runs, x_range),
             *_flips(runs, x_range),
             *_guarded(runs, x_range),
         ],
@@ -207,6 +208,14 @@ def _experts(runs: Sequence[Run], x_range: Range1d) -> Iterator[Panel]:
     for topk in {run.topk for run in runs if run.topk}:
         overlay.level(topk)
     yield from overlay.panel("Experts per token", "mean; thin: layers, dashed: k")
+
+
+def _l1_losses(runs: Sequence[Run], x_range: Range1d) -> Iterator[Panel]:
+    overlay = Overlay(x_range, "L1 term")
+    for place, run in enumerate(runs):
+        overlay.layers(place, run, run.layers("layer_l1_loss"))
+        overlay.curve(place, run, run.series("l1_loss"))
+    yield from overlay.panel("L1 term", "before λ; thin: layers")
 
 
 def _flips(runs: Sequence[Run], x_range: Range1d) -> Iterator[Panel]:

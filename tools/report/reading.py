@@ -17,7 +17,12 @@ METRICS, LOG, TENSORBOARD = "metrics.jsonl", "train.log", "tensorboard"
 # The names in metrics.jsonl of what Megatron prints, and of its scalars.
 PRINTED = {
     **{"lm loss": "lm_loss", "learning rate": "learning_rate", "grad norm": "grad_norm"},
-    **{"consumed samples": "consumed_samples", "sparsity": "sparsity", "target sparsity": "target_sparsity"},
+    **{
+        "consumed samples": "consumed_samples",
+        "global batch size": "global_batch_size",
+        "sparsity": "sparsity",
+        "target sparsity": "target_sparsity",
+    },
     **{"l1 coefficient": "l1_coefficient", "l1 coefficient after the update": "l1_coefficient", "l1 loss": "l1_loss"},
 }
 SCALARS = {
@@ -30,7 +35,8 @@ _VALIDATION = re.compile(
     r"^ validation(?:-(\S+))? loss at iteration (\d+)(?: on validation set)? \| lm loss value: (\S+)", re.MULTILINE
 )
 _PADDED = re.compile(r"> padded vocab \(size: \d+\) .*\(new size: (\d+)\)")
-_LAYER = re.compile(r"moe_relu/(?:sparsity_layer_(\d+)|tokens_per_expert_layer_(\d+)_expert_(\d+))$")
+_LAYER = re.compile(r"moe_relu/(sparsity|l1_reg_loss|tokens_per_expert)_layer_(\d+)(?:_expert_(\d+))?$")
+_OF_LAYERS = {"sparsity": "layer_sparsity", "l1_reg_loss": "layer_l1_loss"}
 _EVALUATED = {"text", "speed", "tasks"}  # what tools/evaluate writes
 Row = dict[str, Any]
 
@@ -44,6 +50,7 @@ class Run:
         args: Megatron's arguments, by their names.
         rows: iteration → figures of the interval that ends there, named as in metrics.jsonl.
         validation: data set, "" for the only one → iteration → loss in nats per token.
+        newest_validation: data set → the last loss that was measured.
         flips: iteration → what metrics.jsonl tells of routing decisions that changed.
         evaluations: file of tools/evaluate → what it holds.
         written: when the newest figures were, as Unix time.
@@ -54,6 +61,7 @@ class Run:
     args: dict[str, Any] = field(default_factory=dict)
     rows: dict[int, Row] = field(default_factory=dict)
     validation: dict[str, dict[int, float]] = field(default_factory=dict)
+    newest_validation: dict[str, float] = field(default_factory=dict)
     flips: dict[int, Row] = field(default_factory=dict)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     written: float = 0.0
@@ -73,6 +81,16 @@ class Run:
                 iterations.append(iteration)
                 values.append(value)
         return dict(sorted(found.items()))
+
+    def batch_of(self, row: Row) -> int | None:
+        """Sequences of a step of the interval that this row tells of; None where nothing tells."""
+        found = row.get("global_batch_size") or self.args.get("global_batch_size")
+        return None if found is None else int(found)
+
+    def evaluated(self, name: str, iteration: int, loss: float) -> None:
+        """Take an evaluation: of two at an iteration the first is the curve's, and the second that of the end."""
+        self.validation.setdefault(name, {}).setdefault(iteration, loss)
+        self.newest_validation[name] = loss
 
     @property
     def last(self) -> int:
@@ -153,9 +171,9 @@ def read_run(place: Path, name: str) -> Run:
             read(found[kind], run)
     run.rows = dict(sorted(run.rows.items()))
     for row in run.rows.values():
-        if row.get("seconds_per_iteration") and {"global_batch_size", "seq_length"} <= run.args.keys():
-            tokens = run.args["global_batch_size"] * run.args["seq_length"]
-            row.setdefault("tokens_per_second", tokens / row["seconds_per_iteration"])
+        sequences, length = run.batch_of(row), run.args.get("seq_length")
+        if row.get("seconds_per_iteration") and sequences and length:
+            row.setdefault("tokens_per_second", sequences * length / row["seconds_per_iteration"])
     run.written = run.written or max(path.stat().st_mtime for path in found.values())
     for path in sorted(place.glob("*.json")):
         held = _json(path.read_text(encoding="utf-8", errors="replace"))
@@ -172,18 +190,23 @@ def _json(text: str) -> Any:
 
 
 def _read_metrics(path: Path, run: Run) -> None:
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         entry = _json(line)
         if entry is None:  # half written
             continue
+        if not isinstance(entry, dict) or not {"kind", "iteration"} <= entry.keys():
+            raise ToolError(
+                f"{path}: is no log of a run: line {number} has no kind and iteration. Give a run's folder, its "
+                "--save, or a log's file."
+            )
         iteration, run.written = entry["iteration"], entry.get("time", run.written)
         match entry["kind"]:
             case "start":
-                run.args = entry["args"]
+                run.args = entry.get("args", run.args)
             case "log":
                 run.rows[iteration] = entry
             case "validation" if "lm_loss" in entry:
-                run.validation.setdefault(entry.get("set", ""), {})[iteration] = entry["lm_loss"]
+                run.evaluated(entry.get("set", ""), iteration, entry["lm_loss"])
             case "flips":
                 run.flips[iteration] = entry
 
@@ -203,11 +226,13 @@ def _read_printed(path: Path, run: Run) -> None:
     if any("l1 coefficient after the update" in fields for fields in records.values()):
         _split_experts(run.args)
     for name, iteration, loss in _VALIDATION.findall(text):
-        run.validation.setdefault(name, {})[int(iteration)] = float(loss)
+        run.evaluated(name, int(iteration), float(loss))
 
 
 def _split_experts(args: dict[str, Any]) -> None:
-    """As the fork does behind the arguments that it prints."""
+    """As the fork does behind the arguments that it prints; nothing where it has printed none."""
+    if not {"num_experts", "moe_router_topk"} <= args.keys():
+        return
     granularity = args.get("moe_granularity", 1)
     args["num_experts"] *= granularity
     args["moe_router_topk"] *= granularity
@@ -227,16 +252,16 @@ def _read_tensorboard(folder: Path, run: Run) -> None:
     for tag, series in read_scalars(folder).items():
         for iteration, value in zip(series.steps, series.values, strict=True):
             if match := _LAYER.match(tag):
-                row, (sparse, layer, expert) = run.rows.setdefault(iteration, {}), match.groups()
-                if sparse:
-                    row.setdefault("layer_sparsity", {})[sparse] = value
+                row, (kind, layer, expert) = run.rows.setdefault(iteration, {}), match.groups()
+                if expert is None:
+                    row.setdefault(_OF_LAYERS[kind], {})[layer] = value
                 else:
                     row.setdefault("tokens_per_expert", {}).setdefault(layer, {})[int(expert)] = value
             elif not printed and tag in SCALARS:
                 run.rows.setdefault(iteration, {})[SCALARS[tag]] = value
             elif not printed and tag.startswith("lm loss validation") and not tag.endswith(" vs samples"):
                 name = tag.removeprefix("lm loss validation").removeprefix("-")
-                run.validation.setdefault(name, {})[iteration] = value
+                run.evaluated(name, iteration, value)
     for row in run.rows.values():
         for layer, shares in row.get("tokens_per_expert", {}).items():
             row["tokens_per_expert"][layer] = [shares[expert] for expert in sorted(shares)]

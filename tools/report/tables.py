@@ -13,10 +13,16 @@ from ..sweep.stages import Stage
 from .reading import Run
 
 RECENT = 20  # lines whose rate tells the time that is left
-# Where the files of a run and its processes are: different in any two.
-PLACES = frozenset(
+# Where the files of a run and its processes are: different in any two. Then what Megatron notes beside the flags.
+LEFT_OUT = frozenset(
     """
     save load tensorboard_dir data_cache_path wandb_project wandb_exp_name wandb_save_dir rank local_rank
+
+    iteration curr_iteration consumed_train_samples consumed_valid_samples skipped_train_samples
+    num_floating_point_operations_so_far do_train do_valid do_test world_size data_parallel_size cpu
+    transformer_pipeline_model_parallel_size virtual_pipeline_model_parallel_size encoder_num_layers
+    encoder_seq_length gtp_weight_remat_size expert_gtp_weight_remat_size use_dist_ckpt
+    use_layer_wise_distributed_optimizer variable_seq_lengths
     """.split()
 )
 
@@ -70,10 +76,7 @@ def _time_left(run: Run) -> str | None:
 
 def _validation(name: str, run: Run) -> str | None:
     losses = run.validation.get(name)
-    if not losses:
-        return None
-    at = max(losses)
-    return f"{losses[at]:.4f} at {at:,}"
+    return f"{run.newest_validation[name]:.4f} at {max(losses):,}" if losses else None
 
 
 def _settled(run: Run) -> str | None:
@@ -115,7 +118,7 @@ def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
 def differences(runs: Sequence[Run]) -> Table:
     """Arguments that are not the same in all runs."""
     told = [run for run in runs if run.args]
-    names = sorted({name for run in told for name in run.args} - PLACES)
+    names = sorted({name for run in told for name in run.args if not name.startswith("_")} - LEFT_OUT)
     cells = {name: [str(run.args.get(name, "")) for run in told] for name in names}
     rows = [[f"--{name.replace('_', '-')}", *values] for name, values in cells.items() if len(set(values)) > 1]
     return Table("Flags that differ", ["", *(run.name for run in told)], rows)
