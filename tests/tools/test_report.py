@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bokeh.models import Scatter
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from tests.tools.sweeping import evaluated, logged
@@ -20,7 +21,7 @@ from tools.common.tiny_model import RELU
 from tools.evaluate.command import main as evaluate
 from tools.report.command import main
 from tools.report.costs import LATER, count_flops, stages_of
-from tools.report.figures import thin
+from tools.report.figures import panels, thin
 from tools.report.reading import Run, read_run
 from tools.report.tables import differences, summary
 from tools.sweep.stages import Flops
@@ -300,6 +301,14 @@ def test_a_long_curve_keeps_its_spikes() -> None:
     thinned = thin((iterations, values), 100)
     assert len(thinned[0]) <= 100 and (5_432, 9.0) in zip(*thinned, strict=True)
     assert min(thinned[1]) == 0.0 and list(thinned[0]) == sorted(thinned[0])
+
+
+def test_the_mark_of_the_settled_sparsity_is_seen() -> None:
+    """On light and dark, on the curve of its colour."""
+    rows = {at: {"sparsity": s, "target_sparsity": 0.75} for at, s in ((1, 0.5), (2, 0.749), (3, 0.75))}
+    sparsity = next(panel for panel in panels([Run("run", rows=rows)])["Routing"] if panel.title == "Sparsity S")
+    (mark,) = (drawn.glyph for drawn in sparsity.plot.renderers if isinstance(drawn.glyph, Scatter))
+    assert mark.line_color == "#888888" and mark.size > 9
 
 
 def test_a_run_that_has_not_logged_yet(tmp_path: Path, trained: Path) -> None:

@@ -80,8 +80,9 @@ class Overlay:
     def points(self, place: int, run: Run, curve: Curve, marker: str) -> None:
         """Single values of a run."""
         if curve[0]:
-            style = {"color": colour(place), "size": 11, "marker": marker, "name": run.name}
-            style |= {"line_color": "#888888", "line_width": 2} if marker == "diamond" else {"line_color": "white"}
+            style = {"color": colour(place), "size": 9, "marker": marker, "line_color": "white", "name": run.name}
+            if marker == "diamond":  # on the curve, in its colour
+                style |= {"size": 16, "line_color": "#888888", "line_width": 2}
             self._tell(self.plot.scatter(_array(curve[0]), _array(curve[1]), **style))
 
     def layers(self, place: int, run: Run, layers: Mapping[int, Curve]) -> None:
