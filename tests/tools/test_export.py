@@ -124,6 +124,7 @@ def test_shards(tmp_path: Path) -> None:
         ("moe_baseline_router", "random", "does not know: --moe-baseline-router random."),
         ("tokenizer_type", "SentencePieceTokenizer", "--tokenizer-type SentencePieceTokenizer, which cannot"),
         ("tokenizer_type", "HuggingFaceTokenizer", "--load: its --tokenizer-model /nowhere: cannot be read"),
+        ("tokenizer_type", "GPT2BPETokenizer", "--load: its tokenizer cannot be read (--vocab-file"),
         ("ffn_hidden_size", 44, "mlp.gate_proj.weight has the shape [40, 32], and its arguments call for [44, 32]"),
         ("num_layers", 3, "has no decoder.layers.2.self_attention.linear_qkv.layer_norm_weight, which its"),
         (None, None, "model.norm.weight holds values that are not finite. Choose an earlier iteration"),
@@ -135,6 +136,7 @@ def test_refusals(
     model = make("relu, shared")
     args = args_of(model.config)
     args.tokenizer_type, args.tokenizer_model = "NullTokenizer", "/nowhere"
+    args.vocab_file = args.merge_file = "/nowhere"
     megatron = build(args)
     fill(megatron, *under_megatrons_names(model))
     if setting is None:
