@@ -39,7 +39,7 @@ def stages_of(run: Run, flops: Flops) -> list[Stage]:
         seconds = sequences = before = 0
         for at, row in timed.items():
             seconds += (at - before) * row["seconds_per_iteration"]
-            sequences += (at - before) * run.batch_of(row)
+            sequences += (at - before) * (run.batch_of(row) or 0)
             before = at
         return [Stage("all", 1, before, seconds / 3600, sequences * flops.sequence, run.topk or 0)]
     records = {
