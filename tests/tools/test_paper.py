@@ -136,7 +136,7 @@ def test_a_comparison_is_made(words: list[str], output: Path, capsys: pytest.Cap
     found = json.loads((folder / "mixed.json").read_text())
     for row in args.rows:
         (result,) = found["results"][row].values()
-        assert 4 < result["loss"] < 7
+        assert 2 < result["loss"] < 7  # matched runs take more steps
         assert "dense" in row or has_flips == (result["flip_rate"] is not None)
     assert printed.count("\n| ") >= len(args.rows) + 1
 
