@@ -1,10 +1,8 @@
 """docs/paper.md: every figure and table in its order, and its commands, run with a few steps as they stand there."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -15,9 +13,11 @@ from rich.console import Console
 from tests.entry import shared_entry
 from tests.trainings import REPOSITORY
 from tools.analyze.command import parse_arguments as analyze
+from tools.common.flags import words_of
 from tools.compare import command as compare
 from tools.compare.inside import markdown as routers
 from tools.compare.kept import Kept
+from tools.compare.recipes import SETTINGS, TUNED, recipe_of
 from tools.compare.table import markdown
 from tools.compare.trainings import Processes
 from tools.evaluate.command import parse_arguments as evaluate
@@ -76,23 +76,22 @@ def test_a_command_is_taken(words: list[str]) -> None:
 
 def test_comparisons_train_what_the_sweeps_of_the_page_do() -> None:
     trained = {row for words in COMPARISONS for row in compare.parse_arguments(words).rows}
-    kinds = {row.removeprefix("tuned-") for row in trained} | {"moe-post"}  # that tuned-moe tries
+    tuned = trained & TUNED.keys()
+    kinds = {recipe_of(row).run.kind for row in trained - tuned}.union(*(TUNED[row] for row in tuned))
+    axes = {recipe_of(row).run.axis for row in trained - tuned} | {*SETTINGS}
     sweeps = [sweep.parse_arguments(words[1:]) for words in commands() if words[0] == "scripts/sweep.sh"]
     assert sweeps and all({run.kind for run in sweep.planned(args)} <= kinds for args in sweeps if not args.stages)
-    assert all(run.axis in {""} | plan.AXES.keys() for args in sweeps for run in sweep.planned(args))
+    assert {run.axis for args in sweeps for run in sweep.planned(args)} <= axes
 
 
 def train(launch: plan.Launch, run: plan.Run, display: SweepDisplay, work: Work, _: IO[str]) -> str | None:
     """In the place of `execution.train`: what the launch script would start, in a Megatron that is imported already."""
     display.begin(work)
-    environment = os.environ | launch.environment(run, os.environ) | {"DRY_RUN": "command", "PYTHON": "true"}
-    command = subprocess.run(
-        ["bash", *launch.arguments(run)], env=environment, capture_output=True, text=True, check=True
-    )
+    words = words_of(settings.would_start_with(launch, run, anywhere=False))
     folder = launch.folder(run)
     folder.mkdir(parents=True)
-    (folder / "command.sh").write_text(command.stdout)
-    code, printed = shared_entry().run(settings.flags_of(folder), limit=120)
+    (folder / "command.sh").write_text(shlex.join([settings.ENTRY, *words]))
+    code, printed = shared_entry().run(words, limit=120)
     log_of(folder).write_text(printed)
     return None if code == 0 else printed[-3000:]
 

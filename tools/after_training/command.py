@@ -24,7 +24,7 @@ import torch
 
 from ..common.display import Display
 from ..common.errors import ToolError
-from ..common.files import write_between
+from ..common.files import write_between, write_json
 from ..common.flags import parse, words_of
 from ..common.log_reader import series
 from ..common.places import ROOT
@@ -133,7 +133,7 @@ def follow(quickstart: Quickstart, model: str, scratch: Path, display: Display) 
         before=before,
         after=after,
     )
-    stages.write_json(kept, {"inputs": inputs, "followed": asdict(followed)})
+    write_json(kept, {"inputs": inputs, "followed": asdict(followed)})
     return followed
 
 
@@ -175,7 +175,7 @@ def after_training(args: argparse.Namespace, display: Display) -> None:
     display.say(text)
     if args.output is not None:
         results = {"models": {model: asdict(one) for model, one in followed.items()}} | measured
-        stages.write_json(args.output, results)
+        write_json(args.output, results)
     wrong = [f"{model}: {what}" for model, one in followed.items() for what in one.wrong()]
     if wrong:
         raise ToolError("\n".join(wrong))

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..common.errors import ToolError
-from ..quickstart.stages import read_stamp, write_json
+from ..common.files import write_json
+from ..quickstart.stages import read_stamp
 from ..sweep.plan import Run
 from .recipes import Recipe
 from .table import Result, Results

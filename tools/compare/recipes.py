@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..common.flags import Settings
-from ..sweep.plan import AXES, FEW_EXPERTS, KINDS, MATCHED, PROTOCOLS, SIZE, WHOLE, Run, partner
+from ..sweep.plan import AXES, BASE_SIZE, FEW_EXPERTS, KINDS, MATCHED, PROTOCOLS, WHOLE, Run, partner
 from ..sweep.run_log import Outcome
-from ..sweep.tiny import SIZES
+from ..sweep.tiny import MODELS
 
 REFERENCE = "remoe"
 QUICKSTARTS = ("dense", "moe", REFERENCE)
@@ -22,7 +22,7 @@ BEYOND = 2  # values of a setting that are tried past the end of the sweep's
 OTHERS = ("moe-sigmoid", "moe-unbalanced", "moe-warmup", "moe-hash", "moe-random", "moe-expertchoice")
 # In the order in which they are trained: what decides first.
 ROWS = (*QUICKSTARTS, "moe-lossfree", "tuned-moe", "tuned-dense", "tuned-remoe", *OTHERS, "remoe-unbalanced")
-_MODEL, _PREFIX = "llama_", f"llama_{SIZE}_"
+_MODEL, _PREFIX = "llama_", f"llama_{BASE_SIZE}_"
 TITLES = {"dense": "dense", "moe": "top-k, softmax", REFERENCE: "ReMoE"}
 
 
@@ -37,7 +37,7 @@ class Recipe:
         """For scripts/sweep.sh: this run, or those along a setting."""
         run, kinds = self.run, [self.run.kind]
         options = ["--granularities", str(run.granularity or WHOLE)]
-        if run.size != SIZE:
+        if run.size != BASE_SIZE:
             options = ["--figures", "size", "--sizes", run.size]
         elif axis or run.axis:
             options += ["--figures", axis or run.axis]
@@ -63,9 +63,9 @@ def recipe_of(row: str) -> Recipe:
     """
     routing, _, protocol = row.partition("-")
     if row == "dense":
-        return Recipe(Run(SIZE, row))
+        return Recipe(Run(BASE_SIZE, row))
     if row in KINDS:
-        return Recipe(Run(SIZE, routing, FEW_EXPERTS, WHOLE, protocol=protocol))
+        return Recipe(Run(BASE_SIZE, routing, FEW_EXPERTS, WHOLE, protocol=protocol))
     run = Run.from_name(_PREFIX + row) or Run.from_name(_MODEL + row)
     if run is None:
         raise ValueError(f"{row}: no such row")
@@ -101,7 +101,7 @@ def title(row: str) -> str:
         return f"{TITLES[row.partition('-')[0]].split(',')[0]}, {PROTOCOLS[row].title}"
     run = recipe_of(row).run
     told = [f"dense x {run.expansion}"] if run.expansion > 1 else [title(run.kind)]
-    told += [f"{SIZES[run.size].layers} layers of {SIZES[run.size].hidden}"] if run.size != SIZE else []
+    told += [f"{MODELS[run.size].layers} layers of {MODELS[run.size].hidden}"] if run.size != BASE_SIZE else []
     told += [f"E = {run.experts}"] if run.experts not in (None, FEW_EXPERTS) else []
     told += [f"G = {run.granularity}"] if (run.granularity or WHOLE) > WHOLE else []
     told += [f"{AXES[run.axis].label} = {run.value:g}"] if run.axis else []

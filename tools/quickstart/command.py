@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from ..common.files import lock
+from ..common.files import lock, write_json
 from ..common.places import ROOT
 from ..common.running import run_to_the_end
 from ..common.units import duration
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
             scalars = {each.model: report.read_scalars(each.folder / "tensorboard") for each in trainings}
             summary = report.summarize(scalars, held_out, args.iterations, args.seed, models.SIZE)
             picture.draw(output / "report.png", scalars, summary)
-            stages.write_json(output / "summary.json", summary)
+            write_json(output / "summary.json", summary)
             result.append("table and picture")
     report.show(console, summary, _short(output), _short(runs))
     return 0

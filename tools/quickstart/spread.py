@@ -16,6 +16,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tools.common.files import write_json  # noqa: E402
 from tools.common.markdown import table  # noqa: E402
 from tools.quickstart import models, report, stages  # noqa: E402
 
@@ -60,7 +61,7 @@ def main() -> int:
     except (OSError, ValueError, KeyError, stages.QuickstartError) as error:
         print(f"spread.py: {error!r}" if isinstance(error, KeyError) else f"spread.py: {error}", file=sys.stderr)
         return 1
-    stages.write_json(report.SPREAD_FILE, spread)
+    write_json(report.SPREAD_FILE, spread)
     print(markdown(summaries))
     print(json.dumps(spread))
     return 0

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..common import files
 from ..common.errors import ToolError
+from ..common.files import write_json as write_json  # corpus.py and dataset.py, which stamps hash, take it from here
 
 
 class QuickstartError(ToolError):
@@ -23,11 +23,6 @@ def fingerprint(*parts: Any) -> str:
 def fingerprint_of_files(paths: Iterable[Path]) -> str:
     """Hash of the files' contents, in the order of their paths."""
     return fingerprint([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, aside and renamed."""
-    files.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ..common.files import write_json
 from ..common.log_reader import seconds_per_iteration
 from ..common.places import ROOT
 from ..common.training_process import Evaluated, Evaluating, Logged, Resumed, end, events, start
@@ -45,7 +46,7 @@ class Training:
             return False
         cleared = self.folder.exists()
         stages.fresh_folder(self.folder)
-        stages.write_json(self.folder / "inputs.json", {"inputs": self.inputs})
+        write_json(self.folder / "inputs.json", {"inputs": self.inputs})
         return cleared
 
 
@@ -82,7 +83,7 @@ def run(training: Training, display: TrainingDisplay, work: Work, threads: int, 
             f"The training of {work.title} {reason}. The end of its log:\n\n{''.join(tail)}\n"
             f"The whole log: {training.log}\nOnce the cause is gone, the same command goes on from the last checkpoint."
         )
-    stages.write_json(training.folder / "done.json", {"inputs": training.inputs})
+    write_json(training.folder / "done.json", {"inputs": training.inputs})
 
 
 def _follow(

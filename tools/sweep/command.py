@@ -56,7 +56,7 @@ EXAMPLES = """examples:
 
 def add_what_to_train(parser: argparse.ArgumentParser, figures: Sequence[str], default: str) -> None:
     """Add the flags that choose runs; `planned` reads them."""
-    base = f"{plan.SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
+    base = f"{plan.BASE_SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
     what = parser.add_argument_group("what to train", f"Each figure varies one thing and keeps the others at {base}.")
     what.add_argument("--figures", nargs="+", choices=figures, help=f"default: {default}")
     what.add_argument("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="of the figure size")
@@ -166,7 +166,7 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
     check_flags(args.flags, runs)
     launch = plan.Launch(args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, args.flags)
     if args.tiny:
-        small = {name: tiny.flags(size, args.train_iters, os.environ) for name, size in tiny.SIZES.items()}
+        small = {name: tiny.flags(size, args.train_iters, os.environ) for name, size in tiny.MODELS.items()}
         launch = replace(launch, small=small, data=tiny.environment(os.environ, args.corpus))
     waiting = waiting_runs(launch, runs)
     ready = [run for run in runs if run not in waiting]

@@ -17,7 +17,7 @@ ROUTINGS = ("dense", "moe", "remoe")
 FIGURES = ("size", "experts", "granularity")
 COMPARED = "routing"  # the figure over routings, at the other figures' common point
 # Where the axes meet: each figure varies one thing and keeps the others.
-SIZE, FEW_EXPERTS, WHOLE = "182m", 8, 1
+BASE_SIZE, FEW_EXPERTS, WHOLE = "182m", 8, 1
 VALUES: Mapping[str, Sequence[Any]] = {"size": SIZES, "experts": EXPERTS, "granularity": GRANULARITIES}
 RATES: Mapping[str, tuple[str]] = {"--lr": ("5e-4",), "--min-lr": ("5e-5",)}  # the launch scripts'
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
@@ -223,7 +223,7 @@ def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], kinds: Sequ
         fitting = AXES[figure].kinds if figure in AXES else KINDS
         plain = [kind for kind in fitting if kind in ROUTINGS and figure in AXES] or fitting
         kinds = plain if kinds is None else [kind for kind in kinds if kind in fitting]
-    base = Run(SIZE, "remoe", FEW_EXPERTS, WHOLE)
+    base = Run(BASE_SIZE, "remoe", FEW_EXPERTS, WHOLE)
     runs = []
     for point in points:
         for kind in kinds:
@@ -258,7 +258,7 @@ def figures_of(run: Run) -> list[str]:
     """The figures in which a run is a point."""
     dense = run.routing == "dense"
     at = {
-        "size": run.size == SIZE,
+        "size": run.size == BASE_SIZE,
         "experts": dense or run.experts == FEW_EXPERTS,
         "granularity": dense or run.granularity == WHOLE,
     }

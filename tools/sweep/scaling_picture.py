@@ -7,7 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from ..common.picture_style import COLOURS, file_pyplot, style
-from .plan import AXES, COMPARED, FEW_EXPERTS, FIGURES, PROTOCOLS, ROUTINGS, SIZE, SIZES, WHOLE, WIDE, Run, figures_of
+from .plan import (
+    AXES,
+    BASE_SIZE,
+    COMPARED,
+    FEW_EXPERTS,
+    FIGURES,
+    PROTOCOLS,
+    ROUTINGS,
+    SIZES,
+    WHOLE,
+    WIDE,
+    Run,
+    figures_of,
+)
 
 Point = tuple[Run, float]  # a finished run and its validation loss
 Line = tuple[str, str, int | None]  # routing and protocol, and the granularity on the axes that keep it
@@ -51,7 +64,7 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
             if panel == "size" and resized:
                 label = "size by its launch script"
             if panel != "size" and not resized:
-                fixed = f"{SIZE.upper()}, {fixed}"
+                fixed = f"{BASE_SIZE.upper()}, {fixed}"
             axes.set_title(title)
             axes.set_title(fixed, loc="right", fontsize=11, color="#555555", fontweight="normal")
             axes.set_xlabel(label)
@@ -139,8 +152,8 @@ def _draw_panel(axes: Any, panel: str, points: Sequence[Point]) -> None:
     if panel != "size":
         axes.set_xscale("log" if panel not in AXES or AXES[panel].is_log else "linear")
     if panel in ("experts", "granularity"):
-        wide = Run(SIZE, "dense", expansion=WIDE)
-        references = {Run(SIZE, "dense"): "dense"} | ({wide: f"dense x {WIDE}"} if panel == "experts" else {})
+        wide = Run(BASE_SIZE, "dense", expansion=WIDE)
+        references = {Run(BASE_SIZE, "dense"): "dense"} | ({wide: f"dense x {WIDE}"} if panel == "experts" else {})
         for run, loss in points:
             if run in references:
                 axes.axhline(loss, color=COLOURS["dense"], linestyle="--", linewidth=1.8)

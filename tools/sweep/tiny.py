@@ -11,7 +11,7 @@ from ..quickstart.models import SEED, SIZE, Size, common_flags
 from .errors import SettingsError
 
 # By the launch script that each stands for.
-SIZES: Mapping[str, Size] = {
+MODELS: Mapping[str, Size] = {
     "182m": SIZE,
     "469m": replace(SIZE, layers=4, hidden=80, ffn=160),
     "978m": replace(SIZE, layers=4, hidden=128, ffn=256),
