@@ -74,11 +74,11 @@ def planner(monkeypatch: pytest.MonkeyPatch) -> tuple[MCoreLoadPlanner, SimpleNa
 def test_all_are_named() -> None:
     for patch in patches.PATCHES:
         file, _, what = patch.changes.partition(": ")
-        assert what and (patch.lacks and patch.ends), patch
+        assert what and (patch.provides and patch.ends), patch
         assert (importlib.metadata.files("megatron-core") or []) and any(
             str(path) == f"megatron/{file}" for path in importlib.metadata.files("megatron-core") or []
         ), file
-    assert importlib.metadata.version("megatron-core") in patches.READ_AGAINST
+    assert importlib.metadata.version("megatron-core") in patches.VERSIONS
 
 
 def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
@@ -93,11 +93,11 @@ def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch, recwarn:
     warning = str(recwarn.pop(UserWarning).message)
     assert applied == [] and "megatron-core 0.99.0" in warning and not recwarn
     for patch in patches.PATCHES:
-        assert (patch.lacks in warning) is not patch.for_saving
+        assert (patch.provides in warning) is not patch.for_saving
     monkeypatch.setenv("RANK", "1")
     patches.apply_patches()
     assert applied == [] and not recwarn, "one warning, not one for each rank"
-    monkeypatch.setattr(importlib.metadata, "version", lambda _name: patches.READ_AGAINST[0])
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: patches.VERSIONS[0])
     patches.apply_patches()
     assert applied == [patch.changes for patch in patches.PATCHES] and not recwarn
 
@@ -158,9 +158,9 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
     assert found.dtype == torch.float32
 
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
-    patches.keep_norms_on_the_device()
+    patches.keep_norms_on_device()
     patched = clip_grads.l2_norm_impl
-    patches.keep_norms_on_the_device()
+    patches.keep_norms_on_device()
     assert clip_grads.l2_norm_impl is patched is not local_multi_tensor_l2_norm
     on_gpu = [SimpleNamespace(is_cuda=True)] * 3
     monkeypatch.setattr(waits, "_norm_of_all", lambda given: given)
@@ -172,7 +172,7 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
         pass
 
     monkeypatch.setattr(clip_grads, "l2_norm_impl", of_transformer_engine)
-    patches.keep_norms_on_the_device()
+    patches.keep_norms_on_device()
     assert clip_grads.l2_norm_impl is of_transformer_engine
 
 
@@ -207,9 +207,9 @@ def test_megatron_still_waits_for_each_result(machine: RerunStateMachine) -> Non
 
 
 def test_results_are_validated_once_a_step(machine: RerunStateMachine) -> None:
-    patches.validate_once_a_step()
+    patches.validate_once_per_step()
     patched = RerunStateMachine.validate_result
-    patches.validate_once_a_step()
+    patches.validate_once_per_step()
     assert RerunStateMachine.validate_result is patched
     # Without values: nothing may look at them before the last backward pass is through.
     machine.should_run_forward_backward(None)
@@ -230,7 +230,7 @@ def test_results_are_validated_once_a_step(machine: RerunStateMachine) -> None:
 
 def test_without_reruns_a_step_that_is_not_finite_ends_before_the_update(machine: RerunStateMachine) -> None:
     machine.set_mode(RerunMode.DISABLED)
-    patches.validate_once_a_step()
+    patches.validate_once_per_step()
     machine.should_run_forward_backward(None)
     machine.validate_result(torch.tensor(float("nan")), torch.isnan, "found NaN in a loss")
     with pytest.raises(RuntimeError, match="found NaN in a loss"):
@@ -250,7 +250,7 @@ def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.Monke
     )
     alone, two = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
     before = stock(True, group=alone), stock(1.5, group=alone) if "stat" in name else None
-    patches.ask_no_other_rank_if_alone()
+    patches.skip_single_rank_reductions()
     patched = getattr(training, name)
     assert (patched(True, group=alone), patched(1.5, group=alone) if "stat" in name else None) == before
     if "stat" in name:  # with Transformer Engine the norm is on the device, and what is logged is a number
@@ -270,7 +270,7 @@ def test_megatron_still_adds_no_weight_gradients_without_apex(
     with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"):
         linear()
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
-    patches.add_weight_gradients_by_torch()
+    patches.enable_torch_weight_gradient_fusion()
     layer = linear()
     layer.weight.main_grad = torch.ones_like(layer.weight)
     rows = torch.randn(5, 2, 6, device=layer.weight.device)
@@ -316,7 +316,7 @@ def test_megatron_still_counts_all_steps_with_the_last_k(monkeypatch: pytest.Mon
     args.moe_router_topk = 6
     first = stock(args, 8)
     args.moe_router_topk = 1
-    patches.count_operations_of_warmup()
+    patches.count_warmup_flops()
     assert training.num_floating_point_operations(args, 8) == first > last
     args.curr_iteration = 2
     assert training.num_floating_point_operations(args, 8) == last

@@ -109,10 +109,10 @@ def test_megatrons_flags_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = language_module.fused_vocab_parallel_cross_entropy
     monkeypatch.setattr(language_module, "fused_vocab_parallel_cross_entropy", stock)
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
-    patches.fuse_cross_entropy_without_compiler()
-    patches.fuse_rotary_embedding_without_engine()
+    patches.use_fla_cross_entropy()
+    patches.use_fla_rotary_embedding()
     rotate = rope_utils.fused_apply_rotary_pos_emb
-    patches.fuse_rotary_embedding_without_engine()
+    patches.use_fla_rotary_embedding()
     assert rope_utils.fused_apply_rotary_pos_emb is rotate, "the tables are kept"
 
     config = SimpleNamespace(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native")

@@ -1,7 +1,7 @@
-"""All that is changed in Megatron outside the CPU part: what runs need to start, to resume and to stop in good order.
+"""Every change to Megatron outside the CPU room, for places that no public hook reaches.
 
-No public hook reaches any of them. `PATCHES` says of each what it changes, why, and what ends it; a test of each fails
-once Megatron no longer needs it.
+`PATCHES` lists what each one changes, what it provides, and what ends it. Each has a test that fails once Megatron no
+longer needs it.
 """
 
 import importlib.metadata
@@ -12,33 +12,33 @@ from dataclasses import dataclass
 
 from megatron.remoe.patches.checkpoints import keep_saving_possible, load_objects_unexecuted, tell_why_writing_fails
 from megatron.remoe.patches.fusions import (
-    add_weight_gradients_by_torch,
-    fuse_cross_entropy_without_compiler,
-    fuse_rotary_embedding_without_engine,
+    enable_torch_weight_gradient_fusion,
+    use_fla_cross_entropy,
+    use_fla_rotary_embedding,
 )
 from megatron.remoe.patches.log_lines import tell_what_is_printed
-from megatron.remoe.patches.optimizer import let_torch_adam_resume, use_fused_adam
-from megatron.remoe.patches.start import count_operations_of_warmup, use_shipped_helpers
-from megatron.remoe.patches.waits import ask_no_other_rank_if_alone, keep_norms_on_the_device, validate_once_a_step
+from megatron.remoe.patches.optimizer import enable_torch_adam_resume, use_fused_adam
+from megatron.remoe.patches.start import count_warmup_flops, use_shipped_helpers
+from megatron.remoe.patches.waits import skip_single_rank_reductions, keep_norms_on_device, validate_once_per_step
 
-READ_AGAINST = ("0.19.0", "0.19.1", "0.19.2")  # megatron-core, in which all that is changed here is the same
+VERSIONS = ("0.19.0", "0.19.1", "0.19.2")  # of megatron-core; the patched code is the same in all of them
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One change of Megatron.
+    """One change to Megatron.
 
     Attributes:
-        apply: makes it; once or more often.
+        apply: applies it; may be called more than once.
         changes: file and function of Megatron.
-        lacks: what a user has to do without where it is not applied.
-        ends: what tells that it is no longer needed.
-        for_saving: whether only trainings that save need it.
+        provides: what a user loses without it.
+        ends: the change in Megatron that makes it unnecessary.
+        for_saving: needed only if the training saves checkpoints.
     """
 
     apply: Callable[[], None]
     changes: str
-    lacks: str
+    provides: str
     ends: str
     for_saving: bool = False
 
@@ -47,11 +47,11 @@ PATCHES = (
     Patch(
         use_shipped_helpers,
         "core/datasets/utils.py: compile_helpers",
-        "a start without Megatron's Makefile, which the wheel does not hold",
-        "compile_helpers takes the compiled helpers, or the wheel holds the Makefile",
+        "a start without Megatron's Makefile, which is missing from the wheel",
+        "compile_helpers uses the compiled helpers, or the wheel contains the Makefile",
     ),
     Patch(
-        let_torch_adam_resume,
+        enable_torch_adam_resume,
         "core/optimizer/distrib_optimizer.py: DistributedOptimizer's state_dict, load_state_dict and "
         "_set_main_param_and_optimizer_states",
         "resuming the distributed optimizer without Transformer Engine or apex",
@@ -60,50 +60,50 @@ PATCHES = (
     Patch(
         use_fused_adam,
         "core/optimizer/distrib_optimizer.py: DistributedOptimizer.__init__",
-        "an Adam that passes over memory once, on GPUs without Transformer Engine or apex",
-        "Megatron asks PyTorch's Adam to be fused",
+        "a fused Adam on GPUs without Transformer Engine or apex",
+        "Megatron creates PyTorch's Adam with fused=True",
     ),
     Patch(
-        keep_norms_on_the_device,
+        keep_norms_on_device,
         "core/optimizer/clip_grads.py: l2_norm_impl",
-        "a gradient norm without a wait a tensor, on GPUs without Transformer Engine or apex",
-        "local_multi_tensor_l2_norm in core/utils.py asks for no value on the host",
+        "one host wait for the gradient norm instead of one per tensor, on GPUs without Transformer Engine or apex",
+        "local_multi_tensor_l2_norm in core/utils.py reads no value on the host",
     ),
     Patch(
-        validate_once_a_step,
+        validate_once_per_step,
         "core/rerun_state_machine.py: RerunStateMachine's validate_result and should_run_forward_backward",
-        "one wait a step for losses and gradients that are not finite, instead of two for each of them",
-        "validate_result asks for no value on the host",
+        "one host wait per step for the NaN and Inf checks instead of two per loss and gradient bucket",
+        "validate_result reads no value on the host",
     ),
     Patch(
-        ask_no_other_rank_if_alone,
+        skip_single_rank_reductions,
         "training/training.py: reduce_max_stat_across_model_parallel_group, logical_and_across_model_parallel_group",
-        "a step without five waits for a model parallel group of one rank",
-        "both return at once in a group of one rank",
+        "a step without five host waits for a model parallel group of one rank",
+        "both return immediately in a group of one rank",
     ),
     Patch(
-        add_weight_gradients_by_torch,
+        enable_torch_weight_gradient_fusion,
         "core/tensor_parallel/layers.py: fused_weight_gradient_mlp_cuda",
-        "weight gradients that are added to the fp32 ones by the product itself, on GPUs without apex",
+        "--gradient-accumulation-fusion on GPUs without apex",
         "linear layers accumulate weight gradients without apex's module",
     ),
     Patch(
-        fuse_cross_entropy_without_compiler,
+        use_fla_cross_entropy,
         "core/models/common/language_module/language_module.py: fused_vocab_parallel_cross_entropy",
-        "a cross entropy in one pass forward and one backward, without Transformer Engine",
+        "a cross entropy that reads the logits once in each direction, without Transformer Engine",
         "the native fusion reads bf16 logits once forward and once backward",
     ),
     Patch(
-        fuse_rotary_embedding_without_engine,
+        use_fla_rotary_embedding,
         "core/models/common/embeddings/rope_utils.py: fused_apply_rotary_pos_emb",
         "rotary embedding in one kernel, without Transformer Engine",
-        "rope fusion takes a kernel that needs no Transformer Engine",
+        "rope fusion has a kernel that needs no Transformer Engine",
     ),
     Patch(
-        count_operations_of_warmup,
+        count_warmup_flops,
         "training/training.py: num_floating_point_operations",
-        "the floating-point operations of --moe-warmup-topk's steps",
-        "the count is told the experts per token of a step",
+        "the right FLOPs for the steps of --moe-warmup-topk",
+        "the FLOPs count receives the experts per token of the step",
     ),
     Patch(
         tell_what_is_printed,
@@ -136,22 +136,22 @@ PATCHES = (
 
 
 def apply_patches(saves: bool = True) -> None:
-    """Make the changes; with a version of Megatron that they were not read against none, and warn of what is lacking.
+    """Apply the patches. With another version of Megatron, apply none and warn about what is missing.
 
-    With REMOE_TRY_MEGATRON in the environment they are made in any version.
+    The environment variable REMOE_TRY_MEGATRON applies them to any version.
 
     Args:
-        saves: whether checkpoints will be written.
+        saves: whether the training writes checkpoints.
     """
     patches = [patch for patch in PATCHES if saves or not patch.for_saving]
     version = importlib.metadata.version("megatron-core")
-    if version in READ_AGAINST or os.environ.get("REMOE_TRY_MEGATRON"):
+    if version in VERSIONS or os.environ.get("REMOE_TRY_MEGATRON"):
         for patch in patches:
             patch.apply()
     elif os.environ.get("RANK", "0") == "0":
-        lacking = "".join(f"\n- {patch.lacks} ({patch.changes})" for patch in patches)
+        missing = "".join(f"\n- {patch.provides} ({patch.changes})" for patch in patches)
         warnings.warn(
-            f"megatron-core {version}: the changes that are made in Megatron otherwise were read against "
-            f"{', '.join(READ_AGAINST)} and are left out. You do without:{lacking}",
+            f"megatron-core {version} is untested, so no patch is applied (tested: {', '.join(VERSIONS)}). "
+            f"You lose:{missing}",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Megatron's fusions without Transformer Engine, apex or a compiler, under Megatron's own flags."""
+"""Megatron's fusions without Transformer Engine, apex or a compiler. Megatron's own flags turn them on."""
 
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -13,10 +13,10 @@ from megatron.remoe.local.rotary import FusedRotaryEmbedding
 from megatron.remoe.local.swiglu import add_outer
 
 
-def add_weight_gradients_by_torch() -> None:
-    """Let Megatron's linear layers add their weight gradients to the fp32 ones where apex is not installed.
+def enable_torch_weight_gradient_fusion() -> None:
+    """Support --gradient-accumulation-fusion without apex.
 
-    It refuses --gradient-accumulation-fusion without apex's module, which calls a product of cuBLAS that torch has too.
+    apex's module calls a cuBLAS product that torch offers too: half-precision factors, added to an fp32 result.
     """
     if layers._grad_accum_fusion_available:
         return
@@ -31,16 +31,17 @@ def _add_weight_gradient(rows: torch.Tensor, gradient: torch.Tensor, main_grad: 
     add_outer(main_grad, gradient, rows)
 
 
-def fuse_cross_entropy_without_compiler() -> None:
-    """Let --cross-entropy-loss-fusion take flash-linear-attention's kernels, where that package is installed.
+def use_fla_cross_entropy() -> None:
+    """Use flash-linear-attention's kernels for --cross-entropy-loss-fusion if the package is installed.
 
-    Megatron's own is for torch.compile, in pieces: they keep the softmax in fp32, and give any model bf16 gradients.
+    Megatron's own version is written for torch.compile: it stores an fp32 softmax and returns bf16 gradients to any
+    model.
     """
     if find_spec("fla") is not None:
         language_module.fused_vocab_parallel_cross_entropy = vocab_parallel_cross_entropy
 
 
-def fuse_rotary_embedding_without_engine() -> None:
-    """Let Megatron's rope fusion take flash-linear-attention's kernel where Transformer Engine is not installed."""
+def use_fla_rotary_embedding() -> None:
+    """Use flash-linear-attention's kernel for rope fusion if Transformer Engine is not installed."""
     if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("fla") is not None:
         rope_utils.fused_apply_rotary_pos_emb = FusedRotaryEmbedding()

@@ -1,4 +1,4 @@
-"""PyTorch's Adam in the distributed optimizer, where neither Transformer Engine nor apex brings another."""
+"""PyTorch's Adam in the distributed optimizer, used if neither Transformer Engine nor apex is installed."""
 
 from functools import wraps
 from typing import Any
@@ -9,13 +9,13 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
-def let_torch_adam_resume() -> None:
-    """Let the distributed optimizer go on from a checkpoint where neither Transformer Engine nor apex is installed.
+def enable_torch_adam_resume() -> None:
+    """Resume the distributed optimizer without Transformer Engine and apex.
 
-    Before it loads, Megatron reads the number of steps out of the optimizer's state, which PyTorch's Adam does not have
-    before its first step. Loading copies into views of fp32 parameters with gradients on, lets all parameters share one
-    counter of steps, and then overwrites it with the zero from before; in the fully reshardable format it asks for a
-    counter that is not saved.
+    Megatron has four faults here. It reads the step count from an optimizer state that PyTorch's Adam does not have
+    before its first step. It copies into views of fp32 parameters with gradients enabled. It shares one step counter
+    among all parameters and then overwrites it with zero. The fully reshardable format asks for a counter that is not
+    saved.
     """
     state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -44,7 +44,7 @@ def let_torch_adam_resume() -> None:
 
     @wraps(set_states)
     def set_states_but_steps(self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
-        set_states(self, parameter, {"step": None} | tensors)  # what is no tensor is left alone
+        set_states(self, parameter, {"step": None} | tensors)  # Megatron skips values that are not tensors
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_steps
     DistributedOptimizer.state_dict = state_dict_with_steps
@@ -52,14 +52,14 @@ def let_torch_adam_resume() -> None:
 
 
 def _step(number: float, group: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
-    """PyTorch's counter of steps: where the kernel that takes all of a parameter's state reads it, or on the host."""
+    """Return PyTorch's step counter: on the device for a fused or capturable optimizer, else on the host."""
     return torch.tensor(float(number), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
 
 
 def use_fused_adam() -> None:
-    """Let PyTorch's Adam, in the distributed optimizer, pass over memory once where no engine brings another.
+    """Use PyTorch's fused Adam in the distributed optimizer without Transformer Engine and apex.
 
-    Megatron gives PyTorch no choice, and by default it makes a pass for each of about ten operations.
+    Megatron creates the default one, which passes over memory about ten times.
     """
     initialize = DistributedOptimizer.__init__
     if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(initialize, "__wrapped__"):

@@ -1,4 +1,4 @@
-"""What a run of Megatron needs to start, and to count its operations."""
+"""Start without a Makefile, and count FLOPs during a top-k warm-up."""
 
 import importlib
 from functools import wraps
@@ -11,10 +11,10 @@ from megatron.training import training
 
 
 def use_shipped_helpers() -> None:
-    """Skip the compilation of the data helpers where there is no Makefile and the compiled ones are there.
+    """Use the compiled data helpers of the wheel instead of running `make`.
 
-    Megatron's start-up runs `make` beside its data sets and ends the process if that fails. A released wheel holds the
-    compiled helpers and no Makefile, so that no training starts from it, on a GPU neither.
+    Megatron runs `make` at the start and exits if it fails. The released wheel contains the compiled helpers but no
+    Makefile, so no training starts from it, with or without a GPU.
     """
     if (Path(utils.__file__).parent / "Makefile").exists():
         return
@@ -22,8 +22,8 @@ def use_shipped_helpers() -> None:
     utils.compile_helpers = lambda: None
 
 
-def count_operations_of_warmup() -> None:
-    """Count a step of a near-dense warm-up by its own k, in throughput and in the total that checkpoints keep."""
+def count_warmup_flops() -> None:
+    """Count a warm-up step with its own k, in the throughput and in the total that checkpoints keep."""
     count = training.num_floating_point_operations
     if hasattr(count, "__wrapped__"):
         return

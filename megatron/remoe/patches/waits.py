@@ -1,4 +1,4 @@
-"""A step in which the host waits for a GPU as rarely as it has to."""
+"""Fewer host waits for the GPU in a training step."""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -12,11 +12,11 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.training import training
 
 
-def keep_norms_on_the_device() -> None:
-    """Wait once for the gradients' norm on a GPU where neither Transformer Engine nor apex is installed.
+def keep_norms_on_device() -> None:
+    """Compute the gradient norm on the GPU without Transformer Engine and apex.
 
-    Megatron puts the norms of all tensors into one tensor on the host, for which it waits once a tensor. On the CPU
-    its own function goes on, whose digits do not change.
+    Megatron collects the norms of all tensors on the host and waits once per tensor. On the CPU its own function stays,
+    so its digits do not change.
     """
     stock = clip_grads.l2_norm_impl
     if stock is not local_multi_tensor_l2_norm:
@@ -33,15 +33,15 @@ def keep_norms_on_the_device() -> None:
 
 
 def _norm_of_all(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The L2 norm of tensors on one device, fp32 `[1]` there."""
+    """Return the L2 norm of tensors on one device, fp32 `[1]`."""
     return torch.nn.utils.get_total_norm(tensors).to(torch.float32).reshape(1)
 
 
-def validate_once_a_step() -> None:
-    """Wait once a step for the losses and gradients that Megatron validates on a GPU: it waits twice a bucket.
+def validate_once_per_step() -> None:
+    """Check losses and gradients for NaN and Inf once per step; Megatron waits twice per gradient bucket.
 
-    Whether one is NaN or infinite stays on the device until the last backward pass is through. If one is, all are
-    validated as Megatron does, in their order and before the optimizer's step.
+    The flags stay on the device until the last backward pass has finished. If one is set, Megatron's own validation
+    runs for all results, in order and before the optimizer step.
     """
     validate, run_again = RerunStateMachine.validate_result, RerunStateMachine.should_run_forward_backward
     if hasattr(validate, "__wrapped__"):
@@ -49,7 +49,7 @@ def validate_once_a_step() -> None:
     waiting: list[tuple[torch.Tensor, Callable[[], None]]] = []
 
     @wraps(validate)
-    def validate_later(self: RerunStateMachine, result: Any, rejection_func: Any, *rest: Any, **options: Any) -> None:
+    def defer_validation(self: RerunStateMachine, result: Any, rejection_func: Any, *rest: Any, **options: Any) -> None:
         waits = self.state == RerunState.INITIAL_RUN and self.mode != RerunMode.REPORT_DETERMINISM_STATS
         if not waits or rejection_func not in (torch.isnan, torch.isinf) or self.error_injector.should_inject_errors:
             return validate(self, result, rejection_func, *rest, **options)
@@ -64,26 +64,26 @@ def validate_once_a_step() -> None:
                 validate_now()
         return run_again(self, data_iterator)
 
-    RerunStateMachine.validate_result = validate_later
+    RerunStateMachine.validate_result = defer_validation
     RerunStateMachine.should_run_forward_backward = run_again_if_rejected
 
 
-def ask_no_other_rank_if_alone() -> None:
-    """Let a rank that has the whole model take its own word for the gradients' norm and that of the update.
+def skip_single_rank_reductions() -> None:
+    """Skip reductions over a model parallel group of one rank.
 
-    Megatron asks a group of one by way of the device, and waits for it five times a step.
+    Megatron runs them on the device and waits five times per step.
     """
     for name in ("reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"):
         stock = getattr(training, name)
         if not hasattr(stock, "__wrapped__"):
-            setattr(training, name, _asked_if_not_alone(stock))
+            setattr(training, name, _reduce_if_several(stock))
 
 
-def _asked_if_not_alone(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _reduce_if_several(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
-    def ask(value: Any, group: torch.distributed.ProcessGroup | None = None) -> Any:
+    def reduce(value: Any, group: torch.distributed.ProcessGroup | None = None) -> Any:
         if group is None or group.size() > 1:
             return stock(value, group)
-        return value.item() if torch.is_tensor(value) else value  # with Transformer Engine the norm is on the device
+        return value.item() if torch.is_tensor(value) else value  # a tensor with Transformer Engine
 
-    return ask
+    return reduce

@@ -101,7 +101,7 @@ def parse_args(
         parser = add_remoe_arguments(parser)
         # one_logger is not a public package, and its absence is announced at every start.
         parser.set_defaults(enable_one_logger=False)
-        describe_timeout(parser)
+        describe_timeout_flag(parser)
         explain_flag_errors(parser)
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
@@ -109,9 +109,9 @@ def parse_args(
     for name, value in (args_defaults or {}).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    choose_timeouts(args)
+    set_timeout_defaults(args)
     apply_granularity(args)
-    ignore_what_the_fork_ignores(args)
+    drop_ignored_fork_flags(args)
     problems = [*relu_routing_problems(args), *flips_problems(args)]
     if problems:
         raise ValueError("\n".join(problems))
@@ -125,8 +125,8 @@ def parse_args(
     return args
 
 
-def describe_timeout(parser: argparse.ArgumentParser) -> None:
-    """Let --distributed-timeout-minutes have the default of `choose_timeouts`."""
+def describe_timeout_flag(parser: argparse.ArgumentParser) -> None:
+    """Let --distributed-timeout-minutes have the default of `set_timeout_defaults`."""
     flag = next(action for action in parser._actions if action.dest == "distributed_timeout_minutes")
     flag.default = None
     flag.help = (
@@ -135,7 +135,7 @@ def describe_timeout(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def choose_timeouts(args: argparse.Namespace) -> None:
+def set_timeout_defaults(args: argparse.Namespace) -> None:
     """Where none is given, wait long for the first step, and from then on find a rank that hangs as soon as ever."""
     if args.distributed_timeout_minutes is None:
         args.distributed_timeout_minutes = MINUTES_TO_THE_FIRST_STEP
@@ -151,7 +151,7 @@ def take_saved_args(args: argparse.Namespace) -> None:
         load_args_from_checkpoint(args)
 
 
-def ignore_what_the_fork_ignores(args: argparse.Namespace) -> None:
+def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
     """With --moe-relu-routing, leave out the settings of top-k that the authors' scripts give beside it, and say so."""
     if not args.moe_relu_routing:
         return
