@@ -88,7 +88,7 @@ def test_granularity_splits_the_dense_size_where_experts_have_none(monkeypatch: 
 
 
 BAD_VALUES = {
-    "no experts": (["--moe-relu-routing"], "--moe-relu-routing needs experts", "give --num-experts"),
+    "no experts": (["--moe-relu-routing"], "--moe-relu-routing needs experts", "--num-experts"),
     "topk too large": ([*RELU, "--moe-router-topk", "8"], "--moe-router-topk 8", "below --num-experts 8"),
     "warm-up without steps": (
         [*TOPK, "--moe-warmup-topk", "6"],
@@ -127,7 +127,7 @@ BAD_VALUES = {
     "init nan": ([*RELU, "--moe-relu-l1-reg-coeff-init", "nan"], "init nan", "positive"),
     "floor too high": ([*RELU, "--moe-relu-layer-floor", "1"], "--moe-relu-layer-floor 1.0", "below 1"),
     "granularity zero": ([*TOPK, "--moe-granularity", "0"], "--moe-granularity 0", "at least 1"),
-    "granularity without experts": (["--moe-granularity", "2"], "--moe-granularity 2", "give --num-experts"),
+    "granularity without experts": (["--moe-granularity", "2"], "--moe-granularity 2", "--num-experts"),
     "granularity does not divide": ([*RELU, "--moe-granularity", "3"], "--moe-ffn-hidden-size 128", "divisor"),
 }
 

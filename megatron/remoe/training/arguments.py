@@ -1,4 +1,4 @@
-"""Command-line flags of ReMoE on top of Megatron's, and what they do to Megatron's arguments."""
+"""Add ReMoE's command-line flags to Megatron's parser and translate them into Megatron's arguments."""
 
 import argparse
 import sys
@@ -20,44 +20,44 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
-# The data's index is built by one rank while all others wait. After the first step Megatron's own default holds again.
+# One rank builds the data index while all others wait. After the first step, Megatron's own default applies.
 MINUTES_TO_THE_FIRST_STEP, SECONDS_AFTER_IT = 60, 600
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of ReMoE to Megatron's parser: the fields of `ReMoEConfig`, and the choice of local layers."""
+    """Add the flags of ReMoE to Megatron's parser: the fields of `ReMoEConfig` and four options of the training."""
     group = ArgumentGroupFactory(ReMoEConfig, exclude=MEGATRONS_FIELDS).build_group(parser, title="ReMoE")
     group.description = "Mixture-of-Experts with ReLU routing (arXiv 2412.14711)"
     group.add_argument(
         "--no-local-layer-fusion",
         action="store_false",
         dest="local_layer_fusion",
-        help="With --transformer-impl local: Megatron's own attention and experts, one small layer an expert, instead "
-        "of those made of PyTorch's fused and grouped kernels.",
+        help="With --transformer-impl local: use Megatron's own attention and experts (one small layer per expert) "
+        "instead of PyTorch's fused attention and grouped experts.",
     )
     group.add_argument(
         "--moe-log-flips-interval",
         type=int,
         metavar="N",
-        help="At every Nth update, log flips: the routing decisions that the update changes on a fixed micro-batch of "
+        help="Log flips at every Nth update: the routing decisions that the update changes on a fixed micro-batch of "
         "validation text (share of all token-expert pairs, and number per token and layer). Costs two forward passes "
-        "of a micro-batch, so about 2/(3NM) of the time with M micro-batches a step; the training stays as it is, "
-        "bit for bit. Off by default. The log line has them where N is a multiple of --log-interval.",
+        "of a micro-batch, about 2/(3NM) of the time with M micro-batches per step; results stay bit for bit the "
+        "same. Off by default. The log line shows them if N is a multiple of --log-interval.",
     )
     group.add_argument(
         "--no-moe-router-pre-softmax",
         action="store_false",
         dest="moe_router_pre_softmax",
         default=argparse.SUPPRESS,
-        help="Take back a --moe-router-pre-softmax in front of it, as of a launch script: softmax over the k.",
+        help="Undo an earlier --moe-router-pre-softmax (e.g. from a launch script): softmax over the k chosen experts.",
     )
     group.add_argument(
         "--allow-changed-settings",
         action="store_true",
-        help="Go on from a checkpoint with another seed, data, batch size, routing or other settings that change the "
-        "result. Otherwise such a start is refused, with the settings that differ.",
+        help="Resume from a checkpoint although the seed, data, batch size, routing or other settings that change the "
+        "result differ. Without it such a start is refused and the differences are listed.",
     )
     return parser
 
@@ -65,13 +65,13 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 def parse_and_validate_args(
     extra_args_provider: ArgumentsProvider | None = None, args_defaults: dict[str, Any] | None = None
 ) -> argparse.Namespace:
-    """Megatron's `parse_and_validate_args` with the flags of ReMoE.
+    """Parse and validate Megatron's flags and those of ReMoE.
 
-    A mistake of the user ends the process with exit code 2 and a message that names flag, value and remedy.
+    A wrong flag ends the process with exit code 2 and a message that names the flag, the value and the remedy.
 
     Args:
         extra_args_provider: adds the caller's own flags, as in Megatron.
-        args_defaults: values of attributes that would be None, as in Megatron.
+        args_defaults: values for attributes that are None, as in Megatron.
 
     Returns:
         The arguments, validated and set as Megatron's global ones.
@@ -87,19 +87,19 @@ def parse_and_validate_args(
 def parse_args(
     extra_args_provider: ArgumentsProvider | None = None, args_defaults: dict[str, Any] | None = None
 ) -> argparse.Namespace:
-    """The flags, not validated by Megatron yet, with what they mean for it: granularity, defaults, tokenizer.
+    """Parse the flags without Megatron's validation; apply granularity, defaults and tokenizer files.
 
     Args:
         extra_args_provider, args_defaults: as above.
 
     Raises:
-        ValueError: a flag does not go with ReLU routing or granularity.
+        ValueError: a flag cannot be used with ReLU routing or granularity.
         DataError: the tokenizer's files are missing or wrong.
     """
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_remoe_arguments(parser)
-        # one_logger is not a public package, and its absence is announced at every start.
+        # one_logger is not a public package, and Megatron reports its absence at every start.
         parser.set_defaults(enable_one_logger=False)
         describe_timeout_flag(parser)
         explain_flag_errors(parser)
@@ -116,27 +116,28 @@ def parse_args(
     if problems:
         raise ValueError("\n".join(problems))
     if args.moe_relu_routing:
-        # L1 takes its place; Megatron would all-reduce and log a load-balancing loss of zero.
+        # The L1 term replaces it. Megatron would all-reduce and log a load-balancing loss of zero.
         args.moe_router_load_balancing_type = "none"
     if not args.save and args.rerun_mode == "validate_results":
-        # At a loss that is not finite Megatron would save a checkpoint to look into it later, to nowhere.
+        # After a NaN loss, Megatron would save a checkpoint for inspection, without a folder to save to.
         args.rerun_mode = "disabled"
     use_local_gpt2_files(args)
     return args
 
 
 def describe_timeout_flag(parser: argparse.ArgumentParser) -> None:
-    """Let --distributed-timeout-minutes have the default of `set_timeout_defaults`."""
+    """Show the defaults of `set_timeout_defaults` in the help of --distributed-timeout-minutes."""
     flag = next(action for action in parser._actions if action.dest == "distributed_timeout_minutes")
     flag.default = None
     flag.help = (
-        f"Minutes that ranks wait for each other. Default: {MINUTES_TO_THE_FIRST_STEP} up to the first step, which "
-        f"includes the data's index, and {SECONDS_AFTER_IT // 60} after it (--distributed-timeout-seconds-after-init)."
+        f"Minutes that ranks wait for each other. Default: {MINUTES_TO_THE_FIRST_STEP} until the first step, because "
+        f"building the data index takes long, and {SECONDS_AFTER_IT // 60} after it "
+        "(--distributed-timeout-seconds-after-init)."
     )
 
 
 def set_timeout_defaults(args: argparse.Namespace) -> None:
-    """Where none is given, wait long for the first step, and from then on find a rank that hangs as soon as ever."""
+    """By default, wait long for the first step and then detect a hanging rank quickly."""
     if args.distributed_timeout_minutes is None:
         args.distributed_timeout_minutes = MINUTES_TO_THE_FIRST_STEP
         if args.distributed_timeout_seconds_after_init is None:
@@ -144,7 +145,7 @@ def set_timeout_defaults(args: argparse.Namespace) -> None:
 
 
 def take_saved_args(args: argparse.Namespace) -> None:
-    """With --use-checkpoint-args, the model's shape from the checkpoint, as Megatron does before it validates."""
+    """With --use-checkpoint-args, read the model's shape from the checkpoint before validation, as Megatron does."""
     if args.use_checkpoint_args:
         check_is_data_alone(args)
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
@@ -152,12 +153,12 @@ def take_saved_args(args: argparse.Namespace) -> None:
 
 
 def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
-    """With --moe-relu-routing, leave out the settings of top-k that the authors' scripts give beside it, and say so."""
+    """With --moe-relu-routing, drop the top-k settings that the authors' scripts pass with it, and print which."""
     if not args.moe_relu_routing:
         return
     ignored = []
     types = args.moe_router_load_balancing_type
-    if args.moe_aux_loss_coeff and types in ("aux_loss", ["aux_loss"]):  # others stay refused
+    if args.moe_aux_loss_coeff and types in ("aux_loss", ["aux_loss"]):  # other types are refused
         ignored = [
             f"--moe-router-load-balancing-type aux_loss with --moe-aux-loss-coeff {shown(args.moe_aux_loss_coeff)}"
         ]
@@ -167,35 +168,35 @@ def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
         args.moe_router_pre_softmax = False
     if ignored and args.rank == 0:
         print(
-            f"With --moe-relu-routing, as in the authors' code, these are ignored: {', '.join(ignored)}. "
-            "ReLU takes the place of softmax and top-k, L1 that of the auxiliary loss.",
+            f"With --moe-relu-routing these are ignored, as in the authors' code: {', '.join(ignored)}. "
+            "ReLU replaces softmax and top-k; the L1 term replaces the auxiliary loss.",
             file=sys.stderr,
             flush=True,
         )
 
 
 def apply_granularity(args: argparse.Namespace) -> None:
-    """Turn G into more, smaller experts: E·G experts, top k·G, hidden size /G (paper section 4.3).
+    """Split each expert into G finer ones: E·G experts, top k·G, hidden size /G (paper section 4.3).
 
-    To be called before anything reads the arguments: FLOP counts, expert-parallel checks and configurations do.
+    Call this before anything reads the arguments: FLOPs counts, expert-parallel checks and configurations do.
 
     Raises:
-        ValueError: there are no experts, their size is not given, or G does not divide it.
+        ValueError: there are no experts, their size is unknown, or G does not divide it.
     """
     granularity = args.moe_granularity
     if granularity < 1:
-        raise ValueError(f"--moe-granularity {granularity} must be a whole number of at least 1.")
+        raise ValueError(f"--moe-granularity {granularity}: must be a whole number of at least 1.")
     if granularity == 1:
         return
     if not args.num_experts:
-        raise ValueError(f"--moe-granularity {granularity} splits experts, and there are none: give --num-experts.")
+        raise ValueError(f"--moe-granularity {granularity}: there are no experts to split. Add --num-experts.")
     size_flag = "--ffn-hidden-size" if args.moe_ffn_hidden_size is None else "--moe-ffn-hidden-size"
     size = args.ffn_hidden_size if args.moe_ffn_hidden_size is None else args.moe_ffn_hidden_size
     if size is None:
-        raise ValueError(f"--moe-granularity {granularity} needs the size to split: give --moe-ffn-hidden-size.")
+        raise ValueError(f"--moe-granularity {granularity}: the experts' size is unknown. Add --moe-ffn-hidden-size.")
     if size % granularity:
         raise ValueError(
-            f"{size_flag} {size} is not divisible by --moe-granularity {granularity}: choose a divisor of {size}."
+            f"{size_flag} {size}: not divisible by --moe-granularity {granularity}. Choose a divisor of {size}."
         )
     args.moe_ffn_hidden_size = size // granularity
     args.num_experts *= granularity
@@ -205,13 +206,13 @@ def apply_granularity(args: argparse.Namespace) -> None:
 
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
-    """A `ReMoEConfig` where flags ask for more than Megatron has, otherwise Megatron's own configuration."""
+    """Build a `ReMoEConfig` if a flag of ReMoE needs it, otherwise Megatron's own configuration."""
     routes = args.moe_relu_routing or args.moe_baseline_router or args.moe_warmup_topk is not None
     ours = routes or wants_kernels(args)
     return megatron.core_transformer_config_from_args(args, config_class=ReMoEConfig if ours else None)
 
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
-    """The configuration of a HybridModel where --hybrid-layer-pattern is given, otherwise of a GPTModel."""
+    """Build the configuration of a HybridModel with --hybrid-layer-pattern, otherwise of a GPTModel."""
     of_class = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
     return of_class(args, config=transformer_config_from_args(args))

@@ -1,4 +1,4 @@
-"""What Megatron's training loop asks of a GPT script: batches, the loss and the data sets."""
+"""Batches, loss and data sets of a GPT model, as Megatron's training loop calls them."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -19,11 +19,11 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None) -> tuple[Any, ...]:
-    """The next micro-batch on this rank.
+    """Return the next micro-batch on this rank.
 
     Returns:
         tokens, labels, loss_mask, attention_mask, position_ids: `[micro_batch, sequence / context parallel size]`
-        (the attention mask `[micro_batch, 1, sequence, sequence]`), each None where this stage does not need it.
+        (the attention mask `[micro_batch, 1, sequence, sequence]`); None if this stage does not need it.
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return (None,) * len(BATCH_KEYS)
@@ -54,14 +54,14 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Sum of the tokens' losses on this rank.
+    """Sum the losses of the tokens on this rank.
 
     Args:
-        loss_mask: `[micro_batch, sequence]`, 1 where a token counts.
+        loss_mask: `[micro_batch, sequence]`, 1 for tokens that count.
         losses: `[micro_batch, sequence]`, cross entropy in nats.
 
     Returns:
-        The summed loss, the number of tokens in it (int32), and both as Megatron's report of "lm loss".
+        The summed loss, its number of tokens (int32), and both as Megatron's report of "lm loss".
     """
     loss_mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * loss_mask)
@@ -82,7 +82,7 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
 def forward_step(
     data_iterator: Iterator[dict[str, torch.Tensor]], model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Callable[..., Any]]:
-    """One micro-batch forward: the model's output (or its schedule plan) and the function that makes the loss of it."""
+    """Run one micro-batch forward. Return the output (or the schedule plan) and the loss function for it."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
@@ -100,7 +100,7 @@ def _builds_datasets(vp_stage: int | None) -> bool:
 
 
 def dataset_config() -> GPTDatasetConfig:
-    """Megatron's data set configuration from its arguments."""
+    """Build Megatron's data set configuration from its arguments."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
@@ -134,10 +134,10 @@ def dataset_config() -> GPTDatasetConfig:
 
 
 def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
-    """The training, validation and test sets; None for one of which nothing is wanted.
+    """Build the training, validation and test sets; None for a set without sequences.
 
     Args:
-        num_samples: number of sequences wanted of each.
+        num_samples: number of sequences of each set.
         vp_stage: virtual pipeline stage.
     """
     dataset_class = MockGPTDataset if get_args().mock_data else GPTDataset
@@ -145,9 +145,9 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
     data_sets = BlendedMegatronDatasetBuilder(
         dataset_class, num_samples, partial(_builds_datasets, vp_stage), dataset_config()
     ).build()
-    # Megatron's loader fails over a blend of which nothing is wanted, as with --eval-iters 0.
+    # Megatron's loader fails on a blend without sequences, for example with --eval-iters 0.
     return [None if wanted == 0 else data_set for wanted, data_set in zip(num_samples, data_sets, strict=True)]
 
 
-# Megatron then builds the sets on every rank that needs them, instead of on rank 0 alone.
+# Build the sets on every rank that needs them instead of on rank 0 only.
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
