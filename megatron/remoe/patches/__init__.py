@@ -19,7 +19,7 @@ from megatron.remoe.patches.fusions import (
 from megatron.remoe.patches.log_lines import tell_what_is_printed
 from megatron.remoe.patches.optimizer import enable_torch_adam_resume, use_fused_adam
 from megatron.remoe.patches.start import count_warmup_flops, use_shipped_helpers
-from megatron.remoe.patches.waits import skip_single_rank_reductions, keep_norms_on_device, validate_once_per_step
+from megatron.remoe.patches.waits import keep_norms_on_device, skip_single_rank_reductions, validate_once_per_step
 
 VERSIONS = ("0.19.0", "0.19.1", "0.19.2")  # of megatron-core; the patched code is the same in all of them
 
