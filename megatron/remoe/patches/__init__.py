@@ -16,7 +16,7 @@ from megatron.remoe.patches.fusions import (
     fuse_cross_entropy_without_compiler,
     fuse_rotary_embedding_without_engine,
 )
-from megatron.remoe.patches.log_lines import tell_what_is_printed
+from megatron.remoe.patches.log_lines import forward_figures
 from megatron.remoe.patches.optimizer import let_torch_adam_resume, use_fused_adam
 from megatron.remoe.patches.start import count_operations_of_warmup, use_shipped_helpers
 from megatron.remoe.patches.waits import ask_no_other_rank_if_alone, keep_norms_on_the_device, validate_once_a_step
@@ -106,8 +106,8 @@ PATCHES = (
         "the count is told the experts per token of a step",
     ),
     Patch(
-        tell_what_is_printed,
-        "training/training.py: print_rank_last",
+        forward_figures,
+        "training/training.py: training_log, evaluate_and_print_results and save_checkpoint",
         "losses and evaluations in SAVE/metrics.jsonl",
         "Megatron hands the figures of a log interval to a writer of the caller's",
         for_saving=True,
