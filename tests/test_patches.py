@@ -347,7 +347,8 @@ def test_megatron_still_tells_the_console_alone(
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-    assert heard == [{"kind": "validation", "iteration": 7, "set": "test", "lm_loss": 2.0}], "once, by the patch"
+    expected = {"kind": "validation", "iteration": 7, "set": "test", "final": True, "lm_loss": 2.0}
+    assert heard == [expected], "once, by the patch"
     assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
 
 

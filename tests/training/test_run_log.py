@@ -170,8 +170,8 @@ def test_a_training_writes_numbers(data: Path, whole: Path, tmp_path: Path) -> N
         values = [float(part.partition(" ")[0]) for part in printed.split(f" {name}: ")[1:]]
         scale = 1000 if key.startswith("seconds") else 1
         assert [scale * each[key] for each in lines] == pytest.approx(values, abs=0.051), "the first has no interval"
-    found = [(each["iteration"], each.get("set")) for each in read(whole, "validation")]
-    assert found == [(4, None), (8, None), (8, None), (8, "test")], "of the loop, then after it"
+    found = [(each["iteration"], each.get("set"), each.get("final")) for each in read(whole, "validation")]
+    assert found == [(4, None, None), (8, None, None), (8, None, True), (8, "test", True)]
 
 
 def test_running_sums_are_the_same_in_parts(data: Path, whole: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 python tools/compare                                # all rows: hours on a CPU
 python tools/compare --corpora mixed --rows dense moe remoe --seeds 1 2 3
-python tools/compare --write-docs                   # put the tables into docs/paper.md
 python tools/compare --figures experts --experts 2 4 8 --routings moe remoe   # runs of a figure of scripts/sweep.sh
 
 All runs are the quickstart's models, trained by scripts/sweep.sh --tiny; a text is split 95 : 2.5 : 2.5 by documents.
@@ -16,11 +15,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ..common.display import Display
-from ..common.files import lock, write_between
+from ..common.files import lock
 from ..common.flags import split, whole_number
 from ..common.places import ROOT
 from ..common.running import run_once
@@ -36,8 +34,6 @@ from .table import STUDENT, markdown, verdicts
 from .trainings import TUNING_SEED, Comparison
 
 SEEDS = (1234, 1235, 1236)
-PAGE = ROOT / "docs" / "paper.md"
-FOUND = ROOT / "docs" / "compare"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,11 +73,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--analyze", action="store_true",
         help="also look into the routers with tools/analyze and the held-out sets, and show a table of what it finds",
     )  # fmt: skip
-    parser.add_argument(
-        "--write-docs", nargs="?", const="", metavar="PLACE",
-        help="put the tables into docs/paper.md, which has places for some (default: that of the figures), and what "
-        "they are made from into docs/compare",
-    )  # fmt: skip
     add_what_to_train(parser, (*FIGURES, COMPARED, *AXES), "none")
     own, flags = split(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(own)
@@ -93,28 +84,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     except SettingsError as error:
         parser.error(str(error))
     args.rows += [row for row in map(row_of, runs) if row not in args.rows]
-    for what in [] if args.write_docs is None else places(args):
-        page = PAGE.read_text(encoding="utf-8")
-        if not all(mark in page for name in args.corpora for mark in marks(what, name)):
-            parser.error(f"--write-docs: docs/paper.md has no place for {' '.join(what)}. Leave it out.")
     args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
     if len(args.seeds) > 1 + max(STUDENT):
         parser.error(f"--seeds: {len(args.seeds)} are more than the {1 + max(STUDENT)} that an interval is known for.")
     if TUNING_SEED in args.seeds:
         parser.error(f"--seeds {TUNING_SEED}: settings are chosen with it. Give another.")
     return args
-
-
-def places(args: argparse.Namespace) -> list[list[str]]:
-    """What each table that is written is of."""
-    what = [args.write_docs] if args.write_docs else args.figures
-    return [what, *([["analysis", *what]] if args.analyze else [])]
-
-
-def marks(what: Sequence[str], corpus: str) -> tuple[str, str]:
-    """What stands around a table in `PAGE`."""
-    words = " ".join(["compare", *what, corpus])
-    return f"<!-- {words} -->", f"<!-- end of {words} -->"
 
 
 def compare(args: argparse.Namespace, display: Display) -> None:
@@ -140,14 +115,6 @@ def compare(args: argparse.Namespace, display: Display) -> None:
                 display.say("\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results)]))
                 if args.analyze:
                     display.say("\n".join(["", f"{name}, routers:", "", inside.markdown(results)]))
-    if args.write_docs is not None:
-        FOUND.mkdir(exist_ok=True)
-        for name, kept in found.items():
-            results = kept.of(args.rows if args.figures else ROWS)
-            replace(kept, results=results).write(FOUND / f"{'-'.join([*places(args)[0], name])}.json")
-            tables = [markdown(results, kept.tuned), *([inside.markdown(results)] if args.analyze else [])]
-            for what, table in zip(places(args), tables, strict=True):
-                write_between(PAGE, *marks(what, name), f"\n{table}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,8 +2,9 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
+from inspect import signature
 from itertools import count
 from typing import Any
 
@@ -51,71 +52,40 @@ class _Sums(dict[str, Any]):
 
 
 def _forwarding_log(training_log: Callable[..., bool]) -> Callable[..., bool]:
-    since = 0.0  # the interval's timer when the interval began
+    names = signature(training_log)
+    since = 0.0  # seconds on the interval's timer when the interval began
 
     @wraps(training_log)
-    def forwarding(
-        loss_dict: dict[str, Any],
-        total_loss_dict: dict[str, Any],
-        learning_rate: float | None,
-        iteration: int,
-        loss_scale: float,
-        report_memory_flag: bool,
-        skipped_iter: int,
-        grad_norm: float | None,
-        params_norm: float | None,
-        num_zeros_in_grad: int | None,
-        *others: Any,
-        is_first_iteration: bool = False,
-        **options: Any,
-    ) -> bool:
+    def forwarding(loss_dict: Any, total_loss_dict: dict[str, Any], *others: Any, **options: Any) -> bool:
         nonlocal since
-        sums = _Sums(total_loss_dict)
-        report_memory_flag = training_log(
-            loss_dict, sums, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm,
-            params_norm, num_zeros_in_grad, *others, is_first_iteration=is_first_iteration, **options,
-        )  # fmt: skip
+        given, sums = names.bind(loss_dict, total_loss_dict, *others, **options), _Sums(total_loss_dict)
+        given.apply_defaults()
+        report_memory_flag = training_log(loss_dict, sums, *others, **options)
         total_loss_dict.update(sums)
-        args = get_args()
-        if not (run_logger().isEnabledFor(logging.INFO) and (is_first_iteration or iteration % args.log_interval == 0)):
-            return report_memory_flag
-        # The first iteration is printed, but its interval goes on.
-        of_interval = sums if is_first_iteration else sums.before
-        active = get_timers()("interval-time").active_time()
-        seconds = active - (0.0 if is_first_iteration else since)
-        since = 0.0 if is_first_iteration else active
-        norms = {"grad_norm": grad_norm, "params_norm": params_norm, "num_zeros": num_zeros_in_grad}
-        run_logger().info(
-            {"kind": "log", "iteration": iteration}
-            | _figures(args, of_interval, seconds, options)
-            | {name: value for name, value in norms.items() if value is not None}
-            | ({} if learning_rate is None else {"learning_rate": learning_rate})
-            | {"loss_scale": loss_scale}
-        )
+        is_first, iteration = given.arguments["is_first_iteration"], given.arguments["iteration"]
+        if run_logger().isEnabledFor(logging.INFO) and (is_first or iteration % get_args().log_interval == 0):
+            active = get_timers()("interval-time").active_time()
+            # The first iteration is printed, but its interval goes on.
+            seconds, since = (active, 0.0) if is_first else (active - since, active)
+            figures = _figures(given.arguments, sums if is_first else sums.before, seconds)
+            run_logger().info({"kind": "log", "iteration": iteration} | figures)
         return report_memory_flag
 
     return forwarding
 
 
-def _figures(
-    args: argparse.Namespace, sums: dict[str, Any], seconds: float, options: dict[str, Any]
-) -> dict[str, float]:
-    """Return means over the steps of an interval, and how fast they were.
+def _figures(given: Mapping[str, Any], sums: Mapping[str, Any], seconds: float) -> dict[str, float]:
+    """Return the figures of a log interval: means over its steps, and the last step's norms and rates.
 
     Args:
-        args: Megatron's arguments.
+        given: the arguments of `training_log`.
         sums: `total_loss_dict` before its reset.
-        seconds: that the interval took.
-        options: of `training_log`, with what its operations are counted by.
+        seconds: time of the interval.
     """
+    args, batch = get_args(), get_current_running_global_batch_size()
     advanced, skipped, not_finite = (sums[name] for name in COUNTERS)
     seconds /= max(1, advanced + skipped)
-    batch = get_current_running_global_batch_size()
-    figures = {
-        name.replace(" ", "_").lower(): float(total) / max(1, advanced)
-        for name, total in sums.items()
-        if name not in COUNTERS
-    }
+    figures = {_key(name): float(total) / max(1, advanced) for name, total in sums.items() if name not in COUNTERS}
     figures |= {
         "consumed_samples": args.consumed_train_samples,
         "global_batch_size": batch,
@@ -124,13 +94,20 @@ def _figures(
         "number_of_skipped_iterations": skipped,
         "number_of_nan_iterations": not_finite,
     }
+    of_step = {name: given[name] for name in ("learning_rate", "loss_scale", "grad_norm", "params_norm")}
+    of_step["num_zeros"] = given["num_zeros_in_grad"]
+    figures |= {name: value for name, value in of_step.items() if value is not None}
     if args.skipped_train_samples > 0:
         figures["skipped_samples"] = args.skipped_train_samples
     if args.log_throughput:
-        counted = {name: options.get(name) for name in ("seqlen_squared_sum_in_batch", "total_real_tokens_in_batch")}
+        counted = {name: given[name] for name in ("seqlen_squared_sum_in_batch", "total_real_tokens_in_batch")}
         operations = training.num_floating_point_operations(args, batch, **counted)
         figures["throughput_per_gpu_tflop_s_gpu"] = operations / (max(seconds, 1e-4) * 1e12 * args.world_size)
     return figures
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_").lower()
 
 
 def _forwarding_evaluations(evaluate_and_print_results: Callable[..., None]) -> Callable[..., None]:
@@ -144,9 +121,11 @@ def _forwarding_evaluations(evaluate_and_print_results: Callable[..., None]) -> 
             found = evaluate(*arguments, **named)
             name, losses = next(names), found[0]
             if losses and run_logger().isEnabledFor(logging.INFO):  # there are none after the time limit
-                which = {"set": name} if name else {}
-                figures = {name.replace(" ", "_").lower(): float(loss) for name, loss in losses.items()}
-                run_logger().info({"kind": "validation", "iteration": iteration} | which | figures)
+                record: dict[str, Any] = {"kind": "validation", "iteration": iteration}
+                record |= {"set": name} if name else {}
+                record |= {"final": True} if prefix.endswith(" set") else {}
+                record |= {_key(name): float(loss) for name, loss in losses.items()}
+                run_logger().info(record)
             return found
 
         training.evaluate = evaluate_and_forward  # called once for each set

@@ -87,7 +87,7 @@ class RunLog(logging.Handler):
             self._append(self._with_all_totals(record))
 
     def _has(self, validation: Record) -> bool:
-        names = ("kind", "iteration", "set")
+        names = ("kind", "iteration", "set", "final")
         wanted = [validation.get(name) for name in names]
         return any([record.get(name) for name in names] == wanted for record in read_run_log(self.path))
 
