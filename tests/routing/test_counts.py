@@ -11,7 +11,7 @@ def test_nothing_overlaps() -> None:
     sums = StepSums.zeros(2, 3, CPU)
     for value, name in enumerate(("tokens_per_expert", *COLUMNS), start=1):
         sums.counts.layer(2)[name].fill_(value)
-    for value, view in enumerate((sums.guarded, sums.l1_exponent, sums.routers, sums.not_finite), start=5):
+    for value, view in enumerate((sums.guarded, sums.l1_exponent, sums.ranks, sums.not_finite), start=5):
         view.fill_(value)
     assert sums.buffer.tolist() == [*[0.0] * 6, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 6.0, 7.0, 8.0]
     assert sums.counts["tokens"].tolist() == [0.0, 2.0] and sums.counts.active.tolist() == [0.0, 3.0]

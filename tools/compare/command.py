@@ -5,10 +5,10 @@ python tools/compare --corpora mixed --rows dense moe remoe --seeds 1 2 3
 python tools/compare --figures experts --experts 2 4 8 --routings moe remoe   # runs of a figure of scripts/sweep.sh
 
 All runs are the quickstart's models, trained by scripts/sweep.sh --tiny; a text is split 95 : 2.5 : 2.5 by documents.
-Settings are chosen on the second part with a seed of their own: routing, granularity, coefficient of the auxiliary
-loss, factor on the gates, learning rate; of dense and ReMoE those that they have. The losses shown are of the third.
-A run is compared with the ReMoE of as many experts. What is finished is kept in --output-dir, and the same command goes
-on where it was stopped; what earlier ones found of the same rows, with other seeds, is shown too.
+Settings are chosen on the second part, with a seed of their own: routing, granularity, coefficient of the auxiliary
+loss, factor on the gates, learning rate, as far as a model has them. The losses shown are of the third part.
+A run is compared with the ReMoE that has as many experts. Finished trainings are kept in --output-dir, and the same
+command continues after a stop. The table also shows results of earlier calls with other seeds.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SEEDS = (1234, 1235, 1236)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="tools/compare",
         usage="%(prog)s [options] [-- Megatron flags]",
@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--rows", nargs="+", choices=ROWS, metavar="ROW",
-        help=f"default: none where --figures is given, else all of {', '.join(ROWS)}",
+        help=f"default: none with --figures, else all of {', '.join(ROWS)}",
     )  # fmt: skip
     parser.add_argument(
         "--seeds", nargs="+", type=whole_number(1), default=[*SEEDS], metavar="N",
@@ -93,10 +93,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def compare(args: argparse.Namespace, display: Display) -> None:
-    """Train, show, and write.
+    """Train, show and write the results.
 
     Raises:
-        ToolError: something is not as it must be.
+        ToolError: something failed; the message says what to do.
     """
     output = args.output_dir.expanduser().resolve()
     inputs = fingerprint("results", args.train_iters, args.tuning_iters, *args.flags)
@@ -118,7 +118,7 @@ def compare(args: argparse.Namespace, display: Display) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    """Compare; returns the exit code: 0, 1 after an error, 130 after a stop."""
     args = parse_arguments(arguments)
 
     def work() -> None:

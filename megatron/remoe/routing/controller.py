@@ -78,7 +78,8 @@ class SparsityController:
         # A router that is off for all tokens has no gradient, but the norms of every layer have one.
         self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
         self._last: StepSums | None = None
-        self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # active pairs, tokens times layers
+        # Active pairs and tokens of each layer over all steps.
+        self._totals = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -93,14 +94,13 @@ class SparsityController:
         self._last = sums
 
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
-        totals = torch.stack([active, tokens]).sum(dim=1)
-        self._totals += totals
+        torch._foreach_add_([*self._totals.unbind()], [active, tokens])
         # Megatron skips a step that is not finite, or ends the training: it moves nothing here either.
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k·tokens, which is exact in whole numbers.
-        direction = torch.where(finite, torch.sign(totals[0] - topk * totals[1]), 0.0)
-        # All routers have the same exponent; a rank without a router learns it from their mean.
-        exponent = (torch.round(sums.l1_exponent / sums.routers.clamp(min=1.0)) + direction).to(torch.int64)
+        direction = torch.where(finite, torch.sign((active - topk * tokens).sum()), 0.0)
+        # All routers have the same exponent; a rank without a router learns it from the others' mean.
+        exponent = (torch.round(sums.l1_exponent / sums.ranks.clamp(min=1.0)) + direction).to(torch.int64)
         dying = active < self.config.moe_relu_layer_floor * topk * tokens
         guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
         if self.routers:
@@ -125,8 +125,8 @@ class SparsityController:
         if self.routers:
             guarded = [sums.guarded[number - 1] for number in self._numbers]
             torch._foreach_copy_(guarded, [router.guarded for router in self.routers])
-            sums.l1_exponent.copy_(torch.stack([router.l1_exponent for router in self.routers]).sum())
-            sums.routers.fill_(len(self.routers))
+            sums.l1_exponent.copy_(self.routers[0].l1_exponent)
+            sums.ranks.fill_(1.0)
         gradients = [getattr(parameter, "main_grad", parameter.grad) for parameter in self._watched]
         flat = [gradient.reshape(-1) for gradient in gradients if gradient is not None]
         if flat:
@@ -141,13 +141,14 @@ class SparsityController:
         """Return the last step's figures, or None before the first update; waits for the device."""
         if self._last is None:
             return None
-        buffer = torch.cat([self._last.buffer, self._totals]).cpu()
-        sums, experts, config = StepSums.of(buffer[:-2], self._num_layers), self.num_experts, self.config
+        buffer = self._last.buffer
+        buffer, totals = torch.cat([buffer, self._totals.flatten()]).cpu().split([len(buffer), 2 * self._num_layers])
+        sums, experts, config = StepSums.of(buffer, self._num_layers), self.num_experts, self.config
         rows = {number: sums.counts.layer(number) for number in range(1, self._num_layers + 1)}
         layers = {number: row for number, row in rows.items() if row["tokens"] > 0}
         l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}
         pairs = sums.counts["tokens"].sum().item() * experts
-        exponent = (sums.l1_exponent / sums.routers.clamp(min=1.0)).item()
+        exponent = (sums.l1_exponent / sums.ranks.clamp(min=1.0)).item()
         return RoutingSummary(
             sparsity=1.0 - sums.counts.active.sum().item() / pairs if pairs else 1.0,
             target_sparsity=config.target_sparsity,
@@ -157,12 +158,12 @@ class SparsityController:
             layer_sparsity={n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()},
             expert_load={n: (row["tokens_per_expert"] / row["tokens"]).tolist() for n, row in layers.items()},
             guarded_layers=[number for number in layers if sums.guarded[number - 1] > 0],
-            **_named(buffer[-2:]),
+            **_named(totals.view(2, -1)),
         )
 
 
 def _named(totals: torch.Tensor) -> dict[str, int]:
-    active, tokens = map(int, totals.tolist())
+    active, tokens = map(int, totals.sum(dim=1).tolist())
     return {"total_active_pairs": active, "total_layer_tokens": tokens}
 
 

@@ -69,8 +69,8 @@ class StepSums:
         buffer: float64 `[L·(E + 3) + L + 3]`; the others are views of it.
         counts: a row for each layer.
         guarded: `[L]`, how many ranks guard the layer.
-        l1_exponent: a scalar, the sum of the routers' exponents n of λ.
-        routers: a scalar, how many routers that sum is over.
+        l1_exponent: a scalar, the sum of the ranks' exponent n of λ.
+        ranks: a scalar, how many ranks that sum is over: those with a router.
         not_finite: a scalar, 0, or NaN if a gradient is not finite.
     """
 
@@ -78,7 +78,7 @@ class StepSums:
     counts: RoutingCounts
     guarded: torch.Tensor
     l1_exponent: torch.Tensor
-    routers: torch.Tensor
+    ranks: torch.Tensor
     not_finite: torch.Tensor
 
     @classmethod
