@@ -32,7 +32,6 @@ from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
 from megatron.remoe.training.arguments import add_remoe_arguments
 from megatron.training import training
 from megatron.training.arguments import parse_args
-from megatron.training.utils import common_utils
 from tests.layers import make_topk_config
 from tests.trainings import TINY, run
 from tools.common.tiny_model import TOPK
@@ -325,22 +324,32 @@ def test_megatron_still_counts_all_steps_with_the_last_k(monkeypatch: pytest.Mon
 def test_megatron_still_tells_the_console_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training, "print_rank_last", common_utils.print_rank_last)
-    heard: list[str] = []
+    for name in ("training_log", "evaluate_and_print_results", "save_checkpoint"):
+        monkeypatch.setattr(training, name, getattr(getattr(training, name), "__wrapped__", getattr(training, name)))
+    args = SimpleNamespace(
+        multiple_validation_sets=False, validation_set_names=None, full_validation=False, eval_iters=1
+    )
+    for module in (training, log_lines):
+        monkeypatch.setattr(module, "get_args", lambda: args)
+    losses = {"lm loss": torch.tensor(2.0)}
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: (losses, None, False))
+    heard: list[dict[str, object]] = []
     handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.msg)  # type: ignore[method-assign]
+    handler.emit = lambda record: heard.append(record.msg)  # type: ignore[method-assign,assignment,arg-type]
     logger = log_lines.run_logger()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        training.print_rank_last("before")
-        log_lines.tell_what_is_printed()
-        log_lines.tell_what_is_printed()
-        training.print_rank_last("after")
+        assert training.evaluate_and_print_results("iteration 7 on test set", None, None, [], 7, None, None) is None
+        log_lines.forward_figures()
+        log_lines.forward_figures()
+        training.evaluate_and_print_results("iteration 7 on test set", None, None, [], 7, None, None)
     finally:
         logger.removeHandler(handler)
-    assert heard == ["after"], "once"
-    assert capsys.readouterr().out == "before\nafter\n"
+        logger.setLevel(logging.NOTSET)
+    expected = {"kind": "validation", "iteration": 7, "set": "test", "final": True, "lm_loss": 2.0}
+    assert heard == [expected], "once, by the patch"
+    assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
 
 
 def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

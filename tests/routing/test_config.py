@@ -8,7 +8,7 @@ import torch
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
-from megatron.remoe.routing.controller import norm_weights
+from megatron.remoe.routing.layers import norm_weights
 from megatron.remoe.training.arguments import add_remoe_arguments
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 

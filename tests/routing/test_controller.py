@@ -89,6 +89,21 @@ def test_micro_batches_add_up(make_controller) -> None:
     assert exponent(controller) == -1
 
 
+def test_running_sums_are_over_all_steps(make_controller) -> None:
+    """Those of steps that are not finite too: their operations were done."""
+    controller = make_controller()
+    assert controller.totals() == {"total_active_pairs": 0, "total_layer_tokens": 0}
+    for active in (3, 8):
+        route(controller, active=active, tokens=8)
+        controller.update()
+    route(controller, active=2, tokens=8)
+    controller.routers[0].weight.grad = torch.full_like(controller.routers[0].weight, float("nan"))
+    controller.update()
+    summary = controller.summary()
+    assert (summary.total_active_pairs, summary.total_layer_tokens) == (13, 24)
+    assert controller.totals() == {"total_active_pairs": 13, "total_layer_tokens": 24}
+
+
 def test_exact_after_a_thousand_updates() -> None:
     controller = controller_of()
     router = controller.routers[0]

@@ -17,7 +17,6 @@ from tools.common.units import duration
 TOOLS = REPOSITORY / "tools"
 STARTED = sorted(path.parent for path in TOOLS.glob("*/__main__.py"))
 STARTED += sorted(path for path in TOOLS.glob("*.py") if path.name != "__init__.py")
-STARTED += [TOOLS / "quickstart" / "spread.py", TOOLS / "quickstart" / "publish.py"]
 
 
 @pytest.mark.parametrize("tool", STARTED, ids=lambda path: str(path.relative_to(TOOLS)))

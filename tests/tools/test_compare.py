@@ -183,7 +183,6 @@ def test_two_settings_that_do_not_go_together() -> None:
         (["--seeds", *map(str, range(1, 12))], "--seeds: 11 are more than the 10"),
         (["--rows", "best"], "invalid choice: 'best'"),
         ("--figures l1-init --routings moe".split(), "no such routing has this setting"),
-        ("--figures gate --write-docs".split(), "docs/paper.md has no place for gate"),
     ],
 )
 def test_bad_values_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

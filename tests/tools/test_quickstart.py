@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
 from tests.trainings import finish
 from tools.common.files import lock
@@ -136,88 +137,94 @@ def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], 
 # ---------------------------------------------------------------- figures
 
 
-def write_events(folder: Path, tags: dict[str, dict[int, float]]) -> None:
-    with SummaryWriter(str(folder)) as writer:
-        for tag, points in tags.items():
-            for step, value in points.items():
-                writer.add_scalar(tag, value, step)
+ROUTING_STEPS = 20 * models.SIZE.tokens_per_iteration * models.SIZE.layers  # tokens times layers of 20 iterations
+
+
+def records(model: str, number: int) -> list[dict[str, Any]]:
+    """What a training of 100 iterations logs; each ReMoE's S is 0.5 in the first 60 steps and 0.875 after them."""
+    found: list[dict[str, Any]] = [{"kind": "start", "time": 1.0, "iteration": 0, "args": {}}]
+    pairs = tokens = 0.0
+    for step in (1, *range(20, 101, 20)):
+        line = {"kind": "log", "time": 2.0, "iteration": step, "lm_loss": 5.0 - 0.02 * step - 0.1 * number}
+        line |= {"seconds_per_iteration": 9.0 if step <= 20 else 0.5 + number, "tokens_per_second": 1000.0}
+        if model == "remoe":
+            sparsity = 0.5 if step <= 60 else 0.875
+            tokens += ROUTING_STEPS * (step > 1)
+            pairs += ROUTING_STEPS * (step > 1) * 8 * (1 - sparsity)
+            line |= {"sparsity": sparsity, "target_sparsity": 0.875, "l1_coefficient": 1e-8 * 1.2**step}
+            line |= {"lowest_layer_sparsity": 0.4, "highest_layer_sparsity": 0.9}
+            line |= {"total_active_pairs": int(pairs), "total_layer_tokens": int(tokens)}
+            line["tokens_per_expert"] = {
+                str(layer): [layer * expert * (1 + step) / 50 for expert in range(8)] for layer in (1, 2)
+            }
+        found.append(line)
+    losses = {"code": 2.0 - 0.1 * number, "drama": 3.0 - 0.1 * number}
+    for name, loss in losses.items():
+        found.append({"kind": "validation", "iteration": 100, "set": name, "lm_loss": loss, "final": True})
+    return found
+
+
+def write_log(folder: Path, found: Iterable[dict[str, Any]]) -> None:
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with (folder / "checkpoints" / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in found)
 
 
 @pytest.fixture
-def scalars(tmp_path: Path) -> dict[str, dict[str, report.Series]]:
-    """Figures as three trainings of 100 iterations leave them; the ReMoE's was cut off at 60 and went on from 50."""
-    steps = range(5, 101, 5)
+def runs(tmp_path: Path) -> dict[str, report.Run]:
     for number, model in enumerate(models.NAMES):
-        write_events(
-            tmp_path / model,
-            {
-                "lm loss": {step: 5.0 - 0.02 * step - 0.1 * number for step in steps},
-                "iteration-time": {step: 9.0 if step == 20 else 0.5 + number for step in range(20, 101, 20)},
-                "lm loss validation-code": {100: 2.0 - 0.1 * number},
-                "lm loss validation-drama": {100: 3.0 - 0.1 * number},
-            },
-        )
-
-    def routing(steps: range, shift: float) -> dict[str, dict[int, float]]:
-        tags = {
-            "moe_relu/sparsity": {step: min(0.5 + step / 200, 0.875) + shift for step in steps},
-            "moe_relu/sparsity_target": dict.fromkeys(steps, 0.875),
-            "moe_relu/sparsity_min_layer": dict.fromkeys(steps, 0.4),
-            "moe_relu/sparsity_max_layer": dict.fromkeys(steps, 0.9),
-            "moe_relu/l1_reg_coeff": {step: 1e-8 * 1.2**step for step in steps},
-        }
-        for layer, expert in itertools.product((1, 2), range(8)):
-            tags[f"moe_relu/tokens_per_expert_layer_{layer}_expert_{expert}"] = dict.fromkeys(
-                steps, layer * expert / 50
-            )
-        return tags
-
-    write_events(tmp_path / "remoe", routing(range(5, 61, 5), shift=0.1))
-    time.sleep(1.1)  # the names of event files hold the second
-    write_events(tmp_path / "remoe", routing(range(55, 101, 5), shift=0.0))
-    return {model: report.read_scalars(tmp_path / model) for model in models.NAMES}
+        write_log(tmp_path / model, records(model, number))
+    return {model: report.Run.read(tmp_path / model) for model in models.NAMES}
 
 
-def test_newer_figures_replace_those_of_a_cut_off_training(scalars: dict[str, dict[str, report.Series]]) -> None:
-    series = scalars["remoe"]["moe_relu/sparsity"]
-    assert series.steps == list(range(5, 101, 5))
-    points = dict(zip(series.steps, series.values, strict=True))
-    assert points[50] == pytest.approx(0.5 + 50 / 200 + 0.1)
-    assert points[55] == pytest.approx(0.5 + 55 / 200)
+def test_figures_of_a_process_are_those_since_its_start(tmp_path: Path) -> None:
+    before = [*records("dense", 0)][:4]
+    write_log(tmp_path, before)
+    assert report.Run.read(tmp_path, since=5.0) == report.Run()
+    assert len(report.Run.read(tmp_path, since=1.0).lines) == 3
+    line = {"kind": "log", "iteration": 60, "lm_loss": 3.0}
+    write_log(tmp_path, [*before, {"kind": "start", "time": 6.0, "iteration": 40}, line])
+    assert report.Run.read(tmp_path, since=5.0) == report.Run(40, [line])
 
 
-def test_summary_of_written_figures(scalars: dict[str, dict[str, report.Series]]) -> None:
-    summary = report.summarize(scalars, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
+def test_summary_of_written_figures(runs: dict[str, report.Run]) -> None:
+    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
     assert list(summary) == ["dense", "moe", "remoe", "iterations", "seed", "versions"]
     assert summary["dense"]["val_loss"] == pytest.approx((2.0 * 300 + 3.0 * 100) / 400)
     assert summary["moe"]["val_loss_by_domain"] == pytest.approx({"code": 1.9, "drama": 2.9})
     per_iteration = models.SIZE.tokens_per_iteration
     assert summary["remoe"]["train_tokens"] == 100 * per_iteration
     assert summary["dense"]["tokens_per_second"] == pytest.approx(per_iteration / 0.5)
-    assert summary["remoe"]["sparsity_target"] == pytest.approx(0.875)
+    assert summary["remoe"]["sparsity_target"] == 0.875
     assert summary["remoe"]["sparsity_last_quarter"] == pytest.approx(0.875)
     assert summary["remoe"]["coefficient_final"] == pytest.approx(1e-8 * 1.2**100)
-    assert report.expert_load(scalars["remoe"], 100)[2] == pytest.approx([2 * expert / 50 for expert in range(8)])
+    expected = [2 * expert * (81 + 101) / 2 / 50 for expert in range(8)]
+    assert runs["remoe"].expert_load(100)[2] == pytest.approx(expected)
 
 
-def test_table_and_picture(
-    scalars: dict[str, dict[str, report.Series]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    summary = report.summarize(scalars, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
-    monkeypatch.setattr(report, "SPREAD_FILE", tmp_path / "spread.json")
+def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, report.Run]) -> None:
+    """From the running sums: after the 40th step, 20 steps have 0.5 and 40 have 0.875."""
+    assert runs["remoe"].late_sparsity(60, 8) == pytest.approx(0.75)
+    lines = [line | {"sparsity": 0.0} for line in runs["remoe"].lines]
+    assert report.Run(lines=lines).late_sparsity(100, 8) == pytest.approx(0.875)
+    for line in lines:
+        del line["total_active_pairs"]
+    assert report.Run(lines=lines).late_sparsity(100, 8) == 0.0
+
+
+def test_table_and_picture(runs: dict[str, report.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
     assert "±" not in shown(summary)
-    spread = {"iterations": 100, "seeds": 3, "val_loss_std": {"dense": 0.004, "moe": 0.005, "remoe": 0.006}}
-    stages.write_json(tmp_path / "spread.json", spread)
+    monkeypatch.setattr(report, "SPREAD_ITERATIONS", 100)
+    monkeypatch.setattr(report, "SPREAD", {"dense": 0.004, "moe": 0.005, "remoe": 0.006})
     text = shown(summary)
     assert re.search(r"2\.250 ± 0\.004 +2\.150 ± 0\.005 +2\.050 ± 0\.006\n", text)
     assert re.search(r"against dense +-0\.100 +-0\.200\n", text)
     assert "MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md" in text
     assert "± spread over 3 seeds, docs/experiments.md" in text and "\x1b" not in text
     assert max(map(len, text.partition("To try next")[0].splitlines())) <= 80
-    stages.write_json(tmp_path / "spread.json", spread | {"iterations": 50})
-    assert "±" not in shown(summary)
 
-    picture.draw(tmp_path / "report.png", scalars, summary)
+    picture.draw(tmp_path / "report.png", runs, summary)
     assert_is_picture(tmp_path / "report.png")
     assert [path.name for path in tmp_path.glob("*.png")] == ["report.png"]
 
@@ -261,7 +268,7 @@ def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
 
 def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
     failing = job(tmp_path / "dense", "a", ["--cpu", "--no-such-flag"])
-    work = Work("dense", iterations=10, tokens_per_iteration=1, cost=1.0, evaluation=1.0)
+    work = Work("dense", iterations=10, cost=1.0, evaluation=1.0, sets=2)
     with (
         lock(tmp_path, "quickstart") as held,
         TrainingDisplay(Console(quiet=True), [work]) as display,

@@ -1,153 +1,209 @@
-"""SAVE/metrics.jsonl: what goes into it, what a resumed run takes out, and how it stays small."""
+"""SAVE/metrics.jsonl: what goes into it, what a resumed run takes out, and that it never ends a training."""
 
 import argparse
+import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron.remoe.training.run_log import RunLog, read_run_log
+from tests.trainings import TINY, records, run
+from tools.common.tiny_model import RELU
 
-LINE = (
-    " [2026-01-01 00:00:00.000000] iteration {:8d}/     100 | consumed samples:          160 |"
-    " elapsed time per iteration (ms): 250.0 | throughput per GPU (TFLOP/s/GPU): 1.5 | learning rate: 1.000000E-03 |"
-    " global batch size:     8 | lm loss: 2.500000E+00 | loss scale: 1.0 | grad norm: inf | params norm: 3.500 |"
-    " number of skipped iterations:   0 | number of nan iterations:   0 |"
-)
+FILE = "metrics.jsonl"
 
 
-def make_log(folder: Path, iteration: int = 0, train_iters: int = 100, **options: Any) -> RunLog:
-    args = argparse.Namespace(
-        save=str(folder), iteration=iteration, train_iters=train_iters, seq_length=64, log_interval=1, device=object()
-    )
-    return RunLog(args, **options)
+def make_log(folder: Path, iteration: int = 0, train_iters: int = 100) -> RunLog:
+    return RunLog(argparse.Namespace(save=str(folder), iteration=iteration, train_iters=train_iters, device=object()))
 
 
-def tell(log: RunLog, *messages: str | dict[str, Any]) -> None:
+def tell(log: RunLog, *messages: Any) -> None:
     for message in messages:
         log.emit(logging.makeLogRecord({"msg": message}))
 
 
+def line(iteration: int, **figures: Any) -> dict[str, Any]:
+    return {"kind": "log", "iteration": iteration, "lm_loss": 2.5, **figures}
+
+
+def validation(iteration: int, **figures: Any) -> dict[str, Any]:
+    return {"kind": "validation", "iteration": iteration, "lm_loss": 2.0, **figures}
+
+
+def read(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_run_log(folder / FILE) if record["kind"] == kind]
+
+
 def iterations(folder: Path, kind: str = "log") -> list[int]:
-    return [record["iteration"] for record in read_run_log(folder / "metrics.jsonl") if record["kind"] == kind]
+    return [record["iteration"] for record in read(folder, kind)]
 
 
 def test_a_line_of_the_log_with_the_figures_that_belong_to_it(tmp_path: Path) -> None:
-    routing = {"sparsity": 0.5, "l1_loss": float("nan"), "layer_sparsity": {1: 0.25, 3: 0.75}}
-    tell(make_log(tmp_path), routing, LINE.format(20), "-" * 20)
-    start, line = read_run_log(tmp_path / "metrics.jsonl")
-    assert start["kind"] == "start" and start["iteration"] == 0
-    assert start["args"]["seq_length"] == 64 and "device" not in start["args"], "what JSON can hold"
-    assert line.pop("time") >= start["time"]
-    assert line == {
-        "kind": "log",
-        "iteration": 20,
-        "consumed_samples": 160,
-        "throughput_per_gpu_tflop_s_gpu": 1.5,
-        "learning_rate": 1e-3,
-        "global_batch_size": 8,
-        "lm_loss": 2.5,
-        "loss_scale": 1.0,
-        "params_norm": 3.5,
-        "number_of_skipped_iterations": 0,
-        "number_of_nan_iterations": 0,
-        "seconds_per_iteration": 0.25,
-        "tokens_per_second": 2048.0,
-        "sparsity": 0.5,
-        "layer_sparsity": {"1": 0.25, "3": 0.75},
-    }
-
-
-def test_evaluations(tmp_path: Path) -> None:
-    tell(
-        make_log(tmp_path),
-        " validation loss at iteration 10 | lm loss value: 2.5E+00 | lm loss PPL: 1.2E+01 | ",
-        " validation-prose loss at iteration 10 | lm loss value: 2.0E+00 | lm loss PPL: 7.4E+00 | ",
-        " validation loss at iteration 20 on validation set | lm loss value: 1.5E+00 | lm loss PPL: 4.5E+00 | ",
-        " validation loss at iteration 20 on test set | lm loss value: 1.0E+00 | lm loss PPL: 2.7E+00 | ",
-    )
-    assert list(read_run_log(tmp_path / "metrics.jsonl"))[1:] == [
-        {"kind": "validation", "iteration": 10, "lm_loss": 2.5},
-        {"kind": "validation", "iteration": 10, "set": "prose", "lm_loss": 2.0},
-        {"kind": "validation", "iteration": 20, "lm_loss": 1.5},
-        {"kind": "validation", "iteration": 20, "set": "test", "lm_loss": 1.0},
-    ]
+    routing = {"sparsity": 0.5, "l1_loss": math.nan, "layer_sparsity": {1: 0.25, 3: 0.75}}
+    log = make_log(tmp_path)
+    tell(log, routing, line(20, grad_norm=math.inf), line(40))
+    first, found, next_one = read_run_log(tmp_path / FILE)
+    assert first["kind"] == "start" and first["iteration"] == 0
+    assert first["args"]["train_iters"] == 100 and "device" not in first["args"], "what JSON can hold"
+    assert found.pop("time") >= first["time"]
+    assert found == line(20) | {"sparsity": 0.5, "layer_sparsity": {"1": 0.25, "3": 0.75}}
+    assert "sparsity" not in next_one
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    tell(make_log(tmp_path), *(LINE.format(iteration) for iteration in (18, 19, 20, 21)))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    tell(make_log(tmp_path), *(line(iteration) for iteration in (18, 19, 20, 21)))
+    with (tmp_path / FILE).open("a") as file:
         file.write('{"kind": "log", "iter')  # cut off in the middle
     resumed = make_log(tmp_path, iteration=20)
     assert iterations(tmp_path) == [18, 19, 20, 21], "nothing is taken out before the training goes on"
-    tell(resumed, LINE.format(21), LINE.format(22))
+    tell(resumed, line(21), line(22))
     assert iterations(tmp_path) == [18, 19, 20, 21, 22]
     assert iterations(tmp_path, "start") == [0, 20]
 
 
-def test_a_run_goes_on_with_another_log_interval(tmp_path: Path) -> None:
-    log = make_log(tmp_path)
-    log._args.log_interval = 10
-    tell(log, *(LINE.format(iteration) for iteration in (10, 20, 30)))
-    tell(make_log(tmp_path, iteration=30), LINE.format(31), LINE.format(32))
-    assert iterations(tmp_path) == [10, 20, 30, 31, 32]
-
-
 def test_a_run_from_its_start_keeps_the_former_one_beside_it(tmp_path: Path) -> None:
-    tell(make_log(tmp_path), LINE.format(1), LINE.format(10))
-    tell(make_log(tmp_path), LINE.format(1))
-    tell(make_log(tmp_path), LINE.format(2))
-    tell(make_log(tmp_path), LINE.format(3))
+    for step in (1, 2, 3):
+        tell(make_log(tmp_path), line(step))
     assert iterations(tmp_path) == [3]
-    for name, expected in (("old", [0, 1, 10]), ("old.1", [0, 1]), ("old.2", [0, 2])):
+    for name, expected in (("old", [0, 1]), ("old.1", [0, 2])):
         assert [record["iteration"] for record in read_run_log(tmp_path / f"metrics.{name}.jsonl")] == expected
 
 
-def test_a_run_that_has_nothing_to_do_leaves_it(tmp_path: Path) -> None:
-    tell(
-        make_log(tmp_path, iteration=100), " validation loss at iteration 100 on validation set | lm loss value: 1.0 |"
-    )
-    assert not (tmp_path / "metrics.jsonl").exists()
+def test_running_sums_go_on(tmp_path: Path) -> None:
+    def sums(pairs: int, tokens: int) -> dict[str, int]:
+        return {"total_active_pairs": pairs, "total_layer_tokens": tokens}
+
+    tell(make_log(tmp_path), line(10, **sums(40, 10)), {"kind": "checkpoint", "iteration": 15, **sums(50, 15)})
+    tell(make_log(tmp_path, iteration=15), sums(5, 5), line(20))
+    assert read(tmp_path, "log")[-1]["total_active_pairs"] == 55
+    assert read(tmp_path, "log")[-1]["total_layer_tokens"] == 20
+
+    # The steps between 15 and 17 were counted by nobody: no sum is better than a wrong one.
+    tell(make_log(tmp_path, iteration=17), line(20, **sums(5, 5)))
+    assert "total_active_pairs" not in read(tmp_path, "log")[-1]
 
 
-def test_it_is_bounded(tmp_path: Path) -> None:
-    limit, log = 20_000, make_log(tmp_path, train_iters=1001, limit=20_000)
-    validation = " validation loss at iteration 7 | lm loss value: 2.5E+00 | "
-    tell(log, validation)
-    for iteration in range(1, 1002):
-        tell(log, {"tokens_per_expert": {1: [0.125] * 8}}, LINE.format(iteration))
-        assert (tmp_path / "metrics.jsonl").stat().st_size <= limit
-    *kept, last = iterations(tmp_path)
-    (step,) = {after - before for before, after in zip(kept, kept[1:], strict=False)}
-    assert len(kept) >= 20 and kept[0] <= step and kept[-1] > 1000 - step, "evenly spread over all of the run"
-    assert last == 1001 and last % step, "the run's last line"
-    assert iterations(tmp_path, "validation") == [7]
+def test_a_run_that_has_nothing_to_do_adds_what_its_last_evaluation_lacks(tmp_path: Path) -> None:
+    tell(make_log(tmp_path), line(100), validation(100, set="code"))
+    before = (tmp_path / FILE).read_text()
+    log = make_log(tmp_path, iteration=100)
+    tell(log, validation(100, set="code"))
+    assert (tmp_path / FILE).read_text() == before
+    tell(log, validation(100, set="docs"), validation(100, set="docs"))
+    assert [record["set"] for record in read(tmp_path, "validation")] == ["code", "docs"]
+    assert (tmp_path / FILE).read_text().startswith(before)
 
 
-def test_it_is_bounded_over_many_sessions(tmp_path: Path) -> None:
-    """Each does eight lines, and the last six of it again."""
-    limit, train_iters = 20_000, 1000
-    for start in range(0, train_iters - 8, 8):
-        log = make_log(tmp_path, iteration=start, train_iters=train_iters, limit=limit)
-        log._args.flags = "x" * 500
-        for iteration in range(start + 1, start + 15):
-            tell(log, {"tokens_per_expert": {1: [0.125] * 8}}, LINE.format(iteration))
-            assert (tmp_path / "metrics.jsonl").stat().st_size <= limit
-    kept, starts = iterations(tmp_path), [one for one in read_run_log(tmp_path / "metrics.jsonl") if "version" in one]
-    (step,) = {after - before for before, after in zip(kept, kept[1:], strict=False)}
-    assert kept[0] <= step and kept[-1] > train_iters - 10 - step, "evenly spread over all of the run"
-    assert [one["iteration"] for one in starts] == [*range(0, train_iters - 8, 8)]
-    assert ["args" in one for one in starts] == [False] * (len(starts) - 4) + [True] * 4
+OTHER_LINES = [
+    "[1, 2]",
+    '"text"',
+    "7",
+    "null",
+    "{}",
+    '{"kind": "log"}',
+    '{"kind": "log", "iteration": "7"}',
+    "[" * 10**5,
+]
 
 
-def test_what_is_over_the_limit_without_lines_of_the_log(tmp_path: Path) -> None:
-    log = make_log(tmp_path, train_iters=16, limit=100)
-    tell(log, *(LINE.format(iteration) for iteration in range(1, 17)))
-    assert iterations(tmp_path) == [16], "the last one, and an end of halving"
+def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
+    tell(make_log(tmp_path), line(1))
+    with (tmp_path / FILE).open("ab") as file:
+        file.write("\n".join(OTHER_LINES).encode() + b"\n\xff\xfe\x00")
+    assert iterations(tmp_path) == [1]
+    tell(make_log(tmp_path, iteration=1), line(2), line(3, figure=object()))
+    assert iterations(tmp_path) == [1, 2, 3]
+    assert all(isinstance(json.loads(each), dict) for each in (tmp_path / FILE).read_text().splitlines())
 
 
-def test_a_training_outlives_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl: .* The training goes on without this log"):
-        tell(make_log(tmp_path, iteration=1), LINE.format(2))
+def test_a_line_after_one_that_was_cut_off_is_whole(tmp_path: Path) -> None:
+    log = make_log(tmp_path)
+    tell(log, line(1))
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"kind": "log", "iter')
+    tell(log, line(2))
+    assert iterations(tmp_path) == [1, 2]
+
+
+def test_a_training_outlives_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir()
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl.* The training goes on"):
+        tell(make_log(tmp_path, iteration=1), line(2))
+
+
+SPLIT = ["--split", "80,10,10"]
+EVALUATED = [*SPLIT, "--eval-iters", "1"]
+
+
+def train(data: Path, folder: Path, *arguments: str, **options: Any) -> str:
+    saving = ["--save", str(folder), "--load", str(folder), "--data-path", str(data)]
+    return run([*TINY, *RELU, *saving, "--save-interval", "100", *SPLIT, *arguments], **options)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps, logged two by two, evaluated at the fourth and at the end."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(data, folder, "--log-interval", "2", *EVALUATED, "--eval-interval", "4", "--log-throughput")
+    return folder
+
+
+def test_a_training_writes_numbers(data: Path, whole: Path, tmp_path: Path) -> None:
+    printed = train(data, tmp_path, "--log-interval", "2", *EVALUATED, "--log-throughput", "--log-params-norm")
+    lines = read(tmp_path, "log")
+    assert [each["iteration"] for each in lines] == [*records(printed)] == [1, 2, 4, 6, 8]
+    names = {"lm loss", "l1 loss", "sparsity", "lowest layer sparsity", "learning rate", "global batch size"}
+    names |= {"consumed samples", "loss scale", "number of skipped iterations", "number of nan iterations"}
+    for each, fields in zip(lines, records(printed).values(), strict=True):
+        for name in names:
+            assert each[name.replace(" ", "_")] == pytest.approx(float(fields[name]), rel=1e-6, abs=1e-6), name
+        for name in ("grad norm", "params norm"):
+            assert each[name.replace(" ", "_")] == pytest.approx(float(fields[name]), abs=5e-4), name
+        assert each["tokens_per_second"] == pytest.approx(8 * 64 / each["seconds_per_iteration"], rel=1e-3)
+    for name, key in (
+        ("elapsed time per iteration (ms)", "seconds_per_iteration"),
+        ("throughput per GPU (TFLOP/s/GPU)", "throughput_per_gpu_tflop_s_gpu"),
+    ):
+        values = [float(part.partition(" ")[0]) for part in printed.split(f" {name}: ")[1:]]
+        scale = 1000 if key.startswith("seconds") else 1
+        assert [scale * each[key] for each in lines] == pytest.approx(values, abs=0.051), "the first has no interval"
+    found = [(each["iteration"], each.get("set"), each.get("final")) for each in read(whole, "validation")]
+    assert found == [(4, None, None), (8, None, None), (8, None, True), (8, "test", True)]
+
+
+def test_running_sums_are_the_same_in_parts(data: Path, whole: Path, tmp_path: Path) -> None:
+    """Cut between two lines of the log."""
+    train(data, tmp_path, "--log-interval", "2", "--exit-interval", "3")
+    train(data, tmp_path, "--log-interval", "2")
+    assert iterations(tmp_path, "checkpoint") == [3, 8]
+    expected, found = read(whole, "log")[-1], read(tmp_path, "log")[-1]
+    assert expected["iteration"] == found["iteration"] == 8
+    assert expected["total_layer_tokens"] == 8 * 8 * 64 * 2, "steps, sequences, tokens, MoE layers"
+    assert [found[name] for name in ("total_active_pairs", "total_layer_tokens")] == [
+        expected[name] for name in ("total_active_pairs", "total_layer_tokens")
+    ]
+    step_by_step = tmp_path / "step by step"
+    train(data, step_by_step)
+    pairs = sum(1 - each["sparsity"] for each in read(step_by_step, "log")) * 8 * 8 * 64 * 2
+    assert expected["total_active_pairs"] == pytest.approx(pairs)
+
+
+def test_stopped_before_the_last_evaluation(data: Path, tmp_path: Path) -> None:
+    """The last checkpoint is there, and the next start has nothing to do but the evaluation."""
+    train(data, tmp_path)
+    assert iterations(tmp_path)[-1] == 8 and not iterations(tmp_path, "validation")
+    for _ in range(2):
+        train(data, tmp_path, *EVALUATED)
+        assert iterations(tmp_path, "validation") == [8, 8], "each set once"
+    assert iterations(tmp_path)[-1] == 8 and iterations(tmp_path, "start") == [0]
+
+
+def test_a_training_outlives_what_others_wrote(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, "--exit-interval", "4")
+    with (tmp_path / FILE).open("a") as file:
+        file.write("\n".join(OTHER_LINES) + "\n")
+    train(data, tmp_path)
+    assert iterations(tmp_path) == [*range(1, 9)]

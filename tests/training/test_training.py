@@ -56,7 +56,8 @@ def assert_log_tells_what_is_printed(folder: Path, output: str) -> None:
     assert [line["iteration"] for line in lines] == list(printed)
     for line, fields in zip(lines, printed.values(), strict=True):
         for name in {"load_balancing_loss", "flip rate"} & fields.keys() | {"lm loss", "learning rate", "grad norm"}:
-            assert line[name.replace(" ", "_")] == float(fields[name])
+            printed_digits = 5e-4 if name == "grad norm" else 1e-6
+            assert line[name.replace(" ", "_")] == pytest.approx(float(fields[name]), rel=1e-6, abs=printed_digits)
         assert ("sparsity" in line) == ("sparsity" in fields)
         if "sparsity" in line:
             load = [share for row in line["tokens_per_expert"].values() for share in row]

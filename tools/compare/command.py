@@ -2,25 +2,23 @@
 
 python tools/compare                                # all rows: hours on a CPU
 python tools/compare --corpora mixed --rows dense moe remoe --seeds 1 2 3
-python tools/compare --write-docs                   # put the tables into docs/paper.md
 python tools/compare --figures experts --experts 2 4 8 --routings moe remoe   # runs of a figure of scripts/sweep.sh
 
 All runs are the quickstart's models, trained by scripts/sweep.sh --tiny; a text is split 95 : 2.5 : 2.5 by documents.
-Settings are chosen on the second part with a seed of their own: routing, granularity, coefficient of the auxiliary
-loss, factor on the gates, learning rate; of dense and ReMoE those that they have. The losses shown are of the third.
-A run is compared with the ReMoE of as many experts. What is finished is kept in --output-dir, and the same command goes
-on where it was stopped; what earlier ones found of the same rows, with other seeds, is shown too.
+Settings are chosen on the second part, with a seed of their own: routing, granularity, coefficient of the auxiliary
+loss, factor on the gates, learning rate, as far as a model has them. The losses shown are of the third part.
+A run is compared with the ReMoE that has as many experts. Finished trainings are kept in --output-dir, and the same
+command continues after a stop. The table also shows results of earlier calls with other seeds.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ..common.display import Display
-from ..common.files import lock, write_between
+from ..common.files import lock
 from ..common.flags import split, whole_number
 from ..common.places import ROOT
 from ..common.running import run_once
@@ -36,12 +34,10 @@ from .table import STUDENT, markdown, verdicts
 from .trainings import TUNING_SEED, Comparison
 
 SEEDS = (1234, 1235, 1236)
-PAGE = ROOT / "docs" / "paper.md"
-FOUND = ROOT / "docs" / "compare"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="tools/compare",
         usage="%(prog)s [options] [-- Megatron flags]",
@@ -53,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--rows", nargs="+", choices=ROWS, metavar="ROW",
-        help=f"default: none where --figures is given, else all of {', '.join(ROWS)}",
+        help=f"default: none with --figures, else all of {', '.join(ROWS)}",
     )  # fmt: skip
     parser.add_argument(
         "--seeds", nargs="+", type=whole_number(1), default=[*SEEDS], metavar="N",
@@ -77,11 +73,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--analyze", action="store_true",
         help="also look into the routers with tools/analyze and the held-out sets, and show a table of what it finds",
     )  # fmt: skip
-    parser.add_argument(
-        "--write-docs", nargs="?", const="", metavar="PLACE",
-        help="put the tables into docs/paper.md, which has places for some (default: that of the figures), and what "
-        "they are made from into docs/compare",
-    )  # fmt: skip
     add_what_to_train(parser, (*FIGURES, COMPARED, *AXES), "none")
     own, flags = split(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(own)
@@ -93,10 +84,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     except SettingsError as error:
         parser.error(str(error))
     args.rows += [row for row in map(row_of, runs) if row not in args.rows]
-    for what in [] if args.write_docs is None else places(args):
-        page = PAGE.read_text(encoding="utf-8")
-        if not all(mark in page for name in args.corpora for mark in marks(what, name)):
-            parser.error(f"--write-docs: docs/paper.md has no place for {' '.join(what)}. Leave it out.")
     args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
     if len(args.seeds) > 1 + max(STUDENT):
         parser.error(f"--seeds: {len(args.seeds)} are more than the {1 + max(STUDENT)} that an interval is known for.")
@@ -105,23 +92,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def places(args: argparse.Namespace) -> list[list[str]]:
-    """What each table that is written is of."""
-    what = [args.write_docs] if args.write_docs else args.figures
-    return [what, *([["analysis", *what]] if args.analyze else [])]
-
-
-def marks(what: Sequence[str], corpus: str) -> tuple[str, str]:
-    """What stands around a table in `PAGE`."""
-    words = " ".join(["compare", *what, corpus])
-    return f"<!-- {words} -->", f"<!-- end of {words} -->"
-
-
 def compare(args: argparse.Namespace, display: Display) -> None:
-    """Train, show, and write.
+    """Train, show and write the results.
 
     Raises:
-        ToolError: something is not as it must be.
+        ToolError: something failed; the message says what to do.
     """
     output = args.output_dir.expanduser().resolve()
     inputs = fingerprint("results", args.train_iters, args.tuning_iters, *args.flags)
@@ -140,18 +115,10 @@ def compare(args: argparse.Namespace, display: Display) -> None:
                 display.say("\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results)]))
                 if args.analyze:
                     display.say("\n".join(["", f"{name}, routers:", "", inside.markdown(results)]))
-    if args.write_docs is not None:
-        FOUND.mkdir(exist_ok=True)
-        for name, kept in found.items():
-            results = kept.of(args.rows if args.figures else ROWS)
-            replace(kept, results=results).write(FOUND / f"{'-'.join([*places(args)[0], name])}.json")
-            tables = [markdown(results, kept.tuned), *([inside.markdown(results)] if args.analyze else [])]
-            for what, table in zip(places(args), tables, strict=True):
-                write_between(PAGE, *marks(what, name), f"\n{table}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    """Compare; returns the exit code: 0, 1 after an error, 130 after a stop."""
     args = parse_arguments(arguments)
 
     def work() -> None:

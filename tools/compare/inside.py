@@ -1,4 +1,4 @@
-"""What tools/analyze finds in the routers of compared trainings, and its table."""
+"""Figures of tools/analyze about the routers of compared trainings, and their table."""
 
 import json
 from collections.abc import Mapping
@@ -17,18 +17,18 @@ Figures = dict[str, list[float | None]]  # name → of each MoE layer
 
 
 def is_analyzed(run: Run) -> bool:
-    """Whether tools/analyze knows its routing; dense models have none."""
+    """Return whether tools/analyze knows the routing of a run; dense models have none."""
     return run.routing != "dense" and not {"expert_choice", "random"}.intersection(run.flags({}))
 
 
 def is_there(run: Path) -> bool:
-    """Whether an analysis of the run's newest checkpoint is."""
+    """Return whether there is an analysis of the run's newest checkpoint."""
     last, newest = run / "analysis" / "gates.json", run / "checkpoints" / "latest_checkpointed_iteration.txt"
     return last.exists() and last.stat().st_mtime >= newest.stat().st_mtime
 
 
 def read(folder: Path) -> Figures:
-    """Of what tools/analyze wrote for some domains; a slope is None where all tokens have the same experts."""
+    """Read what tools/analyze wrote; a slope is None if all tokens have the same experts."""
     experts, load, balance = (
         json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("experts_per_token", "load", "balance")
@@ -45,7 +45,7 @@ def read(folder: Path) -> Figures:
 
 
 def markdown(results: Results) -> str:
-    """A row for each MoE layer of what was analyzed: means with intervals, and inactive experts seed by seed."""
+    """Return a row for each MoE layer: means with intervals, and inactive experts seed by seed."""
     header = ["", "layer", *COLUMNS, BITS, "above ReMoE", "inactive experts"]
     rows = []
     for row, of in results.items():
@@ -62,6 +62,6 @@ def markdown(results: Results) -> str:
 
 
 def _column(of: Mapping[int, Result], name: str, place: int) -> dict[int, float]:
-    """Seed → a figure of a layer, where it was found."""
+    """Return seed → a figure of a layer, for the seeds that have it."""
     values = {seed: result.routing[name][place] for seed, result in of.items() if result.routing}
     return {seed: value for seed, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What all calls of a comparison found of a corpus, in one JSON file."""
+"""Results of all calls of a comparison on one corpus, in one JSON file."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,11 +14,12 @@ from .table import Result, Results
 
 @dataclass(frozen=True)
 class Kept:
-    """Of trainings with the same `inputs`.
+    """Results of trainings with the same inputs.
 
-    inputs: a fingerprint of what all trainings have in common.
-    tuned: row → what its tuning came to.
-    results: row → seed → what came out.
+    Attributes:
+        inputs: a fingerprint of everything that all trainings have in common.
+        tuned: row → the settings that were chosen.
+        results: row → seed → result.
     """
 
     inputs: str
@@ -27,10 +28,10 @@ class Kept:
 
     @classmethod
     def read(cls, path: Path, inputs: str) -> "Kept":
-        """What is there; nothing if there is no file.
+        """Read a file; without one there are no results.
 
         Raises:
-            ToolError: it is of other inputs, or damaged.
+            ToolError: the file has other inputs, or is damaged.
         """
         if not path.exists():
             return cls(inputs)
@@ -40,18 +41,15 @@ class Kept:
                 f"{path} is of trainings with other --train-iters, --tuning-iters or Megatron flags, or damaged. "
                 "Give --output-dir another folder, or take the file away."
             )
-        tuned = {
-            row: Recipe(run, tuple(of["flags"]))
-            for row, of in stamp["tuned"].items()
-            if (run := Run.from_name(of["run"])) is not None
-        }
-        results = {
-            row: {int(seed): Result(**found) for seed, found in of.items()} for row, of in stamp["results"].items()
-        }
-        return cls(inputs, tuned, results)
+        runs = {row: (Run.from_name(of["run"]), tuple(of["flags"])) for row, of in stamp["tuned"].items()}
+        return cls(
+            inputs,
+            {row: Recipe(run, flags) for row, (run, flags) in runs.items() if run is not None},
+            {row: {int(seed): Result(**found) for seed, found in of.items()} for row, of in stamp["results"].items()},
+        )
 
     def add(self, results: Results, tuned: Mapping[str, Recipe]) -> None:
-        """Take in what was found now."""
+        """Add new results; an analysis of the same training is kept."""
         self.tuned.update(tuned)
         for row, of in results.items():
             before = self.results.get(row, {})
@@ -62,11 +60,11 @@ class Kept:
             self.results[row] = dict(sorted((before | now).items()))
 
     def write(self, path: Path) -> None:
-        """Aside, and renamed."""
+        """Write the file, aside and renamed."""
         tuned = {row: {"run": of.run.name, "flags": of.flags} for row, of in self.tuned.items()}
         results = {row: {seed: asdict(found) for seed, found in of.items()} for row, of in self.results.items()}
         write_json(path, {"inputs": self.inputs, "tuned": tuned, "results": results})
 
     def of(self, rows: Iterable[str]) -> dict[str, dict[int, Result]]:
-        """Those rows that are there."""
+        """Return the results of these rows, as far as there are any."""
         return {row: self.results[row] for row in rows if row in self.results}

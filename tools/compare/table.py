@@ -14,12 +14,13 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 
 @dataclass(frozen=True)
 class Result:
-    """Of one training.
+    """Result of one training.
 
-    loss: nats per byte.
-    settled: the step from which S stays at its target; None where it does not, or there is no S.
-    flip_rate, flip_count: of the routing decisions late in the training, where they were measured.
-    routing: what tools/analyze found, where it was asked: name → of each MoE layer.
+    Attributes:
+        loss: nats per byte.
+        settled: the step from which S stays at its target; None if it does not, or if there is no S.
+        flip_rate, flip_count: flips late in the training, if they were measured.
+        routing: figures of tools/analyze, if it ran: name → a value for each MoE layer.
     """
 
     loss: float
@@ -33,25 +34,25 @@ Results = Mapping[str, Mapping[int, Result]]  # row → seed → what came out
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t; infinite for one value."""
+    """Return the mean, and half of its 95 % interval by Student's t; infinite for one value."""
     half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return statistics.fmean(values), half
 
 
 def differences(results: Results, row: str) -> list[float]:
-    """Loss of a row less that of the ReMoE beside it, by the seeds that both have."""
+    """Return the loss of a row minus that of its ReMoE, for the seeds that both have."""
     of, beside = results[row], results.get(reference_of(row), {})
     return [of[seed].loss - beside[seed].loss for seed in sorted(of.keys() & beside.keys())]
 
 
 def markdown(results: Results, tuned: Mapping[str, Recipe]) -> str:
-    """A row for each routing or run: loss, and its difference to ReMoE's by seed.
+    """Return a row for each routing or run: loss, and its difference to ReMoE's by seed.
 
-    With runs that are no routings it is told too from when on S stays at its target, and how many decisions flip.
+    With runs of a figure there are also the step from which S stays at its target, and flips.
 
     Args:
-        results: of the rows that are there.
-        tuned: row → what its tuning came to.
+        results: row → seed → result.
+        tuned: row → the settings that were chosen.
     """
     columns = {
         "": {row: f"{title(row)}: {tuned[row]}" if row in tuned else title(row) for row in results},
@@ -70,7 +71,7 @@ def markdown(results: Results, tuned: Mapping[str, Recipe]) -> str:
 
 
 def verdicts(results: Results) -> Iterator[str]:
-    """Of each row in words: whether the ReMoE beside it is below it, above it, or neither can be told."""
+    """Yield for each row whether its ReMoE is lower, higher, or neither with confidence."""
     for row in results:
         values = differences(results, row) if row != reference_of(row) else []
         if values:
@@ -80,7 +81,7 @@ def verdicts(results: Results) -> Iterator[str]:
 
 
 def _settled(steps: Sequence[int | None]) -> str:
-    """Median over the seeds, with how many of them where not all have settled."""
+    """Return the median over the seeds, and how many of them settled if not all did."""
     found = [step for step in steps if step is not None]
     if not found:
         return ""
@@ -93,7 +94,7 @@ def _flips(values: Sequence[float | None]) -> str:
 
 
 def shown(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
-    """Mean and interval; nothing of no values."""
+    """Return mean and interval as text; "" without values."""
     if not values:
         return ""
     mean, half = interval(values)

@@ -1,4 +1,4 @@
-"""The trainings of a comparison: sweeps of a few runs as processes, and what they came to so far."""
+"""The trainings of a comparison: sweeps of a few runs as processes, and their results so far."""
 
 import argparse
 import os
@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ TUNING_SEED = 1233
 
 
 class Processes:
-    """Starts sweeps of a few runs, and analyses, as processes of one thread, and ends them when told to stop."""
+    """Starts sweeps and analyses as processes of one thread, and ends them when told to stop."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
@@ -43,49 +43,49 @@ class Processes:
     def train(
         self, folder: Path, text: Path, iterations: int, seed: int, options: Iterable[str], flags: Iterable[str]
     ) -> dict[Run, Outcome]:
-        """What the runs of one call came to.
+        """Train the runs of one call of scripts/sweep.sh and return their outcomes.
 
         Args:
             folder: for the runs.
             text: the quickstart's data.
-            iterations: of each.
-            seed: of each.
+            iterations: of each run.
+            seed: of each run.
             options: for scripts/sweep.sh.
-            flags: for Megatron behind them.
+            flags: for Megatron, after those.
 
         Raises:
-            ToolError: one did not finish.
+            ToolError: a run did not finish.
         """
-        behind = ["--split", SPLIT, "--eval-iters", str(EVALUATED), "--seed", str(seed), *flags]
         command = ["bash", str(ROOT / "scripts" / "sweep.sh"), "--tiny", "--train-iters", str(iterations)]
-        command += ["--output-dir", str(folder), *options, "--", *behind]
+        command += ["--output-dir", str(folder), *options, "--", "--split", SPLIT, "--eval-iters", str(EVALUATED)]
+        command += ["--seed", str(seed), *flags]
         self._run(command, tiny.text_in(text, text.parent.name), f"The logs: {log_of(folder / '*')}")
-        rows = results.rows_of(folder, [])
-        return {row.run: row.outcome for row in rows if is_finished(row.outcome)}
+        return {row.run: row.outcome for row in results.rows_of(folder, []) if is_finished(row.outcome)}
 
     def analyze(self, run: Path, text: Path) -> inside.Figures:
-        """What tools/analyze finds in a run with the held-out sets of a text, each a domain.
+        """Analyze a run with tools/analyze; each held-out set of the text is a domain.
 
         Raises:
-            ToolError: it found nothing.
+            ToolError: tools/analyze failed.
         """
-        if inside.is_there(run):
-            return inside.read(run / "analysis")
-        sets = [str(index.with_suffix("")) for index in sorted(text.glob("heldout_*.idx"))]
-        command = [sys.executable, str(ROOT / "tools" / "analyze"), "--load", str(run / "checkpoints")]
-        command += ["--output-dir", str(run / "analysis"), "--sequences", str(inside.SEQUENCES), "--data-path", *sets]
-        self._run(command, {}, f"The command: {shlex.join(command)}")
+        if not inside.is_there(run):
+            sets = [str(index.with_suffix("")) for index in sorted(text.glob("heldout_*.idx"))]
+            command = [sys.executable, str(ROOT / "tools" / "analyze"), "--load", str(run / "checkpoints")]
+            command += ["--output-dir", str(run / "analysis"), "--sequences", str(inside.SEQUENCES)]
+            command += ["--data-path", *sets]
+            self._run(command, {}, f"The command: {shlex.join(command)}")
         return inside.read(run / "analysis")
 
     def _run(self, command: Sequence[str], settings: Mapping[str, str], where: str) -> None:
-        """
+        """Run a command to its end.
+
         Args:
-            settings: of the environment.
-            where: to look if it fails.
+            command: its words.
+            settings: more environment variables.
+            where: what to look at if it fails.
         """
         if self._stopped:
             raise KeyboardInterrupt
-        # Ctrl-C reaches it through `stop` alone: a second one would end it without a checkpoint.
         process = subprocess.Popen(
             command,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | dict(settings),
@@ -93,7 +93,7 @@ class Processes:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches it through `stop` only: a second one would end it unsaved
         )
         self._running.add(process)
         if self._stopped:
@@ -104,21 +104,26 @@ class Processes:
             raise ToolError(f"{errors.strip()}\n{where}")
 
     def stop(self) -> None:
-        """End all, after a last checkpoint each."""
+        """End all processes; each saves a last checkpoint."""
         self._stopped = True
         for process in list(self._running):
             process.send_signal(signal.SIGTERM)
 
 
 def make_text(folder: Path, name: str, display: Display) -> Path:
-    """A corpus as the quickstart's data; reused where it is there."""
+    """Return the folder of a corpus as the quickstart's data; an existing one is reused."""
     text = corpus.build(folder / "corpus", display.say, name, corpora.CORPORA[name]())
     dataset.build(folder / "data", folder / "corpus", text, threads=1)
     return folder / "data"
 
 
 class Comparison:
-    """Trainings of all corpora, in a pool of processes, and what they came to so far."""
+    """Trainings of all corpora in a pool of processes.
+
+    Attributes:
+        recipes: corpus → tuned row → the settings that were chosen.
+        results: corpus → row → seed → result.
+    """
 
     def __init__(self, args: argparse.Namespace, output: Path, display: Display) -> None:
         self._args, self._output, self._display = args, output, display
@@ -129,72 +134,83 @@ class Comparison:
         self.results: dict[str, dict[str, dict[int, Result]]] = {name: {} for name in args.corpora}
 
     def run(self) -> None:
-        """Tune, then train, each with all processes; what is under way is saved when this is interrupted.
+        """Tune, train and analyze, with all processes each; what is under way is saved on an interruption.
 
         Raises:
-            ToolError: trainings failed; the others have come to their end.
+            ToolError: trainings failed; the others have finished.
         """
         args, say = self._args, self._display.say
+        corpora_of = [(name, row) for row in args.rows for name in args.corpora]
         with ThreadPoolExecutor(args.processes) as threads:
             try:
-                choices = {
-                    threads.submit(self._tuned, name, row): (name, row, f"{name}: {title(row)}")
-                    for row in args.rows
-                    if row in TUNED
-                    for name in args.corpora
-                }
-                for (name, row, told), recipe, _ in self._found("tuning", choices):
+                tuned = [(name, row) for name, row in corpora_of if row in TUNED]
+                for (name, row), recipe, _ in self._done(threads, "tuning", self._tuned, tuned):
                     self.recipes[name][row] = recipe
-                    say(f"{told} is {recipe}")
-                jobs = {
-                    threads.submit(self._trained, name, row, seed): (name, row, seed, _told(name, row, seed))
+                    say(f"{_told(name, row)} is {recipe}")
+                jobs = [
+                    (name, row, seed)
                     for row in args.rows
                     for seed in args.seeds
                     for name in args.corpora
                     if row not in TUNED or row in self.recipes[name]
-                }
-                for (name, row, seed, told), result, place in self._found("training", jobs):
+                ]
+                for (name, row, seed), result, place in self._done(threads, "training", self._trained, jobs):
                     self.results[name].setdefault(row, {})[seed] = result
-                    say(f"{told}: {result.loss:.4f} {place}")
-                looks = {
-                    threads.submit(self._analyzed, name, row, seed): (
-                        of,
-                        seed,
-                        f"{_told(name, row, seed)}: tools/analyze",
-                    )
+                    say(f"{_told(name, row, seed)}: {result.loss:.4f} {place}")
+                jobs = [
+                    (name, row, seed)
                     for name, rows in self.results.items()
                     for row, of in rows.items()
                     if args.analyze and inside.is_analyzed(self._recipe(name, row).run)
                     for seed in of
-                }
-                for (of, seed, told), routing, place in self._found("analyzing", looks):
+                ]
+                for (name, row, seed), routing, place in self._done(threads, "analyzing", self._analyzed, jobs):
+                    of = self.results[name][row]
                     of[seed] = replace(of[seed], routing=routing)
-                    say(f"{told} {place}")
+                    say(f"{_told(name, row, seed)}: tools/analyze {place}")
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self._processes.stop()
                 raise
         if self._failed:
-            told = f"{len(self._failed)} failed; the same command tries them again."
-            raise ToolError("\n".join([told, *self._failed]))
+            raise ToolError(
+                "\n".join([f"{len(self._failed)} failed; the same command tries them again.", *self._failed])
+            )
+
+    def _done[Key: tuple[Any, ...], Value](
+        self, threads: ThreadPoolExecutor, what: str, work: Callable[..., Value], keys: Iterable[Key]
+    ) -> Iterator[tuple[Key, Value, str]]:
+        """Do work for each key; yield key, result, and number with time left, in the order in which they finish.
+
+        Failed ones are shown and left out.
+        """
+        jobs, began = {threads.submit(work, *key): key for key in keys}, time.monotonic()
+        with self._display.step(what, len(jobs)):
+            for number, job in enumerate(as_completed(jobs), start=1):
+                self._display.advance(1)
+                left = duration((time.monotonic() - began) / number * (len(jobs) - number))
+                key, place = jobs[job], f"({number}/{len(jobs)}, {left} left)"
+                if isinstance(error := job.exception(), ToolError):
+                    self._failed.append(f"{_told(*key)}: {error}")
+                    self._display.say(f"{_told(*key)}: failed {place}")
+                else:
+                    yield key, job.result(), place
 
     def _tuned(self, name: str, row: str) -> Recipe:
+        args, text = self._args, self._texts[name]
+
         def train(options: Sequence[str], flags: Sequence[str]) -> dict[Run, Outcome]:
             folder = self._output / name / row / ("together" if flags else "tuning")
-            behind = [*flags, *self._args.flags]
-            return self._processes.train(
-                folder, self._texts[name], self._args.tuning_iters, TUNING_SEED, options, behind
-            )
+            all_flags = [*flags, *args.flags]
+            return self._processes.train(folder, text, args.tuning_iters, TUNING_SEED, options, all_flags)
 
-        return tune(TUNED[row], train, parse(tiny.flags(SIZE, self._args.tuning_iters, os.environ)))
+        return tune(TUNED[row], train, parse(tiny.flags(SIZE, args.tuning_iters, os.environ)))
 
     def _trained(self, name: str, row: str, seed: int) -> Result:
-        recipe, folder = self._recipe(name, row), self._folder(name, row, seed)
-        flags = [*recipe.flags, *self._args.flags]
+        args, recipe, folder = self._args, self._recipe(name, row), self._folder(name, row, seed)
+        flags = [*recipe.flags, *args.flags]
         with self._at_work.setdefault(folder, threading.Lock()):
-            found = self._processes.train(
-                folder, self._texts[name], self._args.train_iters, seed, recipe.options(), flags
-            )
+            found = self._processes.train(folder, self._texts[name], args.train_iters, seed, recipe.options(), flags)
         outcome = found[recipe.run]
         if outcome.test_loss is None:
             raise ToolError(f"{log_of(folder / recipe.run.name)}: has no loss on the test set.")
@@ -208,31 +224,10 @@ class Comparison:
         return self.recipes[name][row] if row in TUNED else recipe_of(row)
 
     def _folder(self, name: str, row: str, seed: int) -> Path:
-        """Matched runs are trained beside their ReMoE, by whose FLOPs they go."""
+        """Return the folder of a run; a matched one is trained beside its ReMoE, whose FLOPs it takes."""
         beside = reference_of(row) if self._recipe(name, row).run.kind == MATCHED else row
         return self._output / name / beside / f"seed-{seed}"
 
-    def _found[Key: tuple[Any, ...], Value](
-        self, what: str, jobs: Mapping[Future[Value], Key]
-    ) -> Iterator[tuple[Key, Value, str]]:
-        """What jobs came to as they finish, with their number and the time left; those that failed are told.
 
-        Args:
-            what: is done, for the bar.
-            jobs: each with its key, whose last part is what to call it.
-        """
-        began = time.monotonic()
-        with self._display.step(what, len(jobs)):
-            for number, job in enumerate(as_completed(jobs), start=1):
-                self._display.advance(1)
-                left = duration((time.monotonic() - began) / number * (len(jobs) - number))
-                key, place = jobs[job], f"({number}/{len(jobs)}, {left} left)"
-                if isinstance(error := job.exception(), ToolError):
-                    self._failed.append(f"{key[-1]}: {error}")
-                    self._display.say(f"{key[-1]}: failed {place}")
-                else:
-                    yield key, job.result(), place
-
-
-def _told(name: str, row: str, seed: int) -> str:
-    return f"{name}: {title(row)}, seed {seed}"
+def _told(name: str, row: str, seed: int | None = None) -> str:
+    return f"{name}: {title(row)}" + (f", seed {seed}" if seed is not None else "")

@@ -20,7 +20,7 @@ LEAST_ITERATIONS = 10
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what is not given comes from the environment."""
+    """Parse the command line; defaults come from the environment."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument(
         "--corpus",
@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str, Any]) -> list[training.Training]:
-    """The three trainings."""
+    """Return the three trainings."""
     train_tokens = data["tokens"]["train"]
     sources = stages.fingerprint_of_files([ROOT / "pretrain_gpt.py", *(ROOT / "megatron" / "remoe").rglob("*.py")])
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")}
@@ -85,14 +85,14 @@ def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str
 def train(
     console: Console, trainings: list[training.Training], held_out: dict[str, int], threads: int, held: IO[str]
 ) -> None:
-    """Run what is not done yet, one training after another."""
+    """Run the trainings that are not done yet, one after another."""
     works = [
         Work(
             title=models.NAMES[each.model],
             iterations=each.iterations,
-            tokens_per_iteration=models.SIZE.tokens_per_iteration,
             cost=models.RELATIVE_COST[each.model],
             evaluation=sum(held_out.values()) / models.SIZE.sequence / models.EVALUATED_PER_ITERATION,
+            sets=len(held_out),
         )
         for each in trainings
     ]
@@ -107,37 +107,31 @@ def train(
 
 
 def describe_corpus(manifest: dict[str, Any]) -> str:
-    """One line: the domains and their sizes."""
+    """Return one line with the domains and their sizes."""
     sizes = {name: part["train"]["bytes"] + part["heldout"]["bytes"] for name, part in manifest["domains"].items()}
     held_out = sum(part["heldout"]["bytes"] for part in manifest["domains"].values()) / sum(sizes.values())
     return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()) + f"; {held_out:.1%} held out"
 
 
 def run(args: argparse.Namespace) -> int:
-    """All stages; each reuses what an earlier call left. Returns the exit code."""
+    """Do all steps; each reuses the results of an earlier call. Returns the exit code."""
     console = Console()
     output: Path = args.output_dir.resolve()
     runs = output if args.iterations == models.ITERATIONS else output / f"iterations-{args.iterations}"
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     with lock(output, "quickstart") as held:
-        console.print(
-            f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, "
-            f"{args.threads} thread{'s' * (args.threads > 1)}, in {_short(output)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
+        title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, {threads}"
+        say(f"{title}, in {_short(output)}")
         with step(console, "corpus", "collecting text") as result:
-            text = corpus.build(
-                output / "corpus",
-                lambda line: console.print(f"  {line}", highlight=False, markup=False),
-                args.corpus,
-                corpora.CORPORA[args.corpus](),
-            )
+            sources = corpora.CORPORA[args.corpus]()
+            text = corpus.build(output / "corpus", lambda line: say(f"  {line}"), args.corpus, sources)
             result.append(describe_corpus(text) + " (reused)" * text["reused"])
-        if text["reused"]:
-            for domain, reason in text["missing"].items():
-                console.print(
-                    f"  It was made without {domain}. To try again, remove {_short(output / 'corpus')}. {reason}"
-                )
+        for domain, reason in text["missing"].items() if text["reused"] else ():
+            say(f"  It was made without {domain}. To try again, remove {_short(output / 'corpus')}. {reason}")
         with step(console, "data set", "preprocessing") as result:
             data = dataset.build(output / "data", output / "corpus", text, args.threads)
             result.append(f"{sum(data['tokens']['train'].values()):,} training tokens" + " (reused)" * data["reused"])
@@ -148,11 +142,14 @@ def run(args: argparse.Namespace) -> int:
         trainings = plan(args, runs, output / "data", data)
         train(console, trainings, held_out, args.threads, held)
         with step(console, "report", "reading the figures") as result:
-            scalars = {each.model: report.read_scalars(each.folder / "tensorboard") for each in trainings}
-            summary = report.summarize(scalars, held_out, args.iterations, args.seed, models.SIZE)
-            picture.draw(output / "report.png", scalars, summary)
+            found = {each.model: report.Run.read(each.folder) for each in trainings}
+            summary = report.summarize(found, held_out, args.iterations, args.seed, models.SIZE)
             write_json(output / "summary.json", summary)
-            result.append("table and picture")
+            try:
+                picture.draw(output / "report.png", found, summary)
+                result.append("table and picture")
+            except Exception as error:  # the table does without it
+                result.append(f"table; no picture: {type(error).__name__}: {error};")
     report.show(console, summary, _short(output), _short(runs))
     return 0
 

@@ -1,22 +1,24 @@
-"""What the console shows while the quickstart is at work: bars on a terminal, a few plain lines elsewhere."""
+"""Progress of the quickstart on the console: bars on a terminal, a few plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..common.bars import Bars
 from ..common.units import duration, rate
+from .report import Run
 
-PLAIN_LINES = 5  # per training, where there is no terminal
+PLAIN_LINES = 5  # per training, without a terminal
 
 
 @contextmanager
 def step(console: Console, name: str, doing: str) -> Iterator[list[str]]:
-    """Show that a step is at work, and at its end one line: what was put into the yielded list, and the time."""
+    """Show that a step is at work, and at its end one line: the strings in the yielded list, and the time."""
     result: list[str] = []
     start = time.monotonic()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -28,90 +30,84 @@ def step(console: Console, name: str, doing: str) -> Iterator[list[str]]:
 
 @dataclass
 class Work:
-    """One training as the display sees it; `cost` is the time of an iteration against the other trainings'."""
+    """One training on the display.
+
+    Attributes:
+        title: its name.
+        iterations: optimizer steps.
+        cost: time of an iteration, relative to the other trainings.
+        evaluation: iterations that take as long as the evaluation.
+        sets: number of sets that are evaluated.
+    """
 
     title: str
     iterations: int
-    tokens_per_iteration: int
     cost: float
-    evaluation: float  # iterations that take as long as the evaluation
-    done: float = 0.0  # iterations, with the evaluation as so many more
-    started: bool = False
+    evaluation: float
+    sets: int
     task: TaskID = field(default=TaskID(0))
 
     @property
-    def left(self) -> float:
-        """What is left to do, in the unit of `cost`."""
-        return self.cost * max(0.0, self.iterations + self.evaluation - self.done)
+    def total(self) -> float:
+        """All of the work, in the unit of `cost`."""
+        return self.cost * (self.iterations + self.evaluation)
 
 
-class TrainingDisplay(Bars):
-    """Shows trainings that run one after another, with the time left for each and for all."""
+class TrainingDisplay:
+    """Shows trainings that run one after another, with the time left for all of them."""
 
     def __init__(self, console: Console, works: list[Work]) -> None:
-        super().__init__(console, "  {task.description:<11}")
-        self._works = works
-        self._startup = 0.0
-        self._begin = time.monotonic()
-        self._next_line = 0.0
+        self._console = console
+        columns = (TextColumn("  {task.description:<11}"), BarColumn(bar_width=16), TextColumn("{task.fields[note]}"))
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         for work in works:
-            total = work.iterations + work.evaluation
-            work.task = self._progress.add_task(work.title, total=total, note="[dim]waiting[/dim]")
-        self._all = self._progress.add_task("all", total=sum(work.left for work in works), note="")
+            work.task = self._progress.add_task(work.title, total=work.total, note="[dim]waiting[/dim]")
+        self._all = self._progress.add_task("all", total=sum(work.total for work in works), note="")
+        self._before = 0.0  # work of the trainings that are over
+        self._said = -1.0  # share of a training at its last plain line
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
 
     def begin(self, work: Work, anew: bool) -> None:
-        """A training's process starts; `anew` where an earlier result no longer holds."""
-        work.started, self._begin, self._next_line = True, time.monotonic(), 0.0
-        self._show(work, "starting", "")
+        """Show that a training's process starts; `anew` if an earlier result no longer holds."""
+        self._said = -1.0
+        self._update(work, 0.0, "starting")
         if anew:
-            self._progress.console.print(f"  {work.title}: trained anew, since code, text or versions have changed")
+            self._progress.console.print(f"  {work.title}: trained anew, because code, text or versions have changed")
 
-    def resume(self, work: Work, iteration: int) -> None:
-        """A training goes on from a checkpoint."""
-        work.done = iteration
-        self._show(work, f"goes on from iteration {iteration}", "")
-        self._plain(f"{work.title}: goes on from iteration {iteration}")
-
-    def iterate(self, work: Work, iteration: int, loss: float, seconds: float) -> None:
-        """An iteration was logged: its mean loss and seconds per iteration since the line before."""
-        if self._startup == 0.0:
-            self._startup = time.monotonic() - self._begin
-        work.done = iteration
-        self._took(seconds / work.cost)
-        note = f"{iteration}/{work.iterations}  loss {loss:.3f}  {rate(work.tokens_per_iteration / seconds)}"
-        self._show(work, note, self._time_left(work))
-
-    def evaluate(self, work: Work, share: float) -> None:
-        """A share of the evaluation is done."""
-        work.done = work.iterations + work.evaluation * share
-        self._show(work, f"evaluation {share:.0%}", self._time_left(work))
+    def show(self, work: Work, run: Run) -> None:
+        """Show how far a training is; `run` has what its process has logged."""
+        if not run.lines:
+            return
+        if run.start and self._said < 0:
+            self._plain(f"{work.title}: goes on from iteration {run.start}")
+        last, share = run.lines[-1], len(run.losses) / work.sets
+        if last["iteration"] == work.iterations:
+            note = f"evaluation {share:.0%}"
+        else:
+            loss = f"loss {last['lm_loss']:.3f}" if "lm_loss" in last else "loss not finite"
+            note = f"{last['iteration']}/{work.iterations}  {loss}  {rate(last['tokens_per_second'])}"
+        done = work.cost * (last["iteration"] + work.evaluation * share)
+        self._update(work, done, note)
+        if done / work.total >= self._said + 1 / PLAIN_LINES:
+            self._said = done / work.total
+            left = self._progress.tasks[self._all].time_remaining
+            self._plain(f"{work.title}: {note}" + (f"  (all: {duration(left)} left)" if left else ""))
 
     def finish(self, work: Work, result: str) -> None:
-        """A training is over, or was so before."""
-        work.done, work.started = work.iterations + work.evaluation, True
-        self._progress.update(work.task, completed=work.done, note=result)
-        self._update_all()
+        """Show that a training is over, or was so before."""
+        self._update(work, work.total, result)
+        self._before += work.total
         self._plain(f"{work.title}: {result}")
 
-    def _time_left(self, work: Work) -> str:
-        left = self._time_for(work.left)
-        return f"  {left}" if left else ""
-
-    def _all_left(self) -> str:
-        left = sum(work.left for work in self._works)
-        return self._time_for(left, self._startup * sum(not work.started for work in self._works)) if left else ""
-
-    def _show(self, work: Work, note: str, left: str) -> None:
-        self._progress.update(work.task, completed=work.done, note=note + left)
-        self._update_all()
-        if left and work.done >= self._next_line:
-            self._next_line = work.done + (work.iterations + work.evaluation) / PLAIN_LINES
-            self._plain(f"{work.title}: {note}{left} (all {self._all_left()})")
-
-    def _update_all(self) -> None:
-        done = sum(work.cost * work.done for work in self._works)
-        self._progress.update(self._all, completed=done, note=self._all_left())
-        self._progress.update(self._all, total=done + sum(work.left for work in self._works))
+    def _update(self, work: Work, done: float, note: str) -> None:
+        self._progress.update(work.task, completed=done, note=note)
+        self._progress.update(self._all, completed=self._before + done)
 
     def _plain(self, line: str) -> None:
         if not self._console.is_terminal:

@@ -1,12 +1,13 @@
 """The picture: loss curves, sparsity with its target, λ, and the experts' load per layer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..common.files import write_aside
 from ..common.picture_style import COLOURS, file_pyplot, style
-from . import models, report
-from .report import Series
+from . import models
+from .report import Run
 
 TARGET_COLOUR = "#D55E00"
 FIRST_SHARE = 0.05  # of the training that the loss curves leave out: its fall would hide the differences
@@ -19,35 +20,36 @@ def smooth(values: list[float], share: float = 0.03) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def draw(path: Path, scalars: dict[str, dict[str, Series]], summary: dict[str, Any]) -> None:
+def draw(path: Path, runs: Mapping[str, Run], summary: dict[str, Any]) -> None:
     """Write the picture, aside and renamed.
 
     Args:
         path: a .png file.
-        scalars: model → tag → what was written during training.
+        runs: model → its figures.
         summary: see `report.summarize`.
     """
     pyplot = file_pyplot()
-    remoe, iterations = scalars["remoe"], summary["iterations"]
+    remoe, iterations = runs["remoe"], summary["iterations"]
     with pyplot.rc_context(style(font_size=11, pad=(0.15, 0.15))):
         figure = pyplot.figure(figsize=(16, 11), dpi=100, layout="constrained")
-        ((loss, sparsity), (coefficient, _)) = (axes := figure.subplots(2, 2))
-        _draw_loss(loss, scalars, summary)
+        ((loss, sparsity), (coefficient, load)) = figure.subplots(2, 2)
+        _draw_loss(loss, runs, summary)
         _draw_sparsity(sparsity, remoe, summary)
-        _draw_coefficient(coefficient, remoe["moe_relu/l1_reg_coeff"], iterations)
-        load_at = axes[1, 1].get_subplotspec()
-        axes[1, 1].remove()
-        _draw_load(figure, load_at, report.expert_load(remoe, iterations))
+        coefficient.plot(*remoe.series("l1_coefficient"), color=COLOURS["remoe"], linewidth=1.5)
+        coefficient.set(title="ReMoE: coefficient λ of the L1 term", xlabel="iteration", ylabel="λ", yscale="log")
+        coefficient.set_xlim(0, iterations)
+        load.remove()
+        _draw_load(figure, load.get_subplotspec(), remoe.expert_load(iterations))
         write_aside(path, figure.savefig)
         pyplot.close(figure)
 
 
-def _draw_loss(axes: Any, scalars: dict[str, dict[str, Series]], summary: dict[str, Any]) -> None:
+def _draw_loss(axes: Any, runs: Mapping[str, Run], summary: dict[str, Any]) -> None:
     first = FIRST_SHARE * summary["iterations"]
     for model, title in models.NAMES.items():
-        series, colour, final = scalars[model]["lm loss"], COLOURS[model], summary[model]["val_loss"]
-        smoothed = list(zip(series.steps, smooth(series.values), strict=True))
-        shown = [point for point in smoothed if point[0] >= first]
+        colour, final = COLOURS[model], summary[model]["val_loss"]
+        iterations, values = runs[model].series("lm_loss")
+        shown = [point for point in zip(iterations, smooth(values), strict=True) if point[0] >= first]
         axes.plot(*zip(*shown, strict=True), color=colour, linewidth=1.8)
         axes.plot(
             summary["iterations"], final, "o", color=colour, markersize=9, markeredgecolor="white", zorder=3,
@@ -70,24 +72,17 @@ def _plain_log_ticks(axes: Any, first: float, last: float) -> None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
 
 
-def _draw_sparsity(axes: Any, remoe: dict[str, Series], summary: dict[str, Any]) -> None:
-    series, colour = remoe["moe_relu/sparsity"], COLOURS["remoe"]
-    low, high = remoe["moe_relu/sparsity_min_layer"], remoe["moe_relu/sparsity_max_layer"]
-    target = summary["remoe"]["sparsity_target"]
-    axes.fill_between(low.steps, low.values, high.values, color=colour, alpha=0.2, linewidth=0, label="layers")
-    axes.plot(series.steps, series.values, color=colour, linewidth=1.2, label="all layers")
+def _draw_sparsity(axes: Any, remoe: Run, summary: dict[str, Any]) -> None:
+    colour, target = COLOURS["remoe"], summary["remoe"]["sparsity_target"]
+    (steps, low), (_, high) = (remoe.series(f"{name}_layer_sparsity") for name in ("lowest", "highest"))
+    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0, label="layers")
+    axes.plot(*remoe.series("sparsity"), color=colour, linewidth=1.2, label="all layers")
     axes.axhline(target, color=TARGET_COLOUR, linestyle="--", linewidth=1.5, label=f"target {target:.3f}")
     reached = summary["remoe"]["sparsity_last_quarter"]
     axes.set(title=f"ReMoE: sparsity of the routing (last quarter: {reached:.3f})", xlabel="iteration", ylim=(0, 1))
     axes.set_ylabel("share of token–expert pairs that are off")
     axes.set_xlim(0, summary["iterations"])
     axes.legend(loc="lower right")
-
-
-def _draw_coefficient(axes: Any, series: Series, iterations: int) -> None:
-    axes.plot(series.steps, series.values, color=COLOURS["remoe"], linewidth=1.5)
-    axes.set(title="ReMoE: coefficient λ of the L1 term", xlabel="iteration", ylabel="λ", yscale="log")
-    axes.set_xlim(0, iterations)
 
 
 def _draw_load(figure: Any, place: Any, load: dict[int, list[float]]) -> None:
@@ -100,7 +95,8 @@ def _draw_load(figure: Any, place: Any, load: dict[int, list[float]]) -> None:
         first = first or axes
         even = models.SIZE.topk / len(shares)
         bars = axes.bar(range(len(shares)), shares, color=COLOURS["remoe"], alpha=0.85)
-        axes.bar_label(bars, [f"{share:.1%}" for share in shares], fontsize=9, padding=2)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # hides the line of the even share
+        axes.bar_label(bars, [f"{share:.1%}" for share in shares], fontsize=9, padding=2, bbox=behind)
         axes.axhline(even, color=TARGET_COLOUR, linestyle="--", linewidth=1.5)
         axes.grid(visible=False, axis="x")
         axes.set(ylabel=f"layer {layer}", ylim=(0, 1.25 * max(highest, even)), xticks=range(len(shares)))

@@ -1,139 +1,153 @@
-"""The comparison: figures from the TensorBoard files, as a summary, a table and the lines that end the quickstart."""
+"""The comparison of the three models: a summary, a table, and the lines that end the quickstart."""
 
 import importlib.metadata
-import json
 import platform
 import shlex
 import statistics
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron.remoe.training.run_log import FILE, read_run_log
+
 from . import models
 
-SPREAD_FILE = Path(__file__).with_name("spread.json")
-LAST_PART = 0.75  # means over the last quarter start here
+# Standard deviation of the validation loss between the seeds 1234, 1235 and 1236, after so many iterations:
+# docs/experiments.md.
+SEEDS, SPREAD_ITERATIONS = 3, 1200
+SPREAD = {"dense": 0.0461, "moe": 0.0088, "remoe": 0.0249}
+LAST_PART = 0.75  # the last quarter starts here
 
 
 @dataclass(frozen=True)
-class Series:
-    """A scalar over the iterations at which it was written."""
+class Run:
+    """Figures of a training, from its metrics.jsonl.
 
-    steps: list[int]
-    values: list[float]
+    Attributes:
+        start: iteration that its last process continued from.
+        lines: the `log` lines.
+        losses: held-out set → loss at the end, in nats per token.
+    """
 
-    def last_quarter(self, iterations: int) -> float:
-        """Mean of what was written in the last quarter of the training."""
-        late = [value for step, value in zip(self.steps, self.values, strict=True) if step > LAST_PART * iterations]
-        return statistics.fmean(late)
+    start: int = 0
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, folder: Path, since: float = 0.0) -> "Run":
+        """Read what is there.
 
-def read_scalars(folder: Path) -> dict[str, Series]:
-    """All scalars of a TensorBoard folder; where a resumed training wrote an iteration again, the newer value."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        Args:
+            folder: of the training.
+            since: Unix time; leave out what processes before it wrote.
+        """
+        start, lines, losses, is_new = 0, [], {}, not since
+        for record in read_run_log(folder / "checkpoints" / FILE):
+            if record["kind"] == "start":
+                start, is_new = record["iteration"], record.get("time", 0.0) >= since
+            elif is_new and record["kind"] == "log":
+                lines.append(record)
+            elif is_new and record["kind"] == "validation" and "lm_loss" in record:
+                losses[record.get("set", "")] = record["lm_loss"]
+        return cls(start, lines, losses) if is_new else cls()
 
-    newest: dict[str, dict[int, float]] = {}
-    # A folder is read in the order of its files; each is read by itself, since reading them as one drops points.
-    for file in sorted(folder.glob("events.out.tfevents.*")):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            newest.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-    return {tag: Series(sorted(values), [values[step] for step in sorted(values)]) for tag, values in newest.items()}
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Return the iterations that have a figure, and its values."""
+        points = {line["iteration"]: line[name] for line in self.lines if name in line}
+        return [*points], [*points.values()]
 
+    def last_quarter(self, iterations: int) -> list[dict[str, Any]]:
+        """Return the lines of the last quarter of so many iterations."""
+        return [line for line in self.lines if line["iteration"] > LAST_PART * iterations]
 
-def expert_load(scalars: dict[str, Series], iterations: int) -> dict[int, list[float]]:
-    """Layer → share of the tokens that each expert got, over the last quarter of the training."""
-    loads: dict[int, dict[int, float]] = {}
-    for tag, series in scalars.items():
-        if tag.startswith("moe_relu/tokens_per_expert_layer_"):
-            layer, expert = tag.removeprefix("moe_relu/tokens_per_expert_layer_").split("_expert_")
-            loads.setdefault(int(layer), {})[int(expert)] = series.last_quarter(iterations)
-    return {layer: [by_expert[e] for e in sorted(by_expert)] for layer, by_expert in sorted(loads.items())}
+    def late_sparsity(self, iterations: int, experts: int) -> float:
+        """Return S over all steps of the last quarter, from the running sums; without them, the mean of the lines."""
+        late = self.last_quarter(iterations)
+        before = next((line for line in reversed(self.lines) if line["iteration"] <= LAST_PART * iterations), {})
+        if "total_active_pairs" not in late[-1]:
+            return statistics.fmean(line["sparsity"] for line in late)
+        pairs, tokens = (late[-1][name] - before.get(name, 0) for name in ("total_active_pairs", "total_layer_tokens"))
+        return 1 - pairs / (tokens * experts)
+
+    def expert_load(self, iterations: int) -> dict[int, list[float]]:
+        """Return layer → share of its tokens that each expert got, mean over the lines of the last quarter."""
+        loads = [line["tokens_per_expert"] for line in self.last_quarter(iterations)]
+        return {
+            int(layer): [statistics.fmean(shares) for shares in zip(*(load[layer] for load in loads), strict=True)]
+            for layer in loads[-1]
+        }
 
 
 def summarize(
-    scalars: dict[str, dict[str, Series]], held_out: dict[str, int], iterations: int, seed: int, size: models.Size
+    runs: Mapping[str, Run], held_out: dict[str, int], iterations: int, seed: int, size: models.Size
 ) -> dict[str, Any]:
-    """What summary.json holds.
+    """Return the content of summary.json.
 
     Args:
-        scalars: model → tag → what was written.
+        runs: model → its figures.
         held_out: domain → number of tokens predicted in its evaluation, the weight of its loss.
         iterations: of each training.
         seed: of each training.
         size: of the models.
     """
     summary: dict[str, Any] = {}
-    for model, tags in scalars.items():
-        by_domain = {domain: tags[f"lm loss validation-{domain}"].values[-1] for domain in held_out}
-        seconds = tags["iteration-time"].values
+    for model, run in runs.items():
+        # The first intervals are those of a cold process.
+        seconds = statistics.median(line["seconds_per_iteration"] for line in run.lines[2:] or run.lines)
         active, total = models.parameters(model, size)
         summary[model] = {
-            "val_loss": sum(by_domain[domain] * n for domain, n in held_out.items()) / sum(held_out.values()),
-            "val_loss_by_domain": by_domain,
+            "val_loss": sum(run.losses[domain] * n for domain, n in held_out.items()) / sum(held_out.values()),
+            "val_loss_by_domain": {domain: run.losses[domain] for domain in held_out},
             "train_tokens": iterations * size.tokens_per_iteration,
-            # Without the first interval, in which the process warms up.
-            "tokens_per_second": size.tokens_per_iteration / statistics.median(seconds[1:] or seconds),
+            "tokens_per_second": size.tokens_per_iteration / seconds,
             "active_params": active,
             "total_params": total,
         }
+    remoe = runs["remoe"]
     summary["remoe"] |= {
-        "sparsity_target": scalars["remoe"]["moe_relu/sparsity_target"].values[-1],
-        "sparsity_last_quarter": scalars["remoe"]["moe_relu/sparsity"].last_quarter(iterations),
-        "coefficient_final": scalars["remoe"]["moe_relu/l1_reg_coeff"].values[-1],
+        "sparsity_target": remoe.lines[-1]["target_sparsity"],
+        "sparsity_last_quarter": remoe.late_sparsity(iterations, size.experts),
+        "coefficient_final": remoe.lines[-1]["l1_coefficient"],
     }
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
     summary |= {"iterations": iterations, "seed": seed, "versions": versions | {"python": platform.python_version()}}
     return summary
 
 
-def read_spread(iterations: int) -> dict[str, Any] | None:
-    """The measured spread of the validation loss between seeds, if it was measured for this number of iterations.
-
-    The file holds "iterations", "seeds" (their number) and "val_loss_std" (model → standard deviation).
-    """
-    if not SPREAD_FILE.exists():
-        return None
-    spread = json.loads(SPREAD_FILE.read_text(encoding="utf-8"))
-    return spread if spread["iterations"] == iterations else None
-
-
-def table(summary: dict[str, Any], spread: dict[str, Any] | None) -> Table:
-    """The comparison, a column for each model."""
+def table(summary: dict[str, Any]) -> Table:
+    """Return the comparison, a column for each model."""
     grid = Table(box=None, header_style="bold", padding=(0, 2), pad_edge=False)
     grid.add_column("")
     for title in models.NAMES.values():
         grid.add_column(title, justify="right")
 
-    def row(name: str, cell: Any) -> None:
-        grid.add_row(name, *(cell(model, summary[model]) for model in models.NAMES))
+    def row(name: str, key: str, form: str = ",") -> None:
+        grid.add_row(name, *(format(each[key], form) if key in each else "" for each in of_models))
 
-    row(
-        "validation loss (nats per byte)",
-        lambda model, of: f"[bold]{of['val_loss']:.3f}[/bold]" + _around(spread, model),
-    )
-    dense = summary["dense"]["val_loss"]
-    row("  against dense", lambda model, of: "" if model == "dense" else f"{of['val_loss'] - dense:+.3f}")
+    of_models = [summary[model] for model in models.NAMES]
+    dense, *others = [each["val_loss"] for each in of_models]
+    is_known = summary["iterations"] == SPREAD_ITERATIONS
+    around = [f" ± {SPREAD[model]:.3f}" if is_known else "" for model in models.NAMES]
+    losses = (f"[bold]{each['val_loss']:.3f}[/bold]{more}" for each, more in zip(of_models, around, strict=True))
+    grid.add_row("validation loss (nats per byte)", *losses)
+    grid.add_row("  against dense", "", *(f"{other - dense:+.3f}" for other in others))
     for domain in summary["dense"]["val_loss_by_domain"]:
-        row(f"  on {domain}", lambda _, of, domain=domain: f"{of['val_loss_by_domain'][domain]:.3f}")
-    row("active parameters", lambda _, of: f"{of['active_params']:,}")
-    row("total parameters", lambda _, of: f"{of['total_params']:,}")
-    row("training tokens (bytes)", lambda _, of: f"{of['train_tokens']:,}")
-    row("tokens per second", lambda _, of: f"{of['tokens_per_second']:,.0f}")
-    row("sparsity, last quarter", lambda _, of: f"{of['sparsity_last_quarter']:.3f}" if "sparsity_target" in of else "")
-    row("  target", lambda _, of: f"{of['sparsity_target']:.3f}" if "sparsity_target" in of else "")
+        grid.add_row(f"  on {domain}", *(f"{each['val_loss_by_domain'][domain]:.3f}" for each in of_models))
+    row("active parameters", "active_params")
+    row("total parameters", "total_params")
+    row("training tokens (bytes)", "train_tokens")
+    row("tokens per second", "tokens_per_second", ",.0f")
+    row("sparsity, last quarter", "sparsity_last_quarter", ".3f")
+    row("  target", "sparsity_target", ".3f")
     return grid
 
 
-def _around(spread: dict[str, Any] | None, model: str) -> str:
-    return "" if spread is None else f" ± {spread['val_loss_std'][model]:.3f}"
-
-
 def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) -> None:
-    """Print the table, where everything is, and what to try next.
+    """Print the table, the places of all files, and what to try next.
 
     Args:
         console: where to print.
@@ -141,13 +155,15 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
         output: folder of the picture and the summary.
         runs: folder of the trainings.
     """
-    spread = read_spread(summary["iterations"])
+
+    def say(line: str, style: str = "") -> None:
+        console.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
+
     console.print()
-    console.print(table(summary, spread))
-    if spread is not None:
-        console.print(f"[dim]± spread over {spread['seeds']} seeds, docs/experiments.md[/dim]", highlight=False)
-    baseline = "MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md"
-    console.print(f"[dim]{baseline}[/dim]", highlight=False, soft_wrap=True)
+    console.print(table(summary))
+    if summary["iterations"] == SPREAD_ITERATIONS:
+        say(f"± spread over {SEEDS} seeds, docs/experiments.md", "dim")
+    say("MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md", "dim")
     models_in_braces = "{" + ",".join(models.NAMES) + "}"
     console.print()
     for name, place in (
@@ -157,7 +173,7 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
         ("checkpoints", runs / models_in_braces / "checkpoints"),
         ("TensorBoard", f".venv/bin/tensorboard --logdir {runs}"),
     ):
-        console.print(f"  {name:<12}{place}", highlight=False, soft_wrap=True, markup=False)
+        say(f"  {name:<12}{place}")
     checkpoints = ["--load", str(runs / "remoe" / "checkpoints")]
     held_out = models.data_prefix(output / "data", "heldout", list(summary["remoe"]["val_loss_by_domain"])[-1])
     console.print("\nTo try next, with the ReMoE (README.md, After training):")
@@ -166,5 +182,4 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
         ["tools/evaluate", *checkpoints, "--data-path", held_out],
         ["tools/export_hf", *checkpoints, "--save", str(runs / "remoe" / "hf")],
     ):
-        line = shlex.join([".venv/bin/python", *words])
-        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+        say(f"  {shlex.join(['.venv/bin/python', *words])}")

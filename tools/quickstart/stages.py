@@ -1,4 +1,4 @@
-"""What makes a second call reuse the work of the first: fingerprints of inputs, and stamps that are written last."""
+"""Reuse the work of an earlier call: fingerprints of inputs, and stamps that are written last."""
 
 import hashlib
 import json
@@ -12,21 +12,21 @@ from ..common.files import write_json as write_json  # corpus.py and dataset.py,
 
 
 class QuickstartError(ToolError):
-    """The quickstart cannot go on; the message says what happened and what to do."""
+    """The quickstart cannot continue; the message says what happened and what to do."""
 
 
 def fingerprint(*parts: Any) -> str:
-    """Hash of values that JSON can hold."""
+    """Return a hash of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint_of_files(paths: Iterable[Path]) -> str:
-    """Hash of the files' contents, in the order of their paths."""
+    """Return a hash of the files' contents, in the order of their paths."""
     return fingerprint([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)])
 
 
 def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
-    """The stamp at `path`, or None if there is none or it was made from other inputs."""
+    """Return the stamp at `path`, or None if there is none or it has other inputs."""
     try:
         stamp = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -35,7 +35,7 @@ def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
 
 
 def fresh_folder(path: Path) -> Path:
-    """An empty folder at `path`."""
+    """Return `path` as an empty folder."""
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)

@@ -1,35 +1,45 @@
-"""Runs one training as a process: its log to a file, its progress to the display; one that was cut off goes on."""
+"""Run one training as a process: its output goes to a file, its progress is read from its metrics.jsonl."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from ..common.files import write_json
-from ..common.log_reader import seconds_per_iteration
 from ..common.places import ROOT
-from ..common.training_process import Evaluated, Evaluating, Logged, Resumed, end, events, start
 from . import stages
 from .display import TrainingDisplay, Work
+from .report import Run
 
+SECONDS_BETWEEN_LOOKS = 0.3
 SECONDS_TO_SAVE = 20
 TAIL = 15  # lines of the log that are shown if a training fails
 
 
 @dataclass(frozen=True)
 class Training:
-    """One model's training: what it runs, where it leaves its files, and what it depends on."""
+    """One model's training.
+
+    Attributes:
+        model: of `models.NAMES`.
+        folder: for its files.
+        flags: Megatron's.
+        iterations: optimizer steps.
+        evaluations: number of held-out sets.
+        inputs: fingerprint of everything that decides the result.
+    """
 
     model: str
     folder: Path
     flags: list[str]
     iterations: int
-    evaluations: int  # number of held-out sets
-    inputs: str  # fingerprint of all that decides about the result
+    evaluations: int
+    inputs: str
 
     @property
     def log(self) -> Path:
@@ -37,11 +47,15 @@ class Training:
         return self.folder / "train.log"
 
     def is_done(self) -> bool:
-        """Whether it was trained and evaluated with these inputs."""
+        """Return whether it was trained and evaluated with these inputs."""
         return stages.read_stamp(self.folder / "done.json", self.inputs) is not None
 
     def prepare(self) -> bool:
-        """Keep what a cut-off call with the same inputs left; clear what others left. Returns whether there was any."""
+        """Keep the files of a stopped call with the same inputs, and remove those of others.
+
+        Returns:
+            Whether files of others were removed.
+        """
         if stages.read_stamp(self.folder / "inputs.json", self.inputs) is not None:
             return False
         cleared = self.folder.exists()
@@ -51,10 +65,10 @@ class Training:
 
 
 def run(training: Training, display: TrainingDisplay, work: Work, threads: int, keep_open: IO[str]) -> None:
-    """Train to the end and stamp it as done; KeyboardInterrupt stops it after a last checkpoint.
+    """Train to the end and mark it as done; KeyboardInterrupt stops it after a last checkpoint.
 
     Args:
-        training: what to run; see `Training.prepare`.
+        training: see `Training.prepare`.
         display: shows the progress.
         work: the training in the display.
         threads: for the arithmetic.
@@ -65,50 +79,44 @@ def run(training: Training, display: TrainingDisplay, work: Work, threads: int, 
     """
     display.begin(work, anew=training.prepare())
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *training.flags]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    began = time.time()
     with training.log.open("a", encoding="utf-8") as log:
-        log.write(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}\n")
-        process = start(command, environment, keep_open, ROOT)
-        assert process.stdout is not None
-        tail: deque[str] = deque(maxlen=TAIL)
+        print(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}", file=log, flush=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it as the SIGTERM below, which saves
+            pass_fds=(keep_open.fileno(),),
+        )
         try:
-            evaluated = _follow(process.stdout, log, tail, training, display, work)
+            while process.poll() is None:
+                display.show(work, Run.read(training.folder, since=began))
+                time.sleep(SECONDS_BETWEEN_LOOKS)
         except BaseException:
             _stop(process, log)
             raise
-        code = process.wait()
-    if code or evaluated < training.evaluations:
-        reason = f"ended with exit code {code}" if code else "ended before its evaluation did"
+    reason = f"ended with exit code {process.returncode}" if process.returncode else "ended before its evaluation did"
+    if process.returncode or len(Run.read(training.folder).losses) < training.evaluations:
+        with training.log.open(encoding="utf-8", errors="replace") as log:
+            tail = "".join(deque(log, maxlen=TAIL))
         raise stages.QuickstartError(
-            f"The training of {work.title} {reason}. The end of its log:\n\n{''.join(tail)}\n"
-            f"The whole log: {training.log}\nOnce the cause is gone, the same command goes on from the last checkpoint."
+            f"The training of {work.title} {reason}. The end of its log:\n\n{tail}\nThe whole log: {training.log}\n"
+            "After you have fixed the cause, the same command continues from the last checkpoint."
         )
     write_json(training.folder / "done.json", {"inputs": training.inputs})
 
 
-def _follow(
-    output: IO[str], log: IO[str], tail: deque[str], training: Training, display: TrainingDisplay, work: Work
-) -> int:
-    """Copy the output to the log and show its progress; returns the number of held-out sets evaluated at the end."""
-    evaluated = 0
-    for event in events(output, training.iterations, log.write, tail.append):
-        match event:
-            case Resumed(iteration):
-                display.resume(work, iteration)
-            case Evaluating(batch, batches):
-                if batch % 50 == 0:
-                    display.evaluate(work, (evaluated + batch / batches) / training.evaluations)
-            case Evaluated(iteration):
-                evaluated += iteration == training.iterations
-                log.flush()
-            case Logged(iteration, fields, fair):
-                if fair:
-                    display.iterate(work, iteration, float(fields["lm loss"]), seconds_per_iteration(fields))
-                log.flush()
-    return evaluated
-
-
-def _stop(process: subprocess.Popen[str], log: IO[str]) -> None:
-    """Have the process save a checkpoint and end; kill it if it does not."""
-    rest = end(process, signal.SIGTERM, SECONDS_TO_SAVE)
-    log.write(f"Killed: it did not end within {SECONDS_TO_SAVE} s.\n" if rest is None else rest)
+def _stop(process: subprocess.Popen[bytes], log: IO[str]) -> None:
+    """Let the process save a checkpoint and end; kill it if it does not."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(SECONDS_TO_SAVE)
+    except subprocess.TimeoutExpired:
+        print(f"Killed: it did not end within {SECONDS_TO_SAVE} s.", file=log)
+    finally:
+        process.kill()  # does nothing to one that has ended
+        process.wait()

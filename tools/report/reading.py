@@ -10,7 +10,6 @@ from typing import Any
 
 from ..common.errors import ToolError
 from ..common.log_reader import read_arguments, read_log, seconds_per_iteration
-from ..quickstart.report import read_scalars
 from ..sweep.run_log import settled_at
 
 METRICS, LOG, TENSORBOARD = "metrics.jsonl", "train.log", "tensorboard"
@@ -246,11 +245,24 @@ def _literal(text: str) -> Any:
         return text
 
 
+def _read_scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Scalars of a TensorBoard folder; where a resumed training wrote an iteration again, the newer value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    newest: dict[str, dict[int, float]] = {}
+    # A folder is read in the order of its files; each is read by itself, since reading them as one drops points.
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            newest.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+    return {tag: dict(sorted(values.items())) for tag, values in newest.items()}
+
+
 def _read_tensorboard(folder: Path, run: Run) -> None:
     """By layer, what is not printed; all else only where nothing was."""
     printed = bool(run.rows)
-    for tag, series in read_scalars(folder).items():
-        for iteration, value in zip(series.steps, series.values, strict=True):
+    for tag, points in _read_scalars(folder).items():
+        for iteration, value in points.items():
             if match := _LAYER.match(tag):
                 row, (kind, layer, expert) = run.rows.setdefault(iteration, {}), match.groups()
                 if expert is None:

@@ -16,7 +16,7 @@ from megatron.remoe.patches.fusions import (
     use_fla_cross_entropy,
     use_fla_rotary_embedding,
 )
-from megatron.remoe.patches.log_lines import tell_what_is_printed
+from megatron.remoe.patches.log_lines import forward_figures
 from megatron.remoe.patches.optimizer import enable_torch_adam_resume, use_fused_adam
 from megatron.remoe.patches.start import count_warmup_flops, use_shipped_helpers
 from megatron.remoe.patches.waits import keep_norms_on_device, skip_single_rank_reductions, validate_once_per_step
@@ -106,8 +106,8 @@ PATCHES = (
         "the FLOPs count receives the experts per token of the step",
     ),
     Patch(
-        tell_what_is_printed,
-        "training/training.py: print_rank_last",
+        forward_figures,
+        "training/training.py: training_log, evaluate_and_print_results and save_checkpoint",
         "losses and evaluations in SAVE/metrics.jsonl",
         "Megatron hands the figures of a log interval to a writer of the caller's",
         for_saving=True,

@@ -1,39 +1,39 @@
-"""What routers count between two updates of λ, with names for the columns."""
+"""Counts of the routers between two updates of λ, and the one tensor in which all ranks add them up.
+
+Shapes: L layers, E experts. float64 adds whole numbers exactly, in any order, up to 2^53.
+"""
+
+from dataclasses import dataclass
 
 import torch
 
-# Beside the tokens of each expert. All but `l1_loss` are whole numbers or shares of one, and `not_finite` is 0 or NaN.
-COLUMNS = ("tokens", "l1_loss", "micro_batches", "not_finite", "guarded", "l1_exponent", "routers")
+COLUMNS = ("tokens", "l1_loss", "micro_batches")  # after the tokens of each expert
 
 
 class RoutingCounts:
-    """One row of counts, or one for each layer, in one tensor that a single all-reduce sums.
+    """One row of counts, or one row for each layer.
 
-    Whole numbers, which float64 adds up exactly in any order (to 2^53):
+    Columns:
 
-    - `tokens_per_expert`: `num_experts` columns, active (token, expert) pairs;
-    - `tokens`: that the router saw;
+    - `tokens_per_expert`: E columns, active (token, expert) pairs;
+    - `tokens`: tokens that the router saw;
     - `l1_loss`: L_reg, summed over micro-batches;
-    - `micro_batches`: counted once by the ranks that share a sequence together;
-    - `not_finite`: 0, or NaN where a gradient is not finite;
-    - `guarded`, `l1_exponent`: the router's buffers of that name, summed over ranks;
-    - `routers`: how many they were summed over.
+    - `micro_batches`: the ranks that share a sequence count one together.
 
     Attributes:
-        table: float64 `[..., num_experts + len(COLUMNS)]`.
+        table: float64 `[..., E + 3]`, in this order.
     """
 
     def __init__(self, table: torch.Tensor) -> None:
         self.table = table
 
     @classmethod
-    def zeros(cls, num_experts: int, device: torch.device, num_layers: int | None = None) -> "RoutingCounts":
-        """Nothing counted yet: one row, or `num_layers` of them."""
-        shape = [] if num_layers is None else [num_layers]
-        return cls(torch.zeros(*shape, num_experts + len(COLUMNS), dtype=torch.float64, device=device))
+    def zeros(cls, num_experts: int, device: torch.device) -> "RoutingCounts":
+        """Return an empty row."""
+        return cls(torch.zeros(num_experts + len(COLUMNS), dtype=torch.float64, device=device))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A view of a column, `[...]`, or of "tokens_per_expert", `[..., num_experts]`, to read and to write."""
+        """Return a view of a column, `[...]`, or of "tokens_per_expert", `[..., E]`."""
         if name == "tokens_per_expert":
             return self.table[..., : -len(COLUMNS)]
         return self.table[..., COLUMNS.index(name) - len(COLUMNS)]
@@ -48,7 +48,7 @@ class RoutingCounts:
         """Count one forward pass of a router.
 
         Args:
-            tokens: int64 `[num_experts + 1]`, those of each expert and then all.
+            tokens: int64 `[E + 1]`, the tokens of each expert, then all tokens.
             l1_loss: L_reg, a scalar.
             micro_batches: 1, or this rank's share of it.
         """
@@ -57,13 +57,38 @@ class RoutingCounts:
         self["micro_batches"].add_(micro_batches)
 
     def layer(self, number: int) -> "RoutingCounts":
-        """The row of a layer, a view; layers are numbered from 1."""
+        """Return a view of a layer's row; layers are numbered from 1."""
         return RoutingCounts(self.table[number - 1])
 
-    def total(self) -> "RoutingCounts":
-        """One row, the sum over layers."""
-        return RoutingCounts(self.table.sum(dim=0))
 
-    def on_host(self) -> "RoutingCounts":
-        """A copy on the host; waits for the device."""
-        return RoutingCounts(self.table.cpu())
+@dataclass(frozen=True)
+class StepSums:
+    """Everything that ranks add up after a step: the counts of all layers, and the state of their routers.
+
+    Attributes:
+        buffer: float64 `[L·(E + 3) + L + 3]`; the others are views of it.
+        counts: a row for each layer.
+        guarded: `[L]`, how many ranks guard the layer.
+        l1_exponent: a scalar, the sum of the ranks' exponent n of λ.
+        ranks: a scalar, how many ranks that sum is over: those with a router.
+        not_finite: a scalar, 0, or NaN if a gradient is not finite.
+    """
+
+    buffer: torch.Tensor
+    counts: RoutingCounts
+    guarded: torch.Tensor
+    l1_exponent: torch.Tensor
+    ranks: torch.Tensor
+    not_finite: torch.Tensor
+
+    @classmethod
+    def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StepSums":
+        """Return empty sums."""
+        width = num_experts + len(COLUMNS)
+        return cls.of(torch.zeros(num_layers * (width + 1) + 3, dtype=torch.float64, device=device), num_layers)
+
+    @classmethod
+    def of(cls, buffer: torch.Tensor, num_layers: int) -> "StepSums":
+        """Return the views of a buffer."""
+        table, guarded, scalars = buffer.split([len(buffer) - num_layers - 3, num_layers, 3])
+        return cls(buffer, RoutingCounts(table.view(num_layers, -1)), guarded, *scalars.unbind())

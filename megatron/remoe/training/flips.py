@@ -1,4 +1,4 @@
-"""Flips: the routing decisions that one update of the weights changes, on a fixed calibration set (paper figure 10)."""
+"""Flips: routing decisions that one update of the weights changes, on a fixed calibration set (paper figure 10)."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_model_config
-from megatron.remoe.routing.controller import layer_numbers
+from megatron.remoe.routing.layers import layer_numbers
 from megatron.training.training import disable_forward_pre_hook, enable_forward_pre_hook
 
 Maps = list[tuple[int, torch.Tensor]]  # layer number (from 1) and routing map, bool [tokens, experts]
@@ -21,12 +21,12 @@ Maps = list[tuple[int, torch.Tensor]]  # layer number (from 1) and routing map, 
 
 @dataclass(frozen=True)
 class Flips:
-    """What one update changed.
+    """Routing decisions that one update changed.
 
     Attributes:
         rate: share of the (token, expert) pairs of all MoE layers that became active or inactive, 0 to 1.
         count: such pairs per token and layer: the rate times the number of experts.
-        layer_rate: the rate of each MoE layer, keyed by layer number (from 1).
+        layer_rate: layer number (from 1) → the rate of that MoE layer.
     """
 
     rate: float
@@ -35,10 +35,10 @@ class Flips:
 
 
 class FlipMeter:
-    """Routes the calibration set before and after an update, without a trace in the training.
+    """Routes a calibration set before and after an update; the training does not change by a bit.
 
-    The calibration set is one micro-batch a data-parallel rank: the first sequences of the validation set, or of the
-    training set where there is none. It is routed as in evaluation, with the same input jitter each time.
+    The calibration set is one micro-batch on each data-parallel rank: the first sequences of the validation set, or of
+    the training set if there is none. It is routed as in evaluation, with the same input jitter each time.
     """
 
     def __init__(self, args: argparse.Namespace, forward_step: Callable[..., Any]) -> None:
@@ -54,7 +54,7 @@ class FlipMeter:
         self._before: tuple[int, Maps] | None = None
 
     def watch(self, model_chunks: list[torch.nn.Module]) -> None:
-        """Take the model on this rank, all its virtual pipeline stages."""
+        """Set the model on this rank, all its virtual pipeline stages."""
         self._chunks = model_chunks
 
     def calibrate(self, data_sets: list[Any]) -> None:
@@ -75,13 +75,13 @@ class FlipMeter:
         )
 
     def after_update(self, iteration: int) -> Flips | None:
-        """Look at the routing where it is time; to be called on every rank after each update.
+        """Route the calibration set if it is time; call this on every rank after each update.
 
         Args:
             iteration: number of updates so far.
 
         Returns:
-            What this update changed, where it is measured; otherwise None, as after a start between two of them.
+            What this update changed if it is measured, else None, as for the first update after a start.
         """
         interval = self._args.moe_log_flips_interval
         if iteration % interval not in (0, interval - 1):
@@ -94,7 +94,7 @@ class FlipMeter:
 
     @torch.no_grad()
     def _route(self) -> Maps:
-        """What this rank's routers decide, in the order of their calls."""
+        """Return the routing maps of this rank's routers, in the order of their calls."""
         args, config = self._args, get_model_config(self._chunks[0])
         maps: Maps = []
 
@@ -109,7 +109,7 @@ class FlipMeter:
             for router, number in zip(routers, numbers, strict=True)
             if number <= config.num_layers  # the decoder's
         ]
-        timers, config.timers = config.timers, None  # they are about the training
+        timers, config.timers = config.timers, None  # they time the training
         try:
             with _evaluating(self._chunks), _own_random_numbers(args.seed):
                 get_forward_backward_func()(
@@ -137,7 +137,7 @@ class FlipMeter:
             table[number - 1, 0] += (was != now).sum()
             table[number - 1, 1] += now.numel()
         if torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(table)  # each rank has routed tokens, or layers, of its own
+            torch.distributed.all_reduce(table)  # each rank routed other tokens, or other layers
         rows = {number: row for number, row in enumerate(table.tolist(), start=1) if row[1]}
         flipped, pairs = (sum(column) for column in zip(*rows.values(), strict=True))
         return Flips(
@@ -148,7 +148,7 @@ class FlipMeter:
 
 
 def flips_problems(args: argparse.Namespace) -> Iterator[str]:
-    """What does not go with --moe-log-flips-interval, each with the flag, its value and the remedy."""
+    """Yield what cannot be combined with --moe-log-flips-interval, with flag, value and remedy."""
     interval = args.moe_log_flips_interval
     if interval is None:
         return
@@ -170,7 +170,7 @@ def flips_problems(args: argparse.Namespace) -> Iterator[str]:
 
 @contextmanager
 def _evaluating(chunks: list[torch.nn.Module]) -> Iterator[None]:
-    """Evaluation mode, with weights that are whole: those gathered as training goes forward are gathered at once."""
+    """Set evaluation mode; weights that the forward pass would gather one by one are gathered before it."""
     # DDP's hooks of --overlap-param-gather, which Megatron sets after the first update that was not skipped.
     gathers = bool(getattr(chunks[0], "remove_forward_pre_hook_handles", None))
     if gathers:

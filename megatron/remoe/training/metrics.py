@@ -1,6 +1,5 @@
 """Sparsity, λ, expert load and flips in Megatron's log line, TensorBoard, Weights & Biases and the run's log."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -14,10 +13,10 @@ AGAINST_SAMPLES = ("moe_relu/sparsity", "moe_relu/l1_reg_coeff")  # as Megatron 
 
 
 class ReMoEMetricsTracker(MoEMetricsTracker):
-    """Megatron's tracker, whose report also tells what the sparsity controller saw, and flips where they are measured.
+    """Megatron's tracker, whose report also has the figures of the sparsity controller and the measured flips.
 
-    Megatron's loop asks for a report after every step and prints it at log intervals; figures are fetched from the
-    device only where they are written.
+    Megatron's loop asks for a report after every step and prints it at log intervals. Figures are fetched from the
+    device only when they are written.
     """
 
     def __init__(
@@ -40,6 +39,10 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         """Report what `meter` finds too."""
         self._flips = meter
 
+    def totals(self) -> dict[str, int]:
+        """Return the controller's running sums, or nothing without a controller; waits for the device."""
+        return self._controller.totals() if self._controller is not None else {}
+
     def report(
         self,
         loss_scale: float,
@@ -49,32 +52,33 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         per_layer_logging: bool = False,
         **kwargs: Any,
     ) -> str:
-        """Megatron's report with the routing's figures appended (see `MoEMetricsTracker.report`)."""
+        """Return Megatron's report with the routing's figures appended (see `MoEMetricsTracker.report`)."""
         text = super().report(
             loss_scale, iteration, writer, wandb_writer, per_layer_logging=per_layer_logging, **kwargs
         )
         printed = self._first or iteration % self._log_interval == 0
         recorded = iteration % self._tensorboard_log_interval == 0 and (writer or wandb_writer)
         self._first = False
+        of_line: dict[str, Any] = {}
         flips = self._flips.after_update(iteration) if self._flips is not None else None
         if flips is not None:
             self._logger.info({"kind": "flips", "iteration": iteration, **asdict(flips)})
-            scalars = {"moe/flip_rate": flips.rate, "moe/flip_count": flips.count}
-            self._record(scalars, iteration, writer, wandb_writer)
+            self._record({"moe/flip_rate": flips.rate, "moe/flip_count": flips.count}, iteration, writer, wandb_writer)
             text += f" flip rate: {flips.rate:.6f} | flip count: {flips.count:.6f} |"
-        if self._controller is None or not (printed or recorded):
-            return text
-        summary = self._controller.summary()
-        if summary is None:
-            return text
-        if recorded:
-            self._record(_scalars(summary, per_layer_logging), iteration, writer, wandb_writer)
-        if printed and self._logger.isEnabledFor(logging.INFO):
-            self._logger.info(_run_log_record(summary))
-        return text + _log_text(summary)
+            of_line = {"flip_rate": flips.rate, "flip_count": flips.count}
+        if self._controller is not None and (printed or recorded):
+            summary = self._controller.summary()
+            if summary is not None:
+                if recorded:
+                    self._record(_scalars(summary, per_layer_logging), iteration, writer, wandb_writer)
+                text += _log_text(summary)
+                of_line |= _run_log_record(summary)
+        if printed and of_line:
+            self._logger.info(of_line)
+        return text
 
     def _record(self, scalars: dict[str, float], iteration: int, writer: Any, wandb_writer: Any) -> None:
-        """Hand scalars to TensorBoard and Weights & Biases, each None where it is not asked for."""
+        """Write scalars to TensorBoard and Weights & Biases; either may be None."""
         for name, value in scalars.items():
             if writer is not None:
                 writer.add_scalar(name, value, iteration)
@@ -96,11 +100,15 @@ def _log_text(summary: RoutingSummary) -> str:
 
 
 def _run_log_record(summary: RoutingSummary) -> dict[str, Any]:
-    figures = asdict(summary)
+    figures, layers = asdict(summary), summary.layer_sparsity.values()
     loads = figures.pop("expert_load")
     figures["layer_l1_loss"] = {number: float(f"{loss:.6g}") for number, loss in summary.layer_l1_loss.items()}
     figures["layer_sparsity"] = {number: round(sparsity, 6) for number, sparsity in summary.layer_sparsity.items()}
-    return figures | {"tokens_per_expert": {number: [round(load, 5) for load in row] for number, row in loads.items()}}
+    return figures | {
+        "lowest_layer_sparsity": min(layers, default=1.0),
+        "highest_layer_sparsity": max(layers, default=1.0),
+        "tokens_per_expert": {number: [round(load, 5) for load in row] for number, row in loads.items()},
+    }
 
 
 def _scalars(summary: RoutingSummary, per_layer: bool) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Multi-token prediction in GPTModel: Megatron makes its layers' specification itself, which no setting reaches."""
+"""Multi-token prediction in GPTModel: Megatron specifies these layers itself, and no setting changes that."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,11 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 
 
 def rebuild_prediction_layers(change: Callable[[Any, int | None], Any], model_chunks: list[GPTModel]) -> list[GPTModel]:
-    """A pre-wrap hook: build the layers of multi-token prediction anew, of what `change` makes of their specification.
+    """Rebuild the layers of multi-token prediction from a changed specification; a pre-wrap hook.
 
     Args:
-        change: from the block's submodules and the virtual pipeline stage.
-        model_chunks: the model on this rank, as Megatron has built it.
+        change: returns the changed submodules of a block, from those and the virtual pipeline stage.
+        model_chunks: the model on this rank, as Megatron built it.
 
     Returns:
         The same chunks.
