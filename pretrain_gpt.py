@@ -95,14 +95,16 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
             cpu.adapt_arguments(args)
         check_kernels(args.moe_kernels, on_cpu)
         at_the_end.enter_context(only_training(args))
-        choose_checkpoint(args)
+        resume = choose_checkpoint(args)
+        if resume is not None:
+            resume.apply(args)
         take_saved_args(args)
         check_required_flags(args)
         validate_args(args, {})
         check_hybrid_model(args)
         check_evaluation_and_saving(args)
         check_data(args, get_blend_and_blend_per_split)
-        check_loaded_run(args)
+        args.override_opt_param_scheduler |= check_loaded_run(args, resume)
         check_output_folders(args)
         set_global_variables(args)
         check_vocabulary(args, get_blend_and_blend_per_split)
@@ -111,8 +113,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
         model_cfg = model_config_from_args(args)
         hooks.install_routing(args, model_cfg)
         hooks.install_local_layers(args, model_cfg)
-        datasets_provider = hooks.with_checked_weights(args, model_cfg, train_valid_test_datasets_provider)
-        datasets_provider = hooks.with_flips(args, model_cfg, datasets_provider, forward_step)
+        datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
         at_the_end.enter_context(keep_run_log(args))
 
     if observe is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import logging
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from megatron.core import optimizer as core_optimizer
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -30,7 +32,7 @@ from megatron.remoe.patches import fusions, log_lines, waits
 from megatron.remoe.patches import optimizer as adam_patches
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
 from megatron.remoe.training.arguments import add_remoe_arguments
-from megatron.training import training
+from megatron.training import checkpointing, training
 from megatron.training.arguments import parse_args
 from tests.layers import make_topk_config
 from tests.trainings import TINY, run
@@ -407,3 +409,14 @@ shards.put(1)
 print("kept", shards.get())
 """
     assert ("kept 1" in in_another_process(lines, tmp_path, expect=int(not patched))) is patched
+
+
+def test_megatron_still_ends_a_failed_load_in_success_and_waits_for_tensors_alone(monkeypatch) -> None:
+    assert "sys.exit()" in inspect.getsource(checkpointing._load_base_checkpoint)
+    assert "fsync" not in inspect.getsource(checkpointing.save_checkpoint) + inspect.getsource(serialization)
+    monkeypatch.setattr(training, "load_checkpoint", sys.exit)
+    args = SimpleNamespace(load="run", ckpt_step=1, pretrained_checkpoint=None)
+    monkeypatch.setattr(patches.checkpoints, "get_args", lambda: args)
+    patches.check_loaded_weights()
+    with pytest.raises(BrokenCheckpointError, match="--load run"):
+        training.load_checkpoint([])

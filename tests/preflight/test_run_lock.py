@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from megatron.remoe.preflight.run_lock import HOLDER, LOCK, FolderInUseError, on
 from tests.trainings import REPOSITORY, TINY, records, run, start
 
 LEASE = 4.0
+SHORT = 1.0  # where nobody holds the folder
 HOLD = """
 import argparse, socket, sys, time
 if sys.argv[3]:
@@ -38,9 +40,9 @@ def hold(folder: Path, host: str = "") -> subprocess.Popen[str]:
     return process
 
 
-def seconds_to_take(folder: Path, rank: int = 0, skip_train: bool = False) -> float:
+def seconds_to_take(folder: Path, rank: int = 0, skip_train: bool = False, lease: float = LEASE) -> float:
     started = time.monotonic()
-    with only_training(argparse.Namespace(rank=rank, skip_train=skip_train, save=str(folder)), LEASE):
+    with only_training(argparse.Namespace(rank=rank, skip_train=skip_train, save=str(folder)), lease):
         return time.monotonic() - started
 
 
@@ -57,6 +59,45 @@ def test_second_is_refused_and_a_dead_one_taken_over(host: str, tmp_path: Path) 
     took = seconds_to_take(tmp_path)
     assert took > LEASE / 2 if host else took < LEASE / 2, "a process of this machine is seen to be gone at once"
     assert list(tmp_path.iterdir()) == []
+
+
+def lease(**fields: object) -> str:
+    """The record of a lease, as filelock writes it."""
+    lines = {"pid": 12, "host": "node7", "mode": "lease", "token": "ab", "duration": SHORT} | fields
+    return "".join(["filelock/2\n", *(f"{name}={value}\n" for name, value in lines.items())])
+
+
+LEFT_BEHIND = {
+    "empty, of a power cut": "",
+    "cut off": "filelock/2\npid=1",
+    "no lock at all": "busy\n",
+    "a machine that is gone": lease(),
+    "a process that is gone": lease(pid=999_999, host=socket.gethostname()),
+}
+OF_ANOTHER_KIND = {
+    "another protocol": "12\nnode7\n",
+    "another mode": "filelock/2\npid=12\nhost=node7\nmode=exclusive\n",
+    "a mode of the future": lease(mode="shared"),
+    "another lease": lease(duration=2 * SHORT),
+}
+
+
+@pytest.mark.parametrize("content", LEFT_BEHIND.values(), ids=LEFT_BEHIND)
+def test_what_was_left_behind_is_taken_over(content: str, tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(content)
+    took = seconds_to_take(tmp_path, lease=SHORT)
+    assert took < SHORT if "999999" in content else took > SHORT
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", OF_ANOTHER_KIND.values(), ids=OF_ANOTHER_KIND)
+def test_what_is_not_understood_is_refused_after_the_lease(content: str, tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(content)
+    started = time.monotonic()
+    with pytest.raises(FolderInUseError, match=f"{tmp_path / LOCK} .* remove it"):
+        seconds_to_take(tmp_path, lease=SHORT)
+    assert time.monotonic() - started > SHORT
+    assert (tmp_path / LOCK).read_text() == content
 
 
 def test_one_that_was_taken_for_dead_ends(tmp_path: Path) -> None:

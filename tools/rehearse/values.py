@@ -25,13 +25,13 @@ class Pairs:
         """To be called when Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
         from megatron.remoe.moe import layer, plan
-        from megatron.remoe.training import hooks
+        from megatron.remoe.patches import checkpoints
 
         count_pairs = plan.count_pairs
         plan.count_pairs = layer.count_pairs = self._counted(count_pairs)
         torch.Tensor.item = _one(torch.Tensor.item)  # type: ignore[method-assign]
         torch.Tensor.__bool__ = _false(torch.Tensor.__bool__)  # type: ignore[method-assign]
-        hooks.check_is_finite = _looked_at(hooks.check_is_finite)
+        checkpoints.check_is_finite = _looked_at(checkpoints.check_is_finite)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
 
     def _counted(self, real: Callable[..., list[Any]]) -> Callable[..., list[Any]]:

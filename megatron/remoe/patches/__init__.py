@@ -10,7 +10,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron.remoe.patches.checkpoints import keep_saving_possible, load_objects_unexecuted, tell_why_writing_fails
+from megatron.remoe.patches.checkpoints import (
+    check_loaded_weights,
+    keep_saving_possible,
+    load_objects_unexecuted,
+    save_durably,
+    tell_why_writing_fails,
+)
 from megatron.remoe.patches.fusions import (
     enable_torch_weight_gradient_fusion,
     use_fla_cross_entropy,
@@ -117,6 +123,19 @@ PATCHES = (
         "core/dist_checkpointing/strategies/torch.py: MCoreLoadPlanner.load_bytes",
         "protection from code in a checkpoint's objects",
         "load_bytes unpickles with weights_only=True",
+    ),
+    Patch(
+        check_loaded_weights,
+        "training/training.py: load_checkpoint",
+        "an error where a checkpoint cannot be loaded or holds weights that are not finite",
+        "Megatron has a hook after loading, and no sys.exit() in checkpointing.py",
+    ),
+    Patch(
+        save_durably,
+        "training/checkpointing.py: maybe_msc",
+        "checkpoints that survive a power cut from the moment they are reported as saved",
+        "save_checkpoint calls fsync for metadata.json, the folder and the tracker",
+        for_saving=True,
     ),
     Patch(
         keep_saving_possible,

@@ -1,4 +1,4 @@
-"""Checkpoints that are read without running what is in them, and written or not with a word why."""
+"""Checkpoints: read without running what is in them, checked once loaded, and durable once reported as saved."""
 
 import io
 import multiprocessing
@@ -7,13 +7,18 @@ import signal
 import threading
 from functools import wraps
 from multiprocessing.managers import SyncManager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
-from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, sync_to_disk, write_durably
+from megatron.remoe.preflight.checkpoint_fit import check_is_finite
+from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM, BrokenCheckpointError, index_sum
+from megatron.training import checkpointing, training
+from megatron.training.global_vars import get_args
 
 
 def load_objects_unexecuted() -> None:
@@ -90,3 +95,77 @@ def tell_why_writing_fails() -> None:
 
     write_or_tell.tells_why = True  # type: ignore[attr-defined]
     filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_tell)
+
+
+def check_loaded_weights() -> None:
+    """Refuse weights that are not finite, and end in an error where Megatron ends a failed load with exit code 0.
+
+    Megatron has no hook between loading and training.
+    """
+    load = training.load_checkpoint
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @wraps(load)
+    def load_and_check(model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
+        args = get_args()
+        has_own = args.load and (args.ckpt_step or os.path.lexists(os.path.join(args.load, TRACKER)))
+        source = f"--load {args.load}"
+        if args.pretrained_checkpoint and not has_own:
+            source = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
+        try:
+            loaded = load(model, *rest, **options)
+        except SystemExit as stop:
+            raise BrokenCheckpointError(
+                f"{source}: cannot be loaded, for the reason that Megatron prints above. If it is damaged, give an "
+                "earlier iteration with --ckpt-step."
+            ) from stop
+        for chunk in model:
+            check_is_finite(source, chunk)
+        return loaded
+
+    training.load_checkpoint = load_and_check
+
+
+class _Tracker(io.StringIO):
+    """A tracker file that is written when everything that it refers to is on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def close(self) -> None:
+        if not self.closed:
+            name = self.getvalue().strip()
+            folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
+            if (folder / INDEX).is_file():
+                write_durably(folder / INDEX_SUM, index_sum(folder))
+            for path in folder.rglob("*"):
+                sync_to_disk(path)
+            sync_to_disk(folder)
+            write_durably(self._path, name)
+        super().close()
+
+
+class _DurableStorage:
+    """Megatron's access to files, but for the tracker."""
+
+    def __init__(self, stock: Any) -> None:
+        self._stock = stock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
+
+    def open(self, path: str, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if mode == "w" and os.path.basename(path) == TRACKER and "://" not in path:
+            return _Tracker(Path(path))
+        return self._stock.open(path, mode, *rest, **options)
+
+
+def save_durably() -> None:
+    """Have a checkpoint on the disk before it is reported as saved, with a checksum of its index.
+
+    Megatron waits for the tensors alone. After a power cut its small files may be empty, and so may the tracker.
+    """
+    if not isinstance(checkpointing.maybe_msc, _DurableStorage):
+        checkpointing.maybe_msc = _DurableStorage(checkpointing.maybe_msc)

@@ -1,138 +1,60 @@
-"""Looks at checkpoints before Megatron loads them: whether they are whole, and which one a cut-off run goes on from."""
+"""Chooses the checkpoint that a run goes on from: the newest one that is whole."""
 
 import argparse
-import dataclasses
-import enum
+import errno
 import json
-import pickle
+import os
 import re
 import sys
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, common_state, read_index
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"  # the last file of a checkpoint that Megatron writes
 RELEASE = "release"  # in the tracker, and as a folder: weights that no iteration belongs to
-_FOLDER = re.compile(r"iter_(\d{7,})")
-_METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-_METADATA_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+_FOLDER = re.compile(r"iter_(\d{7,15})")
+_NUMBER = re.compile(r"[0-9]{1,15}")  # Megatron reads it into 64 bits
 
 
-class BrokenCheckpointError(ValueError):
-    """A checkpoint is not whole; the message names the file."""
+@dataclass(frozen=True)
+class Resume:
+    """The checkpoint that a run goes on from, and what has to change so that Megatron takes it.
 
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Loads what torch's checkpoint index consists of and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        import torch
-
-        if (module, name) in _METADATA_NAMES or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        # A name may lead through attributes to what a module merely imports: only its own plain records are let in.
-        if f"{module}.".startswith(_METADATA_MODULES):
-            found = super().find_class(module, name)
-            own = isinstance(found, type) and (found.__module__, found.__qualname__) == (module, name)
-            if own and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
-                return found
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint's index does")
-
-
-def read_index(folder: Path) -> Any:
-    """What torch wrote about the tensors and objects of a torch_dist checkpoint; nothing in it is executed.
-
-    Args:
-        folder: `iter_...` of one iteration.
-
-    Raises:
-        BrokenCheckpointError: it is missing or cannot be read.
+    Attributes:
+        flag: --load or --pretrained-checkpoint.
+        folder: that of the iteration or release.
+        saved: Megatron's arguments of the training that wrote it; None where it holds none.
+        step: the iteration to set as --ckpt-step; None where Megatron chooses the same by itself.
+        mends_tracker: the tracker file is missing or damaged, and should name `step`.
+        notice: what the user has to know, or "".
     """
-    index = folder / ".metadata"
-    if not index.is_file():
-        raise BrokenCheckpointError(f"{index} is missing: saving was cut off")
-    try:
-        with index.open("rb") as file:
-            return _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError) as error:
-        raise BrokenCheckpointError(f"{index} cannot be read: {error or 'it is truncated'}") from error
+
+    flag: str
+    folder: Path
+    saved: argparse.Namespace | None
+    step: int | None = None
+    mends_tracker: bool = False
+    notice: str = ""
+
+    def apply(self, args: argparse.Namespace) -> None:
+        """Set --ckpt-step, mend the tracker file and print the notice; the last two on the first rank alone."""
+        if self.step is not None:
+            args.ckpt_step = self.step
+        if args.rank == 0 and self.notice:
+            print(self.notice, file=sys.stderr, flush=True)
+        if args.rank == 0 and self.mends_tracker:
+            write_durably(self.folder.parent / TRACKER, str(self.step))
 
 
-def check_is_whole(folder: Path) -> None:
-    """Whether each file of a torch_dist checkpoint is there and as long as the index says; reads no tensors.
+def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
+    """Choose the checkpoint to go on from; None where a run starts from random weights. Changes nothing.
 
-    Args:
-        folder: `iter_...` of one iteration.
-
-    Raises:
-        BrokenCheckpointError: with the file and what is wrong with it.
-    """
-    try:
-        entries = read_index(folder).storage_data
-    except AttributeError as error:
-        raise BrokenCheckpointError(f"{folder / '.metadata'} cannot be read: {error}") from error
-    try:
-        json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
-    ends: dict[str, int] = {}
-    for entry in entries.values():
-        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
-    for name, end in sorted(ends.items()):
-        path = folder / name
-        if not path.is_file():
-            raise BrokenCheckpointError(f"{path} is missing")
-        if path.stat().st_size < end:
-            raise BrokenCheckpointError(f"{path} has {path.stat().st_size:,} bytes of {end:,}: it is truncated")
-
-
-def saved_iterations(folder: Path) -> list[int]:
-    """The iterations that have a folder in a checkpoint folder, newest first, whole or not."""
-    found = (_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
-    return sorted((int(match[1]) for match in found if match), reverse=True)
-
-
-def newest_whole(folder: Path, below: int | None = None) -> int | None:
-    """The newest whole checkpoint's iteration, of those below `below`; None where there is none."""
-    for iteration in saved_iterations(folder):
-        if below is not None and iteration >= below:
-            continue
-        try:
-            check_is_whole(folder / f"iter_{iteration:07d}")
-        except BrokenCheckpointError:
-            continue
-        return iteration
-    return None
-
-
-def loaded_from(args: argparse.Namespace) -> tuple[str, Path] | None:
-    """The flag and the folder that Megatron will load from; None where it starts from random weights.
-
-    --pretrained-checkpoint counts where there is nothing under --load yet.
-    """
-    pretrained = args.pretrained_checkpoint
-    for flag, folder in (("--load", args.load), ("--pretrained-checkpoint", pretrained)):
-        if (
-            folder
-            and "://" not in folder
-            and ((Path(folder) / TRACKER).is_file() or (args.ckpt_step and not pretrained))
-        ):
-            return flag, Path(folder)
-    return None
-
-
-def newest_iteration(folder: Path) -> str:
-    """What Megatron noted as the newest checkpoint: a number or `RELEASE`, if it is not damaged; empty if none."""
-    tracker = folder / TRACKER
-    return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-
-
-def choose_checkpoint(args: argparse.Namespace) -> None:
-    """Let a run that was cut off go on from its newest whole checkpoint: sets `args.ckpt_step` where it has to go back.
-
-    Every rank finds the same, from the same files. Checkpoints of other formats than torch_dist are left to Megatron.
+    --pretrained-checkpoint counts where there is nothing under --load yet. Every rank finds the same, from the same
+    files.
 
     Args:
         args: Megatron's parsed arguments.
@@ -141,31 +63,144 @@ def choose_checkpoint(args: argparse.Namespace) -> None:
         BrokenCheckpointError: the iteration asked for by --ckpt-step is not whole, or none is; names the iteration to
             go back to.
     """
-    place = loaded_from(args)
-    if place is None:
-        return
-    flag, folder = place
-    tracker, newest = folder / TRACKER, newest_iteration(folder)
+    step = args.ckpt_step
+    if step is not None and step < 1:
+        raise BrokenCheckpointError(f"--ckpt-step {step}: must be the number of a saved iteration, at least 1.")
+    pretrained = args.pretrained_checkpoint
+    for flag, name in (("--load", args.load), ("--pretrained-checkpoint", pretrained)):
+        if name and "://" not in name:
+            root = Path(name)
+            if os.path.lexists(root / TRACKER) or (step and not pretrained) or _has_lost_its_tracker(root):
+                return _choose(flag, root, step)
+    return None
+
+
+def _has_lost_its_tracker(root: Path) -> bool:
+    """Whether there are checkpoints though no tracker: more than a first save that was cut off."""
+    return len(saved_iterations(root)) > 1 or newest_whole(root) is not None
+
+
+def _choose(flag: str, root: Path, step: int | None) -> Resume:
+    saved_iterations(root)  # refuses a file where a folder belongs
+    newest = newest_iteration(root)
     released = newest == RELEASE
-    wanted = None if released else args.ckpt_step or (int(newest) if newest.isdecimal() else None)
+    readable = released or _NUMBER.fullmatch(newest) is not None
+    wanted = None if released else step or (int(newest) if readable else None)
+    chosen = root / (RELEASE if released else f"iter_{wanted or 0:07d}")
     try:
         if wanted is None and not released:
-            raise BrokenCheckpointError(f"{tracker} holds {newest[:20]!r} instead of an iteration")
-        chosen = folder / (RELEASE if released else f"iter_{wanted:07d}")
-        if any(chosen.glob("mp_rank_*")):
-            return  # another format
-        check_is_whole(chosen)
+            state = f"holds {newest[:20]!r} instead of an iteration" if (root / TRACKER).is_file() else "is missing"
+            raise BrokenCheckpointError(f"{root / TRACKER} {state}")
+        return Resume(flag, chosen, check_is_whole(chosen).get("args"))
     except BrokenCheckpointError as error:
-        whole = None if released else newest_whole(folder, below=wanted)
+        whole = None if released else newest_whole(root, below=wanted)
         if whole is None:
-            raise BrokenCheckpointError(f"{flag} {folder}: {error}. No other checkpoint there is whole.") from error
-        if args.ckpt_step:
-            raise BrokenCheckpointError(f"--ckpt-step {wanted}: {error}. Iteration {whole} is whole.") from error
-        args.ckpt_step = whole
-        if args.rank == 0:
-            print(f"{flag} {folder}: {error}. Going back to iteration {whole}.", file=sys.stderr, flush=True)
-            if wanted is None:
-                # Megatron would end, with exit code 0, before it looks at --ckpt-step. The other ranks read it later.
-                aside = tracker.with_suffix(".new")
-                aside.write_text(str(whole))
-                aside.replace(tracker)
+            raise BrokenCheckpointError(f"{flag} {root}: {error}. No other checkpoint there is whole.") from error
+        if step:
+            raise BrokenCheckpointError(f"--ckpt-step {step}: {error}. Iteration {whole} is whole.") from error
+        folder = root / f"iter_{whole:07d}"
+        # Megatron would end, with exit code 0, at a tracker that it cannot read before it looks at --ckpt-step.
+        return Resume(
+            flag,
+            folder,
+            common_state(folder).get("args"),
+            step=whole,
+            mends_tracker=not readable,
+            notice=f"{flag} {root}: {error}. Going back to iteration {whole}.",
+        )
+
+
+def check_is_whole(folder: Path) -> dict[str, Any]:
+    """Check that each file of a checkpoint is there and complete, and return its settings; reads no tensors.
+
+    Args:
+        folder: `iter_...` of one iteration, as torch_dist or with one file per rank.
+
+    Returns:
+        What `common_state` returns.
+
+    Raises:
+        BrokenCheckpointError: with the file and what is wrong with it.
+    """
+    legacy = sorted(folder.glob("mp_rank_*/*.pt"))
+    for file in legacy:
+        if not zipfile.is_zipfile(file):
+            raise BrokenCheckpointError(f"{file} cannot be read: it is truncated")
+    if legacy:
+        return common_state(folder)
+    index = read_index(folder)
+    try:
+        json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
+    ends: dict[str, int] = {}
+    for entry in index.storage_data.values():
+        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            raise BrokenCheckpointError(f"{path} is missing")
+        if path.stat().st_size < end:
+            raise BrokenCheckpointError(f"{path} has {path.stat().st_size:,} bytes of {end:,}: it is truncated")
+    return common_state(folder, index)
+
+
+def saved_iterations(root: Path) -> list[int]:
+    """Return the iterations that have a folder in a checkpoint folder, newest first, whole or not.
+
+    Raises:
+        BrokenCheckpointError: something that is no folder has an iteration's name; saving it would fail.
+    """
+    found = [(path, match) for path in root.glob("iter_*") if (match := _FOLDER.fullmatch(path.name))]
+    for path, _ in found:
+        if not path.is_dir():
+            raise BrokenCheckpointError(f"{path} is no folder, and in the way of checkpoints. Move it away.")
+    return sorted((int(match[1]) for _, match in found), reverse=True)
+
+
+def newest_whole(root: Path, below: int | None = None) -> int | None:
+    """Return the newest whole checkpoint's iteration, of those below `below`; None where there is none."""
+    for iteration in saved_iterations(root):
+        if below is not None and iteration >= below:
+            continue
+        try:
+            check_is_whole(root / f"iter_{iteration:07d}")
+        except BrokenCheckpointError:
+            continue
+        return iteration
+    return None
+
+
+def newest_iteration(root: Path) -> str:
+    """Return what the tracker says: a number or `RELEASE` if it is not damaged; empty if there is none.
+
+    Raises:
+        BrokenCheckpointError: it is a folder, which Megatron could not write at the next save.
+    """
+    tracker = root / TRACKER
+    if tracker.is_dir():
+        raise BrokenCheckpointError(f"{tracker} is a folder. Remove it: the newest whole checkpoint is then found.")
+    return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file by one that is complete, and still is after a power cut."""
+    aside = path.with_name(f"{path.name}.new")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_to_disk(path.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)

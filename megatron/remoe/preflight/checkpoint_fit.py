@@ -1,7 +1,6 @@
 """Whether the checkpoint under --load fits the flags: from the arguments saved in it, before anything starts."""
 
 import argparse
-import io
 import math
 import textwrap
 from collections.abc import Iterable
@@ -11,14 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron.remoe.preflight.checkpoint_files import (
-    RELEASE,
-    TRACKER,
-    BrokenCheckpointError,
-    loaded_from,
-    newest_iteration,
-    read_index,
-)
+from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, Resume, choose_checkpoint, newest_iteration
+from megatron.remoe.preflight.checkpoint_index import INDEX, BrokenCheckpointError, common_state
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.refusals import flag as flag_of
 from megatron.remoe.routing.refusals import shown
@@ -104,7 +97,7 @@ def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
         folder = root / f"iter_{args.ckpt_step or int(newest):07d}"
     else:
         return None
-    return folder if (folder / ".metadata").is_file() else None
+    return folder if (folder / INDEX).is_file() else None
 
 
 def check_is_data_alone(args: argparse.Namespace) -> None:
@@ -118,75 +111,40 @@ def check_is_data_alone(args: argparse.Namespace) -> None:
         if folder is None:
             continue
         try:
-            read_index(folder)
             common_state(folder)
         except BrokenCheckpointError as error:
-            raise BrokenCheckpointError(f"{flag}: {error}.") from error
+            raise BrokenCheckpointError(f"{flag}: {error}. Give an earlier iteration with --ckpt-step.") from error
 
 
-def common_state(folder: Path) -> dict[str, Any]:
-    """What a torch_dist checkpoint holds beside tensors and each rank's own objects; nothing in it is executed.
-
-    Megatron's arguments of the training that wrote it are under "args".
-
-    Args:
-        folder: of one iteration.
-
-    Raises:
-        BrokenCheckpointError: it cannot be read, or holds what is no setting.
-    """
-    try:
-        if (folder / "common.pt").is_file():
-            state = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
-        else:
-            entries = read_index(folder).storage_data
-            entry = next((entries[key] for key in entries if key.fqn.startswith("common_state/")), None)
-            if entry is None:
-                return {}
-            with (folder / entry.relative_path).open("rb") as file:
-                file.seek(entry.offset)
-                state = torch.load(io.BytesIO(file.read(entry.length)), map_location="cpu", weights_only=True)
-        state = state[0] if isinstance(state, list) else state
-        if isinstance(state, io.BytesIO):
-            state.seek(0)
-            state = torch.load(state, map_location="cpu", weights_only=True)
-    except BrokenCheckpointError:
-        raise
-    except Exception as error:  # whatever reading a damaged file raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BrokenCheckpointError(
-            f"the settings saved in {folder} cannot be read ({reason[:200]}). If it is damaged, give an earlier "
-            "iteration with --ckpt-step"
-        ) from error
-    return state if isinstance(state, dict) else {}
-
-
-def check_loaded_run(args: argparse.Namespace) -> None:
+def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> bool:
     """Refuse a checkpoint that Megatron would refuse late, or that would silently become another training.
 
     Args:
         args: Megatron's arguments, validated.
+        resume: the checkpoint to go on from, if it was chosen already.
+
+    Returns:
+        Whether the training goes on with the same learning rates to another end. The caller then has to set
+        `args.override_opt_param_scheduler`: Megatron refuses another end, since weight decay can grow until then.
 
     Raises:
         ValueError: names flag, both values and the remedy.
     """
-    _check_is_there(args)
-    check_is_data_alone(args)
-    place = loaded_from(args)
-    folder = iteration_folder(place[1], args) if place else None
-    if place is None or folder is None:
-        return
-    flag, source = place[0], f"{place[0]} {folder}"
-    saved = common_state(folder).get("args")
+    resume = resume or choose_checkpoint(args)
+    if resume is None:
+        _check_is_there(args)
+        return False
+    flag, folder, saved = resume.flag, resume.folder, resume.saved
+    source = f"{flag} {folder}"
     if saved is None:
-        return
+        return False
     if args.dist_ckpt_strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
         _check_routing(args, saved, source)
     _check_model_class(args, saved, source)
     if different := _differences(_shape(args), _shape(saved), args, saved):
         raise ValueError(f"{source} holds a model of another shape: {different}. Give its values, or another {flag}.")
     if args.finetune or folder.name == RELEASE or flag != "--load":
-        return
+        return False
     rates = "" if args.no_load_optim else _differences(_picked(args, RATES), _picked(saved, RATES), args, saved)
     settings = "" if args.allow_changed_settings else _differences(_result(args), _result(saved), args, saved)
     if different := "; ".join(filter(None, (rates, settings))):
@@ -198,7 +156,7 @@ def check_loaded_run(args: argparse.Namespace) -> None:
     if not args.no_load_optim:
         _check_optimizer(args, saved, source)
     if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
-        return
+        return False
     (end, decayed), (end_before, decayed_before) = _duration(args), _duration(saved)
     schedule = SCHEDULE if decayed == decayed_before else DURATION + SCHEDULE
     if different := _differences(_picked(args, schedule), _picked(saved, schedule), args, saved):
@@ -207,8 +165,7 @@ def check_loaded_run(args: argparse.Namespace) -> None:
             "values, or --override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to "
             "follow the checkpoint."
         )
-    # The same rates to another end: Megatron would refuse it, for the sake of a weight decay that grows until then.
-    args.override_opt_param_scheduler = end != end_before and args.weight_decay_incr_style == "constant"
+    return bool(end != end_before and args.weight_decay_incr_style == "constant")
 
 
 @torch.no_grad()
@@ -233,7 +190,7 @@ def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
 
 def _check_is_there(args: argparse.Namespace) -> None:
     """Where no checkpoint is found Megatron starts from random weights: right for a first start alone."""
-    if loaded_from(args) or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
+    if args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
         return
     if any("://" in (folder or "") for folder in (args.load, args.pretrained_checkpoint)):
         return

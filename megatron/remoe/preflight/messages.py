@@ -18,7 +18,7 @@ from typing import NoReturn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.remoe.data.errors import DataError
-from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
 
 REMEDIES: tuple[tuple[str, str], ...] = (
     (

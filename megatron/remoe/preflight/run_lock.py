@@ -1,4 +1,4 @@
-"""One training at a time in a --save folder: a second is refused, and what a dead one left behind is taken over."""
+"""Keeps a --save folder to one training at a time: a second is refused, and what a dead one left is taken over."""
 
 import argparse
 import os
@@ -10,14 +10,18 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import LeaseCompromise, SoftFileLease, Timeout
+from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
+from megatron.remoe.preflight.checkpoint_files import sync_to_disk, write_durably
 from megatron.remoe.preflight.environment import check_can_be_written
 
 LOCK, HOLDER = "training.lock", "training.lock.holder"
 HEARTBEAT_SECONDS = 5.0
 # The interpreter may be held for minutes while the data's index is built, and no heartbeat comes.
 LEASE_SECONDS = 300.0
+# An empty lock is what a power cut leaves: its owner would have filled it in the next moment.
+EMPTY_SECONDS = 10.0
+SPARE_SECONDS = 2.0
 
 
 class FolderInUseError(ValueError):
@@ -36,7 +40,8 @@ def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS
         lease_seconds: the same for all trainings that share a folder.
 
     Raises:
-        FolderInUseError: after the heartbeat of another training.
+        FolderInUseError: after the heartbeat of another training, or after `lease_seconds` where the lock is none of
+            this program's.
         DataError: the folder cannot be written.
     """
     if args.rank or args.skip_train or not args.save or "://" in args.save:
@@ -52,10 +57,9 @@ def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS
     )
     _acquire(lease, holder, lease_seconds)
     try:
+        sync_to_disk(Path(lease.lock_file))
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        aside = holder.with_suffix(".new")
-        aside.write_text(f"process {os.getpid()} on {socket.gethostname()}, started {started}")
-        aside.replace(holder)
+        write_durably(holder, f"process {os.getpid()} on {socket.gethostname()}, started {started}")
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -63,15 +67,16 @@ def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS
 
 
 def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
-    beat = 0
+    lock, started, beat = Path(lease.lock_file), time.monotonic(), 0
     while True:
         try:
             lease.acquire(timeout=0)
             return
-        except Timeout:
-            pass
+        except (Timeout, LeaseSettingsMismatch):
+            waited = time.monotonic() - started
         try:
-            before, beat = beat, Path(lease.lock_file).stat().st_mtime_ns
+            before, found = beat, lock.lstat()
+            beat = found.st_mtime_ns
             who = holder.read_text() if holder.exists() else "one that has just started"
         except FileNotFoundError:
             continue  # it has ended
@@ -80,6 +85,13 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
                 f"--save {holder.parent}: another training writes there: {who}. Wait until it ends, stop it, or give "
                 "another --save."
             )
+        if waited > lease_seconds + SPARE_SECONDS:
+            raise FolderInUseError(
+                f"--save {holder.parent}: {lock} is not from this version of the program, and nothing has changed it "
+                f"for {waited:.0f} s. If no training runs there, remove it."
+            )
+        if found.st_size == 0 and waited > min(EMPTY_SECONDS, lease_seconds):
+            _remove_empty(lock, found.st_ino)
         if not before:
             print(
                 f"--save {holder.parent} is locked by another training: {who}. Waiting for a sign of life, up to "
@@ -88,6 +100,15 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
                 flush=True,
             )
         time.sleep(min(HEARTBEAT_SECONDS, lease_seconds) / 10)
+
+
+def _remove_empty(lock: Path, inode: int) -> None:
+    """Remove an empty lock, and no other that has come in its place meanwhile."""
+    aside = lock.with_name(f"{lock.name}.empty.{os.getpid()}")
+    lock.rename(aside)
+    if aside.stat().st_size or aside.stat().st_ino != inode:
+        os.link(aside, lock)  # its owner bears to miss it for a moment
+    aside.unlink()
 
 
 def _lost(compromise: LeaseCompromise) -> None:

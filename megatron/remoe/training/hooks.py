@@ -1,4 +1,4 @@
-"""Installs ReLU routing, local layers and a look at loaded weights into Megatron's loop, through its public hooks."""
+"""Installs ReLU routing and local layers into Megatron's loop, through its public hooks."""
 
 import argparse
 import inspect
@@ -28,8 +28,6 @@ from megatron.remoe.moe.specs import (
     with_sequence_parallel_norms,
 )
 from megatron.remoe.patches import apply_patches
-from megatron.remoe.preflight.checkpoint_files import loaded_from
-from megatron.remoe.preflight.checkpoint_fit import check_is_finite
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
@@ -214,32 +212,3 @@ def with_flips(
 
     model_cfg.post_wrap_hooks.append(install)
     return calibrating
-
-
-def with_checked_weights(
-    args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The provider of the data sets, which Megatron calls after loading: it first looks whether all weights are finite.
-
-    Args:
-        args: Megatron's arguments.
-        model_cfg: the configuration that the model will be built from.
-        provider: of the data sets.
-    """
-    if not args.load and not args.pretrained_checkpoint:
-        return provider
-    chunks: list[torch.nn.Module] = []
-    source = " ".join(str(part) for part in loaded_from(args) or ("--load", args.load or args.pretrained_checkpoint))
-
-    def keep(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        chunks.extend(model_chunks)
-        return model_chunks
-
-    @wraps(provider)
-    def checked(*arguments: Any, **options: Any) -> Any:
-        while chunks:
-            check_is_finite(source, chunks.pop())
-        return provider(*arguments, **options)
-
-    model_cfg.post_wrap_hooks.append(keep)
-    return checked

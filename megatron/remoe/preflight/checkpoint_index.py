@@ -1,0 +1,167 @@
+"""Reads a checkpoint's index and settings: nothing in them is executed, and what they say is checked."""
+
+import dataclasses
+import enum
+import hashlib
+import io
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+
+INDEX = ".metadata"
+INDEX_SUM = ".metadata.sha256"  # written by this package when a save is complete; other checkpoints have none
+_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+
+
+class BrokenCheckpointError(ValueError):
+    """A checkpoint is not whole; the message names the file."""
+
+
+# The unpickler written in Python is as fast here, and keeps its memo in a dictionary: the one written in C makes a
+# table of as many entries as a damaged file asks for, up to 64 GiB.
+class _IndexUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """Loads what torch's checkpoint index consists of and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        # A name may lead through attributes to what a module merely imports: only its own plain records are let in.
+        if f"{module}.".startswith(_MODULES):
+            found = super().find_class(module, name)
+            own = isinstance(found, type) and (found.__module__, found.__qualname__) == (module, name)
+            if own and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
+                return found
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint's index does")
+
+
+def index_sum(folder: Path) -> str:
+    """Return the SHA-256 of a checkpoint's index, in hexadecimal."""
+    return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+
+
+def read_index(folder: Path) -> Metadata:
+    """Return what torch wrote about the tensors and objects of a torch_dist checkpoint.
+
+    Args:
+        folder: `iter_...` of one iteration.
+
+    Raises:
+        BrokenCheckpointError: it is missing, cannot be read, or contradicts itself.
+    """
+    index, noted = folder / INDEX, folder / INDEX_SUM
+    if not index.is_file():
+        raise BrokenCheckpointError(f"{index} is missing: saving was cut off")
+    try:
+        if noted.is_file() and noted.read_text() != index_sum(folder):
+            raise ValueError(f"it has changed since it was saved, as {INDEX_SUM} shows")
+        metadata = _IndexUnpickler(io.BytesIO(index.read_bytes())).load()
+        _check_structure(metadata)
+    except Exception as error:  # whatever reading a damaged file raises
+        reason = "it is damaged or truncated"
+        if isinstance(error, ValueError | pickle.UnpicklingError) and str(error):
+            reason = str(error).splitlines()[0][:200]
+        raise BrokenCheckpointError(f"{index} cannot be read: {reason}") from error
+    return metadata  # type: ignore[no-any-return]
+
+
+def _check_structure(index: Metadata) -> None:
+    """Check types, ranges and names in an unpickled index, so that nothing of it fails later.
+
+    Raises:
+        Exception: of any kind; a ValueError names what is wrong.
+    """
+    tensors, entries = index.state_dict_metadata, index.storage_data
+    known = isinstance(index, Metadata) and isinstance(tensors, dict) and isinstance(entries, dict)
+    if not known or not isinstance(index.storage_meta, StorageMeta | None):
+        raise ValueError("it is no index of a checkpoint")
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for key, entry in entries.items():
+        if not (isinstance(key, MetadataIndex) and isinstance(entry, _StorageInfo) and key.fqn in tensors):
+            raise ValueError("it lists something that is no tensor or object of it")
+        name, hint = entry.relative_path, key.index
+        if Path(name).name != name or name == ".." or not name.isprintable():
+            raise ValueError(f"it refers to a file outside its folder, {name!r}")
+        if not (_is_count(entry.offset) and _is_count(entry.length) and (hint is None or type(hint) is int)):
+            raise ValueError(f"{key.fqn} has no valid place in {name}")
+        ranges.setdefault(name, []).append((entry.offset, entry.offset + entry.length))
+    for name, places in ranges.items():
+        places.sort()
+        if any(end > start for (_, end), (start, _) in zip(places, places[1:], strict=False)):
+            raise ValueError(f"two parts of {name} overlap")
+    for name, kind in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError("a name in it is no text")
+        if isinstance(kind, TensorStorageMetadata):
+            _check_tensor(name, kind, entries)
+        elif not isinstance(kind, BytesStorageMetadata) or MetadataIndex(name) not in entries:
+            raise ValueError(f"{name} is neither a tensor nor a stored object")
+
+
+def _check_tensor(name: str, tensor: TensorStorageMetadata, entries: dict[MetadataIndex, _StorageInfo]) -> None:
+    if not isinstance(tensor.properties.dtype, torch.dtype) or not isinstance(tensor.size, torch.Size):
+        raise ValueError(f"{name} has no valid type or shape")
+    for chunk in tensor.chunks:
+        start, shape = chunk.offsets, chunk.sizes
+        inside = isinstance(chunk, ChunkStorageMetadata) and all(
+            0 <= first <= first + size <= whole for first, size, whole in zip(start, shape, tensor.size, strict=True)
+        )
+        if not inside:
+            raise ValueError(f"a part of {name} lies outside its shape")
+        entry = entries[MetadataIndex(name, start)]
+        if not entry.transform_descriptors and math.prod(shape) * tensor.properties.dtype.itemsize > entry.length:
+            raise ValueError(f"a part of {name} has fewer bytes than its shape needs")
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 62
+
+
+def common_state(folder: Path, index: Metadata | None = None) -> dict[str, Any]:
+    """Return what a checkpoint holds beside tensors and each rank's own objects; nothing in it is executed.
+
+    Megatron's arguments of the training that wrote it are under "args". Of a checkpoint with one file per rank
+    (--ckpt-format torch) it is the whole file of the first rank, with tensors that are not read yet.
+
+    Args:
+        folder: `iter_...` of one iteration.
+        index: what `read_index` returns, if it was read already.
+
+    Raises:
+        BrokenCheckpointError: it cannot be read, or holds what is no setting.
+    """
+    try:
+        legacy = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
+        if legacy or (folder / "common.pt").is_file():
+            file = legacy[0] if legacy else folder / "common.pt"
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=bool(legacy))
+        else:
+            entries = (index or read_index(folder)).storage_data
+            entry = next((entries[key] for key in entries if key.fqn.startswith("common_state/")), None)
+            if entry is None:
+                return {}
+            with (folder / entry.relative_path).open("rb") as stored:
+                stored.seek(entry.offset)
+                state = torch.load(io.BytesIO(stored.read(entry.length)), map_location="cpu", weights_only=True)
+        state = state[0] if isinstance(state, list) else state
+        if isinstance(state, io.BytesIO):
+            state.seek(0)
+            state = torch.load(state, map_location="cpu", weights_only=True)
+    except BrokenCheckpointError:
+        raise
+    except Exception as error:  # whatever reading a damaged file raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BrokenCheckpointError(f"the settings saved in {folder} cannot be read ({reason[:200]})") from error
+    return state if isinstance(state, dict) else {}
