@@ -9,12 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
-
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-from rich.progress import Progress as Bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,52 +16,37 @@ from megatron.remoe.data.errors import DataError  # noqa: E402
 from tools.common.units import duration  # noqa: E402
 from tools.preprocessing.documents import Problem  # noqa: E402
 from tools.preprocessing.encoders import TOKENIZER_TYPES, load_encoder  # noqa: E402
+from tools.preprocessing.encoding import TextEncoder  # noqa: E402
 from tools.preprocessing.pipeline import Job, Progress, check_outputs, preprocess  # noqa: E402
 from tools.preprocessing.reading import expand_inputs  # noqa: E402
 
 PROBLEMS_SHOWN = 5
-FIRST_LINE_AFTER = 10.0  # seconds; the waits between plain lines grow with the time that a run takes
-SHARE_BETWEEN_LINES = 0.1
+SECONDS_TO_FIRST_LINE = 10.0
+SHARE_BETWEEN_LINES = 0.1  # of the time so far
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags; those that Megatron-LM's tool has too mean the same."""
+    """Parse the flags; those that Megatron-LM's tool has too mean the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("input")
-    data.add_argument(
+    add = parser.add_argument
+    add(
         "--input",
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files, or patterns such as 'pile/*.jsonl.zst', or - for standard input",
+        help="files, patterns like 'pile/*.jsonl.zst', or - (stdin)",
     )
-    data.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="fields of each line that hold text; each gives a data set of its own (default: text)",
-    )
-    data.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="stop at a line that cannot be read, or leave it out and count it (default: stop)",
-    )
-    tokens = parser.add_argument_group("tokenizer")
-    tokens.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
-    tokens.add_argument("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: encoder.json or vocab.json")
-    tokens.add_argument("--merge-file", metavar="FILE", help="GPT2BPETokenizer: vocab.bpe or merges.txt")
-    tokens.add_argument("--tokenizer-model", metavar="FOLDER", help="HuggingFaceTokenizer: folder of the tokenizer")
-    tokens.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx"
-    )
-    output.add_argument("--overwrite", action="store_true", help="replace outputs that are there already")
-    run = parser.add_argument_group("run")
-    run.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one a core)")
-    run.add_argument("--log-interval", type=int, help="taken for Megatron-LM's sake; progress is shown by time")
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="text fields, a data set each (default: text)")
+    add("--on-error", choices=("stop", "skip"), default="stop", help="what to do at an unreadable line (default: stop)")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
+    add("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: encoder.json or vocab.json")
+    add("--merge-file", metavar="FILE", help="GPT2BPETokenizer: vocab.bpe or merges.txt")
+    add("--tokenizer-model", metavar="FOLDER", help="HuggingFaceTokenizer: folder of the tokenizer")
+    add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
+    add("--overwrite", action="store_true", help="replace existing outputs")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one per core)")
+    add("--log-interval", type=int, help="accepted for Megatron-LM's sake, and ignored")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: must be at least 1.")
@@ -75,69 +54,64 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 class Display:
-    """Shows on standard error how far a run is: a bar on a terminal, a few plain lines elsewhere."""
+    """Print progress on standard error: a line that is rewritten on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        columns = BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}")
-        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("", total=None, note="starting")
+        self._is_terminal = sys.stderr.isatty()
         self._start = time.monotonic()
-        self._next_line = FIRST_LINE_AFTER
+        self._next_line = 0.0 if self._is_terminal else SECONDS_TO_FIRST_LINE
         self._problems = 0
 
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
-
     def update(self, state: Progress) -> None:
-        """Some more was done."""
+        """Show the state, unless the last line is recent."""
         seconds = time.monotonic() - self._start
-        note = f"{state.documents:,} documents  {rates(state, seconds)}{time_left(state, seconds)}"
-        self._bar.update(self._task, total=state.total_bytes, completed=state.done_bytes, note=note)
-        if not self._console.is_terminal and seconds > self._next_line:
-            self._next_line = seconds + max(FIRST_LINE_AFTER, SHARE_BETWEEN_LINES * seconds)
-            done = f"{state.done_bytes / state.total_bytes:.0%}, " if state.total_bytes else ""
-            self._print(f"{done}{note}")
+        if seconds < self._next_line:
+            return
+        wait = max(SECONDS_TO_FIRST_LINE, SHARE_BETWEEN_LINES * seconds)
+        self._next_line = seconds + (1.0 if self._is_terminal else wait)
+        done = left = ""
+        if state.total_bytes and state.done_bytes:
+            done = f"{state.done_bytes / state.total_bytes:.0%}, "
+            left = f"  {duration(seconds * (state.total_bytes - state.done_bytes) / state.done_bytes)} left"
+        line = f"{done}{state.documents:,} documents  {rates(state, seconds)}{left}"
+        self._print(line, end="" if self._is_terminal else "\n")
 
     def report(self, problem: Problem) -> None:
-        """A line was left out; the first few are shown."""
+        """Show a line that is left out, if it is one of the first."""
         self._problems += 1
         if self._problems <= PROBLEMS_SHOWN:
             self._print(f"left out: {problem.message}")
         elif self._problems == PROBLEMS_SHOWN + 1:
-            self._print("left out: more such lines, which are only counted")
+            self._print("left out: more lines, which are only counted")
 
-    def summary(self, job: Job, state: Progress, engine: str) -> str:
-        """One line for the end of a run."""
+    def summary(self, job: Job, state: Progress, encoder: TextEncoder) -> str:
+        """Return one line for the end of a run."""
         seconds = time.monotonic() - self._start
-        outputs = ", ".join(str(job.prefix(key)) for key in job.json_keys)
-        empty = f" ({state.empty:,} empty)" if state.empty else ""
-        problems = "; ".join(f"{count:,} {kind}" for kind, count in state.problems.most_common())
-        left_out = f"; left out {state.problems.total():,} lines ({problems})" if problems else ""
-        return (
-            f"{outputs}: {state.documents:,} documents{empty}, {state.tokens:,} tokens{left_out}; read back and right; "
-            f"{duration(seconds)}, {rates(state, seconds)} with {engine}"
-        )
+        notes = [f"{state.documents:,} documents" + (f" ({state.empty:,} empty)" if state.empty else "")]
+        notes[0] += f", {state.tokens:,} tokens"
+        if state.problems:
+            kinds = "; ".join(f"{count:,} {kind}" for kind, count in state.problems.most_common())
+            notes.append(f"left out {state.problems.total():,} lines ({kinds})")
+        if state.with_end:
+            notes.append(
+                f"{state.with_end:,} texts contain {encoder.end_text}, which became token {encoder.end_of_document}"
+            )
+        notes += ["read back and right", f"{duration(seconds)}, {rates(state, seconds)} with {encoder.engine}"]
+        return f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}"
 
-    def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def clear(self) -> None:
+        """Remove the line that is rewritten."""
+        if self._is_terminal:
+            self._print("", end="")
+
+    def _print(self, line: str, end: str = "\n") -> None:
+        print(f"\r\x1b[K{line}" if self._is_terminal else line, end=end, file=sys.stderr, flush=True)
 
 
 def rates(state: Progress, seconds: float) -> str:
-    """Megabytes of input text and tokens per second."""
+    """Return megabytes of text and tokens per second as text."""
     seconds = max(seconds, 1e-9)
     return f"{state.text_bytes / 1e6 / seconds:.1f} MB/s  {state.tokens / 1e6 / seconds:.2f}M tokens/s"
-
-
-def time_left(state: Progress, seconds: float) -> str:
-    """How long the rest will take, if that can be told."""
-    if not state.total_bytes or not state.done_bytes:
-        return ""
-    return f"  {duration(seconds * (state.total_bytes - state.done_bytes) / state.done_bytes)} left"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -151,19 +125,20 @@ def run(args: argparse.Namespace) -> None:
         args.on_error == "skip",
         args.overwrite,
     )
-    # Before the tokenizer is loaded, which takes a moment.
+    # Before loading the tokenizer, which takes a moment.
     expand_inputs(job.inputs)
     check_outputs(job)
     encoder = load_encoder(args.tokenizer_type, args.vocab_file, args.merge_file, args.tokenizer_model, job.threads)
-    with Display() as display:
-        result = preprocess(job, encoder, display.update, display.report)
-    print(display.summary(job, result, encoder.engine))
+    display = Display()
+    result = preprocess(job, encoder, display.update, display.report)
+    display.clear()
+    print(display.summary(job, result, encoder))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 1 after a mistake of the user, 130 after an interruption."""
+    """Return the exit code: 0, 1 after an error, 130 after an interruption."""
     args = parse_arguments(arguments)
-    # For the library tokenizers, which makes as many threads as there are cores otherwise.
+    # The library tokenizers makes as many threads as there are cores otherwise.
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
     try:
         run(args)

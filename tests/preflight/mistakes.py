@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.gpt2_reference import gpt2_files
 from tests.trainings import TINY
 from tools.common.tiny_model import RELU, TOPK
 
@@ -114,8 +115,10 @@ ENTRY = {
     "truncated .bin": Case(on("short_bin"), ("short_bin.bin is truncated or corrupt: it has 1,000 bytes", MAKE)),
     "truncated .idx": Case(on("short_idx"), ("short_idx.idx is truncated or corrupt: it has 100 bytes", MAKE)),
     "bad magic": Case(on("magic"), ("magic.idx is truncated or corrupt", "header", MAKE)),
-    "empty files": Case(on("empty"), ("empty.idx is truncated or corrupt: 0 bytes", MAKE)),
+    "empty files": Case(on("empty"), ("empty.idx is truncated or corrupt", "0 bytes", MAKE)),
     "too many sequences": Case(on("huge"), ("huge.idx is truncated or corrupt", MAKE)),
+    "a flipped bit in a length": Case(on("flipped"), ("flipped.idx is truncated or corrupt", MAKE)),
+    "longer .bin": Case(on("long_bin"), ("long_bin.bin is truncated or corrupt", MAKE)),
     "less than a sequence": Case(
         on("few", "--split", "100,0,0"), ("has 4 tokens", "--seq-length 64", "Give more data")
     ),
@@ -129,7 +132,7 @@ ENTRY = {
     "split of four": Case(on("text", "--split", "90,5,4,1"), ("--split 90,5,4,1: give up to three numbers",)),
     "weight that is none": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], "half", user["one"]],
-        ("'half' stands where a weight belongs", WEIGHT),
+        ("'half' is not a weight", WEIGHT),
     ),
     "negative weight": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], " -1", user["one"]],
@@ -166,6 +169,18 @@ ENTRY = {
         on("large", "--split", "100,0,0"), ("holds token 70000, and the vocabulary has 384",)
     ),
     "negative id": Case(on("negative", "--split", "100,0,0"), ("holds token -7, and the vocabulary has 384",)),
+    "bytes for GPT-2's vocabulary": Case(
+        lambda user: [
+            *without(base(user), "--vocab-size"),
+            *["--tokenizer-type", "GPT2BPETokenizer"],
+            *[
+                word
+                for pair in zip(("--vocab-file", "--merge-file"), gpt2_files(), strict=True)
+                for word in map(str, pair)
+            ],
+        ],
+        ("--data-path", "text: the ids of", "below 257", "50304", "--tokenizer-type NullTokenizer"),
+    ),
     "vocabulary that is no JSON": Case(
         lambda user: [
             *base(user),
@@ -202,7 +217,7 @@ ENTRY = {
     ),
     "several validation sets and a test": Case(
         on("text", *"--full-validation --multiple-validation-sets --split 80,10,10".split()),
-        ("--multiple-validation-sets cannot be used with a test set", "--split"),
+        ("--multiple-validation-sets", "--split"),
     ),
     "names of validation sets": Case(
         on("text", "--validation-set-names", "a", "b"), ("--validation-set-names", "Add --multiple-validation-sets")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.remoe.data.indexed import IndexedWriter, bin_path, idx_path
+from megatron.remoe.data.indexed import HEADER, IndexedWriter, bin_path, idx_path
 from megatron.remoe.preflight.checkpoint_files import read_index
 from tests.entry import LIMIT, Entry
 from tests.preflight.mistakes import ENTRY, HYBRID, MAKE, User, base, on, resumed, two
@@ -62,6 +62,12 @@ def make_data_sets(user: User, source: Path) -> None:
     data = bytearray(huge.read_bytes())
     struct.pack_into("<Q", data, 18, 1 << 60)
     huge.write_bytes(data)
+    flipped = copied(user, "flipped")[1]
+    data = bytearray(flipped.read_bytes())
+    data[HEADER.size + 4] ^= 1
+    flipped.write_bytes(data)
+    long = copied(user, "long_bin")[0]
+    os.truncate(long, long.stat().st_size + 2)
     write_documents(user.folder / "few", [b"abc"])
     write_documents(user.folder / "one", [b"abc" * 1000])
     write_ids(user.folder / "negative", [5, -7, *[6] * 1000], np.int32)

@@ -117,6 +117,28 @@ def test_files_globs_and_standard_input(lines, tmp_path, flags, byte_folder) -> 
     assert same_files(tmp_path / "out", tmp_path / "expected")
 
 
+def test_the_end_of_documents_within_a_text_is_counted(tmp_path, capsys, flags) -> None:
+    texts = ["before<|endoftext|>after", "none", "<|endoftext|><|endoftext|>"]
+    source = write_lines(tmp_path / "a.jsonl", [json.dumps({"text": text}) for text in texts])
+    assert preprocess_data.main(flags(tmp_path / "out", source, extra="--append-eod")) == 0
+    assert "2 texts contain <|endoftext|>, which became token 256" in capsys.readouterr().out
+    assert preprocess_data.main(flags(tmp_path / "other", write_lines(tmp_path / "b.jsonl", [GOOD]))) == 0
+    assert "endoftext" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", ["", "\u088f"], ids=["plain", "a character for the reference alone"])
+def test_a_long_last_document_takes_little_memory(end, tmp_path, flags) -> None:
+    """Encoding it by the reference in one piece takes 150 to 250 times its size, above 1,000 MB here."""
+    text = (Path(random.__file__).read_text() * 200)[: 6 << 20] + end
+    source = write_lines(tmp_path / "a.jsonl", [GOOD, json.dumps({"text": text})])
+    process = subprocess.Popen(
+        [sys.executable, str(TOOL), *flags(tmp_path / "out", source, extra=GPT2)], stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0 and usage.ru_maxrss / 1e3 < 600
+
+
 def test_small_and_large_vocabularies(lines, tmp_path, flags) -> None:
     vocab_file, merge_file = byte_level_vocabulary(tmp_path)  # not byte_files: it is changed below
     source = write_lines(tmp_path / "a.jsonl", lines)
@@ -267,15 +289,20 @@ def test_existing_outputs(tmp_path, capsys, flags, byte_folder) -> None:
     one, two = write_lines(tmp_path / "1.jsonl", [GOOD]), write_lines(tmp_path / "2.jsonl", [GOOD] * 2)
     assert preprocess_data.main(flags(tmp_path / "out", one)) == 0
     assert preprocess_data.main(flags(tmp_path / "out", two)) == 1
-    assert f"{tmp_path}/out_text_document.bin is there already. Give --overwrite" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/out_text_document.bin" in error and "--overwrite" in error
     assert preprocess_data.main(flags(tmp_path / "none" / "out", one)) == 1
-    assert f"there is no folder {tmp_path}/none. Make it first" in capsys.readouterr().err
+    assert f"there is no folder {tmp_path}/none" in capsys.readouterr().err
     write_reference([GOOD], tmp_path / "expected", folder=byte_folder)
     assert same_files(tmp_path / "out", tmp_path / "expected")
     bad = write_lines(tmp_path / "bad.jsonl", ["{"])
     assert preprocess_data.main(flags(tmp_path / "out", bad, extra="--overwrite")) == 1
     assert same_files(tmp_path / "out", tmp_path / "expected")
+    cache = tmp_path / "out_text_document" / "cache" / "GPTDataset_indices"  # Megatron's, of the first data
+    cache.mkdir(parents=True)
+    (cache / "hash-description.txt").write_text("{}")
     assert preprocess_data.main(flags(tmp_path / "out", two, extra="--overwrite")) == 0
+    assert not cache.exists()
     (tmp_path / "out_text_document.idx").unlink()  # as after a kill between the two
     assert preprocess_data.main(flags(tmp_path / "out", two)) == 0
     write_reference([GOOD] * 2, tmp_path / "expected", folder=byte_folder)
@@ -333,7 +360,7 @@ def test_interrupted(tmp_path, flags) -> None:
 
 
 def test_progress_is_readable_without_a_terminal(tmp_path, capsys, monkeypatch, lines, small_blocks, flags) -> None:
-    monkeypatch.setattr("tools.preprocess_data.FIRST_LINE_AFTER", 0.0)
+    monkeypatch.setattr("tools.preprocess_data.SECONDS_TO_FIRST_LINE", 0.0)
     monkeypatch.setattr("tools.preprocess_data.SHARE_BETWEEN_LINES", 0.0)
     assert preprocess_data.main(flags(tmp_path / "out", write_lines(tmp_path / "a.jsonl", lines))) == 0
     output = capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""From text to data sets: reads .jsonl, tokenizes at tens of MB/s, writes .bin and .idx."""
+"""Turn text into Megatron data sets: read .jsonl, tokenize it at tens of MB/s, write .bin and .idx."""

@@ -1,4 +1,4 @@
-"""Takes the texts out of lines of JSON, and says what is wrong with a line that has none."""
+"""Take the texts out of lines of JSON, and say what is wrong with a line that has none."""
 
 import json
 from collections.abc import Sequence
@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 
 from megatron.remoe.data.errors import DataError
 
-from .reading import Block, Damage
+from .reading import Block
 
 CHARACTERS_SHOWN = 80
+JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A line that gives no document: `kind` for counting, `message` with file, line number and first characters."""
+    """A line without a document: `kind` for counting, `message` with file, line number and first characters."""
 
     kind: str
     message: str
@@ -21,7 +22,7 @@ class Problem:
 
 @dataclass
 class Documents:
-    """The texts of a block's good lines, for each key, and the problems of the others."""
+    """The texts of a block's good lines, by key, and the problems of the others."""
 
     texts: dict[str, list[str]]
     problems: list[Problem] = field(default_factory=list)
@@ -33,35 +34,39 @@ class _BadLine(Exception):
         self.kind, self.detail = kind, detail
 
 
-def parse_documents(block: Block | Damage, keys: Sequence[str], skip_bad: bool) -> Documents:
-    """The documents of a block.
+def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> Documents:
+    """Return the documents of a block.
 
     Args:
+        block: whole lines.
         keys: names of the JSON fields that hold text; a line that lacks one gives no document for any.
-        skip_bad: report the problems instead of raising the first.
+        skip_bad: collect the problems instead of raising the first.
 
     Raises:
-        DataError: the first bad line, if these are not to be skipped.
+        DataError: the first bad line, unless `skip_bad`.
     """
     documents = Documents({key: [] for key in keys})
-    if isinstance(block, Damage):
-        problem = Problem("damaged data", f"{block.source}, line {block.line}: compressed data broken: {block.reason}.")
-        return _report(documents, problem, skip_bad)
-    for number, line in enumerate(_lines(block.data), start=block.first_line):
+
+    def report(kind: str, message: str) -> None:
+        if not skip_bad:
+            raise DataError(f"{message}\nCorrect it, or give --on-error skip to leave out lines that cannot be read.")
+        documents.problems.append(Problem(kind, message))
+
+    lines = _lines(block.data)
+    for number, line in enumerate(lines, start=block.first_line):
         try:
             texts = _texts_of(line, keys)
         except _BadLine as bad:
-            _report(documents, Problem(bad.kind, _describe(block.source, number, bad, line)), skip_bad)
+            start = line[: CHARACTERS_SHOWN + 1]
+            shown = start if isinstance(start, str) else start.decode("utf-8", errors="backslashreplace")
+            shown = repr(shown[:CHARACTERS_SHOWN]) + ("…" if len(start) > CHARACTERS_SHOWN else "")
+            report(bad.kind, f"{block.source}, line {number}: {bad.kind}{bad.detail}: {shown}")
         else:
             for key, text in zip(keys, texts, strict=True):
                 documents.texts[key].append(text)
-    return documents
-
-
-def _report(documents: Documents, problem: Problem, skip_bad: bool) -> Documents:
-    if not skip_bad:
-        raise DataError(f"{problem.message}\nCorrect it, or give --on-error skip to leave out what cannot be read.")
-    documents.problems.append(problem)
+    if block.damage:
+        place = f"{block.source}, line {block.first_line + len(lines)}"
+        report("damaged data", f"{place}: compressed data broken: {block.damage}.")
     return documents
 
 
@@ -70,23 +75,19 @@ def _lines(data: bytes) -> Sequence[str | bytes]:
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError:
-        lines = data.split(b"\n")  # each is decoded alone, to find the bad ones
+        lines = data.split(b"\n")  # each is decoded on its own, to find the bad ones
     if not lines[-1]:
         lines.pop()
     return lines
 
 
 def _texts_of(line: str | bytes, keys: Sequence[str]) -> list[str]:
-    if isinstance(line, bytes):
-        try:
-            line = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise _BadLine("not UTF-8", f" (byte {error.start + 1})") from None
     try:
-        record = json.loads(line)
+        record = json.loads(line if isinstance(line, str) else line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _BadLine("not UTF-8", f" (byte {error.start + 1})") from None
     except (ValueError, RecursionError) as error:
-        kind = "not JSON" if line.strip() else "blank line"
-        raise _BadLine(kind, f" ({error})" if line.strip() else "") from None
+        raise _BadLine("not JSON", f" ({error})") if line.strip() else _BadLine("blank line") from None
     if not isinstance(record, dict):
         raise _BadLine("not a JSON object", f" but {_json_type(record)}")
     texts = []
@@ -96,24 +97,15 @@ def _texts_of(line: str | bytes, keys: Sequence[str]) -> list[str]:
         text = record[key]
         if not isinstance(text, str):
             raise _BadLine("text not a string", f": {key!r} is {_json_type(text)}")
-        if not text.isascii():
-            # An escape can bring half a character, which no tokenizer takes.
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(text[error.start]):x}"
-                raise _BadLine("text not Unicode", f": {key!r} has half a character ({half})") from None
+        try:
+            # An escape can bring half a character, which no tokenizer accepts.
+            text.isascii() or text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):x}"
+            raise _BadLine("text not Unicode", f": {key!r} has half a character ({half})") from None
         texts.append(text)
     return texts
 
 
 def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _describe(source: str, number: int, bad: _BadLine, line: str | bytes) -> str:
-    start = line[: CHARACTERS_SHOWN + 1]
-    shown = start if isinstance(start, str) else start.decode("utf-8", errors="backslashreplace")
-    shown = repr(shown[:CHARACTERS_SHOWN]) + ("…" if len(start) > CHARACTERS_SHOWN else "")
-    return f"{source}, line {number}: {bad.kind}{bad.detail}: {shown}"
+    return JSON_TYPES.get(type(value), "a number")

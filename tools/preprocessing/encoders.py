@@ -1,10 +1,16 @@
-"""Which encoder belongs to the flags --tokenizer-type, --vocab-file, --merge-file and --tokenizer-model."""
+"""Choose the encoder by --tokenizer-type, --vocab-file, --merge-file and --tokenizer-model."""
 
 import os
 from typing import Any
 
 from megatron.remoe.data.errors import DataError
-from megatron.remoe.data.gpt2_files import FOLDER_TOKENIZER, GPT2_TOKENIZER, HOW_TO_GET, read_gpt2_vocabulary
+from megatron.remoe.data.gpt2_files import (
+    END_OF_TEXT,
+    FOLDER_TOKENIZER,
+    GPT2_TOKENIZER,
+    HOW_TO_GET,
+    read_gpt2_vocabulary,
+)
 
 from .encoding import TextEncoder
 
@@ -18,25 +24,23 @@ def load_encoder(
     tokenizer_model: str | None = None,
     threads: int = 1,
 ) -> TextEncoder:
-    """The encoder that gives the ids of Megatron's tokenizer of this type.
+    """Return the encoder with the ids of Megatron's tokenizer of this type.
 
     Raises:
-        DataError: a flag is missing or what it names does not hold a tokenizer.
+        DataError: a flag is missing or does not name a tokenizer.
     """
     if tokenizer_type == GPT2_TOKENIZER:
         if not vocab_file or not merge_file:
             raise DataError(f"--tokenizer-type {GPT2_TOKENIZER} needs --vocab-file and --merge-file. {HOW_TO_GET}")
         return gpt2_encoder(vocab_file, merge_file, threads)
-    if tokenizer_type != FOLDER_TOKENIZER:
-        raise DataError(f"--tokenizer-type {tokenizer_type}: is none of {', '.join(TOKENIZER_TYPES)}.")
     if not tokenizer_model:
         raise DataError(
-            f"--tokenizer-type {FOLDER_TOKENIZER} needs --tokenizer-model: a folder with the tokenizer's files."
+            f"--tokenizer-type {tokenizer_type} needs --tokenizer-model: a folder with the tokenizer's files."
         )
     if vocab_file or merge_file:
         raise DataError(
             f"--vocab-file and --merge-file are for --tokenizer-type {GPT2_TOKENIZER}; "
-            f"{FOLDER_TOKENIZER} takes all from --tokenizer-model. Leave them out."
+            f"{tokenizer_type} reads everything from --tokenizer-model. Leave them out."
         )
     return folder_encoder(tokenizer_model, threads)
 
@@ -44,18 +48,18 @@ def load_encoder(
 def gpt2_encoder(
     vocab_file: str | os.PathLike[str], merge_file: str | os.PathLike[str], threads: int = 1
 ) -> TextEncoder:
-    """The encoder of a GPT-2 vocabulary."""
+    """Return the encoder of a GPT-2 vocabulary."""
     vocabulary = read_gpt2_vocabulary(vocab_file, merge_file)
-    return TextEncoder(vocabulary.tokenizer(), len(vocabulary.tokens), vocabulary.end_of_text, threads)
+    return TextEncoder(vocabulary.tokenizer(), len(vocabulary.tokens), vocabulary.tokens[END_OF_TEXT], threads)
 
 
 def folder_encoder(tokenizer_model: str, threads: int = 1) -> TextEncoder:
-    """The encoder of what transformers' AutoTokenizer loads from a folder, or from the hub by a name."""
+    """Return the encoder of what transformers' AutoTokenizer loads from a folder, or from the hub by name."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_model)
-    except Exception as error:  # transformers raises what it likes
+    except Exception as error:  # transformers raises many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"--tokenizer-model {tokenizer_model}: transformers cannot load a tokenizer from it ({reason}). "
@@ -69,6 +73,6 @@ def folder_encoder(tokenizer_model: str, threads: int = 1) -> TextEncoder:
         )
     reference.no_truncation()
     reference.no_padding()
-    # As Megatron does: what separates sequences ends documents where nothing else does.
+    # Like Megatron: without an end-of-sequence token the separator ends documents.
     end_of_document = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return TextEncoder(reference, len(tokenizer), end_of_document, threads)

@@ -1,9 +1,10 @@
-"""Text to tokens, many documents at a time and from several threads, with the ids that transformers would give.
+"""Turn many documents at a time into tokens, from several threads, with the ids that transformers would give.
 
-`gigatoken` does the work; `tokenizers` (what transformers' fast tokenizers are made of) is the reference. The two know
-different versions of Unicode: documents with characters that they treat differently are left to the reference.
+`gigatoken` does the work; `tokenizers` (the library under transformers' fast tokenizers) is the reference. The two know
+different versions of Unicode: the reference encodes documents with characters that they treat differently.
 """
 
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ import psutil
 if TYPE_CHECKING:
     import tokenizers
 
-CACHE_BYTES = 200 << 20  # gigatoken remembers every word that it meets; past this it is started anew
+CACHE_BYTES = 200 << 20  # gigatoken remembers every word that it meets; past this it is restarted
 CACHE_BYTES_PER_THREAD = 50 << 20
 CHARACTERS_BETWEEN_RESTARTS = 8 << 20
-CHARACTERS_LOOKED_UP_AT_ONCE = 1 << 20
+CHARACTERS_AT_ONCE = 1 << 18  # the reference takes 250 bytes for each
+CUT = re.compile("(?<=[A-Za-z])(?= [A-Za-z])")
 DOCUMENTS_ON_TRIAL, CHARACTERS_ON_TRIAL = 32, 1 << 10
 CODE_POINTS = 0x110000
 TRIAL_TEXTS = (
@@ -32,7 +34,7 @@ TRIAL_TEXTS = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of documents, one after the other, and how many each has.
+    """Tokens of documents, concatenated, and how many each has.
 
     ids: shape [sum(lengths)]; lengths: shape [documents].
     """
@@ -41,11 +43,11 @@ class Encoded:
     lengths: npt.NDArray[np.int64]
 
     def documents(self) -> list[npt.NDArray[np.integer]]:
-        """The tokens of each document."""
+        """Return the tokens of each document."""
         return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
 
     def surrounded(self, prefix: Sequence[int], suffix: Sequence[int], which: npt.NDArray[np.bool_]) -> "Encoded":
-        """The same with tokens put before and after the documents where `which` (shape [documents]) is true."""
+        """Put tokens before and after the documents where `which` (shape [documents]) is true."""
         if not prefix and not suffix:
             return self
         ends = np.cumsum(self.lengths)
@@ -56,12 +58,12 @@ class Encoded:
 
 
 class TextEncoder:
-    """Encodes documents as `tokenizer(text).input_ids` of transformers does. Safe to use from several threads.
+    """Encode documents as `tokenizer(text).input_ids` of transformers does. Safe to use from several threads.
 
-    If gigatoken cannot take part, which shows at the first documents, standard error says so, once.
+    If gigatoken does not work with the tokenizer, which shows at the first documents, one warning says so.
 
     Args:
-        reference: the tokenizer whose ids count.
+        reference: the tokenizer that defines the ids.
         vocabulary_size: its number of tokens, as Megatron counts it.
         end_of_document: id of the token that ends a document, if there is one.
         threads: how many threads will call `encode` at the same time.
@@ -71,22 +73,24 @@ class TextEncoder:
         self, reference: "tokenizers.Tokenizer", vocabulary_size: int, end_of_document: int | None, threads: int = 1
     ) -> None:
         self.vocabulary_size, self.end_of_document = vocabulary_size, end_of_document
+        self.end_text = None if end_of_document is None else reference.id_to_token(end_of_document)
         self._reference = reference
         self._prefix, self._suffix = _template(reference)
+        self._can_cut = _can_cut(reference)
         self._lock = threading.Lock()
         self._restart_above = _resident_bytes() + CACHE_BYTES + threads * CACHE_BYTES_PER_THREAD
         self._since_restart = 0
-        self._same = np.zeros(CODE_POINTS, dtype=np.bool_)  # what both libraries are known to treat alike
+        self._same = np.zeros(CODE_POINTS, dtype=np.bool_)  # characters that both libraries are known to treat alike
         self._fast: Any = None
         self._tried = False
 
     @property
     def engine(self) -> str:
-        """Name of the library that has encoded."""
+        """Name of the library that encodes."""
         return "tokenizers" if self._fast is None else "gigatoken"
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode documents; none may hold a lone surrogate. The ids are of type uint32."""
+        """Encode documents without lone surrogates. The ids are of type uint32."""
         if not texts:
             return _encoded([])
         with self._lock:
@@ -104,20 +108,32 @@ class TextEncoder:
         return encoded
 
     def encode_by_reference(self, texts: Sequence[str]) -> Encoded:
-        """The same, by the reference alone: slow."""
-        return _encoded([encoding.ids for encoding in self._reference.encode_batch_fast(list(texts))])
+        """Encode documents with the reference, which is slow; long ones in pieces, which bounds memory."""
+        cut = [self._pieces(text) for text in texts]
+        whole = iter(self._reference.encode_batch_fast([pieces[0] for pieces in cut if len(pieces) == 1]))
+        return _encoded([next(whole).ids if len(pieces) == 1 else self._encode_pieces(pieces) for pieces in cut])
 
     def decode(self, ids: npt.NDArray[np.integer]) -> str:
-        """The text of tokens (shape [tokens]), special ones included."""
+        """Return the text of tokens (shape [tokens]), special ones included."""
         return self._reference.decode(ids.tolist(), skip_special_tokens=False)
 
+    def _pieces(self, text: str) -> list[str]:
+        places = [0]
+        while self._can_cut and (match := CUT.search(text, places[-1] + CHARACTERS_AT_ONCE)):
+            places.append(match.start())
+        return [text[start:end] for start, end in zip(places, [*places[1:], len(text)], strict=True)]
+
+    def _encode_pieces(self, pieces: Sequence[str]) -> npt.NDArray[np.uint32]:
+        encoded = [np.array(_ids(self._reference, piece), dtype=np.uint32) for piece in pieces]
+        return np.concatenate([np.array(self._prefix, np.uint32), *encoded, np.array(self._suffix, np.uint32)])
+
     def _fast_for(self, texts: Sequence[str]) -> Any:
-        """gigatoken's tokenizer, if it can take the reference's place; started anew when its memory has grown."""
+        """Return gigatoken's tokenizer if it works, restarted when its memory has grown; else None."""
         if not self._tried:
             self._tried = True
             try:
                 self._fast = self._start_fast(texts)
-            except Exception as error:  # it has no type of its own for what it does not support
+            except Exception as error:  # gigatoken has no exception of its own
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 print(
                     f"warning: gigatoken cannot be used here ({reason[:200]}): the library tokenizers takes its place, "
@@ -136,7 +152,7 @@ class TextEncoder:
         return self._fast
 
     def _start_fast(self, texts: Sequence[str]) -> Any:
-        """gigatoken's tokenizer, tried on strange texts, on special tokens and on the first documents of a run.
+        """Load gigatoken's tokenizer and try it on strange texts, special tokens and the first documents.
 
         Raises:
             Exception: it cannot load the tokenizer, or gives other ids than the reference.
@@ -167,18 +183,16 @@ class TextEncoder:
         return [np.array_equal(document, other) for document, other in zip(found, expected, strict=True)]
 
     def _is_doubtful(self, fast: Any, text: str) -> bool:
-        """Whether the text has a character that the two libraries treat differently."""
+        """Return whether the text has a character that the two libraries treat differently."""
         if text.isascii():
             return False
-        for start in range(0, len(text), CHARACTERS_LOOKED_UP_AT_ONCE):
-            part = text[start : start + CHARACTERS_LOOKED_UP_AT_ONCE]
-            code_points = np.frombuffer(part.encode("utf-32-le"), dtype="<u4")
+        for start in range(0, len(text), CHARACTERS_AT_ONCE):
+            code_points = np.frombuffer(text[start : start + CHARACTERS_AT_ONCE].encode("utf-32-le"), dtype="<u4")
             same = self._same[code_points]
             if not same.all():
                 others = np.unique(code_points[~same])
-                # Texts that show whether a character counts as letter, number, space or none of these.
-                trial = [f"a{c}1{c}'s {c}\n" for c in map(chr, others)]
-                self._same[others] = self._agree(fast, trial)
+                # These texts show whether a character counts as letter, number, space or none of them.
+                self._same[others] = self._agree(fast, [f"a{c}1{c}'s {c}\n" for c in map(chr, others)])
                 if not self._same[others].all():
                     return True
         return False
@@ -190,11 +204,23 @@ def _encoded(documents: Sequence[Sequence[int] | npt.NDArray[np.integer]]) -> En
     return Encoded(np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint32), lengths)
 
 
+def _ids(reference: "tokenizers.Tokenizer", text: str) -> list[int]:
+    return reference.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
 def _template(reference: "tokenizers.Tokenizer") -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after every text."""
-    whole, text = reference.encode("a").ids, reference.encode("a", add_special_tokens=False).ids
+    """Return the special tokens that the tokenizer puts before and after every text."""
+    whole, text = reference.encode("a").ids, _ids(reference, "a")
     start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
     return whole[:start], whole[start + len(text) :]
+
+
+def _can_cut(reference: "tokenizers.Tokenizer") -> bool:
+    """Return whether a text that is cut between two words, where `CUT` matches, has the same ids as the whole."""
+    pairs = [(end, start) for end in ("a word", "1.\n  f(x", "é THE") for start in (" The b", " x\n", " it's 1")]
+    same = all(_ids(reference, end + start) == _ids(reference, end) + _ids(reference, start) for end, start in pairs)
+    # Without a pre-tokenizer, tokens may reach across words.
+    return same and reference.pre_tokenizer is not None
 
 
 def _resident_bytes() -> int:

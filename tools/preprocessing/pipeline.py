@@ -1,4 +1,4 @@
-"""Turns .jsonl into Megatron's .bin/.idx: reads blocks, encodes them on threads, writes them in order."""
+"""Turn .jsonl into Megatron's .bin/.idx: read blocks, encode them on threads, write them in order."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
@@ -14,10 +14,12 @@ from megatron.remoe.data.indexed import IndexedReader, IndexedWriter, bin_path, 
 
 from .documents import Problem, parse_documents
 from .encoding import Encoded, TextEncoder
-from .reading import Block, Damage, InputReader, expand_inputs
+from .reading import Block, expand_inputs, read_blocks, size_of
 
-# More threads bring nothing: taking the text out of JSON, which Python does on one core at a time, is the limit then.
+# More threads do not help: then parsing JSON, which Python does on one core at a time, is the limit.
 MOST_THREADS = 8
+# The document that is encoded a second time at the end, by the slow reference, is no longer than this.
+CHARACTERS_READ_BACK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -38,29 +40,32 @@ class Job:
         return min(self.workers, MOST_THREADS)
 
     def prefix(self, key: str) -> Path:
-        """Prefix of the data set that holds this key's texts, named as Megatron-LM's tool does."""
+        """Return the prefix of the data set with this key's texts, named as in Megatron-LM's tool."""
         return Path(f"{self.output_prefix}_{key}_document")
 
 
 @dataclass
 class Progress:
-    """How far a run is; bytes are those of the inputs as they lie on the disk."""
+    """How far a run is; total and done bytes are those of the inputs on disk."""
 
     total_bytes: int | None
     done_bytes: int = 0
     text_bytes: int = 0
     documents: int = 0
     empty: int = 0
+    with_end: int = 0
     tokens: int = 0
     problems: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class _Work:
-    block_bytes: int
-    done_bytes: int
+    """An encoded block: by key its tokens, how many texts hold the end-of-document token, and a short document."""
+
+    block: Block
     encoded: dict[str, Encoded]
-    last: dict[str, str]
+    with_end: int
+    short: dict[str, tuple[int, str]]  # number within the block, text
     problems: list[Problem]
 
 
@@ -73,6 +78,8 @@ def preprocess(
     """Do a job. The outputs appear only when all of them are whole and were read back.
 
     Args:
+        job: inputs, outputs and settings.
+        encoder: the tokenizer.
         on_progress: called after each block.
         on_problem: called for each line that is left out.
 
@@ -84,22 +91,24 @@ def preprocess(
     check_outputs(job)
     if job.append_eod and encoder.end_of_document is None:
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")
-    reader = InputReader(paths)
-    progress = Progress(reader.total_bytes)
+    progress = Progress(size_of(paths))
     dtype = token_type(encoder.vocabulary_size)
-    last: dict[str, str] = {}
+    short: dict[str, tuple[int, str]] = {}
     with ExitStack() as stack:
         writers = {key: stack.enter_context(IndexedWriter(job.prefix(key), dtype)) for key in job.json_keys}
-        for work in stack.enter_context(closing(_work_on(reader, job, encoder, dtype))):
+        for work in stack.enter_context(closing(_encoded_blocks(paths, job, encoder))):
             for key, encoded in work.encoded.items():
+                if key in work.short:
+                    number, text = work.short[key]
+                    short[key] = writers[key].documents + number, text
                 writers[key].add(encoded.ids, encoded.lengths)
                 progress.empty += int(np.count_nonzero(encoded.lengths == 0))
-            last.update(work.last)
             for problem in work.problems:
                 progress.problems[problem.kind] += 1
                 on_problem(problem)
-            progress.text_bytes += work.block_bytes
-            progress.done_bytes = work.done_bytes
+            progress.with_end += work.with_end
+            progress.text_bytes += len(work.block.data)
+            progress.done_bytes = work.block.done_bytes
             progress.documents = writers[job.json_keys[0]].documents
             progress.tokens = sum(writer.tokens for writer in writers.values())
             on_progress(progress)
@@ -107,14 +116,14 @@ def preprocess(
             if not writer.tokens:
                 raise DataError(f"--input: nothing to write: no text of key {key!r} has a token.")
             writer.finish()
-            _read_back(writer, encoder, job, last[key])
+            _read_back(writer, encoder, job, short.get(key))
         for writer in writers.values():
             writer.publish()
     return progress
 
 
 def check_outputs(job: Job) -> None:
-    """Refuse to overwrite outputs without leave, and to write where there is no folder.
+    """Refuse to overwrite outputs without --overwrite, and to write into a folder that does not exist.
 
     Raises:
         DataError: with the path and the remedy.
@@ -125,18 +134,18 @@ def check_outputs(job: Job) -> None:
         prefix = job.prefix(key)
         if not prefix.parent.is_dir():
             raise DataError(f"--output-prefix {job.output_prefix}: there is no folder {prefix.parent}. Make it first.")
-        # One without the other is what a run leaves that was killed while it published them.
+        # A run that was killed while publishing leaves one without the other.
         if bin_path(prefix).exists() and idx_path(prefix).exists() and not job.overwrite:
-            raise DataError(f"{bin_path(prefix)} is there already. Give --overwrite, or another --output-prefix.")
+            raise DataError(f"{bin_path(prefix)} exists already. Give --overwrite, or another --output-prefix.")
 
 
-def _work_on(reader: InputReader, job: Job, encoder: TextEncoder, dtype: np.dtype) -> Generator[_Work, None, None]:
-    """The blocks in order, encoded on threads; no more of them are read ahead than keeps the threads busy."""
+def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[_Work, None, None]:
+    """Yield the blocks in order, encoded on threads; read ahead only as far as keeps the threads busy."""
     pool = ThreadPoolExecutor(job.threads)
     pending: deque[Future[_Work]] = deque()
     try:
-        for block in reader:
-            pending.append(pool.submit(_encode_block, block, reader.done_bytes, job, encoder, dtype))
+        for block in read_blocks(paths):
+            pending.append(pool.submit(_encode_block, block, job, encoder))
             if len(pending) > job.threads + 1:
                 yield pending.popleft().result()
         while pending:
@@ -145,31 +154,32 @@ def _work_on(reader: InputReader, job: Job, encoder: TextEncoder, dtype: np.dtyp
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_block(block: Block | Damage, done_bytes: int, job: Job, encoder: TextEncoder, dtype: np.dtype) -> _Work:
+def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> _Work:
     documents = parse_documents(block, job.json_keys, job.skip_bad)
-    encoded, last = {}, {}
+    encoded, short, with_end = {}, {}, 0
     for key, texts in documents.texts.items():
         result = encoder.encode(texts)
         if job.append_eod and encoder.end_of_document is not None:
             result = result.surrounded([], [encoder.end_of_document], result.lengths > 0)
-        encoded[key] = Encoded(result.ids.astype(dtype), result.lengths)
-        if len(filled := np.flatnonzero(result.lengths)):
-            last[key] = texts[filled[-1]]
-    size = len(block.data) if isinstance(block, Block) else 0
-    return _Work(size, done_bytes, encoded, last, documents.problems)
+        encoded[key] = Encoded(result.ids.astype(token_type(encoder.vocabulary_size)), result.lengths)
+        with_end += sum(encoder.end_text in text for text in texts) if encoder.end_text else 0
+        for i in np.flatnonzero(result.lengths)[::-1]:
+            if len(texts[i]) <= CHARACTERS_READ_BACK:
+                short[key] = int(i), texts[i]
+                break
+    return _Work(block, encoded, with_end, short, documents.problems)
 
 
-def _read_back(writer: IndexedWriter, encoder: TextEncoder, job: Job, last_text: str) -> None:
-    """Check what was written, before it is put in its place."""
+def _read_back(writer: IndexedWriter, encoder: TextEncoder, job: Job, short: tuple[int, str] | None) -> None:
+    """Check the files before they are published: the index in full, and the last short document."""
     data = IndexedReader(writer.aside)
-    last = int(np.flatnonzero(np.diff(data.bounds))[-1])
-    ids = data.document(last)
-    if job.append_eod:
-        ids = ids[:-1]
-    same = np.array_equal(ids, encoder.encode_by_reference([last_text]).ids)
-    if (data.documents, data.tokens) != (writer.documents, writer.tokens) or not same:
+    right = (data.documents, data.tokens) == (writer.documents, writer.tokens)
+    if right and short is not None:
+        number, text = short
+        ids = data.document(number)
+        right = np.array_equal(ids[:-1] if job.append_eod else ids, encoder.encode_by_reference([text]).ids)
+    if not right:
         raise DataError(
-            f"{job.prefix(job.json_keys[0]).parent}: what was read back is not what was written "
-            f"({data.documents} of {writer.documents} documents, {data.tokens} of {writer.tokens} tokens, "
-            f"last document {'the same' if same else 'another'}). Check the disk."
+            f"{writer.prefix}: the files read back differ from what was written ({data.documents} of "
+            f"{writer.documents} documents, {data.tokens} of {writer.tokens} tokens). Check the disk."
         )

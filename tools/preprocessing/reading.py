@@ -1,4 +1,4 @@
-"""Reads lines of text from files, compressed or not, and from standard input, in blocks of bounded size."""
+"""Read lines of text from files, compressed or not, and from standard input, in blocks of bounded size."""
 
 import glob
 import os
@@ -19,24 +19,20 @@ LONGEST_LINE = 128 << 20
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of one input; `first_line` counts from 1."""
+    """Whole lines of one input; `first_line` counts from 1.
+
+    `damage` says why the compressed data ends after them, if it does, and `done_bytes` how much of all inputs was read.
+    """
 
     source: str
     first_line: int
     data: bytes
-
-
-@dataclass(frozen=True)
-class Damage:
-    """The place where an input's compressed data ends too early; its whole lines came before."""
-
-    source: str
-    line: int
-    reason: str
+    done_bytes: int
+    damage: str = ""
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """The files that --input names, globs expanded and sorted; "-" is standard input.
+    """Return the files that --input names, with patterns expanded and sorted; "-" is standard input.
 
     Raises:
         DataError: nothing matches, or a file cannot be read or unpacked.
@@ -50,7 +46,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     for path in paths:
         if os.path.isdir(path):
             raise DataError(f"--input {path}: is a folder. Name its files, for example with '{path}/*.jsonl'.")
-        if path != STANDARD_INPUT and os.path.isfile(path):  # from a pipe, what is read now would be lost
+        if path != STANDARD_INPUT and os.path.isfile(path):  # a pipe would lose what is read here
             try:
                 with open(path, "rb") as file:
                     compression_of(path, file.read(4))
@@ -59,73 +55,55 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     return paths
 
 
-class InputReader:
-    """Iterates over all inputs; `done_bytes` of `total_bytes` (as on disk; None if unknown) were read so far.
+def size_of(paths: Sequence[str]) -> int | None:
+    """Return the bytes of all inputs on disk; None if one is not a file."""
+    is_known = all(path != STANDARD_INPUT and os.path.isfile(path) for path in paths)
+    return sum(os.path.getsize(path) for path in paths) if is_known else None
+
+
+def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
+    """Yield the lines of all inputs in blocks.
 
     Raises:
         DataError: an input cannot be read or unpacked, or has a line of absurd length.
     """
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
-        files = all(path != STANDARD_INPUT and os.path.isfile(path) for path in paths)
-        self.total_bytes = sum(os.path.getsize(path) for path in paths) if files else None
-        self._before = 0
-        self._file: BufferedReader | None = None
-
-    @property
-    def done_bytes(self) -> int:
-        """Bytes read so far: compressed ones where the input is compressed."""
-        here = self._file.tell() if self.total_bytes is not None and self._file is not None else 0
-        return self._before + here
-
-    def __iter__(self) -> Iterator[Block | Damage]:
-        for path in self._paths:
-            source = "<standard input>" if path == STANDARD_INPUT else path
-            try:
-                with _open(path) as file:
-                    self._file = file
-                    yield from _blocks(source, path, file)
-                    self._before += file.tell() if self.total_bytes is not None else 0
-            except OSError as error:
-                raise _unreadable(source, error) from error
-            finally:
-                self._file = None
+    before = 0
+    for path in paths:
+        source = "<standard input>" if path == STANDARD_INPUT else path
+        try:
+            with os.fdopen(os.dup(sys.stdin.fileno()), "rb") if source != path else Path(path).open("rb") as file:
+                yield from _blocks(source, path, file, before)
+                before += file.tell() if file.seekable() else 0
+        except OSError as error:
+            raise _unreadable(source, error) from error
 
 
-def _open(path: str) -> BufferedReader:
-    return os.fdopen(os.dup(sys.stdin.fileno()), "rb") if path == STANDARD_INPUT else Path(path).open("rb")
-
-
-def _blocks(source: str, name: str, file: BufferedReader) -> Iterator[Block | Damage]:
+def _blocks(source: str, name: str, file: BufferedReader, before: int) -> Iterator[Block]:
     pieces: list[bytes] = []
-    size, line = 0, 1
-    damage = None
+    size, line, damage = 0, 1, ""
     contents = unpack(file, compression_of(name, file.peek(4)[:4]))
     while True:
         try:
             piece = next(contents, b"")
         except DamagedDataError as error:
-            damage, piece = error, b""
+            damage, piece = str(error), b""
         pieces.append(piece)
         size += len(piece)
         if piece and (size < BLOCK_BYTES or b"\n" not in piece):
             if size > LONGEST_LINE:
                 raise DataError(
                     f"{source}, line {line + b''.join(pieces).count(b'\n')}: is longer than {LONGEST_LINE >> 20} MiB. "
-                    "Is this a .jsonl file, with one document a line?"
+                    "Is this a .jsonl file, with one document per line?"
                 )
             continue
         data = b"".join(pieces)
         end = data.rfind(b"\n") + 1 if piece or damage else len(data)
-        if end:
-            yield Block(source, line, data[:end])
+        if end or damage:
+            yield Block(source, line, data[:end], before + (file.tell() if file.seekable() else 0), damage)
             line += data.count(b"\n", 0, end)
         if not piece:
-            break
+            return
         pieces, size = [data[end:]], len(data) - end
-    if damage is not None:
-        yield Damage(source, line, str(damage))
 
 
 def _unreadable(source: str, error: OSError) -> DataError:

@@ -1,1 +1,1 @@
-"""GPT-2's vocabularies without network, and Megatron's data sets on disk, .bin and .idx."""
+"""GPT-2 vocabulary files, and Megatron's data sets on disk (.bin and .idx)."""

@@ -1,5 +1,5 @@
-"""The mistake that a user can put right."""
+"""The error that a user can correct."""
 
 
 class DataError(ValueError):
-    """Wrong input or output; the message names the flag or file, what is wrong, and the remedy."""
+    """Wrong input or output; the message names the flag or file, the problem and the remedy."""

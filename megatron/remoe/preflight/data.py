@@ -1,16 +1,19 @@
-"""The data sets of a training, checked before it starts.
+"""Check the data sets of a training before it starts.
 
-Every rank checks for itself, from headers and small samples. Forms that are not known here are left to Megatron.
+Every rank reads headers and small samples; the first of each machine checks the indices in full, and the first of all
+looks after Megatron's index cache. Forms that are not known here are left to Megatron.
 """
 
 import argparse
+import json
 import re
+import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
@@ -20,16 +23,18 @@ from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, idx_path
 
 TOKENS_SAMPLED = 2_000_000
-LENGTHS_AT_ONCE = 1 << 16
+TOKENS_TO_JUDGE_BY = 10_000  # a tokenizer's ids in so many tokens of text reach far beyond ...
+SHARE_OF_VOCABULARY = 1 / 16  # ... this share of its vocabulary
+SECONDS_OF_WRITING = 2
 SPLITS = ("training", "validation", "test")
 Blend = tuple[list[str], list[float] | None]
 BlendReader = Callable[[argparse.Namespace], tuple[Blend | None, list[Blend | None] | None]]
 
 
 def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
-    """Whether the data sets are there and whole, and whether each split has something to train or evaluate on.
+    """Check that the data sets exist, are whole, and leave each split something to train or evaluate on.
 
-    Megatron takes an empty split's epochs one by one until they have enough tokens: without end.
+    From an empty split Megatron would take epoch after epoch without end.
 
     Args:
         args: Megatron's arguments, validated.
@@ -37,33 +42,38 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
 
     Raises:
         DataError: names flag, data set, reason and remedy.
+        OSError: a damaged file of the index cache cannot be removed.
     """
     if args.mock_data or args.perform_rl_step:
         return
-    for flag, blend, split in _blends(args, read_blends):
-        prefixes, weights = blend
+    for flag, (prefixes, weights), split in _blends(args, read_blends):
         used = [prefix for prefix, weight in zip(prefixes, weights or [1.0] * len(prefixes), strict=True) if weight]
         if not used:
             raise DataError(f"{flag}: all weights are 0: give at least one data set a weight above 0.")
         if any(not _is_local(prefix) for prefix in used):
             continue
-        data_sets = [_open(prefix, flag) for prefix in used]
+        data_sets = [_open(prefix, flag, thorough=args.local_rank == 0) for prefix in used]
         for number, share in enumerate(split):
-            if share is not None:
-                if number == 2 and args.multiple_validation_sets:
-                    raise DataError(
-                        f"{flag}: --multiple-validation-sets cannot be used with a test set, at which Megatron fails "
-                        "after the training. Leave it out, or give 0 as the third number of --split."
-                    )
-                _check_split(args, flag, data_sets, SPLITS[number], share)
-                if weights is None and len(used) > 1:
-                    _check_unweighted(args, flag, data_sets, number, share)
+            if share is None:
+                continue
+            if number == 2 and args.multiple_validation_sets:
+                raise DataError(
+                    f"{flag}: with --multiple-validation-sets Megatron fails at a test set, after the training. "
+                    "Leave the flag out, or give 0 as the third number of --split."
+                )
+            parts = [data.lengths[slice(*(round(end * len(data.lengths)) for end in share))] for data in data_sets]
+            tokens = [int(part.sum(dtype=np.int64)) for part in parts]
+            _check_split(args, flag, data_sets, number, tokens)
+            if weights is None and len(used) > 1:
+                _check_unweighted(args, flag, data_sets, number, tokens)
         if split[0] is None and flag in ("--data-path", "--data-args-path") and not args.skip_train:
             raise DataError(f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.")
+        if args.rank == 0:
+            _drop_unusable_cache(args, used)
 
 
 def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None:
-    """Whether the model's vocabulary holds the ids in the data: those at the beginning and the end of each data set.
+    """Check that the ids at the beginning and the end of each data set fit the model's vocabulary.
 
     Args:
         args: Megatron's arguments, after it has built the tokenizer.
@@ -72,82 +82,66 @@ def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None
     Raises:
         DataError: names data set, id, the vocabulary's size and the remedy.
     """
-    if args.mock_data or args.perform_rl_step or not args.padded_vocab_size:
+    size = args.padded_vocab_size
+    if args.mock_data or args.perform_rl_step or not size:
         return
-    blends = [
-        (flag, prefix)
-        for flag, (prefixes, _), _ in _blends(args, read_blends)
-        for prefix in prefixes
-        if _is_local(prefix)
-    ]
+    blends = [(flag, prefix) for flag, (prefixes, _), _ in _blends(args, read_blends) for prefix in prefixes]
+    blends = [(flag, prefix) for flag, prefix in blends if _is_local(prefix)]
     for flag, prefix in blends:
         data = _open(prefix, flag)
         if not data.tokens or data.dtype.kind not in "iu":
             continue
-        at_once = max(TOKENS_SAMPLED // (2 * len(blends)), 1000)
-        for start in {0, max(data.tokens - at_once, 0)}:
-            ids = data.read(start, at_once)
-            largest, smallest = int(ids.max()), int(ids.min())
-            if smallest < 0 or largest >= args.padded_vocab_size:
-                wrong = smallest if smallest < 0 else largest
-                raise DataError(
-                    f"{flag} {prefix}: holds token {wrong}, and the vocabulary has {args.padded_vocab_size} "
-                    f"(--tokenizer-type {args.tokenizer_type}, padded). Give the tokenizer that the data was made with."
-                )
+        at_once = max(TOKENS_SAMPLED // (2 * len(blends)), TOKENS_TO_JUDGE_BY)
+        ids = np.concatenate([data.read(start, at_once) for start in (0, max(data.tokens - at_once, 0))])
+        smallest, largest = int(ids.min()), int(ids.max())
+        remedy = f"(--tokenizer-type {args.tokenizer_type}, padded). Give the tokenizer that the data was made with"
+        if smallest < 0 or largest >= size:
+            wrong = smallest if smallest < 0 else largest
+            raise DataError(f"{flag} {prefix}: holds token {wrong}, and the vocabulary has {size} {remedy}.")
+        few = data.tokens >= TOKENS_TO_JUDGE_BY and largest < SHARE_OF_VOCABULARY * size
+        if few and "Null" not in args.tokenizer_type:
+            raise DataError(
+                f"{flag} {prefix}: the ids of {len(ids):,} tokens are all below {largest + 1}, and the vocabulary has "
+                f"{size} {remedy}, or --tokenizer-type NullTokenizer --vocab-size to train on these ids as numbers."
+            )
 
 
-def _open(prefix: str, flag: str) -> IndexedReader:
+def _open(prefix: str, flag: str, thorough: bool = False) -> IndexedReader:
     path = Path(prefix)
     bare = path.with_suffix("")
     if path.suffix in (".bin", ".idx") and not idx_path(path).is_file() and idx_path(bare).is_file():
         raise DataError(f"{flag} {prefix}: give the prefix without suffix: {bare}")
     try:
-        return IndexedReader(path, thorough=False)
+        return IndexedReader(path, thorough)
     except DataError as error:
         raise DataError(f"{flag} {prefix}: {error}") from error
     except OSError as error:
         raise DataError(f"{flag} {prefix}: {error.filename}: cannot be read ({error.strerror}).") from error
 
 
-def _has_tokens(lengths: npt.NDArray[np.int32], wanted: int) -> bool:
-    """Whether sequences of these lengths have as many tokens; reads no more lengths than needed."""
-    for i in range(0, len(lengths), LENGTHS_AT_ONCE):
-        wanted -= int(lengths[i : i + LENGTHS_AT_ONCE].sum(dtype=np.int64))
-        if wanted <= 0:
-            return True
-    return False
-
-
 def _check_split(
-    args: argparse.Namespace,
-    flag: str,
-    data_sets: list[IndexedReader],
-    name: str,
-    share: tuple[float, float],
+    args: argparse.Namespace, flag: str, data_sets: list[IndexedReader], number: int, tokens: list[int]
 ) -> None:
-    split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag
-    parts = [_part(data, share) for data in data_sets]
-    filled = [_has_tokens(lengths, 1) for lengths in parts]
-    if not all(filled):
-        empty = data_sets[filled.index(False)]
+    """Check that every data set has tokens in a split, and a single one a sequence to train on."""
+    if 0 in tokens:
+        empty = data_sets[tokens.index(0)]
         documents = f"{len(empty.lengths):,} document" + ("s" if len(empty.lengths) != 1 else "")
+        split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag
         raise DataError(
-            f"{flag} {empty.prefix}: of its {documents} the {name} split gets nothing ({split}). Give more documents, "
-            "or another --split, in which 0 turns a split off (100,0,0 with --eval-iters 0: training alone)."
+            f"{flag} {empty.prefix}: of its {documents} the {SPLITS[number]} split gets nothing ({split}). Give more "
+            "documents, or another --split; 0 turns a split off (training only: 100,0,0 with --eval-iters 0)."
         )
-    if name == "training" and len(data_sets) == 1 and not _has_tokens(parts[0], args.seq_length + 1):
+    if number == 0 and len(data_sets) == 1 and tokens[0] <= args.seq_length:
         raise DataError(
-            f"{flag} {data_sets[0].prefix}: has {parts[0].sum(dtype=np.int64):,} tokens for training, not even one "
-            f"sequence of --seq-length {args.seq_length} and the token after it. Give more data, or a shorter "
-            "--seq-length."
+            f"{flag} {data_sets[0].prefix}: has {tokens[0]:,} tokens for training, not even one sequence of "
+            f"--seq-length {args.seq_length} and the token after it. Give more data, or a shorter --seq-length."
         )
 
 
 def _check_unweighted(
-    args: argparse.Namespace, flag: str, data_sets: list[IndexedReader], number: int, share: tuple[float, float]
+    args: argparse.Namespace, flag: str, data_sets: list[IndexedReader], number: int, tokens: list[int]
 ) -> None:
-    """Several data sets without weights, of which Megatron takes one epoch: each has a part in it, and it suffices."""
-    tokens = [int(_part(data, share).sum(dtype=np.int64)) for data in data_sets]
+    """Check data sets without weights, of which Megatron takes one epoch: each has a part in it, and it suffices."""
     sequences = [max((some - 1) // args.seq_length, 0) for some in tokens]
     if 0 in sequences:
         raise DataError(
@@ -166,7 +160,7 @@ def _check_unweighted(
 
 
 def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None, int | None]:
-    """What Megatron asks of each split (`get_train_valid_test_num_samples`); None: nothing, or all that there is."""
+    """Return what Megatron asks of each split (`get_train_valid_test_num_samples`); None: nothing, or all there is."""
     once = args.eval_iters * args.eval_global_batch_size
     if args.skip_train:
         return None, None if args.full_validation else once, once
@@ -176,22 +170,50 @@ def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None,
     return training, None if args.full_validation else max(evaluations, 0) * once, once
 
 
-def _part(data: IndexedReader, share: tuple[float, float]) -> npt.NDArray[np.int32]:
-    """The lengths of a split's sequences; as Megatron divides: by sequences, which are documents, rounded."""
-    return data.lengths[slice(*(round(end * float(len(data.lengths))) for end in share))]
+def _drop_unusable_cache(args: argparse.Namespace, prefixes: list[str]) -> None:
+    """Remove Megatron's cached indices that a full disk cut off or that are older than the data; it rebuilds them."""
+    for folder in [args.data_cache_path] if args.data_cache_path else [f"{path}/cache" for path in prefixes]:
+        for description in Path(folder).rglob("*-description.txt"):
+            named = re.findall(r'"dataset_path": (".*")', description.read_text(errors="replace"))
+            sources = {json.loads(path) for path in named}
+            if sources and not sources & set(prefixes):
+                continue  # of another training
+            arrays = [*description.parent.glob(f"{description.name.removesuffix('description.txt')}*.npy")]
+            indices = [idx_path(Path(path)) for path in sources & set(prefixes)]
+            made = max((index.stat().st_mtime for index in indices), default=0.0)
+            unusable = [path for path in arrays if path.stat().st_mtime < made or _is_cut(path)]
+            if not unusable:
+                continue
+            if args.dataloader_fast_cache_load:
+                raise DataError(
+                    f"{unusable[0]}: is cut off or older than the data. Start once without "
+                    "--dataloader-fast-cache-load, which rebuilds Megatron's index cache."
+                )
+            for path in arrays:
+                path.unlink(missing_ok=True)
+            print(f"{unusable[0]}: is cut off or older than the data; Megatron rebuilds its index.", file=sys.stderr)
+
+
+def _is_cut(path: Path) -> bool:
+    """Return whether an array's file is shorter than its header says, and no other training is writing it now."""
+    size = -1
+    while True:
+        try:
+            np.lib.format.open_memmap(path, mode="r")
+            return False
+        except ValueError:
+            before, size = size, path.stat().st_size
+            if size == before:
+                return True
+            time.sleep(SECONDS_OF_WRITING)
 
 
 def _blends(
     args: argparse.Namespace, read_blends: BlendReader
 ) -> Iterator[tuple[str, Blend, list[tuple[float, float] | None]]]:
-    """Flag, data sets and the split matrix of each blend."""
-    for flag, words in (
-        ("--data-path", args.data_path),
-        ("--train-data-path", args.train_data_path),
-        ("--valid-data-path", args.valid_data_path),
-        ("--test-data-path", args.test_data_path),
-    ):
-        _check_weights(flag, words or [])
+    """Yield flag, data sets and split matrix of each blend."""
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        _check_weights(f"--{name.replace('_', '-')}", getattr(args, name) or [])
     try:
         blend, per_split = read_blends(args)
     except OSError as error:
@@ -211,9 +233,7 @@ def _blends(
 
 
 def _split_matrix(split: str | None) -> list[tuple[float, float] | None]:
-    if split is None:
-        raise DataError("--split is missing: give it with --data-args-path, for instance --split 969,30,1.")
-    words = [word.strip() for word in split.split(",")]
+    words = [word.strip() for word in (split or "").split(",")]
     numbers = [float(word) for word in words if re.fullmatch(r"\d+\.?\d*|\.\d+", word)]
     if len(numbers) < len(words) or len(words) > len(SPLITS) or not sum(numbers):
         raise DataError(
@@ -223,17 +243,18 @@ def _split_matrix(split: str | None) -> list[tuple[float, float] | None]:
 
 
 def _check_weights(flag: str, words: list[str]) -> None:
-    """Megatron takes prefixes alone, or a weight before each; it takes a mixture of both for prefixes."""
+    """Check that there are only prefixes, or a weight before each; Megatron takes a mixture of both for prefixes."""
     numbers = [None if idx_path(Path(word)).exists() else _number(word) for word in words]
     if len(words) < 2 or not any(number is not None for number in numbers[::2]):
         return
     shown = " ".join(words[:4]) + (" ..." if len(words) > 4 else "")
-    if len(words) % 2 or None in numbers[::2]:
-        odd = next((word for word, number in zip(words[::2], numbers[::2], strict=True) if number is None), words[-1])
-        raise DataError(f"{flag} {shown}: {odd!r} stands where a weight belongs: put one number before each prefix.")
-    wrong = next((word for word, number in zip(words[::2], numbers[::2], strict=True) if not _is_weight(number)), None)
-    if wrong is not None:
-        raise DataError(f"{flag} {shown}: the weight {wrong} must be a number of at least 0.")
+    for word, number in zip(words[::2], numbers[::2], strict=True):
+        if number is None:
+            raise DataError(f"{flag} {shown}: {word!r} is not a weight: put one number before each prefix.")
+        if not 0.0 <= number < float("inf"):
+            raise DataError(f"{flag} {shown}: the weight {word} must be a number of at least 0.")
+    if len(words) % 2:
+        raise DataError(f"{flag} {shown}: no prefix follows {words[-1]!r}: put one number before each prefix.")
 
 
 def _number(word: str) -> float | None:
@@ -241,10 +262,6 @@ def _number(word: str) -> float | None:
         return float(word)
     except ValueError:
         return None
-
-
-def _is_weight(number: float | None) -> bool:
-    return number is not None and 0.0 <= number < float("inf")
 
 
 def _is_local(prefix: str) -> bool:

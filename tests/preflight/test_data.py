@@ -1,0 +1,61 @@
+"""Megatron's index cache beside the data: what a full disk or newer data make unusable is built again."""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.trainings import TINY, run, series
+
+CACHED = "cache/GPTDataset_indices/*-train-shuffle_index.npy"
+
+
+@pytest.fixture
+def prefix(data: Path, tmp_path: Path) -> Path:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{data}{suffix}", tmp_path / f"text{suffix}")
+    return tmp_path / "text"
+
+
+def losses(prefix: Path, *more: str) -> tuple[list[float], str]:
+    output = run([*TINY, "--num-workers", "0", "--train-iters", "2", "--data-path", str(prefix), *more])
+    return series(output, "lm loss"), output
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "older"])
+def test_unusable_index_is_named_and_built_again(damage: str, prefix: Path) -> None:
+    first, output = losses(prefix)
+    (cached,) = prefix.glob(CACHED)
+    whole = cached.read_bytes()
+    assert cached.name not in output
+    if damage == "older":  # the data were replaced
+        cached.write_bytes(whole[:-8] + whole[-16:-8])
+        os.utime(cached, (0, 0))
+    else:
+        os.truncate(cached, len(whole) // 2 if damage == "half" else 0)
+    again, output = losses(prefix)
+    assert again == first and str(cached) in output
+    assert cached.read_bytes() == whole
+
+
+def test_cache_of_another_training_is_left_alone(prefix: Path, tmp_path: Path) -> None:
+    losses(prefix, "--data-cache-path", str(tmp_path / "cache"))
+    (cached,) = (tmp_path / "cache").glob("*-train-shuffle_index.npy")
+    os.truncate(cached, 0)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{suffix}", tmp_path / f"other{suffix}")
+    found, _ = losses(tmp_path / "other", "--data-cache-path", str(tmp_path / "cache"))
+    assert all(map(math.isfinite, found)) and cached.stat().st_size == 0
+
+
+def test_loading_unchecked_is_refused(prefix: Path, tmp_path: Path) -> None:
+    """--dataloader-fast-cache-load never builds an index."""
+    cache = ["--data-cache-path", str(tmp_path / "cache")]
+    losses(prefix, *cache)
+    (cached,) = (tmp_path / "cache").glob("*-train-shuffle_index.npy")
+    os.truncate(cached, 100)
+    arguments = [*TINY, "--num-workers", "0", "--data-path", str(prefix), *cache, "--dataloader-fast-cache-load"]
+    output = run(arguments, expect=2)
+    assert str(cached) in output and "Traceback" not in output and cached.exists()
