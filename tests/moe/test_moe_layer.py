@@ -9,7 +9,7 @@ import torch
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
-from megatron.remoe.local.swiglu import Order
+from megatron.remoe.kernels.pytorch import TokenOrder
 from megatron.remoe.moe import dispatcher
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.moe.layer import ReMoELayer, takes_plans
@@ -104,7 +104,7 @@ def test_stock_dispatcher_would_truncate() -> None:
     layer.token_dispatcher = MoEAlltoAllTokenDispatcher(
         4, [0, 1, 2, 3], config=layer.config, pg_collection=get_default_pg_collection()
     )
-    layer.is_planned = False
+    layer._run_experts = layer._by_megatron
     with pytest.raises((RuntimeError, AssertionError)):
         wrong, _ = layer(tokens)
         assert torch.allclose(wrong, right)
@@ -122,7 +122,7 @@ def test_a_tokens_rows_are_added_up_in_fp32(dtype: torch.dtype) -> None:
     rows = torch.arange(5).repeat(4)
     tokens = torch.randn(5, 16, dtype=dtype, requires_grad=True)
     with SumTypes() as sums:
-        output = dispatcher._SumOfRows.apply(dispatcher._TakenRows.apply(tokens, Order(rows)), Order(rows), 5)
+        output = dispatcher._Sum.apply(dispatcher._Take.apply(tokens, TokenOrder(rows)), TokenOrder(rows), 5)
         output.sum().backward()
     assert sums.found == {torch.float32} and output.dtype == tokens.grad.dtype == dtype
     torch.testing.assert_close(output, 4 * tokens)
@@ -176,7 +176,7 @@ def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
     assert type(make_layer(make_config()).token_dispatcher) is PlannedAlltoAllDispatcher
     assert type(make_layer(topk, fused=True).token_dispatcher) is PlannedAlltoAllDispatcher
     layer = make_layer(make_config(moe_token_dispatcher_type="allgather"))
-    assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher and not layer.is_planned
+    assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher and layer._run_experts == layer._by_megatron
     assert takes_plans(topk)
     topk.moe_permute_fusion = True  # given at once, it would ask for Transformer Engine
     assert not takes_plans(topk)
