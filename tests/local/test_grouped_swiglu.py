@@ -4,7 +4,6 @@ What a GPU of each kind would run is found out on fake tensors: they have the ch
 that waiting for one fails.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -264,16 +263,6 @@ def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.Mon
     found = OneKernel(sizes, torch.device("cpu")).outers(left, right)
     assert not found[sizes == 0].any() and found[sizes > 0].all()
     torch.testing.assert_close(found[0], left[:3].T @ right[:3])
-
-
-def test_older_pytorch_does_without_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine's users import this too, and need none of it."""
-    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
-    spec = importlib.util.spec_from_file_location("another_grouped_swiglu", module.__file__)
-    another = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(another)
-    monkeypatch.setattr(another, "_generation", lambda _device: another.SM90)
-    assert not another.has_grouped_kernel(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

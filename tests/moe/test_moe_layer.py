@@ -71,6 +71,36 @@ def test_layer_equals_oracle(sequence: int, batch: int, experts: int, topk: int,
     compare_with_oracle(layer, tokens.requires_grad_(), coefficient=0.3)
 
 
+@pytest.mark.parametrize("routing", ["ReLU", "top-k"])
+def test_megatrons_default_experts_train(routing: str) -> None:
+    """GeLU with biases, to which Megatron adds in place where autograd refuses it."""
+    torch.manual_seed(4)
+    make = make_config if routing == "ReLU" else make_topk_config
+    gelu = torch.nn.functional.gelu
+    layer = make_layer(make(add_bias_linear=True, gated_linear_unit=False, activation_func=gelu), fused=True)
+    layer.router.bias = None  # top-k has one by the same flag
+    for name, weight in layer.experts.named_parameters():
+        if name.endswith("bias"):
+            weight.data.normal_()
+    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    flat, weights = tokens.view(-1, HIDDEN), [tokens, *layer.experts.parameters()]
+    gates, _ = layer.router(tokens)
+    expected = sum(
+        gates[:, number, None]
+        * torch.nn.functional.linear(
+            gelu(torch.nn.functional.linear(flat, expert.linear_fc1.weight, expert.linear_fc1.bias)),
+            expert.linear_fc2.weight,
+            expert.linear_fc2.bias,
+        )
+        for number, expert in enumerate(layer.experts.local_experts)
+    )
+    right = gradients(expected.sin().sum(), *weights)
+    output, _ = layer(tokens)
+    torch.testing.assert_close(output, expected.view_as(output))
+    for mine, theirs in zip(gradients(output.sin().sum(), *weights), right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("share", ["all", "none", "one expert", "one expert empty"])

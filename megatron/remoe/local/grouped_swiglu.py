@@ -27,7 +27,7 @@ def _generation(device: torch.device) -> int:
 
 def has_grouped_kernel(device: torch.device) -> bool:
     """Return whether `grouped_mm` is one kernel there; elsewhere it is a loop that waits for the experts' sizes."""
-    return _generation(device) in (SM90, SM100) and hasattr(functional, "grouped_mm")
+    return _generation(device) in (SM90, SM100)
 
 
 def sizes_refused(fc1: torch.Tensor) -> list[str]:
