@@ -10,7 +10,7 @@ from tests.kernels.compiled import Kernel, usages
 
 MAP = {"map_TE": "*i1", "num_tokens": "i32", "num_experts": "i32"}
 COUNTS = {"counts_EB": "*i32", "by_token": "*i32"}
-FILLED = MAP | COUNTS | {"probs_TE": "*fp32", "token_index_P": "*i32", "ends_E": "*i32", "gates_P": "*fp32"}
+FILLED = MAP | COUNTS | {"probs_TE": "*fp32", "token_index_P": "*i32", "gates_P": "*fp32"}
 SPREAD = MAP | COUNTS | {"d_gates_P": "*fp32", "d_probs_TE": "*fp32"}
 
 

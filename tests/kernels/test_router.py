@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.kernels import router
+from megatron.remoe.kernels.backend import Regularization
 from tests.kernels.compiled import Kernel, usages
 
 pytestmark = pytest.mark.usefixtures("process_groups")
@@ -19,7 +20,7 @@ def route(logits, padding=None, guarded=0, balances=True, per_token=False):
     """What the kernels make of logits: gates, map, the row of counts."""
     buffers = [torch.tensor(value, device=DEVICE) for value in (EXPONENT, guarded)]
     counts = torch.full((logits.shape[1] + 7,), 3.0, dtype=torch.float64, device=DEVICE)
-    settings = router.Regularization(TOPK, INIT, MULTIPLIER, GUARD, balances)
+    settings = Regularization(TOPK, INIT, MULTIPLIER, GUARD, balances)
     world = torch.distributed.group.WORLD
     return *router.relu_routing(settings, logits, padding, *buffers, counts, world, per_token), counts - 3.0
 

@@ -1,10 +1,9 @@
-"""The experts' products against plain autograd, in float64, for blocks of any number of experts and rows.
+"""The experts' products against plain autograd, in float64, for any number of experts and rows.
 
 What a GPU of each kind would run is found out on fake tensors: they have the checks of its kernels, and no values, so
 that waiting for one fails.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,20 +11,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron.remoe.kernels.backend import Order
+from megatron.remoe.kernels.pytorch import PYTORCH, SortedPairs, TokenOrder
 from megatron.remoe.local import grouped_swiglu as module
-from megatron.remoe.local.blocked_swiglu import BLOCK_PAIRS, FEW_PAIRS, BlockedSwiGLU, _blocks
-from megatron.remoe.local.grouped_swiglu import _GroupedSwiGLU, grouped_swiglu, sizes_refused
-from megatron.remoe.local.swiglu import PLAIN, Order, sum_pairs
+from megatron.remoe.local.grouped_swiglu import OneByOne, OneKernel, _GroupedSwiGLU, grouped_swiglu, sizes_refused
 from tests.layers import SumTypes
 
 HIDDEN, FFN = 6, 5
 SIZES = {
     "no rows": [0, 0, 0],
-    "few rows": [3, 0, 1, FEW_PAIRS],
+    "few rows": [3, 0, 1, 64],
     "one expert": [7],
-    "blocks of one": [BLOCK_PAIRS + 1, BLOCK_PAIRS, 0, BLOCK_PAIRS + 44],
-    "blocks of both kinds": [10, 100, 100, 0, BLOCK_PAIRS - 1, 1, 1, FEW_PAIRS + 1, 400, 0],
-    "small ones after a large one": [BLOCK_PAIRS, 0, 0, 20, BLOCK_PAIRS - 20, 5],
+    "many rows": [10, 100, 100, 0, 255, 1, 1, 65, 400, 0],
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,6 +47,10 @@ def one_by_one(
     return output if rows is None else torch.zeros_like(tokens).index_add(0, rows, output)
 
 
+def order_of(rows: torch.Tensor | None) -> Order:
+    return SortedPairs() if rows is None else TokenOrder(rows)
+
+
 def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None]:
     """A number of tokens, and which of them, in turn, each expert takes."""
     num_tokens = max(sizes) + 3
@@ -71,7 +72,7 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
     if accumulates:
         for weight in ours[2:]:
             weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
-    output = grouped_swiglu(*ours, torch.tensor(sizes), Order(rows))
+    output = grouped_swiglu(*ours, torch.tensor(sizes), order_of(rows), PYTORCH)
     expected = one_by_one(*right, sizes, rows)
     torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
     direction = torch.randn_like(output)
@@ -84,28 +85,21 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 
 @both_orders
 @both_gradients
-@pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["blocks of both kinds"]], ids=["few rows", "many"])
+@pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
 def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     """What a GPU runs in bf16, here through PyTorch's `grouped_mm` for CPUs."""
-    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
-    check_half_precision(_GroupedSwiGLU, sizes, ends, accumulates, gathers)
+    check_half_precision(OneKernel(torch.tensor(sizes), torch.device(DEVICE)), sizes, accumulates, gathers)
 
 
 @both_orders
 @both_gradients
-@pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["blocks of both kinds"]], ids=["few rows", "many"])
+@pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
 def test_half_precision_without_the_kernel(sizes: list[int], accumulates: bool, gathers: bool) -> None:
     """What GPUs run that do not have it, and CPUs."""
-    check_half_precision(BlockedSwiGLU, sizes, None, accumulates, gathers)
+    check_half_precision(OneByOne(sizes), sizes, accumulates, gathers)
 
 
-def check_half_precision(
-    kernel: type[torch.autograd.Function],
-    sizes: list[int],
-    ends: torch.Tensor | None,
-    accumulates: bool,
-    gathers: bool,
-) -> None:
+def check_half_precision(products: OneByOne | OneKernel, sizes: list[int], accumulates: bool, gathers: bool) -> None:
     torch.manual_seed(len(sizes))
     hidden, ffn = 32, 24  # the kernel wants rows of a multiple of 16 bytes
     num_tokens, rows = some_rows(sizes, gathers)
@@ -121,7 +115,7 @@ def check_half_precision(
             buffer = torch.ones_like(weight, dtype=torch.float32 if DEVICE == "cuda" else None)
             weight.main_grad, weight.grad_added_to_main_grad = buffer, False
     with SumTypes() as sums:
-        output = kernel.apply(*ours, sizes, Order(rows, ends=ends), PLAIN, True)
+        output = _GroupedSwiGLU.apply(*ours, products, order_of(rows), PYTORCH)
         direction = torch.randn_like(output)
         (output * direction).sum().backward()
     assert sums.found == ({torch.float32} if gathers else set())
@@ -180,8 +174,8 @@ def run_on_fake_gpu(
     hidden: int = 16,
     ffn: int = 8,
     main_grad: torch.dtype | None = None,
-) -> str:
-    """Forward and backward passes over 7 tokens; the name of what was run."""
+) -> type:
+    """Forward and backward passes over 7 tokens; the kind of products that were run."""
     experts, options = len(sizes), {"dtype": dtype, "device": "cuda:0"}
     tokens, gates = torch.empty(7, hidden, **options, requires_grad=True), torch.empty(pairs, **options)
     fc1 = torch.nn.Parameter(torch.empty(experts, 2 * ffn, hidden, **options))
@@ -189,15 +183,15 @@ def run_on_fake_gpu(
     for weight in (fc1, fc2) if main_grad else ():
         weight.main_grad, weight.grad_added_to_main_grad = torch.empty_like(weight, dtype=main_grad), False
     rows = torch.empty(pairs, dtype=torch.int64, device="cuda:0")
-    output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, Order(rows))
-    name = output.grad_fn.name()
-    kernel = _GroupedSwiGLU if "Grouped" in name else BlockedSwiGLU
+    output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, TokenOrder(rows), PYTORCH)
     with torch.no_grad():  # by hand: autograd would start a thread for the GPU that is not there
-        found = kernel.backward(output.grad_fn, torch.empty_like(output))[:4]
+        found = _GroupedSwiGLU.backward(output.grad_fn, torch.empty_like(output))[:4]
+    if main_grad:
+        assert found[2:] == (None, None) and fc1.grad_added_to_main_grad and fc2.grad_added_to_main_grad
+        found = *found[:2], fc1.grad, fc2.grad
     inputs = (tokens, gates, fc1, fc2)
     assert [(g.shape, g.dtype, g.device) for g in found] == [(x.shape, x.dtype, x.device) for x in inputs]
-    assert not main_grad or (fc1.grad_added_to_main_grad and fc2.grad_added_to_main_grad)
-    return name
+    return type(output.grad_fn.products)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +214,7 @@ def test_kernels_of_gpus(pretend, capability: tuple[int, int], dtype: torch.dtyp
     pretend(capability)
     sizes = torch.tensor([3, 0, 2])
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert ("Grouped" in run_on_fake_gpu(sizes, 5, dtype)) is is_one_kernel
+        assert (run_on_fake_gpu(sizes, 5, dtype) is OneKernel) is is_one_kernel
 
 
 @pytest.mark.parametrize(
@@ -242,7 +236,7 @@ def test_sizes_that_the_kernel_refuses(pretend, experts: int, hidden: int, ffn: 
     if experts == 3:
         sizes = torch.tensor([0, 5, 0])
         with FakeTensorMode(allow_non_fake_inputs=True):
-            assert ("Blocked" in run_on_fake_gpu(sizes, 5, hidden=hidden, ffn=ffn)) == bool(refused)
+            assert (run_on_fake_gpu(sizes, 5, hidden=hidden, ffn=ffn) is OneByOne) == bool(refused)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
@@ -250,13 +244,7 @@ def test_nothing_routed_runs_no_kernel_and_waits_for_nothing(pretend, capability
     """`grouped_mm` may refuse or hang on no rows at all."""
     pretend(capability)
     with FakeTensorMode():
-        assert "Blocked" in run_on_fake_gpu(torch.empty(3, dtype=torch.int64, device="cuda:0"), 0)
-
-
-def test_a_gpu_gets_one_block() -> None:
-    """A CPU's cache is not there, and each block would start its own kernels."""
-    assert _blocks([300, 0, 5], limit=305) == [(slice(0, 3), slice(0, 305), [300, 0, 5])]
-    assert _blocks([0, 0], limit=0) == [(slice(0, 2), slice(0, 0), [0, 0])]
+        assert run_on_fake_gpu(torch.empty(3, dtype=torch.int64, device="cuda:0"), 0) is OneByOne
 
 
 def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,19 +260,9 @@ def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_memory)
     left, right = (torch.randn(7, width, dtype=torch.bfloat16) for width in (16, 8))
-    found = module._outers(left, right, sizes.cumsum(0).to(torch.int32))
+    found = OneKernel(sizes, torch.device("cpu")).outers(left, right)
     assert not found[sizes == 0].any() and found[sizes > 0].all()
     torch.testing.assert_close(found[0], left[:3].T @ right[:3])
-
-
-def test_older_pytorch_does_without_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine's users import this too, and need none of it."""
-    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
-    spec = importlib.util.spec_from_file_location("another_grouped_swiglu", module.__file__)
-    another = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(another)
-    monkeypatch.setattr(another, "_generation", lambda _device: another.SM90)
-    assert not another.has_grouped_kernel(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -296,7 +274,7 @@ def test_sums_in_half_precision_are_rounded_once(per_token: int, dtype: torch.dt
     pairs = torch.rand(len(rows), 16, device=DEVICE).to(dtype)
     right = pairs.double().view(per_token, 5, 16).sum(dim=0)
     with SumTypes() as sums:
-        found = sum_pairs(pairs, Order(rows), 5)
+        found = TokenOrder(rows).sum(pairs, 5)
     assert found.dtype == dtype and sums.found == {torch.float32}
     torch.testing.assert_close(found.double(), right, rtol=0.51 * torch.finfo(dtype).eps, atol=0)
 
@@ -306,4 +284,4 @@ def test_sums_in_fp32_are_what_they_were() -> None:
     torch.manual_seed(1)
     rows, pairs = torch.randint(5, (300,)), torch.randn(300, 16)
     expected = torch.zeros(5, 16).index_add_(0, rows, pairs)
-    assert torch.equal(sum_pairs(pairs, Order(rows), 5), expected)
+    assert torch.equal(TokenOrder(rows).sum(pairs, 5), expected)

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.remoe.local.grouped_swiglu import takes_grouped_kernel
-from megatron.remoe.moe import layer as moe_layer
 from megatron.remoe.moe import plan
+from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.routing.controller import SparsityController
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 
@@ -47,7 +47,7 @@ def test_a_layer_waits_once(limit: float, kernels: str, monkeypatch: pytest.Monk
     config = make_config(moe_router_topk=2, moe_relu_activation_limit=limit, moe_kernels=kernels)
     layer = make_layer(config, fused=True)
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
-    calls = counted_pairs(monkeypatch)
+    calls = reads(monkeypatch)
     with Waits() as waits:
         layer(tokens)[0].sum().backward()
     assert len(calls) == 1 and waits.found == []
@@ -60,32 +60,31 @@ def test_counts_that_nobody_asks_for_are_not_gathered(dispatcher: str, monkeypat
     unbounded = make_layer(make_config(**settings, moe_relu_activation_limit=0.0))
     unreachable = make_layer(make_config(**settings, moe_relu_activation_limit=2.0))
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=unbounded.router.weight.device)
-    calls = counted_pairs(monkeypatch)
+    calls = reads(monkeypatch)
     unbounded(tokens)
     unreachable(tokens)
     assert len(calls) == (0 if dispatcher == "allgather" else 2), "alltoall is told by them who sends what"
 
 
-def counted_pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """The arguments of all calls of `count_pairs` from now on, each of which waits."""
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """Collect the arguments of all calls of `read_pairs` from now on, each of which waits."""
     calls = []
 
-    def counted(*arguments):
+    def read(*arguments):
         calls.append(arguments)
-        return count_pairs(*arguments)
+        return read_pairs(*arguments)
 
-    count_pairs = plan.count_pairs
-    for module in (plan, moe_layer):
-        monkeypatch.setattr(module, "count_pairs", counted)
+    read_pairs = plan.read_pairs
+    monkeypatch.setattr(plan, "read_pairs", read)
     return calls
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_a_topk_layer_does_not_wait(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(make_topk_config(moe_router_topk=2, moe_kernels=kernels), fused=True)
-    assert isinstance(layer, moe_layer.ReMoELayer)
+    assert isinstance(layer, ReMoELayer)
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
-    calls = counted_pairs(monkeypatch)
+    calls = reads(monkeypatch)
     with Waits() as waits:
         layer(tokens)[0].sum().backward()
     assert calls == [] and waits.found == []

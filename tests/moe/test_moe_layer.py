@@ -9,7 +9,7 @@ import torch
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
-from megatron.remoe.local.swiglu import Order
+from megatron.remoe.kernels.pytorch import TokenOrder
 from megatron.remoe.moe import dispatcher
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.moe.layer import ReMoELayer, takes_plans
@@ -71,6 +71,36 @@ def test_layer_equals_oracle(sequence: int, batch: int, experts: int, topk: int,
     compare_with_oracle(layer, tokens.requires_grad_(), coefficient=0.3)
 
 
+@pytest.mark.parametrize("routing", ["ReLU", "top-k"])
+def test_megatrons_default_experts_train(routing: str) -> None:
+    """GeLU with biases, to which Megatron adds in place where autograd refuses it."""
+    torch.manual_seed(4)
+    make = make_config if routing == "ReLU" else make_topk_config
+    gelu = torch.nn.functional.gelu
+    layer = make_layer(make(add_bias_linear=True, gated_linear_unit=False, activation_func=gelu), fused=True)
+    layer.router.bias = None  # top-k has one by the same flag
+    for name, weight in layer.experts.named_parameters():
+        if name.endswith("bias"):
+            weight.data.normal_()
+    tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    flat, weights = tokens.view(-1, HIDDEN), [tokens, *layer.experts.parameters()]
+    gates, _ = layer.router(tokens)
+    expected = sum(
+        gates[:, number, None]
+        * torch.nn.functional.linear(
+            gelu(torch.nn.functional.linear(flat, expert.linear_fc1.weight, expert.linear_fc1.bias)),
+            expert.linear_fc2.weight,
+            expert.linear_fc2.bias,
+        )
+        for number, expert in enumerate(layer.experts.local_experts)
+    )
+    right = gradients(expected.sin().sum(), *weights)
+    output, _ = layer(tokens)
+    torch.testing.assert_close(output, expected.view_as(output))
+    for mine, theirs in zip(gradients(output.sin().sum(), *weights), right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("share", ["all", "none", "one expert", "one expert empty"])
@@ -104,7 +134,7 @@ def test_stock_dispatcher_would_truncate() -> None:
     layer.token_dispatcher = MoEAlltoAllTokenDispatcher(
         4, [0, 1, 2, 3], config=layer.config, pg_collection=get_default_pg_collection()
     )
-    layer.is_planned = False
+    layer._run_experts = layer._by_megatron
     with pytest.raises((RuntimeError, AssertionError)):
         wrong, _ = layer(tokens)
         assert torch.allclose(wrong, right)
@@ -122,7 +152,7 @@ def test_a_tokens_rows_are_added_up_in_fp32(dtype: torch.dtype) -> None:
     rows = torch.arange(5).repeat(4)
     tokens = torch.randn(5, 16, dtype=dtype, requires_grad=True)
     with SumTypes() as sums:
-        output = dispatcher._SumOfRows.apply(dispatcher._TakenRows.apply(tokens, Order(rows)), Order(rows), 5)
+        output = dispatcher._Sum.apply(dispatcher._Take.apply(tokens, TokenOrder(rows)), TokenOrder(rows), 5)
         output.sum().backward()
     assert sums.found == {torch.float32} and output.dtype == tokens.grad.dtype == dtype
     torch.testing.assert_close(output, 4 * tokens)
@@ -176,7 +206,7 @@ def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
     assert type(make_layer(make_config()).token_dispatcher) is PlannedAlltoAllDispatcher
     assert type(make_layer(topk, fused=True).token_dispatcher) is PlannedAlltoAllDispatcher
     layer = make_layer(make_config(moe_token_dispatcher_type="allgather"))
-    assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher and not layer.is_planned
+    assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher and layer._run_experts == layer._by_megatron
     assert takes_plans(topk)
     topk.moe_permute_fusion = True  # given at once, it would ask for Transformer Engine
     assert not takes_plans(topk)

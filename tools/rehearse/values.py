@@ -24,25 +24,24 @@ class Pairs:
     def put_in(self) -> None:
         """To be called when Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
-        from megatron.remoe.moe import layer, plan
+        from megatron.remoe.moe import plan
         from megatron.remoe.patches import checkpoints
 
-        count_pairs = plan.count_pairs
-        plan.count_pairs = layer.count_pairs = self._counted(count_pairs)
+        plan.read_pairs = self._counted(plan.read_pairs)
         torch.Tensor.item = _one(torch.Tensor.item)  # type: ignore[method-assign]
         torch.Tensor.__bool__ = _false(torch.Tensor.__bool__)  # type: ignore[method-assign]
         checkpoints.check_is_finite = _looked_at(checkpoints.check_is_finite)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
 
-    def _counted(self, real: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        def count_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> list[Any]:
-            counts = real(routing_map, chunks, *how)
+    def _counted(self, real: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
+        def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> tuple[torch.Tensor, Any]:
+            pairs, counted = real(routing_map, chunks, *how)
             for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(chunks)):
-                for number in counts[chunk].pairs:
+                for number in pairs[chunk]:
                     number.copy_(torch.tensor([self._some_of(tokens) for _ in number]))
-            return counts
+            return pairs, counted
 
-        return count_pairs
+        return read_pairs
 
     def _moved(self, real: Callable[..., Any]) -> Callable[..., Any]:
         """Megatron's own dispatchers read their numbers by this function: those of an even load."""

@@ -1,10 +1,10 @@
-"""What a MoE layer does between its products, as Triton kernels: `--moe-kernels triton`.
+"""What a MoE layer does between its matrix products, in PyTorch (the reference) and as Triton kernels.
 
-Each stands for a function of plain PyTorch in another room, and gives the same numbers. Modules here are imported where
-the kernels are chosen and not before: Triton is not on every machine.
+`backend.py` chooses, once for each router and layer. Modules with kernels are imported where Triton is chosen and not
+before: it is not on every machine.
 """
 
 
 def wants_kernels(config: object) -> bool:
-    """Whether a configuration of a transformer, `--moe-kernels`, asks for them; Megatron's own cannot."""
+    """Return whether a configuration or Megatron's arguments ask for Triton by `--moe-kernels`."""
     return getattr(config, "moe_kernels", "torch") == "triton"

@@ -15,7 +15,7 @@ SPREAD = 1024  # elements of the map that a program of the gates' gradient takes
 
 
 def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
-    """How many tokens of each block every expert has; moves the map once.
+    """Count the tokens that each expert has in each block of tokens; moves the map once.
 
     Args:
         routing_map: bool `[T, E]`.
@@ -35,10 +35,10 @@ def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
 
 def fill(
     probs: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor, num_pairs: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The pairs in the order of the experts, and of each expert in that of the tokens.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Put the pairs into the order of the experts, and those of each expert into that of the tokens.
 
-    Moves the map once and a gate, a token and a row of each pair; its backward pass writes `[T, E]` besides.
+    Moves the map once and a gate, a token and a row of each pair; its backward pass also writes `[T, E]`.
 
     Args:
         probs: `[T, E]`, the gates.
@@ -49,7 +49,6 @@ def fill(
     Returns:
         token_index: int32 `[P]`, the token of each pair.
         by_token: int32 `[T + 1 + P]`: its elements t and t + 1 are the bounds, within it, of token t's pairs.
-        ends: int32 `[E]`, how many pairs each expert has with those before it.
         gates: `[P]`, of the type of `probs`; the one that has a gradient.
     """
     return _Filled.apply(probs, routing_map, counts, num_pairs)
@@ -59,21 +58,20 @@ class _Filled(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, probs: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor, num_pairs: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         routing_map, (num_tokens, num_experts) = routing_map.contiguous(), routing_map.shape
         token_index = torch.empty(num_pairs, dtype=torch.int32, device=probs.device)
         by_token = torch.empty(num_tokens + 1 + num_pairs, dtype=torch.int32, device=probs.device)
-        ends = torch.empty(num_experts, dtype=torch.int32, device=probs.device)
         gates = torch.empty(num_pairs, dtype=probs.dtype, device=probs.device)
         (block, tile), blocks = _tile(num_tokens, num_experts), counts.shape[1]
         _fill[(blocks,)](
-            probs.contiguous(), routing_map, counts, token_index, by_token, ends, gates, num_tokens, num_experts,
+            probs.contiguous(), routing_map, counts, token_index, by_token, gates, num_tokens, num_experts,
             blocks, BLOCK=block, TILE=tile, BLOCKS=triton.next_power_of_2(blocks), num_warps=WARPS,
         )  # fmt: skip
         ctx.save_for_backward(routing_map, by_token)
-        ctx.mark_non_differentiable(token_index, by_token, ends)
+        ctx.mark_non_differentiable(token_index, by_token)
         ctx.set_materialize_grads(False)
-        return token_index, by_token, ends, gates
+        return token_index, by_token, gates
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -92,7 +90,7 @@ class _Filled(torch.autograd.Function):
 
 
 def _tile(num_tokens: int, num_experts: int) -> tuple[int, int]:
-    """Tokens of a block, and experts that a program takes at once."""
+    """Return the tokens of a block, and the experts that a program takes at once."""
     block = max(LEAST_TOKENS, triton.next_power_of_2(triton.cdiv(num_tokens, MOST_BLOCKS)))
     return block, min(triton.next_power_of_2(num_experts), max(1, TILE_COUNTS // max(2 * block, MOST_BLOCKS)))
 
@@ -124,7 +122,7 @@ def _count(map_TE, counts_EB, num_tokens, num_experts, BLOCK: tl.constexpr, TILE
 
 @triton.jit(launch_metadata=_fill_bytes)
 def _fill(
-    probs_TE, map_TE, counts_EB, token_index_P, by_token, ends_E, gates_P, num_tokens, num_experts, num_blocks,
+    probs_TE, map_TE, counts_EB, token_index_P, by_token, gates_P, num_tokens, num_experts, num_blocks,
     BLOCK: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -145,7 +143,6 @@ def _fill(
         active = _active(map_TE, token, expert, num_tokens, num_experts)
         total, in_blocks_before = _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS)
         expert_ends = expert_start + tl.cumsum(total, axis=0)
-        tl.store(ends_E + expert, expert_ends, mask=expert < num_experts)  # every program the same
         row = (expert_ends - total + in_blocks_before)[None, :] + tl.cumsum(active, axis=0) - active
         is_active = active > 0
         gate = tl.load(probs_TE + _at(token, expert, num_experts), mask=is_active)

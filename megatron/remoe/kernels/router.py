@@ -1,11 +1,10 @@
-"""The ReLU router behind its product: gates, map, counts, the gradient of λ · L_reg, and the guard's.
+"""The ReLU router behind its product: gates, map, counts, and the gradients of λ · L_reg and of the guard.
 
 T tokens, E experts, P programs of as many tokens each. Two launches forward, one backward; no atomics, so that sums are
 the same each time.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,27 +12,10 @@ import triton
 import triton.language as tl
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.remoe.kernels.backend import Regularization
 
 # One program adds up what all have counted, so that they are few.
 MOST_PROGRAMS, LEAST_TOKENS, BLOCK, TERMS_BLOCK, TERMS_WARPS = 128, 16, 2048, 8192, 8
-
-
-@dataclass(frozen=True)
-class Regularization:
-    """What a router's gradient depends on besides the language loss.
-
-    Attributes:
-        topk: k of the target sparsity.
-        init, multiplier: λ = init · multiplier^n.
-        guard: the gradient of the mean logit of a guarded layer, where its gates are off.
-        balances: whether f_e weighs each expert's gates by its share of the tokens; otherwise it is 1 (paper eq. 9).
-    """
-
-    topk: int
-    init: float
-    multiplier: float
-    guard: float
-    balances: bool
 
 
 def relu_routing(
@@ -46,22 +28,7 @@ def relu_routing(
     group: torch.distributed.ProcessGroup,
     per_token: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates, with λ · L_reg and the guard in their gradient, and the map of those above 0 (paper sections 3.2 to 3.4).
-
-    Args:
-        regularization: see there.
-        logits: `[T, E]`, of any floating-point type.
-        padding_mask: bool `[T]`, True at padding, which is neither routed nor counted.
-        exponent: int64 scalar n.
-        guarded: int64 scalar, 1 where the layer is freed from L1 and pushed up.
-        counts: float64; the pairs of each expert, tokens, L_reg and micro-batches are added to its first E + 3.
-        group: the ranks that share a sequence.
-        per_token: whether gradients are divided by the number of tokens of the global batch later.
-
-    Returns:
-        probs: `[T, E]`, of the type of `logits`; the one that has a gradient.
-        routing_map: bool `[T, E]`.
-    """
+    """Do what `pytorch.relu_routing` does, whose arguments and results these are."""
     return _ReLURouting.apply(logits, padding_mask, exponent, guarded, counts, regularization, group, per_token)
 
 

@@ -1,4 +1,8 @@
-"""Experts whose weights are stacked, for one grouped product instead of one small layer an expert."""
+"""Experts whose weights are stacked, for one grouped product instead of one small layer an expert.
+
+T tokens, P pairs (of a token and one of its experts), L experts on this rank, H hidden size, F the experts' FFN size (a
+rank's part of it with expert tensor parallelism).
+"""
 
 import os
 import warnings
@@ -15,12 +19,13 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+from megatron.remoe.kernels.backend import Order, backend_of
+from megatron.remoe.kernels.pytorch import SortedPairs
 from megatron.remoe.local.grouped_swiglu import grouped_swiglu, has_grouped_kernel, sizes_refused
-from megatron.remoe.local.swiglu import BY_EXPERT, Activation, Order
 
 
 def takes_grouped_experts(config: TransformerConfig) -> bool:
-    """Whether the experts are bias-free SwiGLU layers without anything else to them."""
+    """Return whether the experts are bias-free SwiGLU layers and nothing more."""
     return bool(
         config.gated_linear_unit
         and config.activation_func is silu
@@ -38,8 +43,8 @@ class GroupedExperts(MegatronModule):
     """Takes the place of Megatron's `SequentialMLP`: the same function, initial weights and checkpoints.
 
     Attributes:
-        fc1: `[local experts, 2 * ffn, hidden]`, gate and up.
-        fc2: `[local experts, hidden, ffn]`. With expert tensor parallelism ffn is a rank's part of it.
+        fc1: `[L, 2 * F, H]`, gate and up.
+        fc2: `[L, H, F]`.
     """
 
     def __init__(
@@ -51,13 +56,13 @@ class GroupedExperts(MegatronModule):
     ) -> None:
         """
         Args:
-            num_local_experts: those on this rank.
+            num_local_experts: L.
             config: one that `takes_grouped_experts`.
             pg_collection: with the groups `ep`, `expt_tp` and `expt_dp`.
-            name: unused, as Megatron gives it.
+            name: unused; Megatron passes it.
         """
         super().__init__(config=config)
-        self.num_local_experts, self.activation = num_local_experts, Activation.of(config)
+        self.num_local_experts, self.backend = num_local_experts, backend_of(config)
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         assert config.moe_ffn_hidden_size is not None
         ffn, hidden = config.moe_ffn_hidden_size // self.tp_group.size(), config.hidden_size
@@ -86,28 +91,25 @@ class GroupedExperts(MegatronModule):
         permuted_local_hidden_states: torch.Tensor,
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
-        order: Order = BY_EXPERT,
-        gives_gradient: bool = True,
+        order: Order | None = None,
     ) -> tuple[torch.Tensor, None]:
         """Apply each expert to its tokens.
 
         Args:
-            permuted_local_hidden_states: `[pairs, hidden]`, sorted by local expert, or with an `order` all tokens in
-                their own.
-            tokens_per_expert: int64 `[local experts]`.
-            permuted_probs: `[pairs]`, the gates, sorted by local expert.
-            order, gives_gradient: see `grouped_swiglu`.
+            permuted_local_hidden_states: `[P, H]`, sorted by local expert; with an `order` all tokens, `[T, H]`.
+            tokens_per_expert: integers `[L]`.
+            permuted_probs: `[P]`, the gates, sorted by local expert.
+            order: of the pairs of these tokens.
 
         Returns:
-            `[pairs, hidden]` (a part of the sum with expert tensor parallelism), with an `order` each token's sum,
-            and no bias.
+            `[P, H]` (a part of the sum with expert tensor parallelism), with an `order` each token's sum `[T, H]`; and
+            no bias.
         """
-        tokens, gates, weights = permuted_local_hidden_states, permuted_probs, (self.fc1, self.fc2)
-        given = tokens, gates, *weights, tokens_per_expert
-        return grouped_swiglu(*given, order, self.activation, gives_gradient), None
+        given = permuted_local_hidden_states, permuted_probs, self.fc1, self.fc2, tokens_per_expert
+        return grouped_swiglu(*given, SortedPairs() if order is None else order, self.backend), None
 
     def backward_dw(self) -> None:
-        """Nothing: weight gradients are never delayed."""
+        """Do nothing: weight gradients are never delayed."""
 
     def sharded_state_dict(
         self,
@@ -115,10 +117,10 @@ class GroupedExperts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """The weights under the keys and in the global shapes of `SequentialMLP`: `[..., experts, out, in]`.
+        """Return the weights under the keys and in the global shapes of `SequentialMLP`: `[..., experts, out, in]`.
 
         Args:
-            prefix, sharded_offsets, metadata: as Megatron's.
+            prefix, sharded_offsets, metadata: Megatron's.
         """
         axis = len(sharded_offsets)
         experts = (axis, self.ep_group.rank(), self.ep_group.size())
@@ -156,7 +158,7 @@ class GroupedExperts(MegatronModule):
         return state
 
     def _stack_sequential(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Let the state of a `SequentialMLP` be loaded."""
+        """Stack the state of a `SequentialMLP` before it is loaded."""
         for name in ("fc1", "fc2"):
             keys = [f"{prefix}local_experts.{i}.linear_{name}.weight" for i in range(self.num_local_experts)]
             if all(key in state_dict for key in keys):
@@ -178,21 +180,21 @@ def build_experts(
     name: str | None = None,
     stock: Callable[..., torch.nn.Module],
 ) -> torch.nn.Module:
-    """Grouped experts where the configuration is one for them, otherwise those that `stock` builds."""
+    """Build grouped experts where the configuration allows them, otherwise those that `stock` builds."""
     if not takes_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
     experts = GroupedExperts(num_local_experts, config, pg_collection=pg_collection, name=name)
-    _tell_of_refused_sizes(experts.fc1)
+    _warn_of_refused_sizes(experts.fc1)
     return experts
 
 
-def _tell_of_refused_sizes(fc1: torch.Tensor) -> None:
-    """Warn, in one process, where the GPU has a kernel for all experts at once that does not take theirs."""
+def _warn_of_refused_sizes(fc1: torch.Tensor) -> None:
+    """Warn, in one process, where the GPU's kernel for all experts at once does not take these sizes."""
     if fc1.dtype != torch.bfloat16 or not has_grouped_kernel(fc1.device) or os.environ.get("RANK", "0") != "0":
         return
     if refused := sizes_refused(fc1):
         warnings.warn(
             f"{', '.join(refused)}: PyTorch's kernel for all experts at once does not take that. The experts are "
-            "multiplied one by one instead, with the same results and more slowly.",
+            "multiplied one by one instead: the same results, but slower.",
             stacklevel=2,
         )

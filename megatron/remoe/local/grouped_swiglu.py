@@ -1,7 +1,6 @@
-"""All experts of a layer at once: bias-free SwiGLU over stacked weights, forward and backward.
+"""All experts of a layer: bias-free SwiGLU over stacked weights, forward and backward.
 
-PyTorch's own kernels, in as few passes over memory as they allow. Only the tokens and the product of the first matrix
-are kept for the backward pass, and weight gradients go straight into Megatron's buffer where it has their type.
+T tokens, P pairs (of a token and one of its experts), E experts on this rank, H hidden size, F the experts' FFN size.
 """
 
 from functools import cache
@@ -10,20 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from megatron.remoe.local.blocked_swiglu import BlockedSwiGLU
-from megatron.remoe.local.swiglu import (
-    BY_EXPERT,
-    PLAIN,
-    Activation,
-    Gradients,
-    Order,
-    add_outers,
-    gradient_is_in_main_grad,
-    into_main_grad,
-    main_grad_of,
-    sum_pairs,
-    take,
-)
+from megatron.remoe.kernels.backend import Backend, Order
+from megatron.remoe.local.main_grad import add_outer, main_grad_of, mark_as_added
 
 KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # the most experts, and what rows of bf16 have to be a multiple of: 16 bytes
 SM90, SM100 = 9, 10
@@ -34,17 +21,17 @@ LARGE_MATRIX = 2**21
 
 @cache
 def _generation(device: torch.device) -> int:
-    """The GPU's major compute capability; 0 of what is none."""
+    """Return the GPU's major compute capability; 0 for other devices."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def has_grouped_kernel(device: torch.device) -> bool:
-    """Whether `grouped_mm` is one kernel there; elsewhere it loops over the experts, and waits for their sizes."""
-    return _generation(device) in (SM90, SM100) and hasattr(functional, "grouped_mm")
+    """Return whether `grouped_mm` is one kernel there; elsewhere it is a loop that waits for the experts' sizes."""
+    return _generation(device) in (SM90, SM100)
 
 
 def sizes_refused(fc1: torch.Tensor) -> list[str]:
-    """What of the shape `[experts, 2 * ffn, hidden]` that kernel does not take."""
+    """Return what that kernel does not take of the shape `[E, 2 * F, H]`."""
     experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
     multiple = f"is not a multiple of {KERNEL_MULTIPLE}"
     checks = {
@@ -56,109 +43,165 @@ def sizes_refused(fc1: torch.Tensor) -> list[str]:
 
 
 def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
-    """Whether experts with these weights go through one kernel."""
+    """Return whether experts with these weights go through one kernel."""
     return fc1.dtype == torch.bfloat16 and has_grouped_kernel(fc1.device) and not sizes_refused(fc1)
 
 
 def waits_for_sizes(fc1: torch.Tensor) -> bool:
-    """Whether experts with these weights have to be told on the host how many tokens each has."""
+    """Return whether the host has to know how many tokens each of these experts has."""
     return fc1.is_cuda and not takes_grouped_kernel(fc1)
 
 
 def grouped_swiglu(
-    tokens: torch.Tensor,
-    gates: torch.Tensor,
+    tokens_TH: torch.Tensor,
+    gates_P: torch.Tensor,
     fc1: torch.nn.Parameter,
     fc2: torch.nn.Parameter,
     tokens_per_expert: torch.Tensor,
-    order: Order = BY_EXPERT,
-    activation: Activation = PLAIN,
-    gives_gradient: bool = True,
+    order: Order,
+    backend: Backend,
 ) -> torch.Tensor:
-    """Each token's sum of `(gate · SiLU(x Wg) ⊙ x Wu) Wd` over its experts.
+    """Return each token's sum of `(gate · SiLU(x W_left) ⊙ x W_right) W_down` over its experts, `[T, H]`.
 
     Args:
-        tokens: x, `[num_tokens, hidden]`.
-        gates: `[pairs]`, sorted by expert.
-        fc1: `[experts, 2 * ffn, hidden]`, Wg and then Wu.
-        fc2: `[experts, hidden, ffn]`, Wd.
-        tokens_per_expert: int64 `[experts]`; if it is on a GPU, it is waited for, except with `takes_grouped_kernel`.
-        order: of the pairs; without one the tokens are the pairs, sorted by expert.
-        activation: what stands between the products.
-        gives_gradient: whether the weights get a gradient without values where the true one is in Megatron's buffer, so
-            that Megatron's hook sees one; of several calls in one forward pass one has to.
-
-    Returns:
-        `[num_tokens, hidden]`.
+        tokens_TH: x, `[T, H]`.
+        gates_P: `[P]`, sorted by expert.
+        fc1: `[E, 2 * F, H]`, W_left and then W_right.
+        fc2: `[E, H, F]`, W_down.
+        tokens_per_expert: integers `[E]`; waited for if they are on a GPU, except with `takes_grouped_kernel`.
+        order: of the pairs.
+        backend: computes what lies between the products.
     """
-    if len(gates) and takes_grouped_kernel(fc1):
-        if order.ends is None:
-            ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(tokens.device, non_blocking=True)
-            order = order._replace(ends=ends)
-        sizes = None if tokens_per_expert.is_cuda else tokens_per_expert.tolist()
-        return _GroupedSwiGLU.apply(tokens, gates, fc1, fc2, sizes, order, activation, gives_gradient)
-    sizes = tokens_per_expert.tolist() if len(gates) else [0] * len(fc1)
-    return BlockedSwiGLU.apply(tokens, gates, fc1, fc2, sizes, order, activation, gives_gradient)
+    products: OneByOne | OneKernel
+    if not len(gates_P):  # grouped_mm may refuse or hang on no rows at all
+        products = OneByOne([0] * len(fc1))
+    elif takes_grouped_kernel(fc1):
+        products = OneKernel(tokens_per_expert, tokens_TH.device)
+    else:
+        products = OneByOne(tokens_per_expert.tolist())
+    return _GroupedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, products, order, backend)
+
+
+class OneByOne:
+    """A product for each expert: for every device, type and size."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        """
+        Args:
+            sizes: pairs of each expert.
+        """
+        self.sizes = sizes
+
+    def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Multiply each expert's rows by its matrix: `[P, in]`, `[E, in, out]` → `[P, out]`."""
+        out = rows.new_empty(len(rows), weights.shape[2])
+        for part, weight, place in zip(rows.split(self.sizes), weights, out.split(self.sizes), strict=True):
+            torch.mm(part, weight, out=place)
+        return out
+
+    def outers(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return each expert's `left.T @ right`: `[P, out]`, `[P, in]` → `[E, out, in]`."""
+        outs = left.new_empty(len(self.sizes), left.shape[1], right.shape[1])
+        for out, a, b in zip(outs, left.split(self.sizes), right.split(self.sizes), strict=True):
+            torch.mm(a.T, b, out=out)
+        return outs
+
+    def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add them to `outs`, in its type."""
+        for out, a, b in zip(outs, left.split(self.sizes), right.split(self.sizes), strict=True):
+            if len(a):
+                add_outer(out, a, b)
+
+
+class OneKernel:
+    """PyTorch's `grouped_mm` for all experts at once, which takes their sizes from the device."""
+
+    def __init__(self, tokens_per_expert: torch.Tensor, device: torch.device) -> None:
+        """
+        Args:
+            tokens_per_expert: integers `[E]`, on the host or the device; not waited for.
+            device: where the weights are.
+        """
+        self.ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+        self.one_by_one = None if tokens_per_expert.is_cuda else OneByOne(tokens_per_expert.tolist())
+
+    def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As `OneByOne`'s."""
+        return functional.grouped_mm(rows, weights, offs=self.ends)
+
+    def outers(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """As `OneByOne`'s."""
+        outers = functional.grouped_mm(left.T, right, offs=self.ends)
+        if _generation(self.ends.device) == SM100:
+            # The kernel leaves something else than zeros for experts without pairs: pytorch/pytorch#172439.
+            outers.masked_fill_((self.ends.diff(prepend=self.ends.new_zeros(1)) == 0)[:, None, None], 0.0)
+        return outers
+
+    def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """As `OneByOne`'s, which adds large ones where the host knows the sizes."""
+        if self.one_by_one is None or outs[0].numel() < LARGE_MATRIX:
+            outs.add_(self.outers(left, right))
+        else:
+            self.one_by_one.add_outers(outs, left, right)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
-    """One kernel for all experts, which takes their sizes from the device; on the host they are None if not known."""
+    """Keeps only the tokens and the first product; weight gradients go into Megatron's buffer where it has one."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        tokens: torch.Tensor,
-        gates: torch.Tensor,
+        tokens_TH: torch.Tensor,
+        gates_P: torch.Tensor,
         fc1: torch.nn.Parameter,
         fc2: torch.nn.Parameter,
-        sizes: list[int] | None,
+        products: OneByOne | OneKernel,
         order: Order,
-        activation: Activation,
-        gives_gradient: bool,
+        backend: Backend,
     ) -> torch.Tensor:
-        ctx.sizes, ctx.activation, ctx.gives_gradient = sizes, activation, gives_gradient
-        ends = order.ends
-        hidden = functional.grouped_mm(take(tokens, order.token_index), fc1.transpose(1, 2), offs=ends)
-        ctx.save_for_backward(tokens, gates, hidden, *order)
+        ctx.products, ctx.order_type, ctx.backend = products, type(order), backend
         ctx.weights = fc1, fc2  # saved, they would come back without Megatron's buffer from a checkpointed part
-        pairs = functional.grouped_mm(activation.forward(hidden, gates), fc2.transpose(1, 2), offs=ends)
-        return sum_pairs(pairs, order, len(tokens))
+        hidden = products.multiply(order.take(tokens_TH), fc1.transpose(1, 2))
+        ctx.save_for_backward(tokens_TH, gates_P, hidden, *order)
+        pairs_PH = products.multiply(backend.activate(hidden, gates_P), fc2.transpose(1, 2))
+        return order.sum(pairs_PH, len(tokens_TH))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
-        tokens, gates, hidden, token_index, by_token, ends = ctx.saved_tensors
-        fc1, fc2 = ctx.weights
-        gradient = take(gradient, token_index).contiguous()
-        d_activated = functional.grouped_mm(gradient, fc2, offs=ends)
-        activated, d_hidden, d_gates = ctx.activation.backward(hidden, gates, d_activated)
-        rest = ends, ctx.sizes, ctx.gives_gradient
-        d_fc2 = _weight_gradient(fc2, gradient, activated, *rest)
-        d_fc1 = _weight_gradient(fc1, d_hidden, take(tokens, token_index), *rest)
-        d_pairs = functional.grouped_mm(d_hidden, fc1, offs=ends)
-        d_tokens = sum_pairs(d_pairs, Order(token_index, by_token, ends), len(tokens))
-        return d_tokens, d_gates, d_fc1, d_fc2, None, None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tokens_TH, gates_P, hidden, *of_order = ctx.saved_tensors
+        products, order, (fc1, fc2) = ctx.products, ctx.order_type(*of_order), ctx.weights
+        gradient_PH = order.take(gradient).contiguous()
+        d_activated = products.multiply(gradient_PH, fc2)
+        activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated)
+        d_fc2 = _weight_gradient(fc2, products, gradient_PH, activated)
+        d_fc1 = _weight_gradient(fc1, products, d_hidden, order.take(tokens_TH))
+        d_tokens = order.sum(products.multiply(d_hidden, fc1), len(tokens_TH))
+        return d_tokens, d_gates, d_fc1, d_fc2, None, None, None
 
 
 def _weight_gradient(
-    weight: torch.nn.Parameter,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    ends: torch.Tensor,
-    sizes: list[int] | None,
-    gives_gradient: bool,
+    weight: torch.nn.Parameter, products: OneByOne | OneKernel, left: torch.Tensor, right: torch.Tensor
 ) -> torch.Tensor | None:
-    """Each expert's `left.T @ right`, or what autograd is to have where it is in Megatron's buffer."""
+    """Return each expert's `left.T @ right`, or None where it was added to Megatron's buffer."""
     main_grad = main_grad_of(weight)
-    if main_grad is None or sizes is None or weight[0].numel() < LARGE_MATRIX:
-        return into_main_grad(weight, _outers(left, right, ends), gives_gradient)
-    add_outers(main_grad, left, right, sizes)
-    return gradient_is_in_main_grad(weight, gives_gradient)
+    if main_grad is None:
+        return products.outers(left, right)
+    products.add_outers(main_grad, left, right)
+    mark_as_added(weight)
+    return None
 
 
-def _outers(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Each expert's `left.T @ right`: `[pairs, out]`, `[pairs, in]` → `[experts, out, in]`."""
-    outers = functional.grouped_mm(left.T, right, offs=ends)
-    if _generation(ends.device) == SM100:
-        # The kernel leaves something else than zeros for experts without pairs: pytorch/pytorch#172439.
-        outers.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0.0)
-    return outers
+class SwiGLU(torch.autograd.Function):
+    """SwiGLU with gates for experts whose products are not ours: `hidden`, `gates`, backend → `[P, F]`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, gates_P: torch.Tensor, backend: Backend) -> torch.Tensor:
+        ctx.save_for_backward(hidden, gates_P)
+        ctx.backend = backend
+        return backend.activate(hidden, gates_P)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        # The gradient comes from the second product, and nobody else reads it: it may be used up.
+        _, d_hidden, d_gates = ctx.backend.activate_backward(*ctx.saved_tensors, gradient)
+        return d_hidden, d_gates, None

@@ -1,4 +1,7 @@
-"""All-to-all dispatch for a number of experts that varies from token to token."""
+"""All-to-all dispatch for a number of experts that varies from token to token.
+
+T tokens on this rank, E experts in all, P pairs (of a token here and an expert that is active for it), H hidden size.
+"""
 
 from typing import Any
 
@@ -7,43 +10,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.remoe.kernels import wants_kernels
-from megatron.remoe.local.swiglu import Order, sum_pairs, take
+from megatron.remoe.kernels.backend import Order, backend_of
 from megatron.remoe.moe.plan import DispatchPlan, Ranks, count_pairs, plan_dispatch
 
 
-class _TakenRows(torch.autograd.Function):
-    """`index_select`, whose gradient PyTorch would add up in the tokens' type."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, order: Order) -> torch.Tensor:
-        ctx.save_for_backward(*order)
-        ctx.num_tokens = len(tokens)
-        return take(tokens, order.token_index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return sum_pairs(gradient, Order(*ctx.saved_tensors), ctx.num_tokens), None
-
-
-class _SumOfRows(torch.autograd.Function):
-    """`index_add`, of which PyTorch would keep the summands for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, summands: torch.Tensor, order: Order, num_tokens: int) -> torch.Tensor:
-        ctx.save_for_backward(order.token_index)
-        return sum_pairs(summands, order, num_tokens)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return take(gradient, *ctx.saved_tensors), None, None
-
-
 class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all dispatcher by a plan that has the pairs in the experts' order: nothing is sorted.
+    """Megatron's all-to-all dispatcher, between a permutation and its inverse that go by a plan: nothing is sorted.
 
-    The layer hands the plan over. Megatron's schedules that call a layer's steps one by one have none: then it is made
-    here, and kept until the tokens are combined.
+    The layer calls `permute`, Megatron's steps from `token_dispatch` to `token_combine`, and `unpermute`.
     """
 
     def __init__(
@@ -54,71 +28,100 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
-        self.ranks, self.kernels = Ranks.of(pg_collection), wants_kernels(config)
+        self.ranks, self.backend = Ranks.of(pg_collection), backend_of(config)
         self._plan: DispatchPlan | None = None
 
-    def dispatch_preprocess(
-        self,
-        hidden_states: torch.Tensor,
-        routing_map: torch.Tensor,
-        probs: torch.Tensor,
-        plan: DispatchPlan | None = None,
+    def permute(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, plan: DispatchPlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the tokens and gates into the order of the experts.
+        """Put tokens and gates into the order of the experts, and the plan's sizes where Megatron's steps read them.
 
         Args:
-            hidden_states: `[sequence, batch, hidden]`.
-            routing_map: bool `[num_tokens, num_experts]`.
-            probs: `[num_tokens, num_experts]`.
-            plan: of this routing map; None makes one.
+            hidden_states: `[sequence, batch, H]`.
+            probs_TE: `[T, E]`.
+            plan: of these tokens.
 
         Returns:
-            `[pairs, hidden]` and `[pairs]`.
+            `[P, H]` and `[P]`.
         """
-        if plan is None:
-            counts = count_pairs(routing_map, 1, self.ranks, self.kernels)[0]
-            plan = self._plan = plan_dispatch(probs, routing_map, counts, self.ranks, self.kernels)
-        # What Megatron's steps between this and the sum go by.
-        self.hidden_shape, self.probs = hidden_states.shape, probs
-        self.tokens_per_expert = plan.tokens_per_expert
-        if plan.exchange is not None:
-            self.input_splits, self.output_splits = plan.exchange.sent.numpy(), plan.exchange.received.numpy()
-            self.output_splits_tp = plan.exchange.gathered.numpy()
-            self.num_global_tokens_per_local_expert = plan.exchange.per_expert
+        self.hidden_shape, self.probs = hidden_states.shape, probs_TE
+        self.tokens_per_expert = plan.counts.tokens_per_expert
+        if (exchange := plan.counts.exchange) is not None:
+            self.input_splits, self.output_splits = exchange.sent.numpy(), exchange.received.numpy()
+            self.output_splits_tp = exchange.gathered.numpy()
+            self.num_global_tokens_per_local_expert = exchange.per_expert
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
-        tokens = hidden_states.view(-1, self.hidden_shape[-1])
-        return _TakenRows.apply(tokens, plan.order), plan.gates
+        return _Take.apply(hidden_states.view(-1, self.hidden_shape[-1]), plan.order), plan.gates_P
+
+    def unpermute(self, pairs_PH: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+        """Sum each token's pairs.
+
+        Args:
+            pairs_PH: `[P, H]`, the experts' outputs.
+            plan: that of `permute`.
+
+        Returns:
+            `[sequence, batch, H]`.
+        """
+        output = _Sum.apply(pairs_PH, plan.order, self.hidden_shape[:-1].numel()).view(self.hidden_shape)
+        if self.shared_experts is not None:
+            output += self.shared_experts.get_output()
+        return output
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As Megatron's; where one rank has all experts, the rows are in their order already."""
+        """Do as Megatron's; where one rank has all experts, the rows are in their order already."""
         if self.ranks.is_alone:
             return global_input_tokens, self.tokens_per_expert, global_probs
         return super().dispatch_postprocess(global_input_tokens, global_probs)
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As Megatron's; where one rank has all experts, there is nothing to do."""
+        """Do as Megatron's; where one rank has all experts, there is nothing to do."""
         return hidden_states if self.ranks.is_alone else super().combine_preprocess(hidden_states)
 
-    def combine_postprocess(
-        self, permutated_local_input_tokens: torch.Tensor, plan: DispatchPlan | None = None
-    ) -> torch.Tensor:
-        """Sum each token's rows.
+    # Megatron's names of the first step and the last, for its schedules that call a layer's steps one by one. As in
+    # its own dispatchers, what the last has to know is kept here in between.
 
-        Args:
-            permutated_local_input_tokens: `[pairs, hidden]`, the experts' outputs.
-            plan: by which they were dispatched, if one was given then.
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count, plan and `permute`."""
+        (counts,) = count_pairs(routing_map, self.ranks, self.backend)
+        self._plan = plan_dispatch(probs, routing_map, counts, self.backend)
+        return self.permute(hidden_states, probs, self._plan)
 
-        Returns:
-            `[sequence, batch, hidden]`.
-        """
-        if plan is None:
-            plan, self._plan = self._plan, None
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        """`unpermute` by the plan of `dispatch_preprocess`."""
+        plan, self._plan = self._plan, None
         assert plan is not None
-        sums = _SumOfRows.apply(permutated_local_input_tokens, plan.order, self.hidden_shape[:-1].numel())
-        output = sums.view(self.hidden_shape)
-        if self.shared_experts is not None:
-            output += self.shared_experts.get_output()
-        return output
+        return self.unpermute(permutated_local_input_tokens, plan)
+
+
+class _Take(torch.autograd.Function):
+    """`order.take`, whose gradient PyTorch would add up in the tokens' type."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TH: torch.Tensor, order: Order) -> torch.Tensor:
+        ctx.save_for_backward(*order)
+        ctx.order_type, ctx.num_tokens = type(order), len(tokens_TH)
+        return order.take(tokens_TH)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.order_type(*ctx.saved_tensors).sum(gradient, ctx.num_tokens), None
+
+
+class _Sum(torch.autograd.Function):
+    """`order.sum`, of which PyTorch would keep the summands for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, pairs_PH: torch.Tensor, order: Order, num_tokens: int) -> torch.Tensor:
+        ctx.save_for_backward(*order)
+        ctx.order_type = type(order)
+        return order.sum(pairs_PH, num_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.order_type(*ctx.saved_tensors).take(gradient), None, None

@@ -6,32 +6,20 @@ import torch
 
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.typed_torch import apply_module
+from megatron.remoe.kernels.backend import backend_of
 from megatron.remoe.local.experts import takes_grouped_experts
-from megatron.remoe.local.swiglu import Activation
-
-
-class _SwiGLU(torch.autograd.Function):
-    """SwiGLU with gates; Megatron's is for torch.compile, to which each new number of pairs is another shape."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, gates: torch.Tensor, activation: Activation) -> torch.Tensor:
-        ctx.save_for_backward(hidden, gates)
-        ctx.activation = activation
-        return activation.forward(hidden, gates)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        # What the second product gives back is nobody else's, and may be used up.
-        _, d_hidden, d_gates = ctx.activation.backward(*ctx.saved_tensors, gradient)
-        return d_hidden, d_gates, None
+from megatron.remoe.local.grouped_swiglu import SwiGLU
 
 
 class EngineExperts(TEGroupedMLP):
-    """Megatron's experts of Transformer Engine, the same layers and checkpoints."""
+    """Megatron's experts of Transformer Engine, the same layers and checkpoints.
+
+    Megatron's SwiGLU is for torch.compile, to which each new number of pairs is another shape; ours takes any.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.activation = Activation.of(self.config)
+        self.backend = backend_of(self.config)
         recomputed = self.config.recompute_granularity == "selective" and "moe_act" in self.config.recompute_modules
         rest = self.config.use_transformer_engine_op_fuser or self.config.moe_mlp_glu_interleave_size is not None
         offloaded = self.config.fine_grained_activation_offloading or self.config.activation_func_fp8_input_store
@@ -45,20 +33,20 @@ class EngineExperts(TEGroupedMLP):
         permuted_probs: torch.Tensor,
         *buffers: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron's.
+        """Apply each expert to its pairs; what is not plain SwiGLU is left to Megatron's.
 
         Args:
-            permuted_local_hidden_states: `[pairs, hidden]`, sorted by local expert.
-            tokens_per_expert: int64 `[local experts]`, on the host.
-            permuted_probs: `[pairs]`, the gates.
-            buffers: as Megatron's.
+            permuted_local_hidden_states: `[P, H]`, sorted by local expert.
+            tokens_per_expert: int64 `[L]`, on the host.
+            permuted_probs: `[P]`, the gates.
+            buffers: Megatron's.
 
         Returns:
-            `[pairs, hidden]`, and no bias.
+            `[P, H]`, and no bias.
         """
         if not self.is_plain:
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, *buffers)
         sizes = tokens_per_expert.tolist()
         hidden, _ = apply_module(self.linear_fc1)(permuted_local_hidden_states, sizes)
-        output, _ = apply_module(self.linear_fc2)(_SwiGLU.apply(hidden, permuted_probs, self.activation), sizes)
+        output, _ = apply_module(self.linear_fc2)(SwiGLU.apply(hidden, permuted_probs, self.backend), sizes)
         return output, None

@@ -1,4 +1,11 @@
-"""Megatron's MoE layer for a varying number of experts per token, in bounded memory while there are many."""
+"""Megatron's MoE layer for a varying number of experts per token, in bounded memory while there are many.
+
+T tokens (sequence x batch), E experts, P pairs (of a token and an expert that is active for it), H hidden size.
+
+    route → count → for each chunk of tokens: plan → dispatch → experts → combine
+
+At the target sparsity there is one chunk.
+"""
 
 from functools import partial
 from typing import Any
@@ -8,34 +15,26 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.remoe.kernels import wants_kernels
+from megatron.remoe.kernels.backend import backend_of
 from megatron.remoe.local.experts import GroupedExperts
 from megatron.remoe.local.grouped_swiglu import waits_for_sizes
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
-from megatron.remoe.moe.plan import Counts, Ranks, count_bounded, count_pairs, plan_dispatch, plan_known
-
-
-class _OwnGradient(torch.autograd.Function):
-    """Nothing, but its gradient is a copy: the allgather dispatcher gives that of every chunk in the same buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.view_as(tokens)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.clone()
+from megatron.remoe.moe.plan import Counts, Ranks, count_bounded, count_known, count_pairs, plan_dispatch
 
 
 class ReMoELayer(MoELayer):
     """`MoELayer` that takes any routing map; its router comes with `submodules`, and may be Megatron's too.
 
     While routing is dense it works through its tokens in chunks, whose activations are computed again in the backward
-    pass, so that it never holds more token-expert pairs than `moe_relu_activation_limit` times those of the target.
+    pass, so that it never holds more pairs than `moe_relu_activation_limit` times those of the target.
+
+    Attributes:
+        pairs_limit: that bound in pairs per token; 0 for none.
     """
 
     def __init__(
@@ -49,29 +48,33 @@ class ReMoELayer(MoELayer):
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        self.ranks = Ranks.of(pg_collection)
-        self.kernels = wants_kernels(config)
-        self.is_planned = takes_plans(config)
-        if self.is_planned:
+        self.ranks, self.backend = Ranks.of(pg_collection), backend_of(config)
+        is_topk = type(self.router) is TopKRouter
+        self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
+        self._count_whole = partial(count_pairs, ranks=self.ranks, backend=self.backend)
+        self._run_experts = self._by_megatron
+        if takes_plans(config):
+            self._run_experts = self._by_exchange
             self.token_dispatcher = PlannedAlltoAllDispatcher(
                 self.num_local_experts, self.local_expert_indices, config, pg_collection
             )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
-        self.has_grouped_experts = isinstance(self.experts, GroupedExperts)
-        is_alone = self.is_planned and self.ranks.is_alone
-        self.experts_gather = is_alone and self.has_grouped_experts and not self.shared_expert_overlap
-        # Top-k routers without dropped tokens, and experts that need no sizes on the host: nothing has to be counted
-        # where no rank is told of it.
-        varies = type(self.router) is not TopKRouter
-        self.pairs_limit = _pairs_limit(config) if varies else 0.0
-        has_fixed_topk = not varies and config.moe_expert_capacity_factor is None
-        takes_any_sizes = self.has_grouped_experts and not waits_for_sizes(self.experts.fc1)
-        self.known_topk = config.moe_router_topk if is_alone and has_fixed_topk and takes_any_sizes else None
+            if self.ranks.is_alone and isinstance(self.experts, GroupedExperts):
+                if not self.shared_expert_overlap:
+                    self._run_experts = self._in_place
+                if is_topk and config.moe_expert_capacity_factor is None and not waits_for_sizes(self.experts.fc1):
+                    self._count_whole = partial(count_known, backend=self.backend, topk=config.moe_router_topk)
         for parameter in self.experts.parameters():
             # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
             # the optimizer's state from a checkpoint without.
             parameter.allreduce = False
+        if isinstance(self.experts, SequentialMLP):
+            for expert in self.experts.local_experts:
+                if isinstance(expert.linear_fc2, tensor_parallel.RowParallelLinear):
+                    # Megatron adds the bias in place to the result of a reduction. Over one rank that returns its
+                    # input, which autograd does not let anybody change; so leave such a reduction out.
+                    expert.linear_fc2.explicit_expert_comm = True
 
     def forward(
         self,
@@ -80,25 +83,25 @@ class ReMoELayer(MoELayer):
         padding_mask: torch.Tensor | None = None,
         **for_router: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron's.
+        """Route the tokens, and return the sum of their experts.
 
         Args:
-            hidden_states: `[sequence, batch, hidden]`.
-            intermediate_tensors: as Megatron's, for parts of the layer in CUDA graphs.
+            hidden_states: `[sequence, batch, H]`.
+            intermediate_tensors: Megatron's, for parts of the layer in CUDA graphs.
             padding_mask: bool `[batch, sequence]`, True at padding.
-            for_router: what some versions of Megatron hand to the router besides.
+            for_router: further arguments that some versions of Megatron hand to the router.
 
         Returns:
-            `[sequence, batch, hidden]` and no bias.
+            `[sequence, batch, H]` and no bias.
 
         Raises:
             ValueError: in training with tensor parallelism and without sequence parallelism.
         """
         in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
-        if not self.pairs_limit and (in_graphs or not self.is_planned):
+        if not self.pairs_limit and (in_graphs or self._run_experts == self._by_megatron):
             return super().forward(hidden_states, intermediate_tensors, padding_mask, **for_router)
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
-            raise ValueError("MoE layers with tensor parallelism train with sequence parallelism alone.")
+            raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
         forward = partial(self._forward, for_router)
@@ -110,107 +113,90 @@ class ReMoELayer(MoELayer):
         self, for_router: dict[str, Any], hidden_states: torch.Tensor, padding_mask: torch.Tensor | None
     ) -> torch.Tensor:
         shared_expert_output = self.shared_experts_compute(hidden_states)
-        probs, routing_map = self.route(hidden_states, padding_mask, **for_router)
-        counts = self._count(routing_map)
+        probs_TE, map_TE = self.route(hidden_states, padding_mask, **for_router)
+        counts = self._count(map_TE)
         if len(counts) == 1:
-            output = self._routed(hidden_states, probs, routing_map, counts[0])
+            output = self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
         else:
-            tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
-            # One that is re-entrant would give the experts' gradients, and reduce them, chunk by chunk.
-            run = partial(
-                checkpoint,
-                self._routed_chunk,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                # HybridEP's manager keeps a dispatch's sizes until its tokens are combined.
-                early_stop=self.config.moe_token_dispatcher_type != "flex",
-            )
-            wholes = (whole.tensor_split(len(counts)) for whole in (tokens, probs, routing_map))
-            outputs = [run(*part, number == 0) for number, part in enumerate(zip(*wholes, counts, strict=True))]
-            output = torch.cat(outputs).view_as(hidden_states)
+            output = self._run_chunks(hidden_states, probs_TE, map_TE, counts)
         return output if shared_expert_output is None else output + shared_expert_output
 
-    def _count(self, routing_map: torch.Tensor) -> list[Counts] | list[None]:
-        """`count_pairs` for each chunk, as many as the bound asks for; one None where nothing has to be counted."""
+    def _count(self, map_TE: torch.Tensor) -> list[Counts]:
+        """Count the pairs of each chunk of tokens, of which there are as many as the bound asks for."""
         if self.pairs_limit:
-            return count_bounded(routing_map, self.pairs_limit, self.ranks, self.kernels)
-        return [None] if self.known_topk else count_pairs(routing_map, 1, self.ranks, self.kernels)
+            return count_bounded(map_TE, self.ranks, self.backend, self.pairs_limit)
+        return self._count_whole(map_TE)
 
-    def _routed(
-        self,
-        hidden_states: torch.Tensor,
-        probs: torch.Tensor,
-        routing_map: torch.Tensor,
-        counts: Counts | None,
-        gives_gradient: bool = True,
+    def _run_chunks(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]
     ) -> torch.Tensor:
-        """`[sequence, batch, hidden]` → the experts' sum, of that shape.
+        """Run the experts chunk by chunk, and each chunk again in the backward pass."""
 
-        Args:
-            hidden_states, probs, routing_map: of all tokens or of a chunk.
-            counts: of this routing map; None where nothing has to be counted.
-            gives_gradient: see `grouped_swiglu`.
-        """
-        if not self.is_planned:
-            tokens, gates = self.preprocess(hidden_states, probs, routing_map)
-            return self.postprocess(self._exchanged(tokens, gates, gives_gradient), None)
-        if counts is None:
-            assert self.known_topk is not None
-            plan = plan_known(probs, routing_map, self.known_topk, self.kernels)
-        else:
-            plan = plan_dispatch(probs, routing_map, counts, self.ranks, self.kernels)
-        if self.experts_gather:
-            tokens = hidden_states.view(-1, hidden_states.shape[-1])
-            output, _ = self.experts(tokens, plan.tokens_per_expert, plan.gates, plan.order, gives_gradient)
-            return output.view_as(hidden_states)
-        tokens, gates = self.token_dispatcher.dispatch_preprocess(hidden_states, routing_map, probs, plan)
-        return self.token_dispatcher.combine_postprocess(self._exchanged(tokens, gates, gives_gradient), plan)
+        def run_chunk(tokens: torch.Tensor, *chunk: Any) -> torch.Tensor:
+            return self._run_experts(_OwnGradient.apply(tokens), *chunk)
 
-    def _exchanged(self, tokens: torch.Tensor, gates: torch.Tensor, gives_gradient: bool) -> torch.Tensor:
-        """`[pairs, hidden]`, `[pairs]` → what the experts of all ranks make of them, `[pairs, hidden]`."""
-        tokens, gates = self.dispatch(tokens, gates)
-        output, _ = self.routed_experts_compute(tokens, gates, gives_gradient)
-        return self.combine(output)
+        run = partial(
+            checkpoint,
+            run_chunk,
+            # A re-entrant checkpoint would reduce the experts' gradients once per chunk.
+            use_reentrant=False,
+            preserve_rng_state=False,
+            # HybridEP's manager keeps a dispatch's sizes until its tokens are combined.
+            early_stop=self.config.moe_token_dispatcher_type != "flex",
+        )
+        tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
+        chunks = (whole.tensor_split(len(counts)) for whole in (tokens, probs_TE, map_TE))
+        return torch.cat([run(*chunk) for chunk in zip(*chunks, counts, strict=True)]).view_as(hidden_states)
 
-    def routed_experts_compute(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor, gives_gradient: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron's.
+    # Three ways through the experts, `[sequence, batch, H]` → the same shape. One is chosen when the layer is built.
 
-        Args:
-            hidden_states: `[pairs, hidden]` from the dispatcher.
-            probs: `[pairs]`.
-            gives_gradient: see `grouped_swiglu`; other experts do without.
-
-        Returns:
-            `[pairs, hidden]`, and no bias.
-        """
-        if not self.has_grouped_experts:
-            return super().routed_experts_compute(hidden_states, probs)
-        tokens, tokens_per_expert, gates = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
-        output, _ = self.experts(tokens, tokens_per_expert, gates, gives_gradient=gives_gradient)
-        return self.token_dispatcher.combine_preprocess(output), None
-
-    def _routed_chunk(
-        self,
-        tokens: torch.Tensor,
-        probs: torch.Tensor,
-        routing_map: torch.Tensor,
-        counts: Counts,
-        is_first: bool,
+    def _in_place(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
     ) -> torch.Tensor:
-        # The first chunk's backward pass is the last one.
-        return self._routed(_OwnGradient.apply(tokens), probs, routing_map, counts, gives_gradient=is_first)
+        """Let the experts read the tokens where they are, and add to their sums: this rank has all experts."""
+        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend)
+        tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
+        output, _ = self.experts(tokens_TH, counts.tokens_per_expert, plan.gates_P, plan.order)
+        return output.view_as(hidden_states)
+
+    def _by_exchange(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        """Send the pairs to the ranks of their experts and back, by a plan."""
+        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend)
+        pairs_PH, gates_P = self.token_dispatcher.permute(hidden_states, probs_TE, plan)
+        output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
+        return self.token_dispatcher.unpermute(self.combine(output), plan)
+
+    def _by_megatron(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        """Let Megatron's dispatcher send them, which counts for itself."""
+        pairs_PH, gates_P = self.preprocess(hidden_states, probs_TE, map_TE)
+        output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
+        return self.postprocess(self.combine(output), None)
+
+
+class _OwnGradient(torch.autograd.Function):
+    """Identity whose gradient is a copy: the allgather dispatcher writes that of every chunk into the same buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.clone()
 
 
 def takes_plans(config: TransformerConfig) -> bool:
-    """Whether tokens go by a plan; Megatron's own dispatchers are right for the rest."""
+    """Return whether tokens go by a plan; Megatron's own dispatchers are right for the rest."""
     permutes = config.moe_permute_fusion or config.moe_router_padding_for_quantization
     return config.moe_token_dispatcher_type == "alltoall" and not (permutes or config.moe_pad_expert_input_to_capacity)
 
 
 def _pairs_limit(config: TransformerConfig) -> float:
-    """The bound on activations in pairs per token; 0 where there is none, or none that could be exceeded."""
+    """Return the bound on activations in pairs per token; 0 where there is none, or none that could be exceeded."""
     pairs = getattr(config, "moe_relu_activation_limit", 0.0) * config.moe_router_topk
     assert config.num_moe_experts is not None
     return pairs if pairs < config.num_moe_experts else 0.0

@@ -1,4 +1,8 @@
-"""Who sends how many token-expert pairs to whom, found out once and handed to dispatch, experts and combination."""
+"""Who sends how many pairs to whom: counted once for each layer and step, and handed to dispatch, experts and combine.
+
+T tokens on this rank, E experts in all, L of them on this rank, P pairs (of a token here and an expert that is active
+for it), C chunks of tokens, R ranks that exchange tokens.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +11,7 @@ import torch
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.remoe.local.swiglu import Order
+from megatron.remoe.kernels.backend import Backend, Order
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Ranks:
 
     @classmethod
     def of(cls, groups: ProcessGroupCollection) -> "Ranks":
-        """Those of the groups `tp_ep`, `ep` and `expt_tp`."""
+        """Return those of the groups `tp_ep`, `ep` and `expt_tp`."""
         return cls(groups.tp_ep, groups.ep.size(), groups.ep.rank(), groups.expt_tp.size(), groups.expt_tp.rank())
 
     @property
@@ -33,13 +37,13 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the collectives of a dispatch are told, on the host.
+    """The sizes that the collectives of a dispatch take, on the host.
 
     Attributes:
         sent: int64 `[ep]`, pairs that this rank sends to each slice of experts.
-        received: int64 `[ep]`, pairs that it gets from each.
+        received: int64 `[ep]`, pairs that it receives from each.
         gathered: int64 `[tp]`, pairs that each of the ranks with the same experts then has.
-        per_expert: int64 `[ep * tp, local experts]`, what each rank's tokens bring to each expert here.
+        per_expert: int64 `[R, L]`, pairs that each rank's tokens bring to each expert here.
     """
 
     sent: torch.Tensor
@@ -49,143 +53,135 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class DispatchPlan:
-    """The way of a layer's tokens, or of one chunk of them, to their experts.
+class Counts:
+    """The numbers of pairs of a layer's tokens, or of one chunk of them.
 
     Attributes:
-        order: of the pairs.
-        gates: `[pairs]`.
-        tokens_per_expert: int `[local experts]`, the pairs that arrive; on the host, unless nothing was waited for.
+        num_pairs: P.
+        tokens_per_expert: integers `[L]`, the pairs that arrive at each expert here; on the host, unless nothing was
+            waited for.
         exchange: None where one rank has all experts.
+        counted: what the backend's `plan` goes by.
     """
 
-    order: Order
-    gates: torch.Tensor
+    num_pairs: int
     tokens_per_expert: torch.Tensor
     exchange: Exchange | None
+    counted: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What is counted of a layer's tokens, or of one chunk of them, before they are planned.
+class DispatchPlan:
+    """The way of a layer's tokens, or of one chunk of them, to their experts and back.
 
     Attributes:
-        pairs: int64 `[ranks, num_experts]` on the host, tokens that each rank sends to each expert.
-        blocks: of `kernels.plan.count_blocks`, this rank's; None without kernels.
+        order: of the pairs.
+        gates_P: `[P]`, through which gradients flow.
+        counts: what it was made by.
     """
 
-    pairs: torch.Tensor
-    blocks: torch.Tensor | None
+    order: Order
+    gates_P: torch.Tensor
+    counts: Counts
 
 
-def count_pairs(routing_map: torch.Tensor, chunks: int, ranks: Ranks, kernels: bool = False) -> list[Counts]:
-    """How many tokens each rank sends to each expert. Waits for the device, once.
+def count_pairs(map_TE: torch.Tensor, ranks: Ranks, backend: Backend) -> list[Counts]:
+    """Count the tokens that each rank sends to each expert; waits for the device, once.
 
     Args:
-        routing_map: bool `[num_tokens, num_experts]`.
-        chunks: into how many parts of about equal length the tokens are cut.
+        map_TE: bool `[T, E]`.
         ranks: all of which have to call it.
-        kernels: whether Triton's count.
+        backend: counts, and plans by it later.
 
     Returns:
-        Those of each chunk.
+        One `Counts`, of all tokens.
     """
-    maps = routing_map.tensor_split(chunks)
-    blocks: list[torch.Tensor | None] = [None] * chunks
-    if kernels:
-        from megatron.remoe.kernels.plan import count_blocks
-
-        counted = [count_blocks(part) for part in maps]
-        blocks, parts = [*counted], [_sum_blocks(counts) for counts in counted]
-    else:
-        parts = [part.sum(dim=0) for part in maps]
-    counts = torch.stack(parts) if chunks > 1 else parts[0].unsqueeze(0)
-    if not ranks.is_alone:
-        counts = gather_from_sequence_parallel_region(counts, group=ranks.group)
-    pairs = counts.view(ranks.ep * ranks.tp, chunks, -1).transpose(0, 1).cpu().long()
-    return [Counts(*chunk) for chunk in zip(pairs, blocks, strict=True)]
+    pairs_CRE, counted = read_pairs(map_TE, 1, ranks, backend)
+    return _counts_of(pairs_CRE, counted, ranks)
 
 
-def _sum_blocks(counts: torch.Tensor) -> torch.Tensor:
-    """Of `kernels.plan.count_blocks`; another type than theirs would be one launch more."""
-    return counts.sum(dim=1, dtype=counts.dtype)
-
-
-def count_bounded(
-    routing_map: torch.Tensor, pairs_per_token: float, ranks: Ranks, kernels: bool = False
-) -> list[Counts]:
-    """As `count_pairs`, in the smallest number of chunks found in which no rank sends or receives too many pairs.
+def count_bounded(map_TE: torch.Tensor, ranks: Ranks, backend: Backend, pairs_per_token: float) -> list[Counts]:
+    """Count as `count_pairs`, in so many chunks that no rank sends or receives too many pairs at once.
 
     Args:
-        routing_map: bool `[num_tokens, num_experts]`.
+        map_TE, ranks, backend: as `count_pairs`'s.
         pairs_per_token: the bound, in units of a rank's number of tokens.
-        ranks: all of which have to call it.
-        kernels: whether Triton's count.
+
+    Returns:
+        The `Counts` of each chunk; chunks are cut as by `tensor_split`.
     """
-    num_tokens = routing_map.shape[0]
+    num_tokens = len(map_TE)
     limit, chunks = pairs_per_token * num_tokens, 1
     while True:
-        counts = count_pairs(routing_map, chunks, ranks, kernels)
+        pairs_CRE, counted = read_pairs(map_TE, chunks, ranks, backend)
         # A rank has the experts of one slice, and the tokens of its tensor parallel partners.
-        pairs = torch.stack([chunk.pairs for chunk in counts])
-        received = pairs.sum(dim=1).view(chunks, ranks.ep, -1).sum(dim=2) / ranks.tp
-        most = max(pairs.sum(dim=2).flatten().tolist() + received.flatten().tolist())
+        received = pairs_CRE.sum(dim=1).view(chunks, ranks.ep, -1).sum(dim=2) / ranks.tp
+        most = max(pairs_CRE.sum(dim=2).flatten().tolist() + received.flatten().tolist())
         if most <= limit or chunks == num_tokens:
-            return counts
+            return _counts_of(pairs_CRE, counted, ranks)
         chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * most / limit)))
 
 
-def plan_dispatch(
-    probs: torch.Tensor, routing_map: torch.Tensor, counts: Counts, ranks: Ranks, kernels: bool = False
-) -> DispatchPlan:
-    """The plan of a routing map whose counts are known.
+def count_known(map_TE: torch.Tensor, backend: Backend, topk: int) -> list[Counts]:
+    """Count where each token has `topk` experts and one rank has all of them; waits for nothing.
 
     Args:
-        probs: `[num_tokens, num_experts]`.
-        routing_map: bool `[num_tokens, num_experts]`.
-        counts: of `count_pairs`, for this map.
-        ranks: that it was counted on.
-        kernels: whether Triton's make it.
+        map_TE, backend: as `count_pairs`'s.
+        topk: experts of each token.
+
+    Returns:
+        One `Counts`, of all tokens.
     """
-    # The group's ranks go through tensor parallelism first.
-    sent = counts.pairs.view(ranks.ep, ranks.tp, -1).transpose(0, 1)
-    mine = sent[ranks.tp_rank, ranks.ep_rank]
-    received = sent.unflatten(2, (ranks.ep, -1))[:, :, ranks.ep_rank]
-    exchange = None
+    tokens_per_expert, counted = backend.count(map_TE)
+    return [Counts(len(map_TE) * topk, tokens_per_expert, None, counted)]
+
+
+def read_pairs(
+    map_TE: torch.Tensor, chunks: int, ranks: Ranks, backend: Backend
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Read the pairs of all ranks by chunk and expert from the device: the one wait.
+
+    Args:
+        map_TE, ranks, backend: as `count_pairs`'s.
+        chunks: C.
+
+    Returns:
+        int64 `[C, R, E]` on the host, and of each chunk what the backend counted here.
+    """
+    counts, counted = zip(*(backend.count(part) for part in map_TE.tensor_split(chunks)), strict=True)
+    pairs_CE = torch.stack(counts) if chunks > 1 else counts[0].unsqueeze(0)
     if not ranks.is_alone:
-        exchange = Exchange(
-            sent=mine.view(ranks.ep, -1).sum(dim=1),
-            received=received[ranks.tp_rank].sum(dim=1),
-            gathered=received.sum(dim=(1, 2)),
-            per_expert=received.flatten(0, 1),
-        )
-    arriving = received.sum(dim=(0, 1))
-    return _plan(probs, routing_map, sum(mine.tolist()), arriving, counts.blocks, exchange, kernels)
+        pairs_CE = gather_from_sequence_parallel_region(pairs_CE, group=ranks.group)
+    return pairs_CE.view(ranks.ep * ranks.tp, chunks, -1).transpose(0, 1).cpu().long(), list(counted)
 
 
-def plan_known(probs: torch.Tensor, routing_map: torch.Tensor, topk: int, kernels: bool = False) -> DispatchPlan:
-    """The plan where each token has `topk` experts and one rank has all of them: nothing is waited for."""
-    return _plan(probs, routing_map, len(routing_map) * topk, None, None, None, kernels)
+def _counts_of(pairs_CRE: torch.Tensor, counted: list[torch.Tensor], ranks: Ranks) -> list[Counts]:
+    found = []
+    for pairs_RE, of_backend in zip(pairs_CRE, counted, strict=True):
+        # The group's ranks go through tensor parallelism first.
+        sent = pairs_RE.view(ranks.ep, ranks.tp, -1).transpose(0, 1)
+        own_E = sent[ranks.tp_rank, ranks.ep_rank]
+        received = sent.unflatten(2, (ranks.ep, -1))[:, :, ranks.ep_rank]
+        exchange = None
+        if not ranks.is_alone:
+            exchange = Exchange(
+                sent=own_E.view(ranks.ep, -1).sum(dim=1),
+                received=received[ranks.tp_rank].sum(dim=1),
+                gathered=received.sum(dim=(1, 2)),
+                per_expert=received.flatten(0, 1),
+            )
+        found.append(Counts(sum(own_E.tolist()), received.sum(dim=(0, 1)), exchange, of_backend))
+    return found
 
 
-def _plan(
-    probs: torch.Tensor,
-    routing_map: torch.Tensor,
-    num_pairs: int,
-    tokens_per_expert: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    exchange: Exchange | None,
-    kernels: bool,
-) -> DispatchPlan:
-    """`tokens_per_expert` and `blocks` are None where nothing was counted before."""
-    if kernels:
-        from megatron.remoe.kernels.plan import count_blocks, fill
+def plan_dispatch(probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts, backend: Backend) -> DispatchPlan:
+    """Make the plan of a routing map.
 
-        blocks = count_blocks(routing_map) if blocks is None else blocks
-        *order, gates = fill(probs, routing_map, blocks, num_pairs)
-        arriving = _sum_blocks(blocks) if tokens_per_expert is None else tokens_per_expert
-        return DispatchPlan(Order(*order), gates, arriving, exchange)
-    expert_index, token_index = torch.nonzero_static(routing_map.T, size=num_pairs).unbind(dim=1)
-    gates = probs.reshape(-1).gather(0, token_index * probs.shape[1] + expert_index)
-    arriving = routing_map.sum(dim=0) if tokens_per_expert is None else tokens_per_expert
-    return DispatchPlan(Order(token_index), gates, arriving, exchange)
+    Args:
+        probs_TE: `[T, E]`, the gates.
+        map_TE: bool `[T, E]`.
+        counts: of this map, by this backend.
+        backend: see there.
+    """
+    order, gates_P = backend.plan(probs_TE, map_TE, counts.counted, counts.num_pairs)
+    return DispatchPlan(order, gates_P, counts)

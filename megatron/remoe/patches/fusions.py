@@ -9,8 +9,8 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel import layers
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
+from megatron.remoe.local.main_grad import add_outer
 from megatron.remoe.local.rotary import FusedRotaryEmbedding
-from megatron.remoe.local.swiglu import add_outer
 
 
 def enable_torch_weight_gradient_fusion() -> None:

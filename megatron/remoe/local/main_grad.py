@@ -1,0 +1,32 @@
+"""Weight gradients added to Megatron's buffer, `weight.main_grad`, instead of handed to autograd."""
+
+import torch
+
+
+def main_grad_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
+    """Return Megatron's gradient buffer of `weight` where `add_outer` can add to it, else None."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    # Products of half precision are added to fp32 by cuBLAS alone.
+    is_wider = weight.is_cuda and weight.itemsize == 2 and main_grad.dtype == torch.float32
+    return main_grad if main_grad.dtype == weight.dtype or is_wider else None
+
+
+def mark_as_added(weight: torch.nn.Parameter) -> None:
+    """Tell Megatron that `main_grad` has the gradient of `weight`; to be called in the backward pass.
+
+    Its hook runs after the last use of the weight in the backward pass. It wants a `grad`, whose values it never reads
+    and which it drops: one is left here, whatever the number of uses, and autograd gets none.
+    """
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if weight.grad is None:
+        weight.grad = torch.empty_like(weight)
+
+
+def add_outer(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left.T @ right` to `out`, in its type: `[rows, out]`, `[rows, in]` → `[out, in]`."""
+    if out.dtype == left.dtype:
+        out.addmm_(left.T, right)
+    else:
+        torch.addmm(out, left.T, right, out_dtype=out.dtype, out=out)
