@@ -1,6 +1,8 @@
 """What the sweep reads from the logs of runs, its tables and its picture."""
 
 import csv
+import json
+import math
 import re
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from tests.tools.sweeping import FINAL, evaluated, logged, sweep, write_run
 from tests.trainings import REPOSITORY
 from tools.common.log_reader import read_log
-from tools.sweep import plan, run_log, scaling_picture, settings, stages
+from tools.sweep import plan, results, run_log, scaling_picture, settings, stages
 from tools.sweep.plan import Run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -43,7 +45,7 @@ def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
         train_iters=25,
         tokens=25 * 4 * 64,
         validation_loss=4.5,
-        perplexity=250.0,
+        perplexity=pytest.approx(math.exp(4.5)),
         sparsity=0.74,
         target_sparsity=0.75,
         settled=None,
@@ -97,9 +99,43 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     assert record["l1 coefficient after the update"] == "1.2000E-08" and record["mean l1 loss of a layer"] == "3.0E-01"
     sweep("--collect", "--output-dir", str(tmp_path))
     assert (
-        "| 182M | ReMoE, fork | 8 | 1 | 4.5000 | 250.000 | 0.8750 (0.8750) | 20 |"
+        "| 182M | ReMoE, fork | 8 | 1 | 4.5000 | 90.017 | 0.8750 (0.8750) | 20 |"
         in (tmp_path / "results.md").read_text()
     )
+
+
+@pytest.mark.parametrize("arguments", ["", "  train_iters .......... 20\n"])
+@pytest.mark.parametrize(("name", "target"), [("llama_182m_remoe_e8g1_fork", 0.875), ("run", None)])
+def test_a_log_of_the_fork_without_its_arguments(
+    name: str, target: float | None, arguments: str, tmp_path: Path
+) -> None:
+    """E is known by the name of the folder alone."""
+    figures = " moe relu sparsity: 0.8750 | moe relu l1 reg coeff: 1.2000E-08 |"
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "train.log").write_text(arguments + logged(20, 20, figures) + evaluated(20, FINAL, 4.5))
+    outcome = run_log.read_outcome(folder)
+    assert outcome is not None and (outcome.sparsity, outcome.target_sparsity) == (0.875, target)
+    assert (outcome.validation_loss, outcome.iterations, outcome.tokens) == (4.5, 20, None)
+    row = results.Row(Run("182m", "remoe", 8, 1, protocol="fork"), outcome, 0, False)
+    results.collect(tmp_path, [row])
+    assert "| 4.5000 | 90.017 | 0.8750" in (tmp_path / "results.md").read_text()
+
+
+def test_metrics_are_read_instead_of_the_printed_log(tmp_path: Path) -> None:
+    write_run(tmp_path, 20, logged(20, 20) + evaluated(20, FINAL, 9.0))
+    args = {"train_iters": 20, "eval_interval": 10, "seq_length": 64, "global_batch_size": 4}
+    start = {"kind": "start", "iteration": 0, "args": args}
+    line = {"kind": "log", "iteration": 20, "consumed_samples": 80, "seconds_per_iteration": 0.5}
+    evaluations = [{"kind": "validation", "iteration": at, "lm_loss": loss} for at, loss in ((10, 5.0), (20, 4.0))]
+    final = [{"kind": "validation", "iteration": 20, "lm_loss": 3.5}]
+    (tmp_path / "checkpoints").mkdir()
+    for records, loss in (([], None), (final, 3.5), ([final[0] | {"set": "test"}], None)):
+        lines = [json.dumps(record) + "\n" for record in (start, line, *evaluations, *records)]
+        (tmp_path / "checkpoints" / "metrics.jsonl").write_text("".join(lines))
+        outcome = run_log.read_outcome(tmp_path)
+        assert outcome is not None and outcome.validation_loss == loss  # at 20, on the way, is none
+        assert (outcome.tokens, outcome.training_seconds, outcome.tokens_per_second) == (80 * 64, 10.0, 512.0)
 
 
 def test_differences_between_settings() -> None:

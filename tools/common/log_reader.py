@@ -1,21 +1,35 @@
-"""Reads what Megatron prints: its arguments, and the lines at log intervals."""
+"""Reads what Megatron prints: lines at log intervals, arguments, evaluations. For runs without a metrics.jsonl."""
 
+import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-_LINE = re.compile(r"\[[^][]+\] iteration +(\d+)/ *(\d+) \|(.*)$", re.MULTILINE)
+_LINE = re.compile(r"\[[^][]+\] iteration +(\d{1,15})/ *(\d{1,15}) \|(.*)$", re.MULTILINE)
 # What the authors' fork prints, by this project's names: its λ is the one after the update, its L1 a mean over layers.
 FORK_NAMES = {
     "moe relu sparsity": "sparsity",
     "moe relu l1 reg coeff": "l1 coefficient after the update",
     "l1_reg_loss": "mean l1 loss of a layer",
 }
+_IN_METRICS = {"l1 coefficient after the update": "l1_coefficient"}
 _FIELD = re.compile(r" ([a-z][a-z0-9_ ()/]*): +(\S+) \|")
+_MILLISECONDS = "elapsed time per iteration (ms)"
 _ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
+_PADDED = re.compile(r"> padded vocab \(size: \d+\) .*\(new size: (\d+)\)")
+# Evaluations on the way do not name what they are on.
+_EVALUATION = re.compile(
+    r" validation(?:-(\S+))? loss at iteration (\d{1,15})(?: on (validation|test) set)? \| lm loss value: (\S+)"
+)
+_PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d{1,15})$")
+_SPLITTING = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+_BEFORE_TRAINING = 5000  # lines in which the number of parameters is looked for
 
 
 def read_log(text: str) -> dict[int, dict[str, str]]:
-    """The fields of every logged iteration.
+    """Return the fields of every logged iteration.
 
     Args:
         text: what Megatron printed.
@@ -24,22 +38,89 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
         iteration → name of the field as printed ("lm loss", "sparsity", ...) → its value as printed. In a log of the
         authors' fork the names are those of `FORK_NAMES`.
     """
-    return {
-        int(iteration): {FORK_NAMES.get(name, name): value for name, value in _FIELD.findall(fields)}
-        for iteration, _, fields in _LINE.findall(text)
-    }
+    return {int(iteration): _fields(line) for iteration, _, line in _LINE.findall(text)}
 
 
 def series(text: str, field: str) -> list[float]:
-    """The values of a field that every logged iteration has, in their order."""
+    """Return the values of a field that every logged iteration has, in their order."""
     return [float(fields[field]) for _, fields in sorted(read_log(text).items())]
 
 
 def read_arguments(lines: Iterable[str]) -> dict[str, str]:
-    """Name of each argument, as `args` has it → its value as printed; of the last start where there are several."""
+    """Return the name of each argument → its value as printed; of the last start if there are several."""
     return {match[1]: match[2].strip() for line in lines if (match := _ARGUMENT.search(line))}
 
 
 def seconds_per_iteration(fields: Mapping[str, str]) -> float:
-    """Of one line of the log."""
-    return float(fields["elapsed time per iteration (ms)"]) / 1000
+    """Return the seconds of an iteration in one line of the log."""
+    return float(fields[_MILLISECONDS]) / 1000
+
+
+def read_parameters(log: Path, args: Mapping[str, Any]) -> int | None:
+    """Return the number of parameters that a training printed; None if it did not, or its model is split."""
+    if not log.is_file() or any(args.get(name) not in (None, 1) for name in _SPLITTING):
+        return None
+    with log.open(encoding="utf-8", errors="replace") as file:
+        found = (match for line in islice(file, _BEFORE_TRAINING) if (match := _PARAMETERS.search(line)))
+        return next((int(match[1]) for match in found), None)
+
+
+def read_printed(log: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a printed log, as metrics.jsonl has them; numbers are text.
+
+    Args:
+        log: the file that holds Megatron's output.
+    """
+    args: dict[str, Any] = {}
+    started = False
+    with log.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if logged := _LINE.search(line):
+                fields = _fields(logged[3])
+                if not started:
+                    if "l1 coefficient after the update" in fields:
+                        _split_experts(args)
+                    yield {"kind": "start", "iteration": 0, "args": {"train_iters": int(logged[2])} | args}
+                    started = True
+                yield {"kind": "log", "iteration": int(logged[1])} | _figures(fields)
+            elif argument := _ARGUMENT.search(line) if ".." in line else None:
+                args, started = {} if started else args, False
+                args[argument[1]] = _literal(argument[2].strip())
+            elif evaluation := _EVALUATION.match(line):
+                name, iteration, on, loss = evaluation.groups()
+                which = {"set": name or "test"} if name or on == "test" else {}
+                yield {"kind": "validation", "iteration": int(iteration), "lm_loss": loss, "final": bool(on)} | which
+            elif padded := _PADDED.search(line) if "padded" in line else None:
+                args["padded_vocab_size"] = int(padded[1])
+    if args and not started:
+        yield {"kind": "start", "iteration": 0, "args": args}
+
+
+def _fields(line: str) -> dict[str, str]:
+    return {FORK_NAMES.get(name, name): value for name, value in _FIELD.findall(line)}
+
+
+def _figures(fields: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields by their names in metrics.jsonl."""
+    figures: dict[str, Any] = {_IN_METRICS.get(name, name.replace(" ", "_")): of for name, of in fields.items()}
+    if milliseconds := fields.get(_MILLISECONDS):
+        figures["seconds_per_iteration"] = _literal(f"{milliseconds}e-3")
+    if guarded := fields.get("guarded layers"):
+        figures["guarded_layers"] = [int(layer) for layer in guarded.split(",") if layer.isdecimal()]
+    return figures
+
+
+def _split_experts(args: dict[str, Any]) -> None:
+    """Do what the fork does after it has printed its arguments, if these are there."""
+    experts, topk, granularity = (args.get(name) for name in ("num_experts", "moe_router_topk", "moe_granularity"))
+    if type(experts) is int and type(topk) is int and type(granularity) is int and granularity > 0:
+        args |= {"num_experts": experts * granularity, "moe_router_topk": topk * granularity}
+        ffn = args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size")
+        args |= {"moe_ffn_hidden_size": ffn // granularity} if type(ffn) is int else {}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.run_figures import METRICS
 from . import slurm
 from .errors import SettingsError
 from .plan import Launch, Run
@@ -92,10 +93,13 @@ def refuse_conflicts(output: Path, found: Sequence[Found]) -> None:
 
 
 def set_aside_old_log(folder: Path, now: Settings) -> None:
-    """Keep the log of an attempt with other settings, which left nothing to go on from, apart from the new one."""
+    """Rename the logs of an attempt with other settings that left no checkpoint."""
     then = started_with(folder)
-    if then is not None and differences(then, now) and log_of(folder).exists():
-        os.replace(log_of(folder), folder / "train.log.old")
+    if then is None or not differences(then, now):
+        return
+    for log in (log_of(folder), folder / "checkpoints" / METRICS):
+        if log.exists():
+            os.replace(log, log.with_name(f"{log.name}.old"))
 
 
 def _conflict(folder: Path, now: Settings, outcome: Outcome | None, job: slurm.Job | None) -> str:

@@ -27,9 +27,9 @@ training_seconds
 
 @dataclass(frozen=True)
 class Row:
-    """A run and what it has come to; `outcome` is None where it was never started.
+    """A run and its results; `outcome` is None if it was never started.
 
-    processes: 0 where that is not known; resized: whether the model is not of the size that the run is named after.
+    processes: 0 if unknown; resized: whether the model is not of the size that the run is named after.
     """
 
     run: Run
@@ -153,7 +153,9 @@ def _title(run: Run) -> str:
 
 
 def _sparsity(of: Outcome) -> str:
-    return "" if of.sparsity is None else f"{of.sparsity:.4f} ({of.target_sparsity:.4f})"
+    if of.sparsity is None:
+        return ""
+    return f"{of.sparsity:.4f}" + ("" if of.target_sparsity is None else f" ({of.target_sparsity:.4f})")
 
 
 def _time(of: Outcome) -> str:

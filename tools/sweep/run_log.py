@@ -1,38 +1,34 @@
-"""What a run's folder says about it: how far it is, its final validation loss, its rate."""
+"""How far a run is, its final validation loss and its rate, from the figures in its folder."""
 
-import re
-import statistics
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from ..common.log_reader import read_log, seconds_per_iteration
+import numpy as np
+
+from ..common.errors import ToolError
+from ..common.run_figures import LOG, WITHIN, RunFigures, read_figures
+from .plan import Run
 from .settings import Settings, settings_of, whole
 
-# Evaluations on the way lack "on validation set".
-_EVALUATED = re.compile(
-    r"validation loss at iteration (\d+) on validation set \| lm loss value: (\S+) \| lm loss PPL: (\S+)"
-)
-_TESTED = re.compile(r"validation loss at iteration (\d+) on test set \| lm loss value: (\S+)")
-_PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d+)")
-WITHIN = 0.01  # of the target: S has settled
 Records = Mapping[int, Mapping[str, str]]
-_SPLITTING = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size")
+NUMBERS = ("train_iters", "seq_length", "global_batch_size", "num_experts", "moe_router_topk")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has come to; None is what its log does not tell (yet).
+    """The results of a run so far; None is what its log does not hold (yet).
 
     iterations: trained so far, as far as logged; train_iters: how many it was started for.
     tokens: that it was trained on so far.
     validation_loss: nats per token, from the evaluation after the last iteration; perplexity: its exponential.
-    test_loss: the same of the split's third part, where it has one.
+    test_loss: the same of the split's third part, if it has one.
     sparsity, target_sparsity: of the last line of the log, for ReMoE; settled: the first logged iteration from which
         S stays within 1 % of its target.
-    flip_rate, flip_count: of the routing decisions, median over the log's second half, where they are measured.
-    total_parameters: where one process holds the whole model.
+    flip_rate, flip_count: of the routing decisions, median over the log's second half, if they are measured.
+    total_parameters: if known.
     tokens_per_second: over all processes, median over the log's lines but the first, in which the process warms up.
     training_seconds: of the iterations alone, from the log's time per iteration.
     """
@@ -59,66 +55,93 @@ class Outcome:
 
 
 def is_finished(outcome: Outcome | None) -> TypeGuard[Outcome]:
-    """Whether there is a run, and it has come to its end."""
+    """Return whether there is a run, and it is finished."""
     return outcome is not None and outcome.finished
 
 
 def log_of(folder: Path) -> Path:
-    """The file that holds Megatron's whole output."""
-    return folder / "train.log"
+    """Return the file that holds Megatron's whole output."""
+    return folder / LOG
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether there is something to go on from."""
+    """Return whether there is a checkpoint to go on from."""
     return (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """What the run in `folder` has come to; None where it was never started."""
-    settings = settings_of(folder)
-    if settings is None:
+    """Return the results of the run in `folder`; None if it was never started."""
+    settings = settings_of(folder) or {}
+    try:
+        figures = read_figures(folder)
+    except ToolError:  # nothing was logged
+        figures = RunFigures()
+    if not settings and not figures.last:
         return None
-    log = log_of(folder)
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    train_iters = whole(settings, "--train-iters")
-    losses = {int(iteration): (float(loss), float(ppl)) for iteration, loss, ppl in _EVALUATED.findall(text)}
-    loss, perplexity = losses.get(train_iters, (None, None))
-    tests = {int(iteration): float(loss) for iteration, loss in _TESTED.findall(text)}
-    # A resumed run may log an iteration again: the newer line counts.
-    records = dict(sorted(read_log(text).items()))
-    if not records:
-        return Outcome(0, train_iters, validation_loss=loss, perplexity=perplexity, test_loss=tests.get(train_iters))
-    last, fields = next(reversed(records.items()))
-    batch, target = int(fields["global batch size"]), target_sparsity(settings, fields)
-    unlogged = train_iters - last if loss is not None else 0
+    given = {name: whole(settings, f"--{name.replace('_', '-')}") for name in NUMBERS}
+    named = Run.from_name(folder.name)  # the fork's log might lack its arguments
+    known = {"num_experts": named.experts, "moe_router_topk": 1} if named is not None and named.experts else {}
+    figures.args = known | {name: of for name, of in given.items() if of} | figures.args
+    train_iters = given["train_iters"] or figures.whole("train_iters")
+    loss, test_loss = _final(figures, "", train_iters), _final(figures, "test", train_iters)
+    perplexity = None if loss is None else math.exp(min(20.0, loss))  # as Megatron prints it
+    if not figures.last:
+        return Outcome(0, train_iters, validation_loss=loss, perplexity=perplexity, test_loss=test_loss)
+    unlogged = 0 if loss is None else train_iters - figures.last
+    sequence = figures.whole("seq_length")
+    [batch] = figures.batches(np.array([figures.last]))
+    samples = (figures.newest("consumed_samples") or math.nan) + unlogged * batch
     return Outcome(
-        iterations=last + unlogged,
+        iterations=figures.last + unlogged,
         train_iters=train_iters,
-        tokens=(int(fields["consumed samples"]) + unlogged * batch) * whole(settings, "--seq-length"),
+        tokens=None if math.isnan(samples) or not sequence else round(samples) * sequence,
         validation_loss=loss,
         perplexity=perplexity,
-        test_loss=tests.get(train_iters),
-        sparsity=_number(fields, "sparsity"),
-        target_sparsity=target,
-        settled=None if target is None else settled_at(records, target),
-        flip_rate=_late_median(records, "flip rate"),
-        flip_count=_late_median(records, "flip count"),
-        total_parameters=_parameters(settings, text),
-        tokens_per_second=_rate(settings, records),
-        training_seconds=_seconds(records),
+        test_loss=test_loss,
+        sparsity=figures.newest("sparsity"),
+        target_sparsity=figures.target,
+        settled=figures.settled,
+        flip_rate=_late_median(figures, "flip_rate"),
+        flip_count=_late_median(figures, "flip_count"),
+        total_parameters=figures.parameters,
+        tokens_per_second=_rate(figures, sequence),
+        training_seconds=_seconds(figures),
     )
 
 
+def _final(figures: RunFigures, name: str, train_iters: int) -> float | None:
+    """The loss of a validation set after the training; of an evaluation that was repeated, the newest."""
+    found = [each.loss for each in figures.evaluations.get(name, ()) if each.final and each.iteration == train_iters]
+    return found[-1] if found else None
+
+
+def _late_median(figures: RunFigures, name: str) -> float | None:
+    values = figures.curve(name).values
+    return float(np.median(values[len(values) // 2 :])) if len(values) else None
+
+
+def _rate(figures: RunFigures, sequence: int) -> float | None:
+    iterations, seconds = figures.curve("seconds_per_iteration")
+    rates = figures.batches(iterations) * sequence / np.maximum(seconds, 1e-4)
+    rates = rates[1:] if len(rates) > 1 else rates
+    return float(np.median(rates)) if len(rates) and sequence and np.isfinite(rates).all() else None
+
+
+def _seconds(figures: RunFigures) -> float | None:
+    iterations, seconds = figures.curve("seconds_per_iteration")
+    return float(np.diff(iterations, prepend=0) @ seconds) if len(seconds) else None
+
+
 def target_sparsity(settings: Settings, fields: Mapping[str, str]) -> float | None:
-    """Of S, for a ReMoE: as its log tells it, or 1 - k/E, for the authors' fork does not; None for other models."""
-    if "sparsity" not in fields:
-        return None
+    """Return the target of S in a line of a ReMoE's log, or 1 - k/E, which the fork does not log; None if unknown."""
     topk, experts = whole(settings, "--moe-router-topk") or 1, whole(settings, "--num-experts")
+    if "sparsity" not in fields or ("target sparsity" not in fields and not experts):
+        return None
     return float(fields["target sparsity"]) if "target sparsity" in fields else 1 - topk / experts
 
 
 def settled_at(records: Records, target: float) -> int | None:
-    """The first logged iteration from which S stays within 1 % of its target; None where it does not."""
+    """Return the first logged iteration from which S stays within 1 % of its target; None if it does not."""
     found = None
     for iteration, fields in records.items():
         if "sparsity" not in fields:
@@ -128,32 +151,3 @@ def settled_at(records: Records, target: float) -> int | None:
         elif found is None:
             found = iteration
     return found
-
-
-def _late_median(records: Records, name: str) -> float | None:
-    values = [float(fields[name]) for fields in records.values() if name in fields]
-    return statistics.median(values[len(values) // 2 :]) if values else None
-
-
-def _number(fields: dict[str, str], name: str) -> float | None:
-    return float(fields[name]) if name in fields else None
-
-
-def _parameters(settings: Settings, text: str) -> int | None:
-    printed = _PARAMETERS.findall(text)
-    split = any(whole(settings, flag) > 1 for flag in _SPLITTING)
-    return int(printed[-1]) if printed and not split else None
-
-
-def _rate(settings: Settings, records: dict[int, dict[str, str]]) -> float:
-    sequence = whole(settings, "--seq-length")
-    rates = [int(fields["global batch size"]) * sequence / seconds_per_iteration(fields) for fields in records.values()]
-    return statistics.median(rates[1:] or rates)
-
-
-def _seconds(records: dict[int, dict[str, str]]) -> float:
-    before = [0, *records]
-    return sum(
-        (iteration - earlier) * seconds_per_iteration(fields)
-        for earlier, (iteration, fields) in zip(before, records.items(), strict=False)
-    )
