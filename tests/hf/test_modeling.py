@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
-from tools.after_training import environment
+from tests import without_megatron
 from tools.common.hf.settings import args_of, complete, config_of
 from tools.common.hf.weights import fill, under_megatrons_names
 from tools.common.megatron_model import build
@@ -284,7 +284,7 @@ model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_cod
 ids = torch.tensor({ids.tolist()})
 torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=2).shape), {str(tmp_path / "out.pt")!r})
 """)
-    environment.run(environment.without_megatron(tmp_path / "environment"), program)
+    without_megatron.run(without_megatron.make(tmp_path / "environment"), program)
     theirs, shape = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(theirs, logits)
     assert shape == (len(ids), ids.shape[1] + 2)

@@ -1,61 +1,111 @@
-"""What tools/after_training holds against the training; the tool itself is run on a finished quickstart."""
+"""A trained model goes to transformers and back; each step is held against the training.
 
-import math
-from dataclasses import replace
+Export → validation losses and text where Megatron is not installed → a checkpoint → the next training steps. A tiny
+ReMoE in every run; the three models of a finished `scripts/quickstart.sh` in runs/quickstart, or in $QUICKSTART.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
-from tools.after_training import tables
-from tools.after_training.command import Quickstart
-from tools.after_training.followed import Followed
-from tools.common.errors import ToolError
-from tools.common.places import ROOT
+from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+from tests import without_megatron
+from tests.trainings import REPOSITORY, TINY, run, series
+from tools.common.data_sets import write_documents
+from tools.common.flags import parse, words_of
+from tools.common.tiny_model import RELU
+from tools.evaluate.text import batches, sequences
+from tools.export_hf.command import main as export
+from tools.quickstart import models
 
-GOOD = Followed(
-    logits=1e-6,
-    printed={"code": 1.5, "drama": 1.8},
-    alone={"code": 1.50009, "drama": 1.8},
-    text="My lord, the king",
-    before=[2.0, 1.5],
-    after=[2.00001, 1.5],
-)
+pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+QUICKSTART = Path(os.environ.get("QUICKSTART", REPOSITORY / "runs" / "quickstart"))
+PROMPT = "My lord, "
+STEPS = 3  # of the trainings that go on
+VALIDATION = ("--full-validation", "--multiple-validation-sets", "--valid-data-path", "--validation-set-names")
+LOSS = r"validation-{} loss .* lm loss value: (\S+)"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Attributes:
+        checkpoints: its folder.
+        flags: of a training of `STEPS` further steps, without validation, from weights that are still to be named.
+        losses: prefix of a held-out data set → the validation loss that Megatron printed, in nats per token.
+        length, vocabulary: tokens of a sequence, and that the model knows.
+        more: flags for the export.
+    """
+
+    checkpoints: Path
+    flags: list[str]
+    losses: dict[str, float]
+    length: int
+    vocabulary: int
+    more: tuple[str, ...] = ()
+
+
+def tiny(data: Path, folder: Path) -> Trained:
+    """Train a tiny ReMoE for four steps."""
+    held_out = folder / "held-out"
+    write_documents(held_out, [data.with_suffix(".bin").read_bytes()[start : start + 900] for start in range(0, 30, 3)])
+    flags = [word for word in [*TINY, *RELU] if word not in ("--split", "90,10,0")] + ["--train-data-path", str(data)]
+    words = "--multiple-validation-sets --full-validation --train-iters 4 --eval-interval 4 --lr 2e-2".split()
+    saved = ["--save", str(folder / "run"), "--save-interval", "4", "--valid-data-path", str(held_out)]
+    (*_, printed) = re.findall(LOSS.format(r"\S*"), run([*flags, *words, *saved]))
+    tokenizer = gpt2_tokenizer_folder(*byte_level_vocabulary(folder), cache_dir=folder)
+    more = ("--tokenizer-model", str(tokenizer))
+    return Trained(folder / "run", flags, {str(held_out): float(printed)}, 64, 257, more)
+
+
+def of_quickstart(model: str) -> Trained:
+    """Read one of the quickstart's models."""
+    try:
+        seed = json.loads((QUICKSTART / "summary.json").read_text())["seed"]
+        tokens = json.loads((QUICKSTART / "data" / "manifest.json").read_text())["tokens"]["train"]
+    except OSError:
+        pytest.skip(f"needs a finished quickstart in {QUICKSTART}: scripts/quickstart.sh, or QUICKSTART=FOLDER")
+    folder, size = QUICKSTART.resolve(), models.SIZE
+    log = (folder / model / "train.log").read_text()
+    words = models.common_flags(size, STEPS, seed) + models.model_flags(model, size)
+    words += models.data_flags(folder / "data", tokens)
+    kept = {flag: values for flag, values in parse(words).items() if flag not in VALIDATION}
+    printed = {
+        models.data_prefix(folder / "data", "heldout", name): float(re.findall(LOSS.format(name), log)[-1])
+        for name in tokens
+    }
+    return Trained(folder / model / "checkpoints", words_of(kept), printed, size.sequence, size.vocabulary)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("logits", math.nan, "logits differ by nan of the largest"),
-        ("alone", {"code": 1.5, "drama": 1.8002}, "the loss on drama is 1.8002, and Megatron printed 1.8"),
-        ("text", "My lord, ", "'My lord, ' was continued as 'My lord, '"),
-        ("after", [2.0, 1.6], "the next losses are [2.0, 1.6], and the training's own [2.0, 1.5]"),
-        ("after", [math.nan, 1.5], "the next losses are [nan, 1.5], and the training's own [2.0, 1.5]"),
-        ("after", [2.0, math.nan], "the next losses are [2.0, nan], and the training's own [2.0, 1.5]"),
-    ],
+    "model", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in models.NAMES)], ids=str
 )
-def test_what_is_wrong_is_named(field: str, value: object, message: str) -> None:
-    assert GOOD.wrong() == []
-    assert replace(GOOD, **{field: value}).wrong() == [message]
+def test_there_and_back(model: str, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trained = tiny(data, tmp_path) if model == "tiny" else of_quickstart(model)
+    there, back, texts = tmp_path / "there", tmp_path / "back", []
+    assert export(["--load", str(trained.checkpoints), "--save", str(there), *trained.more]) == 0
+    assert float(capfd.readouterr().out.split("largest difference of logits ")[1].split()[0]) < 1e-4
 
+    for number, prefix in enumerate(trained.losses):
+        texts.append(tmp_path / f"text{number}.pt")
+        held_out = sequences(prefix, trained.length, 1234, trained.vocabulary)
+        torch.save(torch.cat(list(batches(held_out, None))), texts[-1])
+    python = without_megatron.make(tmp_path / "environment")
+    found = json.loads(without_megatron.run(python, REPOSITORY / "tests" / "alone.py", there, PROMPT, *texts))
+    assert found["losses"] == pytest.approx(list(trained.losses.values()), abs=1e-4)
+    assert found["text"].startswith(PROMPT) and len(found["text"]) > len(PROMPT)
 
-def test_tables() -> None:
-    scores = [{"task": "arc_easy", "metric": "acc", "value": 0.25, "error": 0.0123, "documents": 2376}]
-    measured = {
-        "tasks": dict.fromkeys(("dense", "moe", "remoe"), scores),
-        "speed": {
-            model: {"prefill": rate, "decode": 8.0} for model, rate in (("dense", 4.0), ("moe", 1.0), ("remoe", 2.0))
-        },
-        "loss by K": {"none": 1.5, "1": 1.6},
-    }
-    lines = tables.markdown({"dense": GOOD, "moe": GOOD, "remoe": GOOD}, measured).splitlines()
-    assert "| loss on code: Megatron's, the folder's |" + " 1.500000, 1.500090 |" * 3 in lines
-    assert "| arc_easy, acc, 2,376 documents |" + " 0.25 ± 0.012 |" * 3 in lines
-    assert "| reading, tokens/s against dense | 1.00 | 0.25 | 0.50 |" in lines
-    assert lines[-5:] == ["| ReMoE's loss on code | 1.5000 | 1.6000 |", "", "```", GOOD.text, "```"]
-    page = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
-    assert page.count(tables.BEGIN) == page.count(tables.END) == 1
-
-
-def test_other_folders_are_no_quickstarts(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="is not a finished quickstart.*Run it first"):
-        Quickstart(tmp_path)
+    assert export(["--reverse", "--load", str(there), "--save", str(back)]) == 0
+    flags = capfd.readouterr().out.split("train with ")[1].split()
+    before, after = (
+        series(run([*trained.flags, *words, "--train-iters", str(STEPS), "--eval-iters", "0"]), "lm loss")
+        for words in (["--pretrained-checkpoint", str(trained.checkpoints)], [*flags, "--seq-length", str(trained.length)])
+    )
+    assert len(before) == STEPS and after == pytest.approx(before, rel=1e-5)

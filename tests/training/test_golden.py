@@ -1,35 +1,35 @@
-"""The golden run: a tiny ReMoE whose loss, sparsity and λ are committed."""
+"""The golden run gives the committed figures; `pytest tests/training/test_golden.py --update-golden` renews them."""
 
-import json
-import subprocess
-import sys
+from pathlib import Path
 
-from tests.trainings import REPOSITORY
-from tools import golden_run
+import pytest
+
+from tests.golden_run import FLAGS, GOLDEN, ROUNDING, committed, differences, figures_of, write_data
+from tests.trainings import run
+from tools.common.files import write_json
 
 
-def test_golden_run() -> None:
-    command = [sys.executable, str(REPOSITORY / "tools" / "golden_run.py")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "same as the golden run" in result.stdout
+def test_golden_run(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    write_data(tmp_path / "text")
+    found = figures_of(run([*FLAGS, "--data-path", str(tmp_path / "text"), "--cpu"], **ROUNDING))
+    if request.config.getoption("--update-golden"):
+        write_json(GOLDEN, found)
+    assert differences(found, committed()) == []
 
 
 def test_golden_run_reaches_the_target() -> None:
-    figures = json.loads(golden_run.GOLDEN.read_text())
-    last = figures[max(figures, key=int)]
-    assert abs(last["sparsity"] - 0.875) < 0.03
+    figures = committed()
+    assert abs(figures[max(figures)]["sparsity"] - 0.875) < 0.03
 
 
-def test_a_deviation_is_found(capsys) -> None:
+def test_a_deviation_is_found() -> None:
     late = {"lm loss": 3.0, "sparsity": 0.5, "l1 coefficient": 1e-6}
     expected = {25: late, 30: late}
     near = {"lm loss": 3.001, "sparsity": 0.51, "l1 coefficient": 1.44e-6}
-    assert golden_run.compare({25: late, 30: near}, expected)
-    assert not golden_run.compare({25: near, 30: late}, expected)
-    for name, value in (("lm loss", 3.1), ("sparsity", 0.55), ("l1 coefficient", 2e-6)):
-        assert not golden_run.compare({25: late, 30: late | {name: value}}, expected)
+    assert differences({25: late, 30: near}, expected) == []
+    assert differences({25: near, 30: late}, expected)
+    for name, value in (("lm loss", 3.1), ("sparsity", 0.55), ("l1 coefficient", 2e-6), ("lm loss", float("nan"))):
+        assert differences({25: late, 30: late | {name: value}}, expected)
     for name, value in (("lm loss", 3.001), ("sparsity", 0.502), ("l1 coefficient", 1.2e-6)):
-        assert not golden_run.compare({25: late | {name: value}, 30: late}, expected)
-    assert not golden_run.compare({}, expected)
-    assert "DIFFERS" in capsys.readouterr().out
+        assert differences({25: late | {name: value}, 30: late}, expected)
+    assert differences({}, expected)

@@ -1,8 +1,8 @@
-"""The trainings that are compared: a small model of two classes, its variants, and layouts of up to four processes."""
+"""The trainings that are compared: a small model in two classes, its variants, and layouts of up to four processes."""
 
 from dataclasses import dataclass
 
-from ..common.tiny_model import RELU, TOPK, TRAINING
+from tools.common.tiny_model import RELU, TOPK, TRAINING
 
 LAYERS = 4
 MODEL = [
@@ -29,7 +29,7 @@ VARIANTS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A number of processes, the flags that split the training over them, and how often each holds layers in turn."""
+    """The number of processes, Megatron's flags for the split, and the virtual pipeline stages of each process."""
 
     processes: int
     flags: list[str]
@@ -37,14 +37,14 @@ class Layout:
 
     @property
     def stages(self) -> int:
-        """Parts into which the layers are cut."""
+        """Return the number of parts into which the layers are cut."""
         flag = "--pipeline-model-parallel-size"
         ranks = int(self.flags[self.flags.index(flag) + 1]) if flag in self.flags else 1
         return ranks * self.virtual_stages
 
 
 def gpt_layers(layout: Layout, variant: str) -> list[str]:
-    """The flags of GPTModel's layers."""
+    """Return the flags of GPTModel's layers."""
     flags = ["--num-layers", str(LAYERS), *VARIANTS[variant]]
     if layout.virtual_stages > 1:
         flags += ["--num-layers-per-virtual-pipeline-stage", str(LAYERS // layout.stages)]
@@ -52,7 +52,7 @@ def gpt_layers(layout: Layout, variant: str) -> list[str]:
 
 
 def hybrid_layers(layout: Layout, variant: str) -> list[str]:
-    """The flags of HybridModel's layers: attention and MLP of each of GPTModel's are two."""
+    """Return the flags of HybridModel's layers: each layer of GPTModel is two, attention and MLP."""
     mlps = "-E-E" if variant == DENSE_AND_MOE else "EEEE"
     size = LAYERS // layout.stages
     parts = ("".join(f"*{mlp}" for mlp in mlps[start : start + size]) for start in range(0, LAYERS, size))
@@ -72,7 +72,9 @@ TP2, PP2, EP2 = (
     "--pipeline-model-parallel-size 2",
     "--expert-model-parallel-size 2",
 )
+SINGLE = "one process"
 LAYOUTS: dict[str, Layout] = {
+    SINGLE: _layout(1, ""),
     "DP2": _layout(2, ""),
     "DP2, distributed optimizer, overlap": _layout(
         2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"

@@ -1,4 +1,4 @@
-"""The training entry that also writes down what parity is measured by: a file for each rank in $PARITY_RECORD."""
+"""The training entry, which also writes counts, router gradients and λ's exponents to a file per rank in $PARITY_RECORD."""
 
 import json
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def full_gradient(chunk: "DistributedDataParallel", parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The reduced gradient; under the distributed optimizer each rank has the sum of its own share only."""
+    """Return the reduced gradient; the distributed optimizer leaves each rank with its own share of it."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return parameter.main_grad  # type: ignore[attr-defined]
     buffer = next(buffer for buffer in chunk.buffers if parameter in buffer.param_index_map)
@@ -30,8 +30,8 @@ def full_gradient(chunk: "DistributedDataParallel", parameter: torch.nn.Paramete
 
 
 def observe(model_cfg: Any) -> None:
-    """Let every training step append to the rank's record."""
-    # Not before the entry has adapted Megatron to the machine.
+    """Append to the rank's record in every training step."""
+    # Import only after the entry has adapted Megatron to the machine.
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.utils import get_model_config

@@ -17,7 +17,7 @@ SEQUENCES = 32
 
 
 def loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """Mean over all tokens but the first of each sequence."""
+    """Return the mean over all tokens but the first of each sequence."""
     total = 0.0
     for batch in tokens.split(SEQUENCES):
         logits = model(batch[:, :-1], use_cache=False).logits.flatten(0, 1)
@@ -33,5 +33,5 @@ if __name__ == "__main__":
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     with torch.inference_mode():
         losses = [loss(model, torch.load(file)) for file in files]
-        made = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=60, do_sample=False)
+        made = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=20, do_sample=False)
     print(json.dumps({"losses": losses, "text": tokenizer.decode(made[0])}))

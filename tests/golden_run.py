@@ -1,0 +1,64 @@
+"""The golden run: a tiny ReMoE whose loss, sparsity and λ are committed in tests/golden/tiny_remoe.json."""
+
+import json
+import math
+from pathlib import Path
+
+from tools.common.data_sets import write_documents
+from tools.common.log_reader import read_log
+from tools.common.places import ROOT
+from tools.common.tiny_model import RELU, TRAINING
+
+GOLDEN = ROOT / "tests" / "golden" / "tiny_remoe.json"
+FLAGS = [
+    *TRAINING,
+    *RELU,
+    *"--micro-batch-size 4 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 80".split(),
+    *"--no-local-layer-fusion --moe-relu-l1-reg-coeff-init 1e-5 --split 100,0,0 --log-interval 5".split(),
+]
+# Processors round differently, which shows after some dozens of steps: whether S is above the target in one step
+# decides about two steps of λ. Relative for the loss, absolute for sparsity, in steps of the multiplier for λ.
+EARLY = 25
+TOLERANCE_EARLY = {"lm loss": 1e-4, "sparsity": 1e-3, "l1 coefficient": 0.5}
+TOLERANCE = {"lm loss": 0.005, "sparsity": 0.02, "l1 coefficient": 2.01}  # two steps, as far as they are printed
+# The same rounding on all x86 processors: MKL's reproducible branch, PyTorch's loops without AVX-512, and no oneDNN,
+# which needs AVX-512. Other roundings differ from iteration 30 on.
+ROUNDING = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2"}
+Figures = dict[int, dict[str, float]]
+
+
+def write_data(prefix: Path) -> None:
+    """Write the license as a data set, a document per paragraph: the same bytes everywhere."""
+    write_documents(prefix, (ROOT / "LICENSE").read_bytes().split(b"\n\n"))
+
+
+def figures_of(output: str) -> Figures:
+    """Return iteration → figure → value from what a training printed."""
+    return {
+        iteration: {name: float(fields[name]) for name in TOLERANCE} for iteration, fields in read_log(output).items()
+    }
+
+
+def committed() -> Figures:
+    """Return the committed figures."""
+    return {int(iteration): figures for iteration, figures in json.loads(GOLDEN.read_text()).items()}
+
+
+def difference(name: str, found: float, expected: float) -> float:
+    """Return how far a figure is off, in the unit of its tolerance."""
+    if name == "sparsity":
+        return abs(found - expected)
+    if name == "lm loss":
+        return abs(found / expected - 1)
+    return abs(math.log(found / expected) / math.log(1.2))
+
+
+def differences(found: Figures, expected: Figures) -> list[str]:
+    """Return the figures out of tolerance, one line each; empty if the runs count as the same."""
+    wrong = [] if found.keys() == expected.keys() else [f"logged iterations: {sorted(found)}"]
+    for iteration in sorted(found.keys() & expected.keys()):
+        allowed = TOLERANCE_EARLY if iteration <= EARLY else TOLERANCE
+        for name, value in expected[iteration].items():
+            if not difference(name, found[iteration][name], value) <= allowed[name]:
+                wrong.append(f"iteration {iteration}, {name}: {found[iteration][name]:g} instead of {value:g}")
+    return wrong

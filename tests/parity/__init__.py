@@ -1,0 +1,1 @@
+"""Every layout trains like one process."""

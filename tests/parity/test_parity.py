@@ -1,0 +1,122 @@
+"""Layouts of up to four processes train like one process: loss, router gradients, counts and λ.
+
+The default run has a few layouts. All layouts in all variants, and the tables of docs/parallelism.md:
+
+    pytest tests/parity --parity-tables runs/parity      finished trainings in that folder are not repeated
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.parity.layouts import DENSE_AND_MOE, LAYOUTS, ROUTINGS, SINGLE, VARIANTS
+from tests.parity.measure import Case, Difference, Training, compare, train
+from tools.common import markdown
+from tools.common.data_sets import write_real_text
+from tools.common.files import write_between
+from tools.common.places import ROOT
+
+CORE = [
+    Case("gpt", "ReMoE", "plain", "DP2, distributed optimizer, overlap"),
+    Case("gpt", "ReMoE", "plain", "TP2 + SP"),
+    Case("gpt", "ReMoE", "plain", "EP2, alltoall"),
+    Case("gpt", "ReMoE", "plain", "EP2, allgather"),
+    Case("gpt", "ReMoE", "plain", "TP2 x EP2, expert TP 2"),
+    Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
+    Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2 x EP2"),
+    # HybridModel in a layout against GPTModel in one process.
+    Case("hybrid", "ReMoE", "plain", "TP2 x EP2, expert TP 2"),
+    Case("hybrid", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
+    # Megatron's router in the same layers: a difference here is not the ReLU router's.
+    Case("gpt", "top-k", "plain", "TP2 x EP2, expert TP 2"),
+]
+CHECKED = [("gpt", "ReMoE"), ("gpt", "top-k"), ("hybrid", "ReMoE")]
+ALL = [Case(*kind, variant, layout) for kind in CHECKED for variant in VARIANTS for layout in LAYOUTS]
+ALL = [case for case in ALL if case.model == "hybrid" or case.layout != SINGLE]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", ALL if metafunc.config.getoption("--parity-tables") else CORE, ids=str)
+
+
+class Trainings:
+    """The trainings of this run; those of a routing and a variant start from one checkpoint."""
+
+    def __init__(self, data: Path, folder: Path, steps: int) -> None:
+        self.data, self.folder, self.steps = data, folder, steps
+        self.differences: dict[Case, Difference] = {}
+
+    def start(self, case: Case) -> Path:
+        """Return the checkpoint that the case starts from, in its model class."""
+        folder = self.folder / case.routing / case.variant / "initial"
+        begin = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1"]
+        train(folder, self.data, replace(case, model="gpt", layout=SINGLE), *begin)
+        if case.model == "gpt":
+            return folder / "checkpoint"
+        if not (converted := folder / "hybrid").exists():
+            command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint"), "--model", "hybrid"]
+            subprocess.run([*command, "--load", folder / "checkpoint", "--save", converted], check=True)
+        return converted
+
+    def train(self, case: Case, *flags: str) -> Training:
+        """Train a case for some steps, or read it if it is finished."""
+        place = self.folder / case.routing / case.variant / " ".join([case.model, case.layout, *flags])
+        load = ["--train-iters", str(self.steps), "--load", str(self.start(case)), "--finetune"]
+        return train(place, self.data, case, *load, *flags)
+
+
+@pytest.fixture(scope="module")
+def trainings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    kept: Path | None = request.config.getoption("--parity-tables")
+    if kept is None:
+        return Trainings(request.getfixturevalue("data"), tmp_path_factory.mktemp("parity"), steps=8)
+    kept = kept.resolve()
+    if not (kept / "data.idx").exists():
+        kept.mkdir(parents=True, exist_ok=True)
+        write_real_text(kept / "data")
+    return Trainings(kept / "data", kept, steps=20)
+
+
+def test_same_training(case: Case, trainings: Trainings) -> None:
+    expected = trainings.train(replace(case, model="gpt", layout=SINGLE))
+    found = trainings.train(case)
+    assert bool(found.sparsities) == (case.routing == "ReMoE")
+    difference = trainings.differences[case] = compare(found, expected)
+    assert difference.is_tolerable(case.variant), difference
+
+
+def test_a_difference_is_seen(trainings: Trainings) -> None:
+    case = Case("gpt", "ReMoE", "plain", SINGLE)
+    right, other = trainings.train(case), trainings.train(case, "--lr", "2e-3")
+    difference = compare(other, right)
+    assert difference.loss > 1e-4 and difference.gradient == 0.0 and difference.same_counts
+    assert difference.sparsity > 1e-3 and not difference.is_tolerable("plain")
+    with pytest.raises(AssertionError):
+        compare(replace(right, losses=right.losses[1:]), right)
+    for wrong in (replace(right, coefficients=["0"]), replace(right, counts={})):
+        assert not compare(wrong, right).is_tolerable("plain")
+
+
+def test_tables(trainings: Trainings, request: pytest.FixtureRequest) -> None:
+    """Write the tables of each model class of which all cases were trained."""
+    if request.config.getoption("--parity-tables") is None:
+        pytest.skip("needs --parity-tables FOLDER")
+    for model in ("gpt", "hybrid"):
+        cases = [case for case in ALL if case.model == model]
+        if missing := [case for case in cases if case not in trainings.differences]:
+            print(f"{model}: not written, {len(missing)} cases are missing, the first is {missing[0]}")
+            continue
+        lines: list[str] = []
+        for routing in [name for name in ROUTINGS if (model, name) in CHECKED]:
+            rows = []
+            for layout in dict.fromkeys(case.layout for case in cases):
+                found = {v: trainings.differences[Case(model, routing, v, layout)] for v in VARIANTS}
+                marks = {v: "" if one.is_tolerable(v) else " **!**" for v, one in found.items()}
+                rows.append([layout, *(f"{one.loss:.0e} / {one.gradient:.0e}{marks[v]}" for v, one in found.items())])
+            lines += ["", f"**{routing}**", "", *markdown.table(["layout", *VARIANTS], rows)]
+        begin, end = (f"<!-- parity:{model}:{side} -->" for side in ("begin", "end"))
+        write_between(ROOT / "docs" / "parallelism.md", begin, end, "\n".join(lines[1:]))

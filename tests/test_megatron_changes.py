@@ -1,0 +1,51 @@
+"""Changes in another Megatron's sources are found: a copy of the installed one in which three lines differ."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("griffe", reason="needs griffe: pip install griffe")
+
+from tests import megatron_changes  # noqa: E402
+
+INSTALLED = Path(sysconfig.get_paths()["purelib"]) / "megatron"
+# File of Megatron: what is replaced in it, with what, and the words that must be said.
+CHANGES = {
+    "core/transformer/moe/router.py": (
+        "def routing(self, logits: torch.Tensor, padding_mask: Optional[torch.Tensor] = None):",
+        "def routing(self, logits, padding_mask=None, input_ids=None):",
+        "does not take input_ids of megatron.core.transformer.moe.router.TopKRouter.routing",
+    ),
+    "core/tensor_parallel/random.py": (
+        "def model_parallel_cuda_manual_seed(\n    seed: int,",
+        "def model_parallel_cuda_manual_seed(\n    seed: int, other: int,",
+        "model_parallel_cuda_manual_seed(other): Parameter was added as required",
+    ),
+    "core/utils.py": ("def get_model_config(", "def config_of_model(", "megatron.core.utils.get_model_config is gone"),
+}
+
+
+def link_installed(folder: Path) -> None:
+    """Fill a folder with links to the installed Megatron's files."""
+    for package in ("core", "training"):
+        for file in (INSTALLED / package).rglob("*.py"):
+            link = folder / "megatron" / file.relative_to(INSTALLED)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+
+
+def test_changes_are_found(tmp_path: Path) -> None:
+    link_installed(tmp_path)
+    for name, (old, new, _) in CHANGES.items():
+        file = tmp_path / "megatron" / name
+        text = file.read_text()
+        assert text.count(old) == 1, name
+        file.unlink()
+        file.write_text(text.replace(old, new))
+    installed = megatron_changes.load(INSTALLED.parent)
+    assert list(megatron_changes.look_at(installed, installed)) == []
+    found = list(megatron_changes.look_at(installed, megatron_changes.load(tmp_path)))
+    for _, _, said in CHANGES.values():
+        assert any(breaks and said in text for breaks, text in found), found
+    assert any(not breaks and "another body" in text and "TopKRouter.routing" in text for breaks, text in found)

@@ -1,0 +1,29 @@
+"""An environment with all packages of this one except Megatron and this project."""
+
+import os
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+
+def make(folder: Path) -> Path:
+    """Make the environment in a folder that does not exist; return its interpreter."""
+    venv.create(folder, with_pip=False)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "megatron" not in entry.name:
+            (packages / entry.name).symlink_to(entry)
+    return folder / "bin" / "python"
+
+
+def run(python: Path, program: str | Path, *words: str | Path) -> str:
+    """Run a program there; return what it printed, and assert that it did not fail."""
+    folder = python.parents[1]
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    # Code from a model's folder is copied before it is run.
+    settings |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    words = (python, "-P", program, *words)
+    done = subprocess.run([*map(str, words)], cwd=folder, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout

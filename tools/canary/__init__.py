@@ -1,1 +1,0 @@
-"""What another version of Megatron would break."""

@@ -1,1 +1,0 @@
-"""Every layout against one process."""
