@@ -144,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("case", read(), ids=lambda case: " ".join([case[0], *case[1], *map("=".join, case[2].items())]))
+@pytest.mark.parametrize("case", read(), ids=lambda case: " ".join([case[0], *case[1], *case[2]]))
 def test_command_is_as_recorded(case: list[Any], folder: Path) -> None:
     script, arguments, environment, code, printed = case
     assert ask(folder, script, arguments, environment) == (code, printed)
