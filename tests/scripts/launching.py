@@ -12,13 +12,16 @@ SIZES = {"182m": ("12", "768", "12"), "469m": ("24", "1024", "16"), "978m": ("24
 ROUTINGS = ("dense", "moe", "remoe")
 
 
-def launch(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    script: str, *arguments: str, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return subprocess.run(
         ["bash", str(SCRIPTS / f"train_llama_{script}.sh"), *arguments],
         capture_output=True,
         text=True,
         env=kept | environment,
+        cwd=folder,
     )
 
 
