@@ -67,7 +67,7 @@ class Run:
     def late_sparsity(self, iterations: int, experts: int) -> float:
         """Return S over all steps of the last quarter, from the running sums; without them, the mean of the lines."""
         late = self.last_quarter(iterations)
-        before = next((line for line in reversed(self.lines) if line["iteration"] <= LAST_PART * iterations), {})
+        before: dict[str, Any] = self.lines[-len(late) - 1] if len(late) < len(self.lines) else {}
         if "total_active_pairs" not in late[-1]:
             return statistics.fmean(line["sparsity"] for line in late)
         pairs, tokens = (late[-1][name] - before.get(name, 0) for name in ("total_active_pairs", "total_layer_tokens"))

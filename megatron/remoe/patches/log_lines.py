@@ -148,6 +148,7 @@ def _set_names(args: argparse.Namespace, prefix: str) -> Iterator[str]:
 def _forwarding_checkpoints(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(save_checkpoint)
     def forwarding(iteration: int, *others: Any, **options: Any) -> Any:
+        totals: Callable[[], dict[str, int]]
         totals = getattr(get_moe_metrics_tracker(), "totals", dict)  # Megatron's own tracker has none
         if run_logger().isEnabledFor(logging.INFO) and (found := totals()):
             run_logger().info({"kind": "checkpoint", "iteration": iteration} | found)

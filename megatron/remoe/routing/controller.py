@@ -99,11 +99,10 @@ class SparsityController:
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k·tokens, which is exact in whole numbers.
         direction = torch.where(finite, torch.sign((active - topk * tokens).sum()), 0.0)
-        # All routers have the same exponent; a rank without a router learns it from the others' mean.
-        exponent = (torch.round(sums.l1_exponent / sums.ranks.clamp(min=1.0)) + direction).to(torch.int64)
         dying = active < self.config.moe_relu_layer_floor * topk * tokens
         guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
         if self.routers:
+            exponent = self.routers[0].l1_exponent + direction.to(torch.int64)  # the same on all ranks
             # One launch for all routers.
             torch._foreach_copy_(
                 [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],

@@ -70,7 +70,7 @@ class StepSums:
         counts: a row for each layer.
         guarded: `[L]`, how many ranks guard the layer.
         l1_exponent: a scalar, the sum of the ranks' exponent n of λ.
-        ranks: a scalar, how many ranks that sum is over: those with a router.
+        ranks: a scalar, how many ranks that sum is over: those with a router. The others learn λ from the mean.
         not_finite: a scalar, 0, or NaN if a gradient is not finite.
     """
 

@@ -66,6 +66,7 @@ class RunLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record; a failure is a warning, and the training goes on."""
         try:
+            assert isinstance(record.msg, dict)
             self._take(record.msg)
         except Exception as error:
             warnings.warn(f"{self.path}: {error}. The training goes on; this line of its log is missing.", stacklevel=1)
