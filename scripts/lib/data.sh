@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by launch.sh: the data sets and the vocabulary of a training, from its environment.
 
-# DATA_PATH into DATA_FLAGS: one prefix, or words, or lines of "[weight] prefix".
+# Puts DATA_PATH into DATA_FLAGS: one prefix, or words, or lines of "[weight] prefix".
 split_data_path() {
   local line word
   if [[ -f $DATA_PATH.bin ]]; then
@@ -21,21 +21,22 @@ split_data_path() {
   fi
 }
 
-# The data sets in DATA_DIR into DATA_FLAGS, with weights of 1.0; the authors' fork trains on shards 01 to 29 so.
+# Puts the data sets in DATA_DIR into DATA_FLAGS, with weights of 1.0. Of a whole Pile the authors' fork trains on shards
+# 01 to 29; shard 00 is left out then, and every shard that is missing is named.
 find_data_sets() {
-  local file number pile=() found=() left=()
+  local file number here rest pile=() found=() left=() missing=()
   for file in "$DATA_DIR"/*_document.bin; do
     if [[ -f $file ]]; then found+=("${file%.bin}"); fi
   done
   ((${#found[@]})) || die "no *_document.bin in DATA_DIR=$DATA_DIR: make them with tools/preprocess_data.py"
   for number in $(seq -f %02g 0 29); do
-    file=$DATA_DIR/${number}_text_document
-    if [[ -f $DATA_DIR/pile_${number}_text_document.bin ]]; then
-      [[ ! -f $file.bin ]] || die "DATA_DIR=$DATA_DIR has shard $number twice, as ${number}_text_document and as" \
-        "pile_${number}_text_document, and both would be trained on. Move one of them away"
-      file=$DATA_DIR/pile_${number}_text_document
-    fi
-    if [[ $number != 00 && -f $file.bin ]]; then pile+=("$file"); fi
+    here=()
+    for file in "$DATA_DIR"/{pile_,}"${number}_text_document"; do
+      if [[ -f $file.bin ]]; then here+=("$file"); fi
+    done
+    ((${#here[@]} < 2)) || die "DATA_DIR=$DATA_DIR has shard $number twice, as ${number}_text_document and as" \
+      "pile_${number}_text_document, and both would be trained on. Move one of them away"
+    if ((${#here[@]} == 0)); then missing+=("$number"); elif [[ $number != 00 ]]; then pile+=("${here[@]}"); fi
   done
   if ((${#pile[@]} == 29)); then
     for file in "${found[@]}"; do
@@ -43,12 +44,16 @@ find_data_sets() {
     done
     if ((${#left[@]})); then NOTES+=("Data: the Pile's shards 01 to 29; left out: ${left[*]}"); fi
     found=("${pile[@]}")
+  elif ((${#pile[@]})); then
+    rest="the others are trained on"
+    if [[ ${missing[0]} != 00 ]]; then rest+=", shard 00 too, which the fork leaves out"; fi
+    NOTES+=("Data: of the Pile's shards 00 to 29 these are missing: ${missing[*]}; $rest")
   fi
   if ((${#found[@]} == 1)); then DATA_FLAGS=("${found[@]}") && return; fi
   for file in "${found[@]}"; do DATA_FLAGS+=(1.0 "$file"); done
 }
 
-# Weights and prefixes of the data into DATA_FLAGS.
+# Puts weights and prefixes of the data into DATA_FLAGS.
 find_data() {
   DATA_FLAGS=()
   if [[ -n ${DATA_PATH-} ]]; then
@@ -65,7 +70,7 @@ find_data() {
   fi
 }
 
-# Prints the first of the files that exists, else the first.
+# Prints the first file that exists, else the first.
 first_file() {
   local file
   for file in "$@"; do
@@ -75,7 +80,7 @@ first_file() {
   printf '%s' "$file"
 }
 
-# The tokenizer's files into TOKENIZER, unless Megatron flags choose another tokenizer.
+# Puts the tokenizer's flags into TOKENIZER, unless Megatron flags choose another tokenizer.
 find_vocabulary() {
   local folder=${DATA_DIR-.} vocabulary merges
   vocabulary=${VOCAB_FILE:-$(first_file "$folder"/encoder.json "$folder"/{,../}gpt2-vocab.json)}

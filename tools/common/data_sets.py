@@ -1,4 +1,4 @@
-"""Small Megatron data sets of bytes: a token for each byte, and one for each end of a document."""
+"""Write small Megatron data sets of bytes: a token per byte, and one at the end of each document."""
 
 import asyncio
 from pathlib import Path
@@ -20,5 +20,5 @@ def write_documents(prefix: Path, documents: list[bytes]) -> None:
 
 
 def write_real_text(prefix: Path) -> None:
-    """Write the standard library's asyncio package, a document for each file."""
+    """Write the standard library's asyncio package, a document per file."""
     write_documents(prefix, [path.read_bytes() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))])

