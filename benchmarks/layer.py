@@ -1,10 +1,8 @@
-"""One MoE layer alone, forward and backward: ReLU-routed and grouped, Megatron's own local layer, the Mixtral block of
-Hugging Face transformers with each of its implementations and, with `--bf16` on a GPU, what imports of scattermoe,
-megablocks and sonic-moe.
+"""One MoE layer, forward and backward: ReLU-routed and grouped, Megatron's own local layer, and the Mixtral block of
+Hugging Face transformers with each of its implementations.
 
-All have experts of the same size and k active experts per token, and all routers the same weights: those with which
-ReLU gives every expert the same number of tokens. They take turns in one process, and each figure is a median.
-Gradients are new tensors every time, for all of them.
+All have experts of the same size and k active experts per token, and routers with the weights with which ReLU gives
+every expert the same number of tokens. They take turns in one process; each figure is a median.
 """
 
 import argparse
@@ -13,25 +11,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import milliseconds, progress, save, show
+from results import default_output, note, save, show
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from megatron.remoe import cpu  # noqa: E402
-from megatron.remoe.preflight import console, machine  # noqa: E402
+from megatron.remoe import cpu
+from megatron.remoe.preflight import console, machine
 
 console.hide_unhelpful_warnings()
 machine.do_without_what_is_missing(cpu.is_wanted(sys.argv))
 if cpu.is_wanted(sys.argv):
     cpu.install()
 
-from gpu_peers import gpu_peers, usable  # noqa: E402
 from timed_entry import start_at_target  # noqa: E402
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
@@ -47,7 +40,7 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype: torch.dtype, **more: Any) -> MoELayer:
-    """ReMoE's layer, whose configuration may be given `more`, or top-k in Megatron's own."""
+    """Return ReMoE's layer, or top-k in Megatron's own; `more` is for the configuration."""
     settings: dict[str, Any] = {
         "num_layers": 1,
         "hidden_size": options.hidden,
@@ -77,24 +70,18 @@ def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype:
 
 
 def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> dict[str, Layer]:
-    """Name → function from `[tokens, 1, hidden]` to the same shape."""
+    """Return name → layer, from `[tokens, 1, hidden]` to the same shape."""
     ours = megatron_layer(experts, options, relu=True, dtype=tokens.dtype)
     start_at_target(ours.router, tokens)
     theirs = megatron_layer(experts, options, relu=False, dtype=tokens.dtype)
     theirs.router.weight.data.copy_(ours.router.weight)
     found: dict[str, Layer] = {OURS: lambda x: ours(x)[0], "Megatron's, top-k": lambda x: theirs(x)[0]}
-    for name in options.transformers:
-        block = partial(mixtral_block, name, experts, options, ours.router.weight)
-        found |= usable(f"transformers, {name}", block, tokens)
-    if tokens.is_cuda and tokens.dtype == torch.bfloat16:
-        found |= gpu_peers(experts, options.hidden, options.ffn, options.topk, ours.router.weight, tokens)
-    return found
+    blocks = (mixtral_block(name, experts, options, ours.router.weight) for name in options.transformers)
+    return found | {f"transformers, {name}": block for name, block in zip(options.transformers, blocks, strict=True)}
 
 
-def mixtral_block(
-    implementation: str, experts: int, options: argparse.Namespace, router_weight: torch.Tensor
-) -> torch.nn.Module:
-    """That of transformers, with the router's weight, type and device."""
+def mixtral_block(name: str, experts: int, options: argparse.Namespace, router_weight: torch.Tensor) -> torch.nn.Module:
+    """Return the block of transformers by an implementation's name, with the router's weight, type and device."""
     from transformers.models.mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -104,7 +91,7 @@ def mixtral_block(
         num_local_experts=experts,
         num_experts_per_tok=options.topk,
     )
-    config._experts_implementation = implementation
+    config._experts_implementation = name
     block = MixtralSparseMoeBlock(config).to(device=router_weight.device, dtype=router_weight.dtype).train()
     for weight in block.parameters():
         torch.nn.init.normal_(weight, std=0.02)
@@ -112,11 +99,9 @@ def mixtral_block(
     return block
 
 
-def seconds(layer: Layer, tokens: torch.Tensor, weights: list[torch.nn.Parameter]) -> float:
-    """One forward and backward pass."""
+def seconds(layer: Layer, tokens: torch.Tensor) -> float:
+    """Return the time of one forward and backward pass; the layers' gradients must be None."""
     tokens.grad = None
-    for weight in weights:
-        weight.grad = None
     if tokens.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -126,13 +111,15 @@ def seconds(layer: Layer, tokens: torch.Tensor, weights: list[torch.nn.Parameter
     return time.perf_counter() - start
 
 
-def parameters_of(layer: Any) -> list[torch.nn.Parameter]:
-    """Those of the module, or of the modules that a function closes over."""
+def forget_gradients(layer: Any) -> None:
+    """Drop the gradients of a module, or of the modules that a function closes over."""
     modules = [layer] if isinstance(layer, torch.nn.Module) else [cell.cell_contents for cell in layer.__closure__]
-    return [parameter for module in modules for parameter in module.parameters()]
+    for module in modules:
+        module.zero_grad(set_to_none=True)
 
 
 def main() -> None:
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128])
@@ -142,39 +129,33 @@ def main() -> None:
     parser.add_argument("--transformers", nargs="*", default=["eager", "grouped_mm"], help="its implementations")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "layer.json")
+    parser.add_argument("--output", type=Path, default=default_output("layer"))
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, dict[str, list[float]]] = {}
-    backend = "nccl" if device == "cuda" else "gloo"
-    with one_process(backend=backend), progress(len(options.experts) * len(options.tokens)) as done:
+    with one_process(backend="nccl" if device == "cuda" else "gloo"):
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=device))
-        for experts in options.experts:
-            for number in options.tokens:
-                torch.manual_seed(1)
-                common = torch.randn(options.hidden).sign()
-                tokens = (torch.randn(number, 1, options.hidden) + common).to(device)
-                tokens = tokens.to(torch.bfloat16 if options.bf16 else torch.float32).requires_grad_()
-                candidates = layers(experts, options, tokens.detach())
-                times: dict[str, list[float]] = {name: [] for name in candidates}
-                for turn in range(options.repetitions + 1):
-                    for name, layer in candidates.items():
-                        taken = seconds(layer, tokens, parameters_of(layer))
-                        if turn:
-                            times[name].append(taken)
-                case = f"{experts} experts, {number} tokens"
-                results[case] = times
-                save(options.output, {"options": vars(options) | {"output": str(options.output)}, "seconds": results})
-                medians = (f"{name} {milliseconds(statistics.median(found))}" for name, found in times.items())
-                done(f"{case}: {'; '.join(medians)}")
-                del candidates
-                gc.collect()
-    names = list(next(iter(results.values())))
+        for experts, number in ((e, n) for e in options.experts for n in options.tokens):
+            torch.manual_seed(1)
+            tokens = (torch.randn(number, 1, options.hidden) + torch.randn(options.hidden).sign()).to(device)
+            tokens = tokens.to(torch.bfloat16 if options.bf16 else torch.float32).requires_grad_()
+            candidates = layers(experts, options, tokens.detach())
+            times = results[f"{experts} experts, {number} tokens"] = {name: [] for name in candidates}
+            for turn in range(options.repetitions + 1):
+                for name, layer in candidates.items():
+                    forget_gradients(layer)
+                    taken = seconds(layer, tokens)
+                    times[name] += [taken] if turn else []
+            save(options.output, {"options": vars(options), "seconds": results})
+            note(f"{experts} experts, {number} tokens: ours {statistics.median(times[OURS]) * 1e3:.3g} ms")
+            del candidates
+            gc.collect()
     rows = []
     for case, times in results.items():
-        ours = statistics.median(times[OURS])
-        rows.append((case, milliseconds(ours), *(statistics.median(times[name]) / ours for name in names[1:])))
-    show("Forward and backward: ours, and the others' time over ours", ["layer", *names], rows, options.output)
+        first, *others = (statistics.median(found) for found in times.values())
+        rows.append((case, f"{first * 1e3:,.3g} ms", *(other / first for other in others)))
+    columns = ["layer", *next(iter(results.values()))]
+    show("Forward and backward: ours, and the others' time over ours", columns, rows, options.output)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""The models that are measured, as Megatron's flags, those of the machine, and the models' FLOPs."""
+"""The models that are measured: Megatron's flags, those of the machine, and FLOPs."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-# Steps for which routers are brought to the target; one batch of a few sequences is not enough for it, since the tokens
-# of a sequence have much in common.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# Steps that bring routers to the target. One batch is not enough: the tokens of a sequence have much in common.
 FIT_STEPS = 4
-WATCHED_STEPS = 3  # in which waits are counted, after those and one more
 COMMON = """
 --num-attention-heads 12 --group-query-attention --num-query-groups 4 --normalization RMSNorm --swiglu
 --position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0
@@ -21,8 +24,7 @@ ROUTINGS = {
     "ReMoE": ["--moe-relu-routing"],
     "top-k": ["--moe-router-pre-softmax", "--moe-aux-loss-coeff", "1e-2"],
 }
-# As scripts/lib/gpus.sh's for plain PyTorch on a GPU. A log waits for the device and works on the host, for ReMoE
-# longer than for top-k, which a step of some milliseconds would feel.
+# As scripts/lib/gpus.sh's for plain PyTorch on a GPU. A log waits for the device, longer for ReMoE than for top-k.
 GPU_FLAGS = """
 --bf16 --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
 --no-rope-fusion --log-interval 1000
@@ -30,27 +32,17 @@ GPU_FLAGS = """
 
 
 def on_gpu(words: Sequence[str] = ()) -> bool:
-    """Whether a training with these flags runs on a GPU; the entry decides by the same rule."""
+    """Return whether a training with these flags runs on a GPU; the entry decides by the same rule."""
     return torch.cuda.is_available() and "--cpu" not in words
-
-
-def hardware_flags(words: Sequence[str] = ()) -> list[str]:
-    """What the machine asks of a training with these flags; nothing on a CPU, whose flags the entry sets.
-
-    Args:
-        words: the user's flags, which may say --cpu.
-    """
-    return list(GPU_FLAGS) if on_gpu(words) else []
 
 
 @dataclass(frozen=True)
 class Shape:
     """A GPT of the paper's kind, with few layers.
 
-    `vocabulary` keeps the output layer's share of the FLOPs as it is in the whole model: 34 % in the 182M one.
-
     Attributes:
         experts, granularity: E and G; there are E·G experts of size ffn / G, of which G are active.
+        vocabulary: small, so that the output layer keeps its share of the FLOPs: 34 % in the 182M model.
     """
 
     experts: int
@@ -64,38 +56,29 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """(E, G), as they are spoken of."""
+        """Return "(E, G)"."""
         return f"({self.experts}, {self.granularity})"
 
     @property
     def tokens(self) -> int:
-        """Tokens of one step."""
+        """Return the tokens of one step."""
         return self.micro_batch * self.sequence
 
     def flags(self, routing: str) -> list[str]:
-        """The whole training command's flags but for data and number of steps."""
-        sizes = {
-            "--num-layers": self.layers,
-            "--hidden-size": self.hidden,
-            "--ffn-hidden-size": self.ffn,
-            "--moe-ffn-hidden-size": self.ffn,
-            "--seq-length": self.sequence,
-            "--max-position-embeddings": self.sequence,
-            "--micro-batch-size": self.micro_batch,
-            "--global-batch-size": self.micro_batch,
-            "--vocab-size": self.vocabulary,
-            "--num-experts": self.experts,
-            "--moe-router-topk": 1,
-            "--moe-granularity": self.granularity,
-        }
-        words = [str(word) for pair in sizes.items() for word in pair]
-        return [*COMMON, *words, *ROUTINGS[routing]]
+        """Return the training's flags, without data and number of steps."""
+        sizes = f"""
+        --num-layers {self.layers} --hidden-size {self.hidden} --ffn-hidden-size {self.ffn}
+        --moe-ffn-hidden-size {self.ffn} --seq-length {self.sequence} --max-position-embeddings {self.sequence}
+        --micro-batch-size {self.micro_batch} --global-batch-size {self.micro_batch} --vocab-size {self.vocabulary}
+        --num-experts {self.experts} --moe-router-topk 1 --moe-granularity {self.granularity}
+        """
+        return [*COMMON, *sizes.split(), *ROUTINGS[routing]]
 
     def flops(self, active_experts: float) -> float:
-        """FLOPs of a training step without recomputation: 2 for a product and its sum, once forward, twice backward.
+        """Return a step's FLOPs: 2 for a product and its sum, once forward, twice backward.
 
         Args:
-            active_experts: active token-expert pairs per token, in experts of full size: G pairs make one.
+            active_experts: active pairs per token, in experts of full size: G pairs make one.
         """
         heads, groups = 12, 4
         attention = self.hidden * self.hidden * (2 + 2 * groups / heads) + self.hidden * self.sequence  # causal: half

@@ -1,4 +1,4 @@
-"""The training entry, which also writes counts, router gradients and λ's exponents to a file per rank in $PARITY_RECORD."""
+"""The training entry, which also writes counts, router gradients and λ to a file per rank in $PARITY_RECORD."""
 
 import json
 import os

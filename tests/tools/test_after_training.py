@@ -106,6 +106,9 @@ def test_there_and_back(model: str, data: Path, tmp_path: Path, capfd: pytest.Ca
     flags = capfd.readouterr().out.split("train with ")[1].split()
     before, after = (
         series(run([*trained.flags, *words, "--train-iters", str(STEPS), "--eval-iters", "0"]), "lm loss")
-        for words in (["--pretrained-checkpoint", str(trained.checkpoints)], [*flags, "--seq-length", str(trained.length)])
+        for words in (
+            ["--pretrained-checkpoint", str(trained.checkpoints)],
+            [*flags, "--seq-length", str(trained.length)],
+        )
     )
     assert len(before) == STEPS and after == pytest.approx(before, rel=1e-5)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
+from tools.common.files import write_json
 from tools.cost import choices
-from tools.rehearse import build, command, engine, golden, report
+from tools.rehearse import build, command, engine, report
 from tools.rehearse.flags import data_of, rehearsed, value_of
 from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch, drawn_on
 
@@ -19,7 +21,36 @@ needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played"
 )
 REMOE_182M = Launch(flags=(*ONE_MICRO_BATCH, *PLAIN))
+GOLDEN = REPOSITORY / "tests" / "golden" / "rehearsal.json"
+CASES = {
+    "ReMoE": Launch(),
+    "top-k": Launch("moe"),
+    "dense": Launch("dense"),
+    "ReMoE, EP8": Launch(settings={"EP": "8"}),
+    "ReMoE, TP2": Launch(settings={"TP": "2"}),
+    "ReMoE, PP2 with virtual stages": Launch(settings={"PP": "2", "VPP": "2"}),
+    "ReMoE, hybrid": Launch(settings={"MODEL": "hybrid"}),
+    "ReMoE, PP2 with virtual stages, hybrid": Launch(settings={"MODEL": "hybrid", "PP": "2", "VPP": "2"}),
+    "ReMoE, G = 8": Launch(flags=("--moe-granularity", "8")),
+    "ReMoE, MoE recomputed": Launch(flags=tuple("--recompute-granularity selective --recompute-modules moe".split())),
+    "ReMoE, Megatron's layers": Launch(flags=("--no-local-layer-fusion",)),
+    "ReMoE, Triton": Launch(settings={"KERNELS": "triton"}),
+    "top-k, Triton": Launch("moe", settings={"KERNELS": "triton"}),
+}
+CASES = {name: replace(case, flags=(*ONE_MICRO_BATCH, *PLAIN, *case.flags)) for name, case in CASES.items()}
+ALLOWED = 1.02  # a figure may be this much above the committed one
 REMOE = "--num-experts 8 --moe-router-topk 1 --moe-relu-routing".split()
+
+
+def kept(found: dict[str, Any]) -> dict[str, float]:
+    """Return the figures that are committed."""
+    launches, waits = found["launches"], sum(wait["times"] for wait in found["host_syncs"])
+    numbers = {"launches of a forward layer": launches["forward_layer"], "launches of λ's update": launches["update"]}
+    numbers |= {"launches of a step": launches["step"], "waits of a step": waits}
+    numbers["GB moved in a step"] = round(found["roofline"]["bytes"] / 1e9, 1)
+    for stage, peaks in found["stages"].items():
+        numbers[f"GiB, {stage}"] = round(peaks["peak_allocated_gib"], 2)
+    return {key: value for key, value in numbers.items() if value is not None}
 
 
 def test_nothing_is_saved_and_the_rest_stays() -> None:
@@ -81,9 +112,28 @@ def test_flags_that_are_wrong(arguments: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        (REMOE, "--moe-token-dispatcher-type alltoall"),
+        ([*REMOE, "--moe-token-dispatcher-type", "allgather", *PLAIN], "--moe-token-dispatcher-type alltoall"),
+        ([*REMOE, "--moe-token-dispatcher-type=alltoall"], "--transformer-impl local"),
+        (["--bf16"], "--transformer-impl local"),
+    ],
+)
+def test_what_cannot_be_played_is_no_verdict(
+    flags: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training that starts on GPUs is not said to fail because the rehearsal cannot play it."""
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: None)  # as without Transformer Engine
+    assert command.main(["--", *flags]) == 1
+    printed = capsys.readouterr()
+    assert remedy in printed.err.replace("\n", " ") and "DOES NOT START" not in printed.out
+
+
 def test_torch_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert command.main(["--", "--bf16"]) == 1
+    assert command.main(["--", "--bf16", *PLAIN]) == 1
     assert "A rehearsal needs PyTorch built for CUDA" in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -155,12 +205,17 @@ def test_a_dry_run_shows_the_table() -> None:
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("name", golden.CASES)
-def test_launch_commands(name: str) -> None:
-    """They start, and launch, wait and hold no more than what is committed; `golden.py --update` renews it."""
-    found = golden.CASES[name].rehearse()
+@pytest.mark.parametrize("name", CASES)
+def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
+    """They start, and launch, wait and hold no more than what is committed; --update-golden renews that."""
+    found = CASES[name].rehearse()
     assert found["starts"], found["error"]
-    assert golden.worse(golden.kept(found), json.loads(golden.GOLDEN.read_text())[name]) == []
+    figures, expected = kept(found), json.loads(GOLDEN.read_text())
+    if request.config.getoption("--update-golden"):
+        expected[name] = figures
+        write_json(GOLDEN, expected)
+    print(name, figures)
+    assert {key: value for key, value in expected[name].items() if figures.get(key, 1e99) > value * ALLOWED} == {}
     for peaks in found["stages"].values():
         assert peaks["peak_allocated_gib"] <= peaks["peak_reserved_gib"] < 80
     if "PP2" not in name and "recomputed" not in name:
@@ -175,8 +230,8 @@ def test_launch_commands(name: str) -> None:
 
 
 def test_both_models_do_the_same() -> None:
-    expected = json.loads(golden.GOLDEN.read_text())
-    hybrid = [name for name in golden.CASES if name.endswith(", hybrid")]
+    expected = json.loads(GOLDEN.read_text())
+    hybrid = [name for name in CASES if name.endswith(", hybrid")]
     assert hybrid and [expected[name] for name in hybrid] == [
         expected[name.removesuffix(", hybrid")] for name in hybrid
     ]

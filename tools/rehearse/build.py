@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from ..common.errors import ToolError
+from ..cost.gpus import ACCELERATORS
+from .cards import CARDS, CONTEXT
 
 FOLDER = Path(__file__).parent / "cuda"
 MANAGEMENT = FOLDER / "management.cpp"
@@ -63,6 +65,32 @@ def libraries() -> list[Path]:
             for name in (MANAGEMENT_NAME, NAME):
                 os.replace(Path(aside) / name, folder / name)
     return [folder / NAME, folder / MANAGEMENT_NAME]
+
+
+def environment_of(gpu: str, devices: int) -> dict[str, str]:
+    """Return the environment in which a process sees the CUDA that does nothing, on top of this process's.
+
+    Args:
+        gpu: the kind of card, a key of `CARDS`.
+        devices: how many of them the process sees.
+
+    Raises:
+        ToolError: as `libraries`.
+    """
+    card, built = CARDS[gpu], libraries()
+    return {
+        "LD_PRELOAD": ":".join(map(str, built)),
+        "REHEARSAL_CARD": card.title,
+        "REHEARSAL_CAPABILITY": card.capability,
+        "REHEARSAL_MULTIPROCESSORS": str(card.multiprocessors),
+        "REHEARSAL_DEVICES": str(devices),
+        "REHEARSAL_GIB": str(ACCELERATORS[gpu].memory - CONTEXT),
+        "TRITON_LIBCUDA_PATH": str(built[0].parent),
+        "TRITON_CACHE_DIR": str(cache() / "triton"),
+        "TRITON_INTERPRET": "0",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def cache() -> Path:

@@ -7,6 +7,7 @@ nothing is trained and nothing kept. The times are a model's, by rates that --ra
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,8 +25,7 @@ from ..common.places import ROOT
 from ..common.running import run_to_the_end
 from . import build, report
 from .cards import CARDS, rates
-from .environment import environment_of
-from .flags import data_of, number, rehearsed
+from .flags import data_of, number, rehearsed, value_of
 
 GPUS_PER_NODE = 8
 DENSE_SHARE = 0.5  # of the pairs, while routing is dense
@@ -98,6 +98,26 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     return options, flags
 
 
+def refuse_what_cannot_be_played(flags: Sequence[str]) -> None:
+    """Refuse trainings that might start on GPUs, and of which a rehearsal cannot say so.
+
+    Raises:
+        ToolError: a flag asks for something that has sizes from the GPU, or that is not installed.
+    """
+    dispatcher = value_of(flags, "--moe-token-dispatcher-type") or "allgather"
+    if number(flags, "--num-experts", 0) and dispatcher == "allgather":
+        raise ToolError(
+            "--moe-token-dispatcher-type allgather, Megatron's default, cannot be rehearsed: its sizes come from the "
+            "GPU. Give --moe-token-dispatcher-type alltoall."
+        )
+    layers = value_of(flags, "--transformer-impl") or "transformer_engine"
+    if layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise ToolError(
+            "--transformer-impl transformer_engine, Megatron's default, cannot be rehearsed: Transformer Engine is not "
+            "installed here. Install it, or give --transformer-impl local."
+        )
+
+
 def shares_of(flags: Sequence[str], stage: str | None) -> dict[str, float]:
     """Stage → active share of the (token, expert) pairs; one stage without ReLU routing."""
     experts, topk = number(flags, "--num-experts", 0), number(flags, "--moe-router-topk", 2)
@@ -157,9 +177,9 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
         log = options.log.with_name(f"{options.log.name}.rank{rank.number}")
     told = {"rank": rank.number, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
     told |= {"shares": shares, "steps": steps, "rates": options.rates, "data": data_of(flags)}
-    environment = os.environ | environment_of(options.gpu, options.gpus_per_node)
+    environment = os.environ | build.environment_of(options.gpu, options.gpus_per_node)
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [sys.executable, str(Path(__file__).with_name("played.py")), json.dumps(told)]
+    command = [sys.executable, str(Path(__file__).with_name("rank_entry.py")), json.dumps(told)]
     process = subprocess.Popen(
         [*command, *rehearsed(flags, len(steps)), *rank.flags], env=environment, cwd=ROOT, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -180,6 +200,7 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
 
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Play the ranks one after another and tell what was seen; the exit code is 1 where the training does not start."""
+    refuse_what_cannot_be_played(flags)
     build.libraries()
     records = []
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ def summary(records: list[dict[str, Any]], options: argparse.Namespace) -> dict[
     """All figures: of the rank that needs most memory, and under "ranks" of each that was played.
 
     Args:
-        records: what `played.Rehearsal` wrote for each rank.
+        records: what `rank_entry.Rehearsal` wrote for each rank.
         options: the tool's flags.
     """
     fullest = max(

@@ -17,10 +17,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch  # noqa: E402
 
 import pretrain_gpt  # noqa: E402
-from tools.rehearse import measure, world  # noqa: E402
+from tools.rehearse import counters, fake_ranks  # noqa: E402
 from tools.rehearse.engine import Calls  # noqa: E402
+from tools.rehearse.host_reads import Pairs  # noqa: E402
 from tools.rehearse.roofline import Roofline  # noqa: E402
-from tools.rehearse.values import Pairs  # noqa: E402
 
 GIB = 2**30
 
@@ -28,10 +28,10 @@ GIB = 2**30
 class Rehearsal:
     """Plays steps, each for what is to be measured in it."""
 
-    def __init__(self, options: dict[str, Any], collectives: measure.Collectives) -> None:
+    def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
         self.options, self.collectives = options, collectives
-        self.events, self.waits = measure.Events(), measure.Waits()
-        self.parts = measure.Parts(self.events)
+        self.events, self.waits = counters.Events(), counters.Waits()
+        self.parts = counters.Parts(self.events)
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.model: list[torch.nn.Module] = []
@@ -213,9 +213,9 @@ def main() -> None:
     sys.argv = ["pretrain_gpt.py", *sys.argv[2:]]
     torch.backends.cudnn.enabled = False  # the one library that is not stood in for
     torch.backends.cuda.enable_cudnn_sdp(False)
-    collectives = measure.Collectives()
+    collectives = counters.Collectives()
     collectives.watch(options["gpus_per_node"])
-    world.join(options["rank"], options["world"], options["gpus_per_node"])
+    fake_ranks.join(options["rank"], options["world"], options["gpus_per_node"])
     pretrain_gpt.main(Rehearsal(options, collectives).observe)
 
 

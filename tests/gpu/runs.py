@@ -1,0 +1,146 @@
+"""What the GPU tests run: programs in processes of their own, on a GPU or on the CUDA that does nothing."""
+
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.golden_run import FLAGS, Figures, figures_of, write_data
+from tools.common.log_reader import read_log
+from tools.common.places import ROOT
+from tools.rehearse.flags import rehearsed
+from tools.rehearse.scripts import Launch
+
+HERE = Path(__file__).parent
+TIMED_ENTRY = ROOT / "benchmarks" / "timed_entry.py"
+SEQUENCES, LENGTH = 64, 1024  # of a step of one GPU of the eight that share the paper's 512 sequences; tokens
+# Routers stay at the target, which training reaches after hundreds of steps: weights hardly move.
+AT_TARGET = "--lr 1e-7 --min-lr 0 --lr-warmup-fraction 0".split()
+SHARES = {"dense": 0.5, "steady": 0.125}  # active share of the pairs, for a rehearsal
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+WARM_UP = 15  # steps: routers are fitted in the first four, then memory pool and clock settle
+FUSED_FLAGS = [flag for flag in FLAGS if flag != "--no-local-layer-fusion"]  # the golden run's
+# fp32 on a GPU in Megatron's own layers.
+FP32_GPU = """
+--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+--no-rope-fusion
+""".split()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where programs run.
+
+    Attributes:
+        folder: for files in between.
+        rehearsal: environment of the CUDA that does nothing; None on a GPU.
+    """
+
+    folder: Path
+    rehearsal: dict[str, str] | None = None
+
+    def python(self, *words: object, share: float = 0.0, on_gpu: bool = True, limit: float = 240, **more: str) -> str:
+        """Run a program and return what it printed; assert that it ends with code 0 within `limit` seconds."""
+        command, environment = [*map(str, words)], os.environ | more
+        if self.rehearsal is not None and on_gpu:
+            command, environment = [str(HERE / "rehearsed.py"), str(share), *command], environment | self.rehearsal
+        done = subprocess.run(
+            [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", cwd=ROOT, env=environment, timeout=limit,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch script's training on one GPU."""
+
+    size: str = "182m"
+    routing: str = "remoe"
+    kernels: str = ""
+    flags: tuple[str, ...] = ()
+    micro_batch: int = 16
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        words = [self.size, self.routing, self.kernels or "torch", *(word.strip("-") for word in self.flags)]
+        return "-".join(words)
+
+    def planned(self, steps: int) -> tuple[dict[str, str], list[str]]:
+        """Return the script's environment and flags, for `steps` steps on made-up tokens with nothing saved."""
+        batch = ["--global-batch-size", str(SEQUENCES), "--micro-batch-size", str(self.micro_batch)]
+        settings = {"KERNELS": self.kernels, **self.settings}
+        environment, flags = Launch(self.routing, (*batch, *self.flags), settings, self.size, gpus=1).planned()
+        return environment, rehearsed(flags, steps)
+
+
+def environment(machine: Machine) -> dict[str, Any]:
+    """Return card, driver, versions and rates."""
+    printed = machine.python(HERE / "environment.py")
+    return json.loads(next(line for line in reversed(printed.splitlines()) if line.startswith("{")))
+
+
+def train_launched(machine: Machine, case: Case, stage: str, steps: int) -> dict[str, Any]:
+    """Train at the "dense" start or kept "steady" at the target; return medians after `WARM_UP`, and memory.
+
+    "host_seconds" is the process's CPU time; what the GPU waits for the host is at most the rest of a step.
+    """
+    record = machine.folder / "record.json"
+    environment, flags = case.planned(steps)
+    more = AT_TARGET if stage == "steady" else []
+    environment |= {"BENCHMARK_RECORD": str(record)} | ({"BENCHMARK_AT_TARGET": "1"} if stage == "steady" else {})
+    quiet = ["--log-interval", "10"]
+    printed = machine.python(TIMED_ENTRY, *flags, *more, *quiet, share=SHARES[stage], **environment)
+    found = json.loads(record.read_text())
+    first = min(WARM_UP, len(found["steps"]) - 1)
+    seconds = statistics.median(found["steps"][first:])
+    return {
+        "seconds": seconds,
+        "host_seconds": statistics.median(found["host"][first:]),
+        "tokens_per_second": SEQUENCES * LENGTH / seconds,
+        "active": statistics.mean(found["active"][first:] or [0.0]),
+        "peak_allocated_gib": (found["held_bytes"] + found["peak_bytes"]) / 2**30,
+        "matmul_tflops": found["peak_flops"] / 1e12,
+        "losses": [float(fields["lm loss"]) for fields in read_log(printed).values()],
+    }
+
+
+def profile(machine: Machine, case: Case, trace: Path) -> dict[str, Any]:
+    """Keep Megatron's profiler trace of two steps in `trace`; return the time of its kernels and of the steps."""
+    environment, flags = case.planned(WARM_UP + 4)
+    start = f"--profile --use-pytorch-profiler --profile-step-start {WARM_UP} --profile-step-end {WARM_UP + 2}"
+    place = ["--tensorboard-dir", str(machine.folder / "profile" / "tensorboard")]
+    environment |= {"BENCHMARK_RECORD": str(machine.folder / "record.json"), "BENCHMARK_AT_TARGET": "1"}
+    machine.python(TIMED_ENTRY, *flags, *AT_TARGET, *start.split(), *place, share=SHARES["steady"], **environment)
+    (machine.folder / "profile" / "torch_profile" / "rank-0.json.gz").replace(trace)
+    with gzip.open(trace) as file:
+        events = [one for one in json.load(file)["traceEvents"] if "dur" in one]
+    kernels = [one for one in events if one.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    waits = [one for one in events if one["name"] in WAITS]
+    whole = max(one["ts"] + one["dur"] for one in events) - min(one["ts"] for one in events)
+    return {
+        "seconds": whole / 1e6,
+        "kernel_seconds": sum(one["dur"] for one in kernels) / 1e6,
+        "kernels": len(kernels),
+        "waits": len(waits),
+        "attention": sorted({one["name"] for one in kernels if "flash" in one["name"] or "attention" in one["name"]}),
+    }
+
+
+def train_golden(machine: Machine, name: str, flags: Sequence[str], more: Sequence[str] = ()) -> Figures:
+    """Train the golden run's model in fp32 from weights that the CPU draws; return its figures."""
+    weights, text = machine.folder / f"{name}.pt", machine.folder / "text"
+    if not text.with_suffix(".bin").exists():
+        write_data(text)
+    words = [HERE / "golden_entry.py", *flags, "--data-path", text]
+    if not weights.exists():
+        machine.python(*words, "--cpu", on_gpu=False, OMP_NUM_THREADS="1", GOLDEN_WEIGHTS=str(weights))
+    return figures_of(machine.python(*words, *FP32_GPU, *more, share=0.125, GOLDEN_WEIGHTS=str(weights)))
+

@@ -1,0 +1,154 @@
+"""What only a GPU can show, the most valuable first: speed and memory of the launch scripts, then numbers.
+
+    pytest -m gpu tests/gpu --gpu-report FOLDER      a second call goes on with the tests whose figures are not there
+"""
+
+import copy
+import json
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.golden_run import FLAGS, committed, differences
+from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched
+from tools.common.files import write_json
+from tools.cost.gpus import ACCELERATORS
+from tools.rehearse.cards import CARDS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.timeout(300),
+]
+TRITON = "triton"
+# The order in which they are measured.
+LAUNCHES = [
+    (Case(kernels=TRITON), "steady"),
+    (Case(), "steady"),
+    (Case(routing="dense"), "steady"),
+    (Case(routing="moe"), "steady"),
+    (Case("978m", kernels=TRITON), "steady"),
+    (Case("469m", kernels=TRITON), "steady"),
+    (Case(kernels=TRITON), "dense"),
+]
+FINER = [(Case(kernels=TRITON, flags=("--moe-granularity", number)), "steady") for number in ("8", "64")]
+GRAINS = {"(8, 1)": (8, 1), "(8, 8)": (64, 8), "(64, 1)": (64, 1)}  # (E, G): experts, and active ones per token
+Report = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    """Return a function that keeps a test's figures; skip the test if they are there."""
+    folder: Path | None = request.config.getoption("--gpu-report")
+    if folder is None:
+        return lambda figures: print(json.dumps(figures))
+    name = request.node.name.removeprefix("test_").replace("[", "-").rstrip("]")
+    path = folder.resolve() / f"{name}.json"
+    if path.exists():
+        pytest.skip(f"its figures are in {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return lambda figures: write_json(path, figures)
+
+
+def test_environment(machine: Machine, report: Report) -> None:
+    figures = environment(machine)
+    report(figures)
+    assert figures["bf16_tflops"] > 10 and figures["copy_tb_per_second"] > 0.1
+
+
+def launch(case: Case, stage: str, machine: Machine, report: Report) -> None:
+    figures = train_launched(machine, case, stage, 50 if stage == "dense" else 35)
+    card = next((kind for kind, one in CARDS.items() if one.title == torch.cuda.get_device_name()), None)
+    report(figures | {"card": card, "card_tflops": ACCELERATORS[card].tflops if card else None})
+    assert all(map(math.isfinite, figures["losses"]))
+    if stage == "steady" and case.routing == "remoe":
+        assert figures["active"] == pytest.approx(int((case.flags or ("", "1"))[1]), rel=0.3)
+
+
+@pytest.mark.parametrize(("case", "stage"), LAUNCHES, ids=str)
+def test_launch(case: Case, stage: str, machine: Machine, report: Report) -> None:
+    launch(case, stage, machine, report)
+
+
+def test_profile(machine: Machine, report: Report, request: pytest.FixtureRequest) -> None:
+    """A trace for later: where the host holds the GPU back, and which attention ran."""
+    folder = request.config.getoption("--gpu-report") or machine.folder
+    figures = profile(machine, Case(kernels=TRITON), folder.resolve() / "trace.json.gz")
+    report(figures)
+    assert figures["kernel_seconds"] > 0 and figures["attention"]
+
+
+@pytest.mark.usefixtures("process_groups")
+@pytest.mark.parametrize("grain", GRAINS)
+def test_kernels_against_float64(grain: str, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's error is at most 1.5 times PyTorch's, which is that of bf16, in the output and every gradient."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from layer import megatron_layer
+    from timed_entry import start_at_target
+
+    experts, topk = GRAINS[grain]
+    options = Namespace(hidden=768, ffn=3072 // topk, topk=topk)
+    torch.manual_seed(1)
+    tokens = (torch.randn(16384, 1, 768) + torch.randn(768).sign()).to("cuda", torch.bfloat16)
+    upstream = torch.randn_like(tokens)
+
+    def results(way: str, dtype: torch.dtype, state: dict[str, torch.Tensor] | None) -> tuple[Any, dict[str, Any]]:
+        more = {"moe_kernels": way, "moe_relu_l1_reg_coeff_init": 1e-3}  # so that L1's gradient shows
+        layer = megatron_layer(experts, options, True, dtype, **more)
+        if state is None:
+            start_at_target(layer.router, tokens)
+        else:
+            layer.load_state_dict(state)
+        state = copy.deepcopy(layer.state_dict())
+        given = tokens.detach().to(dtype).requires_grad_()
+        output = layer(given)[0]
+        output.backward(upstream.to(dtype))
+        found = {"output": output, "tokens": given.grad, **{n: w.grad for n, w in layer.named_parameters()}}
+        return state, {name: value.detach().double().cpu() for name, value in found.items() if value is not None}
+
+    state, plain = results("torch", torch.bfloat16, None)
+    _, fused = results(TRITON, torch.bfloat16, state)
+    _, exact = results("torch", torch.float64, state)
+    errors = {
+        way: {name: float((found[name] - value).norm() / value.norm()) for name, value in exact.items()}
+        for way, found in (("torch", plain), (TRITON, fused))
+    }
+    report(errors)
+    for name, error in errors[TRITON].items():
+        assert error <= 1.5 * errors["torch"][name], name
+
+
+def test_golden_run(machine: Machine, report: Report) -> None:
+    """Within the tolerances between two processors: a GPU's fp32 products are fp32, since TF32 is off in PyTorch."""
+    found = train_golden(machine, "golden", FLAGS)
+    report({"figures": found})
+    assert differences(found, committed()) == []
+
+
+def test_golden_run_of_both_kernels(machine: Machine, report: Report) -> None:
+    ways = {way: train_golden(machine, "fused", FUSED_FLAGS, ["--moe-kernels", way]) for way in ("torch", TRITON)}
+    report(ways)
+    assert differences(ways[TRITON], ways["torch"]) == []
+
+
+def test_300_steps(machine: Machine, report: Report) -> None:
+    """From the start on, through the dense stage, no loss is NaN."""
+    figures = train_launched(machine, Case(kernels=TRITON), "dense", 300)
+    report(figures)
+    assert len(figures["losses"]) == 30 and all(map(math.isfinite, figures["losses"]))
+    assert figures["losses"][-1] < figures["losses"][0]
+
+
+@pytest.mark.parametrize(("case", "stage"), FINER, ids=str)
+def test_granularity(case: Case, stage: str, machine: Machine, report: Report) -> None:
+    launch(case, stage, machine, report)
