@@ -29,6 +29,7 @@ from tools.sweep.progress import SweepDisplay, Work
 from tools.sweep.run_log import log_of
 
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
+TABLES = (REPOSITORY / "docs" / "compare" / "tables.md").read_text()
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "quickstart.sh": quickstart, "analyze": analyze, "evaluate": evaluate, "report": report,
     "sweep.sh": sweep.parse_arguments,
@@ -150,4 +151,4 @@ def test_a_table_is_made_of_what_is_kept(path: Path) -> None:
 
 def between_marks(words: str) -> str:
     """Return what stands on the page between two comments; "" without them."""
-    return PAGE.partition(f"<!-- {words} -->")[2].partition(f"<!-- end of {words} -->")[0].strip()
+    return TABLES.partition(f"<!-- {words} -->")[2].partition(f"<!-- end of {words} -->")[0].strip()
