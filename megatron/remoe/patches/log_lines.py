@@ -8,6 +8,8 @@ from inspect import signature
 from itertools import count
 from typing import Any
 
+import torch
+
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.training import get_args, get_timers, training
@@ -96,7 +98,11 @@ def _figures(given: Mapping[str, Any], sums: Mapping[str, Any], seconds: float) 
     }
     of_step = {name: given[name] for name in ("learning_rate", "loss_scale", "grad_norm", "params_norm")}
     of_step["num_zeros"] = given["num_zeros_in_grad"]
-    figures |= {name: value for name, value in of_step.items() if value is not None}
+    figures |= {
+        name: value.item() if isinstance(value, torch.Tensor) else value
+        for name, value in of_step.items()
+        if value is not None
+    }
     if args.skipped_train_samples > 0:
         figures["skipped_samples"] = args.skipped_train_samples
     if args.log_throughput:
