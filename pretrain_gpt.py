@@ -54,7 +54,7 @@ def prepare() -> bool:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # scripts/lib/launch.sh has torchrun ignore it, and so would this
     console.hide_unhelpful_warnings()
     on_cpu = cpu.is_wanted(sys.argv)
-    machine.do_without_what_is_missing(on_cpu)
+    machine.disable_unavailable(on_cpu)
     if on_cpu:
         cpu.install()
     return on_cpu

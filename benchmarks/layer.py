@@ -21,7 +21,7 @@ from megatron.remoe import cpu
 from megatron.remoe.preflight import console, machine
 
 console.hide_unhelpful_warnings()
-machine.do_without_what_is_missing(cpu.is_wanted(sys.argv))
+machine.disable_unavailable(cpu.is_wanted(sys.argv))
 if cpu.is_wanted(sys.argv):
     cpu.install()
 

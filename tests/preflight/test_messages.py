@@ -29,7 +29,7 @@ def said(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_first_rank_says_it_at_once(waited, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "0")
     assert said(ValueError("--lr is wrong"), capsys) == "own_script.py: error: --lr is wrong\n"
-    assert said(DataError("no data"), capsys) == "own_script.py: error: no data\n"
+    assert said(DataError("no data"), capsys) == f"own_script.py: error: no data [{DataError.code}]\n"
     assert not waited
 
 
@@ -42,7 +42,7 @@ def test_a_rank_whose_files_are_missing_says_so(waited, monkeypatch, capsys) -> 
     monkeypatch.setenv("RANK", "3")
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        expected = f"own_script.py: error: rank 3 on {socket.gethostname()}: no data\n"
+        expected = f"own_script.py: error: rank 3 on {socket.gethostname()}: no data [{DataError.code}]\n"
         assert said(DataError("no data"), capsys) == expected
     assert 0 < waited[0] < waited[1], "the first of a machine speaks first, and torchrun then ends the others"
 

@@ -7,5 +7,5 @@ from megatron.remoe.preflight import console, machine
 def megatron_on_cpu() -> None:
     """Let Megatron be imported behind this for the CPU, also where there is an accelerator."""
     console.hide_unhelpful_warnings()
-    machine.do_without_what_is_missing(on_cpu=True)
+    machine.disable_unavailable(on_cpu=True)
     cpu.install()

@@ -1,5 +1,21 @@
-"""The error that a user can correct."""
+"""Errors that the user can correct."""
 
 
-class DataError(ValueError):
-    """Wrong input or output; the message names the flag or file, the problem and the remedy."""
+class UsageError(ValueError):
+    """Wrong settings, input or output; the message names the flag or file, what is wrong, and the remedy.
+
+    Attributes:
+        code: stable, and printed behind the message; docs/errors.md lists all of them.
+    """
+
+    code = ""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code or self.code
+
+
+class DataError(UsageError):
+    """Wrong input or output."""
+
+    code = "REMOE-E300"

@@ -39,11 +39,14 @@ def load_objects_unexecuted() -> None:
             if not unknown:
                 torch.load(value, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever reading a damaged object raises
-            raise BrokenCheckpointError(f"{name} is damaged. Give an earlier iteration with --ckpt-step.") from error
+            raise BrokenCheckpointError(
+                f"{name} is damaged. Give an earlier iteration with --ckpt-step.", "REMOE-E405"
+            ) from error
         if unknown:
             raise BrokenCheckpointError(
                 f"{name} refers to {', '.join(unknown)}, which no state of a training consists of and could run code. "
-                "Nothing of it was executed. Give a checkpoint that you trust."
+                "Nothing of it was executed. Give a checkpoint that you trust.",
+                "REMOE-E405",
             )
         value.seek(0)
         load_bytes(self, read_item, value)

@@ -1,1 +1,1 @@
-"""What is looked at before a training starts, and the words when it cannot or ends in an error."""
+"""Checks before a training starts, and error messages for when it cannot start or fails."""

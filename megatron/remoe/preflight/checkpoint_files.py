@@ -65,7 +65,9 @@ def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
     """
     step = args.ckpt_step
     if step is not None and step < 1:
-        raise BrokenCheckpointError(f"--ckpt-step {step}: must be the number of a saved iteration, at least 1.")
+        raise BrokenCheckpointError(
+            f"--ckpt-step {step}: must be the number of a saved iteration, at least 1.", "REMOE-E402"
+        )
     pretrained = args.pretrained_checkpoint
     for flag, name in (("--load", args.load), ("--pretrained-checkpoint", pretrained)):
         if name and "://" not in name:
@@ -97,7 +99,9 @@ def _choose(flag: str, root: Path, step: int | None) -> Resume:
         if whole is None:
             raise BrokenCheckpointError(f"{flag} {root}: {error}. No other checkpoint there is whole.") from error
         if step:
-            raise BrokenCheckpointError(f"--ckpt-step {step}: {error}. Iteration {whole} is whole.") from error
+            raise BrokenCheckpointError(
+                f"--ckpt-step {step}: {error}. Iteration {whole} is whole.", "REMOE-E402"
+            ) from error
         folder = root / f"iter_{whole:07d}"
         # Megatron would end, with exit code 0, at a tracker that it cannot read before it looks at --ckpt-step.
         return Resume(
@@ -154,7 +158,9 @@ def saved_iterations(root: Path) -> list[int]:
     found = [(path, match) for path in root.glob("iter_*") if (match := _FOLDER.fullmatch(path.name))]
     for path, _ in found:
         if not path.is_dir():
-            raise BrokenCheckpointError(f"{path} is no folder, and in the way of checkpoints. Move it away.")
+            raise BrokenCheckpointError(
+                f"{path} is no folder, and in the way of checkpoints. Move it away.", "REMOE-E403"
+            )
     return sorted((int(match[1]) for _, match in found), reverse=True)
 
 
@@ -179,7 +185,9 @@ def newest_iteration(root: Path) -> str:
     """
     tracker = root / TRACKER
     if tracker.is_dir():
-        raise BrokenCheckpointError(f"{tracker} is a folder. Remove it: the newest whole checkpoint is then found.")
+        raise BrokenCheckpointError(
+            f"{tracker} is a folder. Remove it: the newest whole checkpoint is then found.", "REMOE-E403"
+        )
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
 
 

@@ -1,15 +1,17 @@
-"""Whether the checkpoint under --load fits the flags: from the arguments saved in it, before anything starts."""
+"""Compares the checkpoint under --load with the flags, by the arguments saved in it, before anything starts."""
 
 import argparse
+import itertools
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron.remoe.data.errors import UsageError
 from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, Resume, choose_checkpoint, newest_iteration
 from megatron.remoe.preflight.checkpoint_index import INDEX, BrokenCheckpointError, common_state
 from megatron.remoe.routing.config import ReMoEConfig
@@ -68,10 +70,7 @@ LAYOUT = (
 # A setting that follows from another one where it is not given: tells nothing where that differs.
 FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
 FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
-NEW_TRAINING = "--finetune with another --save to start a new training from its weights"
 SPLIT_BY_GRANULARITY = {"num_experts": 1, "moe_router_topk": 1, "moe_warmup_topk": 1, "moe_ffn_hidden_size": -1}
-CHANGED = "--allow-changed-settings"
-CONVERT = "tools/convert_checkpoint makes a ReMoE of it"
 SHOWN = 120  # letters of a setting, as of a list of data sets
 Settings = dict[str, Any]
 
@@ -101,7 +100,7 @@ def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
 
 
 def check_is_data_alone(args: argparse.Namespace) -> None:
-    """Refuse checkpoints whose index or settings would run code: to be called before Megatron reads the settings.
+    """Refuse checkpoints whose index or settings would run code. Call it before Megatron reads the settings.
 
     Raises:
         BrokenCheckpointError: names flag and file.
@@ -128,140 +127,141 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
         `args.override_opt_param_scheduler`: Megatron refuses another end, since weight decay can grow until then.
 
     Raises:
-        ValueError: names flag, both values and the remedy.
+        UsageError: names flag, both values and the remedy.
     """
     resume = resume or choose_checkpoint(args)
     if resume is None:
         _check_is_there(args)
         return False
-    flag, folder, saved = resume.flag, resume.folder, resume.saved
-    source = f"{flag} {folder}"
-    if saved is None:
+    if resume.saved is None:
         return False
-    if args.dist_ckpt_strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
-        _check_routing(args, saved, source)
-    _check_model_class(args, saved, source)
-    if different := _differences(_shape(args), _shape(saved), args, saved):
-        raise ValueError(f"{source} holds a model of another shape: {different}. Give its values, or another {flag}.")
-    if args.finetune or folder.name == RELEASE or flag != "--load":
+    problems = _of_the_model(args, resume.saved, resume.flag)
+    goes_on = not args.finetune and resume.folder.name != RELEASE and resume.flag == "--load"
+    if goes_on:
+        problems = itertools.chain(problems, _of_the_training(args, resume.saved))
+    for code, problem in problems:
+        raise UsageError(f"{resume.flag} {resume.folder}{problem}", code)
+    if not goes_on or not _compares_schedules(args):
         return False
-    rates = "" if args.no_load_optim else _differences(_picked(args, RATES), _picked(saved, RATES), args, saved)
-    settings = "" if args.allow_changed_settings else _differences(_result(args), _result(saved), args, saved)
-    if different := "; ".join(filter(None, (rates, settings))):
-        meant = "" if rates else f"{CHANGED} where this is meant, or "
-        raise ValueError(
-            f"{source}: resuming with other settings than it was saved with: {different}. Give its values, or another "
-            f"--save and --load, or {meant}{NEW_TRAINING}."
-        )
-    if not args.no_load_optim:
-        _check_optimizer(args, saved, source)
-    if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
-        return False
-    (end, decayed), (end_before, decayed_before) = _duration(args), _duration(saved)
-    schedule = SCHEDULE if decayed == decayed_before else DURATION + SCHEDULE
-    if different := _differences(_picked(args, schedule), _picked(saved, schedule), args, saved):
-        raise ValueError(
-            f"{source}: the learning rate would follow another schedule than before: {different}. Give its "
-            "values, or --override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to "
-            "follow the checkpoint."
-        )
-    return bool(end != end_before and args.weight_decay_incr_style == "constant")
+    return bool(_duration(args)[0] != _duration(resume.saved)[0] and args.weight_decay_incr_style == "constant")
 
 
 @torch.no_grad()
 def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
-    """Whether all weights of a model chunk are finite.
+    """Check that all weights of a model chunk are finite.
 
     Args:
         source: where they were loaded from, as flag and folder.
         chunk: the model, or a part of it.
 
     Raises:
-        ValueError: names the first weight that is not, and the remedy.
+        UsageError: names the first weight that is not, and the remedy.
     """
     finite = {name: torch.isfinite(weight).all() for name, weight in chunk.named_parameters()}
     if not finite or torch.stack(list(finite.values())).all():
         return
     name = next(name for name, value in finite.items() if not value).removeprefix("module.").removeprefix("module.")
-    raise ValueError(
-        f"{source}: {name} holds values that are not finite. Go back to an earlier iteration with --ckpt-step."
+    raise UsageError(
+        f"{source}: {name} holds values that are not finite. Go back to an earlier iteration with --ckpt-step.",
+        "REMOE-E406",
     )
 
 
 def _check_is_there(args: argparse.Namespace) -> None:
-    """Where no checkpoint is found Megatron starts from random weights: right for a first start alone."""
+    """Refuse to start from random weights, which Megatron does without a checkpoint, but for a first start."""
+    places = [("--pretrained-checkpoint", args.pretrained_checkpoint), ("--load", args.load)]
+    flag, folder = next(((flag, folder) for flag, folder in places if folder), ("", ""))
     if args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
         return
-    if any("://" in (folder or "") for folder in (args.load, args.pretrained_checkpoint)):
+    if not folder or any("://" in (folder or "") for _, folder in places):
         return
-    remedy = "Give what a training had under --save"
-    if args.pretrained_checkpoint:
-        raise BrokenCheckpointError(
-            f"--pretrained-checkpoint {args.pretrained_checkpoint}: holds no checkpoint (there is no {TRACKER}). "
-            f"{remedy}, or what tools/convert_checkpoint wrote."
-        )
-    resumes = args.save and args.load and Path(args.save).resolve() == Path(args.load).resolve()
-    if args.load and (args.finetune or args.exit_on_missing_checkpoint or not resumes):
-        raise BrokenCheckpointError(
-            f"--load {args.load}: holds no checkpoint (there is no {TRACKER}). {remedy}, or leave --load out to start "
-            "from random weights."
-        )
+    first_start = args.save and Path(args.save).resolve() == Path(folder).resolve()
+    if first_start and flag == "--load" and not args.finetune and not args.exit_on_missing_checkpoint:
+        return
+    raise BrokenCheckpointError(
+        f"{flag} {folder}: holds no checkpoint (there is no {TRACKER}). Give what a training had under --save, or "
+        f"leave {flag} out to start from random weights.",
+        "REMOE-E404",
+    )
 
 
-def _check_routing(args: argparse.Namespace, saved: argparse.Namespace, source: str) -> None:
-    was_relu = getattr(saved, "moe_relu_routing", False)
-    if args.moe_relu_routing and not was_relu:
-        kind = "top-k MoE" if getattr(saved, "num_experts", None) else "dense"
-        raise ValueError(f"{source} holds a {kind} model, from which --moe-relu-routing cannot start: {CONVERT}.")
-    if was_relu and not args.moe_relu_routing and not args.finetune:
-        raise ValueError(
-            f"{source} holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
-        )
-
-
-def _check_model_class(args: argparse.Namespace, saved: argparse.Namespace, source: str) -> None:
-    """Megatron reads GPTModel's checkpoints into a HybridModel where all layers are alike, and none the other way."""
+def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace, flag: str) -> Iterator[tuple[str, str]]:
+    """Yield the code and the message of what keeps the checkpoint's weights from being this model's."""
+    was_relu, experts = getattr(saved, "moe_relu_routing", False), getattr(saved, "num_experts", None)
     here, there = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
+    if args.dist_ckpt_strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
+        if args.moe_relu_routing and not was_relu:
+            kind = "top-k MoE" if experts else "dense"
+            remedy = "tools/convert_checkpoint makes a ReMoE of it"
+            yield "REMOE-E412", f" holds a {kind} model, from which --moe-relu-routing cannot start: {remedy}."
+        if was_relu and not args.moe_relu_routing and not args.finetune:
+            yield "REMOE-E412", " holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
+    # Megatron reads GPTModel's checkpoints into a HybridModel where all layers are alike, and none the other way.
     if there and not here:
-        raise ValueError(
-            f"{source} holds a HybridModel: add --hybrid-layer-pattern '{there}', or make a GPTModel's checkpoint of "
-            "it with tools/convert_checkpoint --model gpt."
+        yield (
+            "REMOE-E412",
+            f" holds a HybridModel: add --hybrid-layer-pattern '{there}', or make a GPTModel's checkpoint of it with "
+            "tools/convert_checkpoint --model gpt.",
         )
     if here and not there and {"E", "-"} <= set(here):
-        raise ValueError(
-            f"{source} holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, "
-            f"and --hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid."
+        yield (
+            "REMOE-E412",
+            f" holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, and "
+            f"--hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid.",
+        )
+    if different := _differences(_shape(args), _shape(saved), args, saved):
+        yield "REMOE-E411", f" holds a model of another shape: {different}. Give its values, or another {flag}."
+
+
+def _of_the_training(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Yield the code and the message of what would make another training of the saved one."""
+    rates = "" if args.no_load_optim else _differences(_picked(args, RATES), _picked(saved, RATES), args, saved)
+    settings = "" if args.allow_changed_settings else _differences(_result(args), _result(saved), args, saved)
+    if different := "; ".join(filter(None, (rates, settings))):
+        meant = "" if rates else "--allow-changed-settings where this is meant, or "
+        yield (
+            "REMOE-E413",
+            f": resuming with other settings than it was saved with: {different}. Give its values, or another --save "
+            f"and --load, or {meant}--finetune with another --save to start a new training from its weights.",
+        )
+    if not args.no_load_optim and (problem := _of_the_optimizer(args, saved)):
+        yield "REMOE-E414", f": {problem}, or give --no-load-optim to go on with new optimizer state."
+    schedule = SCHEDULE if _duration(args)[1] == _duration(saved)[1] else DURATION + SCHEDULE
+    different = _differences(_picked(args, schedule), _picked(saved, schedule), args, saved)
+    if different and _compares_schedules(args):
+        yield (
+            "REMOE-E415",
+            f": the learning rate would follow another schedule than before: {different}. Give its values, or "
+            "--override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to follow "
+            "the checkpoint.",
         )
 
 
-def _check_optimizer(args: argparse.Namespace, saved: argparse.Namespace, source: str) -> None:
-    """The distributed optimizer's state is that of ranks; Megatron gives it to other ranks in some cases only."""
-    anew = "--no-load-optim to go on with new optimizer state"
+def _of_the_optimizer(args: argparse.Namespace, saved: argparse.Namespace) -> str:
+    """Return why the optimizer's state does not fit, or "".
+
+    The distributed optimizer's state is that of ranks; Megatron loads it on other ranks in some cases only.
+    """
     was_distributed = getattr(saved, "use_distributed_optimizer", False)
     if was_distributed != args.use_distributed_optimizer:
         kind, remedy = ("that", "Add it") if was_distributed else ("not that", "Leave it out")
-        raise ValueError(
-            f"{source}: its optimizer state is {kind} of --use-distributed-optimizer. {remedy}, or {anew}."
-        )
+        return f"its optimizer state is {kind} of --use-distributed-optimizer. {remedy}"
     if not was_distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
-        return
+        return ""
+    only_for = "without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for"
     if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
-        raise ValueError(
-            f"{source}: without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for "
-            f"GPTModel alone. Save once more with the flag, or give {anew}."
-        )
+        return f"{only_for} GPTModel alone. Save once more with the flag"
     was_fused = getattr(saved, "local_layer_fusion", False) and getattr(saved, "transformer_impl", "") == "local"
     if args.num_experts and was_fused != (args.local_layer_fusion and args.transformer_impl == "local"):
         kind, remedy = ("grouped experts", "Leave out") if was_fused else ("experts one by one", "Add")
-        raise ValueError(
-            f"{source}: without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for "
-            f"{kind}. {remedy} --no-local-layer-fusion, or give {anew}."
-        )
+        return f"{only_for} {kind}. {remedy} --no-local-layer-fusion"
     if different := _differences(_picked(args, LAYOUT), _picked(saved, LAYOUT), args, saved):
-        raise ValueError(
-            f"{source}: without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for "
-            f"its layout alone: {different}. Save once more in that layout with the flag, or {anew}."
-        )
+        return f"{only_for} its layout alone: {different}. Save once more in that layout with the flag"
+    return ""
+
+
+def _compares_schedules(args: argparse.Namespace) -> bool:
+    return not (args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler)
 
 
 def _picked(args: argparse.Namespace, names: Iterable[str]) -> Settings:

@@ -20,14 +20,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron.remoe.data.errors import UsageError
+
 INDEX = ".metadata"
 INDEX_SUM = ".metadata.sha256"  # written by this package when a save is complete; other checkpoints have none
 _MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
 
 
-class BrokenCheckpointError(ValueError):
+class BrokenCheckpointError(UsageError):
     """A checkpoint is not whole; the message names the file."""
+
+    code = "REMOE-E401"
 
 
 # The unpickler written in Python is as fast here, and keeps its memo in a dictionary: the one written in C makes a

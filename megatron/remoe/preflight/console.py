@@ -1,10 +1,10 @@
-"""Keeps warnings off the console that the one who reads them can do nothing about."""
+"""Hides warnings that the user can do nothing about."""
 
 import logging
 import re
 import warnings
 
-# What an optional package would add is said in the README; these repeat at every start, on every rank.
+# README says what the optional packages add; these repeat at every start, on every rank.
 UNHELPFUL_WARNINGS = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",
@@ -21,7 +21,7 @@ UNHELPFUL_WARNINGS = (
     r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
 )
 
-# logger: messages about the normal course of things that are logged as warnings
+# logger: messages about normal events that are logged as warnings
 UNHELPFUL_LOGS = {
     "megatron.core.rerun_state_machine": r"RerunStateMachine initialized|Setting RerunStateMachine|Result validation",
     "megatron.core.tensor_parallel.random": r"CPU RNG state changed within GPU RNG context",

@@ -1,42 +1,47 @@
-"""What is checked before a training starts: torchrun's variables, flags that must be there, output folders."""
+"""Checks torchrun's variables, flags and output folders before a training starts."""
 
 import argparse
 import os
 import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any
 
-from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.errors import DataError, UsageError
 from megatron.remoe.routing.refusals import shown
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Whether the variables that torchrun sets make sense.
+    """Check that the variables that torchrun sets make sense.
 
     Raises:
-        ValueError: names the variable, its value and the remedy.
+        UsageError: names the variable, its value and the remedy.
     """
-    remedy = "torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use it, or unset them all."
-    rank = environment.get("RANK", "0")
-    size = environment.get("WORLD_SIZE", "1")
+    rank, size = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+    port, wrong = environment.get("MASTER_PORT", "0"), ""
     for name, text in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", environment.get("LOCAL_RANK", "0"))):
         if not text.isdecimal():
-            raise ValueError(f"{name}={text!r} in the environment is not a whole number. {remedy}")
-    if int(rank) >= int(size):
-        raise ValueError(f"RANK={rank} in the environment must be below WORLD_SIZE={size}. {remedy}")
+            wrong = wrong or f"{name}={text!r} in the environment is not a whole number"
+    if not wrong and int(rank) >= int(size):
+        wrong = f"RANK={rank} in the environment must be below WORLD_SIZE={size}"
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if "RANK" in environment and not environment.get(name):
-            raise ValueError(f"RANK={rank} is set in the environment and {name} is not. {remedy}")
-    port = environment.get("MASTER_PORT", "0")
-    if not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"MASTER_PORT={port!r} in the environment is not a port: choose one from 1024 to 65535.")
+        if not wrong and "RANK" in environment and not environment.get(name):
+            wrong = f"RANK={rank} is set in the environment and {name} is not"
+    if not wrong and (not port.isdecimal() or int(port) > 65535):
+        wrong = f"MASTER_PORT={port!r} in the environment is not a port, 1024 to 65535"
+    if wrong:
+        raise UsageError(
+            f"{wrong}. torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use it, or unset them "
+            "all.",
+            "REMOE-E101",
+        )
 
 
 def check_required_flags(args: argparse.Namespace) -> None:
-    """Flags without a default that Megatron asks for late, or does not name.
+    """Check flags without a default that Megatron asks for late, or does not name.
 
     Raises:
-        ValueError: lists all that are missing.
+        UsageError: lists all that are missing.
     """
     hybrid = args.hybrid_layer_pattern or args.hybrid_override_pattern
     heterogeneous = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
@@ -53,98 +58,104 @@ def check_required_flags(args: argparse.Namespace) -> None:
         "--save-interval (with --save)": not args.save or args.save_interval,
         "--vocab-size (with --tokenizer-type NullTokenizer)": args.tokenizer_type != "NullTokenizer" or args.vocab_size,
     }
-    missing = [flag for flag, given in needed.items() if not given]
-    if missing:
-        raise ValueError(f"Missing: {', '.join(missing)}. Give a value above 0; there is no default.")
+    if missing := [flag for flag, given in needed.items() if not given]:
+        raise UsageError(f"Missing: {', '.join(missing)}. Give a value above 0; there is no default.", "REMOE-E201")
 
 
 def check_hybrid_model(args: argparse.Namespace) -> None:
-    """Settings that a HybridModel would leave out without a word, or end over in its first step.
+    """Refuse settings that a HybridModel would ignore without a word, or fail at in its first step.
 
     Args:
         args: Megatron's arguments, validated.
 
     Raises:
-        ValueError: names flag, reason and remedy.
+        UsageError: names flag, reason and remedy.
     """
     pattern = args.hybrid_layer_pattern
     if not pattern:
         return
     given = f"--hybrid-layer-pattern {pattern}"
-    problems = {
-        f"{given} has no MoE layer (E), and --num-experts {args.num_experts} has nothing to apply to. Put E where "
-        "experts shall be, for instance '*E*E', or leave --num-experts out.": args.num_experts and "E" not in pattern,
-        f"{given} has MoE layers (E): give --num-experts, or - for dense ones.": (
-            "E" in pattern and not args.num_experts
-        ),
-        f"--moe-layer-freq {shown(args.moe_layer_freq)}: {given} says which layers have experts. Leave one out.": (
-            args.moe_layer_freq != 1
-        ),
-        "--use-rope-scaling: HybridModel does not scale rope. Leave it out.": args.use_rope_scaling,
-        "--overlap-moe-expert-parallel-comm: HybridModel has no schedule plan to overlap by. Leave it out.": (
-            args.overlap_moe_expert_parallel_comm
-        ),
-    }
-    if found := [words for words, holds in problems.items() if holds]:
-        raise ValueError("\n".join(found))
+    _refuse(
+        "REMOE-E202",
+        {
+            f"{given} has no MoE layer (E), and --num-experts {args.num_experts} has nothing to apply to. Put E where "
+            "experts should be, for instance '*E*E', or leave --num-experts out.": (
+                args.num_experts and "E" not in pattern
+            ),
+            f"{given} has MoE layers (E): give --num-experts, or - for dense ones.": (
+                "E" in pattern and not args.num_experts
+            ),
+            f"--moe-layer-freq {shown(args.moe_layer_freq)}: {given} says which layers have experts. Leave one out.": (
+                args.moe_layer_freq != 1
+            ),
+            "--use-rope-scaling: HybridModel does not scale rope. Leave it out.": args.use_rope_scaling,
+            "--overlap-moe-expert-parallel-comm: HybridModel has no schedule plan to overlap by. Leave it out.": (
+                args.overlap_moe_expert_parallel_comm
+            ),
+        },
+    )
 
 
 def check_evaluation_and_saving(args: argparse.Namespace) -> None:
-    """Settings at which Megatron ends at its first evaluation or save, which may be after the training.
+    """Refuse settings at which Megatron ends at its first evaluation or save, which may be after the training.
 
     Args:
         args: Megatron's arguments, validated.
 
     Raises:
-        ValueError: names flag, reason and remedy.
+        UsageError: names flag, reason and remedy.
     """
     sets, names = args.multiple_validation_sets, args.validation_set_names
     full = "--multiple-validation-sets with --full-validation"
-    problems = {
-        f"--full-validation counts the sets that are evaluated. Give {full}.": args.full_validation and not sets,
-        f"--multiple-validation-sets evaluates whole sets alone. Give {full}.": sets and not args.full_validation,
-        "--validation-set-names names several sets. Add --multiple-validation-sets.": names and not sets,
-        f"--validation-set-names {shown(names)}: give one name for each prefix of --valid-data-path.": (
-            names and args.valid_data_path and len(names) != len(args.valid_data_path)
-        ),
-        "--non-persistent-save-interval: where to is missing. Add --non-persistent-ckpt-type global.": (
-            args.save and args.non_persistent_save_interval and not args.non_persistent_ckpt_type
-        ),
-        "--log-straggler reads clocks through nvidia-ml-py, which is not installed. Install it, or leave it out.": (
-            args.log_straggler and not find_spec("pynvml")
-        ),
-        "--save-dgrads-interval, --save-activations-interval: they look for layers of Transformer Engine, which is not "
-        "installed. Leave them out.": (
-            (args.save_dgrads_interval or args.save_activations_interval) and not find_spec("transformer_engine")
-        ),
-        "--async-save needs a GPU: its process dies without one, and the first save waits for it. Leave it out.": (
-            args.async_save and args.distributed_backend == "gloo"
-        ),
-        "--profile needs a GPU. Add --use-pytorch-profiler.": (
-            args.profile and not args.use_pytorch_profiler and args.distributed_backend == "gloo"
-        ),
-    }
-    if found := [words for words, holds in problems.items() if holds]:
-        raise ValueError("\n".join(found))
+    on_cpu = args.distributed_backend == "gloo"
+    per_layer = args.save_dgrads_interval or args.save_activations_interval
+    _refuse(
+        "REMOE-E203",
+        {
+            f"--full-validation counts the sets that are evaluated. Give {full}.": args.full_validation and not sets,
+            f"--multiple-validation-sets evaluates whole sets alone. Give {full}.": sets and not args.full_validation,
+            "--validation-set-names names several sets. Add --multiple-validation-sets.": names and not sets,
+            f"--validation-set-names {shown(names)}: give one name for each prefix of --valid-data-path.": (
+                names and args.valid_data_path and len(names) != len(args.valid_data_path)
+            ),
+            "--non-persistent-save-interval: no destination given. Add --non-persistent-ckpt-type global.": (
+                args.save and args.non_persistent_save_interval and not args.non_persistent_ckpt_type
+            ),
+            "--log-straggler reads clocks through nvidia-ml-py, which is not installed. Install it, or leave it out.": (
+                args.log_straggler and not find_spec("pynvml")
+            ),
+            "--save-dgrads-interval, --save-activations-interval need Transformer Engine's layers, and it is not "
+            "installed. Leave them out.": per_layer and not find_spec("transformer_engine"),
+            "--async-save needs a GPU: its process dies without one, and the first save waits for it. Leave it out.": (
+                args.async_save and on_cpu
+            ),
+            "--profile needs a GPU. Add --use-pytorch-profiler.": (
+                args.profile and not args.use_pytorch_profiler and on_cpu
+            ),
+        },
+    )
+
+
+def _refuse(code: str, problems: Mapping[str, Any]) -> None:
+    """Raise the messages of all problems that are true."""
+    if found := [message for message, holds in problems.items() if holds]:
+        raise UsageError("\n".join(found), code)
 
 
 def check_output_folders(args: argparse.Namespace) -> None:
-    """Make the folders that the training will write into, and whether that can be done.
+    """Make the folders that the training will write into.
 
     Raises:
-        DataError: names flag, path and reason.
+        DataError: one cannot be written; names flag, path and reason.
     """
-    for flag, folder in (
-        ("--save", args.save),
-        ("--tensorboard-dir", args.tensorboard_dir),
-        ("--data-cache-path", args.data_cache_path),
-    ):
+    for name in ("save", "tensorboard_dir", "data_cache_path"):
+        folder = getattr(args, name)
         if folder and "://" not in folder:
-            check_can_be_written(flag, folder)
+            check_can_be_written(f"--{name.replace('_', '-')}", folder)
 
 
 def check_can_be_written(flag: str, folder: str) -> None:
-    """Make a folder, and whether a file can be made in it.
+    """Make a folder, and try to make a file in it.
 
     Raises:
         DataError: names flag, path and reason.
@@ -154,5 +165,5 @@ def check_can_be_written(flag: str, folder: str) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise DataError(
-            f"{flag} {folder}: cannot be written ({error.strerror or error}). Give a folder that can."
+            f"{flag} {folder}: cannot be written ({error.strerror or error}). Give a folder that can.", "REMOE-E105"
         ) from error

@@ -1,4 +1,4 @@
-"""What Megatron takes for granted and a machine may lack: a training does without it, and says what that costs."""
+"""Turns off what Megatron takes for granted and this machine does not have, and says what that costs."""
 
 import os
 import shutil
@@ -8,66 +8,67 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron.remoe.data.errors import UsageError
+
 ENGINE = "transformer_engine"
 
 
-def do_without_what_is_missing(on_cpu: bool) -> None:
-    """Call it before anything of Megatron is imported.
+def disable_unavailable(on_cpu: bool) -> None:
+    """Turn off compilation and Transformer Engine where they cannot work. Call it before Megatron is imported.
 
     Args:
-        on_cpu: this runs on the CPU, where nothing is compiled and Transformer Engine is not missed.
+        on_cpu: this runs on the CPU, where nothing is compiled and Transformer Engine is not used.
     """
     if not on_cpu:
-        do_without_compiler()
-    do_without_broken_engine(says_so=not on_cpu)
+        disable_compilation()
+    disable_broken_engine(notify=not on_cpu)
 
 
-def do_without_compiler() -> None:
+def disable_compilation() -> None:
     """Turn torch.compile off where Triton, which makes its kernels, could not compile its own part.
 
-    Megatron decorates small functions with it when it is imported, and calls them when it starts, with Transformer
-    Engine and without; its --disable-jit-fuser is looked at after that.
+    Megatron compiles small functions when it is imported and calls them at its start, before it reads
+    --disable-jit-fuser.
     """
-    lacking = _lacking_for_triton()
-    if not lacking or "1" in (os.environ.get("TORCHDYNAMO_DISABLE"), os.environ.get("TORCH_COMPILE_DISABLE")):
+    missing = _missing_for_triton()
+    if not missing or "1" in (os.environ.get("TORCHDYNAMO_DISABLE"), os.environ.get("TORCH_COMPILE_DISABLE")):
         return
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     _say(
-        f"There is no {lacking}, so torch.compile is off: SwiGLU, biases, dropout and residuals run as several kernels "
+        f"There is no {missing}, so torch.compile is off: SwiGLU, biases, dropout and residuals run as several kernels "
         "instead of one, which takes some time and memory."
     )
 
 
 def check_kernels(kernels: str, on_cpu: bool) -> None:
-    """Whether what --moe-kernels asks for can run here.
+    """Check that the kernels of --moe-kernels can run here.
 
     Args:
         kernels: the flag's value.
-        on_cpu: this runs on the CPU, where Triton's interpreter alone can take its kernels.
+        on_cpu: this runs on the CPU, where only Triton's interpreter can run them.
 
     Raises:
-        ValueError: names what lacks, and the remedy.
+        UsageError: names what is missing, and the remedy.
     """
     if kernels != "triton":
         return
-    reason, is_interpreted = "", os.environ.get("TRITON_INTERPRET") == "1"
-    if on_cpu and not is_interpreted:
-        raise ValueError(
-            "--moe-kernels triton cannot be used here: there is no GPU. Leave it out, or try the kernels slowly with "
-            "TRITON_INTERPRET=1 in the environment."
-        )
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    reason, remedy = "", "Install it, or leave the flag out"
     try:
         import_module("triton")
     except Exception as error:
         reason = f"Triton cannot be imported ({type(error).__name__}: {error})"
-    if not reason and not is_interpreted and (lacking := _lacking_for_triton()):
-        reason = f"there is no {lacking}"
+    if on_cpu and not is_interpreted:
+        reason = "there is no GPU"
+        remedy = "Leave it out, or try the kernels slowly with TRITON_INTERPRET=1 in the environment"
+    elif not reason and not is_interpreted and (missing := _missing_for_triton()):
+        reason = f"there is no {missing}"
     if reason:
-        raise ValueError(f"--moe-kernels triton cannot be used here: {reason}. Install it, or leave the flag out.")
+        raise UsageError(f"--moe-kernels triton cannot be used here: {reason}. {remedy}.", "REMOE-E102")
 
 
-def _lacking_for_triton() -> str:
-    """What Triton looks for (runtime/build.py), in its words; empty where all of it is there."""
+def _missing_for_triton() -> str:
+    """Return what Triton looks for (runtime/build.py) and does not find, or ""."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, names)):
         return f"C compiler ({' or '.join(names)})"
@@ -76,11 +77,11 @@ def _lacking_for_triton() -> str:
     return "" if header.exists() else f"{header} (of python3-dev)"
 
 
-def do_without_broken_engine(says_so: bool) -> None:
+def disable_broken_engine(notify: bool) -> None:
     """Let a Transformer Engine that cannot be imported count as not installed.
 
-    Megatron does so where the reason is an ImportError; a library that is missing is none, and would end every run, on
-    the CPU too.
+    Megatron does so for an ImportError. A missing shared library raises another error and would end every run, on the
+    CPU too.
     """
     if find_spec(ENGINE) is None:
         return
@@ -90,7 +91,7 @@ def do_without_broken_engine(says_so: bool) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == ENGINE]:
             del sys.modules[name]
         sys.modules[ENGINE] = None  # type: ignore[assignment]  # what Python takes for "there is none"
-        if says_so:
+        if notify:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             _say(f"Transformer Engine cannot be imported ({reason}) and counts as not installed.")
 

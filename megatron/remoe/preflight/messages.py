@@ -1,4 +1,4 @@
-"""The words when a training cannot start, and its last ones where it fails: what happened, and what to do."""
+"""Prints why a training cannot start or has failed: what happened, and what to do."""
 
 import argparse
 import difflib
@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.errors import DataError, UsageError
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
 
 REMEDIES: tuple[tuple[str, str], ...] = (
@@ -71,19 +71,19 @@ SECONDS_FOR_THE_FIRST_OF_A_MACHINE, SECONDS_FOR_OTHERS = 2, 5
 
 @contextmanager
 def usage_errors(rank: int | None = None) -> Iterator[None]:
-    """Where settings or files are refused, end the process with exit code 2 and what is wrong instead of a traceback.
+    """End the process with exit code 2 and one message, without a traceback, where settings or files are refused.
 
-    What is wrong with flags is wrong on all ranks, and the first alone says it. What is wrong with files may be one
-    rank's own: then it says it too, after a moment in which torchrun ends it if the first rank failed likewise.
+    Wrong flags are wrong on all ranks, so the first rank alone prints them. A wrong file may be one rank's own: that
+    rank prints it too, after a moment in which torchrun ends it if the first rank failed likewise.
 
     Args:
-        rank: of this process; as the environment says where None.
+        rank: of this process; RANK in the environment by default.
     """
     try:
         yield
     except (ValueError, AssertionError, OSError) as error:
         number = os.environ.get("RANK", "0") if rank is None else str(rank)
-        words = str(error).strip() or f"Megatron refuses these settings: {_source_line(error)}"
+        words = _with_code(error) or f"Megatron refuses these settings: {_source_line(error)}"
         if number == "0":
             _say(words)
         elif isinstance(error, OF_ONE_RANK):
@@ -128,6 +128,11 @@ def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
     return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."
 
 
+def _with_code(error: BaseException) -> str:
+    code = getattr(error, "code", "") if isinstance(error, UsageError) else ""
+    return str(error).strip() + (f" [{code}]" if code else "")
+
+
 def _source_line(error: Exception) -> str:
     """The line that raised an error without a message, such as an assertion."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -141,9 +146,10 @@ def _say(words: str) -> None:
 
 
 def end_with_last_words(error: BaseException) -> NoReturn:
-    """Print the error's traceback and one short message below it, and end with exit code 1."""
+    """Print one short message, below the traceback of an error that is not the user's, and end with exit code 1."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as another rank has ended
-    traceback.print_exception(error)
+    if not isinstance(_cause(error), UsageError):
+        traceback.print_exception(error)
     # Half-built objects complain when they are freed: now, not below the message.
     traceback.clear_frames(error.__traceback__)
     gc.collect()
@@ -153,16 +159,16 @@ def end_with_last_words(error: BaseException) -> NoReturn:
 
 
 def last_words(error: BaseException, rank: str | None = None) -> str:
-    """One short message about an error: its kind, its first line and the remedy.
+    """Return one short message about an error: its kind, its first line and the remedy.
 
     Args:
         error: what ended the training.
         rank: that of this process, where there are several.
     """
-    while isinstance(error, CheckpointException) and error.failures:  # its own text is a traceback of some rank's
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, CheckpointException):
-        error = RuntimeError("the checkpoint could not be read or written, for a reason that another rank tells.")
+    error = _cause(error)
+    where = f"rank {rank}: " if rank is not None else ""
+    if isinstance(error, UsageError):
+        return where + _with_code(error)
     text = str(error).strip()
     lines = text.splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):
@@ -171,5 +177,13 @@ def last_words(error: BaseException, rank: str | None = None) -> str:
     whole = f"{type(error).__name__}: {text}"
     remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, whole, re.IGNORECASE)), None)
     short = reason if len(reason) <= LENGTH else reason[:LENGTH] + " ..."
-    where = f"rank {rank}: " if rank is not None else ""
     return where + short + (f"\n{remedy}" if remedy else "")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the first rank's error in place of PyTorch's own for checkpoints, whose text is a traceback."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, CheckpointException):
+        return RuntimeError("the checkpoint could not be read or written, for a reason that another rank prints.")
+    return error

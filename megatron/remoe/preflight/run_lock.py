@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
+from megatron.remoe.data.errors import UsageError
 from megatron.remoe.preflight.checkpoint_files import sync_to_disk, write_durably
 from megatron.remoe.preflight.environment import check_can_be_written
 
@@ -24,8 +25,10 @@ EMPTY_SECONDS = 10.0
 SPARE_SECONDS = 2.0
 
 
-class FolderInUseError(ValueError):
+class FolderInUseError(UsageError):
     """Another training writes into the folder; the message names its host, process and start."""
+
+    code = "REMOE-E103"
 
 
 @contextmanager
@@ -88,7 +91,8 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
         if waited > lease_seconds + SPARE_SECONDS:
             raise FolderInUseError(
                 f"--save {holder.parent}: {lock} is not from this version of the program, and nothing has changed it "
-                f"for {waited:.0f} s. If no training runs there, remove it."
+                f"for {waited:.0f} s. If no training runs there, remove it.",
+                "REMOE-E104",
             )
         if found.st_size == 0 and waited > min(EMPTY_SECONDS, lease_seconds):
             _remove_empty(lock, found.st_ino)

@@ -224,24 +224,28 @@ REFUSALS: tuple[Refusal, ...] = (
 
 
 def relu_routing_problems(settings: Settings) -> list[str]:
-    """Everything in `settings` that does not go with ReLU routing; empty where it is off or all is well.
+    """Return everything in `settings` that cannot be used with ReLU routing, a warm-up or a baseline router.
 
     Args:
         settings: Megatron's parsed arguments or a `ReMoEConfig`, read by attribute name.
 
     Returns:
-        One message per problem, each with the flag, its value and the remedy.
+        One message per problem: the flag, its value, the remedy and the code. Empty if all is well.
     """
-    problems = []
+    values, combined = [], []
     if settings.moe_granularity < 1:
-        problems.append(f"--moe-granularity {settings.moe_granularity} must be a whole number of at least 1.")
+        values.append(f"--moe-granularity {settings.moe_granularity} must be a whole number of at least 1.")
     if settings.moe_relu_routing:
-        problems.extend(_values(settings))
-        problems.extend(_combinations(settings))
-        problems.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
-    problems.extend(_warmup(settings))
-    problems.extend(_baseline(settings))
-    return problems
+        values.extend(_values(settings))
+        combined.extend(_combinations(settings))
+        combined.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
+    by_code = {
+        "REMOE-E205": values,
+        "REMOE-E204": combined,
+        "REMOE-E206": _warmup(settings),
+        "REMOE-E207": _baseline(settings),
+    }
+    return [f"{problem} [{code}]" for code, problems in by_code.items() for problem in problems]
 
 
 def _baseline(settings: Settings) -> Iterator[str]:

@@ -1,0 +1,16 @@
+"""Each error has a code, and the page of codes is the registry's."""
+
+import re
+
+from megatron.remoe.preflight.codes import CODES, page
+from tests.trainings import REPOSITORY
+
+
+def test_the_page_is_the_registrys() -> None:
+    assert (REPOSITORY / "docs" / "errors.md").read_text() == page()
+
+
+def test_codes_that_are_raised_are_those_that_are_listed() -> None:
+    package = REPOSITORY / "megatron" / "remoe"
+    sources = [path.read_text() for path in package.rglob("*.py") if path.name != "codes.py"]
+    assert {code for source in sources for code in re.findall(r"REMOE-E\d+", source)} == set(CODES)
