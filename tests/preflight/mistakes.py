@@ -132,11 +132,11 @@ ENTRY = {
     "split of four": Case(on("text", "--split", "90,5,4,1"), ("--split 90,5,4,1: give up to three numbers",)),
     "weight that is none": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], "half", user["one"]],
-        ("'half' is not a weight", WEIGHT),
+        ("--data-path 0.5: there is no", WEIGHT),
     ),
     "negative weight": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], " -1", user["one"]],
-        ("the weight  -1 must be a number of at least 0",),
+        ("--data-path", "-1.0", "at least 0"),
     ),
     "several data sets for more than an epoch": Case(
         two("--split", "100,0,0", "--train-iters", "99999"),
