@@ -71,7 +71,7 @@ def time_alone(case: Case) -> float:
     from megatron.remoe.data.gpt2_files import read_gpt2_vocabulary
 
     texts = [json.loads(line)["text"] for line in case.source.read_text(encoding="utf-8").split("\n") if line]
-    tokenizer = gigatoken.Tokenizer(read_gpt2_vocabulary(case.vocab_file, case.merge_file).tokenizer())
+    tokenizer = gigatoken.Tokenizer(read_gpt2_vocabulary(case.vocab_file, case.merge_file))
     tokenizer.encode_batch(["first"])
     return timed(lambda: tokenizer.encode_batch(texts))
 

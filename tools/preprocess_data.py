@@ -29,13 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the flags; those that Megatron-LM's tool has too mean the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="files, patterns like 'pile/*.jsonl.zst', or - (stdin)",
-    )
+    add("--input", nargs="+", required=True, metavar="FILE", help="files, patterns, or - for standard input")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="text fields, a data set each (default: text)")
     add("--on-error", choices=("stop", "skip"), default="stop", help="what to do at an unreadable line (default: stop)")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
@@ -54,58 +48,43 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 class Display:
-    """Print progress on standard error: a line that is rewritten on a terminal, a line now and then elsewhere."""
+    """Print progress on standard error, at intervals that grow with the run's time."""
 
     def __init__(self) -> None:
-        self._is_terminal = sys.stderr.isatty()
         self._start = time.monotonic()
-        self._next_line = 0.0 if self._is_terminal else SECONDS_TO_FIRST_LINE
+        self._next_line = SECONDS_TO_FIRST_LINE
         self._problems = 0
 
     def update(self, state: Progress) -> None:
         """Show the state, unless the last line is recent."""
         seconds = time.monotonic() - self._start
-        if seconds < self._next_line:
-            return
-        wait = max(SECONDS_TO_FIRST_LINE, SHARE_BETWEEN_LINES * seconds)
-        self._next_line = seconds + (1.0 if self._is_terminal else wait)
-        done = left = ""
-        if state.total_bytes and state.done_bytes:
-            done = f"{state.done_bytes / state.total_bytes:.0%}, "
-            left = f"  {duration(seconds * (state.total_bytes - state.done_bytes) / state.done_bytes)} left"
-        line = f"{done}{state.documents:,} documents  {rates(state, seconds)}{left}"
-        self._print(line, end="" if self._is_terminal else "\n")
+        if seconds > self._next_line:
+            self._next_line = seconds + max(SECONDS_TO_FIRST_LINE, SHARE_BETWEEN_LINES * seconds)
+            done = left = ""
+            if state.total_bytes and state.done_bytes:
+                done = f"{state.done_bytes / state.total_bytes:.0%}, "
+                left = f"  {duration(seconds * (state.total_bytes - state.done_bytes) / state.done_bytes)} left"
+            print(f"{done}{state.documents:,} documents  {rates(state, seconds)}{left}", file=sys.stderr, flush=True)
 
     def report(self, problem: Problem) -> None:
         """Show a line that is left out, if it is one of the first."""
         self._problems += 1
         if self._problems <= PROBLEMS_SHOWN:
-            self._print(f"left out: {problem.message}")
-        elif self._problems == PROBLEMS_SHOWN + 1:
-            self._print("left out: more lines, which are only counted")
+            print(f"left out: {problem.message}", file=sys.stderr, flush=True)
 
     def summary(self, job: Job, state: Progress, encoder: TextEncoder) -> str:
         """Return one line for the end of a run."""
         seconds = time.monotonic() - self._start
-        notes = [f"{state.documents:,} documents" + (f" ({state.empty:,} empty)" if state.empty else "")]
-        notes[0] += f", {state.tokens:,} tokens"
+        empty = f" ({state.empty:,} empty)" if state.empty else ""
+        notes = [f"{state.documents:,} documents{empty}, {state.tokens:,} tokens"]
         if state.problems:
             kinds = "; ".join(f"{count:,} {kind}" for kind, count in state.problems.most_common())
             notes.append(f"left out {state.problems.total():,} lines ({kinds})")
         if state.with_end:
-            notes.append(
-                f"{state.with_end:,} texts contain {encoder.end_text}, which became token {encoder.end_of_document}"
-            )
+            token = f"{encoder.end_text}, which became token {encoder.end_of_document}"
+            notes.append(f"{state.with_end:,} texts contain {token}")
         notes += ["read back and right", f"{duration(seconds)}, {rates(state, seconds)} with {encoder.engine}"]
         return f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}"
-
-    def clear(self) -> None:
-        """Remove the line that is rewritten."""
-        if self._is_terminal:
-            self._print("", end="")
-
-    def _print(self, line: str, end: str = "\n") -> None:
-        print(f"\r\x1b[K{line}" if self._is_terminal else line, end=end, file=sys.stderr, flush=True)
 
 
 def rates(state: Progress, seconds: float) -> str:
@@ -116,22 +95,14 @@ def rates(state: Progress, seconds: float) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Preprocess, with progress on standard error and a summary on standard output."""
-    job = Job(
-        args.input,
-        args.output_prefix,
-        args.json_keys,
-        args.append_eod,
-        args.workers,
-        args.on_error == "skip",
-        args.overwrite,
-    )
+    skip_bad = args.on_error == "skip"
+    job = Job(args.input, args.output_prefix, args.json_keys, args.append_eod, args.workers, skip_bad, args.overwrite)
     # Before loading the tokenizer, which takes a moment.
     expand_inputs(job.inputs)
     check_outputs(job)
     encoder = load_encoder(args.tokenizer_type, args.vocab_file, args.merge_file, args.tokenizer_model, job.threads)
     display = Display()
     result = preprocess(job, encoder, display.update, display.report)
-    display.clear()
     print(display.summary(job, result, encoder))
 
 

@@ -120,11 +120,11 @@ ENTRY = {
     "split of four": Case(on("text", "--split", "90,5,4,1"), ("E300", "--split 90,5,4,1")),
     "weight that is none": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], "half", user["one"]],
-        ("E300", "'half'", "weight"),
+        ("E300", "--data-path 0.5"),
     ),
     "negative weight": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], " -1", user["one"]],
-        ("E300", "the weight  -1"),
+        ("E300", "--data-path", "-1.0"),
     ),
     "several data sets for more than an epoch": Case(
         two("--split", "100,0,0", "--train-iters", "99999"),

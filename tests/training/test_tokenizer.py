@@ -184,18 +184,13 @@ def broken(what: str, folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(("what", "message"), [
-    ("missing", r"--vocab-file .*vocab.json: cannot be read \(No such file"),
-    ("swapped", r"--vocab-file .*merges.txt: is not JSON"),
-    ("list", r"--vocab-file .*vocab.json: is not a JSON object"),
-    ("no end of text", r"--vocab-file .*vocab.json: .*<\|endoftext\|>.* 256\)"),
-    ("gap", r"--vocab-file .*vocab.json: .* ids "),
-    ("no byte", r"--vocab-file .*vocab.json: lacks 1 .*'a'"),
-    ("binary", r"--merge-file .*merges.txt: is not UTF-8"),
-    ("not two", r"--merge-file .*merges.txt: line 2 \('a b c'\)"),
-    ("other vocabulary", r"--merge-file .*merges.txt: line 2 \('a b'\).* --vocab-file"),
+    ("missing", "no such file"), ("swapped", "not a vocabulary"), ("list", "not a vocabulary"), ("gap", "ids"),
+    ("no end of text", r"<\|endoftext\|>.*256\)"), ("no byte", "lacks 1 .*'a'"), ("binary", "UTF-8"),
+    ("not two", "line"), ("other vocabulary", "`ab`"),
 ])  # fmt: skip
 def test_files_that_are_wrong(what, message, tmp_path) -> None:
     files = broken(what, tmp_path)
+    message = f"--vocab-file {files[0]}.*{message}"
     with pytest.raises(DataError, match=message):
         read_gpt2_vocabulary(*files)
     with pytest.raises(DataError, match=message):

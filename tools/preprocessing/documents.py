@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron.remoe.data.errors import DataError
 
@@ -20,22 +20,14 @@ class Problem:
     message: str
 
 
-@dataclass
-class Documents:
-    """The texts of a block's good lines, by key, and the problems of the others."""
-
-    texts: dict[str, list[str]]
-    problems: list[Problem] = field(default_factory=list)
-
-
 class _BadLine(Exception):
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind)
         self.kind, self.detail = kind, detail
 
 
-def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> Documents:
-    """Return the documents of a block.
+def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> tuple[dict[str, list[str]], list[Problem]]:
+    """Return the texts of a block's good lines, by key, and the problems of the others.
 
     Args:
         block: whole lines.
@@ -45,12 +37,13 @@ def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> Docume
     Raises:
         DataError: the first bad line, unless `skip_bad`.
     """
-    documents = Documents({key: [] for key in keys})
+    documents: dict[str, list[str]] = {key: [] for key in keys}
+    problems = []
 
     def report(kind: str, message: str) -> None:
         if not skip_bad:
             raise DataError(f"{message}\nCorrect it, or give --on-error skip to leave out lines that cannot be read.")
-        documents.problems.append(Problem(kind, message))
+        problems.append(Problem(kind, message))
 
     lines = _lines(block.data)
     for number, line in enumerate(lines, start=block.first_line):
@@ -63,11 +56,11 @@ def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> Docume
             report(bad.kind, f"{block.source}, line {number}: {bad.kind}{bad.detail}: {shown}")
         else:
             for key, text in zip(keys, texts, strict=True):
-                documents.texts[key].append(text)
+                documents[key].append(text)
     if block.damage:
         place = f"{block.source}, line {block.first_line + len(lines)}"
         report("damaged data", f"{place}: compressed data broken: {block.damage}.")
-    return documents
+    return documents, problems
 
 
 def _lines(data: bytes) -> Sequence[str | bytes]:

@@ -49,8 +49,8 @@ def gpt2_encoder(
     vocab_file: str | os.PathLike[str], merge_file: str | os.PathLike[str], threads: int = 1
 ) -> TextEncoder:
     """Return the encoder of a GPT-2 vocabulary."""
-    vocabulary = read_gpt2_vocabulary(vocab_file, merge_file)
-    return TextEncoder(vocabulary.tokenizer(), len(vocabulary.tokens), vocabulary.tokens[END_OF_TEXT], threads)
+    tokenizer = read_gpt2_vocabulary(vocab_file, merge_file)
+    return TextEncoder(tokenizer, tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT), threads)
 
 
 def folder_encoder(tokenizer_model: str, threads: int = 1) -> TextEncoder:

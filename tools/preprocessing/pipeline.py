@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, token_type
@@ -18,8 +19,6 @@ from .reading import Block, expand_inputs, read_blocks, size_of
 
 # More threads do not help: then parsing JSON, which Python does on one core at a time, is the limit.
 MOST_THREADS = 8
-# The document that is encoded a second time at the end, by the slow reference, is no longer than this.
-CHARACTERS_READ_BACK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Work:
-    """An encoded block: by key its tokens, how many texts hold the end-of-document token, and a short document."""
+    """An encoded block: tokens by key, lines without a document, and texts that contain the end-of-document token."""
 
     block: Block
     encoded: dict[str, Encoded]
-    with_end: int
-    short: dict[str, tuple[int, str]]  # number within the block, text
     problems: list[Problem]
+    with_end: int
 
 
 def preprocess(
@@ -75,7 +73,7 @@ def preprocess(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_problem: Callable[[Problem], None] = lambda problem: None,
 ) -> Progress:
-    """Do a job. The outputs appear only when all of them are whole and were read back.
+    """Do a job. The outputs appear only when all of them are complete and were read back.
 
     Args:
         job: inputs, outputs and settings.
@@ -92,17 +90,16 @@ def preprocess(
     if job.append_eod and encoder.end_of_document is None:
         raise DataError("--append-eod: the tokenizer has no token that ends a document. Leave the flag out.")
     progress = Progress(size_of(paths))
-    dtype = token_type(encoder.vocabulary_size)
-    short: dict[str, tuple[int, str]] = {}
+    last: dict[str, npt.NDArray[np.integer]] = {}  # ids of the last block that has any
     with ExitStack() as stack:
+        dtype = token_type(encoder.vocabulary_size)
         writers = {key: stack.enter_context(IndexedWriter(job.prefix(key), dtype)) for key in job.json_keys}
         for work in stack.enter_context(closing(_encoded_blocks(paths, job, encoder))):
             for key, encoded in work.encoded.items():
-                if key in work.short:
-                    number, text = work.short[key]
-                    short[key] = writers[key].documents + number, text
                 writers[key].add(encoded.ids, encoded.lengths)
                 progress.empty += int(np.count_nonzero(encoded.lengths == 0))
+                if len(encoded.ids):
+                    last[key] = encoded.ids
             for problem in work.problems:
                 progress.problems[problem.kind] += 1
                 on_problem(problem)
@@ -116,7 +113,10 @@ def preprocess(
             if not writer.tokens:
                 raise DataError(f"--input: nothing to write: no text of key {key!r} has a token.")
             writer.finish()
-            _read_back(writer, encoder, job, short.get(key))
+            data = IndexedReader(writer.aside)
+            is_same = np.array_equal(data.read(data.tokens - len(last[key]), len(last[key])), last[key])
+            if (data.documents, data.tokens, is_same) != (writer.documents, writer.tokens, True):
+                raise DataError(f"{writer.prefix}: the files read back differ from what was written. Check the disk.")
         for writer in writers.values():
             writer.publish()
     return progress
@@ -155,31 +155,12 @@ def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Gen
 
 
 def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> _Work:
-    documents = parse_documents(block, job.json_keys, job.skip_bad)
-    encoded, short, with_end = {}, {}, 0
-    for key, texts in documents.texts.items():
+    documents, problems = parse_documents(block, job.json_keys, job.skip_bad)
+    encoded, end = {}, encoder.end_text
+    for key, texts in documents.items():
         result = encoder.encode(texts)
         if job.append_eod and encoder.end_of_document is not None:
             result = result.surrounded([], [encoder.end_of_document], result.lengths > 0)
         encoded[key] = Encoded(result.ids.astype(token_type(encoder.vocabulary_size)), result.lengths)
-        with_end += sum(encoder.end_text in text for text in texts) if encoder.end_text else 0
-        for i in np.flatnonzero(result.lengths)[::-1]:
-            if len(texts[i]) <= CHARACTERS_READ_BACK:
-                short[key] = int(i), texts[i]
-                break
-    return _Work(block, encoded, with_end, short, documents.problems)
-
-
-def _read_back(writer: IndexedWriter, encoder: TextEncoder, job: Job, short: tuple[int, str] | None) -> None:
-    """Check the files before they are published: the index in full, and the last short document."""
-    data = IndexedReader(writer.aside)
-    right = (data.documents, data.tokens) == (writer.documents, writer.tokens)
-    if right and short is not None:
-        number, text = short
-        ids = data.document(number)
-        right = np.array_equal(ids[:-1] if job.append_eod else ids, encoder.encode_by_reference([text]).ids)
-    if not right:
-        raise DataError(
-            f"{writer.prefix}: the files read back differ from what was written ({data.documents} of "
-            f"{writer.documents} documents, {data.tokens} of {writer.tokens} tokens). Check the disk."
-        )
+    with_end = sum(end in text for texts in documents.values() for text in texts) if end else 0
+    return _Work(block, encoded, problems, with_end)

@@ -1,21 +1,17 @@
-"""Turn the corpus into Megatron data sets of bytes with tools/preprocess_data.py."""
+"""Turn the corpus into Megatron data sets of bytes."""
 
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..common.places import ROOT
 from . import models, stages
 
-TOOL = ROOT / "tools" / "preprocess_data.py"
 BYTES_PER_TOKEN = 2  # Megatron stores small vocabularies as 16-bit numbers
 
 
 def inputs(corpus: dict[str, Any]) -> str:
     """Return a fingerprint of the text and the code that the data sets are made from."""
-    sources = [TOOL, Path(__file__), *TOOL.with_name("preprocessing").glob("*.py")]
+    sources = [Path(__file__), *(ROOT / "tools" / "preprocessing").glob("*.py")]
     sources += (ROOT / "megatron" / "remoe" / "data").glob("*.py")
     return stages.fingerprint(corpus["inputs"], corpus["domains"], stages.fingerprint_of_files(sources))
 
@@ -27,50 +23,44 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
         folder: for the data sets and their vocabulary.
         corpus_folder: the corpus.
         corpus: its manifest.
-        threads: number of files to process at once.
+        threads: number of threads that encode.
 
     Returns:
         The manifest: "inputs", "tokens" (part → domain → number of tokens), "reused".
 
     Raises:
-        stages.QuickstartError: the tool failed, or the number of tokens is not that of the text's bytes.
+        stages.QuickstartError: preprocessing failed, or the number of tokens is not that of the text's bytes.
     """
     stamp = stages.read_stamp(folder / "manifest.json", inputs(corpus))
     if stamp is not None:
         return stamp | {"reused": True}
+    from megatron.remoe.data.errors import DataError
     from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 
+    from ..preprocessing.encoders import gpt2_encoder
+    from ..preprocessing.pipeline import Job, preprocess
+
     stages.fresh_folder(folder)
-    byte_level_vocabulary(folder)
-    jobs = [(part, domain) for part in ("train", "heldout") for domain in corpus["domains"]]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda job: _preprocess(folder, corpus_folder, *job), jobs))
+    encoder = gpt2_encoder(*byte_level_vocabulary(folder), threads)
     manifest: dict[str, Any] = {"inputs": inputs(corpus), "tokens": {"train": {}, "heldout": {}}, "reused": False}
-    for part, domain in jobs:
-        path = Path(models.data_prefix(folder, part, domain) + ".bin")
-        expected = sum(corpus["domains"][domain][part].values())  # a token for each byte and for each end of a document
-        tokens = path.stat().st_size // BYTES_PER_TOKEN
-        if tokens != expected:
-            raise stages.QuickstartError(f"{path} holds {tokens} tokens instead of the {expected} of the text.")
-        manifest["tokens"][part][domain] = tokens
+    for part, of_part in manifest["tokens"].items():
+        for domain, sizes in corpus["domains"].items():
+            text = str(corpus_folder / part / f"{domain}.jsonl")
+            prefix = models.data_prefix(folder, part, domain)
+            try:
+                preprocess(
+                    Job([text], prefix.removesuffix("_text_document"), append_eod=True, workers=threads), encoder
+                )
+            except DataError as error:
+                raise stages.QuickstartError(f"Preprocessing {domain}: {error}") from error
+            expected = sum(sizes[part].values())  # a token for each byte and for each end of a document
+            of_part[domain] = Path(f"{prefix}.bin").stat().st_size // BYTES_PER_TOKEN
+            if of_part[domain] != expected:
+                raise stages.QuickstartError(
+                    f"{prefix}.bin holds {of_part[domain]} tokens instead of the {expected} of the text."
+                )
     stages.write_json(folder / "manifest.json", manifest)
     return manifest
-
-
-def _preprocess(folder: Path, corpus_folder: Path, part: str, domain: str) -> None:
-    log = folder / f"{part}_{domain}.log"
-    text = corpus_folder / part / f"{domain}.jsonl"
-    command = [sys.executable, str(TOOL), "--input", str(text), "--json-keys", "text"]
-    command += ["--output-prefix", models.data_prefix(folder, part, domain).removesuffix("_text_document")]
-    command += ["--tokenizer-type", "GPT2BPETokenizer", "--append-eod", "--workers", "1"]
-    command += ["--vocab-file", str(folder / "vocab.json"), "--merge-file", str(folder / "merges.txt")]
-    with log.open("w", encoding="utf-8") as output:
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT).returncode
-    if code:
-        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
-        raise stages.QuickstartError(
-            f"Preprocessing {domain} ended with exit code {code}:\n\n{end}\n\nThe whole log: {log}"
-        )
 
 
 def predicted_tokens(tokens: int, sequence: int) -> int:

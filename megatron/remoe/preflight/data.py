@@ -6,6 +6,7 @@ looks after Megatron's index cache. Forms that are not known here are left to Me
 
 import argparse
 import json
+import math
 import re
 import sys
 import textwrap
@@ -27,6 +28,7 @@ TOKENS_TO_JUDGE_BY = 10_000  # a tokenizer's ids in so many tokens of text reach
 SHARE_OF_VOCABULARY = 1 / 16  # ... this share of its vocabulary
 SECONDS_OF_WRITING = 2
 SPLITS = ("training", "validation", "test")
+PUT_WEIGHTS = "put one number before each prefix"
 Blend = tuple[list[str], list[float] | None]
 BlendReader = Callable[[argparse.Namespace], tuple[Blend | None, list[Blend | None] | None]]
 
@@ -48,8 +50,9 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
         return
     for flag, (prefixes, weights), split in _blends(args, read_blends):
         used = [prefix for prefix, weight in zip(prefixes, weights or [1.0] * len(prefixes), strict=True) if weight]
-        if not used:
-            raise DataError(f"{flag}: all weights are 0: give at least one data set a weight above 0.")
+        wrong = [weight for weight in weights or [] if not 0.0 <= weight < math.inf]
+        if wrong or not used:
+            raise DataError(f"{flag}: has the weights {weights}. Give numbers of at least 0, and one above 0.")
         if any(not _is_local(prefix) for prefix in used):
             continue
         data_sets = [_open(prefix, flag, thorough=args.local_rank == 0) for prefix in used]
@@ -114,7 +117,8 @@ def _open(prefix: str, flag: str, thorough: bool = False) -> IndexedReader:
     try:
         return IndexedReader(path, thorough)
     except DataError as error:
-        raise DataError(f"{flag} {prefix}: {error}") from error
+        remedy = f" If it is a weight, {PUT_WEIGHTS}." if re.fullmatch(r"[\d.]+", prefix) else ""
+        raise DataError(f"{flag} {prefix}: {error}{remedy}") from error
     except OSError as error:
         raise DataError(f"{flag} {prefix}: {error.filename}: cannot be read ({error.strerror}).") from error
 
@@ -212,12 +216,12 @@ def _blends(
     args: argparse.Namespace, read_blends: BlendReader
 ) -> Iterator[tuple[str, Blend, list[tuple[float, float] | None]]]:
     """Yield flag, data sets and split matrix of each blend."""
-    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        _check_weights(f"--{name.replace('_', '-')}", getattr(args, name) or [])
     try:
         blend, per_split = read_blends(args)
     except OSError as error:
         raise DataError(f"The list of data sets {error.filename} cannot be read ({error.strerror}).") from error
+    except AssertionError as error:
+        raise DataError(f"--data-path and the like: {PUT_WEIGHTS}.") from error
     if blend is not None:
         yield "--data-path" if args.data_path else "--data-args-path", blend, _split_matrix(args.split)
     elif per_split is not None and any(per_split):
@@ -240,28 +244,6 @@ def _split_matrix(split: str | None) -> list[tuple[float, float] | None]:
             f"--split {split}: give up to three numbers, for training, validation and test, for instance 969,30,1."
         )
     return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-
-
-def _check_weights(flag: str, words: list[str]) -> None:
-    """Check that there are only prefixes, or a weight before each; Megatron takes a mixture of both for prefixes."""
-    numbers = [None if idx_path(Path(word)).exists() else _number(word) for word in words]
-    if len(words) < 2 or not any(number is not None for number in numbers[::2]):
-        return
-    shown = " ".join(words[:4]) + (" ..." if len(words) > 4 else "")
-    for word, number in zip(words[::2], numbers[::2], strict=True):
-        if number is None:
-            raise DataError(f"{flag} {shown}: {word!r} is not a weight: put one number before each prefix.")
-        if not 0.0 <= number < float("inf"):
-            raise DataError(f"{flag} {shown}: the weight {word} must be a number of at least 0.")
-    if len(words) % 2:
-        raise DataError(f"{flag} {shown}: no prefix follows {words[-1]!r}: put one number before each prefix.")
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
 
 
 def _is_local(prefix: str) -> bool:
