@@ -114,13 +114,13 @@ def _cuda() -> types.ModuleType:
 class _Adam(torch.optim.Adam):
     """Adam in one pass over memory; PyTorch's default on a CPU makes ten."""
 
-    __init__ = functools.partialmethod(torch.optim.Adam.__init__, fused=True)  # type: ignore[assignment]
+    __init__ = functools.partialmethod(torch.optim.Adam.__init__, fused=True)
 
 
 class _AdamW(torch.optim.AdamW):
     """Likewise."""
 
-    __init__ = functools.partialmethod(torch.optim.AdamW.__init__, fused=True)  # type: ignore[assignment]
+    __init__ = functools.partialmethod(torch.optim.AdamW.__init__, fused=True)
 
 
 def _optim() -> types.ModuleType:
