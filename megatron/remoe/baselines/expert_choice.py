@@ -1,4 +1,7 @@
-"""Expert choice (Zhou et al., arXiv 2202.09368): experts take tokens, instead of tokens experts."""
+"""Expert choice (Zhou et al., arXiv 2202.09368): experts choose tokens, not tokens experts.
+
+T tokens (sequence x batch), E experts.
+"""
 
 from typing import Any
 
@@ -11,23 +14,23 @@ from megatron.core.transformer.moe.router import TopKRouter
 class ExpertChoiceRouter(TopKRouter):
     """Each expert takes the same number of tokens of a sequence, those with its largest scores.
 
-    It sees the future: whether a token is taken depends on the later ones of its sequence. So its losses are no
-    language model's, and text cannot be generated with them.
+    It sees the future: whether a token is taken depends on later tokens of its sequence. So its losses are not those
+    of a language model, and it cannot generate text.
     """
 
     def routing(
-        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_of_topk: Any
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route k · sequence / num_experts tokens of each sequence to each expert.
+        """Route k · sequence / E tokens of each sequence to each expert.
 
         Args:
-            logits: `[sequence, batch, num_experts]`, in the router's dtype.
+            logits: `[sequence, batch, E]`, in the router's dtype.
             padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
-            _of_topk: what only other ways of routing go by, in versions of Megatron that have them.
+            _unused: arguments of other ways of routing, in versions of Megatron that have them.
 
         Returns:
-            probs: `[num_tokens, num_experts]`, the softmax over the experts where the map is True, else 0.
-            routing_map: bool, of that shape.
+            probs: `[T, E]`, the softmax over the experts where the map is True, else 0.
+            routing_map: bool `[T, E]`.
         """
         logits = self.apply_z_loss(logits, None if padding_mask is None else padding_mask.reshape(-1))
         scores = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)

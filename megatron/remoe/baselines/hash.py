@@ -1,4 +1,4 @@
-"""Hash layers (Roller et al., arXiv 2106.04426): a token's experts follow from its id alone."""
+"""Hash layers (Roller et al., arXiv 2106.04426): a token's id decides its experts."""
 
 import torch
 
@@ -10,15 +10,15 @@ BITS = 0xFFFFFFFF
 
 
 class HashRouter(UnlearnedRouter):
-    """Gives each token id k experts at random, once for all and other ones in each layer.
+    """Gives each token id k experts, drawn once, differently in each layer.
 
-    Frequent ids weigh on their experts: the load is not balanced.
+    The load is not balanced: frequent ids load their experts.
     """
 
     token_ids: torch.Tensor | None = None
 
     def begin_batch(self, token_ids: torch.Tensor) -> None:
-        """Take the ids of the tokens that come next; see `hand_token_ids`.
+        """Keep the ids of the next tokens; see `hand_token_ids`.
 
         Args:
             token_ids: `[batch, sequence]`, of the whole tensor-parallel group.
@@ -26,10 +26,10 @@ class HashRouter(UnlearnedRouter):
         self.token_ids = token_ids
 
     def draw(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As `UnlearnedRouter.draw`.
+        """Draw as `UnlearnedRouter.draw`, by token id.
 
         Raises:
-            RuntimeError: nobody has handed over the ids of these tokens.
+            RuntimeError: the ids of these tokens are not known.
         """
         if self.token_ids is None:
             raise RuntimeError("HashRouter has no token ids: call hand_token_ids with the model once it is built.")
@@ -41,10 +41,10 @@ class HashRouter(UnlearnedRouter):
 
 
 def hand_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Let the embedding tell the hash routers of a model which ids it looks up; nothing where there are none.
+    """Let the embedding pass the ids that it looks up to the model's hash routers, if there are any.
 
-    A router gets hidden states alone, and no public hook passes ids through the layers. All layers must be in this
-    process, and read the ids before those of the next micro-batch come.
+    A router gets only hidden states, and no public hook passes ids through the layers. All layers must be in this
+    process, and read the ids before those of the next micro-batch arrive.
     """
     modules = [module for chunk in model_chunks for module in chunk.modules()]
     routers = [module for module in modules if isinstance(module, HashRouter)]
@@ -60,7 +60,7 @@ def hand_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:
-    """int64 → 32 bits that depend on all of the number's lower 32, in int64."""
+    """Mix the lower 32 bits of int64 numbers, so that each depends on all."""
     for _ in range(2):
         numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & BITS
     return (numbers >> 16) ^ numbers

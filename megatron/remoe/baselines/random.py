@@ -1,4 +1,4 @@
-"""Random routing, as THOR trains (Zuo et al., arXiv 2110.04260): what experts bring that no router has chosen."""
+"""Random routing, as THOR trains (Zuo et al., arXiv 2110.04260): shows what experts gain without a router."""
 
 import torch
 
@@ -7,12 +7,12 @@ from megatron.remoe.baselines.unlearned import UnlearnedRouter
 
 
 class RandomRouter(UnlearnedRouter):
-    """Draws a token's experts anew in each forward pass, in evaluation too."""
+    """Draws a token's experts in each forward pass, in evaluation too."""
 
     def draw(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As `UnlearnedRouter.draw`.
+        """Draw as `UnlearnedRouter.draw`, uniformly.
 
-        The generator is one that differs between ranks, and that recomputation sets back.
+        The generator differs between ranks, and recomputation resets it.
         """
         num_tokens = hidden_states.shape[:-1].numel()
         with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):

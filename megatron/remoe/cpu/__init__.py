@@ -1,7 +1,7 @@
 """Runs Megatron's training loop on a machine without an accelerator.
 
-Nothing in here is active where an accelerator is in use. See `facade` for how it works and `engine` for each
-adaptation of Megatron with its reason.
+Nothing in here is active with an accelerator. `facade` says how it works; `engine` lists each adaptation of Megatron
+with its reason.
 """
 
 import argparse
@@ -17,7 +17,7 @@ CPU_FLAG = "--cpu"
 
 
 def is_wanted(command_line: list[str]) -> bool:
-    """Whether to train on the CPU: there is no accelerator, or the user asks for it."""
+    """Return whether to train on the CPU: there is no accelerator, or the user asks for it."""
     return CPU_FLAG in command_line or not torch.cuda.is_available()
 
 
@@ -26,6 +26,6 @@ def add_cpu_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     parser.add_argument_group("CPU").add_argument(
         CPU_FLAG,
         action="store_true",
-        help="Train on the CPU, also where there is an accelerator (default without one).",
+        help="Train on the CPU even if there is an accelerator (the default without one).",
     )
     return parser

@@ -9,11 +9,11 @@ Collective = Callable[..., torch.Tensor]
 
 
 def with_padding(gather: Collective, reduce_scatter: Collective) -> tuple[Collective, Collective]:
-    """Megatron's two collectives along the first dimension, for unequal parts too.
+    """Return Megatron's two collectives along the first dimension, extended to unequal parts.
 
     Args:
-        gather: `(input, group, output_split_sizes, use_global_buffer)`, right for equal parts.
-        reduce_scatter: `(input, group, input_split_sizes, use_global_buffer)`, likewise.
+        gather: `(input, group, output_split_sizes, use_global_buffer)`, correct for equal parts.
+        reduce_scatter: `(input, group, input_split_sizes, use_global_buffer)`, too.
 
     Returns:
         Replacements with the same parameters; split sizes count rows of each rank's part.

@@ -1,4 +1,4 @@
-"""What of Megatron is adapted to run without an accelerator, each with its reason."""
+"""Adapt Megatron to run without an accelerator; each adaptation with its reason."""
 
 import ctypes
 import importlib.metadata
@@ -47,14 +47,14 @@ def install() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """glibc would give every large buffer back to the system, and take it anew, page by page, in the next layer."""
+    """Keep glibc from returning every large buffer to the system, to get it back page by page in the next layer."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _adapt_tensors() -> None:
-    # Tensors are moved to the accelerator by this method, and there is nowhere to move them.
+    # Megatron moves tensors to the accelerator by this method; here they are in place.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     stock_type = torch.Tensor.type
 
@@ -86,7 +86,7 @@ def _adapt_modules() -> None:
 
 
 def _scale_in_place() -> None:
-    """Clipping would write all scaled gradients to new memory, and copy them back from there."""
+    """Let clipping scale gradients in place, instead of writing them to new memory and copying them back."""
     from megatron.core.optimizer import clip_grads, optimizer
 
     clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = _scale

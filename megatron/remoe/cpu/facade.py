@@ -1,8 +1,8 @@
 """The name `torch` inside Megatron's modules, on a machine without an accelerator.
 
 Megatron names CUDA throughout: `torch.cuda.current_device()`, `device="cuda"`. Here its modules see a copy of the torch
-module whose `cuda` is one device that is the CPU, and whose tensor factories read "cuda" as "cpu". torch itself, and
-every other package, keep the real one. Looking a name up costs what it cost before, so no tensor operation gets slower.
+module whose `cuda` is one device, the CPU, and whose tensor factories read "cuda" as "cpu". torch itself and all other
+packages keep the real module. Name lookups cost the same as before, so no tensor operation gets slower.
 """
 
 import contextlib
@@ -18,19 +18,10 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
-FACTORIES: tuple[str, ...] = (
-    "arange",
-    "as_tensor",
-    "empty",
-    "empty_like",
-    "eye",
-    "full",
-    "full_like",
-    "linspace",
-    "ones",
-    "ones_like",
+FACTORIES = tuple(
+    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand randint randn randperm tensor "
+    "zeros zeros_like".split()
 )
-FACTORIES += ("rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like")
 TENSOR_TYPES = {
     "ByteTensor": torch.uint8,
     "IntTensor": torch.int32,
@@ -43,7 +34,7 @@ TENSOR_TYPES = {
 
 
 class Stream:
-    """A CUDA stream or event where everything happens in order: nothing to wait for, nothing to record."""
+    """A CUDA stream or event where everything runs in order: nothing to wait for, nothing to record."""
 
     cuda_stream = 0
 
@@ -121,17 +112,15 @@ def _cuda() -> types.ModuleType:
 
 
 class _Adam(torch.optim.Adam):
-    """Makes one pass over memory; on a CPU PyTorch makes ten unless it is told to."""
+    """Adam in one pass over memory; PyTorch's default on a CPU makes ten."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, fused=True, **kwargs)
+    __init__ = functools.partialmethod(torch.optim.Adam.__init__, fused=True)
 
 
 class _AdamW(torch.optim.AdamW):
     """Likewise."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, fused=True, **kwargs)
+    __init__ = functools.partialmethod(torch.optim.AdamW.__init__, fused=True)
 
 
 def _optim() -> types.ModuleType:
@@ -159,7 +148,7 @@ class _Facade(types.ModuleType):
 
 
 def make_facade() -> types.ModuleType:
-    """A module that is torch but for `cuda` and the tensor factories."""
+    """Return a module that equals torch except for `cuda`, `optim` and the tensor factories."""
     facade = _Facade("torch")
     facade.__dict__.update({name: value for name, value in vars(torch).items() if name != "__getattr__"})
     facade.__dict__.update({name: _on_cpu(getattr(torch, name)) for name in FACTORIES}, cuda=_cuda(), optim=_optim())
@@ -167,7 +156,7 @@ def make_facade() -> types.ModuleType:
 
 
 class _FacadeFinder(importlib.abc.MetaPathFinder):
-    """Gives the facade to every module of Megatron that is imported from now on, right after it has run."""
+    """Gives the facade to every module of Megatron that is imported from now on, right after its code has run."""
 
     def __init__(self, facade: types.ModuleType) -> None:
         self.facade = facade
@@ -194,16 +183,16 @@ class _FacadeFinder(importlib.abc.MetaPathFinder):
 
 
 def replace_torch(module: types.ModuleType, facade: types.ModuleType) -> None:
-    """Let the module's global name `torch` be the facade, if it has it."""
+    """Set the module's global name `torch` to the facade, if it has that name."""
     if vars(module).get("torch") is torch:
         module.torch = facade  # type: ignore[attr-defined]
 
 
 def put_in_place() -> types.ModuleType | None:
-    """Replace `torch` in all modules of Megatron, those imported later included.
+    """Replace `torch` in all modules of Megatron, including those imported later.
 
     Returns:
-        The facade; None where there is one already, and nothing was changed.
+        The facade; None if there is one already, and nothing was changed.
     """
     if any(isinstance(finder, _FacadeFinder) for finder in sys.meta_path):
         return None

@@ -1,4 +1,4 @@
-"""Megatron's flags that have to be different without an accelerator."""
+"""Megatron's flags that need other values without an accelerator."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ CPU_VALUES: dict[str, tuple[object, str]] = {
     "tp_comm_overlap": (False, "part of Transformer Engine"),
     "use_flash_attn": (False, "flash-attn needs a GPU"),
 }
-# These are on by default, so that their values are no wish of the user.
+# On by default, so the user did not ask for them.
 SILENT: tuple[str, ...] = (
     "distributed_backend",
     "gradient_accumulation_fusion",
@@ -31,10 +31,10 @@ SILENT += ("apply_rope_fusion", "bias_gelu_fusion", "bias_swiglu_fusion", "bias_
 
 
 def adapt_arguments(args: argparse.Namespace) -> None:
-    """Set what Megatron needs on the CPU; says so for switches that the user turned on.
+    """Set the flags that the CPU needs; print those that the user had turned on.
 
     Raises:
-        ValueError: a number format that exists on accelerators alone was asked for.
+        ValueError: a number format was asked for that only accelerators have.
     """
     for name in ("fp16", "fp8", "fp4"):
         if getattr(args, name, None):

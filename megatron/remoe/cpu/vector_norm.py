@@ -1,19 +1,22 @@
-"""The 2-norm of large single-precision tensors: PyTorch's on a CPU adds too many squares to one number."""
+"""The 2-norm of large single-precision tensors: on a CPU, PyTorch adds too many squares in single precision.
+
+In torch 2.15.0 the norm of 50 million normal numbers is 0.4 % too small.
+"""
 
 import torch
 
-# Elements whose squares are added in single precision. PyTorch adds all: of 200 million the norm is 3 % too small.
+# Elements whose squares are added in single precision.
 CHUNK = 1 << 18
 
 
 def sum_in_chunks() -> torch.library.Library:
     """Let `torch.norm` of large contiguous fp32 tensors on the CPU add up dot products of parts in double precision.
 
-    Gradients of many experts in one tensor are clipped by this norm. Other norms, and up to `CHUNK` elements, stay
-    PyTorch's, bit for bit.
+    Megatron clips the gradients of many experts in one tensor by this norm. Other norms, and tensors of up to `CHUNK`
+    elements, stay PyTorch's, bit for bit.
 
     Returns:
-        What keeps it so while it is referenced.
+        An object that keeps the change while it is referenced.
     """
     cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     stock = torch.library.get_kernel("aten::linalg_vector_norm", "CPU")

@@ -1,6 +1,6 @@
 """From a routing map to the rows of each expert and of each token: no nonzero, no sort, no atomics.
 
-T tokens, E experts, P pairs; a program has a block of tokens and goes through the experts tile by tile.
+T tokens, E experts, P pairs, B blocks of tokens; a program takes a block and goes through the experts tile by tile.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Each program reads the counts of all blocks, so that they are few; of a tile of experts at once, in registers.
+# Each program reads the counts of all blocks, so blocks are few; those of a tile of experts are in registers at once.
 MOST_BLOCKS, LEAST_TOKENS, TILE_COUNTS, WARPS = 256, 16, 8192, 8
 SPREAD = 1024  # elements of the map that a program of the gates' gradient takes at once
 
@@ -44,12 +44,12 @@ def fill(
         probs: `[T, E]`, the gates.
         routing_map: bool `[T, E]`.
         counts: of `count_blocks`.
-        num_pairs: P, how many there are.
+        num_pairs: P.
 
     Returns:
         token_index: int32 `[P]`, the token of each pair.
         by_token: int32 `[T + 1 + P]`: its elements t and t + 1 are the bounds, within it, of token t's pairs.
-        gates: `[P]`, of the type of `probs`; the one that has a gradient.
+        gates: `[P]`, of the type of `probs`; the only one with a gradient.
     """
     return _Filled.apply(probs, routing_map, counts, num_pairs)
 
@@ -175,14 +175,14 @@ def _at(token, expert, num_experts):
 
 @triton.jit
 def _active(map_TE, token, expert, num_tokens, num_experts):
-    """int32 `[tokens, experts]`, 1 where the map is True."""
+    """Load the map as int32 `[tokens, experts]`, 1 where it is True."""
     is_inside = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
     return tl.load(map_TE + _at(token, expert, num_experts), mask=is_inside, other=0).to(tl.int32)
 
 
 @triton.jit
 def _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS: tl.constexpr):
-    """int32 `[experts]` twice: in all blocks, and in those before this program's."""
+    """Sum the counts, int32 `[experts]`: of all blocks, and of those before this program's."""
     block = tl.arange(0, BLOCKS)
     is_inside = (expert < num_experts)[:, None] & (block < num_blocks)[None, :]
     counts = tl.load(counts_EB + expert[:, None] * num_blocks + block[None, :], mask=is_inside, other=0)

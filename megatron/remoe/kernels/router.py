@@ -14,7 +14,7 @@ import triton.language as tl
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.kernels.backend import Regularization
 
-# One program adds up what all have counted, so that they are few.
+# One program adds up the counts of all, so programs are few.
 MOST_PROGRAMS, LEAST_TOKENS, BLOCK, TERMS_BLOCK, TERMS_WARPS = 128, 16, 2048, 8192, 8
 
 
@@ -103,8 +103,8 @@ def _gates(
     logits_TE, padding_T, probs_TE, map_TE, pairs_PC, sums_PE, num_tokens, span,
     E: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gates and map, and what each program has of them: the pairs of each expert and then its tokens, C = E + 1, and
-    the gates of each expert, fp32. Moves logits, gates and map once: T·E·(2·size + 1) bytes.
+    """Write gates and map, and each program's sums: the pairs of each expert and then its tokens, C = E + 1, and the
+    gates of each expert, fp32. Moves logits, gates and map once: T·E·(2·size + 1) bytes.
     """
     program, expert = tl.program_id(0), tl.arange(0, WIDTH)
     pairs = tl.zeros([WIDTH], tl.int32)
@@ -139,8 +139,8 @@ def _terms(
     E: tl.constexpr, TOPK: tl.constexpr, RANKS: tl.constexpr, BALANCES: tl.constexpr, INIT: tl.constexpr,
     LOG2: tl.constexpr, GUARD: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the counts, and gives the gradient of λ · L_reg with each expert's gates and the guard's where they are
-    off, C = E + 1, fp32. One program; moves 8·P·E bytes. `of_sequence_C` is None where this rank has the whole of it.
+    """Add to the counts, and write the gradient of λ · L_reg for each expert's gates, then the guard's where they are
+    off, C = E + 1, fp32. One program; moves 8·P·E bytes. `of_sequence_C` is None if this rank has whole sequences.
     """
     expert = tl.arange(0, WIDTH)
     is_expert = expert < E
@@ -179,7 +179,7 @@ def _terms(
 
 @triton.jit(launch_metadata=_gradient_bytes)
 def _gradient(d_probs_TE, map_TE, terms_C, scale, d_logits_TE, size, E: tl.constexpr, BLOCK: tl.constexpr):
-    """Moves gradients and map once: T·E·(2·size + 1) bytes. `scale` has one element, or is None for 1."""
+    """Write the logits' gradient; moves T·E·(2·size + 1) bytes. `scale` has one element, or is None for 1."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_inside = at < size
     is_active = tl.load(map_TE + at, mask=is_inside, other=0) != 0

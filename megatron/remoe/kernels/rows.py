@@ -1,6 +1,6 @@
-"""Each token's sum over its rows: no atomics, so that it is the same every time.
+"""Each token's sum over its rows, without atomics, so that it is the same every time.
 
-T tokens, P pairs, H hidden size; a program has a part of one token's sum.
+T tokens, P pairs, H hidden size; a program computes a part of one token's sum.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ def sum_rows(pairs: torch.Tensor, by_token: torch.Tensor) -> torch.Tensor:
 
     Args:
         pairs: `[P, H]`.
-        by_token: int32 `[T + 1 + P]`, as `plan.fill` gives it.
+        by_token: int32 `[T + 1 + P]`, as `plan.fill` returns it.
 
     Returns:
         `[T, H]`, of the type of `pairs`.

@@ -1,6 +1,6 @@
 """SwiGLU with gates, between an expert's two products: one pass over memory each way, fp32 inside.
 
-P pairs, F the experts' FFN size on a rank; a program has a few pairs, in the backward pass whole ones.
+P pairs, F the experts' FFN size; a program works on a few pairs, in the backward pass on whole ones.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ TILE = 1024
 
 
 def activate(hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """`gate · SiLU(left) ⊙ right`; moves `3 · P · F` elements.
+    """Return `gate · SiLU(left) ⊙ right`; moves `3 · P · F` elements.
 
     Args:
         hidden: `[P, 2 * F]`, left and then right.
@@ -32,11 +32,11 @@ def activate(hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
 def activate_backward(
     hidden: torch.Tensor, gates: torch.Tensor, d_activated: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The result of `activate` again, and the gradients of its inputs; moves `6 · P · F` elements.
+    """Return `activate`'s result again, and the gradients of its arguments; moves `6 · P · F` elements.
 
     Args:
         hidden, gates: as above.
-        d_activated: `[P, F]`, in whose memory the result is.
+        d_activated: `[P, F]`; the result is written into its memory.
     """
     d_hidden, d_gates = torch.empty_like(hidden), torch.empty_like(gates)
     (pairs, width), (num_pairs, ffn) = _tile(d_activated), d_activated.shape
@@ -47,7 +47,7 @@ def activate_backward(
 
 
 def _tile(activated: torch.Tensor) -> tuple[int, int]:
-    """Pairs and columns of a program."""
+    """Return the pairs and columns of a program."""
     width = min(triton.next_power_of_2(activated.shape[1]), TILE)
     return TILE // width, width
 
@@ -100,7 +100,7 @@ def _activate_backward(
 
 @triton.jit
 def _halves(hidden_PF, pair, column, num_pairs, ffn):
-    """fp32 `[pairs, columns]` twice, and which of them there are."""
+    """Load both halves, fp32 `[pairs, columns]`, and the mask of those that exist."""
     inside = (pair < num_pairs)[:, None] & (column < ffn)[None, :]
     place = hidden_PF + pair[:, None] * 2 * ffn + column[None, :]
     left = tl.load(place, mask=inside, other=0.0).to(tl.float32)

@@ -10,9 +10,9 @@ from megatron.core.transformer.enums import AttnMaskType
 
 
 class FusedDotProductAttention(DotProductAttention):
-    """`DotProductAttention` that holds no scores `[sequence, sequence]` in memory and repeats no keys.
+    """`DotProductAttention` that neither holds scores `[sequence, sequence]` in memory nor repeats keys.
 
-    What PyTorch's kernels do not have (sliding windows, softmax offsets, scaling by layer) is left to Megatron's own.
+    Sliding windows, softmax offsets and scaling by layer, which PyTorch's kernels do not have, are left to Megatron's.
     """
 
     def forward(
@@ -25,14 +25,14 @@ class FusedDotProductAttention(DotProductAttention):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Return the attention's output.
 
         Args:
             query: `[sequence, batch, heads, size]`.
             key, value: `[sequence, batch, query groups, size]`.
             attention_mask: bool, True where not to attend, broadcast to `[batch, heads, sequence, sequence]`; None for
                 a causal one.
-            attn_mask_type, attention_bias, packed_seq_params: as Megatron's.
+            attn_mask_type, attention_bias, packed_seq_params: Megatron's.
 
         Returns:
             `[sequence, batch, heads * size]`.

@@ -6,17 +6,17 @@ import torch
 def vocab_parallel_cross_entropy(
     vocab_parallel_logits: torch.Tensor, target: torch.Tensor, tp_group: torch.distributed.ProcessGroup | None
 ) -> torch.Tensor:
-    """Each token's loss; reads the logits once forward, and once backward to write their gradient in their place.
+    """Return each token's loss. Reads the logits once forward; once backward, to write their gradient in their place.
 
     Args:
-        vocab_parallel_logits: `[sequence, batch, vocabulary / ranks]`, of any floating type; computed with in fp32.
-        target: int64 `[sequence, batch]`, numbers in the whole vocabulary.
-        tp_group: the ranks that hold the vocabulary's parts; None where it is whole.
+        vocab_parallel_logits: `[sequence, batch, vocabulary / ranks]`, of any floating-point type; computed in fp32.
+        target: int64 `[sequence, batch]`, ids in the whole vocabulary.
+        tp_group: the ranks that share the vocabulary; None if it is whole.
 
     Returns:
         fp32 `[sequence, batch]`, in nats.
     """
-    from fla.modules.fused_cross_entropy import cross_entropy_loss  # takes seconds, and only GPUs have a use for it
+    from fla.modules.fused_cross_entropy import cross_entropy_loss  # takes seconds to import, and only GPUs use it
 
     loss, _ = cross_entropy_loss(
         vocab_parallel_logits.flatten(0, 1), target.flatten(), inplace_backward=True, process_group=tp_group

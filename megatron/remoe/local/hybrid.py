@@ -1,4 +1,4 @@
-"""HybridModel without Transformer Engine: Megatron has layers of plain PyTorch for GPTModel alone."""
+"""HybridModel without Transformer Engine: Megatron has plain PyTorch layers only for GPTModel."""
 
 from typing import Any
 
@@ -28,8 +28,8 @@ class LocalHybridStack(HybridStack):
 
     Args:
         layer_norm: builds the final norm.
-        post_layer_norm: whether there is one, on the last stage.
-        arguments, options: as `HybridStack`'s.
+        post_layer_norm: whether the last stage has one.
+        arguments, options: those of `HybridStack`.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class LocalHybridStack(HybridStack):
 
 
 def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSpec:
-    """A stack of the parts that Megatron's local GPT layers are made of, one sublayer a layer.
+    """Build a stack from the parts of Megatron's local GPT layers, one sublayer per layer.
 
-    Parameters have the names in checkpoints that the local layers of GPTModel have.
+    Parameters have the same names in checkpoints as in the local layers of GPTModel.
 
     Args:
         config: of the model.
         pattern: --hybrid-layer-pattern.
 
     Raises:
-        ValueError: the pattern has layers that exist in Transformer Engine's stack alone.
+        ValueError: the pattern has layers that exist only in Transformer Engine's stack.
     """
     others = sorted(set(pattern) & Symbols.VALID_LAYERS - set(LOCAL_LAYERS))
     if others:
@@ -97,7 +97,7 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
             moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=moe_layer),
             mtp_block_spec=ModuleSpec(
                 module=MultiTokenPredictionBlock,
-                # Without a layer: each depth is a stack of these, as the pattern has it.
+                # No layer here: each depth is a stack of the layers above, by the pattern.
                 submodules=MultiTokenPredictionBlockSubmodules(
                     [get_mtp_layer_spec(None, use_transformer_engine=False)]
                 ),

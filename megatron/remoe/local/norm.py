@@ -1,4 +1,4 @@
-"""PyTorch's norms under sequence parallelism, which Megatron's own wrapper of them refuses."""
+"""PyTorch's norms under sequence parallelism, which Megatron's wrapper of them refuses."""
 
 import torch
 

@@ -6,30 +6,30 @@ import torch
 
 
 class FusedRotaryEmbedding:
-    """Megatron's `fused_apply_rotary_pos_emb`; cosine and sine are computed once, not in each layer."""
+    """Megatron's `fused_apply_rotary_pos_emb`. Computes cosine and sine once, not in each layer."""
 
     def __init__(self) -> None:
-        self._tables = lru_cache(maxsize=4)(_cosine_and_sine)  # Megatron gives the same tensor in all layers and steps
+        self._tables = lru_cache(maxsize=4)(_cosine_and_sine)  # Megatron passes the same tensor in all layers and steps
 
     def __call__(self, t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
         """Rotate queries or keys.
 
         Args:
             t: `[sequence, batch, heads, size]`, size at most 256.
-            freqs: fp32 `[sequence, 1, 1, size that is rotated]`, angles in radians.
-            interleaved: whether neighbours are rotated into each other, instead of a head's first half and its second.
+            freqs: fp32 `[sequence, 1, 1, rotated size]`, angles in radians.
+            interleaved: rotate neighbours into each other, instead of a head's first half into its second.
 
         Returns:
-            As `t`.
+            The rotated tensor, of the shape and type of `t`.
         """
-        from fla.modules.rotary import rotary_embedding  # takes seconds, and only GPUs have a use for it
+        from fla.modules.rotary import rotary_embedding  # takes seconds to import, and only GPUs use it
 
-        # All sequences of a micro-batch have the same angles, so that they are heads for the kernel.
+        # All sequences of a micro-batch have the same angles, so the kernel can take them as heads.
         rows = t.reshape(1, t.shape[0], -1, t.shape[-1])
         return rotary_embedding(rows, *self._tables(freqs, interleaved, t.dtype), interleaved=interleaved).view_as(t)
 
 
 def _cosine_and_sine(freqs: torch.Tensor, interleaved: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each angle once, `[sequence, size that is rotated / 2]`."""
+    """Return cosine and sine of each angle, both `[sequence, rotated size / 2]`."""
     angles = freqs[:, 0, 0, ::2] if interleaved else freqs[:, 0, 0].chunk(2, dim=-1)[0]
     return angles.cos().to(dtype), angles.sin().to(dtype)

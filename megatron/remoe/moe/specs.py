@@ -1,4 +1,4 @@
-"""Puts the ReLU router and its MoE layer, and norms for sequence parallelism, into Megatron's layer specifications."""
+"""Replace routers, MoE layers, experts, attention and norms in Megatron's layer specifications."""
 
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -27,17 +27,16 @@ type LayerSpec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionB
 
 
 def with_relu_routing(spec: LayerSpec) -> LayerSpec:
-    """A copy of `spec` in which every MoE layer routes by ReLU; see `with_router`."""
+    """Return a copy of `spec` in which every MoE layer routes by ReLU; see `with_router`."""
     return with_router(spec, ReLURouter)
 
 
 def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
-    """A copy of `spec` in which every MoE layer takes any routing map, and has this router; dense layers stay.
+    """Return a copy of `spec` in which every MoE layer takes any routing map and has this router; dense layers stay.
 
     Args:
-        spec: one layer's specification, that of a block of layers (of multi-token prediction too), or that of a hybrid
-            stack.
-        router: its class.
+        spec: of one layer, of a block of layers (of multi-token prediction too), or of a hybrid stack.
+        router: the class of the router.
 
     Raises:
         TypeError: a layer's MLP is neither dense nor built from Megatron's `MoELayer`.
@@ -68,7 +67,7 @@ def _routed_mlp(mlp: Any, router: type[TopKRouter]) -> Any:
 
 
 def with_sequence_parallel_norms(spec: Any) -> Any:
-    """A copy of `spec` in which PyTorch's norms may run under sequence parallelism; others stay as they are.
+    """Return a copy of `spec` whose PyTorch norms may run under sequence parallelism; other norms stay.
 
     Args:
         spec: a specification of a block or layer, or any part of one.
@@ -77,12 +76,12 @@ def with_sequence_parallel_norms(spec: Any) -> Any:
 
 
 def with_fused_layers(spec: Any) -> Any:
-    """A copy of `spec` in which Megatron's own attention and experts are those made of PyTorch's fused kernels.
+    """Return a copy of `spec` whose local attention and experts use PyTorch's fused kernels.
 
-    Dense layers, layers of Transformer Engine, and routers stay as they are.
+    Dense layers, layers of Transformer Engine, and routers stay.
 
     Args:
-        spec: as above.
+        spec: a specification of a block or layer, or any part of one.
     """
     return _replaced(
         spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer, SequentialMLP: build_experts}
@@ -90,16 +89,16 @@ def with_fused_layers(spec: Any) -> Any:
 
 
 def with_engine_kernels(spec: Any) -> Any:
-    """A copy of `spec` in which MoE layers and experts of Transformer Engine take `--moe-kernels`.
+    """Return a copy of `spec` whose MoE layers and Transformer Engine experts take `--moe-kernels`.
 
     Args:
-        spec: as above.
+        spec: a specification of a block or layer, or any part of one.
     """
     return _replaced(spec, {MoELayer: ReMoELayer, TEGroupedMLP: EngineExperts})
 
 
 def _replaced(spec: Any, classes: dict[Any, Any]) -> Any:
-    """A copy of a specification with other classes in the place of some."""
+    """Return a copy of a specification in which the keys of `classes` are replaced by their values."""
     if isinstance(spec, type):
         return classes.get(spec, spec)
     if isinstance(spec, list):

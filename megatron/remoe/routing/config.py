@@ -1,4 +1,4 @@
-"""Configuration of a ReMoE transformer: Megatron's own, and the fields of ReLU routing."""
+"""Configuration of a ReMoE transformer: Megatron's own and the fields of ReLU routing."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -11,57 +11,57 @@ from megatron.remoe.routing.refusals import relu_routing_problems
 class ReMoEConfig(TransformerConfig):
     """`TransformerConfig` with ReLU routing. The fields are the command-line flags, with their defaults and help.
 
-    `num_moe_experts`, `moe_router_topk` (k) and `moe_ffn_hidden_size` are meant after granularity: the target sparsity
-    is `1 - k / num_moe_experts`.
+    `num_moe_experts`, `moe_router_topk` (k) and `moe_ffn_hidden_size` are the values after granularity. The target
+    sparsity is `1 - k / num_moe_experts`.
 
     Raises:
         ValueError: a value is out of range, or a setting assumes exactly k experts per token.
     """
 
     moe_relu_routing: bool = False
-    """Route by ReLU(x W) instead of top-k of a softmax: each token takes the experts with a positive gate, and an
-    adaptive L1 term holds the sparsity at 1 - topk/experts."""
+    """Route by ReLU(x W) instead of top-k of a softmax: each token uses the experts with a positive gate, and an
+    adaptive L1 term keeps the sparsity at 1 - topk/experts."""
 
     moe_relu_l1_reg_coeff_init: float = 1e-8
-    """Initial coefficient of the L1 term (default %(default)s). It is not sensitive: larger settles sooner."""
+    """Initial coefficient of the L1 term (default %(default)s). Not sensitive; a larger one settles sooner."""
 
     moe_relu_l1_reg_coeff_multiplier: float = 1.2
-    """Factor by which the coefficient grows or shrinks once per step (default %(default)s). Larger settles sooner and
-    swings more."""
+    """Factor by which the coefficient grows or shrinks once per step (default %(default)s). A larger one settles sooner
+    and swings more."""
 
     moe_relu_l1_reg_load_balancing: bool = True
-    """Whether the L1 term weighs each expert's gates by its share of the tokens, which balances the load (default);
-    without it all alike (f_e = 1, the paper's equation 9)."""
+    """Weigh each expert's gates in the L1 term by its share of the tokens, which balances the load (default); otherwise
+    all alike (f_e = 1, the paper's equation 9)."""
 
     moe_relu_layer_floor: float = 1e-3
-    """Keep layers alive: where a layer has less than this share of topk active experts per token, it is freed from the
-    L1 term and its gates are pushed up (default %(default)s; 0 turns it off)."""
+    """Keep layers alive: a layer with fewer active experts per token than this share of topk is freed from the L1 term,
+    and its gates are pushed up (default %(default)s; 0 turns it off)."""
 
     moe_relu_activation_limit: float = 2.0
-    """Memory while routing is dense: a layer holds the activations of at most this many times topk experts per token;
-    beyond, it works in chunks that the backward pass computes again (default %(default)s; 0: no limit). Exact."""
+    """Limit memory while routing is dense: a layer holds the activations of at most this many times topk experts per
+    token; above, it works in chunks that the backward pass computes again (default %(default)s; 0: no limit). Exact."""
 
     moe_relu_router_bias: bool = False
-    """Give the ReLU router a bias as other linear layers have one, which neither the paper nor its code does."""
+    """Give the ReLU router a bias, as other linear layers have; neither the paper nor its code does."""
 
     moe_granularity: int = 1
-    """Split every expert into this many finer ones: experts and topk are multiplied by it, the experts' hidden size is
-    divided by it; FLOPs and target sparsity stay (default %(default)s). For ReLU and top-k routing."""
+    """Split every expert into this many smaller ones: multiplies experts and topk, divides the experts' hidden size;
+    FLOPs and target sparsity stay (default %(default)s). For ReLU and top-k routing."""
 
     moe_kernels: Literal["torch", "triton"] = "torch"
-    """What a MoE layer does between its products, for ReLU and top-k routing: PyTorch's operations, or this project's
+    """Backend of router, dispatch and activation, for ReLU and top-k routing: PyTorch's operations, or this project's
     Triton kernels, which need a GPU and have not been run on one yet (default %(default)s)."""
 
     moe_warmup_topk: int | None = None
-    """Near-dense warm-up of top-k routing, as in the paper's comparison: experts per token in the first steps, for
-    instance 6 of 8; after them --moe-router-topk."""
+    """Near-dense warm-up of top-k routing, as in the paper's comparison: experts per token in the first steps (e.g. 6
+    of 8), before --moe-router-topk."""
 
     moe_warmup_steps: int = 0
-    """Optimizer steps of the near-dense warm-up, for instance 100."""
+    """Optimizer steps of the near-dense warm-up (e.g. 100)."""
 
     moe_baseline_router: Literal["hash", "expert_choice", "random"] | None = None
-    """A router that the paper compares to, in the place of top-k: by the token's id; experts that take tokens, which
-    see the future of their sequence; at random."""
+    """Replace top-k by a router that the paper compares with: by the token's id (hash), experts that choose tokens and
+    see the future of their sequence (expert_choice), or at random."""
 
     def __post_init__(self) -> None:
         problems = relu_routing_problems(self)
@@ -74,7 +74,7 @@ class ReMoEConfig(TransformerConfig):
 
     @property
     def target_sparsity(self) -> float:
-        """Share of (token, expert) pairs that shall be inactive: 1 - k/E (paper section 3.3)."""
+        """The share of inactive (token, expert) pairs to reach: 1 - k/E (paper section 3.3)."""
         assert self.num_moe_experts is not None
         return 1.0 - self.moe_router_topk / self.num_moe_experts
 
