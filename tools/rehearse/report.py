@@ -59,12 +59,9 @@ def summary(records: list[dict[str, Any]], options: argparse.Namespace) -> dict[
 
 
 def _launches(record: dict[str, Any]) -> dict[str, Any]:
-    counts, parts = record["counts"], record["parts"]
-    by_part = {name: statistics.median(parts[name]) for name in parts}
+    by_part = {name: statistics.median(calls) for name, calls in record["parts"].items()}
     return {
-        "step": sum(counts.get("launch", {}).values()) + sum(counts.get("copy", {}).values()),
-        "kernels": sum(counts.get("launch", {}).values()),
-        "copies": counts.get("copy", {}),
+        "step": record["launches"],
         "forward_layer": by_part.get("layer"),
         "update": by_part.get("update"),
         "micro_batch_forward": by_part.get("forward"),
