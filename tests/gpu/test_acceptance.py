@@ -20,11 +20,7 @@ from tools.common.files import write_json
 from tools.cost.gpus import ACCELERATORS
 from tools.rehearse.cards import CARDS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.timeout(300),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 TRITON = "triton"
 # The order in which they are measured.
 LAUNCHES = [
