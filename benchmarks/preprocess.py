@@ -21,10 +21,8 @@ from results import default_output, save, show
 
 TOOL, POOL, ALONE = "this tool", "pool of transformers", "tokenizer alone"
 POOL_CHUNK = 32  # documents given to a worker at once, as in Megatron-LM
+Case = argparse.Namespace  # the flags, and a temporary folder
 worker_tokenizer: Any = None  # set in each process of the pool
-
-
-Case = argparse.Namespace  # the flags, and folder: a temporary one
 
 
 def standard_library(path: Path) -> Path:
