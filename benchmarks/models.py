@@ -11,14 +11,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tools.common.tiny_model import TRAINING  # noqa: E402
+
 # Steps that bring routers to the target. One batch is not enough: the tokens of a sequence have much in common.
 FIT_STEPS = 4
 COMMON = """
---num-attention-heads 12 --group-query-attention --num-query-groups 4 --normalization RMSNorm --swiglu
---position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0
---hidden-dropout 0 --init-method-std 0.02 --lr 1e-7 --lr-decay-style constant --clip-grad 1.0 --seed 1234
---tokenizer-type NullTokenizer --split 100,0,0 --eval-interval 1000 --eval-iters 0 --log-interval 1 --num-workers 0
---moe-token-dispatcher-type alltoall --make-vocab-size-divisible-by 128
+--num-attention-heads 12 --num-query-groups 4 --lr 1e-7 --lr-decay-style constant --split 100,0,0 --log-interval 1
+--num-workers 0 --moe-token-dispatcher-type alltoall --make-vocab-size-divisible-by 128
 """.split()
 ROUTINGS = {
     "ReMoE": ["--moe-relu-routing"],
@@ -72,7 +71,7 @@ class Shape:
         --micro-batch-size {self.micro_batch} --global-batch-size {self.micro_batch} --vocab-size {self.vocabulary}
         --num-experts {self.experts} --moe-router-topk 1 --moe-granularity {self.granularity}
         """
-        return [*COMMON, *sizes.split(), *ROUTINGS[routing]]
+        return [*TRAINING, *COMMON, *sizes.split(), *ROUTINGS[routing]]
 
     def flops(self, active_experts: float) -> float:
         """Return a step's FLOPs: 2 for a product and its sum, once forward, twice backward.

@@ -14,7 +14,6 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,8 @@ from results import default_output, save, show
 
 TOOL, POOL, ALONE = "this tool", "pool of transformers", "tokenizer alone"
 POOL_CHUNK = 32  # documents given to a worker at once, as in Megatron-LM
+Case = argparse.Namespace  # the flags, and a temporary folder
 worker_tokenizer: Any = None  # set in each process of the pool
-
-
-@dataclass(frozen=True)
-class Case:
-    """Documents as .jsonl, GPT-2's vocabulary, number of workers and a folder for outputs."""
-
-    source: Path
-    vocab_file: str
-    merge_file: str
-    workers: int
-    folder: Path
 
 
 def standard_library(path: Path) -> Path:
@@ -58,7 +47,7 @@ def time_tool(case: Case) -> float:
     from tools.preprocessing.encoders import gpt2_encoder
     from tools.preprocessing.pipeline import Job, preprocess
 
-    job = Job([str(case.source)], str(case.folder / "tool"), append_eod=True, workers=case.workers, overwrite=True)
+    job = Job([str(case.input)], str(case.folder / "tool"), append_eod=True, workers=case.workers, overwrite=True)
     encoder = gpt2_encoder(case.vocab_file, case.merge_file, job.threads)
     encoder.encode(["first"])  # starts gigatoken
     return timed(lambda: preprocess(job, encoder))
@@ -70,7 +59,7 @@ def time_alone(case: Case) -> float:
 
     from megatron.remoe.data.gpt2_files import read_gpt2_vocabulary
 
-    texts = [json.loads(line)["text"] for line in case.source.read_text(encoding="utf-8").split("\n") if line]
+    texts = [json.loads(line)["text"] for line in case.input.read_text(encoding="utf-8").split("\n") if line]
     tokenizer = gigatoken.Tokenizer(read_gpt2_vocabulary(case.vocab_file, case.merge_file))
     tokenizer.encode_batch(["first"])
     return timed(lambda: tokenizer.encode_batch(texts))
@@ -89,7 +78,7 @@ def time_pool(case: Case) -> float:
 
         def run() -> None:
             builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(50257))
-            with case.source.open(encoding="utf-8") as lines:
+            with case.input.open(encoding="utf-8") as lines:
                 for ids in pool.imap(encode_line, lines, POOL_CHUNK):
                     builder.add_document(ids, [len(ids)] if ids else [])
             builder.finalize(f"{prefix}.idx")
@@ -132,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source = args.input or standard_library(folder / "standard_library.jsonl")
-        case = Case(source, args.vocab_file, args.merge_file, args.workers, folder)
+        case = Case(**vars(args) | {"input": source, "folder": folder})
         ways = {TOOL: time_tool, ALONE: time_alone}
         seconds = {name: min(way(case) for _ in range(args.repetitions)) for name, way in ways.items()}
         seconds[POOL] = time_pool(case)

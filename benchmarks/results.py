@@ -27,16 +27,10 @@ def machine() -> dict[str, Any]:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     installed = {one.name: one.version for one in importlib.metadata.distributions() if one.name in PACKAGES}
     found = {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), **installed}
-    return found | ({"gpus": gpus()} if on_gpu() else {})
-
-
-def gpus() -> list[str]:
-    """Return name and driver of each GPU; PyTorch would hold the device in this process too."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return ["unknown"]
+    if on_gpu():  # by nvidia-smi: PyTorch would hold the device in this process too
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        found["gpus"] = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return found
 
 
 def note(line: str) -> None:

@@ -2,6 +2,9 @@
 
 Each run is the training entry in a new process, in turns; each figure is the median over all steps of a variant. Also
 printed: FLOPs with the true number of active experts over the machine's measured matmul rate.
+
+With --memory, the memory of a step of a smaller model while routing is dense (half of the experts active) and at the
+target: the most that PyTorch holds beyond weights, gradients and optimizer state.
 """
 
 import argparse
@@ -11,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,12 @@ class Variant:
 REMOE, TOPK = Variant("ReMoE", "ReMoE"), Variant("top-k", "top-k")
 STOCK = Variant("top-k, Megatron's layers", "top-k", ("--no-local-layer-fusion",))
 VARIANTS = {variant.name: variant for variant in (REMOE, TOPK, STOCK)}
+SMALL, MEMORY = Shape(8, 1, hidden=384, ffn=768, micro_batch=2), {"BENCHMARK_MEMORY": "1"}
+STAGES = (
+    Variant("at the target", "ReMoE", (), REMOE.environment | MEMORY),
+    Variant("dense stage", "ReMoE", (), MEMORY),
+    Variant("dense stage, unbounded", "ReMoE", ("--moe-relu-activation-limit", "0"), MEMORY),
+)
 
 
 def write_data(prefix: Path, shape: Shape) -> None:
@@ -93,6 +102,23 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
     return figures
 
 
+def measure_memory(options: argparse.Namespace) -> None:
+    """Measure, print and write the memory of a step."""
+    results: dict[int, dict[str, Any]] = {}
+    rows = []
+    for experts in options.memory:
+        found = results[experts] = {}
+        for stage in STAGES:
+            found[stage.name] = run(replace(SMALL, experts=experts), stage, FIT_STEPS + 2, options.more)
+            save(options.output, {"results": results})
+            note(f"{experts} experts, {stage.name}: {found[stage.name]['peak_bytes'] / 2**20:,.0f} MiB")
+        peaks = [record["peak_bytes"] for record in found.values()]
+        cells = (f"{one['peak_bytes'] / 2**20:,.0f} MiB ({one['active'][-1]:.1f})" for one in found.values())
+        rows.append((experts, *cells, peaks[1] / peaks[0], peaks[2] / peaks[0]))
+    columns = ["E", *(f"{stage.name} (experts/token)" for stage in STAGES), "dense / target", "unbounded / target"]
+    show(f"{SMALL.layers} layers, hidden {SMALL.hidden}, {SMALL.tokens} tokens", columns, rows, options.output)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,8 +128,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant (default 3)")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (default 6)")
     parser.add_argument("--output", type=Path, default=default_output("step"))
+    told = "measure memory, for these numbers of experts (default: 8 64 128)"
+    parser.add_argument("--memory", type=int, nargs="*", metavar="E", help=told)
     parser.add_argument("more", nargs="*", help="more of Megatron's flags, after --")
     options = parser.parse_args()
+    if options.memory is not None:
+        options.memory = options.memory or [8, 64, 128]
+        return measure_memory(options)
     variants = [VARIANTS[name] for name in options.variants]
     results: dict[str, Any] = {}
     for name in options.shapes:

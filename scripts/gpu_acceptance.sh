@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on one of them, without network, in a quarter of an hour at most; --help lists parts
-# and options. A second call goes on with what is missing. It needs PyTorch, Triton, NumPy and megatron-core alone.
-#   REHEARSE=1 bash scripts/gpu_acceptance.sh     plays it over a CUDA that does nothing: what runs, and what cannot
-#   PYTHON=/path/to/python                        the interpreter (default: .venv's, else python3)
+# What only a GPU can show, on one of them and without network, the most valuable first: pytest -m gpu, with the figures of
+# each test in runs/gpu. A second call goes on with the tests whose figures are not there. Arguments go to pytest.
+#   PYTHON=/path/to/python      the interpreter (default: .venv's, else python3)
 set -euo pipefail
 # shellcheck source=scripts/lib/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/launch.sh"
 
 find_interpreter
-exec "$PYTHON" "$LAUNCH_ROOT/tools/gpu_acceptance" "$@"
+cd "$LAUNCH_ROOT"
+exec "$PYTHON" -m pytest -m gpu -rs --gpu-report runs/gpu "$@" tests/gpu tests/moe tests/routing

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("griffe", reason="needs griffe: pip install griffe")
+pytest.importorskip("griffe", reason="needs griffelib: pip install griffelib")
 
 from tests import megatron_changes  # noqa: E402
 
 INSTALLED = Path(sysconfig.get_paths()["purelib"]) / "megatron"
 # File of Megatron: what is replaced in it, with what, and the words that must be said.
 CHANGES = {
-    "core/transformer/moe/router.py": (
-        "def routing(self, logits: torch.Tensor, padding_mask: Optional[torch.Tensor] = None):",
-        "def routing(self, logits, padding_mask=None, input_ids=None):",
-        "does not take input_ids of megatron.core.transformer.moe.router.TopKRouter.routing",
+    "core/transformer/dot_product_attention.py": (
+        "packed_seq_params: Optional[PackedSeqParams] = None,\n    )",
+        "packed_seq_params: Optional[PackedSeqParams] = None,\n        sink=None,\n    )",
+        "does not take sink of megatron.core.transformer.dot_product_attention.DotProductAttention.forward",
     ),
     "core/tensor_parallel/random.py": (
         "def model_parallel_cuda_manual_seed(\n    seed: int,",
@@ -48,4 +48,5 @@ def test_changes_are_found(tmp_path: Path) -> None:
     found = list(megatron_changes.look_at(installed, megatron_changes.load(tmp_path)))
     for _, _, said in CHANGES.values():
         assert any(breaks and said in text for breaks, text in found), found
-    assert any(not breaks and "another body" in text and "TopKRouter.routing" in text for breaks, text in found)
+    notes = [text for breaks, text in found if not breaks]
+    assert any("another body" in text and "DotProductAttention.forward" in text for text in notes)

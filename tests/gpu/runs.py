@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -109,6 +110,18 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int) -> dict
         "peak_allocated_gib": (found["held_bytes"] + found["peak_bytes"]) / 2**30,
         "matmul_tflops": found["peak_flops"] / 1e12,
         "losses": [float(fields["lm loss"]) for fields in read_log(printed).values()],
+    }
+
+
+def forecast(machine: Machine, case: Case, stage: str) -> dict[str, float]:
+    """Return what tools/cost says of a case: GiB in a stage, and FLOPs of a step."""
+    printed = machine.python(ROOT / "tools" / "cost", "--gpus", 1, "--", *case.planned(20)[1], on_gpu=False)
+    totals = next(line.split()[1:] for line in printed.splitlines() if line.split()[:1] == ["total"])
+    flops = re.search(r"([\d,]+) G per sequence", printed)
+    assert flops, printed
+    return {
+        "forecast_gib": float(totals[0 if stage == "dense" else -1]),
+        "flops": float(flops[1].replace(",", "")) * 1e9 * SEQUENCES,
     }
 
 

@@ -15,16 +15,12 @@ import pytest
 import torch
 
 from tests.golden_run import FLAGS, committed, differences
-from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched
+from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, forecast, profile, train_golden, train_launched
 from tools.common.files import write_json
 from tools.cost.gpus import ACCELERATORS
 from tools.rehearse.cards import CARDS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.timeout(300),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 TRITON = "triton"
 # The order in which they are measured.
 LAUNCHES = [
@@ -67,9 +63,12 @@ def test_environment(machine: Machine, report: Report) -> None:
 
 
 def launch(case: Case, stage: str, machine: Machine, report: Report) -> None:
-    figures = train_launched(machine, case, stage, 50 if stage == "dense" else 35)
+    figures = train_launched(machine, case, stage, 50 if stage == "dense" else 35) | forecast(machine, case, stage)
     card = next((kind for kind, one in CARDS.items() if one.title == torch.cuda.get_device_name()), None)
-    report(figures | {"card": card, "card_tflops": ACCELERATORS[card].tflops if card else None})
+    if card is not None:
+        figures["mfu"] = figures["flops"] / figures["seconds"] / (ACCELERATORS[card].tflops * 1e12)
+    report(figures)
+    assert figures["peak_allocated_gib"] < 1.1 * figures["forecast_gib"]
     assert all(map(math.isfinite, figures["losses"]))
     if stage == "steady" and case.routing == "remoe":
         assert figures["active"] == pytest.approx(int((case.flags or ("", "1"))[1]), rel=0.3)

@@ -1,4 +1,4 @@
-"""Builds the CUDA that does nothing from `cuda/`, when it is first asked for; see cuda/stub.h."""
+"""Build the CUDA that does nothing from `cuda/`, when it is first needed; see cuda/stub.h."""
 
 import hashlib
 import importlib.util
@@ -21,28 +21,49 @@ FOLDER = Path(__file__).parent / "cuda"
 MANAGEMENT = FOLDER / "management.cpp"
 SOURCES = sorted(set(FOLDER.glob("*.cpp")) - {MANAGEMENT})
 NAME, MANAGEMENT_NAME = "libcuda.so.1", "libnvidia-ml.so.1"
-# Symbols of CUDA's family in the libraries of PyTorch; those that cuda/ does not answer are answered with 0.
+# Symbols of CUDA's family in the libraries of PyTorch.
 FAMILY = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu[A-Z]|nvrtc[A-Z])\w*")
 OTHERS = re.compile(r"cuFile|cudnn")
 # These only tell names apart, and torch's own libraries do that well.
 REAL = {"cudaGetErrorName", "cudaGetErrorString", "cublasGetStatusString", "ncclGetErrorString", "cublasLtGetVersion"}
-LAUNCHES = {
-    "cublasGemmEx",
-    "cublasSgemm_v2",
-    "cublasGemmStridedBatchedEx",
-    "cublasSgemmStridedBatched",
-    "cublasLtMatmul",
+# What the C++ files do not answer is answered here, with 0 if it is in none of these tables.
+LAUNCHES = set("""
+    __cudaLaunchKernel cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel cuLaunchKernel cuLaunchKernelEx
+    cublasGemmEx cublasSgemm_v2 cublasGemmStridedBatchedEx cublasSgemmStridedBatched cublasLtMatmul
+    ncclReduce ncclReduceScatter ncclSend ncclRecv ncclAlltoAll ncclBcast
+""".split())  # fmt: skip
+# Put a new handle where the first argument points to.
+HANDLES = set("""
+    cublasCreate_v2 cublasLtCreate cublasLtMatmulDescCreate cublasLtMatrixLayoutCreate cublasLtMatmulPreferenceCreate
+    cudaStreamCreate cudaStreamCreateWithFlags cudaStreamCreateWithPriority cudaEventCreate cudaEventCreateWithFlags
+    __cudaGetKernel cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleGetFunction cuDevicePrimaryCtxRetain
+    cuCtxGetCurrent nvrtcCreateProgram
+""".split())  # fmt: skip
+# Put a number where the first argument points to; None is the version of CUDA.
+FIRST = {
+    "cudaDriverGetVersion": None,
+    "cudaRuntimeGetVersion": None,
+    "cuDriverGetVersion": None,
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessor": 2,
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags": 2,
+    "cuOccupancyMaxActiveBlocksPerMultiprocessor": 2,
+    "cuOccupancyMaxActiveClusters": 66,
+    "cudaDeviceCanAccessPeer": 1,
 }
-LAUNCHES |= {"ncclReduce", "ncclReduceScatter", "ncclSend", "ncclRecv", "ncclAlltoAll", "ncclBcast"}
+# Put 0 where the second argument points to: no priority, no capture of a graph, default modes, no error.
+SECOND = set("""
+    cudaStreamGetPriority cudaStreamIsCapturing cuStreamIsCapturing cudaStreamGetCaptureInfo cublasGetMathMode
+    cublasGetPointerMode_v2 ncclCommGetAsyncError
+""".split())  # fmt: skip
 # Triton launches its kernels with a module that it compiles from this file when it is first used.
 TRITON = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "driver.c"
 
 
 def libraries() -> list[Path]:
-    """The libraries to be preloaded, built where there are none yet of these sources and this torch.
+    """Return the libraries to preload; build them if there are none of these sources and this torch.
 
     Raises:
-        ToolError: torch is not built for CUDA, or there are no headers or no compiler; says what to install.
+        ToolError: torch is not built for CUDA, or headers or a compiler are missing; the message says what to install.
     """
     if torch.version.cuda is None:
         raise ToolError(
@@ -94,7 +115,7 @@ def environment_of(gpu: str, devices: int) -> dict[str, str]:
 
 
 def cache() -> Path:
-    """The folder of what is built once."""
+    """Return the folder of what is built once."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
 
 
@@ -125,18 +146,24 @@ def _include_folders() -> list[Path]:
 
 
 def _unanswered() -> str:
-    """Functions that answer 0 for every symbol that PyTorch and Triton ask for and no source here defines."""
+    """Return C++ for every symbol that PyTorch and Triton ask for and no source here defines."""
+    major, minor = map(int, str(torch.version.cuda).split(".")[:2])
+    bodies = dict.fromkeys(_imported() - REAL, "() { return 0; }")
+    bodies |= dict.fromkeys(LAUNCHES, "() { rehearsal_launched(); return 0; }")
+    bodies |= dict.fromkeys(HANDLES, "(void** made) { *made = rehearsal_handle(); return 0; }")
+    for name, value in FIRST.items():
+        number = 1000 * major + 10 * minor if value is None else value
+        bodies[name] = f"(int* value) {{ *value = {number}; return 0; }}"
+    bodies |= dict.fromkeys(SECOND, "(void*, int* value) { *value = 0; return 0; }")
     answered = {name for path in SOURCES for name in re.findall(r"^ANSWER\(.+?\)\s*(\w+)\(", path.read_text(), re.M)}
-    lines = [f'extern "C" void rehearsal_{kind}(const char*);' for kind in ("unanswered", "launched")]
+    lines = ['extern "C" void rehearsal_launched();', 'extern "C" void* rehearsal_handle();']
     lines.append('#define ANSWER extern "C" __attribute__((visibility("default")))')
-    for name in sorted((_imported() - answered - REAL) | LAUNCHES):
-        kind = "launched" if name in LAUNCHES else "unanswered"
-        lines.append(f'ANSWER int {name}() {{ rehearsal_{kind}("{name}"); return 0; }}')
+    lines += [f"ANSWER int {name}{bodies[name]}" for name in sorted(bodies.keys() - answered)]
     return "\n".join(lines) + "\n"
 
 
 def _imported() -> set[str]:
-    """The symbols of CUDA's family that PyTorch's libraries and Triton look for in others."""
+    """Return the symbols of CUDA's family that PyTorch's libraries and Triton need from other libraries."""
     names = set(re.findall(r"\bcu[A-Z]\w*(?=\()", TRITON.read_text())) if TRITON.exists() else set()
     for path in sorted((Path(torch.__file__).parent / "lib").glob("*.so")):
         command = ["nm", "-D", "--undefined-only", "--without-symbol-versions", str(path)]

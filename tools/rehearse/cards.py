@@ -1,4 +1,4 @@
-"""The cards that a rehearsal can play, and the rates of its model of their time."""
+"""The GPUs that a rehearsal can play, and the rates of its model of time."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ CARDS = {
     "h200": Card("NVIDIA H200", "9.0", 132, 4.8, 450),
     "b200": Card("NVIDIA B200", "10.0", 148, 8.0, 900),
 }
-# What is taken of the data sheet's figures: assumptions, to be replaced by what is measured once (--rate).
+# Assumed shares of the data sheet's figures, until --rate gives measured rates.
 SHARES = {"products": 0.57, "grouped": 0.49, "attention": 0.46, "bandwidth": 0.75, "link": 0.8}
 NETWORK = 50.0  # GB/s and direction of each GPU to other nodes: 400 Gbit/s
 SMALLEST = 2.3  # microseconds that any kernel takes
@@ -40,7 +40,7 @@ CONTEXT = 0.6  # GiB that the driver's context takes of the card
 
 
 def rates(name: str) -> dict[str, float]:
-    """products, grouped, attention: TFLOP/s; bandwidth: TB/s; link, network: GB/s; smallest and latencies: µs."""
+    """Return products, grouped, attention in TFLOP/s, bandwidth in TB/s, link, network in GB/s, the others in µs."""
     card, peak = CARDS[name], ACCELERATORS[name].tflops
     found = {kind: SHARES[kind] * peak for kind in ("products", "grouped", "attention")}
     found |= {"bandwidth": SHARES["bandwidth"] * card.bandwidth, "link": SHARES["link"] * card.link}

@@ -2,8 +2,8 @@
 
 python tools/rehearse --gpus 8 -- <Megatron flags>      or      REHEARSE=1 bash scripts/train_llama_978m_remoe.sh 8
 
-PyTorch, Megatron and this project run as they would on a node, over a CUDA that does nothing; no real GPU is touched,
-nothing is trained and nothing kept. The times are a model's, by rates that --rate changes, and no measurement.
+PyTorch, Megatron and this project run as they would on a node, over a CUDA that does nothing: no GPU is used, nothing
+is trained or kept. The times are those of a model, by rates that --rate changes.
 """
 
 import argparse
@@ -29,54 +29,48 @@ from .flags import data_of, number, rehearsed, value_of
 
 GPUS_PER_NODE = 8
 DENSE_SHARE = 0.5  # of the pairs, while routing is dense
-BELOW_LIMIT = 0.9  # of the bound on activations, on the way: nearly as much as is kept without chunks
+BELOW_LIMIT = 0.9  # of the bound on activations, on the way to the target: most of what is kept without chunks
 PROGRESS = "rehearsal:"
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank that is played: its number, what is special about it, and flags behind those of the training."""
+    """A rank to play: its number, its kind in words, and flags after those of the training."""
 
     number: int
     kind: str
     flags: tuple[str, ...] = ()
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The tool's own flags, and those of the training behind "--"."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the tool's own flags."""
     parser = argparse.ArgumentParser(
         prog="tools/rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="of the whole training (default: 8)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
-    parser.add_argument("--gpu", choices=CARDS, default="h100", help="the card that is played (default: h100)")
-    parser.add_argument(
-        "--rank",
-        default="each-kind",
-        metavar="R|all|each-kind",
-        help="ranks to play, one after another (default: each-kind, of the first, a middle and the last stage)",
-    )
-    parser.add_argument(
-        "--stage",
-        choices=("dense", "way", "steady"),
-        help="one stage of ReMoE's training alone (default: all, as they come; launches and times are of the last)",
-    )
-    parser.add_argument(
-        "--rate",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
-        "smallest, latency, network_latency (microseconds)",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="save and resume as well: a checkpoint without values in a temporary folder (with --gpus 1 alone: a rank "
-        "cannot load what others should have saved)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="keep what rank R printed in FILE.rankR")
+
+    def add(flag: str, told: str, **more: Any) -> None:
+        parser.add_argument(flag, help=told, **more)
+
+    add("--gpus", "of the whole training (default: 8)", type=int, default=8, metavar="N")
+    add("--gpus-per-node", f"default: {GPUS_PER_NODE}, or all if fewer", type=int, metavar="N")
+    add("--gpu", "the card to play (default: h100)", choices=CARDS, default="h100")
+    told = "ranks to play, one after another (default: each-kind: the first, a middle and the last pipeline stage)"
+    add("--rank", told, default="each-kind", metavar="R|all|each-kind")
+    told = "rehearse only this stage of ReMoE's training (default: all, in order; launches and times are the last's)"
+    add("--stage", told, choices=("dense", "way", "steady"))
+    told = "for the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
+    told += "smallest, latency, network_latency (microseconds)"
+    add("--rate", told, action="append", default=[], metavar="NAME=VALUE")
+    told = "also save and resume: a checkpoint without values in a temporary folder (only with --gpus 1)"
+    add("--resume", told, action="store_true")
+    add("--json", "write all figures to FILE", type=Path, metavar="FILE")
+    add("--log", "keep the output of rank R in FILE.rankR", type=Path, metavar="FILE")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the tool's own flags, with "rates", and those of the training after "--"."""
+    parser = build_parser()
     own, flags = split(arguments)
     options = parser.parse_args(own)
     options.gpus_per_node = options.gpus_per_node or min(GPUS_PER_NODE, options.gpus)
@@ -119,7 +113,7 @@ def refuse_what_cannot_be_played(flags: Sequence[str]) -> None:
 
 
 def shares_of(flags: Sequence[str], stage: str | None) -> dict[str, float]:
-    """Stage → active share of the (token, expert) pairs; one stage without ReLU routing."""
+    """Return stage → active share of the (token, expert) pairs; there is one stage without ReLU routing."""
     experts, topk = number(flags, "--num-experts", 0), number(flags, "--moe-router-topk", 2)
     steady = topk / experts if experts else 0.0
     shares = {"steady": steady}
@@ -133,14 +127,14 @@ def shares_of(flags: Sequence[str], stage: str | None) -> dict[str, float]:
 
 
 def steps_of(shares: dict[str, float]) -> list[dict[str, str]]:
-    """What is played: a step to start, one for each stage's memory, then one each for events and the roofline."""
+    """Return the steps to play: one to start, one for each stage's memory, one for events, one for the roofline."""
     first, last = next(iter(shares)), next(reversed(shares))
     purposes = [(first, "start"), *((stage, "memory") for stage in shares), (last, "events"), (last, "roofline")]
     return [{"stage": stage, "for": purpose} for stage, purpose in purposes]
 
 
 def ranks_of(flags: Sequence[str], world: int, wanted: str) -> list[Rank]:
-    """The ranks to play.
+    """Return the ranks to play.
 
     Raises:
         ToolError: `wanted` is no rank of this world.
@@ -159,7 +153,7 @@ def ranks_of(flags: Sequence[str], world: int, wanted: str) -> list[Rank]:
 
 
 def resumed(rank: Rank, steps: int, folder: Path) -> list[Rank]:
-    """The rank as it saves after its last step, and as it goes on from there."""
+    """Return the rank that saves after its last step, and the rank that goes on from there."""
     saving = f"--train-iters {2 * steps} --exit-interval {steps} --save-interval {steps} --save"
     resuming = f"--train-iters {2 * steps} --exit-on-missing-checkpoint --load"
     return [
@@ -169,7 +163,7 @@ def resumed(rank: Rank, steps: int, folder: Path) -> list[Rank]:
 
 
 def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Play one rank; its record, with "starts" and "error"."""
+    """Play one rank; return its record, with "starts" and "error"."""
     shares = shares_of(flags, options.stage)
     steps = steps_of(shares)
     record, log = folder / f"rank{rank.number}.json", folder / f"rank{rank.number}.log"
@@ -199,7 +193,7 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
 
 
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
-    """Play the ranks one after another and tell what was seen; the exit code is 1 where the training does not start."""
+    """Play the ranks one after another and print the figures; return 1 if the training does not start."""
     refuse_what_cannot_be_played(flags)
     build.libraries()
     records = []
@@ -220,6 +214,6 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 where the training does not start or there can be no rehearsal, 130 after an interruption."""
+    """Return the exit code: 0, 1 if the training does not start or cannot be rehearsed, 130 after an interruption."""
     options, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     return run_to_the_end(lambda: rehearse(options, flags))

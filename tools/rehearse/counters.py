@@ -1,4 +1,4 @@
-"""What is counted in a rehearsal: launches by the CUDA that does nothing, waits and collectives by PyTorch."""
+"""Count the events of a step: launches in the CUDA that does nothing, waits and collectives in PyTorch."""
 
 import collections
 import ctypes
@@ -26,83 +26,64 @@ COLLECTIVES = {
 ALIASES = {"_all_gather_base": "all_gather_into_tensor", "_reduce_scatter_base": "reduce_scatter_tensor"}
 
 
-class Events:
-    """The counts of the CUDA that does nothing."""
+class Launches:
+    """The launches that the CUDA that does nothing has counted, by part of a step.
+
+    Attributes:
+        found: part → launches of each call; parts lie within one another.
+        step: launches of the whole step: kernels, products, collectives, fills and copies.
+    """
 
     def __init__(self) -> None:
         self._stub = ctypes.CDLL(_STUB)
-        self._stub.rehearsal_counts.restype = ctypes.c_size_t
         self._stub.rehearsal_launches.restype = ctypes.c_long
-        self.are_counted = False
+        self._is_counting = False
+        self.found: dict[str, list[int]] = {}
+        self.step = 0
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count anew in here."""
-        self._stub.rehearsal_count(1)
-        self.are_counted = True
+        """Count the step that runs in here."""
+        before, self._is_counting = self._stub.rehearsal_launches(), True
         try:
             yield
         finally:
-            self._stub.rehearsal_count(0)
-            self.are_counted = False
-
-    @property
-    def launches(self) -> int:
-        """Kernels, products, collectives, fills and copies so far."""
-        return self._stub.rehearsal_launches()
-
-    def counts(self) -> dict[str, collections.Counter[str]]:
-        """Kind ("launch", "copy", "wait", "other") → name → number."""
-        buffer = ctypes.create_string_buffer(self._stub.rehearsal_counts(None, 0))
-        self._stub.rehearsal_counts(buffer, len(buffer))
-        found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-        for line in buffer.value.decode(errors="replace").splitlines():
-            number, kind, name = line.split("\t", 2)
-            found[kind][name] += int(number)
-        return found
-
-
-class Parts:
-    """Launches by part of a step: functions that are called in it, one within another."""
-
-    def __init__(self, events: Events) -> None:
-        self._events = events
-        self.found: dict[str, list[int]] = {}  # name → launches of each call
+            self.step, self._is_counting = self._stub.rehearsal_launches() - before, False
 
     def watch(
-        self, owner: Any, method: str, name: str, continues: Callable[[Any], bool] = lambda _first: False
+        self, owner: Any, method: str, part: str, continues: Callable[[Any], bool] = lambda _first: False
     ) -> None:
         """Count in this method of a class, or function of a module, from now on.
 
         Args:
-            owner, method: where it is.
-            name: of the part.
-            continues: whether a call, by its first argument, belongs to the one before it.
+            owner, method: the method.
+            part: its name.
+            continues: whether a call, by its first argument, belongs to the call before it.
         """
         real = getattr(owner, method)
 
         @functools.wraps(real)
         def watched(*arguments: Any, **options: Any) -> Any:
-            before = self._events.launches
+            before = self._stub.rehearsal_launches()
             result = real(*arguments, **options)
-            if self._events.are_counted:
-                calls = self.found.setdefault(name, [])
+            if self._is_counting:
+                calls = self.found.setdefault(part, [])
                 so_far = calls.pop() if calls and continues(arguments[0]) else 0
-                calls.append(so_far + self._events.launches - before)
+                calls.append(so_far + self._stub.rehearsal_launches() - before)
             return result
 
         setattr(owner, method, watched)
 
 
 class Collectives:
-    """Calls of torch.distributed, by kind and group, with the bytes that a rank handles."""
+    """The calls of torch.distributed, by kind and group, with the bytes that a rank handles."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str, int, bool], list[int]] = {}  # kind, group, its size, within a node → bytes
         self.is_counting = False
 
     def watch(self, gpus_per_node: int) -> None:
-        """To be called before anything imports these functions by name."""
+        """Count from now on; call this before anything imports these functions by name."""
         for name in (*COLLECTIVES, *ALIASES):
             if real := getattr(torch.distributed, name, None):
                 watched = self._watched(real, ALIASES.get(name, name), gpus_per_node)
@@ -131,7 +112,7 @@ class Collectives:
 
 
 class Waits:
-    """Places at which the host waits for the device, as PyTorch's sync-debug mode tells them."""
+    """The places at which the host waits for the device, as PyTorch's sync-debug mode warns of them."""
 
     def __init__(self) -> None:
         self.found: collections.Counter[str] = collections.Counter()
@@ -158,7 +139,7 @@ class Waits:
 
 
 def _place() -> str:
-    """File and line of the innermost frames of Megatron and of this project that led here."""
+    """Return file and line of the innermost frames of Megatron and of this project that led here."""
     here = os.path.dirname(__file__)
     frames = [
         frame

@@ -1,4 +1,4 @@
-"""Transformer Engine over a CUDA that does nothing: cuDNN's attention is played, and what its functions do is told."""
+"""Run Transformer Engine over a CUDA that does nothing: play cuDNN's attention, and report what its functions do."""
 
 import ctypes
 import functools
@@ -18,17 +18,17 @@ HOLDERS = ("transformer_engine", "transformer_engine_torch", "megatron")  # who 
 
 
 class Calls:
-    """The functions of Transformer Engine's in C++, all of which pass PyTorch's dispatch by.
+    """Watches Transformer Engine's C++ functions, which bypass PyTorch's dispatch.
 
     Attributes:
-        tell: is told of each call: name, the tensors that it takes and gives, bytes, FLOPs and the rate of these.
+        tell: called with each call's name, tensors, bytes, FLOPs and the rate of these.
     """
 
     def __init__(self) -> None:
         self.tell: Tell | None = None
 
     def watch(self) -> None:
-        """From now on, where it is installed. To be called when Megatron is imported, before it builds a model."""
+        """Watch from now on, if it is installed; call this when Megatron is imported, before it builds a model."""
         from megatron.core.extensions.transformer_engine import HAVE_TE
 
         if not HAVE_TE:
@@ -60,20 +60,20 @@ class Calls:
 
 
 def _play_attention(functions: Any) -> None:
-    """Let cuDNN take every attention that it is asked for: it cannot be stood in for below Python."""
+    """Give every attention to cuDNN's functions, and replace these: below Python they cannot be played."""
     chosen = functions.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     functions.get_fused_attn_backend = lambda *_, **__: (chosen, "")
     functions.fused_attn_fwd, functions.fused_attn_bwd = _attend, _attend_backward
 
 
 def tensors_of(name: str, arguments: Sequence[Any], options: dict[str, Any], result: Any) -> list[torch.Tensor]:
-    """What a function takes and gives, each once; not the memory that a product works in."""
+    """Return a call's tensors, each once, without a product's workspace."""
     given = [*arguments[:WORKSPACE], *arguments[WORKSPACE + 1 :]] if name in PRODUCTS else arguments
     return list({id(one): one for one in tensors_in([given, list(options.values()), result])}.values())
 
 
 def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[float, float, str]:
-    """Bytes that are moved, FLOPs, and the rate that these go by.
+    """Return bytes moved, FLOPs, and the rate that applies to these.
 
     Args:
         name, arguments: of the call.
@@ -98,7 +98,7 @@ def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) ->
 
 
 def _heads(arguments: Sequence[Any]) -> list[torch.Tensor]:
-    """Queries, keys, values, and in the backward pass the output and its gradient: `[sequence, batch, heads, size]`."""
+    """Return queries, keys, values, and in the backward pass output and gradient: `[sequence, batch, heads, size]`."""
     return [one for one in arguments if torch.is_tensor(one) and one.dim() >= 3]
 
 
@@ -122,7 +122,7 @@ def _launched(name: str) -> None:
 
 
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:
-    """Those among the arguments or results of a function, lists gone through."""
+    """Yield the tensors among values, and in lists of them."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, list | tuple):

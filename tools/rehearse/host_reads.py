@@ -1,4 +1,4 @@
-"""What the host reads from the device, put in after the true launches and the true wait: nothing there has a value."""
+"""Give values to what the host reads from the device, after the real launches and waits: no value there is real."""
 
 import contextlib
 import random
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-SPREAD = 0.1  # by which an expert's share is off the mean, at most; so that sizes vary as they do in a training
+SPREAD = 0.1  # at most, of an expert's share from the mean: sizes vary as they do in a training
 
 
 class Pairs:
-    """Takes the place of what the host reads of routing maps.
+    """Replaces what the host reads of routing maps.
 
     Attributes:
         share: active share of (token, expert) pairs, 0 to 1.
@@ -22,7 +22,7 @@ class Pairs:
         self._random = random.Random(1234)
 
     def put_in(self) -> None:
-        """To be called when Megatron is imported."""
+        """Patch the readers; call this when Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
         from megatron.remoe.moe import plan
         from megatron.remoe.patches import checkpoints
@@ -44,7 +44,7 @@ class Pairs:
         return read_pairs
 
     def _moved(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Megatron's own dispatchers read their numbers by this function: those of an even load."""
+        """Give Megatron's own dispatchers, which read by this function, the numbers of an even load."""
         from megatron.training import get_args
 
         def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -55,7 +55,7 @@ class Pairs:
             tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
             tokens //= args.tensor_model_parallel_size if args.sequence_parallel else 1
             pairs = int(tokens * args.num_experts * self.share)
-            # One number is of all pairs; a row of them divides these; a table has what each rank sends to each expert.
+            # A number counts all pairs, a row divides them, a table has what each rank sends to each expert.
             found[...] = pairs // (1, max(1, len(tensor.shape) and tensor.shape[0]), args.num_experts)[tensor.dim()]
             return found
 
@@ -67,7 +67,7 @@ class Pairs:
 
 
 def _one(item: Callable[..., Any]) -> Callable[..., Any]:
-    """Losses and norms that the host reads are 1: memory that nobody wrote to holds no number to compute with."""
+    """Read losses and norms as 1: memory that nobody wrote to holds no number to compute with."""
 
     def read(tensor: torch.Tensor) -> Any:
         value = item(tensor)
@@ -77,7 +77,7 @@ def _one(item: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _false(truth: Callable[..., bool]) -> Callable[..., bool]:
-    """Nothing on the device is true: where a small copy was left, a new tensor would be read as that."""
+    """Read every truth value on the device as false: a small copy that was left there would be read otherwise."""
 
     def read(tensor: torch.Tensor) -> bool:
         return truth(tensor) and not tensor.is_cuda
@@ -86,7 +86,7 @@ def _false(truth: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _looked_at(check: Callable[..., None]) -> Callable[..., None]:
-    """Weights that were loaded are looked at, and are finite."""
+    """Check loaded weights, and take them as finite."""
 
     def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
         with contextlib.suppress(ValueError):

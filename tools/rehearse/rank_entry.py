@@ -1,12 +1,11 @@
 """The training entry as one rank of many, on GPUs that are not there; `command` starts it.
 
-python played.py OPTIONS <Megatron flags>, where OPTIONS is JSON: see `command.play`. Writes what it measures to the
-file OPTIONS["record"] after each step.
+python rank_entry.py OPTIONS <Megatron flags>, where OPTIONS is JSON: see `command.play`. After each step it writes its
+figures to the file OPTIONS["record"].
 """
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch  # noqa: E402
 
 import pretrain_gpt  # noqa: E402
+from tools.common.files import write_json  # noqa: E402
 from tools.rehearse import counters, fake_ranks  # noqa: E402
 from tools.rehearse.engine import Calls  # noqa: E402
 from tools.rehearse.host_reads import Pairs  # noqa: E402
@@ -26,22 +26,21 @@ GIB = 2**30
 
 
 class Rehearsal:
-    """Plays steps, each for what is to be measured in it."""
+    """Plays steps; each measures one thing."""
 
     def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
         self.options, self.collectives = options, collectives
-        self.events, self.waits = counters.Events(), counters.Waits()
-        self.parts = counters.Parts(self.events)
+        self.launches, self.waits = counters.Launches(), counters.Waits()
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.model: list[torch.nn.Module] = []
         self.steps = 0
 
     def observe(self, model_cfg: Any) -> None:
-        """As the entry calls it, with Megatron imported."""
+        """Hook into the training; the entry calls this with Megatron imported."""
         from megatron.training import get_args, training
 
-        get_args().do_train = True  # which a stage without data would hear from the first rank
+        get_args().do_train = True  # a stage without data would hear it from the first rank
         self.engine.watch()
         self._look_at_data()
         self._watch_parts()
@@ -57,7 +56,7 @@ class Rehearsal:
         training.train_step = step
 
     def _look_at_data(self) -> None:
-        """As the entry does before a training, which here takes made-up tokens instead."""
+        """Check the data as the entry would; the training itself takes made-up tokens."""
         from megatron.remoe.preflight.data import check_data
         from megatron.remoe.preflight.messages import usage_errors
         from megatron.training import get_args
@@ -84,7 +83,7 @@ class Rehearsal:
         from megatron.remoe.moe.engine_experts import EngineExperts
         from megatron.remoe.routing.controller import SparsityController
 
-        for owner, method, name in (
+        for owner, method, part in (
             (schedules, "forward_step", "forward"),
             (schedules, "backward_step", "backward"),
             (SelfAttention, "forward", "attention"),
@@ -96,9 +95,9 @@ class Rehearsal:
             (EngineExperts, "forward", "experts"),
             (SparsityController, "update", "update"),
         ):
-            self.parts.watch(owner, method, name)
+            self.launches.watch(owner, method, part)
         # HybridModel has attention and MLP in layers of their own.
-        self.parts.watch(
+        self.launches.watch(
             TransformerLayer, "forward", "layer", lambda layer: isinstance(layer.self_attention, IdentityOp)
         )
 
@@ -126,49 +125,39 @@ class Rehearsal:
         if not self.record["model"]:
             self.record["model"] = self._model(args)
         stage = f", {plan['stage']}" if len(self.options["shares"]) > 1 else ""
-        print(
-            f"rehearsal: rank {self.options['rank']} of {self.options['world']}, step {self.steps} of "
-            f"{len(self.options['steps'])} ({plan['for']}{stage}): {time.monotonic() - start:.1f} s, "
-            f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB",
-            file=sys.stderr,
-            flush=True,
-        )
-        self._write()
+        line = f"rehearsal: rank {self.options['rank']} of {self.options['world']}, step {self.steps} of "
+        line += f"{len(self.options['steps'])} ({plan['for']}{stage}): {time.monotonic() - start:.1f} s, "
+        print(f"{line}{torch.cuda.max_memory_allocated() / GIB:.2f} GiB", file=sys.stderr, flush=True)
+        write_json(Path(self.options["record"]), self.record)
         return result
 
     def _count_events(self, run: Any) -> Any:
         self.collectives.is_counting = True
         try:
-            with self.events.counting(), self.waits.watching():
+            with self.launches.counting(), self.waits.watching():
                 result = run()
-                self.record["counts"] = self.events.counts()
         finally:
             self.collectives.is_counting = False
-        self.record["parts"] = self.parts.found
+        self.record |= {"launches": self.launches.step, "parts": self.launches.found}
         self.record["host_syncs"] = [
             {"where": where, "times": times} for where, times in self.waits.found.most_common()
         ]
+        names = ("kind", "group", "ranks", "within_node")
         self.record["collectives"] = [
-            {
-                "kind": kind,
-                "group": group,
-                "ranks": ranks,
-                "within_node": within,
-                "times": len(sizes),
-                "bytes": sum(sizes),
-            }
-            for (kind, group, ranks, within), sizes in self.collectives.found.items()
+            dict(zip(names, call, strict=True)) | {"times": len(sizes), "bytes": sum(sizes)}
+            for call, sizes in self.collectives.found.items()
         ]
         return result
 
     def _model(self, args: Any) -> dict[str, Any]:
-        """What the forecast of memory goes by."""
+        """Return what the forecast of memory needs, and the forecast of tools/cost for each stage."""
         from megatron.core import parallel_state
+        from tools.cost import compute, memory
+        from tools.cost.parameters import Stage
 
-        experts = shared = 0
+        sizes = {True: 0, False: 0}
         for name, parameter in (item for chunk in self.model for item in chunk.named_parameters()):
-            is_expert = ".mlp.experts." in name
-            experts, shared = experts + parameter.numel() * is_expert, shared + parameter.numel() * (not is_expert)
+            sizes[".mlp.experts." in name] += parameter.numel()
         layers: list[Any] = [
             module.layer_number
             for chunk in self.model
@@ -176,35 +165,20 @@ class Rehearsal:
             if hasattr(module, "layer_number") and hasattr(module, "self_attention")
         ]
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        per_token = {name: share * (args.num_experts or 0) for name, share in self.options["shares"].items()}
-        return {"shared": shared, "experts": experts, "layers": layers, "stage": stage} | {
+        stages = [Stage(sizes[False], sizes[True], tuple(layers))] * args.pipeline_model_parallel_size
+        return {
+            "shared": sizes[False],
+            "experts": sizes[True],
+            "layers": layers,
+            "stage": stage,
             "forecast_gib": {
-                name: _forecast(args, shared, experts, layers, stage, value) for name, value in per_token.items()
+                name: memory.stage_memory(args, stages, stage, share * (args.num_experts or 0)).total / GIB
+                for name, share in self.options["shares"].items()
             },
-            "flops_per_sequence": _flops(args),
+            "flops_per_sequence": compute.flops_per_sequence(args),
             "sequences_per_gpu": args.global_batch_size / args.world_size,
         }
 
-    def _write(self) -> None:
-        path = Path(self.options["record"])
-        aside = path.with_suffix(".new")
-        aside.write_text(json.dumps(self.record))
-        os.replace(aside, path)
-
-
-def _forecast(args: Any, shared: int, experts: int, layers: list[int], stage: int, per_token: float) -> float:
-    """What tools/cost says of this rank's memory, in GiB."""
-    from tools.cost import memory
-    from tools.cost.parameters import Stage
-
-    stages = [Stage(shared, experts, tuple(layers))] * args.pipeline_model_parallel_size
-    return memory.stage_memory(args, stages, stage, per_token).total / GIB
-
-
-def _flops(args: Any) -> float:
-    from tools.cost import compute
-
-    return compute.flops_per_sequence(args)
 
 
 def main() -> None:

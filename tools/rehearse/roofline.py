@@ -1,6 +1,6 @@
-"""A model of a step's time on a GPU: for each operation the bytes that it has to move, its FLOPs, and the larger time.
+"""Model a step's time on a GPU: of each operation the bytes that it moves, its FLOPs, and the larger of their times.
 
-Nothing is hidden behind anything else, and the host costs nothing. It is a model, and never a measurement.
+Nothing is hidden behind anything else, and the host costs nothing. It is not a measurement.
 """
 
 import argparse
@@ -22,7 +22,7 @@ FREE = set(
 )
 FILLS = set("zeros zeros_like new_zeros zero_ fill_ full ones ones_like full_like new_full".split())
 PRODUCTS = set("mm addmm addmm_ bmm baddbmm baddbmm_".split())
-# Triton kernels by the last part of their module's name; others go by shapes, as PyTorch's operations do.
+# Part of a step by the module of a Triton kernel; other kernels go by shapes, as PyTorch's operations do.
 TRITON_PARTS = {
     "router": "small: router, plan, update",
     "plan": "small: router, plan, update",
@@ -30,7 +30,7 @@ TRITON_PARTS = {
     "rows": "tokens: norms, residuals, gather, sum",
     "swiglu": "experts: SwiGLU and gates",
 }
-# Of flash-linear-attention: they were read, and pass over each argument once.
+# flash-linear-attention's kernels pass over each argument once.
 ONE_PASS = {
     "cross_entropy_fwd_kernel",
     "cross_entropy_fwd_kernel_reduce",
@@ -41,7 +41,7 @@ ONE_PASS = {
 
 @dataclass
 class Work:
-    """What a part of a step does: operations, bytes, FLOPs and seconds."""
+    """Operations, bytes, FLOPs and seconds of a part of a step."""
 
     operations: int = 0
     bytes: float = 0.0
@@ -50,10 +50,10 @@ class Work:
 
 
 class Roofline(TorchDispatchMode):
-    """Adds up the operations on a GPU that run in it, by part of a step.
+    """Adds up the operations on a GPU by part of a step.
 
     Args:
-        args: Megatron's, for the sizes by which the parts are told apart.
+        args: Megatron's, for the sizes that tell the parts apart.
         rates: see `cards.rates`.
         engine: Transformer Engine's functions.
     """
@@ -63,7 +63,7 @@ class Roofline(TorchDispatchMode):
         self._args, self._rates, self._engine = args, rates, engine
         self._kernel: Any = None
         self.parts: dict[str, Work] = {}
-        self.guessed: set[str] = set()  # Triton kernels of which nothing is known but their arguments
+        self.guessed: set[str] = set()  # Triton kernels known by their arguments only
 
     def __enter__(self) -> "Roofline":
         if importlib.util.find_spec("triton") is not None:
@@ -81,7 +81,7 @@ class Roofline(TorchDispatchMode):
             self._kernel.launch_metadata = self._launch_metadata
 
     def _watched(self, real: Any) -> Any:
-        """Triton asks for it before each launch, with the kernel's arguments."""
+        """Wrap the function that Triton calls before each launch, with the kernel's arguments."""
 
         def launch_metadata(kernel: Any, grid: Any, stream: Any, *values: Any) -> Any:
             arguments = dict(zip(kernel.src.fn.arg_names, values, strict=True))
@@ -151,7 +151,7 @@ class Roofline(TorchDispatchMode):
 
 
 def _size(tensor: torch.Tensor) -> int:
-    """Bytes in memory: expanded dimensions are there once."""
+    """Return the bytes in memory, where expanded dimensions exist once."""
     elements = math.prod(
         size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0
     )
@@ -159,7 +159,7 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _flops(name: str, inputs: list[torch.Tensor]) -> tuple[float, str]:
-    """FLOPs and the rate that they go by."""
+    """Return the FLOPs, and the rate that applies to them."""
     if name in PRODUCTS:
         left, right = [tensor for tensor in inputs if tensor.dim() >= 2][-2:]
         return 2.0 * math.prod(left.shape) * right.shape[-1], "products"

@@ -1,6 +1,7 @@
 // The devices: REHEARSAL_CARD names the card, REHEARSAL_CAPABILITY is "9.0" or the like, REHEARSAL_GIB its memory,
 // REHEARSAL_MULTIPROCESSORS and REHEARSAL_DEVICES are numbers.
 #include "stub.h"
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +23,11 @@ const Card& card() {
   return played;
 }
 
+static std::atomic<long> launches = 0;
+ANSWER(void) rehearsal_launched() { ++launches; }
+ANSWER(long) rehearsal_launches() { return launches; }
+ANSWER(void*) rehearsal_handle() { return calloc(1, 64); }
+
 static thread_local int device = 0;
 int current_device() { return device; }
 
@@ -32,9 +38,7 @@ ANSWER(cudaError_t) cudaSetDevice(int number) {
   device = number;
   return cudaSuccess;
 }
-ANSWER(cudaError_t) cudaDriverGetVersion(int* version) { *version = CUDART_VERSION; return cudaSuccess; }
-ANSWER(cudaError_t) cudaRuntimeGetVersion(int* version) { *version = CUDART_VERSION; return cudaSuccess; }
-ANSWER(cudaError_t) cudaDeviceCanAccessPeer(int* can, int, int) { *can = 1; return cudaSuccess; }
+ANSWER(cudaError_t) cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) { *milliseconds = 1; return cudaSuccess; }
 ANSWER(cudaError_t) cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   *least = 0, *greatest = -5;
   return cudaSuccess;
@@ -76,5 +80,12 @@ ANSWER(cudaError_t) cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
     case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *value = 65535; break;
     default: *value = 0;
   }
+  return cudaSuccess;
+}
+
+ANSWER(cudaError_t) cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
+  memset(found, 0, sizeof *found);
+  found->maxThreadsPerBlock = 1024, found->numRegs = 32, found->maxDynamicSharedSizeBytes = 49152;
+  found->binaryVersion = found->ptxVersion = card().major * 10 + card().minor;
   return cudaSuccess;
 }

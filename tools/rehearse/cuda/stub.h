@@ -1,5 +1,5 @@
 // A CUDA that does nothing, for a machine without a GPU: device memory is address space, kernels are counted and not run.
-// What the libraries of PyTorch ask for and no file here answers is answered with 0 by stubs that build.py writes.
+// The files here answer what needs more than build.py's tables, which have the rest of what PyTorch's libraries ask for.
 #pragma once
 #define __CUDA_INTERNAL_SKIP_CPP_HEADERS__
 #include <cstddef>
@@ -8,7 +8,7 @@
 #include <cuda_runtime_api.h>
 #include <string>
 
-// Marks what is answered here; build.py looks for it.
+// Marks an answer; build.py looks for it.
 #define ANSWER(type) extern "C" __attribute__((visibility("default"))) type
 
 // The card that is played, from the environment; see device.cpp.
@@ -20,11 +20,10 @@ struct Card {
 const Card& card();
 int current_device();
 
-// Adds one to the number of events of a kind, while counting is on: "launch", "copy", "wait", each with a name.
-void count(const char* kind, const std::string& name);
-
+// A kernel, product, collective, fill or copy.
+extern "C" void rehearsal_launched();
 // An address that stands for a stream, an event, a module or the like.
-void* new_handle();
+extern "C" void* rehearsal_handle();
 
 // Copies what is small enough to hold numbers that the host may read; the rest of device memory is never touched.
 constexpr size_t SMALL = 1 << 16;
