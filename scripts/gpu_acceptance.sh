@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on one of them, without network, in a quarter of an hour at most; --help lists parts
-# and options. A second call goes on with what is missing. It needs PyTorch, Triton, NumPy and megatron-core alone.
-#   REHEARSE=1 bash scripts/gpu_acceptance.sh     plays it over a CUDA that does nothing: what runs, and what cannot
+# Test on one GPU everything that needs one, without network, in at most 15 minutes. --help lists parts and options.
+# A second call continues with what is missing. It needs only PyTorch, Triton, NumPy and megatron-core.
+#   REHEARSE=1 bash scripts/gpu_acceptance.sh     simulate it on a CUDA that does nothing
 #   PYTHON=/path/to/python                        the interpreter (default: .venv's, else python3)
 set -euo pipefail
-# shellcheck source=scripts/lib/launch.sh
-source "$(dirname "${BASH_SOURCE[0]}")/lib/launch.sh"
-
-find_interpreter
-exec "$PYTHON" "$LAUNCH_ROOT/tools/gpu_acceptance" "$@"
+# shellcheck source=scripts/lib/python.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/python.sh"
+run_tool gpu_acceptance "$@"

@@ -15,6 +15,7 @@ import torch
 
 from tests.tools.benchmarking import module
 from tests.trainings import REPOSITORY
+from tools.recipes.hardware import gpu_flags
 
 SMALL = """
 -- --hidden-size 48 --ffn-hidden-size 64 --moe-ffn-hidden-size 64 --seq-length 64 --max-position-embeddings 64
@@ -88,8 +89,8 @@ def test_layer_in_half_precision(tmp_path: Path) -> None:
 
 def test_a_gpu_gets_the_launch_scripts_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     models, step = module("models", monkeypatch), module("step", monkeypatch)
-    script = (REPOSITORY / "scripts" / "lib" / "gpus.sh").read_text()
-    wanted = re.findall(r"--bf16|--transformer-impl(?= local)|--no-[a-z-]+", script[script.index("set_hardware") :])
+    script = " ".join(gpu_flags(True, "", [], "")[0])
+    wanted = re.findall(r"--bf16|--transformer-impl(?= local)|--no-[a-z-]+", script)
     assert set(wanted) == {word for word in models.GPU_FLAGS if word.startswith("--")} - {"--log-interval"}
     assert models.GPU_FLAGS[models.GPU_FLAGS.index("--transformer-impl") + 1] == "local"
 

@@ -22,6 +22,17 @@ def parse(words: Iterable[str]) -> Settings:
     return settings
 
 
+def last_value(words: Sequence[str], flag: str) -> str | None:
+    """Return the value that counts, the last one given to a flag as `--flag value` or `--flag=value`; None without."""
+    found = None
+    for place, word in enumerate(words):
+        if word == flag and place + 1 < len(words):
+            found = words[place + 1]
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
+
+
 def words_of(settings: Settings) -> list[str]:
     """What `parse` takes apart."""
     return [word for flag, values in settings.items() for word in (flag, *values)]

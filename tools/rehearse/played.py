@@ -202,9 +202,9 @@ def _forecast(args: Any, shared: int, experts: int, layers: list[int], stage: in
 
 
 def _flops(args: Any) -> float:
-    from tools.cost import compute
+    from tools.recipes import flops
 
-    return compute.flops_per_sequence(args)
+    return flops.flops_per_sequence(args)
 
 
 def main() -> None:

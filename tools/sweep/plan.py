@@ -1,4 +1,4 @@
-"""Which runs the figures take, and the command of each."""
+"""The runs of each figure, and their commands."""
 
 import math
 import re
@@ -9,17 +9,18 @@ from typing import Any
 
 from ..common.flags import Settings, parse, without
 from ..common.places import ROOT
+from ..recipes.launch import run_name
+from ..recipes.models import PAPER, ROUTINGS, Routing, Training
 
-SIZES = ("182m", "469m", "978m")
+SIZES = tuple(PAPER)
 EXPERTS = (4, 8, 16, 32, 64, 128)
 GRANULARITIES = (1, 2, 4, 8, 16, 32, 64)
-ROUTINGS = ("dense", "moe", "remoe")
 FIGURES = ("size", "experts", "granularity")
 COMPARED = "routing"  # the figure over routings, at the other figures' common point
 # Where the axes meet: each figure varies one thing and keeps the others.
 BASE_SIZE, FEW_EXPERTS, WHOLE = "182m", 8, 1
 VALUES: Mapping[str, Sequence[Any]] = {"size": SIZES, "experts": EXPERTS, "granularity": GRANULARITIES}
-RATES: Mapping[str, tuple[str]] = {"--lr": ("5e-4",), "--min-lr": ("5e-5",)}  # the launch scripts'
+RATES: Mapping[str, tuple[str]] = {"--lr": (Training().lr,), "--min-lr": (Training().min_lr,)}
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
 
 
@@ -118,9 +119,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name that the launch scripts give to it, with what they do not know behind."""
-        name = f"llama_{self.size}_{self.routing}_"
-        name += f"ffn{4 * self.expansion}" if self.routing == "dense" else f"e{self.experts}g{self.granularity}"
+        """The name that the launch scripts give to it, followed by protocol and axis."""
+        name = run_name(self.size, Routing(self.routing, self.experts or 0, self.granularity or 0), self.expansion)
         name += f"_{self.protocol}" if self.protocol else ""
         return name + (f"_{self.axis.rpartition('-')[2]}{self.value:g}" if self.axis else "")
 
@@ -179,7 +179,11 @@ class Launch:
         return self.output / run.name
 
     def arguments(self, run: Run) -> list[str]:
-        """The launch script with its arguments."""
+        """Return the launch script with its arguments."""
+        return [str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *self.words(run)]
+
+    def words(self, run: Run) -> list[str]:
+        """Return the launch script's arguments."""
         micro_batch = "" if self.micro_batch_size is None else str(self.micro_batch_size)  # empty: the script's own
         words = [str(self.gpus_per_node), str(self.iterations.get(run, self.train_iters)), micro_batch]
         common = (*self.small.get(run.size, ()), *self.flags)
@@ -190,8 +194,7 @@ class Launch:
             words += [str(run.expansion)] if run.expansion > 1 else []
             # Megatron refuses some of them where there are no experts.
             flags = without(flags, lambda flag: flag.startswith("--moe-"))
-        behind = ["--", *flags] if flags else []
-        return [str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *words, *behind]
+        return [*words, "--", *flags] if flags else words
 
     def environment(self, run: Run, given: Mapping[str, str]) -> dict[str, str]:
         """What the run needs beside the `given` environment.
