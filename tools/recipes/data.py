@@ -58,7 +58,8 @@ def split_data_path(given: str, planned: bool) -> list[str]:
 def find_data_sets(folder: str) -> tuple[list[str], list[str]]:
     """Return the data sets of a folder, each with a weight of 1.0, and notes.
 
-    If the Pile's shards 01 to 29 are all there, they are taken and the rest is left out, as in the authors' fork.
+    If the Pile's shards 01 to 29 are all there, they are taken and the rest is left out, as in the authors' fork. If
+    only some are there, a note has those that are missing.
     """
     names = sorted(path.name.removesuffix(".bin") for path in Path(folder).glob("*_document.bin") if path.is_file())
     if not names:
@@ -78,6 +79,10 @@ def find_data_sets(folder: str) -> tuple[list[str], list[str]]:
         if left := [name for name in names if name not in pile]:
             notes = [f"Data: the Pile's shards 01 to 29; left out: {' '.join(left)}"]
         names = pile
+    elif pile:
+        missing = [number for number in map("{:02}".format, range(30)) if number not in shards]
+        rest = "the others are trained on" + (", and 00, which the fork leaves out" if "00" in shards else "")
+        notes = [f"Data: of the Pile's shards 00 to 29 these are missing: {' '.join(missing)}; {rest}"]
     prefixes = [f"{folder}/{name}" for name in names]
     return (prefixes if len(prefixes) == 1 else [word for prefix in prefixes for word in ("1.0", prefix)]), notes
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..recipes.flops import flops_per_sequence
+from ..common.on_cpu import megatron_on_cpu
 from ..sweep.stages import Flops, Stage, stages
 from .reading import Run
 
@@ -21,6 +21,9 @@ def count_flops(args: dict[str, Any]) -> Flops:
     Raises:
         AttributeError, TypeError: an argument that the count needs is not there.
     """
+    megatron_on_cpu()
+    from ..cost.compute import flops_per_sequence
+
     named = argparse.Namespace(**dict.fromkeys(LATER) | args)
     sequence = flops_per_sequence(named)
     topk = args.get("moe_router_topk") if args.get("num_experts") else None

@@ -12,7 +12,7 @@ from ..common.errors import ToolError
 from ..common.log_reader import read_log, seconds_per_iteration
 from ..recipes.flops import arguments_of, flops_per_expert, flops_per_sequence
 from .run_log import Records, log_of, settled_at, target_sparsity
-from .settings import Settings, started_with, whole
+from .settings import started_with, whole
 
 _PADDED = re.compile(r"> padded vocab \(size: \d+\) .*\(new size: (\d+)\)")
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
@@ -20,7 +20,7 @@ RISING = 0.1  # of the way from the first S to the target: the dense stage is ov
 
 @dataclass(frozen=True)
 class Flops:
-    """Training FLOPs of a sequence with k experts per token, and of one more active expert in every MoE layer."""
+    """Training FLOPs of a sequence with k experts per token, and of one more in every MoE layer."""
 
     sequence: float
     expert: float
@@ -28,7 +28,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Stage:
-    """Iterations `first` to `last`: their time, their FLOPs, and the mean number of active experts of a token."""
+    """Iterations `first` to `last`: their time alone, their FLOPs, and active experts per token, averaged."""
 
     name: str
     first: int
@@ -39,7 +39,7 @@ class Stage:
 
 
 def dense_until(records: Records, target: float) -> int:
-    """Return the last logged iteration before S has risen by a tenth of its way to the target."""
+    """The last logged iteration before S has risen by a tenth of its way to the target."""
     last = 0
     start: float | None = None
     for iteration, fields in records.items():
@@ -52,7 +52,7 @@ def dense_until(records: Records, target: float) -> int:
 
 
 def stages(records: Records, target: float, num_experts: int, flops: Flops) -> list[Stage]:
-    """Return the dense stage, the way to the target, and the steady stage, as far as the log goes.
+    """The dense stage, the way to the target, and the steady stage, as far as the log has them.
 
     Args:
         records: iteration → fields, in order; each line's S stands for the iterations since the line before.
@@ -81,40 +81,42 @@ def stages(records: Records, target: float, num_experts: int, flops: Flops) -> l
     return found
 
 
-def flops_of(settings: Settings, log: str = "") -> Flops:
-    """Return the FLOPs of a run by its flags and, for the size of its vocabulary, its log.
+def ask_for_flops(folder: Path) -> Flops:
+    """Return the FLOPs of the run in `folder`, by its command and, for the size of its vocabulary, its log.
 
     Raises:
-        ToolError: it has layers whose FLOPs are not counted.
+        ToolError: the model has layers whose FLOPs are not counted.
     """
-    padded = _PADDED.search(log)
-    args = arguments_of(settings, int(padded[1]) if padded else 0)
+    log = folder / "train.log"
+    padded = _PADDED.search(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else None
+    args = arguments_of(started_with(folder) or {}, int(padded[1]) if padded else 0)
     try:
         return Flops(flops_per_sequence(args), flops_per_expert(args))
     except ValueError as error:
-        raise ToolError(f"{error}.") from error
+        raise ToolError(f"{folder}: {error}.") from error
 
 
 def read_stages(folder: Path) -> tuple[list[Stage], Flops]:
-    """Return the stages of the ReMoE in `folder`, and the FLOPs of its model.
+    """Those of the ReMoE in `folder`, and what its FLOPs were counted by.
 
     Raises:
         ToolError: there is no log of a ReMoE.
     """
     settings = started_with(folder)
-    log = log_of(folder).read_text(encoding="utf-8", errors="replace") if log_of(folder).exists() else ""
-    records = {iteration: fields for iteration, fields in sorted(read_log(log).items()) if "sparsity" in fields}
+    log = log_of(folder)
+    records = read_log(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else {}
+    records = {iteration: fields for iteration, fields in sorted(records.items()) if "sparsity" in fields}
     if settings is None or not records:
         raise ToolError(f"{folder}: there is no command.sh with a train.log of a ReMoE that has begun to train.")
     target = target_sparsity(settings, records[max(records)])
     assert target is not None
     num_experts = whole(settings, "--num-experts") * (whole(settings, "--moe-granularity") or 1)
-    flops = flops_of(settings, log)
+    flops = ask_for_flops(folder)
     return stages(records, target, num_experts, flops), flops
 
 
 def matched_iterations(folder: Path) -> int:
-    """Return the iterations in which a top-k MoE takes as many FLOPs as the ReMoE in `folder` did."""
+    """The iterations of a top-k MoE that take the FLOPs of the ReMoE in `folder`, by that run's own counts."""
     return _matched(folder, *read_stages(folder))
 
 
