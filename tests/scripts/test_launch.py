@@ -56,11 +56,13 @@ def data_path(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("form", ["{}", "pile_{}"])
 def test_data_folder(form: str, tmp_path: Path) -> None:
-    """The fork's mixture where its shards are there; what else is there is named. Else all, with equal weights."""
+    """A whole Pile: the fork's mixture, other files named. Else all with equal weights, missing shards named."""
     folder = tmp_path / "dätä of mine"
     names = [form.format(f"{number:02}") for number in range(30)]
     some = shards(folder, [names[0], *names[5:]])
-    assert data_path(command("182m_remoe", DATA_PATH="", DATA_DIR=str(folder))) == some
+    result = launch("182m_remoe", DRY_RUN="command", DATA_DIR=str(folder))
+    assert data_path(shlex.split(result.stdout)) == some
+    assert "missing: 01 02 03 04; " in result.stderr and "shard 00 too" in result.stderr
     all_but_first = shards(folder, names[1:])
     result = launch("182m_remoe", DRY_RUN="command", DATA_DIR=str(folder))
     assert data_path(shlex.split(result.stdout)) == all_but_first

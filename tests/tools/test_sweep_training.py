@@ -32,7 +32,7 @@ from pathlib import Path
 from tools.recipes.process import run_training
 print("started", flush=True)
 slow = "bash -c 'trap : TERM; for i in {1..900}; do sleep 0.1; done'; true"
-sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1]), {}))
+sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 """
 
 

@@ -109,4 +109,4 @@ def train(launch: Launch) -> int:
     except OSError as error:
         raise RecipeError(f"OUTPUT_DIR={output} cannot be written: {error.strerror}") from error
     print(f"Run: {output} (log, command, checkpoints, tensorboard)", flush=True)
-    return run_training(launch.command, output / "train.log", {})
+    return run_training(launch.command, output / "train.log")

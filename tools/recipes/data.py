@@ -81,7 +81,7 @@ def find_data_sets(folder: str) -> tuple[list[str], list[str]]:
         names = pile
     elif pile:
         missing = [number for number in map("{:02}".format, range(30)) if number not in shards]
-        rest = "the others are trained on" + (", and 00, which the fork leaves out" if "00" in shards else "")
+        rest = "the others are trained on" + (", shard 00 too, which the fork leaves out" if "00" in shards else "")
         notes = [f"Data: of the Pile's shards 00 to 29 these are missing: {' '.join(missing)}; {rest}"]
     prefixes = [f"{folder}/{name}" for name in names]
     return (prefixes if len(prefixes) == 1 else [word for prefix in prefixes for word in ("1.0", prefix)]), notes

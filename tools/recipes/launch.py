@@ -12,6 +12,7 @@ from .layout import LARGEST, MOST_EXPERTS, Layout, RecipeError, whole_number
 from .models import PAPER, SAVE_INTERVALS, Routing, Size, Training
 
 ENTRY = ROOT / "pretrain_gpt.py"
+PROJECT = "remoe"
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class Launch:
         settings: environment variables that it needs.
         output: folder of the run.
         layout: how its processes share the work.
-        on_cpu: whether --cpu is given.
-        notes: lines that tell the user what was chosen.
+        notes: lines about what was chosen.
     """
 
     launcher: list[str]
@@ -33,7 +33,6 @@ class Launch:
     settings: dict[str, str]
     output: str
     layout: Layout
-    on_cpu: bool
     notes: list[str]
 
     @property
@@ -59,6 +58,28 @@ def run_name(size: str, routing: Routing, expansion: int) -> str:
     return f"llama_{size}_{routing.kind}_{end}"
 
 
+def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], str]:
+    """Return a script's numbers by name, and the project's name; missing and empty arguments have their defaults.
+
+    Raises:
+        RecipeError: an argument is wrong.
+    """
+    last = {"ffn_expansion": 1} if routing == "dense" else {"num_experts": Routing.experts, "granularity": 1}
+    defaults = {"gpus_per_node": 8, "train_iters": Training.iterations, "micro_batch_size": Training.micro_batch} | last
+    if len(given) > len(defaults) + 1:
+        raise RecipeError(f"too many arguments: {' '.join(given[len(defaults) + 1 :])}. Put Megatron's flags behind --")
+    project = next(iter(given[len(defaults) :]), "") or PROJECT
+    if "/" in project:
+        raise RecipeError(f"project_name is '{project}': it becomes part of a folder's name; give it without /")
+    numbers = dict(defaults)
+    for name, text in zip(defaults, given, strict=False):
+        if text:
+            numbers[name] = whole_number(name, text, MOST_EXPERTS if name in last else LARGEST)
+    if routing != "dense":
+        whole_number("num_experts x granularity", str(numbers["num_experts"] * numbers["granularity"]), MOST_EXPERTS)
+    return numbers, project
+
+
 def plan(
     size: str, routing: str, arguments: Sequence[str], environment: Mapping[str, str], ask_for_packages: bool = True
 ) -> Launch:
@@ -69,74 +90,52 @@ def plan(
         routing: one of `ROUTINGS`.
         arguments: the script's, Megatron's flags behind -- included.
         environment: the script's.
-        ask_for_packages: look for Transformer Engine and apex, which takes seconds where they are installed.
+        ask_for_packages: look for Transformer Engine and apex, which takes seconds if they are installed.
 
     Raises:
         RecipeError: an argument or a variable is wrong.
     """
     given, extra = split(arguments)
+    numbers, project = read_arguments(routing, given)
     planned = data.is_set(environment, "DRY_RUN") or data.is_set(environment, "REHEARSE")
-    model, notes = PAPER[size], []
-    names = ["gpus_per_node", "train_iters", "micro_batch_size"]
-    names += ["ffn_expansion"] if routing == "dense" else ["num_experts", "granularity"]
-    if len(given) > len(names) + 1:
-        raise RecipeError(f"too many arguments: {' '.join(given[len(names) + 1 :])}. Put Megatron's flags behind --")
-    project = next(iter(given[len(names) :]), "") or "remoe"
-    if "/" in project:
-        raise RecipeError(f"project_name is '{project}': it becomes part of a folder's name; give it without /")
-    defaults = {"gpus_per_node": "8", "train_iters": "60000", "micro_batch_size": "16", "num_experts": "8"}
-    texts = dict(zip(names, given, strict=False))
-    most = dict.fromkeys(("num_experts", "granularity", "ffn_expansion"), MOST_EXPERTS)
-    numbers = {
-        name: whole_number(name, texts.get(name) or defaults.get(name, "1"), most.get(name, LARGEST)) for name in names
-    }
-    layout = Layout.read(numbers["gpus_per_node"], environment)
-
-    expansion, experts = numbers.get("ffn_expansion", 1), 0
-    kind = Routing(routing, numbers.get("num_experts", 8), numbers.get("granularity", 1))
-    if routing == "dense":
-        model = replace(model, ffn=model.ffn * expansion)
-        notes.append(f"FFN: {model.ffn} = {expansion} x 4 x {model.hidden}")
-    else:
-        experts = kind.experts * kind.granularity
-        whole_number("num_experts x granularity", str(experts), MOST_EXPERTS)
-    name = run_name(size, kind, expansion) + (f"_{project}" if project != "remoe" else "")
+    has_experts, expansion = routing != "dense", numbers.get("ffn_expansion", 1)
+    model = replace(PAPER[size], ffn=PAPER[size].ffn * expansion)
+    kind = Routing(routing, numbers.get("num_experts", 0), numbers.get("granularity", 1))
+    name = run_name(size, kind, expansion) + (f"_{project}" if project != PROJECT else "")
     output = environment.get("OUTPUT_DIR") or str(ROOT / "runs" / name)
+    notes = [] if has_experts else [f"FFN: {model.ffn} = {expansion} x 4 x {model.hidden}"]
 
-    interpreter = find_interpreter(environment)
-    data_path, more_notes = data.find_data(environment, planned)
-    notes += more_notes
+    data_path, data_notes = data.find_data(environment, planned)
     tokenizer = data.find_vocabulary(environment, extra, planned)
-    kernels = environment.get("KERNELS", "")
+    interpreter, kernels = find_interpreter(environment), environment.get("KERNELS", "")
     fast = hardware.kernel_flags(kernels, interpreter)
+    layout = Layout.read(numbers["gpus_per_node"], environment)
     expert_tp = "--expert-tensor-parallel-size"
-    layout.check(model, experts, whole_number(expert_tp, last_value(extra, expert_tp) or str(layout.tp)))
+    expert_tp_size = whole_number(expert_tp, last_value(extra, expert_tp) or str(layout.tp))
+    layout.check(model, kind.experts * kind.granularity, expert_tp_size)
     depth = _depth_flags(model, routing, layout, environment.get("MODEL") or "gpt", extra)
-    on_cpu, engine, suited = "--cpu" in extra, "", []
-    if not on_cpu:
+    launcher = layout.launcher(interpreter, environment)
+    suited, engine = list[str](), ""
+    if "--cpu" not in extra:
         if not planned:
             hardware.check_gpus(layout.gpus_per_node, environment)
-        suited, engine = hardware.gpu_flags(bool(experts), kernels, extra, interpreter if ask_for_packages else "")
-    launcher = layout.launcher(interpreter, environment)
+        suited, engine = hardware.gpu_flags(has_experts, kernels, extra, interpreter if ask_for_packages else "")
     flags = [
         *depth, *model.flags(), *Training(numbers["train_iters"], numbers["micro_batch_size"]).flags(),
         *tokenizer, "--data-path", *data_path, *"--split 969,30,1 --eval-interval 1000 --eval-iters 100".split(),
         "--save", f"{output}/checkpoints", "--load", f"{output}/checkpoints",
         "--save-interval", str(SAVE_INTERVALS[size]), "--exit-signal-handler",
         "--tensorboard-dir", f"{output}/tensorboard", *"--log-interval 10 --log-throughput".split(),
-        *kind.flags(model.ffn), *layout.flags(bool(experts)), *suited, *fast,
+        *kind.flags(model.ffn), *layout.flags(has_experts), *suited, *fast,
     ]  # fmt: skip
     if environment.get("WANDB_API_KEY"):
         flags += ["--wandb-project", project, "--wandb-exp-name", name, "--wandb-save-dir", output]
     flags += extra
-    settings = {}
-    if engine:
-        notes.append(f"Layers: {engine}")
-        gpu = environment.get("GPU", "") if planned else None
-        settings = hardware.gpu_settings(flags, environment, gpu)
-    if fast:
-        notes.append(f"KERNELS=triton: {' '.join(fast)}, not tested on a GPU yet")
-    return Launch(launcher, flags, settings, output, layout, on_cpu, notes)
+    gpu = environment.get("GPU", "") if planned else None
+    settings = hardware.gpu_settings(flags, environment, gpu) if engine else {}
+    notes += [*data_notes, *[f"Layers: {engine}"] * bool(engine)]
+    notes += [f"KERNELS=triton: {' '.join(fast)}, not tested on a GPU yet"] * bool(fast)
+    return Launch(launcher, flags, settings, output, layout, notes)
 
 
 def _depth_flags(size: Size, routing: str, layout: Layout, model_class: str, extra: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -14,11 +14,11 @@ STOPPED = 143  # exit code of a training that saved at a signal
 class _Training:
     """A running training, and what signals make of it."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], log: Path) -> None:
         # Both get a process group of their own, so that a terminal's Ctrl-C reaches this process only. They ignore
         # signals: the log is kept to the last line, and torchrun would limit the time for saving.
         self._job = subprocess.Popen(
-            command, env={**environment, "PET_SIGNALS_TO_HANDLE": "SIGHUP"}, stdin=subprocess.DEVNULL,
+            command, env=os.environ | {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_ignore_signals,
         )  # fmt: skip
         assert self._job.stdout is not None
@@ -61,20 +61,19 @@ def _ignore_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the training processes inherit this
 
 
-def run_training(command: Sequence[str], log: Path, settings: Mapping[str, str]) -> int:
+def run_training(command: Sequence[str], log: Path) -> int:
     """Run a training to its end.
 
     Args:
         command: its words.
         log: a file; what the training prints is appended, and printed here too.
-        settings: environment variables on top of this process's.
 
     Returns:
         Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is something to stop
     try:
-        training = _Training(command, os.environ | settings, log)
+        training = _Training(command, log)
         for number in SIGNALS:
             signal.signal(number, training.stop)
     finally:
