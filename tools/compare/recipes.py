@@ -120,7 +120,7 @@ def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
 
     Args:
         kinds: of `sweep.plan.KINDS`.
-        train: takes options for scripts/sweep.sh and flags for Megatron; returns the outcomes of all runs so far by run.
+        train: takes options for scripts/sweep.sh and flags for Megatron; returns all outcomes so far by run.
         given: the flags of all runs, whose learning rate is multiplied.
     """
     granularities = map(str, GRANULARITIES)

@@ -215,7 +215,7 @@ def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], kinds: Sequ
     Args:
         figure: one of `FIGURES` and `AXES`, or `COMPARED`.
         values: figure → the values along its axis; a given granularity also holds for `AXES` and `COMPARED`.
-        kinds: the wanted ones of `KINDS`; None for `ROUTINGS`, for all if they are compared, and on an axis for those of
+        kinds: the wanted `KINDS`; None for `ROUTINGS`, for all if they are compared, and on an axis for those of
             `ROUTINGS` that have it, or all that have it if none does.
     """
     if figure in FIGURES:
