@@ -366,6 +366,41 @@ def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
     assert int(told[1]) == len(saved) == 2 and float(told[2]) == pytest.approx(size, rel=0.1, abs=0.05), size
 
 
+RUN = """
+import sys
+from pathlib import Path
+from tools.recipes.process import run_training
+sys.exit(run_training(sys.argv[2:], Path(sys.argv[1])))
+"""
+LATE = """
+import subprocess, sys, time
+time.sleep(2)
+subprocess.run([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_DFL); time.sleep(600)"])
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("exit 3", 3), ("kill -KILL $$", 137)])
+def test_ends_with_the_trainings_exit_code_and_its_whole_log(ending: str, code: int, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    words = ["bash", "-c", f"echo out; echo err >&2; {ending}"]
+    result = subprocess.run([sys.executable, "-c", RUN, log, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (code, "out\nerr\n")
+    assert log.read_text() == "before\nout\nerr\n"
+
+
+def test_a_signal_before_torchrun_has_children_is_not_lost(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE]
+    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "log").exists():  # tee has started, and so has the training
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and output.splitlines()[0].startswith("Saving") and "Stopped" in output
+
+
 @pytest.mark.parametrize("receivers", ["script", "all"])
 def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) -> None:
     """A signal reaches the script alone (kill, docker stop), or every process of the job (a scheduler)."""
