@@ -19,26 +19,26 @@ from .process import run_training
 
 ARGUMENTS = {"dense": "[ffn_expansion]", "moe": "[num_experts] [granularity]", "remoe": "[num_experts] [granularity]"}
 ENVIRONMENT = """\
-Environment variables; all but the data are optional:
+Environment variables; only the data are required:
   DATA_PATH      prefixes of the data (of .bin/.idx), with weights if you like; one a line if they contain blanks
-  DATA_DIR       instead: a folder of data, taken with equal weights: the Pile's shards 01 to 29 if it has them, else
-                 every *_document.bin
-  VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt
-                                                           (default: in DATA_DIR, or in the folder above it)
-  MODEL          Megatron's class: gpt (GPTModel) or hybrid (HybridModel)            (default: gpt)
-  TP, PP, EP, CP           tensor, pipeline, expert and context parallel sizes      (default: 1)
-  VPP            virtual stages of each pipeline rank                               (default: 1)
-  NNODES or SLURM_NNODES, NODE_RANK, RANK or SLURM_NODEID, MASTER_ADDR, MASTER_PORT (default: one node)
-  KERNELS=triton kernels beyond PyTorch's, not tested on a GPU yet                  (default: none)
-  OUTPUT_DIR     checkpoints, TensorBoard, log and command of the run               (default: runs/<name>)
+  DATA_DIR       instead of it, a folder: the Pile's shards 01 to 29 if it has them, else every *_document.bin, with
+                 equal weights
+  VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt (default: in
+                 DATA_DIR, or in the folder above it)
+  MODEL          Megatron's class: gpt (GPTModel, the default) or hybrid (HybridModel)
+  TP, PP, EP, CP           tensor, pipeline, expert and context parallel sizes (default: 1)
+  VPP            virtual stages of each pipeline rank (default: 1)
+  NNODES or SLURM_NNODES   number of nodes (default: 1); with more: NODE_RANK, RANK or SLURM_NODEID; MASTER_ADDR;
+                 MASTER_PORT (default: 29500)
+  KERNELS=triton use more kernels than PyTorch's; not tested on a GPU yet
+  OUTPUT_DIR     folder for checkpoints, TensorBoard, log and command of the run (default: runs/<name>)
   WANDB_API_KEY  if set, figures also go to Weights & Biases
-  CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF     for GPUs                   (default: what suits the flags)
-  PYTHON         the interpreter                                                    (default: .venv's, else python3)
-  DRY_RUN=1      print what the training costs on GPUs, and the command, with or without data; DRY_RUN=command: only
-                 the command
-  REHEARSE=1     simulate the training on GPUs that are not there, with or without data: whether it starts, its memory,
-                 waits and launches
-  GPU, UTILIZATION         for these: the kind of GPU, and in a dry run the share of its rate    (default: h100, 0.4)
+  CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF   set for GPUs, unless you set them
+  PYTHON         the interpreter (default: .venv's, else python3)
+  DRY_RUN=1      print what the training costs on GPUs, and the command; DRY_RUN=command: only the command
+  REHEARSE=1     simulate the training on GPUs that are not there: whether it starts, its memory, waits and launches
+  GPU            kind of GPU for both (default: h100)
+  UTILIZATION    share of the GPU's rate for DRY_RUN=1 (default: 0.4)
   REHEARSE_JSON  a file for the rehearsal's figures
 """
 

@@ -83,8 +83,8 @@ class Layout:
             raise RecipeError(f"EP={ep} does not divide the {experts} experts")
         if experts and self.world % (expert_tp * pp * ep):
             raise RecipeError(
-                f"EP={ep} does not fit: {self.world} processes cannot be split into PP={pp} x EP={ep} x {expert_tp} "
-                "(tensor parallel size of experts, TP unless --expert-tensor-parallel-size is given)"
+                f"EP={ep} does not fit: {self.world} processes cannot be split into PP={pp} x EP={ep} x "
+                f"{expert_tp} (--expert-tensor-parallel-size, by default TP)"
             )
 
     def flags(self, has_experts: bool) -> list[str]:
