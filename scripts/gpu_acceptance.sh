@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# What only a GPU can show, on one of them and without network, the most valuable first: pytest -m gpu, with the figures of
-# each test in runs/gpu. A second call goes on with the tests whose figures are not there. Arguments go to pytest.
+# Run everything that only a GPU can show, the most valuable first, on one GPU and without network: pytest -m gpu.
+# Figures go to runs/gpu; a second call continues with the tests that have none. Arguments go to pytest.
 #   PYTHON=/path/to/python      the interpreter (default: .venv's, else python3)
 set -euo pipefail
-# shellcheck source=scripts/lib/launch.sh
-source "$(dirname "${BASH_SOURCE[0]}")/lib/launch.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-find_interpreter
-cd "$LAUNCH_ROOT"
-exec "$PYTHON" -m pytest -m gpu -rs --gpu-report runs/gpu "$@" tests/gpu tests/moe tests/routing
+if [[ -z ${PYTHON-} && -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
+exec "${PYTHON:-python3}" -m pytest -m gpu -rs --gpu-report runs/gpu "$@" tests/gpu tests/moe tests/routing

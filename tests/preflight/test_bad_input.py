@@ -190,7 +190,7 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
         ("VOCAB_FILE: there is no", "folder"),
     ),
     "script: OUTPUT_DIR below a file": (
-        TRAIN,
+        [*TRAIN, "--", "--cpu"],
         {"DATA_PATH": "{text}", "VOCAB_FILE": "{file}", "MERGE_FILE": "{file}", "OUTPUT_DIR": "{file}/x"},
         2,
         ("OUTPUT_DIR=", "file/x cannot be written"),

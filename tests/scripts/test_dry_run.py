@@ -1,5 +1,6 @@
 """What a launch script says of a training before it starts: cost, and what differs from the paper."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
     """
     result = launch(f"{size}_{routing}", DRY_RUN="1", DATA_DIR=pile, PYTHON=sys.executable)
     assert result.returncode == 0, result.stderr
-    command_line, estimate = result.stdout.split("\n", 1)
+    estimate, _, command_line = result.stdout.partition("\nCommand:\n")
     assert "torch.distributed.run" in command_line and "--bf16" in command_line
     parameters, gflops = PAPER[size]
     figures = {
@@ -51,7 +52,7 @@ def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
 def test_cost_without_data() -> None:
     result = launch("182m_dense", DRY_RUN="1", PYTHON=sys.executable)
     assert result.returncode == 0, result.stderr
-    assert "Data: none are set; PREFIX in the command" in result.stderr
+    assert "PREFIX in the command" in result.stderr and "epochs" not in result.stdout
     assert " --data-path PREFIX " in result.stdout and "182,471,424" in result.stdout
 
 
@@ -59,10 +60,10 @@ def test_both_models_cost_the_same(pile: str) -> None:
     """Parameters, FLOPs and memory, and neither differs from the paper."""
     environment = {"DRY_RUN": "1", "DATA_DIR": pile, "PYTHON": sys.executable, "PP": "2", "VPP": "2"}
     gpt, hybrid = (
-        launch("182m_remoe", MODEL=model, **environment).stdout.split("\n", 1) for model in ("gpt", "hybrid")
+        launch("182m_remoe", MODEL=model, **environment).stdout.split("Command:") for model in ("gpt", "hybrid")
     )
-    assert "--num-layers 12" in gpt[0] and "--hybrid-layer-pattern" in hybrid[0]
-    assert "in the fullest of 2 pipeline stages" in gpt[1] and gpt[1] == hybrid[1]
+    assert "--num-layers 12" in gpt[1] and "--hybrid-layer-pattern" in hybrid[1]
+    assert "in the fullest of 2 pipeline stages" in gpt[0] and gpt[0] == hybrid[0]
 
 
 def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
@@ -93,6 +94,19 @@ def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
     ):
         assert line in result.stdout
     assert (result.stdout.count("(paper:"), result.stdout.count("(fork:")) == (6, 5)
+
+
+def test_epochs(data: Path) -> None:
+    """Of 100 steps of 512 sequences of 64 tokens, on a data set of which 969 of 1000 parts are trained on."""
+    tokens = data.with_suffix(".bin").stat().st_size / 2  # uint16
+    flags = ["--", "--seq-length", "64", "--max-position-embeddings", "64"]
+    environment = {"DRY_RUN": "1", "PYTHON": sys.executable}
+    for given, weights in ((str(data), [1]), (f"1.0 {data} 3.0 {data}", [0.25, 0.75])):
+        result = launch("182m_dense", "8", "100", "16", *flags, DATA_PATH=given, **environment)
+        told = re.search(r"Data: .* in \d data sets?; ([0-9.e+]+)(?: to ([0-9.e+]+))? epochs", result.stdout)
+        assert told is not None, result.stdout + result.stderr
+        epochs = [100 * 512 * 64 * weight / (0.969 * tokens) for weight in weights]
+        assert [float(number) for number in told.groups() if number] == pytest.approx(epochs, rel=0.01)
 
 
 def test_cost_refuses_a_layout_that_megatron_refuses() -> None:

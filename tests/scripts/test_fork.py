@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.scripts.launching import command
 from tests.trainings import REPOSITORY
+from tools.common.flags import parse
 from tools.cost.paper import FORK
-from tools.fork_settings import by_flag
 
 SIZES, ROUTINGS = ("182m", "469m", "978m"), ("dense", "moe", "remoe")
 Flags = dict[str, dict[str, str]]  # script → flag → what is typed behind it
@@ -21,10 +21,14 @@ def of_the_fork() -> Flags:
     return {name: table["all"] | flags for name, flags in table.items() if name != "all"}
 
 
+def by_flag(words: list[str]) -> dict[str, str]:
+    return {flag: " ".join(values) for flag, values in parse(words).items() if flag != "--data-path"}
+
+
 def of_our_scripts() -> Flags:
     found = {}
     for name in of_the_fork():
-        words = command(name, PYTHON="true", OUTPUT_DIR="runs/NAME")
+        words = command(name, OUTPUT_DIR="runs/NAME")
         entry = next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
         found[name] = by_flag(words[entry + 1 :])
     return found

@@ -107,7 +107,6 @@ def test_kernels_that_are_asked_for() -> None:
     fusions = {"--cross-entropy-loss-fusion", "--ddp-average-in-collective"}
     assert value(words, "--moe-kernels") == "triton" and fusions <= set(words)
     assert "KERNELS=triton: --moe-kernels triton --cross-entropy-loss-fusion" in result.stderr
-    assert "not run on a card yet\n" in result.stderr
     assert not {"--moe-kernels", *fusions} & set(without)
     left_out = {"--no-rope-fusion", "--no-gradient-accumulation-fusion"}
     assert left_out <= set(without) and not left_out & set(words)
@@ -226,7 +225,7 @@ def test_environment_on_gpus(environment: dict[str, str], flags: list[str], expe
 def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Path) -> None:
     """On a machine whose GPUs and interpreter are played: what the training would find in its environment."""
     answers = {
-        "nvidia-smi": f'[[ $1 == -L ]] || printf "%s\\n" "{capability}" "{capability}"',
+        "nvidia-smi": f'[[ $1 == -L ]] && printf "GPU %s: H100\\n" 0 1 || printf "%s\\n" "{capability}" "{capability}"',
         "python": f'[[ $1 == -m ]] || exec {sys.executable} "$@"\n'
         'echo "connections=${CUDA_DEVICE_MAX_CONNECTIONS-} memory=${PYTORCH_CUDA_ALLOC_CONF-}"',
     }
@@ -245,6 +244,9 @@ def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Pat
     assert written == ([ONE, GROWING] if expected else [GROWING])
 
 
+TOO_LARGE = "18446744073709551617"  # 2^64 + 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
@@ -254,11 +256,16 @@ def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Pat
         ([], {"DRY_RUN": "0", "DATA_DIR": "/nowhere"}, "VOCAB_FILE: there is no /nowhere/encoder.json"),
         (["two"], {}, "gpus_per_node is 'two'"),
         (["8", "0"], {}, "train_iters is '0'"),
+        (["8", "1", "1", "100000000000000000000"], {}, "num_experts is '100000000000000000000'"),
+        (["8", "1", "1", "1024", "1024"], {}, "num_experts x granularity is '1048576'"),
+        (["8"], {"NNODES": TOO_LARGE, "MASTER_ADDR": "first"}, f"NNODES is '{TOO_LARGE}'"),
+        (["4", "1", "1", "64"], {"EP": "8"}, "EP=8 does not fit: 4 processes"),
+        (["8", "1", "1", "64"], {"EP": "8", "TP": "2"}, "EP=8 does not fit"),
         (["8", "1", "1", "8", "1", "p", "extra"], {}, "too many arguments: extra"),
         (["2"], {"EP": "3"}, "EP=3 does not divide the 8 experts"),
         (["2"], {"TP": "4"}, "cannot be split into TP=4"),
         (["8"], {"TP": "8"}, "TP=8 does not divide the 12 attention heads"),
-        (["8"], {"VPP": "2"}, "VPP=2 cuts pipeline stages, and PP=1: set PP to at least 2"),
+        (["8"], {"VPP": "2"}, "VPP=2 divides pipeline stages, and PP is 1: set PP to at least 2"),
         (["8"], {"PP": "2", "VPP": "5"}, "PP=2 x VPP=5 does not divide the 12 layers"),
         ([], {"MODEL": "mamba"}, "MODEL=mamba: choose gpt or hybrid"),
         (["8", "--", "--num-layers", "2"], {"MODEL": "hybrid"}, "takes no --num-layers: give --hybrid-layer-pattern"),
@@ -279,11 +286,42 @@ def test_errors(arguments: list[str], environment: dict[str, str], message: str)
     assert message in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_a_dense_model_is_not_too_wide() -> None:
+    result = launch("182m_dense", "8", "1", "1", TOO_LARGE, DRY_RUN="1")
+    assert result.returncode == 2 and f"ffn_expansion is '{TOO_LARGE}'" in result.stderr
+
+
+def test_experts_of_their_own_tensor_parallel_size() -> None:
+    flags = ["--", "--expert-tensor-parallel-size", "1"]
+    assert command("182m_remoe", "8", "1", "1", "64", *flags, EP="8", TP="2")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "asked", "message"),
+    [
+        (0, {}, "1", "gpus_per_node is 1, and 0 GPUs were found"),
+        (2, {}, "8", "gpus_per_node is 8, and 2 GPUs were found. Ask for at most 2"),
+        (2, {"CUDA_VISIBLE_DEVICES": "1"}, "2", "gpus_per_node is 2, and 1 GPUs"),
+        (2, {"CUDA_VISIBLE_DEVICES": ""}, "1", "and 0 GPUs were found"),
+    ],
+)
+def test_too_few_gpus(gpus: int, visible: dict[str, str], asked: str, message: str, tmp_path: Path) -> None:
+    """Without this, Megatron would train on the CPU, one process for each missing GPU."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nseq -f 'GPU %g: H100' " f"{gpus}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    for name in ("encoder.json", "vocab.bpe"):
+        (tmp_path / name).touch()
+    environment = {"DATA_DIR": str(tmp_path), "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path / "run")} | visible
+    result = launch("182m_remoe", asked, **environment, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert result.returncode == 2 and message in result.stderr and "--cpu" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["8", "-h"]])
-def test_help_is_the_header_and_the_environment(arguments: list[str]) -> None:
+def test_help_has_arguments_and_environment(arguments: list[str]) -> None:
     result = launch("469m_moe", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("The paper's 469M model.\n[gpus_per_node] [train_iters]")
+    assert result.stdout.startswith("Usage: bash scripts/train_llama_469m_moe.sh [gpus_per_node] [train_iters]")
     assert re.search(r"^  DATA_PATH .*^  REHEARSE_JSON +a file for .*\Z", result.stdout, re.MULTILINE | re.DOTALL)
 
 
@@ -326,6 +364,41 @@ def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
     saved = list((folder / "run" / "checkpoints").glob("iter_*"))
     size = sum(path.stat().st_size for path in saved[0].iterdir()) / 1e9
     assert int(told[1]) == len(saved) == 2 and float(told[2]) == pytest.approx(size, rel=0.1, abs=0.05), size
+
+
+RUN = """
+import sys
+from pathlib import Path
+from tools.recipes.process import run_training
+sys.exit(run_training(sys.argv[2:], Path(sys.argv[1])))
+"""
+LATE = """
+import subprocess, sys, time
+time.sleep(2)
+subprocess.run([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_DFL); time.sleep(600)"])
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("exit 3", 3), ("kill -KILL $$", 137)])
+def test_ends_with_the_trainings_exit_code_and_its_whole_log(ending: str, code: int, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    words = ["bash", "-c", f"echo out; echo err >&2; {ending}"]
+    result = subprocess.run([sys.executable, "-c", RUN, log, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (code, "out\nerr\n")
+    assert log.read_text() == "before\nout\nerr\n"
+
+
+def test_a_signal_before_torchrun_has_children_is_not_lost(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE]
+    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "log").exists():  # tee has started, and so has the training
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and output.splitlines()[0].startswith("Saving") and "Stopped" in output
 
 
 @pytest.mark.parametrize("receivers", ["script", "all"])

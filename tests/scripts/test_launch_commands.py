@@ -4,6 +4,7 @@
 """
 
 import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -115,7 +116,7 @@ def ask(folder: Path, script: str, arguments: list[str], environment: dict[str, 
     result = launch(script, *arguments, folder=folder, **given)
     assert result.returncode == 0 or result.stdout == "", result.stdout
     printed = result.stdout.replace(sys.executable, "PYTHON").replace(str(REPOSITORY), "REPOSITORY")
-    return result.returncode, printed
+    return result.returncode, shlex.join(shlex.split(printed))
 
 
 def record(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -26,17 +27,19 @@ FLAGS = [
 
 
 SLOW_TO_SAVE = """
-source "$1"
-echo started
-run_training "$2" bash -c 'bash -c "trap : TERM; for i in {1..900}; do sleep 0.1; done"; true'
+import sys
+from pathlib import Path
+from tools.recipes.process import run_training
+print("started", flush=True)
+slow = "bash -c 'trap : TERM; for i in {1..900}; do sleep 0.1; done'; true"
+sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 """
 
 
 def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "SECONDS_TO_DIE", 60)
     work = Work("run", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
-    library = str(REPOSITORY / "scripts" / "lib" / "launch.sh")
-    command = ["bash", "-c", SLOW_TO_SAVE, "-", library, str(tmp_path / "log")]
+    command = [sys.executable, "-c", SLOW_TO_SAVE, str(tmp_path / "log")]
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -44,7 +47,7 @@ def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pyte
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with (tmp_path / "lock").open("w") as lock:
-            process = training_process.start(command, os.environ, lock)
+            process = training_process.start(command, os.environ, lock, REPOSITORY)
         assert process.stdout is not None and process.stdout.readline() == "started\n"
         time.sleep(0.5)
         timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))

@@ -10,7 +10,7 @@ Settings = dict[str, tuple[str, ...]]  # flag → its values, of the last occurr
 
 
 def parse(words: Iterable[str]) -> Settings:
-    """Flags and their values, later ones in place of earlier ones."""
+    """Return flags and their values; later ones replace earlier ones."""
     settings: Settings = {}
     flag = ""
     for word in words:
@@ -22,19 +22,30 @@ def parse(words: Iterable[str]) -> Settings:
     return settings
 
 
+def last_value(words: Sequence[str], flag: str) -> str | None:
+    """Return the value that counts, the last one given to a flag as `--flag value` or `--flag=value`; None without."""
+    found = None
+    for place, word in enumerate(words):
+        if word == flag and place + 1 < len(words):
+            found = words[place + 1]
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
+
+
 def words_of(settings: Settings) -> list[str]:
-    """What `parse` takes apart."""
+    """Return the words that `parse` takes apart."""
     return [word for flag, values in settings.items() for word in (flag, *values)]
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A tool's own words, and those behind --."""
+    """Return a tool's own words, and those after --."""
     place = words.index("--") if "--" in words else len(words)
     return [*words[:place]], [*words[place + 1 :]]
 
 
 def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
-    """The words but for some flags and their values."""
+    """Return the words without some flags and their values."""
     kept, dropping = [], False
     for word in words:
         if word.startswith("--"):
@@ -45,7 +56,7 @@ def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """A converter for argparse of whole numbers of at least `least`."""
+    """Return a converter for argparse of whole numbers of at least `least`."""
 
     def convert(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -56,7 +67,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def above_zero(text: str) -> float:
-    """A converter for argparse."""
+    """Return a number above 0, for argparse."""
     try:
         number = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What is compared: routings as they are, three of them tuned first, setting by setting, and runs of the figures."""
+"""The rows of a comparison: routings, three of them tuned setting by setting, and runs of the figures."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,13 +28,13 @@ TITLES = {"dense": "dense", "moe": "top-k, softmax", REFERENCE: "ReMoE"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run of the sweep, with flags for Megatron behind its own."""
+    """A run of the sweep, with more flags for Megatron."""
 
     run: Run
     flags: tuple[str, ...] = ()
 
     def options(self, axis: str = "") -> list[str]:
-        """For scripts/sweep.sh: this run, or those along a setting."""
+        """Return the options of scripts/sweep.sh for this run, or for those along a setting."""
         run, kinds = self.run, [self.run.kind]
         options = ["--granularities", str(run.granularity or WHOLE)]
         if run.size != BASE_SIZE:
@@ -56,7 +56,7 @@ class Recipe:
 
 
 def recipe_of(row: str) -> Recipe:
-    """Of a row that is not tuned.
+    """Return the recipe of a row that is not tuned.
 
     Raises:
         ValueError: there is no such row.
@@ -73,17 +73,17 @@ def recipe_of(row: str) -> Recipe:
 
 
 def is_routing(row: str) -> bool:
-    """Whether nothing but the routing, or what it was tuned to, is changed."""
+    """Return whether the row changes only the routing, or the settings it was tuned to."""
     return row in TUNED or row in KINDS
 
 
 def row_of(run: Run) -> str:
-    """The row that is a run of a figure: its routing where nothing else is changed, else the run's name."""
+    """Return the row of a figure's run: its routing if nothing else is changed, else the run's name."""
     return run.kind if run == recipe_of(run.kind).run else run.name.removeprefix(_PREFIX).removeprefix(_MODEL)
 
 
 def reference_of(row: str) -> str:
-    """The ReMoE that a row is compared with: of as many experts of the same size, as it is."""
+    """Return the row of the ReMoE to compare with: of as many experts of the same size, not tuned."""
     if is_routing(row):
         return REFERENCE
     run = recipe_of(row).run
@@ -92,7 +92,7 @@ def reference_of(row: str) -> str:
 
 
 def title(row: str) -> str:
-    """In words, for a table."""
+    """Return the row's name in a table."""
     if row in TUNED:
         return f"{TITLES[row.removeprefix('tuned-')].split(',')[0]}, tuned"
     if row in TITLES:
@@ -113,15 +113,14 @@ Train = Callable[[Sequence[str], Sequence[str]], Found]
 
 
 def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
-    """The routing, granularity and settings with the lowest validation loss.
+    """Return the routing, granularity and settings with the lowest validation loss.
 
-    First each routing at each granularity as it is, then the best of them along each setting that it has, beyond the
-    sweep's values where the best is at their end, then what was best of each setting together.
+    Trains each routing at each granularity, then the best of them along each of its settings, beyond the sweep's values
+    if the best is at their end, then the best value of each setting together.
 
     Args:
         kinds: of `sweep.plan.KINDS`.
-        train: takes options for scripts/sweep.sh and flags for Megatron behind them; returns the
-            outcomes of all runs so far by run.
+        train: takes options for scripts/sweep.sh and flags for Megatron; returns all outcomes so far by run.
         given: the flags of all runs, whose learning rate is multiplied.
     """
     granularities = map(str, GRANULARITIES)
@@ -141,7 +140,7 @@ def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
 
 
 def _along(name: str, first: Run, at: Recipe, train: Train) -> dict[Run, float]:
-    """The losses along a setting, until the best is not at an end, or `BEYOND` more values were tried."""
+    """Return the losses along a setting, once the best is not at an end, or `BEYOND` more values were tried."""
     values = AXES[name].values
     for _ in range(1 + BEYOND):
         options = [*at.options(name), f"--{name}s", *(f"{value:g}" for value in values)]
@@ -158,16 +157,16 @@ def _along(name: str, first: Run, at: Recipe, train: Train) -> dict[Run, float]:
 
 
 def _plain(value: float) -> float:
-    """As names and flags tell it."""
+    """Return the value as names and flags have it."""
     return float(f"{value:g}")
 
 
 def flags_behind(run: Run, first: Run, given: Settings) -> tuple[str, ...]:
-    """The flags that a run has more than `first`."""
+    """Return the flags that a run has and `first` has not."""
     return tuple(run.flags(given)[len(first.flags(given)) :])
 
 
 def loss_of(outcome: Outcome) -> float:
-    """Nats per token on the text that settings are chosen by; infinite where the training came to none."""
+    """Return nats per token on the text that settings are chosen by; infinite if the training has none."""
     loss = outcome.validation_loss
     return math.inf if loss is None or math.isnan(loss) else loss

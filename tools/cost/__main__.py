@@ -8,4 +8,4 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from tools.cost.command import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

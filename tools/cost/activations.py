@@ -1,14 +1,13 @@
-"""What a transformer layer keeps of one micro-batch for its backward pass, term by term.
+"""Activations that a transformer layer keeps of one micro-batch for its backward pass, term by term.
 
-A GPU has T tokens of a micro-batch after context parallelism, and T / tensor parallel size where sequence parallelism
-splits them further. Every term is a tensor that the layer's autograd graph saves; tests compare the sum with what
-PyTorch really saves.
+A GPU has T tokens of a micro-batch after context parallelism, and T / tensor parallel size if sequence parallelism
+splits them further. Every term is a tensor that the layer's autograd graph saves; tests compare the sum with PyTorch's.
 """
 
 import argparse
 from dataclasses import dataclass
 
-RECOMPUTED_PARTS = {  # name in --recompute-modules: parts below that it drops
+RECOMPUTED_PARTS = {  # name in --recompute-modules: parts of `layer_parts` that it drops
     "core_attn": ("scores",),
     "layernorm": ("norms",),
     "mlp": ("mlp",),
@@ -32,17 +31,17 @@ class LayerActivations:
 
 
 def tokens_per_gpu(args: argparse.Namespace) -> float:
-    """T above."""
+    """Return T, see above."""
     return args.micro_batch_size * args.seq_length / args.context_parallel_size
 
 
 def element_size(args: argparse.Namespace) -> int:
-    """Bytes of an activation's element."""
+    """Return the bytes of an activation's element."""
     return 2 if args.bf16 or args.fp16 else 4
 
 
 def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> dict[str, float]:
-    """Bytes by part of the layer, nothing recomputed.
+    """Return bytes by part of the layer, with nothing recomputed.
 
     Args:
         args: Megatron's validated arguments.
@@ -63,7 +62,7 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
         parts["attention"] = (query + key_value) * tokens * size / tp
         parts["attention output"] = query * tokens * size / tp
         parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
-        if fused:  # the queries are copied, and keys and values are parts of what they were copied from
+        if fused:  # the queries are copied; keys and values are views
             parts["attention"] += query * tokens * size / tp
         elif local:  # keys and values are repeated to all heads; the softmax's output is kept
             parts["attention"] = 3 * query * tokens * size / tp
@@ -74,7 +73,7 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
         return parts
 
     pairs = experts_per_token * split
-    # Grouped experts compute all that follows the first product again, and take tokens by their numbers if they can.
+    # Grouped experts recompute all that follows the first product, and pick tokens by their numbers if they can.
     gathers = args.expert_model_parallel_size == args.expert_tensor_parallel_size == 1
     gathers = gathers and fused and args.swiglu and args.moe_token_dispatcher_type == "alltoall"
     gathers = gathers and not (args.moe_permute_fusion or args.moe_pad_expert_input_to_capacity)
@@ -89,10 +88,10 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
 
 
 def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, int]:
-    """Saved tensors of the size [tokens, ffn]: before the activation, and from it on.
+    """Return the numbers of saved tensors of shape [tokens, ffn] before the activation, and from it on.
 
-    Fused kernels compute the steps again in backward. Unfused, SwiGLU keeps silu(x), the linear half and the product;
-    experts keep the product with the gate in addition.
+    Fused kernels recompute the steps in backward. Unfused, SwiGLU keeps silu(x), the linear half and the product;
+    experts also keep the product with the gate.
     """
     before, fused = (2, args.bias_swiglu_fusion) if args.swiglu else (1, args.bias_gelu_fusion)
     return before, 1 if fused else (3 if args.swiglu else 1) + gated
@@ -103,7 +102,7 @@ def _mlp(args: argparse.Namespace, size: int) -> int:
 
 
 def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> LayerActivations:
-    """Bytes of a layer under the arguments' recomputation; for parameters see `layer_parts`."""
+    """Return the bytes of a layer with the arguments' recomputation; see `layer_parts`."""
     bounded = "E" in sublayers and args.moe_relu_routing
     limit = args.moe_relu_activation_limit * args.moe_router_topk if bounded else 0.0
     in_chunks = 0.0 < limit < experts_per_token

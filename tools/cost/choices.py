@@ -1,35 +1,45 @@
-"""Micro-batches and EP of the paper's models by rehearsals, as `python tools/rehearse/choose.py` wrote them down."""
+"""The paper's models with several micro-batches and EP, as `python tools/rehearse/choose.py` rehearsed them."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..common.files import write_text
+
 FILE = Path(__file__).with_name("choices.json")
 
 
 def name(gpu: str, gpus: int, size: str, kernels: str) -> str:
-    """The key of a table in the file."""
+    """Return the key of a table in the file."""
     return f"{gpus} x {gpu}, {size}, {kernels}"
 
 
 def read() -> dict[str, Any]:
-    """Name → "made" and "rows", the best first."""
+    """Return for each name "made", when and how, and "rows", the best first."""
     return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
 
 
+def write(tables: dict[str, Any]) -> None:
+    """Write the file, a row a line."""
+    texts = [
+        f'"{key}": {{"made": {json.dumps(table["made"])}, "rows": [\n'
+        + ",\n".join(f" {json.dumps(row)}" for row in table["rows"])
+        for key, table in sorted(tables.items())
+    ]
+    write_text(FILE, "{\n" + "\n]},\n".join(texts) + "\n]}\n}\n")
+
+
 def lines(gpu: str, gpus: int, size: str, kernels: str) -> Iterator[str]:
-    """The table of a model of the paper; which command makes it, where there is none."""
+    """Yield the table of a model of the paper, or the command that makes it."""
     table = read().get(name(gpu, gpus, size, kernels))
     if table is None:
         command = f"python tools/rehearse/choose.py --size {size} --gpu {gpu} --kernels {kernels}"
         yield f"Micro-batch and EP: not rehearsed for {gpus} x {gpu}" + (f"; {command} does it" if gpus == 8 else "")
         return
-    yield f"Micro-batch and EP by rehearsals: {table['made']}. A model, no measurement; nothing hidden"
-    yield "  micro-batch  EP  GiB at most  ms a step  of it collectives    MFU"
+    yield f"Micro-batch and EP by rehearsals: {table['made']}. Modelled, not measured; collectives are not hidden"
+    yield "  micro-batch  EP  GiB at most  ms a step  collectives    MFU"
     for row in table["rows"]:
         start = f"  {row['micro_batch']:>11}{row['ep']:>4}"
-        if row["mfu"]:
-            yield f"{start}{row['gib']:>13.1f}{row['ms']:>11.0f}{row['collectives_ms']:>19.0f}{row['mfu']:>7.1%}"
-        else:
-            yield f"{start}  does not fit"
+        figures = f"{row['gib']:>13.1f}{row['ms']:>11.0f}{row['collectives_ms']:>13.0f}{row['mfu']:>7.1%}"
+        yield f"{start}{figures}" if row["mfu"] else f"{start}  does not fit"

@@ -1,92 +1,98 @@
-"""What a training will cost, before it is started: parameters, FLOPs, hours, and memory per GPU. Needs no GPU."""
+"""Estimate what a training costs before it starts: parameters, FLOPs, hours, and memory per GPU. Needs no GPU."""
 
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.flags import OF_GPT2S_SIZE, split, whole_number
+from ..common.flags import OF_GPT2S_SIZE, last_value, split, whole_number
+from ..recipes.layout import MOST_EXPERTS
+from ..recipes.models import PAPER, ROUTINGS
 from . import paper
 from .choices import lines as rehearsed_lines
 from .gpus import ACCELERATORS, Accelerator
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The tool's own flags; Megatron's stand behind --."""
+    """Return the parser of the tool's own flags; Megatron's are behind --."""
     parser = argparse.ArgumentParser(
         prog="tools/cost",
         description=__doc__,
         usage="python tools/cost --gpus N [--gpu KIND] [--utilization U] -- FLAGS OF pretrain_gpt.py",
         epilog="DRY_RUN=1 bash scripts/train_llama_....sh calls it with the script's flags.",
     )
-    parser.add_argument("--gpus", type=whole_number(1), required=True, help="number of GPUs")
-    parser.add_argument(
-        "--gpu", default="h100", help=f"kind of GPU, for hours and memory (default h100): {', '.join(ACCELERATORS)}"
-    )
-    parser.add_argument("--tflops", type=float, help="its dense bf16 TFLOP/s, for a kind that is not listed")
-    parser.add_argument("--memory", type=float, help="its memory in GiB, for a kind that is not listed")
-    parser.add_argument(
-        "--utilization", type=float, default=0.4, help="share of that rate which the training reaches (default 0.4)"
-    )
-    parser.add_argument(
-        "--paper",
-        nargs=2,
-        metavar=("SIZE", "ROUTING"),
-        help="tell what differs from the paper's run, for instance: 182m remoe",
-    )
-    parser.add_argument("--json", action="store_true", help="print FLOPs and parameters alone, as JSON")
+    add = parser.add_argument
+    add("--gpus", type=whole_number(1), required=True, help="number of GPUs")
+    add("--gpu", default="h100", help=f"kind of GPU, for hours and memory (default: h100): {', '.join(ACCELERATORS)}")
+    add("--tflops", type=float, help="dense bf16 TFLOP/s of a GPU that is not listed")
+    add("--memory", type=float, help="GiB of memory of a GPU that is not listed")
+    add("--utilization", type=float, default=0.4, help="share of the GPU's rate that training reaches (default: 0.4)")
+    add("--paper", nargs=2, metavar=("SIZE", "ROUTING"), help="list differences from the paper's run, e.g. 182m remoe")
     return parser
 
 
 def accelerator(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Accelerator:
-    """The accelerator that the flags name."""
+    """Return the accelerator that the flags name."""
     known = ACCELERATORS.get(options.gpu.lower())
     if known is None and not (options.tflops and options.memory):
         parser.error(
-            f"--gpu {options.gpu} is not in the list ({', '.join(ACCELERATORS)}): take one of it, or give --tflops "
-            "and --memory too"
+            f"--gpu {options.gpu} is not in the list ({', '.join(ACCELERATORS)}): choose one, or give --tflops and "
+            "--memory too"
         )
     rate = options.tflops or (known.tflops if known else 0)
     return Accelerator(rate, options.memory or (known.memory if known else 0))
 
 
-def asks_for_gpt2(flags: list[str]) -> bool:
-    """Whether GPT-2's tokenizer is asked for, the entry's default, which is built as another type from two files."""
-    given = [flags[i + 1] for i, name in enumerate(flags[:-1]) if name == "--tokenizer-type"]
-    return given[-1:] in ([], ["GPT2BPETokenizer"])
+def asks_for_gpt2(flags: Sequence[str]) -> bool:
+    """Return whether the tokenizer is GPT-2's, the default, which is built as another type from two files."""
+    return last_value(flags, "--tokenizer-type") in (None, "GPT2BPETokenizer")
 
 
 def without_missing_vocabulary(flags: list[str]) -> list[str]:
-    """Let a vocabulary of GPT-2's size stand in where its files are not there yet."""
-    named = {name: flags[i + 1] for i, name in enumerate(flags[:-1]) if name in ("--vocab-file", "--merge-file")}
-    if not asks_for_gpt2(flags) or all(Path(path).is_file() for path in named.values()):
-        return flags
-    return [*flags, *OF_GPT2S_SIZE]
+    """Return the flags with a vocabulary of GPT-2's size if its files are not there yet."""
+    named = [path for flag in ("--vocab-file", "--merge-file") if (path := last_value(flags, flag)) is not None]
+    missing = asks_for_gpt2(flags) and not all(Path(path).is_file() for path in named)
+    return [*flags, *OF_GPT2S_SIZE] if missing else flags
 
 
-def main() -> int:
+def check_sizes(args: argparse.Namespace) -> None:
+    """Check what building the model would end over, in a traceback or without end.
+
+    Raises:
+        ValueError: names the flag, its value and the remedy.
+    """
+    if (args.num_experts or 0) > MOST_EXPERTS:
+        raise ValueError(f"--num-experts: {args.num_experts} of a layer are too many. Give at most {MOST_EXPERTS}.")
+    ranks = (args.expert_tensor_parallel_size or args.tensor_model_parallel_size) * args.pipeline_model_parallel_size
+    if args.num_experts and args.world_size % (ranks * args.expert_model_parallel_size):
+        raise ValueError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: {args.world_size} GPUs are not divisible "
+            f"by it times {ranks}, the tensor parallel size of experts times the pipeline stages. Give a smaller one."
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
     """Print the estimate; returns the exit code."""
-    own, flags = split(sys.argv[1:])
+    own, flags = split(arguments)
     parser = build_parser()
     options = parser.parse_args(own)
     if not 0 < options.utilization <= 1:
         parser.error(f"--utilization {options.utilization}: give a share above 0 and up to 1")
-    if options.paper and (options.paper[0] not in paper.SIZES or options.paper[1] not in paper.ROUTINGS):
-        choices = f"a size of {', '.join(paper.SIZES)} and a routing of {', '.join(paper.ROUTINGS)}"
-        parser.error(f"--paper {' '.join(options.paper)}: give {choices}")
+    if options.paper and (options.paper[0] not in PAPER or options.paper[1] not in ROUTINGS):
+        parser.error(f"--paper {' '.join(options.paper)}: give one of {', '.join(PAPER)} and of {', '.join(ROUTINGS)}")
     gpu = accelerator(parser, options)
 
-    # One process stands for the first of all.
+    # This process stands for the first of all.
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.gpus)})
     logging.disable(logging.INFO)
     from ..common.on_cpu import megatron_on_cpu
 
-    megatron_on_cpu()  # where the estimate itself always runs
+    megatron_on_cpu()  # even on a machine with GPUs
     from megatron.remoe import cpu
     from megatron.remoe.preflight.messages import usage_errors
     from megatron.remoe.training.arguments import parse_args, take_saved_args
@@ -95,36 +101,29 @@ def main() -> int:
 
     from . import estimate, parameters
 
-    flags_used = without_missing_vocabulary(flags)
-    given: dict[str, Any] = {}
+    sys.argv = ["pretrain_gpt.py", *without_missing_vocabulary(flags)]
     planned: dict[str, Any] = {}
-
-    def adapt(args: argparse.Namespace) -> None:
-        given.update(paper.settings(args))
+    with contextlib.redirect_stdout(io.StringIO()), usage_errors():
+        args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
+        args.tensorboard_dir, args.wandb_project = None, ""  # the globals below would create or contact them
+        given = paper.settings(args)
         if asks_for_gpt2(flags):
             given["tokenizer_type"] = "GPT2BPETokenizer"
         if not args.cpu:
-            planned.update({name: getattr(args, name) for name in cpu.CPU_VALUES if hasattr(args, name)})
+            planned = {name: getattr(args, name) for name in cpu.CPU_VALUES if hasattr(args, name)}
         with contextlib.redirect_stderr(io.StringIO()):
             cpu.adapt_arguments(args)
-
-    sys.argv = ["pretrain_gpt.py", *flags_used]
-    plan = estimate.Plan(
-        options.gpus, options.gpu, gpu, options.utilization, tuple(options.paper) if options.paper else None
-    )
-    with contextlib.redirect_stdout(io.StringIO()), usage_errors():
-        args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
-        args.tensorboard_dir, args.wandb_project = None, ""  # which would be made, or asked, by the globals below
-        adapt(args)
         take_saved_args(args)
         validate_args(args, {})
+        check_sizes(args)
         set_global_variables(args)
         stages, total = parameters.stages(args), parameters.total(args)
-    if options.json:
-        print(json.dumps(estimate.figures(args, *total)))
-        return 0
-    # What was switched off for building the model here counts as it will be there.
-    text = [*estimate.lines(argparse.Namespace(**vars(args) | planned), given, plan, stages, total)]
+        # What was switched off to build the model here counts as it is on the GPUs.
+        args = argparse.Namespace(**vars(args) | planned)
+        plan = estimate.Plan(options.gpus, options.gpu, gpu, options.utilization)
+        text = [*estimate.plan_lines(args, plan)]
+        text += ["", *paper.lines(given, *options.paper)] if options.paper else []
+        text += [*estimate.lines(args, plan, stages, *total)]
     if options.paper and options.paper[1] == "remoe":
         text += ["", *rehearsed_lines(options.gpu.lower(), options.gpus, options.paper[0], args.moe_kernels)]
     print("\n".join(text))

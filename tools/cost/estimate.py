@@ -5,40 +5,39 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import compute, memory, paper, parameters
+from ..recipes import flops
+from . import data, memory, parameters
 from .gpus import Accelerator
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a training would run.
+    """The machine of a training.
 
     Attributes:
         gpus: their number.
         kind: name of the accelerator.
         accelerator: its figures.
-        utilization: share of its rate that the model's FLOPs are assumed to reach.
-        paper: size and routing of the paper's run to compare with, or None.
+        utilization: assumed share of its rate that the model's FLOPs reach.
     """
 
     gpus: int
     kind: str
     accelerator: Accelerator
     utilization: float
-    paper: tuple[str, str] | None
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training: how many experts a token has in it."""
+    """A part of the training, with its number of experts per token."""
 
     title: str
     experts_per_token: float
 
 
 def phases(args: argparse.Namespace) -> list[Phase]:
-    """Of ReMoE: the dense first stage, in which half of the experts are active; the moment on the way down at which the
-    layers stop to work in chunks; the rest. Of the others: one phase."""
+    """Return ReMoE's phases: dense, with half of the experts active; the moment when layers stop to work in chunks; the
+    rest. Other models have one phase."""
     topk = args.moe_router_topk if args.num_experts else 0
     if not args.moe_relu_routing:
         return [Phase("all steps", topk)]
@@ -49,97 +48,75 @@ def phases(args: argparse.Namespace) -> list[Phase]:
     return found
 
 
+def plan_lines(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
+    """Yield machine and layout."""
+    names = ("tensor_model", "pipeline_model", "context", "data", *["expert_model"] * bool(args.num_experts))
+    sizes = (f"{name.removesuffix('_model')} {getattr(args, f'{name}_parallel_size')}" for name in names)
+    layers = {"local": "plain PyTorch", "transformer_engine": "Transformer Engine"}
+    gpu = plan.accelerator
+    yield f"Plan: {plan.gpus} x {plan.kind} ({gpu.memory:g} GiB, {gpu.tflops:g} TFLOP/s dense bf16)"
+    yield f"  parallel sizes  {', '.join(sizes)}"
+    yield f"  layers          {layers.get(args.transformer_impl, args.transformer_impl)} (--transformer-impl)"
+
+
 def lines(
-    args: argparse.Namespace,
-    given: dict[str, object],
-    plan: Plan,
-    stages: list[parameters.Stage],
-    parameters_of: tuple[int, int],
+    args: argparse.Namespace, plan: Plan, stages: list[parameters.Stage], total: int, experts: int
 ) -> Iterator[str]:
-    """The estimate as text.
+    """Yield model, compute, data, checkpoints and memory.
 
     Args:
         args: Megatron's validated arguments, for `plan.gpus` processes.
-        given: `paper.settings` of the arguments before they were adapted to this machine.
         plan: where it would run.
         stages: see `parameters.stages`.
-        parameters_of: those of the whole model and of its experts; see `parameters.total`.
+        total, experts: parameters; see `parameters.total`.
     """
-    gpu = plan.accelerator
-    layout = {
-        "tensor": args.tensor_model_parallel_size,
-        "pipeline": args.pipeline_model_parallel_size,
-        "context": args.context_parallel_size,
-        "data": args.data_parallel_size,
-    }
-    if args.num_experts:
-        layout["expert"] = args.expert_model_parallel_size
-    yield f"Plan: {plan.gpus} x {plan.kind} ({gpu.memory:g} GiB, {gpu.tflops:g} TFLOP/s dense bf16)"
-    yield "  parallel sizes  " + ", ".join(f"{name} {size}" for name, size in layout.items())
-    layers = {"local": "plain PyTorch", "transformer_engine": "Transformer Engine"}
-    yield f"  layers          {layers.get(args.transformer_impl, args.transformer_impl)} (--transformer-impl)"
-    if plan.paper:
-        yield ""
-        yield from _paper_lines(given, *plan.paper)
     yield ""
-    yield from _compute_lines(args, plan, *parameters_of)
+    yield from _compute_lines(args, plan, total, experts)
+    if found := data.epochs_line(args, _sequences(args)):
+        yield ""
+        yield found
     if args.save and args.save_interval:
         yield ""
-        yield _checkpoint_line(args, parameters_of[0])
+        yield _checkpoint_line(args, total)
     yield ""
     yield from _memory_lines(args, plan, stages)
+
+
+def _sequences(args: argparse.Namespace) -> int:
+    """Return the sequences of the whole training."""
+    return args.train_samples or args.train_iters * args.global_batch_size
 
 
 def _checkpoint_line(args: argparse.Namespace, total: int) -> str:
     interval = args.save_retain_interval or args.save_interval
     number = math.ceil(args.train_iters / interval)  # one is saved after the last iteration in any case
     size = memory.checkpoint_bytes(args, total) / 1e9
-    told = f"{number} of {size:,.1f} GB, {number * size:,.1f} GB in all"
-    return f"Checkpoints: {told}, one every {interval} iterations; --save-retain-interval N keeps fewer"
-
-
-def figures(args: argparse.Namespace, total: int, experts: int) -> dict[str, float]:
-    """What other tools ask for: parameters, training FLOPs of a sequence, and FLOPs of one more active expert in each
-    MoE layer."""
-    topk = args.moe_router_topk if args.num_experts else 0
-    flops = compute.flops_per_sequence(args)
-    return {
-        "total_parameters": total,
-        "active_parameters": active_parameters(args, total, experts),
-        "flops_per_sequence": flops,
-        "flops_per_sequence_and_expert": compute.flops_per_sequence(args, topk + 1) - flops if topk else 0.0,
-    }
+    return (
+        f"Checkpoints: {number} of {size:,.1f} GB, {number * size:,.1f} GB in all, one every {interval} iterations; "
+        "--save-retain-interval N keeps fewer"
+    )
 
 
 def active_parameters(args: argparse.Namespace, total: int, experts: int) -> int:
-    """Parameters that a token meets where it has k experts."""
+    """Return the parameters that a token with k experts uses."""
     return total - experts + (experts * args.moe_router_topk // args.num_experts if args.num_experts else 0)
 
 
-def _paper_lines(given: dict[str, object], size: str, routing: str) -> Iterator[str]:
-    """Where the paper does not give a value, the scripts of its authors' fork do."""
-    different = paper.differences(given, size, routing)
-    yield f"Settings that differ from the paper's {size.upper()} {routing}: {'' if different else 'none'}"
-    for flag, value, expected, source in different:
-        yield f"  {flag} {value}   ({source}: {expected})"
-
-
 def _compute_lines(args: argparse.Namespace, plan: Plan, total: int, experts: int) -> Iterator[str]:
-    per_sequence = compute.flops_per_sequence(args)
-    sequences = args.train_samples or args.train_iters * args.global_batch_size
-    tokens, flops = sequences * args.seq_length, sequences * per_sequence
-    hours = plan.accelerator.hours(flops, plan.gpus, plan.utilization)
+    per_sequence = flops.flops_per_sequence(args)
+    tokens, whole = _sequences(args) * args.seq_length, _sequences(args) * per_sequence
+    hours = plan.accelerator.hours(whole, plan.gpus, plan.utilization)
     yield "Model and compute"
     yield f"  total parameters    {total:,}"
     yield f"  active parameters   {active_parameters(args, total, experts):,} per token"
     yield f"  FLOPs               {per_sequence / args.seq_length / 1e9:.3f} G per token"
     yield f"                      {per_sequence / 1e9:,.0f} G per sequence of {args.seq_length} tokens"
-    yield f"                      {flops:.3g} for the whole run of {tokens:,} tokens"
+    yield f"                      {whole:.3g} for the whole run of {tokens:,} tokens"
     yield f"  time                {_duration(hours)} on {plan.gpus} x {plan.kind} at {plan.utilization:.0%} utilization"
     for phase in phases(args)[:-1][:1]:
-        ratio = compute.flops_per_sequence(args, phase.experts_per_token) / per_sequence
+        ratio = flops.flops_per_sequence(args, phase.experts_per_token) / per_sequence
         yield f"  FLOPs count k experts per token; a step of the {phase.title} takes {ratio:.2f} times as many."
-    yield from (f"  {line}" for line in compute.CONVENTION)
+    yield from (f"  {line}" for line in flops.CONVENTION)
 
 
 def _duration(hours: float) -> str:
@@ -165,5 +142,5 @@ def _memory_lines(args: argparse.Namespace, plan: Plan, stages: list[parameters.
     available = plan.accelerator.memory * 2**30
     if largest > available:
         yield f"  WARNING: {largest / 2**30:.1f} GiB are more than a {plan.kind} has."
-        yield "  Take a smaller micro-batch, more expert, tensor or pipeline parallelism, or"
+        yield "  Choose a smaller micro-batch, more expert, tensor or pipeline parallelism, or"
         yield "  --recompute-granularity selective --recompute-modules moe."

@@ -16,7 +16,7 @@ class Accelerator:
     memory: float
 
     def hours(self, flops: float, gpus: int, utilization: float) -> float:
-        """Hours for `flops` on this many of them, of whose rate the share `utilization` is reached."""
+        """Return the hours for `flops` on so many GPUs at the share `utilization` of their rate."""
         return flops / (gpus * self.tflops * 1e12 * utilization) / 3600
 
 

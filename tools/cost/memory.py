@@ -27,12 +27,12 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_token: float) -> tuple[int, Memory]:
-    """The pipeline stage that needs most, and what it needs.
+    """Find the pipeline stage that needs most memory.
 
     Args:
         args: Megatron's validated arguments.
@@ -40,7 +40,7 @@ def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_tok
         experts_per_token: active experts of a token in each MoE layer.
 
     Returns:
-        The stage's index, and the memory of each of its GPUs where experts get equally many tokens.
+        The stage's index, and the memory of each of its GPUs if experts get equally many tokens.
     """
     memories = [stage_memory(args, stages, index, experts_per_token) for index in range(len(stages))]
     fullest = max(range(len(memories)), key=lambda index: memories[index].total)
@@ -48,7 +48,7 @@ def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_tok
 
 
 def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> Memory:
-    """Memory of the GPUs of stage `index`; see `fullest_stage`."""
+    """Return the memory of a GPU of stage `index`; see `fullest_stage`."""
     stage, parameters = stages[index], stages[index].shared + stages[index].experts
     half = args.bf16 or args.fp16
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2
@@ -66,13 +66,13 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
 
 
 def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
-    """Bytes of one checkpoint on disk, of a model of so many parameters; the weights and the optimizer's state."""
+    """Return the bytes of one checkpoint on disk: weights and optimizer state of a model of so many parameters."""
     optimizer = 0 if args.no_save_optim else _optimizer_bytes(args, args.bf16 or args.fp16)
     return (element_size(args) + optimizer) * parameters
 
 
 def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
-    """Bytes a parameter: Adam's two moments, and the fp32 weights of half-precision training."""
+    """Return bytes a parameter: Adam's two moments, and the fp32 weights of half-precision training."""
     if args.optimizer == "sgd":
         return 4 * half + 4
     if not args.use_precision_aware_optimizer:
@@ -97,7 +97,7 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
 
 
 def _with_recomputation(args: argparse.Namespace, layers: list[LayerActivations]) -> tuple[float, float]:
-    """Bytes kept of one micro-batch, and those that come back while one part is computed anew."""
+    """Return the bytes kept of one micro-batch, and those that exist while one part is recomputed."""
     if not layers:
         return 0.0, 0.0
     if args.recompute_granularity != "full":
@@ -110,7 +110,7 @@ def _with_recomputation(args: argparse.Namespace, layers: list[LayerActivations]
 
 
 def sublayers(args: argparse.Namespace, number: int) -> str:
-    """What a layer is made of, in the letters of --hybrid-layer-pattern: one of them in HybridModel, two in GPTModel.
+    """Return a layer's sublayers in the letters of --hybrid-layer-pattern: one in HybridModel, two in GPTModel.
 
     Args:
         args: Megatron's validated arguments.
@@ -124,7 +124,7 @@ def sublayers(args: argparse.Namespace, number: int) -> str:
 
 
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:
-    """Micro-batches whose activations the stage holds at once, under Megatron's 1F1B schedules."""
+    """Return how many micro-batches' activations the stage holds at once, under Megatron's 1F1B schedules."""
     stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
     if stages == 1:
         return 1

@@ -1,4 +1,4 @@
-"""Parameters on every pipeline stage: Megatron's own model, built without memory in a group without processes."""
+"""Counts the parameters of each pipeline stage: builds Megatron's model without memory, in a fake process group."""
 
 import argparse
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from megatron.remoe.training.hooks import install_local_layers, install_routing
 
 @dataclass(frozen=True)
 class Stage:
-    """What one GPU of a pipeline stage holds.
+    """The parameters on one GPU of a pipeline stage.
 
     Attributes:
         shared: parameters outside of experts, after tensor parallelism.
@@ -46,14 +46,14 @@ def stages(args: argparse.Namespace) -> list[Stage]:
 
 
 def total(args: argparse.Namespace) -> tuple[int, int]:
-    """Parameters of the whole model, and those of its routed experts."""
+    """Return the parameters of the whole model, and those of its routed experts."""
     whole = _without_parallelism(args)
     stage = stages(whole)[0]
     return stage.shared + stage.experts, stage.experts
 
 
 def _without_parallelism(args: argparse.Namespace) -> argparse.Namespace:
-    """The same model without any parallelism."""
+    """Return the arguments of the same model without any parallelism."""
     alone = argparse.Namespace(**vars(args))
     alone.world_size = alone.tensor_model_parallel_size = alone.pipeline_model_parallel_size = 1
     alone.context_parallel_size = alone.expert_model_parallel_size = alone.expert_tensor_parallel_size = 1

@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if not text.isdecimal() or int(text) < least:
             parser.error(f"{source} is {text!r}: give a whole number of at least {least}.")
         setattr(args, name, int(text))
-    args.output_dir = args.output_dir or corpora.FOLDERS[args.corpus]
+    args.output_dir = args.output_dir or ROOT / corpora.FOLDERS[args.corpus]
     return args
 
 

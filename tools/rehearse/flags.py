@@ -1,9 +1,11 @@
-"""What a rehearsal changes in a training's command line, and what it reads from it."""
+"""The command line of a training as it is rehearsed, and what a rehearsal reads from it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.flags import OF_GPT2S_SIZE, parse, without
+from ..common.flags import last_value as value_of
+from ..recipes.data import MADE_UP
 
 # Nothing is saved, loaded or reported, and the number of steps is the rehearsal's: Megatron's defaults are right.
 LEFT_OUT = set(
@@ -14,11 +16,10 @@ LEFT_OUT = set(
     "--log-interval --eval-interval --eval-iters --num-workers --rampup-batch-size --mock-data --cpu".split()
 )
 GPT2S = {"--tokenizer-type", "--vocab-file", "--merge-file"}
-MADE_UP = "made-up"  # what scripts/lib/data.sh says for data where it was given none
 
 
 def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
-    """The flags of the training as it is rehearsed: made-up tokens, `steps` steps, nothing saved."""
+    """Return the flags of the rehearsal: made-up tokens, `steps` steps, nothing saved."""
     kept = without(flags, LEFT_OUT.__contains__)
     if value_of(kept, "--tokenizer-type") in (None, "GPT2BPETokenizer"):
         files = [value_of(kept, flag) for flag in ("--vocab-file", "--merge-file")]
@@ -29,21 +30,13 @@ def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
 
 
 def data_of(flags: Sequence[str]) -> list[str]:
-    """The words behind --data-path; none where the launch scripts made them up."""
+    """Return the words behind --data-path; none if the launch scripts made them up."""
     words = list(parse(flags).get("--data-path", ()))
     return [] if words == [MADE_UP] else words
 
 
-def value_of(flags: Sequence[str], name: str) -> str | None:
-    """The last value given to a flag; None where it is not given."""
-    places = [place for place, word in enumerate(flags[:-1]) if word == name]
-    if places:
-        return flags[places[-1] + 1]
-    return next((word.split("=", 1)[1] for word in reversed(flags) if word.startswith(f"{name}=")), None)
-
-
 def number(flags: Sequence[str], name: str, default: float) -> float:
-    """The value of a flag that is a number; what is none is left to Megatron's parser to complain of."""
+    """Return the value of a flag as a number; `default` for other text, which Megatron's parser will refuse."""
     try:
         return float(value_of(flags, name) or default)
     except ValueError:

@@ -152,8 +152,9 @@ class Rehearsal:
     def _model(self, args: Any) -> dict[str, Any]:
         """Return what the forecast of memory needs, and the forecast of tools/cost for each stage."""
         from megatron.core import parallel_state
-        from tools.cost import compute, memory
+        from tools.cost import memory
         from tools.cost.parameters import Stage
+        from tools.recipes import flops
 
         sizes = {True: 0, False: 0}
         for name, parameter in (item for chunk in self.model for item in chunk.named_parameters()):
@@ -175,10 +176,9 @@ class Rehearsal:
                 name: memory.stage_memory(args, stages, stage, share * (args.num_experts or 0)).total / GIB
                 for name, share in self.options["shares"].items()
             },
-            "flops_per_sequence": compute.flops_per_sequence(args),
+            "flops_per_sequence": flops.flops_per_sequence(args),
             "sequences_per_gpu": args.global_batch_size / args.world_size,
         }
-
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A ReMoE of today's size rehearsed on 64, 512 and 4096 GPUs; writes docs/scale.md.
+"""Rehearse a ReMoE of 30B parameters on 64, 512 and 4096 GPUs; writes docs/scale.md.
 
 python tools/rehearse/scale.py             all of it; finished rehearsals in runs/scale are not repeated
 python tools/rehearse/scale.py --write     and puts the tables into docs/scale.md
@@ -45,12 +45,12 @@ class Layout:
 
     @property
     def title(self) -> str:
-        """As it is spoken of."""
+        """In words."""
         parts = [f"TP{self.tp} + SP"] * (self.tp > 1) + [f"PP{self.pp}"] * (self.pp > 1) + [f"EP{self.ep}"]
         return " x ".join(parts) + (", full recompute" if self.recompute else "")
 
     def flags(self, gpus: int) -> list[str]:
-        """Megatron's flags for so many GPUs."""
+        """Return Megatron's flags for so many GPUs."""
         words = f"--tensor-model-parallel-size {self.tp} --pipeline-model-parallel-size {self.pp} "
         words += f"--expert-model-parallel-size {self.ep} --expert-tensor-parallel-size 1 "
         words += f"--global-batch-size {MICRO_BATCHES * gpus // (self.tp * self.pp)}"
@@ -68,7 +68,7 @@ LAYOUTS = {
 
 
 def rehearse(gpus: int, layout: Layout, folder: Path) -> dict[str, Any]:
-    """The figures of `tools/rehearse`, or those of a finished rehearsal."""
+    """Return the figures of a rehearsal, made now or earlier."""
     path = folder / f"{gpus}-{layout.title.replace(' ', '')}.json"
     if not path.exists():
         tool = [sys.executable, str(ROOT / "tools" / "rehearse"), "--gpus", str(gpus), "--json", str(path), "--"]
@@ -80,7 +80,7 @@ def rehearse(gpus: int, layout: Layout, folder: Path) -> dict[str, Any]:
 
 
 def row(gpus: int, layout: Layout, found: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     if not found["starts"]:
         words = (found["error"] or "").splitlines()[0]
         return f"| {gpus} | {layout.title} | no: {words[:120]} | | | | |"
@@ -100,7 +100,7 @@ def row(gpus: int, layout: Layout, found: dict[str, Any]) -> str:
 
 
 def collectives(found: dict[str, Any]) -> str:
-    """The collectives that take most of the links' time."""
+    """Return the collectives that take most of the links' time, in words."""
     parts = [
         f"{one['kind']} over {one['ranks']} ({one['group']}{'' if one['within_node'] else ', nodes'}): "
         f"{one['bytes'] / 1e9:.1f} GB in {one['times']}, {one['seconds'] * 1e3:.0f} ms"
@@ -110,7 +110,7 @@ def collectives(found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rehearse what was not rehearsed yet, print the tables, and write them if asked to."""
+    """Rehearse what is missing, print the tables, and write them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "scale", help="default: runs/scale")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -11,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ..common.places import ROOT
-from .flags import MADE_UP
+from ..recipes.data import MADE_UP
+from ..recipes.launch import plan
+from ..recipes.layout import NAMES
+from ..recipes.models import Training
 
-SETTINGS = set(
-    "MODEL TP PP VPP EP CP KERNELS GPU DATA_PATH DATA_DIR DRY_RUN REHEARSE REHEARSE_JSON "
-    "PYTORCH_CUDA_ALLOC_CONF".split()
-)
+SETTINGS = {
+    *NAMES,
+    *"MODEL KERNELS GPU DATA_PATH DATA_DIR DRY_RUN REHEARSE REHEARSE_JSON PYTORCH_CUDA_ALLOC_CONF".split(),
+}
 ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more repeat it
 GPUS = 8
-BATCH = 512  # sequences of a step
+BATCH = Training().global_batch
 FEW = 8  # micro-batches of a step that are all rehearsed
 PLAIN = ("--transformer-impl", "local")  # whether or not Transformer Engine is installed
 
@@ -30,9 +32,9 @@ class Launch:
 
     Attributes:
         routing: dense, moe or remoe.
-        flags: of Megatron, behind "--".
-        settings: environment of the script, as EP or KERNELS.
-        size: of the model, as the scripts are named.
+        flags: Megatron's, behind "--".
+        settings: the script's environment, such as EP or KERNELS.
+        size: of the model, as in the script's name.
         gpus: of one machine.
         root: the checkout.
     """
@@ -44,33 +46,33 @@ class Launch:
     gpus: int = GPUS
     root: Path = ROOT
 
-    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run it, with these settings besides its own."""
-        script = ["bash", str(self.root / "scripts" / f"train_llama_{self.size}_{self.routing}.sh"), str(self.gpus)]
+    def _environment(self, more: dict[str, str]) -> dict[str, str]:
+        """Return this process's environment, but for what a script reads, with this script's settings and `more`."""
         plain = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-        settings = plain | {"PYTHON": sys.executable} | self.settings | environment
-        return subprocess.run([*script, "--", *self.flags], env=settings, capture_output=True, text=True)
+        return plain | {"PYTHON": sys.executable} | self.settings | more
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run the script, with these settings on top of its own."""
+        script = ["bash", str(self.root / "scripts" / f"train_llama_{self.size}_{self.routing}.sh"), str(self.gpus)]
+        command = [*script, "--", *self.flags]
+        return subprocess.run(command, env=self._environment(environment), capture_output=True, text=True)
 
     def command(self) -> list[str]:
-        """The training's flags."""
+        """Return the training's flags."""
         return self.planned()[1]
 
     def planned(self) -> tuple[dict[str, str], list[str]]:
-        """The environment's settings and the training's flags.
+        """Return the environment's settings and the training's flags.
 
         Raises:
-            RuntimeError: the script gives none; has what it printed.
+            RecipeError: the script refuses its settings.
         """
-        result = self.run(DRY_RUN="command", DATA_PATH=MADE_UP)
-        if result.returncode:
-            raise RuntimeError(f"{self} gives no command:\n{result.stderr}")
-        words = shlex.split(result.stdout)
-        entry = next(place for place, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
-        settings = dict(word.split("=", 1) for word in words[1:entry] if words[0] == "env" and "=" in word)
-        return settings, words[entry + 1 :]
+        environment = self._environment({"DRY_RUN": "command", "DATA_PATH": MADE_UP})
+        launch = plan(self.size, self.routing, [str(self.gpus), "--", *self.flags], environment)
+        return launch.settings, launch.flags
 
     def rehearse(self) -> dict[str, Any]:
-        """What its rehearsal says, as REHEARSE_JSON holds it.
+        """Return the figures of the script's rehearsal, as REHEARSE_JSON holds them.
 
         Raises:
             SystemExit: there was no rehearsal; has what the script printed.
@@ -85,17 +87,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of `BATCH` sequences; of many micro-batches it is drawn on from steps of one and of two.
+    """A step of `BATCH` sequences; with many micro-batches it is extrapolated from steps of one and of two.
 
     Attributes:
-        error: why it does not start; None where it does, and all else holds.
-        peak_gib: what PyTorch reserves at most in any stage.
-        forward_layer, update: launches of a layer's forward pass, and of λ's update; None where there are none.
+        error: why it does not start; None if it does, and all else holds.
+        peak_gib: the most that PyTorch reserves in any stage.
+        forward_layer, update: launches of a layer's forward pass, and of λ's update; None if there are none.
         launches: of the step.
-        waits: of the host, but for those of the MoE layers for their counts.
+        waits: of the host, except those of the MoE layers for their counts.
         bytes, seconds: of the roofline.
         collectives: seconds, one after another.
-        mfu: with nothing hidden, collectives counted.
+        mfu: with collectives, and nothing hidden.
         roofline_mfu: without collectives.
     """
 
@@ -113,7 +115,7 @@ class Step:
 
 
 def whole_step(launch: Launch, micro_batch: int) -> Step:
-    """The step of a launch script with data parallelism over all GPUs, in micro-batches of so many sequences."""
+    """Rehearse a step of a launch script, data parallel over all GPUs, in micro-batches of so many sequences."""
     found: list[dict[str, Any]] = []
     whole = BATCH // (micro_batch * GPUS)
     for number in (1, 2) if whole > FEW else (whole,):
@@ -125,7 +127,7 @@ def whole_step(launch: Launch, micro_batch: int) -> Step:
 
 
 def drawn_on(found: list[dict[str, Any]], whole: int) -> Step:
-    """The step of `whole` micro-batches from rehearsals of one and of two, or from its own alone."""
+    """Extrapolate the step of `whole` micro-batches from rehearsals of one and of two; or return its own."""
     counted = [
         {
             "launches": seen["launches"]["step"],

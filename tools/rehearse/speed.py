@@ -1,8 +1,8 @@
-"""Launches, waits, bytes and modelled time of the paper's launch commands by kernels; writes docs/performance.md.
+"""Rehearse launches, waits, bytes and modelled time of the launch scripts by kernels; writes docs/performance.md.
 
 python tools/rehearse/speed.py             all of it; finished rehearsals in runs/speed are not repeated
 python tools/rehearse/speed.py --write     and puts the table into docs/performance.md
-git worktree add EARLIER COMMIT; python tools/rehearse/speed.py --before EARLIER     has what was before, too
+git worktree add EARLIER COMMIT; python tools/rehearse/speed.py --before EARLIER     compares with it
 """
 
 import argparse
@@ -19,16 +19,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from tools.common.files import write_between, write_json  # noqa: E402
 from tools.common.places import ROOT  # noqa: E402
 from tools.cost import choices  # noqa: E402
+from tools.recipes.models import PAPER, Training  # noqa: E402
 from tools.rehearse.scripts import GPUS, PLAIN, Launch, Step, whole_step  # noqa: E402
 
-SIZES, MICRO_BATCH = ("182m", "469m", "978m"), 16  # that of the launch scripts
 ROUTINGS = {"remoe": "ReMoE", "moe": "top-k"}
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A launch script with these kernels, in these micro-batches."""
+    """A launch script with these kernels and this micro-batch."""
 
     kernels: str
     launch: Launch
@@ -36,24 +36,24 @@ class Row:
 
     @property
     def title(self) -> str:
-        """The first columns."""
+        """The first columns of its row."""
         model = f"{self.launch.size.upper()} {ROUTINGS[self.launch.routing]}"
         return f"{model} | {self.kernels} | {self.micro_batch}, {self.launch.settings.get('EP', '1')}"
 
 
 def rows(before: Path | None) -> Iterator[Row]:
-    """All that are rehearsed: as before, and now by kernels, last with the micro-batch and EP that suit them best."""
+    """Yield all rows: before, now by kernels, and last with the best micro-batch and EP."""
     engines: dict[str, tuple[str, ...]] = {"": PLAIN}
     if importlib.util.find_spec("transformer_engine") is not None:
         engines |= {"Transformer Engine, ": ()}
-    for size in SIZES:
+    for size in PAPER:
         for routing in ROUTINGS:
             if before is not None:
-                yield Row("before", Launch(routing, PLAIN, size=size, root=before), MICRO_BATCH)
+                yield Row("before", Launch(routing, PLAIN, size=size, root=before), Training().micro_batch)
             for engine, flags in engines.items():
                 for kernels in ("torch", "triton"):
                     settings = {"KERNELS": kernels.removeprefix("torch")}
-                    yield Row(f"{engine}{kernels}", Launch(routing, flags, settings, size), MICRO_BATCH)
+                    yield Row(f"{engine}{kernels}", Launch(routing, flags, settings, size), Training().micro_batch)
         if table := choices.read().get(choices.name("h100", GPUS, size, "triton")):
             best = table["rows"][0]
             settings = {"KERNELS": "triton", "EP": str(best["ep"])}
@@ -61,7 +61,7 @@ def rows(before: Path | None) -> Iterator[Row]:
 
 
 def figures(row: Row, folder: Path, only_finished: bool = False) -> Step | None:
-    """Of a row, or those of a finished rehearsal."""
+    """Return the figures of a row, rehearsed now or earlier."""
     path = folder / f"{row.title.replace(' ', '').replace('|', '-')}.json"
     if only_finished and not path.exists():
         return None
@@ -71,7 +71,7 @@ def figures(row: Row, folder: Path, only_finished: bool = False) -> Step | None:
 
 
 def line(row: Row, step: Step) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     if step.error is not None:
         return f"| {row.title} | no: {step.error.splitlines()[0][:120]} | | | | | | |"
     counts = [step.forward_layer, step.update, step.launches, step.waits]
@@ -81,11 +81,11 @@ def line(row: Row, step: Step) -> str:
 
 
 def main() -> int:
-    """Rehearse what was not rehearsed yet, print the table, and write it if asked to."""
+    """Rehearse what is missing, print the table, and write it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of an earlier commit, to compare with")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier commit to compare with")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "speed", help="default: runs/speed")
-    parser.add_argument("--finished", action="store_true", help="only what was rehearsed already")
+    parser.add_argument("--finished", action="store_true", help="use finished rehearsals only")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)

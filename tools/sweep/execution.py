@@ -1,4 +1,4 @@
-"""Runs one launch script as a process and shows its progress; one that is stopped saves a checkpoint first."""
+"""Runs a launch script as a process and shows its progress; when stopped, it saves a checkpoint first."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ from .progress import SweepDisplay, Work
 from .run_log import is_finished, log_of, read_outcome
 
 KEPT, SHOWN = 300, 15  # last lines of the output; those of them that are shown if a run fails
-_LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which says nothing about the cause
+_LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which does not have the cause
 SECONDS_TO_DIE = 20
 
 
@@ -58,13 +58,13 @@ def train(launch: Launch, run: Run, display: SweepDisplay, work: Work, keep_open
 
 
 def _cause(tail: Iterable[str]) -> str:
-    """The last lines before torchrun's own."""
+    """Return the last lines before torchrun's own."""
     own = list(itertools.takewhile(lambda line: _LAUNCHER not in line, tail)) or list(tail)
     return "".join(own[-SHOWN:]).rstrip()
 
 
 def _follow(output: IO[str], tail: deque[str], display: SweepDisplay, work: Work) -> None:
-    """Show the progress that the output tells; its text is in the log, written by the launch script."""
+    """Show the progress that the output reports; the launch script writes its text to the log."""
     for event in events(output, work.iterations, tail.append):
         match event:
             case Resumed(iteration):
@@ -76,8 +76,8 @@ def _follow(output: IO[str], tail: deque[str], display: SweepDisplay, work: Work
 
 
 def _stop(process: subprocess.Popen[str], display: SweepDisplay, work: Work) -> None:
-    """Have the run save a checkpoint and end; on Ctrl-C or a signal meanwhile, end it without."""
-    display.say(f"{work.place} {work.name}: saving a checkpoint; a second Ctrl-C ends it at once, without.")
+    """Have the run save a checkpoint and end; end it without one at another Ctrl-C."""
+    display.say(f"{work.place} {work.name}: saving a checkpoint; a second Ctrl-C ends it at once, without one.")
     display.note(work, "saving")
     process.send_signal(signal.SIGTERM)
     try:

@@ -1,4 +1,4 @@
-"""Which runs the figures take, and the command of each."""
+"""The runs of each figure, and their commands."""
 
 import math
 import re
@@ -9,23 +9,24 @@ from typing import Any
 
 from ..common.flags import Settings, parse, without
 from ..common.places import ROOT
+from ..recipes.launch import run_name
+from ..recipes.models import PAPER, ROUTINGS, Routing, Training
 
-SIZES = ("182m", "469m", "978m")
+SIZES = tuple(PAPER)
 EXPERTS = (4, 8, 16, 32, 64, 128)
 GRANULARITIES = (1, 2, 4, 8, 16, 32, 64)
-ROUTINGS = ("dense", "moe", "remoe")
 FIGURES = ("size", "experts", "granularity")
-COMPARED = "routing"  # the figure over routings, at the other figures' common point
-# Where the axes meet: each figure varies one thing and keeps the others.
+COMPARED = "routing"  # the figure over routings, at the base of the others
+# The base: each figure varies one thing and keeps the others.
 BASE_SIZE, FEW_EXPERTS, WHOLE = "182m", 8, 1
 VALUES: Mapping[str, Sequence[Any]] = {"size": SIZES, "experts": EXPERTS, "granularity": GRANULARITIES}
-RATES: Mapping[str, tuple[str]] = {"--lr": ("5e-4",), "--min-lr": ("5e-5",)}  # the launch scripts'
+RATES: Mapping[str, tuple[str]] = {"--lr": (Training().lr,), "--min-lr": (Training().min_lr,)}
 WIDE = 8  # the paper's Dense x 8, as wide as 8 experts
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A routing of the launch scripts trained otherwise: `flags` for Megatron behind the script's, which win."""
+    """A variant of a launch script's routing, by `flags` for Megatron that override the script's."""
 
     title: str
     marker: str
@@ -35,7 +36,7 @@ class Protocol:
 UNBALANCED = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0"
 LOSS_FREE = f"--moe-router-score-function sigmoid --moe-router-enable-expert-bias {UNBALANCED}"
 MATCHED, POST_SOFTMAX = "moe-matched", "moe-post"
-# By the word behind the routing's.
+# By the name of the routing and a word.
 PROTOCOLS: Mapping[str, Protocol] = {
     "moe-warmup": Protocol("near-dense warm-up", "^", "--moe-warmup-topk {warmup_topk} --moe-warmup-steps 100"),
     "moe-unbalanced": Protocol("no load balancing", "D", UNBALANCED),
@@ -58,8 +59,8 @@ AUXILIARY = ("moe", "moe-warmup", POST_SOFTMAX, "moe-sigmoid")  # with an auxili
 class Axis:
     """A number that runs of some routings vary.
 
-    base: where nothing is changed, and no flag is needed.
-    flags: for Megatron, with {value}, or {lr} and {min_lr}, the launch's times the value.
+    base: the value without any flag.
+    flags: for Megatron, with {value}, or with {lr} and {min_lr}, the launch's rates times the value.
     """
 
     title: str
@@ -97,9 +98,9 @@ _NAME = re.compile(
 class Run:
     """One training; a dense one has no experts and no granularity.
 
-    expansion: of a dense one's FFN over 4 x hidden.
-    axis, value: of `AXES`, where it is not at the base.
-    protocol: of `PROTOCOLS`; any other word stands for a run made elsewhere, for instance by the authors' fork.
+    expansion: a dense model's FFN over 4 x hidden.
+    axis, value: of `AXES`, unless it is at the base.
+    protocol: of `PROTOCOLS`; any other word is a run of another program, such as the authors' fork.
     """
 
     size: str
@@ -118,14 +119,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name that the launch scripts give to it, with what they do not know behind."""
-        name = f"llama_{self.size}_{self.routing}_"
-        name += f"ffn{4 * self.expansion}" if self.routing == "dense" else f"e{self.experts}g{self.granularity}"
+        """The name that the launch scripts give to it, followed by protocol and axis."""
+        name = run_name(self.size, Routing(self.routing, self.experts or 0, self.granularity or 0), self.expansion)
         name += f"_{self.protocol}" if self.protocol else ""
         return name + (f"_{self.axis.rpartition('-')[2]}{self.value:g}" if self.axis else "")
 
     def flags(self, given: Settings) -> list[str]:
-        """What the run gives to Megatron behind the launch script's flags and those `given` for all runs."""
+        """Return the flags that the run adds to the launch script's and to those `given` for all runs."""
         lr, min_lr = (float(given.get(flag, default)[0]) * self.value for flag, default in RATES.items())
         told = {"lr": f"{lr:g}", "min_lr": f"{min_lr:g}", "value": f"{self.value:g}"}
         told["warmup_topk"] = str((self.experts or 0) * 6 // 8)
@@ -139,7 +139,7 @@ class Run:
 
     @classmethod
     def from_name(cls, name: str) -> "Run | None":
-        """The run of a name, None where it is the name of something else."""
+        """Return the run of a name; None if it is the name of something else."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
@@ -152,17 +152,17 @@ class Run:
         return run if run.name == name else None
 
     def at(self, axis: str, value: float) -> "Run":
-        """The run elsewhere on an axis."""
+        """Return the run at another value of an axis."""
         return self if value == AXES[axis].base else replace(self, axis=axis, value=value)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What all runs have in common; `flags` go to Megatron behind the script's, to dense runs without --moe-... ones.
+    """What all runs have in common; `flags` override the script's; dense runs get no --moe-... ones.
 
-    small: flags in front of these, by the size of the launch script, where its model is made tiny.
+    small: flags before these that make the model tiny, by the size of the launch script.
     iterations: of those runs that do not train for `train_iters`.
-    data: what leads the launch scripts to the text, where the environment does not.
+    data: environment variables for the text, if the environment has none.
     """
 
     output: Path
@@ -175,11 +175,15 @@ class Launch:
     data: Mapping[str, str] = field(default_factory=dict)
 
     def folder(self, run: Run) -> Path:
-        """Where the run leaves its files."""
+        """Return the folder of the run's files."""
         return self.output / run.name
 
     def arguments(self, run: Run) -> list[str]:
-        """The launch script with its arguments."""
+        """Return the launch script with its arguments."""
+        return [str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *self.words(run)]
+
+    def words(self, run: Run) -> list[str]:
+        """Return the launch script's arguments."""
         micro_batch = "" if self.micro_batch_size is None else str(self.micro_batch_size)  # empty: the script's own
         words = [str(self.gpus_per_node), str(self.iterations.get(run, self.train_iters)), micro_batch]
         common = (*self.small.get(run.size, ()), *self.flags)
@@ -190,13 +194,12 @@ class Launch:
             words += [str(run.expansion)] if run.expansion > 1 else []
             # Megatron refuses some of them where there are no experts.
             flags = without(flags, lambda flag: flag.startswith("--moe-"))
-        behind = ["--", *flags] if flags else []
-        return [str(ROOT / "scripts" / f"train_llama_{run.size}_{run.routing}.sh"), *words, *behind]
+        return [*words, "--", *flags] if flags else words
 
     def environment(self, run: Run, given: Mapping[str, str]) -> dict[str, str]:
-        """What the run needs beside the `given` environment.
+        """Return the variables that the run adds to the `given` environment.
 
-        EP is lowered to what divides the run's experts: one value serves a whole axis.
+        EP is lowered to divide the run's experts: one value serves a whole axis.
         """
         added = {**self.data, "OUTPUT_DIR": str(self.folder(run))}
         if run.experts is not None and run.granularity is not None and given.get("EP", "").isdecimal():
@@ -207,13 +210,13 @@ class Launch:
 
 
 def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], kinds: Sequence[str] | None) -> list[Run]:
-    """The runs of one figure; dense ones of the base size are reference lines where the size does not vary.
+    """Return the runs of one figure; dense ones of the base size are reference lines unless the size varies.
 
     Args:
         figure: one of `FIGURES` and `AXES`, or `COMPARED`.
-        values: figure → the values along its axis; a granularity that is given holds for `AXES` and `COMPARED` too.
-        kinds: those of `KINDS` that are wanted; None for `ROUTINGS`, for all of them where they are compared, and on an
-            axis for those of `ROUTINGS` that have it, or all that have it where none does.
+        values: figure → the values along its axis; a given granularity also holds for `AXES` and `COMPARED`.
+        kinds: the wanted `KINDS`; None for `ROUTINGS`, for all if they are compared, and on an axis for those of
+            `ROUTINGS` that have it, or all that have it if none does.
     """
     if figure in FIGURES:
         points = [{figure: value} for value in values.get(figure, VALUES[figure])]
@@ -244,18 +247,18 @@ def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], kinds: Sequ
 
 
 def plan(figures: Iterable[str], values: Mapping[str, Sequence[Any]], kinds: Sequence[str] | None) -> list[Run]:
-    """The runs of all figures, each once, in the order in which they are trained; see `runs_of_figure`."""
+    """Return the runs of all figures, each once, in the order of training; see `runs_of_figure`."""
     runs = dict.fromkeys(run for figure in figures for run in runs_of_figure(figure, values, kinds))
     return sorted(runs, key=lambda run: run.kind == MATCHED)  # which wait for others
 
 
 def partner(run: Run) -> Run:
-    """The ReMoE whose FLOPs a matched run takes."""
+    """Return the ReMoE whose FLOPs a matched run takes."""
     return replace(run, routing="remoe", protocol="")
 
 
 def figures_of(run: Run) -> list[str]:
-    """The figures in which a run is a point."""
+    """Return the figures in which a run is a point."""
     dense = run.routing == "dense"
     at = {
         "size": run.size == BASE_SIZE,

@@ -1,23 +1,24 @@
-"""A run's Megatron flags: as its command.sh says it was started, and as it would be started now."""
+"""A run's Megatron flags: as its command.sh has them, and as they would be now."""
 
 import itertools
-import math
 import os
 import shlex
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import GPT2_WORDS, Settings, parse
+from ..common.flags import Settings, parse
 from ..common.log_reader import read_arguments
+from ..recipes.flops import arguments_of, flops_per_sequence
+from ..recipes.launch import plan
+from ..recipes.layout import NAMES, RecipeError
 from .errors import SettingsError
 from .plan import Launch, Run
 
 PRINTED_WITHIN = 5000  # lines
 
 ENTRY = "pretrain_gpt.py"
-LAYOUT = ("TP", "PP", "VPP", "EP", "CP", "NNODES")
-# What says where a run leaves its files, when it stops, or what the machine is: no part of the result.
+LAYOUT = (*NAMES, "NNODES")
+# Places, intervals, layout and hardware, which do not change the result.
 NOT_COMPARED = frozenset(
     """
     --save --load --save-interval --tensorboard-dir --wandb-project --wandb-exp-name --wandb-save-dir
@@ -31,54 +32,41 @@ NOT_COMPARED = frozenset(
     """.split()
 )
 SET_BY_SWEEP = {
-    "--train-iters": "give it in front of --",
-    "--micro-batch-size": "give it in front of --",
+    **dict.fromkeys(("--train-iters", "--micro-batch-size"), "give it in front of --"),
+    **dict.fromkeys(("--save", "--load", "--tensorboard-dir"), "choose with --output-dir"),
     "--num-experts": "choose with --experts",
     "--moe-granularity": "choose with --granularities",
     "--moe-relu-routing": "choose with --routings",
-    "--save": "choose with --output-dir",
-    "--load": "choose with --output-dir",
-    "--tensorboard-dir": "choose with --output-dir",
 }
 PATTERN = "--hybrid-layer-pattern"
 DIMENSIONS = ("--num-layers", PATTERN, "--hidden-size", "--ffn-hidden-size", "--moe-ffn-hidden-size")
-ADAPTED = ("--lr", "--min-lr", "--ffn-hidden-size", PATTERN)  # of which runs take what is given, and change it
+ADAPTED = ("--lr", "--min-lr", "--ffn-hidden-size", PATTERN)  # runs start from the given value and change it
 SHOWN = 4  # differences that a message names
 
 
 def whole(settings: Settings, flag: str) -> int:
-    """The number behind a flag, 0 where there is none."""
+    """Return the number behind a flag, 0 if there is none."""
     values = settings.get(flag, ())
     return int(values[0]) if values and values[0].isdecimal() else 0
 
 
 def of_command(text: str) -> Settings | None:
-    """The settings of a shell command that starts the entry, without the launcher's; None for any other text."""
-    words = _entrys_words(text)
-    return None if words is None else parse(words)
-
-
-def _entrys_words(text: str) -> list[str] | None:
+    """Return Megatron's flags in a shell command that starts a training; None for any other text."""
     try:
         words = shlex.split(text)
     except ValueError:
         return None
     entry = next((place for place, word in enumerate(words) if word.endswith(ENTRY)), None)
-    return None if entry is None else words[entry + 1 :]
-
-
-def flags_of(folder: Path) -> list[str]:
-    """The words behind the entry in command.sh; none where it does not exist."""
-    return _entrys_words(_command(folder)) or []
+    return None if entry is None else parse(words[entry + 1 :])
 
 
 def started_with(folder: Path) -> Settings | None:
-    """What the launch script last started the run in `folder` with; None where it never did."""
+    """Return the flags with which a launch script last started the run in `folder`; None if it never did."""
     return of_command(_command(folder))
 
 
 def settings_of(folder: Path) -> Settings | None:
-    """The same, or the arguments in the log of a run that was started otherwise, for instance in the authors' fork."""
+    """Return the same, or the arguments in the log of a run of another program, such as the authors' fork."""
     return started_with(folder) or _printed(folder)
 
 
@@ -92,29 +80,23 @@ def _printed(folder: Path) -> Settings | None:
 
 
 def would_start_with(launch: Launch, run: Run, anywhere: bool) -> Settings:
-    """What the launch script would start now.
+    """Return the flags with which the launch script would start the run now.
 
     Args:
         launch: what all runs have in common.
         run: the run.
-        anywhere: leave the layout out, which is checked where the run starts, on machines that are not this one.
+        anywhere: ignore the layout, which is checked where the run starts, on other machines than this.
 
     Raises:
-        SettingsError: the script refuses its arguments or environment.
+        SettingsError: an argument or environment variable is wrong.
     """
-    # PYTHON: the script would import Transformer Engine, for flags that are not compared.
-    environment = os.environ | launch.environment(run, os.environ) | {"DRY_RUN": "command", "PYTHON": "true"}
-    if anywhere:
-        environment = {name: value for name, value in environment.items() if name not in LAYOUT}
-    script = subprocess.run(
-        ["bash", *launch.arguments(run)], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    if script.returncode:
-        raise SettingsError(f"{run.name}: {script.stderr.strip().removeprefix('error: ')}")
-    settings = of_command(script.stdout)
-    if settings is None:
-        raise SettingsError(f"{run.name}: DRY_RUN=command {launch.arguments(run)[0]} printed no command of {ENTRY}.")
-    return settings
+    environment = os.environ | launch.environment(run, os.environ) | {"DRY_RUN": "command"}
+    environment = {name: value for name, value in environment.items() if not (anywhere and name in LAYOUT)}
+    try:
+        planned = plan(run.size, run.routing, launch.words(run), environment, ask_for_packages=False)
+    except RecipeError as error:
+        raise SettingsError(f"{run.name}: {error}") from error
+    return parse(planned.flags)
 
 
 def check_flags(flags: tuple[str, ...], runs: Sequence[Run]) -> None:
@@ -134,7 +116,7 @@ def check_flags(flags: tuple[str, ...], runs: Sequence[Run]) -> None:
 
 
 def check_evaluation(settings: Settings) -> None:
-    """Refuse settings under which no run would ever have the final validation loss that makes it finished.
+    """Refuse settings under which no run would ever have the final validation loss that finishes it.
 
     Raises:
         SettingsError: with the flag, its value and the remedy.
@@ -151,17 +133,18 @@ def check_evaluation(settings: Settings) -> None:
 
 
 def differences(then: Settings, now: Settings) -> str:
-    """What differs, in words; empty where the results of both are comparable."""
-    told = []
+    """Return what differs, in words; empty if the results of both compare."""
     then, now = _in_one_stage(then), _in_one_stage(now)
-    for flag in sorted((then.keys() | now.keys()) - NOT_COMPARED):
-        if then.get(flag) != now.get(flag):
-            told.append(f"{flag} was {_shown(then.get(flag))} and is now {_shown(now.get(flag))}")
-    return "; ".join(told[:SHOWN]) + (f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else "")
+    found = [
+        f"{flag} was {_shown(then.get(flag))} and is now {_shown(now.get(flag))}"
+        for flag in sorted((then.keys() | now.keys()) - NOT_COMPARED)
+        if then.get(flag) != now.get(flag)
+    ]
+    return "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 def _in_one_stage(settings: Settings) -> Settings:
-    """HybridModel's pattern without the marks of pipeline stages, which are the layout's."""
+    """Return the settings with HybridModel's pattern without the marks of pipeline stages."""
     pattern = {flag: tuple(word.replace("|", "") for word in settings[flag]) for flag in {PATTERN} & settings.keys()}
     return settings | pattern
 
@@ -178,7 +161,7 @@ def _shown(values: tuple[str, ...] | None) -> str:
 
 
 def processes(folder: Path) -> int:
-    """The number of processes, one a GPU, that command.sh starts on all nodes; 0 where it does not exist."""
+    """Return the number of processes that command.sh starts on all nodes; 0 if it does not exist."""
     launcher, entry, _ = _command(folder).partition(ENTRY)
     if not entry:
         return whole(_printed(folder) or {}, "--world-size")
@@ -187,24 +170,24 @@ def processes(folder: Path) -> int:
 
 
 def is_resized(folder: Path) -> bool:
-    """Whether flags behind -- gave the model other dimensions than its launch script does."""
+    """Return whether flags behind -- gave the model other dimensions than its launch script does."""
     words = _command(folder).split()
     return any(words.count(flag) > 1 for flag in DIMENSIONS)
 
 
 def tokens_per_iteration(settings: Settings) -> int:
-    """Tokens of a global batch."""
+    """Return the tokens of a global batch."""
     return whole(settings, "--global-batch-size") * whole(settings, "--seq-length")
 
 
 def flops(settings: Settings) -> float:
-    """Training FLOPs of a whole run with k experts per token, counted as tools/cost counts them."""
-    sizes = ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups", "seq-length")
-    layers, hidden, ffn, heads, groups, sequence = (whole(settings, f"--{name}") for name in sizes)
-    layers = layers or "".join(settings.get(PATTERN, ())).count("*")
-    ffn = (whole(settings, "--moe-ffn-hidden-size") or ffn) * max(1, whole(settings, "--moe-router-topk"))
-    multiple = whole(settings, "--make-vocab-size-divisible-by") or 128
-    vocabulary = math.ceil((whole(settings, "--vocab-size") or GPT2_WORDS) / multiple) * multiple
-    attention = 2 * hidden * (hidden + hidden * (groups or heads) // max(1, heads) + sequence)
-    matrices = layers * (attention + 3 * hidden * ffn) + hidden * vocabulary
-    return 6.0 * whole(settings, "--train-iters") * tokens_per_iteration(settings) * max(1, matrices)
+    """Return the training FLOPs of a whole run with k experts per token.
+
+    Raises:
+        SettingsError: the model has layers whose FLOPs are not counted.
+    """
+    try:
+        sequence = flops_per_sequence(arguments_of(settings))
+    except ValueError as error:
+        raise SettingsError(f"{PATTERN} {' '.join(settings.get(PATTERN, ()))}: {error}.") from error
+    return whole(settings, "--train-iters") * whole(settings, "--global-batch-size") * sequence

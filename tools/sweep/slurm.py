@@ -1,4 +1,4 @@
-"""Submits runs as Slurm jobs, and remembers which are still queued or running."""
+"""Submits runs as Slurm jobs, and finds those that are still queued or running."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted run: Slurm's number, and what it was submitted to train."""
+    """A submitted run: Slurm's number, and its flags."""
 
     number: str
     settings: Settings
 
 
 def sbatch_command(launch: Launch, run: Run, flags: Sequence[str]) -> list[str]:
-    """The submission of a run; the user's sbatch `flags` win over these and over those in the file."""
+    """Return the submission of a run; the user's sbatch `flags` override these and those in the file."""
     return [
         "sbatch",
         "--parsable",
@@ -38,7 +38,7 @@ def sbatch_command(launch: Launch, run: Run, flags: Sequence[str]) -> list[str]:
 
 
 def submit(launch: Launch, run: Run, flags: Sequence[str], settings: Settings) -> str:
-    """Submit a run and remember its job in the run's folder; returns Slurm's number.
+    """Submit a run and note its job in the run's folder; return Slurm's number.
 
     Raises:
         ToolError: sbatch is missing or refuses.
@@ -54,7 +54,7 @@ def submit(launch: Launch, run: Run, flags: Sequence[str], settings: Settings) -
 
 
 def read_job(folder: Path) -> Job | None:
-    """The job that the run in `folder` was last submitted as; None where it never was."""
+    """Return the job as which the run in `folder` was last submitted; None if it never was."""
     try:
         content = json.loads(_file(folder).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def read_job(folder: Path) -> Job | None:
 
 
 def alive(jobs: Iterable[Job]) -> set[str]:
-    """The numbers of those jobs that squeue still lists: waiting, running or ending.
+    """Return the numbers of those jobs that squeue still lists: waiting, running or ending.
 
     Raises:
         ToolError: squeue cannot be asked.

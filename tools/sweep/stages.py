@@ -1,8 +1,6 @@
 """ReMoE's three stages in a run's log: how long each took, and what it cost."""
 
-import json
-import subprocess
-import sys
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +10,11 @@ from rich.table import Table
 
 from ..common.errors import ToolError
 from ..common.log_reader import read_log, seconds_per_iteration
-from ..common.places import ROOT
+from ..recipes.flops import arguments_of, flops_per_expert, flops_per_sequence
 from .run_log import Records, log_of, settled_at, target_sparsity
-from .settings import flags_of, processes, started_with, whole
+from .settings import started_with, whole
 
+_PADDED = re.compile(r"> padded vocab \(size: \d+\) .*\(new size: (\d+)\)")
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
 
 
@@ -83,17 +82,18 @@ def stages(records: Records, target: float, num_experts: int, flops: Flops) -> l
 
 
 def ask_for_flops(folder: Path) -> Flops:
-    """Of the run in `folder`, by its command; counted as tools/cost counts them.
+    """Return the FLOPs of the run in `folder`, by its command and, for the size of its vocabulary, its log.
 
     Raises:
-        ToolError: tools/cost refuses the command.
+        ToolError: the model has layers whose FLOPs are not counted.
     """
-    command = [sys.executable, str(ROOT / "tools" / "cost"), "--gpus", str(processes(folder) or 1), "--json", "--"]
-    answer = subprocess.run([*command, *flags_of(folder)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if answer.returncode:
-        raise ToolError(f"{folder}: tools/cost cannot count the FLOPs of its command.\n{answer.stderr.strip()}")
-    figures = json.loads(answer.stdout.splitlines()[-1])
-    return Flops(figures["flops_per_sequence"], figures["flops_per_sequence_and_expert"])
+    log = folder / "train.log"
+    padded = _PADDED.search(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else None
+    args = arguments_of(started_with(folder) or {}, int(padded[1]) if padded else 0)
+    try:
+        return Flops(flops_per_sequence(args), flops_per_expert(args))
+    except ValueError as error:
+        raise ToolError(f"{folder}: {error}.") from error
 
 
 def read_stages(folder: Path) -> tuple[list[Stage], Flops]:

@@ -1,4 +1,4 @@
-"""What --tiny makes of a sweep: the quickstart's model, two larger ones, and a text of its, on one CPU."""
+"""Models and text of a sweep with --tiny: the quickstart's model, two larger ones, and its text, on one CPU."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +10,7 @@ from ..quickstart.corpora import FOLDERS
 from ..quickstart.models import SEED, SIZE, Size, common_flags
 from .errors import SettingsError
 
-# By the launch script that each stands for.
+# By the size of the launch script that each replaces.
 MODELS: Mapping[str, Size] = {
     "182m": SIZE,
     "469m": replace(SIZE, layers=4, hidden=80, ffn=160),
@@ -21,36 +21,36 @@ DOMAIN_BY_DOMAIN = ("--multiple-validation-sets", "--full-validation")
 
 
 def flags(size: Size, iterations: int, given: Mapping[str, str]) -> tuple[str, ...]:
-    """For Megatron, behind the launch scripts': a tiny size, the quickstart's rates, one held-out part of the text.
+    """Return Megatron's flags behind the launch scripts': a tiny size, the quickstart's rates, one held-out part.
 
     Args:
         size: of the model.
         iterations: of a training.
-        given: the environment, of which MODEL says how layers are given.
+        given: the environment; MODEL says how layers are given.
     """
     settings = parse(common_flags(size, iterations, SEED))
     settings |= {"--moe-ffn-hidden-size": (str(size.ffn),), "--split": ("95,5,0",), "--eval-iters": ("40",)}
     if given.get("MODEL") == "hybrid":
         del settings["--num-layers"]
-        settings["--hybrid-layer-pattern"] = ("*E" * size.layers,)
+        settings |= parse(size.layer_flags("remoe", hybrid=True))
     kept = {flag: values for flag, values in settings.items() if flag not in (*SET_BY_SWEEP, *DOMAIN_BY_DOMAIN)}
     return tuple(words_of(kept))
 
 
 def environment(given: Mapping[str, str], corpus: str) -> dict[str, str]:
-    """What leads the launch scripts to the text that the quickstart made of a corpus; nothing where data are given.
+    """Return the variables that lead launch scripts to the quickstart's text; none if `given` has data.
 
     Raises:
-        SettingsError: it is not there.
+        SettingsError: the text is not there.
     """
     return {} if given.get("DATA_PATH") or given.get("DATA_DIR") else text_in(ROOT / FOLDERS[corpus] / "data", corpus)
 
 
 def text_in(folder: Path, corpus: str) -> dict[str, str]:
-    """The same for a folder of the quickstart's data: its training text, each domain by its size.
+    """Return the same for a folder of the quickstart's data: its training text, each domain weighted by its size.
 
     Raises:
-        SettingsError: it is not there.
+        SettingsError: the text is not there.
     """
     found = sorted(folder.glob("train_*_document.bin"))
     if not found:

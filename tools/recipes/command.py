@@ -1,0 +1,112 @@
+"""Train a model of the paper with Megatron.
+
+The script's name says which: its size, and dense, top-k (moe) or ReLU routing (remoe). The defaults are the paper's
+settings. Anything after -- is passed to Megatron and overrides the script.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..common.errors import ToolError
+from ..common.files import write_text
+from ..common.flags import split
+from .data import is_set
+from .launch import Launch, plan
+from .layout import RecipeError
+from .process import run_training
+
+ARGUMENTS = {"dense": "[ffn_expansion]", "moe": "[num_experts] [granularity]", "remoe": "[num_experts] [granularity]"}
+ENVIRONMENT = """\
+Environment variables; only the data are required:
+  DATA_PATH      prefixes of the data (of .bin/.idx), with weights if you like; one a line if they contain blanks
+  DATA_DIR       instead of it, a folder: the Pile's shards 01 to 29 if it has them, else every *_document.bin, with
+                 equal weights
+  VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe, or gpt2-vocab.json and gpt2-merges.txt (default: in
+                 DATA_DIR, or in the folder above it)
+  MODEL          Megatron's class: gpt (GPTModel, the default) or hybrid (HybridModel)
+  TP, PP, EP, CP           tensor, pipeline, expert and context parallel sizes (default: 1)
+  VPP            virtual stages of each pipeline rank (default: 1)
+  NNODES or SLURM_NNODES   number of nodes (default: 1); with more: NODE_RANK, RANK or SLURM_NODEID; MASTER_ADDR;
+                 MASTER_PORT (default: 29500)
+  KERNELS=triton use more kernels than PyTorch's; not tested on a GPU yet
+  OUTPUT_DIR     folder for checkpoints, TensorBoard, log and command of the run (default: runs/<name>)
+  WANDB_API_KEY  if set, figures also go to Weights & Biases
+  CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF   set for GPUs, unless you set them
+  PYTHON         the interpreter (default: .venv's, else python3)
+  DRY_RUN=1      print what the training costs on GPUs, and the command; DRY_RUN=command: only the command
+  REHEARSE=1     simulate the training on GPUs that are not there: whether it starts, its memory, waits and launches
+  GPU            kind of GPU for both (default: h100)
+  UTILIZATION    share of the GPU's rate for DRY_RUN=1 (default: 0.4)
+  REHEARSE_JSON  a file for the rehearsal's figures
+"""
+
+
+def usage(size: str, routing: str) -> str:
+    """Return what a launch script prints for --help."""
+    arguments = f"[gpus_per_node] [train_iters] [micro_batch_size] {ARGUMENTS[routing]} [project_name]"
+    script = f"scripts/train_llama_{size}_{routing}.sh"
+    return f"Usage: bash {script} {arguments} [-- Megatron flags]\n\n{__doc__}\n{ENVIRONMENT}"
+
+
+def main(words: Sequence[str]) -> int:
+    """Do what a launch script does; returns the exit code.
+
+    Args:
+        words: size, routing, and the script's arguments.
+    """
+    size, routing, *arguments = words
+    if {"-h", "--help"} & set(split(arguments)[0]):
+        print(usage(size, routing), end="")
+        return 0
+    try:
+        launch = plan(size, routing, arguments, os.environ)
+        for note in launch.notes:
+            print(note, file=sys.stderr)
+        if is_set(os.environ, "DRY_RUN"):
+            return show(launch, size, routing)
+        if is_set(os.environ, "REHEARSE"):
+            return rehearse(launch)
+        return train(launch)
+    except ToolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def show(launch: Launch, size: str, routing: str) -> int:
+    """Print the cost, unless only the command is asked for, and the command."""
+    if os.environ["DRY_RUN"] != "command":
+        from ..cost.command import main as cost
+
+        own = ["--gpus", str(launch.layout.world), "--gpu", os.environ.get("GPU") or "h100"]
+        own += ["--utilization", os.environ.get("UTILIZATION") or "0.4", "--paper", size, routing]
+        if code := cost([*own, "--", *launch.flags]):
+            return code
+        print("\nCommand:")
+    print(launch.text(), end="")
+    return 0
+
+
+def rehearse(launch: Launch) -> int:
+    """Simulate the training."""
+    os.environ.update(launch.settings)
+    from ..rehearse.command import main as rehearsal
+
+    own = ["--gpus", str(launch.layout.world), "--gpus-per-node", str(launch.layout.gpus_per_node)]
+    own += ["--gpu", os.environ.get("GPU") or "h100"]
+    own += ["--json", os.environ["REHEARSE_JSON"]] if os.environ.get("REHEARSE_JSON") else []
+    return rehearsal([*own, "--", *launch.flags])
+
+
+def train(launch: Launch) -> int:
+    """Train, with command and log in the run's folder."""
+    output = Path(launch.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "command.sh", launch.text())
+        (output / "train.log").open("a").close()
+    except OSError as error:
+        raise RecipeError(f"OUTPUT_DIR={output} cannot be written: {error.strerror}") from error
+    print(f"Run: {output} (log, command, checkpoints, tensorboard)", flush=True)
+    return run_training(launch.command, output / "train.log")

@@ -1,0 +1,109 @@
+"""Data sets and vocabulary of a training, from the environment."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .layout import RecipeError
+
+MADE_UP = "made-up"  # the data of a rehearsal that is given none
+PLACEHOLDER = "PREFIX"  # the data of a dry run that is given none
+_SHARD = re.compile(r"(?:pile_)?([0-2]\d)_text_document")
+
+
+def is_set(environment: Mapping[str, str], name: str) -> bool:
+    """Return whether a switch such as DRY_RUN is on."""
+    return environment.get(name, "") not in ("", "0")
+
+
+def find_data(environment: Mapping[str, str], planned: bool) -> tuple[list[str], list[str]]:
+    """Return the words for --data-path, weights included, and notes for the user.
+
+    Args:
+        environment: has DATA_PATH or DATA_DIR, and DRY_RUN or REHEARSE if nothing is to be trained.
+        planned: nothing is trained, so files need not be there.
+
+    Raises:
+        RecipeError: there are no data, or they are ambiguous.
+    """
+    if given := environment.get("DATA_PATH"):
+        return split_data_path(given, planned), []
+    if given := environment.get("DATA_DIR"):
+        return find_data_sets(given)
+    if is_set(environment, "REHEARSE"):
+        return [MADE_UP], []
+    if is_set(environment, "DRY_RUN") and environment["DRY_RUN"] != "command":
+        return [PLACEHOLDER], [f"Data: none given; {PLACEHOLDER} in the command stands for DATA_PATH or DATA_DIR"]
+    raise RecipeError("no data: set DATA_PATH to a prefix of .bin/.idx, or DATA_DIR to a folder of them")
+
+
+def split_data_path(given: str, planned: bool) -> list[str]:
+    """Return weights and prefixes: `given` is one prefix, or words, or lines of "[weight] prefix"."""
+    if os.path.isfile(f"{given}.bin"):
+        return [given]
+    if "\n" in given:
+        lines = [re.fullmatch(r"(?:([0-9.]+)[ \t]+)?(.*)", line.strip(" \t")) for line in given.split("\n")]
+        return [word for line in lines if line is not None for word in line.groups() if word]
+    words = given.split()
+    for word in [] if planned or len(words) < 2 else words:
+        if not (os.path.isfile(f"{word}.bin") or "://" in word or re.fullmatch("[0-9.]+", word)):
+            raise RecipeError(
+                f"DATA_PATH is split at blanks, and there is no {word}.bin. If a prefix has blanks, give each data set "
+                "a line: [weight] prefix"
+            )
+    return words
+
+
+def find_data_sets(folder: str) -> tuple[list[str], list[str]]:
+    """Return the data sets of a folder, each with a weight of 1.0, and notes.
+
+    If the Pile's shards 01 to 29 are all there, they are taken and the rest is left out, as in the authors' fork. If
+    only some are there, a note has those that are missing.
+    """
+    names = sorted(path.name.removesuffix(".bin") for path in Path(folder).glob("*_document.bin") if path.is_file())
+    if not names:
+        raise RecipeError(f"no *_document.bin in DATA_DIR={folder}: make them with tools/preprocess_data.py")
+    shards: dict[str, str] = {}
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            if (number := match[1]) in shards:
+                raise RecipeError(
+                    f"DATA_DIR={folder} has shard {number} twice, as {shards[number]} and as {name}, and both would be "
+                    "trained on. Move one of them away"
+                )
+            shards[number] = name
+    pile = [name for number, name in sorted(shards.items()) if number != "00"]
+    notes = []
+    if len(pile) == 29:
+        if left := [name for name in names if name not in pile]:
+            notes = [f"Data: the Pile's shards 01 to 29; left out: {' '.join(left)}"]
+        names = pile
+    elif pile:
+        missing = [number for number in map("{:02}".format, range(30)) if number not in shards]
+        rest = "the others are trained on" + (", shard 00 too, which the fork leaves out" if "00" in shards else "")
+        notes = [f"Data: of the Pile's shards 00 to 29 these are missing: {' '.join(missing)}; {rest}"]
+    prefixes = [f"{folder}/{name}" for name in names]
+    return (prefixes if len(prefixes) == 1 else [word for prefix in prefixes for word in ("1.0", prefix)]), notes
+
+
+def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planned: bool) -> list[str]:
+    """Return the tokenizer's flags for GPT-2's two files; none if Megatron's `flags` choose a tokenizer.
+
+    Raises:
+        RecipeError: a file is missing, and the training is not just planned.
+    """
+    if "--tokenizer-type" in flags:
+        return []
+    folder = environment.get("DATA_DIR", ".")
+    words = ["--tokenizer-type", "GPT2BPETokenizer"]
+    for variable, flag, names in (
+        ("VOCAB_FILE", "--vocab-file", ("encoder.json", "gpt2-vocab.json")),
+        ("MERGE_FILE", "--merge-file", ("vocab.bpe", "gpt2-merges.txt")),
+    ):
+        places = [f"{folder}/{name}" for name in (*names, f"../{names[1]}")]
+        path = environment.get(variable) or next((place for place in places if os.path.isfile(place)), places[0])
+        if not planned and not os.path.isfile(path):
+            raise RecipeError(f"{variable}: there is no {path} (GPT-2's {' or '.join(names)})")
+        words += [flag, path]
+    return words

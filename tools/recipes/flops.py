@@ -1,0 +1,139 @@
+"""Training FLOPs of a model, the one count for all tools."""
+
+import argparse
+import json
+import os
+from typing import Any
+
+from ..common.flags import GPT2_WORDS, Settings
+
+CONVENTION = (
+    "A product of m x k and k x n matrices counts 2mnk; backward counts twice forward; attention counts over the whole",
+    "square of the sequence, causal or not; routers and the output layer are in; norms and lookups are not.",
+)
+UNLEARNED = ("hash", "random")  # --moe-baseline-router without weights
+
+
+def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None = None) -> float:
+    """Return the training FLOPs of one sequence, counted as in the paper's table plus routers; see `CONVENTION`.
+
+    With h the hidden size, s the sequence, n heads of d and g of keys and values, E experts of width f:
+        attention h·d·(2n + 2g) + 2·s·n·d,  router h·E,  experts k·3·h·f,  output h·V
+    multiply-adds of a token, times 2 for FLOPs, times 3 for forward and backward.
+
+    Args:
+        args: Megatron's validated arguments, or `arguments_of` a command's flags.
+        experts_per_token: active experts of a token in each MoE layer; k if None.
+
+    Raises:
+        ValueError: the model has layers that are not counted here, such as Mamba.
+    """
+    of = _Defaulting(args)
+    pattern = of.hybrid_layer_pattern and of.hybrid_layer_pattern.replace("|", "")
+    if of.experimental_attention_variant or (pattern and set(pattern) - set("*-E")):
+        raise ValueError("FLOPs are counted for attention, MLP and experts only")
+    mtp = of.mtp_num_layers or 0
+    if pattern:
+        kinds = {kind: pattern.count(kind) for kind in "*-E"}
+    else:
+        experts = [bool(of.num_experts and expert) for expert in _frequency(of.moe_layer_freq, of.num_layers)]
+        experts += experts[-1:] * mtp
+        kinds = {"*": len(experts), "-": experts.count(False), "E": experts.count(True)}
+    products = 3 if of.swiglu else 2
+    token = kinds["*"] * _attention(of) + kinds["-"] * products * of.hidden_size * of.ffn_hidden_size
+    if kinds["E"]:
+        topk = of.moe_router_topk if experts_per_token is None else experts_per_token
+        token += kinds["E"] * _experts(of, topk, products)
+    token += (1 + mtp) * of.hidden_size * of.padded_vocab_size + mtp * 2 * of.hidden_size**2
+    return 6.0 * of.seq_length * token
+
+
+def flops_per_expert(args: argparse.Namespace) -> float:
+    """Return the training FLOPs of one sequence for one more active expert in every MoE layer; 0 for dense models."""
+    if not args.num_experts:
+        return 0.0
+    return flops_per_sequence(args, args.moe_router_topk + 1) - flops_per_sequence(args, args.moe_router_topk)
+
+
+class _Defaulting:
+    """Arguments by name; None for those that a command or an older Megatron does not have."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._args, name, None)
+
+
+def _frequency(frequency: int | list[int] | None, layers: int) -> list[bool]:
+    if isinstance(frequency, list):
+        return [bool(one) for one in frequency]
+    return [number % (frequency or 1) == 0 for number in range(layers)]
+
+
+def _attention(of: _Defaulting) -> float:
+    """Multiply-adds of a token in an attention layer."""
+    hidden, heads = of.hidden_size, of.num_attention_heads
+    if of.multi_latent_attention:
+        key, value = of.qk_head_dim + of.qk_pos_emb_head_dim, of.v_head_dim
+        query = of.q_lora_rank * (hidden + heads * key) if of.q_lora_rank else hidden * heads * key
+        latent = of.kv_lora_rank * (hidden + heads * (of.qk_head_dim + value)) + hidden * of.qk_pos_emb_head_dim
+        return query + latent + heads * value * hidden + of.seq_length * heads * (key + value)
+    head = of.kv_channels or hidden // heads
+    groups = of.num_query_groups if of.group_query_attention else heads
+    projections = head * (heads * (3 if of.attention_output_gate else 2) + 2 * groups)
+    return hidden * projections + 2 * of.seq_length * heads * head
+
+
+def _experts(of: _Defaulting, topk: float, products: int) -> float:
+    """Multiply-adds of a token in a layer of experts, router included."""
+    hidden, latent = of.hidden_size, of.moe_latent_size
+    width = of.moe_ffn_hidden_size or of.ffn_hidden_size
+    router = 0 if of.moe_baseline_router in UNLEARNED else hidden * of.num_experts
+    shared = products * hidden * (of.moe_shared_expert_intermediate_size or 0)
+    return router + shared + topk * products * (latent or hidden) * width + 2 * hidden * (latent or 0)
+
+
+def arguments_of(settings: Settings, padded_vocabulary: int = 0) -> argparse.Namespace:
+    """Return the arguments of a command's flags that FLOPs depend on, under Megatron's names.
+
+    Granularity G multiplies experts and k, and divides their width, as Megatron's arguments have it.
+
+    Args:
+        settings: the flags.
+        padded_vocabulary: rows of the output layer; if 0, from --vocab-size, --vocab-file, or as GPT-2 has.
+    """
+
+    def number(flag: str, default: int = 0) -> int:
+        values = settings.get(flag, ())
+        return int(values[0]) if values and values[0].isdecimal() else default
+
+    granularity = number("--moe-granularity", 1)
+    multiple = number("--make-vocab-size-divisible-by", 128)
+    words = number("--vocab-size") or _words_in(*settings.get("--vocab-file", ("",)))
+    experts = number("--num-experts") * granularity
+    return argparse.Namespace(
+        num_layers=number("--num-layers"),
+        hybrid_layer_pattern="".join(settings.get("--hybrid-layer-pattern", ())),
+        hidden_size=number("--hidden-size"),
+        ffn_hidden_size=number("--ffn-hidden-size", 4 * number("--hidden-size")),
+        num_attention_heads=number("--num-attention-heads", 1),
+        kv_channels=number("--kv-channels"),
+        group_query_attention="--group-query-attention" in settings,
+        num_query_groups=number("--num-query-groups", 1),
+        seq_length=number("--seq-length"),
+        swiglu="--swiglu" in settings,
+        num_experts=experts or None,
+        moe_router_topk=number("--moe-router-topk", 2) * granularity,
+        moe_ffn_hidden_size=number("--moe-ffn-hidden-size", number("--ffn-hidden-size")) // granularity,
+        moe_baseline_router=next(iter(settings.get("--moe-baseline-router", ())), None),
+        padded_vocab_size=padded_vocabulary or -(-words // multiple) * multiple,
+    )
+
+
+def _words_in(vocabulary: str) -> int:
+    """Return the size of a vocabulary's file; GPT-2's if it is not there."""
+    if not os.path.isfile(vocabulary):
+        return GPT2_WORDS
+    with open(vocabulary, encoding="utf-8") as file:
+        return len(json.load(file))

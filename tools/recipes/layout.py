@@ -1,0 +1,116 @@
+"""How the processes of a training share its model and data."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..common.errors import ToolError
+from .models import Size
+
+LARGEST = 2**31 - 1
+MOST_EXPERTS = 2**16  # of a layer
+NAMES = {"TP": "tp", "PP": "pp", "VPP": "vpp", "EP": "ep", "CP": "cp"}
+
+
+class RecipeError(ToolError):
+    """A launch script's argument or environment variable is wrong; the message names it, its value and the remedy."""
+
+    exit_code = 2
+
+
+def whole_number(name: str, text: str, largest: int = LARGEST) -> int:
+    """Return the number that a text stands for.
+
+    Raises:
+        RecipeError: it is no whole number from 1 to `largest`.
+    """
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise RecipeError(f"{name} is '{text}': give a whole number of at least 1")
+    if len(text) > len(str(largest)) or int(text) > largest:
+        raise RecipeError(f"{name} is '{text}': give at most {largest}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Processes, one a GPU, and parallel sizes: tensor, pipeline, virtual stages of each, expert, context."""
+
+    gpus_per_node: int
+    nodes: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    cp: int = 1
+
+    @classmethod
+    def read(cls, gpus_per_node: int, environment: Mapping[str, str]) -> "Layout":
+        """Return the layout that environment variables ask for.
+
+        Raises:
+            RecipeError: one is no whole number of at least 1.
+        """
+        nodes = environment.get("NNODES") or environment.get("SLURM_NNODES") or "1"
+        sizes = {field: whole_number(name, environment.get(name) or "1") for name, field in NAMES.items()}
+        return cls(gpus_per_node, whole_number("NNODES", nodes), **sizes)
+
+    @property
+    def world(self) -> int:
+        """Processes on all nodes."""
+        return self.gpus_per_node * self.nodes
+
+    def check(self, size: Size, experts: int, expert_tp: int) -> None:
+        """Check that the parallel sizes fit.
+
+        Args:
+            size: of the model.
+            experts: of a layer, after granularity; 0 for a dense model.
+            expert_tp: tensor parallel size of experts.
+
+        Raises:
+            RecipeError: names the variable that does not.
+        """
+        tp, pp, vpp, ep, cp = self.tp, self.pp, self.vpp, self.ep, self.cp
+        if self.world % (tp * pp * cp):
+            raise RecipeError(f"{self.world} processes cannot be split into TP={tp} x PP={pp} x CP={cp}")
+        if size.heads % tp:
+            raise RecipeError(f"TP={tp} does not divide the {size.heads} attention heads")
+        if pp == 1 and vpp > 1:
+            raise RecipeError(f"VPP={vpp} divides pipeline stages, and PP is 1: set PP to at least 2, or unset VPP")
+        if size.layers % (pp * vpp):
+            raise RecipeError(f"PP={pp} x VPP={vpp} does not divide the {size.layers} layers")
+        if experts and experts % ep:
+            raise RecipeError(f"EP={ep} does not divide the {experts} experts")
+        if experts and self.world % (expert_tp * pp * ep):
+            raise RecipeError(
+                f"EP={ep} does not fit: {self.world} processes cannot be split into PP={pp} x EP={ep} x "
+                f"{expert_tp} (--expert-tensor-parallel-size, by default TP)"
+            )
+
+    def flags(self, has_experts: bool) -> list[str]:
+        """Return Megatron's flags."""
+        found = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
+        found += ["--context-parallel-size", str(self.cp), *["--sequence-parallel"] * (self.tp > 1)]
+        return found + ["--expert-model-parallel-size", str(self.ep)] * has_experts
+
+    def launcher(self, interpreter: str, environment: Mapping[str, str]) -> list[str]:
+        """Return torchrun's words in front of the program.
+
+        Raises:
+            RecipeError: there are several nodes, and the first one's name or this one's rank is missing.
+        """
+        words = [interpreter, "-m", "torch.distributed.run", "--nproc-per-node", str(self.gpus_per_node)]
+        words += ["--nnodes", str(self.nodes)]
+        if self.nodes == 1:
+            return [*words, "--standalone"]
+        if not environment.get("MASTER_ADDR"):
+            raise RecipeError(f"NNODES={self.nodes} needs MASTER_ADDR, the first node's name")
+        ranks = (environment.get(name) for name in ("NODE_RANK", "RANK", "SLURM_NODEID"))
+        rank = next(filter(None, ranks), "0")
+        if not re.fullmatch("[0-9]{1,9}", rank) or int(rank) >= self.nodes:
+            raise RecipeError(
+                f"the node's rank (NODE_RANK, RANK or SLURM_NODEID) is '{rank}': give a number below "
+                f"NNODES={self.nodes}"
+            )
+        port = environment.get("MASTER_PORT") or "29500"
+        return [*words, "--node-rank", rank, "--master-addr", environment["MASTER_ADDR"], "--master-port", port]

@@ -1,0 +1,85 @@
+"""Runs a training, with its log, and has it save a checkpoint at Ctrl-C and SIGTERM."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPED = 143  # exit code of a training that saved at a signal
+
+
+class _Training:
+    """A running training, and what signals make of it."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        # Both get a process group of their own, so that a terminal's Ctrl-C reaches this process only. They ignore
+        # signals: the log is kept to the last line, and torchrun would limit the time for saving.
+        self._job = subprocess.Popen(
+            command, env=os.environ | {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_ignore_signals,
+        )  # fmt: skip
+        assert self._job.stdout is not None
+        self._log = subprocess.Popen(
+            ["tee", "-a", str(log)], stdin=self._job.stdout, process_group=0, preexec_fn=_ignore_signals
+        )
+        self._job.stdout.close()
+        self._to_send: str | None = None  # a signal that has not reached a training process yet
+        self.stopping = False
+
+    def stop(self, number: int, _: FrameType | None) -> None:
+        """Have the training save; a second Ctrl-C kills it. A second SIGTERM does not: schedulers send several."""
+        if not self.stopping:
+            self.stopping, self._to_send = True, "TERM"
+            print("Saving a checkpoint; a second Ctrl-C ends at once, without one.", flush=True)
+        elif number == signal.SIGINT:
+            self._to_send = "KILL"
+        self._send()
+
+    def _send(self) -> None:
+        """Send to the training processes, torchrun's children, which are in sessions of their own."""
+        if self._to_send and subprocess.run(["pkill", f"-{self._to_send}", "-P", str(self._job.pid)]).returncode == 0:
+            self._to_send = None
+
+    def wait(self) -> int:
+        """Return the exit code, once all output is in the log."""
+        while True:
+            try:
+                code = self._job.wait(timeout=0.5)
+                break
+            except subprocess.TimeoutExpired:
+                self._send()  # torchrun may have had no children yet
+        self._log.wait()
+        return code
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the training processes inherit this
+
+
+def run_training(command: Sequence[str], log: Path) -> int:
+    """Run a training to its end.
+
+    Args:
+        command: its words.
+        log: a file; what the training prints is appended, and printed here too.
+
+    Returns:
+        Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is something to stop
+    try:
+        training = _Training(command, log)
+        for number in SIGNALS:
+            signal.signal(number, training.stop)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    code = training.wait()
+    if not training.stopping:
+        return code if code >= 0 else 128 - code
+    print(f"Stopped. The same command goes on from the last checkpoint; the log is {log}", flush=True)
+    return STOPPED

@@ -1,0 +1,130 @@
+"""The sweep's command line."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..common.flags import above_zero, split, whole_number
+from ..common.places import ROOT
+from ..quickstart.corpora import CORPORA, MIXED
+from ..recipes.models import TINY_TRAINING, Training
+from . import plan
+from .errors import SettingsError
+
+DESCRIPTION = """\
+Train models over size, experts, granularity, routings and settings of ReMoE and its baselines, and compare them.
+
+Runs scripts/train_llama_*.sh one after another, or submits them as Slurm jobs. Finished runs are skipped, interrupted
+ones are resumed. The output folder gets a table (results.csv, results.md) and a picture (results.png). Data and layout
+come from the environment, as for these scripts: DATA_DIR or DATA_PATH, VOCAB_FILE, MERGE_FILE, MODEL, TP, PP, VPP, EP,
+CP.
+"""
+EXAMPLES = """examples:
+  all 32 runs on the 8 GPUs of this machine, one after another:
+    DATA_DIR=data bash scripts/sweep.sh
+  the figure over the number of experts as Slurm jobs of 2 nodes; the same command later submits what is not finished:
+    DATA_DIR=data EP=8 bash scripts/sweep.sh --figures experts --slurm --sbatch-flags="--nodes 2 --time 48:00:00"
+  all routings; a part of a figure, shorter, with flags for Megatron:
+    DATA_DIR=data bash scripts/sweep.sh --figures routing
+    DATA_DIR=data bash scripts/sweep.sh --figures granularity --granularities 1 4 --train-iters 5000 -- --lr 1e-3
+  λ₀ and α, with the steps until the sparsity has settled; a top-k baseline tuned at k = 1 and k = 2:
+    DATA_DIR=data bash scripts/sweep.sh --figures l1-init l1-multiplier --train-iters 20000 --output-dir runs/lambda
+    DATA_DIR=data bash scripts/sweep.sh --figures aux-coeff gate lr --routings moe moe-sigmoid --granularities 1 2
+  all routings on a CPU, with the quickstart's text:
+    bash scripts/sweep.sh --tiny --figures routing --output-dir runs/tiny
+  the table and the picture of what is there, with a run of the authors' fork:
+    ln -s ../../fork/logs/test runs/sweep/llama_182m_remoe_e8g1_fork && bash scripts/sweep.sh --collect
+  hours and FLOPs of a ReMoE's dense stage, its way to the target, and its steady stage:
+    bash scripts/sweep.sh --stages runs/llama_182m_remoe_e8g1
+"""
+
+
+def add_what_to_train(parser: argparse.ArgumentParser, figures: Sequence[str], default: str) -> None:
+    """Add the flags that choose runs; `planned` reads them."""
+    base = f"{plan.BASE_SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
+    add = parser.add_argument_group("what to train", f"Each figure varies one thing; the rest is {base}.").add_argument
+    add("--figures", nargs="+", choices=figures, help=f"default: {default}")
+    add("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="for the figure size")
+    for name, figure, least, more in (
+        ("experts", "experts", 2, ""),
+        ("granularities", "granularity", 1, "; if given, also for routing and the settings' figures (l1-init to lr)"),
+    ):
+        default = " ".join(map(str, plan.VALUES[figure]))
+        text = f"for the figure {figure} (default: {default}){more}"
+        add(f"--{name}", nargs="+", type=whole_number(least), dest=figure, metavar="N", help=text)
+    for name, axis in plan.AXES.items():
+        text = f"for the figure {name}: {axis.label} (default: {' '.join(f'{number:g}' for number in axis.values)})"
+        add(f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N", help=text)
+    add(
+        "--routings", nargs="+", choices=plan.KINDS,
+        help="default: the first three; for the figure routing all; for a setting those that have it. dense is one run "
+        "along E and G (along E also one 8 times as wide), drawn as lines; it gets no --moe-... flag from behind --. "
+        "docs/baselines.md describes all routings",
+    )  # fmt: skip
+
+
+def planned(args: argparse.Namespace) -> list[plan.Run]:
+    """Return the chosen runs.
+
+    Raises:
+        SettingsError: there are none.
+    """
+    values = {name: given for name in (*plan.VALUES, *plan.AXES) if (given := getattr(args, name, None)) is not None}
+    runs = plan.plan(args.figures, values, args.routings)
+    if not runs:
+        given = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
+        raise SettingsError(f"{given}: no such routing has this setting. Choose others, or leave --routings out.")
+    return runs
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Return the command line; what is behind -- becomes `flags`."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/sweep.sh",
+        usage="%(prog)s [options] [-- Megatron flags]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_what_to_train(parser, (*plan.FIGURES, plan.COMPARED, *plan.AXES), "the first three")
+    how = parser.add_argument_group("how to train", "Passed to the launch scripts, whose defaults are the paper's.")
+    add = how.add_argument
+    for name, text in (
+        ("gpus-per-node", "processes on a node (default: 8)"),
+        ("train-iters", f"iterations of each run (default: {Training().iterations})"),
+        ("micro-batch-size", "sequences that a process takes at once (default: the script's)"),
+    ):
+        add(f"--{name}", type=whole_number(1), metavar="N", help=text)
+    output, text = Path(os.environ.get("OUTPUT_DIR") or ROOT / "runs" / "sweep"), "(default: OUTPUT_DIR, or runs/sweep)"
+    add("--output-dir", type=Path, default=output, metavar="FOLDER", help=f"for the runs and the results {text}")
+    text = f"train the quickstart's model, and two larger ones for the figure size, for {TINY_TRAINING.iterations} "
+    text += "iterations in one process on the CPU, with its text if neither DATA_PATH nor DATA_DIR is set"
+    add("--tiny", action="store_true", help=text)
+    add("--corpus", choices=CORPORA, default=MIXED, help="the quickstart's text for --tiny (default: %(default)s)")
+    add("--slurm", action="store_true", help="submit each run as a job of scripts/slurm/train.sbatch")
+    add("--sbatch-flags", default="", metavar='"FLAGS"', help='for sbatch; write --sbatch-flags="--nodes 2 ..."')
+    add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
+    add("--collect", action="store_true", help="write table and picture of what is in the output folder")
+    add("--stages", nargs="+", type=Path, metavar="RUN", help="print hours and FLOPs of each stage of these runs")
+    dry_run = os.environ.get("DRY_RUN", "0") != "0"
+    add("--dry-run", action="store_true", default=dry_run, help="list commands and state (also with DRY_RUN=1)")
+
+    own, flags = split(words)
+    args = parser.parse_args(own)
+    training = TINY_TRAINING if args.tiny else Training()
+    args.flags = tuple(flags)
+    args.gpus_per_node = args.gpus_per_node or (1 if args.tiny else 8)
+    args.train_iters = args.train_iters or training.iterations
+    args.figures = args.figures or plan.FIGURES
+    if args.tiny:
+        args.micro_batch_size = args.micro_batch_size or training.micro_batch
+    args.output_dir = args.output_dir.expanduser().resolve()
+    args.sbatch_flags = shlex.split(args.sbatch_flags)
+    if args.sbatch_flags and not args.slurm:
+        parser.error("--sbatch-flags without --slurm: nothing is submitted. Add --slurm, or leave it out.")
+    for flag in args.sbatch_flags:
+        if flag.startswith(("--clusters", "-M")):
+            parser.error(f"--sbatch-flags {flag}: jobs of other clusters cannot be followed. Submit from that cluster.")
+    return args
