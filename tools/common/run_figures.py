@@ -20,6 +20,7 @@ WITHIN = 0.01  # of the target: S has settled
 LINES = 500  # read at a time
 LOADS = 512  # lines whose load of the experts is kept: at least so many, and less than twice as many
 NAMES = 256  # of figures and of layers at most: a damaged file may hold any number
+TOTALS = ("total_active_pairs", "total_layer_tokens")
 LARGEST = 2**53  # of whole numbers
 NOT_FIGURES = frozenset({"kind", "time", "iteration", "guarded_layers", "tokens_per_expert"})
 Record = Mapping[str, Any]
@@ -135,18 +136,27 @@ class RunFigures:
             return EMPTY.iterations, np.empty(0, bool)
         return iterations, np.abs(values - target) <= WITHIN * target
 
-    def tokens_per_iteration(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the tokens of a step at logged iterations, by each line's own batch; NaN if unknown."""
-        return self.batches(iterations) * (self.whole("seq_length") or math.nan)
+    def at(self, name: str, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the values of a figure at iterations; NaN where it was not logged."""
+        logged = self.curve(name)
+        if not len(logged.values):
+            return np.full(len(iterations), math.nan)
+        place = np.searchsorted(logged.iterations, iterations).clip(max=len(logged.values) - 1)
+        return np.where(logged.iterations[place] == iterations, logged.values[place], math.nan)
 
     def batches(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the sequences of a step at logged iterations; NaN if unknown."""
-        given = np.full(len(iterations), float(self.whole("global_batch_size") or math.nan))
-        logged = self.curve("global_batch_size")
-        if not len(logged.values):
-            return given
-        place = np.searchsorted(logged.iterations, iterations).clip(max=len(logged.values) - 1)
-        return np.where(logged.iterations[place] == iterations, logged.values[place], given)
+        logged = self.at("global_batch_size", iterations)
+        return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
+
+    def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the experts per token of a ReMoE, averaged over layers and the steps since the line before.
+
+        S is of the logged step alone. It is used only if the running sums over all steps were not logged.
+        """
+        pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
+        of_the_step = self.num_experts * (1 - self.at("sparsity", iterations))
+        return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), of_the_step)
 
 
 def find_figures(place: Path) -> Path:
