@@ -303,6 +303,11 @@ class _Collector:
         loads = {at: _load(held) for at, held in sorted((self._loads | self._newest_load).items())}
         figures.loads = {at: load for at, load in loads.items() if load}
         figures.guarded = dict(sorted(figures.guarded.items()))
+        if "tokens_per_second" not in figures.curves and "seconds_per_iteration" in figures.curves:  # a printed log
+            iterations, seconds = figures.curve("seconds_per_iteration")
+            rates = figures.batches(iterations) * figures.whole("seq_length") / np.maximum(seconds, 1e-4)
+            if (known := rates > 0).any():
+                figures.curves["tokens_per_second"] = Curve(iterations[known], rates[known])
         end, interval = figures.whole("train_iters"), figures.whole("eval_interval")
         on_the_way = 1 if interval and end % interval == 0 else 0  # evaluations at the last iteration, before the final
         at_the_end = Counter[str]()

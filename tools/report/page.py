@@ -30,7 +30,7 @@ def page(runs: Sequence[Run], reload_after: int | None) -> str:
     found = [tables.differences(runs), *(table for run in runs for table in tables.evaluations(run))]
     of_runs = {run.name: _stages(run) for run in runs}
     colours = (colour for colour, _ in looks(run.figures.routing for run in runs))
-    return loader.get_template("page.html").render(
+    text = loader.get_template("page.html").render(
         title=f"Training of {', '.join(run.name for run in runs)}",
         headline=tables.headline(runs),
         reload_after=reload_after,
@@ -44,12 +44,13 @@ def page(runs: Sequence[Run], reload_after: int | None) -> str:
         tables=[table for table in found if table.rows],
         notes=[note for run in runs for note in run.notes],
     )
+    return text.encode("utf-8", "replace").decode("utf-8")  # names in damaged files might hold lone surrogates
 
 
 def _stages(run: Run) -> list[Stage]:
     try:
         flops = count_flops(run.figures.args)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
         flops = UNKNOWN
     return stages(run.figures, flops)

@@ -157,7 +157,9 @@ def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
 
 
 def _time(hours: float) -> str:
-    return f"{60 * hours:,.1f} min" if hours < 2 else f"{hours:,.1f} h"
+    if hours < 2 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:,.1f} h"
 
 
 def differences(runs: Sequence[Run]) -> Table:
