@@ -131,7 +131,7 @@ def printed() -> Iterator[tuple[str, bytes]]:
         "iterations go backward": "".join(map(_printed, (5, 4, 9, 1))),
         "a huge iteration": _printed("9" * 30) + _printed("9" * 15),
         "validation cut off": _printed(1) + " validation loss at iteration 1 | lm loss value: \n",
-        "validation that is none": _printed(1) + " validation loss at iteration 1 on validation set | lm loss value: x |",
+        "validation that is none": " validation loss at iteration 1 on validation set | lm loss value: x |",
     }  # fmt: skip
     for name, text in texts.items():
         yield name, text.encode()

@@ -88,9 +88,8 @@ def test_metrics_and_the_printed_log_hold_the_same(trained: Path, other: Path) -
     ]
     assert [(each.iteration, each.final) for each in metrics.evaluations[""]] == [(4, False), (8, False), (8, True)]
     assert metrics.done and printed.done and metrics.target == printed.target == 0.875
-    assert metrics.parameters == printed.parameters == int(
-        re.findall(r"number of parameters on .*: (\d+)", (trained / "train.log").read_text())[0]
-    )
+    told = re.search(r"number of parameters on .*: (\d+)", (trained / "train.log").read_text())
+    assert told is not None and metrics.parameters == printed.parameters == int(told[1])
     of_the_fork = {name: value for name, value in printed.args.items() if name not in LATER}
     assert count_flops(metrics.args) == count_flops(printed.args) == count_flops(of_the_fork)
     known, outcome = read_outcome(trained), read_outcome(other)
@@ -114,7 +113,8 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     (tmp_path / "fork.log").write_text(log + evaluated(30, " on validation set", 4.5))
     found = read_figures(tmp_path / "fork.log")
     assert (found.num_experts, found.topk, found.target, found.settled) == (8, 2, 0.75, None)
-    assert found.evaluations == {"": [(30, 4.5, True)]} and found.curve("sparsity").values.tolist() == [0.5, 0.7, 0.8745]
+    assert found.evaluations == {"": [(30, 4.5, True)]}
+    assert found.curve("sparsity").values.tolist() == [0.5, 0.7, 0.8745]
     assert found.curve("tokens_per_second").values.tolist() == [4 * 64 / 0.1] * 3
     assert main([str(tmp_path / "fork.log")]) == 0
     assert "FLOPs are not counted" in (tmp_path / "report.html").read_text()
@@ -142,7 +142,8 @@ def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path)
     ((_, bounds),) = next(iter(held_out.values())).items()
     assert rows["remoe"][:3] == [data.name, "none", f"{bounds['none']['loss']:.5f}"]
     stages = [row for row in cells if {*row[1:2]} & {"dense", "on the way", "steady"}]
-    assert {row[0] for row in stages} == {"remoe", "older"} and all(row[4].endswith(" s") for row in stages) and all(float(row[5]) > 0 for row in stages)
+    assert {row[0] for row in stages} == {"remoe", "older"}
+    assert all(row[4].endswith(" s") and float(row[5]) > 0 for row in stages)
     for title in ("Training", "Validation", "Throughput", "Experts per token", "λ", "Flips", "remoe"):
         assert f"<h3>{title}</h3>" in text
     assert page.stat().st_size < 3e6
@@ -332,11 +333,42 @@ def test_looks_right_in_a_browser(
         assert (lightness(tab) > 128) == (scheme == "light")
         zoomed_by_dragging = tab.evaluate("figures().map(figure => figure.toolbar.gestures.pan.active != null)")
         assert len(zoomed_by_dragging) > 8 and set(zoomed_by_dragging) == {not touch}
-        shown = "figures()[0].renderers.filter(glyphs => glyphs.visible).length"
+        shown = "figures()[0].renderers.filter(glyphs => glyphs.visible && glyphs.name).length"
+        told = "figures()[0].toolbar.tools.find(tool => tool.tags.length).tooltips.includes('older')"
         before = tab.evaluate(shown)
+        assert tab.evaluate(told)
         tab.get_by_label("older").uncheck()
-        assert tab.evaluate(shown) == before / 2 and tab.locator("[data-only=older]").is_hidden()
+        assert tab.evaluate(shown) == before / 2 and not tab.evaluate(told)
+        assert tab.locator("[data-only=older]").count() == 0  # the printed log has no load of the experts
+        tab.get_by_label("remoe").uncheck()
+        assert tab.locator("[data-only=remoe]").is_hidden()
     assert wrong == []
+
+
+def test_a_drag_zooms_the_iterations_alone_and_one_tooltip_is_shown(page: Path, browser: Browser) -> None:
+    with browser.new_context(offline=True, viewport={"width": 1366, "height": 900}) as context:
+        tab = context.new_page()
+        tab.goto(page.as_uri())
+        tab.wait_for_function("Bokeh.documents.length && Bokeh.documents.every(document => document.is_idle)")
+        card = tab.locator(".card:has([data-root-id])").first
+        card.scroll_into_view_if_needed()
+        box = card.bounding_box()
+        assert box is not None
+        x, y = box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5
+        tab.mouse.move(x, y)
+        tips = tab.locator(".bk-Tooltip:visible")
+        tips.first.wait_for()
+        assert tips.count() == 1
+        for text in ("iteration", "remoe", "older"):
+            tips.get_by_text(text).last.wait_for(timeout=5000)
+        ranges = "figures().slice(0, 2).map(f => [f.x_range, f.y_range].flatMap(range => [range.start, range.end]))"
+        before = tab.evaluate(ranges)
+        tab.mouse.down()
+        tab.mouse.move(x + 60, y + 40, steps=5)
+        tab.mouse.up()
+        tab.wait_for_function(f"figures()[0].x_range.start !== {before[0][0]}")
+        for was, now in zip(before, tab.evaluate(ranges), strict=True):
+            assert was[0] < now[0] < now[1] < was[1] and now[2:] == was[2:]
 
 
 def lightness(tab: Page) -> float:
