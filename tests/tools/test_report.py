@@ -20,13 +20,15 @@ from tests.tools.sweeping import evaluated, logged
 from tests.trainings import REPOSITORY, TINY, finish, run
 from tools.common import short_names
 from tools.common.errors import ToolError
+from tools.common.figure_reader import read_figures
 from tools.common.picture_style import COLOURS, looks
-from tools.common.run_figures import Curve, RunFigures, read_figures
+from tools.common.run_figures import Curve, RunFigures
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main as evaluate
 from tools.report.command import main
 from tools.report.costs import LATER, UNKNOWN, count_flops
-from tools.report.figures import HOVERED, panels, smooth, thin
+from tools.report.figures import panels
+from tools.report.overlay import HOVERED, smooth, thin
 from tools.report.page import page as page_of
 from tools.report.reading import Run, read_run
 from tools.report.tables import differences, headline, stages, summary

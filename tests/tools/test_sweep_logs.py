@@ -10,8 +10,8 @@ import pytest
 
 from tests.tools.sweeping import FINAL, evaluated, logged, sweep, write_run
 from tests.trainings import REPOSITORY
+from tools.common.figure_reader import read_figures
 from tools.common.log_reader import read_log
-from tools.common.run_figures import read_figures
 from tools.sweep import plan, results, run_log, scaling_picture, settings, stages
 from tools.sweep.plan import Run
 

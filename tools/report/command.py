@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ..common import short_names
 from ..common.display import Display
+from ..common.figure_reader import find_figures
 from ..common.files import write_text
 from ..common.flags import whole_number
-from ..common.run_figures import find_figures
 from ..common.running import run_once
 from .reading import Run, read_run
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.run_figures import RunFigures, read_figures
+from ..common.figure_reader import read_figures
+from ..common.run_figures import RunFigures
 
 EVALUATED = {"text", "speed", "tasks"}  # what tools/evaluate writes
 LARGEST_EVALUATION = 2**24  # bytes

@@ -8,7 +8,8 @@ from typing import TypeGuard
 import numpy as np
 
 from ..common.errors import ToolError
-from ..common.run_figures import LOG, RunFigures, read_figures
+from ..common.figure_reader import LOG, read_figures
+from ..common.run_figures import RunFigures
 from .plan import Run
 from .settings import settings_of, whole
 

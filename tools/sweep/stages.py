@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..common.errors import ToolError
+from ..common.figure_reader import read_figures
 from ..common.places import ROOT
-from ..common.run_figures import RunFigures, read_figures
+from ..common.run_figures import RunFigures
 from .settings import flags_of, processes, started_with, whole
 
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
@@ -56,7 +57,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     known = np.isfinite(batches) & np.isfinite(experts)
     if not known.any():
         return []
-    iterations, seconds, batches, experts = (of[known] for of in (iterations, seconds, batches, experts))
+    iterations, seconds, batches, experts = iterations[known], seconds[known], batches[known], experts[known]
     steps, last = np.diff(iterations, prepend=0), int(iterations[-1])
     ends = [("all", last)]
     if target is not None:
