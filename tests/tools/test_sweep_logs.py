@@ -10,6 +10,7 @@ import pytest
 
 from tests.tools.sweeping import FINAL, evaluated, logged, sweep, write_run
 from tests.trainings import REPOSITORY
+from tools.common.figure_reader import read_figures
 from tools.common.log_reader import read_log
 from tools.sweep import plan, results, run_log, scaling_picture, settings, stages
 from tools.sweep.plan import Run
@@ -66,13 +67,27 @@ def test_stages_of_a_remoe(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 50, "".join(remoe(5 * place, s) for place, s in enumerate(path, start=1)))
     outcome = run_log.read_outcome(tmp_path / "run")
     assert outcome is not None and outcome.settled == 35
-    records = read_log((tmp_path / "run" / "train.log").read_text())
-    assert stages.settled_at({1: {"sparsity": "0.75"}, 2: {"sparsity": "0.74"}}, 0.75) is None
-    dense, way, steady = stages.stages(records, 0.75, 8, stages.Flops(sequence=100.0, expert=10.0))
+    figures = read_figures(tmp_path / "run")
+    figures.args |= {"num_experts": 8, "moe_router_topk": 2}
+    dense, way, steady = stages.stages(figures, stages.Flops(sequence=100.0, expert=10.0))
     assert (dense.first, dense.last, way.first, way.last, steady.first, steady.last) == (1, 10, 11, 35, 36, 50)
     assert dense.experts == pytest.approx(8 * (0.50 + 0.49) / 2)
     assert way.hours == pytest.approx(25 * 0.1 / 3600)
     assert dense.flops == pytest.approx(4 * 5 * ((100 + 10 * (4 - 2)) + (100 + 10 * (3.92 - 2))))
+
+
+def test_stages_count_the_running_sums_of_all_steps(tmp_path: Path) -> None:
+    """S is of the logged step alone; the pairs between two lines are known."""
+    args = {"num_experts": 8, "moe_router_topk": 2, "global_batch_size": 4}
+    records: list[dict[str, object]] = [{"kind": "start", "iteration": 0, "args": args}]
+    for iteration, pairs, s in ((10, 700, 0.1), (20, 1000, 0.75)):
+        sums = {"total_active_pairs": pairs, "total_layer_tokens": 10 * iteration}
+        line = {"kind": "log", "iteration": iteration, "seconds_per_iteration": 1, "sparsity": s, **sums}
+        records.append(line | {"target_sparsity": 0.75})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    dense, way = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
+    assert (dense.last, dense.experts, way.experts) == (10, 7.0, 3.0)
+    assert dense.flops == 10 * 4 * (100 + 10 * (7 - 2))
 
 
 def test_flips_are_those_late_in_the_training(tmp_path: Path) -> None:

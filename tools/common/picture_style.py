@@ -1,9 +1,14 @@
-"""How the pictures of runs look."""
+"""The looks of the pictures of runs: one colour for each routing, everywhere."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-# Okabe and Ito's colours, which stay apart for the colour-blind and, by their lightness, in grey.
-COLOURS = {"dense": "#555555", "moe": "#E69F00", "remoe": "#0072B2"}
+# After Okabe and Ito, whose colours the colour-blind can tell apart; visible on white and on black.
+COLOURS = {"dense": "#777777", "moe": "#E69F00", "remoe": "#0072B2"}
+# For further runs of a routing in one picture, in turn with the first.
+SHADES = {"dense": ("#A5A5A5", "#8A7968"), "moe": ("#D55E00", "#B39B00"), "remoe": ("#56B4E9", "#7A6FD0")}
+DASHES = ("solid", "dashed", "dotted", "dotdash")
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -16,14 +21,24 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def looks(routings: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield a colour and a dash for each run of these routings; the first of each routing has its colour, solid."""
+    before = Counter[str]()
+    for routing in routings:
+        shades = (COLOURS[routing], *SHADES[routing])
+        number = before[routing]
+        before[routing] += 1
+        yield shades[number % len(shades)], DASHES[number % len(DASHES)]
+
+
 def style(font_size: float, pad: tuple[float, float]) -> dict[Any, Any]:
-    """Matplotlib's settings; `pad`: inches around each panel, at its sides and above and below."""
+    """Return Matplotlib's settings; `pad`: inches around each panel, at its sides and above and below."""
     padding = {"figure.constrained_layout.w_pad": pad[0], "figure.constrained_layout.h_pad": pad[1]}
     return {"font.size": font_size} | STYLE | padding
 
 
 def file_pyplot() -> Any:
-    """Matplotlib's pyplot, which takes a moment to import, for pictures in files."""
+    """Return Matplotlib's pyplot, which takes a moment to import, for pictures in files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,28 +1,15 @@
-"""The figures of a run, from its metrics.jsonl, or from the printed log if it has none (the authors' fork)."""
+"""The figures of a run: curves, and facts that follow from them."""
 
-import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import batched, chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ToolError
-from .log_reader import read_parameters, read_printed
-
-METRICS, LOG = "metrics.jsonl", "train.log"
 WITHIN = 0.01  # of the target: S has settled
-LINES = 500  # read at a time
-LOADS = 512  # lines whose load of the experts is kept: at least so many, and less than twice as many
-NAMES = 256  # of figures and of layers at most: a damaged file may hold any number
+TOTALS = ("total_active_pairs", "total_layer_tokens")
 LARGEST = 2**53  # of whole numbers
-NOT_FIGURES = frozenset({"kind", "time", "iteration", "guarded_layers", "tokens_per_expert"})
-Record = Mapping[str, Any]
 
 
 class Curve(NamedTuple):
@@ -82,7 +69,7 @@ class RunFigures:
 
     def whole(self, name: str) -> int:
         """Return an argument that is a positive whole number; 0 if it is anything else."""
-        return _whole(self.args.get(name)) or 0
+        return whole_number(self.args.get(name)) or 0
 
     @property
     def done(self) -> bool:
@@ -135,222 +122,29 @@ class RunFigures:
             return EMPTY.iterations, np.empty(0, bool)
         return iterations, np.abs(values - target) <= WITHIN * target
 
-    def tokens_per_iteration(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the tokens of a step at logged iterations, by each line's own batch; NaN if unknown."""
-        return self.batches(iterations) * (self.whole("seq_length") or math.nan)
+    def at(self, name: str, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the values of a figure at iterations; NaN where it was not logged."""
+        logged = self.curve(name)
+        if not len(logged.values):
+            return np.full(len(iterations), math.nan)
+        place = np.searchsorted(logged.iterations, iterations).clip(max=len(logged.values) - 1)
+        return np.where(logged.iterations[place] == iterations, logged.values[place], math.nan)
 
     def batches(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the sequences of a step at logged iterations; NaN if unknown."""
-        given = np.full(len(iterations), float(self.whole("global_batch_size") or math.nan))
-        logged = self.curve("global_batch_size")
-        if not len(logged.values):
-            return given
-        place = np.searchsorted(logged.iterations, iterations).clip(max=len(logged.values) - 1)
-        return np.where(logged.iterations[place] == iterations, logged.values[place], given)
+        logged = self.at("global_batch_size", iterations)
+        return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
+
+    def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the experts per token of a ReMoE, averaged over layers and the steps since the line before.
+
+        S is of the logged step alone. It is used only if the running sums over all steps were not logged.
+        """
+        pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
+        of_the_step = self.num_experts * (1 - self.at("sparsity", iterations))
+        return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), of_the_step)
 
 
-def find_figures(place: Path) -> Path:
-    """Return the file that holds the figures of a run.
-
-    Args:
-        place: a run's folder, its --save, or a file.
-
-    Raises:
-        ToolError: there is none.
-    """
-    run = place.parent if place.name == "checkpoints" else place
-    places = [place] if place.is_file() else [place / METRICS, place / "checkpoints" / METRICS, run / LOG]
-    for path in places:
-        if path.is_file():
-            return path
-    raise ToolError(
-        f"{place}: no run: none of {METRICS}, checkpoints/{METRICS}, {LOG}. "
-        "Give a run's folder, its --save, or a log's file."
-    )
-
-
-def read_figures(place: Path) -> RunFigures:
-    """Read the figures of a run; lines that hold no record are counted and left out.
-
-    Args:
-        place: a run's folder, its --save, or a file: *.jsonl is read as metrics.jsonl, any other as printed output.
-
-    Raises:
-        ToolError: there is no such file, or it is no log of a run.
-        OSError: it cannot be read.
-    """
-    path = find_figures(place)
-    figures = RunFigures(written=path.stat().st_mtime)
-    collector = _Collector(figures)
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            taken = collector.take_all(_records(file, figures))
-        if not taken and figures.unread:
-            raise ToolError(
-                f"{path} is no log of a run: no line has a kind and an iteration. "
-                "Give a run's folder, its --save, or a log's file."
-            )
-    else:
-        collector.take_all(read_printed(path))
-    collector.finish()
-    for log in (path,) if path.suffix != ".jsonl" else (path.parent / LOG, path.parent.parent / LOG):
-        figures.parameters = figures.parameters or read_parameters(log, figures.args)
-    return figures
-
-
-def _records(lines: Iterable[str], figures: RunFigures) -> Iterator[Record]:
-    """Parse lines; whole ones that hold no record are counted."""
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if type(record["kind"]) is not str or _whole(record["iteration"]) is None:
-                raise TypeError
-        except (ValueError, TypeError, LookupError, RecursionError):
-            figures.unread += line.endswith("\n") and not line.isspace()
-        else:
-            yield record
-
-
-class _Collector:
-    """Turns records, as they are read, into curves."""
-
-    def __init__(self, figures: RunFigures) -> None:
-        self._figures = figures
-        self._parts: dict[str, list[Curve]] = {}
-        self._of_layers: dict[str, dict[int, list[Curve]]] = {}
-        self._loads: dict[int, Any] = {}
-        self._newest_load: dict[int, Any] = {}
-        self._stride, self._loaded = 1, 0
-        self._evaluations: list[Record] = []
-
-    def take_all(self, records: Iterable[Record]) -> int:
-        """Take records in the order of the file; returns their number."""
-        taken = 0
-        for chunk in batched(records, LINES):
-            taken += len(chunk)
-            logged, flips = ([record for record in chunk if record["kind"] == kind] for kind in ("log", "flips"))
-            named = [{f"flip_{name}": record.get(name) for name in ("rate", "count", "layer_rate")} for record in flips]
-            self._take_figures(flips, named)
-            self._take_figures(logged, logged)
-            for record in logged:
-                self._take_routing(record["iteration"], record)
-            if len(logged) < len(chunk):
-                for record in chunk:
-                    self._take_else(record)
-            self._take_time(next((record["time"] for record in reversed(chunk) if "time" in record), None))
-        return taken
-
-    def _take_figures(self, records: Sequence[Record], named: Sequence[Record]) -> None:
-        """Add the numbers of `named`, which are those of `records`, to the curves."""
-        iterations = np.array([record["iteration"] for record in records], np.int64)
-        for name in islice(dict.fromkeys(chain.from_iterable(named)), NAMES):
-            if name in NOT_FIGURES:
-                continue
-            values = [record.get(name) for record in named]
-            if dict not in set(map(type, values)):
-                _keep(self._parts, name, iterations, values)
-                continue
-            by_layer: list[Record] = [value if type(value) is dict else {} for value in values]
-            parts = self._of_layers.setdefault(name, {}) if len(self._of_layers) < NAMES else {}
-            for layer in islice(dict.fromkeys(chain.from_iterable(by_layer)), NAMES):
-                if (number := _number_of(layer)) is not None:
-                    _keep(parts, number, iterations, [value.get(layer) for value in by_layer])
-
-    def _take_routing(self, iteration: int, record: Record) -> None:
-        figures = self._figures
-        figures.last = max(figures.last, iteration)
-        figures.guarded.pop(iteration, None)
-        guarded = record.get("guarded_layers")
-        if type(guarded) is list and (layers := [each for each in map(_whole, guarded[:NAMES]) if each]):
-            figures.guarded[iteration] = layers
-        load = record.get("tokens_per_expert")
-        if type(load) is dict:
-            self._newest_load = {iteration: load}
-            if self._loaded % self._stride == 0:
-                self._loads[iteration] = load
-            self._loaded += 1
-            if len(self._loads) >= 2 * LOADS:
-                self._loads, self._stride = dict(islice(self._loads.items(), 0, None, 2)), 2 * self._stride
-
-    def _take_time(self, time: Any) -> None:
-        if type(time) in (int, float) and 0 < time < 2**33:
-            self._figures.written = float(time)
-
-    def _take_else(self, record: Record) -> None:
-        figures = self._figures
-        if record["kind"] == "start":
-            figures.args = record["args"] if type(record.get("args")) is dict else figures.args
-            figures.parameters = _whole(record.get("parameters")) or figures.parameters
-        elif record["kind"] == "validation":
-            self._evaluations.append(record)
-
-    def finish(self) -> None:
-        """Order the curves; of an iteration that was logged twice the newer line counts."""
-        figures = self._figures
-        figures.curves = {name: _join(parts) for name, parts in self._parts.items()}
-        for name, layers in self._of_layers.items():
-            figures.layers[name] = {layer: _join(parts) for layer, parts in sorted(layers.items())}
-        loads = {at: _load(held) for at, held in sorted((self._loads | self._newest_load).items())}
-        figures.loads = {at: load for at, load in loads.items() if load}
-        figures.guarded = dict(sorted(figures.guarded.items()))
-        end, interval = figures.whole("train_iters"), figures.whole("eval_interval")
-        on_the_way = 1 if interval and end % interval == 0 else 0  # evaluations at the last iteration, before the final
-        at_the_end = Counter[str]()
-        for record in self._evaluations:
-            name, iteration, loss = str(record.get("set", "")), record["iteration"], _numbers([record.get("lm_loss")])
-            at_the_end[name] += iteration == end
-            final = record.get("final", iteration == end and at_the_end[name] > on_the_way)
-            if np.isfinite(loss[0]):
-                figures.evaluations.setdefault(name, []).append(Evaluation(iteration, float(loss[0]), bool(final)))
-
-
-def _keep[Name](
-    parts: dict[Name, list[Curve]], name: Name, iterations: NDArray[np.int64], values: Sequence[Any]
-) -> None:
-    numbers = _numbers(values)
-    finite = np.isfinite(numbers)
-    if finite.any() and (name in parts or len(parts) < NAMES):
-        parts.setdefault(name, []).append(Curve(iterations[finite], numbers[finite]))
-
-
-def _join(parts: Sequence[Curve]) -> Curve:
-    iterations, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    if (np.diff(iterations) > 0).all():
-        return Curve(iterations, values)
-    rising, newest = np.unique(iterations[::-1], return_index=True)
-    return Curve(rising, values[::-1][newest])
-
-
-def _numbers(values: Sequence[Any]) -> NDArray[np.float64]:
-    """Return numbers; NaN for whatever is none."""
-    try:
-        numbers = np.array(values, np.float64)  # None becomes NaN
-        if numbers.ndim == 1:
-            return numbers
-    except (TypeError, ValueError, OverflowError):
-        pass
-    return np.array([_number(value) for value in values], np.float64)
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def _whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
+    """Return a value that is a whole number from 0 to `LARGEST`; None if it is anything else."""
     return value if type(value) is int and 0 <= value <= LARGEST else None
-
-
-def _number_of(layer: Any) -> int | None:
-    return int(layer) if isinstance(layer, str) and layer.isdecimal() and len(layer) < 9 else None
-
-
-def _load(held: Mapping[str, Any]) -> dict[int, list[float]]:
-    """Return layer → shares of its experts, of what a line holds; layers that are no lists of numbers are left out."""
-    shares = {_number_of(layer): _numbers(of) for layer, of in islice(held.items(), NAMES) if type(of) is list and of}
-    return {
-        layer: found.tolist() for layer, found in sorted(shares.items(), key=lambda one: one[0] or 0)
-        if layer is not None and np.isfinite(found).all()
-    }  # fmt: skip

@@ -1,8 +1,8 @@
 """One HTML file of one or more trainings, which opens by a double click and needs no network.
 
 python tools/report runs/quickstart/remoe                                         # writes report.html there
-python tools/report runs/quickstart/{dense,moe,remoe} --output comparison.html    # laid over each other
-python tools/report runs/llama_182m_remoe --watch                                 # anew every 30 s while it trains
+python tools/report runs/quickstart/{dense,moe,remoe} --output comparison.html    # compares them
+python tools/report runs/llama_182m_remoe --watch                                 # again every 30 s while it trains
 """
 
 import argparse
@@ -12,14 +12,15 @@ from pathlib import Path
 
 from ..common import short_names
 from ..common.display import Display
+from ..common.figure_reader import find_figures
 from ..common.files import write_text
 from ..common.flags import whole_number
 from ..common.running import run_once
-from .reading import Run, read_run, sources
+from .reading import Run, read_run
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="tools/report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="?",
         const=30,
         metavar="SECONDS",
-        help="write it anew every so many seconds (default: 30) until the runs are done; the page loads itself again",
+        help="write it again every so many seconds (default: 30) until the runs are done; the page loads itself again",
     )
     return parser.parse_args(arguments)
 
@@ -53,16 +54,17 @@ def report(args: argparse.Namespace) -> None:
     """Write the page; with --watch again and again, until all runs are done or somebody stops it.
 
     Raises:
-        ToolError: a run has no files that tell of it.
+        ToolError: a run has no log.
         OSError: one cannot be read, or the page cannot be written.
     """
+    args.runs = list(dict.fromkeys(args.runs))
     for place in args.runs:
-        sources(place)
+        find_figures(place)
     first = args.runs[0]
     output = args.output or (first if first.is_dir() else first.parent) / "report.html"
     with Display() as display:
         try:
-            while args.watch and not all(run.done for run in write(args, output, display, last=False)):
+            while args.watch and not all(run.figures.done for run in write(args, output, display, last=False)):
                 display.say(f"{output}, {time.strftime('%H:%M:%S')}")
                 time.sleep(args.watch)
         finally:
@@ -73,6 +75,6 @@ def report(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    """Write the report. Exit code: 0; 1 after an error; 130 if it was stopped."""
     args = parse_arguments(arguments)
     return run_once("report", lambda: report(args))

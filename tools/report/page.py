@@ -8,15 +8,16 @@ from bokeh.resources import Resources
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from ..sweep.stages import Stage
+from ..common.picture_style import looks
+from ..sweep.stages import Stage, stages
 from . import tables
-from .costs import UNKNOWN, count_flops, stages_of
-from .figures import colour, panels
+from .costs import UNKNOWN, count_flops
+from .figures import panels
 from .reading import Run
 
 
 def page(runs: Sequence[Run], reload_after: int | None) -> str:
-    """HTML that needs no network.
+    """Return HTML that needs no network.
 
     Args:
         runs: at least one.
@@ -27,25 +28,29 @@ def page(runs: Sequence[Run], reload_after: int | None) -> str:
     script, plots = components(drawn) if drawn else ("", [])
     loader = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     found = [tables.differences(runs), *(table for run in runs for table in tables.evaluations(run))]
-    return loader.get_template("page.html").render(
-        title=", ".join(run.name for run in runs),
+    of_runs = {run.name: _stages(run) for run in runs}
+    colours = (colour for colour, _ in looks(run.figures.routing for run in runs))
+    text = loader.get_template("page.html").render(
+        title=f"Training of {', '.join(run.name for run in runs)}",
+        headline=tables.headline(runs),
         reload_after=reload_after,
         library=Markup(Resources(mode="inline", components=["bokeh"]).render()),
         script=Markup(script),
-        runs=[(run.name, colour(place)) for place, run in enumerate(runs)],
+        runs=[*zip((run.name for run in runs), colours, strict=True)],
         summary=tables.summary(runs),
-        stages=tables.stages({run.name: _stages(run) for run in runs}),
+        stages=tables.stages(of_runs),
         sections=sections,
         next_plot=iter([Markup(plot) for plot in plots]).__next__,
         tables=[table for table in found if table.rows],
         notes=[note for run in runs for note in run.notes],
     )
+    return text.encode("utf-8", "replace").decode("utf-8")  # names in damaged files might hold lone surrogates
 
 
 def _stages(run: Run) -> list[Stage]:
     try:
-        flops = count_flops(run.args)
-    except (AttributeError, TypeError) as error:
+        flops = count_flops(run.figures.args)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
         flops = UNKNOWN
-    return stages_of(run, flops)
+    return stages(run.figures, flops)

@@ -1,18 +1,21 @@
-"""The tables: what the runs have come to, their stages, the flags in which they differ, evaluations."""
+"""The tables of the page, and its headline."""
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import localtime, strftime
+from typing import Any
+
+import numpy as np
 
 from ..common import evaluations as measured
+from ..common.run_figures import Evaluation
 from ..common.units import duration
 from ..sweep.stages import Stage
 from .reading import Run
 
-RECENT = 20  # lines whose rate tells the time that is left
+RECENT = 20  # lines whose rate gives the time that is left
 # Where the files of a run and its processes are: different in any two. Then what Megatron notes beside the flags.
 LEFT_OUT = frozenset(
     """
@@ -25,6 +28,7 @@ LEFT_OUT = frozenset(
     use_layer_wise_distributed_optimizer variable_seq_lengths
     """.split()
 )
+SHOWN = 60  # characters of a flag's value
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,32 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+def headline(runs: Sequence[Run]) -> str:
+    """Return the result in one line: the losses, the best first, and their distance to the dense run."""
+    kind, losses = "validation loss", {run.name: _validation_loss(run) for run in runs}
+    if None in losses.values():
+        kind, losses = "training loss", {run.name: run.figures.newest("lm_loss") for run in runs}
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    if not known:
+        return ""
+    dense = [run.name for run in runs if run.figures.routing == "dense" and run.name in known]
+    told = []
+    for name, loss in sorted(known.items(), key=lambda one: one[1]):
+        beside = f", {loss - known[dense[0]]:+.2f} to dense" if len(dense) == 1 and name != dense[0] else ""
+        told.append(f"{name} {loss:.3f}{beside}".replace("-", "−") if beside else f"{name} {loss:.3f}")
+    if len({run.figures.last for run in runs}) > 1:
+        kind += ", not after the same number of iterations"
+    return f"{'; '.join(told)} ({kind})"
+
+
+def _validation_loss(run: Run) -> float | None:
+    """The newest validation loss, the mean over several sets."""
+    newest = [found[-1].loss for name, found in run.figures.evaluations.items() if name != "test"]
+    return sum(newest) / len(newest) if newest else None
+
+
 def summary(runs: Sequence[Run]) -> Table:
-    """A row for each figure that any run has, a column for each run."""
+    """Return a row for each figure that any run has, and a column for each run."""
     rows: list[list[str]] = []
 
     def row(name: str, cell: Callable[[Run], str | None]) -> None:
@@ -46,86 +74,120 @@ def summary(runs: Sequence[Run]) -> Table:
             rows.append([name, *cells])
 
     def newest(key: str, form: str) -> Callable[[Run], str | None]:
-        return lambda run: f"{values[-1]:{form}}" if (values := run.series(key)[1]) else None
+        return lambda run: None if (value := run.figures.newest(key)) is None else f"{value:{form}}"
 
-    row("iteration", lambda run: f"{run.last:,}" + (f" of {end:,}" if (end := run.args.get("train_iters")) else ""))
+    def of_remoe(cell: Callable[[Run], str]) -> Callable[[Run], str | None]:
+        return lambda run: None if run.figures.target is None else cell(run)
+
+    row("iteration", _iteration)
     row("time left", _time_left)
-    row("newest figures", lambda run: strftime("%d %b, %H:%M", localtime(run.written)))
+    row("newest figures", lambda run: strftime("%d %b, %H:%M", localtime(run.figures.written)))
     row("training loss, nats per token", newest("lm_loss", ".4f"))
-    for name in dict.fromkeys(name for run in runs for name in run.validation):
+    for name in dict.fromkeys(name for run in runs for name in run.figures.evaluations):
         row(f"validation loss {name}".strip(), partial(_validation, name))
     row("sparsity S", newest("sparsity", ".4f"))
-    row("target", lambda run: None if run.target is None else f"{run.target:.4f}")
-    row("settled within 1 %, at iteration", _settled)
+    row("target", of_remoe(lambda run: f"{run.figures.target:.4f}"))
+    row("first within 1 % of the target, at iteration", of_remoe(lambda run: _iteration_or_not(run.figures.first_near)))
+    row("within 1 % from then on, at iteration", of_remoe(lambda run: _iteration_or_not(run.figures.settled)))
     row("λ", newest("l1_coefficient", ".3e"))
-    row("experts per token", lambda run: f"{found[-1]:.3f}" if (found := run.experts_per_token()[1]) else None)
-    row("experts, k", lambda run: f"{run.num_experts}, {run.topk}" if run.topk else None)
-    row("guarded layers", _guarded)
+    row("experts per token", of_remoe(_experts_per_token))
+    row("experts, k", lambda run: f"{run.figures.num_experts}, {run.figures.topk}" if run.figures.topk else None)
+    row("guarded layers", of_remoe(_guarded))
+    row("parameters", lambda run: f"{run.figures.parameters:,}" if run.figures.parameters else None)
     row("tokens", _tokens)
-    row(
-        "tokens per second",
-        lambda run: f"{statistics.median(r):,.0f}" if (r := run.series("tokens_per_second")[1]) else None,
-    )
+    row("tokens per second", _rate)
     return Table("State", ["", *(run.name for run in runs)], rows)
 
 
+def _iteration(run: Run) -> str:
+    end = run.figures.whole("train_iters")
+    return f"{run.figures.last:,}" + (f" of {end:,}" if end else "")
+
+
 def _time_left(run: Run) -> str | None:
-    seconds, end = run.series("seconds_per_iteration")[1][-RECENT:], run.args.get("train_iters")
-    return duration((end - run.last) * statistics.median(seconds)) if seconds and end and end > run.last else None
+    left = run.figures.whole("train_iters") - run.figures.last
+    seconds = run.figures.curve("seconds_per_iteration").values[-RECENT:]
+    time = left * float(np.median(seconds)) if len(seconds) else 0.0
+    return duration(time) if 0 < time < math.inf else None
 
 
 def _validation(name: str, run: Run) -> str | None:
-    losses = run.validation.get(name)
-    return f"{run.newest_validation[name]:.4f} at {max(losses):,}" if losses else None
+    losses: Sequence[Evaluation] = run.figures.evaluations.get(name, ())
+    return f"{losses[-1].loss:.4f} at {losses[-1].iteration:,}" if losses else None
 
 
-def _settled(run: Run) -> str | None:
-    if run.target is None:
-        return None
-    at = run.settled
+def _iteration_or_not(at: int | None) -> str:
     return "not yet" if at is None else f"{at:,}"
 
 
-def _guarded(run: Run) -> str | None:
-    iterations, layers = run.series("guarded_layers")
-    if not iterations or run.target is None:
-        return None
-    now = ", ".join(map(str, layers[-1])) or "none"
-    until = max((at for at, found in zip(iterations, layers, strict=True) if found), default=None)
-    return now if until is None or layers[-1] else f"none, the last at {until:,}"
+def _experts_per_token(run: Run) -> str:
+    experts, sparsity = run.figures.num_experts, run.figures.newest("sparsity")
+    return f"{experts * (1 - sparsity):.3f}" if experts and sparsity is not None else ""
+
+
+def _guarded(run: Run) -> str:
+    now = run.figures.guarded.get(run.figures.last)
+    if now:
+        return ", ".join(map(str, now))
+    return f"none, the last at {max(run.figures.guarded):,}" if run.figures.guarded else "none"
 
 
 def _tokens(run: Run) -> str | None:
-    samples, length = run.series("consumed_samples")[1], run.args.get("seq_length")
-    return f"{samples[-1] * length:,.0f}" if samples and length else None
+    samples, length = run.figures.newest("consumed_samples"), run.figures.whole("seq_length")
+    return f"{samples * length:,.0f}" if samples and length else None
+
+
+def _rate(run: Run) -> str | None:
+    rates = run.figures.curve("tokens_per_second").values
+    return f"{np.median(rates):,.0f}" if len(rates) else None
 
 
 def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
-    """Of runs by their names; the paper's table 6."""
+    """Return the paper's table 6 for runs by their names."""
     rows = [
         [
             *(run, {"way": "on the way"}.get(stage.name, stage.name), f"{stage.first:,}–{stage.last:,}"),
-            *(f"{stage.experts:.2f}" if stage.experts else "", f"{stage.hours:.3f}"),
+            *(f"{stage.experts:.2f}" if stage.experts else "", _time(stage.hours)),
             "" if math.isnan(stage.flops) else f"{stage.flops:.3g}",
         ]
         for run, found in of_runs.items()
         for stage in found
     ]
-    columns = ["run", "stage", "iterations", "experts per token", "hours", "FLOPs"]
-    return Table("Stages", columns, rows)
+    return Table("Stages", ["run", "stage", "iterations", "experts per token", "time", "FLOPs"], rows)
+
+
+def _time(hours: float) -> str:
+    if hours < 2 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:,.1f} h"
 
 
 def differences(runs: Sequence[Run]) -> Table:
-    """Arguments that are not the same in all runs."""
-    told = [run for run in runs if run.args]
-    names = sorted({name for run in told for name in run.args if not name.startswith("_")} - LEFT_OUT)
-    cells = {name: [str(run.args.get(name, "")) for run in told] for name in names}
-    rows = [[f"--{name.replace('_', '-')}", *values] for name, values in cells.items() if len(set(values)) > 1]
+    """Return the flags that are not the same in all runs; off and not given are the same."""
+    told = [run for run in runs if run.figures.args]
+    names = sorted({name for run in told for name in run.figures.args if not name.startswith("_")} - LEFT_OUT)
+    rows = []
+    for name in names:
+        cells = [_flag(run, name) for run in told]
+        if len({cell for cell in cells if cell is not None}) > 1:
+            rows.append([f"--{name.replace('_', '-')}", *(cell or "" for cell in cells)])
     return Table("Flags that differ", ["", *(run.name for run in told)], rows)
 
 
+def _flag(run: Run, name: str) -> str | None:
+    """The value of a flag as text, "" if it is off; None if it has no effect on this run."""
+    if name.startswith("moe_") and not run.figures.num_experts:
+        return None
+    value: Any = run.figures.args.get(name)
+    text = "" if value is None or value is False else "yes" if value is True else str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
 def evaluations(run: Run) -> Iterator[Table]:
-    """What tools/evaluate wrote into the run's folder, a table for each kind of it."""
+    """Yield a table for each kind of measurement that tools/evaluate wrote into the run's folder."""
     for file, held in run.evaluations.items():
-        for kind, rows in measured.tables(held):
-            yield Table(f"{run.name}, {file}", measured.TITLES[kind], rows)
+        try:
+            for kind, rows in measured.tables(held):
+                yield Table(f"{run.name}, {file}", measured.TITLES[kind], rows)
+        except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError):
+            run.notes.append(f"{run.name}: {file} is not as tools/evaluate writes it and is left out.")

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.run_figures import METRICS
+from ..common.figure_reader import METRICS
 from . import slurm
 from .errors import SettingsError
 from .plan import Launch, Run

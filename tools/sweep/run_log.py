@@ -1,7 +1,6 @@
 """How far a run is, its final validation loss and its rate, from the figures in its folder."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -9,11 +8,11 @@ from typing import TypeGuard
 import numpy as np
 
 from ..common.errors import ToolError
-from ..common.run_figures import LOG, WITHIN, RunFigures, read_figures
+from ..common.figure_reader import LOG, read_figures
+from ..common.run_figures import RunFigures
 from .plan import Run
-from .settings import Settings, settings_of, whole
+from .settings import settings_of, whole
 
-Records = Mapping[int, Mapping[str, str]]
 NUMBERS = ("train_iters", "seq_length", "global_batch_size", "num_experts", "moe_router_topk")
 
 
@@ -130,24 +129,3 @@ def _rate(figures: RunFigures, sequence: int) -> float | None:
 def _seconds(figures: RunFigures) -> float | None:
     iterations, seconds = figures.curve("seconds_per_iteration")
     return float(np.diff(iterations, prepend=0) @ seconds) if len(seconds) else None
-
-
-def target_sparsity(settings: Settings, fields: Mapping[str, str]) -> float | None:
-    """Return the target of S in a line of a ReMoE's log, or 1 - k/E, which the fork does not log; None if unknown."""
-    topk, experts = whole(settings, "--moe-router-topk") or 1, whole(settings, "--num-experts")
-    if "sparsity" not in fields or ("target sparsity" not in fields and not experts):
-        return None
-    return float(fields["target sparsity"]) if "target sparsity" in fields else 1 - topk / experts
-
-
-def settled_at(records: Records, target: float) -> int | None:
-    """Return the first logged iteration from which S stays within 1 % of its target; None if it does not."""
-    found = None
-    for iteration, fields in records.items():
-        if "sparsity" not in fields:
-            continue
-        if abs(float(fields["sparsity"]) - target) > WITHIN * target:
-            found = None
-        elif found is None:
-            found = iteration
-    return found

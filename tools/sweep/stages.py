@@ -1,20 +1,19 @@
 """ReMoE's three stages in a run's log: how long each took, and what it cost."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ..common.errors import ToolError
-from ..common.log_reader import read_log, seconds_per_iteration
+from ..common.figure_reader import read_figures
+from ..common.run_figures import RunFigures
 from ..recipes.flops import arguments_of, flops_per_expert, flops_per_sequence
-from .run_log import Records, log_of, settled_at, target_sparsity
 from .settings import started_with, whole
 
-_PADDED = re.compile(r"> padded vocab \(size: \d+\) .*\(new size: (\d+)\)")
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
 
 
@@ -38,58 +37,51 @@ class Stage:
     experts: float
 
 
-def dense_until(records: Records, target: float) -> int:
-    """The last logged iteration before S has risen by a tenth of its way to the target."""
-    last = 0
-    start: float | None = None
-    for iteration, fields in records.items():
-        sparsity = float(fields["sparsity"])
-        start = sparsity if start is None else start
-        if sparsity - start > RISING * (target - start):
-            break
-        last = iteration
-    return last
+def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
+    """Return the dense stage, the way to the target and the steady stage, as far as the log has them.
 
-
-def stages(records: Records, target: float, num_experts: int, flops: Flops) -> list[Stage]:
-    """The dense stage, the way to the target, and the steady stage, as far as the log has them.
+    Other models have one stage, "all". A line of the log stands for the iterations since the line before.
 
     Args:
-        records: iteration → fields, in order; each line's S stands for the iterations since the line before.
-        target: of S.
-        num_experts: after granularity.
+        figures: of the run.
         flops: of the run's model.
     """
-    dense, settled = dense_until(records, target), settled_at(records, target)
-    ends = [("dense", dense), ("way", settled if settled is not None else max(records)), ("steady", max(records))]
+    iterations, seconds = figures.curve("seconds_per_iteration")
+    batches, target = figures.batches(iterations), figures.target
+    experts = np.full(len(iterations), float(figures.topk))
+    if target is not None:
+        experts = figures.experts_per_token(iterations)
+    known = np.isfinite(batches) & np.isfinite(experts)
+    if not known.any():
+        return []
+    iterations, seconds, batches, experts = iterations[known], seconds[known], batches[known], experts[known]
+    steps, last = np.diff(iterations, prepend=0), int(iterations[-1])
+    ends = [("all", last)]
+    if target is not None:
+        sparsity = figures.at("sparsity", iterations)
+        risen = sparsity - sparsity[0] > RISING * (target - sparsity[0])
+        dense = int(iterations[risen.argmax() - 1]) if risen.any() else last  # the first line has not risen
+        ends = [("dense", dense), ("way", figures.settled or last), ("steady", last)]
+    of_target = 0.0 if target is None else figures.num_experts * (1 - target)
+    more = experts - (experts if target is None else of_target)
+    cost = steps * batches * (flops.sequence + more * flops.expert)
     found, before = [], 0
     for name, end in ends:
-        lines = [iteration for iteration in records if before < iteration <= end]
-        seconds = cost = experts = 0.0
-        previous = before
-        for iteration in lines:
-            fields, steps = records[iteration], iteration - previous
-            active = num_experts * (1 - float(fields["sparsity"]))
-            more = active - num_experts * (1 - target)
-            seconds += steps * seconds_per_iteration(fields)
-            cost += steps * int(fields["global batch size"]) * (flops.sequence + more * flops.expert)
-            experts += steps * active
-            previous = iteration
-        if lines:
-            found.append(Stage(name, before + 1, end, seconds / 3600, cost, experts / (end - before)))
+        lines = (before < iterations) & (iterations <= end)
+        if lines.any():
+            hours, mean = (steps * seconds)[lines].sum() / 3600, (steps * experts)[lines].sum() / (end - before)
+            found.append(Stage(name, before + 1, end, float(hours), float(cost[lines].sum()), float(mean)))
             before = end
     return found
 
 
-def ask_for_flops(folder: Path) -> Flops:
-    """Return the FLOPs of the run in `folder`, by its command and, for the size of its vocabulary, its log.
+def count_flops(folder: Path, figures: RunFigures) -> Flops:
+    """Count the FLOPs of the run in `folder` by its command, and by its log for the size of its vocabulary.
 
     Raises:
         ToolError: the model has layers whose FLOPs are not counted.
     """
-    log = folder / "train.log"
-    padded = _PADDED.search(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else None
-    args = arguments_of(started_with(folder) or {}, int(padded[1]) if padded else 0)
+    args = arguments_of(started_with(folder) or {}, figures.whole("padded_vocab_size"))
     try:
         return Flops(flops_per_sequence(args), flops_per_expert(args))
     except ValueError as error:
@@ -102,17 +94,11 @@ def read_stages(folder: Path) -> tuple[list[Stage], Flops]:
     Raises:
         ToolError: there is no log of a ReMoE.
     """
-    settings = started_with(folder)
-    log = log_of(folder)
-    records = read_log(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else {}
-    records = {iteration: fields for iteration, fields in sorted(records.items()) if "sparsity" in fields}
-    if settings is None or not records:
-        raise ToolError(f"{folder}: there is no command.sh with a train.log of a ReMoE that has begun to train.")
-    target = target_sparsity(settings, records[max(records)])
-    assert target is not None
-    num_experts = whole(settings, "--num-experts") * (whole(settings, "--moe-granularity") or 1)
-    flops = ask_for_flops(folder)
-    return stages(records, target, num_experts, flops), flops
+    figures = read_figures(folder)
+    if started_with(folder) is None or figures.target is None:
+        raise ToolError(f"{folder}: there is no command.sh with the log of a ReMoE that has begun to train.")
+    flops = count_flops(folder, figures)
+    return stages(figures, flops), flops
 
 
 def matched_iterations(folder: Path) -> int:
