@@ -18,7 +18,9 @@ from tools.analyze.command import layer_numbers
 from tools.common.display import Display
 from tools.common.errors import ConversionError
 from tools.common.hf.opening import open_model
-from tools.common.hf.source import model_of, open_run
+from tools.common.hf.source import open_run
+from tools.common.hf.tensors import model_of
+from tools.common.hf.weights import read
 from tools.common.hybrid import as_gpt, as_hybrid
 from tools.common.tiny_model import RELU, TOPK
 from tools.convert_checkpoint.command import parse_arguments
@@ -56,7 +58,7 @@ class Trainings:
     def exported(self, name: str) -> dict[str, torch.Tensor]:
         """The weights of step `SAVED` in the model for transformers."""
         checkpoint, _, config = open_run(self.folder / name, SAVED)
-        return model_of(checkpoint, config).state_dict()
+        return model_of(config, read(checkpoint, config)).state_dict()
 
     def converted(self, name: str, model: str) -> str:
         """The checkpoint of step `SAVED` for the other class."""

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ def follow(quickstart: Quickstart, model: str, scratch: Path, display: Display) 
     display.advance(1)
     before = quickstart.next_losses(model, "--pretrained-checkpoint", checkpoints)
     display.advance(1)
-    after = quickstart.next_losses(model, *reversed_.split("train with ")[1].split())
+    after = quickstart.next_losses(model, *shlex.split(reversed_[reversed_.index("--pretrained-checkpoint") :]))
     display.advance(1)
     followed = Followed(
         logits=float(exported.split("largest difference of logits ")[1].split()[0]),

@@ -1,17 +1,23 @@
 """Reads and writes Megatron's distributed checkpoints (torch_dist) in one process."""
 
 import argparse
+import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
@@ -34,6 +40,8 @@ EMBEDDING = "embedding.word_embeddings.weight"
 # Whatever reading a damaged file raises; PyTorch's own is no Exception.
 FAILURES = (Exception, CheckpointException)
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+PROBE = 2**26  # bytes that are set aside for a moment before a folder is written
+OVERHEAD = 2**18  # bytes of a checkpoint beside its tensors, at least
 # The norm before a MoE layer, as plain PyTorch layers and those of Transformer Engine call it.
 LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
 # The layer's number is in the key only where layers differ.
@@ -130,6 +138,38 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
             )
 
 
+class _Planner(DefaultLoadPlanner):
+    """PyTorch's planner for slices of stored tensors."""
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn]
+
+
+def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int | None]]) -> None:
+    """Fill tensors from a checkpoint without loading the rest of it.
+
+    Args:
+        checkpoint: to read.
+        parts: key → the tensor to fill, in its own dtype, and the index of the slice in the first dimension, which
+            stays as a dimension of size 1 (None: all of the stored tensor).
+
+    Raises:
+        ConversionError: a file is damaged.
+    """
+    reader, planner = FileSystemReader(checkpoint.folder), _Planner(False, False)
+    try:
+        index, items = read_index(checkpoint.folder), []
+        planner.set_up_planner({key: data for key, (data, _) in parts.items()}, index)
+        for key, (data, number) in parts.items():
+            offsets = torch.Size([number or 0, *[0] * (data.dim() - 1)][: data.dim()])
+            chunk = ChunkStorageMetadata(offsets, data.shape)
+            items += create_read_items_for_chunk_list(key, index.state_dict_metadata[key], [chunk])
+        reader.set_up_storage_reader(index, is_coordinator=True)
+        reader.read_data(LoadPlan(items), planner).wait()
+    except FAILURES as error:
+        raise _unreadable(checkpoint.folder, error) from error
+
+
 def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: bool) -> None:
     """Write a checkpoint without optimizer state, beside its place, and move it there when it is whole.
 
@@ -151,15 +191,41 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
             layer, norm, rest = tensor.key.partition(LOCAL_NORM)
             if norm and f"{layer}mlp.router." in routers:
                 tensor.key = layer + ENGINE_NORM + rest
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
-    try:
-        (aside / RELEASE).mkdir(parents=True)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
+    with new_folder(output, size + OVERHEAD) as aside:
+        (aside / RELEASE).mkdir()
         dist_checkpointing.save(state | {"model": sharded}, str(aside / RELEASE), content_metadata=dict(LAYOUT))
         (aside / TRACKER).write_text(RELEASE, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(output: Path, size: int) -> Iterator[Path]:
+    """Yield a new folder beside `output`; rename it to `output` if the block ends well, else remove it.
+
+    Args:
+        output: an empty folder, or none yet.
+        size: bytes that will be written, about.
+
+    Raises:
+        ConversionError: something cannot be written, as on a full disk.
+    """
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir(parents=True)
+        # Megatron's writers end in a traceback on a full disk.
+        if (free := shutil.disk_usage(aside).free) < size:
+            raise OSError(errno.ENOSPC, f"{size:,} bytes are needed, and {free:,} are free")
+        with tempfile.TemporaryFile(dir=aside) as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, min(size, PROBE)))  # finds quotas and limits too
+        yield aside
         aside.replace(output)
+    except ConversionError:
+        raise
     except FAILURES as error:
-        raise ConversionError(f"{output}: cannot be written ({_reason(error)}). Give --save another folder.") from error
+        raise ConversionError(
+            f"--save {output}: cannot be written ({_reason(error)}). Free some space, or give another folder."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -6,7 +6,6 @@ same numbers under other names, so each stored piece is copied by itself.
 
 import argparse
 import io
-import os
 import pickle
 import re
 import shutil
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron.remoe.preflight.checkpoint_files import CONFIG, RELEASE, TRACKER, read_index
 from megatron.remoe.preflight.checkpoint_fit import common_state
 
-from ..common.checkpoints import FAILURES, Checkpoint, check_output, find
+from ..common.checkpoints import Checkpoint, check_output, find, new_folder
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hybrid import FINAL_NORM, as_gpt, as_hybrid, number_of
@@ -111,20 +110,15 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     state = common_state(checkpoint.folder)
     args, names = _target(checkpoint, options.model, index.state_dict_metadata)
     _check_optimizer(checkpoint)
-    aside = options.save.with_name(f".{options.save.name}.{os.getpid()}.partial")
-    folder = aside / checkpoint.folder.name
-    try:
-        folder.mkdir(parents=True)
+    size = sum(file.stat().st_size for file in checkpoint.folder.iterdir())
+    with new_folder(options.save, size) as aside:
+        folder = aside / checkpoint.folder.name
+        folder.mkdir()
         with display.step("copying", len(index.storage_data)):
             _copy(checkpoint.folder, index, folder, names, state | {"args": args}, display)
         shutil.copyfile(checkpoint.folder / CONFIG, folder / CONFIG)
         tracked = RELEASE if folder.name == RELEASE else str(int(folder.name.removeprefix("iter_")))
         (aside / TRACKER).write_text(tracked, encoding="utf-8")
-        aside.replace(options.save)
-    except FAILURES as error:
-        raise ConversionError(f"--save {options.save}: {error}. Nothing was written.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     pattern = f"--hybrid-layer-pattern '{args.hybrid_layer_pattern}'"
     flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
     if options.model == "gpt" and isinstance(args.moe_layer_freq, list):

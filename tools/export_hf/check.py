@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 
 from megatron.core.models.gpt import GPTModel
@@ -17,7 +15,9 @@ from megatron.training.utils.common_utils import get_blend_from_list
 
 from ..common.checkpoints import EMBEDDING, Checkpoint, load
 from ..common.errors import ConversionError
+from ..common.hf.folder import read_config, read_tensors
 from ..common.hf.settings import complete
+from ..common.hf.tensors import model_of
 from ..common.hf.weights import fill, read_layer, read_outer
 from ..common.megatron_model import build
 from ..common.text import Blend, blend_of, sample
@@ -98,9 +98,9 @@ def _batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def read_back(folder: Path) -> RemoeForCausalLM:
-    """The model in a folder, in float32, for evaluation."""
-    transformers.utils.logging.disable_progress_bar()
-    return RemoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """Return the model in a folder, in float32, for evaluation."""
+    config = read_config(folder)
+    return model_of(config, read_tensors(folder, config), torch.float32)
 
 
 def check_whole(checkpoint: Checkpoint, folder: Path, text: Text) -> Check:
@@ -137,11 +137,11 @@ def check_in_parts(
 
 @torch.no_grad()
 def _read_layers(folder: Path, model: RemoeForCausalLM, start: int) -> None:
-    wanted = {LAYER.sub(lambda found: f"layers.{int(found[1]) + start}.", name): name for name in model.state_dict()}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys() & wanted.keys():
-                model.state_dict()[wanted[name]].copy_(file.get_tensor(name))
+    state = model.state_dict()
+    wanted = {LAYER.sub(lambda found: f"layers.{int(found[1]) + start}.", name): name for name in state}
+    for part in read_tensors(folder, read_config(folder), wanted.keys()):
+        for name, tensor in part.items():
+            state[wanted[name]].copy_(tensor)
 
 
 def layers_at_once(config: RemoeConfig, memory: int = MEMORY) -> int:

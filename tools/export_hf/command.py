@@ -10,22 +10,21 @@ ways the logits of both models are compared before it is said to be done; if the
 import argparse
 import contextlib
 import importlib.util
-import os
-import shutil
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from megatron.remoe.hf import RemoeConfig
-
-from ..common.checkpoints import check_output, save
+from ..common.checkpoints import check_output, new_folder, save
 from ..common.display import Display
 from ..common.errors import ConversionError
-from ..common.hf.settings import args_of, flags_of
+from ..common.hf.opening import open_model
+from ..common.hf.settings import args_of, flags_of, vocabulary_flags
 from ..common.hf.source import open_run
-from ..common.hf.tokenizer import set_tokens, tokenizer_of
-from ..common.hf.weights import Tensors, fill, read, under_megatrons_names
+from ..common.hf.tensors import Tensors, shapes_of
+from ..common.hf.tokenizer import tokenizer_of
+from ..common.hf.weights import fill, read, under_megatrons_names
 from ..common.megatron_model import build
 from ..common.one_process import one_process
 from ..common.running import run_once
@@ -39,10 +38,13 @@ from .check import (
     compare,
     layers_at_once,
     megatron_logits,
-    read_back,
     text_for,
 )
 from .folder import write_rest, write_weights
+
+# Batch size, steps and learning rate are for the user to choose.
+PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
+PROGRAM += " --eval-interval 100"  # without a default
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,21 +77,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def export(options: argparse.Namespace, display: Display) -> None:
-    """From a checkpoint to a folder.
+    """Write a folder from a checkpoint.
 
     Raises:
         ConversionError: something is wrong with the flags, the checkpoint or the tokenizer, or the logits differ.
     """
     checkpoint, args, config = open_run(options.load, options.ckpt_step)
-    tokenizer = tokenizer_of(args, options.tokenizer_model)
+    tokenizer = tokenizer_of(args, options.tokenizer_model, config)
     if tokenizer is None:
-        display.say("no tokenizer: the training had none (NullTokenizer); --tokenizer-model gives one")
-    else:
-        set_tokens(config, tokenizer)
+        display.say("no tokenizer: the training had none (NullTokenizer). Give one with --tokenizer-model.")
     text = text_for(args, options.data_path, config)
-    aside = options.save.with_name(f".{options.save.name}.{os.getpid()}.partial")
-    try:
-        aside.mkdir(parents=True)
+    size = sum(shape.numel() for shape in shapes_of(config).values()) * config.dtype.itemsize
+    with new_folder(options.save, size) as aside:
         with display.step("writing weights", config.num_hidden_layers + 1):
             parameters = write_weights(aside, _counted(read(checkpoint, config), display))
         write_rest(aside, config, tokenizer)
@@ -101,28 +100,23 @@ def export(options: argparse.Namespace, display: Display) -> None:
         _accept(check, text, display)
         card = write_card(args, config, checkpoint.name, parameters, text, check)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        aside.replace(options.save)
-    except OSError as error:
-        raise ConversionError(f"--save {options.save}: cannot be written ({error}). Give another folder.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     display.say(f"wrote {options.save}: {parameters:,} parameters")
 
 
 def reverse(options: argparse.Namespace, display: Display) -> None:
-    """From a folder to a checkpoint.
+    """Write a checkpoint from a folder.
 
     Raises:
         ConversionError: something is wrong with the flags or the folder, or the logits differ.
     """
-    try:
-        config = RemoeConfig.from_pretrained(options.load, local_files_only=True)
-        source = read_back(options.load)
-    except (OSError, ValueError) as error:
-        raise ConversionError(
-            f"--load {options.load}: is not a folder that this tool has exported ({str(error).splitlines()[0]})."
-        ) from error
-    args = args_of(config)
+    if not (options.load / "config.json").is_file():
+        raise ConversionError(f"--load {options.load}: has no config.json. Give a folder that this tool has exported.")
+    source, tokenizer = open_model(options.load, tokenizer_model=options.tokenizer_model)
+    config = source.config
+    source = source.to("cpu", torch.float32)
+    place = None if tokenizer is None else options.tokenizer_model or options.load
+    vocabulary = vocabulary_flags(config, place, len(tokenizer or ()))
+    args = args_of(config, vocabulary)
     text = text_for(args, options.data_path, config)
     model = build(args)
     fill(model, *under_megatrons_names(source))
@@ -130,8 +124,9 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     del source
     args.transformer_impl = options.transformer_impl
     save(model.to(args.params_dtype), args, options.save, options.transformer_impl == "transformer_engine")
-    flags = " ".join(flags_of(config))
-    display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save} {flags}")
+    data = ["--data-path", *(options.data_path or ["DATA"])]
+    flags = ["--pretrained-checkpoint", str(options.save), *flags_of(config), *vocabulary]
+    display.say(f"wrote {options.save}. Train on from it:\n{PROGRAM} {shlex.join([*data, *flags])}")
 
 
 def _counted(parts: Iterator[Tensors], display: Display) -> Iterator[Tensors]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeConfig, modeling_remoe
 
-from ..common.hf.weights import Tensors
+from ..common.hf.tensors import Tensors
+from ..common.hf.tokenizer import generation_config
 
 SHARD_BYTES = 2 * 10**9
 
@@ -62,9 +63,6 @@ def write_rest(folder: Path, config: RemoeConfig, tokenizer: PreTrainedTokenizer
     """Write all but weights and card: configuration, generation configuration, code and tokenizer."""
     config.save_pretrained(folder)
     shutil.copyfile(modeling_remoe.__file__, folder / Path(modeling_remoe.__file__).name)
-    generation = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id)
     if tokenizer is not None:
-        # Megatron pads the vocabulary; those rows are no tokens.
-        generation.suppress_tokens = list(range(len(tokenizer), config.vocab_size)) or None
         tokenizer.save_pretrained(folder)
-    generation.save_pretrained(folder)
+    generation_config(config, tokenizer).save_pretrained(folder)

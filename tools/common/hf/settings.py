@@ -1,6 +1,8 @@
-"""What Megatron's arguments are in the model's configuration for transformers, and the other way round."""
+"""Megatron's arguments and the configuration for transformers, each from the other."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,18 +124,12 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
 
 
 def flags_of(config: RemoeConfig) -> list[str]:
-    """Megatron's flags for a model of this configuration.
+    """Return Megatron's flags for a model of this configuration, as `folder.read_config` returns it.
 
     Raises:
-        ConversionError: Megatron's model cannot be that.
+        ConversionError: Megatron has no such model.
     """
-    rope = config.rope_parameters or {}
-    base = rope.get("rope_theta") if rope.get("rope_type") == "default" else None
-    if base is None or config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
-        raise ConversionError(
-            "--load: rope_parameters, attention_bias, mlp_bias and hidden_act in config.json must be those of a model "
-            "that this tool has exported."
-        )
+    base = (config.rope_parameters or {})["rope_theta"]
     flags = f"""
         --num-layers {config.num_hidden_layers} --hidden-size {config.hidden_size}
         --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
@@ -188,13 +184,31 @@ def _topk_flags(config: RemoeConfig) -> list[str]:
     return flags
 
 
-def args_of(config: RemoeConfig) -> argparse.Namespace:
-    """Megatron's arguments for a model of this configuration, as a training would save them.
+def vocabulary_flags(config: RemoeConfig, tokenizer: Path | None, tokens: int) -> list[str]:
+    """Return the flags that give Megatron's model as many rows in its embedding as this one has.
+
+    Args:
+        config: of the model.
+        tokenizer: its folder; None if there is none.
+        tokens: that it has.
+    """
+    rows = config.vocab_size
+    if tokenizer is None:
+        return f"--tokenizer-type NullTokenizer --vocab-size {rows} --make-vocab-size-divisible-by 1".split()
+    divisor = next(divisor for divisor in range(max(1, rows - tokens + 1), rows + 1) if rows % divisor == 0)
+    return [
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)),
+        *("--make-vocab-size-divisible-by", str(divisor)),
+    ]
+
+
+def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
+    """Return Megatron's arguments for a model of this configuration and more flags, as a training would save them.
 
     Raises:
         ConversionError: as `flags_of`.
     """
-    args = _parser().parse_args(flags_of(config))
+    args = _parser().parse_args([*flags_of(config), *more])
     args.padded_vocab_size = config.vocab_size
     args.params_dtype = config.dtype or torch.float32
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = args.iteration = 0
