@@ -17,15 +17,15 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.test_modeling import make, tokens
 from tests.trainings import TINY, run, series
 from tools.common import checkpoints
+from tools.common.hf.folder import read_config, read_tensors
 from tools.common.hf.settings import args_of
-from tools.common.hf.source import open_run
+from tools.common.hf.tensors import model_of
 from tools.common.hf.weights import fill, under_megatrons_names
 from tools.common.megatron_model import build
 from tools.common.tiny_model import RELU
 from tools.convert_checkpoint.command import main as convert
 from tools.convert_checkpoint.models import round_to
 from tools.export_hf import command
-from tools.export_hf.check import Text, check_in_parts, layers_at_once, read_back
 from tools.export_hf.folder import write_weights
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -55,6 +55,11 @@ def save_megatron(model: RemoeForCausalLM, folder: Path, engine_names: bool = Fa
     fill(megatron, *under_megatrons_names(model))
     checkpoints.save(megatron, args, folder, engine_names)
     return folder
+
+
+def read_back(folder: Path) -> RemoeForCausalLM:
+    config = read_config(folder)
+    return model_of(config, read_tensors(folder, config), torch.float32)
 
 
 def main(*words: str | Path) -> int:
@@ -154,22 +159,6 @@ def test_refusals(
     errors = capfd.readouterr().err
     assert message in errors and "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_part_at_a_time(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is too large as a whole: each layer is held against Megatron's, and one that is wrong is found."""
-    monkeypatch.setattr(command, "layers_at_once", lambda config: layers_at_once(config, memory=1))
-    assert main("--load", trained, "--save", tmp_path / "out") == 0
-    assert "not measured" in (tmp_path / "out" / "README.md").read_text()
-    text = Text(torch.randint(200, (2, 9)), "random tokens")
-    checkpoint, args, config = open_run(trained, None)
-    assert check_in_parts(checkpoint, args, config, tmp_path / "out", text, layers=1).difference < 1e-5
-    wrong = read_back(tmp_path / "out")
-    with torch.no_grad():
-        queries = wrong.model.layers[1].self_attn.q_proj.weight
-        queries.copy_(queries.roll(3, dims=0))
-    wrong.save_pretrained(tmp_path / "wrong")
-    assert check_in_parts(checkpoint, args, config, tmp_path / "wrong", text, layers=1).difference > 1e-4
 
 
 def test_models_that_differ_are_not_written(

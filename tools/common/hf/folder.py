@@ -6,7 +6,7 @@ follows paths out of the folder, replaces fields by defaults, and fills missing 
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,13 +149,12 @@ def _conflict(fields: dict[str, Any]) -> str | None:
     return None
 
 
-def read_tensors(folder: Path, config: RemoeConfig, wanted: Collection[str] | None = None) -> Iterator[Tensors]:
+def read_tensors(folder: Path, config: RemoeConfig) -> Iterator[Tensors]:
     """Check the names, shapes and types of all tensors, then return an iterator that reads them one by one.
 
     Args:
         folder: the exported folder.
         config: from `read_config`.
-        wanted: names of the tensors to read (default: all).
 
     Raises:
         ConversionError: a file is missing, damaged or outside the folder; a tensor is missing, unexpected or has
@@ -191,17 +190,14 @@ def read_tensors(folder: Path, config: RemoeConfig, wanted: Collection[str] | No
         if names:
             shown = ", ".join(sorted(names)[:SHOWN]) + ", ..." * (len(names) > SHOWN)
             raise ConversionError(f"{folder}: {len(names)} tensors {problem}: {shown}. Export or copy the model again.")
-    return _read(folder, places, shapes, wanted)
+    return _read(folder, places, shapes)
 
 
-def _read(
-    folder: Path, places: dict[str, Path], shapes: dict[str, torch.Size], wanted: Collection[str] | None
-) -> Iterator[Tensors]:
+def _read(folder: Path, places: dict[str, Path], shapes: dict[str, torch.Size]) -> Iterator[Tensors]:
     for path in sorted(set(places.values())):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  it is no dictionary
-                if wanted is None or name in wanted:
-                    yield check_tensors(folder, shapes, {name: file.get_tensor(name)})
+                yield check_tensors(folder, shapes, {name: file.get_tensor(name)})
 
 
 def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
