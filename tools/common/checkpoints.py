@@ -1,4 +1,4 @@
-"""Reads and writes Megatron's distributed checkpoints (torch_dist) in one process."""
+"""Read and write Megatron's distributed checkpoints (torch_dist) in one process."""
 
 import argparse
 import errno
@@ -37,12 +37,12 @@ from megatron.remoe.preflight.checkpoint_fit import common_state
 from .errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"
-# Whatever reading a damaged file raises; PyTorch's own is no Exception.
+# Reading a damaged file raises almost anything; PyTorch's own error is no Exception.
 FAILURES = (Exception, CheckpointException)
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 PROBE = 2**26  # bytes that are set aside for a moment before a folder is written
 OVERHEAD = 2**18  # bytes of a checkpoint beside its tensors, at least
-# The norm before a MoE layer, as plain PyTorch layers and those of Transformer Engine call it.
+# Names of the norm before a MoE layer in plain PyTorch layers and in Transformer Engine's.
 LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
 # The layer's number is in the key only where layers differ.
 ROUTER = re.compile(r".*\.layers\.(\d+\.)?mlp\.router\.")
@@ -53,10 +53,10 @@ class Checkpoint:
     """One saved iteration.
 
     Attributes:
-        folder: its own folder, within that of the run.
-        name: what to call it in messages.
-        args: Megatron's arguments of the training that saved it.
-        layout: what Megatron noted about the format of the tensors.
+        folder: of this iteration.
+        name: for messages.
+        args: Megatron's arguments of the training.
+        layout: Megatron's notes about the format of the tensors.
         shapes: tensor's key → its shape.
     """
 
@@ -71,7 +71,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
     """Open a run's newest checkpoint, or that of an iteration.
 
     Raises:
-        ConversionError: there is none, it cannot be read, or its format is another one.
+        ConversionError: there is none, it cannot be read, or it has another format.
     """
     folder = _folder(root, step)
     if any(folder.glob("mp_rank_*")):
@@ -91,7 +91,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
         raise _unreadable(folder, error) from error
     args = common.get("args")
     if args is None:
-        raise ConversionError(f"{folder}: holds no arguments of its training, which tell the model's shape.")
+        raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")
     return Checkpoint(
         folder=folder,
         name=f"{root}, {'release' if folder.name == RELEASE else f'iteration {int(folder.name[5:])}'}",
@@ -105,9 +105,9 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     """Fill `model` with the checkpoint's weights.
 
     Raises:
-        ConversionError: a tensor is missing, has another shape, cannot be read, or holds what is not a number.
+        ConversionError: a tensor is missing, has another shape, cannot be read, or holds NaN or infinity.
     """
-    # Objects are what Transformer Engine keeps beside the weights, for FP8.
+    # Objects are Transformer Engine's state for FP8.
     _, wanted = extract_matching_values(
         _sharded(model, checkpoint.layout), lambda value: isinstance(value, ShardedObject)
     )
@@ -171,14 +171,14 @@ def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int 
 
 
 def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: bool) -> None:
-    """Write a checkpoint without optimizer state, beside its place, and move it there when it is whole.
+    """Write a checkpoint without optimizer state. The folder appears only when it is complete.
 
-    Megatron calls a checkpoint of this kind a release: loading it starts at iteration 0.
+    Megatron calls this a release: loading it starts at iteration 0.
 
     Args:
         model: weights in the type to save.
         args: the arguments to save with them.
-        output: folder to make; there is none yet, or an empty one.
+        output: folder to write, new or empty.
         engine_names: whether layers of Transformer Engine will load it.
 
     Raises:
@@ -231,10 +231,10 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that is not empty.
 
     Raises:
-        ConversionError: it does, or it is no folder.
+        ConversionError: it is not, or it is no folder.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"--save {output}: exists and is not an empty folder. Give another one, or remove it.")

@@ -37,7 +37,7 @@ class Measured:
 
 
 def sequences(prefix: str, length: int, seed: int, vocabulary: int) -> GPTDataset:
-    """Return a data set's sequences as Megatron's `--full-validation` takes them: one epoch, documents shuffled by seed.
+    """Return a data set's sequences as Megatron's `--full-validation` takes them: one epoch, in the order of a seed.
 
     Args:
         prefix: of the .bin and .idx files.

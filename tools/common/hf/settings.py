@@ -15,7 +15,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from ..errors import ConversionError
 
-# Megatron's arguments for which the model for transformers has one value.
+# Megatron's arguments that must have this value.
 ONLY: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
@@ -53,12 +53,12 @@ ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 
 
 def complete(saved: argparse.Namespace) -> argparse.Namespace:
-    """A checkpoint's arguments, with this version's defaults for those that it does not have."""
+    """Return a checkpoint's arguments, with this version's defaults for missing ones."""
     return argparse.Namespace(**(vars(_parser().parse_args([])) | vars(saved)))
 
 
 def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> RemoeConfig:
-    """The configuration for transformers.
+    """Return the configuration for transformers.
 
     Args:
         args: from `complete`.
@@ -66,7 +66,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         coefficient: λ; of top-k routing that of the load balancing loss.
 
     Raises:
-        ConversionError: the model has what cannot be expressed; names each flag.
+        ConversionError: the model for transformers cannot be that; names each flag.
     """
     wrong = [name for name, value in ONLY.items() if getattr(args, name, value) != value]
     wrong += [name for name, values in CHOICES.items() if getattr(args, name, values[0]) not in values]
@@ -74,7 +74,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         wrong.append("moe_router_load_balancing_type")
     if wrong:
         flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
-        raise ConversionError(f"--load: its model has what the one for transformers does not know: {flags}.")
+        raise ConversionError(f"--load: the model for transformers does not support {flags}.")
     config = RemoeConfig(
         vocab_size=vocabulary,
         hidden_size=args.hidden_size,
