@@ -65,7 +65,7 @@ class Trainings:
         places = ["--load", str(self.folder / name), "--save", str(self.folder / f"{name}-as-{model}")]
         flags = ["--model", model, *places, "--ckpt-step", str(SAVED)]
         output = run(flags, script=REPOSITORY / "tools" / "convert_checkpoint")
-        assert "the training goes on with --load" in output
+        assert "continue the training with --load" in output
         return f"{name}-as-{model}"
 
 
@@ -145,10 +145,10 @@ def test_multi_token_prediction(trainings: Trainings) -> None:
 def test_hash_stays_in_its_class() -> None:
     """It goes by the layers' numbers."""
     args = argparse.Namespace(moe_baseline_router="hash", num_layers=2, num_experts=8, moe_layer_freq=1)
-    with pytest.raises(ConversionError, match="--moe-baseline-router hash goes by the layers' numbers"):
+    with pytest.raises(ConversionError, match="--moe-baseline-router hash"):
         as_hybrid(args)
     args.hybrid_layer_pattern = "*E*E"
-    with pytest.raises(ConversionError, match="--moe-baseline-router hash goes by the layers' numbers"):
+    with pytest.raises(ConversionError, match="--moe-baseline-router hash"):
         as_gpt(args, "checkpoint")
 
 

@@ -75,6 +75,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
     if tokenizer is None:
         display.say("no tokenizer: the training had none (NullTokenizer). Give one with --tokenizer-model.")
     text = text_for(args, options.data_path, config)
+    assert isinstance(config.dtype, torch.dtype)
     size = sum(shape.numel() for shape in shapes_of(config).values()) * config.dtype.itemsize
     with new_folder(options.save, size) as aside:
         with display.step("writing weights", config.num_hidden_layers + 1):
@@ -104,7 +105,7 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
         raise ConversionError(f"--load {options.load}: has no config.json. Give a folder that this tool has exported.")
     source, tokenizer = open_model(options.load, tokenizer_model=options.tokenizer_model)
     config = source.config
-    source = source.to("cpu", torch.float32)
+    source = source.to(torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
     place = None if tokenizer is None else options.tokenizer_model or options.load
     vocabulary = vocabulary_flags(config, place, len(tokenizer or ()))
     args = args_of(config, vocabulary)

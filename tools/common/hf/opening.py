@@ -34,7 +34,8 @@ def open_model(
     tokenizer = None
     if (place / "config.json").is_file():
         config = read_config(place)
-        model = model_of(config, read_tensors(place, config)).to("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = model_of(config, read_tensors(place, config)).to(device)  # type: ignore[arg-type]
         if tokenizer_model is not None:
             tokenizer = read_tokenizer(tokenizer_model, f"--tokenizer-model {tokenizer_model}", config)
         elif (place / "tokenizer_config.json").is_file():

@@ -129,7 +129,8 @@ def flags_of(config: RemoeConfig) -> list[str]:
     Raises:
         ConversionError: Megatron has no such model.
     """
-    base = (config.rope_parameters or {})["rope_theta"]
+    assert config.rope_parameters is not None
+    base: Any = config.rope_parameters["rope_theta"]
     flags = f"""
         --num-layers {config.num_hidden_layers} --hidden-size {config.hidden_size}
         --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
