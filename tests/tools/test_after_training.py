@@ -5,6 +5,7 @@ ReMoE in every run; the three models of a finished `scripts/quickstart.sh` in ru
 """
 
 import json
+import shlex
 import os
 import re
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def test_there_and_back(model: str, data: Path, tmp_path: Path, capfd: pytest.Ca
     assert found["text"].startswith(PROMPT) and len(found["text"]) > len(PROMPT)
 
     assert export(["--reverse", "--load", str(there), "--save", str(back)]) == 0
-    flags = capfd.readouterr().out.split("train with ")[1].split()
+    printed = capfd.readouterr().out
+    flags = shlex.split(printed[printed.index("--pretrained-checkpoint") :])
     before, after = (
         series(run([*trained.flags, *words, "--train-iters", str(STEPS), "--eval-iters", "0"]), "lm loss")
         for words in (

@@ -253,21 +253,21 @@ def test_key_names_of_transformer_engine(
 
 REFUSED = [
     (["--num-experts", "8"], "exists and is not an empty folder", "full"),
-    ([], "say how many experts to make with --num-experts", None),
-    (["--num-experts", "1"], "--num-experts 1 must be at least 2", None),
-    (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8 must be at least 1 and below", None),
+    ([], "--num-experts", None),
+    (["--num-experts", "1"], "--num-experts 1", None),
+    (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8", None),
     (
         ["--num-experts", "8", "--moe-granularity", "3"],
         "--moe-granularity 3",
         None,
     ),
-    (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "pattern of 2 layers with 0 MoE layers", None),
-    (["--num-experts", "8", "--moe-layer-freq", "[1]"], "pattern of 1 layers with 1 MoE layers", None),
+    (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]", None),
+    (["--num-experts", "8", "--moe-layer-freq", "[1]"], "--moe-layer-freq [1]", None),
     (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:", None),
-    (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007: there is no such checkpoint", None),
-    (["--num-experts", "8", "--data-path", "/nowhere/text"], "there is no /nowhere/text.idx", None),
-    (["--model", "gpt"], "is that of a gpt model already (--model gpt)", None),
-    (["--num-experts", "8", "--tokens", "99999999"], "Give more text with --data-path", None),
+    (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007", None),
+    (["--num-experts", "8", "--data-path", "/nowhere/text"], "/nowhere/text.idx", None),
+    (["--model", "gpt"], "--model gpt", None),
+    (["--num-experts", "8", "--tokens", "99999999"], "--tokens", None),
 ]
 
 

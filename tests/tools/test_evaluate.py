@@ -27,7 +27,7 @@ from tools.common.hf.weights import fill, under_megatrons_names
 from tools.common.megatron_model import build
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main
-from tools.evaluate.paper import ROWS, beside_the_papers
+from tools.evaluate.paper import ROWS, compare_with_paper
 from tools.evaluate.tasks import TASKS, Score, choices, from_files, from_hub, lambada, read_requests, scorer
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -89,13 +89,13 @@ def test_papers_rows_are_those_that_it_averages() -> None:
     assert [sum(row) / len(TASKS) for row in ROWS.values()] == pytest.approx(means, abs=0.008)
 
 
-def test_measured_beside_the_papers() -> None:
+def test_measured_compare_with_paper() -> None:
     scores = [asdict(Score(task, "acc", number / 10, 0.1, 9)) for number, task in enumerate(TASKS)]
     other = asdict(Score("piqa", "acc_norm", 0.9, 0.1, 9))
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(beside_the_papers({"run": [*scores, other]}))
-        console.print(beside_the_papers({"run": scores[1:3]}))
+        console.print(compare_with_paper({"run": [*scores, other]}))
+        console.print(compare_with_paper({"run": scores[1:3]}))
     whole, part = (text.splitlines() for text in re.split(r"(?m)^ +(?=ARC-e)", capture.get()))
     assert whole[1].split() == "run 0.00 10.00 20.00 30.00 40.00 50.00 60.00 30.00".split()
     assert whole[10].split() == "paper, ReMoE 978M 24.06 55.26 57.28 35.93 44.42 68.99 30.43 45.20".split()

@@ -1,6 +1,10 @@
 """A checkpoint becomes a folder for transformers and the folder a checkpoint that trains on; what is refused."""
 
 import json
+import resource
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +17,15 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.test_modeling import make, tokens
 from tests.trainings import TINY, run, series
 from tools.common import checkpoints
+from tools.common.hf.folder import read_config, read_tensors
 from tools.common.hf.settings import args_of
-from tools.common.hf.source import open_run
+from tools.common.hf.tensors import model_of
 from tools.common.hf.weights import fill, under_megatrons_names
 from tools.common.megatron_model import build
 from tools.common.tiny_model import RELU
+from tools.convert_checkpoint.command import main as convert
 from tools.convert_checkpoint.models import round_to
 from tools.export_hf import command
-from tools.export_hf.check import Text, check_in_parts, layers_at_once, read_back
 from tools.export_hf.folder import write_weights
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -52,6 +57,11 @@ def save_megatron(model: RemoeForCausalLM, folder: Path, engine_names: bool = Fa
     return folder
 
 
+def read_back(folder: Path) -> RemoeForCausalLM:
+    config = read_config(folder)
+    return model_of(config, read_tensors(folder, config), torch.float32)
+
+
 def main(*words: str | Path) -> int:
     return command.main([str(word) for word in words])
 
@@ -65,18 +75,17 @@ def test_there_and_back(
     output = capfd.readouterr().out
     assert float(output.split("largest difference of logits ")[1].split()[0]) < 1e-5
     assert "on 2,048 tokens" in output
-    assert main("--reverse", "--load", there, "--save", back) == 0
-    flags = capfd.readouterr().out.split("train with ")[1].split()
-    assert flags[:2] == ["--pretrained-checkpoint", str(back)]
-    # Flags that the tool prints come last: the model is theirs, data and schedule those of the training.
-    before, after = (
-        series(run([*MIXED, "--data-path", str(data), *words, "--train-iters", "1"]), "lm loss")
-        for words in (["--pretrained-checkpoint", str(trained)], [*flags, "--seq-length", "64"])
-    )
+    assert main("--reverse", "--load", there, "--save", back, "--data-path", data) == 0
+    command = shlex.split(capfd.readouterr().out.splitlines()[-1])
+    assert command[:2] == ["python", "pretrain_gpt.py"] and str(back) in command
+    few = "--train-iters 1 --log-interval 1 --eval-iters 0 --split 90,10,0".split()
+    batch = "--micro-batch-size 1 --global-batch-size 8".split()
+    own = [*MIXED, "--data-path", str(data), "--pretrained-checkpoint", str(trained), *batch]
+    before, after = (series(run([*words, *few]), "lm loss") for words in (own, command[2:]))
     assert after == pytest.approx(before, rel=1e-5)
 
     model = AutoModelForCausalLM.from_pretrained(there)
-    loaded = AutoTokenizer.from_pretrained(there)
+    loaded = AutoTokenizer.from_pretrained(there, trust_remote_code=False)
     assert (loaded.padding_side, loaded.pad_token, loaded.eos_token_id) == ("left", "<|endoftext|>", 256)
     made = model.generate(**loaded(["def", "class A"], return_tensors="pt", padding=True), max_new_tokens=5)
     assert made.max() < len(loaded) < model.config.vocab_size
@@ -119,15 +128,15 @@ def test_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("qk_layernorm", True, "does not know: --qk-layernorm (on)."),
-        ("moe_router_score_function", "sqrtsoftplus", "not know: --moe-router-score-function sqrtsoftplus."),
-        ("moe_baseline_router", "random", "does not know: --moe-baseline-router random."),
-        ("tokenizer_type", "SentencePieceTokenizer", "--tokenizer-type SentencePieceTokenizer, which cannot"),
-        ("tokenizer_type", "HuggingFaceTokenizer", "--load: its --tokenizer-model /nowhere: cannot be read"),
-        ("tokenizer_type", "GPT2BPETokenizer", "--load: its tokenizer cannot be read (--vocab-file"),
-        ("ffn_hidden_size", 44, "mlp.gate_proj.weight has the shape [40, 32], and its arguments call for [44, 32]"),
-        ("num_layers", 3, "has no decoder.layers.2.self_attention.linear_qkv.layer_norm_weight, which its"),
-        (None, None, "model.norm.weight holds values that are not finite. Choose an earlier iteration"),
+        ("qk_layernorm", True, "--qk-layernorm"),
+        ("moe_router_score_function", "sqrtsoftplus", "--moe-router-score-function sqrtsoftplus"),
+        ("moe_baseline_router", "random", "--moe-baseline-router random"),
+        ("tokenizer_type", "SentencePieceTokenizer", "--tokenizer-type SentencePieceTokenizer"),
+        ("tokenizer_type", "HuggingFaceTokenizer", "--tokenizer-model /nowhere"),
+        ("tokenizer_type", "GPT2BPETokenizer", "--vocab-file"),
+        ("ffn_hidden_size", 44, "mlp.gate_proj.weight has the shape [40, 32]"),
+        ("num_layers", 3, "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight"),
+        (None, None, "model.norm.weight"),
     ],
 )
 def test_refusals(
@@ -152,22 +161,6 @@ def test_refusals(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_part_at_a_time(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is too large as a whole: each layer is held against Megatron's, and one that is wrong is found."""
-    monkeypatch.setattr(command, "layers_at_once", lambda config: layers_at_once(config, memory=1))
-    assert main("--load", trained, "--save", tmp_path / "out") == 0
-    assert "not measured" in (tmp_path / "out" / "README.md").read_text()
-    text = Text(torch.randint(200, (2, 9)), "random tokens")
-    checkpoint, args, config = open_run(trained, None)
-    assert check_in_parts(checkpoint, args, config, tmp_path / "out", text, layers=1).difference < 1e-5
-    wrong = read_back(tmp_path / "out")
-    with torch.no_grad():
-        queries = wrong.model.layers[1].self_attn.q_proj.weight
-        queries.copy_(queries.roll(3, dims=0))
-    wrong.save_pretrained(tmp_path / "wrong")
-    assert check_in_parts(checkpoint, args, config, tmp_path / "wrong", text, layers=1).difference > 1e-4
-
-
 def test_models_that_differ_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,9 +176,45 @@ def test_places_that_do_not_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     for words, message in (
         (["--load", tmp_path, "--save", tmp_path / "out"], "is not the folder of a run's checkpoints"),
         (["--load", tmp_path, "--save", tmp_path / "folder"], "exists and is not an empty folder"),
-        (["--reverse", "--load", tmp_path, "--save", tmp_path / "out"], "is not a folder that this tool has exported"),
+        (["--reverse", "--load", tmp_path, "--save", tmp_path / "out"], "has no config.json"),
         (["--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out", "--data-path", "/no"], "/no.idx"),
     ):
         assert main(*words) == 1
         assert message in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("limit", [4_000, 60_000])
+def test_no_room(limit: int, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No file may grow beyond the limit, as on a full disk: one line, and nothing is left behind."""
+    make("relu").save_pretrained(tmp_path / "folder")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for tool, words in (
+        (command.main, ["--load", trained]),
+        (command.main, ["--reverse", "--load", tmp_path / "folder"]),
+        (convert, ["--model", "hybrid", "--load", trained]),
+    ):
+        capfd.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            code = tool([*map(str, words), "--save", str(tmp_path / "out")])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        error = capfd.readouterr().err
+        assert code == 1 and "out: cannot be written" in error and error.count("\n") == 1, error
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_tokenizer_without_a_question(trained: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Where this project is not imported, a folder's tokenizer is loaded without running code or asking for it."""
+    assert main("--load", trained, "--save", tmp_path / "out", "--tokenizer-model", tokenizer) == 0
+    code = f"""
+import sys
+from transformers import AutoTokenizer
+print(AutoTokenizer.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=False)("ab")["input_ids"])
+assert "megatron" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    expected = AutoTokenizer.from_pretrained(tokenizer)("ab")["input_ids"]
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(expected), done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr

@@ -1,1 +1,1 @@
-"""What a trained router does with text."""
+"""Analyses of a trained router."""

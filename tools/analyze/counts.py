@@ -1,15 +1,10 @@
-"""What is counted of a model's routing, and where it is kept."""
+"""Counts of a model's routing."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
-from ..common.errors import ToolError
-from ..common.files import write_aside
-
-FORMAT = 2  # of the file
 PARTS = 1024  # of a data set, at most; an even number
 WINDOW = 8  # tokens, as speculative decoding checks them at once
 OCTAVES, PER_OCTAVE = range(-24, 8), 32  # of gates
@@ -20,7 +15,7 @@ class Counts:
     """Sums over tokens: int64 but for those of gates and shares, which are float64.
 
     D data sets, P parts of each, L layers with experts, E experts, V tokens of the vocabulary, C classes of gates.
-    A part is `part_sequences` sequences in a row, of whichever data set, so that parts can change places.
+    A part is `part_sequences` sequences in a row, the same number in all data sets, so that parts can be shuffled.
 
     Attributes:
         layers: their numbers from 1. `[L]`
@@ -58,7 +53,7 @@ class Counts:
 
     @classmethod
     def none(cls, layers: list[int], domains: int, experts: int, vocabulary: int) -> Self:
-        """Nothing counted yet."""
+        """Return counts of nothing yet."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype)
@@ -83,7 +78,7 @@ class Counts:
         )
 
     def add_text(self, domain: int, ids: torch.Tensor) -> None:
-        """Sequences of a data set that all layers have counted; int64 `[batch, length]`."""
+        """Count sequences of a data set, after all layers have: int64 `[batch, length]`."""
         self.sequences[domain] += len(ids)
         self.windows[domain] += len(ids) * (ids.shape[1] // WINDOW)
         self.occurrences += torch.bincount(ids.flatten(), minlength=len(self.occurrences))
@@ -91,7 +86,7 @@ class Counts:
     def add_layer(
         self, domain: int, ids: torch.Tensor, layer: int, gates: torch.Tensor, largest_output: torch.Tensor
     ) -> None:
-        """What a layer does with the next sequences of a data set.
+        """Count what a layer does with the next sequences of a data set.
 
         Args:
             domain: the data set's place.
@@ -122,31 +117,7 @@ class Counts:
         self.largest_output[layer] += largest_output[some].double().sum()
 
     def _join_parts(self) -> None:
-        """Two and two, so that half of each data set's parts are empty."""
+        """Join neighbouring parts, so that half of each data set's parts are empty."""
         joined = self.routed.unflatten(1, (-1, 2)).sum(dim=2)
         self.routed = torch.cat([joined, torch.zeros_like(joined)], dim=1)
         self.part_sequences *= 2
-
-    def save(self, path: Path, inputs: dict[str, Any]) -> None:
-        """Write all aside, with what it was counted from, and rename it."""
-        state = {"format": FORMAT, "inputs": inputs, "counts": asdict(self)}
-        write_aside(path, lambda aside: torch.save(state, aside))
-
-    @classmethod
-    def load(cls, path: Path) -> tuple[dict[str, Any], Self]:
-        """What `save` wrote.
-
-        Raises:
-            ToolError: it did not.
-        """
-        error: Exception | None = None
-        try:
-            saved = torch.load(path, weights_only=True)
-            if saved["format"] == FORMAT:
-                return saved["inputs"], cls(**saved["counts"])
-        except Exception as damage:  # PyTorch raises almost anything
-            error = damage
-        raise ToolError(
-            f"--output-dir {path.parent}: {path.name} is damaged, or of another version of this tool. Remove it, and "
-            "the text is read anew."
-        ) from error

@@ -1,4 +1,4 @@
-"""What the counts say, a dictionary for each file and picture."""
+"""Statistics of the counts, one dictionary for each file and picture."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Numbers = dict[str, Any]
 
 
 def experts_per_token(counts: Counts) -> Numbers:
-    """Layer → how many experts a token takes; the same by the token's frequency (figure 7)."""
+    """Return layer → experts per token, and experts per token by the token's frequency (figure 7)."""
     layers = {}
     for layer, histogram in zip(counts.layers.tolist(), counts.histogram.sum(dim=0), strict=True):
         found, share = Experts.of(histogram), histogram.double() / histogram.sum()
@@ -56,7 +56,7 @@ def _by_frequency(counts: Counts) -> Numbers:
 
 
 def slopes_with_intervals(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Least squares, and the 2.5th and 97.5th percentile of the slopes of bootstrap samples of the points.
+    """Return least-squares slopes with their 95 % bootstrap intervals.
 
     Args:
         x: float64 `[points]`, not all equal.
@@ -81,13 +81,13 @@ def slopes_with_intervals(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[int], str | None]) -> Numbers:
-    """Share of a data set's tokens that each expert gets (figures 8, 9 and 11), experts per token (figure 12), what
-    data set and expert tell of each other, and the tokens that an expert gets most often (table 12).
+    """Return each expert's share of a data set's tokens (figures 8, 9 and 11), experts per token (figure 12), mutual
+    information of data set and expert, and the tokens that an expert gets most often (table 12).
 
     Args:
         names: of the data sets.
-        even: the share that each expert would get if all got the same, at the target.
-        text_of: a token's text, where there is a tokenizer.
+        even: each expert's share if all got the same, at the target.
+        text_of: returns a token's text, or None without a tokenizer.
     """
     layers, tokens = counts.layers.tolist(), _tokens(counts)
     shares = counts.routed.sum(dim=1) / tokens[:, None, None].double()
@@ -110,13 +110,13 @@ def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[i
 
 
 def information(routed: torch.Tensor) -> torch.Tensor:
-    """Bits that the expert of a pair tells of the data set that it comes from, all data sets weighing the same.
+    """Return the mutual information of expert and data set in bits; all data sets have the same weight.
 
     Args:
         routed: pairs, `[data sets, layers, experts]`.
 
     Returns:
-        float64 `[layers]`; 0 where all data sets share the experts alike, at most log2(data sets).
+        float64 `[layers]`, from 0 (the same load in all data sets) to log2(data sets).
     """
     pairs = routed.double()
     total = pairs.sum(dim=-1, keepdim=True)
@@ -127,8 +127,9 @@ def information(routed: torch.Tensor) -> torch.Tensor:
 
 
 def _shuffled(counts: Counts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 95th percentile of `information` where parts of the data sets are dealt out anew, to each as many as it
-    has. Parts that are not full are left out; NaN where a data set has no other.
+    """Return mean and 95th percentile of `information` after shuffling the parts of all data sets.
+
+    Parts that are not full are left out. NaN if a data set has no full part.
     """
     domains, parts = counts.routed.shape[:2]
     full = torch.arange(parts) < (counts.sequences // counts.part_sequences)[:, None]
@@ -147,7 +148,7 @@ def _shuffled(counts: Counts) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _tokens_of(counts: Counts, place: int, text_of: Callable[[int], str | None]) -> list[list[Numbers]]:
-    """For each expert of a layer the tokens of which the largest share goes to it; of equals the frequent ones."""
+    """Return for each expert of a layer the tokens with the largest share going to it, frequent ones first."""
     often = counts.occurrences.argsort(descending=True, stable=True)
     often = often[counts.occurrences[often] >= LEAST]
     shares = counts.by_token[place][often].double() / counts.occurrences[often, None]
@@ -163,11 +164,11 @@ def _tokens_of(counts: Counts, place: int, text_of: Callable[[int], str | None])
 
 
 def balance(counts: Counts, topk: int, ranks: int) -> Numbers:
-    """Layer → sparsity (figure 8d), load imbalance, experts without tokens; and of expert-parallel ranks.
+    """Return layer → sparsity (figure 8d), load imbalance, experts without tokens, and the same for ranks.
 
     Args:
-        topk: k, which gives the target.
-        ranks: that share a layer's experts, in their order.
+        topk: k of the target sparsity.
+        ranks: expert-parallel ranks, each with the next experts.
     """
     tokens, routed = int(_tokens(counts).sum()), counts.routed.sum(dim=(0, 1))
     experts = routed.shape[1]
@@ -195,9 +196,9 @@ def balance(counts: Counts, topk: int, ranks: int) -> Numbers:
 
 
 def neighbours(counts: Counts) -> Numbers:
-    """Layer → what tokens have in common with the one before, and how many experts `WINDOW` tokens take together.
+    """Return layer → experts shared with the previous token, and different experts of `WINDOW` tokens.
 
-    Chance is that of tokens drawn at random from the same data set.
+    Chance is for random tokens of the same data set.
     """
     tokens = _tokens(counts)
     share = counts.routed.sum(dim=1) / tokens[:, None, None].double()
@@ -220,9 +221,9 @@ def neighbours(counts: Counts) -> Numbers:
 
 
 def gates(counts: Counts) -> Numbers:
-    """Layer → size of active gates, and what the largest of a token's gates has of all and of the output.
+    """Return layer → size of active gates, and the largest gate's share of a token's gates and of its output.
 
-    Percentiles are those of classes, true to 1 %.
+    Percentiles are exact to about 1 %.
     """
     found: Numbers = {}
     some = counts.histogram[:, :, 1:].sum(dim=(0, 2))
@@ -243,10 +244,10 @@ def gates(counts: Counts) -> Numbers:
 
 
 def _tokens(counts: Counts) -> torch.Tensor:
-    """Of each data set."""
+    """Return the tokens of each data set."""
     return counts.histogram[:, 0].sum(dim=-1)
 
 
 def _largest_over_even(load: torch.Tensor) -> float | None:
-    """Where there is any load."""
+    """Return the largest load relative to the mean; None without any load."""
     return float(load.max() / load.double().mean()) if load.any() else None

@@ -1,4 +1,4 @@
-"""A picture of each analysis, drawn from what its .json holds."""
+"""Draw a picture of each analysis from the contents of its .json."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ from .findings import Numbers
 MEASURED, BESIDE = COLOURS["remoe"], "#D55E00"
 # Okabe and Ito's, those two first.
 DOMAINS = (MEASURED, BESIDE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MOST_CELLS = 200  # of a heat map that has its numbers in it
-LEAST_SHARE = 0.0005  # of tokens, below which a histogram shows no cell
+MOST_CELLS = 200  # of a heat map that shows its numbers
+LEAST_SHARE = 0.0005  # of tokens; smaller cells of a histogram stay empty
 
 
 def draw(path: Path, name: str, numbers: Numbers) -> None:
@@ -23,7 +23,7 @@ def draw(path: Path, name: str, numbers: Numbers) -> None:
     Args:
         path: a .png file.
         name: of the analysis.
-        numbers: what `findings` has of it.
+        numbers: from `findings`.
     """
     pyplot = file_pyplot()
     with pyplot.rc_context(style(font_size=11, pad=(0.12, 0.12))):
@@ -201,7 +201,7 @@ def _height(layers: int, least: float = 4.0) -> float:
 
 
 def _relative(axes: Any, values: numpy.ndarray, layers: Sequence[int], marks: list[list[str]]) -> Any:
-    """Loads relative to even, from a quarter to four times; logarithmic."""
+    """Draw a heat map of loads relative to even, from 1/4 to 4, on a logarithmic scale."""
     from matplotlib.colors import LogNorm
 
     image = axes.imshow(values.clip(1 / 4, 4), cmap="PuOr_r", norm=LogNorm(1 / 4, 4), aspect="auto")
@@ -218,7 +218,7 @@ def _relative_bar(figure: Any, image: Any, axes: list[Any], label: str) -> None:
 
 
 def _cells(axes: Any, image: Any, values: numpy.ndarray, layers: Sequence[int], marks: list[list[str]]) -> None:
-    """Ticks of a heat map, and what stands in its cells where there are not too many."""
+    """Add ticks to a heat map, and numbers to its cells unless there are too many."""
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -234,7 +234,7 @@ def _cells(axes: Any, image: Any, values: numpy.ndarray, layers: Sequence[int], 
 
 
 def _intervals(axes: Any, layers: Sequence[int], columns: Sequence[Sequence[float]]) -> None:
-    """A dot and a line for each layer: value, low, high."""
+    """Draw a dot and a line for each layer: value, low, high."""
     values, low, high = columns
     axes.hlines(range(len(layers)), low, high, color=MEASURED, linewidth=2)
     axes.plot(values, range(len(layers)), "o", color=MEASURED)
@@ -242,12 +242,12 @@ def _intervals(axes: Any, layers: Sequence[int], columns: Sequence[Sequence[floa
 
 
 def _legend(axes: Any) -> None:
-    """Below, where it hides nothing."""
+    """Add a legend below the axes."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.5, ncols=3)
 
 
 def _layers_down(axes: Any, layers: Sequence[int]) -> None:
-    """The first layer at the top, as in the heat maps."""
+    """Put the first layer at the top, as in the heat maps."""
     axes.set_yticks(*_ticks(layers))
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_ylabel("layer")
@@ -260,6 +260,6 @@ def _layer_axis(axes: Any, layers: Sequence[int]) -> None:
 
 
 def _ticks(labels: Sequence[int], most: int = 24) -> tuple[Sequence[int], Sequence[int]]:
-    """Places and what is written there, where there is room for so many."""
+    """Return at most `most` places and their labels."""
     step = -(-len(labels) // most)
     return range(0, len(labels), step), labels[::step]

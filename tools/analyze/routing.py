@@ -1,4 +1,4 @@
-"""Looks on while a model for transformers routes tokens."""
+"""Observe the routing of a model for transformers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +15,13 @@ See = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 @contextmanager
 def watched(model: RemoeForCausalLM, see: See) -> Iterator[None]:
-    """While it is open, `see` is told what each layer does in each forward pass.
+    """Call `see` for each layer in each forward pass, inside the block.
 
-    `see` takes the layer's place among those with experts, from 0; gates `[batch, length, experts]` in the router's
-    dtype, 0 where an expert is not active; and the share of the output by the largest gate, float32 `[batch, length]`:
-    |a| / (|a| + |b|) with a the part of the expert with that gate and b the sum of all others', NaN where both are 0.
-    Experts that all tokens share are left out. Both tensors are on the CPU.
+    Its arguments, tensors on the CPU:
+        the layer's index among those with experts, from 0.
+        gates `[batch, length, experts]` in the router's dtype, 0 for inactive experts.
+        the largest gate's share of the output, float32 `[batch, length]`: |a| / (|a| + |b|), where a is the output of
+            that expert and b the sum of the others, without shared experts; NaN if both are 0.
     """
     handles = []
     for place, block in enumerate(expert_blocks(model).values()):

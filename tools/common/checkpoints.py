@@ -1,17 +1,23 @@
-"""Reads and writes Megatron's distributed checkpoints (torch_dist) in one process."""
+"""Read and write Megatron's distributed checkpoints (torch_dist) in one process."""
 
 import argparse
+import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
@@ -31,10 +37,12 @@ from megatron.remoe.preflight.checkpoint_fit import common_state
 from .errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"
-# Whatever reading a damaged file raises; PyTorch's own is no Exception.
+# Reading a damaged file raises almost anything; PyTorch's own error is no Exception.
 FAILURES = (Exception, CheckpointException)
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-# The norm before a MoE layer, as plain PyTorch layers and those of Transformer Engine call it.
+PROBE = 2**26  # bytes that are set aside for a moment before a folder is written
+OVERHEAD = 2**18  # bytes of a checkpoint beside its tensors, at least
+# Names of the norm before a MoE layer in plain PyTorch layers and in Transformer Engine's.
 LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
 # The layer's number is in the key only where layers differ.
 ROUTER = re.compile(r".*\.layers\.(\d+\.)?mlp\.router\.")
@@ -45,10 +53,10 @@ class Checkpoint:
     """One saved iteration.
 
     Attributes:
-        folder: its own folder, within that of the run.
-        name: what to call it in messages.
-        args: Megatron's arguments of the training that saved it.
-        layout: what Megatron noted about the format of the tensors.
+        folder: of this iteration.
+        name: for messages.
+        args: Megatron's arguments of the training.
+        layout: Megatron's notes about the format of the tensors.
         shapes: tensor's key → its shape.
     """
 
@@ -63,7 +71,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
     """Open a run's newest checkpoint, or that of an iteration.
 
     Raises:
-        ConversionError: there is none, it cannot be read, or its format is another one.
+        ConversionError: there is none, it cannot be read, or it has another format.
     """
     folder = _folder(root, step)
     if any(folder.glob("mp_rank_*")):
@@ -83,7 +91,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
         raise _unreadable(folder, error) from error
     args = common.get("args")
     if args is None:
-        raise ConversionError(f"{folder}: holds no arguments of its training, which tell the model's shape.")
+        raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")
     return Checkpoint(
         folder=folder,
         name=f"{root}, {'release' if folder.name == RELEASE else f'iteration {int(folder.name[5:])}'}",
@@ -97,9 +105,9 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     """Fill `model` with the checkpoint's weights.
 
     Raises:
-        ConversionError: a tensor is missing, has another shape, cannot be read, or holds what is not a number.
+        ConversionError: a tensor is missing, has another shape, cannot be read, or holds NaN or infinity.
     """
-    # Objects are what Transformer Engine keeps beside the weights, for FP8.
+    # Objects are Transformer Engine's state for FP8.
     _, wanted = extract_matching_values(
         _sharded(model, checkpoint.layout), lambda value: isinstance(value, ShardedObject)
     )
@@ -130,15 +138,47 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
             )
 
 
-def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: bool) -> None:
-    """Write a checkpoint without optimizer state, beside its place, and move it there when it is whole.
+class _Planner(DefaultLoadPlanner):
+    """PyTorch's planner for slices of stored tensors."""
 
-    Megatron calls a checkpoint of this kind a release: loading it starts at iteration 0.
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn]
+
+
+def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int | None]]) -> None:
+    """Fill tensors from a checkpoint without loading the rest of it.
+
+    Args:
+        checkpoint: to read.
+        parts: key → the tensor to fill, in its own dtype, and the index of the slice in the first dimension, which
+            stays as a dimension of size 1 (None: all of the stored tensor).
+
+    Raises:
+        ConversionError: a file is damaged.
+    """
+    reader, planner = FileSystemReader(checkpoint.folder), _Planner(False, False)
+    try:
+        index, items = read_index(checkpoint.folder), []
+        planner.set_up_planner({key: data for key, (data, _) in parts.items()}, index)
+        for key, (data, number) in parts.items():
+            offsets = torch.Size([number or 0, *[0] * (data.dim() - 1)][: data.dim()])
+            chunk = ChunkStorageMetadata(offsets, data.shape)
+            items += create_read_items_for_chunk_list(key, index.state_dict_metadata[key], [chunk])
+        reader.set_up_storage_reader(index, is_coordinator=True)
+        reader.read_data(LoadPlan(items), planner).wait()
+    except FAILURES as error:
+        raise _unreadable(checkpoint.folder, error) from error
+
+
+def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: bool) -> None:
+    """Write a checkpoint without optimizer state. The folder appears only when it is complete.
+
+    Megatron calls this a release: loading it starts at iteration 0.
 
     Args:
         model: weights in the type to save.
         args: the arguments to save with them.
-        output: folder to make; there is none yet, or an empty one.
+        output: folder to write, new or empty.
         engine_names: whether layers of Transformer Engine will load it.
 
     Raises:
@@ -151,24 +191,50 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
             layer, norm, rest = tensor.key.partition(LOCAL_NORM)
             if norm and f"{layer}mlp.router." in routers:
                 tensor.key = layer + ENGINE_NORM + rest
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
-    try:
-        (aside / RELEASE).mkdir(parents=True)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
+    with new_folder(output, size + OVERHEAD) as aside:
+        (aside / RELEASE).mkdir()
         dist_checkpointing.save(state | {"model": sharded}, str(aside / RELEASE), content_metadata=dict(LAYOUT))
         (aside / TRACKER).write_text(RELEASE, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(output: Path, size: int) -> Iterator[Path]:
+    """Yield a new folder beside `output`; rename it to `output` if the block ends well, else remove it.
+
+    Args:
+        output: an empty folder, or none yet.
+        size: bytes that will be written, about.
+
+    Raises:
+        ConversionError: something cannot be written, as on a full disk.
+    """
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir(parents=True)
+        # Megatron's writers end in a traceback on a full disk.
+        if (free := shutil.disk_usage(aside).free) < size:
+            raise OSError(errno.ENOSPC, f"{size:,} bytes are needed, and {free:,} are free")
+        with tempfile.TemporaryFile(dir=aside) as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, min(size, PROBE)))  # finds quotas and limits too
+        yield aside
         aside.replace(output)
+    except ConversionError:
+        raise
     except FAILURES as error:
-        raise ConversionError(f"{output}: cannot be written ({_reason(error)}). Give --save another folder.") from error
+        raise ConversionError(
+            f"--save {output}: cannot be written ({_reason(error)}). Free some space, or give another folder."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that is not empty.
 
     Raises:
-        ConversionError: it does, or it is no folder.
+        ConversionError: it is not, or it is no folder.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"--save {output}: exists and is not an empty folder. Give another one, or remove it.")

@@ -1,4 +1,4 @@
-"""What tools/evaluate measures, as tables."""
+"""Tables of the results of tools/evaluate."""
 
 import math
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ TITLES = {
 
 
 def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
-    """A key of `TITLES` and rows of as many cells, for each kind of what was measured.
+    """Yield, for each kind of result, its key in `TITLES` and rows with as many cells.
 
     Args:
-        results: what `--output` of tools/evaluate holds.
+        results: as in the file of `--output`.
     """
     for kind, rows in (("text", _on_text), ("speed", _on_speed), ("tasks", _on_tasks)):
         if kind in results:

@@ -1,4 +1,4 @@
-"""How many experts a model for transformers gives each token."""
+"""Count the experts per token of a model for transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts per token of one layer, and the number of tokens that they were counted over."""
+    """Experts per token of one layer, and the number of counted tokens."""
 
     mean: float
     percentile_99: int
@@ -21,7 +21,7 @@ class Experts:
 
     @classmethod
     def of(cls, histogram: torch.Tensor) -> "Experts":
-        """From the number of tokens with 0, 1, 2, ... experts."""
+        """Return the summary of a histogram: the number of tokens with 0, 1, 2, ... experts."""
         tokens = int(histogram.sum())
         share = histogram.cumsum(0) / tokens
         return cls(
@@ -33,17 +33,17 @@ class Experts:
 
 
 def expert_blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:
-    """Number of a layer with experts, from 1 → its experts."""
+    """Return number of a layer with experts, from 1 → its experts."""
     layers = enumerate(model.model.layers, start=1)
     return {number: layer.mlp for number, layer in layers if isinstance(layer.mlp, RemoeSparseMoeBlock)}
 
 
 @contextmanager
 def counted_experts(model: RemoeForCausalLM) -> Iterator[dict[int, list[torch.Tensor]]]:
-    """While it is open, count the active experts of every token, padding included.
+    """Count the active experts of every token, padding included, inside the block.
 
     Yields:
-        Layer's number from 1, of those with experts → a tensor for each forward pass, int64 `[tokens]`.
+        Number of a layer with experts, from 1 → a tensor for each forward pass, int64 `[tokens]`.
     """
     counts: dict[int, list[torch.Tensor]] = {}
     handles = []

@@ -1,4 +1,4 @@
-"""How HybridModel's layers and names answer to those of GPTModel, which has attention and an MLP in one layer."""
+"""Layers and names of HybridModel and GPTModel, which has attention and an MLP in one layer."""
 
 import argparse
 import re
@@ -12,16 +12,16 @@ ATTENTION = ("self_attention.", "input_layernorm.")
 
 
 def number_of(layer: int, rest: str) -> int:
-    """HybridModel's number, from 0, of the layer that has what is called `rest` in GPTModel's `layer`."""
+    """Return the number, from 0, of HybridModel's layer that holds `rest` of GPTModel's `layer`."""
     return 2 * layer + (0 if rest.startswith(ATTENTION) else 1)
 
 
 def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
-    """The arguments of the GPTModel that computes the same; as they are where they are those of one.
+    """Return the arguments of the GPTModel that computes the same.
 
     Args:
         args: Megatron's, of either class.
-        source: what to call their checkpoint.
+        source: their checkpoint, for errors.
 
     Raises:
         ConversionError: the pattern is not attention and MLP in turn, or experts go by hash.
@@ -34,8 +34,8 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
     layers = pattern.replace("|", "")
     if not re.fullmatch(r"(\*[E-])+", layers):
         raise ConversionError(
-            f"{source}: --hybrid-layer-pattern {pattern} is not attention (*) and MLP (- or E) in turn, which is all "
-            "that a GPTModel can express."
+            f"{source}: --hybrid-layer-pattern {pattern} must alternate attention (*) and MLP (- or E) to be "
+            "a GPTModel."
         )
     experts = [int(mlp == "E") for mlp in layers[1::2]]
     args.hybrid_layer_pattern, args.num_layers = None, len(experts)
@@ -44,7 +44,7 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
 
 
 def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of the HybridModel that computes the same as a GPTModel of `args`.
+    """Return the arguments of the HybridModel that computes the same as a GPTModel of `args`.
 
     Raises:
         ConversionError: experts go by hash.
@@ -60,5 +60,5 @@ def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
 def _refuse_hash(args: argparse.Namespace) -> None:
     if getattr(args, "moe_baseline_router", None) == "hash":
         raise ConversionError(
-            "--moe-baseline-router hash goes by the layers' numbers, which are others in the other model class."
+            "--moe-baseline-router hash depends on the layers' numbers, which differ in the other model class."
         )

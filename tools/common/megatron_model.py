@@ -1,4 +1,4 @@
-"""A model of Megatron in one process, built from the arguments of a training."""
+"""Build Megatron's model in one process from the arguments of a training."""
 
 import argparse
 import re
@@ -35,7 +35,7 @@ HERE: dict[str, Any] = {
     "sequence_parallel": False,
     "moe_shared_expert_overlap": False,
     "overlap_moe_expert_parallel_comm": False,
-    "moe_warmup_topk": None,  # over, where a training is
+    "moe_warmup_topk": None,  # a saved training is past its warm-up
     "moe_warmup_steps": 0,
     "recompute_granularity": None,
     "recompute_modules": None,
@@ -49,7 +49,7 @@ EXPERT = re.compile(r"(?P<mlp>.*\.mlp\.)experts\.local_experts\.(?P<expert>\d+)\
 
 
 def build(args: argparse.Namespace) -> GPTModel:
-    """A model of these arguments in this process, in single precision, for evaluation.
+    """Return a model of these arguments in this process, in single precision, for evaluation.
 
     Raises:
         ConversionError: Megatron refuses the arguments.

@@ -1,4 +1,4 @@
-"""Megatron in one process, without a launcher. Import it when Megatron is adapted to the machine."""
+"""Run Megatron in one process without a launcher. Adapt Megatron to the machine before importing this."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 @contextmanager
 def one_process(seed: int = 1234, backend: str = "gloo") -> Iterator[None]:
-    """Megatron's process groups for this process alone, and its random generators."""
+    """Set up Megatron's process groups for this process only, and its random generators."""
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()

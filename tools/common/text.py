@@ -1,33 +1,98 @@
-"""Takes sequences of tokens from Megatron data sets, without a tokenizer."""
+"""Sequences of tokens from Megatron data sets, without a tokenizer."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+import numpy
 import torch
 
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, bin_path
-from megatron.training.utils.common_utils import get_blend_and_blend_per_split, get_blend_from_list
 
 from .errors import ConversionError
 
 
-@dataclass(frozen=True)
-class Blend:
+class Blend(NamedTuple):
     """Data sets and how much to take of each (None: in proportion to their size)."""
 
     prefixes: list[str]
     weights: list[float] | None
 
 
+class Text:
+    """A data set cut into sequences of one length, in an order that a seed gives; the rest at its end is not read.
+
+    Args:
+        prefix: of the .bin and .idx files.
+        length: tokens of a sequence.
+        seed: of the order.
+        vocabulary: number of tokens that the model knows.
+
+    Raises:
+        ConversionError: the files are missing, corrupt or too small.
+    """
+
+    def __init__(self, prefix: str, length: int, seed: int, vocabulary: int) -> None:
+        self.prefix, self.length, self._vocabulary = prefix, length, vocabulary
+        self._reader = open_data_set(prefix, length)
+        self._order = numpy.random.default_rng(seed).permutation(self._reader.tokens // length)
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self._order)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return sequences as int64 `[stop - start, length]`.
+
+        Raises:
+            ConversionError: one holds a token that the model does not know.
+        """
+        places = self._order[start:stop].tolist()
+        ids = numpy.stack([self._reader.read(place * self.length, self.length) for place in places])
+        check_vocabulary(self.prefix, int(ids.max()), self._vocabulary)
+        return torch.from_numpy(ids.astype(numpy.int64))
+
+
+def open_data_set(prefix: str, least: int) -> IndexedReader:
+    """Return a reader of a data set with at least so many tokens.
+
+    Raises:
+        ConversionError: its files are missing, corrupt or too small.
+    """
+    try:
+        reader = IndexedReader(Path(prefix))
+    except DataError as error:
+        raise ConversionError(f"--data-path: {error}") from error
+    if reader.tokens < least:
+        raise ConversionError(
+            f"--data-path {prefix}: has {reader.tokens:,} tokens, fewer than one sequence of {least}. Give more text, "
+            "or a smaller --seq-length."
+        )
+    return reader
+
+
+def check_vocabulary(prefix: str, largest: int, vocabulary: int) -> None:
+    """Refuse text that was tokenized for another model.
+
+    Raises:
+        ConversionError: its largest token is not in the vocabulary.
+    """
+    if largest >= vocabulary:
+        raise ConversionError(
+            f"--data-path {prefix}: holds token {largest}, and the model knows {vocabulary}. Give text that was "
+            "tokenized for it."
+        )
+
+
 def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
-    """The data sets to take text from: those given, otherwise those of the training.
+    """Return the data sets given, or else those of the training.
 
     Raises:
         ConversionError: there are none.
     """
+    from megatron.training.utils.common_utils import get_blend_and_blend_per_split, get_blend_from_list
+
     try:
         if data_path:
             blend = get_blend_from_list(data_path)
@@ -37,56 +102,42 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
     except (OSError, ValueError, AssertionError) as error:
         raise ConversionError(f"the data sets cannot be read: {error}. Name them with --data-path.") from error
     if not blend:
-        raise ConversionError("the checkpoint names no data sets to fit the routers to: give --data-path.")
+        raise ConversionError("the checkpoint names no data sets. Give --data-path.")
     return Blend(*blend)
 
 
 def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int) -> torch.Tensor:
-    """Different stretches of text, at random.
+    """Return random stretches of text.
 
     Args:
         blend: where to take them from.
         sequences: how many.
-        length: tokens of each, without the one after the last, which comes with it.
+        length: tokens of each, without the one after the last.
         vocabulary: number of tokens that the model knows.
         seed: of the choice.
 
     Returns:
-        int64 `[sequences, length + 1]`; no two overlap but for that last token.
+        int64 `[sequences, length + 1]`; two stretches share at most that last token.
 
     Raises:
         ConversionError: a data set is missing, corrupt or too small, or was made with another vocabulary.
     """
-    sets = [_tokens(prefix) for prefix in blend.prefixes]
-    sizes = np.array([len(tokens) for tokens in sets], dtype=np.float64)
-    shares = sizes if blend.weights is None else np.array(blend.weights, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    counts = generator.multinomial(sequences, shares / shares.sum())
+    readers = [open_data_set(prefix, 1) for prefix in blend.prefixes]
+    shares = numpy.array(blend.weights or [reader.tokens for reader in readers], dtype=numpy.float64)
+    generator = numpy.random.default_rng(seed)
     found = []
-    for prefix, tokens, count in zip(blend.prefixes, sets, counts, strict=True):
-        available = max(0, len(tokens) - 1) // length
+    for prefix, reader, count in zip(
+        blend.prefixes, readers, generator.multinomial(sequences, shares / shares.sum()), strict=True
+    ):
+        available = (reader.tokens - 1) // length
         if count > available:
             raise ConversionError(
-                f"{prefix}: {len(tokens):,} tokens, where {count * length + 1:,} are needed. Give more text with "
+                f"{prefix}: {reader.tokens:,} tokens, and {count * length + 1:,} are needed. Give more text with "
                 "--data-path, or ask for less of it with --tokens."
             )
-        starts = generator.choice(available, size=count, replace=False) * length
-        found += [np.asarray(tokens[start : start + length + 1], dtype=np.int64) for start in starts]
-    chosen = np.stack([found[i] for i in generator.permutation(len(found))])
-    if chosen.max() >= vocabulary:
-        raise ConversionError(
-            f"{' '.join(blend.prefixes)}: holds token {chosen.max()}, and the checkpoint's vocabulary has only "
-            f"{vocabulary}. Give text that was tokenized for this model with --data-path."
-        )
+        tokens = numpy.memmap(bin_path(Path(prefix)), dtype=reader.dtype, mode="r")
+        for start in generator.choice(available, size=count, replace=False) * length:
+            found.append(tokens[start : start + length + 1].astype(numpy.int64))
+    chosen = numpy.stack([found[place] for place in generator.permutation(len(found))])
+    check_vocabulary(" ".join(blend.prefixes), int(chosen.max()), vocabulary)
     return torch.from_numpy(chosen)
-
-
-def _tokens(prefix: str) -> np.ndarray:
-    path = Path(prefix)
-    try:
-        reader = IndexedReader(path)
-    except DataError as error:
-        raise ConversionError(f"{error} Name the data sets with --data-path.") from error
-    if not reader.tokens:
-        raise ConversionError(f"{bin_path(path)}: holds no tokens. Give other text with --data-path.")
-    return np.memmap(bin_path(path), dtype=reader.dtype, mode="r")

@@ -1,1 +1,1 @@
-"""A dense or top-k checkpoint starts a ReMoE."""
+"""Conversion of checkpoints."""

@@ -4,10 +4,10 @@ dense:  python tools/convert_checkpoint --load DENSE --save OUT --num-experts 8
 top-k:  python tools/convert_checkpoint --load MOE --save OUT
 class:  python tools/convert_checkpoint --load RUN --save OUT --model hybrid|gpt
 
-A ReMoE: the shape of the model, and the text that the routers are fitted to, come from the checkpoint's own arguments.
-Nothing is written if the loss grows by more than a bound. Then train as any ReMoE, with --pretrained-checkpoint OUT.
+The shape of a ReMoE, and the text that its routers are fitted to, come from the arguments in the checkpoint. Nothing is
+written if the loss grows by more than a bound. Then train it like any ReMoE, with --pretrained-checkpoint OUT.
 
-Another class: the same training, of any routing, goes on with --load OUT, optimizer state and all.
+With another class the same training, of any routing, continues with --load OUT, optimizer state included.
 """
 
 import argparse
@@ -22,87 +22,73 @@ from megatron.core.models.gpt import GPTModel
 from ..common.checkpoints import EMBEDDING, Checkpoint, check_output, find, load, save
 from ..common.display import Display
 from ..common.errors import ConversionError
+from ..common.flags import whole_number
 from ..common.megatron_model import build
 from ..common.one_process import one_process
 from ..common.running import run_once
 from ..common.text import blend_of, sample
 from .fitting import fit_router
 from .model_class import convert_class
-from .models import (
-    counted_pairs,
-    fill,
-    moe_layers,
-    round_to,
-    router_inputs,
-    source_args,
-    target_args,
-)
+from .models import counted_pairs, fill, moe_layers, round_to, router_inputs, source_args, target_args
 
-TOKENS = 32768
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
 TOKENS_PER_FORWARD = 4096
+OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags; those that Megatron has too mean the same."""
+    """Parse the flags. Flags that Megatron has too mean the same."""
     parser = argparse.ArgumentParser(
         prog="tools/convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a run (its --save)")
+    parser.add_argument("--save", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
-        "--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a dense or top-k run"
+        "--ckpt-step", type=whole_number(0), metavar="N", help="iteration to convert (default: the newest)"
     )
-    parser.add_argument("--save", type=Path, required=True, metavar="FOLDER", help="where the ReMoE's checkpoint goes")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration to convert (default: the newest)")
     parser.add_argument(
         "--model", choices=("gpt", "hybrid"), help="only change Megatron's model class; nothing is fitted or measured"
     )
-    shape = parser.add_argument_group("shape of the ReMoE (for a top-k checkpoint: its own)")
+    shape = parser.add_argument_group("shape of the ReMoE (from a top-k checkpoint: its own)")
     shape.add_argument("--num-experts", type=int, metavar="E", help="experts, each as large as the dense layer")
     shape.add_argument("--moe-router-topk", type=int, metavar="K", help="k of the target sparsity (default: 1)")
-    shape.add_argument("--moe-granularity", type=int, metavar="G", help="cut every expert into G (default: 1)")
-    shape.add_argument("--moe-layer-freq", metavar="PATTERN", help="which layers get experts (default: 1, all of them)")
+    shape.add_argument(
+        "--moe-granularity", type=whole_number(1), metavar="G", help="cut every expert into G (default: 1)"
+    )
+    shape.add_argument("--moe-layer-freq", metavar="PATTERN", help="layers with experts (default: 1, all of them)")
     shape.add_argument(
         "--transformer-impl",
         choices=("local", "transformer_engine"),
-        help="layers that shall load it (default: those that saved --load)",
+        help="layers that will load it (default: those that saved --load)",
     )
     fit = parser.add_argument_group("fit")
-    fit.add_argument(
-        "--data-path", nargs="+", metavar="WORD", help="data sets, as in Megatron (default: the training's own)"
-    )
+    fit.add_argument("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the training's)")
     fit.add_argument(
         "--tokens",
-        type=int,
-        default=TOKENS,
+        type=whole_number(1),
+        default=32768,
         metavar="N",
-        help="text to fit the routers to, and as much again to measure the loss (default: %(default)s)",
+        help="tokens to fit the routers to, and as many again to measure the loss (default: %(default)s)",
     )
     fit.add_argument(
         "--loss-bound",
         type=float,
         metavar="X",
-        help="by how much of itself the loss may grow (default: 0.01 from dense, 0.05 from top-k)",
+        help="largest relative growth of the loss (default: 0.01 from dense, 0.05 from top-k)",
     )
-    fit.add_argument("--seed", type=int, default=1234, help="of the choice of text and the fit (default: %(default)s)")
+    fit.add_argument("--seed", type=int, default=1234, help="of the text and the fit (default: %(default)s)")
     args = parser.parse_args(arguments)
-    for flag, value, least in (
-        ("--tokens", args.tokens, 1),
-        ("--ckpt-step", args.ckpt_step, 0),
-        ("--moe-granularity", args.moe_granularity, 1),
-        ("--loss-bound", args.loss_bound, 0),
-    ):
-        if value is not None and value < least:
-            parser.error(f"{flag} {value}: must be at least {least}.")
-    if args.model:
-        made = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
-        if given := [f"--{name.replace('_', '-')}" for name in made if getattr(args, name) is not None]:
-            parser.error(f"--model {args.model} keeps the model as it is: leave out {', '.join(given)}.")
+    if args.loss_bound is not None and not args.loss_bound >= 0:
+        parser.error(f"--loss-bound {args.loss_bound}: must be at least 0.")
+    if args.model and (given := [name for name in OF_REMOE if getattr(args, name) is not None]):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        parser.error(f"--model {args.model} only changes the class: leave out {flags}.")
     return args
 
 
 @torch.no_grad()
 def loss_of(model: GPTModel, text: torch.Tensor, display: Display) -> float:
-    """Mean cross entropy in nats per token of `text` `[sequences, length + 1]`."""
+    """Return the mean cross entropy of `text` `[sequences, length + 1]` in nats per token."""
     length = text.shape[1] - 1
     positions = torch.arange(length)
     total = 0.0
@@ -114,7 +100,7 @@ def loss_of(model: GPTModel, text: torch.Tensor, display: Display) -> float:
 
 
 def convert(options: argparse.Namespace, display: Display) -> None:
-    """All of it.
+    """Convert a dense or top-k checkpoint to a ReMoE.
 
     Raises:
         ConversionError: something is wrong with the flags, the checkpoint or the data, or the loss grows too much.
@@ -130,38 +116,51 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     kind = "dense" if args.num_experts is None else "top-k"
     display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
     sequences = -(-options.tokens // args.seq_length)
-    text = sample(
-        blend_of(args, options.data_path), 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed
-    )
-    alone = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process(options.seed)
-    with alone:
-        _convert(options, display, checkpoint, kind, args, new_args, text)
+    blend = blend_of(args, options.data_path)
+    text = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed)
+    to_fit, to_measure = text.chunk(2)
+    group = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process(options.seed)
+    with group:
+        target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
+        with display.step("running the ReMoE", len(to_measure)), counted_pairs(target) as pairs:
+            loss_after = loss_of(target, to_measure, display)
+        sparsity = 1 - sum(active for active, _ in pairs) / sum(total for _, total in pairs)
+        bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
+        growth = loss_after / loss_before - 1
+        result = f"loss {loss_before:.4f} before, {loss_after:.4f} after ({growth:+.2%}, bound {bound:.2%})"
+        if not growth <= bound:
+            raise ConversionError(
+                f"{result}: nothing was written. Fit to more text (--tokens {4 * options.tokens}), or accept more with "
+                "--loss-bound."
+            )
+        display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
+        engine = (options.transformer_impl or args.transformer_impl) == "transformer_engine"
+        save(target.to(args.params_dtype), new_args, options.save, engine)
+    display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
 
 
-def _convert(
+def _fitted(
     options: argparse.Namespace,
     display: Display,
     checkpoint: Checkpoint,
-    kind: str,
     args: argparse.Namespace,
     new_args: argparse.Namespace,
-    text: torch.Tensor,
-) -> None:
+    to_fit: torch.Tensor,
+    to_measure: torch.Tensor,
+) -> tuple[GPTModel, float]:
+    """Return the ReMoE with fitted routers, and the source's loss."""
     source, target = build(args), build(new_args)
     load(checkpoint, source)
     layers = moe_layers(target)
-    to_fit, to_measure = text.chunk(2)
-
-    with display.step("running the source", len(text)):
+    with display.step("running the source", len(to_fit) + len(to_measure)):
         with router_inputs(source, layers) as (inputs, gates):
             loss_of(source, to_fit, display)
         loss_before = loss_of(source, to_measure, display)
-
     routers = {}
     with display.step("fitting the routers", len(layers)):
         for number, layer in enumerate(layers):
             seen = torch.cat(inputs.pop(layer))
-            if kind == "dense":
+            if args.num_experts is None:
                 wanted = torch.ones(len(seen), new_args.moe_granularity)
                 copies, start = new_args.num_experts // new_args.moe_granularity, None
             else:
@@ -175,30 +174,12 @@ def _convert(
                 f"sparsity {fitted.sparsity:.3f}"
             )
     fill(target, source, routers)
-    del source
     round_to(target, args.params_dtype)
-
-    with display.step("running the ReMoE", len(to_measure)), counted_pairs(target) as pairs:
-        loss_after = loss_of(target, to_measure, display)
-    sparsity = 1 - sum(active for active, _ in pairs) / sum(total for _, total in pairs)
-    bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
-    growth = loss_after / loss_before - 1
-    result = f"loss {loss_before:.4f} before, {loss_after:.4f} after ({growth:+.2%}, bound {bound:.2%})"
-    if not growth <= bound:
-        raise ConversionError(
-            f"{result}: nothing was written. More text to fit to (--tokens {4 * options.tokens}) may help; "
-            "--loss-bound accepts more."
-        )
-    display.say(
-        f"{result}, sparsity {sparsity:.3f}; on {to_measure.shape[0] * (to_measure.shape[1] - 1):,} other tokens"
-    )
-    engine = (options.transformer_impl or args.transformer_impl) == "transformer_engine"
-    save(target.to(args.params_dtype), new_args, options.save, engine)
-    display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
+    return target, loss_before
 
 
 def training_flags(args: argparse.Namespace, output: Path) -> str:
-    """The flags that the converted model is trained with, besides those of its source."""
+    """Return the flags to train the ReMoE with, in addition to those of its source."""
     granularity = args.moe_granularity
     flags = f"--pretrained-checkpoint {output} --moe-relu-routing --num-experts {args.num_experts // granularity}"
     flags += f" --moe-router-topk {args.moe_router_topk // granularity}"
@@ -210,7 +191,7 @@ def training_flags(args: argparse.Namespace, output: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1 if it cannot be converted; 130 if it was stopped."""
+    """Return the exit code: 0; 1 if it cannot be converted; 130 if it was stopped."""
     options = parse_arguments(arguments)
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Starts a ReMoE from a trained model: a dense layer cut into experts, and routers fitted to keep a layer's output."""
+"""Cut a dense layer into experts, and fit routers that keep a layer's output."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import torch
 STEPS = 800
 TOKENS_PER_STEP = 4096
 LEARNING_RATE = 0.2  # in units of the root mean square of the weights at the start
-RIDGE = 0.1  # in units of the inputs' mean square: directions with less of it are not scaled up to the others
-# What is left open where only a sum of gates is given: all experts get the same share, and each token's lies with few.
+RIDGE = 0.1  # in units of the inputs' mean square: directions with less are not scaled up to the others
+# If only a sum of gates is given: give all experts the same share, and each token few of them.
 BALANCE = 0.1
 CONCENTRATION = 0.05
 
 
 @dataclass(frozen=True)
 class FittedRouter:
-    """A router's weights, and how well they do on the tokens that they were fitted to.
+    """A router's weights, and their quality on the tokens that they were fitted to.
 
     Attributes:
         weight: `[num_experts, hidden]`.
@@ -30,7 +30,7 @@ class FittedRouter:
 
 
 def split_mlp(weights: Mapping[str, torch.Tensor], parts: int, gated: bool) -> list[dict[str, torch.Tensor]]:
-    """Cut a feed-forward layer into narrower ones whose outputs add up to its own.
+    """Cut a feed-forward layer into narrower ones whose outputs add up to its output.
 
     Args:
         weights: `linear_fc1.weight` `[ffn, hidden]` (`[2·ffn, hidden]`, gate and then up, if `gated`),
@@ -69,17 +69,16 @@ def fit_router(
 ) -> FittedRouter:
     """Find a router whose gates ReLU(x W) come close to given ones.
 
-    Experts may be copies of each other: then it is the sum of their gates that counts, and how the copies share it is
-    open. It is used to give every copy the same share over all tokens, and every token few of the copies.
+    If experts are copies of each other, only the sum of their gates counts. The fit then gives every copy the same
+    share over all tokens, and every token few of the copies.
 
-    Gates that are off for some tokens and on for others follow a given function far better than a direction alone,
-    for which a sum of one would be m·x = 1: the router has no bias.
+    The router has no bias. Gates that are off for some tokens follow a constant much better than one linear direction.
 
     Args:
-        inputs: `[tokens, hidden]`, what the router sees.
-        targets: `[tokens, num_experts / copies]`, the sum of gates that the copies of each expert shall have.
-        copies: how many experts compute the same; expert e is a copy of number `e // copies`.
-        start: `[num_experts, hidden]`, weights to begin with up to a factor; random ones where None.
+        inputs: `[tokens, hidden]`, of the router.
+        targets: `[tokens, num_experts / copies]`, the wanted sum of the gates of each expert's copies.
+        copies: number of equal experts; expert e is a copy of number `e // copies`.
+        start: `[num_experts, hidden]`, weights to start from, up to a factor (None: random).
         seed: of the random weights and of the tokens' order.
 
     Returns:
@@ -114,10 +113,10 @@ def fit_router(
 
 
 def _whiten(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates in which the inputs' directions have about the same size.
+    """Return coordinates in which the inputs' directions have about the same size.
 
-    What all tokens have in common may be much larger than that in which they differ: in the coordinates as they are, a
-    step that is right for the one switches experts on or off for all tokens.
+    The part that all tokens share may be much larger than their differences. In the original coordinates, a step along
+    it would switch experts on or off for all tokens.
 
     Returns:
         L `[hidden, hidden]`, lower triangular, and z `[tokens, hidden]` with x = L z.
@@ -129,7 +128,7 @@ def _whiten(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _random(inputs: torch.Tensor, experts: int, generator: torch.Generator) -> torch.Tensor:
-    """Weights `[experts, hidden]` whose logits have the same mean, and vary about as much over the tokens."""
+    """Return weights `[experts, hidden]` whose logits have the same mean and about the same variance."""
     mean = inputs.mean(dim=0)
     directions = torch.randn(experts, inputs.shape[1], generator=generator, dtype=inputs.dtype)
     directions -= torch.outer(directions @ mean, mean) / mean.square().sum()
@@ -142,6 +141,6 @@ def _sums(gates: torch.Tensor, copies: int) -> torch.Tensor:
 
 
 def _best_factor(inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, copies: int) -> torch.Tensor:
-    """The factor of `weight` that brings the sums closest to their targets in least squares."""
+    """Return the factor of `weight` that brings the sums closest to their targets in least squares."""
     sums = _sums(torch.relu(inputs @ weight.T), copies)
     return (sums * targets).sum() / sums.square().sum().clamp(min=torch.finfo(sums.dtype).tiny)

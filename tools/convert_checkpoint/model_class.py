@@ -1,12 +1,11 @@
-"""A GPTModel's checkpoint becomes a HybridModel's, or the other way, with all that a training goes on with.
+"""Convert a GPTModel's checkpoint to a HybridModel's or back, optimizer state included.
 
-GPTModel has attention and MLP in one layer, HybridModel one of them in each. Weights, optimizer state and λ are the
-same numbers under other names, so each stored piece is copied by itself.
+A GPTModel's layer has attention and MLP, a HybridModel's only one of them. Weights, optimizer state and λ are the same
+numbers under other names, so stored pieces are copied one by one.
 """
 
 import argparse
 import io
-import os
 import pickle
 import re
 import shutil
@@ -27,28 +26,27 @@ from torch.distributed.checkpoint.metadata import (
 from megatron.remoe.preflight.checkpoint_files import CONFIG, RELEASE, TRACKER, read_index
 from megatron.remoe.preflight.checkpoint_fit import common_state
 
-from ..common.checkpoints import FAILURES, Checkpoint, check_output, find
+from ..common.checkpoints import Checkpoint, check_output, find, new_folder
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hybrid import FINAL_NORM, as_gpt, as_hybrid, number_of
 
-# With one of these the optimizer's state is stored under the weights' names.
+# With these the optimizer's state is stored under the weights' names.
 RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?:(?P<number>\d+)\.)?(?P<rest>.+)")
 OBJECT = re.compile(r"(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)")
-# It is empty, and GPTModel leaves it out.
-HYBRID_ALONE = "output_layer._extra_state"
+# An empty object that GPTModel does not have.
+ONLY_HYBRID = "output_layer._extra_state"
 
 type Place = tuple[int, ...]
 
 
 class Names:
-    """What each stored piece is called in the other class.
+    """Names of stored pieces in the other class.
 
     Args:
-        number_of_layers: of the GPTModel, each of which has attention and an MLP.
-        is_stacked: whether the GPTModel has each kind of weight of all layers in one tensor, as it does where they are
-            all alike, instead of one for each layer.
+        number_of_layers: of the GPTModel.
+        is_stacked: the GPTModel stores each kind of weight of all layers in one tensor, as it does if layers are alike.
         to: "gpt" or "hybrid".
     """
 
@@ -56,7 +54,7 @@ class Names:
         self.layers, self.is_stacked, self.to = number_of_layers, is_stacked, to
 
     def of_tensor(self, key: str, shape: Place, offset: Place) -> tuple[str, Place, Place]:
-        """Key, shape of the whole, and place in it of a piece that is so called, shaped and placed now."""
+        """Return the new key, shape of the whole tensor and offset of a piece in it."""
         match = LAYER.fullmatch(key)
         if match is None:
             return self._outside(key), shape, offset
@@ -70,10 +68,10 @@ class Names:
         return self._numbered(match, layer), shape, offset
 
     def of_object(self, key: str) -> str | None:
-        """The name of an object; None where the other class has none."""
+        """Return the name of an object; None if the other class has none."""
         match = LAYER.fullmatch(key)
         if match is None:
-            return None if self.to == "gpt" and key.startswith(HYBRID_ALONE) else self._outside(key)
+            return None if self.to == "gpt" and key.startswith(ONLY_HYBRID) else self._outside(key)
         if not self.is_stacked:
             layer = int(match["number"])
             number = layer // 2 if self.to == "gpt" else number_of(layer, match["rest"])
@@ -102,8 +100,8 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     """Write the checkpoint under `options.load` for the other class, `options.model`, to `options.save`.
 
     Raises:
-        ConversionError: it is of that class already, has layers that the other one cannot express, or cannot be read or
-            written.
+        ConversionError: it is of that class already, the other one cannot express its layers, or it cannot be read
+            or written.
     """
     check_output(options.save)
     checkpoint = find(options.load, options.ckpt_step)
@@ -111,31 +109,26 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     state = common_state(checkpoint.folder)
     args, names = _target(checkpoint, options.model, index.state_dict_metadata)
     _check_optimizer(checkpoint)
-    aside = options.save.with_name(f".{options.save.name}.{os.getpid()}.partial")
-    folder = aside / checkpoint.folder.name
-    try:
-        folder.mkdir(parents=True)
+    size = sum(file.stat().st_size for file in checkpoint.folder.iterdir())
+    with new_folder(options.save, size) as aside:
+        folder = aside / checkpoint.folder.name
+        folder.mkdir()
         with display.step("copying", len(index.storage_data)):
             _copy(checkpoint.folder, index, folder, names, state | {"args": args}, display)
         shutil.copyfile(checkpoint.folder / CONFIG, folder / CONFIG)
         tracked = RELEASE if folder.name == RELEASE else str(int(folder.name.removeprefix("iter_")))
         (aside / TRACKER).write_text(tracked, encoding="utf-8")
-        aside.replace(options.save)
-    except FAILURES as error:
-        raise ConversionError(f"--save {options.save}: {error}. Nothing was written.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     pattern = f"--hybrid-layer-pattern '{args.hybrid_layer_pattern}'"
     flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
     if options.model == "gpt" and isinstance(args.moe_layer_freq, list):
         flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
     display.say(
-        f"wrote {options.save}, {checkpoint.folder.name}; the training goes on with --load {options.save} {flags}"
+        f"wrote {options.save}, {checkpoint.folder.name}; continue the training with --load {options.save} {flags}"
     )
 
 
 def _target(checkpoint: Checkpoint, to: str, stored: dict[str, Any]) -> tuple[argparse.Namespace, Names]:
-    """The arguments of the training that goes on, and what its checkpoints call things."""
+    """Return the arguments of the training that continues, and the names in its checkpoints."""
     if (to == "hybrid") == bool(getattr(checkpoint.args, "hybrid_layer_pattern", None)):
         raise ConversionError(f"{checkpoint.folder}: is that of a {to} model already (--model {to}).")
     if getattr(checkpoint.args, "mtp_num_layers", None):
@@ -157,7 +150,7 @@ def _check_optimizer(checkpoint: Checkpoint) -> None:
 
 
 class _Writer:
-    """One file of a torch_dist checkpoint, and its index, piece by piece."""
+    """Write one file of a torch_dist checkpoint and its index, piece by piece."""
 
     def __init__(self, folder: Path, file: BinaryIO) -> None:
         self.folder, self.file = folder, file
@@ -183,7 +176,7 @@ class _Writer:
 
 
 def _copy(source: Path, index: Metadata, target: Path, names: Names, state: dict[str, Any], display: Display) -> None:
-    """Copy piece by piece, in the order in which they lie in the files."""
+    """Copy piece by piece, in the order of the files."""
     pieces = sorted(index.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset))
     with (target / "__0_0.distcp").open("wb") as file:
         writer = _Writer(target, file)
@@ -200,7 +193,7 @@ def _copy(source: Path, index: Metadata, target: Path, names: Names, state: dict
                 writer.add_object(key, content)
             display.advance(1)
         if names.to == "hybrid":
-            writer.add_object(f"{HYBRID_ALONE}/shard_0_1", _saved([None]))
+            writer.add_object(f"{ONLY_HYBRID}/shard_0_1", _saved([None]))
         writer.write_index()
     if (source / "common.pt").is_file():
         torch.save(state, target / "common.pt")

@@ -1,4 +1,4 @@
-"""The source's arguments and weights, and those of the ReMoE that it becomes."""
+"""Arguments and weights of the source and of the ReMoE made from it."""
 
 import argparse
 import copy
@@ -12,14 +12,15 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe.routing.refusals import relu_routing_problems
-from megatron.remoe.training.arguments import add_remoe_arguments, apply_granularity
-from megatron.training.arguments import add_megatron_arguments, moe_freq_type
+from megatron.remoe.training.arguments import apply_granularity
+from megatron.training.arguments import moe_freq_type
 
 from ..common.errors import ConversionError
+from ..common.hf.settings import complete
 from ..common.megatron_model import EXPERT
 from .fitting import split_mlp
 
-# Settings of top-k routing that ReLU routing has no use for.
+# Settings that only top-k routing uses.
 TOPK_ONLY: dict[str, Any] = {
     "moe_router_load_balancing_type": "none",
     "moe_aux_loss_coeff": 0.0,
@@ -41,10 +42,10 @@ ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
 def source_args(saved: argparse.Namespace, vocabulary: int) -> argparse.Namespace:
-    """The source's arguments, complete for this version of Megatron.
+    """Return the source's arguments, complete for this version of Megatron.
 
     Args:
-        saved: those in the checkpoint, maybe of another version.
+        saved: those in the checkpoint, possibly of another version.
         vocabulary: rows of its embedding.
 
     Raises:
@@ -54,21 +55,20 @@ def source_args(saved: argparse.Namespace, vocabulary: int) -> argparse.Namespac
         raise ConversionError(
             "--load: this is a checkpoint of a ReMoE already. Train on from it with pretrain_gpt.py --load."
         )
-    parser = add_remoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    args = argparse.Namespace(**(vars(parser.parse_args([])) | vars(saved)))
+    args = complete(saved)
     args.padded_vocab_size = vocabulary
     return args
 
 
 def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of the ReMoE.
+    """Return the arguments of the ReMoE.
 
     Args:
         source: from `source_args`.
-        options: num_experts, moe_router_topk, moe_granularity and moe_layer_freq, None where not given.
+        options: num_experts, moe_router_topk, moe_granularity and moe_layer_freq, None if not given.
 
     Raises:
-        ConversionError: they do not fit the source, or ReLU routing cannot be used with its other settings.
+        ConversionError: they do not fit the source, or ReLU routing does not work with its other settings.
     """
     if source.mtp_num_layers:
         raise ConversionError(
@@ -90,7 +90,7 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
 
 def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
     if options.num_experts is None:
-        raise ConversionError("--load is a dense checkpoint: say how many experts to make with --num-experts.")
+        raise ConversionError("--load is a dense checkpoint: give --num-experts.")
     if options.num_experts < 2:
         raise ConversionError(f"--num-experts {options.num_experts} must be at least 2.")
     target.num_experts, target.moe_ffn_hidden_size = options.num_experts, None
@@ -106,7 +106,7 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
     if isinstance(pattern, list) and (len(pattern) != target.num_layers or not any(pattern)):
         raise ConversionError(
             f"--moe-layer-freq {options.moe_layer_freq}: is a pattern of {len(pattern)} layers with {sum(pattern)} MoE "
-            f"layers, and the checkpoint has {target.num_layers} layers, of which one at least must be MoE."
+            f"layers. It must have {target.num_layers}, and one or more MoE layers."
         )
     try:
         apply_granularity(target)
@@ -134,13 +134,13 @@ def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> No
 
 
 def moe_layers(model: GPTModel) -> list[int]:
-    """Indices of the layers with experts, from 0."""
+    """Return the indices of the layers with experts, from 0."""
     return [index for index, layer in enumerate(model.decoder.layers) if isinstance(layer.mlp, MoELayer)]
 
 
 @torch.no_grad()
 def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -> None:
-    """Give the ReMoE the source's weights: a dense layer's to each expert, or its part of them.
+    """Copy the source's weights into the ReMoE: a dense layer, or one part of it, into each expert.
 
     Args:
         target: the ReMoE, changed.
@@ -155,7 +155,7 @@ def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -
         if router and router["name"] == "weight":
             tensor.copy_(routers[int(router["layer"])])
         elif not torch.is_tensor(tensor) or router:
-            continue  # a ReLU router's λ is where it starts
+            continue  # λ starts at λ₀
         elif expert and name not in state:
             mlp = expert["mlp"]
             if mlp not in parts:
@@ -169,17 +169,17 @@ def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -
 
 @torch.no_grad()
 def round_to(model: GPTModel, dtype: torch.dtype) -> None:
-    """Let the weights have values that `dtype` can hold."""
+    """Round the weights to values that `dtype` can hold."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
 
 
 @contextmanager
 def router_inputs(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[int, Any], dict[int, Any]]]:
-    """While it is open, keep what the feed-forward layers see, and the gates that a top-k router gives.
+    """Collect the inputs of the feed-forward layers and the gates of top-k routers, inside the block.
 
     Yields:
-        Layer's index → list of `[tokens, hidden]`, and likewise of `[tokens, num_experts]`; empty if it is dense.
+        Layer's index → list of inputs `[tokens, hidden]`, and of gates `[tokens, num_experts]`, empty if it is dense.
     """
     inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
     gates: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
@@ -209,7 +209,7 @@ def router_inputs(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[in
 
 @contextmanager
 def counted_pairs(model: GPTModel) -> Iterator[list[tuple[int, int]]]:
-    """While it is open, collect the active and all (token, expert) pairs of every router's forward pass."""
+    """Collect the numbers of active and of all (token, expert) pairs of each router call, inside the block."""
     pairs: list[tuple[int, int]] = []
     handles = [
         model.decoder.layers[index].mlp.router.register_forward_hook(

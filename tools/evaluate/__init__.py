@@ -1,1 +1,1 @@
-"""What a trained model is worth, and what it costs."""
+"""Loss, tasks and speed of trained models."""

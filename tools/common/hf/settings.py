@@ -1,6 +1,8 @@
-"""What Megatron's arguments are in the model's configuration for transformers, and the other way round."""
+"""Megatron's arguments and the configuration for transformers, each from the other."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from ..errors import ConversionError
 
-# Megatron's arguments for which the model for transformers has one value.
+# Megatron's arguments that must have this value.
 ONLY: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
@@ -51,12 +53,12 @@ ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 
 
 def complete(saved: argparse.Namespace) -> argparse.Namespace:
-    """A checkpoint's arguments, with this version's defaults for those that it does not have."""
+    """Return a checkpoint's arguments, with this version's defaults for missing ones."""
     return argparse.Namespace(**(vars(_parser().parse_args([])) | vars(saved)))
 
 
 def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> RemoeConfig:
-    """The configuration for transformers.
+    """Return the configuration for transformers.
 
     Args:
         args: from `complete`.
@@ -64,7 +66,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         coefficient: λ; of top-k routing that of the load balancing loss.
 
     Raises:
-        ConversionError: the model has what cannot be expressed; names each flag.
+        ConversionError: the model for transformers cannot be that; names each flag.
     """
     wrong = [name for name, value in ONLY.items() if getattr(args, name, value) != value]
     wrong += [name for name, values in CHOICES.items() if getattr(args, name, values[0]) not in values]
@@ -72,7 +74,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         wrong.append("moe_router_load_balancing_type")
     if wrong:
         flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
-        raise ConversionError(f"--load: its model has what the one for transformers does not know: {flags}.")
+        raise ConversionError(f"--load: the model for transformers does not support {flags}.")
     config = RemoeConfig(
         vocab_size=vocabulary,
         hidden_size=args.hidden_size,
@@ -122,18 +124,13 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
 
 
 def flags_of(config: RemoeConfig) -> list[str]:
-    """Megatron's flags for a model of this configuration.
+    """Return Megatron's flags for a model of this configuration, as `folder.read_config` returns it.
 
     Raises:
-        ConversionError: Megatron's model cannot be that.
+        ConversionError: Megatron has no such model.
     """
-    rope = config.rope_parameters or {}
-    base = rope.get("rope_theta") if rope.get("rope_type") == "default" else None
-    if base is None or config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
-        raise ConversionError(
-            "--load: rope_parameters, attention_bias, mlp_bias and hidden_act in config.json must be those of a model "
-            "that this tool has exported."
-        )
+    assert config.rope_parameters is not None
+    base: Any = config.rope_parameters["rope_theta"]
     flags = f"""
         --num-layers {config.num_hidden_layers} --hidden-size {config.hidden_size}
         --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
@@ -188,13 +185,31 @@ def _topk_flags(config: RemoeConfig) -> list[str]:
     return flags
 
 
-def args_of(config: RemoeConfig) -> argparse.Namespace:
-    """Megatron's arguments for a model of this configuration, as a training would save them.
+def vocabulary_flags(config: RemoeConfig, tokenizer: Path | None, tokens: int) -> list[str]:
+    """Return the flags that give Megatron's model as many rows in its embedding as this one has.
+
+    Args:
+        config: of the model.
+        tokenizer: its folder; None if there is none.
+        tokens: that it has.
+    """
+    rows = config.vocab_size
+    if tokenizer is None:
+        return f"--tokenizer-type NullTokenizer --vocab-size {rows} --make-vocab-size-divisible-by 1".split()
+    divisor = next(divisor for divisor in range(max(1, rows - tokens + 1), rows + 1) if rows % divisor == 0)
+    return [
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)),
+        *("--make-vocab-size-divisible-by", str(divisor)),
+    ]
+
+
+def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
+    """Return Megatron's arguments for a model of this configuration and more flags, as a training would save them.
 
     Raises:
         ConversionError: as `flags_of`.
     """
-    args = _parser().parse_args(flags_of(config))
+    args = _parser().parse_args([*flags_of(config), *more])
     args.padded_vocab_size = config.vocab_size
     args.params_dtype = config.dtype or torch.float32
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = args.iteration = 0

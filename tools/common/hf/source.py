@@ -1,23 +1,21 @@
-"""A run's checkpoint, opened for export."""
+"""Opens a run's checkpoint as a model for transformers."""
 
 import argparse
 from pathlib import Path
 
-import torch
-
-from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
+from megatron.remoe.hf import RemoeConfig
 
 from ..checkpoints import EMBEDDING, Checkpoint, find
 from ..errors import ConversionError
 from ..hybrid import as_gpt
 from .settings import complete, config_of
-from .weights import exponents, read
+from .weights import exponents
 
 
 def open_run(root: Path, step: int | None) -> tuple[Checkpoint, argparse.Namespace, RemoeConfig]:
-    """Find a run's newest checkpoint, or that of an iteration, with its arguments and the model's configuration.
+    """Return a run's newest checkpoint, or that of an iteration, its arguments, and the model's configuration.
 
-    Layers of multi-token prediction are left out of both: the model's logits do not need them.
+    Arguments and configuration have no layers of multi-token prediction: the model's logits do not need them.
 
     Raises:
         ConversionError: there is none, it cannot be read, or its model cannot be expressed.
@@ -37,14 +35,3 @@ def open_run(root: Path, step: int | None) -> tuple[Checkpoint, argparse.Namespa
         exponent = max(exponents(checkpoint, config), default=0)
         config.router_aux_loss_coef = args.moe_relu_l1_reg_coeff_init * args.moe_relu_l1_reg_coeff_multiplier**exponent
     return checkpoint, args, config
-
-
-@torch.no_grad()
-def model_of(checkpoint: Checkpoint, config: RemoeConfig) -> RemoeForCausalLM:
-    """The model for transformers with the checkpoint's weights, for evaluation, without any file."""
-    model = RemoeForCausalLM._from_config(config, dtype=config.dtype).eval()
-    state = model.state_dict()
-    for part in read(checkpoint, config):
-        for name, tensor in part.items():
-            state[name].copy_(tensor)
-    return model

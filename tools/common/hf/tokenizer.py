@@ -1,25 +1,60 @@
-"""The tokenizer of a training, for transformers."""
+"""Tokenizers for transformers, and what text generation takes from them."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.gpt2_files import FOLDER_TOKENIZER, GPT2_TOKENIZER
 from megatron.remoe.hf import RemoeConfig
-from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 
 from ..errors import ConversionError
 
+REMEDY = "Give the folder of a Hugging Face tokenizer with --tokenizer-model."
 
-def tokenizer_of(args: argparse.Namespace, given: Path | None) -> PreTrainedTokenizerBase | None:
-    """The training's tokenizer, or that in a folder, set up for generation; None if the training had none.
+
+def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a folder; no code of the folder is run, and nobody is asked.
+
+    Args:
+        folder: that has the files.
+        name: of the flag and folder, for errors.
+        config: of the model.
+        options: for transformers.
 
     Raises:
-        ConversionError: it is not here, or transformers cannot read its kind.
+        ConversionError: it cannot be read, or has more tokens than the model.
     """
-    remedy = "Give the folder of a Hugging Face tokenizer with --tokenizer-model."
+    if not folder.is_dir():
+        raise ConversionError(f"{name}: is no folder. {REMEDY}")
+    try:
+        options |= {"trust_remote_code": False, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        size = len(tokenizer)
+    except Exception as error:  # a damaged tokenizer.json raises almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConversionError(f"{name}: its tokenizer cannot be read ({reason}). {REMEDY}") from error
+    if size > config.vocab_size:
+        raise ConversionError(
+            f"{name}: its tokenizer has {size} tokens, and the model {config.vocab_size}. Give that of the training."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_of(args: argparse.Namespace, given: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
+    """Return the training's tokenizer, or that in a folder, set up for generation; None if the training had none.
+
+    Its first and last tokens of a text are set in the configuration.
+
+    Raises:
+        ConversionError: it is not here, transformers cannot read its kind, or it has more tokens than the model.
+    """
+    from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+
     kind, place = args.tokenizer_type, given or args.tokenizer_model
     if given is None and kind == "NullTokenizer":
         return None
@@ -27,31 +62,21 @@ def tokenizer_of(args: argparse.Namespace, given: Path | None) -> PreTrainedToke
         try:
             place = gpt2_tokenizer_folder(args.vocab_file, args.merge_file)
         except DataError as error:
-            raise ConversionError(f"--load: its tokenizer cannot be read ({error}) {remedy}") from error
+            raise ConversionError(f"--load: its tokenizer cannot be read ({error}) {REMEDY}") from error
     elif given is None and kind != FOLDER_TOKENIZER:
-        raise ConversionError(f"--load: was trained with --tokenizer-type {kind}, which cannot be exported. {remedy}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(place), padding_side="left", model_max_length=args.max_position_embeddings
-        )
-    except (OSError, ValueError) as error:
-        flag = "--tokenizer-model" if given else "--load: its --tokenizer-model"
-        raise ConversionError(f"{flag} {place}: cannot be read ({str(error).splitlines()[0]}). {remedy}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        raise ConversionError(f"--load: was trained with --tokenizer-type {kind}, which cannot be exported. {REMEDY}")
+    name = f"--tokenizer-model {place}" if given else f"--load: its --tokenizer-model {place}"
+    options = {"padding_side": "left", "model_max_length": args.max_position_embeddings}
+    tokenizer = read_tokenizer(Path(place), name, config, **options)
+    # Not pad_token_id: as the embedding's padding index that token would not be trained on.
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     return tokenizer
 
 
-def set_tokens(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take over what begins and ends a text.
-
-    Raises:
-        ConversionError: the tokenizer has more tokens than the model.
-    """
-    if len(tokenizer) > config.vocab_size:
-        raise ConversionError(
-            f"--tokenizer-model: has {len(tokenizer)} tokens, and the model {config.vocab_size}. Give that of the "
-            "training."
-        )
-    # Without pad_token_id: as the embedding's padding index that token would not be trained on.
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+def generation_config(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
+    """Return settings that end and pad texts, and never generate the tokens that only pad Megatron's vocabulary."""
+    end = config.eos_token_id if tokenizer is None or config.eos_token_id is not None else tokenizer.eos_token_id
+    found = GenerationConfig(eos_token_id=end, pad_token_id=end[0] if isinstance(end, list) and end else end)
+    if tokenizer is not None:
+        found.suppress_tokens = list(range(len(tokenizer), config.vocab_size)) or None
+    return found

@@ -7,13 +7,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
-from ..checkpoints import FAILURES, Checkpoint
+from ..checkpoints import Checkpoint, read_parts
 from ..errors import ConversionError
 from ..hybrid import FINAL_NORM, number_of
 from ..megatron_model import EXPERT
-from .parts import Part, read_parts
-
-Tensors = dict[str, torch.Tensor]
+from .tensors import Tensors, check_tensors, shapes_of
 
 OUTER = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -96,37 +94,39 @@ def _names(config: RemoeConfig, layer: int) -> list[str]:
 
 
 def read(checkpoint: Checkpoint, config: RemoeConfig) -> Iterator[Tensors]:
-    """The weights under the names of transformers, in the configuration's type: what is outside of layers, each layer.
+    """Yield the weights under the names of transformers, first those outside layers, then layer by layer.
+
+    They have the configuration's dtype.
 
     Raises:
-        ConversionError: one is missing, has another shape, cannot be read, or holds what is not finite.
+        ConversionError: one is missing, has another shape, cannot be read, or holds NaN or infinity.
     """
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in RemoeForCausalLM(config).state_dict().items()}
+    shapes = shapes_of(config)
     outer = {OUTER[name]: tensor for name, tensor in read_outer(checkpoint, config).items()}
-    yield _checked(checkpoint, shapes, outer)
+    yield check_tensors(checkpoint.folder, shapes, outer)
     for number in range(config.num_hidden_layers):
         layer = to_transformers(read_layer(checkpoint, config, number), config)
-        yield _checked(checkpoint, shapes, {f"model.layers.{number}.{name}": one for name, one in layer.items()})
+        named = {f"model.layers.{number}.{name}": tensor for name, tensor in layer.items()}
+        yield check_tensors(checkpoint.folder, shapes, named)
 
 
 def read_outer(checkpoint: Checkpoint, config: RemoeConfig) -> Tensors:
-    """What is outside of layers, under Megatron's names."""
+    """Return the weights outside layers, under Megatron's names."""
     names = [name for name in OUTER if not (config.tie_word_embeddings and name == "output_layer.weight")]
     of_hybrid = {name: name.replace(FINAL_NORM["gpt"], FINAL_NORM["hybrid"]) for name in names}
     return _load(checkpoint, of_hybrid if _is_hybrid(checkpoint) else {name: name for name in names}, config)
 
 
 def read_layer(checkpoint: Checkpoint, config: RemoeConfig, number: int) -> Tensors:
-    """A layer, from 0, under Megatron's names as in `SAME`, `HALVES` and `QKV`."""
+    """Return the weights of a layer, from 0, under Megatron's names as in `SAME`, `HALVES` and `QKV`."""
     return _load(checkpoint, {name: _key(checkpoint, name, number) for name in _names(config, number)}, config, number)
 
 
 def exponents(checkpoint: Checkpoint, config: RemoeConfig) -> list[int]:
-    """λ's exponent in each layer with a ReLU router."""
+    """Return λ's exponent in each layer with a ReLU router."""
     keys = {key: key for key in checkpoint.shapes if key.endswith(".mlp.router.l1_exponent")}
-    loaded = _load(checkpoint, keys, config, layer=None, dtype=torch.int64)
-    return [number for one in loaded.values() for number in one.flatten().tolist()]
+    loaded = _load(checkpoint, keys, config, dtype=torch.int64)
+    return [number for tensor in loaded.values() for number in tensor.flatten().tolist()]
 
 
 def _is_hybrid(checkpoint: Checkpoint) -> bool:
@@ -150,9 +150,9 @@ def _load(
     layer: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensors:
-    """Tensors under the names that `keys` gives them; of one that is stacked the layer's part."""
+    """Return tensors under the names that `keys` maps to stored keys; of a stacked one only the layer's slice."""
     assert not isinstance(config.dtype, str)
-    found, parts = {}, []
+    found, parts = {}, {}
     for name, key in keys.items():
         if key not in checkpoint.shapes:
             raise ConversionError(
@@ -163,32 +163,10 @@ def _load(
         stacked = layer is not None and not key.split(".")[2].isdecimal()
         wanted = torch.float32 if name == BIAS else dtype or config.dtype
         data = torch.empty((1, *shape[1:]) if stacked else shape, dtype=wanted)
-        offsets = [layer or 0] * stacked + [0] * (len(shape) - stacked)
-        parts.append(Part(key, offsets, data))
+        parts[key] = (data, (layer or 0) if stacked else None)
         found[name] = data[0] if stacked else data
-    try:
-        read_parts(checkpoint.folder, parts)
-    except FAILURES as error:
-        raise ConversionError(
-            f"{checkpoint.folder}: cannot be read ({error}). If it is damaged, choose another iteration with "
-            "--ckpt-step."
-        ) from error
+    read_parts(checkpoint, parts)
     return found
-
-
-def _checked(checkpoint: Checkpoint, shapes: dict[str, torch.Size], tensors: Tensors) -> Tensors:
-    for name, tensor in tensors.items():
-        if tensor.shape != shapes[name]:
-            raise ConversionError(
-                f"{checkpoint.folder}: {name} has the shape {list(tensor.shape)}, and its arguments call for "
-                f"{list(shapes[name])}."
-            )
-        if not tensor.isfinite().all():
-            raise ConversionError(
-                f"{checkpoint.folder}: {name} holds values that are not finite. Choose an earlier iteration with "
-                "--ckpt-step."
-            )
-    return tensors
 
 
 @torch.no_grad()

@@ -1,0 +1,62 @@
+"""Weights under the names of transformers, from whichever source, and the model that they fill."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
+
+from ..errors import ConversionError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def shapes_of(config: RemoeConfig) -> dict[str, torch.Size]:
+    """Return name → shape of each tensor that a model of this configuration is stored with."""
+    with torch.device("meta"):
+        state = RemoeForCausalLM(config).state_dict()
+    return {
+        name: tensor.shape
+        for name, tensor in state.items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
+
+
+def check_tensors(source: Path, shapes: dict[str, torch.Size], tensors: Tensors) -> Tensors:
+    """Return the tensors.
+
+    Args:
+        source: folder to name in errors.
+        shapes: name → expected shape.
+        tensors: under these names.
+
+    Raises:
+        ConversionError: one has another shape, or holds NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise ConversionError(
+                f"{source}: {name} has the shape {list(tensor.shape)}, and its configuration calls for "
+                f"{list(shapes[name])}."
+            )
+        if not tensor.isfinite().all():
+            raise ConversionError(f"{source}: {name} holds values that are not finite. Choose an earlier checkpoint.")
+    return tensors
+
+
+@torch.no_grad()
+def model_of(config: RemoeConfig, parts: Iterator[Tensors], dtype: torch.dtype | None = None) -> RemoeForCausalLM:
+    """Return a model with these weights, for evaluation.
+
+    Args:
+        config: of the model.
+        parts: all of its tensors, checked.
+        dtype: of the model (default: that of the configuration).
+    """
+    model = RemoeForCausalLM._from_config(config, dtype=dtype or config.dtype or torch.float32).eval()
+    state = model.state_dict()
+    for part in parts:
+        for name, tensor in part.items():
+            state[name].copy_(tensor)
+    return model
