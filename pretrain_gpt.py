@@ -51,7 +51,7 @@ def prepare() -> bool:
 
     if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launch scripts make torchrun ignore it; a child would inherit that
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launch scripts make torchrun ignore it
     console.hide_unhelpful_warnings()
     on_cpu = cpu.is_wanted(sys.argv)
     machine.disable_unavailable(on_cpu)

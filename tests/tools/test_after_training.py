@@ -5,9 +5,9 @@ ReMoE in every run; the three models of a finished `scripts/quickstart.sh` in ru
 """
 
 import json
-import shlex
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
