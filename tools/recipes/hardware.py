@@ -47,8 +47,8 @@ def check_gpus(wanted: int, environment: Mapping[str, str]) -> None:
     """
     found = count_gpus(environment)
     if found < wanted:
-        fewer = f"Ask for at most {found}, or add" if found else "Add"
-        raise RecipeError(f"gpus_per_node is {wanted}, and {found} GPUs were found. {fewer} --cpu after -- to use the CPU")
+        remedy = (f"Ask for at most {found}, or add" if found else "Add") + " --cpu after -- to use the CPU"
+        raise RecipeError(f"gpus_per_node is {wanted}, and {found} GPUs were found. {remedy}")
 
 
 def _ask_driver(*arguments: str) -> str:
