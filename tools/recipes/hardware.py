@@ -31,31 +31,39 @@ def kernel_flags(kernels: str, interpreter: str) -> list[str]:
     return TRITON if kernels else []
 
 
-def count_gpus(environment: Mapping[str, str]) -> int:
-    """Return the number of GPUs of this machine that processes see."""
-    listed = _ask_driver("-L")
-    found = sum(line.startswith("GPU ") for line in listed.splitlines())
+def count_gpus(environment: Mapping[str, str], interpreter: str) -> int:
+    """Return the number of GPUs of this machine that processes see, by the driver's tool or else by PyTorch."""
+    if shutil.which("nvidia-smi") is None:
+        found = _last_line([interpreter, "-c", "import torch; print(torch.cuda.device_count())"])
+        return int(found) if found.isdecimal() else 0
+    listed = sum(line.startswith("GPU ") for line in _ask_driver("-L").splitlines())
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else min(found, len([device for device in visible.split(",") if device.strip()]))
+    if visible is None:
+        return listed
+    return min(listed, sum(device.strip()[:1] not in ("", "-") for device in visible.split(",")))
 
 
-def check_gpus(wanted: int, environment: Mapping[str, str]) -> None:
+def check_gpus(wanted: int, environment: Mapping[str, str], interpreter: str) -> None:
     """Check that this machine has the GPUs that are wanted; without them each process would train on the CPU.
 
     Raises:
         RecipeError: it has fewer.
     """
-    found = count_gpus(environment)
+    found = count_gpus(environment, interpreter)
     if found < wanted:
-        fewer = f"Ask for at most {found}, or add" if found else "Add"
-        raise RecipeError(f"gpus_per_node is {wanted}, and {found} GPUs were found. {fewer} --cpu after -- to use the CPU")
+        remedy = (f"Ask for at most {found}, or add" if found else "Add") + " --cpu after -- to use the CPU"
+        raise RecipeError(f"gpus_per_node is {wanted}, and {found} GPUs were found. {remedy}")
 
 
 def _ask_driver(*arguments: str) -> str:
-    if shutil.which("nvidia-smi") is None:
-        return ""
     answer = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return "" if answer.returncode else answer.stdout
+
+
+def _last_line(command: Sequence[str]) -> str:
+    """Return the last line that a program prints; nothing if it fails."""
+    answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
+    return (answer.stdout.splitlines() or [""])[-1] if answer.returncode == 0 else ""
 
 
 def problem_with(interpreter: str, modules: Sequence[str]) -> str | None:
@@ -72,11 +80,8 @@ try:
 except Exception as error:
     print(" cannot be imported: %s: %s" % (type(error).__name__, (str(error).splitlines() or [""])[0]))
 """
-    answer = subprocess.run(
-        [interpreter, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace"
-    )
-    said = answer.stdout.splitlines()[-1:] if answer.returncode == 0 else []
-    return f": {interpreter} crashed while importing it" if not said else None if said == ["usable"] else said[0]
+    answer = _last_line([interpreter, "-c", program])
+    return None if answer == "usable" else answer or f": {interpreter} crashed while importing it"
 
 
 def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter: str) -> tuple[list[str], str]:
@@ -113,7 +118,8 @@ def precedes_blackwell(gpu: str | None) -> bool:
     if gpu is not None:
         letters = gpu.lower().removeprefix("g")
         return not (letters[:1] == "b" and letters[1:2].isdigit())
-    generation = _ask_driver("--query-gpu=compute_cap", "--format=csv,noheader").partition(".")[0].strip()
+    capabilities = _ask_driver("--query-gpu=compute_cap", "--format=csv,noheader") if shutil.which("nvidia-smi") else ""
+    generation = capabilities.partition(".")[0].strip()
     return not generation.isdecimal() or int(generation) < 10
 
 

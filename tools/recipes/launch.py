@@ -118,7 +118,7 @@ def plan(
     suited, engine = list[str](), ""
     if "--cpu" not in extra:
         if not planned:
-            hardware.check_gpus(layout.gpus_per_node, environment)
+            hardware.check_gpus(layout.gpus_per_node, environment, interpreter)
         suited, engine = hardware.gpu_flags(has_experts, kernels, extra, interpreter if ask_for_packages else "")
     flags = [
         *depth, *model.flags(), *Training(numbers["train_iters"], numbers["micro_batch_size"]).flags(),
