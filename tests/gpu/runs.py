@@ -116,11 +116,11 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int) -> dict
 def forecast(machine: Machine, case: Case, stage: str) -> dict[str, float]:
     """Return what tools/cost says of a case: GiB in a stage, and FLOPs of a step."""
     printed = machine.python(ROOT / "tools" / "cost", "--gpus", 1, "--", *case.planned(20)[1], on_gpu=False)
-    totals = next(line.split()[1:] for line in printed.splitlines() if line.split()[:1] == ["total"])
+    totals = re.search(r"^ *total +([\d. ]+)$", printed, re.M)  # GiB of each stage
     flops = re.search(r"([\d,]+) G per sequence", printed)
-    assert flops, printed
+    assert totals and flops, printed
     return {
-        "forecast_gib": float(totals[0 if stage == "dense" else -1]),
+        "forecast_gib": float(totals[1].split()[0 if stage == "dense" else -1]),
         "flops": float(flops[1].replace(",", "")) * 1e9 * SEQUENCES,
     }
 
