@@ -232,7 +232,8 @@ def relu_routing_problems(settings: Settings) -> list[str]:
     Returns:
         One message per problem: the flag, its value, the remedy and the code. Empty if all is well.
     """
-    values, combined = [], []
+    values: list[str] = []
+    combined: list[str] = []
     if settings.moe_granularity < 1:
         values.append(f"--moe-granularity {settings.moe_granularity} must be a whole number of at least 1.")
     if settings.moe_relu_routing:
