@@ -142,7 +142,7 @@ class _Tracker(io.StringIO):
             name = self.getvalue().strip()
             folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
             if (folder / INDEX).is_file():
-                write_durably(folder / INDEX_SUM, index_sum(folder))
+                (folder / INDEX_SUM).write_text(index_sum(folder))
             for path in folder.rglob("*"):
                 sync_to_disk(path)
             sync_to_disk(folder)

@@ -36,7 +36,7 @@ class BrokenCheckpointError(UsageError):
 
 # The unpickler written in Python is as fast here, and keeps its memo in a dictionary: the one written in C makes a
 # table of as many entries as a damaged file asks for, up to 64 GiB.
-class _IndexUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _IndexUnpickler(pickle._Unpickler):
     """Loads what torch's checkpoint index consists of and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -78,7 +78,7 @@ def read_index(folder: Path) -> Metadata:
         if isinstance(error, ValueError | pickle.UnpicklingError) and str(error):
             reason = str(error).splitlines()[0][:200]
         raise BrokenCheckpointError(f"{index} cannot be read: {reason}") from error
-    return metadata  # type: ignore[no-any-return]
+    return metadata
 
 
 def _check_structure(index: Metadata) -> None:

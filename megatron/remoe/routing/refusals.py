@@ -78,10 +78,14 @@ QUANTIZED = "chunks of a dense layer are computed again, which needs Transformer
 TOPK_SPEC = "its router and dispatcher compute top-k"
 UNTESTED_STATE = "it has not been tested with the router's state"
 
+CONFIG = "core/transformer/transformer_config.py: TransformerConfig"
 DISPATCHERS = "core/transformer/moe/token_dispatcher.py"
+EXPERTS = "core/transformer/moe/experts.py: TEGroupedMLP"
+INFERENCE_SPEC = "core/models/gpt/moe_module_specs.py: get_inference_optimized_moe_spec"
 MOE_LAYER = "core/transformer/moe/moe_layer.py: MoELayer.forward"
 MOE_UTILS = "core/transformer/moe/moe_utils.py"
 ROUTING = "core/transformer/moe/router.py: TopKRouter.routing"
+WRAPPING = "training/models/dist_utils.py"
 SETTINGS = "training/argument_utils.py: core_transformer_config_from_args"
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -102,16 +106,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "core/inference/utils.py: set_decode_expert_padding",
         DROPLESS,
     ),
-    Refusal("moe_token_dropping", bool, FIXED_K, "core/transformer/transformer_config.py: TransformerConfig", DROPLESS),
+    Refusal("moe_token_dropping", bool, FIXED_K, CONFIG, DROPLESS),
     Refusal(
         "moe_expert_rank_capacity_factor", _given, FIXED_K, f"{DISPATCHERS}: _HybridEPManager.setup_metadata", DROPLESS
     ),
-    Refusal(
-        "moe_paged_stash",
-        bool,
-        "its buffers are sized for k experts per token",
-        "core/transformer/moe/experts.py: TEGroupedMLP._fused_forward",
-    ),
+    Refusal("moe_paged_stash", bool, "its buffers are sized for k experts per token", f"{EXPERTS}._fused_forward"),
     Refusal(
         "moe_permute_fusion",
         bool,
@@ -135,7 +134,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "moe_apply_probs_on_input",
         bool,
         "it assumes one expert per token",
-        "core/transformer/moe/experts.py: TEGroupedMLP.forward",
+        f"{EXPERTS}.forward",
         "Leave it out: the gate scales the expert's output",
     ),
     Refusal("moe_router_padding_for_quantization", bool, ADDS_PAIRS, f"{MOE_UTILS}: pad_routing_map"),
@@ -160,9 +159,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe_router_topk_scaling_factor", _given, IGNORED, ROUTING),
     Refusal("moe_router_num_groups", _given, IGNORED, ROUTING),
     Refusal("moe_router_group_topk", _given, IGNORED, ROUTING),
-    Refusal(
-        "moe_router_topk_limited_devices", _given, IGNORED, "core/transformer/transformer_config.py: TransformerConfig"
-    ),
+    Refusal("moe_router_topk_limited_devices", _given, IGNORED, CONFIG),
     Refusal("moe_router_fusion", bool, "the fused kernel computes top-k", ROUTING),
     Refusal(
         "moe_router_force_biased",
@@ -200,25 +197,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "transformer_impl",
         lambda value: value == "inference_optimized",
         TOPK_SPEC,
-        "core/models/gpt/moe_module_specs.py: get_inference_optimized_moe_spec",
+        INFERENCE_SPEC,
         "Use --transformer-impl transformer_engine or local",
     ),
-    Refusal(
-        "use_inference_optimized_layers",
-        bool,
-        TOPK_SPEC,
-        "core/models/gpt/moe_module_specs.py: get_inference_optimized_moe_spec",
-    ),
+    Refusal("use_inference_optimized_layers", bool, TOPK_SPEC, INFERENCE_SPEC),
     Refusal("multi_latent_attention", bool, OTHER_CLASS, SETTINGS),
     Refusal("heterogeneous_layers_config_path", _given, OTHER_CLASS, SETTINGS),
     Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS, SETTINGS),
-    Refusal("use_megatron_fsdp", bool, UNTESTED_STATE, "training/models/dist_utils.py: _ddp_wrap"),
-    Refusal("use_torch_fsdp2", bool, UNTESTED_STATE, "training/models/dist_utils.py: _ddp_wrap"),
+    Refusal("use_megatron_fsdp", bool, UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),
+    Refusal("use_torch_fsdp2", bool, UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),
     Refusal(
         "init_model_with_meta_device",
         bool,
         "without Megatron's FSDP all weights would be left uninitialized",
-        "training/models/dist_utils.py: to_empty_if_meta_device",
+        f"{WRAPPING}: to_empty_if_meta_device",
     ),
 )
 
@@ -232,7 +224,8 @@ def relu_routing_problems(settings: Settings) -> list[str]:
     Returns:
         One message per problem: the flag, its value, the remedy and the code. Empty if all is well.
     """
-    values, combined = [], []
+    values: list[str] = []
+    combined: list[str] = []
     if settings.moe_granularity < 1:
         values.append(f"--moe-granularity {settings.moe_granularity} must be a whole number of at least 1.")
     if settings.moe_relu_routing:

@@ -1,0 +1,169 @@
+"""What of Megatron's arguments is compared between a run and the checkpoint that it resumes from."""
+
+import argparse
+import math
+import textwrap
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from megatron.remoe.routing.config import ReMoEConfig
+from megatron.remoe.routing.refusals import flag as flag_of
+from megatron.remoe.routing.refusals import shown
+
+# These give the weights their shapes, with what `shape` adds.
+SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "num_experts",
+    "moe_shared_expert_intermediate_size",
+    "swiglu",
+    "add_bias_linear",
+    "normalization",
+    "untie_embeddings_and_output_weights",
+    "mtp_num_layers",
+    "mtp_use_repeated_layer",
+)
+DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+# A training's result depends on these, besides its shape and the learning rate's schedule.
+RESULT = """
+seed split mock_data dataloader_type seq_length global_batch_size rampup_batch_size reset_position_ids
+reset_attention_mask eod_mask_loss calculate_per_token_loss optimizer adam_beta1 adam_beta2 adam_eps sgd_momentum
+clip_grad bf16 fp16 decoupled_lr decoupled_min_lr attention_dropout hidden_dropout init_method_std
+init_method_xavier_uniform layernorm_epsilon position_embedding_type rotary_base rotary_percent window_size
+mtp_loss_scaling_factor mtp_detach_heads
+""".split()
+RESULT_OF_EXPERTS = """
+moe_router_topk moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_router_dtype
+moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups
+moe_router_group_topk moe_router_enable_expert_bias moe_router_bias_update_rate moe_input_jitter_eps
+moe_expert_capacity_factor moe_token_drop_policy moe_pad_expert_input_to_capacity moe_apply_probs_on_input
+moe_warmup_topk moe_warmup_steps moe_baseline_router
+""".split()
+# ReLU routing's own settings, but for one that changes no result and one that is part of the shape.
+RESULT_OF_RELU = [
+    field.name
+    for field in fields(ReMoEConfig)
+    if field.name.startswith("moe_relu_") and field.name not in ("moe_relu_activation_limit", "moe_relu_router_bias")
+]
+# Megatron finds the optimizer's state in the checkpoint by these, whatever the schedule.
+RATES = ("lr", "min_lr")
+# Megatron compares these with the checkpoint's when everything is built and loaded.
+SCHEDULE = ("lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay")
+DURATION = ("train_iters", "lr_decay_iters", "train_samples", "lr_decay_samples", "global_batch_size")
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+# A setting that follows from another one by default: not worth a line where that one differs.
+FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
+FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
+SPLIT_BY_GRANULARITY = {"num_experts": 1, "moe_router_topk": 1, "moe_warmup_topk": 1, "moe_ffn_hidden_size": -1}
+SHOWN = 120  # letters of a setting, such as a list of data sets
+Settings = dict[str, Any]
+
+
+def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
+    """Return --moe-layer-freq of a GPTModel as Megatron reads it: a 1 for each layer with experts, 0 for others.
+
+    Args:
+        args: Megatron's, or those in a checkpoint, of which older ones have no such flag.
+    """
+    frequency: int | list[int] = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        return [int(layer % frequency == 0) for layer in range(args.num_layers)]
+    return frequency
+
+
+def picked(args: argparse.Namespace, names: Iterable[str]) -> Settings:
+    """Return the settings of these names that exist; older checkpoints do not have all of them."""
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def result(args: argparse.Namespace) -> Settings:
+    """Return what the result depends on; data sets by name, for they may have been moved."""
+    names = RESULT + (RESULT_OF_EXPERTS if getattr(args, "num_experts", None) else [])
+    found = picked(args, names + (RESULT_OF_RELU if getattr(args, "moe_relu_routing", False) else []))
+    for name, words in picked(args, DATA).items():
+        words = [words] if isinstance(words, str) else words or []
+        found[name] = [_weight_or_name(word) for word in words]
+    return found
+
+
+def _weight_or_name(word: str) -> float | str:
+    try:
+        return float(word)
+    except ValueError:
+        return Path(word).name
+
+
+def shape(args: argparse.Namespace) -> Settings:
+    """Return the settings that give the weights their shapes."""
+    found = picked(args, SHAPE)
+    if getattr(args, "heterogeneous_layers_config_encoded_json", None):
+        return {}
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if getattr(args, "group_query_attention", False):
+        found["num_query_groups"] = args.num_query_groups
+    if getattr(args, "moe_relu_routing", False):
+        # Before there was a flag for it, the router had a bias wherever other linear layers had one.
+        found["moe_relu_router_bias"] = getattr(args, "moe_relu_router_bias", args.add_bias_linear)
+    if pattern:
+        del found["num_layers"]
+        found["hybrid_layer_pattern"] = pattern.replace("|", "")
+    if not getattr(args, "num_experts", None):
+        return found | {"ffn_hidden_size": args.ffn_hidden_size}
+    found["moe_ffn_hidden_size"] = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    if not pattern:
+        found["moe_layer_freq"] = moe_layer_pattern(args)
+    has_dense = "-" in pattern if pattern else not all(found["moe_layer_freq"])
+    return found | {"ffn_hidden_size": args.ffn_hidden_size} if has_dense else found
+
+
+def duration(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the samples until the end of the training and until the end of the learning rate's decay."""
+    if getattr(args, "train_iters", None) and not getattr(args, "train_samples", None):
+        decay = getattr(args, "lr_decay_iters", None) or args.train_iters
+        return args.train_iters * args.global_batch_size, decay * args.global_batch_size
+    samples = getattr(args, "train_samples", None)
+    return samples, getattr(args, "lr_decay_samples", None) or samples
+
+
+def differences(mine: Settings, other: Settings, args: argparse.Namespace, saved: argparse.Namespace) -> str:
+    """Return the settings that both have and that differ, as flags with both values."""
+    names = [name for name in mine if name in other and not _same(mine[name], other[name])]
+    if not names:
+        return ""
+    here, there = args.moe_granularity, getattr(saved, "moe_granularity", 1)
+    parts = [] if here == there else [_difference("moe_granularity", there, here)]
+    for name in names:
+        if FOLLOWS.get(name) in names:
+            continue
+        power = SPLIT_BY_GRANULARITY.get(name, 0)
+        values = _as_given(other[name], there, power), _as_given(mine[name], here, power)
+        if values[0] != values[1]:
+            parts.append(_difference(name, *values))
+    return "; ".join(parts)
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    before, now = (textwrap.shorten(shown(value), SHOWN, placeholder=" ...") for value in (there, here))
+    return f"{flag_of(name)} {before} in the checkpoint, {now} here"
+
+
+def _same(mine: Any, other: Any) -> bool:
+    if isinstance(mine, float) and isinstance(other, float | int):
+        return math.isclose(mine, other, rel_tol=1e-12)
+    return bool(mine == other)
+
+
+def _as_given(value: Any, granularity: int, power: int) -> Any:
+    if not isinstance(value, int) or not power:
+        return value
+    return value // granularity if power > 0 else value * granularity
