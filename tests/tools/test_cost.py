@@ -105,7 +105,7 @@ def test_an_unlisted_gpu_and_what_does_not_fit() -> None:
     assert result.returncode == 0, result.stderr
     assert "Plan: 1 x mine (1 GiB, 100 TFLOP/s dense bf16)" in result.stdout
     assert "GiB are more than a mine has" in result.stdout
-    flops = 100 * 512 * figures(result.stdout, "995")[0] * 1e9
+    flops = 100 * 512 * figures(result.stdout, "996")[0] * 1e9
     assert figures(result.stdout, "time")[0] == pytest.approx(flops / (100e12 * 0.5) / 60, abs=0.1)
 
 
