@@ -83,7 +83,7 @@ def unequal(rows: Sequence[Row]) -> str:
     tokens = {row.outcome.tokens for row in equal if is_finished(row.outcome)}
     if len(tokens) < 2:
         return ""
-    told = ", ".join(f"{number:,}" if number is not None else "unknown" for number in sorted(tokens, key=lambda number: number or 0))
+    told = ", ".join("unknown" if number is None else f"{number:,}" for number in sorted(tokens, key=lambda n: n or 0))
     return f"These runs were trained on different numbers of tokens ({told}): their losses do not compare."
 
 
