@@ -10,7 +10,7 @@ import pytest
 
 from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
-from tools.common.files import lock, write_aside
+from tools.common.files import lock, write_aside, write_json
 from tools.common.training_process import Evaluated, Evaluating, Logged, Resumed, events
 from tools.common.units import duration
 
@@ -60,6 +60,16 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     write_aside(path, lambda aside: aside.write_text("whole"))
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.txt", "whole")]
+
+
+def test_a_written_file_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = tmp_path / "results.json", []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(Path(f"/proc/self/fd/{file}").resolve()) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda old, new: calls.append(Path(new)) or rename(old, new))
+    write_json(path, {"a": 1})
+    assert [calls[1], calls[2]] == [path, tmp_path] and calls[0].name.startswith("results.") and len(calls) == 3
+    assert path.read_text() == '{\n "a": 1\n}\n'
 
 
 def test_a_folder_is_taken_once(tmp_path: Path) -> None:

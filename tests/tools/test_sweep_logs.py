@@ -64,11 +64,12 @@ def remoe(iteration: int, sparsity: float) -> str:
 def test_stages_of_a_remoe(tmp_path: Path) -> None:
     """By hand, of 8 experts with k = 2; a line of the log stands for the iterations since the one before."""
     path = [0.50, 0.51, 0.53, 0.70, 0.745, 0.76, 0.744, 0.755, 0.75, 0.75]
-    write_run(tmp_path / "run", 50, "".join(remoe(5 * place, s) for place, s in enumerate(path, start=1)))
+    lines = "".join(remoe(5 * place, s) for place, s in enumerate(path, start=1))
+    write_run(tmp_path / "run", 50, lines, more="--num-experts 4 --moe-granularity 2")
     outcome = run_log.read_outcome(tmp_path / "run")
     assert outcome is not None and outcome.settled == 35
-    figures = read_figures(tmp_path / "run")
-    figures.args |= {"num_experts": 8, "moe_router_topk": 2}
+    figures = run_log.read_run_figures(tmp_path / "run")
+    assert figures is not None
     dense, way, steady = stages.stages(figures, stages.Flops(sequence=100.0, expert=10.0))
     assert (dense.first, dense.last, way.first, way.last, steady.first, steady.last) == (1, 10, 11, 35, 36, 50)
     assert dense.experts == pytest.approx(8 * (0.50 + 0.49) / 2)

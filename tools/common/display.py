@@ -1,4 +1,4 @@
-"""What a tool in steps shows: a bar for the step under way on a terminal, and a plain line for each result."""
+"""The display of a tool that works in steps: a bar on a terminal, and a plain line for each result."""
 
 import sys
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ class Display:
 
     @contextmanager
     def step(self, title: str, total: int) -> Iterator[None]:
-        """A step of `total` parts; `advance` counts them."""
+        """Show a step of `total` parts; `advance` counts them."""
         self._task = self._progress.add_task(title, total=total)
         try:
             yield
@@ -45,15 +45,15 @@ class Display:
             self._task = None
 
     def advance(self, parts: int) -> None:
-        """So many more parts of the step are done."""
+        """Count parts of the step as done."""
         if self._task is not None:
             self._progress.advance(self._task, parts)
 
     def say(self, line: str) -> None:
-        """A result."""
+        """Print a result."""
         print(line, flush=True)
 
     def fail(self, line: str) -> None:
-        """The reason why there is none."""
+        """Print why there is no result."""
         self._progress.stop()
         print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a user can act on."""
+"""Errors that a user can fix."""
 
 
 class ToolError(Exception):

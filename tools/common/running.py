@@ -1,4 +1,4 @@
-"""How a tool ends: what the user can act on, and signals like Ctrl-C."""
+"""Run a tool and turn errors and signals into messages and exit codes."""
 
 import signal
 import sys
@@ -11,12 +11,12 @@ from .errors import ToolError
 
 
 def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") -> int:
-    """Do the work of a tool; returns the exit code: 0, 1 after an error, 130 after Ctrl-C or SIGTERM.
+    """Do the work of a tool and return the exit code: 0, 1 after an error, 130 after Ctrl-C or SIGTERM.
 
     Args:
-        tool: its name, which its messages begin with.
-        work: raises what the user can act on.
-        stopped: what is said after an interruption.
+        tool: its name, which begins its messages.
+        work: raises ToolError or OSError for what the user can fix.
+        stopped: the message after an interruption.
     """
     _interrupt_at(signal.SIGTERM)
     try:
@@ -31,7 +31,7 @@ def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") ->
 
 
 def run_to_the_end(work: Callable[[], int]) -> int:
-    """Do the work of a tool that writes to --output-dir and goes on where it was stopped; returns the exit code."""
+    """Do the work of a tool that resumes from its --output-dir and return the exit code."""
     errors = Console(stderr=True)
     _interrupt_at(signal.SIGTERM, signal.SIGHUP)
     try:

@@ -1,4 +1,4 @@
-"""What is there already: which runs are finished, go on, are Slurm's, or stem from other settings."""
+"""Find which runs are finished, unfinished, in Slurm's queue, or made with other settings."""
 
 import os
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ TOLD = 5  # runs that a message names
 
 @dataclass(frozen=True)
 class Found:
-    """A run, what it would be started with now, and what is there of it."""
+    """A run, its settings if it were started now, and its state in the output folder."""
 
     run: Run
     settings: Settings
     outcome: Outcome | None
-    job: str | None  # Slurm's number, if it is waiting or running there
-    conflict: str  # how what is there was made with other settings; empty where it was not
+    job: str | None  # number of its Slurm job, if that waits or runs
+    conflict: str  # other settings with which it was made before; empty if there are none
 
     @property
     def finished(self) -> bool:
@@ -34,7 +34,7 @@ class Found:
 
     @property
     def state(self) -> str:
-        """In words."""
+        """The state in words."""
         if self.finished:
             return "finished"
         if self.job is not None:
@@ -45,10 +45,10 @@ class Found:
 
 
 def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
-    """Find out about all runs.
+    """Inspect all runs.
 
     Raises:
-        SettingsError: the scripts refuse their arguments, or something there was made with other settings.
+        SettingsError: the scripts refuse their arguments, or a run was made with other settings before.
         ToolError: squeue cannot be asked about jobs that were submitted.
     """
     with ThreadPoolExecutor(THREADS) as threads:
@@ -70,7 +70,7 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
 
 
 def refuse_conflicts(output: Path, found: Sequence[Found]) -> None:
-    """Take no result that was made with other settings.
+    """Refuse runs that were made with other settings before.
 
     Raises:
         SettingsError: with the runs, what differs, and the remedy.
@@ -86,7 +86,7 @@ def refuse_conflicts(output: Path, found: Sequence[Found]) -> None:
                 f"{output} holds {len(lines)} of these runs with other settings:",
                 *lines[:TOLD],
                 *more,
-                "Give the same settings as then or another --output-dir; or remove these folders to train them anew.",
+                "Give the same settings as then or another --output-dir; or remove these folders to train them again.",
             ]
         )
     )

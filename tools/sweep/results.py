@@ -1,4 +1,4 @@
-"""Collects the runs in a sweep's folder: results.csv, results.md and results.png."""
+"""Collect the runs in a sweep's folder into results.csv, results.md and results.png."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -39,14 +39,14 @@ class Row:
 
     @property
     def state(self) -> str:
-        """finished, unfinished, or not started."""
+        """Finished, unfinished, or not started."""
         if self.outcome is None:
             return "not started"
         return "finished" if self.outcome.finished else "unfinished"
 
 
 def rows_of(output: Path, planned: Iterable[Run]) -> list[Row]:
-    """The runs that are in `output`, and the planned ones that are not; MoE beside ReMoE."""
+    """Return the runs in `output` and the planned ones that are missing there, ordered for comparison."""
     folders = {path.parent for name in ("command.sh", "train.log") for path in output.glob(f"*/{name}")}
     found = filter(None, (Run.from_name(path.name) for path in folders))
     order = {size: place for place, size in enumerate(SIZES)}
@@ -61,7 +61,7 @@ def rows_of(output: Path, planned: Iterable[Run]) -> list[Row]:
 
 
 def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write the table as CSV and Markdown, and the picture where a run is finished; returns what was written."""
+    """Write the table as CSV and Markdown, and the picture if a run is finished; return the files."""
     written = [output / "results.csv", output / "results.md"]
     losses = [(row.run, row.outcome.validation_loss) for row in rows if row.outcome is not None]
     points = [(run, loss) for run, loss in losses if loss is not None]
@@ -78,17 +78,17 @@ def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
 
 
 def unequal(rows: Sequence[Row]) -> str:
-    """A warning where finished runs were trained on different numbers of tokens; empty where they were not."""
+    """Return a warning if finished runs were trained on different numbers of tokens, else an empty text."""
     equal = [row for row in rows if row.run.kind != MATCHED]
     tokens = {row.outcome.tokens for row in equal if is_finished(row.outcome)}
     if len(tokens) < 2:
         return ""
-    told = ", ".join(f"{number:,}" if number is not None else "unknown" for number in sorted(tokens, key=_or_zero))
+    told = ", ".join("unknown" if number is None else f"{number:,}" for number in sorted(tokens, key=lambda n: n or 0))
     return f"These runs were trained on different numbers of tokens ({told}): their losses do not compare."
 
 
 def show(console: Console, rows: Sequence[Row]) -> None:
-    """Print the table in short."""
+    """Print a short table."""
     grid = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
     grid.add_column("run", no_wrap=True)
     for name in ("validation loss", "sparsity (target)", "tokens/s", "training"):
@@ -126,7 +126,7 @@ def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
     yield "over all processes, the median of the log's lines; training is the time of the iterations alone."
     if any(row.resized for row in rows):
         yield ""
-        yield "Flags behind -- changed the dimensions of these models: the size is that of their launch scripts only."
+        yield "Flags after -- changed the dimensions of these models: the size is that of their launch scripts only."
     if warning := unequal(rows):
         yield ""
         yield f"**{warning}**"
@@ -164,7 +164,3 @@ def _time(of: Outcome) -> str:
 
 def _plain(number: float | None) -> str:
     return "" if number is None else f"{number:,.0f}"
-
-
-def _or_zero(number: int | None) -> int:
-    return number or 0

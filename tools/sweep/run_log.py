@@ -68,8 +68,8 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
 
 
-def read_outcome(folder: Path) -> Outcome | None:
-    """Return the results of the run in `folder`; None if it was never started."""
+def read_run_figures(folder: Path) -> RunFigures | None:
+    """Return the figures of the run in `folder`, with arguments by its command; None if it was never started."""
     settings = settings_of(folder) or {}
     try:
         figures = read_figures(folder)
@@ -77,11 +77,24 @@ def read_outcome(folder: Path) -> Outcome | None:
         figures = RunFigures()
     if not settings and not figures.last:
         return None
-    given = {name: whole(settings, f"--{name.replace('_', '-')}") for name in NUMBERS}
+    given = {name: number for name in NUMBERS if (number := whole(settings, f"--{name.replace('_', '-')}"))}
     named = Run.from_name(folder.name)  # the fork's log might lack its arguments
-    known = {"num_experts": named.experts, "moe_router_topk": 1} if named is not None and named.experts else {}
-    figures.args = known | {name: of for name, of in given.items() if of} | figures.args
-    train_iters = given["train_iters"] or figures.whole("train_iters")
+    if named is not None and named.experts:
+        given = {"num_experts": named.experts} | given
+    if "num_experts" in given:
+        granularity = whole(settings, "--moe-granularity") or 1
+        given["num_experts"] *= granularity
+        given["moe_router_topk"] = given.get("moe_router_topk", 1) * granularity
+    figures.args |= given
+    return figures
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """Return the results of the run in `folder`; None if it was never started."""
+    figures = read_run_figures(folder)
+    if figures is None:
+        return None
+    train_iters = figures.whole("train_iters")
     loss, test_loss = _final(figures, "", train_iters), _final(figures, "test", train_iters)
     perplexity = None if loss is None else math.exp(min(20.0, loss))  # as Megatron prints it
     if not figures.last:

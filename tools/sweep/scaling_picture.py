@@ -1,4 +1,4 @@
-"""The picture: validation loss along each axis, routings side by side."""
+"""Draw the validation loss along each axis, routings side by side."""
 
 import math
 from collections import defaultdict
@@ -39,12 +39,12 @@ IN_A_ROW = 5
 
 
 def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
-    """Write the picture: a panel for each axis along which there is more than one value.
+    """Write the picture, with a panel for each axis that has more than one value.
 
     Args:
         path: a .png file.
         points: the finished runs.
-        resized: whether models are not of the size that their runs are named after, so that it is not told.
+        resized: whether models do not have the size in the names of their runs, which is then left out.
     """
     from matplotlib.lines import Line2D
 
@@ -84,7 +84,7 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
 
 
 def position(run: Run, figure: str) -> float:
-    """Where a run lies on the axis of a figure."""
+    """Return the position of a run on the axis of a figure."""
     if figure == "size":
         return SIZES.index(run.size)
     if figure in AXES:
@@ -108,7 +108,7 @@ def _look(routing: str, protocol: str) -> dict[str, Any]:
 
 
 def _lines(points: Sequence[Point], panel: str) -> dict[Line, list[tuple[float, float]]]:
-    """The points of each line of a panel; single points of axes and protocols are left out, unless there is no more."""
+    """Return the points of each line; single points of axes and protocols only if there is nothing else."""
     lines = defaultdict(list)
     for run, loss in points:
         if panel in figures_of(run):
@@ -128,7 +128,7 @@ def _panels(points: Sequence[Point]) -> list[str]:
 
 
 def _draw_compared(axes: Any, points: Sequence[Point]) -> None:
-    """One row for each run at the common point, the best at the top."""
+    """Draw one row for each run at the common point, the best at the top."""
     rows = sorted(((loss, run) for run, loss in points if COMPARED in figures_of(run)), key=lambda row: -row[0])
     for place, (loss, run) in enumerate(rows):
         axes.plot(loss, place, color=COLOURS[run.routing], markeredgecolor="white", **_look(run.routing, run.protocol))

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..common.errors import ToolError
-from ..common.figure_reader import read_figures
 from ..common.run_figures import RunFigures
 from ..recipes.flops import arguments_of, flops_per_expert, flops_per_sequence
+from .run_log import read_run_figures
 from .settings import started_with, whole
 
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
@@ -94,11 +94,12 @@ def read_stages(folder: Path) -> tuple[list[Stage], Flops]:
     Raises:
         ToolError: there is no log of a ReMoE.
     """
-    figures = read_figures(folder)
-    if started_with(folder) is None or figures.target is None:
-        raise ToolError(f"{folder}: there is no command.sh with the log of a ReMoE that has begun to train.")
-    flops = count_flops(folder, figures)
-    return stages(figures, flops), flops
+    figures = read_run_figures(folder)
+    if figures is not None and figures.target is not None and started_with(folder) is not None:
+        flops = count_flops(folder, figures)
+        if found := stages(figures, flops):
+            return found, flops
+    raise ToolError(f"{folder}: there is no command.sh with the log of a ReMoE that has begun to train.")
 
 
 def matched_iterations(folder: Path) -> int:
