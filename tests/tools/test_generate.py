@@ -13,7 +13,7 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.test_modeling import make
 from tools.common import checkpoints
 from tools.common.hf.settings import args_of
-from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 from tools.generate.command import main
 
@@ -29,7 +29,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     args = args_of(model.config)
     args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(vocabulary)
     megatron = build(args)
-    fill(megatron, *under_megatrons_names(model))
+    fill(megatron, *megatron_weights(model))
     checkpoints.save(megatron, args, root / "run", engine_names=False)
     for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
         one.save_pretrained(root / name)
@@ -61,7 +61,7 @@ def test_run_and_folder_say_the_same(
     text, costs = generate(capfd, "--load", places["dense"], "--temperature", "0")
     assert text.startswith("one") and "\ntwo" in text and "three" not in text
     assert [int(number) for number in re.findall(r"^(\d+) tokens", costs, re.MULTILINE)] == [29, 29]
-    assert "experts" not in costs
+    assert "experts" not in costs and costs.count("context of 32 tokens") == 2
 
 
 def test_mean_number_of_experts(places: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
@@ -81,10 +81,10 @@ def test_mean_number_of_experts(places: dict[str, Path], capfd: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("place", "words", "message"),
     [
-        ("folder", ["--prompt", ""], "--prompt: has 0 tokens, and the model was trained on 1 to 24."),
+        ("folder", ["--prompt", ""], "--prompt: has 0 tokens"),
         ("folder", ["--prompt", "a" * 24], "--prompt: has 24 tokens"),
         ("folder", ["--prompt-file", "/nowhere"], "--prompt-file /nowhere: cannot be read"),
-        ("no tokenizer", ["--prompt", "a"], "--load: has no tokenizer. Give the folder of one with --tokenizer-model."),
+        ("no tokenizer", ["--prompt", "a"], "--tokenizer-model"),
         ("files", ["--prompt", "a"], "is not the folder of a run's checkpoints"),
     ],
 )
