@@ -30,7 +30,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(vocabulary)
     megatron = build(args)
     fill(megatron, *megatron_weights(model))
-    checkpoints.save(megatron, args, root / "run", engine_names=False)
+    (root / "parent").mkdir()
+    for place in ("run", "parent/checkpoints"):
+        checkpoints.save(megatron, args, root / place, engine_names=False)
     for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
         one.save_pretrained(root / name)
         AutoTokenizer.from_pretrained(vocabulary).save_pretrained(root / name)
@@ -49,7 +51,11 @@ def test_run_and_folder_say_the_same(
     (tmp_path / "prompt").write_text("def f")
     for how in (["--temperature", "0"], ["--top-k", "9", "--top-p", "0.9", "--seed", "5"]):
         texts = set()
-        for place, prompt in (("run", "--prompt=def f"), ("folder", f"--prompt-file={tmp_path / 'prompt'}")):
+        for place, prompt in (
+            ("run", "--prompt=def f"),
+            ("parent", "--prompt=def f"),
+            ("folder", f"--prompt-file={tmp_path / 'prompt'}"),
+        ):
             text, costs = generate(capfd, "--load", places[place], prompt, "--max-new-tokens", "7", *how)
             assert text.startswith("def f")
             found = re.search(r"(\d+) tokens, [\d.]+ tokens/s, ([\d.]+) experts per token and layer", costs)
