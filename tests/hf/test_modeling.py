@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from tests import without_megatron
 from tools.common.hf.settings import args_of, complete, config_of
-from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 
 VOCABULARY = 61
@@ -72,7 +72,7 @@ def test_logits_are_megatrons(name: str, process_groups: None) -> None:
     model, ids = make(name), tokens()
     args = args_of(model.config)
     megatron = build(args)
-    fill(megatron, *under_megatrons_names(model))
+    fill(megatron, *megatron_weights(model))
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, megatron(ids, positions, None), rtol=1e-5, atol=1e-5)
@@ -86,7 +86,7 @@ def test_training_is_megatrons(process_groups: None) -> None:
     """Loss, L1 term, sparsity and gradients, the L1 term's included; also with activations computed again."""
     model, ids = make("relu, shared"), tokens()
     megatron = build(args_of(model.config))
-    fill(megatron, *under_megatrons_names(model))
+    fill(megatron, *megatron_weights(model))
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()
@@ -117,7 +117,7 @@ def test_training_is_megatrons(process_groups: None) -> None:
 def test_load_balancing_loss_is_megatrons(name: str, process_groups: None) -> None:
     model, ids = make(name, router_aux_loss_coef=0.05), tokens()
     megatron = build(args_of(model.config))
-    fill(megatron, *under_megatrons_names(model))
+    fill(megatron, *megatron_weights(model))
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()

@@ -22,7 +22,7 @@ from tools.common.checkpoints import save
 from tools.common.data_sets import write_documents
 from tools.common.expert_counts import expert_blocks
 from tools.common.hf.settings import args_of
-from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 from tools.common.text import Text
 
@@ -196,7 +196,7 @@ def uneven(few: int, likely: list[float], seed: int) -> tuple[Counts, dict[str, 
             of the four is alike.
     """
     generator = torch.Generator().manual_seed(seed)
-    counts = Counts.none([1], domains=2, experts=4, vocabulary=1)
+    counts = Counts.zeros([1], domains=2, experts=4, vocabulary=1)
     for domain, (number, weights) in enumerate(((few, likely), (6400, [1.0] * 4))):
         experts = torch.multinomial(torch.tensor(weights), number, replacement=True, generator=generator)
         gates = torch.nn.functional.one_hot(experts, 4)[:, None].expand(-1, WINDOW, -1).double()
@@ -226,7 +226,7 @@ def test_small_loads_and_gates_of_one() -> None:
     """Fewer pairs than experts, each with a gate of 1, as by hash."""
     gates = torch.zeros(1, WINDOW, 8)
     gates[0, 0, 2] = gates[0, 1, 2] = gates[0, 5, 7] = 1.0
-    counts, ids = Counts.none([1], domains=1, experts=8, vocabulary=1), torch.zeros(1, WINDOW, dtype=torch.int64)
+    counts, ids = Counts.zeros([1], domains=1, experts=8, vocabulary=1), torch.zeros(1, WINDOW, dtype=torch.int64)
     counts.add_layer(0, ids, 0, gates, torch.ones(1, WINDOW))
     counts.add_text(0, ids)
     balance = findings.balance(counts, topk=1, ranks=1)["layers"][1]
@@ -240,7 +240,7 @@ def test_chance_is_that_of_random_neighbours() -> None:
     generator = torch.Generator().manual_seed(2)
     ids, gates = torch.zeros(1, 400, dtype=torch.int64), torch.zeros(1, 400, 3)
     gates[0, torch.randperm(400, generator=generator)[:100], :2] = 0.5  # a quarter of the tokens has experts 0 and 1
-    counts = Counts.none([1], domains=1, experts=3, vocabulary=1)
+    counts = Counts.zeros([1], domains=1, experts=3, vocabulary=1)
     counts.add_layer(0, ids, 0, gates, torch.ones(1, 400))
     counts.add_text(0, ids)
     found = findings.neighbours(counts)["layers"][1]
@@ -281,7 +281,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     args = args_of(model.config)
     args.tokenizer_type = "SentencePieceTokenizer"
     megatron = build(args)
-    fill(megatron, *under_megatrons_names(model))
+    fill(megatron, *megatron_weights(model))
     run = tmp_path / "run"
     run.mkdir()
     save(megatron, args, run / "checkpoints", engine_names=False)

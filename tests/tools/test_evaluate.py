@@ -23,7 +23,7 @@ from tools.common.data_sets import write_documents
 from tools.common.errors import ToolError
 from tools.common.expert_counts import Experts
 from tools.common.hf.settings import args_of
-from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main
@@ -177,7 +177,7 @@ def test_tasks_through_lm_eval(requests: Path, tmp_path: Path, monkeypatch: pyte
 
     model.config.max_position_embeddings = 64
     megatron = build(args_of(model.config))
-    fill(megatron, *under_megatrons_names(model))
+    fill(megatron, *megatron_weights(model))
     documents = read_requests(requests, "arc_easy")
     pairs = [pair for _, pairs in documents for pair in pairs]
     from lm_eval.api.instance import Instance

@@ -20,7 +20,7 @@ from tools.common import checkpoints
 from tools.common.hf.folder import read_config, read_tensors
 from tools.common.hf.settings import args_of
 from tools.common.hf.tensors import model_of
-from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 from tools.common.tiny_model import RELU
 from tools.convert_checkpoint.command import main as convert
@@ -52,7 +52,7 @@ def save_megatron(model: RemoeForCausalLM, folder: Path, engine_names: bool = Fa
     """Megatron's checkpoint of a model for transformers."""
     args = args_of(model.config)
     megatron = build(args)
-    fill(megatron, *under_megatrons_names(model))
+    fill(megatron, *megatron_weights(model))
     checkpoints.save(megatron, args, folder, engine_names)
     return folder
 
@@ -147,7 +147,7 @@ def test_refusals(
     args.tokenizer_type, args.tokenizer_model = "NullTokenizer", "/nowhere"
     args.vocab_file = args.merge_file = "/nowhere"
     megatron = build(args)
-    fill(megatron, *under_megatrons_names(model))
+    fill(megatron, *megatron_weights(model))
     if setting is None:
         megatron.decoder.final_layernorm.weight.data[3] = float("inf")
     else:
@@ -166,7 +166,7 @@ def test_models_that_differ_are_not_written(
 ) -> None:
     make("relu").save_pretrained(tmp_path / "folder")
     other = make("relu", initializer_range=0.2)
-    monkeypatch.setattr(command, "fill", lambda megatron, *_source: fill(megatron, *under_megatrons_names(other)))
+    monkeypatch.setattr(command, "fill", lambda megatron, *_source: fill(megatron, *megatron_weights(other)))
     assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 1
     assert "above 1e-04: nothing was written" in capfd.readouterr().err and not (tmp_path / "out").exists()
 

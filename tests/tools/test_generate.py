@@ -13,7 +13,7 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.test_modeling import make
 from tools.common import checkpoints
 from tools.common.hf.settings import args_of
-from tools.common.hf.weights import fill, under_megatrons_names
+from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 from tools.generate.command import main
 
@@ -29,8 +29,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     args = args_of(model.config)
     args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(vocabulary)
     megatron = build(args)
-    fill(megatron, *under_megatrons_names(model))
-    checkpoints.save(megatron, args, root / "run", engine_names=False)
+    fill(megatron, *megatron_weights(model))
+    (root / "parent").mkdir()
+    for place in ("run", "parent/checkpoints"):
+        checkpoints.save(megatron, args, root / place, engine_names=False)
     for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
         one.save_pretrained(root / name)
         AutoTokenizer.from_pretrained(vocabulary).save_pretrained(root / name)
@@ -49,7 +51,11 @@ def test_run_and_folder_say_the_same(
     (tmp_path / "prompt").write_text("def f")
     for how in (["--temperature", "0"], ["--top-k", "9", "--top-p", "0.9", "--seed", "5"]):
         texts = set()
-        for place, prompt in (("run", "--prompt=def f"), ("folder", f"--prompt-file={tmp_path / 'prompt'}")):
+        for place, prompt in (
+            ("run", "--prompt=def f"),
+            ("parent", "--prompt=def f"),
+            ("folder", f"--prompt-file={tmp_path / 'prompt'}"),
+        ):
             text, costs = generate(capfd, "--load", places[place], prompt, "--max-new-tokens", "7", *how)
             assert text.startswith("def f")
             found = re.search(r"(\d+) tokens, [\d.]+ tokens/s, ([\d.]+) experts per token and layer", costs)
@@ -61,7 +67,7 @@ def test_run_and_folder_say_the_same(
     text, costs = generate(capfd, "--load", places["dense"], "--temperature", "0")
     assert text.startswith("one") and "\ntwo" in text and "three" not in text
     assert [int(number) for number in re.findall(r"^(\d+) tokens", costs, re.MULTILINE)] == [29, 29]
-    assert "experts" not in costs
+    assert "experts" not in costs and costs.count("context of 32 tokens") == 2
 
 
 def test_mean_number_of_experts(places: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
@@ -81,10 +87,10 @@ def test_mean_number_of_experts(places: dict[str, Path], capfd: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("place", "words", "message"),
     [
-        ("folder", ["--prompt", ""], "--prompt: has 0 tokens, and the model was trained on 1 to 24."),
+        ("folder", ["--prompt", ""], "--prompt: has 0 tokens"),
         ("folder", ["--prompt", "a" * 24], "--prompt: has 24 tokens"),
         ("folder", ["--prompt-file", "/nowhere"], "--prompt-file /nowhere: cannot be read"),
-        ("no tokenizer", ["--prompt", "a"], "--load: has no tokenizer. Give the folder of one with --tokenizer-model."),
+        ("no tokenizer", ["--prompt", "a"], "--tokenizer-model"),
         ("files", ["--prompt", "a"], "is not the folder of a run's checkpoints"),
     ],
 )

@@ -30,7 +30,7 @@ from ..common.running import run_once
 from ..common.text import Text
 from . import findings, pictures
 from .counts import WINDOW, Counts
-from .routing import watched
+from .routing import observe_routing
 
 TOKENS_PER_FORWARD = 4096
 
@@ -105,13 +105,13 @@ def count(
         most: sequences of each text (None: all).
         display: shows the progress.
     """
-    counts = Counts.none(layers, len(texts), model.config.num_experts, model.config.vocab_size)
+    counts = Counts.zeros(layers, len(texts), model.config.num_experts, model.config.vocab_size)
     for domain, text in enumerate(texts):
         size, number = max(1, TOKENS_PER_FORWARD // text.length), min(len(text), most or len(text))
         with display.step(Path(text.prefix).name, number):
             for start in range(0, number, size):
                 ids = text.read(start, min(number, start + size))
-                with watched(model, partial(counts.add_layer, domain, ids)):
+                with observe_routing(model, partial(counts.add_layer, domain, ids)):
                     model.model(ids.to(model.device), use_cache=False)
                 counts.add_text(domain, ids)
                 display.advance(len(ids))

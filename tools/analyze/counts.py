@@ -30,7 +30,7 @@ class Counts:
         gates: active gates by size. `[L, C]`
         gate_sum: of active gates. `[L]`
         largest_gate: the largest gate's share of a token's gates, over tokens with experts. `[L]`
-        largest_output: the same of its part in the output, see `routing.watched`. `[L]`
+        largest_output: the same of its part in the output, see `routing.observe_routing`. `[L]`
         by_token: pairs by token and expert, int32. `[L, V, E]`
         occurrences: of each token. `[V]`
     """
@@ -52,29 +52,29 @@ class Counts:
     occurrences: torch.Tensor
 
     @classmethod
-    def none(cls, layers: list[int], domains: int, experts: int, vocabulary: int) -> Self:
+    def zeros(cls, layers: list[int], domains: int, experts: int, vocabulary: int) -> Self:
         """Return counts of nothing yet."""
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        def new(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype)
 
         number = len(layers)
         return cls(
             layers=torch.tensor(layers),
-            sequences=zeros(domains),
+            sequences=new(domains),
             part_sequences=torch.tensor(1),
-            routed=zeros(domains, PARTS, number, experts),
-            histogram=zeros(domains, number, experts + 1),
-            common=zeros(domains, number),
-            followers=zeros(domains, number),
-            union=zeros(domains, number),
-            windows=zeros(domains),
-            gates=zeros(number, len(OCTAVES) * PER_OCTAVE),
-            gate_sum=zeros(number, dtype=torch.float64),
-            largest_gate=zeros(number, dtype=torch.float64),
-            largest_output=zeros(number, dtype=torch.float64),
-            by_token=zeros(number, vocabulary, experts, dtype=torch.int32),
-            occurrences=zeros(vocabulary),
+            routed=new(domains, PARTS, number, experts),
+            histogram=new(domains, number, experts + 1),
+            common=new(domains, number),
+            followers=new(domains, number),
+            union=new(domains, number),
+            windows=new(domains),
+            gates=new(number, len(OCTAVES) * PER_OCTAVE),
+            gate_sum=new(number, dtype=torch.float64),
+            largest_gate=new(number, dtype=torch.float64),
+            largest_output=new(number, dtype=torch.float64),
+            by_token=new(number, vocabulary, experts, dtype=torch.int32),
+            occurrences=new(vocabulary),
         )
 
     def add_text(self, domain: int, ids: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ See = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
-def watched(model: RemoeForCausalLM, see: See) -> Iterator[None]:
+def observe_routing(model: RemoeForCausalLM, see: See) -> Iterator[None]:
     """Call `see` for each layer in each forward pass, inside the block.
 
     Its arguments, tensors on the CPU:

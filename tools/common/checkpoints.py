@@ -29,6 +29,7 @@ from megatron.remoe.preflight.checkpoint_files import (
     TRACKER,
     BrokenCheckpointError,
     check_is_whole,
+    newest_iteration,
     newest_whole,
     read_index,
 )
@@ -68,11 +69,17 @@ class Checkpoint:
 
 
 def find(root: Path, step: int | None) -> Checkpoint:
-    """Open a run's newest checkpoint, or that of an iteration.
+    """Return a run's newest checkpoint, or that of an iteration.
+
+    Args:
+        root: the run's checkpoints, or a folder that has them in checkpoints/.
+        step: the iteration (None: the newest).
 
     Raises:
         ConversionError: there is none, it cannot be read, or it has another format.
     """
+    if not newest_iteration(root) and newest_iteration(root / "checkpoints"):
+        root /= "checkpoints"
     folder = _folder(root, step)
     if any(folder.glob("mp_rank_*")):
         raise ConversionError(
@@ -102,7 +109,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
 
 
 def load(checkpoint: Checkpoint, model: GPTModel) -> None:
-    """Fill `model` with the checkpoint's weights.
+    """Fill `model` with the checkpoint's weights, as Megatron loads them.
 
     Raises:
         ConversionError: a tensor is missing, has another shape, cannot be read, or holds NaN or infinity.
@@ -163,7 +170,9 @@ def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int 
         for key, (data, number) in parts.items():
             offsets = torch.Size([number or 0, *[0] * (data.dim() - 1)][: data.dim()])
             chunk = ChunkStorageMetadata(offsets, data.shape)
-            items += create_read_items_for_chunk_list(key, index.state_dict_metadata[key], [chunk])
+            stored = index.state_dict_metadata[key]
+            assert isinstance(stored, TensorStorageMetadata), key
+            items += create_read_items_for_chunk_list(key, stored, [chunk])
         reader.set_up_storage_reader(index, is_coordinator=True)
         reader.read_data(LoadPlan(items), planner).wait()
     except FAILURES as error:
@@ -241,19 +250,12 @@ def check_output(output: Path) -> None:
 
 
 def _folder(root: Path, step: int | None) -> Path:
-    tracker = root / TRACKER
-    if step is None:
-        try:
-            text = tracker.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConversionError(
-                f"--load {root}: is not the folder of a run's checkpoints ({TRACKER}: {error.strerror})."
-            ) from error
-        if text != RELEASE and not text.isdecimal():
-            raise ConversionError(f"{tracker}: holds {text!r}, not an iteration. Name one with --ckpt-step.")
-        folder = root / (text if text == RELEASE else f"iter_{int(text):07d}")
-    else:
-        folder = root / f"iter_{step:07d}"
+    newest = newest_iteration(root) if step is None else str(step)
+    if not newest:
+        raise ConversionError(f"--load {root}: is not the folder of a run's checkpoints: it has no {TRACKER}.")
+    if step is None and newest != RELEASE and not (newest.isdecimal() and len(newest) < 20):
+        raise ConversionError(f"{root / TRACKER}: holds {newest[:20]!r}, not an iteration. Name one with --ckpt-step.")
+    folder = root / (RELEASE if newest == RELEASE else f"iter_{int(newest):07d}")
     if not folder.is_dir():
         present = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
         raise ConversionError(f"{folder}: there is no such checkpoint. Those that are there: {present}.")

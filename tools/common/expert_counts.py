@@ -39,7 +39,7 @@ def expert_blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:
 
 
 @contextmanager
-def counted_experts(model: RemoeForCausalLM) -> Iterator[dict[int, list[torch.Tensor]]]:
+def count_experts(model: RemoeForCausalLM) -> Iterator[dict[int, list[torch.Tensor]]]:
     """Count the active experts of every token, padding included, inside the block.
 
     Yields:

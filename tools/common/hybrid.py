@@ -11,7 +11,7 @@ FINAL_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."
 ATTENTION = ("self_attention.", "input_layernorm.")
 
 
-def number_of(layer: int, rest: str) -> int:
+def hybrid_layer(layer: int, rest: str) -> int:
     """Return the number, from 0, of HybridModel's layer that holds `rest` of GPTModel's `layer`."""
     return 2 * layer + (0 if rest.startswith(ATTENTION) else 1)
 

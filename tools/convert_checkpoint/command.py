@@ -29,7 +29,7 @@ from ..common.running import run_once
 from ..common.text import blend_of, sample
 from .fitting import fit_router
 from .model_class import convert_class
-from .models import counted_pairs, fill, moe_layers, round_to, router_inputs, source_args, target_args
+from .models import count_pairs, fill, moe_layers, record_routers, round_to, source_args, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
 TOKENS_PER_FORWARD = 4096
@@ -122,7 +122,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     group = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process(options.seed)
     with group:
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
-        with display.step("running the ReMoE", len(to_measure)), counted_pairs(target) as pairs:
+        with display.step("running the ReMoE", len(to_measure)), count_pairs(target) as pairs:
             loss_after = loss_of(target, to_measure, display)
         sparsity = 1 - sum(active for active, _ in pairs) / sum(total for _, total in pairs)
         bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
@@ -153,7 +153,7 @@ def _fitted(
     load(checkpoint, source)
     layers = moe_layers(target)
     with display.step("running the source", len(to_fit) + len(to_measure)):
-        with router_inputs(source, layers) as (inputs, gates):
+        with record_routers(source, layers) as (inputs, gates):
             loss_of(source, to_fit, display)
         loss_before = loss_of(source, to_measure, display)
     routers = {}

@@ -29,7 +29,7 @@ from megatron.remoe.preflight.checkpoint_fit import common_state
 from ..common.checkpoints import Checkpoint, check_output, find, new_folder
 from ..common.display import Display
 from ..common.errors import ConversionError
-from ..common.hybrid import FINAL_NORM, as_gpt, as_hybrid, number_of
+from ..common.hybrid import FINAL_NORM, as_gpt, as_hybrid, hybrid_layer
 
 # With these the optimizer's state is stored under the weights' names.
 RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
@@ -61,7 +61,7 @@ class Names:
         if self.to == "hybrid":
             layer = offset[0] if self.is_stacked else int(match["number"])
             rest = (shape[1:], offset[1:]) if self.is_stacked else (shape, offset)
-            return self._numbered(match, number_of(layer, match["rest"])), *rest
+            return self._numbered(match, hybrid_layer(layer, match["rest"])), *rest
         layer = int(match["number"]) // 2
         if self.is_stacked:
             return match["before"] + match["rest"], (self.layers, *shape), (layer, *offset)
@@ -74,14 +74,14 @@ class Names:
             return None if self.to == "gpt" and key.startswith(ONLY_HYBRID) else self._outside(key)
         if not self.is_stacked:
             layer = int(match["number"])
-            number = layer // 2 if self.to == "gpt" else number_of(layer, match["rest"])
+            number = layer // 2 if self.to == "gpt" else hybrid_layer(layer, match["rest"])
             return self._numbered(match, number)
         parts = OBJECT.fullmatch(match["rest"])
         assert parts is not None, key
         offset, shape = parts["offset"], parts["shape"]
         if self.to == "hybrid":
             (first, _, offset), (_, _, shape) = offset.partition("."), shape.partition(".")
-            number = number_of(int(first), match["rest"])
+            number = hybrid_layer(int(first), match["rest"])
             return f"{match['before']}{number}.{parts['key']}/shard_{offset or 0}_{shape or 1}"
         layer = int(match["number"]) // 2
         alone = (offset, shape) == ("0", "1")

@@ -175,7 +175,7 @@ def round_to(model: GPTModel, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def router_inputs(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[int, Any], dict[int, Any]]]:
+def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[int, Any], dict[int, Any]]]:
     """Collect the inputs of the feed-forward layers and the gates of top-k routers, inside the block.
 
     Yields:
@@ -208,7 +208,7 @@ def router_inputs(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[in
 
 
 @contextmanager
-def counted_pairs(model: GPTModel) -> Iterator[list[tuple[int, int]]]:
+def count_pairs(model: GPTModel) -> Iterator[list[tuple[int, int]]]:
     """Collect the numbers of active and of all (token, expert) pairs of each router call, inside the block."""
     pairs: list[tuple[int, int]] = []
     handles = [

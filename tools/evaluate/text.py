@@ -15,7 +15,7 @@ from megatron.core.datasets.utils import Split
 from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
-from ..common.expert_counts import Experts, counted_experts, expert_blocks
+from ..common.expert_counts import Experts, count_experts, expert_blocks
 from ..common.text import check_vocabulary, open_data_set
 
 TOKENS_PER_FORWARD = 4096
@@ -99,7 +99,7 @@ def measure(
     for batch in batches(data, most):
         check_vocabulary(data.dataset_path, int(batch.max()), model.config.vocab_size)
         batch = batch.to(model.device)
-        with counted_experts(model) as counts:
+        with count_experts(model) as counts:
             logits = model(batch[:, :-1], use_cache=False).logits
         labels = batch[:, 1:].reshape(-1)
         total += float(cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none").double().sum())

@@ -25,7 +25,7 @@ from ..common.hf.settings import args_of, complete, flags_of, vocabulary_flags
 from ..common.hf.source import open_run
 from ..common.hf.tensors import Tensors, model_of, shapes_of
 from ..common.hf.tokenizer import tokenizer_of
-from ..common.hf.weights import fill, read, under_megatrons_names
+from ..common.hf.weights import fill, megatron_weights, read
 from ..common.megatron_model import build
 from ..common.one_process import one_process
 from ..common.running import run_once
@@ -111,7 +111,7 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     args = args_of(config, vocabulary)
     text = text_for(args, options.data_path, config)
     model = build(args)
-    fill(model, *under_megatrons_names(source))
+    fill(model, *megatron_weights(source))
     display.say(described(compare(source, megatron_logits(model, text), text), text))
     del source
     args.transformer_impl = options.transformer_impl

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
-from ..common.expert_counts import counted_experts
+from ..common.expert_counts import count_experts
 from ..common.hf.opening import open_model
 from ..common.running import run_once
 
@@ -89,19 +89,20 @@ def continue_text(
     length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if not 0 < length < context:
         raise ToolError(
-            f"--prompt: has {length} tokens, and the model was trained on 1 to {context}. Give another one."
+            f"--prompt: has {length} tokens, and must have 1 to {context - 1}: the model's context is {context}."
         )
     sampling = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     started = time.perf_counter()
-    with counted_experts(model) as counts, torch.inference_mode():
+    with count_experts(model) as counts, torch.inference_mode():
         output = model.generate(
             **inputs, **sampling, max_new_tokens=min(args.max_new_tokens, context - length), streamer=streamer
         )
     new = output.shape[1] - length
     line = f"{new} tokens, {new / (time.perf_counter() - started):.1f} tokens/s"
+    line += f", stopped at the model's context of {context} tokens" * (output.shape[1] == context)
     if counts:
         mean = torch.cat([one for passes in counts.values() for one in passes]).double().mean()
         line += f", {mean:.2f} experts per token and layer"

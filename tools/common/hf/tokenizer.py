@@ -30,8 +30,7 @@ def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any)
     if not folder.is_dir():
         raise ConversionError(f"{name}: is no folder. {REMEDY}")
     try:
-        options |= {"trust_remote_code": False, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
         size = len(tokenizer)
     except Exception as error:  # a damaged tokenizer.json raises almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
 from ..checkpoints import Checkpoint, read_parts
 from ..errors import ConversionError
-from ..hybrid import FINAL_NORM, number_of
+from ..hybrid import FINAL_NORM, hybrid_layer
 from ..megatron_model import EXPERT
 from .tensors import Tensors, check_tensors, shapes_of
 
@@ -136,7 +136,7 @@ def _is_hybrid(checkpoint: Checkpoint) -> bool:
 def _key(checkpoint: Checkpoint, name: str, layer: int) -> str:
     # Layers that are alike are one tensor; where they differ, each has its number in the key.
     numbered = any(key.startswith("decoder.layers.0.") for key in checkpoint.shapes)
-    number = number_of(layer, name) if _is_hybrid(checkpoint) else layer
+    number = hybrid_layer(layer, name) if _is_hybrid(checkpoint) else layer
     keys = [
         f"decoder.layers.{number}.{key}" if numbered else f"decoder.layers.{key}" for key in KEYS.get(name, (name,))
     ]
@@ -185,7 +185,7 @@ def fill(model: GPTModel, outer: Tensors, layers: list[Tensors]) -> None:
             tensor.copy_(layers[int(number)][inner])
 
 
-def under_megatrons_names(model: RemoeForCausalLM) -> tuple[Tensors, list[Tensors]]:
+def megatron_weights(model: RemoeForCausalLM) -> tuple[Tensors, list[Tensors]]:
     """What `fill` takes, of a model for transformers."""
     state, layers = model.state_dict(), []
     for number in range(model.config.num_hidden_layers):
