@@ -17,7 +17,7 @@ import torch
 from models import FIT_STEPS, on_gpu
 from torch.autograd import DeviceType
 
-import pretrain_gpt
+from megatron.remoe import pretrain
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.router import TopKRouter
@@ -196,6 +196,6 @@ def peak_of(profiler: torch.profiler.profile) -> int:
 
 if __name__ == "__main__":
     recorder = Recorder(on_gpu(sys.argv))
-    pretrain_gpt.main(recorder.observe)
+    pretrain.main(recorder.observe)
     dtype = torch.bfloat16 if "--bf16" in sys.argv else torch.float32
     recorder.write(matmul_peak(dtype, "cuda" if recorder.on_gpu else "cpu"))

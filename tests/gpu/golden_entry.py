@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
-import pretrain_gpt  # noqa: E402
+from megatron.remoe import pretrain  # noqa: E402
 
 WEIGHTS = Path(os.environ["GOLDEN_WEIGHTS"])
 
@@ -36,4 +36,4 @@ def observe(model_cfg: Any) -> None:
 
 
 if __name__ == "__main__":
-    pretrain_gpt.main(observe)
+    pretrain.main(observe)

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
-import pretrain_gpt  # noqa: E402
+from megatron.remoe import pretrain  # noqa: E402
 from tools.rehearse import fake_ranks  # noqa: E402
 from tools.rehearse.host_reads import Pairs  # noqa: E402
 
@@ -25,7 +25,7 @@ def main() -> None:
     torch.backends.cudnn.enabled = False  # the one library that is not stood in for
     torch.backends.cuda.enable_cudnn_sdp(False)
     fake_ranks.join(0, 1, 1)
-    run = pretrain_gpt.main
+    run = pretrain.main
 
     def run_on_made_up_values(observe: Callable[[Any], None] | None = None) -> None:
         def observe_too(model_cfg: Any) -> None:
@@ -35,7 +35,7 @@ def main() -> None:
 
         run(observe_too)
 
-    pretrain_gpt.main = run_on_made_up_values
+    pretrain.main = run_on_made_up_values
     sys.path.insert(0, str(Path(program).parent))  # as Python does for a program
     runpy.run_path(program, run_name="__main__")
 

@@ -138,8 +138,8 @@ def test_a_training_is_the_same() -> None:
             "from megatron.remoe.cpu import flags",
             "del flags.CPU_VALUES['cross_entropy_loss_fusion'], flags.CPU_VALUES['apply_rope_fusion']",
             ONE_CHOICE,
-            "import pretrain_gpt",
-            "pretrain_gpt.main()",
+            "from megatron.remoe import pretrain",
+            "pretrain.main()",
             "print('it ran:', hasattr(kernel, 'best_config'))",
         ]
         command = [sys.executable, "-c", "\n".join(lines), *flags, *kernels]

@@ -10,7 +10,7 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import pretrain_gpt  # noqa: E402
+from megatron.remoe import pretrain  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -72,4 +72,4 @@ def _write(record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    pretrain_gpt.main(observe)
+    pretrain.main(observe)

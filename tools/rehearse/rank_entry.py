@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
-import pretrain_gpt  # noqa: E402
+from megatron.remoe import pretrain  # noqa: E402
 from tools.common.files import write_json  # noqa: E402
 from tools.rehearse import counters, fake_ranks  # noqa: E402
 from tools.rehearse.engine import Calls  # noqa: E402
@@ -190,7 +190,7 @@ def main() -> None:
     collectives = counters.Collectives()
     collectives.watch(options["gpus_per_node"])
     fake_ranks.join(options["rank"], options["world"], options["gpus_per_node"])
-    pretrain_gpt.main(Rehearsal(options, collectives).observe)
+    pretrain.main(Rehearsal(options, collectives).observe)
 
 
 if __name__ == "__main__":

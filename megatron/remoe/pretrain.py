@@ -1,0 +1,131 @@
+"""Pre-train a language model with Megatron: dense, top-k Mixture-of-Experts or, with --moe-relu-routing, ReMoE.
+
+Accepts Megatron's flags and those of ReMoE (see --help). Without an accelerator it trains on the CPU.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.training.models.base import ModelConfig
+
+# Started without torchrun, this is the only process.
+SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
+    """Train as the command line says. An error ends the process with exit code 1 or 2 and one short message.
+
+    Args:
+        observe: called with the model's configuration before the model is built, for tools that measure.
+    """
+    on_cpu = prepare()
+    with ExitStack() as at_the_end:
+        try:
+            train(on_cpu, observe, at_the_end)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            # With --exit-signal-handler, Megatron's data loaders ignore the SIGTERM that Python ends them with, and
+            # this process would wait for them forever. PyTorch raises an error when one is killed.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            from megatron.remoe.preflight.messages import end_with_last_words
+
+            end_with_last_words(error)
+
+
+def prepare() -> bool:
+    """Set up the process before Megatron is imported. Return whether it trains on the CPU."""
+    from megatron.remoe import cpu
+    from megatron.remoe.preflight import console, machine
+
+    if "RANK" not in os.environ:
+        os.environ.update(SINGLE_PROCESS)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launch scripts make torchrun ignore it
+    console.hide_unhelpful_warnings()
+    on_cpu = cpu.is_wanted(sys.argv)
+    machine.disable_unavailable(on_cpu)
+    if on_cpu:
+        cpu.install()
+    return on_cpu
+
+
+def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_end: ExitStack) -> None:
+    """Parse, lock, check, patch, configure the model, install the routing, and call Megatron's loop."""
+    from megatron.core.enums import ModelType
+    from megatron.remoe import cpu, patches
+    from megatron.remoe.preflight.checkpoint_files import choose_checkpoint
+    from megatron.remoe.preflight.checkpoint_fit import check_loaded_run
+    from megatron.remoe.preflight.data import check_data, check_vocabulary
+    from megatron.remoe.preflight.environment import (
+        check_environment,
+        check_evaluation_and_saving,
+        check_hybrid_model,
+        check_output_folders,
+        check_required_flags,
+    )
+    from megatron.remoe.preflight.machine import check_kernels
+    from megatron.remoe.preflight.messages import usage_errors
+    from megatron.remoe.preflight.run_lock import only_training
+    from megatron.remoe.training import hooks
+    from megatron.remoe.training.arguments import model_config_from_args, parse_args, take_saved_args
+    from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
+    from megatron.remoe.training.run_log import keep_run_log
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.utils import get_blend_and_blend_per_split, print_rank_last
+
+    with usage_errors(rank=0):
+        check_environment()
+    with usage_errors():
+        args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
+        if on_cpu:
+            cpu.adapt_arguments(args)
+        check_kernels(args.moe_kernels, on_cpu)
+        at_the_end.enter_context(only_training(args))
+        resume = choose_checkpoint(args)
+        if resume is not None:
+            resume.apply(args)
+        take_saved_args(args)
+        check_required_flags(args)
+        validate_args(args, {})
+        check_hybrid_model(args)
+        check_evaluation_and_saving(args)
+        check_data(args, get_blend_and_blend_per_split)
+        args.override_opt_param_scheduler |= check_loaded_run(args, resume)
+        check_output_folders(args)
+        set_global_variables(args)
+        check_vocabulary(args, get_blend_and_blend_per_split)
+
+        patches.apply_patches(saves=bool(args.save))
+        model_cfg = model_config_from_args(args)
+        hooks.install_routing(args, model_cfg)
+        hooks.install_local_layers(args, model_cfg)
+        datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
+        at_the_end.enter_context(keep_run_log(args))
+
+    if observe is not None:
+        observe(model_cfg)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_cfg), datasets_provider, ModelType.encoder_or_decoder, forward_step
+    )
+    if not args.skip_train and args.iteration >= args.train_iters:
+        print_rank_last(
+            f"Nothing to do: the checkpoint in --load {args.load} is of iteration {args.iteration}, and --train-iters "
+            f"is {args.train_iters}. Nothing was trained; a validation loss above is that of the checkpoint."
+        )
+
+
+if __name__ == "__main__":
+    main()
