@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.trainings import TINY
+from tools.common.log_reader import read_log
 from tools.common.places import ROOT
+from tools.common.tiny_model import RELU
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,42 @@ def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) 
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
+        (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "remoe-pretrain = megatron.remoe.pretrain:main" in archive.read(entry_points).decode()
     assert {name for name in names if name.endswith(".py")} == sources
+    assert "megatron/remoe/py.typed" in names
     assert "megatron/__init__.py" not in names
     assert all(name.startswith("megatron/remoe/") for name in names)
+
+
+def test_the_wheel_trains(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    flags = [*TINY, *RELU, "--mock-data", "--train-iters", "2", "--split", "100,0,0", "--cpu"]
+    command = [sys.executable, "-m", "megatron.remoe.pretrain", *flags]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    trained = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert len(read_log(trained.stdout)) == 2
+
+
+# What packages that are installed next to this one ask for, as published: megatron-bridge 0.6.2 and vllm 0.33.0.
+NEIGHBOURS = {
+    "megatron-bridge": ["transformers>=5.8,<=5.12.1", "torch>=2.6.0", "tensorboard>=2.19.0", "wandb==0.29.0"],
+    "vllm": ["transformers>=5.16.1,<5.21", "torch==2.14.0"],
+}
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_the_library_installs_next_to(neighbour: str) -> None:
+    """Only what training needs is required, so no requirement excludes a neighbour's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ours = {normalized(requirement.name): requirement for requirement in map(Requirement, project["dependencies"])}
+    assert set(ours) == {"torch", "numpy", "megatron-core", "filelock", "psutil"}
+    for theirs in map(Requirement, NEIGHBOURS[neighbour]):
+        if mine := ours.get(theirs.name):
+            edges = {clause.version for clause in (*mine.specifier, *theirs.specifier)}
+            assert any(mine.specifier.contains(edge) and theirs.specifier.contains(edge) for edge in edges), theirs
 
 
 def editable_here() -> bool:
@@ -85,8 +121,11 @@ def test_every_direct_dependency_has_its_exact_version() -> None:
     of_cuda = {name for name in pinned if name.startswith(("nvidia-", "cuda-", "triton"))}
     assert of_cuda == {"nvidia-cuda-crt"}, "torch pins the others itself"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
-        requirement = Requirement(line)
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *(line for name in ("tools", "report", "hf", "dev") for line in extras[name])]
+    for requirement in map(Requirement, named):
+        if requirement.name == project["name"]:
+            continue  # the other extras, in "dev"
         assert requirement.specifier.contains(pinned[normalized(requirement.name)]), line
 
 
