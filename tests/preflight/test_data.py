@@ -1,12 +1,17 @@
-"""Megatron's index cache beside the data: what a full disk or newer data make unusable is built again."""
+"""Data that do not fit the vocabulary, and Megatron's index cache after a full disk or beside newer data."""
 
+import argparse
 import math
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.indexed import IndexedWriter
+from megatron.remoe.preflight.data import check_vocabulary
 from tests.trainings import TINY, run, series
 
 CACHED = "cache/GPTDataset_indices/*-train-shuffle_index.npy"
@@ -59,3 +64,17 @@ def test_loading_unchecked_is_refused(prefix: Path, tmp_path: Path) -> None:
     arguments = [*TINY, "--num-workers", "0", "--data-path", str(prefix), *cache, "--dataloader-fast-cache-load"]
     output = run(arguments, expect=2)
     assert str(cached) in output and "Traceback" not in output and cached.exists()
+
+
+@pytest.mark.parametrize("place", [0, 2_200_000, 3_999_999])
+def test_samples_come_from_all_over_the_data(place: int, tmp_path: Path) -> None:
+    ids = np.full(4_000_000, 6, np.int32)
+    ids[place] = 70_000
+    with IndexedWriter(tmp_path / "large", np.dtype(np.int32)) as writer:
+        writer.add(ids, np.array([len(ids)]))
+        writer.finish()
+        writer.publish()
+    args = argparse.Namespace(mock_data=False, perform_rl_step=False, padded_vocab_size=384, split="100,0,0")
+    args.tokenizer_type, args.data_path = "NullTokenizer", [str(tmp_path / "large")]
+    with pytest.raises(DataError, match="holds token 70000"):
+        check_vocabulary(args, lambda args: ((args.data_path, None), None))

@@ -1,16 +1,10 @@
 """Choose the encoder by --tokenizer-type, --vocab-file, --merge-file and --tokenizer-model."""
 
-import os
+from pathlib import Path
 from typing import Any
 
 from megatron.remoe.data.errors import DataError
-from megatron.remoe.data.gpt2_files import (
-    END_OF_TEXT,
-    FOLDER_TOKENIZER,
-    GPT2_TOKENIZER,
-    HOW_TO_GET,
-    read_gpt2_vocabulary,
-)
+from megatron.remoe.data.gpt2_files import END_OF_TEXT, FOLDER_TOKENIZER, GPT2_TOKENIZER, read_gpt2_vocabulary
 
 from .encoding import TextEncoder
 
@@ -30,8 +24,6 @@ def load_encoder(
         DataError: a flag is missing or does not name a tokenizer.
     """
     if tokenizer_type == GPT2_TOKENIZER:
-        if not vocab_file or not merge_file:
-            raise DataError(f"--tokenizer-type {GPT2_TOKENIZER} needs --vocab-file and --merge-file. {HOW_TO_GET}")
         return gpt2_encoder(vocab_file, merge_file, threads)
     if not tokenizer_model:
         raise DataError(
@@ -45,9 +37,7 @@ def load_encoder(
     return folder_encoder(tokenizer_model, threads)
 
 
-def gpt2_encoder(
-    vocab_file: str | os.PathLike[str], merge_file: str | os.PathLike[str], threads: int = 1
-) -> TextEncoder:
+def gpt2_encoder(vocab_file: Path | str | None, merge_file: Path | str | None, threads: int = 1) -> TextEncoder:
     """Return the encoder of a GPT-2 vocabulary."""
     tokenizer = read_gpt2_vocabulary(vocab_file, merge_file)
     return TextEncoder(tokenizer, tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT), threads)

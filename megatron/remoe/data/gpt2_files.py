@@ -42,15 +42,17 @@ def byte_level_vocabulary(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def read_gpt2_vocabulary(
-    vocab_file: str | os.PathLike[str], merge_file: str | os.PathLike[str]
+    vocab_file: str | os.PathLike[str] | None, merge_file: str | os.PathLike[str] | None
 ) -> "tokenizers.Tokenizer":
     """Read and check a GPT-2 vocabulary, and return the same tokenizer as transformers' GPT2Tokenizer.
 
     Raises:
-        DataError: a file is missing or wrong; the message names flags, paths and remedy.
+        DataError: a file is not given, missing or wrong; the message names flags, paths and remedy.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+    if not vocab_file or not merge_file:
+        raise DataError(f"--tokenizer-type {GPT2_TOKENIZER} needs --vocab-file and --merge-file. {HOW_TO_GET}")
     for flag, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
         if not os.path.isfile(path):
             raise DataError(f"{flag} {os.fspath(path)}: there is no such file. {HOW_TO_GET}")

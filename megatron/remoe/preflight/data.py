@@ -23,7 +23,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, idx_path
 
-TOKENS_SAMPLED = 2_000_000
+TOKENS_SAMPLED, PLACES_SAMPLED = 2_000_000, 8
 TOKENS_TO_JUDGE_BY = 10_000  # a tokenizer's ids in so many tokens of text reach far beyond ...
 SHARE_OF_VOCABULARY = 1 / 16  # ... this share of its vocabulary
 SECONDS_OF_WRITING = 2
@@ -76,7 +76,7 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
 
 
 def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None:
-    """Check that the ids at the beginning and the end of each data set fit the model's vocabulary.
+    """Check that ids from the beginning to the end of each data set fit the model's vocabulary, by samples.
 
     Args:
         args: Megatron's arguments, after it has built the tokenizer.
@@ -94,8 +94,9 @@ def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None
         data = _open(prefix, flag)
         if not data.tokens or data.dtype.kind not in "iu":
             continue
-        at_once = max(TOKENS_SAMPLED // (2 * len(blends)), TOKENS_TO_JUDGE_BY)
-        ids = np.concatenate([data.read(start, at_once) for start in (0, max(data.tokens - at_once, 0))])
+        at_once = max(TOKENS_SAMPLED // (PLACES_SAMPLED * len(blends)), TOKENS_TO_JUDGE_BY)
+        starts = np.linspace(0, max(data.tokens - at_once, 0), PLACES_SAMPLED, dtype=np.int64)
+        ids = np.concatenate([data.read(start, at_once) for start in sorted({*starts.tolist()})])
         smallest, largest = int(ids.min()), int(ids.max())
         remedy = f"(--tokenizer-type {args.tokenizer_type}, padded). Give the tokenizer that the data was made with"
         if smallest < 0 or largest >= size:

@@ -12,14 +12,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from megatron.remoe.data.errors import DataError
-from megatron.remoe.data.gpt2_files import (
-    END_OF_TEXT,
-    FOLDER_TOKENIZER,
-    GPT2_TOKENIZER,
-    HOW_TO_GET,
-    read_gpt2_vocabulary,
-)
+from megatron.remoe.data.gpt2_files import END_OF_TEXT, FOLDER_TOKENIZER, GPT2_TOKENIZER, read_gpt2_vocabulary
 
 TOKENIZER_CONFIG = {
     "tokenizer_class": "GPT2Tokenizer",
@@ -41,8 +34,6 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
     """
     if args.tokenizer_type != GPT2_TOKENIZER:
         return
-    if not args.vocab_file or not args.merge_file:
-        raise DataError(f"--tokenizer-type {GPT2_TOKENIZER} needs --vocab-file and --merge-file. {HOW_TO_GET}")
     args.tokenizer_model = str(gpt2_tokenizer_folder(args.vocab_file, args.merge_file))
     args.tokenizer_type = FOLDER_TOKENIZER
     # The folder holds both; Megatron would prefer the flags to it.
@@ -50,8 +41,8 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
 
 
 def gpt2_tokenizer_folder(
-    vocab_file: str | os.PathLike[str],
-    merge_file: str | os.PathLike[str],
+    vocab_file: str | os.PathLike[str] | None,
+    merge_file: str | os.PathLike[str] | None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Return a folder with these files for --tokenizer-type HuggingFaceTokenizer --tokenizer-model.
@@ -69,6 +60,7 @@ def gpt2_tokenizer_folder(
         OSError: `cache_dir` was given and cannot be written.
     """
     read_gpt2_vocabulary(vocab_file, merge_file)
+    assert vocab_file and merge_file, "it refuses them otherwise"
     contents = {
         "vocab.json": Path(vocab_file).read_bytes(),
         "merges.txt": Path(merge_file).read_bytes(),
