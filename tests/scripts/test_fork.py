@@ -10,14 +10,13 @@ from pathlib import Path
 from tests.scripts.launching import command
 from tests.trainings import REPOSITORY
 from tools.common.flags import parse
-from tools.cost.paper import FORK
 
 SIZES, ROUTINGS = ("182m", "469m", "978m"), ("dense", "moe", "remoe")
 Flags = dict[str, dict[str, str]]  # script → flag → what is typed behind it
 
 
 def of_the_fork() -> Flags:
-    table = json.loads(FORK.read_text())["flags"]
+    table = json.loads(Path(__file__).with_name("fork_flags.json").read_text())["flags"]
     return {name: table["all"] | flags for name, flags in table.items() if name != "all"}
 
 

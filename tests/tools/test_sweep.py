@@ -249,8 +249,3 @@ def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
     (cluster / "queue").unlink()
     _, errors = submit("--", "--lr", "1e-3", code=1)
     assert "squeue failed: Unable to contact slurm controller" in errors
-
-
-# ---------------------------------------------------------------- stopping
-
-# A launcher as scripts/lib/launch.sh starts it, whose training takes long to save.
