@@ -20,14 +20,13 @@ PACKAGES = ("torch", "megatron-core", "transformers", "gigatoken", "tokenizers",
 
 
 def machine() -> dict[str, Any]:
-    """Return processor, cores and versions, and the GPUs with their driver if there are any."""
+    """Return processor, cores and packages, and the GPUs with their driver if there are any."""
     model = platform.processor()
     if platform.system() == "Linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     installed = {one.name: one.version for one in importlib.metadata.distributions() if one.name in PACKAGES}
-    found: dict[str, Any] = {"processor": model, "cores": os.cpu_count(), "python": platform.python_version()}
-    found |= installed
+    found: dict[str, Any] = {"processor": model, "cores": os.cpu_count(), **installed}
     if on_gpu():  # by nvidia-smi: PyTorch would hold the device in this process too
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         found["gpus"] = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
