@@ -25,7 +25,14 @@ ROOMS = {
 ROOMS["pretrain"] = {*ROOMS}
 # What of Megatron a room may know besides.
 BOTH = {"core", "training"}
-MEGATRON: dict[str, set[str]] = {"data": set(), "hf": set(), "patches": BOTH, "training": BOTH, "cpu": BOTH, "pretrain": BOTH}
+MEGATRON: dict[str, set[str]] = {
+    "data": set(),
+    "hf": set(),
+    "patches": BOTH,
+    "training": BOTH,
+    "cpu": BOTH,
+    "pretrain": BOTH,
+}
 # What the method and its layers are made of, and nothing else.
 PURE = {
     "routing": {"torch", "megatron"},
