@@ -23,7 +23,7 @@ ROUTINGS = {
     "ReMoE": ["--moe-relu-routing"],
     "top-k": ["--moe-router-pre-softmax", "--moe-aux-loss-coeff", "1e-2"],
 }
-# The flags of tools/recipes/hardware.py for plain PyTorch on a GPU. A log waits for the device, longer for ReMoE than for top-k.
+# The flags of tools/recipes/hardware.py for plain PyTorch on a GPU, and few log lines: each waits for the device.
 GPU_FLAGS = """
 --bf16 --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
 --no-rope-fusion --log-interval 1000
