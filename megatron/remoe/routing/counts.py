@@ -43,19 +43,6 @@ class RoutingCounts:
         """Active (token, expert) pairs, `[...]`."""
         return self["tokens_per_expert"].sum(dim=-1)
 
-    @torch.no_grad()
-    def add(self, tokens: torch.Tensor, l1_loss: torch.Tensor, micro_batches: float) -> None:
-        """Count one forward pass of a router.
-
-        Args:
-            tokens: int64 `[E + 1]`, the tokens of each expert, then all tokens.
-            l1_loss: L_reg, a scalar.
-            micro_batches: 1, or this rank's share of it.
-        """
-        self.table[: len(tokens)] += tokens
-        self["l1_loss"].add_(l1_loss)
-        self["micro_batches"].add_(micro_batches)
-
     def layer(self, number: int) -> "RoutingCounts":
         """Return a view of a layer's row; layers are numbered from 1."""
         return RoutingCounts(self.table[number - 1])
