@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All checks: ruff, mypy, shellcheck, pytest. Each runs even if one before it failed. Arguments go to pytest, which runs
-# TEST_PROCESSES (default 2) files at a time.
+# Run all checks: ruff, mypy, shellcheck, pytest. Each runs even if an earlier one failed.
+#   --fast   only the tests that take seconds (tests/conftest.py lists them); must come first
+# Other arguments go to pytest, which runs TEST_PROCESSES (default 2) files at a time.
 set -euo pipefail
 # shellcheck source=scripts/lib/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
@@ -26,7 +27,9 @@ check mypy "$VENV/bin/python" -m mypy
 check shellcheck find . \( -path ./.venv -o -path ./.git -o -path ./runs \) -prune \
   -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -type f -exec "$VENV/bin/shellcheck" --external-sources {} +
 
-# Of lm-eval the tests need no more than this; its dependencies take 500 MB. Without a network they skip what needs it.
+if [[ ${1-} == --fast ]]; then set -- -m "not slow and not hostile and not gpu" "${@:2}"; fi
+
+# The tests need lm-eval without its 500 MB of dependencies. Without a network they skip what needs it.
 if ! "$VENV/bin/python" -c 'import lm_eval, sqlitedict' 2>/dev/null; then
   pip_install --quiet --no-deps --no-build-isolation lm-eval sqlitedict || true
 fi

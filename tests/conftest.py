@@ -36,8 +36,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gpu-report", type=Path, metavar="FOLDER", help=told)
 
 
+# Folders and files that take seconds: what `scripts/test.sh --fast` runs. All others start trainings or tools.
+FAST = """
+data kernels/test_plan.py kernels/test_rows.py kernels/test_swiglu.py local/test_grouped_swiglu.py
+moe/test_moe_layer.py moe/test_host_syncs.py preflight/test_codes.py preflight/test_messages.py routing
+scripts/test_launch_commands.py test_rooms.py tools/test_sweep_logs.py training/test_arguments.py
+""".split()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, which pytest-xdist keeps to with --no-loadscope-reorder."""
+    """Mark what is not fast, and put long files first, which pytest-xdist keeps to with --no-loadscope-reorder."""
+    folder = Path(__file__).parent
+    for item in items:
+        if not any(item.path.is_relative_to(folder / fast) for fast in FAST):
+            item.add_marker("slow")
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
