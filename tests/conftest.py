@@ -30,7 +30,7 @@ LONG = ("test_rehearse", "test_sweep_training", "test_quickstart", "test_trainin
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("remoe")
     group.addoption("--update-golden", action="store_true", help="renew the committed figures of tests/golden")
-    told = "train every layout in every variant in FOLDER, and write the tables of docs/parallelism.md"
+    told = "train every layout in every variant in FOLDER, and write the table of docs/parallelism.md"
     group.addoption("--parity-tables", type=Path, metavar="FOLDER", help=told)
     told = "with -m gpu: write the figures of each test to FOLDER, and leave out tests whose figures are there"
     group.addoption("--gpu-report", type=Path, metavar="FOLDER", help=told)

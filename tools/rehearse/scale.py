@@ -1,7 +1,7 @@
 """Rehearse a ReMoE of 30B parameters on 64, 512 and 4096 GPUs; writes docs/scale.md.
 
-python tools/rehearse/scale.py             all of it; finished rehearsals in runs/scale are not repeated
-python tools/rehearse/scale.py --write     and puts the tables into docs/scale.md
+python tools/rehearse/scale.py             all layouts; finished rehearsals in runs/scale are not repeated
+python tools/rehearse/scale.py --write     and put the table into docs/scale.md
 """
 
 import argparse
@@ -99,36 +99,22 @@ def row(gpus: int, layout: Layout, found: dict[str, Any]) -> str:
     )
 
 
-def collectives(found: dict[str, Any]) -> str:
-    """Return the collectives that take most of the links' time, in words."""
-    parts = [
-        f"{one['kind']} over {one['ranks']} ({one['group']}{'' if one['within_node'] else ', nodes'}): "
-        f"{one['bytes'] / 1e9:.1f} GB in {one['times']}, {one['seconds'] * 1e3:.0f} ms"
-        for one in found["collectives"][:4]
-    ]
-    return "; ".join(parts)
-
-
 def main() -> int:
-    """Rehearse what is missing, print the tables, and write them if asked to."""
+    """Rehearse what is missing, print the table, and write it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "scale", help="default: runs/scale")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/scale.md")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     head = "| GPUs | layout | GiB allocated (reserved) at most | GPU, s | links, s | longer | MFU |"
-    rows, sent = [head, "|---|---|---|---:|---:|---|---:|"], []
+    rows = [head, "|---|---|---|---:|---:|---|---:|"]
     for gpus in options.gpus:
         for layout in LAYOUTS[gpus]:
-            found = rehearse(gpus, layout, options.output_dir)
-            rows.append(row(gpus, layout, found))
-            if found["collectives"]:
-                sent.append(f"- {gpus}, {layout.title}: {collectives(found)}")
+            rows.append(row(gpus, layout, rehearse(gpus, layout, options.output_dir)))
             print(rows[-1], flush=True)
-    text = "\n".join([*rows, "", "Collectives of a step that take longest, on the rank above:", "", *sent])
     if options.write:
-        write_between(ROOT / "docs" / "scale.md", BEGIN, END, text)
+        write_between(ROOT / "docs" / "scale.md", BEGIN, END, "\n".join(rows))
     return 0
 
 

@@ -36,7 +36,6 @@ class Launch:
         settings: the script's environment, such as EP or KERNELS.
         size: of the model, as in the script's name.
         gpus: of one machine.
-        root: the checkout.
     """
 
     routing: str = "remoe"
@@ -44,7 +43,6 @@ class Launch:
     settings: dict[str, str] = field(default_factory=dict)
     size: str = "182m"
     gpus: int = GPUS
-    root: Path = ROOT
 
     def _environment(self, more: dict[str, str]) -> dict[str, str]:
         """Return this process's environment, but for what a script reads, with this script's settings and `more`."""
@@ -53,7 +51,7 @@ class Launch:
 
     def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run the script, with these settings on top of its own."""
-        script = ["bash", str(self.root / "scripts" / f"train_llama_{self.size}_{self.routing}.sh"), str(self.gpus)]
+        script = ["bash", str(ROOT / "scripts" / f"train_llama_{self.size}_{self.routing}.sh"), str(self.gpus)]
         command = [*script, "--", *self.flags]
         return subprocess.run(command, env=self._environment(environment), capture_output=True, text=True)
 

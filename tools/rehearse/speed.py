@@ -1,8 +1,7 @@
 """Rehearse launches, waits, bytes and modelled time of the launch scripts by kernels; writes docs/performance.md.
 
-python tools/rehearse/speed.py             all of it; finished rehearsals in runs/speed are not repeated
-python tools/rehearse/speed.py --write     and puts the table into docs/performance.md
-git worktree add EARLIER COMMIT; python tools/rehearse/speed.py --before EARLIER     compares with it
+python tools/rehearse/speed.py             all rows; finished rehearsals in runs/speed are not repeated
+python tools/rehearse/speed.py --write     and put the table into docs/performance.md
 """
 
 import argparse
@@ -41,15 +40,13 @@ class Row:
         return f"{model} | {self.kernels} | {self.micro_batch}, {self.launch.settings.get('EP', '1')}"
 
 
-def rows(before: Path | None) -> Iterator[Row]:
-    """Yield all rows: before, now by kernels, and last with the best micro-batch and EP."""
+def rows() -> Iterator[Row]:
+    """Yield all rows: by kernels, and last with the best micro-batch and EP."""
     engines: dict[str, tuple[str, ...]] = {"": PLAIN}
     if importlib.util.find_spec("transformer_engine") is not None:
         engines |= {"Transformer Engine, ": ()}
     for size in PAPER:
         for routing in ROUTINGS:
-            if before is not None:
-                yield Row("before", Launch(routing, PLAIN, size=size, root=before), Training().micro_batch)
             for engine, flags in engines.items():
                 for kernels in ("torch", "triton"):
                     settings = {"KERNELS": kernels.removeprefix("torch")}
@@ -73,8 +70,8 @@ def figures(row: Row, folder: Path, only_finished: bool = False) -> Step | None:
 def line(row: Row, step: Step) -> str:
     """Return a row of the table."""
     if step.error is not None:
-        return f"| {row.title} | no: {step.error.splitlines()[0][:120]} | | | | | | |"
-    counts = [step.forward_layer, step.update, step.launches, step.waits]
+        return f"| {row.title} | no: {step.error.splitlines()[0][:120]} | | | | |"
+    counts = [step.forward_layer, step.launches]
     numbers = ["–" if count is None else f"{count:,.0f}" for count in counts]
     numbers += [f"{step.bytes / 1e9:,.0f}", f"{step.seconds * 1e3:,.0f}", f"{step.roofline_mfu:.1%}", f"{step.mfu:.1%}"]
     return f"| {row.title} | {' | '.join(numbers)} |"
@@ -83,17 +80,14 @@ def line(row: Row, step: Step) -> str:
 def main() -> int:
     """Rehearse what is missing, print the table, and write it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier commit to compare with")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "speed", help="default: runs/speed")
     parser.add_argument("--finished", action="store_true", help="use finished rehearsals only")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    titles = (
-        "model | kernels | micro-batch, EP | launches of a forward layer | of λ's update | of a step | waits of a step"
-    )
-    table = [f"| {titles} | GB | ms | MFU | MFU, collectives counted |", "|---|---|---|" + "---:|" * 8]
-    for row in rows(options.before):
+    titles = "model | kernels | micro-batch, EP | launches of a forward layer | of a step"
+    table = [f"| {titles} | GB | ms | MFU | MFU, collectives counted |", "|---|---|---|" + "---:|" * 6]
+    for row in rows():
         if (step := figures(row, options.output_dir, options.finished)) is not None:
             table.append(line(row, step))
             print(table[-1], flush=True)

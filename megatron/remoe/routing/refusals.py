@@ -71,12 +71,12 @@ def _as_list(value: Any) -> list[Any]:
 ADDS_PAIRS = "it adds token-expert pairs that were not routed"
 BALANCED = "The L1 term balances the load: leave it out"
 DROPLESS = "Leave it out: ReMoE is dropless"
-FIXED_K = "a token's number of experts varies, and this keeps, drops or pads to a fixed number"
-IGNORED = "it belongs to top-k routing and would have no effect"
+FIXED_K = "it drops tokens or pads them to a fixed number"
+IGNORED = "it belongs to top-k routing and has no effect"
 OTHER_CLASS = "Megatron replaces the configuration class for it"
-QUANTIZED = "chunks of a dense layer are computed again, which needs Transformer Engine's own checkpoint there"
+QUANTIZED = "recomputing chunks of a layer needs Transformer Engine's checkpoint"
 TOPK_SPEC = "its router and dispatcher compute top-k"
-UNTESTED_STATE = "it has not been tested with the router's state"
+UNTESTED_STATE = "it is not tested with the router's state"
 
 CONFIG = "core/transformer/transformer_config.py: TransformerConfig"
 DISPATCHERS = "core/transformer/moe/token_dispatcher.py"
@@ -114,7 +114,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "moe_permute_fusion",
         bool,
-        "Transformer Engine's permutation fails where a layer routes no token",
+        "Transformer Engine's permutation fails if a layer routes no token",
         f"{MOE_UTILS}: permute",
         "Leave it out: tokens are not sorted, so there is nothing to fuse",
     ),
@@ -164,32 +164,32 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "moe_router_force_biased",
         _given,
-        "its random bias on the logits changes the number of experts",
+        "its random bias changes the number of experts",
         f"{MOE_UTILS}: apply_biased_logits",
     ),
     Refusal(
         "moe_router_force_load_balancing",
         bool,
-        "it routes by random logits, which do not give k experts",
+        "random logits do not activate k experts",
         f"{MOE_UTILS}: apply_random_logits",
     ),
     Refusal(
         "moe_use_upcycling",
         bool,
-        "it scales the experts for a softmax over k of them",
+        "it scales the experts for a softmax",
         "core/transformer/moe/upcycling_utils.py: _convert_to_moe_state_dict",
         "Use tools/convert_checkpoint, which fits the gates",
     ),
     Refusal(
         "moe_latent_size",
         _given,
-        "tokens that go by a plan would pass by the latent projections",
+        "planned dispatch would skip the latent projections",
         "core/transformer/moe/moe_layer.py: MoELayer.preprocess",
     ),
     Refusal(
         "cuda_graph_impl",
         lambda value: value == "full_iteration",
-        "the number of routed pairs changes the shapes from step to step",
+        "shapes change with the number of routed pairs",
         "core/full_cuda_graph.py: FullCudaGraphWrapper",
         "Use --cuda-graph-impl none",
     ),
@@ -209,7 +209,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "init_model_with_meta_device",
         bool,
-        "without Megatron's FSDP all weights would be left uninitialized",
+        "weights stay uninitialized without Megatron's FSDP",
         f"{WRAPPING}: to_empty_if_meta_device",
     ),
 )
