@@ -11,7 +11,7 @@ import pytest
 from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
 from tools.common.files import lock, write_aside, write_json
-from tools.common.training_process import Evaluated, Evaluating, Logged, Resumed, events
+from tools.common.training_process import Evaluating, Logged, Resumed, events
 from tools.common.units import duration
 
 TOOLS = REPOSITORY / "tools"
@@ -96,7 +96,6 @@ def test_what_a_training_tells() -> None:
         Logged(10, {"lm loss": "10.0"}, fair=False),
         Logged(20, {"lm loss": "20.0"}, fair=True),
         Evaluating(50, 200),
-        Evaluated(20),
     ]
     assert seen == lines
     assert [event.fair for event in events([logged(20)], 20) if isinstance(event, Logged)] == [True]

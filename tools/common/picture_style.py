@@ -1,11 +1,12 @@
-"""The looks of the pictures of runs: one colour for each routing, everywhere."""
+"""Set the colours and Matplotlib's style for the pictures of runs: one colour for each routing."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# After Okabe and Ito, whose colours the colour-blind can tell apart; visible on white and on black.
+# From Okabe and Ito's palette, which is safe for colour-blind readers; visible on white and on black.
 COLOURS = {"dense": "#777777", "moe": "#E69F00", "remoe": "#0072B2"}
+TARGET, MUTED = "#D55E00", "#555555"  # of lines that mark a target, and of notes
 # For further runs of a routing in one picture, in turn with the first.
 SHADES = {"dense": ("#A5A5A5", "#8A7968"), "moe": ("#D55E00", "#B39B00"), "remoe": ("#56B4E9", "#7A6FD0")}
 DASHES = ("solid", "dashed", "dotted", "dotdash")

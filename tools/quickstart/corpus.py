@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.files import write_json
 from . import stages
 
 CODE_BYTES = 5_000_000
@@ -244,7 +245,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
     stamp = stages.read_stamp(folder / "manifest.json", inputs(name))
     if stamp is not None:
         return stamp | {"reused": True}
-    aside = stages.fresh_folder(folder.with_name(folder.name + ".new"))
+    aside = stages.make_empty(folder.with_name(folder.name + ".new"))
     manifest: dict[str, Any] = {"inputs": inputs(name), "domains": {}, "missing": {}, "reused": False}
     for domain, source in sources.items():
         try:
@@ -261,9 +262,9 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
         raise stages.QuickstartError(
             "Fewer than two domains of text are available; see above. Run this again with a network."
         )
-    stages.write_json(aside / "manifest.json", manifest)
+    write_json(aside / "manifest.json", manifest)
     if folder.exists():
-        stages.fresh_folder(folder).rmdir()
+        stages.make_empty(folder).rmdir()
     aside.rename(folder)
     return manifest
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..common.files import write_json
 from ..common.places import ROOT
 from . import models, stages
 
@@ -40,7 +41,7 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
     from ..preprocessing.encoders import gpt2_encoder
     from ..preprocessing.pipeline import Job, preprocess
 
-    stages.fresh_folder(folder)
+    stages.make_empty(folder)
     encoder = gpt2_encoder(*byte_level_vocabulary(folder), threads)
     manifest: dict[str, Any] = {"inputs": inputs(corpus), "tokens": {"train": {}, "heldout": {}}, "reused": False}
     for part, of_part in manifest["tokens"].items():
@@ -59,7 +60,7 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
                 raise stages.QuickstartError(
                     f"{prefix}.bin holds {of_part[domain]} tokens instead of the {expected} of the text."
                 )
-    stages.write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
     return manifest
 
 

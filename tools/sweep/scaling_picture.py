@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.picture_style import COLOURS, file_pyplot, style
+from ..common.picture_style import COLOURS, MUTED, file_pyplot, style
 from .plan import (
     AXES,
     BASE_SIZE,
@@ -66,7 +66,7 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
             if panel != "size" and not resized:
                 fixed = f"{BASE_SIZE.upper()}, {fixed}"
             axes.set_title(title)
-            axes.set_title(fixed, loc="right", fontsize=11, color="#555555", fontweight="normal")
+            axes.set_title(fixed, loc="right", fontsize=11, color=MUTED, fontweight="normal")
             axes.set_xlabel(label)
         lines = {line[:2] for name in panels if name != COMPARED for line in _lines(points, name)}
         kinds = sorted(
