@@ -144,9 +144,13 @@ def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], 
 ROUTING_STEPS = 20 * models.SIZE.tokens_per_iteration * models.SIZE.layers  # tokens times layers of 20 iterations
 
 
+PARAMETERS, EXPERTS = 1000, 7 * models.SIZE.layers * 3 * models.SIZE.hidden * models.SIZE.ffn
+
+
 def records(model: str, number: int) -> list[dict[str, Any]]:
     """What a training of 100 iterations logs; each ReMoE's S is 0.5 in the first 60 steps and 0.875 after them."""
-    found: list[dict[str, Any]] = [{"kind": "start", "time": 1.0, "iteration": 0, "args": {}}]
+    size = {"parameters": PARAMETERS + EXPERTS * (model != "dense"), "args": {"num_experts": 8} if number else {}}
+    found: list[dict[str, Any]] = [{"kind": "start", "time": 1.0, "iteration": 0} | size]
     pairs = tokens = 0.0
     for step in (1, *range(20, 101, 20)):
         line = {"kind": "log", "time": 2.0, "iteration": step, "lm_loss": 5.0 - 0.02 * step - 0.1 * number}
@@ -189,6 +193,8 @@ def test_summary_of_written_figures(runs: dict[str, RunFigures]) -> None:
     per_iteration = models.SIZE.tokens_per_iteration
     assert summary["remoe"]["train_tokens"] == 100 * per_iteration
     assert summary["dense"]["tokens_per_second"] == pytest.approx(per_iteration / 0.5)
+    assert [summary[model]["active_params"] for model in models.NAMES] == [PARAMETERS] * 3
+    assert [summary[model]["total_params"] - PARAMETERS for model in models.NAMES] == [0, EXPERTS, EXPERTS]
     assert summary["remoe"]["sparsity_target"] == 0.875
     assert summary["remoe"]["sparsity_last_quarter"] == pytest.approx(0.875)
     assert summary["remoe"]["coefficient_final"] == pytest.approx(1e-8 * 1.2**100)

@@ -35,6 +35,7 @@ from megatron.remoe.preflight.checkpoint_files import (
 )
 from megatron.remoe.preflight.checkpoint_fit import common_state
 
+from . import files
 from .errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -210,33 +211,29 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
 
 @contextmanager
 def new_folder(output: Path, size: int) -> Iterator[Path]:
-    """Yield a new folder beside `output`; rename it to `output` if the block ends well, else remove it.
+    """Yield a temporary folder with enough room; rename it to `output` if the block ends without an exception.
 
     Args:
-        output: an empty folder, or none yet.
-        size: bytes that will be written, about.
+        output: an empty or missing folder.
+        size: approximate number of bytes that will be written.
 
     Raises:
-        ConversionError: something cannot be written, as on a full disk.
+        ConversionError: something cannot be written, for instance because the disk is full.
     """
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        aside.mkdir(parents=True)
-        # Megatron's writers end in a traceback on a full disk.
-        if (free := shutil.disk_usage(aside).free) < size:
-            raise OSError(errno.ENOSPC, f"{size:,} bytes are needed, and {free:,} are free")
-        with tempfile.TemporaryFile(dir=aside) as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, min(size, PROBE)))  # finds quotas and limits too
-        yield aside
-        aside.replace(output)
+        with files.new_folder(output) as aside:
+            # On a full disk, Megatron's writers end in a traceback.
+            if (free := shutil.disk_usage(aside).free) < size:
+                raise OSError(errno.ENOSPC, f"{size:,} bytes are needed, and {free:,} are free")
+            with tempfile.TemporaryFile(dir=aside) as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, min(size, PROBE)))  # detects quotas and limits too
+            yield aside
     except ConversionError:
         raise
     except FAILURES as error:
         raise ConversionError(
             f"--save {output}: cannot be written ({_reason(error)}). Free some space, or give another folder."
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_output(output: Path) -> None:

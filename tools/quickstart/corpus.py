@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.files import write_json
+from ..common.files import new_folder, write_json
 from . import stages
 
 CODE_BYTES = 5_000_000
@@ -245,27 +245,25 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
     stamp = stages.read_stamp(folder / "manifest.json", inputs(name))
     if stamp is not None:
         return stamp | {"reused": True}
-    aside = stages.make_empty(folder.with_name(folder.name + ".new"))
     manifest: dict[str, Any] = {"inputs": inputs(name), "domains": {}, "missing": {}, "reused": False}
-    for domain, source in sources.items():
-        try:
-            parts = split(source())
-        except stages.QuickstartError as error:
-            manifest["missing"][domain] = str(error)
-            say(f"No {domain}: {error}")
-            continue
-        manifest["domains"][domain] = {
-            part: _write(aside / part / f"{domain}.jsonl", documents)
-            for part, documents in zip(("train", "heldout"), parts, strict=True)
-        }
-    if len(manifest["domains"]) < 2:
-        raise stages.QuickstartError(
-            "Fewer than two domains of text are available; see above. Run this again with a network."
-        )
-    write_json(aside / "manifest.json", manifest)
-    if folder.exists():
-        stages.make_empty(folder).rmdir()
-    aside.rename(folder)
+    with new_folder(folder) as aside:
+        for domain, source in sources.items():
+            try:
+                parts = split(source())
+            except stages.QuickstartError as error:
+                manifest["missing"][domain] = str(error)
+                say(f"No {domain}: {error}")
+                continue
+            manifest["domains"][domain] = {
+                part: _write(aside / part / f"{domain}.jsonl", documents)
+                for part, documents in zip(("train", "heldout"), parts, strict=True)
+            }
+        if len(manifest["domains"]) < 2:
+            raise stages.QuickstartError(
+                "Fewer than two domains of text are available; see above. Run this again with a network."
+            )
+        write_json(aside / "manifest.json", manifest)
+        stages.make_empty(folder)
     return manifest
 
 

@@ -78,18 +78,3 @@ def output_flags(folder: Path) -> list[str]:
 def data_prefix(data: Path, part: str, domain: str) -> str:
     """Return the prefix of a .bin/.idx pair, as the preprocessing tool names it."""
     return str(data / f"{part}_{domain}_text_document")
-
-
-def parameters(model: str, size: Size) -> tuple[int, int]:
-    """Return active and total parameters: a token uses `topk` experts of every layer, on average in ReMoE."""
-    padded = -(-size.vocabulary // size.vocabulary_multiple) * size.vocabulary_multiple
-    head = size.hidden // size.heads
-    attention = size.hidden * (size.hidden + 2 * size.query_groups * head) + size.hidden * size.hidden
-    norms = 2 * size.hidden
-    expert = 3 * size.hidden * size.ffn  # SwiGLU: gate, up and down projection
-    outside = 2 * padded * size.hidden + size.hidden  # embedding, output layer, last norm
-    if model == "dense":
-        active = outside + size.layers * (attention + norms + expert)
-        return active, active
-    shared = outside + size.layers * (attention + norms + size.hidden * size.experts)  # with the router
-    return shared + size.layers * size.topk * expert, shared + size.layers * size.experts * expert

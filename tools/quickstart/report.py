@@ -63,13 +63,14 @@ def summarize(
         seconds = run.curve("seconds_per_iteration").values
         seconds = seconds[2:] if len(seconds) > 2 else seconds
         losses = {domain: run.evaluations[domain][-1].loss for domain in held_out}
-        active, total = models.parameters(model, size)
+        total = run.parameters or 0
+        unused = (size.experts - size.topk) * size.layers * 3 * size.hidden * size.ffn if run.num_experts else 0
         summary[model] = {
             "val_loss": sum(losses[domain] * n for domain, n in held_out.items()) / sum(held_out.values()),
             "val_loss_by_domain": losses,
             "train_tokens": iterations * size.tokens_per_iteration,
             "tokens_per_second": size.tokens_per_iteration / float(np.median(seconds)),
-            "active_params": active,
+            "active_params": total - unused,
             "total_params": total,
         }
     remoe = runs["remoe"]

@@ -77,7 +77,7 @@ class SweepDisplay:
                 case Evaluating(batch, batches):
                     self.note(work, f"evaluation {batch}/{batches}")
                 case Logged(iteration, fields, fair=True):
-                    self.iterate(work, iteration, seconds_per_iteration(fields))
+                    self.iterate(work, iteration, seconds_per_iteration(fields), fields.get("lm loss"))
 
     def begin(self, work: Work) -> None:
         """Show that a training starts."""
@@ -90,13 +90,21 @@ class SweepDisplay:
         work.done = iteration
         self._show(work, f"goes on from iteration {iteration}", plain=True)
 
-    def iterate(self, work: Work, iteration: int, seconds: float) -> None:
-        """Show a logged iteration; `seconds`: mean time of an iteration since the previous line."""
+    def iterate(self, work: Work, iteration: int, seconds: float, loss: str | None = None) -> None:
+        """Show a logged iteration.
+
+        Args:
+            work: the training.
+            iteration: its number.
+            seconds: mean time of an iteration since the previous line.
+            loss: in nats per token, as printed.
+        """
         work.done = iteration
         cost, before = max(seconds, 1e-9) * work.iterations / work.cost, self._seconds_per_cost
         self._seconds_per_cost = cost if before is None else 0.7 * before + 0.3 * cost
         speed = rate(work.tokens_per_iteration / max(seconds, 1e-9))
-        note = f"{iteration}/{work.iterations}  {speed}  {self._time_left([work])}"
+        parts = [f"{iteration}/{work.iterations}", f"loss {float(loss):.3f}" if loss else "", speed]
+        note = "  ".join([*filter(None, parts), self._time_left([work])])
         self._show(work, note)
         if iteration >= self._next_line:
             self._next_line = iteration + work.iterations / PLAIN_LINES
