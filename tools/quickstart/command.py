@@ -115,7 +115,7 @@ def train(
 
 @contextmanager
 def step(console: Console, name: str, doing: str) -> Iterator[list[str]]:
-    """Show that a step is at work; print the strings in the yielded list, and the time, when it ends."""
+    """Show a running step; at its end, print its time and the strings that were added to the yielded list."""
     result: list[str] = []
     began = time.monotonic()
     with console.status(f"{name:<8} {doing}"):

@@ -1,4 +1,4 @@
-"""Turn the corpus into Megatron data sets of bytes."""
+"""Convert the corpus to Megatron data sets, with bytes as tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
         folder: for the data sets and their vocabulary.
         corpus_folder: the corpus.
         corpus: its manifest.
-        threads: number of threads that encode.
+        threads: number of threads for encoding.
 
     Returns:
         The manifest: "inputs", "tokens" (part → domain → number of tokens), "reused".
 
     Raises:
-        stages.QuickstartError: preprocessing failed, or the number of tokens is not that of the text's bytes.
+        stages.QuickstartError: preprocessing failed, or the number of tokens differs from the text's bytes.
     """
     stamp = stages.read_stamp(folder / "manifest.json", inputs(corpus))
     if stamp is not None:
@@ -65,5 +65,5 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
 
 
 def predicted_tokens(tokens: int, sequence: int) -> int:
-    """Return how many tokens an evaluation of a data set predicts: whole sequences, each with the token after it."""
+    """Return how many tokens an evaluation predicts: those of whole sequences that have a token after them."""
     return (tokens - 1) // sequence * sequence

@@ -1,4 +1,4 @@
-"""The quickstart's three models: what they share, how they differ, and how many parameters they have."""
+"""Define the quickstart's three models and their flags."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,13 +45,13 @@ def common_flags(size: Size, iterations: int, seed: int) -> list[str]:
 
 
 def model_flags(model: str, size: Size) -> list[str]:
-    """Return the flags in which the models differ; none for the dense one."""
+    """Return the flags of one model's routing; none for the dense one."""
     flags = Routing(model, size.experts, topk=size.topk).flags(size.ffn)
     return [*flags, *["--moe-per-layer-logging"] * bool(flags)]
 
 
 def data_flags(data: Path, train_tokens: dict[str, int]) -> list[str]:
-    """Return the flags for the text: domains in training weighted by their size, held-out text domain by domain.
+    """Return the flags for the text: training on all domains in proportion to their size, evaluation on each domain.
 
     Args:
         data: folder of the preprocessed text and its vocabulary.
@@ -70,7 +70,7 @@ def data_flags(data: Path, train_tokens: dict[str, int]) -> list[str]:
 
 
 def output_flags(folder: Path) -> list[str]:
-    """Return the flags for a training's checkpoints and figures, from which it also resumes."""
+    """Return the flags for a training's checkpoints and figures; it resumes from them."""
     checkpoints = str(folder / "checkpoints")
     return ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", str(folder / "tensorboard")]
 
