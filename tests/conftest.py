@@ -10,8 +10,8 @@ import torch
 
 from megatron.remoe import cpu
 from megatron.remoe.preflight import console
+from tests.data_sets import write_real_text
 from tests.entry import Entry, shared_entry
-from tools.common.data_sets import write_real_text
 
 console.hide_unhelpful_warnings()
 if not torch.cuda.is_available():

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from tools.common.data_sets import write_documents
+from tests.data_sets import write_documents
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT
 from tools.common.tiny_model import RELU, TRAINING

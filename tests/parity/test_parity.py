@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_sets import write_real_text
 from tests.parity.layouts import DENSE_AND_MOE, LAYOUTS, SINGLE, VARIANTS
 from tests.parity.measure import Case, Difference, Training, compare, train
 from tools.common import markdown
-from tools.common.data_sets import write_real_text
 from tools.common.files import write_between
 from tools.common.places import ROOT
 

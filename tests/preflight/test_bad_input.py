@@ -17,10 +17,10 @@ import torch
 
 from megatron.remoe.data.indexed import HEADER, IndexedWriter, bin_path, idx_path
 from megatron.remoe.preflight.checkpoint_files import read_index
+from tests.data_sets import write_documents
 from tests.entry import LIMIT, Entry
 from tests.preflight.mistakes import ENTRY, HYBRID, MAKE, User, base, on, resumed, two
 from tests.trainings import REPOSITORY
-from tools.common.data_sets import write_documents
 from tools.common.tiny_model import RELU, TOPK
 
 LINES = 3

@@ -17,8 +17,8 @@ import torch
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests import without_megatron
+from tests.data_sets import write_documents
 from tests.trainings import REPOSITORY, TINY, run, series
-from tools.common.data_sets import write_documents
 from tools.common.flags import parse, words_of
 from tools.common.tiny_model import RELU
 from tools.evaluate.text import batches, sequences

@@ -14,12 +14,12 @@ import torch
 
 from megatron.remoe.data.indexed import IndexedReader
 from megatron.remoe.hf import RemoeForCausalLM
+from tests.data_sets import write_documents
 from tests.hf.test_modeling import make
 from tools.analyze import findings
 from tools.analyze.command import main
 from tools.analyze.counts import WINDOW, Counts
 from tools.common.checkpoints import save
-from tools.common.data_sets import write_documents
 from tools.common.expert_counts import expert_blocks
 from tools.common.hf.settings import args_of
 from tools.common.hf.weights import fill, megatron_weights

@@ -10,8 +10,8 @@ import pytest
 
 from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
-from tools.common.files import lock, write_aside, write_json
-from tools.common.training_process import Evaluated, Evaluating, Logged, Resumed, events
+from tools.common.files import lock, new_folder, write_aside, write_json
+from tools.common.training_process import Evaluating, Logged, Resumed, events
 from tools.common.units import duration
 
 TOOLS = REPOSITORY / "tools"
@@ -62,6 +62,26 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.txt", "whole")]
 
 
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+
+    def write() -> None:
+        with new_folder(path) as aside:
+            (aside / "weights").write_text("whole")
+            assert not path.exists()
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(path) as aside:
+        (aside / "weights").write_text("whole")
+    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["whole"]
+    with pytest.raises(OSError), new_folder(path) as aside:
+        (aside / "weights").write_text("other")
+    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["whole"]
+
+
 def test_a_written_file_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, calls = tmp_path / "results.json", []
     fsync, rename = os.fsync, os.replace
@@ -73,7 +93,7 @@ def test_a_written_file_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monk
 
 
 def test_a_folder_is_taken_once(tmp_path: Path) -> None:
-    with lock(tmp_path / "runs", "sweep"), pytest.raises(ToolError, match="Another sweep is at work in .*/runs"):
+    with lock(tmp_path / "runs", "sweep"), pytest.raises(ToolError, match="sweep .*/runs"):
         lock(tmp_path / "runs", "sweep")
     lock(tmp_path / "runs", "sweep").close()
 
@@ -96,7 +116,6 @@ def test_what_a_training_tells() -> None:
         Logged(10, {"lm loss": "10.0"}, fair=False),
         Logged(20, {"lm loss": "20.0"}, fair=True),
         Evaluating(50, 200),
-        Evaluated(20),
     ]
     assert seen == lines
     assert [event.fair for event in events([logged(20)], 20) if isinstance(event, Logged)] == [True]

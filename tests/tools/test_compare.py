@@ -16,9 +16,9 @@ import pytest
 from tests.trainings import REPOSITORY, finish
 from tools.common.errors import ToolError
 from tools.common.flags import parse
-from tools.compare import command, inside, recipes, table
-from tools.compare.kept import Kept
+from tools.compare import command, recipes, router_figures, table
 from tools.compare.recipes import Recipe
+from tools.compare.saved_results import SavedResults
 from tools.compare.table import Result
 from tools.quickstart.models import SIZE
 from tools.sweep import plan, tiny
@@ -39,7 +39,7 @@ def test_intervals_by_hand() -> None:
         {"dense": {1: 1.60, 2: 1.70, 3: 1.62}, "remoe": {1: 1.5, 2: 1.6, 3: 1.5}, "moe": {1: 1.52, 2: 1.58, 9: 1.0}}
     )
     assert table.differences(results, "moe") == pytest.approx([0.02, -0.02])
-    assert list(table.verdicts(results)) == ["dense: ReMoE is lower", "top-k, softmax: cannot be told"]
+    assert list(table.verdicts(results)) == ["dense: ReMoE is lower", "top-k, softmax: no significant difference"]
     lines = table.markdown(results, {}).splitlines()
     assert lines[0] == "|  | loss | above ReMoE | seeds |"
     assert lines[2] == "| dense | 1.640 ± 0.131 | +0.107 ± 0.029 | 3 |"
@@ -71,22 +71,22 @@ def test_runs_of_a_figure_have_the_remoe_beside_them() -> None:
 
 def test_routers_beside_each_other_by_layer() -> None:
     def result(bits: list[float | None], slope: float | None) -> Result:
-        names = (*inside.COLUMNS, inside.BITS, "inactive")
+        names = (*router_figures.COLUMNS, router_figures.BITS, "inactive")
         others: dict[str, list[float | None]] = {name: [1.0, 2.0] for name in names}
-        return Result(1.5, routing=others | {inside.BITS: bits, "for a tenfold frequency": [slope, None]})
+        return Result(1.5, routing=others | {router_figures.BITS: bits, "for a tenfold frequency": [slope, None]})
 
     results = {
         "moe": {1: result([0.1, 0.2], None), 2: result([0.3, 0.2], None), 3: Result(1.4)},
         "remoe": {1: result([0.2, 0.2], -0.1), 2: result([0.2, 0.1], -0.3), 3: Result(1.4)},
         "dense": {1: Result(1.6)},
     }
-    lines = inside.markdown(results).splitlines()
+    lines = router_figures.markdown(results).splitlines()
     ones = "1.000 ± 0.000 | 1.000 ± 0.000 |  | 1.000 ± 0.000"
     assert lines[2] == f"| top-k, softmax | 1 | {ones} | 0.2000 ± 1.2706 | +0.0000 ± 1.2706 | 1, 1 |"
     assert "| +0.0500 ± 0.6353 | 2, 2 |" in lines[3] and "| -0.200 ± 1.271 | " in lines[4] and len(lines) == 6
-    analyzed = [row for row in recipes.OTHERS if inside.is_analyzed(recipes.recipe_of(row).run)]
+    analyzed = [row for row in recipes.OTHERS if router_figures.is_analyzed(recipes.recipe_of(row).run)]
     assert analyzed == ["moe-sigmoid", "moe-unbalanced", "moe-warmup", "moe-hash"]
-    assert not inside.is_analyzed(recipes.recipe_of("dense").run)
+    assert not router_figures.is_analyzed(recipes.recipe_of("dense").run)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ def test_a_row_trains_its_run(run: plan.Run) -> None:
 
 def test_an_analysis_is_of_the_newest_checkpoint(tmp_path: Path) -> None:
     last, newest = tmp_path / "analysis" / "gates.json", tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
-    assert not inside.is_there(tmp_path)
+    assert not router_figures.has_analysis(tmp_path)
     for path in (newest, last):
         path.parent.mkdir()
         path.touch()
         os.utime(path, (5, 5))
-    assert inside.is_there(tmp_path)
+    assert router_figures.has_analysis(tmp_path)
     os.utime(newest, (6, 6))
-    assert not inside.is_there(tmp_path)
+    assert not router_figures.has_analysis(tmp_path)
 
 
 class Trainings:
@@ -178,9 +178,9 @@ def test_two_settings_that_do_not_go_together() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "1233"], "--seeds 1233: settings are chosen with it"),
+        (["--seeds", "1233"], "--seeds 1233"),
         (["--seeds", *map(str, range(11))], "0': give a whole number of at least 1"),
-        (["--seeds", *map(str, range(1, 12))], "--seeds: 11 are more than the 10"),
+        (["--seeds", *map(str, range(1, 12))], "--seeds: 11 given"),
         (["--rows", "best"], "invalid choice: 'best'"),
         ("--figures l1-init --routings moe".split(), "no such routing has this setting"),
     ],
@@ -194,11 +194,11 @@ def test_bad_values_are_named(arguments: list[str], message: str, capsys: pytest
 def test_results_of_earlier_calls_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "mixed.json"
 
-    def add(inputs: str, losses: dict[str, dict[int, float]], tuned: dict[str, Recipe]) -> Kept:
-        kept = Kept.read(path, inputs)
+    def add(inputs: str, losses: dict[str, dict[int, float]], tuned: dict[str, Recipe]) -> SavedResults:
+        kept = SavedResults.read(path, inputs)
         kept.add(of_losses(losses), tuned)
         kept.write(path)
-        assert Kept.read(path, inputs) == kept
+        assert SavedResults.read(path, inputs) == kept
         return kept
 
     tuned = {"tuned-moe": Recipe(plan.Run("182m", "moe", 8, 2), (RATE, "0.008"))}
@@ -208,10 +208,10 @@ def test_results_of_earlier_calls_are_kept(tmp_path: Path) -> None:
     assert kept.tuned == tuned and [*kept.of(["remoe", "moe"])] == ["remoe"]
     assert f"| top-k, tuned: top-k, softmax, k = G = 2, {RATE} 0.008 | 1.400 |" in table.markdown(kept.results, tuned)
     seen = {"domain bits": [0.1, None]}
-    Kept("1200", results={"dense": {2: Result(1.5, routing=dict(seen))}}).write(path)
+    SavedResults("1200", results={"dense": {2: Result(1.5, routing=dict(seen))}}).write(path)
     assert add("1200", {"dense": {2: 1.5}}, {}).results == {"dense": {2: Result(1.5, routing=dict(seen))}}
     before = path.read_bytes()
-    with pytest.raises(ToolError, match="mixed.json is of trainings with other --train-iters, .* Give --output-dir an"):
+    with pytest.raises(ToolError, match="mixed.json .*--train-iters"):
         add("7", {"dense": {1: 3.0}}, {})
     assert path.read_bytes() == before
 

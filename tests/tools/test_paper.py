@@ -15,9 +15,9 @@ from tests.trainings import REPOSITORY
 from tools.analyze.command import parse_arguments as analyze
 from tools.common.flags import words_of
 from tools.compare import command as compare
-from tools.compare.inside import markdown as routers
-from tools.compare.kept import Kept
 from tools.compare.recipes import SETTINGS, TUNED, recipe_of
+from tools.compare.router_figures import markdown as routers
+from tools.compare.saved_results import SavedResults
 from tools.compare.table import markdown
 from tools.compare.trainings import Processes
 from tools.evaluate.command import parse_arguments as evaluate
@@ -142,7 +142,7 @@ def test_a_comparison_is_made(words: list[str], output: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "compare").glob("*.json")), ids=lambda path: path.stem)
 def test_a_table_is_made_of_what_is_kept(path: Path) -> None:
-    kept = Kept.read(path, json.loads(path.read_text())["inputs"])
+    kept = SavedResults.read(path, json.loads(path.read_text())["inputs"])
     place, _, corpus = path.stem.rpartition("-")
     assert between_marks(f"compare {place} {corpus}") == markdown(kept.results, kept.tuned)
     found = between_marks(f"compare analysis {place} {corpus}")

@@ -14,14 +14,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from tests.trainings import finish
-from tools.common.files import lock
+from tools.common.figure_reader import read_figures
+from tools.common.files import lock, write_json
+from tools.common.picture_style import file_pyplot
 from tools.common.places import ROOT
+from tools.common.run_figures import Curve, RunFigures
 from tools.quickstart import corpora, corpus, dataset, models, picture, report, stages, training
-from tools.quickstart.display import TrainingDisplay, Work
+from tools.sweep.progress import SweepDisplay, Work
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ITERATIONS = 20
@@ -140,9 +144,13 @@ def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], 
 ROUTING_STEPS = 20 * models.SIZE.tokens_per_iteration * models.SIZE.layers  # tokens times layers of 20 iterations
 
 
+PARAMETERS, EXPERTS = 1000, 7 * models.SIZE.layers * 3 * models.SIZE.hidden * models.SIZE.ffn
+
+
 def records(model: str, number: int) -> list[dict[str, Any]]:
     """What a training of 100 iterations logs; each ReMoE's S is 0.5 in the first 60 steps and 0.875 after them."""
-    found: list[dict[str, Any]] = [{"kind": "start", "time": 1.0, "iteration": 0, "args": {}}]
+    size = {"parameters": PARAMETERS + EXPERTS * (model != "dense"), "args": {"num_experts": 8} if number else {}}
+    found: list[dict[str, Any]] = [{"kind": "start", "time": 1.0, "iteration": 0} | size]
     pairs = tokens = 0.0
     for step in (1, *range(20, 101, 20)):
         line = {"kind": "log", "time": 2.0, "iteration": step, "lm_loss": 5.0 - 0.02 * step - 0.1 * number}
@@ -171,23 +179,13 @@ def write_log(folder: Path, found: Iterable[dict[str, Any]]) -> None:
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> dict[str, report.Run]:
+def runs(tmp_path: Path) -> dict[str, RunFigures]:
     for number, model in enumerate(models.NAMES):
         write_log(tmp_path / model, records(model, number))
-    return {model: report.Run.read(tmp_path / model) for model in models.NAMES}
+    return {model: read_figures(tmp_path / model) for model in models.NAMES}
 
 
-def test_figures_of_a_process_are_those_since_its_start(tmp_path: Path) -> None:
-    before = [*records("dense", 0)][:4]
-    write_log(tmp_path, before)
-    assert report.Run.read(tmp_path, since=5.0) == report.Run()
-    assert len(report.Run.read(tmp_path, since=1.0).lines) == 3
-    line = {"kind": "log", "iteration": 60, "lm_loss": 3.0}
-    write_log(tmp_path, [*before, {"kind": "start", "time": 6.0, "iteration": 40}, line])
-    assert report.Run.read(tmp_path, since=5.0) == report.Run(40, [line])
-
-
-def test_summary_of_written_figures(runs: dict[str, report.Run]) -> None:
+def test_summary_of_written_figures(runs: dict[str, RunFigures]) -> None:
     summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
     assert list(summary) == ["dense", "moe", "remoe", "iterations", "seed", "versions"]
     assert summary["dense"]["val_loss"] == pytest.approx((2.0 * 300 + 3.0 * 100) / 400)
@@ -195,24 +193,26 @@ def test_summary_of_written_figures(runs: dict[str, report.Run]) -> None:
     per_iteration = models.SIZE.tokens_per_iteration
     assert summary["remoe"]["train_tokens"] == 100 * per_iteration
     assert summary["dense"]["tokens_per_second"] == pytest.approx(per_iteration / 0.5)
+    assert [summary[model]["active_params"] for model in models.NAMES] == [PARAMETERS] * 3
+    assert [summary[model]["total_params"] - PARAMETERS for model in models.NAMES] == [0, EXPERTS, EXPERTS]
     assert summary["remoe"]["sparsity_target"] == 0.875
     assert summary["remoe"]["sparsity_last_quarter"] == pytest.approx(0.875)
     assert summary["remoe"]["coefficient_final"] == pytest.approx(1e-8 * 1.2**100)
     expected = [2 * expert * (81 + 101) / 2 / 50 for expert in range(8)]
-    assert runs["remoe"].expert_load(100)[2] == pytest.approx(expected)
+    assert picture.late_load(runs["remoe"], 100)[2] == pytest.approx(expected)
 
 
-def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, report.Run]) -> None:
+def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, RunFigures]) -> None:
     """From the running sums: after the 40th step, 20 steps have 0.5 and 40 have 0.875."""
-    assert runs["remoe"].late_sparsity(60, 8) == pytest.approx(0.75)
-    lines = [line | {"sparsity": 0.0} for line in runs["remoe"].lines]
-    assert report.Run(lines=lines).late_sparsity(100, 8) == pytest.approx(0.875)
-    for line in lines:
-        del line["total_active_pairs"]
-    assert report.Run(lines=lines).late_sparsity(100, 8) == 0.0
+    figures = runs["remoe"]
+    assert report.late_sparsity(figures, 60, 8) == pytest.approx(0.75)
+    figures.curves["sparsity"] = Curve(np.array([60, 100]), np.array([0.5, 0.25]))
+    assert report.late_sparsity(figures, 100, 8) == pytest.approx(0.875)
+    del figures.curves["total_active_pairs"]
+    assert report.late_sparsity(figures, 100, 8) == 0.25
 
 
-def test_table_and_picture(runs: dict[str, report.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
     assert "±" not in shown(summary)
     monkeypatch.setattr(report, "SPREAD_ITERATIONS", 100)
@@ -227,6 +227,22 @@ def test_table_and_picture(runs: dict[str, report.Run], tmp_path: Path, monkeypa
     picture.draw(tmp_path / "report.png", runs, summary)
     assert_is_picture(tmp_path / "report.png")
     assert [path.name for path in tmp_path.glob("*.png")] == ["report.png"]
+
+
+def test_shares_are_above_bars_and_the_line_of_the_even_share() -> None:
+    even = models.SIZE.topk / models.SIZE.experts
+    pyplot = file_pyplot()
+    figure = pyplot.figure(figsize=(8, 5.5))
+    shares = np.array([0.9, 0.95, 1.0, 1.05, 2.0, 0.1, 1.2, 0.8]) * even
+    picture.draw_load(figure, figure.add_gridspec(1, 1)[0], {1: shares, 2: shares[::-1]})
+    figure.canvas.draw()
+    for axes in figure.axes:
+        labels = [text for text in axes.texts if text.get_text().endswith("%")]
+        assert len(labels) == len(shares)
+        lowest = min(label.get_window_extent().y0 for label in labels)
+        assert lowest > axes.transData.transform((0, max(shares)))[1] + 1
+        assert lowest > axes.lines[0].get_window_extent().y1 + 1
+    pyplot.close(figure)
 
 
 def shown(summary: dict) -> str:
@@ -247,7 +263,7 @@ def assert_is_picture(path: Path) -> None:
 
 
 def job(folder: Path, inputs: str, flags: list[str] | None = None) -> training.Training:
-    return training.Training("dense", folder, flags or [], iterations=10, evaluations=2, inputs=inputs)
+    return training.Training("dense", folder, flags or [], evaluations=2, inputs=inputs)
 
 
 def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
@@ -261,17 +277,17 @@ def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
     assert not checkpoint.exists()
 
     assert not job(tmp_path / "dense", "b").is_done()
-    stages.write_json(tmp_path / "dense" / "done.json", {"inputs": "b"})
+    write_json(tmp_path / "dense" / "done.json", {"inputs": "b"})
     assert job(tmp_path / "dense", "b").is_done()
     assert not job(tmp_path / "dense", "a").is_done()
 
 
 def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
     failing = job(tmp_path / "dense", "a", ["--cpu", "--no-such-flag"])
-    work = Work("dense", iterations=10, cost=1.0, evaluation=1.0, sets=2)
+    work = Work("dense", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
     with (
         lock(tmp_path, "quickstart") as held,
-        TrainingDisplay(Console(quiet=True), [work]) as display,
+        SweepDisplay(Console(quiet=True), [work]) as display,
         pytest.raises(
             stages.QuickstartError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag"
         ) as error,
@@ -284,11 +300,11 @@ def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- end to end
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
-        [sys.executable, "tools/quickstart", *arguments],
-        cwd=ROOT,
+        [sys.executable, str(ROOT / "tools" / "quickstart"), *arguments],
+        cwd=folder,
         env=os.environ
         | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "QUICKSTART_ITERS": str(ITERATIONS)}
         | environment,
@@ -302,7 +318,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     ("arguments", "environment", "message"),
     [
         ([], {"QUICKSTART_ITERS": "many"}, "QUICKSTART_ITERS is 'many': give a whole number of at least 10"),
-        (["--iterations", "3"], {}, "--iterations or QUICKSTART_ITERS is '3': give a whole number of at least 10"),
+        (["--iterations", "3"], {}, "--iterations: '3': give a whole number of at least 10"),
         ([], {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS is '0': give a whole number of at least 1"),
     ],
 )
@@ -317,11 +333,13 @@ def saved_iteration(folder: Path) -> int:
 
 
 def test_end_to_end(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
-    corpus.build(tmp_path / "corpus", print, corpora.MIXED, {"code": lambda: code, "docs": lambda: topics})
-    runs = tmp_path / f"iterations-{ITERATIONS}"
+    output_dir, arguments = tmp_path / "relative", ("--output-dir", "relative")
+    output_dir.mkdir()
+    corpus.build(output_dir / "corpus", print, corpora.MIXED, {"code": lambda: code, "docs": lambda: topics})
+    runs = output_dir / f"iterations-{ITERATIONS}"
 
     # Cut off in the first training, once there is something to go on from.
-    process = start("--output-dir", str(tmp_path))
+    process = start(*arguments, folder=tmp_path)
     while process.poll() is None and not saved_iteration(runs / "dense"):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -329,15 +347,15 @@ def test_end_to_end(tmp_path: Path, code: list[corpus.Document], topics: list[co
     assert "The same command goes on from here" in errors and "Traceback" not in errors
     cut = saved_iteration(runs / "dense")
     assert cut > 0 and not (runs / "dense" / "done.json").exists()
-    lock(tmp_path, "quickstart").close()  # nothing is left running
+    lock(output_dir, "quickstart").close()  # nothing is left running
 
-    output, errors = finish(start("--output-dir", str(tmp_path)), code=0)
+    output, errors = finish(start(*arguments, folder=tmp_path), code=0)
     assert f"dense: goes on from iteration {cut}" in output and "\x1b" not in output + errors
     log = (runs / "dense" / "train.log").read_text()
     logged = [int(number) for number in re.findall(r"\] iteration +(\d+)/", log)]
     assert logged == list(range(1, ITERATIONS + 1)), "each iteration was trained once"
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert_is_complete(summary, tmp_path)
+    summary = json.loads((output_dir / "summary.json").read_text())
+    assert_is_complete(summary, output_dir)
     for model in models.NAMES:
         log = (runs / model / "train.log").read_text()
         printed = re.search(r"number of parameters on .*: (\d+)", log)
@@ -349,31 +367,33 @@ def test_end_to_end(tmp_path: Path, code: list[corpus.Document], topics: list[co
 
     # All done: nothing is trained again.
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
-    output, _ = finish(start("--output-dir", str(tmp_path)), code=0)
+    output, _ = finish(start(*arguments, folder=tmp_path), code=0)
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
     assert output.count(": reused") == 3
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert json.loads((output_dir / "summary.json").read_text()) == summary
 
-    try_what_it_says(output, summary["remoe"]["val_loss_by_domain"]["docs"])
+    try_what_it_says(output, tmp_path, summary["remoe"]["val_loss_by_domain"]["docs"])
 
 
-def try_what_it_says(output: str, loss: float) -> None:
-    """Its last lines run as they are; what is evaluated has the loss that the training printed."""
+def try_what_it_says(output: str, folder: Path, loss: float) -> None:
+    """The printed commands run in the current folder, and evaluation finds the loss of the training."""
     commands = [shlex.split(line) for line in output.partition("To try next")[2].splitlines()[1:]]
-    assert [words[1] for words in commands] == ["tools/generate", "tools/evaluate", "tools/export_hf"]
+    assert [words[1] for words in commands] == [
+        str(ROOT / "tools" / name) for name in ("generate", "evaluate", "export_hf")
+    ]
     said = []
     for python, *words in commands:
-        assert python == ".venv/bin/python"
+        assert python == str(ROOT / ".venv" / "bin" / "python")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         result = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
         )
         assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
         said.append(result.stdout)
     assert said[0].startswith("My lord, ") and len(said[0]) > 50
     found = re.search(r" none +│ ([0-9.]+) │", said[1])
     assert found and float(found[1]) == pytest.approx(loss, abs=1e-4)
-    assert (Path(commands[2][-1]) / "model.safetensors").exists()
+    assert (folder / commands[2][-1] / "model.safetensors").exists()
 
 
 def assert_is_complete(summary: dict, folder: Path) -> None:

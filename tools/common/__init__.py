@@ -1,1 +1,1 @@
-"""What two or more tools use."""
+"""Shared helpers of the tools."""

@@ -35,17 +35,18 @@ from megatron.remoe.preflight.checkpoint_files import (
 )
 from megatron.remoe.preflight.checkpoint_fit import common_state
 
+from . import files
 from .errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"
-# Reading a damaged file raises almost anything; PyTorch's own error is no Exception.
+# A damaged file can raise any exception; PyTorch's own error is no Exception.
 FAILURES = (Exception, CheckpointException)
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-PROBE = 2**26  # bytes that are set aside for a moment before a folder is written
-OVERHEAD = 2**18  # bytes of a checkpoint beside its tensors, at least
-# Names of the norm before a MoE layer in plain PyTorch layers and in Transformer Engine's.
+PROBE = 2**26  # bytes to allocate as a test before a folder is written
+OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
+# Names of the norm before a MoE layer: in plain PyTorch layers, and in Transformer Engine's.
 LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
-# The layer's number is in the key only where layers differ.
+# The key has the layer's number only if layers differ.
 ROUTER = re.compile(r".*\.layers\.(\d+\.)?mlp\.router\.")
 
 
@@ -57,7 +58,7 @@ class Checkpoint:
         folder: of this iteration.
         name: for messages.
         args: Megatron's arguments of the training.
-        layout: Megatron's notes about the format of the tensors.
+        layout: Megatron's metadata about the format of the tensors.
         shapes: tensor's key → its shape.
     """
 
@@ -69,21 +70,21 @@ class Checkpoint:
 
 
 def find(root: Path, step: int | None) -> Checkpoint:
-    """Return a run's newest checkpoint, or that of an iteration.
+    """Return a run's newest checkpoint, or the one of an iteration.
 
     Args:
-        root: the run's checkpoints, or a folder that has them in checkpoints/.
+        root: folder of the run's checkpoints, or the folder above it.
         step: the iteration (None: the newest).
 
     Raises:
-        ConversionError: there is none, it cannot be read, or it has another format.
+        ConversionError: there is no checkpoint, it cannot be read, or it has another format.
     """
     if not newest_iteration(root) and newest_iteration(root / "checkpoints"):
         root /= "checkpoints"
     folder = _folder(root, step)
     if any(folder.glob("mp_rank_*")):
         raise ConversionError(
-            f"{folder}: has the format of one file per rank. Megatron makes a distributed checkpoint of it with "
+            f"{folder}: has one file per rank. Convert it to a distributed checkpoint with Megatron's "
             "--ckpt-convert-format torch_dist and --ckpt-convert-save."
         )
     try:
@@ -109,12 +110,12 @@ def find(root: Path, step: int | None) -> Checkpoint:
 
 
 def load(checkpoint: Checkpoint, model: GPTModel) -> None:
-    """Fill `model` with the checkpoint's weights, as Megatron loads them.
+    """Load the checkpoint's weights into `model` with Megatron.
 
     Raises:
         ConversionError: a tensor is missing, has another shape, cannot be read, or holds NaN or infinity.
     """
-    # Objects are Transformer Engine's state for FP8.
+    # Leave out objects: they are Transformer Engine's state for FP8.
     _, wanted = extract_matching_values(
         _sharded(model, checkpoint.layout), lambda value: isinstance(value, ShardedObject)
     )
@@ -146,7 +147,7 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
 
 
 class _Planner(DefaultLoadPlanner):
-    """PyTorch's planner for slices of stored tensors."""
+    """Let PyTorch's planner read slices of stored tensors."""
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.state_dict[index.fqn]
@@ -157,8 +158,8 @@ def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int 
 
     Args:
         checkpoint: to read.
-        parts: key → the tensor to fill, in its own dtype, and the index of the slice in the first dimension, which
-            stays as a dimension of size 1 (None: all of the stored tensor).
+        parts: key → the tensor to fill, in its own dtype, and the index of the slice in the first dimension (None: the
+            whole tensor). A slice keeps that dimension with size 1.
 
     Raises:
         ConversionError: a file is damaged.
@@ -182,13 +183,13 @@ def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int 
 def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: bool) -> None:
     """Write a checkpoint without optimizer state. The folder appears only when it is complete.
 
-    Megatron calls this a release: loading it starts at iteration 0.
+    In Megatron's terms this is a release: training from it starts at iteration 0.
 
     Args:
-        model: weights in the type to save.
+        model: with weights in the dtype to save.
         args: the arguments to save with them.
-        output: folder to write, new or empty.
-        engine_names: whether layers of Transformer Engine will load it.
+        output: new or empty folder.
+        engine_names: whether to use the names of Transformer Engine's layers.
 
     Raises:
         ConversionError: it cannot be written.
@@ -210,40 +211,36 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
 
 @contextmanager
 def new_folder(output: Path, size: int) -> Iterator[Path]:
-    """Yield a new folder beside `output`; rename it to `output` if the block ends well, else remove it.
+    """Yield a temporary folder with enough room; rename it to `output` if the block ends without an exception.
 
     Args:
-        output: an empty folder, or none yet.
-        size: bytes that will be written, about.
+        output: an empty or missing folder.
+        size: approximate number of bytes that will be written.
 
     Raises:
-        ConversionError: something cannot be written, as on a full disk.
+        ConversionError: something cannot be written, for instance because the disk is full.
     """
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        aside.mkdir(parents=True)
-        # Megatron's writers end in a traceback on a full disk.
-        if (free := shutil.disk_usage(aside).free) < size:
-            raise OSError(errno.ENOSPC, f"{size:,} bytes are needed, and {free:,} are free")
-        with tempfile.TemporaryFile(dir=aside) as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, min(size, PROBE)))  # finds quotas and limits too
-        yield aside
-        aside.replace(output)
+        with files.new_folder(output) as aside:
+            # On a full disk, Megatron's writers end in a traceback.
+            if (free := shutil.disk_usage(aside).free) < size:
+                raise OSError(errno.ENOSPC, f"{size:,} bytes are needed, and {free:,} are free")
+            with tempfile.TemporaryFile(dir=aside) as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, min(size, PROBE)))  # detects quotas and limits too
+            yield aside
     except ConversionError:
         raise
     except FAILURES as error:
         raise ConversionError(
             f"--save {output}: cannot be written ({_reason(error)}). Free some space, or give another folder."
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_output(output: Path) -> None:
     """Refuse a folder that is not empty.
 
     Raises:
-        ConversionError: it is not, or it is no folder.
+        ConversionError: it is not empty, or not a folder.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"--save {output}: exists and is not an empty folder. Give another one, or remove it.")
@@ -258,7 +255,7 @@ def _folder(root: Path, step: int | None) -> Path:
     folder = root / (RELEASE if newest == RELEASE else f"iter_{int(newest):07d}")
     if not folder.is_dir():
         present = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
-        raise ConversionError(f"{folder}: there is no such checkpoint. Those that are there: {present}.")
+        raise ConversionError(f"{folder}: no such checkpoint. Present: {present}.")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The display of a tool that works in steps: a bar on a terminal, and a plain line for each result."""
+"""Show the progress of a tool that works in steps: a bar on a terminal, and a line for each result."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class Display:
-    """Lines on standard output, the bar and errors on standard error."""
+    """Print results to standard output; show the bar and errors on standard error."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -22,7 +22,7 @@ class Display:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # rich would write a file's lines to the console
+            redirect_stdout=sys.stdout.isatty(),  # else rich would write results for a file to the console
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
@@ -36,7 +36,7 @@ class Display:
 
     @contextmanager
     def step(self, title: str, total: int) -> Iterator[None]:
-        """Show a step of `total` parts; `advance` counts them."""
+        """Show a step with `total` parts; `advance` counts them."""
         self._task = self._progress.add_task(title, total=total)
         try:
             yield
@@ -45,7 +45,7 @@ class Display:
             self._task = None
 
     def advance(self, parts: int) -> None:
-        """Count parts of the step as done."""
+        """Count parts as done."""
         if self._task is not None:
             self._progress.advance(self._task, parts)
 

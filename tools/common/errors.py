@@ -1,8 +1,8 @@
-"""Errors that a user can fix."""
+"""Define errors that the user can fix."""
 
 
 class ToolError(Exception):
-    """A tool cannot go on; the message says what happened and what to do."""
+    """The tool cannot continue; the message names the problem and the remedy."""
 
     exit_code = 1
 

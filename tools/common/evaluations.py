@@ -1,4 +1,4 @@
-"""Tables of the results of tools/evaluate."""
+"""Make tables of the results of tools/evaluate."""
 
 import math
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ TITLES = {
 
 
 def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield, for each kind of result, its key in `TITLES` and rows with as many cells.
+    """Yield a key of `TITLES` and the table's rows for each kind of result.
 
     Args:
-        results: as in the file of `--output`.
+        results: content of the file of `--output`.
     """
     for kind, rows in (("text", _on_text), ("speed", _on_speed), ("tasks", _on_tasks)):
         if kind in results:

@@ -21,7 +21,7 @@ class Experts:
 
     @classmethod
     def of(cls, histogram: torch.Tensor) -> "Experts":
-        """Return the summary of a histogram: the number of tokens with 0, 1, 2, ... experts."""
+        """Summarize a histogram: the number of tokens with 0, 1, 2, ... experts."""
         tokens = int(histogram.sum())
         share = histogram.cumsum(0) / tokens
         return cls(
@@ -33,17 +33,17 @@ class Experts:
 
 
 def expert_blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:
-    """Return number of a layer with experts, from 1 → its experts."""
+    """Return the number of each layer with experts, from 1 → its experts."""
     layers = enumerate(model.model.layers, start=1)
     return {number: layer.mlp for number, layer in layers if isinstance(layer.mlp, RemoeSparseMoeBlock)}
 
 
 @contextmanager
 def count_experts(model: RemoeForCausalLM) -> Iterator[dict[int, list[torch.Tensor]]]:
-    """Count the active experts of every token, padding included, inside the block.
+    """Count the active experts of every token, including padding, in the block's forward passes.
 
     Yields:
-        Number of a layer with experts, from 1 → a tensor for each forward pass, int64 `[tokens]`.
+        Number of each layer with experts, from 1 → a tensor for each forward pass, int64 `[tokens]`.
     """
     counts: dict[int, list[torch.Tensor]] = {}
     handles = []

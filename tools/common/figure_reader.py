@@ -1,4 +1,4 @@
-"""Reads the figures of a run from its metrics.jsonl, or from the printed log if it has none (the authors' fork)."""
+"""Read the figures of a run from its metrics.jsonl, or from the printed log if there is none (the authors' fork)."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from .run_figures import Curve, Evaluation, RunFigures, whole_number
 
 METRICS, LOG = "metrics.jsonl", "train.log"
 LINES = 500  # read at a time
-LOADS = 512  # lines whose load of the experts is kept: at least so many, and less than twice as many
-NAMES = 256  # of figures and of layers at most: a damaged file might hold any number
+LOADS = 512  # minimum number of lines whose expert load is kept; the maximum is twice that
+NAMES = 256  # maximum number of figures and of layers: a damaged file could hold any number
 NOT_FIGURES = frozenset({"kind", "time", "iteration", "guarded_layers", "tokens_per_expert"})
 Record = Mapping[str, Any]
 
@@ -44,13 +44,13 @@ def find_figures(place: Path) -> Path:
 
 
 def read_figures(place: Path) -> RunFigures:
-    """Read the figures of a run; lines that hold no record are counted and left out.
+    """Read the figures of a run; lines without a record are counted and skipped.
 
     Args:
         place: a run's folder, its --save, or a file: *.jsonl is read as metrics.jsonl, any other as printed output.
 
     Raises:
-        ToolError: there is no such file, or it is no log of a run.
+        ToolError: there is no such file, or it is not the log of a run.
         OSError: it cannot be read.
     """
     path = find_figures(place)
@@ -61,7 +61,7 @@ def read_figures(place: Path) -> RunFigures:
             taken = collector.take_all(_records(file, figures))
         if not taken and figures.unread:
             raise ToolError(
-                f"{path} is no log of a run: no line has a kind and an iteration. "
+                f"{path} is not the log of a run: no line has a kind and an iteration. "
                 "Give a run's folder, its --save, or a log's file."
             )
     else:
@@ -73,7 +73,7 @@ def read_figures(place: Path) -> RunFigures:
 
 
 def _records(lines: Iterable[str], figures: RunFigures) -> Iterator[Record]:
-    """Parse lines; whole ones that hold no record are counted."""
+    """Parse lines; count complete lines without a record."""
     for line in lines:
         try:
             record = json.loads(line)
@@ -86,7 +86,7 @@ def _records(lines: Iterable[str], figures: RunFigures) -> Iterator[Record]:
 
 
 class _Collector:
-    """Turns records, as they are read, into curves."""
+    """Turn records into curves."""
 
     def __init__(self, figures: RunFigures) -> None:
         self._figures = figures
@@ -98,7 +98,7 @@ class _Collector:
         self._evaluations: list[Record] = []
 
     def take_all(self, records: Iterable[Record]) -> int:
-        """Take records in the order of the file; returns their number."""
+        """Take records in the order of the file and return their number."""
         taken = 0
         for chunk in batched(records, LINES):
             taken += len(chunk)
@@ -110,12 +110,12 @@ class _Collector:
                 self._take_routing(record["iteration"], record)
             if len(logged) < len(chunk):
                 for record in chunk:
-                    self._take_else(record)
+                    self._take_other(record)
             self._take_time(next((record["time"] for record in reversed(chunk) if "time" in record), None))
         return taken
 
     def _take_figures(self, records: Sequence[Record], named: Sequence[Record]) -> None:
-        """Add the numbers of `named`, which are those of `records`, to the curves."""
+        """Add the numbers of `named` to the curves, at the iterations of `records`."""
         iterations = np.array([record["iteration"] for record in records], np.int64)
         for name in islice(dict.fromkeys(chain.from_iterable(named)), NAMES):
             if name in NOT_FIGURES:
@@ -150,7 +150,7 @@ class _Collector:
         if type(time) in (int, float) and 0 < time < 2**33:
             self._figures.written = float(time)
 
-    def _take_else(self, record: Record) -> None:
+    def _take_other(self, record: Record) -> None:
         figures = self._figures
         if record["kind"] == "start":
             figures.args = record["args"] if type(record.get("args")) is dict else figures.args
@@ -159,7 +159,7 @@ class _Collector:
             self._evaluations.append(record)
 
     def finish(self) -> None:
-        """Order the curves; of an iteration that was logged twice the newer line counts."""
+        """Order the curves; if an iteration was logged twice, keep the newer line."""
         figures = self._figures
         figures.curves = {name: _join(parts) for name, parts in self._parts.items()}
         for name, layers in self._of_layers.items():
@@ -173,7 +173,7 @@ class _Collector:
             if (known := rates > 0).any():
                 figures.curves["tokens_per_second"] = Curve(iterations[known], rates[known])
         end, interval = figures.whole("train_iters"), figures.whole("eval_interval")
-        on_the_way = 1 if interval and end % interval == 0 else 0  # evaluations at the last iteration, before the final
+        on_the_way = 1 if interval and end % interval == 0 else 0  # evaluations at the last iteration but the final one
         at_the_end = Counter[str]()
         for record in self._evaluations:
             name, iteration, loss = str(record.get("set", "")), record["iteration"], _numbers([record.get("lm_loss")])
@@ -201,7 +201,7 @@ def _join(parts: Sequence[Curve]) -> Curve:
 
 
 def _numbers(values: Sequence[Any]) -> NDArray[np.float64]:
-    """Return numbers; NaN for whatever is none."""
+    """Return values as numbers; NaN for those that are not numbers."""
     try:
         numbers = np.array(values, np.float64)  # None becomes NaN
         if numbers.ndim == 1:
@@ -223,7 +223,7 @@ def _number_of(layer: Any) -> int | None:
 
 
 def _load(held: Mapping[str, Any]) -> dict[int, list[float]]:
-    """Return layer → shares of its experts, of what a line holds; layers that are no lists of numbers are left out."""
+    """Return layer → shares of its experts; layers that are not lists of numbers are left out."""
     shares = {_number_of(layer): _numbers(of) for layer, of in islice(held.items(), NAMES) if type(of) is list and of}
     return {
         layer: found.tolist() for layer, found in sorted(shares.items(), key=lambda one: one[0] or 0)

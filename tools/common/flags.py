@@ -1,12 +1,12 @@
-"""A command's flags, as they are typed."""
+"""Parse and change lists of command-line flags."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 
-GPT2_WORDS = 50257  # of its vocabulary
-OF_GPT2S_SIZE = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(GPT2_WORDS)]  # without files
+GPT2_WORDS = 50257  # size of its vocabulary
+OF_GPT2S_SIZE = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(GPT2_WORDS)]  # needs no files
 
-Settings = dict[str, tuple[str, ...]]  # flag → its values, of the last occurrence, which is the one that counts
+Settings = dict[str, tuple[str, ...]]  # flag → its values
 
 
 def parse(words: Iterable[str]) -> Settings:
@@ -23,7 +23,7 @@ def parse(words: Iterable[str]) -> Settings:
 
 
 def last_value(words: Sequence[str], flag: str) -> str | None:
-    """Return the value that counts, the last one given to a flag as `--flag value` or `--flag=value`; None without."""
+    """Return the last value of a flag, given as `--flag value` or `--flag=value`; None if it is not given."""
     found = None
     for place, word in enumerate(words):
         if word == flag and place + 1 < len(words):
@@ -34,18 +34,18 @@ def last_value(words: Sequence[str], flag: str) -> str | None:
 
 
 def words_of(settings: Settings) -> list[str]:
-    """Return the words that `parse` takes apart."""
+    """Return the words for `parse`, which is the inverse."""
     return [word for flag, values in settings.items() for word in (flag, *values)]
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return a tool's own words, and those after --."""
+    """Return the words before -- and those after it."""
     place = words.index("--") if "--" in words else len(words)
     return [*words[:place]], [*words[place + 1 :]]
 
 
 def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
-    """Return the words without some flags and their values."""
+    """Return the words without the flags that `left_out` accepts, and without their values."""
     kept, dropping = [], False
     for word in words:
         if word.startswith("--"):
@@ -56,7 +56,7 @@ def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """Return a converter for argparse of whole numbers of at least `least`."""
+    """Return an argparse type: whole numbers of at least `least`."""
 
     def convert(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -67,7 +67,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def above_zero(text: str) -> float:
-    """Return a number above 0, for argparse."""
+    """Convert to a number above 0; an argparse type."""
     try:
         number = float(text)
     except ValueError:

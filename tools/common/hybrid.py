@@ -1,4 +1,4 @@
-"""Layers and names of HybridModel and GPTModel, which has attention and an MLP in one layer."""
+"""Map layers and names between GPTModel and HybridModel, where attention and MLP are separate layers."""
 
 import argparse
 import re
@@ -20,11 +20,11 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
     """Return the arguments of the GPTModel that computes the same.
 
     Args:
-        args: Megatron's, of either class.
-        source: their checkpoint, for errors.
+        args: Megatron's, for either class.
+        source: the checkpoint, for errors.
 
     Raises:
-        ConversionError: the pattern is not attention and MLP in turn, or experts go by hash.
+        ConversionError: attention and MLP do not alternate, or the routing is by hash.
     """
     args = argparse.Namespace(**vars(args))
     pattern = getattr(args, "hybrid_layer_pattern", None)
@@ -47,7 +47,7 @@ def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
     """Return the arguments of the HybridModel that computes the same as a GPTModel of `args`.
 
     Raises:
-        ConversionError: experts go by hash.
+        ConversionError: the routing is by hash.
     """
     _refuse_hash(args)
     args = argparse.Namespace(**vars(args))

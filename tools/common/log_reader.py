@@ -1,4 +1,4 @@
-"""Reads what Megatron prints: lines at log intervals, arguments, evaluations. For runs without a metrics.jsonl."""
+"""Read Megatron's printed output: lines at log intervals, arguments, evaluations."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _LINE = re.compile(r"\[[^][]+\] iteration +(\d{1,15})/ *(\d{1,15}) \|(.*)$", re.MULTILINE)
-# What the authors' fork prints, by this project's names: its λ is the one after the update, its L1 a mean over layers.
+# Fields of the authors' fork → this project's names: its λ is the one after the update, its L1 a mean over layers.
 FORK_NAMES = {
     "moe relu sparsity": "sparsity",
     "moe relu l1 reg coeff": "l1 coefficient after the update",
@@ -19,13 +19,13 @@ _FIELD = re.compile(r" ([a-z][a-z0-9_ ()/]*): +(\S+) \|")
 _MILLISECONDS = "elapsed time per iteration (ms)"
 _ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
 _PADDED = re.compile(r"> padded vocab \(size: \d+\) .*\(new size: (\d+)\)")
-# Evaluations on the way do not name what they are on.
+# Evaluations during training do not name their data.
 _EVALUATION = re.compile(
     r" validation(?:-(\S+))? loss at iteration (\d{1,15})(?: on (validation|test) set)? \| lm loss value: (\S+)"
 )
 _PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d{1,15})$")
 _SPLITTING = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-_BEFORE_TRAINING = 5000  # lines in which the number of parameters is looked for
+_BEFORE_TRAINING = 5000  # lines to search for the number of parameters
 
 
 def read_log(text: str) -> dict[int, dict[str, str]]:
@@ -35,29 +35,29 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
         text: what Megatron printed.
 
     Returns:
-        iteration → name of the field as printed ("lm loss", "sparsity", ...) → its value as printed. In a log of the
-        authors' fork the names are those of `FORK_NAMES`.
+        iteration → printed name of the field ("lm loss", "sparsity", ...) → its printed value. For a log of the
+        authors' fork, the names are the values of `FORK_NAMES`.
     """
     return {int(iteration): _fields(line) for iteration, _, line in _LINE.findall(text)}
 
 
 def series(text: str, field: str) -> list[float]:
-    """Return the values of a field that every logged iteration has, in their order."""
+    """Return the values of a field that every logged iteration must have, ordered by iteration."""
     return [float(fields[field]) for _, fields in sorted(read_log(text).items())]
 
 
 def read_arguments(lines: Iterable[str]) -> dict[str, str]:
-    """Return the name of each argument → its value as printed; of the last start if there are several."""
+    """Return argument → its printed value; of the last start if there are several."""
     return {match[1]: match[2].strip() for line in lines if (match := _ARGUMENT.search(line))}
 
 
 def seconds_per_iteration(fields: Mapping[str, str]) -> float:
-    """Return the seconds of an iteration in one line of the log."""
+    """Return the mean time of an iteration in seconds, from one line of the log."""
     return float(fields[_MILLISECONDS]) / 1000
 
 
 def read_parameters(log: Path, args: Mapping[str, Any]) -> int | None:
-    """Return the number of parameters that a training printed; None if it did not, or its model is split."""
+    """Return the printed number of parameters; None if it is missing, or the model is split over ranks."""
     if not log.is_file() or any(args.get(name) not in (None, 1) for name in _SPLITTING):
         return None
     with log.open(encoding="utf-8", errors="replace") as file:
@@ -66,10 +66,10 @@ def read_parameters(log: Path, args: Mapping[str, Any]) -> int | None:
 
 
 def read_printed(log: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a printed log, as metrics.jsonl has them; numbers are text.
+    """Yield the records of a printed log in the format of metrics.jsonl; numbers are text.
 
     Args:
-        log: the file that holds Megatron's output.
+        log: file with Megatron's output.
     """
     args: dict[str, Any] = {}
     started = False
@@ -101,7 +101,7 @@ def _fields(line: str) -> dict[str, str]:
 
 
 def _figures(fields: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields by their names in metrics.jsonl."""
+    """Return the fields under their names in metrics.jsonl."""
     figures: dict[str, Any] = {_IN_METRICS.get(name, name.replace(" ", "_")): of for name, of in fields.items()}
     if milliseconds := fields.get(_MILLISECONDS):
         figures["seconds_per_iteration"] = _literal(f"{milliseconds}e-3")
@@ -111,7 +111,7 @@ def _figures(fields: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _split_experts(args: dict[str, Any]) -> None:
-    """Do what the fork does after it has printed its arguments, if these are there."""
+    """Apply granularity to the arguments, as the fork does after it has printed them."""
     experts, topk, granularity = (args.get(name) for name in ("num_experts", "moe_router_topk", "moe_granularity"))
     if type(experts) is int and type(topk) is int and type(granularity) is int and granularity > 0:
         args |= {"num_experts": experts * granularity, "moe_router_topk": topk * granularity}

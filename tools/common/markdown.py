@@ -1,15 +1,15 @@
-"""Tables in Markdown."""
+"""Format tables in Markdown."""
 
 from collections.abc import Iterable, Sequence
 
 
 def table(titles: Sequence[str], rows: Iterable[Iterable[str]], text: int | None = None) -> list[str]:
-    """Return the lines of a table: titles, and rows of as many cells.
+    """Return the lines of a table.
 
     Args:
         titles: of the columns.
-        rows: below them.
-        text: number of columns that are aligned to the left; the others to the right (default: all to the left).
+        rows: as many cells each.
+        text: number of left-aligned columns; the others are right-aligned (default: all left).
     """
     left = len(titles) if text is None else text
     rule = "|" + "---|" * left + "---:|" * (len(titles) - left)

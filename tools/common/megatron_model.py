@@ -49,10 +49,10 @@ EXPERT = re.compile(r"(?P<mlp>.*\.mlp\.)experts\.local_experts\.(?P<expert>\d+)\
 
 
 def build(args: argparse.Namespace) -> GPTModel:
-    """Return a model of these arguments in this process, in single precision, for evaluation.
+    """Build a model in this process, in single precision, for evaluation.
 
     Raises:
-        ConversionError: Megatron refuses the arguments.
+        ConversionError: Megatron rejects the arguments.
     """
     here = argparse.Namespace(**(vars(args) | HERE))
     if getattr(here, "hybrid_layer_pattern", None):

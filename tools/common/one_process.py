@@ -1,4 +1,4 @@
-"""Run Megatron in one process without a launcher. Adapt Megatron to the machine before importing this."""
+"""Run Megatron in one process without a launcher. Call `on_cpu.megatron_on_cpu` before importing this on a CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 @contextmanager
 def one_process(seed: int = 1234, backend: str = "gloo") -> Iterator[None]:
-    """Set up Megatron's process groups for this process only, and its random generators."""
+    """Set up Megatron's process groups for one process, and its random generators."""
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()

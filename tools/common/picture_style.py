@@ -1,12 +1,13 @@
-"""The looks of the pictures of runs: one colour for each routing, everywhere."""
+"""Set the colours and Matplotlib's style for the pictures of runs: one colour for each routing."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# After Okabe and Ito, whose colours the colour-blind can tell apart; visible on white and on black.
+# From Okabe and Ito's palette, which is safe for colour-blind readers; visible on white and on black.
 COLOURS = {"dense": "#777777", "moe": "#E69F00", "remoe": "#0072B2"}
-# For further runs of a routing in one picture, in turn with the first.
+TARGET, MUTED = "#D55E00", "#555555"  # lines that mark a target, and notes
+# For more runs of a routing in one picture, in turn with its first colour.
 SHADES = {"dense": ("#A5A5A5", "#8A7968"), "moe": ("#D55E00", "#B39B00"), "remoe": ("#56B4E9", "#7A6FD0")}
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 STYLE: dict[Any, Any] = {
@@ -22,7 +23,7 @@ STYLE: dict[Any, Any] = {
 
 
 def looks(routings: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield a colour and a dash for each run of these routings; the first of each routing has its colour, solid."""
+    """Yield a colour and a dash for each run; the first run of a routing is solid in the routing's colour."""
     before = Counter[str]()
     for routing in routings:
         shades = (COLOURS[routing], *SHADES[routing])
@@ -32,13 +33,13 @@ def looks(routings: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def style(font_size: float, pad: tuple[float, float]) -> dict[Any, Any]:
-    """Return Matplotlib's settings; `pad`: inches around each panel, at its sides and above and below."""
+    """Return Matplotlib's settings; `pad`: inches around each panel, horizontal and vertical."""
     padding = {"figure.constrained_layout.w_pad": pad[0], "figure.constrained_layout.h_pad": pad[1]}
     return {"font.size": font_size} | STYLE | padding
 
 
 def file_pyplot() -> Any:
-    """Return Matplotlib's pyplot, which takes a moment to import, for pictures in files."""
+    """Import Matplotlib's pyplot, which is slow, for pictures in files."""
     import matplotlib
 
     matplotlib.use("Agg")

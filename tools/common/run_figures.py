@@ -1,4 +1,4 @@
-"""The figures of a run: curves, and facts that follow from them."""
+"""Hold the figures of a run: curves, and facts derived from them."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WITHIN = 0.01  # of the target: S has settled
+WITHIN = 0.01  # of the target: S counts as settled
 TOTALS = ("total_active_pairs", "total_layer_tokens")
-LARGEST = 2**53  # of whole numbers
+LARGEST = 2**53  # largest whole number that is accepted
 
 
 class Curve(NamedTuple):
-    """A figure by iterations, which rise: int64 [points], float64 [points], all finite."""
+    """A figure by iteration: increasing iterations, int64 [points], and finite values, float64 [points]."""
 
     iterations: NDArray[np.int64]
     values: NDArray[np.float64]
@@ -23,7 +23,7 @@ EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
 
 
 class Evaluation(NamedTuple):
-    """A validation loss in nats per token; `final`: measured after the training, not on its way."""
+    """A validation loss in nats per token; `final`: measured after the training, not during it."""
 
     iteration: int
     loss: float
@@ -32,19 +32,19 @@ class Evaluation(NamedTuple):
 
 @dataclass
 class RunFigures:
-    """What a run has logged.
+    """The logged figures of a run.
 
     Attributes:
         args: Megatron's arguments by name, of the last start.
-        curves: figure, named as in metrics.jsonl → its values; every number that was logged, known here or not.
-        layers: figure that is kept by layer → layer → its values.
-        loads: iteration → layer → share of the tokens that each expert got; of evenly spread lines, the last included.
-        guarded: iteration → guarded layers, if there are any.
+        curves: name of a figure in metrics.jsonl → its values; every logged number.
+        layers: name of a figure by layer → layer → its values.
+        loads: iteration → layer → share of its tokens that each expert got; for evenly spaced lines and the last one.
+        guarded: iteration → guarded layers; only iterations with some.
         evaluations: validation set ("" for the only one, "test") → evaluations in the order of the file.
         last: the last logged iteration; 0 before the first.
         parameters: of the whole model; None if unknown.
         written: Unix time of the newest figures.
-        unread: lines that hold no record.
+        unread: number of lines without a record.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class RunFigures:
     unread: int = 0
 
     def curve(self, name: str) -> Curve:
-        """Return the values of a figure; an empty curve if it was never logged."""
+        """Return the values of a figure; an empty curve if it was not logged."""
         return self.curves.get(name, EMPTY)
 
     def newest(self, name: str) -> float | None:
@@ -68,35 +68,35 @@ class RunFigures:
         return float(values[-1]) if len(values) else None
 
     def whole(self, name: str) -> int:
-        """Return an argument that is a positive whole number; 0 if it is anything else."""
+        """Return an argument if it is a positive whole number, else 0."""
         return whole_number(self.args.get(name)) or 0
 
     @property
     def done(self) -> bool:
-        """Whether no line of the log is still to come."""
+        """Return whether the log is complete."""
         return self.last + (self.whole("log_interval") or 1) > (self.whole("train_iters") or math.inf)
 
     @property
     def num_experts(self) -> int:
-        """Experts of a layer, after granularity; 0 for dense models, and if unknown."""
+        """Return the number of experts of a layer, with granularity; 0 for dense models, and if unknown."""
         counted = next((load for layers in self.loads.values() for load in layers.values()), [])
         return self.whole("num_experts") or len(counted)
 
     @property
     def topk(self) -> int:
-        """k after granularity; 0 for dense models, and if unknown."""
+        """Return k, with granularity; 0 for dense models, and if unknown."""
         return self.whole("moe_router_topk") if self.num_experts else 0
 
     @property
     def routing(self) -> str:
-        """dense, moe or remoe."""
+        """Return dense, moe or remoe."""
         if self.args.get("moe_relu_routing") or "sparsity" in self.curves:
             return "remoe"
         return "moe" if self.num_experts else "dense"
 
     @property
     def target(self) -> float | None:
-        """The target of S of a ReMoE: as logged, or 1 - k/E (the fork does not log it); None for other models."""
+        """Return the target of S: the logged one, or 1 - k/E (the fork does not log it); None without ReLU routing."""
         if "sparsity" not in self.curves:
             return None
         logged = self.newest("target_sparsity")
@@ -104,7 +104,7 @@ class RunFigures:
 
     @property
     def settled(self) -> int | None:
-        """The first logged iteration from which S stays within 1 % of its target; None if it does not."""
+        """Return the first logged iteration from which S stays within 1 % of its target; None if it does not."""
         iterations, near = self._near_target()
         away = np.flatnonzero(~near)
         first = int(away[-1]) + 1 if len(away) else 0
@@ -112,7 +112,7 @@ class RunFigures:
 
     @property
     def first_near(self) -> int | None:
-        """The first logged iteration with S within 1 % of its target."""
+        """Return the first logged iteration with S within 1 % of its target; None if there is none."""
         iterations, near = self._near_target()
         return int(iterations[near.argmax()]) if near.any() else None
 
@@ -136,9 +136,9 @@ class RunFigures:
         return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
 
     def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the experts per token of a ReMoE, averaged over layers and the steps since the line before.
+        """Return the experts per token of a ReMoE, averaged over layers and the steps since the previous line.
 
-        S is of the logged step alone. It is used only if the running sums over all steps were not logged.
+        Without running sums, it comes from S, which holds only for the logged step.
         """
         pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
         of_the_step = self.num_experts * (1 - self.at("sparsity", iterations))
@@ -146,5 +146,5 @@ class RunFigures:
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a value that is a whole number from 0 to `LARGEST`; None if it is anything else."""
+    """Return a value if it is a whole number from 0 to `LARGEST`, else None."""
     return value if type(value) is int and 0 <= value <= LARGEST else None

@@ -11,11 +11,11 @@ from .errors import ToolError
 
 
 def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") -> int:
-    """Do the work of a tool and return the exit code: 0, 1 after an error, 130 after Ctrl-C or SIGTERM.
+    """Run a tool and return the exit code: 0, 1 after an error, 130 after Ctrl-C or SIGTERM.
 
     Args:
-        tool: its name, which begins its messages.
-        work: raises ToolError or OSError for what the user can fix.
+        tool: its name, for messages.
+        work: raises ToolError or OSError for errors that the user can fix.
         stopped: the message after an interruption.
     """
     _interrupt_at(signal.SIGTERM)
@@ -31,7 +31,7 @@ def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") ->
 
 
 def run_to_the_end(work: Callable[[], int]) -> int:
-    """Do the work of a tool that resumes from its --output-dir and return the exit code."""
+    """Run a tool that resumes from its --output-dir and return the exit code."""
     errors = Console(stderr=True)
     _interrupt_at(signal.SIGTERM, signal.SIGHUP)
     try:
@@ -40,7 +40,7 @@ def run_to_the_end(work: Callable[[], int]) -> int:
         errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return error.exit_code
     except OSError as error:
-        errors.print(f"{error}. Give --output-dir a folder with room that can be written.", style="red", markup=False)
+        errors.print(f"{error}. Give --output-dir a writable folder with enough space.", style="red", markup=False)
         return 1
     except KeyboardInterrupt:
         errors.print("\nStopped. The same command goes on from here.", highlight=False)

@@ -1,4 +1,4 @@
-"""Sequences of tokens from Megatron data sets, without a tokenizer."""
+"""Read sequences of tokens from Megatron data sets."""
 
 import argparse
 from pathlib import Path
@@ -14,20 +14,20 @@ from .errors import ConversionError
 
 
 class Blend(NamedTuple):
-    """Data sets and how much to take of each (None: in proportion to their size)."""
+    """Data sets and their weights (None: in proportion to their size)."""
 
     prefixes: list[str]
     weights: list[float] | None
 
 
 class Text:
-    """A data set cut into sequences of one length, in an order that a seed gives; the rest at its end is not read.
+    """A data set cut into sequences of equal length, in a random order; an incomplete last one is left out.
 
     Args:
         prefix: of the .bin and .idx files.
         length: tokens of a sequence.
         seed: of the order.
-        vocabulary: number of tokens that the model knows.
+        vocabulary: size of the model's vocabulary.
 
     Raises:
         ConversionError: the files are missing, corrupt or too small.
@@ -46,7 +46,7 @@ class Text:
         """Return sequences as int64 `[stop - start, length]`.
 
         Raises:
-            ConversionError: one holds a token that the model does not know.
+            ConversionError: a token is not in the model's vocabulary.
         """
         places = self._order[start:stop].tolist()
         ids = numpy.stack([self._reader.read(place * self.length, self.length) for place in places])
@@ -55,7 +55,7 @@ class Text:
 
 
 def open_data_set(prefix: str, least: int) -> IndexedReader:
-    """Return a reader of a data set with at least so many tokens.
+    """Open a data set of at least `least` tokens.
 
     Raises:
         ConversionError: its files are missing, corrupt or too small.
@@ -76,17 +76,17 @@ def check_vocabulary(prefix: str, largest: int, vocabulary: int) -> None:
     """Refuse text that was tokenized for another model.
 
     Raises:
-        ConversionError: its largest token is not in the vocabulary.
+        ConversionError: the largest token is not in the vocabulary.
     """
     if largest >= vocabulary:
         raise ConversionError(
-            f"--data-path {prefix}: holds token {largest}, and the model knows {vocabulary}. Give text that was "
+            f"--data-path {prefix}: holds token {largest}, but the model has {vocabulary} tokens. Give text that was "
             "tokenized for it."
         )
 
 
 def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
-    """Return the data sets given, or else those of the training.
+    """Return the data sets of `data_path`, or those of the training.
 
     Raises:
         ConversionError: there are none.
@@ -100,24 +100,24 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
             blend, per_split = get_blend_and_blend_per_split(args)
             blend = blend or (per_split and per_split[0])
     except (OSError, ValueError, AssertionError) as error:
-        raise ConversionError(f"the data sets cannot be read: {error}. Name them with --data-path.") from error
+        raise ConversionError(f"the data sets cannot be read: {error}. Give them with --data-path.") from error
     if not blend:
         raise ConversionError("the checkpoint names no data sets. Give --data-path.")
     return Blend(*blend)
 
 
 def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int) -> torch.Tensor:
-    """Return random stretches of text.
+    """Return random sequences of text.
 
     Args:
-        blend: where to take them from.
-        sequences: how many.
-        length: tokens of each, without the one after the last.
-        vocabulary: number of tokens that the model knows.
-        seed: of the choice.
+        blend: data sets to take them from.
+        sequences: their number.
+        length: their length in tokens, without one more token at the end.
+        vocabulary: size of the model's vocabulary.
+        seed: of the random choice.
 
     Returns:
-        int64 `[sequences, length + 1]`; two stretches share at most that last token.
+        int64 `[sequences, length + 1]`; two sequences share at most the last token.
 
     Raises:
         ConversionError: a data set is missing, corrupt or too small, or was made with another vocabulary.
@@ -132,8 +132,8 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
         available = (reader.tokens - 1) // length
         if count > available:
             raise ConversionError(
-                f"{prefix}: {reader.tokens:,} tokens, and {count * length + 1:,} are needed. Give more text with "
-                "--data-path, or ask for less of it with --tokens."
+                f"{prefix}: has {reader.tokens:,} tokens, but {count * length + 1:,} are needed. Give more text with "
+                "--data-path, or a smaller number with --tokens."
             )
         tokens = numpy.memmap(bin_path(Path(prefix)), dtype=reader.dtype, mode="r")
         for start in generator.choice(available, size=count, replace=False) * length:

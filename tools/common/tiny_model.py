@@ -1,4 +1,4 @@
-"""The tiny model of the golden run, the parity runs and the tests, as Megatron's flags; later flags win."""
+"""Megatron's flags for the tiny model of the golden run, the parity runs and the tests."""
 
 SIZES = """
 --num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 128
@@ -17,7 +17,7 @@ MODEL = [
 EXPERTS = "--num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 128 --moe-token-dispatcher-type alltoall".split()
 TOPK = [*EXPERTS, *"--moe-router-pre-softmax --moe-aux-loss-coeff 1e-2".split()]
 RELU = [*EXPERTS, "--moe-relu-routing"]
-# A short training of the model that ends without an evaluation.
+# For a short training without an evaluation.
 TRAINING = [
     *MODEL,
     *"--global-batch-size 8 --clip-grad 1.0 --seed 1234 --eval-interval 1000 --eval-iters 0".split(),

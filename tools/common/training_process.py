@@ -1,4 +1,4 @@
-"""A training as a process: started, followed by what it prints, and stopped."""
+"""Start a training as a process, parse what it prints, and stop it."""
 
 import re
 import signal
@@ -12,34 +12,26 @@ from .log_reader import read_log
 
 _RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")
 _EVALUATING = re.compile(r"^Evaluating iter (\d+)/(\d+)")
-_EVALUATED = re.compile(r"^ validation-\S+ loss at iteration (\d+) on validation set")
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """It goes on from a checkpoint."""
+    """The training continues from a checkpoint."""
 
     iteration: int
 
 
 @dataclass(frozen=True)
 class Evaluating:
-    """An evaluation is at its `batch` of `batches`."""
+    """An evaluation is at `batch` of `batches`."""
 
     batch: int
     batches: int
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """One of several validation sets was evaluated for the last time, after this iteration."""
-
-    iteration: int
-
-
-@dataclass(frozen=True)
 class Logged:
-    """A line of the log; `fair` where its time is that of a warm process, or there will be no other line."""
+    """A line of the log; `fair`: its time does not include the warm-up, or no other line will follow."""
 
     iteration: int
     fields: dict[str, str]
@@ -47,22 +39,27 @@ class Logged:
 
 
 def start(
-    command: Sequence[str], environment: Mapping[str, str], keep_open: IO[str], folder: Path | None = None
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    keep_open: IO[str],
+    folder: Path | None = None,
+    output: IO[str] | int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
-    """Start a training whose output is to be read; Ctrl-C does not reach it.
+    """Start a training that Ctrl-C does not reach: `end` stops it.
 
     Args:
-        command: its words.
-        environment: all of it.
-        keep_open: a lock's file, which the process holds too.
-        folder: where it runs (default: here).
+        command: program and arguments.
+        environment: all variables.
+        keep_open: the file of a lock, which the process holds too.
+        folder: working directory (default: the current one).
+        output: file for standard output and errors (default: a pipe).
     """
     return subprocess.Popen(
         command,
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
@@ -73,11 +70,11 @@ def start(
 
 def events(
     lines: Iterable[str], iterations: int, *keep: Callable[[str], object]
-) -> Iterator[Resumed | Evaluating | Evaluated | Logged]:
-    """What a training's output tells.
+) -> Iterator[Resumed | Evaluating | Logged]:
+    """Yield the events in a training's output.
 
     Args:
-        lines: as they come.
+        lines: of the output.
         iterations: of the whole training.
         keep: called with every line first.
     """
@@ -89,8 +86,6 @@ def events(
             yield Resumed(int(found[1]))
         elif found := _EVALUATING.match(line):
             yield Evaluating(int(found[1]), int(found[2]))
-        elif found := _EVALUATED.match(line):
-            yield Evaluated(int(found[1]))
         else:
             for iteration, fields in read_log(line).items():
                 logged += 1
@@ -101,13 +96,13 @@ def end(process: subprocess.Popen[str], signal_number: signal.Signals, seconds: 
     """Ask a process to end, and kill it if it does not within `seconds`.
 
     Returns:
-        The rest of its output; None if it was killed.
+        The rest of its output, "" if that goes to a file; None if it was killed.
     """
     process.send_signal(signal_number)
     try:
-        return process.communicate(timeout=seconds)[0]
+        return process.communicate(timeout=seconds)[0] or ""
     except subprocess.TimeoutExpired:
         return None
     finally:
-        process.kill()  # does nothing to one that has ended
+        process.kill()  # no effect after it has ended
         process.wait()

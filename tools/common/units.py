@@ -1,8 +1,8 @@
-"""Times and rates as text."""
+"""Format times and rates."""
 
 
 def duration(seconds: float) -> str:
-    """Seconds as m:ss, h:mm:ss or 3 d 04:05 h."""
+    """Format seconds as m:ss, h:mm:ss or 3 d 04:05 h."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, left = divmod(hours, 24)
@@ -12,5 +12,5 @@ def duration(seconds: float) -> str:
 
 
 def rate(tokens_per_second: float) -> str:
-    """Tokens per second in few characters."""
+    """Format tokens per second in thousands."""
     return f"{tokens_per_second / 1000:,.1f}k tokens/s"

@@ -1,1 +1,1 @@
-"""Routings beside each other, over corpora and seeds."""
+"""Compare routings over corpora and seeds."""

@@ -1,4 +1,4 @@
-"""Starts `command`."""
+"""Start `command`."""
 
 import sys
 from pathlib import Path

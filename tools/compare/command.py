@@ -1,14 +1,14 @@
-"""Compare dense, top-k, ReMoE and other routings on two corpora over several seeds, the top-k baseline tuned as well.
+"""Compare dense, top-k, ReMoE and other routings on two corpora over several seeds.
 
 python tools/compare                                # all rows: hours on a CPU
 python tools/compare --corpora mixed --rows dense moe remoe --seeds 1 2 3
 python tools/compare --figures experts --experts 2 4 8 --routings moe remoe   # runs of a figure of scripts/sweep.sh
 
-All runs are the quickstart's models, trained by scripts/sweep.sh --tiny; a text is split 95 : 2.5 : 2.5 by documents.
-Settings are chosen on the second part, with a seed of their own: routing, granularity, coefficient of the auxiliary
-loss, factor on the gates, learning rate, as far as a model has them. The losses shown are of the third part.
-A run is compared with the ReMoE that has as many experts. Finished trainings are kept in --output-dir, and the same
-command continues after a stop. The table also shows results of earlier calls with other seeds.
+All runs train the quickstart's models with scripts/sweep.sh --tiny. The documents are split 95 : 2.5 : 2.5.
+Rows named tuned-* are tuned on the second part with a separate seed: routing, granularity, coefficient of the
+auxiliary loss, factor on the gates and learning rate, where the model has them. The table shows losses on the third
+part. Each run is compared with the ReMoE that has equally many experts. Finished trainings stay in --output-dir: the
+same command continues after a stop, and the table includes the seeds of earlier calls.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from ..quickstart.stages import fingerprint
 from ..sweep.command import add_what_to_train, planned
 from ..sweep.errors import SettingsError
 from ..sweep.plan import AXES, COMPARED, FIGURES
-from . import inside
-from .kept import Kept
+from . import router_figures
 from .recipes import ROWS, row_of
+from .saved_results import SavedResults
 from .table import STUDENT, markdown, verdicts
 from .trainings import TUNING_SEED, Comparison
 
@@ -53,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )  # fmt: skip
     parser.add_argument(
         "--seeds", nargs="+", type=whole_number(1), default=[*SEEDS], metavar="N",
-        help=f"of the trainings that are compared (default: {' '.join(map(str, SEEDS))})",
+        help=f"of the compared trainings (default: {' '.join(map(str, SEEDS))})",
     )  # fmt: skip
     parser.add_argument(
         "--train-iters", type=whole_number(1), default=models.ITERATIONS, metavar="N", help="default: %(default)s"
@@ -63,15 +63,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--processes", type=whole_number(1), default=len(os.sched_getaffinity(0)), metavar="N",
-        help="trainings at once, of one thread each (default: the cores)",
+        help="number of parallel trainings, with one thread each (default: the number of cores)",
     )  # fmt: skip
     parser.add_argument(
         "--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER",
-        help="a folder for each training, and the losses of a corpus as .json (default: runs/compare)",
+        help="for a folder of each training, and a .json file with the losses of each corpus (default: runs/compare)",
     )  # fmt: skip
     parser.add_argument(
         "--analyze", action="store_true",
-        help="also look into the routers with tools/analyze and the held-out sets, and show a table of what it finds",
+        help="also run tools/analyze on the held-out sets, and show a table of its figures",
     )  # fmt: skip
     add_what_to_train(parser, (*FIGURES, COMPARED, *AXES), "none")
     own, flags = split(sys.argv[1:] if arguments is None else arguments)
@@ -86,23 +86,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args.rows += [row for row in map(row_of, runs) if row not in args.rows]
     args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
     if len(args.seeds) > 1 + max(STUDENT):
-        parser.error(f"--seeds: {len(args.seeds)} are more than the {1 + max(STUDENT)} that an interval is known for.")
+        parser.error(f"--seeds: {len(args.seeds)} given. Give at most {1 + max(STUDENT)}.")
     if TUNING_SEED in args.seeds:
-        parser.error(f"--seeds {TUNING_SEED}: settings are chosen with it. Give another.")
+        parser.error(f"--seeds {TUNING_SEED}: reserved for tuning. Give another one.")
     return args
 
 
 def compare(args: argparse.Namespace, display: Display) -> None:
-    """Train, show and write the results.
+    """Train, and print and write the results.
 
     Raises:
-        ToolError: something failed; the message says what to do.
+        ToolError: something failed; the message names the remedy.
     """
     output = args.output_dir.expanduser().resolve()
     inputs = fingerprint("results", args.train_iters, args.tuning_iters, *args.flags)
     with lock(output, "comparison"):
         comparison = Comparison(args, output, display)
-        found = {name: Kept.read(output / f"{name}.json", inputs) for name in args.corpora}
+        found = {name: SavedResults.read(output / f"{name}.json", inputs) for name in args.corpora}
         try:
             comparison.run()
         finally:
@@ -114,11 +114,11 @@ def compare(args: argparse.Namespace, display: Display) -> None:
                 results = kept.of(args.rows)
                 display.say("\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results)]))
                 if args.analyze:
-                    display.say("\n".join(["", f"{name}, routers:", "", inside.markdown(results)]))
+                    display.say("\n".join(["", f"{name}, routers:", "", router_figures.markdown(results)]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare; returns the exit code: 0, 1 after an error, 130 after a stop."""
+    """Compare and return the exit code: 0, 1 after an error, 130 after a stop."""
     args = parse_arguments(arguments)
 
     def work() -> None:

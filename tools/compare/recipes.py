@@ -1,4 +1,4 @@
-"""The rows of a comparison: routings, three of them tuned setting by setting, and runs of the figures."""
+"""Define the rows of a comparison: routings, three of them tuned one setting at a time, and runs of the figures."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,11 @@ TUNED: Mapping[str, tuple[str, ...]] = {
     "tuned-moe": ("moe", "moe-sigmoid", "moe-lossfree", "moe-post"),
     "tuned-remoe": (REFERENCE,),
 }
-SETTINGS = ("aux-coeff", "gate", "lr")  # of `AXES`, of those that a routing has
+SETTINGS = ("aux-coeff", "gate", "lr")  # keys of `AXES`; a routing is tuned along those that it has
 GRANULARITIES = (1, 2)
-BEYOND = 2  # values of a setting that are tried past the end of the sweep's
+BEYOND = 2  # how many values to try beyond those of the sweep
 OTHERS = ("moe-sigmoid", "moe-unbalanced", "moe-warmup", "moe-hash", "moe-random", "moe-expertchoice")
-# In the order in which they are trained: what decides first.
+# In the order of training: the decisive ones first.
 ROWS = (*QUICKSTARTS, "moe-lossfree", "tuned-moe", "tuned-dense", "tuned-remoe", *OTHERS, "remoe-unbalanced")
 _MODEL, _PREFIX = "llama_", f"llama_{BASE_SIZE}_"
 TITLES = {"dense": "dense", "moe": "top-k, softmax", REFERENCE: "ReMoE"}
@@ -28,13 +28,13 @@ TITLES = {"dense": "dense", "moe": "top-k, softmax", REFERENCE: "ReMoE"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run of the sweep, with more flags for Megatron."""
+    """A run of the sweep, with additional flags for Megatron."""
 
     run: Run
     flags: tuple[str, ...] = ()
 
     def options(self, axis: str = "") -> list[str]:
-        """Return the options of scripts/sweep.sh for this run, or for those along a setting."""
+        """Return the options of scripts/sweep.sh for this run, or for all runs along a setting."""
         run, kinds = self.run, [self.run.kind]
         options = ["--granularities", str(run.granularity or WHOLE)]
         if run.size != BASE_SIZE:
@@ -78,12 +78,12 @@ def is_routing(row: str) -> bool:
 
 
 def row_of(run: Run) -> str:
-    """Return the row of a figure's run: its routing if nothing else is changed, else the run's name."""
+    """Return the row of a figure's run: its routing if nothing else differs, else the run's name."""
     return run.kind if run == recipe_of(run.kind).run else run.name.removeprefix(_PREFIX).removeprefix(_MODEL)
 
 
 def reference_of(row: str) -> str:
-    """Return the row of the ReMoE to compare with: of as many experts of the same size, not tuned."""
+    """Return the row of the ReMoE to compare with: equally many experts of equal size, not tuned."""
     if is_routing(row):
         return REFERENCE
     run = recipe_of(row).run
@@ -115,13 +115,13 @@ Train = Callable[[Sequence[str], Sequence[str]], Found]
 def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
     """Return the routing, granularity and settings with the lowest validation loss.
 
-    Trains each routing at each granularity, then the best of them along each of its settings, beyond the sweep's values
-    if the best is at their end, then the best value of each setting together.
+    Train each routing at each granularity, then the best one along each of its settings, then with the best values of
+    all settings. Go beyond the sweep's values of a setting while the best one is at their end.
 
     Args:
-        kinds: of `sweep.plan.KINDS`.
+        kinds: routings, from `sweep.plan.KINDS`.
         train: takes options for scripts/sweep.sh and flags for Megatron; returns all outcomes so far by run.
-        given: the flags of all runs, whose learning rate is multiplied.
+        given: the flags of all runs; the tuned learning rate is a multiple of theirs.
     """
     granularities = map(str, GRANULARITIES)
     found = train(["--figures", "granularity", "--granularities", *granularities, "--routings", *kinds], ())
@@ -132,15 +132,15 @@ def tune(kinds: Sequence[str], train: Train, given: Settings) -> Recipe:
     for name in SETTINGS:
         if first.kind in AXES[name].kinds:
             along = _along(name, first, at, train)
-            losses |= {flags_behind(run, first, given): loss for run, loss in along.items()}
-            together += flags_behind(min(along, key=along.__getitem__), first, given)
+            losses |= {added_flags(run, first, given): loss for run, loss in along.items()}
+            together += added_flags(min(along, key=along.__getitem__), first, given)
     if together not in losses:
         losses[together] = loss_of(train(at.options(), together)[first])
     return replace(at, flags=min(losses, key=losses.__getitem__))
 
 
 def _along(name: str, first: Run, at: Recipe, train: Train) -> dict[Run, float]:
-    """Return the losses along a setting, once the best is not at an end, or `BEYOND` more values were tried."""
+    """Return the losses along a setting; extend it up to `BEYOND` times while the best value is at an end."""
     values = AXES[name].values
     for _ in range(1 + BEYOND):
         options = [*at.options(name), f"--{name}s", *(f"{value:g}" for value in values)]
@@ -148,25 +148,25 @@ def _along(name: str, first: Run, at: Recipe, train: Train) -> dict[Run, float]:
         along = {run: loss_of(found[run]) for run in (first.at(name, value) for value in values)}
         place = min(range(len(values)), key=lambda place: along[first.at(name, values[place])])
         if place == 0:
-            values = (_plain(values[0] ** 2 / values[1]), *values)
+            values = (_rounded(values[0] ** 2 / values[1]), *values)
         elif place == len(values) - 1:
-            values = (*values, _plain(values[-1] ** 2 / values[-2]))
+            values = (*values, _rounded(values[-1] ** 2 / values[-2]))
         else:
             break
     return along
 
 
-def _plain(value: float) -> float:
-    """Return the value as names and flags have it."""
+def _rounded(value: float) -> float:
+    """Return the value with the digits that names and flags have."""
     return float(f"{value:g}")
 
 
-def flags_behind(run: Run, first: Run, given: Settings) -> tuple[str, ...]:
-    """Return the flags that a run has and `first` has not."""
+def added_flags(run: Run, first: Run, given: Settings) -> tuple[str, ...]:
+    """Return the flags that a run adds to those of `first`."""
     return tuple(run.flags(given)[len(first.flags(given)) :])
 
 
 def loss_of(outcome: Outcome) -> float:
-    """Return nats per token on the text that settings are chosen by; infinite if the training has none."""
+    """Return nats per token on the tuning text; infinite if the training has no such loss."""
     loss = outcome.validation_loss
     return math.inf if loss is None or math.isnan(loss) else loss

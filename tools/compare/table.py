@@ -1,8 +1,8 @@
-"""Means with intervals, and the table of a corpus."""
+"""Compute means with intervals, and make the table of a corpus."""
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..common.markdown import table
@@ -18,8 +18,8 @@ class Result:
 
     Attributes:
         loss: nats per byte.
-        settled: the step from which S stays at its target; None if it does not, or if there is no S.
-        flip_rate, flip_count: flips late in the training, if they were measured.
+        settled: the first step from which S stays at its target; None if it does not, or for other routings.
+        flip_rate, flip_count: flips in the second half of the training, if measured.
         routing: figures of tools/analyze, if it ran: name → a value for each MoE layer.
     """
 
@@ -30,58 +30,62 @@ class Result:
     routing: dict[str, list[float | None]] = field(default_factory=dict)
 
 
-Results = Mapping[str, Mapping[int, Result]]  # row → seed → what came out
+Results = Mapping[str, Mapping[int, Result]]  # row → seed → result
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean, and half of its 95 % interval by Student's t; infinite for one value."""
+    """Return the mean and half of its 95 % interval by Student's t, which is infinite for one value."""
     half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return statistics.fmean(values), half
 
 
 def differences(results: Results, row: str) -> list[float]:
-    """Return the loss of a row minus that of its ReMoE, for the seeds that both have."""
-    of, beside = results[row], results.get(reference_of(row), {})
-    return [of[seed].loss - beside[seed].loss for seed in sorted(of.keys() & beside.keys())]
+    """Return the loss of a row minus that of its ReMoE, for each seed that both have."""
+    of, reference = results[row], results.get(reference_of(row), {})
+    return [of[seed].loss - reference[seed].loss for seed in sorted(of.keys() & reference.keys())]
 
 
 def markdown(results: Results, tuned: Mapping[str, Recipe]) -> str:
-    """Return a row for each routing or run: loss, and its difference to ReMoE's by seed.
+    """Return a table with a row for each routing or run: loss, and its difference to ReMoE's by seed.
 
-    With runs of a figure there are also the step from which S stays at its target, and flips.
+    If there are runs of a figure, it has also the step from which S stays at its target, and flips.
 
     Args:
         results: row → seed → result.
-        tuned: row → the settings that were chosen.
+        tuned: row → the chosen settings.
     """
     columns = {
         "": {row: f"{title(row)}: {tuned[row]}" if row in tuned else title(row) for row in results},
-        "loss": {row: shown([each.loss for each in of.values()]) for row, of in results.items()},
-        "above ReMoE": {row: shown(differences(results, row), "+") for row in results if row != reference_of(row)},
+        "loss": {row: format_mean([each.loss for each in of.values()]) for row, of in results.items()},
+        "above ReMoE": {
+            row: format_mean(differences(results, row), "+") for row in results if row != reference_of(row)
+        },
     }
     if any(not is_routing(row) for row in results):
         more = {
-            "S settled": {row: _settled([each.settled for each in of.values()]) for row, of in results.items()},
-            "flip rate": {row: _flips([each.flip_rate for each in of.values()]) for row, of in results.items()},
-            "flips per token": {row: _flips([each.flip_count for each in of.values()]) for row, of in results.items()},
+            "S settled": {row: _format_settled([each.settled for each in of.values()]) for row, of in results.items()},
+            "flip rate": {row: _format_flips(each.flip_rate for each in of.values()) for row, of in results.items()},
+            "flips per token": {
+                row: _format_flips(each.flip_count for each in of.values()) for row, of in results.items()
+            },
         }
-        columns |= {name: told for name, told in more.items() if any(told.values())}
+        columns |= {name: cells for name, cells in more.items() if any(cells.values())}
     columns["seeds"] = {row: str(len(of)) for row, of in results.items()}
-    return "\n".join(table([*columns], ([told.get(row, "") for told in columns.values()] for row in results)))
+    return "\n".join(table([*columns], ([cells.get(row, "") for cells in columns.values()] for row in results)))
 
 
 def verdicts(results: Results) -> Iterator[str]:
-    """Yield for each row whether its ReMoE is lower, higher, or neither with confidence."""
+    """Yield for each row whether the loss of its ReMoE is significantly lower or higher."""
     for row in results:
         values = differences(results, row) if row != reference_of(row) else []
         if values:
             mean, half = interval(values)
-            told = "cannot be told" if abs(mean) <= half else "ReMoE is lower" if mean > 0 else "ReMoE is higher"
-            yield f"{title(row)}: {told}"
+            verdict = "ReMoE is lower" if mean > 0 else "ReMoE is higher"
+            yield f"{title(row)}: {verdict if abs(mean) > half else 'no significant difference'}"
 
 
-def _settled(steps: Sequence[int | None]) -> str:
-    """Return the median over the seeds, and how many of them settled if not all did."""
+def _format_settled(steps: Sequence[int | None]) -> str:
+    """Return the median over the seeds as text, and the number that settled if not all did."""
     found = [step for step in steps if step is not None]
     if not found:
         return ""
@@ -89,12 +93,12 @@ def _settled(steps: Sequence[int | None]) -> str:
     return median if len(found) == len(steps) else f"{median} ({len(found)} of {len(steps)})"
 
 
-def _flips(values: Sequence[float | None]) -> str:
-    return shown([value for value in values if value is not None], digits=4)
+def _format_flips(values: Iterable[float | None]) -> str:
+    return format_mean([value for value in values if value is not None], digits=4)
 
 
-def shown(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
-    """Return mean and interval as text; "" without values."""
+def format_mean(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
+    """Return the mean and its interval as text; "" without values."""
     if not values:
         return ""
     mean, half = interval(values)

@@ -1,4 +1,4 @@
-"""The trainings of a comparison: sweeps of a few runs as processes, and their results so far."""
+"""Run the trainings of a comparison as processes, and collect their results."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ from ..quickstart.models import SIZE
 from ..sweep import results, tiny
 from ..sweep.plan import MATCHED, Run
 from ..sweep.run_log import Outcome, is_finished, log_of
-from . import inside
+from . import router_figures
 from .recipes import TUNED, Recipe, recipe_of, reference_of, title, tune
 from .table import Result
 
@@ -34,7 +34,7 @@ TUNING_SEED = 1233
 
 
 class Processes:
-    """Starts sweeps and analyses as processes of one thread, and ends them when told to stop."""
+    """Start sweeps and analyses as processes with one thread, and stop them."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
@@ -51,7 +51,7 @@ class Processes:
             iterations: of each run.
             seed: of each run.
             options: for scripts/sweep.sh.
-            flags: for Megatron, after those.
+            flags: for Megatron, after the options' own.
 
         Raises:
             ToolError: a run did not finish.
@@ -62,27 +62,30 @@ class Processes:
         self._run(command, tiny.text_in(text, text.parent.name), f"The logs: {log_of(folder / '*')}")
         return {row.run: row.outcome for row in results.rows_of(folder, []) if is_finished(row.outcome)}
 
-    def analyze(self, run: Path, text: Path) -> inside.Figures:
-        """Analyze a run with tools/analyze; each held-out set of the text is a domain.
+    def analyze(self, run: Path, text: Path) -> router_figures.Figures:
+        """Analyze a run with tools/analyze unless that is done; each held-out set of the text is a domain.
 
         Raises:
             ToolError: tools/analyze failed.
         """
-        if not inside.is_there(run):
+        if not router_figures.has_analysis(run):
             sets = [str(index.with_suffix("")) for index in sorted(text.glob("heldout_*.idx"))]
             command = [sys.executable, str(ROOT / "tools" / "analyze"), "--load", str(run / "checkpoints")]
-            command += ["--output-dir", str(run / "analysis"), "--sequences", str(inside.SEQUENCES)]
+            command += ["--output-dir", str(run / "analysis"), "--sequences", str(router_figures.SEQUENCES)]
             command += ["--data-path", *sets]
             self._run(command, {}, f"The command: {shlex.join(command)}")
-        return inside.read(run / "analysis")
+        return router_figures.read(run / "analysis")
 
     def _run(self, command: Sequence[str], settings: Mapping[str, str], where: str) -> None:
         """Run a command to its end.
 
         Args:
-            command: its words.
-            settings: more environment variables.
-            where: what to look at if it fails.
+            command: program and arguments.
+            settings: additional environment variables.
+            where: the place of its log, for the error.
+
+        Raises:
+            ToolError: it failed.
         """
         if self._stopped:
             raise KeyboardInterrupt
@@ -93,7 +96,7 @@ class Processes:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C reaches it through `stop` only: a second one would end it unsaved
+            start_new_session=True,  # a second Ctrl-C would end it unsaved
         )
         self._running.add(process)
         if self._stopped:
@@ -111,17 +114,17 @@ class Processes:
 
 
 def make_text(folder: Path, name: str, display: Display) -> Path:
-    """Return the folder of a corpus as the quickstart's data; an existing one is reused."""
+    """Build a corpus and its data set, or reuse them, and return the data set's folder."""
     text = corpus.build(folder / "corpus", display.say, name, corpora.CORPORA[name]())
     dataset.build(folder / "data", folder / "corpus", text, threads=1)
     return folder / "data"
 
 
 class Comparison:
-    """Trainings of all corpora in a pool of processes.
+    """The trainings of all corpora in a pool of processes.
 
     Attributes:
-        recipes: corpus → tuned row → the settings that were chosen.
+        recipes: corpus → tuned row → the chosen settings.
         results: corpus → row → seed → result.
     """
 
@@ -134,19 +137,19 @@ class Comparison:
         self.results: dict[str, dict[str, dict[int, Result]]] = {name: {} for name in args.corpora}
 
     def run(self) -> None:
-        """Tune, train and analyze, with all processes each; what is under way is saved on an interruption.
+        """Tune, train and analyze; an interruption makes the running trainings save a checkpoint.
 
         Raises:
-            ToolError: trainings failed; the others have finished.
+            ToolError: some failed; the others have finished.
         """
         args, say = self._args, self._display.say
         corpora_of = [(name, row) for row in args.rows for name in args.corpora]
         with ThreadPoolExecutor(args.processes) as threads:
             try:
                 tuned = [(name, row) for name, row in corpora_of if row in TUNED]
-                for (name, row), recipe, _ in self._done(threads, "tuning", self._tuned, tuned):
+                for (name, row), recipe, _ in self._finished_jobs(threads, "tuning", self._tune, tuned):
                     self.recipes[name][row] = recipe
-                    say(f"{_told(name, row)} is {recipe}")
+                    say(f"{_label(name, row)} is {recipe}")
                 jobs = [
                     (name, row, seed)
                     for row in args.rows
@@ -154,20 +157,20 @@ class Comparison:
                     for name in args.corpora
                     if row not in TUNED or row in self.recipes[name]
                 ]
-                for (name, row, seed), result, place in self._done(threads, "training", self._trained, jobs):
+                for (name, row, seed), result, place in self._finished_jobs(threads, "training", self._train, jobs):
                     self.results[name].setdefault(row, {})[seed] = result
-                    say(f"{_told(name, row, seed)}: {result.loss:.4f} {place}")
+                    say(f"{_label(name, row, seed)}: {result.loss:.4f} {place}")
                 jobs = [
                     (name, row, seed)
                     for name, rows in self.results.items()
                     for row, of in rows.items()
-                    if args.analyze and inside.is_analyzed(self._recipe(name, row).run)
+                    if args.analyze and router_figures.is_analyzed(self._recipe(name, row).run)
                     for seed in of
                 ]
-                for (name, row, seed), routing, place in self._done(threads, "analyzing", self._analyzed, jobs):
+                for (name, row, seed), routing, place in self._finished_jobs(threads, "analyzing", self._analyze, jobs):
                     of = self.results[name][row]
                     of[seed] = replace(of[seed], routing=routing)
-                    say(f"{_told(name, row, seed)}: tools/analyze {place}")
+                    say(f"{_label(name, row, seed)}: tools/analyze {place}")
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self._processes.stop()
@@ -177,12 +180,12 @@ class Comparison:
                 "\n".join([f"{len(self._failed)} failed; the same command tries them again.", *self._failed])
             )
 
-    def _done[Key: tuple[Any, ...], Value](
+    def _finished_jobs[Key: tuple[Any, ...], Value](
         self, threads: ThreadPoolExecutor, what: str, work: Callable[..., Value], keys: Iterable[Key]
     ) -> Iterator[tuple[Key, Value, str]]:
-        """Do work for each key; yield key, result, and number with time left, in the order in which they finish.
+        """Do work for each key, and yield key, result, and progress as text in the order in which jobs finish.
 
-        Failed ones are shown and left out.
+        Failed jobs are printed and left out.
         """
         jobs, began = {threads.submit(work, *key): key for key in keys}, time.monotonic()
         with self._display.step(what, len(jobs)):
@@ -191,12 +194,12 @@ class Comparison:
                 left = duration((time.monotonic() - began) / number * (len(jobs) - number))
                 key, place = jobs[job], f"({number}/{len(jobs)}, {left} left)"
                 if isinstance(error := job.exception(), ToolError):
-                    self._failed.append(f"{_told(*key)}: {error}")
-                    self._display.say(f"{_told(*key)}: failed {place}")
+                    self._failed.append(f"{_label(*key)}: {error}")
+                    self._display.say(f"{_label(*key)}: failed {place}")
                 else:
                     yield key, job.result(), place
 
-    def _tuned(self, name: str, row: str) -> Recipe:
+    def _tune(self, name: str, row: str) -> Recipe:
         args, text = self._args, self._texts[name]
 
         def train(options: Sequence[str], flags: Sequence[str]) -> dict[Run, Outcome]:
@@ -206,7 +209,7 @@ class Comparison:
 
         return tune(TUNED[row], train, parse(tiny.flags(SIZE, args.tuning_iters, os.environ)))
 
-    def _trained(self, name: str, row: str, seed: int) -> Result:
+    def _train(self, name: str, row: str, seed: int) -> Result:
         args, recipe, folder = self._args, self._recipe(name, row), self._folder(name, row, seed)
         flags = [*recipe.flags, *args.flags]
         with self._at_work.setdefault(folder, threading.Lock()):
@@ -216,7 +219,7 @@ class Comparison:
             raise ToolError(f"{log_of(folder / recipe.run.name)}: has no loss on the test set.")
         return Result(outcome.test_loss, outcome.settled, outcome.flip_rate, outcome.flip_count)
 
-    def _analyzed(self, name: str, row: str, seed: int) -> inside.Figures:
+    def _analyze(self, name: str, row: str, seed: int) -> router_figures.Figures:
         run = self._recipe(name, row).run
         return self._processes.analyze(self._folder(name, row, seed) / run.name, self._texts[name])
 
@@ -224,10 +227,10 @@ class Comparison:
         return self.recipes[name][row] if row in TUNED else recipe_of(row)
 
     def _folder(self, name: str, row: str, seed: int) -> Path:
-        """Return the folder of a run; a matched one is trained beside its ReMoE, whose FLOPs it takes."""
-        beside = reference_of(row) if self._recipe(name, row).run.kind == MATCHED else row
-        return self._output / name / beside / f"seed-{seed}"
+        """Return the folder of a run; a run of matched FLOPs shares it with its ReMoE."""
+        reference = reference_of(row) if self._recipe(name, row).run.kind == MATCHED else row
+        return self._output / name / reference / f"seed-{seed}"
 
 
-def _told(name: str, row: str, seed: int | None = None) -> str:
+def _label(name: str, row: str, seed: int | None = None) -> str:
     return f"{name}: {title(row)}" + (f", seed {seed}" if seed is not None else "")

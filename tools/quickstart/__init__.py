@@ -1,1 +1,1 @@
-"""The quickstart: three models on real text, compared."""
+"""Train three models on real text and compare them."""

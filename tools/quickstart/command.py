@@ -1,20 +1,24 @@
-"""Trains a dense, a top-k MoE and a ReMoE language model of equal active size on real text, and compares them."""
+"""Train a dense, a top-k MoE and a ReMoE language model of equal active size on real text, and compare them."""
 
 import argparse
 import importlib.metadata
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
 
+from ..common.figure_reader import read_figures
 from ..common.files import lock, write_json
-from ..common.places import ROOT
+from ..common.flags import whole_number
+from ..common.places import ROOT, short
 from ..common.running import run_to_the_end
 from ..common.units import duration
+from ..sweep.progress import SweepDisplay, Work
 from . import corpora, corpus, dataset, models, picture, report, stages, training
-from .display import TrainingDisplay, Work, step
 
 LEAST_ITERATIONS = 10
 
@@ -33,29 +37,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--output-dir",
         type=Path,
         metavar="FOLDER",
-        help=f"where everything is written (default: {' or '.join(map(str, corpora.FOLDERS.values()))})",
+        help=f"for all files (default: {' or '.join(map(str, corpora.FOLDERS.values()))} in the project's folder)",
     )
     parser.add_argument(
         "--iterations",
-        default=os.environ.get("QUICKSTART_ITERS", str(models.ITERATIONS)),
-        help=f"of each training (default: QUICKSTART_ITERS, or {models.ITERATIONS})",
+        type=whole_number(LEAST_ITERATIONS),
+        metavar="N",
+        help=f"optimizer steps of each training (default: QUICKSTART_ITERS, or {models.ITERATIONS})",
     )
     parser.add_argument(
         "--threads",
-        default=os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))),
-        help="for the arithmetic (default: OMP_NUM_THREADS, or all cores)",
+        type=whole_number(1),
+        metavar="N",
+        help="number of CPU threads (default: OMP_NUM_THREADS, or all cores)",
     )
-    parser.add_argument("--seed", default=str(models.SEED), help="of the trainings (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole_number(1), default=models.SEED, metavar="N", help="of the trainings (default: %(default)s)"
+    )
     args = parser.parse_args(arguments)
-    for name, least, source in (
-        ("iterations", LEAST_ITERATIONS, "--iterations or QUICKSTART_ITERS"),
-        ("threads", 1, "--threads or OMP_NUM_THREADS"),
-        ("seed", 1, "--seed"),
-    ):
-        text = getattr(args, name)
-        if not text.isdecimal() or int(text) < least:
-            parser.error(f"{source} is {text!r}: give a whole number of at least {least}.")
-        setattr(args, name, int(text))
+
+    def from_environment(name: str, least: int, default: int) -> int:
+        try:
+            return whole_number(least)(os.environ.get(name, str(default)))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{name} is {error}.")
+
+    args.iterations = args.iterations or from_environment("QUICKSTART_ITERS", LEAST_ITERATIONS, models.ITERATIONS)
+    args.threads = args.threads or from_environment("OMP_NUM_THREADS", 1, len(os.sched_getaffinity(0)))
     args.output_dir = args.output_dir or ROOT / corpora.FOLDERS[args.corpus]
     return args
 
@@ -74,7 +82,6 @@ def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str
                 model=model,
                 folder=runs / model,
                 flags=flags + placed,
-                iterations=args.iterations,
                 evaluations=len(train_tokens),
                 inputs=stages.fingerprint(data["inputs"], flags, sources, versions),
             )
@@ -83,27 +90,37 @@ def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str
 
 
 def train(
-    console: Console, trainings: list[training.Training], held_out: dict[str, int], threads: int, held: IO[str]
+    console: Console, trainings: list[training.Training], iterations: int, threads: int, keep_open: IO[str]
 ) -> None:
     """Run the trainings that are not done yet, one after another."""
     works = [
         Work(
-            title=models.NAMES[each.model],
-            iterations=each.iterations,
+            name=models.NAMES[each.model],
+            place=f"{number}/{len(trainings)}",
+            iterations=iterations,
+            tokens_per_iteration=models.SIZE.tokens_per_iteration,
             cost=models.RELATIVE_COST[each.model],
-            evaluation=sum(held_out.values()) / models.SIZE.sequence / models.EVALUATED_PER_ITERATION,
-            sets=len(held_out),
         )
-        for each in trainings
+        for number, each in enumerate(trainings, start=1)
     ]
-    with TrainingDisplay(console, works) as display:
+    with SweepDisplay(console, works) as display:
         for each, work in zip(trainings, works, strict=True):
             if each.is_done():
                 display.finish(work, "reused")
             else:
-                start = time.monotonic()
-                training.run(each, display, work, threads, held)
-                display.finish(work, f"trained in {duration(time.monotonic() - start)}")
+                began = time.monotonic()
+                training.run(each, display, work, threads, keep_open)
+                display.finish(work, f"trained in {duration(time.monotonic() - began)}")
+
+
+@contextmanager
+def step(console: Console, name: str, doing: str) -> Iterator[list[str]]:
+    """Show a running step; at its end, print its time and the strings that were added to the yielded list."""
+    result: list[str] = []
+    began = time.monotonic()
+    with console.status(f"{name:<8} {doing}"):
+        yield result
+    console.print(f"  {name:<8} {' '.join(result)} [dim]{duration(time.monotonic() - began)}[/dim]", highlight=False)
 
 
 def describe_corpus(manifest: dict[str, Any]) -> str:
@@ -114,24 +131,24 @@ def describe_corpus(manifest: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do all steps; each reuses the results of an earlier call. Returns the exit code."""
+    """Do all steps and return the exit code; each step reuses the results of an earlier call."""
     console = Console()
-    output: Path = args.output_dir.resolve()
+    output: Path = args.output_dir.expanduser().resolve()
     runs = output if args.iterations == models.ITERATIONS else output / f"iterations-{args.iterations}"
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    with lock(output, "quickstart") as held:
+    with lock(output, "quickstart") as keep_open:
         threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, {threads}"
-        say(f"{title}, in {_short(output)}")
+        say(f"{title}, in {short(output)}")
         with step(console, "corpus", "collecting text") as result:
             sources = corpora.CORPORA[args.corpus]()
             text = corpus.build(output / "corpus", lambda line: say(f"  {line}"), args.corpus, sources)
             result.append(describe_corpus(text) + " (reused)" * text["reused"])
         for domain, reason in text["missing"].items() if text["reused"] else ():
-            say(f"  It was made without {domain}. To try again, remove {_short(output / 'corpus')}. {reason}")
+            say(f"  The corpus has no {domain}. To try again, remove {short(output / 'corpus')}. {reason}")
         with step(console, "data set", "preprocessing") as result:
             data = dataset.build(output / "data", output / "corpus", text, args.threads)
             result.append(f"{sum(data['tokens']['train'].values()):,} training tokens" + " (reused)" * data["reused"])
@@ -140,25 +157,21 @@ def run(args: argparse.Namespace) -> int:
             for domain, tokens in data["tokens"]["heldout"].items()
         }
         trainings = plan(args, runs, output / "data", data)
-        train(console, trainings, held_out, args.threads, held)
+        train(console, trainings, args.iterations, args.threads, keep_open)
         with step(console, "report", "reading the figures") as result:
-            found = {each.model: report.Run.read(each.folder) for each in trainings}
+            found = {each.model: read_figures(each.folder) for each in trainings}
             summary = report.summarize(found, held_out, args.iterations, args.seed, models.SIZE)
             write_json(output / "summary.json", summary)
             try:
                 picture.draw(output / "report.png", found, summary)
                 result.append("table and picture")
-            except Exception as error:  # the table does without it
+            except Exception as error:  # the table is worth showing without it
                 result.append(f"table; no picture: {type(error).__name__}: {error};")
-    report.show(console, summary, _short(output), _short(runs))
+    report.show(console, summary, output, runs)
     return 0
 
 
-def _short(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 def main() -> int:
-    """Run the quickstart; returns the exit code."""
+    """Run the quickstart and return the exit code."""
     args = parse_arguments()
     return run_to_the_end(lambda: run(args))

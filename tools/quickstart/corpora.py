@@ -1,4 +1,4 @@
-"""The corpora by name, and the quickstart's default folder for each."""
+"""List the corpora, and the quickstart's default folder for each."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

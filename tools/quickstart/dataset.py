@@ -1,8 +1,9 @@
-"""Turn the corpus into Megatron data sets of bytes."""
+"""Convert the corpus to Megatron data sets, with bytes as tokens."""
 
 from pathlib import Path
 from typing import Any
 
+from ..common.files import write_json
 from ..common.places import ROOT
 from . import models, stages
 
@@ -23,13 +24,13 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
         folder: for the data sets and their vocabulary.
         corpus_folder: the corpus.
         corpus: its manifest.
-        threads: number of threads that encode.
+        threads: number of threads for encoding.
 
     Returns:
         The manifest: "inputs", "tokens" (part → domain → number of tokens), "reused".
 
     Raises:
-        stages.QuickstartError: preprocessing failed, or the number of tokens is not that of the text's bytes.
+        stages.QuickstartError: preprocessing failed, or the number of tokens differs from the text's bytes.
     """
     stamp = stages.read_stamp(folder / "manifest.json", inputs(corpus))
     if stamp is not None:
@@ -40,7 +41,7 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
     from ..preprocessing.encoders import gpt2_encoder
     from ..preprocessing.pipeline import Job, preprocess
 
-    stages.fresh_folder(folder)
+    stages.make_empty(folder)
     encoder = gpt2_encoder(*byte_level_vocabulary(folder), threads)
     manifest: dict[str, Any] = {"inputs": inputs(corpus), "tokens": {"train": {}, "heldout": {}}, "reused": False}
     for part, of_part in manifest["tokens"].items():
@@ -59,10 +60,10 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
                 raise stages.QuickstartError(
                     f"{prefix}.bin holds {of_part[domain]} tokens instead of the {expected} of the text."
                 )
-    stages.write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
     return manifest
 
 
 def predicted_tokens(tokens: int, sequence: int) -> int:
-    """Return how many tokens an evaluation of a data set predicts: whole sequences, each with the token after it."""
+    """Return how many tokens an evaluation predicts: those of whole sequences that have a token after them."""
     return (tokens - 1) // sequence * sequence

@@ -1,4 +1,4 @@
-"""The quickstart's three models: what they share, how they differ, and how many parameters they have."""
+"""Define the quickstart's three models and their flags."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +27,7 @@ class Size(Dimensions):
 SIZE = Size(**vars(TINY))
 ITERATIONS = TINY_TRAINING.iterations
 SEED = 1234
-
-# For the time left: an iteration's time relative to the dense model's, and held-out sequences that take as long.
-RELATIVE_COST = {"dense": 1.0, "moe": 1.3, "remoe": 1.3}
-EVALUATED_PER_ITERATION = 8
+RELATIVE_COST = {"dense": 1.0, "moe": 1.3, "remoe": 1.3}  # time of an iteration, for the time left
 
 
 def common_flags(size: Size, iterations: int, seed: int) -> list[str]:
@@ -48,13 +45,13 @@ def common_flags(size: Size, iterations: int, seed: int) -> list[str]:
 
 
 def model_flags(model: str, size: Size) -> list[str]:
-    """Return the flags in which the models differ; none for the dense one."""
+    """Return the flags of one model's routing; none for the dense one."""
     flags = Routing(model, size.experts, topk=size.topk).flags(size.ffn)
     return [*flags, *["--moe-per-layer-logging"] * bool(flags)]
 
 
 def data_flags(data: Path, train_tokens: dict[str, int]) -> list[str]:
-    """Return the flags for the text: domains in training weighted by their size, held-out text domain by domain.
+    """Return the flags for the text: training on all domains in proportion to their size, evaluation on each domain.
 
     Args:
         data: folder of the preprocessed text and its vocabulary.
@@ -73,7 +70,7 @@ def data_flags(data: Path, train_tokens: dict[str, int]) -> list[str]:
 
 
 def output_flags(folder: Path) -> list[str]:
-    """Return the flags for a training's checkpoints and figures, from which it also resumes."""
+    """Return the flags for a training's checkpoints and figures; it resumes from them."""
     checkpoints = str(folder / "checkpoints")
     return ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", str(folder / "tensorboard")]
 
@@ -81,18 +78,3 @@ def output_flags(folder: Path) -> list[str]:
 def data_prefix(data: Path, part: str, domain: str) -> str:
     """Return the prefix of a .bin/.idx pair, as the preprocessing tool names it."""
     return str(data / f"{part}_{domain}_text_document")
-
-
-def parameters(model: str, size: Size) -> tuple[int, int]:
-    """Return active and total parameters: a token uses `topk` experts of every layer, on average in ReMoE."""
-    padded = -(-size.vocabulary // size.vocabulary_multiple) * size.vocabulary_multiple
-    head = size.hidden // size.heads
-    attention = size.hidden * (size.hidden + 2 * size.query_groups * head) + size.hidden * size.hidden
-    norms = 2 * size.hidden
-    expert = 3 * size.hidden * size.ffn  # SwiGLU: gate, up and down projection
-    outside = 2 * padded * size.hidden + size.hidden  # embedding, output layer, last norm
-    if model == "dense":
-        active = outside + size.layers * (attention + norms + expert)
-        return active, active
-    shared = outside + size.layers * (attention + norms + size.hidden * size.experts)  # with the router
-    return shared + size.layers * size.topk * expert, shared + size.layers * size.experts * expert

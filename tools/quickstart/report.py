@@ -1,117 +1,83 @@
-"""The comparison of the three models: a summary, a table, and the lines that end the quickstart."""
+"""Compare the three models: the summary, the table, and the last lines of the quickstart."""
 
 import importlib.metadata
 import platform
 import shlex
-import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from megatron.remoe.training.run_log import FILE, read_run_log
-
+from ..common.places import ROOT, short
+from ..common.run_figures import TOTALS, RunFigures
 from . import models
 
-# Standard deviation of the validation loss between the seeds 1234, 1235 and 1236, after so many iterations:
-# docs/experiments.md.
+# Standard deviation of the validation loss over the seeds 1234, 1235 and 1236 after 1200 iterations, from
+# docs/experiments.md, "Quickstart, three seeds".
 SEEDS, SPREAD_ITERATIONS = 3, 1200
 SPREAD = {"dense": 0.0461, "moe": 0.0088, "remoe": 0.0249}
 LAST_PART = 0.75  # the last quarter starts here
 
 
-@dataclass(frozen=True)
-class Run:
-    """Figures of a training, from its metrics.jsonl.
+def is_late(iterations: NDArray[np.int64], last: int) -> NDArray[np.bool_]:
+    """Return which iterations are in the last quarter of a training of `last` iterations."""
+    return iterations > LAST_PART * last
 
-    Attributes:
-        start: iteration that its last process continued from.
-        lines: the `log` lines.
-        losses: held-out set → loss at the end, in nats per token.
+
+def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
+    """Return S over all steps of the last quarter.
+
+    It comes from the running sums; without them it is the mean of the logged steps.
     """
-
-    start: int = 0
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    losses: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path, since: float = 0.0) -> "Run":
-        """Read what is there.
-
-        Args:
-            folder: of the training.
-            since: Unix time; leave out what processes before it wrote.
-        """
-        start, lines, losses, is_new = 0, [], {}, not since
-        for record in read_run_log(folder / "checkpoints" / FILE):
-            if record["kind"] == "start":
-                start, is_new = record["iteration"], record.get("time", 0.0) >= since
-            elif is_new and record["kind"] == "log":
-                lines.append(record)
-            elif is_new and record["kind"] == "validation" and "lm_loss" in record:
-                losses[record.get("set", "")] = record["lm_loss"]
-        return cls(start, lines, losses) if is_new else cls()
-
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Return the iterations that have a figure, and its values."""
-        points = {line["iteration"]: line[name] for line in self.lines if name in line}
-        return [*points], [*points.values()]
-
-    def last_quarter(self, iterations: int) -> list[dict[str, Any]]:
-        """Return the lines of the last quarter of so many iterations."""
-        return [line for line in self.lines if line["iteration"] > LAST_PART * iterations]
-
-    def late_sparsity(self, iterations: int, experts: int) -> float:
-        """Return S over all steps of the last quarter, from the running sums; without them, the mean of the lines."""
-        late = self.last_quarter(iterations)
-        before: dict[str, Any] = self.lines[-len(late) - 1] if len(late) < len(self.lines) else {}
-        if "total_active_pairs" not in late[-1]:
-            return statistics.fmean(line["sparsity"] for line in late)
-        pairs, tokens = (late[-1][name] - before.get(name, 0) for name in ("total_active_pairs", "total_layer_tokens"))
-        return 1 - pairs / (tokens * experts)
-
-    def expert_load(self, iterations: int) -> dict[int, list[float]]:
-        """Return layer → share of its tokens that each expert got, mean over the lines of the last quarter."""
-        loads = [line["tokens_per_expert"] for line in self.last_quarter(iterations)]
-        return {
-            int(layer): [statistics.fmean(shares) for shares in zip(*(load[layer] for load in loads), strict=True)]
-            for layer in loads[-1]
-        }
+    sums = []
+    for name in TOTALS:
+        iterations, values = figures.curve(name)
+        late = is_late(iterations, last)
+        if not late.any():
+            iterations, values = figures.curve("sparsity")
+            return float(values[is_late(iterations, last)].mean())
+        sums.append(values[-1] - (0 if late.all() else values[~late][-1]))
+    pairs, tokens = sums
+    return float(1 - pairs / (tokens * experts))
 
 
 def summarize(
-    runs: Mapping[str, Run], held_out: dict[str, int], iterations: int, seed: int, size: models.Size
+    runs: Mapping[str, RunFigures], held_out: dict[str, int], iterations: int, seed: int, size: models.Size
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
     Args:
         runs: model → its figures.
-        held_out: domain → number of tokens predicted in its evaluation, the weight of its loss.
+        held_out: domain → tokens that its evaluation predicts: the weight of its loss.
         iterations: of each training.
         seed: of each training.
         size: of the models.
     """
     summary: dict[str, Any] = {}
     for model, run in runs.items():
-        # The first intervals are those of a cold process.
-        seconds = statistics.median(line["seconds_per_iteration"] for line in run.lines[2:] or run.lines)
-        active, total = models.parameters(model, size)
+        # Process start-up slows the first intervals.
+        seconds = run.curve("seconds_per_iteration").values
+        seconds = seconds[2:] if len(seconds) > 2 else seconds
+        losses = {domain: run.evaluations[domain][-1].loss for domain in held_out}
+        total = run.parameters or 0
+        unused = (size.experts - size.topk) * size.layers * 3 * size.hidden * size.ffn if run.num_experts else 0
         summary[model] = {
-            "val_loss": sum(run.losses[domain] * n for domain, n in held_out.items()) / sum(held_out.values()),
-            "val_loss_by_domain": {domain: run.losses[domain] for domain in held_out},
+            "val_loss": sum(losses[domain] * n for domain, n in held_out.items()) / sum(held_out.values()),
+            "val_loss_by_domain": losses,
             "train_tokens": iterations * size.tokens_per_iteration,
-            "tokens_per_second": size.tokens_per_iteration / seconds,
-            "active_params": active,
+            "tokens_per_second": size.tokens_per_iteration / float(np.median(seconds)),
+            "active_params": total - unused,
             "total_params": total,
         }
     remoe = runs["remoe"]
     summary["remoe"] |= {
-        "sparsity_target": remoe.lines[-1]["target_sparsity"],
-        "sparsity_last_quarter": remoe.late_sparsity(iterations, size.experts),
-        "coefficient_final": remoe.lines[-1]["l1_coefficient"],
+        "sparsity_target": remoe.target,
+        "sparsity_last_quarter": late_sparsity(remoe, iterations, size.experts),
+        "coefficient_final": remoe.newest("l1_coefficient"),
     }
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
     summary |= {"iterations": iterations, "seed": seed, "versions": versions | {"python": platform.python_version()}}
@@ -147,7 +113,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) -> None:
-    """Print the table, the places of all files, and what to try next.
+    """Print the table, the paths of all files, and commands to try next.
 
     Args:
         console: where to print.
@@ -164,22 +130,23 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
     if summary["iterations"] == SPREAD_ITERATIONS:
         say(f"± spread over {SEEDS} seeds, docs/experiments.md", "dim")
     say("MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md", "dim")
-    models_in_braces = "{" + ",".join(models.NAMES) + "}"
     console.print()
+    binaries, output, runs = short(ROOT / ".venv" / "bin"), short(output), short(runs)
+    each = runs / f"{{{','.join(models.NAMES)}}}"
     for name, place in (
         ("picture", output / "report.png"),
         ("figures", output / "summary.json"),
-        ("logs", runs / models_in_braces / "train.log"),
-        ("checkpoints", runs / models_in_braces / "checkpoints"),
-        ("TensorBoard", f".venv/bin/tensorboard --logdir {runs}"),
+        ("logs", each / "train.log"),
+        ("checkpoints", each / "checkpoints"),
+        ("TensorBoard", f"{binaries / 'tensorboard'} --logdir {runs}"),
     ):
         say(f"  {name:<12}{place}")
     checkpoints = ["--load", str(runs / "remoe" / "checkpoints")]
     held_out = models.data_prefix(output / "data", "heldout", list(summary["remoe"]["val_loss_by_domain"])[-1])
     console.print("\nTo try next, with the ReMoE (README.md, After training):")
-    for words in (
-        ["tools/generate", *checkpoints, "--prompt", "My lord, "],
-        ["tools/evaluate", *checkpoints, "--data-path", held_out],
-        ["tools/export_hf", *checkpoints, "--save", str(runs / "remoe" / "hf")],
+    for tool, *words in (
+        ["generate", *checkpoints, "--prompt", "My lord, "],
+        ["evaluate", *checkpoints, "--data-path", held_out],
+        ["export_hf", *checkpoints, "--save", str(runs / "remoe" / "hf")],
     ):
-        say(f"  {shlex.join(['.venv/bin/python', *words])}")
+        say(f"  {shlex.join([str(binaries / 'python'), str(short(ROOT / 'tools' / tool)), *words])}")

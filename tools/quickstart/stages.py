@@ -1,4 +1,4 @@
-"""Reuse the work of an earlier call: fingerprints of inputs, and stamps that are written last."""
+"""Reuse the results of an earlier call: fingerprints of inputs, and stamps that are written last."""
 
 import hashlib
 import json
@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import ToolError
-from ..common.files import write_json as write_json  # corpus.py and dataset.py, which stamps hash, take it from here
 
 
 class QuickstartError(ToolError):
-    """The quickstart cannot continue; the message says what happened and what to do."""
+    """The quickstart cannot continue; the message names the problem and the remedy."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -34,9 +33,9 @@ def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
     return stamp if isinstance(stamp, dict) and stamp.get("inputs") == inputs else None
 
 
-def fresh_folder(path: Path) -> Path:
-    """Return `path` as an empty folder."""
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-    return path
+def make_empty(folder: Path) -> Path:
+    """Create a folder, or remove its content, and return it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder

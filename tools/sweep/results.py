@@ -27,9 +27,13 @@ training_seconds
 
 @dataclass(frozen=True)
 class Row:
-    """A run and its results; `outcome` is None if it was never started.
+    """A run and its results.
 
-    processes: 0 if unknown; resized: whether the model is not of the size that the run is named after.
+    Attributes:
+        run: the run.
+        outcome: None if it was not started.
+        processes: 0 if unknown.
+        resized: whether flags changed the model's size, so that the run's name does not have it.
     """
 
     run: Run
@@ -39,14 +43,14 @@ class Row:
 
     @property
     def state(self) -> str:
-        """Finished, unfinished, or not started."""
+        """Return finished, unfinished or not started."""
         if self.outcome is None:
             return "not started"
         return "finished" if self.outcome.finished else "unfinished"
 
 
 def rows_of(output: Path, planned: Iterable[Run]) -> list[Row]:
-    """Return the runs in `output` and the planned ones that are missing there, ordered for comparison."""
+    """Return the runs in `output` and the planned runs that are missing, ordered for comparison."""
     folders = {path.parent for name in ("command.sh", "train.log") for path in output.glob(f"*/{name}")}
     found = filter(None, (Run.from_name(path.name) for path in folders))
     order = {size: place for place, size in enumerate(SIZES)}
@@ -61,7 +65,7 @@ def rows_of(output: Path, planned: Iterable[Run]) -> list[Row]:
 
 
 def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write the table as CSV and Markdown, and the picture if a run is finished; return the files."""
+    """Write the table as CSV and Markdown, and the picture if a run is finished. Return the files."""
     written = [output / "results.csv", output / "results.md"]
     losses = [(row.run, row.outcome.validation_loss) for row in rows if row.outcome is not None]
     points = [(run, loss) for run, loss in losses if loss is not None]
@@ -126,7 +130,7 @@ def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
     yield "over all processes, the median of the log's lines; training is the time of the iterations alone."
     if any(row.resized for row in rows):
         yield ""
-        yield "Flags after -- changed the dimensions of these models: the size is that of their launch scripts only."
+        yield "Flags after -- changed the dimensions of these models: the size is the one in their launch scripts."
     if warning := unequal(rows):
         yield ""
         yield f"**{warning}**"

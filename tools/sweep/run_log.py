@@ -1,4 +1,4 @@
-"""How far a run is, its final validation loss and its rate, from the figures in its folder."""
+"""Read a run's progress, final validation loss and rate from the figures in its folder."""
 
 import math
 from dataclasses import dataclass
@@ -18,18 +18,21 @@ NUMBERS = ("train_iters", "seq_length", "global_batch_size", "num_experts", "moe
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a run so far; None is what its log does not hold (yet).
+    """The results of a run so far; None if the log does not have them (yet).
 
-    iterations: trained so far, as far as logged; train_iters: how many it was started for.
-    tokens: that it was trained on so far.
-    validation_loss: nats per token, from the evaluation after the last iteration; perplexity: its exponential.
-    test_loss: the same of the split's third part, if it has one.
-    sparsity, target_sparsity: of the last line of the log, for ReMoE; settled: the first logged iteration from which
-        S stays within 1 % of its target.
-    flip_rate, flip_count: of the routing decisions, median over the log's second half, if they are measured.
-    total_parameters: if known.
-    tokens_per_second: over all processes, median over the log's lines but the first, in which the process warms up.
-    training_seconds: of the iterations alone, from the log's time per iteration.
+    Attributes:
+        iterations: number of logged iterations.
+        train_iters: number of iterations that the run was started for.
+        tokens: number of tokens trained on so far.
+        validation_loss: in nats per token, after the last iteration.
+        perplexity: exponential of the validation loss.
+        test_loss: in nats per token, on the third part of the split.
+        sparsity, target_sparsity: in the last line of the log, for ReMoE.
+        settled: the first logged iteration from which S stays within 1 % of its target.
+        flip_rate, flip_count: of the routing decisions, median over the log's second half.
+        total_parameters: of the whole model.
+        tokens_per_second: over all processes, median over the log's lines without the first, which has the warm-up.
+        training_seconds: of the iterations only, from the log's time per iteration.
     """
 
     iterations: int
@@ -49,7 +52,7 @@ class Outcome:
 
     @property
     def finished(self) -> bool:
-        """Whether it has the final validation loss of the number of iterations that it was started for."""
+        """Return whether there is a validation loss after all iterations."""
         return self.validation_loss is not None
 
 
@@ -59,17 +62,17 @@ def is_finished(outcome: Outcome | None) -> TypeGuard[Outcome]:
 
 
 def log_of(folder: Path) -> Path:
-    """Return the file that holds Megatron's whole output."""
+    """Return the file of Megatron's output."""
     return folder / LOG
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Return whether there is a checkpoint to go on from."""
+    """Return whether there is a checkpoint to continue from."""
     return (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
 
 
 def read_run_figures(folder: Path) -> RunFigures | None:
-    """Return the figures of the run in `folder`, with arguments by its command; None if it was never started."""
+    """Return the figures of a run, with the arguments of its command; None if it was not started."""
     settings = settings_of(folder) or {}
     try:
         figures = read_figures(folder)
@@ -90,7 +93,7 @@ def read_run_figures(folder: Path) -> RunFigures | None:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """Return the results of the run in `folder`; None if it was never started."""
+    """Return the results of the run in `folder`; None if it was not started."""
     figures = read_run_figures(folder)
     if figures is None:
         return None
@@ -122,7 +125,7 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def _final(figures: RunFigures, name: str, train_iters: int) -> float | None:
-    """The loss of a validation set after the training; of an evaluation that was repeated, the newest."""
+    """Return the newest loss of a validation set after the training."""
     found = [each.loss for each in figures.evaluations.get(name, ()) if each.final and each.iteration == train_iters]
     return found[-1] if found else None
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.picture_style import COLOURS, file_pyplot, style
+from ..common.picture_style import COLOURS, MUTED, file_pyplot, style
 from .plan import (
     AXES,
     BASE_SIZE,
@@ -23,7 +23,7 @@ from .plan import (
 )
 
 Point = tuple[Run, float]  # a finished run and its validation loss
-Line = tuple[str, str, int | None]  # routing and protocol, and the granularity on the axes that keep it
+Line = tuple[str, str, int | None]  # routing, protocol, and granularity on axes that do not vary it
 
 TITLES = {"dense": "dense", "moe": "MoE (top-k)", "remoe": "ReMoE (ReLU)"}
 IN_SHORT = {"moe": "MoE", "remoe": "ReMoE"}
@@ -44,7 +44,7 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
     Args:
         path: a .png file.
         points: the finished runs.
-        resized: whether models do not have the size in the names of their runs, which is then left out.
+        resized: whether flags changed the models' size; it is then left out.
     """
     from matplotlib.lines import Line2D
 
@@ -66,7 +66,7 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
             if panel != "size" and not resized:
                 fixed = f"{BASE_SIZE.upper()}, {fixed}"
             axes.set_title(title)
-            axes.set_title(fixed, loc="right", fontsize=11, color="#555555", fontweight="normal")
+            axes.set_title(fixed, loc="right", fontsize=11, color=MUTED, fontweight="normal")
             axes.set_xlabel(label)
         lines = {line[:2] for name in panels if name != COMPARED for line in _lines(points, name)}
         kinds = sorted(
@@ -128,7 +128,7 @@ def _panels(points: Sequence[Point]) -> list[str]:
 
 
 def _draw_compared(axes: Any, points: Sequence[Point]) -> None:
-    """Draw one row for each run at the common point, the best at the top."""
+    """Draw a row for each run at the common point; the best one is at the top."""
     rows = sorted(((loss, run) for run, loss in points if COMPARED in figures_of(run)), key=lambda row: -row[0])
     for place, (loss, run) in enumerate(rows):
         axes.plot(loss, place, color=COLOURS[run.routing], markeredgecolor="white", **_look(run.routing, run.protocol))

@@ -1,1 +1,1 @@
-"""A training's checkpoint or an exported folder as a model for transformers."""
+"""Load a training's checkpoint or an exported folder as a model for transformers."""

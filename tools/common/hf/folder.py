@@ -1,6 +1,6 @@
-"""Reads an exported folder. Fields and tensors are checked one by one; code, pickles and adapters are never used.
+"""Read an exported folder. All fields and tensors are checked; code, pickles and adapters are never used.
 
-`from_pretrained` does more than this: it runs or asks to run code in the folder, loads adapters, falls back to pickles,
+`from_pretrained` is not safe enough: it runs or asks to run code in the folder, loads adapters, falls back to pickles,
 follows paths out of the folder, replaces fields by defaults, and fills missing tensors with random numbers.
 """
 
@@ -26,7 +26,7 @@ SHOWN = 3  # tensors named in an error
 
 
 class Rule(NamedTuple):
-    """A test of a field's value, and the words for it."""
+    """A test of a field's value, and its description."""
 
     fits: Callable[[Any], bool]
     text: str
@@ -37,7 +37,7 @@ def _whole(least: int) -> Rule:
 
 
 def _number(text: str, fits: Callable[[float], bool]) -> Rule:
-    # NaN fits no comparison.
+    # Comparisons with NaN are false.
     return Rule(lambda value: type(value) in (int, float) and abs(value) < 1e300 and fits(value), text)
 
 
@@ -110,7 +110,7 @@ def read_config(folder: Path) -> RemoeConfig:
     """Return the model's configuration; fields that the model does not use are ignored.
 
     Raises:
-        ConversionError: config.json cannot be read, or a field is missing or wrong; names the field.
+        ConversionError: config.json cannot be read, or a field is missing or wrong; the message names it.
     """
     path = folder / "config.json"
     fields = _read_object(path)
@@ -132,7 +132,7 @@ def read_config(folder: Path) -> RemoeConfig:
 
 
 def _conflict(fields: dict[str, Any]) -> str | None:
-    """Return what is wrong between fields that are right by themselves."""
+    """Return a conflict between fields that are valid by themselves, as text; None if there is none."""
     heads, groups, layers = (fields[f"num_{name}"] for name in ("attention_heads", "key_value_heads", "hidden_layers"))
     if heads % groups:
         return f"num_key_value_heads {groups} does not divide num_attention_heads {heads}"
@@ -196,7 +196,7 @@ def read_tensors(folder: Path, config: RemoeConfig) -> Iterator[Tensors]:
 def _read(folder: Path, places: dict[str, Path], shapes: dict[str, torch.Size]) -> Iterator[Tensors]:
     for path in sorted(set(places.values())):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  it is no dictionary
+            for name in file.keys():  # noqa: SIM118  not a dictionary
                 yield check_tensors(folder, shapes, {name: file.get_tensor(name)})
 
 

@@ -1,4 +1,4 @@
-"""Opens a model to work with: a run's checkpoint or an exported folder."""
+"""Open a model: a run's checkpoint or an exported folder."""
 
 import sys
 from pathlib import Path
@@ -18,15 +18,15 @@ from .tokenizer import generation_config, read_tokenizer
 def open_model(
     place: Path, step: int | None = None, tokenizer_model: Path | None = None, needs_tokenizer: bool = True
 ) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBase | None]:
-    """Return the model, for evaluation, and its tokenizer, or None if it has none.
+    """Return the model, for evaluation, and its tokenizer, or None without one.
 
-    A folder's model is put on the accelerator if there is one, a run's on the CPU.
+    An exported model is put on the accelerator if there is one, a run's model on the CPU.
 
     Args:
         place: a run's checkpoints or an exported folder.
         step: the run's iteration (default: the newest).
-        tokenizer_model: folder of another tokenizer than its own.
-        needs_tokenizer: stop if a run's tokenizer cannot be read, instead of only saying so.
+        tokenizer_model: folder of a tokenizer to use instead of the model's own.
+        needs_tokenizer: whether it is an error, not a warning, if a run's tokenizer cannot be read.
 
     Raises:
         ConversionError: it is neither, or cannot be read.
@@ -42,7 +42,7 @@ def open_model(
             tokenizer = read_tokenizer(place, f"--load {place}", config)
     else:
         megatron_on_cpu()
-        # An exported folder needs nothing of Megatron.
+        # Imported here because an exported folder does not need Megatron.
         from .source import open_run
         from .tokenizer import tokenizer_of
         from .weights import read
@@ -53,7 +53,7 @@ def open_model(
         except ConversionError as error:
             if needs_tokenizer or tokenizer_model is not None:
                 raise
-            print(f"{error} Tokens are shown by their numbers.", file=sys.stderr)
+            print(f"{error} Tokens are shown as numbers.", file=sys.stderr)
         model = model_of(config, read(checkpoint, config))
     model.generation_config = generation_config(config, tokenizer)
     return model, tokenizer

@@ -1,4 +1,4 @@
-"""Megatron's arguments and the configuration for transformers, each from the other."""
+"""Convert between Megatron's arguments and the configuration for transformers."""
 
 import argparse
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 
 
 def complete(saved: argparse.Namespace) -> argparse.Namespace:
-    """Return a checkpoint's arguments, with this version's defaults for missing ones."""
+    """Return a checkpoint's arguments; missing ones have the defaults of this version."""
     return argparse.Namespace(**(vars(_parser().parse_args([])) | vars(saved)))
 
 
@@ -63,10 +63,10 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
     Args:
         args: from `complete`.
         vocabulary: rows of the embedding.
-        coefficient: λ; of top-k routing that of the load balancing loss.
+        coefficient: λ, or for top-k routing the coefficient of the load balancing loss.
 
     Raises:
-        ConversionError: the model for transformers cannot be that; names each flag.
+        ConversionError: the model for transformers does not support it; the message names each flag.
     """
     wrong = [name for name, value in ONLY.items() if getattr(args, name, value) != value]
     wrong += [name for name, values in CHOICES.items() if getattr(args, name, values[0]) not in values]
@@ -95,7 +95,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         architectures=["RemoeForCausalLM"],
         **(_experts(args, coefficient) if args.num_experts else {}),
     )
-    # config.json names the classes for an environment that has transformers alone.
+    # config.json names the classes for environments without this project.
     config.auto_map = {
         "AutoModel": "modeling_remoe.RemoeModel",
         "AutoModelForCausalLM": "modeling_remoe.RemoeForCausalLM",
@@ -124,7 +124,7 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
 
 
 def flags_of(config: RemoeConfig) -> list[str]:
-    """Return Megatron's flags for a model of this configuration, as `folder.read_config` returns it.
+    """Return Megatron's flags for a configuration from `folder.read_config`.
 
     Raises:
         ConversionError: Megatron has no such model.
@@ -186,12 +186,12 @@ def _topk_flags(config: RemoeConfig) -> list[str]:
 
 
 def vocabulary_flags(config: RemoeConfig, tokenizer: Path | None, tokens: int) -> list[str]:
-    """Return the flags that give Megatron's model as many rows in its embedding as this one has.
+    """Return the flags for an embedding of the same size in Megatron's model.
 
     Args:
         config: of the model.
-        tokenizer: its folder; None if there is none.
-        tokens: that it has.
+        tokenizer: its folder; None without one.
+        tokens: size of the tokenizer.
     """
     rows = config.vocab_size
     if tokenizer is None:
@@ -204,7 +204,7 @@ def vocabulary_flags(config: RemoeConfig, tokenizer: Path | None, tokens: int) -
 
 
 def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
-    """Return Megatron's arguments for a model of this configuration and more flags, as a training would save them.
+    """Return Megatron's arguments for a configuration and more flags, as a training would save them.
 
     Raises:
         ConversionError: as `flags_of`.

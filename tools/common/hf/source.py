@@ -1,4 +1,4 @@
-"""Opens a run's checkpoint as a model for transformers."""
+"""Open a run's checkpoint as a model for transformers."""
 
 import argparse
 from pathlib import Path
@@ -13,12 +13,12 @@ from .weights import exponents
 
 
 def open_run(root: Path, step: int | None) -> tuple[Checkpoint, argparse.Namespace, RemoeConfig]:
-    """Return a run's newest checkpoint, or that of an iteration, its arguments, and the model's configuration.
+    """Return a run's newest checkpoint, or the one of an iteration, its arguments, and the model's configuration.
 
-    Arguments and configuration have no layers of multi-token prediction: the model's logits do not need them.
+    Layers of multi-token prediction are left out: the model's logits do not need them.
 
     Raises:
-        ConversionError: there is none, it cannot be read, or its model cannot be expressed.
+        ConversionError: there is no checkpoint, it cannot be read, or its model cannot be expressed.
     """
     checkpoint = find(root, step)
     if EMBEDDING not in checkpoint.shapes:

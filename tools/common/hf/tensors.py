@@ -1,4 +1,4 @@
-"""Weights under the names of transformers, from whichever source, and the model that they fill."""
+"""Check weights under the names of transformers, and load them into a model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def shapes_of(config: RemoeConfig) -> dict[str, torch.Size]:
-    """Return name → shape of each tensor that a model of this configuration is stored with."""
+    """Return name → shape of each stored tensor of a model."""
     with torch.device("meta"):
         state = RemoeForCausalLM(config).state_dict()
     return {
@@ -24,12 +24,12 @@ def shapes_of(config: RemoeConfig) -> dict[str, torch.Size]:
 
 
 def check_tensors(source: Path, shapes: dict[str, torch.Size], tensors: Tensors) -> Tensors:
-    """Return the tensors.
+    """Check and return tensors.
 
     Args:
-        source: folder to name in errors.
+        source: folder, for errors.
         shapes: name → expected shape.
-        tensors: under these names.
+        tensors: name → tensor.
 
     Raises:
         ConversionError: one has another shape, or holds NaN or infinity.
@@ -47,7 +47,7 @@ def check_tensors(source: Path, shapes: dict[str, torch.Size], tensors: Tensors)
 
 @torch.no_grad()
 def model_of(config: RemoeConfig, parts: Iterator[Tensors], dtype: torch.dtype | None = None) -> RemoeForCausalLM:
-    """Return a model with these weights, for evaluation.
+    """Build a model with these weights, for evaluation.
 
     Args:
         config: of the model.

@@ -1,4 +1,4 @@
-"""Tokenizers for transformers, and what text generation takes from them."""
+"""Read tokenizers for transformers, and make the settings for text generation."""
 
 import argparse
 from pathlib import Path
@@ -16,10 +16,10 @@ REMEDY = "Give the folder of a Hugging Face tokenizer with --tokenizer-model."
 
 
 def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a folder; no code of the folder is run, and nobody is asked.
+    """Return the tokenizer in a folder, without running code from it or asking the user.
 
     Args:
-        folder: that has the files.
+        folder: with the files.
         name: of the flag and folder, for errors.
         config: of the model.
         options: for transformers.
@@ -28,7 +28,7 @@ def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any)
         ConversionError: it cannot be read, or has more tokens than the model.
     """
     if not folder.is_dir():
-        raise ConversionError(f"{name}: is no folder. {REMEDY}")
+        raise ConversionError(f"{name}: is not a folder. {REMEDY}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
         size = len(tokenizer)
@@ -45,12 +45,12 @@ def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any)
 
 
 def tokenizer_of(args: argparse.Namespace, given: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
-    """Return the training's tokenizer, or that in a folder, set up for generation; None if the training had none.
+    """Return the training's tokenizer, or the one in a folder, set up for generation; None if there is none.
 
-    Its first and last tokens of a text are set in the configuration.
+    Sets the tokens for the start and end of a text in the configuration.
 
     Raises:
-        ConversionError: it is not here, transformers cannot read its kind, or it has more tokens than the model.
+        ConversionError: it is missing, transformers cannot read it, or it has more tokens than the model.
     """
     from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 
@@ -67,13 +67,13 @@ def tokenizer_of(args: argparse.Namespace, given: Path | None, config: RemoeConf
     name = f"--tokenizer-model {place}" if given else f"--load: its --tokenizer-model {place}"
     options = {"padding_side": "left", "model_max_length": args.max_position_embeddings}
     tokenizer = read_tokenizer(Path(place), name, config, **options)
-    # Not pad_token_id: as the embedding's padding index that token would not be trained on.
+    # Not pad_token_id: the embedding would not train that token.
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     return tokenizer
 
 
 def generation_config(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
-    """Return settings that end and pad texts, and never generate the tokens that only pad Megatron's vocabulary."""
+    """Return settings that end and pad texts, and suppress the padding tokens of Megatron's vocabulary."""
     end = config.eos_token_id if tokenizer is None or config.eos_token_id is not None else tokenizer.eos_token_id
     found = GenerationConfig(eos_token_id=end, pad_token_id=end[0] if isinstance(end, list) and end else end)
     if tokenizer is not None:

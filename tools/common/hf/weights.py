@@ -1,4 +1,4 @@
-"""Weights under Megatron's names and under those of transformers, a layer at a time."""
+"""Convert weights between the names of Megatron and of transformers, one layer at a time."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ OUTER = {
     "output_layer.weight": "lm_head.weight",
 }
 BIAS = "mlp.router.expert_bias"  # in float32, as in training
-# In a layer: Megatron's name, that of transformers. Experts are stacked: [experts, out, in], gate above up.
+# In a layer: Megatron's name → name in transformers. Experts are stacked: [experts, out, in], gate above up.
 SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
@@ -33,7 +33,7 @@ SAME = {
 }
 HALVES = {"mlp.linear_fc1.weight": "mlp.", "mlp.shared_experts.linear_fc1.weight": "mlp.shared_expert."}
 QKV = "self_attention.linear_qkv.weight"
-# What a checkpoint calls it, where that is something else: plain PyTorch layers, then those of Transformer Engine.
+# Different keys in checkpoints: of plain PyTorch layers, then of Transformer Engine's.
 KEYS = {
     "input_layernorm.weight": ("self_attention.linear_qkv.layer_norm_weight",),
     "pre_mlp_layernorm.weight": ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
@@ -43,10 +43,11 @@ KEYS = {
 
 
 def to_transformers(layer: Tensors, config: RemoeConfig) -> Tensors:
-    """A layer's weights under the names of transformers.
+    """Convert a layer's weights to the names of transformers.
 
     Args:
-        layer: under Megatron's names, without "decoder.layers.N.".
+        layer: Megatron's name without "decoder.layers.N." → tensor.
+        config: of the model.
     """
     found = {}
     for name, tensor in layer.items():
@@ -66,7 +67,7 @@ def to_transformers(layer: Tensors, config: RemoeConfig) -> Tensors:
 
 
 def to_megatron(layer: Tensors, config: RemoeConfig) -> Tensors:
-    """The inverse of `to_transformers`."""
+    """Convert a layer's weights to Megatron's names; the inverse of `to_transformers`."""
     found = {name: layer[other] for name, other in SAME.items() if other in layer}
     for name, prefix in HALVES.items():
         if f"{prefix}gate_proj.weight" in layer:
@@ -79,7 +80,7 @@ def to_megatron(layer: Tensors, config: RemoeConfig) -> Tensors:
 
 
 def has_experts(config: RemoeConfig, layer: int) -> bool:
-    """Of the layer, from 0."""
+    """Return whether a layer, counted from 0, has experts."""
     return bool(config.num_experts) and layer not in config.mlp_only_layers
 
 
@@ -94,7 +95,7 @@ def _names(config: RemoeConfig, layer: int) -> list[str]:
 
 
 def read(checkpoint: Checkpoint, config: RemoeConfig) -> Iterator[Tensors]:
-    """Yield the weights under the names of transformers, first those outside layers, then layer by layer.
+    """Yield the weights under the names of transformers: first those outside layers, then layer by layer.
 
     They have the configuration's dtype.
 
@@ -118,7 +119,7 @@ def read_outer(checkpoint: Checkpoint, config: RemoeConfig) -> Tensors:
 
 
 def read_layer(checkpoint: Checkpoint, config: RemoeConfig, number: int) -> Tensors:
-    """Return the weights of a layer, from 0, under Megatron's names as in `SAME`, `HALVES` and `QKV`."""
+    """Return the weights of a layer, counted from 0, under Megatron's names in `SAME`, `HALVES` and `QKV`."""
     return _load(checkpoint, {name: _key(checkpoint, name, number) for name in _names(config, number)}, config, number)
 
 
@@ -134,7 +135,7 @@ def _is_hybrid(checkpoint: Checkpoint) -> bool:
 
 
 def _key(checkpoint: Checkpoint, name: str, layer: int) -> str:
-    # Layers that are alike are one tensor; where they differ, each has its number in the key.
+    # Equal layers are stored as one tensor; if layers differ, each key has its layer's number.
     numbered = any(key.startswith("decoder.layers.0.") for key in checkpoint.shapes)
     number = hybrid_layer(layer, name) if _is_hybrid(checkpoint) else layer
     keys = [
@@ -150,7 +151,7 @@ def _load(
     layer: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensors:
-    """Return tensors under the names that `keys` maps to stored keys; of a stacked one only the layer's slice."""
+    """Return name → tensor for the stored keys in `keys`; only the layer's slice of a stacked tensor."""
     assert not isinstance(config.dtype, str)
     found, parts = {}, {}
     for name, key in keys.items():
@@ -171,7 +172,7 @@ def _load(
 
 @torch.no_grad()
 def fill(model: GPTModel, outer: Tensors, layers: list[Tensors]) -> None:
-    """Give Megatron's model weights under Megatron's names, as `read_outer` and `read_layer` have them."""
+    """Copy weights from `read_outer` and `read_layer` into Megatron's model."""
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor) or tensor.dtype == torch.int64:
             continue  # λ's exponent is 0: the flags' λ₀ is the model's λ
@@ -186,7 +187,7 @@ def fill(model: GPTModel, outer: Tensors, layers: list[Tensors]) -> None:
 
 
 def megatron_weights(model: RemoeForCausalLM) -> tuple[Tensors, list[Tensors]]:
-    """What `fill` takes, of a model for transformers."""
+    """Return the weights of a model for transformers as arguments of `fill`."""
     state, layers = model.state_dict(), []
     for number in range(model.config.num_hidden_layers):
         prefix = f"model.layers.{number}."

@@ -1,4 +1,4 @@
-"""Results of all calls of a comparison on one corpus, in one JSON file."""
+"""Keep the results of all calls of a comparison on one corpus in one JSON file."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,12 +13,12 @@ from .table import Result, Results
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedResults:
     """Results of trainings with the same inputs.
 
     Attributes:
-        inputs: a fingerprint of everything that all trainings have in common.
-        tuned: row → the settings that were chosen.
+        inputs: a fingerprint of what all trainings have in common.
+        tuned: row → the chosen settings.
         results: row → seed → result.
     """
 
@@ -27,19 +27,19 @@ class Kept:
     results: dict[str, dict[int, Result]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path, inputs: str) -> "Kept":
-        """Read a file; without one there are no results.
+    def read(cls, path: Path, inputs: str) -> "SavedResults":
+        """Read a file, which need not exist.
 
         Raises:
-            ToolError: the file has other inputs, or is damaged.
+            ToolError: the file is damaged, or has other inputs.
         """
         if not path.exists():
             return cls(inputs)
         stamp = read_stamp(path, inputs)
         if stamp is None:
             raise ToolError(
-                f"{path} is of trainings with other --train-iters, --tuning-iters or Megatron flags, or damaged. "
-                "Give --output-dir another folder, or take the file away."
+                f"{path} is damaged, or holds results with other --train-iters, --tuning-iters or Megatron flags. "
+                "Give --output-dir another folder, or remove the file."
             )
         runs = {row: (Run.from_name(of["run"]), tuple(of["flags"])) for row, of in stamp["tuned"].items()}
         return cls(
@@ -49,7 +49,7 @@ class Kept:
         )
 
     def add(self, results: Results, tuned: Mapping[str, Recipe]) -> None:
-        """Add new results; an analysis of the same training is kept."""
+        """Add new results; keep the analysis of a training that is already there."""
         self.tuned.update(tuned)
         for row, of in results.items():
             before = self.results.get(row, {})
@@ -60,11 +60,11 @@ class Kept:
             self.results[row] = dict(sorted((before | now).items()))
 
     def write(self, path: Path) -> None:
-        """Write the file, aside and renamed."""
+        """Write the file."""
         tuned = {row: {"run": of.run.name, "flags": of.flags} for row, of in self.tuned.items()}
         results = {row: {seed: asdict(found) for seed, found in of.items()} for row, of in self.results.items()}
         write_json(path, {"inputs": self.inputs, "tuned": tuned, "results": results})
 
     def of(self, rows: Iterable[str]) -> dict[str, dict[int, Result]]:
-        """Return the results of these rows, as far as there are any."""
+        """Return the results of these rows; rows without results are left out."""
         return {row: self.results[row] for row in rows if row in self.results}
