@@ -75,8 +75,7 @@ def check(**changes: str) -> None:
     assert split.expert_load[1] == [count / num_tokens for count in counts["tokens_per_expert"].tolist()]
     torch.testing.assert_close(split.l1_loss, counts["l1_loss"].item(), rtol=1e-6, atol=0.0)
     assert exponent == (1 if active > num_tokens else -1)
-    summed = controller._counts
-    assert summed is not None and summed.layer(1)["tokens"] == num_tokens, "every token is counted once"
+    assert controller.totals() == {"total_active_pairs": active, "total_layer_tokens": num_tokens}  # each token once
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ Environment variables; only the data are required:
 """
 
 
-def usage(size: str, routing: str) -> str:
+def usage(size: str = "SIZE", routing: str = "remoe") -> str:
     """Return what a launch script prints for --help."""
     arguments = f"[gpus_per_node] [train_iters] [micro_batch_size] {ARGUMENTS[routing]} [project_name]"
     script = f"scripts/train_llama_{size}_{routing}.sh"
@@ -56,6 +56,9 @@ def main(words: Sequence[str]) -> int:
     Args:
         words: size, routing, and the script's arguments.
     """
+    if len(words) < 2 or words[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if words else 2
     size, routing, *arguments = words
     if {"-h", "--help"} & set(split(arguments)[0]):
         print(usage(size, routing), end="")
