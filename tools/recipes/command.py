@@ -47,7 +47,7 @@ def usage(size: str = "SIZE", routing: str = "remoe") -> str:
     """Return what a launch script prints for --help."""
     arguments = f"[gpus_per_node] [train_iters] [micro_batch_size] {ARGUMENTS[routing]} [project_name]"
     script = f"scripts/train_llama_{size}_{routing}.sh"
-    return f"Usage: bash {script} {arguments} [-- Megatron flags]\n\n{__doc__}\n{ENVIRONMENT}"
+    return f"usage: bash {script} {arguments} [-- Megatron flags]\n\n{__doc__}\n{ENVIRONMENT}"
 
 
 def main(words: Sequence[str]) -> int:
