@@ -321,7 +321,7 @@ def test_too_few_gpus(gpus: int, visible: dict[str, str], asked: str, message: s
 def test_help_has_arguments_and_environment(arguments: list[str]) -> None:
     result = launch("469m_moe", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("Usage: bash scripts/train_llama_469m_moe.sh [gpus_per_node] [train_iters]")
+    assert result.stdout.startswith("usage: bash scripts/train_llama_469m_moe.sh [gpus_per_node] [train_iters]")
     assert re.search(r"^  DATA_PATH .*^  REHEARSE_JSON +a file for .*\Z", result.stdout, re.MULTILINE | re.DOTALL)
 
 
