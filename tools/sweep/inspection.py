@@ -29,7 +29,7 @@ class Found:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return whether the run is finished."""
         return is_finished(self.outcome)
 
     @property
