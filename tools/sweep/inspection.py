@@ -29,7 +29,7 @@ class Found:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return whether the run is finished."""
         return is_finished(self.outcome)
 
     @property
@@ -58,9 +58,7 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
     outcomes = {run: read_outcome(launch.folder(run)) for run in runs}
     jobs = {run: job for run in runs if (job := slurm.read_job(launch.folder(run))) and not is_finished(outcomes[run])}
     alive = slurm.alive(jobs.values())
-    outcomes |= {
-        run: read_outcome(launch.folder(run)) for run in jobs
-    }  # some may have just finished
+    outcomes |= {run: read_outcome(launch.folder(run)) for run in jobs}  # some may have just finished
     found = []
     for run in runs:
         at_work = run in jobs and jobs[run].number in alive and not is_finished(outcomes[run])
