@@ -82,10 +82,8 @@ class Layout:
         if experts and experts % ep:
             raise RecipeError(f"EP={ep} does not divide the {experts} experts")
         if experts and self.world % (expert_tp * pp * ep):
-            raise RecipeError(
-                f"EP={ep} does not fit: {self.world} processes cannot be split into PP={pp} x EP={ep} x "
-                f"{expert_tp} (--expert-tensor-parallel-size, by default TP)"
-            )
+            split = f" x expert TP={expert_tp}" if expert_tp > 1 else ""
+            raise RecipeError(f"EP={ep} does not fit: PP={pp} x EP={ep}{split} does not divide {self.world} processes")
 
     def flags(self, has_experts: bool) -> list[str]:
         """Return Megatron's flags."""

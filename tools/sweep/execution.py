@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import IO
 
-from ..common.log_reader import seconds_per_iteration
-from ..common.training_process import Evaluating, Logged, Resumed, end, events, start
+from ..common.training_process import end, start
 from .plan import Launch, Run
 from .progress import SweepDisplay, Work
 from .run_log import is_finished, log_of, read_outcome
@@ -41,7 +40,7 @@ def train(launch: Launch, run: Run, display: SweepDisplay, work: Work, keep_open
     assert process.stdout is not None
     tail: deque[str] = deque(maxlen=KEPT)
     try:
-        _follow(process.stdout, tail, display, work)
+        display.follow(work, process.stdout, tail.append)
         code = process.wait()
     except BaseException:
         _stop(process, display, work)
@@ -61,18 +60,6 @@ def _cause(tail: Iterable[str]) -> str:
     """Return the last lines before torchrun's own."""
     own = list(itertools.takewhile(lambda line: _LAUNCHER not in line, tail)) or list(tail)
     return "".join(own[-SHOWN:]).rstrip()
-
-
-def _follow(output: IO[str], tail: deque[str], display: SweepDisplay, work: Work) -> None:
-    """Show the progress that the output reports; the launch script writes its text to the log."""
-    for event in events(output, work.iterations, tail.append):
-        match event:
-            case Resumed(iteration):
-                display.resume(work, iteration)
-            case Evaluating(batch, batches):
-                display.note(work, f"evaluation {batch}/{batches}")
-            case Logged(iteration, fields, fair=True):
-                display.iterate(work, iteration, seconds_per_iteration(fields))
 
 
 def _stop(process: subprocess.Popen[str], display: SweepDisplay, work: Work) -> None:
