@@ -97,47 +97,47 @@ ENTRY = {
         ("E414", "--dist-ckpt-optim-fully-reshardable", "--no-load-optim"),
     ),
     # data
-    "no data": Case(lacking("--data-path"), ("E300", "--data-path", "--mock-data")),
-    "missing data": Case(on("nowhere"), ("E300", "--data-path", "nowhere.idx", "nowhere.bin", MAKE)),
-    "only .idx": Case(on("no_bin"), ("E300", "no_bin.bin", MAKE)),
-    "only .bin": Case(on("no_idx"), ("E300", "no_idx.idx", MAKE)),
-    "with suffix": Case(on("text.bin"), ("E300", "text.bin", "suffix")),
-    "truncated .bin": Case(on("short_bin"), ("E300", "short_bin.bin", "1,000 bytes", MAKE)),
-    "truncated .idx": Case(on("short_idx"), ("E300", "short_idx.idx", "100 bytes", MAKE)),
-    "bad magic": Case(on("magic"), ("E300", "magic.idx", "header", MAKE)),
-    "empty files": Case(on("empty"), ("E300", "empty.idx", "0 bytes", MAKE)),
-    "too many sequences": Case(on("huge"), ("E300", "huge.idx", MAKE)),
-    "a flipped bit in a length": Case(on("flipped"), ("E300", "flipped.idx", MAKE)),
-    "longer .bin": Case(on("long_bin"), ("E300", "long_bin.bin", MAKE)),
-    "less than a sequence": Case(on("few", "--split", "100,0,0"), ("E300", "4 tokens", "--seq-length 64")),
+    "no data": Case(lacking("--data-path"), ("E301", "--data-path", "--mock-data")),
+    "missing data": Case(on("nowhere"), ("E301", "--data-path", "nowhere.idx", "nowhere.bin", MAKE)),
+    "only .idx": Case(on("no_bin"), ("E301", "no_bin.bin", MAKE)),
+    "only .bin": Case(on("no_idx"), ("E301", "no_idx.idx", MAKE)),
+    "with suffix": Case(on("text.bin"), ("E301", "text.bin", "suffix")),
+    "truncated .bin": Case(on("short_bin"), ("E302", "short_bin.bin", "1,000 bytes", MAKE)),
+    "truncated .idx": Case(on("short_idx"), ("E302", "short_idx.idx", "100 bytes", MAKE)),
+    "bad magic": Case(on("magic"), ("E302", "magic.idx", "header", MAKE)),
+    "empty files": Case(on("empty"), ("E302", "empty.idx", "0 bytes", MAKE)),
+    "too many sequences": Case(on("huge"), ("E302", "huge.idx", MAKE)),
+    "a flipped bit in a length": Case(on("flipped"), ("E302", "flipped.idx", MAKE)),
+    "longer .bin": Case(on("long_bin"), ("E302", "long_bin.bin", MAKE)),
+    "less than a sequence": Case(on("few", "--split", "100,0,0"), ("E304", "4 tokens", "--seq-length 64")),
     "no document for validation": Case(
-        on("one", "--eval-iters", "1"), ("E300", "1 document ", "validation", "--split 90,10,0", "100,0,0")
+        on("one", "--eval-iters", "1"), ("E304", "1 document ", "validation", "--split 90,10,0", "100,0,0")
     ),
-    "no document for a test": Case(on("one", "--split", "90,0,10"), ("E300", "test split", "--split 90,0,10")),
-    "no documents": Case(on("nothing"), ("E300", "0 documents", "training")),
-    "nothing to train on": Case(on("text", "--split", "0,100,0"), ("E300", "--split 0,100,0")),
-    "split of words": Case(on("text", "--split", "most,rest"), ("E300", "--split most,rest")),
-    "split of four": Case(on("text", "--split", "90,5,4,1"), ("E300", "--split 90,5,4,1")),
+    "no document for a test": Case(on("one", "--split", "90,0,10"), ("E304", "test split", "--split 90,0,10")),
+    "no documents": Case(on("nothing"), ("E304", "0 documents", "training")),
+    "nothing to train on": Case(on("text", "--split", "0,100,0"), ("E304", "--split 0,100,0")),
+    "split of words": Case(on("text", "--split", "most,rest"), ("E304", "--split most,rest")),
+    "split of four": Case(on("text", "--split", "90,5,4,1"), ("E304", "--split 90,5,4,1")),
     "weight that is none": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], "half", user["one"]],
-        ("E300", "--data-path 0.5"),
+        ("E303", "--data-path 0.5"),
     ),
     "negative weight": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], " -1", user["one"]],
-        ("E300", "--data-path", "-1.0"),
+        ("E303", "--data-path", "-1.0"),
     ),
     "several data sets for more than an epoch": Case(
         two("--split", "100,0,0", "--train-iters", "99999"),
-        ("E300", "799,992", "training", "weight"),
+        ("E304", "799,992", "training", "weight"),
     ),
     "a data set that is too small to mix in": Case(
         lambda user: [*on("text", "--split", "100,0,0")(user), "--data-path", user["text"], user["few"]],
-        ("E300", "few: ", "--seq-length 64", "--split"),
+        ("E304", "few: ", "--seq-length 64", "--split"),
     ),
-    "several data sets for too many evaluations": Case(two("--eval-iters", "5000"), ("E300", "validation", "weight")),
+    "several data sets for too many evaluations": Case(two("--eval-iters", "5000"), ("E304", "validation", "weight")),
     "missing list of data sets": Case(
         lambda user: [*lacking("--data-path")(user), "--data-args-path", user["list"]],
-        ("E300", "list", "No such"),
+        ("E301", "list", "No such"),
     ),
     "missing validation data": Case(
         lambda user: [
@@ -145,14 +145,14 @@ ENTRY = {
             *["--train-data-path", user["text"], "--valid-data-path", user["nowhere"]],
             *["--test-data-path", user["text"]],
         ],
-        ("E300", "--valid-data-path", "nowhere.idx", MAKE),
+        ("E301", "--valid-data-path", "nowhere.idx", MAKE),
     ),
     "vocabulary too small": Case(
         on("text", "--vocab-size", "100", "--make-vocab-size-divisible-by", "8"),
-        ("E300", "token 256", "104"),
+        ("E305", "token 256", "104"),
     ),
-    "a large id at the end": Case(on("large", "--split", "100,0,0"), ("E300", "token 70000", "384")),
-    "negative id": Case(on("negative", "--split", "100,0,0"), ("E300", "token -7", "384")),
+    "a large id at the end": Case(on("large", "--split", "100,0,0"), ("E305", "token 70000", "384")),
+    "negative id": Case(on("negative", "--split", "100,0,0"), ("E305", "token -7", "384")),
     "bytes for GPT-2's vocabulary": Case(
         lambda user: [
             *without(base(user), "--vocab-size"),
@@ -163,7 +163,7 @@ ENTRY = {
                 for word in map(str, pair)
             ],
         ],
-        ("E300", "--data-path", "257", "50304", "NullTokenizer"),
+        ("E305", "--data-path", "257", "50304", "NullTokenizer"),
     ),
     "vocabulary that is no JSON": Case(
         lambda user: [
@@ -202,7 +202,7 @@ ENTRY = {
     ),
     "several validation sets and a test": Case(
         on("text", *"--full-validation --multiple-validation-sets --split 80,10,10".split()),
-        ("E300", "--multiple-validation-sets", "--split"),
+        ("E304", "--multiple-validation-sets", "--split"),
     ),
     "names of validation sets": Case(
         on("text", "--validation-set-names", "a", "b"), ("E203", "--validation-set-names", "--multiple-validation-sets")

@@ -52,25 +52,30 @@ def read_gpt2_vocabulary(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     if not vocab_file or not merge_file:
-        raise DataError(f"--tokenizer-type {GPT2_TOKENIZER} needs --vocab-file and --merge-file. {HOW_TO_GET}")
+        raise DataError(
+            f"--tokenizer-type {GPT2_TOKENIZER} needs --vocab-file and --merge-file. {HOW_TO_GET}", "REMOE-E307"
+        )
     for flag, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
         if not os.path.isfile(path):
-            raise DataError(f"{flag} {os.fspath(path)}: there is no such file. {HOW_TO_GET}")
+            raise DataError(f"{flag} {os.fspath(path)}: there is no such file. {HOW_TO_GET}", "REMOE-E307")
     given = f"--vocab-file {os.fspath(vocab_file)} --merge-file {os.fspath(merge_file)}"
     try:
         tokens, merges = models.BPE.read_file(os.fspath(vocab_file), os.fspath(merge_file))
         tokenizer = Tokenizer(models.BPE(tokens, merges))
     except Exception as error:  # tokenizers has no exception of its own
-        raise DataError(f"{given}: are not a vocabulary and its merges ({error}). {HOW_TO_GET}") from error
+        raise DataError(
+            f"{given}: are not a vocabulary and its merges ({error}). {HOW_TO_GET}", "REMOE-E307"
+        ) from error
     missing = [symbol for symbol in (END_OF_TEXT, *byte_symbols()) if symbol not in tokens]
     if missing:
         raise DataError(
             f"{given}: the vocabulary lacks {len(missing)} of {END_OF_TEXT} and GPT-2's 256 byte symbols (such as "
             f"{missing[0]!r}). Add {END_OF_TEXT} with the next free id ({len(tokens)}), or give another vocabulary, or "
-            f"the tokenizer's folder with --tokenizer-type {FOLDER_TOKENIZER} --tokenizer-model."
+            f"the tokenizer's folder with --tokenizer-type {FOLDER_TOKENIZER} --tokenizer-model.",
+            "REMOE-E307",
         )
     if sorted(tokens.values()) != list(range(len(tokens))):
-        raise DataError(f"{given}: the ids of the {len(tokens)} tokens are not 0 .. {len(tokens) - 1}.")
+        raise DataError(f"{given}: the ids of the {len(tokens)} tokens are not 0 .. {len(tokens) - 1}.", "REMOE-E307")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])

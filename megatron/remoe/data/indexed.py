@@ -148,7 +148,8 @@ class IndexedReader:
         if missing := [str(path) for path in (index, tokens) if not path.is_file()]:
             raise DataError(
                 f"there is no {' and no '.join(missing)}. Give the prefix of a .bin/.idx pair, without suffix; "
-                "tools/preprocess_data.py makes one."
+                "tools/preprocess_data.py makes one.",
+                "REMOE-E301",
             )
         self.dtype, sequences, bounds = _read_header(index)
         pointers_at, bounds_at = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
@@ -227,5 +228,6 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
 
 def _corrupt(path: Path, why: str) -> DataError:
     return DataError(
-        f"{path} is truncated or corrupt: {why}. Copy the pair again, or make it again with tools/preprocess_data.py."
+        f"{path} is truncated or corrupt: {why}. Copy the pair again, or make it again with tools/preprocess_data.py.",
+        "REMOE-E302",
     )

@@ -52,7 +52,9 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
         used = [prefix for prefix, weight in zip(prefixes, weights or [1.0] * len(prefixes), strict=True) if weight]
         wrong = [weight for weight in weights or [] if not 0.0 <= weight < math.inf]
         if wrong or not used:
-            raise DataError(f"{flag}: has the weights {weights}. Give numbers of at least 0, and one above 0.")
+            raise DataError(
+                f"{flag}: has the weights {weights}. Give numbers of at least 0, and one above 0.", "REMOE-E303"
+            )
         if any(not _is_local(prefix) for prefix in used):
             continue
         data_sets = [_open(prefix, flag, thorough=args.local_rank == 0) for prefix in used]
@@ -62,7 +64,8 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
             if number == 2 and args.multiple_validation_sets:
                 raise DataError(
                     f"{flag}: with --multiple-validation-sets Megatron fails at a test set, after the training. "
-                    "Leave the flag out, or give 0 as the third number of --split."
+                    "Leave the flag out, or give 0 as the third number of --split.",
+                    "REMOE-E304",
                 )
             parts = [data.lengths[slice(*(round(end * len(data.lengths)) for end in share))] for data in data_sets]
             tokens = [int(part.sum(dtype=np.int64)) for part in parts]
@@ -70,7 +73,9 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
             if weights is None and len(used) > 1:
                 _check_unweighted(args, flag, data_sets, number, tokens)
         if split[0] is None and flag in ("--data-path", "--data-args-path") and not args.skip_train:
-            raise DataError(f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.")
+            raise DataError(
+                f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.", "REMOE-E304"
+            )
         if args.rank == 0:
             _drop_unusable_cache(args, used)
 
@@ -101,12 +106,15 @@ def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None
         remedy = f"(--tokenizer-type {args.tokenizer_type}, padded). Give the tokenizer that the data was made with"
         if smallest < 0 or largest >= size:
             wrong = smallest if smallest < 0 else largest
-            raise DataError(f"{flag} {prefix}: holds token {wrong}, and the vocabulary has {size} {remedy}.")
+            raise DataError(
+                f"{flag} {prefix}: holds token {wrong}, and the vocabulary has {size} {remedy}.", "REMOE-E305"
+            )
         few = data.tokens >= TOKENS_TO_JUDGE_BY and largest < SHARE_OF_VOCABULARY * size
         if few and "Null" not in args.tokenizer_type:
             raise DataError(
                 f"{flag} {prefix}: the ids of {len(ids):,} tokens are all below {largest + 1}, and the vocabulary has "
-                f"{size} {remedy}, or --tokenizer-type NullTokenizer --vocab-size to train on these ids as numbers."
+                f"{size} {remedy}, or --tokenizer-type NullTokenizer --vocab-size to train on these ids as numbers.",
+                "REMOE-E305",
             )
 
 
@@ -114,14 +122,16 @@ def _open(prefix: str, flag: str, thorough: bool = False) -> IndexedReader:
     path = Path(prefix)
     bare = path.with_suffix("")
     if path.suffix in (".bin", ".idx") and not idx_path(path).is_file() and idx_path(bare).is_file():
-        raise DataError(f"{flag} {prefix}: give the prefix without suffix: {bare}")
+        raise DataError(f"{flag} {prefix}: give the prefix without suffix: {bare}", "REMOE-E301")
     try:
         return IndexedReader(path, thorough)
     except DataError as error:
         remedy = f" If it is a weight, {PUT_WEIGHTS}." if re.fullmatch(r"[\d.]+", prefix) else ""
-        raise DataError(f"{flag} {prefix}: {error}{remedy}") from error
+        raise DataError(f"{flag} {prefix}: {error}{remedy}", error.code) from error
     except OSError as error:
-        raise DataError(f"{flag} {prefix}: {error.filename}: cannot be read ({error.strerror}).") from error
+        raise DataError(
+            f"{flag} {prefix}: {error.filename}: cannot be read ({error.strerror}).", "REMOE-E301"
+        ) from error
 
 
 def _check_split(
@@ -134,12 +144,14 @@ def _check_split(
         split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag
         raise DataError(
             f"{flag} {empty.prefix}: of its {documents} the {SPLITS[number]} split gets nothing ({split}). Give more "
-            "documents, or another --split; 0 turns a split off (training only: 100,0,0 with --eval-iters 0)."
+            "documents, or another --split; 0 turns a split off (training only: 100,0,0 with --eval-iters 0).",
+            "REMOE-E304",
         )
     if number == 0 and len(data_sets) == 1 and tokens[0] <= args.seq_length:
         raise DataError(
             f"{flag} {data_sets[0].prefix}: has {tokens[0]:,} tokens for training, not even one sequence of "
-            f"--seq-length {args.seq_length} and the token after it. Give more data, or a shorter --seq-length."
+            f"--seq-length {args.seq_length} and the token after it. Give more data, or a shorter --seq-length.",
+            "REMOE-E304",
         )
 
 
@@ -150,8 +162,9 @@ def _check_unweighted(
     sequences = [max((some - 1) // args.seq_length, 0) for some in tokens]
     if 0 in sequences:
         raise DataError(
-            f"{flag} {data_sets[sequences.index(0)].prefix}: has not even one sequence of --seq-length "
-            f"{args.seq_length} for {SPLITS[number]}, and could not be mixed in. Leave it out, or give another --split."
+            f"{flag} {data_sets[sequences.index(0)].prefix}: has no whole sequence of --seq-length "
+            f"{args.seq_length} for {SPLITS[number]}, and cannot be mixed in. Leave it out, or give another --split.",
+            "REMOE-E304",
         )
     wanted = _sequences_wanted(args)[number]
     if wanted is None or wanted <= sum(sequences) or args.dataloader_type == "cyclic":
@@ -160,7 +173,8 @@ def _check_unweighted(
     raise DataError(
         f"{flag}: {wanted:,} sequences are wanted for {SPLITS[number]}, and the {len(data_sets)} data sets have "
         f"{sum(sequences):,}. Without weights Megatron goes through them once and fails at their end. Put a "
-        f"weight before each; by their sizes: {textwrap.shorten(weighted, 500, placeholder=' ...')}"
+        f"weight before each; by their sizes: {textwrap.shorten(weighted, 500, placeholder=' ...')}",
+        "REMOE-E304",
     )
 
 
@@ -192,7 +206,8 @@ def _drop_unusable_cache(args: argparse.Namespace, prefixes: list[str]) -> None:
             if args.dataloader_fast_cache_load:
                 raise DataError(
                     f"{unusable[0]}: is cut off or older than the data. Start once without "
-                    "--dataloader-fast-cache-load, which rebuilds Megatron's index cache."
+                    "--dataloader-fast-cache-load, which rebuilds Megatron's index cache.",
+                    "REMOE-E306",
                 )
             for path in arrays:
                 path.unlink(missing_ok=True)
@@ -220,9 +235,11 @@ def _blends(
     try:
         blend, per_split = read_blends(args)
     except OSError as error:
-        raise DataError(f"The list of data sets {error.filename} cannot be read ({error.strerror}).") from error
+        raise DataError(
+            f"The list of data sets {error.filename} cannot be read ({error.strerror}).", "REMOE-E301"
+        ) from error
     except AssertionError as error:
-        raise DataError(f"--data-path and the like: {PUT_WEIGHTS}.") from error
+        raise DataError(f"--data-path and the like: {PUT_WEIGHTS}.", "REMOE-E303") from error
     if blend is not None:
         yield "--data-path" if args.data_path else "--data-args-path", blend, _split_matrix(args.split)
     elif per_split is not None and any(per_split):
@@ -233,7 +250,8 @@ def _blends(
     else:
         raise DataError(
             "--data-path is missing: give the prefix of a .bin/.idx pair, without suffix (tools/preprocess_data.py "
-            "makes one), or --mock-data to try things out."
+            "makes one), or --mock-data to try things out.",
+            "REMOE-E301",
         )
 
 
@@ -242,7 +260,8 @@ def _split_matrix(split: str | None) -> list[tuple[float, float] | None]:
     numbers = [float(word) for word in words if re.fullmatch(r"\d+\.?\d*|\.\d+", word)]
     if len(numbers) < len(words) or len(words) > len(SPLITS) or not sum(numbers):
         raise DataError(
-            f"--split {split}: give up to three numbers, for training, validation and test, for instance 969,30,1."
+            f"--split {split}: give up to three numbers, for training, validation and test, for instance 969,30,1.",
+            "REMOE-E304",
         )
     return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.data.errors import UsageError
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.preflight.checkpoint_fit import check_is_data_alone
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
@@ -181,23 +182,24 @@ def apply_granularity(args: argparse.Namespace) -> None:
     Call this before anything reads the arguments: FLOPs counts, expert-parallel checks and configurations do.
 
     Raises:
-        ValueError: there are no experts, their size is unknown, or G does not divide it.
+        UsageError: there are no experts, their size is unknown, or G does not divide it.
     """
     granularity = args.moe_granularity
-    if granularity < 1:
-        raise ValueError(f"--moe-granularity {granularity}: must be a whole number of at least 1.")
     if granularity == 1:
         return
-    if not args.num_experts:
-        raise ValueError(f"--moe-granularity {granularity}: there are no experts to split. Add --num-experts.")
     size_flag = "--ffn-hidden-size" if args.moe_ffn_hidden_size is None else "--moe-ffn-hidden-size"
     size = args.ffn_hidden_size if args.moe_ffn_hidden_size is None else args.moe_ffn_hidden_size
-    if size is None:
-        raise ValueError(f"--moe-granularity {granularity}: the experts' size is unknown. Add --moe-ffn-hidden-size.")
-    if size % granularity:
-        raise ValueError(
-            f"{size_flag} {size}: not divisible by --moe-granularity {granularity}. Choose a divisor of {size}."
-        )
+    given, wrong = f"--moe-granularity {granularity}", ""
+    if granularity < 1:
+        wrong = f"{given}: must be a whole number of at least 1."
+    elif not args.num_experts:
+        wrong = f"{given}: there are no experts to split. Add --num-experts."
+    elif size is None:
+        wrong = f"{given}: the experts' size is unknown. Add --moe-ffn-hidden-size."
+    elif size % granularity:
+        wrong = f"{size_flag} {size}: not divisible by {given}. Choose a divisor of {size}."
+    if wrong:
+        raise UsageError(wrong, "REMOE-E205")
     args.moe_ffn_hidden_size = size // granularity
     args.num_experts *= granularity
     args.moe_router_topk *= granularity

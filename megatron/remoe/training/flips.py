@@ -148,24 +148,20 @@ class FlipMeter:
 
 
 def flips_problems(args: argparse.Namespace) -> Iterator[str]:
-    """Yield what cannot be combined with --moe-log-flips-interval, with flag, value and remedy."""
+    """Yield what cannot be combined with --moe-log-flips-interval, with flag, value, remedy and code."""
     interval = args.moe_log_flips_interval
     if interval is None:
         return
-    if interval < 1:
-        yield f"--moe-log-flips-interval {interval} must be at least 1. Leave it out to measure no flips."
-    if not args.num_experts:
-        yield f"--moe-log-flips-interval {interval} counts changed routing, and there are no experts. Leave it out."
-    if args.cuda_graph_impl != "none":
-        yield (
-            f"--moe-log-flips-interval {interval} cannot be used with --cuda-graph-impl {args.cuda_graph_impl}: what "
-            "routers in a graph decide is not seen. Leave it out, or use --cuda-graph-impl none."
-        )
-    if args.reuse_grad_buf_for_mxfp8_param_ag:
-        yield (
-            f"--moe-log-flips-interval {interval} cannot be used with --reuse-grad-buf-for-mxfp8-param-ag: the weights "
-            "are not whole after an update. Leave one of them out."
-        )
+    given = f"--moe-log-flips-interval {interval}"
+    problems = {
+        f"{given}: must be at least 1. Leave it out to measure no flips": interval < 1,
+        f"{given}: there are no experts whose routing could change. Leave it out": not args.num_experts,
+        f"{given} cannot be used with --cuda-graph-impl {args.cuda_graph_impl}: decisions of routers in a graph are "
+        "not seen. Leave it out, or use --cuda-graph-impl none": args.cuda_graph_impl != "none",
+        f"{given} cannot be used with --reuse-grad-buf-for-mxfp8-param-ag: the weights are incomplete after an update. "
+        "Leave one of them out": args.reuse_grad_buf_for_mxfp8_param_ag,
+    }
+    yield from (f"{words}. [REMOE-E208]" for words, holds in problems.items() if holds)
 
 
 @contextmanager
