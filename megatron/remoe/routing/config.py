@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.remoe.routing.refusals import relu_routing_problems
+from megatron.remoe.routing.problems import relu_routing_problems
 
 
 @dataclass

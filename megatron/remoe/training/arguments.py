@@ -11,7 +11,8 @@ from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.preflight.checkpoint_fit import check_is_data_alone
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
-from megatron.remoe.routing.refusals import relu_routing_problems, shown
+from megatron.remoe.routing.problems import relu_routing_problems
+from megatron.remoe.routing.refusals import shown
 from megatron.remoe.training.flips import flips_problems
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron

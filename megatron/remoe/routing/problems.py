@@ -1,0 +1,161 @@
+"""Find settings that cannot be used with ReLU routing, a near-dense warm-up or a baseline router."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from megatron.remoe.routing.refusals import IGNORED, REFUSALS, Settings, as_list, flag, shown
+
+
+def relu_routing_problems(settings: Settings) -> list[str]:
+    """Return everything in `settings` that cannot be used with ReLU routing, a warm-up or a baseline router.
+
+    Args:
+        settings: Megatron's parsed arguments or a `ReMoEConfig`, read by attribute name.
+
+    Returns:
+        One message per problem: the flag, its value, the remedy and the code. Empty if all is well.
+    """
+    values: list[str] = []
+    combined: list[str] = []
+    if settings.moe_granularity < 1:
+        values.append(f"--moe-granularity {settings.moe_granularity} must be a whole number of at least 1.")
+    if settings.moe_relu_routing:
+        values.extend(_values(settings))
+        combined.extend(_combinations(settings))
+        combined.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
+    by_code = {
+        "REMOE-E205": values,
+        "REMOE-E204": combined,
+        "REMOE-E206": _warmup(settings),
+        "REMOE-E207": _baseline(settings),
+    }
+    return [f"{problem} [{code}]" for code, problems in by_code.items() for problem in problems]
+
+
+def _baseline(settings: Settings) -> Iterator[str]:
+    """Yield what cannot be used with a baseline router."""
+    name = settings.moe_baseline_router
+    if name is None:
+        return
+    beside = f"--moe-baseline-router {name}"
+    if settings.moe_relu_routing or settings.moe_warmup_topk is not None:
+        other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
+        yield f"{other} cannot be used with {beside}: each is a router of its own. Give one of them."
+    for refusal in REFUSALS:
+        ignored = refusal.reason == IGNORED
+        if problem := (replace(refusal, remedy="Leave it out") if ignored else refusal).problem(settings, beside):
+            yield problem
+    yield from _combinations(settings, beside)
+    stages = getattr(settings, "pipeline_model_parallel_size", 1)
+    if name == "hash" and stages > 1:
+        yield (
+            f"--pipeline-model-parallel-size {stages} cannot be used with {beside}: only the first and the last stage "
+            "have the tokens' ids. Leave it out."
+        )
+    if name == "hash" and getattr(settings, "overlap_moe_expert_parallel_comm", False):
+        yield (
+            f"--overlap-moe-expert-parallel-comm (on) cannot be used with {beside}: layers of two micro-batches take "
+            "turns, and the router knows the ids of one. Leave it out."
+        )
+
+
+def _warmup(settings: Settings) -> Iterator[str]:
+    """Yield what cannot be used with a near-dense warm-up, in which k changes."""
+    topk, steps = settings.moe_warmup_topk, settings.moe_warmup_steps
+    if topk is None and not steps:
+        return
+    experts = _experts(settings)
+    if topk is None or steps < 1:
+        yield "--moe-warmup-topk and --moe-warmup-steps belong together: give both, for instance 6 (of 8) and 100."
+    elif not settings.moe_router_topk < topk <= experts:
+        yield (
+            f"--moe-warmup-topk {topk} must be above --moe-router-topk {settings.moe_router_topk} and at most "
+            f"--num-experts {experts}."
+        )
+    if settings.moe_relu_routing:
+        yield "--moe-warmup-topk cannot be used with --moe-relu-routing, which is dense at first anyway. Leave it out."
+        return
+    refused = (refusal.problem(settings, "--moe-warmup-topk") for refusal in REFUSALS if refusal.reason != IGNORED)
+    yield from filter(None, refused)
+    yield from _combinations(settings, "--moe-warmup-topk")
+
+
+def _experts(settings: Settings) -> int:
+    """Return the number of experts; Megatron's arguments and configuration name it differently. 0 for dense models."""
+    return getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None) or 0
+
+
+def _values(settings: Settings) -> Iterator[str]:
+    """Yield settings of ReLU routing that are out of range."""
+    experts = _experts(settings)
+    topk, init = settings.moe_router_topk, settings.moe_relu_l1_reg_coeff_init
+    multiplier, floor = settings.moe_relu_l1_reg_coeff_multiplier, settings.moe_relu_layer_floor
+    limit = settings.moe_relu_activation_limit
+    if not experts:
+        yield "--moe-relu-routing needs experts to route to: give --num-experts (for instance 8)."
+    elif not 0 < topk < experts:
+        yield (
+            f"--moe-router-topk {topk} must be at least 1 and below --num-experts {experts} with --moe-relu-routing: "
+            "the target sparsity is 1 - topk/experts."
+        )
+    if not 0.0 < init < float("inf"):
+        yield f"--moe-relu-l1-reg-coeff-init {init} must be a positive number (default 1e-8)."
+    if not 1.0 < multiplier < float("inf"):
+        yield f"--moe-relu-l1-reg-coeff-multiplier {multiplier} must be above 1 (default 1.2)."
+    if not 0.0 <= floor < 1.0:
+        yield f"--moe-relu-layer-floor {floor} must be at least 0 and below 1 (default 0.001, 0 turns it off)."
+    if limit and not 1.0 <= limit < float("inf"):
+        yield f"--moe-relu-activation-limit {limit} must be at least 1 (default 2), or 0 for no limit."
+
+
+def _combinations(settings: Settings, beside: str = "--moe-relu-routing") -> Iterator[str]:
+    """Yield settings of Megatron that are refused in combination."""
+    backend = getattr(settings, "moe_flex_dispatcher_backend", None)
+    if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
+        yield (
+            f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {beside}: "
+            "it sends the k largest gates of a token and drops the others. Use --moe-flex-dispatcher-backend hybridep, "
+            "or --moe-token-dispatcher-type alltoall (or allgather)."
+        )
+    for overlap in ("moe_shared_expert_overlap", "overlap_dispatch_backward_with_experts_wgrad"):
+        if settings.moe_relu_activation_limit and getattr(settings, overlap, False):
+            yield (
+                f"{flag(overlap)} (on) cannot be used with --moe-relu-activation-limit: a layer that works in chunks "
+                "has no single dispatch to overlap with. Leave it out, or add --moe-relu-activation-limit 0."
+            )
+    is_hybrid = getattr(settings, "hybrid_layer_pattern", None) or getattr(settings, "is_hybrid_model", False)
+    if getattr(settings, "mtp_num_layers", None) and not is_hybrid:
+        if settings.sequence_parallel and settings.transformer_impl == "local":
+            yield (
+                f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {beside}, --sequence-parallel and "
+                "--transformer-impl local: Megatron builds its layers with PyTorch's norms, which refuse it. Use "
+                "--transformer-impl transformer_engine, or no tensor parallelism."
+            )
+        if getattr(settings, "pipeline_model_parallel_layout", None):
+            yield (
+                f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {beside} and "
+                "--pipeline-model-parallel-layout: only the first and the last stage get tokens and embeddings here. "
+                "Leave the layout out."
+            )
+    tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
+    if tensor_parallel > 1 and not settings.sequence_parallel:
+        yield (
+            f"--tensor-model-parallel-size {tensor_parallel} cannot be used with {beside} and without "
+            "--sequence-parallel: each rank would count the same tokens. Add --sequence-parallel."
+        )
+    if settings.moe_relu_router_bias and not settings.add_bias_linear:
+        yield (
+            "--moe-relu-router-bias (on) cannot be used with --disable-bias-linear, which leaves out all biases. "
+            "Give one of them."
+        )
+    graphs = getattr(settings, "cuda_graph_modules", None) or []
+    if getattr(settings, "cuda_graph_impl", None) not in (None, "none") and _moe_graph_scope(graphs):
+        yield (
+            f"--cuda-graph-modules {shown(graphs)} cannot be used with {beside}: the "
+            "number of routed pairs changes from step to step. Keep only attention, or use --cuda-graph-impl none."
+        )
+
+
+def _moe_graph_scope(modules: Any) -> bool:
+    return any(str(getattr(item, "name", item)).startswith("moe") for item in as_list(modules))
