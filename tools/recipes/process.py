@@ -1,5 +1,6 @@
 """Runs a training, with its log, and has it save a checkpoint at Ctrl-C and SIGTERM."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,22 +27,33 @@ class _Training:
             ["tee", "-a", str(log)], stdin=self._job.stdout, process_group=0, preexec_fn=_ignore_signals
         )
         self._job.stdout.close()
-        self._to_send: str | None = None  # a signal that has not reached a training process yet
+        self._to_send: signal.Signals | None = None  # has not reached the training processes yet
         self.stopping = False
 
     def stop(self, number: int, _: FrameType | None) -> None:
         """Have the training save; a second Ctrl-C kills it. A second SIGTERM does not: schedulers send several."""
         if not self.stopping:
-            self.stopping, self._to_send = True, "TERM"
+            self.stopping, self._to_send = True, signal.SIGTERM
             print("Saving a checkpoint; a second Ctrl-C ends at once, without one.", flush=True)
         elif number == signal.SIGINT:
-            self._to_send = "KILL"
+            self._to_send = signal.SIGKILL
         self._send()
 
     def _send(self) -> None:
-        """Send to the training processes, torchrun's children, which are in sessions of their own."""
-        if self._to_send and subprocess.run(["pkill", f"-{self._to_send}", "-P", str(self._job.pid)]).returncode == 0:
-            self._to_send = None
+        """Send to the training processes, torchrun's children, which are in sessions of their own.
+
+        They inherit that SIGTERM is ignored, and end this when they start: until then it would be lost.
+        """
+        if self._to_send is None:
+            return
+        found = subprocess.run(["pgrep", "-P", str(self._job.pid)], capture_output=True, text=True)
+        children = [int(child) for child in found.stdout.split()]
+        if not children or (self._to_send == signal.SIGTERM and any(map(_ignores_sigterm, children))):
+            return
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, self._to_send)
+        self._to_send = None
 
     def wait(self) -> int:
         """Return the exit code, once all output is in the log."""
@@ -50,9 +62,18 @@ class _Training:
                 code = self._job.wait(timeout=0.5)
                 break
             except subprocess.TimeoutExpired:
-                self._send()  # torchrun may have had no children yet
+                self._send()  # the training processes may not have been there yet
         self._log.wait()
         return code
+
+
+def _ignores_sigterm(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False  # it has ended, or this is not Linux
+    ignored = next((line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:")), "0")
+    return bool(int(ignored, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def _ignore_signals() -> None:
