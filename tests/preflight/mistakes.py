@@ -120,7 +120,7 @@ ENTRY = {
     "split of four": Case(on("text", "--split", "90,5,4,1"), ("E304", "--split 90,5,4,1")),
     "weight that is none": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], "half", user["one"]],
-        ("E303", "--data-path 0.5"),
+        ("E301", "--data-path 0.5"),
     ),
     "negative weight": Case(
         lambda user: [*lacking("--data-path")(user), "--data-path", "0.5", user["text"], " -1", user["one"]],
