@@ -41,11 +41,6 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
     return {int(iteration): _fields(line) for iteration, _, line in _LINE.findall(text)}
 
 
-def series(text: str, field: str) -> list[float]:
-    """Return the values of a field that every logged iteration must have, ordered by iteration."""
-    return [float(fields[field]) for _, fields in sorted(read_log(text).items())]
-
-
 def read_arguments(lines: Iterable[str]) -> dict[str, str]:
     """Return argument → its printed value; of the last start if there are several."""
     return {match[1]: match[2].strip() for line in lines if (match := _ARGUMENT.search(line))}
