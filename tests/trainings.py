@@ -26,7 +26,8 @@ SMALL = [
 ]
 
 # Timings, and what another rank prints into the line.
-VOLATILE = ("elapsed time per iteration (ms)", "allocated", "max allocated", "reserved", "max reserved")
+TIMINGS = ("elapsed time per iteration (ms)", "time left (h)")
+VOLATILE = (*TIMINGS, "allocated", "max allocated", "reserved", "max reserved")
 
 
 def start(arguments: list[str], processes: int = 1, script: Path = ENTRY, **environment: str) -> subprocess.Popen[str]:

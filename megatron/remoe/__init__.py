@@ -24,6 +24,7 @@ _ROOMS = {
     "install_routing": "training.hooks",
     "with_flips": "training.hooks",
     "keep_run_log": "training.run_log",
+    "with_summary": "training.summary",
     "only_training": "preflight.run_lock",
     "check_evaluation_and_saving": "preflight.environment",
     "check_data": "preflight.data",

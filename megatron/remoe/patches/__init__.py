@@ -25,6 +25,7 @@ from megatron.remoe.patches.fusions import (
 from megatron.remoe.patches.log_lines import forward_figures
 from megatron.remoe.patches.optimizer import enable_torch_adam_resume, use_fused_adam
 from megatron.remoe.patches.start import count_warmup_flops, use_shipped_helpers
+from megatron.remoe.patches.time_left import print_time_left
 from megatron.remoe.patches.waits import keep_norms_on_device, skip_single_rank_reductions, validate_once_per_step
 
 VERSIONS = ("0.19.0", "0.19.1", "0.19.2")  # of megatron-core; the patched code is the same in all of them
@@ -110,6 +111,12 @@ PATCHES = (
         "training/training.py: num_floating_point_operations",
         "the right FLOPs for the steps of --moe-warmup-topk",
         "the FLOPs count receives the experts per token of the step",
+    ),
+    Patch(
+        print_time_left,
+        "training/training.py: print_rank_last",
+        "the time left in each line of the log",
+        "Megatron prints it",
     ),
     Patch(
         forward_figures,

@@ -1,0 +1,106 @@
+"""One line before the first step: what is trained, on what, with how much data."""
+
+import argparse
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from megatron.core import mpu
+from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+from megatron.training import print_rank_0
+from megatron.training.models.base import ModelConfig
+
+UNITS = ((10**12, " T"), (10**9, " B"), (10**6, " M"))
+
+
+def with_summary(
+    args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return `provider`, which then prints the line on the first rank once it has built the data sets.
+
+    Args:
+        args: Megatron's arguments, validated.
+        model_cfg: the configuration that the model will be built from.
+        provider: of the data sets, as Megatron calls it.
+    """
+    parameters: list[int] = []
+
+    def count(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        parameters.append(count_parameters(model_chunks))
+        return model_chunks
+
+    @wraps(provider)
+    def summarizing(num_samples: list[int], *others: Any, **options: Any) -> Any:
+        data_sets = provider(num_samples, *others, **options)
+        if parameters and args.iteration < args.train_iters:
+            print_rank_0(summary(args, parameters.pop(), num_samples[0] * args.seq_length, data_sets[0]))
+        return data_sets
+
+    model_cfg.post_wrap_hooks.append(count)
+    return summarizing
+
+
+def summary(args: argparse.Namespace, parameters: int, tokens: int, train_set: Any) -> str:
+    """Return the line.
+
+    Args:
+        args: Megatron's arguments, validated.
+        parameters: of the model, over all ranks.
+        tokens: of the whole training, all ranks and steps.
+        train_set: as the provider returns it; passes over a set that is not Megatron's are unknown.
+    """
+    routing = "ReMoE" if args.moe_relu_routing else "top-k MoE" if args.num_experts else "dense model"
+    if args.moe_baseline_router:
+        routing = f"MoE with {args.moe_baseline_router} routing"
+    name, step = torch.cuda.get_device_name(), args.global_batch_size * args.seq_length
+    device = f"{args.world_size} x {name}"
+    if name == "cpu":
+        device = "1 CPU process" if args.world_size == 1 else f"{args.world_size} CPU processes"
+    return (
+        f"Training: {routing}, {short(parameters)} parameters, on {device}. Steps {args.iteration + 1:,} to "
+        f"{args.train_iters:,} of {step:,} tokens, {short(tokens)} tokens in all{_epochs(train_set, tokens)}. "
+        "Each line of the log has the time left."
+    )
+
+
+def short(number: int) -> str:
+    """Return a number with three digits and its unit, as in 1.23 B."""
+    unit, letter = next(((unit, letter) for unit, letter in UNITS if number >= unit), (1, ""))
+    return f"{number / unit:,.3g}{letter}" if letter else f"{number:,}"
+
+
+def count_parameters(model_chunks: Iterable[torch.nn.Module]) -> int:
+    """Count the model's parameters; those that several ranks hold count once. Call it on every rank.
+
+    Args:
+        model_chunks: the model on this rank, all its virtual pipeline stages.
+    """
+    counted = 0
+    for name, parameter in (named for chunk in model_chunks for named in chunk.named_parameters()):
+        if ".experts." in name:
+            replica, tensor_rank = mpu.get_expert_data_parallel_rank(), mpu.get_expert_tensor_parallel_rank()
+        else:
+            replica = mpu.get_data_parallel_rank(with_context_parallel=True)
+            tensor_rank = mpu.get_tensor_model_parallel_rank()
+        is_split = getattr(parameter, "tensor_model_parallel", False)
+        # The last pipeline stage has a copy of tied embeddings.
+        if replica == 0 and (is_split or tensor_rank == 0) and not getattr(parameter, "shared", False):
+            counted += parameter.numel()
+    total = torch.tensor(counted, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _epochs(train_set: Any, tokens: int) -> str:
+    """Return how often the training passes over its data; over the sets of a blend, the least and the most often."""
+    sets, weights = getattr(train_set, "datasets", [train_set]), getattr(train_set, "weights", None) or [1.0]
+    if not all(isinstance(data_set, GPTDataset) and not isinstance(data_set, MockGPTDataset) for data_set in sets):
+        return ""
+    passes = [
+        tokens * weight / sum(weights) / data_set._get_num_tokens_per_epoch()
+        for data_set, weight in zip(sets, weights, strict=True)
+    ]
+    least, most = f"{min(passes):.2g}", f"{max(passes):.2g}"
+    return f", {least if least == most else f'{least} to {most}'} epochs of the data"
