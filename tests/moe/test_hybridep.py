@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
-from megatron.remoe.routing.config import MEGATRONS_FIELDS
+from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.moe.hybridep import deep_ep
 from tests.trainings import TINY, run, series
@@ -32,6 +33,23 @@ def kernels(process_groups: None, monkeypatch: pytest.MonkeyPatch) -> None:
     spec.loader.exec_module(module)
     for name in ("hybrid_ep_dispatch", "hybrid_ep_combine"):
         monkeypatch.setattr(token_dispatcher, name, getattr(module, name))
+
+
+@dataclass
+class NewerConfig(ReMoEConfig):
+    """As in Megatron after 0.19.2, which by default sends the k largest gates of a map."""
+
+    moe_hybridep_routing_map_mode: str = "indices"
+
+
+@pytest.mark.parametrize(
+    ("routing", "mode"),
+    [({"moe_relu_routing": True}, "bool"), ({"moe_baseline_router": "random"}, "bool"), ({}, "indices")],
+)
+def test_newer_versions_take_the_map(routing: dict[str, object], mode: str) -> None:
+    sizes = {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 1, "num_moe_experts": 4}
+    config = NewerConfig(**sizes, moe_router_topk=2, moe_router_load_balancing_type="none", **routing)
+    assert config.moe_hybridep_routing_map_mode == mode
 
 
 @pytest.mark.usefixtures("kernels", "one_thread")

@@ -164,6 +164,47 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
         assert torch.equal(expected[key], found[key]), key
 
 
+SUMMARY = "Steps 1 to 8 of 512 tokens, 4,096 tokens in all, 0.00"  # epochs of the data
+
+
+@pytest.mark.parametrize(
+    ("beginning", "processes", "arguments"),
+    [
+        ("dense model, 123,200 parameters, on 1 CPU process.", 1, []),
+        ("top-k MoE, 468,288 parameters, on 2 CPU processes.", 2, [*TOPK, "--expert-model-parallel-size", "2"]),
+        (
+            "ReMoE, 468,288 parameters, on 4 CPU processes.",
+            4,
+            [*RELU, *"--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2".split()],
+        ),
+    ],
+)
+def test_one_line_tells_what_is_trained(beginning: str, processes: int, arguments: list[str], data: Path) -> None:
+    """Parameters count once, however they are shared; each line of an interval has the time left."""
+    output = train(data, *arguments, "--log-interval", "4", processes=processes)
+    (line,) = (line for line in output.splitlines() if line.startswith("Training: "))
+    if not torch.cuda.is_available():
+        assert line.startswith(f"Training: {beginning} {SUMMARY}")
+    logged = [line for line in output.splitlines() if " iteration  " in line]
+    assert ["time left (h)" in line for line in logged] == [False, True, True]
+    assert "time left (h): 0.00 |" in logged[-1]
+
+
+@pytest.mark.parametrize(
+    ("problem", "arguments"),
+    [
+        ("--disable-bias-linear", [*TOPK, "--no-local-layer-fusion"]),
+        ("--no-local-layer-fusion", [*TOPK, "--disable-bias-linear", "--optimizer", "muon"]),
+        ("--no-local-layer-fusion", [*RELU, "--disable-bias-linear", "--optimizer", "muon"]),
+    ],
+)
+def test_local_layers_refuse(problem: str, arguments: list[str], data: Path) -> None:
+    """Megatron's error in the first step; and experts that Adam would train instead of Muon."""
+    tiny = [flag for flag in TINY if flag != "--disable-bias-linear"]
+    output = run([*tiny, *arguments, "--data-path", str(data)], expect=2)
+    assert "REMOE-E209" in output and problem in output.splitlines()[-1]
+
+
 @pytest.mark.parametrize(("kind", "arguments"), [("dense", []), ("top-k", TOPK)])
 def test_without_relu_routing_it_is_megatrons_own_training(
     kind: str, arguments: list[str], data: Path, tmp_path: Path

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from megatron.remoe.hf import RemoeConfig, modeling_remoe
 
@@ -92,7 +93,8 @@ def write_weights(folder: Path, parts: Iterator[Tensors], shard_bytes: int = SHA
 def write_settings(folder: Path, config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Write all but weights and card: configuration, generation configuration, code and tokenizer."""
     config.save_pretrained(folder)
-    shutil.copyfile(modeling_remoe.__file__, folder / Path(modeling_remoe.__file__).name)
+    for file in [modeling_remoe.__file__, *get_relative_import_files(modeling_remoe.__file__)]:
+        shutil.copyfile(file, folder / Path(file).name)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     generation_config(config, tokenizer).save_pretrained(folder)

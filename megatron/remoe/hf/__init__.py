@@ -1,7 +1,7 @@
 """The trained model for transformers: importing this registers it with AutoConfig and AutoModelForCausalLM.
 
-The two files beside this one need torch and transformers alone. `save_pretrained` writes them beside the weights, so
-that `from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
+The other files here need only torch and transformers. `save_pretrained` writes them next to the weights, so that
+`from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -21,72 +21,19 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_remoe import RemoeConfig
-
-TINY = 1e-20  # as Megatron adds to sums of sigmoids, which may all be 0
+from .routing_remoe import RemoeRouter, newest_tokens, routing_loss, share_of_items
+from .training_remoe import SparsityCallback
 
 
 @dataclass
 class RemoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """As transformers' own; with `output_router_logits` also `aux_loss`, the L1 term summed over the layers, and:
+    """Outputs of transformers' MoE models; `aux_loss` is the L1 term, summed over the layers.
 
     Attributes:
-        sparsity: scalar, share of (token, expert) pairs that are inactive.
+        sparsity: scalar, share of inactive (token, expert) pairs; with `output_router_logits` only, as `aux_loss`.
     """
 
     sparsity: torch.Tensor | None = None
-
-
-class RemoeRouter(nn.Module):
-    """Which experts a token goes to, and with which gates."""
-
-    e_score_correction_bias: torch.Tensor | None
-
-    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
-        if not config.hash_routing:
-            self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        # In float32, whatever the model is in.
-        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_expert_bias else None
-        self.register_buffer("e_score_correction_bias", bias)
-
-    def forward(self, tokens: torch.Tensor, token_ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            tokens: `[tokens, hidden]`.
-            token_ids: int64, of these tokens in any shape, for routing by hash (arXiv 2106.04426).
-
-        Returns:
-            logits, gates: `[tokens, num_experts]` in the router's dtype; gates of inactive experts are 0. Routing by
-            hash has no logits: they are the gates.
-
-        Raises:
-            ValueError: there are no ids, and routing is by hash.
-        """
-        dtype, k = self.dtype or tokens.dtype, self.config.num_experts_per_tok
-        if self.config.hash_routing:
-            gates = _largest(self._hashed(token_ids), k).to(dtype)
-            return gates, gates
-        logits = nn.functional.linear(tokens.to(dtype), self.weight.to(dtype))
-        if self.config.moe_relu_routing:
-            return logits, torch.relu(logits)
-        scores = scores_of(self.config, logits)
-        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
-        experts = biased.topk(k).indices
-        top = scores.gather(-1, experts)
-        if self.config.norm_topk_prob:
-            top = top / (top.sum(dim=-1, keepdim=True) + TINY)
-        top = top * self.config.routed_scaling_factor
-        return logits, torch.zeros_like(logits).scatter(-1, experts, top.to(dtype))
-
-    def _hashed(self, token_ids: torch.Tensor | None) -> torch.Tensor:
-        """Numbers `[tokens, num_experts]`, the same for the same id, of which the largest are taken."""
-        if token_ids is None:
-            raise ValueError("With hash_routing experts follow from input_ids; inputs_embeds alone will not do.")
-        experts = torch.arange(self.config.num_experts, device=token_ids.device)
-        layer = self.config.num_experts * (self.layer_idx + 1)
-        return _mixed(_mixed(token_ids.reshape(-1, 1)) + _mixed(experts + layer))
 
 
 class RemoeSparseMoeBlock(nn.Module):
@@ -229,9 +176,15 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
 
 
 class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
-    """The language model."""
+    """The language model.
+
+    Attributes:
+        routing_counts: int64 `[2]`, active and all (token, expert) pairs of the training's forward passes; None unless
+            `SparsityCallback` counts them.
+    """
 
     _auto_class = "AutoModelForCausalLM"
+    routing_counts: torch.Tensor | None = None
 
     def __init__(self, config: RemoeConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)
@@ -239,6 +192,14 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def sparsity_callback(self, multiplier: float = 1.2) -> SparsityCallback:
+        """Return a callback for transformers' `Trainer` that holds the sparsity at its target.
+
+        Args:
+            multiplier: α, the factor by which λ changes per step; above 1.
+        """
+        return SparsityCallback(multiplier)
 
     @can_return_tuple
     def forward(
@@ -250,13 +211,15 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> RemoeCausalLMOutputWithPast:
-        """As Llama's.
+        """Run the model, as `LlamaForCausalLM` does.
 
         Args:
-            output_router_logits: in place of the configuration's.
+            input_ids, attention_mask, labels, logits_to_keep, kwargs: as for Llama.
+            output_router_logits: replaces the configuration's value. A loss then includes λ times the L1 term.
         """
+        counts = self.routing_counts if self.training else None
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+            output_router_logits = self.config.output_router_logits or counts is not None
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, output_router_logits=output_router_logits, **kwargs
         )
@@ -266,67 +229,15 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:
-            aux_loss, sparsity = routing_loss(
-                self.config,
-                outputs.router_logits,
-                newest_tokens(attention_mask, outputs.last_hidden_state.shape[1]),
-            )
+            token_mask = newest_tokens(attention_mask, outputs.last_hidden_state.shape[1])
+            aux_loss, pairs = routing_loss(self.config, outputs.router_logits, token_mask)
+            sparsity = 1.0 - pairs[0] / pairs[1].clamp(min=1)
+            if counts is not None:
+                counts += pairs.to(counts.device)
             if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+                # The loss is a mean over all labels of a step; so is the term.
+                share = self.config.router_aux_loss_coef * share_of_items(labels, **kwargs)
+                loss = loss + share * aux_loss.to(loss.device)
         # The cache's name has changed between versions of transformers.
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return RemoeCausalLMOutputWithPast(loss=loss, logits=logits, aux_loss=aux_loss, sparsity=sparsity, **others)
-
-
-def scores_of(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
-    """Of top-k routing, of the shape of the logits, at least in float32."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
-
-
-def newest_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
-    """bool `[batch, length]`, False at padding; None where no two-dimensional mask, of cached tokens too, tells it."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -length:].bool()
-
-
-def routing_loss(
-    config: RemoeConfig, router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The load-balanced L1 term (section 3.4) summed over the layers, or with top-k the load balancing loss; sparsity.
-
-    Args:
-        router_logits: of each layer with experts, `[batch * sequence, num_experts]`.
-        token_mask: bool `[batch, sequence]`, False at padding, which does not count.
-
-    Returns:
-        The term, which has a gradient, and S, the share of inactive pairs: scalars.
-    """
-    experts, k = config.num_experts, config.num_experts_per_tok
-    losses, sparsities = [], []
-    for logits in router_logits:
-        if token_mask is not None:
-            logits = logits[token_mask.reshape(-1).to(logits.device)]
-        scores = torch.relu(logits).float() if config.moe_relu_routing else scores_of(config, logits)
-        active = scores > 0 if config.moe_relu_routing else _largest(scores, k)
-        if not config.moe_relu_routing and config.scoring_func == "sigmoid":
-            scores = scores / (scores.sum(dim=-1, keepdim=True) + TINY)
-        tokens = max(len(scores), 1)
-        load = active.sum(dim=0) * (experts / (k * tokens))
-        losses.append((load * scores).sum() / tokens)
-        sparsities.append(1.0 - active.float().sum() / (tokens * experts))
-    device = losses[0].device
-    mean_sparsity = torch.stack([sparsity.to(device) for sparsity in sparsities]).mean()
-    return torch.stack([loss.to(device) for loss in losses]).sum(), mean_sparsity
-
-
-def _largest(scores: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k).indices, True)
-
-
-def _mixed(numbers: torch.Tensor) -> torch.Tensor:
-    """int64 → 32 bits that depend on all of the number's lower 32, in int64; as in training."""
-    for _ in range(2):
-        numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & 0xFFFFFFFF
-    return (numbers >> 16) ^ numbers

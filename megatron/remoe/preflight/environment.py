@@ -96,6 +96,35 @@ def check_hybrid_model(args: argparse.Namespace) -> None:
     )
 
 
+def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
+    """Refuse settings with which layers of --transformer-impl local fail, or train with another optimizer.
+
+    Args:
+        args: Megatron's arguments, validated.
+        stacks_experts: whether an expert's weights are a slice of a three-dimensional parameter.
+
+    Raises:
+        UsageError: names flag, reason and remedy.
+    """
+    routed = args.moe_relu_routing or args.moe_baseline_router or args.moe_warmup_topk is not None
+    megatrons_experts = args.num_experts and not args.local_layer_fusion and not routed
+    _refuse(
+        "REMOE-E209",
+        {
+            # core/transformer/moe/experts.py: SequentialMLP; its linear layers add biases in place.
+            "--no-local-layer-fusion cannot be used with --num-experts and biases: Megatron's experts fail in the "
+            "first step. Add --disable-bias-linear, or leave out --no-local-layer-fusion.": (
+                megatrons_experts and args.add_bias_linear and args.expert_model_parallel_size == 1
+            ),
+            # core/optimizer/emerging_optimizers.py: _is_nonlinear_or_embedding.
+            f"--optimizer {args.optimizer} would train the experts of --transformer-impl local with Adam: it takes "
+            "two-dimensional weights, and theirs are stacked. Add --no-local-layer-fusion, or use --optimizer adam.": (
+                stacks_experts and args.optimizer not in ("adam", "sgd")
+            ),
+        },
+    )
+
+
 def check_evaluation_and_saving(args: argparse.Namespace) -> None:
     """Refuse settings at which Megatron ends at its first evaluation or save, which may be after the training.
 

@@ -70,6 +70,9 @@ class ReMoEConfig(TransformerConfig):
         if self.moe_relu_routing or self.moe_baseline_router:
             # Megatron insists on it for k = 1, where a softmax over one score is constant; these have none over k.
             self.moe_router_pre_softmax = True
+            if hasattr(self, "moe_hybridep_routing_map_mode"):
+                # Versions after 0.19.2 send the k largest gates of each token by default ("indices").
+                self.moe_hybridep_routing_map_mode = "bool"
         super().__post_init__()
 
     @property

@@ -65,7 +65,9 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 
 def parse_and_validate_args(
-    extra_args_provider: ArgumentsProvider | None = None, args_defaults: dict[str, Any] | None = None
+    extra_args_provider: ArgumentsProvider | None = None,
+    args_defaults: dict[str, Any] | None = None,
+    adapt: Callable[[argparse.Namespace], None] | None = None,
 ) -> argparse.Namespace:
     """Parse and validate Megatron's flags and those of ReMoE.
 
@@ -74,12 +76,15 @@ def parse_and_validate_args(
     Args:
         extra_args_provider: adds the caller's own flags, as in Megatron.
         args_defaults: values for attributes that are None, as in Megatron.
+        adapt: changes the arguments before they are validated.
 
     Returns:
         The arguments, validated and set as Megatron's global ones.
     """
     with usage_errors():
         args = parse_args(extra_args_provider, args_defaults)
+        if adapt is not None:
+            adapt(args)
         take_saved_args(args)
         megatron.validate_args(args, {})
         set_global_variables(args)

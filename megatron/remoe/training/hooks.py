@@ -19,6 +19,7 @@ from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import hand_token_ids
 from megatron.remoe.kernels import wants_kernels
+from megatron.remoe.local.experts import takes_grouped_experts
 from megatron.remoe.local.hybrid import local_hybrid_stack_spec
 from megatron.remoe.moe.specs import (
     LayerSpec,
@@ -28,6 +29,7 @@ from megatron.remoe.moe.specs import (
     with_sequence_parallel_norms,
 )
 from megatron.remoe.patches import apply_patches
+from megatron.remoe.preflight.environment import check_local_layers
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
@@ -115,11 +117,16 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         args: arguments from `parse_and_validate_args`; the attention mask in the data loader is turned off where it is
             a causal one, which the kernels know by themselves.
         model_cfg: its layer specification may be the caller's own.
+
+    Raises:
+        UsageError: a setting does not work with these layers.
     """
     if args.transformer_impl != "local":
         if wants_kernels(args):
             _change_layers(model_cfg, lambda spec, _vp_stage: with_engine_kernels(spec))
         return
+    stacks_experts = args.num_experts and args.local_layer_fusion and takes_grouped_experts(model_cfg.transformer)
+    check_local_layers(args, stacks_experts)
     is_hybrid = isinstance(model_cfg, HybridModelConfig)
     if args.local_layer_fusion and not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False

@@ -15,9 +15,7 @@ from megatron.training.models.base import ModelConfig
 UNITS = ((10**12, " T"), (10**9, " B"), (10**6, " M"))
 
 
-def with_summary(
-    args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]
-) -> Callable[..., Any]:
+def with_summary(args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]) -> Callable[..., Any]:
     """Return `provider`, which then prints the line on the first rank once it has built the data sets.
 
     Args:

@@ -1,0 +1,131 @@
+"""The routers of a ReMoE and of the models it is compared with, and the term that routing adds to a loss."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_remoe import RemoeConfig
+
+TINY = 1e-20  # as Megatron adds to sums of sigmoids, which may all be 0
+
+
+class RemoeRouter(nn.Module):
+    """Choose a token's experts and their gates."""
+
+    e_score_correction_bias: torch.Tensor | None
+
+    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
+        if not config.hash_routing:
+            self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        # In float32, also in a model of half precision.
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_expert_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, tokens: torch.Tensor, token_ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits and gates, both `[tokens, num_experts]` in the router's dtype; gates are 0 where inactive.
+
+        Args:
+            tokens: `[tokens, hidden]`.
+            token_ids: int64, of these tokens in any shape. Routing by hash (arXiv 2106.04426) needs them, and returns
+                its gates as logits.
+
+        Raises:
+            ValueError: routing is by hash and there are no ids.
+        """
+        dtype, k = self.dtype or tokens.dtype, self.config.num_experts_per_tok
+        if self.config.hash_routing:
+            gates = _largest(self._hashed(token_ids), k).to(dtype)
+            return gates, gates
+        logits = nn.functional.linear(tokens.to(dtype), self.weight.to(dtype))
+        if self.config.moe_relu_routing:
+            return logits, torch.relu(logits)
+        scores = scores_of(self.config, logits)
+        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+        experts = biased.topk(k).indices
+        top = scores.gather(-1, experts)
+        if self.config.norm_topk_prob:
+            top = top / (top.sum(dim=-1, keepdim=True) + TINY)
+        top = top * self.config.routed_scaling_factor
+        return logits, torch.zeros_like(logits).scatter(-1, experts, top.to(dtype))
+
+    def _hashed(self, token_ids: torch.Tensor | None) -> torch.Tensor:
+        """Return numbers `[tokens, num_experts]` that depend on the id; the k largest are chosen."""
+        if token_ids is None:
+            raise ValueError("With hash_routing experts follow from input_ids; inputs_embeds alone will not do.")
+        experts = torch.arange(self.config.num_experts, device=token_ids.device)
+        layer = self.config.num_experts * (self.layer_idx + 1)
+        return _mixed(_mixed(token_ids.reshape(-1, 1)) + _mixed(experts + layer))
+
+
+def scores_of(config: RemoeConfig, logits: torch.Tensor) -> torch.Tensor:
+    """Return the scores of top-k routing, of the logits' shape, at least in float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+
+
+def newest_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
+    """Return bool `[batch, length]`, False at padding; None without a two-dimensional mask (of cached tokens too)."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -length:].bool()
+
+
+def routing_loss(
+    config: RemoeConfig, router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the load-balanced L1 term (section 3.4) or, of top-k routing, the load balancing loss; and counts.
+
+    For gates R and an expert's share of the tokens f_e, times E/k: L1 = sum over layers of 1/T Σ_t Σ_e f_e · R(x_t)_e.
+
+    Args:
+        config: of the model.
+        router_logits: of each layer with experts, `[batch * sequence, num_experts]`.
+        token_mask: bool `[batch, sequence]`, False at padding, which does not count.
+
+    Returns:
+        The term, a scalar with a gradient; and int64 `[2]`, the active (token, expert) pairs and all pairs.
+    """
+    experts, k, device = config.num_experts, config.num_experts_per_tok, router_logits[0].device
+    total, active_pairs, pairs = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device), 0
+    for logits in router_logits:
+        if token_mask is not None:
+            logits = logits[token_mask.reshape(-1).to(logits.device)]
+        scores = torch.relu(logits).float() if config.moe_relu_routing else scores_of(config, logits)
+        active = scores > 0 if config.moe_relu_routing else _largest(scores, k)
+        if not config.moe_relu_routing and config.scoring_func == "sigmoid":
+            scores = scores / (scores.sum(dim=-1, keepdim=True) + TINY)
+        tokens, taken = max(len(scores), 1), active.sum(dim=0)
+        total = total + ((taken * (experts / (k * tokens)) * scores).sum() / tokens).to(device)
+        active_pairs = active_pairs + taken.sum().to(device)
+        pairs += scores.numel()
+    return total, torch.stack([active_pairs, torch.full_like(active_pairs, pairs)])
+
+
+def share_of_items(labels: torch.Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    """Return this micro-batch's share of a step's labels, by which transformers' trainer weighs its loss; else 1.
+
+    Args:
+        labels: int64 `[batch, sequence]`, -100 where there is none.
+        num_items_in_batch: labels of the step: all micro-batches and, by the trainer's default, all ranks.
+        kwargs: `shift_labels` and `ignore_index`, as of transformers' loss functions.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    shifted = kwargs.get("shift_labels")
+    shifted = labels[..., 1:] if shifted is None else shifted
+    return (shifted != kwargs.get("ignore_index", -100)).sum() / num_items_in_batch
+
+
+def _largest(scores: torch.Tensor, k: int) -> torch.Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k).indices, True)
+
+
+def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """Mix the lower 32 bits of int64 numbers, so that each depends on all; as in training."""
+    for _ in range(2):
+        numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & 0xFFFFFFFF
+    return (numbers >> 16) ^ numbers

@@ -1,0 +1,77 @@
+"""Fine-tuning with transformers' `Trainer`: hold the sparsity at its target, as Megatron's training does."""
+
+from typing import Any
+
+import torch
+from transformers.trainer_callback import ExportableState, TrainerCallback
+
+SMALLEST = 1e-8  # of λ: Megatron's default at the start
+
+
+class SparsityCallback(TrainerCallback, ExportableState):
+    """Moves λ after every optimizer step: λ ← λ · α^sign(target − S), with target = 1 − k/E (section 3.3).
+
+    λ does not fall below 1e-8. Long trainings may end with S above the target and a λ that has decayed to nothing, from
+    which it would take hundreds of steps to return.
+
+    S is counted over all layers, micro-batches and ranks of the step. λ is `config.router_aux_loss_coef`, so it is
+    saved with the model; a checkpoint of the trainer keeps it too. Logs get `sparsity` and `l1_coefficient`.
+    """
+
+    def __init__(self, multiplier: float = 1.2) -> None:
+        """
+        Args:
+            multiplier: α, above 1.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not multiplier > 1.0:
+            raise ValueError(f"multiplier={multiplier}: must be above 1 (1.2 in training).")
+        self.multiplier = multiplier
+        self.coefficient = 0.0
+        self.figures: dict[str, float] = {}
+        self.model: Any = None
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Return what a checkpoint of the trainer keeps."""
+        return {"args": {"multiplier": self.multiplier}, "attributes": {"coefficient": self.coefficient}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Let the model count, and take λ from the checkpoint that the training continues from.
+
+        Raises:
+            ValueError: the model has no ReLU routing.
+        """
+        found = (part for part in model.modules() if hasattr(part, "routing_counts"))
+        self.model = next(found, None)
+        if self.model is None or not (self.model.config.moe_relu_routing and self.model.config.num_experts):
+            raise ValueError("SparsityCallback needs a model with ReLU routing. Leave it out for other models.")
+        config = self.model.config
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("coefficient")
+        config.router_aux_loss_coef = self.coefficient = max(saved or config.router_aux_loss_coef, SMALLEST)
+        self.model.routing_counts = torch.zeros(2, dtype=torch.int64, device=self.model.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add up the counts of all ranks, and move λ."""
+        counts, config = self.model.routing_counts, self.model.config
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        active, pairs = counts.tolist()
+        counts.zero_()
+        self.figures = {"sparsity": 1.0 - active / max(pairs, 1), "l1_coefficient": self.coefficient}
+        # target − S has the sign of active − k · tokens.
+        distance = active * config.num_experts - config.num_experts_per_tok * pairs
+        if distance:
+            factor = self.multiplier if distance > 0 else 1.0 / self.multiplier
+            config.router_aux_loss_coef = self.coefficient = max(self.coefficient * factor, SMALLEST)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Add S and λ of the last step to the training's logs."""
+        if logs is not None and "loss" in logs:
+            logs.update(self.figures)
+            state.log_history[-1].update(self.figures)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the model count no longer."""
+        self.model.routing_counts = None

@@ -1,0 +1,115 @@
+"""Fine-tuning by transformers' trainer: the program of docs/huggingface.md, and what its callback does."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from megatron.remoe.hf import RemoeForCausalLM
+from tests.hf.test_modeling import make
+from tools.common.places import ROOT
+from tools.export_hf.folder import write_settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS = 4
+
+
+def program() -> str:
+    """Return the documented program with few steps, rows in order, each step logged; on CPUs, one a rank."""
+    _, _, code = (ROOT / "docs" / "huggingface.md").read_text().partition("```python\n# finetune.py")
+    code = "#" + code.partition("```")[0]
+    steps = f"max_steps={STEPS}, train_sampling_strategy='sequential', use_cpu=True"
+    for old, new in (("max_steps=400", steps), ("logging_steps=10", "logging_steps=1")):
+        assert old in code
+        code = code.replace(old, new)
+    return code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported folder with a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("exported")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    model = make("relu", vocab_size=256)
+    model.save_pretrained(folder)
+    write_settings(folder, model.config, PreTrainedTokenizerFast(tokenizer_object=bytes_alone))
+    return folder
+
+
+def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
+    """Two micro-batches, or two ranks with one each: the same S and λ, by the controller's rule."""
+    found = []
+    for processes, code in ((1, program()), (2, program().replace("accumulation_steps=2", "accumulation_steps=1"))):
+        file, new = tmp_path / "finetune.py", tmp_path / f"by_{processes}"
+        file.write_text(code)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *launcher, file, folder, ROOT / "LICENSE", new]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert {path.name for path in folder.iterdir()} - {"README.md"} <= {path.name for path in new.iterdir()}
+        state = json.loads((new / "trainer_state.json").read_text())
+        log = [record for record in state["log_history"] if "loss" in record]
+        assert len(log) == STEPS
+        for before, after in pairwise(log):
+            sign = 1 if before["sparsity"] < 0.75 else -1
+            assert after["l1_coefficient"] == pytest.approx(before["l1_coefficient"] * 1.2**sign)
+        last = json.loads((new / "config.json").read_text())["router_aux_loss_coef"]
+        assert last == state["stateful_callbacks"]["SparsityCallback"]["attributes"]["coefficient"] != 0.05
+        found.append([(record["sparsity"], record["l1_coefficient"]) for record in log])
+    assert found[0] == [pytest.approx(pair, abs=1e-4) for pair in found[1]]
+
+
+def train(folder: Path, model: RemoeForCausalLM, micro_batches: int = 1, **options: Any) -> Trainer:
+    """Train on one sequence, again and again."""
+    row = torch.arange(32) % 61
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=micro_batches,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        **({"max_steps": 3, "save_strategy": "no"} | options),
+    )
+    data = [{"input_ids": row, "labels": row}] * 64
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[model.sparsity_callback()])
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if options.get("max_steps") == 4 else None)
+    return trainer
+
+
+def test_micro_batches_share_the_l1_term(tmp_path: Path) -> None:
+    """Three equal micro-batches have the gradient of one."""
+    one, three = (make("relu", router_aux_loss_coef=0.5) for _ in range(2))
+    train(tmp_path, one)
+    train(tmp_path, three, micro_batches=3)
+    for expected, found in zip(one.parameters(), three.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert one.routing_counts is None and one(torch.arange(4)[None]).sparsity is None
+
+
+def test_a_resumed_training_goes_on_with_its_coefficient(tmp_path: Path) -> None:
+    whole = make("relu", router_aux_loss_coef=0.0)
+    train(tmp_path, whole, max_steps=2, save_strategy="steps", save_steps=2)
+    coefficient = whole.config.router_aux_loss_coef
+    assert coefficient == pytest.approx(1e-8 * 1.2**2)
+    resumed = make("relu", router_aux_loss_coef=0.0)
+    log = train(tmp_path, resumed, max_steps=4).state.log_history
+    assert [record["l1_coefficient"] for record in log if record["step"] == 3 and "loss" in record] == [coefficient]
+
+
+def test_a_callback_for_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ReLU routing"):
+        train(tmp_path, make("top-k"))
+    with pytest.raises(ValueError, match="multiplier=1"):
+        make("relu").sparsity_callback(1.0)
