@@ -1,6 +1,6 @@
 """ReLU routing for Mixture-of-Experts models on Megatron (ReMoE, arXiv 2412.14711).
 
-The names below are what a script of one's own needs; each is imported when it is first asked for.
+The public names for your own training script; each is imported on first use.
 """
 
 import importlib

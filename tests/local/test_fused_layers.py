@@ -219,15 +219,12 @@ def test_same_training(kind: str, data: Path) -> None:
 
 
 RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+EP2, EXPERT_TP2 = ["--expert-model-parallel-size", "2"], "--tensor-model-parallel-size 2 --sequence-parallel".split()
+EXPERT_TP2 += ["--expert-tensor-parallel-size", "2"]
 LAYOUTS = {  # that of the first training, fused or not, and that of the second
-    "into grouped": (1, ["--no-local-layer-fusion"], 2, ["--expert-model-parallel-size", "2"]),
-    "out of grouped": (2, ["--expert-model-parallel-size", "2"], 1, ["--no-local-layer-fusion"]),
-    "into expert tensor parallelism": (
-        1,
-        ["--no-local-layer-fusion"],
-        2,
-        ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "2"],
-    ),
+    "into grouped": (1, ["--no-local-layer-fusion"], 2, EP2),
+    "out of grouped": (2, EP2, 1, ["--no-local-layer-fusion"]),
+    "into expert tensor parallelism": (1, ["--no-local-layer-fusion"], 2, EXPERT_TP2),
     "distributed optimizer": (1, [*RESHARDABLE, "--no-local-layer-fusion"], 2, RESHARDABLE),
 }
 
@@ -256,22 +253,10 @@ def test_distributed_state_of_other_experts_is_refused(data: Path, tmp_path: Pat
 
 BOUNDED = {
     "one process": (1, []),
-    "EP2": (2, ["--expert-model-parallel-size", "2"]),
-    "EP2, allgather": (2, ["--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "allgather"]),
-    "EP2, overlap": (
-        2,
-        [
-            "--expert-model-parallel-size",
-            "2",
-            "--use-distributed-optimizer",
-            "--overlap-grad-reduce",
-            "--overlap-param-gather",
-        ],
-    ),
-    "expert TP2": (
-        2,
-        ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "2"],
-    ),
+    "EP2": (2, EP2),
+    "EP2, allgather": (2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
+    "EP2, overlap": (2, [*EP2, *"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()]),
+    "expert TP2": (2, EXPERT_TP2),
 }
 
 

@@ -1,6 +1,6 @@
 """Runs Megatron's training loop on a machine without an accelerator.
 
-Nothing in here is active with an accelerator. `facade` says how it works; `engine` lists each adaptation of Megatron
+Nothing in here is active with an accelerator. `facade` explains how it works; `engine` lists each change to Megatron
 with its reason.
 """
 

@@ -22,6 +22,7 @@ FACTORIES = tuple(
     "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand randint randn randperm tensor "
     "zeros zeros_like".split()
 )
+MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 TENSOR_TYPES = {
     "ByteTensor": torch.uint8,
     "IntTensor": torch.int32,
@@ -44,7 +45,7 @@ class Stream:
     def _done(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    synchronize = wait = wait_event = wait_stream = record = _done
+    synchronize = wait = wait_event = wait_stream = record = __exit__ = _done
 
     def record_event(self, event: "Stream | None" = None) -> "Stream":
         return event or self
@@ -58,21 +59,12 @@ class Stream:
     def __enter__(self) -> "Stream":
         return self
 
-    def __exit__(self, *_exception: Any) -> None:
-        pass
-
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     pass
 
 
-def _zero(*_args: Any, **_kwargs: Any) -> int:
-    return 0
-
-
 def _cuda() -> types.ModuleType:
-    cuda = types.ModuleType("torch.cuda")
-    cuda.__dict__.update({name: value for name, value in vars(torch.cuda).items() if not name.startswith("__")})
     stream = Stream()
     rng = {
         "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
@@ -80,8 +72,10 @@ def _cuda() -> types.ModuleType:
         "manual_seed": torch.manual_seed,
         "manual_seed_all": torch.manual_seed,
     }
-    cuda.__dict__.update(
-        rng,
+    return _copy(
+        types.ModuleType("torch.cuda"),
+        torch.cuda,
+        **rng,
         random=types.SimpleNamespace(**rng),
         is_available=lambda: True,
         device_count=lambda: 1,
@@ -101,14 +95,10 @@ def _cuda() -> types.ModuleType:
         current_stream=lambda *_args: stream,
         default_stream=lambda *_args: stream,
         memory_stats=lambda *_args: defaultdict(int),
-        memory_allocated=_zero,
-        max_memory_allocated=_zero,
-        memory_reserved=_zero,
-        max_memory_reserved=_zero,
+        **dict.fromkeys(MEMORY, lambda *_args: 0),
         reset_peak_memory_stats=_nothing,
         **{name: functools.partial(torch.tensor, dtype=dtype) for name, dtype in TENSOR_TYPES.items()},
     )
-    return cuda
 
 
 class _Adam(torch.optim.Adam):
@@ -118,16 +108,15 @@ class _Adam(torch.optim.Adam):
 
 
 class _AdamW(torch.optim.AdamW):
-    """Likewise."""
+    """AdamW in one pass over memory."""
 
     __init__ = functools.partialmethod(torch.optim.AdamW.__init__, fused=True)
 
 
-def _optim() -> types.ModuleType:
-    optim = types.ModuleType("torch.optim")
-    optim.__dict__.update({name: value for name, value in vars(torch.optim).items() if not name.startswith("__")})
-    optim.__dict__.update(Adam=_Adam, AdamW=_AdamW)
-    return optim
+def _copy(copy: types.ModuleType, module: types.ModuleType, **changes: Any) -> types.ModuleType:
+    """Fill a module with the names of another, some of them changed."""
+    copy.__dict__.update({name: value for name, value in vars(module).items() if name != "__getattr__"} | changes)
+    return copy
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -149,10 +138,9 @@ class _Facade(types.ModuleType):
 
 def make_facade() -> types.ModuleType:
     """Return a module that equals torch except for `cuda`, `optim` and the tensor factories."""
-    facade = _Facade("torch")
-    facade.__dict__.update({name: value for name, value in vars(torch).items() if name != "__getattr__"})
-    facade.__dict__.update({name: _on_cpu(getattr(torch, name)) for name in FACTORIES}, cuda=_cuda(), optim=_optim())
-    return facade
+    factories = {name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
+    optim = _copy(types.ModuleType("torch.optim"), torch.optim, Adam=_Adam, AdamW=_AdamW)
+    return _copy(_Facade("torch"), torch, **factories, cuda=_cuda(), optim=optim)
 
 
 class _FacadeFinder(importlib.abc.MetaPathFinder):

@@ -18,11 +18,11 @@ class RemoeConfig(LlamaConfig):
     num_experts: int = 0
     """Experts of a layer, granularity included; 0: a dense model."""
     num_experts_per_tok: int = 1
-    """k: of ReLU routing the mean that L1 aims at, of top-k routing the number."""
+    """k: the experts of each token, with ReLU routing the mean that L1 aims at."""
     moe_intermediate_size: int = 0
     """Hidden size of an expert."""
     shared_expert_intermediate_size: int = 0
-    """Hidden size of the experts that every token passes; 0: there are none."""
+    """Hidden size of the experts that all tokens share; 0: there are none."""
     mlp_only_layers: tuple[int, ...] | list[int] = ()
     """Layers without experts, from 0."""
     moe_relu_routing: bool = True
@@ -32,23 +32,23 @@ class RemoeConfig(LlamaConfig):
     norm_topk_prob: bool = False
     """Top-k routing: the k gates add up to 1 (Megatron without --moe-router-pre-softmax; sigmoids always, if k > 1)."""
     routed_scaling_factor: float = 1.0
-    """Top-k routing: what the gates are multiplied by."""
+    """Top-k routing: a factor on the gates."""
     router_expert_bias: bool = False
     """Top-k of sigmoids: experts are chosen by score and a bias each, which balances them (arXiv 2408.15664)."""
     hash_routing: bool = False
     """The k experts follow from the token's id, with gates of 1 (arXiv 2106.04426); needs moe_relu_routing False."""
     router_dtype: str | None = None
-    """What the router computes in, as "float32"; None: the model's own type."""
+    """The router's type, for instance "float32"; None: the model's."""
     max_experts_per_token: int | None = None
     """ReLU routing: only the K largest gates count, and K experts are computed for every token, so that shapes are
     fixed for compilers and servers. None: exactly the active experts, however many."""
     output_router_logits: bool = False
-    """Give router logits, L1 term and sparsity with the outputs, and add the term to a loss."""
+    """Return router logits, L1 term and sparsity, and add λ times the term to a loss."""
     router_aux_loss_coef: float = 0.0
-    """The coefficient of the term: λ, or that of the load balancing loss of top-k routing."""
+    """λ, or the coefficient of top-k routing's load balancing loss."""
 
     def validate_architecture(self) -> None:
-        """Part of what transformers validates; unlike Llama's, heads need not divide the hidden size."""
+        """Check the experts' settings. Unlike Llama's, heads need not divide the hidden size."""
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: must be 1 to {self.num_experts}.")
         if self.max_experts_per_token is not None and not 1 <= self.max_experts_per_token <= self.num_experts:

@@ -37,7 +37,7 @@ class RemoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 
 class RemoeSparseMoeBlock(nn.Module):
-    """Experts, computed for the pairs of token and expert that are active, and experts that all tokens share."""
+    """Computes the experts of the active (token, expert) pairs, and the experts that all tokens share."""
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
@@ -53,14 +53,12 @@ class RemoeSparseMoeBlock(nn.Module):
         token_mask: torch.Tensor | None = None,
         token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
+        """Return each token's sum over its experts, `[batch, sequence, hidden]`.
+
         Args:
             hidden_states: `[batch, sequence, hidden]`.
             token_mask: bool `[batch, sequence]`, False at padding, which goes to no routed expert.
             token_ids: int64 `[batch, sequence]`, for routing by hash.
-
-        Returns:
-            `[batch, sequence, hidden]`.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates = self.gate(tokens, token_ids)
@@ -76,7 +74,7 @@ class RemoeSparseMoeBlock(nn.Module):
         return output.view_as(hidden_states)
 
     def _varying(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        # Each pair is a token of its own with one expert: what any implementation of experts in transformers takes.
+        # Each pair becomes a token with one expert, which every experts implementation of transformers takes.
         token, expert = gates.nonzero(as_tuple=True)
         if not len(token):
             return torch.zeros_like(tokens)
@@ -103,7 +101,7 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         token_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As Llama's; `token_mask`, `token_ids`: see `RemoeSparseMoeBlock`."""
+        """Run the layer, as Llama's; `token_mask` and `token_ids` go to `RemoeSparseMoeBlock`."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
@@ -112,7 +110,7 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
 
 
 class RemoePreTrainedModel(LlamaPreTrainedModel):
-    """What transformers asks of all models of a kind."""
+    """Settings that transformers reads from all models of a kind."""
 
     config: RemoeConfig
     config_class = RemoeConfig
@@ -164,7 +162,7 @@ class RemoeModel(RemoePreTrainedModel, LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As Llama's; padding (0 in a two-dimensional `attention_mask`) is not routed."""
+        """Run the model, as `LlamaModel` does. Padding (0 in a two-dimensional `attention_mask`) is not routed."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is not None and (token_mask := newest_tokens(attention_mask, given.shape[1])) is not None:
             kwargs["token_mask"] = token_mask

@@ -40,7 +40,7 @@ def takes_grouped_experts(config: TransformerConfig) -> bool:
 
 
 class GroupedExperts(MegatronModule):
-    """Takes the place of Megatron's `SequentialMLP`: the same function, initial weights and checkpoints.
+    """Replaces Megatron's `SequentialMLP`, with the same results, initial weights and checkpoints.
 
     Attributes:
         fc1: `[L, 2 * F, H]`, gate and up.

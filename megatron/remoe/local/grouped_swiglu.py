@@ -31,7 +31,7 @@ def has_grouped_kernel(device: torch.device) -> bool:
 
 
 def sizes_refused(fc1: torch.Tensor) -> list[str]:
-    """Return what that kernel does not take of the shape `[E, 2 * F, H]`."""
+    """Return the sizes in the shape `[E, 2 * F, H]` that the kernel does not take, as text."""
     experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
     multiple = f"is not a multiple of {KERNEL_MULTIPLE}"
     checks = {

@@ -24,7 +24,7 @@ from megatron.remoe.kernels.backend import backend_of
 from megatron.remoe.local.experts import GroupedExperts
 from megatron.remoe.local.grouped_swiglu import waits_for_sizes
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
-from megatron.remoe.moe.plan import Counts, Ranks, count_bounded, count_known, count_pairs, plan_dispatch
+from megatron.remoe.moe.plan import Counts, Ranks, count_known, count_pairs, plan_dispatch
 
 
 class ReMoELayer(MoELayer):
@@ -51,7 +51,7 @@ class ReMoELayer(MoELayer):
         self.ranks, self.backend = Ranks.of(pg_collection), backend_of(config)
         is_topk = type(self.router) is TopKRouter
         self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
-        self._count_whole = partial(count_pairs, ranks=self.ranks, backend=self.backend)
+        self._waits = True
         self._run_experts = self._by_megatron
         if takes_plans(config):
             self._run_experts = self._by_exchange
@@ -63,8 +63,8 @@ class ReMoELayer(MoELayer):
             if self.ranks.is_alone and isinstance(self.experts, GroupedExperts):
                 if not self.shared_expert_overlap:
                     self._run_experts = self._in_place
-                if is_topk and config.moe_expert_capacity_factor is None and not waits_for_sizes(self.experts.fc1):
-                    self._count_whole = partial(count_known, backend=self.backend, topk=config.moe_router_topk)
+                has_k = is_topk and config.moe_expert_capacity_factor is None
+                self._waits = not has_k or waits_for_sizes(self.experts.fc1)
         for parameter in self.experts.parameters():
             # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
             # the optimizer's state from a checkpoint without.
@@ -114,18 +114,15 @@ class ReMoELayer(MoELayer):
     ) -> torch.Tensor:
         shared_expert_output = self.shared_experts_compute(hidden_states)
         probs_TE, map_TE = self.route(hidden_states, padding_mask, **for_router)
-        counts = self._count(map_TE)
+        if self._waits:
+            counts = count_pairs(map_TE, self.ranks, self.backend, self.pairs_limit)
+        else:
+            counts = count_known(map_TE, self.backend, self.config.moe_router_topk)
         if len(counts) == 1:
             output = self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
         else:
             output = self._run_chunks(hidden_states, probs_TE, map_TE, counts)
         return output if shared_expert_output is None else output + shared_expert_output
-
-    def _count(self, map_TE: torch.Tensor) -> list[Counts]:
-        """Count the pairs of each chunk of tokens, of which there are as many as the bound asks for."""
-        if self.pairs_limit:
-            return count_bounded(map_TE, self.ranks, self.backend, self.pairs_limit)
-        return self._count_whole(map_TE)
 
     def _run_chunks(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]

@@ -1,4 +1,4 @@
-"""Who sends how many pairs to whom: counted once for each layer and step, and handed to dispatch, experts and combine.
+"""Count the pairs that ranks send each other, once per layer and step, for dispatch, experts and combine.
 
 T tokens on this rank, E experts in all, L of them on this rank, P pairs (of a token here and an expert that is active
 for it), C chunks of tokens, R ranks that exchange tokens.
@@ -85,41 +85,31 @@ class DispatchPlan:
     counts: Counts
 
 
-def count_pairs(map_TE: torch.Tensor, ranks: Ranks, backend: Backend) -> list[Counts]:
-    """Count the tokens that each rank sends to each expert; waits for the device, once.
+def count_pairs(map_TE: torch.Tensor, ranks: Ranks, backend: Backend, limit: float = 0.0) -> list[Counts]:
+    """Count the tokens that each rank sends to each expert, in so many chunks that none is above a limit.
+
+    Waits for the device once for each number of chunks that it tries.
 
     Args:
         map_TE: bool `[T, E]`.
         ranks: all of which have to call it.
         backend: counts, and plans by it later.
-
-    Returns:
-        One `Counts`, of all tokens.
-    """
-    pairs_CRE, counted = read_pairs(map_TE, 1, ranks, backend)
-    return _counts_of(pairs_CRE, counted, ranks)
-
-
-def count_bounded(map_TE: torch.Tensor, ranks: Ranks, backend: Backend, pairs_per_token: float) -> list[Counts]:
-    """Count as `count_pairs`, in so many chunks that no rank sends or receives too many pairs at once.
-
-    Args:
-        map_TE, ranks, backend: as `count_pairs`'s.
-        pairs_per_token: the bound, in units of a rank's number of tokens.
+        limit: of the pairs that a rank sends or receives at once, in units of its number of tokens; 0 for none.
 
     Returns:
         The `Counts` of each chunk; chunks are cut as by `tensor_split`.
     """
-    num_tokens = len(map_TE)
-    limit, chunks = pairs_per_token * num_tokens, 1
+    num_tokens, bound, chunks = len(map_TE), limit * len(map_TE), 1
     while True:
         pairs_CRE, counted = read_pairs(map_TE, chunks, ranks, backend)
+        if not bound or chunks == num_tokens:
+            return _counts_of(pairs_CRE, counted, ranks)
         # A rank has the experts of one slice, and the tokens of its tensor parallel partners.
         received = pairs_CRE.sum(dim=1).view(chunks, ranks.ep, -1).sum(dim=2) / ranks.tp
         most = max(pairs_CRE.sum(dim=2).flatten().tolist() + received.flatten().tolist())
-        if most <= limit or chunks == num_tokens:
+        if most <= bound:
             return _counts_of(pairs_CRE, counted, ranks)
-        chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * most / limit)))
+        chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * most / bound)))
 
 
 def count_known(map_TE: torch.Tensor, backend: Backend, topk: int) -> list[Counts]:

@@ -1,18 +1,15 @@
 """Replace routers, MoE layers, experts, attention and norms in Megatron's layer specifications."""
 
+import operator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
-from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayerSubmodules,
-)
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -39,31 +36,9 @@ def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
         router: the class of the router.
 
     Raises:
-        TypeError: a layer's MLP is neither dense nor built from Megatron's `MoELayer`.
+        TypeError: a layer's experts and router belong to another class than Megatron's `MoELayer`.
     """
-    if isinstance(spec, TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules):
-        return replace(spec, layer_specs=[with_router(layer_spec, router) for layer_spec in spec.layer_specs or []])
-    if isinstance(spec.submodules, HybridStackSubmodules):
-        moe_layer = with_router(spec.submodules.moe_layer, router)
-        return replace(spec, submodules=replace(spec.submodules, moe_layer=moe_layer))
-    if isinstance(spec.submodules, MultiTokenPredictionLayerSubmodules):
-        layer = with_router(spec.submodules.mtp_model_layer, router)
-        return replace(spec, submodules=replace(spec.submodules, mtp_model_layer=layer))
-    return replace(spec, submodules=replace(spec.submodules, mlp=_routed_mlp(spec.submodules.mlp, router)))
-
-
-def _routed_mlp(mlp: Any, router: type[TopKRouter]) -> Any:
-    if isinstance(mlp, ModuleSpec):
-        builder, submodules = mlp.module, mlp.submodules
-    elif isinstance(mlp, partial):
-        builder, submodules = mlp.func, mlp.keywords.get("submodules")
-    else:
-        builder, submodules = mlp, None
-    if not hasattr(submodules, "router"):
-        return mlp
-    if builder not in (MoELayer, ReMoELayer):
-        raise TypeError(f"{router.__name__} needs an MLP built from MoELayer, this specification has {builder!r}.")
-    return partial(ReMoELayer, submodules=replace(submodules, router=router))
+    return _replaced(spec, {MoELayer: ReMoELayer}, router)
 
 
 def with_sequence_parallel_norms(spec: Any) -> Any:
@@ -97,20 +72,39 @@ def with_engine_kernels(spec: Any) -> Any:
     return _replaced(spec, {MoELayer: ReMoELayer, TEGroupedMLP: EngineExperts})
 
 
-def _replaced(spec: Any, classes: dict[Any, Any]) -> Any:
-    """Return a copy of a specification in which the keys of `classes` are replaced by their values."""
+def _replaced(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | None = None) -> Any:
+    """Return a specification in which the keys of `classes` are replaced by their values; other parts are the same.
+
+    Args:
+        spec: a specification, or any part of one.
+        classes: old → new.
+        router: for all MoE layers, in place of theirs.
+    """
     if isinstance(spec, type):
         return classes.get(spec, spec)
     if isinstance(spec, list):
-        return [_replaced(item, classes) for item in spec]
+        items = [_replaced(item, classes, router) for item in spec]
+        return spec if all(map(operator.is_, items, spec)) else items
     if isinstance(spec, dict):
-        return {name: _replaced(value, classes) for name, value in spec.items()}
+        values = _replaced([*spec.values()], classes, router)
+        return spec if all(map(operator.is_, values, spec.values())) else dict(zip(spec, values, strict=True))
     if isinstance(spec, partial):
         if spec.func is SequentialMLP:
             return partial(classes[SequentialMLP], stock=spec) if SequentialMLP in classes else spec
-        keywords = {name: _replaced(value, classes) for name, value in spec.keywords.items()}
-        return partial(_replaced(spec.func, classes), *spec.args, **keywords)
+        _check_layer(spec.func, spec.keywords.get("submodules"), router)
+        func, keywords = _replaced(spec.func, classes), _replaced(spec.keywords, classes, router)
+        return spec if func is spec.func and keywords is spec.keywords else partial(func, *spec.args, **keywords)
     if is_dataclass(spec) and not isinstance(spec, type):
-        changed = {field.name: _replaced(getattr(spec, field.name), classes) for field in fields(spec)}
-        return replace(spec, **changed)
+        if isinstance(spec, ModuleSpec):
+            _check_layer(spec.module, spec.submodules, router)
+        given = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        changed = _replaced(given, classes, router)
+        if router is not None and hasattr(spec, "router"):
+            changed = changed | {"router": router}
+        return spec if changed is given else replace(spec, **changed)
     return spec
+
+
+def _check_layer(builder: Any, submodules: Any, router: type[TopKRouter] | None) -> None:
+    if router is not None and hasattr(submodules, "router") and builder not in (MoELayer, ReMoELayer):
+        raise TypeError(f"{router.__name__} needs an MLP built from MoELayer, this specification has {builder!r}.")

@@ -1,1 +1,1 @@
-"""Flags, and hooks into Megatron's own training loop; docs/design.md shows how a script of one's own uses them."""
+"""Flags, and hooks into Megatron's own training loop; see docs/own_training_script.py."""

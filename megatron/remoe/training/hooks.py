@@ -44,11 +44,10 @@ type ModelConfig = GPTModelConfig | HybridModelConfig
 
 
 def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
-    """Give `model_cfg` the router that the flags ask for beside Megatron's, its dispatch, and what the router needs.
+    """Install the router that the flags ask for, and what it needs. Does nothing without such a flag.
 
-    With --moe-relu-routing the once-per-step update and the log; with --moe-warmup-topk the number of the step; with
-    --moe-baseline-router hash the tokens' ids. Makes the changes of `patches` too, where that was not done. Does
-    nothing without these flags.
+    With --moe-relu-routing that is the update after each step and the log; with --moe-warmup-topk the number of the
+    step; with --moe-baseline-router hash the tokens' ids. Also applies the patches, if nobody has yet.
 
     Args:
         args: arguments from `parse_and_validate_args`.
@@ -107,15 +106,14 @@ def _tell_steps(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -
 
 
 def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
-    """Give `--transformer-impl local` attention, experts and norms made of PyTorch's own kernels.
+    """Let --transformer-impl local use PyTorch's own kernels in attention, experts and norms, for any routing.
 
-    For dense, top-k and ReLU-routed models alike. With Transformer Engine its MoE layers get the kernels that
-    --moe-kernels asks for and no more, and with --no-local-layer-fusion there is only what sequence parallelism needs,
-    which MoE layers need with tensor parallelism.
+    With --no-local-layer-fusion only the norms change, and only for sequence parallelism. With Transformer Engine only
+    the MoE layers change, and only with --moe-kernels.
 
     Args:
-        args: arguments from `parse_and_validate_args`; the attention mask in the data loader is turned off where it is
-            a causal one, which the kernels know by themselves.
+        args: arguments from `parse_and_validate_args`; the data loader's causal attention mask, which the kernels do
+            not need, is turned off.
         model_cfg: its layer specification may be the caller's own.
 
     Raises:
@@ -146,7 +144,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
 
 
 def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | None], LayerSpec]) -> None:
-    """Let the model be built of other layers: those of the caller's specification, or Megatron's default, changed."""
+    """Change the layers that the model is built of: the caller's specification, or Megatron's default."""
     if not isinstance(model_cfg, HybridModelConfig):
         model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
         if model_cfg.transformer.mtp_num_layers:
@@ -163,7 +161,7 @@ def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | No
 
 
 def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpec]) -> Callable[..., LayerSpec]:
-    """A builder of the layer specification `given` (Megatron's default where None) with `change` applied."""
+    """Return a builder of the specification `given` (Megatron's default if None) with `change` applied."""
 
     def build(model_cfg: ModelConfig, vp_stage: int | None = None) -> LayerSpec:
         if given is None:
@@ -190,9 +188,9 @@ def with_flips(
     provider: Callable[..., Any],
     forward_step: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The provider of the data sets, from which the calibration set of --moe-log-flips-interval is taken.
+    """Return `provider`, which then also gives --moe-log-flips-interval its calibration set.
 
-    To be called after `install_routing`. Does nothing without the flag.
+    Call it after `install_routing`. Without the flag `provider` is returned unchanged.
 
     Args:
         args: Megatron's arguments.
