@@ -85,21 +85,11 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 
 @both_orders
 @both_gradients
+@pytest.mark.parametrize("kernel", [True, False], ids=["one kernel", "one by one"])
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
-def test_the_kernel_for_half_precision(sizes: list[int], accumulates: bool, gathers: bool) -> None:
-    """What a GPU runs in bf16, here through PyTorch's `grouped_mm` for CPUs."""
-    check_half_precision(OneKernel(torch.tensor(sizes), torch.device(DEVICE)), sizes, accumulates, gathers)
-
-
-@both_orders
-@both_gradients
-@pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
-def test_half_precision_without_the_kernel(sizes: list[int], accumulates: bool, gathers: bool) -> None:
-    """What GPUs run that do not have it, and CPUs."""
-    check_half_precision(OneByOne(sizes), sizes, accumulates, gathers)
-
-
-def check_half_precision(products: OneByOne | OneKernel, sizes: list[int], accumulates: bool, gathers: bool) -> None:
+def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathers: bool) -> None:
+    """With the kernel of some GPUs, here PyTorch's `grouped_mm` for CPUs; and without it."""
+    products = OneKernel(torch.tensor(sizes), torch.device(DEVICE)) if kernel else OneByOne(sizes)
     torch.manual_seed(len(sizes))
     hidden, ffn = 32, 24  # the kernel wants rows of a multiple of 16 bytes
     num_tokens, rows = some_rows(sizes, gathers)

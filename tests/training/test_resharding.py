@@ -8,18 +8,19 @@ from tests.trainings import TINY, run, series
 from tools.common.tiny_model import RELU
 
 RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
     "one process, distributed optimizer": (1, ["--use-distributed-optimizer"]),
     "EP2": (2, ["--expert-model-parallel-size", "2"]),
-    "TP2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "TP2": (2, TP2),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
     "DP2, distributed optimizer": (
         2,
-        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split(),
     ),
     "DP2, reshardable": (2, RESHARDABLE),
-    "TP2, reshardable": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel", *RESHARDABLE]),
+    "TP2, reshardable": (2, [*TP2, *RESHARDABLE]),
 }
 CHANGES = [
     ("one process", "EP2"),
