@@ -31,6 +31,12 @@ ARGS = argparse.Namespace(
     local_layer_fusion=True,
     reset_attention_mask=False,
     sequence_parallel=False,
+    num_experts=4,
+    add_bias_linear=False,
+    expert_model_parallel_size=1,
+    moe_baseline_router=None,
+    moe_warmup_topk=None,
+    optimizer="adam",
 )
 
 
