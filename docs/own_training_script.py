@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron import remoe
 from megatron.remoe import cpu
 
 ON_CPU = cpu.is_wanted(sys.argv)
@@ -22,16 +23,6 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.remoe import (
-    apply_patches,
-    install_local_layers,
-    install_routing,
-    keep_run_log,
-    model_config_from_args,
-    only_training,
-    parse_and_validate_args,
-    with_summary,
-)
 from megatron.remoe.training.gpt import dataset_config, get_batch
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -43,10 +34,10 @@ def my_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
-    config = dataset_config()  # from Megatron's flags
-    builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, num_samples, lambda: mpu.get_tensor_model_parallel_rank() == 0, config
-    )
+    def on_this_rank() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0
+
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, num_samples, on_this_rank, dataset_config())
     return [data_set if wanted else None for wanted, data_set in zip(num_samples, builder.build(), strict=True)]
 
 
@@ -59,17 +50,16 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
-    tokens, labels, loss_mask, attention_mask, positions = get_batch(
-        data_iterator, get_attr_wrapped_model(model, "vp_stage")
-    )
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    tokens, labels, loss_mask, attention_mask, positions = batch
     return model(tokens, positions, attention_mask, labels=labels), partial(loss_func, loss_mask)
 
 
-args = parse_and_validate_args(my_arguments, adapt=cpu.adapt_arguments if ON_CPU else None)
-apply_patches(saves=bool(args.save))
-model_cfg = model_config_from_args(args)  # a GPTModel or, with --hybrid-layer-pattern, a HybridModel
-install_routing(args, model_cfg)  # the router, its update after each step, and its figures in the log
-install_local_layers(args, model_cfg)  # with --transformer-impl local: fused layers, for any routing
-provider = with_summary(args, model_cfg, datasets_provider)
-with only_training(args), keep_run_log(args):
+args = remoe.parse_and_validate_args(my_arguments, adapt=cpu.adapt_arguments if ON_CPU else None)
+remoe.apply_patches(saves=bool(args.save))
+model_cfg = remoe.model_config_from_args(args)  # a GPTModel or, with --hybrid-layer-pattern, a HybridModel
+remoe.install_routing(args, model_cfg)  # the router, its update after each step, and its figures in the log
+remoe.install_local_layers(args, model_cfg)  # with --transformer-impl local: fused layers, for any routing
+provider = remoe.with_summary(args, model_cfg, datasets_provider)
+with remoe.only_training(args), remoe.keep_run_log(args):
     pretrain(pretrain_cfg_container_from_args(args, model_cfg), provider, ModelType.encoder_or_decoder, forward_step)

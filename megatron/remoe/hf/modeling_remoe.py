@@ -232,7 +232,7 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
             sparsity = 1.0 - pairs[0] / pairs[1].clamp(min=1)
             if counts is not None:
                 counts += pairs.to(counts.device)
-            if labels is not None:
+            if labels is not None and loss is not None:
                 # The loss is a mean over all labels of a step; so is the term.
                 share = self.config.router_aux_loss_coef * share_of_items(labels, **kwargs)
                 loss = loss + share * aux_loss.to(loss.device)
