@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# From Okabe and Ito's palette, which is safe for colour-blind readers; visible on white and on black.
-COLOURS = {"dense": "#777777", "moe": "#E69F00", "remoe": "#0072B2"}
+from .palette import routing_color
+
+COLOURS = {name: routing_color(name) for name in ("dense", "moe", "remoe")}
 TARGET, MUTED = "#D55E00", "#555555"  # lines that mark a target, and notes
 # For more runs of a routing in one picture, in turn with its first colour.
 SHADES = {"dense": ("#A5A5A5", "#8A7968"), "moe": ("#D55E00", "#B39B00"), "remoe": ("#56B4E9", "#7A6FD0")}
