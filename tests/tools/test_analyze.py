@@ -289,7 +289,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     words = ["--load", str(run), "--seq-length", str(LENGTH), "--data", *map(str, domains)]
     assert main(words) == 0 and "SentencePieceTokenizer" in capfd.readouterr().err
     for name in NAMES:
-        close(json.loads((run / "checkpoints" / "analysis" / f"{name}.json").read_text()), expected[name])
+        close(json.loads((run / "analysis" / f"{name}.json").read_text()), expected[name])
     for wrong, message in (
         (["--tokenizer-model", "/nowhere"], "--tokenizer-model /nowhere"),
         (["--expert-parallel", "3"], "--expert-model-parallel-size 3"),

@@ -21,8 +21,9 @@ from tests.trainings import REPOSITORY, TINY, finish, run
 from tools.common import short_names
 from tools.common.errors import ToolError
 from tools.common.figure_reader import read_figures
-from tools.common.picture_style import COLOURS, looks
-from tools.common.run_figures import Curve, RunFigures
+from tools.common.palette import ROUTING_COLORS, routing_color
+from tools.common.picture_style import looks
+from tools.common.run_figures import Curve, Evaluation, RunFigures
 from tools.common.tiny_model import RELU
 from tools.evaluate.command import main as evaluate
 from tools.report.command import main
@@ -86,7 +87,7 @@ def test_metrics_and_the_printed_log_hold_the_same(trained: Path, other: Path) -
         assert list(metrics.layers[key]) == [1, 2]
     assert list(metrics.loads) == iterations.tolist() and {len(load) for load in metrics.loads[8].values()} == {8}
     assert metrics.evaluations[""] == [
-        (each.iteration, pytest.approx(each.loss, rel=1e-6), each.final) for each in printed.evaluations[""]
+        (each.iteration, pytest.approx(each.loss, rel=1e-6), each.final, 8 * 64) for each in printed.evaluations[""]
     ]
     assert [(each.iteration, each.final) for each in metrics.evaluations[""]] == [(4, False), (8, False), (8, True)]
     assert metrics.done and printed.done and metrics.target == printed.target == 0.875
@@ -122,7 +123,7 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     (tmp_path / "fork.log").write_text(log + evaluated(30, " on validation set", 4.5))
     found = read_figures(tmp_path / "fork.log")
     assert (found.num_experts, found.topk, found.target, found.settled) == (8, 2, 0.75, None)
-    assert found.evaluations == {"": [(30, 4.5, True)]}
+    assert found.evaluations == {"": [(30, 4.5, True, 0)]}
     assert found.curve("sparsity").values.tolist() == [0.5, 0.7, 0.8745]
     assert found.curve("tokens_per_second").values.tolist() == [4 * 64 / 0.1] * 3
     assert main([str(tmp_path / "fork.log")]) == 0
@@ -150,6 +151,8 @@ def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path)
     held_out = json.loads((trained / "held-out.json").read_text())["text"]
     ((_, bounds),) = next(iter(held_out.values())).items()
     assert rows["remoe"][:3] == [data.name, "none", f"{bounds['none']['loss']:.5f}"]
+    means = [layer["mean"] for layer in bounds["none"]["experts"].values()]
+    assert rows["remoe"][4] == f"{sum(means) / len(means):.3f}" and "loss, nats per token" in text
     stages = [row for row in cells if {*row[1:2]} & {"dense", "on the way", "steady"}]
     assert {row[0] for row in stages} == {"remoe", "older"}
     assert all(row[4].endswith(" s") and float(row[5]) > 0 for row in stages)
@@ -217,10 +220,22 @@ def test_the_headline_compares_to_dense() -> None:
     assert headline([Run("nothing")]) == ""
 
 
+@pytest.mark.parametrize(("tokens", "expected"), [((300, 100), 2.25), ((300, 0), 2.5)], ids=["all", "unknown"])
+def test_a_validation_loss_is_the_mean_of_all_tokens(tokens: tuple[int, int], expected: float) -> None:
+    """As the quickstart's; a log without their number, as of older versions, gives all sets the same weight."""
+    losses = {"a": (2.0, tokens[0]), "b": (3.0, tokens[1]), "test": (9.0, 1)}
+    figures = RunFigures(evaluations={name: [Evaluation(5, loss, True, n)] for name, (loss, n) in losses.items()})
+    assert figures.validation_loss == expected
+
+
 def test_each_routing_has_one_colour() -> None:
-    colours, dashes = zip(*looks(["remoe", "dense", "remoe", "moe", "remoe"]), strict=True)
-    assert [colours[0], colours[1], colours[3]] == [COLOURS[name] for name in ("remoe", "dense", "moe")]
-    assert len(set(colours)) == 5 and dashes[:2] == ("solid", "solid")
+    routings = ["remoe", "dense", "remoe", "topk", "hash", "remoe"]
+    colors, dashes = zip(*looks(routings), strict=True)
+    assert [color for color in colors if color in ROUTING_COLORS.values()] == [
+        ROUTING_COLORS[name] for name in dict.fromkeys(routings)
+    ]
+    assert len(set(colors)) == len(routings) and dashes[:2] == ("solid", "solid")
+    assert routing_color("moe") == ROUTING_COLORS["topk"] and len(set(ROUTING_COLORS.values())) == len(ROUTING_COLORS)
 
 
 ODD = [(f"{kind}: {name}", kind, content) for kind, logs in (("metrics.jsonl", odd_logs.metrics()),

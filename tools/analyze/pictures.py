@@ -7,10 +7,11 @@ from typing import Any
 import numpy
 
 from ..common.files import write_aside
-from ..common.picture_style import COLOURS, file_pyplot, style
+from ..common.palette import routing_color
+from ..common.picture_style import TARGET, file_pyplot, style
 from .findings import Numbers
 
-MEASURED, BESIDE = COLOURS["remoe"], "#D55E00"
+MEASURED, BESIDE = routing_color("remoe"), TARGET
 # Okabe and Ito's, those two first.
 DOMAINS = (MEASURED, BESIDE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MOST_CELLS = 200  # of a heat map that shows its numbers

@@ -180,7 +180,8 @@ class _Collector:
             at_the_end[name] += iteration == end
             final = record.get("final", iteration == end and at_the_end[name] > on_the_way)
             if np.isfinite(loss[0]):
-                figures.evaluations.setdefault(name, []).append(Evaluation(iteration, float(loss[0]), bool(final)))
+                found = Evaluation(iteration, float(loss[0]), bool(final), whole_number(record.get("tokens")) or 0)
+                figures.evaluations.setdefault(name, []).append(found)
 
 
 def _keep[Name](

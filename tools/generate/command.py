@@ -115,7 +115,7 @@ def generate(args: argparse.Namespace) -> None:
     Raises:
         ToolError: something is wrong with the flags, the model or a text.
     """
-    model, tokenizer = open_model(args.load, args.ckpt_step, args.tokenizer_model)
+    model, tokenizer, _ = open_model(args.load, args.ckpt_step, args.tokenizer_model)
     if tokenizer is None:
         raise ToolError("--load: has no tokenizer. Give the folder of one with --tokenizer-model.")
     torch.manual_seed(args.seed)

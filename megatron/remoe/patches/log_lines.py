@@ -121,7 +121,8 @@ def _forwarding_evaluations(evaluate_and_print_results: Callable[..., None]) -> 
     def forwarding(
         prefix: str, forward_step: Any, data: Any, model: Any, iteration: int, *others: Any, **options: Any
     ) -> None:
-        evaluate, names = training.evaluate, _set_names(get_args(), prefix)
+        args, evaluate = get_args(), training.evaluate
+        names = _set_names(args, prefix)
 
         def evaluate_and_forward(*arguments: Any, **named: Any) -> Any:
             found = evaluate(*arguments, **named)
@@ -130,6 +131,7 @@ def _forwarding_evaluations(evaluate_and_print_results: Callable[..., None]) -> 
                 record: dict[str, Any] = {"kind": "validation", "iteration": iteration}
                 record |= {"set": name} if name else {}
                 record |= {"final": True} if prefix.endswith(" set") else {}
+                record["tokens"] = named.get("eval_iters", 0) * args.eval_global_batch_size * args.seq_length
                 record |= {_key(name): float(loss) for name, loss in losses.items()}
                 run_logger().info(record)
             return found
