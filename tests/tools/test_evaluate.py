@@ -52,6 +52,8 @@ def test_loss_is_megatrons(data: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     found = evaluate(tmp_path, "--load", run_folder, *text)
     bounds = found["text"][str(run_folder)][str(held_out)]
     assert bounds["none"]["loss"] == pytest.approx(float(printed[-1]), abs=1e-4)
+    logged = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert bounds["none"]["tokens"] == next(one["tokens"] for one in logged if one["kind"] == "validation")
     assert bounds["8"]["loss"] == pytest.approx(bounds["none"]["loss"], rel=1e-5)
     assert bounds["8"]["experts"] == bounds["none"]["experts"] and bounds["1"]["experts"]["1"]["largest"] == 1
     assert all(rate > 0 for rate in found["speed"][str(run_folder)].values())
