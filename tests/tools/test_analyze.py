@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -290,20 +289,20 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     assert main(words) == 0 and "SentencePieceTokenizer" in capfd.readouterr().err
     for name in NAMES:
         close(json.loads((run / "analysis" / f"{name}.json").read_text()), expected[name])
-    for wrong, message in (
-        (["--tokenizer-model", "/nowhere"], "--tokenizer-model /nowhere"),
-        (["--expert-parallel", "3"], "--expert-model-parallel-size 3"),
-        (["--seq-length", "99999"], "600 tokens.* 99999"),
-        (["--load", str(exported(tmp_path / "dense", "dense")[1])], "dense model"),
-        (["--load", str(tmp_path / "small"), "--output-dir", str(tmp_path / "new")], "token 25."),
+    for wrong, code in (
+        (["--tokenizer-model", "/nowhere"], "E513"),
+        (["--expert-parallel", "3"], "E501"),
+        (["--seq-length", "99999"], "E304"),
+        (["--load", str(exported(tmp_path / "dense", "dense")[1])], "E501"),
+        (["--load", str(tmp_path / "small"), "--output-dir", str(tmp_path / "new")], "E305"),
     ):
         if "small" in wrong[1]:
             make("relu").save_pretrained(wrong[1])
         assert main([*words, *wrong]) == 1
-        assert re.search(message, capfd.readouterr().err.replace("\n", ""))
+        assert f"[REMOE-{code}]" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         main([*words, str(domains[0].parent / "." / domains[0].name)])
-    assert f"--data-path {domains[0]}: is given more than once" in capfd.readouterr().err
+    assert f"--data-path {domains[0]}" in capfd.readouterr().err
 
 
 def close(found: Any, expected: Any) -> None:

@@ -72,10 +72,14 @@ def check(args: argparse.Namespace, model: RemoeForCausalLM) -> None:
         ToolError: in these cases.
     """
     if not expert_blocks(model):
-        raise ToolError(f"--load {args.load}: is a dense model, which routes nothing. Give one with --num-experts.")
+        raise ToolError(
+            f"--load {args.load}: is a dense model, which routes nothing. Give one with --num-experts.", "REMOE-E501"
+        )
     experts, ranks = model.config.num_experts, args.expert_model_parallel_size
     if experts % ranks:
-        raise ToolError(f"--expert-model-parallel-size {ranks}: does not divide the model's {experts} experts.")
+        raise ToolError(
+            f"--expert-model-parallel-size {ranks}: does not divide the model's {experts} experts.", "REMOE-E501"
+        )
 
 
 def layer_numbers(opened: OpenedModel) -> list[int]:

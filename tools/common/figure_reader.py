@@ -39,7 +39,8 @@ def find_figures(place: Path) -> Path:
             return path
     raise ToolError(
         f"{place}: no run: none of {METRICS}, checkpoints/{METRICS}, {LOG}. "
-        "Give a run's folder, its --save, or a log's file."
+        "Give a run's folder, its --save, or a log's file.",
+        "REMOE-E502",
     )
 
 
@@ -62,7 +63,8 @@ def read_figures(place: Path) -> RunFigures:
         if not taken and figures.unread:
             raise ToolError(
                 f"{path} is not the log of a run: no line has a kind and an iteration. "
-                "Give a run's folder, its --save, or a log's file."
+                "Give a run's folder, its --save, or a log's file.",
+                "REMOE-E502",
             )
     else:
         collector.take_all(read_printed(path))

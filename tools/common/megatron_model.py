@@ -68,4 +68,4 @@ def build(args: argparse.Namespace) -> GPTModel:
         hand_token_ids([model])
         return model.eval()
     except (ValueError, AssertionError, TypeError) as error:
-        raise ConversionError(f"Megatron cannot build this model here: {error}") from error
+        raise ConversionError(f"Megatron cannot build this model here: {error}", "REMOE-E512") from error

@@ -133,7 +133,9 @@ def score_tasks(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dic
     found = {}
     for name, (model, tokenizer, _) in models.items():
         if tokenizer is None:
-            raise ToolError(f"--load {name}: has no tokenizer. Give the folder of one with --tokenizer-model.")
+            raise ToolError(
+                f"--load {name}: has no tokenizer. Give the folder of one with --tokenizer-model.", "REMOE-E513"
+            )
         language_model = scorer(model, tokenizer, args.task_cache)
         tasks = args.tasks or (TASKS if args.task_data is None else [task for task in TASKS if task != "race"])
         if args.task_data is None:

@@ -74,7 +74,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         wrong.append("moe_router_load_balancing_type")
     if wrong:
         flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
-        raise ConversionError(f"--load: the model for transformers does not support {flags}.")
+        raise ConversionError(f"--load: the model for transformers does not support {flags}.", "REMOE-E512")
     config = RemoeConfig(
         vocab_size=vocabulary,
         hidden_size=args.hidden_size,
@@ -173,7 +173,7 @@ def _topk_flags(config: RemoeConfig) -> list[str]:
     if config.scoring_func == "sigmoid":
         if config.norm_topk_prob != (config.num_experts_per_tok > 1):
             raise ConversionError(
-                "--load: with scoring_func sigmoid norm_topk_prob must be true where k > 1, else false."
+                "--load: with scoring_func sigmoid norm_topk_prob must be true where k > 1, else false.", "REMOE-E512"
             )
         flags += ["--moe-router-score-function", "sigmoid"]
     elif not config.norm_topk_prob:
