@@ -26,7 +26,6 @@ from tools.common.tiny_model import RELU
 from tools.convert_checkpoint.command import main as convert
 from tools.convert_checkpoint.models import round_to
 from tools.export_hf import command
-from tools.export_hf.folder import write_weights
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 MIXED = [*TINY, *RELU, *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate-size 32 --eval-iters 0".split()]
@@ -114,14 +113,18 @@ def test_other_models(
         torch.testing.assert_close(logits, model(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_shards(tmp_path: Path) -> None:
-    model = make("relu, shared")
-    parts = [{name: tensor} for name, tensor in model.state_dict().items()]
-    assert write_weights(tmp_path, iter(parts), shard_bytes=10_000) == model.num_parameters()
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+def test_shards(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = make("relu, shared", vocab_size=264), tmp_path / "out"
+    monkeypatch.setattr(command, "SHARD", "10KB")
+    words = ["--load", save_megatron(model, tmp_path / "run"), "--save", folder]
+    assert main(*words, "--tokenizer-model", tokenizer) == 0
+    assert f"{model.num_parameters():,} parameters" in capfd.readouterr().out
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(model.state_dict()) and len(set(index["weight_map"].values())) > 3
-    model.config.save_pretrained(tmp_path)
-    for name, tensor in read_back(tmp_path).state_dict().items():
+    assert {path.stat().st_mode & 0o444 for path in folder.iterdir()} == {0o444}, "others can read them"
+    for name, tensor in read_back(folder).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
