@@ -1,13 +1,13 @@
 """One color for each routing, in every picture and report."""
 
-# From Okabe and Ito's palette, which is safe for color-blind readers; visible on white and on black.
+# Mostly of Okabe and Ito's palette, which is safe for color-blind readers; visible on white and on black.
 ROUTING_COLORS: dict[str, str] = {
     "dense": "#777777",
     "topk": "#E69F00",
     "remoe": "#0072B2",
     "hash": "#009E73",
     "random": "#CC79A7",
-    "expert_choice": "#56B4E9",
+    "expert_choice": "#8A5A44",
 }
 OTHER = "#B39B00"
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from ..common.checkpoints import check_output, load, new_folder, save
 from ..common.display import Display
@@ -81,6 +82,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
     with new_folder(options.save, parameters * config.dtype.itemsize) as aside:
         with display.step("reading weights", config.num_hidden_layers + 1):
             exported = model_of(config, _counted(read(checkpoint, config), display))
+        logging.disable_progress_bar()  # it would show that of its writer too
         exported.generation_config = generation_config(config, tokenizer)
         exported.save_pretrained(aside, max_shard_size=SHARD)
         del exported
