@@ -1,4 +1,4 @@
-"""Shows that two models are the same: compares their logits for the same text."""
+"""Compare the logits of two models for the same text."""
 
 import argparse
 from typing import NamedTuple

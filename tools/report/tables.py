@@ -1,4 +1,4 @@
-"""The tables of the page, and its headline."""
+"""Make the tables of the page, and its headline."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,7 +169,7 @@ def differences(runs: Sequence[Run]) -> Table:
 
 
 def _flag(run: Run, name: str) -> str | None:
-    """The value of a flag as text, "" if it is off; None if it has no effect on this run."""
+    """Return the value of a flag as text, "" if it is off; None if it has no effect on this run."""
     if name.startswith("moe_") and not run.figures.num_experts:
         return None
     value: Any = run.figures.args.get(name)
