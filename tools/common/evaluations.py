@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from . import short_names
 
-BY_LAYER = "by layer: mean, 99 % of tokens have at most, most"
+BY_LAYER = "by layer: mean, 99 %, largest"
+EXPLAINED = "Experts per token: the mean; the number that 99 % of the tokens do not exceed; the largest number."
 
 
 class Results(NamedTuple):

@@ -102,7 +102,8 @@ class _Collector:
         taken = 0
         for record in records:
             taken += 1
-            if type(time := record.get("time")) in (int, float) and 0 < time < 2**33:
+            time: Any = record.get("time")
+            if type(time) in (int, float) and 0 < time < 2**33:
                 self._figures.written = float(time)
             if record["kind"] == "log":
                 self._take_figures(record["iteration"], record)

@@ -156,6 +156,8 @@ def show(results: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+        if evaluations.BY_LAYER in titles and any(row[-1] for row in rows):
+            console.print(evaluations.EXPLAINED, style="dim")
     if "tasks" in results:
         console.print("\nAccuracy in %; the paper's: arXiv 2412.14711, table 8, 30B tokens each")
         console.print(compare_with_paper(results["tasks"]))
