@@ -329,8 +329,9 @@ def test_megatron_still_tells_the_console_alone(
     for name in ("training_log", "evaluate_and_print_results", "save_checkpoint"):
         monkeypatch.setattr(training, name, getattr(getattr(training, name), "__wrapped__", getattr(training, name)))
     args = SimpleNamespace(
-        multiple_validation_sets=False, validation_set_names=None, full_validation=False, eval_iters=1
-    )
+        multiple_validation_sets=False, validation_set_names=None, full_validation=False, eval_iters=3,
+        eval_global_batch_size=2, seq_length=5,
+    )  # fmt: skip
     for module in (training, log_lines):
         monkeypatch.setattr(module, "get_args", lambda: args)
     losses = {"lm loss": torch.tensor(2.0)}
@@ -349,7 +350,7 @@ def test_megatron_still_tells_the_console_alone(
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-    expected = {"kind": "validation", "iteration": 7, "set": "test", "final": True, "lm_loss": 2.0}
+    expected = {"kind": "validation", "iteration": 7, "set": "test", "final": True, "lm_loss": 2.0, "tokens": 30}
     assert heard == [expected], "once, by the patch"
     assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
 

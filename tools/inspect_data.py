@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has seen enough, as in: inspect_data.py ... | head. Leave nothing to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except DataError as error:
-        print(f"inspect_data.py: error: {error}", file=sys.stderr)
+        print(f"inspect_data.py: error: {error} [{error.code}]", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"inspect_data.py: error: {error.filename}: cannot be read ({error.strerror}).", file=sys.stderr)

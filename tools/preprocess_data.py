@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(args)
     except DataError as error:
-        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
+        print(f"preprocess_data.py: error: {error} [{error.code}]", file=sys.stderr)
     except OSError as error:
         print(
             f"preprocess_data.py: error: --output-prefix {args.output_prefix}: cannot be written "

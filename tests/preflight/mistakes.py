@@ -182,6 +182,7 @@ ENTRY = {
     ),
     "misspelled": Case(on("text", "--num-expert", "8"), ("--num-expert 8", "Did you mean --num-experts")),
     "unknown": Case(on("text", "--xyzzy"), ("unrecognized arguments: --xyzzy. --help lists all flags",)),
+    "like no other flag": Case(on("text", "--learning-rate", "1"), ("--learning-rate 1. --help lists all flags",)),
     "word for a number": Case(on("text", "--num-layers", "two"), ("--num-layers", "'two'")),
     "unknown choice": Case(
         on("text", "--lr-decay-style", "cosin"), ("--lr-decay-style", "'cosin'", "linear", "cosine")

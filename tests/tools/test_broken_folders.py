@@ -101,7 +101,7 @@ def open_with_all(folder: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
         capfd.readouterr()
         assert tool(["--load", str(folder), *words]) == 1
         output, error = capfd.readouterr()
-        assert "error:" in error and error.count("\n") == 1 and "Traceback" not in error, error
+        assert error.endswith(("[REMOE-E511]\n", "[REMOE-E513]\n")) and error.count("\n") == 1, error
         assert "[y/N]" not in output + error and not (folder.parent / "out").exists()
         errors.append(error)
     return errors

@@ -85,17 +85,17 @@ def test_mean_number_of_experts(places: dict[str, Path], capfd: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("place", "words", "message"),
+    ("place", "words", "code"),
     [
-        ("folder", ["--prompt", ""], "--prompt: has 0 tokens"),
-        ("folder", ["--prompt", "a" * 24], "--prompt: has 24 tokens"),
-        ("folder", ["--prompt-file", "/nowhere"], "--prompt-file /nowhere: cannot be read"),
-        ("no tokenizer", ["--prompt", "a"], "--tokenizer-model"),
-        ("files", ["--prompt", "a"], "is not the folder of a run's checkpoints"),
+        ("folder", ["--prompt", ""], "E501"),
+        ("folder", ["--prompt", "a" * 24], "E501"),
+        ("folder", ["--prompt-file", "/nowhere"], "E504"),
+        ("no tokenizer", ["--prompt", "a"], "E513"),
+        ("files", ["--prompt", "a"], "E404"),
     ],
 )
 def test_refusals(
-    place: str, words: list[str], message: str, places: dict[str, Path], capfd: pytest.CaptureFixture[str]
+    place: str, words: list[str], code: str, places: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     text, errors = generate(capfd, "--load", places[place], *words, code=1)
-    assert message in errors and "Traceback" not in errors and not text
+    assert f"[REMOE-{code}]" in errors and "Traceback" not in errors and not text

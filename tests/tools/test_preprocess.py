@@ -1,7 +1,5 @@
 """Preprocessing: byte for byte what Megatron-LM's tool writes, whatever the input's form, and nothing by halves."""
 
-import asyncio
-import gzip
 import json
 import os
 import random
@@ -11,83 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
-from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
-from tests.gpt2_reference import gpt2_files, random_text, same_files, write_reference
+from tests.gpt2_reference import gpt2_files, same_files, write_reference
+from tests.tools.jsonl import GOOD, GPT2, TOOL, write_lines
 from tests.trainings import REPOSITORY
 from tools import preprocess_data
-from tools.preprocessing import reading
-
-TOOL = REPOSITORY / "tools" / "preprocess_data.py"
-GPT2 = "--tokenizer-type GPT2BPETokenizer --vocab-file {} --merge-file {}".format(*gpt2_files())
-STRANGE = [
-    *("<|endoftext|>", "before<|endoftext|>after <|endoftext|>", "", " ", "\n\n\n   \t x", "nul \x00 \x1f bell"),
-    *("naïve “quotes” — 漢字 한국어", "\U0001f469\u200d\U0001f467 \U0001f1ea\U0001f1fa", "it's IT'S we'll 12345 ½²"),
-    *("young letters \ua7ce's \u088f's and numbers \U00010d40'll", "line\r\nends\rhere\u2028there\x85"),
-    *("x" * 3000, "\ufeffmark", "mixed ascii then \U0001fae9 \U00033479"),
-]
-
-
-@pytest.fixture(scope="module")
-def lines() -> list[str]:
-    """Documents with two keys: real code, strange texts, random ones."""
-    generator = random.Random(3)
-    texts = [path.read_text() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))[:12]]
-    texts += STRANGE + [random_text(generator) for _ in range(200)] + [""]
-    texts = [texts[i] for i in generator.sample(range(len(texts)), len(texts))]
-    return [
-        json.dumps({"title": f"Nr. {i}", "text": text, "meta": {"a": [i]}}, ensure_ascii=i % 2 == 0)
-        for i, text in enumerate(texts)
-    ]
-
-
-@pytest.fixture(scope="module")
-def byte_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The vocabulary of bytes, which loads in no time."""
-    return byte_level_vocabulary(tmp_path_factory.mktemp("vocabulary"))
-
-
-@pytest.fixture(scope="module")
-def byte_folder(byte_files: tuple[Path, Path]) -> str:
-    """The same for transformers."""
-    return str(gpt2_tokenizer_folder(*byte_files, cache_dir=byte_files[0].parent))
-
-
-@pytest.fixture(scope="module")
-def flags(byte_files: tuple[Path, Path]) -> Callable[..., list[str]]:
-    """Makes the tool's arguments; the vocabulary is that of bytes unless `extra` names another tokenizer."""
-    small = "--tokenizer-type GPT2BPETokenizer --vocab-file {} --merge-file {}".format(*byte_files)
-
-    def make(output: Path, *inputs: Path | str, extra: str = "") -> list[str]:
-        extra = extra if "--tokenizer-type" in extra else f"{small} {extra}"
-        return ["--input", *map(str, inputs), "--output-prefix", str(output), "--workers", "2", *extra.split()]
-
-    return make
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 10_000)
-    monkeypatch.setattr("tools.preprocessing.unpacking.PIECE_BYTES", 3_000)
-
-
-def write_lines(path: Path, lines: list[str], end: str = "\n") -> Path:
-    data = ("\n".join(lines) + end).encode()
-    if path.suffix == ".gz":
-        data = gzip.compress(data[:5000]) + gzip.compress(data[5000:])
-    elif path.suffix == ".zst":
-        compressor = zstandard.ZstdCompressor()
-        skipped = b"\x50\x2a\x4d\x18\x02\x00\x00\x00ab"
-        data = skipped + compressor.compress(data[:5000]) + compressor.compress(data[5000:])
-    path.write_bytes(data)
-    return path
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
@@ -188,126 +119,6 @@ def test_tokenizers_from_folders(kind, engine, lines, tmp_path, small_blocks, ca
     assert f"with {engine}" in output.out
     assert output.err.count("warning: gigatoken cannot be used here") == (engine == "tokenizers")
     write_reference(lines, tmp_path / "expected", append_eod=True, folder=str(folder))
-    assert same_files(tmp_path / "out", tmp_path / "expected")
-
-
-GOOD = '{"text": "good"}'
-BAD_LINES = {
-    "not JSON": (b'{"text": "x"', r"not JSON \(Expecting ',' delimiter.*'\{\"text\": \"x\"'"),
-    "blank line": (b"  ", r"blank line: '  '"),
-    "not a JSON object": (b'["text"]', r"not a JSON object but a list: '\[\"text\"\]'"),
-    "key missing": (b'{"body": "x", "n": 1}', r"key missing: no 'text' among 'body', 'n'"),
-    "text not a string": (b'{"text": null}', r"text not a string: 'text' is null"),
-    "text not Unicode": (b'{"text": "\\ud83d"}', r"text not Unicode: 'text' has half a character \(\\ud83d\)"),
-    "not UTF-8": (b'{"text": "caf\xe9 x"}', r"not UTF-8 \(byte 14\): .*caf\\\\xe9 x"),
-    "nested": (b'{"text": ' + b"[" * 200_000, r"not JSON \("),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_LINES)
-def test_bad_lines(kind, tmp_path, capsys, small_blocks, flags, byte_folder) -> None:
-    line, message = BAD_LINES[kind]
-    source = tmp_path / "a.jsonl"
-    source.write_bytes(f"{GOOD}\n".encode() * 700 + line + b"\n" + f"{GOOD}\n".encode() * 3)
-    assert preprocess_data.main(flags(tmp_path / "out", source)) == 1
-    error = capsys.readouterr().err
-    assert f"error: {source}, line 701: " in error and "--on-error skip" in error and len(error) < 600
-    assert re.search(message, error)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-
-    assert preprocess_data.main(flags(tmp_path / "out", source, extra="--on-error skip")) == 0
-    output = capsys.readouterr()
-    assert "703 documents" in output.out and "left out 1 lines (1 " in output.out
-    assert f"left out: {source}, line 701: " in output.err
-    write_reference([GOOD] * 703, tmp_path / "expected", folder=byte_folder)
-    assert same_files(tmp_path / "out", tmp_path / "expected")
-
-
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_compressed_data_that_ends_too_early(suffix, lines, tmp_path, capsys, small_blocks, flags, byte_folder) -> None:
-    source = write_lines(tmp_path / f"a.jsonl.{suffix}", lines)
-    source.write_bytes(source.read_bytes()[:-300])
-    assert preprocess_data.main(flags(tmp_path / "out", source)) == 1
-    error = capsys.readouterr().err
-    line = int(re.search(rf"{source}, line (\d+): compressed data broken: ", error)[1])
-    assert 1 < line <= len(lines)
-    assert [path.name for path in tmp_path.iterdir()] == [source.name]
-
-    assert preprocess_data.main(flags(tmp_path / "out", source, extra="--on-error skip")) == 0
-    assert "left out 1 lines (1 damaged data)" in capsys.readouterr().out
-    write_reference(lines[: line - 1], tmp_path / "expected", folder=byte_folder)
-    assert same_files(tmp_path / "out", tmp_path / "expected")
-
-
-@pytest.mark.parametrize(("name", "data", "message"), [
-    ("a.jsonl.gz", b"plain", "is not gzip data, as its name says"),
-    ("a.jsonl.zst", b"plain", "is not zstd data, as its name says"),
-    ("a.jsonl", b"", "nothing to write: no text of key 'text' has a token"),
-    ("a.jsonl", b'{"text": ""}\n', "nothing to write: no text of key 'text' has a token"),
-    ("a.jsonl", None, "there is no such file, and as a pattern it matches none"),
-    ("a.jsonl", "folder", "is a folder. Name its files, for example with"),
-])  # fmt: skip
-def test_inputs_that_cannot_be_used(name, data, message, tmp_path, capsys, flags) -> None:
-    source = tmp_path / name
-    if data == "folder":
-        source.mkdir()
-    elif data is not None:
-        source.write_bytes(data)
-    assert preprocess_data.main(flags(tmp_path / "out", source)) == 1
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("*out*"))
-
-
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and cannot be read")
-def test_unreadable_file(tmp_path, capsys, flags) -> None:
-    assert preprocess_data.main(flags(tmp_path / "out", "/proc/self/mem")) == 1
-    assert "--input /proc/self/mem: cannot be read (Input/output error)" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_line_of_absurd_length(tmp_path, capsys, monkeypatch, small_blocks, flags) -> None:
-    monkeypatch.setattr(reading, "LONGEST_LINE", 1 << 20)
-    source = write_lines(tmp_path / "a.jsonl", [GOOD] * 5 + ["x" * (3 << 20)])
-    assert preprocess_data.main(flags(tmp_path / "out", source)) == 1
-    assert f"{source}, line 6: is longer than 1 MiB" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("extra", "message"), [
-    ("--json-keys text text", "--json-keys text text: a key is given twice"),
-    ("--tokenizer-type HuggingFaceTokenizer", "needs --tokenizer-model: a folder"),
-    ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model {}/none", "transformers cannot load a tokenizer from it"),
-    ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model {} --vocab-file x", "Leave them out."),
-    ("--tokenizer-type GPT2BPETokenizer --vocab-file x", "needs --vocab-file and --merge-file"),
-    ("--tokenizer-type GPT2BPETokenizer --vocab-file x --merge-file y", "--vocab-file x: there is no such file"),
-])  # fmt: skip
-def test_flags_that_are_wrong(extra, message, tmp_path, capsys, flags) -> None:
-    source = write_lines(tmp_path / "a.jsonl", [GOOD])
-    assert preprocess_data.main(flags(tmp_path / "out", source, extra=extra.format(tmp_path))) == 1
-    assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-
-
-def test_existing_outputs(tmp_path, capsys, flags, byte_folder) -> None:
-    one, two = write_lines(tmp_path / "1.jsonl", [GOOD]), write_lines(tmp_path / "2.jsonl", [GOOD] * 2)
-    assert preprocess_data.main(flags(tmp_path / "out", one)) == 0
-    assert preprocess_data.main(flags(tmp_path / "out", two)) == 1
-    error = capsys.readouterr().err
-    assert f"{tmp_path}/out_text_document.bin" in error and "--overwrite" in error
-    assert preprocess_data.main(flags(tmp_path / "none" / "out", one)) == 1
-    assert f"there is no folder {tmp_path}/none" in capsys.readouterr().err
-    write_reference([GOOD], tmp_path / "expected", folder=byte_folder)
-    assert same_files(tmp_path / "out", tmp_path / "expected")
-    bad = write_lines(tmp_path / "bad.jsonl", ["{"])
-    assert preprocess_data.main(flags(tmp_path / "out", bad, extra="--overwrite")) == 1
-    assert same_files(tmp_path / "out", tmp_path / "expected")
-    cache = tmp_path / "out_text_document" / "cache" / "GPTDataset_indices"  # Megatron's, of the first data
-    cache.mkdir(parents=True)
-    (cache / "hash-description.txt").write_text("{}")
-    assert preprocess_data.main(flags(tmp_path / "out", two, extra="--overwrite")) == 0
-    assert not cache.exists()
-    (tmp_path / "out_text_document.idx").unlink()  # as after a kill between the two
-    assert preprocess_data.main(flags(tmp_path / "out", two)) == 0
-    write_reference([GOOD] * 2, tmp_path / "expected", folder=byte_folder)
     assert same_files(tmp_path / "out", tmp_path / "expected")
 
 

@@ -174,6 +174,7 @@ def test_a_training_writes_numbers(data: Path, whole: Path, tmp_path: Path) -> N
         assert [scale * each[key] for each in lines] == pytest.approx(values, abs=0.051), "the first has no interval"
     found = [(each["iteration"], each.get("set"), each.get("final")) for each in read(whole, "validation")]
     assert found == [(4, None, None), (8, None, None), (8, None, True), (8, "test", True)]
+    assert {each["tokens"] for each in read(whole, "validation")} == {8 * 64}, "one batch"
 
 
 def test_running_sums_are_the_same_in_parts(data: Path, whole: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Analyses of a trained router."""
+"""Analyze the routing of a trained model."""

@@ -17,7 +17,6 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeForCausalLM
-from megatron.remoe.preflight.checkpoint_files import TRACKER
 
 from ..common import short_names
 from ..common.display import Display
@@ -25,7 +24,7 @@ from ..common.errors import ToolError
 from ..common.expert_counts import expert_blocks
 from ..common.files import write_json
 from ..common.flags import whole_number
-from ..common.hf.opening import open_model
+from ..common.hf.opening import OpenedModel, open_model
 from ..common.running import run_once
 from ..common.text import Text
 from . import findings, pictures
@@ -62,8 +61,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     places = [Path(prefix).resolve() for prefix in args.data_path]
     if twice := [prefix for prefix, place in zip(args.data_path, places, strict=True) if places.count(place) > 1]:
         parser.error(f"--data-path {twice[0]}: is given more than once. Give each data set once.")
-    if not (args.load / TRACKER).exists() and (args.load / "checkpoints" / TRACKER).exists():
-        args.load /= "checkpoints"
     args.output_dir = args.output_dir or args.load / "analysis"
     return args
 
@@ -75,21 +72,20 @@ def check(args: argparse.Namespace, model: RemoeForCausalLM) -> None:
         ToolError: in these cases.
     """
     if not expert_blocks(model):
-        raise ToolError(f"--load {args.load}: is a dense model, which routes nothing. Give one with --num-experts.")
+        raise ToolError(
+            f"--load {args.load}: is a dense model, which routes nothing. Give one with --num-experts.", "REMOE-E501"
+        )
     experts, ranks = model.config.num_experts, args.expert_model_parallel_size
     if experts % ranks:
-        raise ToolError(f"--expert-model-parallel-size {ranks}: does not divide the model's {experts} experts.")
+        raise ToolError(
+            f"--expert-model-parallel-size {ranks}: does not divide the model's {experts} experts.", "REMOE-E501"
+        )
 
 
-def layer_numbers(args: argparse.Namespace, model: RemoeForCausalLM) -> list[int]:
+def layer_numbers(opened: OpenedModel) -> list[int]:
     """Return Megatron's numbers, from 1, of layers with experts; a HybridModel has attention in layers before them."""
-    numbers = [*expert_blocks(model)]
-    if (args.load / "config.json").is_file():
-        return numbers
-    from ..common.checkpoints import find  # an exported folder needs nothing of Megatron
-
-    is_hybrid = getattr(find(args.load, args.ckpt_step).args, "hybrid_layer_pattern", None)
-    return [2 * number for number in numbers] if is_hybrid else numbers
+    step = 2 if getattr(opened.args, "hybrid_layer_pattern", None) else 1
+    return [step * number for number in expert_blocks(opened.model)]
 
 
 @torch.inference_mode()
@@ -181,17 +177,18 @@ def analyze(args: argparse.Namespace) -> None:
         ToolError: something is wrong with the flags, the model or the data.
         OSError: --output-dir cannot be written.
     """
-    model, tokenizer = open_model(args.load, args.ckpt_step, args.tokenizer_model, needs_tokenizer=False)
+    opened = open_model(args.load, args.ckpt_step, args.tokenizer_model, needs_tokenizer=False)
+    model = opened.model
     check(args, model)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     length = args.seq_length or model.config.max_position_embeddings
     texts = [Text(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     with Display() as display:
-        counts = count(model, texts, layer_numbers(args, model), args.sequences, display)
+        counts = count(model, texts, layer_numbers(opened), args.sequences, display)
     topk, names = model.config.num_experts_per_tok, short_names.of_data_sets(args.data_path)
     found = {
         "experts_per_token": findings.experts_per_token(counts),
-        "load": findings.load(counts, names, topk / model.config.num_experts, decoder(tokenizer)),
+        "load": findings.load(counts, names, topk / model.config.num_experts, decoder(opened.tokenizer)),
         "balance": findings.balance(counts, topk, args.expert_model_parallel_size),
         "neighbours": findings.neighbours(counts),
         "gates": findings.gates(counts),

@@ -1,4 +1,4 @@
-"""Counts of a model's routing."""
+"""Count how a model routes its tokens."""
 
 from dataclasses import dataclass
 from typing import Self

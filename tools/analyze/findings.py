@@ -1,4 +1,4 @@
-"""Statistics of the counts, one dictionary for each file and picture."""
+"""Compute statistics from the counts: one dictionary for each file and picture."""
 
 import math
 from collections.abc import Callable, Sequence

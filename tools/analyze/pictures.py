@@ -1,19 +1,21 @@
 """Draw a picture of each analysis from the contents of its .json."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from ..common.files import write_aside
-from ..common.picture_style import COLOURS, file_pyplot, style
+from ..common.palette import routing_color
+from ..common.picture_style import MUTED, TARGET, file_pyplot, style
 from .findings import Numbers
 
-MEASURED, BESIDE = COLOURS["remoe"], "#D55E00"
+MEASURED, BESIDE = routing_color("remoe"), TARGET
 # Okabe and Ito's, those two first.
 DOMAINS = (MEASURED, BESIDE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MOST_CELLS = 200  # of a heat map that shows its numbers
+Layers = Mapping[int, Numbers]
 LEAST_SHARE = 0.0005  # of tokens; smaller cells of a histogram stay empty
 
 
@@ -62,10 +64,8 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
     points.plot(ends, line, color=BESIDE, linewidth=2, label=fit.replace("-", "\N{MINUS SIGN}"))
     _legend(points)
     (slopes,) = others
-    _intervals(
-        slopes, [*layers], [[frequency["slopes"][layer][key] for layer in layers] for key in ("slope", "low", "high")]
-    )
-    slopes.axvline(0, color="#555555", linewidth=1)
+    _intervals(slopes, {layer: frequency["slopes"][layer] for layer in layers}, ("slope", "low", "high"))
+    slopes.axvline(0, color=MUTED, linewidth=1)
     slopes.set(title="The same slope by layer", xlabel="experts for each tenfold of frequency", ylabel="layer")
 
 
@@ -111,20 +111,15 @@ def _balance(figure: Any, numbers: Numbers) -> None:
     layers, ranks = numbers["layers"], numbers["expert_parallel"]
     figure.set_size_inches(15 if ranks == 1 else 18, _height(len(layers)))
     panels = figure.subplots(1, 3 + (ranks > 1), width_ratios=(0.7, 0.7, 1.3) + (1.0,) * (ranks > 1))
-    places = range(len(layers))
-    panels[0].plot([one["sparsity"] for one in layers.values()], places, "o", color=MEASURED, label="layer")
     panels[0].axvline(numbers["target"], color=BESIDE, linestyle="--", label=f"target {numbers['target']:.4g}")
+    _by_layer(panels[0], layers, [("sparsity", "o", MEASURED, "layer")])
     panels[0].set(title="Sparsity", xlabel="share of pairs that are off")
-    for key, label, colour in (("imbalance", "experts", MEASURED), ("rank_imbalance", f"{ranks} ranks", BESIDE)):
-        if key == "imbalance" or ranks > 1:
-            values = [one[key] or numpy.nan for one in layers.values()]
-            panels[1].plot(values, places, "o" if key == "imbalance" else "D", color=colour, label=label)
-    panels[1].axvline(1, color="#555555", linewidth=1)
+    panels[1].axvline(1, color=MUTED, linewidth=1)
+    of_ranks = [("rank_imbalance", "D", BESIDE, f"{ranks} ranks")] * (ranks > 1)
+    _by_layer(panels[1], layers, [("imbalance", "o", MEASURED, "experts"), *of_ranks])
     panels[1].set(title="Largest load over even", xlabel="even = 1")
     for axes in panels[:2]:
-        _layers_down(axes, [*layers])
         axes.margins(x=0.2)
-        _legend(axes)
     relative = numpy.array([one["relative_load"] for one in layers.values()])
     marks = [
         ["×" if expert in one["dead"] else f"{load:.2f}" for expert, load in enumerate(one["relative_load"])]
@@ -133,12 +128,12 @@ def _balance(figure: Any, numbers: Numbers) -> None:
     image = _relative(panels[2], relative, [*layers], marks)
     panels[2].set(title="Load of experts (× dead)", xlabel="expert", ylabel="layer")
     if ranks > 1:
-        of_ranks = numpy.array([[rank["relative_load"] for rank in one["ranks"]] for one in layers.values()])
+        relative = numpy.array([[rank["relative_load"] for rank in one["ranks"]] for one in layers.values()])
         marks = [
             [f"{rank['relative_load']:.2f}" + f"\n{rank['dead']}×" * bool(rank["dead"]) for rank in one["ranks"]]
             for one in layers.values()
         ]
-        image = _relative(panels[3], of_ranks, [*layers], marks)
+        image = _relative(panels[3], relative, [*layers], marks)
         panels[3].set(title="Load of ranks (n× dead)", xlabel="expert-parallel rank", ylabel="layer")
     _relative_bar(figure, image, list(panels[2:]), "relative to even")
 
@@ -148,16 +143,12 @@ def _neighbours(figure: Any, numbers: Numbers) -> None:
     figure.set_size_inches(12, _height(len(layers)))
     common, union = figure.subplots(1, 2)
     for axes, key in ((common, "common"), (union, "union")):
-        chance = [one[f"{key}_by_chance"] for one in layers.values()]
-        measured = [one[key] for one in layers.values()]
+        chance, measured = ([one[name] for one in layers.values()] for name in (f"{key}_by_chance", key))
         axes.hlines(range(len(layers)), chance, measured, color="#bbbbbb", linewidth=2, zorder=1)
-        axes.plot(chance, range(len(layers)), "D", color=BESIDE, label="by chance")
-        axes.plot(measured, range(len(layers)), "o", color=MEASURED, label="measured")
-        _layers_down(axes, [*layers])
+        _by_layer(axes, layers, [(f"{key}_by_chance", "D", BESIDE, "by chance"), (key, "o", MEASURED, "measured")])
         axes.set_xlim(0, 1.08 * max(chance + measured))
-        _legend(axes)
     common.set(title="Experts that the token before has too", xlabel="share of a token's experts")
-    common.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    common.xaxis.set_major_formatter("{x:.0%}")
     union.set(title=f"Experts of {window} tokens together", xlabel="different experts")
 
 
@@ -165,25 +156,15 @@ def _gates(figure: Any, numbers: Numbers) -> None:
     layers = {layer: one for layer, one in numbers["layers"].items() if one}
     figure.set_size_inches(12, _height(len(layers)))
     sizes, shares = figure.subplots(1, 2)
-    _intervals(
-        sizes,
-        [*layers],
-        [[one[key] for one in layers.values()] for key in ("median", "percentile_10", "percentile_90")],
-    )
-    sizes.plot([one["mean"] for one in layers.values()], range(len(layers)), "D", color=BESIDE, label="mean")
+    _intervals(sizes, layers, ("median", "percentile_10", "percentile_90"))
+    _by_layer(sizes, layers, [("mean", "D", BESIDE, "mean")])
     sizes.set(title="Size of active gates", xlabel="gate: median, 10 % to 90 %")
     sizes.set_xlim(left=0)
-    _legend(sizes)
-    for key, mark, colour, label in (
-        ("largest_gate", "D", BESIDE, "of all its gates"),
-        ("largest_output", "o", MEASURED, "of the output"),
-    ):
-        shares.plot([one[key] for one in layers.values()], range(len(layers)), mark, color=colour, label=label)
-    _layers_down(shares, [*layers])
+    of_tokens = [("largest_gate", "D", BESIDE, "of all its gates"), ("largest_output", "o", MEASURED, "of the output")]
+    _by_layer(shares, layers, of_tokens)
     shares.set(title="Share of a token's largest gate", xlabel="mean of tokens with experts")
     shares.set_xlim(0, 1.03)
-    shares.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    _legend(shares)
+    shares.xaxis.set_major_formatter("{x:.0%}")
 
 
 DRAWN = {
@@ -196,7 +177,7 @@ DRAWN = {
 
 
 def _height(layers: int, least: float = 4.0) -> float:
-    """Inches."""
+    """Return the height of a picture in inches."""
     return max(least, 1.4 + 0.32 * layers)
 
 
@@ -233,12 +214,21 @@ def _cells(axes: Any, image: Any, values: numpy.ndarray, layers: Sequence[int], 
                 axes.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if dark else "#222222")
 
 
-def _intervals(axes: Any, layers: Sequence[int], columns: Sequence[Sequence[float]]) -> None:
-    """Draw a dot and a line for each layer: value, low, high."""
-    values, low, high = columns
+def _intervals(axes: Any, layers: Layers, keys: tuple[str, str, str]) -> None:
+    """Draw a dot and a line for each layer: the figures of value, low, high."""
+    values, low, high = ([one[key] for one in layers.values()] for key in keys)
     axes.hlines(range(len(layers)), low, high, color=MEASURED, linewidth=2)
     axes.plot(values, range(len(layers)), "o", color=MEASURED)
-    _layers_down(axes, layers)
+    _layers_down(axes, [*layers])
+
+
+def _by_layer(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str, str]]) -> None:
+    """Draw figures of each layer: key, mark, color and label of each; None is left out."""
+    for key, mark, color, label in drawn:
+        values = [numpy.nan if one[key] is None else one[key] for one in layers.values()]
+        axes.plot(values, range(len(layers)), mark, color=color, label=label)
+    _layers_down(axes, [*layers])
+    _legend(axes)
 
 
 def _legend(axes: Any) -> None:

@@ -23,6 +23,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
+from megatron.remoe.data.errors import UsageError
 from megatron.remoe.patches import load_objects_unexecuted
 from megatron.remoe.preflight.checkpoint_files import (
     RELEASE,
@@ -94,7 +95,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
     except BrokenCheckpointError as error:
         whole = newest_whole(root)
         remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
-        raise ConversionError(f"--load {root}: {error}. {remedy}") from error
+        raise ConversionError(f"--load {root}: {error}. {remedy}", error.code) from error
     except FAILURES as error:
         raise _unreadable(folder, error) from error
     args = common.get("args")
@@ -228,11 +229,12 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
             with tempfile.TemporaryFile(dir=aside) as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, min(size, PROBE)))  # detects quotas and limits too
             yield aside
-    except ConversionError:
+    except UsageError:
         raise
     except FAILURES as error:
         raise ConversionError(
-            f"--save {output}: cannot be written ({_reason(error)}). Free some space, or give another folder."
+            f"--save {output}: cannot be written ({_reason(error)}). Free some space, or give another folder.",
+            "REMOE-E105",
         ) from error
 
 
@@ -243,19 +245,23 @@ def check_output(output: Path) -> None:
         ConversionError: it is not empty, or not a folder.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"--save {output}: exists and is not an empty folder. Give another one, or remove it.")
+        raise ConversionError(
+            f"--save {output}: exists and is not an empty folder. Give another one, or remove it.", "REMOE-E105"
+        )
 
 
 def _folder(root: Path, step: int | None) -> Path:
     newest = newest_iteration(root) if step is None else str(step)
     if not newest:
-        raise ConversionError(f"--load {root}: is not the folder of a run's checkpoints: it has no {TRACKER}.")
+        raise ConversionError(
+            f"--load {root}: is not the folder of a run's checkpoints: it has no {TRACKER}.", "REMOE-E404"
+        )
     if step is None and newest != RELEASE and not (newest.isdecimal() and len(newest) < 20):
         raise ConversionError(f"{root / TRACKER}: holds {newest[:20]!r}, not an iteration. Name one with --ckpt-step.")
     folder = root / (RELEASE if newest == RELEASE else f"iter_{int(newest):07d}")
     if not folder.is_dir():
         present = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
-        raise ConversionError(f"{folder}: no such checkpoint. Present: {present}.")
+        raise ConversionError(f"{folder}: no such checkpoint. Present: {present}.", "REMOE-E402")
     return folder
 
 

@@ -2,23 +2,22 @@
 
 import json
 import math
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import batched, chain, islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .errors import ToolError
 from .log_reader import read_parameters, read_printed
 from .run_figures import Curve, Evaluation, RunFigures, whole_number
 
 METRICS, LOG = "metrics.jsonl", "train.log"
-LINES = 500  # read at a time
 LOADS = 512  # minimum number of lines whose expert load is kept; the maximum is twice that
-NAMES = 256  # maximum number of figures and of layers: a damaged file could hold any number
+NAMES, CURVES = 256, 4096  # maximum numbers of layers and of curves: a damaged file could hold any
 NOT_FIGURES = frozenset({"kind", "time", "iteration", "guarded_layers", "tokens_per_expert"})
 Record = Mapping[str, Any]
 
@@ -39,7 +38,8 @@ def find_figures(place: Path) -> Path:
             return path
     raise ToolError(
         f"{place}: no run: none of {METRICS}, checkpoints/{METRICS}, {LOG}. "
-        "Give a run's folder, its --save, or a log's file."
+        "Give a run's folder, its --save, or a log's file.",
+        "REMOE-E502",
     )
 
 
@@ -62,7 +62,8 @@ def read_figures(place: Path) -> RunFigures:
         if not taken and figures.unread:
             raise ToolError(
                 f"{path} is not the log of a run: no line has a kind and an iteration. "
-                "Give a run's folder, its --save, or a log's file."
+                "Give a run's folder, its --save, or a log's file.",
+                "REMOE-E502",
             )
     else:
         collector.take_all(read_printed(path))
@@ -90,8 +91,7 @@ class _Collector:
 
     def __init__(self, figures: RunFigures) -> None:
         self._figures = figures
-        self._parts: dict[str, list[Curve]] = {}
-        self._of_layers: dict[str, dict[int, list[Curve]]] = {}
+        self._curves: dict[tuple[str, int], tuple[array, array]] = {}  # figure, and layer or 0: iterations and values
         self._loads: dict[int, Any] = {}
         self._newest_load: dict[int, Any] = {}
         self._stride, self._loaded = 1, 0
@@ -100,35 +100,39 @@ class _Collector:
     def take_all(self, records: Iterable[Record]) -> int:
         """Take records in the order of the file and return their number."""
         taken = 0
-        for chunk in batched(records, LINES):
-            taken += len(chunk)
-            logged, flips = ([record for record in chunk if record["kind"] == kind] for kind in ("log", "flips"))
-            named = [{f"flip_{name}": record.get(name) for name in ("rate", "count", "layer_rate")} for record in flips]
-            self._take_figures(flips, named)
-            self._take_figures(logged, logged)
-            for record in logged:
+        for record in records:
+            taken += 1
+            time: Any = record.get("time")
+            if type(time) in (int, float) and 0 < time < 2**33:
+                self._figures.written = float(time)
+            if record["kind"] == "log":
+                self._take_figures(record["iteration"], record)
                 self._take_routing(record["iteration"], record)
-            if len(logged) < len(chunk):
-                for record in chunk:
-                    self._take_other(record)
-            self._take_time(next((record["time"] for record in reversed(chunk) if "time" in record), None))
+            elif record["kind"] == "flips":
+                flips = {f"flip_{name}": record.get(name) for name in ("rate", "count", "layer_rate")}
+                self._take_figures(record["iteration"], flips)
+            else:
+                self._take_other(record)
         return taken
 
-    def _take_figures(self, records: Sequence[Record], named: Sequence[Record]) -> None:
-        """Add the numbers of `named` to the curves, at the iterations of `records`."""
-        iterations = np.array([record["iteration"] for record in records], np.int64)
-        for name in islice(dict.fromkeys(chain.from_iterable(named)), NAMES):
+    def _take_figures(self, iteration: int, named: Record) -> None:
+        """Add numbers, and numbers by layer, to the curves."""
+        for name, value in named.items():
             if name in NOT_FIGURES:
                 continue
-            values = [record.get(name) for record in named]
-            if dict not in set(map(type, values)):
-                _keep(self._parts, name, iterations, values)
-                continue
-            by_layer: list[Record] = [value if type(value) is dict else {} for value in values]
-            parts = self._of_layers.setdefault(name, {}) if len(self._of_layers) < NAMES else {}
-            for layer in islice(dict.fromkeys(chain.from_iterable(by_layer)), NAMES):
-                if (number := _number_of(layer)) is not None:
-                    _keep(parts, number, iterations, [value.get(layer) for value in by_layer])
+            if type(value) is dict:
+                for layer, of_layer in value.items():
+                    if number := _number_of(layer):
+                        self._add((name, number), iteration, of_layer)
+            else:
+                self._add((name, 0), iteration, value)
+
+    def _add(self, key: tuple[str, int], iteration: int, value: Any) -> None:
+        number = _number(value)
+        if math.isfinite(number) and (key in self._curves or len(self._curves) < CURVES):
+            iterations, values = self._curves.setdefault(key, (array("q"), array("d")))
+            iterations.append(iteration)
+            values.append(number)
 
     def _take_routing(self, iteration: int, record: Record) -> None:
         figures = self._figures
@@ -146,10 +150,6 @@ class _Collector:
             if len(self._loads) >= 2 * LOADS:
                 self._loads, self._stride = dict(islice(self._loads.items(), 0, None, 2)), 2 * self._stride
 
-    def _take_time(self, time: Any) -> None:
-        if type(time) in (int, float) and 0 < time < 2**33:
-            self._figures.written = float(time)
-
     def _take_other(self, record: Record) -> None:
         figures = self._figures
         if record["kind"] == "start":
@@ -161,54 +161,35 @@ class _Collector:
     def finish(self) -> None:
         """Order the curves; if an iteration was logged twice, keep the newer line."""
         figures = self._figures
-        figures.curves = {name: _join(parts) for name, parts in self._parts.items()}
-        for name, layers in self._of_layers.items():
-            figures.layers[name] = {layer: _join(parts) for layer, parts in sorted(layers.items())}
+        for (name, layer), parts in sorted(self._curves.items()):
+            curves: dict[Any, Curve] = figures.layers.setdefault(name, {}) if layer else figures.curves
+            curves[layer or name] = _in_order(*parts)
         loads = {at: _load(held) for at, held in sorted((self._loads | self._newest_load).items())}
         figures.loads = {at: load for at, load in loads.items() if load}
         figures.guarded = dict(sorted(figures.guarded.items()))
         if "tokens_per_second" not in figures.curves and "seconds_per_iteration" in figures.curves:  # a printed log
             iterations, seconds = figures.curve("seconds_per_iteration")
             rates = figures.batches(iterations) * figures.whole("seq_length") / np.maximum(seconds, 1e-4)
-            if (known := rates > 0).any():
+            if (known := (rates > 0) & np.isfinite(rates)).any():
                 figures.curves["tokens_per_second"] = Curve(iterations[known], rates[known])
         end, interval = figures.whole("train_iters"), figures.whole("eval_interval")
         on_the_way = 1 if interval and end % interval == 0 else 0  # evaluations at the last iteration but the final one
         at_the_end = Counter[str]()
         for record in self._evaluations:
-            name, iteration, loss = str(record.get("set", "")), record["iteration"], _numbers([record.get("lm_loss")])
+            name, iteration, loss = str(record.get("set", "")), record["iteration"], _number(record.get("lm_loss"))
             at_the_end[name] += iteration == end
             final = record.get("final", iteration == end and at_the_end[name] > on_the_way)
-            if np.isfinite(loss[0]):
-                figures.evaluations.setdefault(name, []).append(Evaluation(iteration, float(loss[0]), bool(final)))
+            if math.isfinite(loss):
+                found = Evaluation(iteration, loss, bool(final), whole_number(record.get("tokens")) or 0)
+                figures.evaluations.setdefault(name, []).append(found)
 
 
-def _keep[Name](
-    parts: dict[Name, list[Curve]], name: Name, iterations: NDArray[np.int64], values: Sequence[Any]
-) -> None:
-    numbers = _numbers(values)
-    finite = np.isfinite(numbers)
-    if finite.any() and (name in parts or len(parts) < NAMES):
-        parts.setdefault(name, []).append(Curve(iterations[finite], numbers[finite]))
-
-
-def _join(parts: Sequence[Curve]) -> Curve:
-    iterations, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+def _in_order(held_iterations: array, held_values: array) -> Curve:
+    iterations, values = np.array(held_iterations, np.int64), np.array(held_values)
     if (np.diff(iterations) > 0).all():
         return Curve(iterations, values)
     rising, newest = np.unique(iterations[::-1], return_index=True)
     return Curve(rising, values[::-1][newest])
-
-
-def _numbers(values: Sequence[Any]) -> NDArray[np.float64]:
-    """Return values as numbers; NaN for those that are not numbers."""
-    try:
-        numbers = np.array(values, np.float64)  # None becomes NaN
-        if numbers.ndim == 1:
-            return numbers
-    except (TypeError, ValueError, OverflowError):
-        pass
-    return np.array([_number(value) for value in values], np.float64)
 
 
 def _number(value: Any) -> float:
@@ -224,8 +205,9 @@ def _number_of(layer: Any) -> int | None:
 
 def _load(held: Mapping[str, Any]) -> dict[int, list[float]]:
     """Return layer → shares of its experts; layers that are not lists of numbers are left out."""
-    shares = {_number_of(layer): _numbers(of) for layer, of in islice(held.items(), NAMES) if type(of) is list and of}
-    return {
-        layer: found.tolist() for layer, found in sorted(shares.items(), key=lambda one: one[0] or 0)
-        if layer is not None and np.isfinite(found).all()
-    }  # fmt: skip
+    found: dict[int, list[float]] = {}
+    for layer, of in islice(held.items(), NAMES):
+        shares = [_number(share) for share in of] if type(of) is list else []
+        if (number := _number_of(layer)) and shares and all(map(math.isfinite, shares)):
+            found[number] = shares
+    return dict(sorted(found.items()))

@@ -87,6 +87,6 @@ def lock(folder: Path, tool: str) -> TextIO:
     except BlockingIOError:
         file.close()
         raise ToolError(
-            f"Another {tool} is running in {folder}. Wait for it, or give --output-dir another folder."
+            f"Another {tool} is running in {folder}. Wait for it, or give --output-dir another folder.", "REMOE-E503"
         ) from None
     return file

@@ -35,7 +35,8 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
     if not re.fullmatch(r"(\*[E-])+", layers):
         raise ConversionError(
             f"{source}: --hybrid-layer-pattern {pattern} must alternate attention (*) and MLP (- or E) to be "
-            "a GPTModel."
+            "a GPTModel.",
+            "REMOE-E512",
         )
     experts = [int(mlp == "E") for mlp in layers[1::2]]
     args.hybrid_layer_pattern, args.num_layers = None, len(experts)
@@ -60,5 +61,6 @@ def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
 def _refuse_hash(args: argparse.Namespace) -> None:
     if getattr(args, "moe_baseline_router", None) == "hash":
         raise ConversionError(
-            "--moe-baseline-router hash depends on the layers' numbers, which differ in the other model class."
+            "--moe-baseline-router hash depends on the layers' numbers, which differ in the other model class.",
+            "REMOE-E512",
         )

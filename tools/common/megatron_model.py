@@ -16,34 +16,31 @@ from megatron.training.models.base import compose_hooks
 
 from .errors import ConversionError
 
-# One process, in single precision.
+# One process, in single precision, past the warm-up of a saved training.
 HERE: dict[str, Any] = {
-    "rank": 0,
-    "world_size": 1,
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "num_layers_per_virtual_pipeline_stage": None,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": 1,
-    "sequence_parallel": False,
-    "moe_shared_expert_overlap": False,
-    "overlap_moe_expert_parallel_comm": False,
-    "moe_warmup_topk": None,  # a saved training is past its warm-up
-    "moe_warmup_steps": 0,
-    "recompute_granularity": None,
-    "recompute_modules": None,
-    "cuda_graph_impl": "none",
-    "local_layer_fusion": False,
-    "fp16": False,
-    "bf16": False,
-    "params_dtype": torch.float32,
+    **{"rank": 0, "moe_warmup_steps": 0, "cuda_graph_impl": "none", "params_dtype": torch.float32},
+    **dict.fromkeys(
+        """
+        world_size tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
+        expert_model_parallel_size expert_tensor_parallel_size
+        """.split(),
+        1,
+    ),
+    **dict.fromkeys(
+        """
+        virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage pipeline_model_parallel_layout
+        decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers moe_warmup_topk recompute_granularity
+        recompute_modules
+        """.split(),
+        None,
+    ),
+    **dict.fromkeys(
+        """
+        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split sequence_parallel
+        moe_shared_expert_overlap overlap_moe_expert_parallel_comm local_layer_fusion fp16 bf16
+        """.split(),
+        False,
+    ),
 }
 EXPERT = re.compile(r"(?P<mlp>.*\.mlp\.)experts\.local_experts\.(?P<expert>\d+)\.(?P<weight>linear_fc[12]\.\w+)")
 
@@ -68,4 +65,4 @@ def build(args: argparse.Namespace) -> GPTModel:
         hand_token_ids([model])
         return model.eval()
     except (ValueError, AssertionError, TypeError) as error:
-        raise ConversionError(f"Megatron cannot build this model here: {error}") from error
+        raise ConversionError(f"Megatron cannot build this model here: {error}", "REMOE-E512") from error

@@ -1,14 +1,15 @@
-"""Set the colours and Matplotlib's style for the pictures of runs: one colour for each routing."""
+"""Set Matplotlib's style for pictures, and the looks of several runs in one picture."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# From Okabe and Ito's palette, which is safe for colour-blind readers; visible on white and on black.
-COLOURS = {"dense": "#777777", "moe": "#E69F00", "remoe": "#0072B2"}
+from .palette import routing_color
+
+COLOURS = {name: routing_color(name) for name in ("dense", "moe", "remoe")}
 TARGET, MUTED = "#D55E00", "#555555"  # lines that mark a target, and notes
-# For more runs of a routing in one picture, in turn with its first colour.
-SHADES = {"dense": ("#A5A5A5", "#8A7968"), "moe": ("#D55E00", "#B39B00"), "remoe": ("#56B4E9", "#7A6FD0")}
+# For more runs of a routing in one picture, in turn with its first color.
+SHADES = {"dense": ("#A5A5A5", "#8A7968"), "topk": ("#D55E00", "#A07000"), "remoe": ("#56B4E9", "#7A6FD0")}
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -23,10 +24,10 @@ STYLE: dict[Any, Any] = {
 
 
 def looks(routings: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield a colour and a dash for each run; the first run of a routing is solid in the routing's colour."""
+    """Yield a color and a dash for each run; the first run of a routing is solid in the routing's color."""
     before = Counter[str]()
     for routing in routings:
-        shades = (COLOURS[routing], *SHADES[routing])
+        shades = (routing_color(routing), *SHADES.get(routing, ()))
         number = before[routing]
         before[routing] += 1
         yield shades[number % len(shades)], DASHES[number % len(DASHES)]

@@ -23,11 +23,12 @@ EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
 
 
 class Evaluation(NamedTuple):
-    """A validation loss in nats per token; `final`: measured after the training, not during it."""
+    """A validation loss in nats per token; `final`: measured after the training; `tokens`: predicted, 0 if unknown."""
 
     iteration: int
     loss: float
     final: bool
+    tokens: int = 0
 
 
 @dataclass
@@ -89,10 +90,10 @@ class RunFigures:
 
     @property
     def routing(self) -> str:
-        """Return dense, moe or remoe."""
+        """Return dense, topk, remoe, or the name of a baseline's router."""
         if self.args.get("moe_relu_routing") or "sparsity" in self.curves:
             return "remoe"
-        return "moe" if self.num_experts else "dense"
+        return str(self.args.get("moe_baseline_router") or "topk") if self.num_experts else "dense"
 
     @property
     def target(self) -> float | None:
@@ -121,6 +122,15 @@ class RunFigures:
         if target is None:
             return EMPTY.iterations, np.empty(0, bool)
         return iterations, np.abs(values - target) <= WITHIN * target
+
+    @property
+    def validation_loss(self) -> float | None:
+        """Return the newest validation loss, in nats per token of all sets; None before the first evaluation."""
+        newest = [found[-1] for name, found in self.evaluations.items() if name != "test"]
+        are_known = all(each.tokens for each in newest)  # else all sets count the same
+        weights = [each.tokens if are_known else 1 for each in newest]
+        losses = (each.loss * weight for each, weight in zip(newest, weights, strict=True))
+        return sum(losses) / sum(weights) if newest else None
 
     def at(self, name: str, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the values of a figure at iterations; NaN where it was not logged."""

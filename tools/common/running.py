@@ -7,7 +7,9 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from .errors import ToolError
+from megatron.remoe.data.errors import UsageError
+
+from .errors import with_code
 
 
 def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") -> int:
@@ -15,14 +17,14 @@ def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") ->
 
     Args:
         tool: its name, for messages.
-        work: raises ToolError or OSError for errors that the user can fix.
+        work: raises UsageError or OSError for errors that the user can fix.
         stopped: the message after an interruption.
     """
     _interrupt_at(signal.SIGTERM)
     try:
         work()
-    except (ToolError, OSError) as error:
-        print(f"{tool}: error: {error}", file=sys.stderr)
+    except (UsageError, OSError) as error:
+        print(f"{tool}: error: {with_code(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{tool}: {stopped}.", file=sys.stderr)
@@ -36,9 +38,9 @@ def run_to_the_end(work: Callable[[], int]) -> int:
     _interrupt_at(signal.SIGTERM, signal.SIGHUP)
     try:
         return work()
-    except ToolError as error:
-        errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        return error.exit_code
+    except UsageError as error:
+        errors.print(with_code(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        return getattr(error, "exit_code", 1)
     except OSError as error:
         errors.print(f"{error}. Give --output-dir a writable folder with enough space.", style="red", markup=False)
         return 1

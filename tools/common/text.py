@@ -7,10 +7,9 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, bin_path
 
-from .errors import ConversionError
+from .errors import ToolError
 
 
 class Blend(NamedTuple):
@@ -30,7 +29,7 @@ class Text:
         vocabulary: size of the model's vocabulary.
 
     Raises:
-        ConversionError: the files are missing, corrupt or too small.
+        UsageError: the files are missing, corrupt or too small.
     """
 
     def __init__(self, prefix: str, length: int, seed: int, vocabulary: int) -> None:
@@ -46,7 +45,7 @@ class Text:
         """Return sequences as int64 `[stop - start, length]`.
 
         Raises:
-            ConversionError: a token is not in the model's vocabulary.
+            ToolError: a token is not in the model's vocabulary.
         """
         places = self._order[start:stop].tolist()
         ids = numpy.stack([self._reader.read(place * self.length, self.length) for place in places])
@@ -58,16 +57,14 @@ def open_data_set(prefix: str, least: int) -> IndexedReader:
     """Open a data set of at least `least` tokens.
 
     Raises:
-        ConversionError: its files are missing, corrupt or too small.
+        UsageError: its files are missing, corrupt or too small.
     """
-    try:
-        reader = IndexedReader(Path(prefix))
-    except DataError as error:
-        raise ConversionError(f"--data-path: {error}") from error
+    reader = IndexedReader(Path(prefix))
     if reader.tokens < least:
-        raise ConversionError(
+        raise ToolError(
             f"--data-path {prefix}: has {reader.tokens:,} tokens, fewer than one sequence of {least}. Give more text, "
-            "or a smaller --seq-length."
+            "or a smaller --seq-length.",
+            "REMOE-E304",
         )
     return reader
 
@@ -76,12 +73,13 @@ def check_vocabulary(prefix: str, largest: int, vocabulary: int) -> None:
     """Refuse text that was tokenized for another model.
 
     Raises:
-        ConversionError: the largest token is not in the vocabulary.
+        ToolError: the largest token is not in the vocabulary.
     """
     if largest >= vocabulary:
-        raise ConversionError(
+        raise ToolError(
             f"--data-path {prefix}: holds token {largest}, but the model has {vocabulary} tokens. Give text that was "
-            "tokenized for it."
+            "tokenized for it.",
+            "REMOE-E305",
         )
 
 
@@ -89,7 +87,7 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
     """Return the data sets of `data_path`, or those of the training.
 
     Raises:
-        ConversionError: there are none.
+        ToolError: there are none.
     """
     from megatron.training.utils.common_utils import get_blend_and_blend_per_split, get_blend_from_list
 
@@ -100,9 +98,9 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
             blend, per_split = get_blend_and_blend_per_split(args)
             blend = blend or (per_split and per_split[0])
     except (OSError, ValueError, AssertionError) as error:
-        raise ConversionError(f"the data sets cannot be read: {error}. Give them with --data-path.") from error
+        raise ToolError(f"the data sets cannot be read: {error}. Give them with --data-path.", "REMOE-E303") from error
     if not blend:
-        raise ConversionError("the checkpoint names no data sets. Give --data-path.")
+        raise ToolError("the checkpoint names no data sets. Give --data-path.", "REMOE-E301")
     return Blend(*blend)
 
 
@@ -120,7 +118,7 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
         int64 `[sequences, length + 1]`; two sequences share at most the last token.
 
     Raises:
-        ConversionError: a data set is missing, corrupt or too small, or was made with another vocabulary.
+        UsageError: a data set is missing, corrupt or too small, or was made with another vocabulary.
     """
     readers = [open_data_set(prefix, 1) for prefix in blend.prefixes]
     shares = numpy.array(blend.weights or [reader.tokens for reader in readers], dtype=numpy.float64)
@@ -131,9 +129,10 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
     ):
         available = (reader.tokens - 1) // length
         if count > available:
-            raise ConversionError(
+            raise ToolError(
                 f"{prefix}: has {reader.tokens:,} tokens, but {count * length + 1:,} are needed. Give more text with "
-                "--data-path, or a smaller number with --tokens."
+                "--data-path, or a smaller number with --tokens.",
+                "REMOE-E304",
             )
         tokens = numpy.memmap(bin_path(Path(prefix)), dtype=reader.dtype, mode="r")
         for start in generator.choice(available, size=count, replace=False) * length:

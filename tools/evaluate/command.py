@@ -21,7 +21,7 @@ from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import write_json
 from ..common.flags import whole_number
-from ..common.hf.opening import open_model
+from ..common.hf.opening import OpenedModel, open_model
 from ..common.on_cpu import megatron_on_cpu
 from ..common.running import run_once
 from .paper import compare_with_paper
@@ -29,6 +29,7 @@ from .speed import speeds
 from .tasks import TASKS, from_files, from_hub, scorer
 
 PROMPTS = 8
+SEED = 1234  # Megatron's default
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text.add_argument(
         "--seq-length", type=whole_number(1), metavar="N", help="as in training (default: the model's context)"
     )
-    text.add_argument("--seed", type=int, default=1234, help="as in training (default: %(default)s)")
+    text.add_argument("--seed", type=int, metavar="N", help="order of the text (default: the training's)")
     text.add_argument("--sequences", type=whole_number(1), metavar="N", help="at most, per data set (default: all)")
     text.add_argument(
         "--max-experts-per-token",
@@ -82,17 +83,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def measure_text(args: argparse.Namespace, models: dict[str, Any], display: Display) -> dict[str, Any]:
+def seed_of(args: argparse.Namespace, opened: OpenedModel) -> int:
+    """Return the seed of the text's order: --seed, else the training's, so that the loss is the log's."""
+    if args.seed is not None:
+        return args.seed
+    return getattr(opened.args, "seed", SEED)  # an exported folder does not know its training's
+
+
+def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], display: Display) -> dict[str, Any]:
     """Return model → data set → bound on the experts per token, or "none" → measurements."""
     megatron_on_cpu()
     from .text import bound_experts, measure, sequences
 
     found: dict[str, Any] = {}
-    for name, (model, _) in models.items():
+    for name, opened in models.items():
+        model = opened.model
         length = args.seq_length or model.config.max_position_embeddings
         found[name] = {}
         for prefix in args.data_path:
-            data = sequences(prefix, length, args.seed, model.config.vocab_size)
+            data = sequences(prefix, length, seed_of(args, opened), model.config.vocab_size)
             number = min(len(data), args.sequences or len(data))
             by_bound = found[name][prefix] = {}
             for most in [None, *args.max_experts_per_token]:
@@ -106,24 +115,27 @@ def measure_text(args: argparse.Namespace, models: dict[str, Any], display: Disp
     return found
 
 
-def measure_speed(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]:
+def measure_speed(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dict[str, Any]:
     """Return model → tokens per second."""
     from .text import batches, sequences
 
-    first = next(iter(models.values()))[0]
-    length = args.seq_length or first.config.max_position_embeddings
-    data = sequences(args.data_path[0], length, args.seed, first.config.vocab_size)
+    opened = next(iter(models.values()))
+    config = opened.model.config
+    length = args.seq_length or config.max_position_embeddings
+    data = sequences(args.data_path[0], length, seed_of(args, opened), config.vocab_size)
     prompts = torch.cat(list(batches(data, PROMPTS)))[:, : max(1, length // 2)]
-    timed = speeds([model for model, _ in models.values()], prompts)
+    timed = speeds([opened.model for opened in models.values()], prompts)
     return {name: asdict(one) for name, one in zip(models, timed, strict=True)}
 
 
-def score_tasks(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]:
+def score_tasks(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dict[str, Any]:
     """Return model → scores."""
     found = {}
-    for name, (model, tokenizer) in models.items():
+    for name, (model, tokenizer, _) in models.items():
         if tokenizer is None:
-            raise ToolError(f"--load {name}: has no tokenizer. Give the folder of one with --tokenizer-model.")
+            raise ToolError(
+                f"--load {name}: has no tokenizer. Give the folder of one with --tokenizer-model.", "REMOE-E513"
+            )
         language_model = scorer(model, tokenizer, args.task_cache)
         tasks = args.tasks or (TASKS if args.task_data is None else [task for task in TASKS if task != "race"])
         if args.task_data is None:
@@ -137,13 +149,15 @@ def score_tasks(args: argparse.Namespace, models: dict[str, Any]) -> dict[str, A
 def show(results: dict[str, Any]) -> None:
     """Print the results as tables."""
     console = Console(highlight=False)
-    for kind, rows in evaluations.tables(results):
-        table = Table()
-        for title in evaluations.TITLES[kind]:
+    for titles, rows in evaluations.tables(results):
+        table = Table(box=None, pad_edge=False)
+        for title in titles:
             table.add_column(title, overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)
+        if evaluations.BY_LAYER in titles and any(row[-1] for row in rows):
+            console.print(evaluations.EXPLAINED, style="dim")
     if "tasks" in results:
         console.print("\nAccuracy in %; the paper's: arXiv 2412.14711, table 8, 30B tokens each")
         console.print(compare_with_paper(results["tasks"]))

@@ -35,7 +35,9 @@ def speeds(models: Sequence[RemoeForCausalLM], prompts: torch.Tensor) -> list[Sp
         ConversionError: they are on different devices.
     """
     if len({model.device for model in models}) > 1:
-        raise ConversionError("--speed: give only runs or only exported folders. Folders are on the GPU, runs are not.")
+        raise ConversionError(
+            "--speed: give only runs or only exported folders. Folders are on the GPU, runs are not.", "REMOE-E501"
+        )
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in models]
     for number in range(ROUNDS + 1):
         for model, (reading, writing) in zip(models, times, strict=True):

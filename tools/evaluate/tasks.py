@@ -56,7 +56,8 @@ def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: P
     except ImportError as error:
         # Local files need none of lm-eval's dependencies, which take 500 MB.
         raise ToolError(
-            f"--tasks: needs lm-eval ({error}). Install it with: pip install --no-deps lm-eval sqlitedict."
+            f"--tasks: needs lm-eval ({error}). Install it with: pip install --no-deps lm-eval sqlitedict.",
+            "REMOE-E504",
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no warning for each text that it cuts
     found = HFLM(
@@ -89,12 +90,15 @@ def from_hub(language_model: Any, tasks: Sequence[str], limit: int | None) -> li
     except ImportError as error:
         raise ToolError(
             f"--tasks: lm-eval's own tasks need more ({error}). Install it with: pip install 'lm-eval[hf]', or give "
-            "local files with --task-data."
+            "local files with --task-data.",
+            "REMOE-E504",
         ) from error
     try:
         found = simple_evaluate(model=language_model, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False)
     except OSError as error:
-        raise ToolError(f"--tasks: {error}. Without the hub give local files with --task-data.") from error
+        raise ToolError(
+            f"--tasks: {error}. Without the hub give local files with --task-data.", "REMOE-E504"
+        ) from error
     return [
         Score(
             task, name, results[f"{name},none"], results[f"{name}_stderr,none"], found["n-samples"][task]["effective"]
@@ -124,7 +128,8 @@ def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: i
         ]
         if not documents:
             raise ToolError(
-                f"--tasks {task}: the model reads {language_model.max_length} tokens, fewer than its choices."
+                f"--tasks {task}: the model reads {language_model.max_length} tokens, fewer than its choices.",
+                "REMOE-E501",
             )
         requests = [
             Instance(request_type="loglikelihood", doc={}, arguments=(context, continuation), idx=number)
@@ -149,7 +154,7 @@ def read_requests(folder: Path, task: str) -> list[tuple[int, list[tuple[str, st
     pattern = f"{task.removesuffix('_openai')}/{'test_rc_5shot' if task in ARC else '*_0shot'}/requests.jsonl.gz"
     found = sorted(folder.rglob(pattern))
     if not found:
-        raise ToolError(f"--task-data {folder}: has no {pattern}. Leave {task} out of --tasks.")
+        raise ToolError(f"--task-data {folder}: has no {pattern}. Leave {task} out of --tasks.", "REMOE-E504")
     documents: dict[int, tuple[int, list[tuple[str, str]]]] = {}
     try:
         with gzip.open(found[0], "rt", encoding="utf-8") as lines:
@@ -161,7 +166,7 @@ def read_requests(folder: Path, task: str) -> list[tuple[int, list[tuple[str, st
                     pair = (context, row["request"]["continuation"])
                     documents.setdefault(row["doc_id"], (label, []))[1].append(pair)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ToolError(f"--task-data: {found[0]} cannot be read ({error!r}). Get it again.") from error
+        raise ToolError(f"--task-data: {found[0]} cannot be read ({error!r}). Get it again.", "REMOE-E504") from error
     return list(documents.values())
 
 

@@ -119,8 +119,8 @@ def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
     """
     config = model.config
     if not (config.num_experts and config.moe_relu_routing):
-        raise ToolError("--max-experts-per-token: the model under --load has no ReLU routing.")
+        raise ToolError("--max-experts-per-token: the model under --load has no ReLU routing.", "REMOE-E501")
     if most is not None and not 1 <= most <= config.num_experts:
-        raise ToolError(f"--max-experts-per-token {most}: must be 1 to {config.num_experts}.")
+        raise ToolError(f"--max-experts-per-token {most}: must be 1 to {config.num_experts}.", "REMOE-E501")
     for block in expert_blocks(model).values():
         block.width = most

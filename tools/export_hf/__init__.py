@@ -1,1 +1,1 @@
-"""A Megatron checkpoint becomes a folder for Hugging Face transformers, and such a folder a checkpoint."""
+"""Convert a Megatron checkpoint to a folder for Hugging Face transformers, and back."""

@@ -1,4 +1,4 @@
-"""Shows that two models are the same: compares their logits for the same text."""
+"""Compare the logits of two models for the same text."""
 
 import argparse
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megatron.core.models.gpt import GPTModel
+from megatron.remoe.data.errors import UsageError
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 
 from ..common.errors import ConversionError
@@ -42,14 +43,14 @@ def text_for(args: argparse.Namespace, data_path: list[str] | None, config: Remo
     """Return the text given, or the training's held-out text, or random tokens if that is not here.
 
     Raises:
-        ConversionError: the data sets given cannot be read.
+        UsageError: the data sets given cannot be read.
     """
     length = min(args.seq_length, TOKENS)
     held_out = None if data_path else getattr(args, "valid_data_path", None)
     try:
         tokens = sample(blend_of(args, data_path or held_out), TOKENS // length, length, config.vocab_size, seed)
         return Text(tokens, "held-out tokens" if held_out else "tokens")
-    except ConversionError:
+    except UsageError:
         if data_path:
             raise
     generator = torch.Generator().manual_seed(seed)
@@ -82,7 +83,7 @@ def compare(model: RemoeForCausalLM, logits: torch.Tensor, text: Text) -> Check:
     )
     if not check.difference <= BOUND:
         raise ConversionError(
-            f"{described(check, text)}, above {BOUND:.0e}: nothing was written. Please report this error."
+            f"{described(check, text)}, above {BOUND:.0e}: nothing was written. Please report this error.", "REMOE-E514"
         )
     return check
 

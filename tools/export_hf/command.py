@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from ..common.checkpoints import check_output, load, new_folder, save
 from ..common.display import Display
@@ -24,14 +25,15 @@ from ..common.hf.opening import open_model
 from ..common.hf.settings import args_of, complete, flags_of, vocabulary_flags
 from ..common.hf.source import open_run
 from ..common.hf.tensors import Tensors, model_of, shapes_of
-from ..common.hf.tokenizer import tokenizer_of
+from ..common.hf.tokenizer import generation_config, tokenizer_of
 from ..common.hf.weights import fill, megatron_weights, read
 from ..common.megatron_model import build
 from ..common.one_process import one_process
 from ..common.running import run_once
+from .card import write_card
 from .check import compare, described, megatron_logits, text_for
-from .folder import write_card, write_settings, write_weights
 
+SHARD = "2GB"
 # Batch size, steps and learning rate are for the user to choose.
 PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
 PROGRAM += " --eval-interval 100"  # without a default
@@ -76,11 +78,18 @@ def export(options: argparse.Namespace, display: Display) -> None:
         display.say("no tokenizer: the training had none (NullTokenizer). Give one with --tokenizer-model.")
     text = text_for(args, options.data_path, config)
     assert isinstance(config.dtype, torch.dtype)
-    size = sum(shape.numel() for shape in shapes_of(config).values()) * config.dtype.itemsize
-    with new_folder(options.save, size) as aside:
-        with display.step("writing weights", config.num_hidden_layers + 1):
-            parameters = write_weights(aside, _counted(read(checkpoint, config), display))
-        write_settings(aside, config, tokenizer)
+    parameters = sum(shape.numel() for shape in shapes_of(config).values())
+    with new_folder(options.save, parameters * config.dtype.itemsize) as aside:
+        with display.step("reading weights", config.num_hidden_layers + 1):
+            exported = model_of(config, _counted(read(checkpoint, config), display))
+        logging.disable_progress_bar()  # it would show that of its writer too
+        exported.generation_config = generation_config(config, tokenizer)
+        exported.save_pretrained(aside, max_shard_size=SHARD)
+        del exported
+        for path in aside.glob("*.safetensors"):
+            path.chmod(0o644)  # safetensors lets nobody else read it
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
         # Megatron loads its model itself; only one of both models is in memory at a time.
         own = complete(checkpoint.args)
         own.padded_vocab_size = config.vocab_size
@@ -103,7 +112,7 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     """
     if not (options.load / "config.json").is_file():
         raise ConversionError(f"--load {options.load}: has no config.json. Give a folder that this tool has exported.")
-    source, tokenizer = open_model(options.load, tokenizer_model=options.tokenizer_model)
+    source, tokenizer, _ = open_model(options.load, tokenizer_model=options.tokenizer_model)
     config = source.config
     source = source.to(torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
     place = None if tokenizer is None else options.tokenizer_model or options.load

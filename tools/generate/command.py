@@ -64,7 +64,7 @@ def prompts(args: argparse.Namespace) -> Iterator[str]:
         try:
             yield args.prompt_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ToolError(f"--prompt-file {args.prompt_file}: cannot be read ({error}).") from error
+            raise ToolError(f"--prompt-file {args.prompt_file}: cannot be read ({error}).", "REMOE-E504") from error
     else:
         asks = sys.stdin.isatty()
         print("Type a text to continue; an empty line ends." if asks else "", end="\n" * asks, file=sys.stderr)
@@ -89,7 +89,8 @@ def continue_text(
     length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if not 0 < length < context:
         raise ToolError(
-            f"--prompt: has {length} tokens, and must have 1 to {context - 1}: the model's context is {context}."
+            f"--prompt: has {length} tokens, and must have 1 to {context - 1}: the model's context is {context}.",
+            "REMOE-E501",
         )
     sampling = {"do_sample": False}
     if args.temperature > 0:
@@ -115,9 +116,9 @@ def generate(args: argparse.Namespace) -> None:
     Raises:
         ToolError: something is wrong with the flags, the model or a text.
     """
-    model, tokenizer = open_model(args.load, args.ckpt_step, args.tokenizer_model)
+    model, tokenizer, _ = open_model(args.load, args.ckpt_step, args.tokenizer_model)
     if tokenizer is None:
-        raise ToolError("--load: has no tokenizer. Give the folder of one with --tokenizer-model.")
+        raise ToolError("--load: has no tokenizer. Give the folder of one with --tokenizer-model.", "REMOE-E513")
     torch.manual_seed(args.seed)
     for prompt in prompts(args):
         print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)

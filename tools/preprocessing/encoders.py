@@ -27,12 +27,14 @@ def load_encoder(
         return gpt2_encoder(vocab_file, merge_file, threads)
     if not tokenizer_model:
         raise DataError(
-            f"--tokenizer-type {tokenizer_type} needs --tokenizer-model: a folder with the tokenizer's files."
+            f"--tokenizer-type {tokenizer_type} needs --tokenizer-model: a folder with the tokenizer's files.",
+            "REMOE-E513",
         )
     if vocab_file or merge_file:
         raise DataError(
             f"--vocab-file and --merge-file are for --tokenizer-type {GPT2_TOKENIZER}; "
-            f"{tokenizer_type} reads everything from --tokenizer-model. Leave them out."
+            f"{tokenizer_type} reads everything from --tokenizer-model. Leave them out.",
+            "REMOE-E501",
         )
     return folder_encoder(tokenizer_model, threads)
 
@@ -53,13 +55,15 @@ def folder_encoder(tokenizer_model: str, threads: int = 1) -> TextEncoder:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"--tokenizer-model {tokenizer_model}: transformers cannot load a tokenizer from it ({reason}). "
-            "Give a folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json."
+            "Give a folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json.",
+            "REMOE-E513",
         ) from error
     reference = getattr(tokenizer, "backend_tokenizer", None)
     if reference is None:
         raise DataError(
             f"--tokenizer-model {tokenizer_model}: {type(tokenizer).__name__} has no fast version. "
-            "Give a tokenizer with a tokenizer.json."
+            "Give a tokenizer with a tokenizer.json.",
+            "REMOE-E513",
         )
     reference.no_truncation()
     reference.no_padding()

@@ -129,14 +129,18 @@ def check_outputs(job: Job) -> None:
         DataError: with the path and the remedy.
     """
     if len(set(job.json_keys)) != len(job.json_keys):
-        raise DataError(f"--json-keys {' '.join(job.json_keys)}: a key is given twice.")
+        raise DataError(f"--json-keys {' '.join(job.json_keys)}: a key is given twice.", "REMOE-E501")
     for key in job.json_keys:
         prefix = job.prefix(key)
         if not prefix.parent.is_dir():
-            raise DataError(f"--output-prefix {job.output_prefix}: there is no folder {prefix.parent}. Make it first.")
+            raise DataError(
+                f"--output-prefix {job.output_prefix}: there is no folder {prefix.parent}. Make it first.", "REMOE-E105"
+            )
         # A run that was killed while publishing leaves one without the other.
         if bin_path(prefix).exists() and idx_path(prefix).exists() and not job.overwrite:
-            raise DataError(f"{bin_path(prefix)} exists already. Give --overwrite, or another --output-prefix.")
+            raise DataError(
+                f"{bin_path(prefix)} exists already. Give --overwrite, or another --output-prefix.", "REMOE-E105"
+            )
 
 
 def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[_Work, None, None]:

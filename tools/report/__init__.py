@@ -1,1 +1,1 @@
-"""A page to look at trainings with, while they run and after."""
+"""Write a page that shows trainings, while they run and after."""

@@ -1,4 +1,4 @@
-"""One HTML file of one or more trainings, which opens by a double click and needs no network.
+"""Write one HTML file about one or more trainings. It opens by a double click and needs no network.
 
 python tools/report runs/quickstart/remoe                                         # writes report.html there
 python tools/report runs/quickstart/{dense,moe,remoe} --output comparison.html    # compares them

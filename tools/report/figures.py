@@ -1,4 +1,4 @@
-"""The figures of the page: each shows all runs; a heat map shows one."""
+"""Draw the figures of the page: each shows all runs; a heat map shows one."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

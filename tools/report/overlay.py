@@ -1,4 +1,4 @@
-"""One figure for all runs: a curve for each, and one tooltip."""
+"""Draw one figure for all runs: a curve for each, and one tooltip."""
 
 import html
 import math

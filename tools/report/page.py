@@ -1,7 +1,9 @@
-"""The page: one HTML file with figures, tables and the library that draws them."""
+"""Make the page: one HTML file with figures, tables and the library that draws them."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bokeh.embed import components
 from bokeh.resources import Resources
@@ -9,11 +11,13 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..common.picture_style import looks
-from ..sweep.stages import Stage, stages
+from ..recipes.flops import flops_per_expert, flops_per_sequence
+from ..sweep.stages import Flops, Stage, stages
 from . import tables
-from .costs import UNKNOWN, count_flops
 from .figures import panels
 from .reading import Run
+
+UNKNOWN = Flops(float("nan"), float("nan"))
 
 
 def page(runs: Sequence[Run], reload_after: int | None) -> str:
@@ -54,3 +58,16 @@ def _stages(run: Run) -> list[Stage]:
         run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
         flops = UNKNOWN
     return stages(run.figures, flops)
+
+
+def count_flops(args: dict[str, Any]) -> Flops:
+    """Count the FLOPs of a model with these arguments of Megatron.
+
+    Raises:
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: an argument that the count needs is missing
+            or has another type.
+    """
+    if "seq_length" not in args or "hidden_size" not in args:
+        raise LookupError("seq_length, hidden_size")
+    named = argparse.Namespace(**args)
+    return Flops(flops_per_sequence(named), flops_per_expert(named) if args.get("num_experts") else 0.0)

@@ -1,4 +1,4 @@
-"""A run with all that its files hold: figures, and evaluations of its checkpoints."""
+"""Read a run: its logged figures, and evaluations of its checkpoints."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ class Run:
 
     Attributes:
         name: unique on a page.
-        figures: what it has logged.
+        figures: from its log.
         evaluations: file of tools/evaluate → its content.
-        notes: what could not be read or counted, and why.
+        notes: things that could not be read or counted, and why.
     """
 
     name: str

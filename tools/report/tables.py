@@ -1,4 +1,4 @@
-"""The tables of the page, and its headline."""
+"""Make the tables of the page, and its headline."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ class Table:
 
 def headline(runs: Sequence[Run]) -> str:
     """Return the result in one line: the losses, the best first, and their distance to the dense run."""
-    kind, losses = "validation loss", {run.name: _validation_loss(run) for run in runs}
+    kind, losses = "validation loss", {run.name: run.figures.validation_loss for run in runs}
     if None in losses.values():
         kind, losses = "training loss", {run.name: run.figures.newest("lm_loss") for run in runs}
     known = {name: loss for name, loss in losses.items() if loss is not None}
@@ -56,12 +56,6 @@ def headline(runs: Sequence[Run]) -> str:
     if len({run.figures.last for run in runs}) > 1:
         kind += ", not after the same number of iterations"
     return f"{'; '.join(told)} ({kind})"
-
-
-def _validation_loss(run: Run) -> float | None:
-    """The newest validation loss, the mean over several sets."""
-    newest = [found[-1].loss for name, found in run.figures.evaluations.items() if name != "test"]
-    return sum(newest) / len(newest) if newest else None
 
 
 def summary(runs: Sequence[Run]) -> Table:
@@ -175,7 +169,7 @@ def differences(runs: Sequence[Run]) -> Table:
 
 
 def _flag(run: Run, name: str) -> str | None:
-    """The value of a flag as text, "" if it is off; None if it has no effect on this run."""
+    """Return the value of a flag as text, "" if it is off; None if it has no effect on this run."""
     if name.startswith("moe_") and not run.figures.num_experts:
         return None
     value: Any = run.figures.args.get(name)
@@ -187,7 +181,7 @@ def evaluations(run: Run) -> Iterator[Table]:
     """Yield a table for each kind of measurement that tools/evaluate wrote into the run's folder."""
     for file, held in run.evaluations.items():
         try:
-            for kind, rows in measured.tables(held):
-                yield Table(f"{run.name}, {file}", measured.TITLES[kind], rows)
+            for results in measured.tables(held):
+                yield Table(f"{run.name}, {file}", *results)
         except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError):
             run.notes.append(f"{run.name}: {file} is not as tools/evaluate writes it and is left out.")

@@ -121,7 +121,8 @@ def _forwarding_evaluations(evaluate_and_print_results: Callable[..., None]) -> 
     def forwarding(
         prefix: str, forward_step: Any, data: Any, model: Any, iteration: int, *others: Any, **options: Any
     ) -> None:
-        evaluate, names = training.evaluate, _set_names(get_args(), prefix)
+        args, evaluate = get_args(), training.evaluate
+        names = _set_names(args, prefix)
 
         def evaluate_and_forward(*arguments: Any, **named: Any) -> Any:
             found = evaluate(*arguments, **named)
@@ -130,6 +131,7 @@ def _forwarding_evaluations(evaluate_and_print_results: Callable[..., None]) -> 
                 record: dict[str, Any] = {"kind": "validation", "iteration": iteration}
                 record |= {"set": name} if name else {}
                 record |= {"final": True} if prefix.endswith(" set") else {}
+                record["tokens"] = named.get("eval_iters", 0) * _evaluated_sequences(args, prefix) * args.seq_length
                 record |= {_key(name): float(loss) for name, loss in losses.items()}
                 run_logger().info(record)
             return found
@@ -141,6 +143,12 @@ def _forwarding_evaluations(evaluate_and_print_results: Callable[..., None]) -> 
             training.evaluate = evaluate
 
     return forwarding
+
+
+def _evaluated_sequences(args: argparse.Namespace, prefix: str) -> int:
+    """Return the sequences of an iteration of an evaluation; with --full-validation, a micro-batch is one sequence."""
+    is_whole = args.full_validation and not prefix.endswith("on test set")
+    return args.eval_global_batch_size // (args.eval_micro_batch_size if is_whole else 1)
 
 
 def _set_names(args: argparse.Namespace, prefix: str) -> Iterator[str]:

@@ -76,6 +76,24 @@ CODES: dict[str, tuple[str, str]] = {
         "The learning rate's schedule differs from the checkpoint's.",
         "Give the old values, or one of the flags in the message.",
     ),
+    "REMOE-E500": ("A tool cannot continue.", "Follow the message."),
+    "REMOE-E501": ("A tool's flag does not fit the model or another flag.", "Give a value as the message says."),
+    "REMOE-E502": ("A run has no log, or the file is not a log.", "Give a run's folder, its --save, or a log's file."),
+    "REMOE-E503": ("Another process uses the tool's output folder.", "Wait for it, or give another --output-dir."),
+    "REMOE-E504": ("A package or file that a tool needs is missing.", "Install or get it as the message says."),
+    "REMOE-E511": (
+        "A tool cannot read a checkpoint or an exported folder.",
+        "Give another --ckpt-step, or export or copy the model again.",
+    ),
+    "REMOE-E512": (
+        "A model has settings that the other format does not support.",
+        "None: such a model cannot be converted.",
+    ),
+    "REMOE-E513": (
+        "A model's tokenizer is missing, cannot be read, or is too large for the model.",
+        "Give the folder of a Hugging Face tokenizer with --tokenizer-model.",
+    ),
+    "REMOE-E514": ("A converted model differs from its source; nothing was written.", "Report this error."),
 }
 
 
@@ -86,8 +104,9 @@ def page() -> str:
         [
             "# Error codes",
             "",
-            "Settings and files are checked before a training starts. An error names the flag or file, its value and",
-            "the remedy, and ends with its code. Made by `python -m megatron.remoe.preflight.codes > docs/errors.md`.",
+            "An error names the flag or file, its value and the remedy, and ends with its code. A training checks",
+            "settings and files before it starts. Codes of the tools begin with E5.",
+            "Made by `python -m megatron.remoe.preflight.codes > docs/errors.md`.",
             "",
             "| code | cause | remedy |",
             "|---|---|---|",

@@ -64,6 +64,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
 # Choices of flags that older versions of Megatron had.
 SUCCESSORS = {"alltoall_seq": "alltoall"}
 LENGTH = 400
+CLOSE = 0.75  # least similarity of a flag that "Did you mean" names
 # Errors that one rank may have and others not: of files, which another machine may not see.
 OF_ONE_RANK = (DataError, BrokenCheckpointError, OSError)
 SECONDS_FOR_THE_FIRST_OF_A_MACHINE, SECONDS_FOR_OTHERS = 2, 5
@@ -122,9 +123,10 @@ def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
     unknown = message.removeprefix("unrecognized arguments: ")
     if unknown == message:
         return ""
-    flags = [option for action in parser._actions for option in action.option_strings]
-    words = [word.split("=")[0] for word in unknown.split() if word.startswith("--")]
-    close = [f"{found[0]} instead of {word}" for word in words if (found := difflib.get_close_matches(word, flags, 1))]
+    flags = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    words = [word.split("=")[0][2:] for word in unknown.split() if word.startswith("--")]
+    matches = {word: difflib.get_close_matches(word, flags, 1, CLOSE) for word in words}
+    close = [f"--{found[0]} instead of --{word}" for word, found in matches.items() if found]
     return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."
 
 

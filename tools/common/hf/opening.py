@@ -1,7 +1,9 @@
 """Open a model: a run's checkpoint or an exported folder."""
 
+import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +17,18 @@ from .tensors import model_of
 from .tokenizer import generation_config, read_tokenizer
 
 
+class OpenedModel(NamedTuple):
+    """A model for evaluation; its tokenizer, or None without one; of a run, Megatron's arguments as saved."""
+
+    model: RemoeForCausalLM
+    tokenizer: PreTrainedTokenizerBase | None
+    args: argparse.Namespace | None
+
+
 def open_model(
     place: Path, step: int | None = None, tokenizer_model: Path | None = None, needs_tokenizer: bool = True
-) -> tuple[RemoeForCausalLM, PreTrainedTokenizerBase | None]:
-    """Return the model, for evaluation, and its tokenizer, or None without one.
+) -> OpenedModel:
+    """Open a run's checkpoint or an exported folder.
 
     An exported model is put on the accelerator if there is one, a run's model on the CPU.
 
@@ -31,7 +41,7 @@ def open_model(
     Raises:
         ConversionError: it is neither, or cannot be read.
     """
-    tokenizer = None
+    tokenizer, saved = None, None
     if (place / "config.json").is_file():
         config = read_config(place)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,6 +64,6 @@ def open_model(
             if needs_tokenizer or tokenizer_model is not None:
                 raise
             print(f"{error} Tokens are shown as numbers.", file=sys.stderr)
-        model = model_of(config, read(checkpoint, config))
+        model, saved = model_of(config, read(checkpoint, config)), checkpoint.args
     model.generation_config = generation_config(config, tokenizer)
-    return model, tokenizer
+    return OpenedModel(model, tokenizer, saved)

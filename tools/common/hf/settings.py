@@ -17,33 +17,23 @@ from ..errors import ConversionError
 
 # Megatron's arguments that must have this value.
 ONLY: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "layernorm_zero_centered_gamma": False,
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "use_rope_scaling": False,
-    "no_rope_freq": None,
-    "multi_latent_attention": False,
-    "window_size": None,
-    "qk_layernorm": False,
-    "add_qkv_bias": False,
-    "attention_output_gate": False,
-    "softmax_type": "vanilla",
-    "add_bias_linear": False,
-    "swiglu": True,
-    "activation_func_clamp_value": None,
-    "glu_linear_offset": 0.0,
-    "apply_residual_connection_post_layernorm": False,
-    "heterogeneous_layers_config_path": None,
-    "use_mup": False,
-    "moe_latent_size": None,
-    "moe_shared_expert_gate": False,
-    "moe_apply_probs_on_input": False,
-    "moe_router_num_groups": None,
-    "moe_expert_capacity_factor": None,
-    "moe_relu_router_bias": False,
+    **{"normalization": "RMSNorm", "position_embedding_type": "rope", "softmax_type": "vanilla", "swiglu": True},
+    **{"rotary_percent": 1.0, "glu_linear_offset": 0.0},
+    **dict.fromkeys(
+        """
+        rotary_seq_len_interpolation_factor no_rope_freq window_size activation_func_clamp_value
+        heterogeneous_layers_config_path moe_latent_size moe_router_num_groups moe_expert_capacity_factor
+        """.split(),
+        None,
+    ),
+    **dict.fromkeys(
+        """
+        layernorm_zero_centered_gamma rotary_interleaved use_rope_scaling multi_latent_attention qk_layernorm
+        add_qkv_bias attention_output_gate add_bias_linear apply_residual_connection_post_layernorm use_mup
+        moe_shared_expert_gate moe_apply_probs_on_input moe_relu_router_bias
+        """.split(),
+        False,
+    ),
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "moe_router_score_function": ("softmax", "sigmoid"),
@@ -74,7 +64,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         wrong.append("moe_router_load_balancing_type")
     if wrong:
         flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
-        raise ConversionError(f"--load: the model for transformers does not support {flags}.")
+        raise ConversionError(f"--load: the model for transformers does not support {flags}.", "REMOE-E512")
     config = RemoeConfig(
         vocab_size=vocabulary,
         hidden_size=args.hidden_size,
@@ -173,7 +163,7 @@ def _topk_flags(config: RemoeConfig) -> list[str]:
     if config.scoring_func == "sigmoid":
         if config.norm_topk_prob != (config.num_experts_per_tok > 1):
             raise ConversionError(
-                "--load: with scoring_func sigmoid norm_topk_prob must be true where k > 1, else false."
+                "--load: with scoring_func sigmoid norm_topk_prob must be true where k > 1, else false.", "REMOE-E512"
             )
         flags += ["--moe-router-score-function", "sigmoid"]
     elif not config.norm_topk_prob:

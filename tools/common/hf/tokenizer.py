@@ -12,6 +12,7 @@ from megatron.remoe.hf import RemoeConfig
 
 from ..errors import ConversionError
 
+CODE = "REMOE-E513"
 REMEDY = "Give the folder of a Hugging Face tokenizer with --tokenizer-model."
 
 
@@ -28,16 +29,17 @@ def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any)
         ConversionError: it cannot be read, or has more tokens than the model.
     """
     if not folder.is_dir():
-        raise ConversionError(f"{name}: is not a folder. {REMEDY}")
+        raise ConversionError(f"{name}: is not a folder. {REMEDY}", CODE)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
         size = len(tokenizer)
     except Exception as error:  # a damaged tokenizer.json raises almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConversionError(f"{name}: its tokenizer cannot be read ({reason}). {REMEDY}") from error
+        raise ConversionError(f"{name}: its tokenizer cannot be read ({reason}). {REMEDY}", CODE) from error
     if size > config.vocab_size:
         raise ConversionError(
-            f"{name}: its tokenizer has {size} tokens, and the model {config.vocab_size}. Give that of the training."
+            f"{name}: its tokenizer has {size} tokens, and the model {config.vocab_size}. Give that of the training.",
+            CODE,
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -61,9 +63,11 @@ def tokenizer_of(args: argparse.Namespace, given: Path | None, config: RemoeConf
         try:
             place = gpt2_tokenizer_folder(args.vocab_file, args.merge_file)
         except DataError as error:
-            raise ConversionError(f"--load: its tokenizer cannot be read ({error}) {REMEDY}") from error
+            raise ConversionError(f"--load: its tokenizer cannot be read ({error}) {REMEDY}", CODE) from error
     elif given is None and kind != FOLDER_TOKENIZER:
-        raise ConversionError(f"--load: was trained with --tokenizer-type {kind}, which cannot be exported. {REMEDY}")
+        raise ConversionError(
+            f"--load: was trained with --tokenizer-type {kind}, which cannot be exported. {REMEDY}", CODE
+        )
     name = f"--tokenizer-model {place}" if given else f"--load: its --tokenizer-model {place}"
     options = {"padding_side": "left", "model_max_length": args.max_position_embeddings}
     tokenizer = read_tokenizer(Path(place), name, config, **options)

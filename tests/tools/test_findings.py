@@ -1,0 +1,95 @@
+"""Statistics of counted routing: intervals, mutual information and chance, against other ways to the same number."""
+
+import math
+
+import numpy
+import pytest
+import torch
+
+from tools.analyze import findings
+from tools.analyze.counts import WINDOW, Counts
+
+
+def test_slope_and_its_interval() -> None:
+    """The fit is numpy's; the interval is as wide as the error of a regression with even noise."""
+    generator = numpy.random.default_rng(3)
+    x = generator.normal(size=400)
+    y = numpy.stack([2 - 0.3 * x + generator.normal(scale=0.5, size=400), numpy.ones(400)])
+    (slope, low, high), flat = findings.slopes_with_intervals(torch.from_numpy(x), torch.from_numpy(y)).tolist()
+    assert slope == pytest.approx(numpy.polyfit(x, y[0], 1)[0]) and low < -0.3 < high
+    error = 0.5 / (x.std() * math.sqrt(400))
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.2)
+    assert flat == pytest.approx([0, 0, 0])
+
+
+def test_information() -> None:
+    """One bit where two domains share no expert, none where they share all alike; who has no pairs has no say."""
+    apart, alike, silent = [[8, 0], [0, 2]], [[3, 9], [1, 3]], [[3, 5], [0, 0]]
+    routed = torch.tensor([apart, alike, silent]).transpose(0, 1)
+    assert findings.information(routed).tolist() == pytest.approx([1, 0, 0])
+
+
+def uneven(few: int, likely: list[float], seed: int) -> tuple[Counts, dict[str, float | None]]:
+    """So many sequences of one data set and 6400 of another: the layer's counts, and what they tell of the domain.
+
+    Args:
+        likely: how likely an expert is to have all tokens of a sequence of the smaller data set; of the larger one each
+            of the four is alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = Counts.zeros([1], domains=2, experts=4, vocabulary=1)
+    for domain, (number, weights) in enumerate(((few, likely), (6400, [1.0] * 4))):
+        experts = torch.multinomial(torch.tensor(weights), number, replacement=True, generator=generator)
+        gates = torch.nn.functional.one_hot(experts, 4)[:, None].expand(-1, WINDOW, -1).double()
+        for part in gates.split(800):
+            ids = torch.zeros(part.shape[:2], dtype=torch.int64)
+            counts.add_layer(domain, ids, 0, part, torch.ones(ids.shape))
+            counts.add_text(domain, ids)
+    found = findings.load(counts, ["few", "many"], 0.25, lambda token: None)
+    return counts, found["specialization"][1]
+
+
+def test_shuffled_domains_of_uneven_size() -> None:
+    """By chance one draw of twenty is above; 5 of 64 are what a domain of its own can have."""
+    alike = [uneven(64, [1.0] * 4, seed)[1] for seed in range(20)]
+    assert sum(one["bits"] > one["shuffled_95"] for one in alike) <= 3
+    mean, by_chance = (sum(one[key] for one in alike) / 20 for key in ("bits", "shuffled"))
+    assert mean == pytest.approx(by_chance, rel=0.3)
+    counts, apart = uneven(64, [1.0, 1.0, 1.0, 4.0], 1)
+    assert apart["bits"] > 2 * apart["shuffled_95"]
+    assert counts.part_sequences == 8 and int(counts.routed.sum()) == 6464 * WINDOW
+    assert counts.routed[1].sum(dim=(1, 2)).tolist() == [8 * WINDOW] * 800 + [0] * 224
+    _, few = uneven(7, [1.0] * 4, 1)
+    assert few["bits"] and few["shuffled"] is None and few["shuffled_95"] is None, "no part of 8 sequences"
+
+
+def test_small_loads_and_gates_of_one() -> None:
+    """Fewer pairs than experts, each with a gate of 1, as by hash."""
+    gates = torch.zeros(1, WINDOW, 8)
+    gates[0, 0, 2] = gates[0, 1, 2] = gates[0, 5, 7] = 1.0
+    counts, ids = Counts.zeros([1], domains=1, experts=8, vocabulary=1), torch.zeros(1, WINDOW, dtype=torch.int64)
+    counts.add_layer(0, ids, 0, gates, torch.ones(1, WINDOW))
+    counts.add_text(0, ids)
+    balance = findings.balance(counts, topk=1, ranks=1)["layers"][1]
+    assert balance["relative_load"] == pytest.approx([0, 0, 16 / 3, 0, 0, 0, 0, 8 / 3])
+    size = findings.gates(counts)["layers"][1]
+    assert [size[name] for name in ("mean", "percentile_10", "median", "percentile_90")] == [1.0] * 4
+
+
+def test_chance_is_that_of_random_neighbours() -> None:
+    """Counted over all pairs of tokens, and over all windows where the tokens are of two kinds."""
+    generator = torch.Generator().manual_seed(2)
+    ids, gates = torch.zeros(1, 400, dtype=torch.int64), torch.zeros(1, 400, 3)
+    gates[0, torch.randperm(400, generator=generator)[:100], :2] = 0.5  # a quarter of the tokens has experts 0 and 1
+    counts = Counts.zeros([1], domains=1, experts=3, vocabulary=1)
+    counts.add_layer(0, ids, 0, gates, torch.ones(1, 400))
+    counts.add_text(0, ids)
+    found = findings.neighbours(counts)["layers"][1]
+    active = gates[0] > 0
+    both = (active[:, None] & active[None]).sum() / 400**2
+    assert found["common_by_chance"] == pytest.approx(float(both / active.sum(dim=1).double().mean()), rel=0.01)
+    assert found["union_by_chance"] == pytest.approx(2 * (1 - 0.75**WINDOW))
+    assert found["common"] == pytest.approx(found["common_by_chance"], abs=0.1)
+    balance = findings.balance(counts, topk=1, ranks=1)["layers"][1]
+    assert (balance["dead"], balance["inactive"]) == ([2], [2])
+    assert findings.gates(counts)["layers"][1]["largest_gate"] == 0.5

@@ -1,0 +1,224 @@
+"""Logs of all kinds become the figures, tables and curves of the report."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bokeh.models import Scatter
+
+from tests.tools import odd_logs
+from tests.tools.sweeping import evaluated, logged
+from tools.common import short_names
+from tools.common.errors import ToolError
+from tools.common.figure_reader import read_figures
+from tools.common.palette import ROUTING_COLORS, routing_color
+from tools.common.picture_style import looks
+from tools.common.run_figures import Curve, Evaluation, RunFigures
+from tools.report.command import main
+from tools.report.figures import panels
+from tools.report.overlay import smooth, thin
+from tools.report.page import UNKNOWN
+from tools.report.page import page as page_of
+from tools.report.reading import Run, read_run
+from tools.report.tables import differences, headline, stages, summary
+from tools.sweep.run_log import read_outcome
+from tools.sweep.stages import Flops
+from tools.sweep.stages import stages as stages_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
+    arguments = {"train_iters": 30, "seq_length": 64, "global_batch_size": 4, "num_experts": 4, "moe_router_topk": 1}
+    arguments |= {"moe_granularity": 2, "ffn_hidden_size": 64, "moe_ffn_hidden_size": None}
+    log = "".join(f"  {name} {'.' * 10} {value}\n" for name, value in arguments.items())
+    for place, s in enumerate((0.5, 0.7, 0.8745), start=1):
+        log += logged(10 * place, 30, f" moe relu sparsity: {s} | moe relu l1 reg coeff: 1.2000E-08 |")
+    (tmp_path / "fork.log").write_text(log + evaluated(30, " on validation set", 4.5))
+    found = read_figures(tmp_path / "fork.log")
+    assert (found.num_experts, found.topk, found.target, found.settled) == (8, 2, 0.75, None)
+    assert found.evaluations == {"": [(30, 4.5, True, 0)]}
+    assert found.curve("sparsity").values.tolist() == [0.5, 0.7, 0.8745]
+    assert found.curve("tokens_per_second").values.tolist() == [4 * 64 / 0.1] * 3
+    assert main([str(tmp_path / "fork.log")]) == 0
+    assert "FLOPs are not counted" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("more", ["", " moe relu sparsity: 0.5 | moe relu l1 reg coeff: 1.2000E-08 |"])
+def test_a_log_without_its_arguments_tells_no_tokens(more: str, tmp_path: Path) -> None:
+    """Of this project, and of the authors' fork."""
+    (tmp_path / "end.log").write_text(logged(10, 30, more))
+    assert main([str(tmp_path / "end.log")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>iteration</td><td>10 of 30</td>" in page and "<td>tokens</td>" not in page
+
+
+def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, object]) -> Path:
+    """A metrics.jsonl of a start with these arguments and of these records."""
+    folder.mkdir(exist_ok=True)
+    start = {"kind": "start", "time": 0.0, "iteration": 0, "args": args}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (start, *records)))
+    return folder
+
+
+@pytest.mark.parametrize("target", [None, 0.75])
+def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
+    """FLOPs and tokens are those of each line's own sequences, not of the batch that the last start was given."""
+    args = {"global_batch_size": 16, "seq_length": 10, "num_experts": 8, "moe_router_topk": 2}
+    routing = {} if target is None else {"sparsity": target, "target_sparsity": target}
+    of_steps = {10: 4, 20: 8, 30: 16}
+    line = {"kind": "log", "seconds_per_iteration": 2.0, **routing}
+    rows = [line | {"iteration": at, "global_batch_size": batch} for at, batch in of_steps.items()]
+    figures = read_figures(write_metrics(tmp_path / "run", args, *rows))
+    assert figures.curve("tokens_per_second").values.tolist() == [20.0, 40.0, 80.0]
+    found = stages_of(figures, Flops(100.0, 10.0))
+    assert sum(stage.flops for stage in found) == pytest.approx(100.0 * 10 * (4 + 8 + 16))
+    assert sum(stage.hours for stage in found) == pytest.approx(30 * 2.0 / 3600)
+    log = "".join(logged(at, 30).replace("size:     4", f"size: {batch}") for at, batch in of_steps.items())
+    (tmp_path / "run.log").write_text("  seq_length ......... 10\n  global_batch_size ........ 16\n" + log)
+    assert read_figures(tmp_path / "run.log").curve("tokens_per_second").values.tolist() == [400.0, 800.0, 1600.0]
+
+
+def test_of_two_evaluations_at_an_iteration_the_curve_has_the_first(tmp_path: Path) -> None:
+    """The second is that of the training's end, which the table has."""
+    held_out = [{"kind": "validation", "iteration": at, "lm_loss": loss} for at, loss in ((4, 3.0), (8, 2.5), (8, 2.0))]
+    run = read_run(write_metrics(tmp_path, {"train_iters": 8, "eval_interval": 4}, *held_out), "run")
+    (panel,) = panels([run])["Loss"]
+    curve = panel.plot.renderers[0].data_source.data
+    assert (curve["x"].tolist(), curve["y"].tolist()) == ([4, 8], [3.0, 2.5])
+    assert ["validation loss", "2.0000 at 8"] in summary([run]).rows
+    assert headline([run]) == "run 2.000 (validation loss)"
+
+
+def test_what_differs_are_flags_that_act(tmp_path: Path) -> None:
+    noted = "iteration curr_iteration consumed_train_samples num_floating_point_operations_so_far encoder_num_layers"
+    more = [
+        {"moe_router_topk": 2, "moe_z_loss_coeff": None},  # dense
+        {"num_experts": 8, "moe_router_topk": 1, "moe_z_loss_coeff": False, "moe_relu_routing": True},
+    ]
+    runs = [
+        read_run(write_metrics(tmp_path / str(n), dict.fromkeys([*noted.split(), "lr", "_explicit"], n) | of), str(n))
+        for n, of in enumerate(more)
+    ]
+    assert differences(runs).rows == [["--lr", "0", "1"], ["--num-experts", "", "8"]]
+
+
+def test_the_headline_compares_to_dense() -> None:
+    def run(name: str, loss: float, **args: object) -> Run:
+        return Run(name, RunFigures(args, {"lm_loss": Curve(np.array([5]), np.array([loss]))}, last=5))
+
+    runs = [run("dense", 1.79), run("fine", 1.678, num_experts=8, moe_relu_routing=True)]
+    assert headline(runs) == "fine 1.678, −0.11 to dense; dense 1.790 (training loss)"
+    assert headline([Run("nothing")]) == ""
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [((300, 100), 2.25), ((300, 0), 2.5)], ids=["all", "unknown"])
+def test_a_validation_loss_is_the_mean_of_all_tokens(tokens: tuple[int, int], expected: float) -> None:
+    """As the quickstart's; a log without their number, as of older versions, gives all sets the same weight."""
+    losses = {"a": (2.0, tokens[0]), "b": (3.0, tokens[1]), "test": (9.0, 1)}
+    figures = RunFigures(evaluations={name: [Evaluation(5, loss, True, n)] for name, (loss, n) in losses.items()})
+    assert figures.validation_loss == expected
+
+
+def test_each_routing_has_one_colour() -> None:
+    routings = ["remoe", "dense", "remoe", "topk", "hash", "remoe"]
+    colors, dashes = zip(*looks(routings), strict=True)
+    assert [color for color in colors if color in ROUTING_COLORS.values()] == [
+        ROUTING_COLORS[name] for name in dict.fromkeys(routings)
+    ]
+    assert len(set(colors)) == len(routings) and dashes[:2] == ("solid", "solid")
+    assert routing_color("moe") == ROUTING_COLORS["topk"] and len(set(ROUTING_COLORS.values())) == len(ROUTING_COLORS)
+
+
+ODD = [(f"{kind}: {name}", kind, content) for kind, logs in (("metrics.jsonl", odd_logs.metrics()),
+       ("train.log", odd_logs.printed())) for name, content in logs]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "content"), [case[1:] for case in ODD], ids=[case[0] for case in ODD])
+def test_an_odd_log_is_read_or_refused(kind: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / kind).write_bytes(content)
+    try:
+        run = read_run(tmp_path, "run")
+    except ToolError as error:
+        assert str(tmp_path / kind) in str(error)
+        return
+    tables = [summary([run]), stages({"run": stages_of(run.figures, UNKNOWN)}), differences([run, Run("other")])]
+    assert all(isinstance(cell, str) for table in tables for row in table.rows for cell in row)
+    assert isinstance(headline([run]), str) and isinstance(panels([run]), dict)
+    read_outcome(tmp_path)
+    for curve in run.figures.curves.values():
+        assert np.isfinite(curve.values).all() and (np.diff(curve.iterations) > 0).all()
+
+
+def test_odd_logs_do_not_spoil_the_page_of_others(tmp_path: Path) -> None:
+    names = ("metrics.jsonl: wrong lm_loss", "metrics.jsonl: names with markup", "metrics.jsonl: lone surrogate")
+    for number, (_, kind, content) in enumerate(case for case in ODD if case[0] in names):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / kind).write_bytes(content)
+    text = page_of([read_run(tmp_path / str(number), f"<b>{number}") for number in range(len(names))], None)
+    assert "13 lines" not in text and "<b>0" not in text and "<script>alert" not in text
+
+
+@pytest.mark.parametrize("lines", [200_000])
+def test_a_long_log_is_bounded(lines: int, tmp_path: Path) -> None:
+    """In time (2 s on a quiet machine; what was quadratic took minutes), in points, and with every spike."""
+    start = {"kind": "start", "iteration": 0, "args": {"num_experts": 4, "moe_router_topk": 1, "train_iters": lines}}
+    line = '{"kind": "log", "iteration": %d, "lm_loss": %s, "sparsity": 0.75, "tokens_per_expert": {"1": [0.1, 0.2]}}\n'
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        file.write(json.dumps(start) + "\n")
+        file.writelines(line % (at, 99.0 if at == 123_456 else 2.0) for at in range(1, lines + 1))
+    began = time.process_time()
+    run = read_run(tmp_path, "run")
+    text = page_of([run], None)
+    assert time.process_time() - began < 20 and len(text) < 3e6
+    assert run.figures.last == lines and len(run.figures.loads) < 1100 and max(run.figures.loads) == lines
+    (training,) = panels([run])["Loss"]
+    drawn = [renderer.data_source.data for renderer in training.plot.renderers]
+    assert max(len(data["x"]) for data in drawn) <= 1000 and max(drawn[0]["y"]) == 99.0
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1, 2]", '{"kind": "log"}'])
+def test_names_a_file_of_something_else(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.jsonl").write_text(f"{content}\n")
+    assert main([str(tmp_path / "text.jsonl")]) == 1
+    assert "text.jsonl" in capsys.readouterr().err
+
+
+def test_old_starts_without_their_arguments(tmp_path: Path) -> None:
+    folder = write_metrics(tmp_path, {"lr": 1}, {"kind": "start", "iteration": 2})
+    assert read_figures(folder).args == {"lr": 1}
+
+
+def test_short_names() -> None:
+    assert short_names.of_models([Path("/a/dense"), Path("/a/remoe/checkpoints")]) == ["dense", "remoe"]
+    assert short_names.of_models([Path("/a/remoe"), Path("/b/remoe")]) == ["/a/remoe", "/b/remoe"]
+    assert short_names.of_data_sets(["a/code_text_document", "a/docs"]) == ["code", "docs"]
+
+
+def test_a_long_curve_keeps_its_spikes() -> None:
+    values = np.ones(10_000)
+    values[5_432], values[7_777] = 9.0, 0.0
+    thinned = thin(Curve(np.arange(10_000), values), 100)
+    assert len(thinned.values) <= 100 and (5_432, 9.0) in zip(*thinned, strict=True)
+    assert thinned.values.min() == 0.0 and (np.diff(thinned.iterations) > 0).all()
+
+
+def test_a_smoothed_curve_is_the_centred_mean() -> None:
+    values = np.random.default_rng(0).normal(size=200)
+    expected = [values[max(0, place - 3) : place + 4].mean() for place in range(200)]
+    assert smooth(Curve(np.arange(200), values)).values == pytest.approx(expected)
+
+
+def test_the_mark_of_the_settled_sparsity_is_seen(tmp_path: Path) -> None:
+    """On light and dark, on the curve of its colour."""
+    lines = [
+        {"kind": "log", "iteration": at, "sparsity": s, "target_sparsity": 0.75}
+        for at, s in ((1, 0.5), (2, 0.749), (3, 0.7), (4, 0.751), (5, 0.75))
+    ]
+    run = read_run(write_metrics(tmp_path, {}, *lines), "run")
+    assert (run.figures.first_near, run.figures.settled) == (2, 4)
+    sparsity = next(panel for panel in panels([run])["Routing"] if panel.title == "Sparsity S")
+    (mark,) = (drawn.glyph for drawn in sparsity.plot.renderers if isinstance(drawn.glyph, Scatter))
+    assert mark.line_color == "#888888" and mark.size > 9
