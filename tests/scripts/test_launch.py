@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron.remoe.data.indexed import IndexedWriter, token_type
 from tests.scripts.launching import SCRIPTS, SIZES, command, launch, shards, value
 from tests.trainings import REPOSITORY, SMALL, records
 from tools.common.flags import parse
@@ -88,6 +90,19 @@ def test_data_path_by_words_or_lines(given: str, expected: list[str], tmp_path: 
     (tmp_path / "one data set.bin").touch()
     words = command("182m_remoe", DATA_PATH=given.format(folder=tmp_path))
     assert data_path(words) == [word.format(folder=tmp_path) for word in expected]
+
+
+@pytest.mark.parametrize(("documents", "split"), [(1000, "969,30,1"), (100, "98,1,1"), (5, "34,33,33")])
+def test_few_documents_have_a_split_that_leaves_no_part_empty(documents: int, split: str, tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a_document", token_type(300)) as writer:
+        writer.add(np.arange(documents) % 300, np.ones(documents, int))
+        writer.finish()
+        writer.publish()
+    result = launch("182m_moe", DRY_RUN="command", DATA_DIR=str(tmp_path), PYTHON=sys.executable)
+    assert value(shlex.split(result.stdout), "--split") == split, result.stderr
+    assert (f"Split: {split}" in result.stderr) == (split != "969,30,1")
+    result = launch("182m_moe", "8", "--", "--split", "8,1,1", DRY_RUN="command", DATA_DIR=str(tmp_path))
+    assert "Split" not in result.stderr and value(shlex.split(result.stdout), "--split") == "8,1,1"
 
 
 def test_vocabulary_files_under_either_name(tmp_path: Path) -> None:
@@ -307,7 +322,7 @@ def test_experts_of_their_own_tensor_parallel_size() -> None:
 )
 def test_too_few_gpus(gpus: int, visible: dict[str, str], asked: str, message: str, tmp_path: Path) -> None:
     """Without this, Megatron would train on the CPU, one process for each missing GPU."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nseq -f 'GPU %g: H100' " f"{gpus}\n")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nseq -f 'GPU %g: H100' {gpus}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     for name in ("encoder.json", "vocab.bpe"):
         (tmp_path / name).touch()
@@ -379,14 +394,27 @@ subprocess.run([sys.executable, "-c", "import signal, time; signal.signal(15, si
 """
 
 
-@pytest.mark.parametrize(("ending", "code"), [("exit 3", 3), ("kill -KILL $$", 137)])
-def test_ends_with_the_trainings_exit_code_and_its_whole_log(ending: str, code: int, tmp_path: Path) -> None:
+ERROR = "x.py: error: --split: wrong.\nGive another"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "repeated"),
+    [
+        ("exit 3", 3, ""),
+        ("kill -KILL $$", 137, ""),
+        (f"echo '{ERROR}'; echo 'E1127 12:00 exitcode: 2'; exit 2", 2, ERROR),
+    ],
+)
+def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(
+    ending: str, code: int, repeated: str, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
-    log.write_text("before\n")
+    log.write_text("x.py: error: of an earlier start\n")
     words = ["bash", "-c", f"echo out; echo err >&2; {ending}"]
     result = subprocess.run([sys.executable, "-c", RUN, log, *words], cwd=REPOSITORY, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (code, "out\nerr\n")
-    assert log.read_text() == "before\nout\nerr\n"
+    assert result.returncode == code and result.stdout.startswith("out\nerr\n")
+    assert result.stderr.strip() == repeated
+    assert log.read_text() == f"x.py: error: of an earlier start\n{result.stdout}"
 
 
 def test_a_signal_before_torchrun_has_children_is_not_lost(tmp_path: Path) -> None:

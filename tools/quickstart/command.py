@@ -4,7 +4,7 @@ import argparse
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ from . import corpora, corpus, dataset, models, picture, report, stages, trainin
 LEAST_ITERATIONS = 10
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; defaults come from the environment."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument(
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the quickstart and return the exit code."""
-    args = parse_arguments()
+    args = parse_arguments(arguments)
     return run_to_the_end(lambda: run(args))

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..common.flags import last_value, split
+from ..common.flags import last_value, parse, split
 from ..common.places import ROOT
 from . import data, hardware
 from .layout import LARGEST, MOST_EXPERTS, Layout, RecipeError, whole_number
@@ -106,6 +106,7 @@ def plan(
     notes = [] if has_experts else [f"FFN: {model.ffn} = {expansion} x 4 x {model.hidden}"]
 
     data_path, data_notes = data.find_data(environment, planned)
+    parts, split_notes = data.choose_split([] if "--split" in parse(extra) else data_path)
     tokenizer = data.find_vocabulary(environment, extra, planned)
     interpreter, kernels = find_interpreter(environment), environment.get("KERNELS", "")
     fast = hardware.kernel_flags(kernels, interpreter)
@@ -122,7 +123,7 @@ def plan(
         suited, engine = hardware.gpu_flags(has_experts, kernels, extra, interpreter if ask_for_packages else "")
     flags = [
         *depth, *model.flags(), *Training(numbers["train_iters"], numbers["micro_batch_size"]).flags(),
-        *tokenizer, "--data-path", *data_path, *"--split 969,30,1 --eval-interval 1000 --eval-iters 100".split(),
+        *tokenizer, "--data-path", *data_path, "--split", parts, *"--eval-interval 1000 --eval-iters 100".split(),
         "--save", f"{output}/checkpoints", "--load", f"{output}/checkpoints",
         "--save-interval", str(SAVE_INTERVALS[size]), "--exit-signal-handler",
         "--tensorboard-dir", f"{output}/tensorboard", *"--log-interval 10 --log-throughput".split(),
@@ -133,7 +134,7 @@ def plan(
     flags += extra
     gpu = environment.get("GPU", "") if planned else None
     settings = hardware.gpu_settings(flags, environment, gpu) if engine else {}
-    notes += [*data_notes, *[f"Layers: {engine}"] * bool(engine)]
+    notes += [*data_notes, *split_notes, *[f"Layers: {engine}"] * bool(engine)]
     notes += [f"KERNELS=triton: {' '.join(fast)}, not tested on a GPU yet"] * bool(fast)
     return Launch(launcher, flags, settings, output, layout, notes)
 

@@ -183,9 +183,9 @@ def collect(console: Console, output: Path, planned: Sequence[plan.Run]) -> None
         say(console, f"  {path}")
 
 
-def main() -> int:
-    """Run the sweep; returns the exit code."""
-    args = parse_arguments(sys.argv[1:])
+def main(arguments: Sequence[str]) -> int:
+    """Run the sweep; return the exit code."""
+    args = parse_arguments(arguments)
     return run_to_the_end(lambda: _run(Console(), args))
 
 
