@@ -169,6 +169,12 @@ def test_a_failed_set_up_shows_the_end_of_the_log_and_the_next_one_starts_over(f
     finished.assert_complete()
 
 
+def test_a_missing_network_is_said(tree: Tree) -> None:
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_FIND_LINKS": "", "PIP_RETRIES": "1"}
+    code, _, err = tree.set_up(**nowhere)
+    assert code == 1 and err.startswith("No network") and "conflict" not in err and str(tree.log) in err
+
+
 def test_a_moved_tree_is_set_up_anew(finished: Tree) -> None:
     moved = finished.root.with_name("moved")
     finished.root.rename(moved)

@@ -14,7 +14,7 @@ from rich.console import Console
 from ..common.figure_reader import read_figures
 from ..common.files import lock, write_json
 from ..common.flags import whole_number
-from ..common.places import ROOT, short
+from ..common.places import PACKAGE, home, short
 from ..common.running import run_to_the_end
 from ..common.units import duration
 from ..sweep.progress import SweepDisplay, Work
@@ -64,14 +64,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
     args.iterations = args.iterations or from_environment("QUICKSTART_ITERS", LEAST_ITERATIONS, models.ITERATIONS)
     args.threads = args.threads or from_environment("OMP_NUM_THREADS", 1, len(os.sched_getaffinity(0)))
-    args.output_dir = args.output_dir or ROOT / corpora.FOLDERS[args.corpus]
+    args.output_dir = args.output_dir or home() / corpora.FOLDERS[args.corpus]
     return args
 
 
 def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str, Any]) -> list[training.Training]:
     """Return the three trainings."""
     train_tokens = data["tokens"]["train"]
-    sources = stages.fingerprint_of_files([ROOT / "pretrain_gpt.py", *(ROOT / "megatron" / "remoe").rglob("*.py")])
+    sources = stages.fingerprint_of_files(PACKAGE.rglob("*.py"))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")}
     trainings = []
     for model in models.NAMES:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_json
-from ..common.places import ROOT
+from ..common.places import PACKAGE
 from . import models, stages
 
 BYTES_PER_TOKEN = 2  # Megatron stores small vocabularies as 16-bit numbers
@@ -12,8 +12,7 @@ BYTES_PER_TOKEN = 2  # Megatron stores small vocabularies as 16-bit numbers
 
 def inputs(corpus: dict[str, Any]) -> str:
     """Return a fingerprint of the text and the code that the data sets are made from."""
-    sources = [Path(__file__), *(ROOT / "tools" / "preprocessing").glob("*.py")]
-    sources += (ROOT / "megatron" / "remoe" / "data").glob("*.py")
+    sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("data/*.py")]
     return stages.fingerprint(corpus["inputs"], corpus["domains"], stages.fingerprint_of_files(sources))
 
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from ..common.figure_reader import LOG, read_figures
 from ..common.files import write_json
-from ..common.places import ROOT
+from ..common.places import entry, home
 from ..common.training_process import end, start
 from ..sweep.progress import SweepDisplay, Work
 from . import stages
@@ -80,11 +80,11 @@ def run(training: Training, display: SweepDisplay, work: Work, threads: int, kee
     display.begin(work)
     if training.prepare():
         display.say(f"{work.title}: code, text or versions have changed; it starts from iteration 0.")
-    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *training.flags]
+    command = [sys.executable, *entry(), *training.flags]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with training.log.open("a", encoding="utf-8") as log:
         print(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}", file=log, flush=True)
-        process = start(command, environment, keep_open, ROOT, log)
+        process = start(command, environment, keep_open, home(), log)
         try:
             display.follow(work, _new_lines(training.log, log.tell(), process))
         except BaseException:
