@@ -12,8 +12,8 @@ import pytest
 from tests.tools.sweeping import FINAL, evaluated, logged, sweep, write_run
 from tests.trainings import REPOSITORY
 from tools.common.flags import parse
+from tools.recipes.layout import RecipeError
 from tools.sweep import plan, tiny
-from tools.sweep.errors import SettingsError
 from tools.sweep.plan import Run
 
 # ---------------------------------------------------------------- what it would run
@@ -167,7 +167,7 @@ def test_what_follows_from_flags_for_all(tmp_path: Path) -> None:
         (("4",), ("80",), ("160",), ("1e-3",)),
         (("4",), ("128",), ("256",), ("1e-3",)),
     ]
-    with pytest.raises(SettingsError, match="no text in .*Run scripts/quickstart.sh --corpus technical, or set"):
+    with pytest.raises(RecipeError, match="no text in .*Run scripts/quickstart.sh --corpus technical, or set"):
         tiny.text_in(tmp_path, "technical")
     for domain, size in (("code", 20), ("docs", 10)):
         (tmp_path / f"train_{domain}_text_document.bin").write_bytes(bytes(size))

@@ -184,7 +184,7 @@ def test_results_of_runs_in_a_folder(tmp_path: Path) -> None:
         ("llama_182m_moe_e8g1", "finished", "4.5", "8"),
     ]
     markdown = (tmp_path / "results.md").read_text()
-    assert "| 182M | MoE | 4 | 1 | unfinished (8/20) |" in markdown
+    assert "| 182M | MoE | 4 | 1 | at 8/20 |" in markdown
     assert "different numbers of tokens (2,560, 5,120)" in markdown and "dimensions of these models" in markdown
     assert (tmp_path / "results.png").read_bytes().startswith(PNG)
     assert not list(tmp_path.glob("*.new*"))

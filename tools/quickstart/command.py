@@ -26,34 +26,17 @@ LEAST_ITERATIONS = 10
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; defaults come from the environment."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
-    parser.add_argument(
-        "--corpus",
-        choices=corpora.CORPORA,
-        default=corpora.MIXED,
-        help="mixed: code, documentation and drama, 15 MB; technical: descriptions of web services, 43 MB "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="FOLDER",
-        help=f"for all files (default: {' or '.join(map(str, corpora.FOLDERS.values()))} in the project's folder)",
-    )
-    parser.add_argument(
-        "--iterations",
-        type=whole_number(LEAST_ITERATIONS),
-        metavar="N",
-        help=f"optimizer steps of each training (default: QUICKSTART_ITERS, or {models.ITERATIONS})",
-    )
-    parser.add_argument(
-        "--threads",
-        type=whole_number(1),
-        metavar="N",
-        help="number of CPU threads (default: OMP_NUM_THREADS, or all cores)",
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(1), default=models.SEED, metavar="N", help="of the trainings (default: %(default)s)"
-    )
+    add = parser.add_argument
+    text = "mixed: code, documentation and drama, 15 MB; technical: descriptions of web services, 43 MB"
+    add("--corpus", choices=corpora.CORPORA, default=corpora.MIXED, help=f"{text} (default: %(default)s)")
+    text = f"for all files (default: {' or '.join(map(str, corpora.FOLDERS.values()))} in the project's folder)"
+    add("--output-dir", type=Path, metavar="FOLDER", help=text)
+    text = f"optimizer steps of each training (default: QUICKSTART_ITERS, or {models.ITERATIONS})"
+    add("--iterations", type=whole_number(LEAST_ITERATIONS), metavar="N", help=text)
+    text = "number of CPU threads (default: OMP_NUM_THREADS, or all cores)"
+    add("--threads", type=whole_number(1), metavar="N", help=text)
+    text = "of the trainings (default: %(default)s)"
+    add("--seed", type=whole_number(1), default=models.SEED, metavar="N", help=text)
     args = parser.parse_args(arguments)
 
     def from_environment(name: str, least: int, default: int) -> int:
@@ -77,15 +60,8 @@ def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str
     for model in models.NAMES:
         flags = models.common_flags(models.SIZE, args.iterations, args.seed) + models.model_flags(model, models.SIZE)
         placed = models.data_flags(data_folder, train_tokens) + models.output_flags(runs / model)
-        trainings.append(
-            training.Training(
-                model=model,
-                folder=runs / model,
-                flags=flags + placed,
-                evaluations=len(train_tokens),
-                inputs=stages.fingerprint(data["inputs"], flags, sources, versions),
-            )
-        )
+        inputs = stages.fingerprint(data["inputs"], flags, sources, versions)
+        trainings.append(training.Training(model, runs / model, flags + placed, len(train_tokens), inputs))
     return trainings
 
 
@@ -95,12 +71,12 @@ def train(
     """Run the trainings that are not done yet, one after another."""
     works = [
         Work(
-            name=models.NAMES[each.model],
-            place=f"{number}/{len(trainings)}",
-            iterations=iterations,
-            tokens_per_iteration=models.SIZE.tokens_per_iteration,
+            models.NAMES[each.model],
+            f"{number}/{len(trainings)}",
+            iterations,
+            models.SIZE.tokens_per_iteration,
             cost=models.RELATIVE_COST[each.model],
-        )
+        )  # fmt: skip
         for number, each in enumerate(trainings, start=1)
     ]
     with SweepDisplay(console, works) as display:

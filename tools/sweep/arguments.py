@@ -9,9 +9,9 @@ from pathlib import Path
 from ..common.flags import above_zero, split, whole_number
 from ..common.places import ROOT
 from ..quickstart.corpora import CORPORA, MIXED
+from ..recipes.layout import RecipeError
 from ..recipes.models import TINY_TRAINING, Training
 from . import plan
-from .errors import SettingsError
 
 DESCRIPTION = """\
 Train models over size, experts, granularity, routings and settings of ReMoE and its baselines, and compare them.
@@ -69,13 +69,13 @@ def planned(args: argparse.Namespace) -> list[plan.Run]:
     """Return the chosen runs.
 
     Raises:
-        SettingsError: there are none.
+        RecipeError: there are none.
     """
     values = {name: given for name in (*plan.VALUES, *plan.AXES) if (given := getattr(args, name, None)) is not None}
     runs = plan.plan(args.figures, values, args.routings)
     if not runs:
         given = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
-        raise SettingsError(f"{given}: no such routing has this setting. Choose others, or leave --routings out.")
+        raise RecipeError(f"{given}: no such routing has this setting. Choose others, or leave --routings out.")
     return runs
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.figure_reader import METRICS
+from ..recipes.layout import RecipeError
 from . import slurm
-from .errors import SettingsError
 from .plan import Launch, Run
 from .run_log import Outcome, has_checkpoint, is_finished, log_of, read_outcome
 from .settings import Settings, check_evaluation, differences, started_with, would_start_with
@@ -48,7 +48,7 @@ def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
     """Inspect all runs.
 
     Raises:
-        SettingsError: the scripts refuse their arguments, or a run has other settings than before.
+        RecipeError: the scripts refuse their arguments, or a run has other settings than before.
         ToolError: squeue cannot be called for the submitted jobs.
     """
     with ThreadPoolExecutor(THREADS) as threads:
@@ -73,14 +73,14 @@ def refuse_conflicts(output: Path, found: Sequence[Found]) -> None:
     """Refuse runs that have other settings than before.
 
     Raises:
-        SettingsError: names the runs, the differences, and the remedy.
+        RecipeError: names the runs, the differences, and the remedy.
     """
     conflicts = {each.run: each.conflict for each in found if each.conflict}
     if not conflicts:
         return
     lines = [f"  {run.name}: {conflict}" for run, conflict in conflicts.items()]
     more = [f"  and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
-    raise SettingsError(
+    raise RecipeError(
         "\n".join(
             [
                 f"{output} holds {len(lines)} of these runs with other settings:",
