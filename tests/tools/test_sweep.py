@@ -214,6 +214,7 @@ def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
             *options, "--slurm", "--sbatch-flags=--nodes 2 --comment='a b'", *more, code=code, PATH=path, EP="8", TP="2"
         )
 
+    (cluster / "queue").touch()
     # An attempt with other settings that left nothing to go on from is no obstacle.
     write_run(output_dir / "llama_182m_moe_e4g1", 70, logged(3, 70))
     output, _ = submit("--", "--lr", "1e-3")
@@ -222,22 +223,21 @@ def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
     folder, scripts = output_dir / "llama_182m_remoe_e4g1", REPOSITORY / "scripts"
     assert (cluster / "job.102").read_text().splitlines() == [
         f"{folder} 4",
-        *("--parsable", "--job-name=llama_182m_remoe_e4g1", f"--output={folder}/slurm-%j.out", "--gpus-per-node=8"),
+        *("--parsable", f"--job-name={folder}", f"--output={folder}/slurm-%j.out", "--gpus-per-node=8"),
         *("--nodes", "2", "--comment=a b", f"{scripts}/slurm/train.sbatch", f"{scripts}/train_llama_182m_remoe.sh"),
         *("8", "50", "", "4", "1", "--", "--lr", "1e-3"),
     ]
     assert "not started" in (output_dir / "results.md").read_text()
 
-    # Still there: not submitted again, and not taken for a job with other settings.
-    (cluster / "queue").write_text("7\n101\n102\n")
+    # Still there: not submitted again.
+    other = output_dir / "llama_182m_moe_e4g1"
+    (cluster / "queue").write_text(f"    7 of another\n101 {other}\n102 {folder}\n")
     output, _ = submit("--", "--lr", "1e-3")
     assert "0 finished; 2 queued or running as Slurm jobs; 0 to submit" in output
     assert sorted(path.name for path in cluster.glob("job.*")) == ["job.101", "job.102"]
-    _, errors = submit("--", "--lr", "2e-3", code=2)
-    assert "Slurm job 101 (scancel 101 ends it): --lr was 1e-3 and is now 2e-3" in errors
 
     # One is gone without a result, the other one has its result and is still listed.
-    (cluster / "queue").write_text("7\n102\n")
+    (cluster / "queue").write_text(f"102 {folder}\n")
     write_run(folder, 50, logged(50, 50) + evaluated(50, FINAL, 4.0))
     script = ["bash", f"{scripts}/train_llama_182m_remoe.sh", "8", "50", "", "4", "1", "--", "--lr", "1e-3"]
     environment = os.environ | {"DRY_RUN": "command", "PYTHON": sys.executable, "DATA_PATH": "pile"}

@@ -44,13 +44,13 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
     ready = [run for run in runs if run not in waiting]
     launch = match_flops(launch, ready)
     if args.dry_run:
-        found = look(launch, ready, anywhere=args.slurm)
+        found = look(launch, ready, by_slurm=args.slurm)
         list_commands(launch, found, args)
         tell_waiting(console, waiting)
         tell_cost(console, launch, found)
         return 0
     with lock(args.output_dir, "sweep") as held:
-        found = look(launch, ready, anywhere=args.slurm)
+        found = look(launch, ready, by_slurm=args.slurm)
         todo = [each for each in found if not each.finished and each.job is None]
         queued = sum(each.job is not None for each in found)
         jobs = f"; {queued} queued or running as Slurm jobs" if queued else ""
@@ -160,7 +160,7 @@ def submit(console: Console, launch: plan.Launch, todo: Sequence[Found], flags: 
     """Submit runs as Slurm jobs."""
     for each in todo:
         set_aside_old_log(launch.folder(each.run), each.settings)
-        number = slurm.submit(launch, each.run, flags, each.settings)
+        number = slurm.submit(launch, each.run, flags)
         say(console, f"  {each.run.name}: Slurm job {number}")
 
 
