@@ -41,7 +41,7 @@ PYENV = "home/.pyenv/versions/{0}/bin/python"
 def test_the_first_complete_python_is_taken(
     shims: str, pythons: dict[str, str], expected: str | None, tmp_path: Path
 ) -> None:
-    """Failing shims and old Pythons are passed over; without a complete one, one without ensurepip or a newer one serves."""
+    """Failing shims and old ones are passed over; one without ensurepip, then a newer one, are the last resort."""
     for shim in shims.split():
         make_failing_shim(tmp_path / shim)
     for place, text in pythons.items():
