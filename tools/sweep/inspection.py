@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from .plan import Launch, Run
 from .run_log import Outcome, has_checkpoint, is_finished, log_of, read_outcome
 from .settings import Settings, check_evaluation, differences, started_with, would_start_with
 
-THREADS = 8  # scripts that run at once; each waits for the list of the machine's GPUs
 NAMED = 5  # runs that a message names
 
 
@@ -56,8 +54,7 @@ def look(launch: Launch, runs: Sequence[Run], by_slurm: bool) -> list[Found]:
         RecipeError: the scripts refuse their arguments, or a run has other settings than before.
         ToolError: squeue cannot be called.
     """
-    with ThreadPoolExecutor(THREADS) as threads:
-        wanted = dict(zip(runs, threads.map(lambda run: would_start_with(launch, run, by_slurm), runs), strict=True))
+    wanted = {run: would_start_with(launch, run, by_slurm) for run in runs}
     jobs = slurm.queued() if by_slurm else {}  # before the outcomes: a job may just have finished
     found = []
     for run, settings in wanted.items():

@@ -64,8 +64,9 @@ class SweepDisplay:
     def begin(self, work: Work) -> None:
         """Show that a training starts."""
         self._next_line = work.iterations / PLAIN_LINES
-        title = {"description": work.title, "total": work.iterations}
-        self._progress.update(self._current, completed=0, visible=True, note="starting", **title)
+        self._progress.update(
+            self._current, description=work.title, total=work.iterations, completed=0, visible=True, note="starting"
+        )
         self._plain(f"{work.title}: starting")
 
     def follow(self, work: Work, lines: Iterable[str], *keep: Callable[[str], object]) -> None:
