@@ -94,23 +94,19 @@ def choose_split(data_path: Sequence[str]) -> tuple[str, list[str]]:
     Args:
         data_path: weights and prefixes. If one cannot be read, the training says why; nothing is chosen here.
     """
-    import numpy as np
-
     from megatron.remoe.data.errors import DataError
     from megatron.remoe.data.indexed import IndexedReader
 
     try:
-        lengths = [IndexedReader(Path(word), thorough=False).lengths for word in data_path if not _is_weight(word)]
+        counts = [len(IndexedReader(Path(word), thorough=False).lengths) for word in data_path if not _is_weight(word)]
     except (DataError, OSError):
         return SPLITS[0], []
     for split in SPLITS:
         numbers = [*map(int, split.split(","))]
-        ends = [sum(numbers[:place]) / sum(numbers) for place in (1, 2)]
+        ends = [numbers[0] / sum(numbers), (numbers[0] + numbers[1]) / sum(numbers)]
         # Megatron cuts between documents, at the nearest.
-        parts = [part for one in lengths for part in np.split(one, [round(end * len(one)) for end in ends])]
-        if all(part.any() for part in parts):
-            least = min(map(len, lengths), default=0)
-            note = f"Split: {split}; of {least} documents the paper's {SPLITS[0]} leaves validation or test none"
+        if all(0 < round(ends[0] * count) < round(ends[1] * count) < count for count in counts):
+            note = f"Split: {split}; of {min(counts, default=0)} documents the paper's {SPLITS[0]} gives a part none"
             return split, [note] * (split != SPLITS[0])
     return SPLITS[0], []
 
