@@ -70,12 +70,12 @@ def follow(
     keep = [tail.append, *([log.write] if log else [])]
     try:
         display.follow(work, process.stdout, *keep)
+        return process.wait(), tail
     except BaseException:
         rest = stop(process, display, work)
         if log:
             log.write(rest)
         raise
-    return process.wait(), tail
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], keep_open: IO[str]) -> subprocess.Popen[str]:
