@@ -44,20 +44,35 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, number = parser.add_argument, whole_number(1)
-    add("--corpora", nargs="+", choices=corpora.CORPORA, default=[*corpora.CORPORA], help="default: both")
-    text = f"default: none with --figures, else all of {', '.join(ROWS)}"
-    add("--rows", nargs="+", choices=ROWS, metavar="ROW", help=text)
-    text = f"of the compared trainings (default: {' '.join(map(str, SEEDS))})"
-    add("--seeds", nargs="+", type=number, default=[*SEEDS], metavar="N", help=text)
-    for name, iterations in (("train", models.ITERATIONS), ("tuning", models.ITERATIONS // 3)):
-        add(f"--{name}-iters", type=number, default=iterations, metavar="N", help="default: %(default)s")
-    text = "number of parallel trainings, with one thread each (default: the number of cores)"
-    add("--processes", type=number, default=len(os.sched_getaffinity(0)), metavar="N", help=text)
-    text = "for a folder of each training, and a .json file with the losses of each corpus (default: runs/compare)"
-    add("--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER", help=text)
-    text = "also run tools/analyze on the held-out sets, and show a table of its figures"
-    add("--analyze", action="store_true", help=text)
+    parser.add_argument(
+        "--corpora", nargs="+", choices=corpora.CORPORA, default=[*corpora.CORPORA], help="default: both"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, metavar="ROW",
+        help=f"default: none with --figures, else all of {', '.join(ROWS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seeds", nargs="+", type=whole_number(1), default=[*SEEDS], metavar="N",
+        help=f"of the compared trainings (default: {' '.join(map(str, SEEDS))})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train-iters", type=whole_number(1), default=models.ITERATIONS, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--tuning-iters", type=whole_number(1), default=models.ITERATIONS // 3, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--processes", type=whole_number(1), default=len(os.sched_getaffinity(0)), metavar="N",
+        help="number of parallel trainings, with one thread each (default: the number of cores)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER",
+        help="for a folder of each training, and a .json file with the losses of each corpus (default: runs/compare)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--analyze", action="store_true",
+        help="also run tools/analyze on the held-out sets, and show a table of its figures",
+    )  # fmt: skip
     add_what_to_train(parser, (*FIGURES, COMPARED, *AXES), "none")
     own, flags = split(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(own)
