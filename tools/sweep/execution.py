@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO
 
+from ..common.training_process import end, start
 from .plan import Launch, Run
 from .progress import SweepDisplay, Work
 from .run_log import is_finished, log_of, read_outcome
@@ -64,7 +65,7 @@ def follow(
         Its exit code and the end of its output.
     """
     display.begin(work)
-    process = start(command, environment, keep_open)
+    process = start(command, {**environment, "PYTHONUNBUFFERED": "1"}, keep_open)
     assert process.stdout is not None
     tail: deque[str] = deque(maxlen=KEPT)
     keep = [tail.append, *([log.write] if log else [])]
@@ -76,14 +77,6 @@ def follow(
         if log:
             log.write(rest)
         raise
-
-
-def start(command: Sequence[str], environment: Mapping[str, str], keep_open: IO[str]) -> subprocess.Popen[str]:
-    """Start a training that Ctrl-C does not reach."""
-    return subprocess.Popen(
-        command, env={**environment, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, pass_fds=(keep_open.fileno(),),
-    )  # fmt: skip
 
 
 def cause(tail: Iterable[str]) -> str:
@@ -101,10 +94,7 @@ def stop(process: subprocess.Popen[str], display: SweepDisplay, work: Work) -> s
     try:
         return process.communicate()[0]
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)  # at which the launch script kills the training
-        try:
-            return process.communicate(timeout=SECONDS_TO_DIE)[0]
-        except subprocess.TimeoutExpired:
-            display.say(f"{work.title}: process {process.pid} does not end; it is killed.")
-            process.kill()
-            return process.communicate()[0]
+        rest = end(process, signal.SIGINT, SECONDS_TO_DIE)  # at which the launch script kills the training
+        if rest is None:
+            display.say(f"{work.title}: process {process.pid} did not end and was killed.")
+        return rest or ""
