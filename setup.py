@@ -1,5 +1,14 @@
-"""For tools that still call setup.py; everything is said in pyproject.toml."""
+"""For tools that still call setup.py, and to put tools/ into the wheel as megatron.remoe.tools; see pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_namespace_packages, find_packages, setup
 
-setup()
+INSTALLED = "megatron.remoe.tools"
+rooms = find_packages("tools", exclude=["compare", "rehearse"])  # which need a clone
+setup(
+    packages=[
+        *find_namespace_packages(include=["megatron.remoe*"]),
+        INSTALLED,
+        *(f"{INSTALLED}.{room}" for room in rooms),
+    ],
+    package_dir={INSTALLED: "tools"},
+)

@@ -9,13 +9,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # as a file, in a clone
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from tools.start import start
+
+    sys.exit(start("inspect_data", sys.argv[1:]))
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.indexed import IndexedReader, bin_path, idx_path
 
-from megatron.remoe.data.errors import DataError  # noqa: E402
-from megatron.remoe.data.indexed import IndexedReader, bin_path, idx_path  # noqa: E402
-from tools.preprocessing.encoders import load_encoder  # noqa: E402
+from .preprocessing.encoders import load_encoder
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -86,7 +91,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"inspect_data.py: error: {error.filename}: cannot be read ({error.strerror}).", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

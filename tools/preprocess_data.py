@@ -10,15 +10,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # as a file, in a clone
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from tools.start import start
 
-from megatron.remoe.data.errors import DataError  # noqa: E402
-from tools.common.units import duration  # noqa: E402
-from tools.preprocessing.documents import Problem  # noqa: E402
-from tools.preprocessing.encoders import TOKENIZER_TYPES, load_encoder  # noqa: E402
-from tools.preprocessing.encoding import TextEncoder  # noqa: E402
-from tools.preprocessing.pipeline import Job, Progress, check_outputs, preprocess  # noqa: E402
-from tools.preprocessing.reading import expand_inputs  # noqa: E402
+    sys.exit(start("preprocess_data", sys.argv[1:]))
+
+from megatron.remoe.data.errors import DataError
+
+from .common.units import duration
+from .preprocessing.documents import Problem
+from .preprocessing.encoders import TOKENIZER_TYPES, load_encoder
+from .preprocessing.encoding import TextEncoder
+from .preprocessing.pipeline import Job, Progress, check_outputs, preprocess
+from .preprocessing.reading import expand_inputs
 
 PROBLEMS_SHOWN = 5
 SECONDS_TO_FIRST_LINE = 10.0
@@ -127,7 +132,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         return 0
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -151,6 +151,10 @@ run_step() {
     return
   fi
   printf '  %-20s failed after %d s\n\n' "$label" $((SECONDS - start))
+  if grep -qE 'connection broken by|name resolution|Network is unreachable' "$SETUP_LOG"; then
+    fail "No network: pip cannot reach its package index. Connect, or set HTTPS_PROXY, or PIP_INDEX_URL to another index;" \
+      "then run the same command again. The whole log is in $SETUP_LOG."
+  fi
   tail -n 15 "$SETUP_LOG" >&2
   fail "" "Set-up failed; the whole log is in $SETUP_LOG. Once the cause is gone, run the same command again."
 }

@@ -1,19 +1,14 @@
 """What a launch script says of a training before it starts: cost, and what differs from the paper."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.gpt2_reference import gpt2_files
-from tests.scripts.launching import ROUTINGS, SIZES, launch, shards
+from tests.scripts.launching import ROUTINGS, SIZES, dry_run, shards
 
-PAPER = {  # total parameters in units of 10^6, GFLOPs per sequence
-    "182m": (777, 995),
-    "469m": (2580, 2873),
-    "978m": (5730, 5991),
-}
+PAPER = {"182m": (777, 995), "469m": (2580, 2873), "978m": (5730, 5991)}  # 10^6 parameters, GFLOPs per sequence
 
 
 @pytest.fixture(scope="module")
@@ -27,41 +22,30 @@ def pile(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("size", SIZES)
 def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
-    """The entry's own parser and validation accept each script's flags, and model and settings are the paper's.
-
-    Settings are those that tools/cost/paper.py names, with the values of the paper or, read by its parser, the fork.
-    """
-    result = launch(f"{size}_{routing}", DRY_RUN="1", DATA_DIR=pile, PYTHON=sys.executable)
-    assert result.returncode == 0, result.stderr
-    estimate, _, command_line = result.stdout.partition("\nCommand:\n")
-    assert "torch.distributed.run" in command_line and "--bf16" in command_line
+    """The entry's own parser and validation accept each script's flags, and model and settings are the paper's."""
+    estimate, _, command_line = dry_run(f"{size}_{routing}", DATA_DIR=pile).partition("\nCommand:\n")
+    assert "torch.distributed.run" in command_line and "--bf16" in command_line and "--save" in command_line
     parameters, gflops = PAPER[size]
-    figures = {
-        line.split("  ")[1].strip(): line.replace(",", "").split() for line in estimate.splitlines() if "  " in line
-    }
+    [total] = re.findall(r"total parameters +([\d,]+)", estimate)
     if routing != "dense":
-        assert int(figures["total parameters"][2]) == pytest.approx(parameters * 1e6, rel=0.02)
-    per_sequence = next(line for line in estimate.splitlines() if "G per sequence of 1024 tokens" in line)
-    assert float(per_sequence.split()[0].replace(",", "")) == pytest.approx(gflops, rel=0.02)
+        assert int(total.replace(",", "")) == pytest.approx(parameters * 1e6, rel=0.02)
+    [per_sequence] = re.findall(r"([\d,]+) G per sequence of 1024 tokens", estimate)
+    assert float(per_sequence.replace(",", "")) == pytest.approx(gflops, rel=0.02)
     assert f"Settings that differ from the paper's {size.upper()} {routing}: none" in estimate
-    assert "31,457,280,000 tokens" in estimate
+    assert "31,457,280,000 tokens" in estimate and f"Checkpoints: {24 if size == '978m' else 12} of " in estimate
     assert ("dense first stage, 4 of 8 experts" in estimate) == (routing == "remoe")
-    assert (f"Checkpoints: {24 if size == '978m' else 12} of " in estimate) and "--save" in command_line
 
 
 def test_cost_without_data() -> None:
-    result = launch("182m_dense", DRY_RUN="1", PYTHON=sys.executable)
-    assert result.returncode == 0, result.stderr
-    assert "PREFIX in the command" in result.stderr and "epochs" not in result.stdout
-    assert " --data-path PREFIX " in result.stdout and "182,471,424" in result.stdout
+    output = dry_run("182m_dense")
+    assert "PREFIX in the command" in output and "epochs" not in output
+    assert " --data-path PREFIX " in output and "182,471,424" in output
 
 
 def test_both_models_cost_the_same(pile: str) -> None:
     """Parameters, FLOPs and memory, and neither differs from the paper."""
-    environment = {"DRY_RUN": "1", "DATA_DIR": pile, "PYTHON": sys.executable, "PP": "2", "VPP": "2"}
-    gpt, hybrid = (
-        launch("182m_remoe", MODEL=model, **environment).stdout.split("Command:") for model in ("gpt", "hybrid")
-    )
+    layout = {"DATA_DIR": pile, "PP": "2", "VPP": "2"}
+    gpt, hybrid = (dry_run("182m_remoe", MODEL=model, **layout).split("Command:") for model in ("gpt", "hybrid"))
     assert "--num-layers 12" in gpt[1] and "--hybrid-layer-pattern" in hybrid[1]
     assert "in the fullest of 2 pipeline stages" in gpt[0] and gpt[0] == hybrid[0]
 
@@ -73,44 +57,34 @@ def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
         name.symlink_to(file)
     flags = ["2", "100", "4", "16", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2", "--weight-decay", "0.1"]
     flags += ["--eval-iters", "32", "--seed", "1", "--no-moe-relu-l1-reg-load-balancing"]
-    environment = {"DRY_RUN": "1", "DATA_PATH": "pile", "PYTHON": sys.executable, "GPU": "a100", "UTILIZATION": "0.3"}
-    environment |= {"VOCAB_FILE": str(vocabulary), "MERGE_FILE": str(merges)}
-    result = launch("182m_remoe", *flags, **environment)
-    assert result.returncode == 0, result.stderr
-    for line in (
-        "--lr 0.001   (paper: 0.0005)",
-        "--train-iters 100   (paper: 60000)",
-        "--num-experts 16   (paper: 8)",
-        "--moe-router-topk 2   (paper: 1)",
-        "--moe-granularity 2   (paper: 1)",
-        "--moe-relu-l1-reg-load-balancing off   (paper: on)",
-        "--weight-decay 0.1   (fork: 0.01)",
-        "--eval-iters 32   (fork: 100)",
-        "--micro-batch-size 4   (fork: 16)",
-        "--seed 1   (fork: 1234)",
-        "--data-path pile   (fork: 01 to 29, equally)",
-        "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)",
-        "at 30% utilization",
-    ):
-        assert line in result.stdout
-    assert (result.stdout.count("(paper:"), result.stdout.count("(fork:")) == (6, 5)
+    environment = {"DATA_PATH": "pile", "GPU": "a100", "UTILIZATION": "0.3"}
+    output = dry_run("182m_remoe", *flags, **environment, VOCAB_FILE=str(vocabulary), MERGE_FILE=str(merges))
+    found = set(re.findall(r"^  --(\S+) (.*?) +\((paper|fork): (.*)\)$", output, re.MULTILINE))
+    assert found == {
+        ("lr", "0.001", "paper", "0.0005"), ("train-iters", "100", "paper", "60000"),
+        ("num-experts", "16", "paper", "8"), ("moe-router-topk", "2", "paper", "1"),
+        ("moe-granularity", "2", "paper", "1"), ("moe-relu-l1-reg-load-balancing", "off", "paper", "on"),
+        ("weight-decay", "0.1", "fork", "0.01"), ("eval-iters", "32", "fork", "100"),
+        ("micro-batch-size", "4", "fork", "16"), ("seed", "1", "fork", "1234"),
+        ("data-path", "pile", "fork", "01 to 29, equally"),
+    }  # fmt: skip
+    assert "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)" in output and "at 30% utilization" in output
 
 
-def test_epochs(data: Path) -> None:
-    """Of 100 steps of 512 sequences of 64 tokens, on a data set of which 969 of 1000 parts are trained on."""
-    tokens = data.with_suffix(".bin").stat().st_size / 2  # uint16
+@pytest.mark.parametrize(("given", "weights"), [("{}", [1]), ("1.0 {0} 3.0 {0}", [0.25, 0.75])])
+def test_epochs(given: str, weights: list[float], data: Path) -> None:
+    """Of 100 steps of 512 sequences of 64 tokens; these few documents have another split than the paper's."""
     flags = ["--", "--seq-length", "64", "--max-position-embeddings", "64"]
-    environment = {"DRY_RUN": "1", "PYTHON": sys.executable}
-    for given, weights in ((str(data), [1]), (f"1.0 {data} 3.0 {data}", [0.25, 0.75])):
-        result = launch("182m_dense", "8", "100", "16", *flags, DATA_PATH=given, **environment)
-        told = re.search(r"Data: .* in \d data sets?; ([0-9.e+]+)(?: to ([0-9.e+]+))? epochs", result.stdout)
-        assert told is not None, result.stdout + result.stderr
-        epochs = [100 * 512 * 64 * weight / (0.969 * tokens) for weight in weights]
-        assert [float(number) for number in told.groups() if number] == pytest.approx(epochs, rel=0.01)
+    output = dry_run("182m_dense", "8", "100", "16", *flags, DATA_PATH=given.format(data))
+    told = re.search(r"Data: .* in \d data sets?; ([0-9.e+]+)(?: to ([0-9.e+]+))? epochs", output)
+    split = re.findall(r"--split (\d+),(\d+),(\d+)", output)[-1]
+    share = int(split[0]) / sum(map(int, split))
+    tokens = share * data.with_suffix(".bin").stat().st_size / 2  # uint16
+    assert told is not None and share < 0.969
+    epochs = [100 * 512 * 64 * weight / tokens for weight in weights]
+    assert [float(number) for number in told.groups() if number] == pytest.approx(epochs, rel=0.01)
 
 
 def test_cost_refuses_a_layout_that_megatron_refuses() -> None:
-    result = launch(
-        "182m_moe", "8", "--", "--micro-batch-size", "3", DRY_RUN="1", DATA_PATH="pile", PYTHON=sys.executable
-    )
-    assert result.returncode == 2 and "must be divisible by" in result.stderr
+    output = dry_run("182m_moe", "8", "--", "--micro-batch-size", "3", DATA_PATH="pile", code=2)
+    assert "must be divisible by" in output

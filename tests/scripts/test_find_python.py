@@ -8,89 +8,61 @@ import pytest
 from tests.scripts.setting_up import REAL, make_failing_shim, make_python, run_bash
 
 
-class Machine:
-    """A made-up machine: folders for PATH, for HOME and for the fixed places."""
-
-    def __init__(self, folder: Path) -> None:
-        self.first, self.second, self.home, self.fixed = (folder / name for name in ("a", "b", "home", "fixed"))
-
-    def find(self, **variables: str) -> subprocess.CompletedProcess[str]:
-        search = f'PATH="{self.first}:{self.second}"; find_python "{self.fixed}"'
-        return run_bash(search, **{"HOME": str(self.home), "PYENV_ROOT": "", **variables})
-
-    def found(self, **variables: str) -> list[str]:
-        """Kind and version of the Python that is chosen."""
-        answer = self.find(**variables)
-        assert answer.returncode == 0 and answer.stderr == "", answer.stderr
-        kind, version, path = answer.stdout.split(maxsplit=2)
-        assert Path(path.strip()).resolve() == REAL.resolve()
-        return [kind, version]
+def find(machine: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """With the folders a and b on PATH, and of HOME and fixed places."""
+    search = f'PATH="{machine}/a:{machine}/b"; find_python "{machine}/fixed"'
+    return run_bash(search, **{"HOME": f"{machine}/home", "PYENV_ROOT": "", **variables})
 
 
-@pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
+def found(machine: Path, **variables: str) -> str:
+    """Kind and version of the Python that is chosen."""
+    answer = find(machine, **variables)
+    assert answer.returncode == 0 and answer.stderr == "", answer.stderr
+    kind, version, path = answer.stdout.split(maxsplit=2)
+    assert Path(path.strip()).resolve() == REAL.resolve()
+    return f"{kind} {version}"
 
 
-def test_a_shim_that_fails_is_passed_over_for_the_same_name_further_on(machine: Machine) -> None:
-    make_failing_shim(machine.first / "python3.12")
-    make_failing_shim(machine.first / "python3.13")
-    make_python(machine.second / "python3.13", (3, 13, 77))
-    assert machine.found() == ["ready", "3.13.77"]
+PYENV = "home/.pyenv/versions/{0}/bin/python"
 
 
-def test_a_python_too_old_is_passed_over_for_one_in_pyenvs_folders(machine: Machine) -> None:
-    make_failing_shim(machine.first / "python3.12")
-    make_python(machine.first / "python3", (3, 11, 7))
-    make_python(machine.home / ".pyenv/versions/3.10.13/bin/python", (3, 10, 13))
-    make_python(machine.home / ".pyenv/versions/3.12.66/bin/python", (3, 12, 66))
-    assert machine.found() == ["ready", "3.12.66"]
+@pytest.mark.parametrize(
+    ("shims", "pythons", "expected"),
+    [
+        ("a/python3.12 a/python3.13", {"b/python3.13": "3.13.77"}, "ready 3.13.77"),
+        ("a/python3.12", {"a/python3": "3.11.7", PYENV: "3.10.13"}, None),
+        ("a/python3.12", {"a/python3": "3.11.7", PYENV: "3.12.66"}, "ready 3.12.66"),
+        ("", {"a/python3.14": "3.14.1", "a/python3": "3.13.5 bare"}, "bare 3.13.5"),
+        ("", {"a/python3": "3.13.5 bare", "fixed/usr/bin/python3.12": "3.12.3"}, "ready 3.12.3"),
+        ("", {"a/python3": "3.14.1"}, "newer 3.14.1"),
+        ("", {"a/python3": "3.14.1", "fixed/usr/local/bin/python3.13": "3.13.2"}, "ready 3.13.2"),
+    ],
+)
+def test_the_first_complete_python_is_taken(
+    shims: str, pythons: dict[str, str], expected: str | None, tmp_path: Path
+) -> None:
+    """Failing shims and old ones are passed over; one without ensurepip, then a newer one, are the last resort."""
+    for shim in shims.split():
+        make_failing_shim(tmp_path / shim)
+    for place, text in pythons.items():
+        version, _, bare = text.partition(" ")
+        major, minor, micro = map(int, version.split("."))
+        make_python(tmp_path / place.format(version), (major, minor, micro), ensurepip=not bare)
+    if expected:
+        assert found(tmp_path) == expected
+    else:
+        answer = find(tmp_path)
+        assert answer.returncode == 1 and answer.stdout == "" and "command not found" not in answer.stderr
+        assert "No Python >= 3.12" in answer.stderr and f"{tmp_path}/a/python3 (3.11.7)" in answer.stderr
+        assert all(words in answer.stderr for words in ("apt", "conda", "uv"))
 
 
-def test_pyenv_root_says_where_pyenvs_folders_are(machine: Machine, tmp_path: Path) -> None:
+def test_variables_say_where_a_python_is(tmp_path: Path) -> None:
     make_python(tmp_path / "elsewhere/versions/3.13.5/bin/python", (3, 13, 5))
-    assert machine.found(PYENV_ROOT=str(tmp_path / "elsewhere")) == ["ready", "3.13.5"]
-
-
-def test_a_python_without_ensurepip_is_the_choice_only_where_no_complete_one_is(machine: Machine) -> None:
-    make_python(machine.first / "python3", (3, 13, 5), ensurepip=False)
-    make_python(machine.first / "python3.14", (3, 14, 1))
-    assert machine.found() == ["bare", "3.13.5"]
-    make_python(machine.fixed / "usr/bin/python3.12", (3, 12, 3))
-    assert machine.found() == ["ready", "3.12.3"]
-
-
-def test_a_python_newer_than_the_wheels_is_the_last_resort(machine: Machine) -> None:
-    make_python(machine.first / "python3", (3, 14, 1))
-    assert machine.found() == ["newer", "3.14.1"]
-    make_python(machine.fixed / "usr/local/bin/python3.13", (3, 13, 2))
-    assert machine.found() == ["ready", "3.13.2"]
-
-
-def test_without_any_python_the_message_says_what_was_looked_for_and_how_to_get_one(machine: Machine) -> None:
-    answer = machine.find()
-    assert answer.returncode == 1 and answer.stdout == ""
-    for words in ("No Python >= 3.12", "python3.12, python3.13", "pyenv's", "Too old: none", "apt", "conda", "uv"):
-        assert words in answer.stderr
-
-
-def test_the_message_names_the_pythons_that_are_too_old(machine: Machine) -> None:
-    old = make_python(machine.first / "python3", (3, 9, 2))
-    make_failing_shim(machine.first / "python3.12")
-    answer = machine.find()
-    assert answer.returncode == 1
-    assert f"Too old: {old} (3.9.2)." in answer.stderr
-    assert "command not found" not in answer.stderr
-
-
-def test_the_variable_python_comes_first_and_is_not_silently_replaced(machine: Machine) -> None:
-    make_python(machine.first / "python3.12", (3, 12, 1))
-    wanted = make_python(machine.second / "mine", (3, 13, 9))
-    assert machine.found(PYTHON=str(wanted)) == ["ready", "3.13.9"]
-    old = make_python(machine.second / "old", (3, 8, 18))
-    shim = make_failing_shim(machine.second / "shim")
-    for python, words in ((old, "is Python 3.8.18; 3.12 or newer is needed"), (shim, "does not run")):
-        answer = machine.find(PYTHON=str(python))
-        assert answer.returncode == 1 and answer.stdout == ""
-        assert f"PYTHON={python} {words}" in answer.stderr
-        assert "unset it" in answer.stderr
+    assert found(tmp_path, PYENV_ROOT=f"{tmp_path}/elsewhere") == "ready 3.13.5"
+    make_python(tmp_path / "a/python3.12", (3, 12, 1))
+    wanted = make_python(tmp_path / "b/mine", (3, 13, 9))
+    assert found(tmp_path, PYTHON=str(wanted)) == "ready 3.13.9"
+    for python in (make_python(tmp_path / "b/old", (3, 8, 18)), make_failing_shim(tmp_path / "b/shim")):
+        answer = find(tmp_path, PYTHON=str(python))  # and it is not silently replaced
+        assert answer.returncode == 1 and answer.stdout == "" and f"PYTHON={python} " in answer.stderr

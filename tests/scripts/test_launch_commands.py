@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.scripts.launching import ROUTINGS, SIZES, launch
+from tests.scripts.launching import ROUTINGS, SIZES, planned
 from tests.trainings import REPOSITORY
 
 TABLE = Path(__file__).with_name("launch_commands.json")
@@ -112,8 +112,7 @@ def make_data(folder: Path) -> None:
 
 def ask(folder: Path, script: str, arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Return the exit code and the command that a script prints in `folder`, with placeholders for paths."""
-    given = {"DRY_RUN": "command", "DATA_PATH": "pile", "PYTHON": sys.executable} | environment
-    result = launch(script, *arguments, folder=folder, **given)
+    result = planned(script, *arguments, folder=folder, **environment)
     assert result.returncode == 0 or result.stdout == "", result.stdout
     printed = result.stdout.replace(sys.executable, "PYTHON").replace(str(REPOSITORY), "REPOSITORY")
     return result.returncode, shlex.join(shlex.split(printed))

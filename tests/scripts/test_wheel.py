@@ -14,18 +14,19 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.trainings import TINY
+from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT
-from tools.common.tiny_model import RELU
+from tools.common.tiny_model import SIZES
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this tree, built in a copy, since setuptools leaves its traces beside the sources."""
     copy = tmp_path_factory.mktemp("build") / "tree"
-    shutil.copytree(ROOT / "megatron", copy / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("tests", "tools", "scripts"):
+    for name in ("megatron", "tools"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "scripts"):
         (copy / name).mkdir()
         (copy / name / "stray.py").touch()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
@@ -39,7 +40,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron").rglob("*.py")}
-    assert "megatron/remoe/__init__.py" in sources
+    tools = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").rglob("*.py")}
+    sources |= {f"megatron/remoe/{path}" for path in tools if path.split("/")[1] not in ("compare", "rehearse")}
+    assert {"megatron/remoe/__init__.py", "megatron/remoe/tools/common/hf/folder.py"} <= sources
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
@@ -51,15 +54,31 @@ def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) 
     assert all(name.startswith("megatron/remoe/") for name in names)
 
 
-def test_the_wheel_trains(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    flags = [*TINY, *RELU, "--mock-data", "--train-iters", "2", "--split", "100,0,0", "--cpu"]
-    command = [sys.executable, "-m", "megatron.remoe.pretrain", *flags]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
-    trained = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert len(read_log(trained.stdout)) == 2
+def test_the_installed_command_does_all_without_a_clone(wheel: Path, tmp_path: Path) -> None:
+    site, text = tmp_path / "site", tmp_path / "text.jsonl"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True)
+    given = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+    def remoe(*words: str, **variables: str) -> str:
+        command = [sys.executable, str(site / "bin" / "remoe"), *words]
+        answer = subprocess.run(
+            command, cwd=tmp_path, env=given | variables, capture_output=True, text=True, timeout=240
+        )
+        assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr
+        return answer.stdout
+
+    assert remoe("generate", "--help").startswith("usage: ") and "quickstart" in remoe()
+    text.write_text("".join(json.dumps({"text": f"{number} " * 60}) + "\n" for number in range(50)))
+    vocabulary = ["--vocab-file", "vocab.json", "--merge-file", "merges.txt"]
+    byte_level_vocabulary(tmp_path)
+    remoe("preprocess", "--input", str(text), "--output-prefix", "data", "--append-eod", *vocabulary,
+          "--tokenizer-type", "GPT2BPETokenizer")  # fmt: skip
+    small = [*SIZES, *"--global-batch-size 4 --eval-iters 1 --log-interval 1 --cpu".split()]
+    trained = remoe("train", "182m", "remoe", "1", "2", "2", "--", *small, DATA_PATH="data_text_document",
+                    VOCAB_FILE="vocab.json", MERGE_FILE="merges.txt")  # fmt: skip
+    assert len(read_log(trained)) == 2
+    assert remoe("generate", "--load", "runs/llama_182m_remoe_e8g1", "--prompt", "1 2", "--max-new-tokens", "4")
 
 
 # What packages that are installed next to this one ask for, as published: megatron-bridge 0.6.2 and vllm 0.33.0.

@@ -1,30 +1,49 @@
 """The sweep started as a user does, and runs of it that were never trained."""
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
-from tests.trainings import REPOSITORY, finish
+from tests.trainings import REPOSITORY
+from tools.sweep.command import main
 
 FINAL = " on validation set"
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+def given(environment: dict[str, str]) -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    kept |= {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"}
-    return subprocess.Popen(
-        ["bash", str(REPOSITORY / "scripts" / "sweep.sh"), *arguments],
-        cwd="/",  # it works from anywhere
-        env=kept | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_PATH": "pile"} | environment
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a sweep in a folder of no meaning."""
+    command = ["bash", str(REPOSITORY / "scripts" / "sweep.sh"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd="/", env=given(environment), text=True, **pipes)
 
 
 def sweep(*arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
-    return finish(start(*arguments, **environment), code)
+    """Sweep in this process; return what is printed and errors, and assert the exit code."""
+    output, errors = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with (
+            patch.dict(os.environ, given(environment), clear=True), contextlib.chdir("/"),
+            contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
+        ):  # fmt: skip
+            found = main(arguments)
+    except SystemExit as stop:
+        found = int(stop.code or 0)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert found == code, output.getvalue() + errors.getvalue()
+    return output.getvalue(), errors.getvalue()
 
 
 def logged(iteration: int, train_iters: int, more: str = "", milliseconds: float = 100.0) -> str:

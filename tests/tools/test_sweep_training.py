@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tests.tools.sweeping import start, sweep
 from tests.trainings import REPOSITORY, SMALL, finish, records
-from tools.common import training_process
+from tools.common.training_process import start as start_training
 from tools.sweep import execution, results, settings
 from tools.sweep.progress import SweepDisplay, Work
 
@@ -47,13 +47,15 @@ def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pyte
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with (tmp_path / "lock").open("w") as lock:
-            process = training_process.start(command, os.environ, lock, REPOSITORY)
+            process = start_training(command, os.environ | {"PYTHONPATH": str(REPOSITORY)}, lock)
         assert process.stdout is not None and process.stdout.readline() == "started\n"
-        time.sleep(0.5)
+        while not (tmp_path / "log").exists():  # tee has started, and so has the training
+            assert process.poll() is None
+            time.sleep(0.05)
         timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
         timer.start()
         start_of_stop = time.monotonic()
-        execution._stop(process, SweepDisplay(Console(quiet=True), [work]), work)
+        execution.stop(process, SweepDisplay(Console(quiet=True), [work]), work)
         assert process.returncode == 143 and time.monotonic() - start_of_stop < 30
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -1,8 +1,42 @@
-"""Paths of the project."""
+"""Paths of the project, in a clone and in an installed package."""
 
+import os
+import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # of a clone
+PACKAGE = ROOT if ROOT.name == "remoe" else ROOT / "megatron" / "remoe"  # tools/ is in there once it is installed
+
+
+def is_clone() -> bool:
+    """Return whether the tools run from a clone."""
+    return PACKAGE != ROOT
+
+
+def home() -> Path:
+    """Return the folder that holds runs/: that of the clone, or the current one."""
+    return ROOT if is_clone() else Path.cwd()
+
+
+def entry() -> list[str]:
+    """Return the words that start a training, after the interpreter."""
+    return [str(ROOT / "pretrain_gpt.py")] if is_clone() else ["-m", "megatron.remoe.pretrain"]
+
+
+def interpreter() -> str:
+    """Return the Python of .venv in a clone that has it, else the running one."""
+    venv = ROOT / ".venv" / "bin" / "python"
+    return str(venv) if is_clone() and os.access(venv, os.X_OK) else sys.executable
+
+
+def tool(name: str, command: str) -> list[str]:
+    """Return the words that start a tool, for a user who is in the current folder.
+
+    Args:
+        name: its folder in tools/.
+        command: its name for the command `remoe`.
+    """
+    return [str(short(Path(interpreter()))), str(short(ROOT / "tools" / name))] if is_clone() else ["remoe", command]
 
 
 def short(path: Path) -> Path:

@@ -24,8 +24,8 @@ from ..common.places import ROOT
 from ..common.running import run_once
 from ..quickstart import corpora, models
 from ..quickstart.stages import fingerprint
+from ..recipes.layout import RecipeError
 from ..sweep.command import add_what_to_train, planned
-from ..sweep.errors import SettingsError
 from ..sweep.plan import AXES, COMPARED, FIGURES
 from . import router_figures
 from .recipes import ROWS, row_of
@@ -81,7 +81,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args.rows = [row for row in ROWS if row in (args.rows or ([] if args.figures else ROWS))]
     try:
         runs = planned(args) if args.figures else []
-    except SettingsError as error:
+    except RecipeError as error:
         parser.error(str(error))
     args.rows += [row for row in map(row_of, runs) if row not in args.rows]
     args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))

@@ -4,19 +4,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import get_blend_from_list
-
-TYPE_AT = 17  # offset in .idx of the code of the tokens' type
+from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.indexed import IndexedReader
 
 
 def count_tokens(prefix: str) -> int | None:
     """Return the tokens of a data set; None if it is not there or not in Megatron's format."""
     try:
-        with Path(f"{prefix}.idx").open("rb") as index:
-            index.seek(TYPE_AT)
-            return Path(f"{prefix}.bin").stat().st_size // DType.size(index.read(1)[0])
-    except (OSError, IndexError, ValueError):
+        return IndexedReader(Path(prefix), thorough=False).tokens
+    except (DataError, OSError):
         return None
 
 

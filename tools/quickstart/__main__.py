@@ -1,11 +1,11 @@
-"""Start `command`."""
+"""Start this tool: python tools/NAME."""
 
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.quickstart.command import main  # noqa: E402
+from tools.start import start  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(Path(__file__).parent.name, sys.argv[1:]))

@@ -4,7 +4,7 @@ import argparse
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +14,7 @@ from rich.console import Console
 from ..common.figure_reader import read_figures
 from ..common.files import lock, write_json
 from ..common.flags import whole_number
-from ..common.places import ROOT, short
+from ..common.places import PACKAGE, home, short
 from ..common.running import run_to_the_end
 from ..common.units import duration
 from ..sweep.progress import SweepDisplay, Work
@@ -23,37 +23,20 @@ from . import corpora, corpus, dataset, models, picture, report, stages, trainin
 LEAST_ITERATIONS = 10
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; defaults come from the environment."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
-    parser.add_argument(
-        "--corpus",
-        choices=corpora.CORPORA,
-        default=corpora.MIXED,
-        help="mixed: code, documentation and drama, 15 MB; technical: descriptions of web services, 43 MB "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="FOLDER",
-        help=f"for all files (default: {' or '.join(map(str, corpora.FOLDERS.values()))} in the project's folder)",
-    )
-    parser.add_argument(
-        "--iterations",
-        type=whole_number(LEAST_ITERATIONS),
-        metavar="N",
-        help=f"optimizer steps of each training (default: QUICKSTART_ITERS, or {models.ITERATIONS})",
-    )
-    parser.add_argument(
-        "--threads",
-        type=whole_number(1),
-        metavar="N",
-        help="number of CPU threads (default: OMP_NUM_THREADS, or all cores)",
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(1), default=models.SEED, metavar="N", help="of the trainings (default: %(default)s)"
-    )
+    add = parser.add_argument
+    text = "mixed: code, documentation and drama, 15 MB; technical: descriptions of web services, 43 MB"
+    add("--corpus", choices=corpora.CORPORA, default=corpora.MIXED, help=f"{text} (default: %(default)s)")
+    text = f"for all files (default: {' or '.join(map(str, corpora.FOLDERS.values()))} in the project's folder)"
+    add("--output-dir", type=Path, metavar="FOLDER", help=text)
+    text = f"optimizer steps of each training (default: QUICKSTART_ITERS, or {models.ITERATIONS})"
+    add("--iterations", type=whole_number(LEAST_ITERATIONS), metavar="N", help=text)
+    text = "number of CPU threads (default: OMP_NUM_THREADS, or all cores)"
+    add("--threads", type=whole_number(1), metavar="N", help=text)
+    text = "of the trainings (default: %(default)s)"
+    add("--seed", type=whole_number(1), default=models.SEED, metavar="N", help=text)
     args = parser.parse_args(arguments)
 
     def from_environment(name: str, least: int, default: int) -> int:
@@ -64,28 +47,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     args.iterations = args.iterations or from_environment("QUICKSTART_ITERS", LEAST_ITERATIONS, models.ITERATIONS)
     args.threads = args.threads or from_environment("OMP_NUM_THREADS", 1, len(os.sched_getaffinity(0)))
-    args.output_dir = args.output_dir or ROOT / corpora.FOLDERS[args.corpus]
+    args.output_dir = args.output_dir or home() / corpora.FOLDERS[args.corpus]
     return args
 
 
 def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str, Any]) -> list[training.Training]:
     """Return the three trainings."""
     train_tokens = data["tokens"]["train"]
-    sources = stages.fingerprint_of_files([ROOT / "pretrain_gpt.py", *(ROOT / "megatron" / "remoe").rglob("*.py")])
+    sources = stages.fingerprint_of_files(PACKAGE.rglob("*.py"))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")}
     trainings = []
     for model in models.NAMES:
         flags = models.common_flags(models.SIZE, args.iterations, args.seed) + models.model_flags(model, models.SIZE)
         placed = models.data_flags(data_folder, train_tokens) + models.output_flags(runs / model)
-        trainings.append(
-            training.Training(
-                model=model,
-                folder=runs / model,
-                flags=flags + placed,
-                evaluations=len(train_tokens),
-                inputs=stages.fingerprint(data["inputs"], flags, sources, versions),
-            )
-        )
+        inputs = stages.fingerprint(data["inputs"], flags, sources, versions)
+        trainings.append(training.Training(model, runs / model, flags + placed, len(train_tokens), inputs))
     return trainings
 
 
@@ -95,12 +71,12 @@ def train(
     """Run the trainings that are not done yet, one after another."""
     works = [
         Work(
-            name=models.NAMES[each.model],
-            place=f"{number}/{len(trainings)}",
-            iterations=iterations,
-            tokens_per_iteration=models.SIZE.tokens_per_iteration,
+            models.NAMES[each.model],
+            f"{number}/{len(trainings)}",
+            iterations,
+            models.SIZE.tokens_per_iteration,
             cost=models.RELATIVE_COST[each.model],
-        )
+        )  # fmt: skip
         for number, each in enumerate(trainings, start=1)
     ]
     with SweepDisplay(console, works) as display:
@@ -171,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the quickstart and return the exit code."""
-    args = parse_arguments()
+    args = parse_arguments(arguments)
     return run_to_the_end(lambda: run(args))

@@ -4,16 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_json
-from ..common.places import ROOT
+from ..common.places import PACKAGE
 from . import models, stages
-
-BYTES_PER_TOKEN = 2  # Megatron stores small vocabularies as 16-bit numbers
 
 
 def inputs(corpus: dict[str, Any]) -> str:
     """Return a fingerprint of the text and the code that the data sets are made from."""
-    sources = [Path(__file__), *(ROOT / "tools" / "preprocessing").glob("*.py")]
-    sources += (ROOT / "megatron" / "remoe" / "data").glob("*.py")
+    sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("data/*.py")]
     return stages.fingerprint(corpus["inputs"], corpus["domains"], stages.fingerprint_of_files(sources))
 
 
@@ -30,7 +27,7 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
         The manifest: "inputs", "tokens" (part → domain → number of tokens), "reused".
 
     Raises:
-        stages.QuickstartError: preprocessing failed, or the number of tokens differs from the text's bytes.
+        stages.QuickstartError: preprocessing failed.
     """
     stamp = stages.read_stamp(folder / "manifest.json", inputs(corpus))
     if stamp is not None:
@@ -45,21 +42,14 @@ def build(folder: Path, corpus_folder: Path, corpus: dict[str, Any], threads: in
     encoder = gpt2_encoder(*byte_level_vocabulary(folder), threads)
     manifest: dict[str, Any] = {"inputs": inputs(corpus), "tokens": {"train": {}, "heldout": {}}, "reused": False}
     for part, of_part in manifest["tokens"].items():
-        for domain, sizes in corpus["domains"].items():
+        for domain in corpus["domains"]:
             text = str(corpus_folder / part / f"{domain}.jsonl")
-            prefix = models.data_prefix(folder, part, domain)
+            prefix = models.data_prefix(folder, part, domain).removesuffix("_text_document")
             try:
-                preprocess(
-                    Job([text], prefix.removesuffix("_text_document"), append_eod=True, workers=threads), encoder
-                )
+                done = preprocess(Job([text], prefix, append_eod=True, workers=threads), encoder)
             except DataError as error:
                 raise stages.QuickstartError(f"Preprocessing {domain}: {error}") from error
-            expected = sum(sizes[part].values())  # a token for each byte and for each end of a document
-            of_part[domain] = Path(f"{prefix}.bin").stat().st_size // BYTES_PER_TOKEN
-            if of_part[domain] != expected:
-                raise stages.QuickstartError(
-                    f"{prefix}.bin holds {of_part[domain]} tokens instead of the {expected} of the text."
-                )
+            of_part[domain] = done.tokens  # one for each byte and for each end of a document
     write_json(folder / "manifest.json", manifest)
     return manifest
 

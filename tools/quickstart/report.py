@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from ..common.places import ROOT, short
+from ..common.places import interpreter, short, tool
 from ..common.run_figures import TOTALS, RunFigures
 from . import models
 
@@ -131,7 +131,7 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
         say(f"± spread over {SEEDS} seeds, docs/experiments.md", "dim")
     say("MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md", "dim")
     console.print()
-    binaries, output, runs = short(ROOT / ".venv" / "bin"), short(output), short(runs)
+    binaries, output, runs = short(Path(interpreter()).parent), short(output), short(runs)
     each = runs / f"{{{','.join(models.NAMES)}}}"
     for name, place in (
         ("picture", output / "report.png"),
@@ -144,9 +144,9 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
     checkpoints = ["--load", str(runs / "remoe" / "checkpoints")]
     held_out = models.data_prefix(output / "data", "heldout", list(summary["remoe"]["val_loss_by_domain"])[-1])
     console.print("\nTo try next, with the ReMoE (README.md, After training):")
-    for tool, *words in (
-        ["generate", *checkpoints, "--prompt", "My lord, "],
-        ["evaluate", *checkpoints, "--data-path", held_out],
-        ["export_hf", *checkpoints, "--save", str(runs / "remoe" / "hf")],
+    for words in (
+        [*tool("generate", "generate"), *checkpoints, "--prompt", "My lord, "],
+        [*tool("evaluate", "evaluate"), *checkpoints, "--data-path", held_out],
+        [*tool("export_hf", "export"), *checkpoints, "--save", str(runs / "remoe" / "hf")],
     ):
-        say(f"  {shlex.join([str(binaries / 'python'), str(short(ROOT / 'tools' / tool)), *words])}")
+        say(f"  {shlex.join(words)}")

@@ -1,26 +1,17 @@
-"""Run one training as a process that writes its output to a file."""
+"""Run one training with its output in a file."""
 
 import os
-import signal
-import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from ..common.figure_reader import LOG, read_figures
 from ..common.files import write_json
-from ..common.places import ROOT
-from ..common.training_process import end, start
+from ..common.places import entry
+from ..sweep.execution import cause, follow
 from ..sweep.progress import SweepDisplay, Work
 from . import stages
-
-SECONDS_BETWEEN_READS = 0.3
-SECONDS_TO_SAVE = 20
-TAIL = 15  # lines of the log that are shown if a training fails
 
 
 @dataclass(frozen=True)
@@ -77,42 +68,16 @@ def run(training: Training, display: SweepDisplay, work: Work, threads: int, kee
     Raises:
         stages.QuickstartError: the training failed; the message holds the end of its log.
     """
-    display.begin(work)
     if training.prepare():
         display.say(f"{work.title}: code, text or versions have changed; it starts from iteration 0.")
-    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *training.flags]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    with training.log.open("a", encoding="utf-8") as log:
-        print(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}", file=log, flush=True)
-        process = start(command, environment, keep_open, ROOT, log)
-        try:
-            display.follow(work, _new_lines(training.log, log.tell(), process))
-        except BaseException:
-            if end(process, signal.SIGTERM, SECONDS_TO_SAVE) is None:
-                print(f"Killed: it did not end within {SECONDS_TO_SAVE} s.", file=log)
-            raise
-    reason = f"ended with exit code {process.returncode}" if process.returncode else "ended before its evaluation did"
-    if process.returncode or len(read_figures(training.folder).evaluations) < training.evaluations:
-        with training.log.open(encoding="utf-8", errors="replace") as log:
-            tail = "".join(deque(log, maxlen=TAIL))
+    command = [sys.executable, *entry(), *training.flags]
+    with training.log.open("a", encoding="utf-8", buffering=1) as log:
+        print(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}", file=log)
+        code, tail = follow(command, os.environ | {"OMP_NUM_THREADS": str(threads)}, display, work, keep_open, log)
+    if code or len(read_figures(training.folder).evaluations) < training.evaluations:
+        reason = f"ended with exit code {code}" if code else "ended before its evaluation did"
         raise stages.QuickstartError(
-            f"The training of {work.name} {reason}. The end of its log:\n\n{tail}\nThe whole log: {training.log}\n"
-            "Fix the cause and run the same command: it continues from the last checkpoint."
+            f"The training of {work.name} {reason}. The end of its log:\n\n{cause(tail)}\n\n"
+            f"The whole log: {training.log}\nFix the cause and run the same command: it goes on."
         )
     write_json(training.folder / "done.json", {"inputs": training.inputs})
-
-
-def _new_lines(log: Path, place: int, process: subprocess.Popen[str]) -> Iterator[str]:
-    """Yield the lines that a process writes to a file after `place`, until it ends."""
-    line, is_running = "", True
-    with log.open(encoding="utf-8", errors="replace") as file:
-        file.seek(place)
-        while is_running:
-            is_running = process.poll() is None  # before reading: its last lines are read too
-            for part in file:
-                line += part
-                if line.endswith("\n"):
-                    yield line
-                    line = ""
-            if is_running:
-                time.sleep(SECONDS_BETWEEN_READS)

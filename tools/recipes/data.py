@@ -9,6 +9,7 @@ from .layout import RecipeError
 
 MADE_UP = "made-up"  # the data of a rehearsal that is given none
 PLACEHOLDER = "PREFIX"  # the data of a dry run that is given none
+SPLITS = ("969,30,1", "98,1,1", "90,5,5", "80,10,10", "34,33,33")  # the paper's, and for fewer and fewer documents
 _SHARD = re.compile(r"(?:pile_)?([0-2]\d)_text_document")
 
 
@@ -47,7 +48,7 @@ def split_data_path(given: str, planned: bool) -> list[str]:
         return [word for line in lines if line is not None for word in line.groups() if word]
     words = given.split()
     for word in [] if planned or len(words) < 2 else words:
-        if not (os.path.isfile(f"{word}.bin") or "://" in word or re.fullmatch("[0-9.]+", word)):
+        if not (os.path.isfile(f"{word}.bin") or "://" in word or _is_weight(word)):
             raise RecipeError(
                 f"DATA_PATH is split at blanks, and there is no {word}.bin. If a prefix has blanks, give each data set "
                 "a line: [weight] prefix"
@@ -85,6 +86,33 @@ def find_data_sets(folder: str) -> tuple[list[str], list[str]]:
         notes = [f"Data: of the Pile's shards 00 to 29 these are missing: {' '.join(missing)}; {rest}"]
     prefixes = [f"{folder}/{name}" for name in names]
     return (prefixes if len(prefixes) == 1 else [word for prefix in prefixes for word in ("1.0", prefix)]), notes
+
+
+def choose_split(data_path: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the paper's --split, or one for few documents, and a note if it is not the paper's.
+
+    Args:
+        data_path: weights and prefixes. If one cannot be read, the training says why; nothing is chosen here.
+    """
+    from megatron.remoe.data.errors import DataError
+    from megatron.remoe.data.indexed import IndexedReader
+
+    try:
+        counts = [len(IndexedReader(Path(word), thorough=False).lengths) for word in data_path if not _is_weight(word)]
+    except (DataError, OSError):
+        return SPLITS[0], []
+    for split in SPLITS:
+        numbers = [*map(int, split.split(","))]
+        ends = [numbers[0] / sum(numbers), (numbers[0] + numbers[1]) / sum(numbers)]
+        # Megatron cuts between documents, at the nearest.
+        if all(0 < round(ends[0] * count) < round(ends[1] * count) < count for count in counts):
+            note = f"Split: {split}; of {min(counts, default=0)} documents the paper's {SPLITS[0]} gives a part none"
+            return split, [note] * (split != SPLITS[0])
+    return SPLITS[0], []
+
+
+def _is_weight(word: str) -> bool:
+    return bool(re.fullmatch("[0-9.]+", word))
 
 
 def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planned: bool) -> list[str]:

@@ -1,17 +1,16 @@
 """A launch script's arguments and environment, made into the command that trains."""
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..common.flags import last_value, split
-from ..common.places import ROOT
+from ..common.flags import last_value, parse, split
+from ..common.places import entry, home
+from ..common.places import interpreter as default_interpreter
 from . import data, hardware
 from .layout import LARGEST, MOST_EXPERTS, Layout, RecipeError, whole_number
 from .models import PAPER, SAVE_INTERVALS, Routing, Size, Training
 
-ENTRY = ROOT / "pretrain_gpt.py"
 PROJECT = "remoe"
 
 
@@ -39,17 +38,11 @@ class Launch:
     def command(self) -> list[str]:
         """The words of the whole command, the environment's settings included."""
         settings = [f"{name}={value}" for name, value in self.settings.items()]
-        return [*["env", *settings] * bool(settings), *self.launcher, str(ENTRY), *self.flags]
+        return [*["env", *settings] * bool(settings), *self.launcher, *entry(), *self.flags]
 
     def text(self) -> str:
         """Return the command as a line for a shell."""
         return f"{shlex.join(self.command)}\n"
-
-
-def find_interpreter(environment: Mapping[str, str]) -> str:
-    """Return PYTHON, else that of .venv, else python3."""
-    venv = ROOT / ".venv" / "bin" / "python"
-    return environment.get("PYTHON") or (str(venv) if os.access(venv, os.X_OK) else "python3")
 
 
 def run_name(size: str, routing: Routing, expansion: int) -> str:
@@ -102,12 +95,13 @@ def plan(
     model = replace(PAPER[size], ffn=PAPER[size].ffn * expansion)
     kind = Routing(routing, numbers.get("num_experts", 0), numbers.get("granularity", 1))
     name = run_name(size, kind, expansion) + (f"_{project}" if project != PROJECT else "")
-    output = environment.get("OUTPUT_DIR") or str(ROOT / "runs" / name)
+    output = environment.get("OUTPUT_DIR") or str(home() / "runs" / name)
     notes = [] if has_experts else [f"FFN: {model.ffn} = {expansion} x 4 x {model.hidden}"]
 
     data_path, data_notes = data.find_data(environment, planned)
+    parts, split_notes = data.choose_split([] if "--split" in parse(extra) else data_path)
     tokenizer = data.find_vocabulary(environment, extra, planned)
-    interpreter, kernels = find_interpreter(environment), environment.get("KERNELS", "")
+    interpreter, kernels = environment.get("PYTHON") or default_interpreter(), environment.get("KERNELS", "")
     fast = hardware.kernel_flags(kernels, interpreter)
     layout = Layout.read(numbers["gpus_per_node"], environment)
     expert_tp = "--expert-tensor-parallel-size"
@@ -122,7 +116,7 @@ def plan(
         suited, engine = hardware.gpu_flags(has_experts, kernels, extra, interpreter if ask_for_packages else "")
     flags = [
         *depth, *model.flags(), *Training(numbers["train_iters"], numbers["micro_batch_size"]).flags(),
-        *tokenizer, "--data-path", *data_path, *"--split 969,30,1 --eval-interval 1000 --eval-iters 100".split(),
+        *tokenizer, "--data-path", *data_path, "--split", parts, *"--eval-interval 1000 --eval-iters 100".split(),
         "--save", f"{output}/checkpoints", "--load", f"{output}/checkpoints",
         "--save-interval", str(SAVE_INTERVALS[size]), "--exit-signal-handler",
         "--tensorboard-dir", f"{output}/tensorboard", *"--log-interval 10 --log-throughput".split(),
@@ -133,7 +127,7 @@ def plan(
     flags += extra
     gpu = environment.get("GPU", "") if planned else None
     settings = hardware.gpu_settings(flags, environment, gpu) if engine else {}
-    notes += [*data_notes, *[f"Layers: {engine}"] * bool(engine)]
+    notes += [*data_notes, *split_notes, *[f"Layers: {engine}"] * bool(engine)]
     notes += [f"KERNELS=triton: {' '.join(fast)}, not tested on a GPU yet"] * bool(fast)
     return Launch(launcher, flags, settings, output, layout, notes)
 

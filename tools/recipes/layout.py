@@ -13,7 +13,7 @@ NAMES = {"TP": "tp", "PP": "pp", "VPP": "vpp", "EP": "ep", "CP": "cp"}
 
 
 class RecipeError(ToolError):
-    """A launch script's argument or environment variable is wrong; the message names it, its value and the remedy."""
+    """An argument or environment variable is wrong; the message names it, its value and the remedy."""
 
     exit_code = 2
 

@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAST_BYTES = 2**16  # of a log, to look for the program's last message
 STOPPED = 143  # exit code of a training that saved at a signal
 
 
@@ -82,16 +85,26 @@ def _ignore_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the training processes inherit this
 
 
+def _last_error(log: Path, start: int) -> str:
+    """Return the program's last message in a log after `start`; torchrun prints a hundred lines below it."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - LAST_BYTES))
+        text = file.read().decode(errors="replace")
+    found = re.findall(r"^\S+\.py: error: .*?(?=^[EW]\d{4} |^Traceback |\Z)", text, re.MULTILINE | re.DOTALL)
+    return found[-1].strip() if found else ""
+
+
 def run_training(command: Sequence[str], log: Path) -> int:
     """Run a training to its end.
 
     Args:
         command: its words.
-        log: a file; what the training prints is appended, and printed here too.
+        log: a file; what the training prints is appended, and printed here too; its last error again at the end.
 
     Returns:
         Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it.
     """
+    start = log.stat().st_size if log.exists() else 0
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is something to stop
     try:
         training = _Training(command, log)
@@ -101,6 +114,8 @@ def run_training(command: Sequence[str], log: Path) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = training.wait()
     if not training.stopping:
+        if code and (error := _last_error(log, start)):
+            print(f"\n{error}", file=sys.stderr, flush=True)
         return code if code >= 0 else 128 - code
     print(f"Stopped. The same command goes on from the last checkpoint; the log is {log}", flush=True)
     return STOPPED

@@ -9,9 +9,9 @@ from pathlib import Path
 from ..common.flags import above_zero, split, whole_number
 from ..common.places import ROOT
 from ..quickstart.corpora import CORPORA, MIXED
+from ..recipes.layout import RecipeError
 from ..recipes.models import TINY_TRAINING, Training
 from . import plan
-from .errors import SettingsError
 
 DESCRIPTION = """\
 Train models over size, experts, granularity, routings and settings of ReMoE and its baselines, and compare them.
@@ -21,23 +21,15 @@ ones are resumed. The output folder gets a table (results.csv, results.md) and a
 come from the environment, as for these scripts: DATA_DIR or DATA_PATH, VOCAB_FILE, MERGE_FILE, MODEL, TP, PP, VPP, EP,
 CP.
 """
-EXAMPLES = """examples:
+EXAMPLES = """examples (docs/baselines.md has more):
   all 32 runs on the 8 GPUs of this machine, one after another:
     DATA_DIR=data bash scripts/sweep.sh
   the figure over the number of experts as Slurm jobs of 2 nodes; the same command later submits what is not finished:
     DATA_DIR=data EP=8 bash scripts/sweep.sh --figures experts --slurm --sbatch-flags="--nodes 2 --time 48:00:00"
-  all routings; a part of a figure, shorter, with flags for Megatron:
-    DATA_DIR=data bash scripts/sweep.sh --figures routing
+  a part of a figure, shorter, with flags for Megatron:
     DATA_DIR=data bash scripts/sweep.sh --figures granularity --granularities 1 4 --train-iters 5000 -- --lr 1e-3
-  λ₀ and α, with the steps until the sparsity has settled; a top-k baseline tuned at k = 1 and k = 2:
-    DATA_DIR=data bash scripts/sweep.sh --figures l1-init l1-multiplier --train-iters 20000 --output-dir runs/lambda
-    DATA_DIR=data bash scripts/sweep.sh --figures aux-coeff gate lr --routings moe moe-sigmoid --granularities 1 2
   all routings on a CPU, with the quickstart's text:
     bash scripts/sweep.sh --tiny --figures routing --output-dir runs/tiny
-  the table and the picture of what is there, with a run of the authors' fork:
-    ln -s ../../fork/logs/test runs/sweep/llama_182m_remoe_e8g1_fork && bash scripts/sweep.sh --collect
-  hours and FLOPs of a ReMoE's dense stage, its way to the target, and its steady stage:
-    bash scripts/sweep.sh --stages runs/llama_182m_remoe_e8g1
 """
 
 
@@ -69,13 +61,13 @@ def planned(args: argparse.Namespace) -> list[plan.Run]:
     """Return the chosen runs.
 
     Raises:
-        SettingsError: there are none.
+        RecipeError: there are none.
     """
     values = {name: given for name in (*plan.VALUES, *plan.AXES) if (given := getattr(args, name, None)) is not None}
     runs = plan.plan(args.figures, values, args.routings)
     if not runs:
         given = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
-        raise SettingsError(f"{given}: no such routing has this setting. Choose others, or leave --routings out.")
+        raise RecipeError(f"{given}: no such routing has this setting. Choose others, or leave --routings out.")
     return runs
 
 

@@ -17,10 +17,10 @@ from ..common.flags import above_zero, whole_number
 from ..common.running import run_to_the_end
 from ..common.units import duration
 from ..cost.gpus import ACCELERATORS
+from ..recipes.layout import RecipeError
 from . import execution, plan, results, slurm, stages, tiny
 from .arguments import add_what_to_train as add_what_to_train
 from .arguments import parse_arguments, planned
-from .errors import SettingsError
 from .inspection import Found, look, set_aside_old_log
 from .progress import SweepDisplay, Work
 from .run_log import is_finished, read_outcome
@@ -44,13 +44,13 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
     ready = [run for run in runs if run not in waiting]
     launch = match_flops(launch, ready)
     if args.dry_run:
-        found = look(launch, ready, anywhere=args.slurm)
+        found = look(launch, ready, by_slurm=args.slurm)
         list_commands(launch, found, args)
         tell_waiting(console, waiting)
         tell_cost(console, launch, found)
         return 0
     with lock(args.output_dir, "sweep") as held:
-        found = look(launch, ready, anywhere=args.slurm)
+        found = look(launch, ready, by_slurm=args.slurm)
         todo = [each for each in found if not each.finished and each.job is None]
         queued = sum(each.job is not None for each in found)
         jobs = f"; {queued} queued or running as Slurm jobs" if queued else ""
@@ -97,7 +97,7 @@ def tell_cost(console: Console, launch: plan.Launch, found: Sequence[Found]) -> 
     """Print what the missing runs cost.
 
     Raises:
-        SettingsError: NNODES or UTILIZATION in the environment is no such number.
+        RecipeError: NNODES or UTILIZATION in the environment is no such number.
     """
     todo = [each for each in found if not each.finished and each.job is None]
     total = sum(flops(each.settings) for each in todo)
@@ -115,7 +115,7 @@ def _given[Number: (int, float)](name: str, default: str, convert: Callable[[str
     try:
         return convert(os.environ.get(name) or default)
     except argparse.ArgumentTypeError as error:
-        raise SettingsError(f"{name} {error}.") from error
+        raise RecipeError(f"{name} {error}.") from error
 
 
 def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Namespace) -> None:
@@ -133,12 +133,12 @@ def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO
     failed = []
     works = [
         Work(
-            name=each.run.name,
-            place=f"{number}/{len(todo)}",
-            iterations=whole(each.settings, "--train-iters"),
-            tokens_per_iteration=tokens_per_iteration(each.settings),
+            each.run.name,
+            f"{number}/{len(todo)}",
+            whole(each.settings, "--train-iters"),
+            tokens_per_iteration(each.settings),
             cost=flops(each.settings),
-        )
+        )  # fmt: skip
         for number, each in enumerate(todo, start=1)
     ]
     with SweepDisplay(console, works) as display:
@@ -160,7 +160,7 @@ def submit(console: Console, launch: plan.Launch, todo: Sequence[Found], flags: 
     """Submit runs as Slurm jobs."""
     for each in todo:
         set_aside_old_log(launch.folder(each.run), each.settings)
-        number = slurm.submit(launch, each.run, flags, each.settings)
+        number = slurm.submit(launch, each.run, flags)
         say(console, f"  {each.run.name}: Slurm job {number}")
 
 
@@ -168,11 +168,11 @@ def collect(console: Console, output: Path, planned: Sequence[plan.Run]) -> None
     """Write the results and print the table.
 
     Raises:
-        SettingsError: nothing is there.
+        RecipeError: nothing is there.
     """
     rows = results.rows_of(output, planned)
     if not rows:
-        raise SettingsError(f"--output-dir {output}: no run of a sweep is there.")
+        raise RecipeError(f"--output-dir {output}: no run of a sweep is there.")
     written = results.collect(output, rows)
     console.print()
     results.show(console, rows)
@@ -183,9 +183,9 @@ def collect(console: Console, output: Path, planned: Sequence[plan.Run]) -> None
         say(console, f"  {path}")
 
 
-def main() -> int:
-    """Run the sweep; returns the exit code."""
-    args = parse_arguments(sys.argv[1:])
+def main(arguments: Sequence[str]) -> int:
+    """Run the sweep; return the exit code."""
+    args = parse_arguments(arguments)
     return run_to_the_end(lambda: _run(Console(), args))
 
 

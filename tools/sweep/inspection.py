@@ -2,18 +2,16 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.figure_reader import METRICS
+from ..recipes.layout import RecipeError
 from . import slurm
-from .errors import SettingsError
 from .plan import Launch, Run
 from .run_log import Outcome, has_checkpoint, is_finished, log_of, read_outcome
 from .settings import Settings, check_evaluation, differences, started_with, would_start_with
 
-THREADS = 8  # scripts that run at once; each waits for the list of the machine's GPUs
 NAMED = 5  # runs that a message names
 
 
@@ -44,27 +42,26 @@ class Found:
         return f"unfinished, at iteration {self.outcome.iterations} of {self.outcome.train_iters}"
 
 
-def look(launch: Launch, runs: Sequence[Run], anywhere: bool) -> list[Found]:
+def look(launch: Launch, runs: Sequence[Run], by_slurm: bool) -> list[Found]:
     """Inspect all runs.
 
+    Args:
+        launch: what all runs have in common.
+        runs: to inspect.
+        by_slurm: look for their jobs; the layout is checked where they start, on other machines than this.
+
     Raises:
-        SettingsError: the scripts refuse their arguments, or a run has other settings than before.
-        ToolError: squeue cannot be called for the submitted jobs.
+        RecipeError: the scripts refuse their arguments, or a run has other settings than before.
+        ToolError: squeue cannot be called.
     """
-    with ThreadPoolExecutor(THREADS) as threads:
-        wanted = dict(zip(runs, threads.map(lambda run: would_start_with(launch, run, anywhere), runs), strict=True))
-    for settings in wanted.values():
-        check_evaluation(settings)
-    outcomes = {run: read_outcome(launch.folder(run)) for run in runs}
-    jobs = {run: job for run in runs if (job := slurm.read_job(launch.folder(run))) and not is_finished(outcomes[run])}
-    alive = slurm.alive(jobs.values())
-    outcomes |= {run: read_outcome(launch.folder(run)) for run in jobs}  # some may have just finished
+    wanted = {run: would_start_with(launch, run, by_slurm) for run in runs}
+    jobs = slurm.queued() if by_slurm else {}  # before the outcomes: a job may just have finished
     found = []
-    for run in runs:
-        at_work = run in jobs and jobs[run].number in alive and not is_finished(outcomes[run])
-        job = jobs[run] if at_work else None
-        conflict = _conflict(launch.folder(run), wanted[run], outcomes[run], job)
-        found.append(Found(run, wanted[run], outcomes[run], job.number if job else None, conflict))
+    for run, settings in wanted.items():
+        check_evaluation(settings)
+        folder, outcome = launch.folder(run), read_outcome(launch.folder(run))
+        job = None if is_finished(outcome) else jobs.get(str(folder))
+        found.append(Found(run, settings, outcome, job, "" if job else _conflict(folder, settings, outcome)))
     refuse_conflicts(launch.output, found)
     return found
 
@@ -73,23 +70,14 @@ def refuse_conflicts(output: Path, found: Sequence[Found]) -> None:
     """Refuse runs that have other settings than before.
 
     Raises:
-        SettingsError: names the runs, the differences, and the remedy.
+        RecipeError: names the runs, the differences, and the remedy.
     """
-    conflicts = {each.run: each.conflict for each in found if each.conflict}
-    if not conflicts:
-        return
-    lines = [f"  {run.name}: {conflict}" for run, conflict in conflicts.items()]
-    more = [f"  and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
-    raise SettingsError(
-        "\n".join(
-            [
-                f"{output} holds {len(lines)} of these runs with other settings:",
-                *lines[:NAMED],
-                *more,
-                "Give the same settings as then or another --output-dir; or remove these folders to train them again.",
-            ]
-        )
-    )
+    lines = [f"  {each.run.name}: {each.conflict}" for each in found if each.conflict]
+    if lines:
+        more = [f"  and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+        head = f"{output} holds {len(lines)} of these runs with other settings:"
+        remedy = "Give the same settings as then or another --output-dir; or remove these folders to train them again."
+        raise RecipeError("\n".join([head, *lines[:NAMED], *more, remedy]))
 
 
 def set_aside_old_log(folder: Path, now: Settings) -> None:
@@ -102,10 +90,7 @@ def set_aside_old_log(folder: Path, now: Settings) -> None:
             os.replace(log, log.with_name(f"{log.name}.old"))
 
 
-def _conflict(folder: Path, now: Settings, outcome: Outcome | None, job: slurm.Job | None) -> str:
-    if job is not None:
-        told = differences(job.settings, now)
-        return f"waits or runs as Slurm job {job.number} (scancel {job.number} ends it): {told}" if told else ""
+def _conflict(folder: Path, now: Settings, outcome: Outcome | None) -> str:
     then = started_with(folder)
     if then is None:
         return "there is a checkpoint, but no command.sh to tell what it was trained with" * has_checkpoint(folder)

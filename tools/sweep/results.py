@@ -23,6 +23,9 @@ run size routing experts granularity state iterations train_iters tokens protoco
 test_loss sparsity target_sparsity settled flip_rate flip_count total_parameters processes tokens_per_second
 training_seconds
 """.split()
+WHOLE = ["size", "routing", "E", "G", "validation loss", "perplexity", "sparsity (target)", "settled"]
+WHOLE += ["total parameters", "tokens", "tokens/s", "training"]
+SHORT = ("validation loss", "sparsity (target)", "tokens/s", "training")
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,11 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     """Print a short table."""
     grid = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
     grid.add_column("run", no_wrap=True)
-    for name in ("validation loss", "sparsity (target)", "tokens/s", "training"):
+    for name in SHORT:
         grid.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        of = row.outcome
-        if of is None:
-            grid.add_row(row.run.name, row.state)
-            continue
-        loss = f"at {of.iterations}/{of.train_iters}" if of.validation_loss is None else f"{of.validation_loss:.4f}"
-        grid.add_row(row.run.name, loss, _sparsity(of), _plain(of.tokens_per_second), _time(of))
+        cells = _cells(row)
+        grid.add_row(row.run.name, *(cells.get(name, "") for name in SHORT))
     console.print(grid)
 
 
@@ -121,9 +120,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
 def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
     yield "# Sweep"
     yield ""
-    heads = ["size", "routing", "E", "G", "validation loss", "perplexity", "sparsity (target)", "settled"]
-    heads += ["total parameters", "tokens", "tokens/s", "training"]
-    yield from table(heads, map(_cells, rows), text=2)
+    yield from table(WHOLE, ([_cells(row).get(name, "") for name in WHOLE] for row in rows), text=2)
     yield ""
     yield "Validation loss in nats per token, after the last iteration; sparsity as in the log's last line; settled:"
     yield "the first logged iteration from which it stays within 1 % of its target; tokens/s"
@@ -139,31 +136,26 @@ def _markdown(rows: Sequence[Row], pictured: bool) -> Iterable[str]:
         yield "![Validation loss along each axis](results.png)"
 
 
-def _cells(row: Row) -> list[str]:
-    cells = [row.run.size.upper(), _title(row.run), _plain(row.run.experts), _plain(row.run.granularity)]
+def _cells(row: Row) -> dict[str, str]:
+    """Return title → cell; what a run does not have is left out."""
+    cells = {"size": row.run.size.upper(), "routing": _title(row.run), "validation loss": row.state}
+    cells |= {"E": _plain(row.run.experts), "G": _plain(row.run.granularity)}
     if (of := row.outcome) is None:
-        return [*cells, row.state, *[""] * 7]
-    unfinished = f"unfinished ({of.iterations}/{of.train_iters})"
-    loss = unfinished if of.validation_loss is None else f"{of.validation_loss:.4f}"
-    perplexity = "" if of.perplexity is None else f"{of.perplexity:.3f}"
-    numbers = [_plain(of.total_parameters), _plain(of.tokens), _plain(of.tokens_per_second)]
-    return [*cells, loss, perplexity, _sparsity(of), _plain(of.settled), *numbers, _time(of)]
+        return cells
+    loss = f"at {of.iterations}/{of.train_iters}" if of.validation_loss is None else f"{of.validation_loss:.4f}"
+    cells |= {"validation loss": loss, "perplexity": "" if of.perplexity is None else f"{of.perplexity:.3f}"}
+    if of.sparsity is not None:
+        target = "" if of.target_sparsity is None else f" ({of.target_sparsity:.4f})"
+        cells |= {"sparsity (target)": f"{of.sparsity:.4f}{target}", "settled": _plain(of.settled)}
+    cells |= {"total parameters": _plain(of.total_parameters), "tokens": _plain(of.tokens)}
+    training = "" if of.training_seconds is None else duration(of.training_seconds)
+    return cells | {"tokens/s": _plain(of.tokens_per_second), "training": training}
 
 
 def _title(run: Run) -> str:
     told = [TITLES[run.routing] + (f" x {run.expansion}" if run.expansion > 1 else ""), run.protocol]
     told += [f"{AXES[run.axis].label} = {run.value:g}"] if run.axis else []
     return ", ".join(filter(None, told))
-
-
-def _sparsity(of: Outcome) -> str:
-    if of.sparsity is None:
-        return ""
-    return f"{of.sparsity:.4f}" + ("" if of.target_sparsity is None else f" ({of.target_sparsity:.4f})")
-
-
-def _time(of: Outcome) -> str:
-    return "" if of.training_seconds is None else duration(of.training_seconds)
 
 
 def _plain(number: float | None) -> str:

@@ -11,7 +11,6 @@ from ..common.log_reader import read_arguments
 from ..recipes.flops import arguments_of, flops_per_sequence
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
-from .errors import SettingsError
 from .plan import Launch, Run
 
 PRINTED_WITHIN = 5000  # lines
@@ -88,14 +87,14 @@ def would_start_with(launch: Launch, run: Run, anywhere: bool) -> Settings:
         anywhere: ignore the layout, which is checked where the run starts, on other machines than this.
 
     Raises:
-        SettingsError: an argument or environment variable is wrong.
+        RecipeError: an argument or environment variable is wrong.
     """
     environment = os.environ | launch.environment(run, os.environ) | {"DRY_RUN": "command"}
     environment = {name: value for name, value in environment.items() if not (anywhere and name in LAYOUT)}
     try:
         planned = plan(run.size, run.routing, launch.words(run), environment, ask_for_packages=False)
     except RecipeError as error:
-        raise SettingsError(f"{run.name}: {error}") from error
+        raise RecipeError(f"{run.name}: {error}") from error
     return parse(planned.flags)
 
 
@@ -103,33 +102,33 @@ def check_flags(flags: tuple[str, ...], runs: Sequence[Run]) -> None:
     """Refuse flags behind -- that the sweep sets itself, for each run or for some of `runs`.
 
     Raises:
-        SettingsError: with the flag and the remedy.
+        RecipeError: with the flag and the remedy.
     """
     given = parse(flags)
     for flag in given:
         if flag in SET_BY_SWEEP:
-            raise SettingsError(f"{flag} behind --: the sweep sets it for each run; {SET_BY_SWEEP[flag]}.")
+            raise RecipeError(f"{flag} behind --: the sweep sets it for each run; {SET_BY_SWEEP[flag]}.")
         if flag in ADAPTED:
             continue
         if run := next((run for run in runs if flag in run.flags(given)), None):
-            raise SettingsError(f"{flag} behind --: the sweep sets it for {run.name}. Leave out the flag, or that run.")
+            raise RecipeError(f"{flag} behind --: the sweep sets it for {run.name}. Leave out the flag, or that run.")
 
 
 def check_evaluation(settings: Settings) -> None:
     """Refuse settings under which no run would ever have the final validation loss that finishes it.
 
     Raises:
-        SettingsError: with the flag, its value and the remedy.
+        RecipeError: with the flag, its value and the remedy.
     """
     if not whole(settings, "--eval-iters") and "--full-validation" not in settings:
         given = " ".join(settings.get("--eval-iters", ()))
-        raise SettingsError(f"--eval-iters {given}: no validation loss at the end. Give a number of at least 1.")
+        raise RecipeError(f"--eval-iters {given}: no validation loss at the end. Give a number of at least 1.")
     if "--multiple-validation-sets" in settings:
-        raise SettingsError("--multiple-validation-sets: the sweep compares one validation loss. Leave it out.")
+        raise RecipeError("--multiple-validation-sets: the sweep compares one validation loss. Leave it out.")
     split = " ".join(settings.get("--split", ()))
     shares = split.split(",")
     if len(shares) < 2 or not shares[1].strip(" 0."):
-        raise SettingsError(f"--split {split}: nothing is left for validation. Give its second number a share.")
+        raise RecipeError(f"--split {split}: nothing is left for validation. Give its second number a share.")
 
 
 def differences(then: Settings, now: Settings) -> str:
@@ -184,10 +183,10 @@ def flops(settings: Settings) -> float:
     """Return the training FLOPs of a whole run with k experts per token.
 
     Raises:
-        SettingsError: the model has layers whose FLOPs are not counted.
+        RecipeError: the model has layers whose FLOPs are not counted.
     """
     try:
         sequence = flops_per_sequence(arguments_of(settings))
     except ValueError as error:
-        raise SettingsError(f"{PATTERN} {' '.join(settings.get(PATTERN, ()))}: {error}.") from error
+        raise RecipeError(f"{PATTERN} {' '.join(settings.get(PATTERN, ()))}: {error}.") from error
     return whole(settings, "--train-iters") * whole(settings, "--global-batch-size") * sequence

