@@ -86,32 +86,48 @@ def _choose(flag: str, root: Path, step: int | None) -> Resume:
     saved_iterations(root)  # refuses a file where a folder belongs
     newest = newest_iteration(root)
     released = newest == RELEASE
-    readable = released or _NUMBER.fullmatch(newest) is not None
-    wanted = None if released else step or (int(newest) if readable else None)
-    chosen = root / (RELEASE if released else f"iter_{wanted or 0:07d}")
+    wanted = step or (int(newest) if _NUMBER.fullmatch(newest) else 0)
+    chosen = root / (RELEASE if released else f"iter_{wanted:07d}")
     try:
-        if wanted is None and not released:
+        if not wanted and not released:
             state = f"holds {newest[:20]!r} instead of an iteration" if (root / TRACKER).is_file() else "is missing"
             raise BrokenCheckpointError(f"{root / TRACKER} {state}")
         return Resume(flag, chosen, check_is_whole(chosen).get("args"))
     except BrokenCheckpointError as error:
-        whole = None if released else newest_whole(root, below=wanted)
-        if whole is None:
-            raise BrokenCheckpointError(f"{flag} {root}: {error}. No other checkpoint there is whole.") from error
-        if step:
-            raise BrokenCheckpointError(
-                f"--ckpt-step {step}: {error}. Iteration {whole} is whole.", "REMOE-E402"
-            ) from error
-        folder = root / f"iter_{whole:07d}"
+        return go_back(flag, chosen, error, step)
+
+
+def go_back(flag: str, failed: Path, error: BrokenCheckpointError, step: int | None = None) -> Resume:
+    """Choose the newest whole checkpoint before one that cannot be used.
+
+    Args:
+        flag: --load or --pretrained-checkpoint.
+        failed: the folder of the iteration or release; iteration 0 stands for the end of all.
+        error: what is wrong with it.
+        step: --ckpt-step, if the user gave it.
+
+    Raises:
+        BrokenCheckpointError: the user asked for that iteration, or no earlier one is whole.
+    """
+    root = failed.parent
+    released = failed.name == RELEASE
+    whole = None if released else newest_whole(root, below=int(failed.name.removeprefix("iter_")) or None)
+    if whole is None:
+        raise BrokenCheckpointError(f"{flag} {root}: {error}. No other checkpoint there is whole.") from error
+    if step:
+        raise BrokenCheckpointError(
+            f"--ckpt-step {step}: {error}. Iteration {whole} is whole.", "REMOE-E402"
+        ) from error
+    folder = root / f"iter_{whole:07d}"
+    return Resume(
+        flag,
+        folder,
+        common_state(folder).get("args"),
+        step=whole,
         # Megatron would end, with exit code 0, at a tracker that it cannot read before it looks at --ckpt-step.
-        return Resume(
-            flag,
-            folder,
-            common_state(folder).get("args"),
-            step=whole,
-            mends_tracker=not readable,
-            notice=f"{flag} {root}: {error}. Going back to iteration {whole}.",
-        )
+        mends_tracker=_NUMBER.fullmatch(newest_iteration(root)) is None,
+        notice=f"{flag} {root}: {error}. Going back to iteration {whole}.",
+    )
 
 
 def check_is_whole(folder: Path) -> dict[str, Any]:

@@ -25,15 +25,11 @@ from megatron.remoe.preflight.compared_settings import moe_layer_pattern as moe_
 
 
 def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
-    """Return the folder of the iteration that Megatron loads; None if it is not in the torch_dist format."""
+    """Return the folder of the iteration or release that Megatron loads; None if there is none."""
     newest = newest_iteration(root)
     if newest == RELEASE:
-        folder = root / RELEASE
-    elif args.ckpt_step or newest.isdecimal():
-        folder = root / f"iter_{args.ckpt_step or int(newest):07d}"
-    else:
-        return None
-    return folder if (folder / INDEX).is_file() else None
+        return root / RELEASE
+    return root / f"iter_{args.ckpt_step or int(newest):07d}" if args.ckpt_step or newest.isdecimal() else None
 
 
 def check_is_data_alone(args: argparse.Namespace) -> None:
@@ -44,7 +40,7 @@ def check_is_data_alone(args: argparse.Namespace) -> None:
     """
     for flag, root in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         folder = iteration_folder(Path(root), args) if root else None
-        if folder is None:
+        if folder is None or not (folder / INDEX).is_file():
             continue
         try:
             common_state(folder)
