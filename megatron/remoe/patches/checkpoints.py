@@ -19,11 +19,13 @@ from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.futures import Future
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, TorchDistLoadShardedStrategy
-from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back, sync_to_disk, write_durably
+from megatron.remoe.data.files import sync, write_text
+from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
 from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM, BrokenCheckpointError, index_sum
 from megatron.remoe.preflight.stored_sums import check_file, check_places
@@ -202,10 +204,11 @@ def check_loaded_weights() -> None:
                     f"{flag} {root}: cannot be loaded, for the reason that Megatron prints above. If it is damaged, "
                     "give an earlier iteration with --ckpt-step."
                 ) from stop
-            except BrokenCheckpointError as error:
-                if folder is None or error.code != BrokenCheckpointError.code:
+            except (BrokenCheckpointError, CheckpointingException) as error:
+                is_damage = getattr(error, "code", "") == BrokenCheckpointError.code
+                if folder is None or not (is_damage or "integrity verification failed" in str(error)):
                     raise
-                go_back(flag, folder, error, asked).apply(args)
+                go_back(flag, folder, " ".join(str(error).split()), asked).apply(args)
         for chunk in model:
             check_is_finite(f"{flag} {root}", chunk)
         return loaded
@@ -236,11 +239,11 @@ class _Tracker(io.StringIO):
             name = self.getvalue().strip()
             folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
             if (folder / INDEX).is_file():
-                write_durably(folder / INDEX_SUM, index_sum(folder))
+                write_text(folder / INDEX_SUM, index_sum(folder))
             for path in folder.rglob("*"):
-                sync_to_disk(path)
-            sync_to_disk(folder)
-            write_durably(self._path, name)
+                sync(path)
+            sync(folder)
+            write_text(self._path, name)
         super().close()
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from megatron.remoe.data.errors import UsageError
-from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, Resume, choose_checkpoint, newest_iteration
+from megatron.remoe.preflight.checkpoint_files import (
+    RELEASE,
+    TRACKER,
+    Resume,
+    choose_checkpoint,
+    newest_iteration,
+    newest_whole,
+)
 from megatron.remoe.preflight.checkpoint_index import INDEX, BrokenCheckpointError, common_state
 from megatron.remoe.preflight.compared_settings import (
     DURATION,
@@ -63,6 +70,13 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
         UsageError: names flag, both values and the remedy.
     """
     resume = resume or choose_checkpoint(args)
+    starts_over = args.save and not args.load and not args.skip_train and "://" not in args.save
+    if starts_over and (whole := newest_whole(Path(args.save))) is not None:
+        raise UsageError(
+            f"--save {args.save}: holds iteration {whole}, and this training would overwrite it. Add --load "
+            f"{args.save} to continue from it, or choose another folder.",
+            "REMOE-E407",
+        )
     if resume is None:
         _check_is_there(args)
         return False

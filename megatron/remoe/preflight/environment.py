@@ -17,22 +17,19 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
         UsageError: names the variable, its value and the remedy.
     """
-    rank, size = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
-    port, wrong = environment.get("MASTER_PORT", "0"), ""
-    for name, text in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", environment.get("LOCAL_RANK", "0"))):
-        if not text.isdecimal():
-            wrong = wrong or f"{name}={text!r} in the environment is not a whole number"
-    if not wrong and int(rank) >= int(size):
-        wrong = f"RANK={rank} in the environment must be below WORLD_SIZE={size}"
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not wrong and "RANK" in environment and not environment.get(name):
-            wrong = f"RANK={rank} is set in the environment and {name} is not"
-    if not wrong and (not port.isdecimal() or int(port) > 65535):
-        wrong = f"MASTER_PORT={port!r} in the environment is not a port, 1024 to 65535"
-    if wrong:
+    get, numbers = environment.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    port, wrong = get("MASTER_PORT", "0"), [name for name in numbers if not get(name, "0").isdecimal()]
+    problems = [f"{name}={get(name)!r} in the environment is not a whole number" for name in wrong]
+    if not wrong and int(get("RANK", "0")) >= int(get("WORLD_SIZE", "1")):
+        problems.append(f"RANK={get('RANK')} in the environment must be below WORLD_SIZE={get('WORLD_SIZE')}")
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if "RANK" in environment and not get(name)]:
+        problems.append(f"RANK={get('RANK')} is set in the environment and {missing[0]} is not")
+    if not port.isdecimal() or int(port) > 65535:
+        problems.append(f"MASTER_PORT={port!r} in the environment is not a port, 1024 to 65535")
+    if problems:
         raise UsageError(
-            f"{wrong}. torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use it, or unset them "
-            "all.",
+            f"{problems[0]}. torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use it, or unset "
+            "them all.",
             "REMOE-E101",
         )
 

@@ -58,7 +58,6 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key",
         "The checkpoint under --load is that of another model: give its flags, or another --load.",
     ),
-    (r"integrity verification failed", "Give an earlier iteration with --ckpt-step."),
     (r"Found no NVIDIA driver|no kernel image|CUDA driver", "Without a working GPU, train with --cpu."),
 )
 # Choices of flags that older versions of Megatron had.
