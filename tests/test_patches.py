@@ -30,7 +30,8 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
 from megatron.remoe.patches import fusions, log_lines, waits
 from megatron.remoe.patches import optimizer as adam_patches
-from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
+from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
+from megatron.remoe.preflight.stored_sums import check_file
 from megatron.remoe.training.arguments import add_remoe_arguments
 from megatron.training import checkpointing, training
 from megatron.training.arguments import parse_args
@@ -370,6 +371,15 @@ def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: 
         loader.load_bytes(item, io.BytesIO(whole[: len(whole) // 2]))
     assert "run code" not in str(damaged.value), "two reasons, two messages"
     loader.load_bytes(item, io.BytesIO(whole))
+
+
+def test_pytorch_still_loads_changed_bytes(tmp_path: Path) -> None:
+    content = bytearray(saved(torch.ones(1000)).getvalue())
+    content[content.index(torch.ones(9).numpy().tobytes()) + 2] ^= 1
+    assert not torch.equal(torch.load(io.BytesIO(content)), torch.ones(1000)), "PyTorch no longer needs the patch"
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(BrokenCheckpointError, match=r"a\.pt"):
+        check_file(tmp_path / "a.pt")
 
 
 def why_writing_failed(tmp_path) -> str:

@@ -19,6 +19,7 @@ from megatron.remoe.data.indexed import HEADER, IndexedWriter, bin_path, idx_pat
 from megatron.remoe.preflight.checkpoint_files import read_index
 from tests.data_sets import write_documents
 from tests.entry import LIMIT, Entry
+from tests.gpt2_reference import gpt2_files
 from tests.preflight.mistakes import ENTRY, HYBRID, MAKE, User, base, on, resumed, two
 from tests.trainings import REPOSITORY
 from tools.common.tiny_model import RELU, TOPK
@@ -75,6 +76,8 @@ def make_data_sets(user: User, source: Path) -> None:
     write_ids(user.folder / "nothing", [], np.uint16)
     (user.folder / "file").write_text("a regular file\n")
     (user.folder / "folder").mkdir()
+    for name, file in zip(("vocabulary", "merges"), gpt2_files(), strict=True):
+        shutil.copy(file, user.folder / name)
 
 
 def put_nan(folder: Path, key: str) -> None:

@@ -218,13 +218,14 @@ def check_loaded_weights() -> None:
 
 def _check_own_files(folder: Path) -> None:
     """Check this rank's files of a checkpoint with one file per rank; others are checked while they are read."""
+    if not any(folder.glob("mp_rank_*")):
+        return
     released = folder.name == RELEASE
     iteration = 0 if released else int(folder.name.removeprefix("iter_"))
     own = Path(checkpointing.get_checkpoint_name(str(folder.parent), iteration, released, return_base_dir=False))
-    if any(folder.glob("mp_rank_*")):
-        with _fails_together():
-            for file in own.parent.glob("*.pt"):
-                check_file(file)
+    with _fails_together():
+        for file in own.parent.glob("*.pt"):
+            check_file(file)
 
 
 class _Tracker(io.StringIO):
