@@ -1,13 +1,8 @@
 """Each change of Megatron is still needed: a test fails where a released Megatron does without it."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import inspect
-import io
 import logging
-import os
-import queue
 import sys
 from dataclasses import replace
 from functools import partial
@@ -18,9 +13,6 @@ import pytest
 import torch
 
 from megatron.core import optimizer as core_optimizer
-from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -30,47 +22,12 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
 from megatron.remoe.patches import fusions, log_lines, waits
 from megatron.remoe.patches import optimizer as adam_patches
-from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
-from megatron.remoe.preflight.stored_sums import check_file
 from megatron.remoe.training.arguments import add_remoe_arguments
-from megatron.training import checkpointing, training
+from megatron.training import training
 from megatron.training.arguments import parse_args
 from tests.layers import make_topk_config
-from tests.trainings import TINY, run
+from tests.trainings import TINY, in_another_process
 from tools.common.tiny_model import TOPK
-
-
-def in_another_process(lines: str, folder: Path, expect: int | None = 0) -> str:
-    """What lines of Python print in a process in which nothing of Megatron is changed but for the CPU."""
-    script = folder / "lines.py"
-    script.write_text("from megatron.remoe import cpu\ncpu.install()\n" + lines)
-    return run([], expect=expect, script=script)
-
-
-class RunsCode:
-    """What a checkpoint from a stranger may hold."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def saved(value: object) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return file
-
-
-def planner(monkeypatch: pytest.MonkeyPatch) -> tuple[MCoreLoadPlanner, SimpleNamespace, dict[str, object]]:
-    """A planner that loads one object, "rng_state", into a dictionary."""
-    item = SimpleNamespace(dest_index=SimpleNamespace(fqn="rng_state"))
-    found: dict[str, object] = {}
-    planner = MCoreLoadPlanner.__new__(MCoreLoadPlanner)
-    planner.state_dict, planner.flatten_state_dict = found, False
-    return planner, item, found
 
 
 def test_all_are_named() -> None:
@@ -353,80 +310,3 @@ def test_megatron_still_tells_the_console_alone(
     expected = {"kind": "validation", "iteration": 7, "set": "test", "final": True, "lm_loss": 2.0}
     assert heard == [expected], "once, by the patch"
     assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
-
-
-def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_bytes = getattr(MCoreLoadPlanner.load_bytes, "__wrapped__", MCoreLoadPlanner.load_bytes)
-    monkeypatch.setattr(MCoreLoadPlanner, "load_bytes", load_bytes)
-    loader, item, _ = planner(monkeypatch)
-    loader.load_bytes(item, saved(RunsCode(str(tmp_path / "made by stock"))))
-    assert (tmp_path / "made by stock").is_dir(), "the released Megatron no longer needs the patch"
-
-    patches.load_objects_unexecuted()
-    with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint refers to .*mkdir"):
-        loader.load_bytes(item, saved(RunsCode(str(tmp_path / "made by patched"))))
-    assert not (tmp_path / "made by patched").exists()
-    whole = saved({"step": torch.ones(3)}).getvalue()
-    with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint is damaged") as damaged:
-        loader.load_bytes(item, io.BytesIO(whole[: len(whole) // 2]))
-    assert "run code" not in str(damaged.value), "two reasons, two messages"
-    loader.load_bytes(item, io.BytesIO(whole))
-
-
-def test_pytorch_still_loads_changed_bytes(tmp_path: Path) -> None:
-    content = bytearray(saved(torch.ones(1000)).getvalue())
-    content[content.index(torch.ones(9).numpy().tobytes()) + 2] ^= 1
-    assert not torch.equal(torch.load(io.BytesIO(content)), torch.ones(1000)), "PyTorch no longer needs the patch"
-    (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(BrokenCheckpointError, match=r"a\.pt"):
-        check_file(tmp_path / "a.pt")
-
-
-def why_writing_failed(tmp_path) -> str:
-    """What reaches the training of a shard whose folder is none."""
-    (tmp_path / "file").touch(exist_ok=True)
-    place, results = tmp_path / "file" / "shard", queue.Queue()
-    with contextlib.suppress(RuntimeError):
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread(
-            [], False, 0, [(str(place), place.name, ([], []))], results
-        )
-    return repr(results.get_nowait())
-
-
-def test_megatron_still_loses_why_writing_failed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = filesystem_async.FileSystemWriterAsync
-    stock = getattr(writer.write_preloaded_data, "__wrapped__", writer.write_preloaded_data)
-    monkeypatch.setattr(writer, "write_preloaded_data", staticmethod(stock))
-    assert "Not a directory" not in why_writing_failed(tmp_path)
-    patches.tell_why_writing_fails()
-    assert f"{tmp_path / 'file' / 'shard'}: " in (why := why_writing_failed(tmp_path)) and "Not a directory" in why
-
-
-@pytest.mark.parametrize("patched", [False, True])
-def test_the_queue_of_written_shards_does_not_outlive_sigterm_by_itself(patched: bool, tmp_path: Path) -> None:
-    """Slurm sends it to all processes of a step; without the patch the save that follows has no queue."""
-    lines = f"""
-import os, signal, time
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.remoe import patches
-{"patches.keep_saving_possible()" if patched else ""}
-shards = filesystem_async.get_write_results_queue()
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-for child in __import__("psutil").Process().children():
-    child.terminate()
-time.sleep(0.5)
-shards.put(1)
-print("kept", shards.get())
-"""
-    assert ("kept 1" in in_another_process(lines, tmp_path, expect=int(not patched))) is patched
-
-
-def test_megatron_still_ends_a_failed_load_in_success_and_waits_for_tensors_alone(monkeypatch) -> None:
-    assert "sys.exit()" in inspect.getsource(checkpointing._load_base_checkpoint)
-    assert "fsync" not in inspect.getsource(checkpointing.save_checkpoint) + inspect.getsource(serialization)
-    monkeypatch.setattr(training, "load_checkpoint", sys.exit)
-    args = SimpleNamespace(load="run", ckpt_step=1, pretrained_checkpoint=None)
-    monkeypatch.setattr(patches.checkpoints, "get_args", lambda: args)
-    patches.check_loaded_weights()
-    with pytest.raises(BrokenCheckpointError, match="--load run"):
-        training.load_checkpoint([])
