@@ -98,11 +98,15 @@ def test_one_file_per_rank(data: Path, tmp_path: Path) -> None:
     words = training(data, tmp_path, "--ckpt-format", "torch")
     run(words)
     file = next(tmp_path.glob("iter_0000006/mp_rank_00/*.pt"))
-    record = next(part for part in zipfile.ZipFile(file).infolist() if "/data/" in part.filename)
+
+    def flip_from_a_tensors_start(byte: int) -> None:
+        record = next(part for part in zipfile.ZipFile(file).infolist() if "/data/" in part.filename)
+        flip(file, record.header_offset + byte)
+
     for spoil in (
         lambda: truncate(file),
-        lambda: flip(file, record.header_offset),  # before a tensor's values
-        lambda: flip(file, record.header_offset + record.file_size // 2 + 100),  # among them
+        lambda: flip_from_a_tensors_start(0),  # before its values
+        lambda: flip_from_a_tensors_start(1000),  # among them
     ):
         spoil()
         output = run(words)

@@ -257,7 +257,7 @@ def _blends(
 def _split_matrix(split: str | None) -> list[tuple[float, float] | None]:
     words = [word.strip() for word in (split or "").split(",")]
     numbers = [float(word) for word in words if re.fullmatch(r"\d+\.?\d*|\.\d+", word)]
-    if len(numbers) == len(words) <= len(SPLITS) and sum(numbers):
+    if len(numbers) == len(words) <= len(SPLITS) and any(numbers):
         return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     raise DataError(
         f"--split {split}: give up to three numbers, for training, validation and test, for instance 969,30,1.",
