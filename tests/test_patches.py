@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +31,18 @@ from tests.trainings import TINY, in_another_process
 from tools.common.tiny_model import TOPK
 
 
+def stock(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Any:
+    """Put back what Megatron has there, until the end of the test."""
+    found = getattr(owner, name)
+    monkeypatch.setattr(owner, name, getattr(found, "__wrapped__", found))
+    return getattr(owner, name)
+
+
 def test_all_are_named() -> None:
     for patch in patches.PATCHES:
         file, _, what = patch.changes.partition(": ")
         assert what and (patch.provides and patch.ends), patch
-        assert (importlib.metadata.files("megatron-core") or []) and any(
-            str(path) == f"megatron/{file}" for path in importlib.metadata.files("megatron-core") or []
-        ), file
+        assert f"megatron/{file}" in map(str, importlib.metadata.files("megatron-core") or []), file
     assert importlib.metadata.version("megatron-core") in patches.VERSIONS
 
 
@@ -70,16 +76,15 @@ def test_megatron_still_compiles_its_helpers(tmp_path: Path) -> None:
     assert "goes on" in in_another_process(lines, tmp_path)
 
 
-def test_megatron_still_reads_steps_that_adam_has_not() -> None:
+def test_megatron_still_reads_steps_that_adam_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first step PyTorch's Adam has no state, and resuming asks for it."""
     parameter = torch.nn.Parameter(torch.ones(2))
     adam = torch.optim.AdamW([parameter])
     optimizer = DistributedOptimizer.__new__(DistributedOptimizer)
     optimizer.optimizer, optimizer.grad_scaler, optimizer.is_stub_optimizer = adam, None, False
     optimizer.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
-    stock = getattr(DistributedOptimizer.state_dict, "__wrapped__", DistributedOptimizer.state_dict)
     with pytest.raises(AssertionError):
-        stock(optimizer)
+        stock(monkeypatch, DistributedOptimizer, "state_dict")(optimizer)
 
 
 def test_megatron_still_leaves_adam_to_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +141,7 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
 def machine(monkeypatch: pytest.MonkeyPatch) -> RerunStateMachine:
     """Megatron's, after its first step."""
     for name in ("validate_result", "should_run_forward_backward"):
-        stock = getattr(RerunStateMachine, name)
-        monkeypatch.setattr(RerunStateMachine, name, getattr(stock, "__wrapped__", stock))
+        stock(monkeypatch, RerunStateMachine, name)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(RerunStateMachine, "_reduce_any", lambda _self, value: value)
     machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
@@ -197,20 +201,20 @@ def test_without_reruns_a_step_that_is_not_finite_ends_before_the_update(machine
     "name", ["reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"]
 )
 def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = getattr(training, name)
-    stock = getattr(stock, "__wrapped__", stock)
-    monkeypatch.setattr(training, name, stock)
+    reduce = stock(monkeypatch, training, name)
     asked: list[int] = []
     monkeypatch.setattr(
         torch.distributed, "all_reduce", lambda *_arguments, group, **_options: asked.append(group.size())
     )
     alone, two = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
-    before = stock(True, group=alone), stock(1.5, group=alone) if "stat" in name else None
+    before = reduce(True, group=alone), reduce(1.5, group=alone) if "stat" in name else None
     patches.skip_single_rank_reductions()
     patched = getattr(training, name)
     assert (patched(True, group=alone), patched(1.5, group=alone) if "stat" in name else None) == before
     if "stat" in name:  # with Transformer Engine the norm is on the device, and what is logged is a number
-        assert type(patched(torch.tensor([1.5]), group=alone)) is type(stock(torch.tensor([1.5]), group=alone)) is float
+        assert (
+            type(patched(torch.tensor([1.5]), group=alone)) is type(reduce(torch.tensor([1.5]), group=alone)) is float
+        )
         assert asked.pop() == 1
     patched(True, group=two)
     assert asked == [1] * (1 + ("stat" in name)) + [2], "Megatron's own does without"
@@ -261,16 +265,14 @@ def test_megatron_still_has_no_rope_kernel_of_its_own(tmp_path: Path) -> None:
 
 
 def test_megatron_still_counts_all_steps_with_the_last_k(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "num_floating_point_operations"
-    stock = getattr(training.num_floating_point_operations, "__wrapped__", training.num_floating_point_operations)
-    monkeypatch.setattr(training, name, stock)
+    count = stock(monkeypatch, training, "num_floating_point_operations")
     warmup = "--moe-warmup-topk 6 --moe-warmup-steps 2".split()
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *TOPK, *warmup])
     args = parse_args(add_remoe_arguments)
     args.padded_vocab_size, args.kv_channels, args.curr_iteration = 384, 16, 1
-    last = stock(args, 8)
+    last = count(args, 8)
     args.moe_router_topk = 6
-    first = stock(args, 8)
+    first = count(args, 8)
     args.moe_router_topk = 1
     patches.count_warmup_flops()
     assert training.num_floating_point_operations(args, 8) == first > last

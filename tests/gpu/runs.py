@@ -156,3 +156,4 @@ def train_golden(machine: Machine, name: str, flags: Sequence[str], more: Sequen
     if not weights.exists():
         machine.python(*words, "--cpu", on_gpu=False, OMP_NUM_THREADS="1", GOLDEN_WEIGHTS=str(weights))
     return figures_of(machine.python(*words, *FP32_GPU, *more, share=0.125, GOLDEN_WEIGHTS=str(weights)))
+

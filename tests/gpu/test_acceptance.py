@@ -1,6 +1,6 @@
 """What only a GPU can show, the most valuable first: speed and memory of the launch scripts, then numbers.
 
-pytest -m gpu tests/gpu --gpu-report FOLDER      a second call goes on with the tests whose figures are not there
+    pytest -m gpu tests/gpu --gpu-report FOLDER      a second call goes on with the tests whose figures are not there
 """
 
 import copy

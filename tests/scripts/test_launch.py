@@ -307,7 +307,7 @@ def test_experts_of_their_own_tensor_parallel_size() -> None:
 )
 def test_too_few_gpus(gpus: int, visible: dict[str, str], asked: str, message: str, tmp_path: Path) -> None:
     """Without this, Megatron would train on the CPU, one process for each missing GPU."""
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nseq -f 'GPU %g: H100' {gpus}\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nseq -f 'GPU %g: H100' " f"{gpus}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     for name in ("encoder.json", "vocab.bpe"):
         (tmp_path / name).touch()

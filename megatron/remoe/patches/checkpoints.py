@@ -72,7 +72,8 @@ def _read_verified(reader: FileSystemReader, plan: LoadPlan, planner: LoadPlanne
     places: dict[Path, set[tuple[int, int]]] = {}
     for item in plan.items:
         entry = reader.storage_data[item.storage_index]
-        places.setdefault(Path(reader.path, entry.relative_path), set()).add((entry.offset, entry.length))
+        if not entry.transform_descriptors:  # else it is compressed or the like, and no archive
+            places.setdefault(Path(reader.path, entry.relative_path), set()).add((entry.offset, entry.length))
     with ThreadPoolExecutor(1) as thread:
         checks = [thread.submit(check_places, path, sorted(parts)) for path, parts in places.items()]
         try:
@@ -158,7 +159,7 @@ def _serve_until_the_parent_ends() -> None:
 def tell_why_writing_fails() -> None:
     """Keep file and reason where part of a checkpoint cannot be written: Megatron keeps only the type of the error."""
     write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-    if getattr(write, "tells_why", False):
+    if hasattr(write, "__wrapped__"):
         return
 
     @wraps(write)
@@ -171,7 +172,6 @@ def tell_why_writing_fails() -> None:
             error = error.__context__  # PyTorch's own complaint about the file that it could not go on with
         raise RuntimeError(f"{options['write_bucket'][0]}: {error}") from error
 
-    write_or_tell.tells_why = True  # type: ignore[attr-defined]
     filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_tell)
 
 

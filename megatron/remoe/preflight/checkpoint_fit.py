@@ -118,12 +118,11 @@ def _check_is_there(args: argparse.Namespace) -> None:
     """Refuse to start from random weights, which Megatron does without a checkpoint, but for a first start."""
     places = [("--pretrained-checkpoint", args.pretrained_checkpoint), ("--load", args.load)]
     flag, folder = next(((flag, folder) for flag, folder in places if folder), ("", ""))
-    if args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
+    is_elsewhere = any("://" in (place or "") for _, place in places)
+    if not folder or is_elsewhere or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
         return
-    if not folder or any("://" in (folder or "") for _, folder in places):
-        return
-    first_start = args.save and Path(args.save).resolve() == Path(folder).resolve()
-    if first_start and flag == "--load" and not args.finetune and not args.exit_on_missing_checkpoint:
+    first_start = flag == "--load" and args.save and Path(args.save).resolve() == Path(folder).resolve()
+    if first_start and not args.finetune and not args.exit_on_missing_checkpoint:
         return
     raise BrokenCheckpointError(
         f"{flag} {folder}: holds no checkpoint (there is no {TRACKER}). Give what a training had under --save, or "
