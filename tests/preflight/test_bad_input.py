@@ -83,14 +83,13 @@ def make_data_sets(user: User, source: Path) -> None:
 def put_nan(folder: Path, key: str) -> None:
     """Make a tensor of a checkpoint not a number, in its file."""
     entry = next(entry for index, entry in read_index(folder).storage_data.items() if index.fqn == key)
-    path = folder / entry.relative_path
-    data = bytearray(path.read_bytes())
-    stored = data[entry.offset : entry.offset + entry.length]
-    values = torch.load(io.BytesIO(stored), weights_only=True).numpy().tobytes()
-    at = stored.index(values)
-    stored[at : at + len(values)] = np.full(len(values) // 4, np.nan, np.float32).tobytes()
-    data[entry.offset : entry.offset + entry.length] = stored
-    path.write_bytes(data)
+    with (folder / entry.relative_path).open("r+b") as file:
+        file.seek(entry.offset)
+        tensor, changed = torch.load(io.BytesIO(file.read(entry.length)), weights_only=True), io.BytesIO()
+        torch.save(tensor.fill_(torch.nan), changed)  # with a sum that fits it
+        assert len(changed.getvalue()) == entry.length
+        file.seek(entry.offset)
+        file.write(changed.getvalue())
 
 
 @pytest.fixture(scope="module")
