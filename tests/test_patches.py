@@ -1,26 +1,19 @@
 """Each change of Megatron is still needed: a test fails where a released Megatron does without it."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import inspect
-import io
 import logging
-import os
-import queue
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from megatron.core import optimizer as core_optimizer
-from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -30,55 +23,26 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.remoe import patches
 from megatron.remoe.patches import fusions, log_lines, waits
 from megatron.remoe.patches import optimizer as adam_patches
-from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError
 from megatron.remoe.training.arguments import add_remoe_arguments
-from megatron.training import checkpointing, training
+from megatron.training import training
 from megatron.training.arguments import parse_args
 from tests.layers import make_topk_config
-from tests.trainings import TINY, run
+from tests.trainings import TINY, in_another_process
 from tools.common.tiny_model import TOPK
 
 
-def in_another_process(lines: str, folder: Path, expect: int | None = 0) -> str:
-    """What lines of Python print in a process in which nothing of Megatron is changed but for the CPU."""
-    script = folder / "lines.py"
-    script.write_text("from megatron.remoe import cpu\ncpu.install()\n" + lines)
-    return run([], expect=expect, script=script)
-
-
-class RunsCode:
-    """What a checkpoint from a stranger may hold."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def saved(value: object) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return file
-
-
-def planner(monkeypatch: pytest.MonkeyPatch) -> tuple[MCoreLoadPlanner, SimpleNamespace, dict[str, object]]:
-    """A planner that loads one object, "rng_state", into a dictionary."""
-    item = SimpleNamespace(dest_index=SimpleNamespace(fqn="rng_state"))
-    found: dict[str, object] = {}
-    planner = MCoreLoadPlanner.__new__(MCoreLoadPlanner)
-    planner.state_dict, planner.flatten_state_dict = found, False
-    return planner, item, found
+def stock(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Any:
+    """Put back what Megatron has there, until the end of the test."""
+    found = getattr(owner, name)
+    monkeypatch.setattr(owner, name, getattr(found, "__wrapped__", found))
+    return getattr(owner, name)
 
 
 def test_all_are_named() -> None:
     for patch in patches.PATCHES:
         file, _, what = patch.changes.partition(": ")
         assert what and (patch.provides and patch.ends), patch
-        assert (importlib.metadata.files("megatron-core") or []) and any(
-            str(path) == f"megatron/{file}" for path in importlib.metadata.files("megatron-core") or []
-        ), file
+        assert f"megatron/{file}" in map(str, importlib.metadata.files("megatron-core") or []), file
     assert importlib.metadata.version("megatron-core") in patches.VERSIONS
 
 
@@ -112,16 +76,15 @@ def test_megatron_still_compiles_its_helpers(tmp_path: Path) -> None:
     assert "goes on" in in_another_process(lines, tmp_path)
 
 
-def test_megatron_still_reads_steps_that_adam_has_not() -> None:
+def test_megatron_still_reads_steps_that_adam_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first step PyTorch's Adam has no state, and resuming asks for it."""
     parameter = torch.nn.Parameter(torch.ones(2))
     adam = torch.optim.AdamW([parameter])
     optimizer = DistributedOptimizer.__new__(DistributedOptimizer)
     optimizer.optimizer, optimizer.grad_scaler, optimizer.is_stub_optimizer = adam, None, False
     optimizer.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
-    stock = getattr(DistributedOptimizer.state_dict, "__wrapped__", DistributedOptimizer.state_dict)
     with pytest.raises(AssertionError):
-        stock(optimizer)
+        stock(monkeypatch, DistributedOptimizer, "state_dict")(optimizer)
 
 
 def test_megatron_still_leaves_adam_to_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,20 +132,16 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
     on_cpu = patched(0, None, [tensors], False)[0]
     assert torch.equal(on_cpu, local_multi_tensor_l2_norm(0, None, [tensors], False)[0]), "to the last digit"
 
-    def of_transformer_engine() -> None:
-        pass
-
-    monkeypatch.setattr(clip_grads, "l2_norm_impl", of_transformer_engine)
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", max)  # as Transformer Engine's
     patches.keep_norms_on_device()
-    assert clip_grads.l2_norm_impl is of_transformer_engine
+    assert clip_grads.l2_norm_impl is max
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> RerunStateMachine:
     """Megatron's, after its first step."""
     for name in ("validate_result", "should_run_forward_backward"):
-        stock = getattr(RerunStateMachine, name)
-        monkeypatch.setattr(RerunStateMachine, name, getattr(stock, "__wrapped__", stock))
+        stock(monkeypatch, RerunStateMachine, name)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(RerunStateMachine, "_reduce_any", lambda _self, value: value)
     machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
@@ -242,20 +201,20 @@ def test_without_reruns_a_step_that_is_not_finite_ends_before_the_update(machine
     "name", ["reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"]
 )
 def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = getattr(training, name)
-    stock = getattr(stock, "__wrapped__", stock)
-    monkeypatch.setattr(training, name, stock)
+    reduce = stock(monkeypatch, training, name)
     asked: list[int] = []
     monkeypatch.setattr(
         torch.distributed, "all_reduce", lambda *_arguments, group, **_options: asked.append(group.size())
     )
     alone, two = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
-    before = stock(True, group=alone), stock(1.5, group=alone) if "stat" in name else None
+    before = reduce(True, group=alone), reduce(1.5, group=alone) if "stat" in name else None
     patches.skip_single_rank_reductions()
     patched = getattr(training, name)
     assert (patched(True, group=alone), patched(1.5, group=alone) if "stat" in name else None) == before
     if "stat" in name:  # with Transformer Engine the norm is on the device, and what is logged is a number
-        assert type(patched(torch.tensor([1.5]), group=alone)) is type(stock(torch.tensor([1.5]), group=alone)) is float
+        assert (
+            type(patched(torch.tensor([1.5]), group=alone)) is type(reduce(torch.tensor([1.5]), group=alone)) is float
+        )
         assert asked.pop() == 1
     patched(True, group=two)
     assert asked == [1] * (1 + ("stat" in name)) + [2], "Megatron's own does without"
@@ -306,16 +265,14 @@ def test_megatron_still_has_no_rope_kernel_of_its_own(tmp_path: Path) -> None:
 
 
 def test_megatron_still_counts_all_steps_with_the_last_k(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "num_floating_point_operations"
-    stock = getattr(training.num_floating_point_operations, "__wrapped__", training.num_floating_point_operations)
-    monkeypatch.setattr(training, name, stock)
+    count = stock(monkeypatch, training, "num_floating_point_operations")
     warmup = "--moe-warmup-topk 6 --moe-warmup-steps 2".split()
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *TOPK, *warmup])
     args = parse_args(add_remoe_arguments)
     args.padded_vocab_size, args.kv_channels, args.curr_iteration = 384, 16, 1
-    last = stock(args, 8)
+    last = count(args, 8)
     args.moe_router_topk = 6
-    first = stock(args, 8)
+    first = count(args, 8)
     args.moe_router_topk = 1
     patches.count_warmup_flops()
     assert training.num_floating_point_operations(args, 8) == first > last
@@ -353,71 +310,3 @@ def test_megatron_still_tells_the_console_alone(
     expected = {"kind": "validation", "iteration": 7, "set": "test", "final": True, "lm_loss": 2.0, "tokens": 30}
     assert heard == [expected], "once, by the patch"
     assert capsys.readouterr().out.count("validation loss at iteration 7 on test set | lm loss value: 2.0") == 2
-
-
-def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_bytes = getattr(MCoreLoadPlanner.load_bytes, "__wrapped__", MCoreLoadPlanner.load_bytes)
-    monkeypatch.setattr(MCoreLoadPlanner, "load_bytes", load_bytes)
-    loader, item, _ = planner(monkeypatch)
-    loader.load_bytes(item, saved(RunsCode(str(tmp_path / "made by stock"))))
-    assert (tmp_path / "made by stock").is_dir(), "the released Megatron no longer needs the patch"
-
-    patches.load_objects_unexecuted()
-    with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint refers to .*mkdir"):
-        loader.load_bytes(item, saved(RunsCode(str(tmp_path / "made by patched"))))
-    assert not (tmp_path / "made by patched").exists()
-    whole = saved({"step": torch.ones(3)}).getvalue()
-    with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint is damaged") as damaged:
-        loader.load_bytes(item, io.BytesIO(whole[: len(whole) // 2]))
-    assert "run code" not in str(damaged.value), "two reasons, two messages"
-    loader.load_bytes(item, io.BytesIO(whole))
-
-
-def why_writing_failed(tmp_path) -> str:
-    """What reaches the training of a shard whose folder is none."""
-    (tmp_path / "file").touch(exist_ok=True)
-    place, results = tmp_path / "file" / "shard", queue.Queue()
-    with contextlib.suppress(RuntimeError):
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread(
-            [], False, 0, [(str(place), place.name, ([], []))], results
-        )
-    return repr(results.get_nowait())
-
-
-def test_megatron_still_loses_why_writing_failed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = filesystem_async.FileSystemWriterAsync
-    stock = getattr(writer.write_preloaded_data, "__wrapped__", writer.write_preloaded_data)
-    monkeypatch.setattr(writer, "write_preloaded_data", staticmethod(stock))
-    assert "Not a directory" not in why_writing_failed(tmp_path)
-    patches.tell_why_writing_fails()
-    assert f"{tmp_path / 'file' / 'shard'}: " in (why := why_writing_failed(tmp_path)) and "Not a directory" in why
-
-
-@pytest.mark.parametrize("patched", [False, True])
-def test_the_queue_of_written_shards_does_not_outlive_sigterm_by_itself(patched: bool, tmp_path: Path) -> None:
-    """Slurm sends it to all processes of a step; without the patch the save that follows has no queue."""
-    lines = f"""
-import os, signal, time
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.remoe import patches
-{"patches.keep_saving_possible()" if patched else ""}
-shards = filesystem_async.get_write_results_queue()
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-for child in __import__("psutil").Process().children():
-    child.terminate()
-time.sleep(0.5)
-shards.put(1)
-print("kept", shards.get())
-"""
-    assert ("kept 1" in in_another_process(lines, tmp_path, expect=int(not patched))) is patched
-
-
-def test_megatron_still_ends_a_failed_load_in_success_and_waits_for_tensors_alone(monkeypatch) -> None:
-    assert "sys.exit()" in inspect.getsource(checkpointing._load_base_checkpoint)
-    assert "fsync" not in inspect.getsource(checkpointing.save_checkpoint) + inspect.getsource(serialization)
-    monkeypatch.setattr(training, "load_checkpoint", sys.exit)
-    args = SimpleNamespace(load="run", ckpt_step=1, pretrained_checkpoint=None)
-    monkeypatch.setattr(patches.checkpoints, "get_args", lambda: args)
-    patches.check_loaded_weights()
-    with pytest.raises(BrokenCheckpointError, match="--load run"):
-        training.load_checkpoint([])

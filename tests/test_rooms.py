@@ -17,7 +17,7 @@ ROOMS = {
     "moe": {"routing", "local", "kernels"},
     "data": set(),
     "preflight": {"routing", "data"},
-    "patches": {"preflight", "local"},
+    "patches": {"preflight", "local", "data"},
     "training": {"routing", "baselines", "local", "moe", "kernels", "data", "preflight", "patches"},
     "hf": set(),
     "cpu": set(),

@@ -69,6 +69,13 @@ def run(
     return output
 
 
+def in_another_process(lines: str, folder: Path, expect: int | None = 0) -> str:
+    """What lines of Python print in a process in which nothing of Megatron is changed but for the CPU."""
+    script = folder / "lines.py"
+    script.write_text("from megatron.remoe import cpu\ncpu.install()\n" + lines)
+    return run([], expect=expect, script=script)
+
+
 def records(output: str) -> dict[int, dict[str, str]]:
     """Iteration → field → text of the value, from Megatron's log lines; without timings."""
     return {

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tools.export_hf.folder import write_settings
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.hf.test_modeling import make
 from tools.common.places import ROOT
-from tools.export_hf.folder import write_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4

@@ -48,34 +48,29 @@ def test_without_a_compiler_nothing_is_compiled(rank: int, without, capsys: pyte
     assert rank or said.startswith("There is no C compiler (gcc or clang), so torch.compile is off")
 
 
-@pytest.mark.parametrize(("name", "variable"), [("gcc", None), ("clang", None), ("own-cc", "own-cc")])
-def test_with_a_compiler_all_stays(name: str, variable: str | None, without, capsys, tmp_path: Path) -> None:
-    add_program(tmp_path, name)
-    if variable:
-        without.setenv("CC", variable)
+@pytest.mark.parametrize(
+    ("program", "variables", "missing"),
+    [
+        ("gcc", {}, ""),
+        ("clang", {}, ""),
+        ("own-cc", {"CC": "own-cc"}, ""),
+        ("gcc", {"CC": "icc"}, "no C compiler (icc)"),  # Triton takes it unseen
+        ("other", {"TORCH_COMPILE_DISABLE": "1"}, ""),  # by the user
+        ("gcc", {"include": "elsewhere"}, "elsewhere/Python.h (of python3-dev)"),
+    ],
+)
+def test_what_compiling_needs(
+    program: str, variables: dict[str, str], missing: str, without, capsys, tmp_path: Path
+) -> None:
+    add_program(tmp_path, program)
+    for name, value in variables.items():
+        without.setenv(name, value)
+    if "include" in variables:
+        without.setattr(sysconfig, "get_path", lambda *_: variables["include"])
     machine.disable_compilation()
-    assert "TORCHDYNAMO_DISABLE" not in os.environ and not capsys.readouterr().err
-
-
-def test_a_compiler_that_is_not_there_counts_as_none(without, capsys, tmp_path: Path) -> None:
-    add_program(tmp_path, "gcc")
-    without.setenv("CC", "icc")  # Triton takes it unseen
-    machine.disable_compilation()
-    assert os.environ["TORCHDYNAMO_DISABLE"] == "1" and "no C compiler (icc)" in capsys.readouterr().err
-
-
-def test_pythons_header_is_needed_too(without, capsys, tmp_path: Path) -> None:
-    add_program(tmp_path, "gcc")
-    without.setattr(sysconfig, "get_path", lambda *_: str(tmp_path / "include"))
-    machine.disable_compilation()
-    assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
-    assert f"no {tmp_path}/include/Python.h (of python3-dev)" in capsys.readouterr().err
-
-
-def test_the_user_has_turned_it_off_before(without, capsys) -> None:
-    without.setenv("TORCH_COMPILE_DISABLE", "1")
-    machine.disable_compilation()
-    assert not capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert missing in said and bool(said) == bool(missing)
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == ("1" if missing else None)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.data.errors import UsageError
-from megatron.remoe.patches import load_objects_unexecuted
+from megatron.remoe.patches import load_objects_unexecuted, verify_loaded_bytes
 from megatron.remoe.preflight.checkpoint_files import (
     RELEASE,
     TRACKER,
@@ -134,6 +134,7 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
                 f"arguments call for {list(tensor.global_shape)}."
             )
     load_objects_unexecuted()
+    verify_loaded_bytes()
     try:
         loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.folder), validate_access_integrity=False)
     except FAILURES as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.files import write_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -35,9 +36,7 @@ def byte_level_vocabulary(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     tokens = {token: i for i, token in enumerate([*byte_symbols(), END_OF_TEXT])}
     files = {"vocab.json": json.dumps(tokens, ensure_ascii=False), "merges.txt": "#version: 0.2"}
     for name, text in files.items():
-        aside = folder / f".tmp-{os.getpid()}-{name}"
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, folder / name)
+        write_text(folder / name, text + "\n")
     return folder / "vocab.json", folder / "merges.txt"
 
 

@@ -16,6 +16,7 @@ from megatron.remoe.patches.checkpoints import (
     load_objects_unexecuted,
     save_durably,
     tell_why_writing_fails,
+    verify_loaded_bytes,
 )
 from megatron.remoe.patches.fusions import (
     enable_torch_weight_gradient_fusion,
@@ -132,9 +133,15 @@ PATCHES = (
         "load_bytes unpickles with weights_only=True",
     ),
     Patch(
+        verify_loaded_bytes,
+        "core/dist_checkpointing/strategies/torch.py: FileSystemReader and TorchDistLoadShardedStrategy.load",
+        "changed bits in a checkpoint's tensors are found",
+        "PyTorch compares records with their CRC-32 when it loads, and Megatron lets ranks fail together",
+    ),
+    Patch(
         check_loaded_weights,
         "training/training.py: load_checkpoint",
-        "an error where a checkpoint cannot be loaded or holds weights that are not finite",
+        "going back where a checkpoint is damaged; an error where it cannot be loaded or its weights are not finite",
         "Megatron has a hook after loading, and no sys.exit() in checkpointing.py",
     ),
     Patch(

@@ -3,22 +3,37 @@
 import io
 import multiprocessing
 import os
+import re
 import signal
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import wraps
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.futures import Future
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
-from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, sync_to_disk, write_durably
-from megatron.remoe.preflight.checkpoint_fit import check_is_finite
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, TorchDistLoadShardedStrategy
+from megatron.remoe.data.files import sync, write_text
+from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back
+from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
 from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM, BrokenCheckpointError, index_sum
+from megatron.remoe.preflight.stored_sums import check_file, check_places
 from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
+
+# Of PyTorch's reader of archives: their headers have no sums.
+ARCHIVE_ERRORS = re.compile("PytorchStreamReader|inline_container|hasRecord")
 
 
 def load_objects_unexecuted() -> None:
@@ -39,9 +54,7 @@ def load_objects_unexecuted() -> None:
             if not unknown:
                 torch.load(value, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever reading a damaged object raises
-            raise BrokenCheckpointError(
-                f"{name} is damaged. Give an earlier iteration with --ckpt-step.", "REMOE-E405"
-            ) from error
+            raise BrokenCheckpointError(f"{name} is damaged") from error
         if unknown:
             raise BrokenCheckpointError(
                 f"{name} refers to {', '.join(unknown)}, which no state of a training consists of and could run code. "
@@ -52,6 +65,69 @@ def load_objects_unexecuted() -> None:
         load_bytes(self, read_item, value)
 
     MCoreLoadPlanner.load_bytes = load_known_bytes
+
+
+def _read_verified(reader: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+    """Read as PyTorch does, and compare all with its stored sums in a thread beside it."""
+    places: dict[Path, set[tuple[int, int]]] = {}
+    for item in plan.items:
+        entry = reader.storage_data[item.storage_index]
+        if not entry.transform_descriptors:  # else it is compressed or the like, and no archive
+            places.setdefault(Path(reader.path, entry.relative_path), set()).add((entry.offset, entry.length))
+    with ThreadPoolExecutor(1) as thread:
+        checks = [thread.submit(check_places, path, sorted(parts)) for path, parts in places.items()]
+        try:
+            return FileSystemReader.read_data(reader, plan, planner)
+        except RuntimeError as error:
+            if ARCHIVE_ERRORS.search(str(error)) is None:
+                raise
+            raise BrokenCheckpointError(f"{reader.path} holds a tensor that cannot be read") from error
+        finally:
+            for check in checks:
+                check.result()  # its error names the file, and replaces one of reading
+
+
+class _VerifyingReader(FileSystemReader):
+    read_data = _read_verified
+
+
+def verify_loaded_bytes() -> None:
+    """Find bits of tensors and objects that have changed since they were saved, and tell all ranks.
+
+    Each rank reads by itself. One that fails alone would leave the others waiting for it.
+    """
+    load = TorchDistLoadShardedStrategy.load
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @wraps(load)
+    def load_or_fail_together(*arguments: Any, **options: Any) -> Any:
+        with _fails_together():
+            return load(*arguments, **options)
+
+    TorchDistLoadShardedStrategy.load = load_or_fail_together
+    torch_dist.FileSystemReader = _VerifyingReader
+    CachedMetadataFileSystemReader.read_data = _read_verified
+
+
+@contextmanager
+def _fails_together() -> Iterator[None]:
+    """Raise the first rank's BrokenCheckpointError on all ranks."""
+    mine: BrokenCheckpointError | None = None
+    try:
+        yield
+    except BrokenCheckpointError as error:
+        mine = error
+    except CheckpointException as error:  # PyTorch wraps it
+        mine = next((found for found, _ in error.failures.values() if isinstance(found, BrokenCheckpointError)), None)
+        if mine is None:
+            raise
+    errors = [mine]
+    if torch.distributed.is_initialized():
+        errors = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(errors, mine)
+    if first := next(filter(None, errors), None):
+        raise first
 
 
 def keep_saving_possible() -> None:
@@ -83,7 +159,7 @@ def _serve_until_the_parent_ends() -> None:
 def tell_why_writing_fails() -> None:
     """Keep file and reason where part of a checkpoint cannot be written: Megatron keeps only the type of the error."""
     write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-    if getattr(write, "tells_why", False):
+    if hasattr(write, "__wrapped__"):
         return
 
     @wraps(write)
@@ -96,14 +172,14 @@ def tell_why_writing_fails() -> None:
             error = error.__context__  # PyTorch's own complaint about the file that it could not go on with
         raise RuntimeError(f"{options['write_bucket'][0]}: {error}") from error
 
-    write_or_tell.tells_why = True  # type: ignore[attr-defined]
     filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_tell)
 
 
 def check_loaded_weights() -> None:
-    """Refuse weights that are not finite, and end in an error where Megatron ends a failed load with exit code 0.
+    """Go back to the previous whole iteration where bytes have changed, and refuse weights that are not finite.
 
-    Megatron has no hook between loading and training.
+    A failed load that Megatron ends with exit code 0 ends in an error. Megatron has no hook between loading and
+    training.
     """
     load = training.load_checkpoint
     if hasattr(load, "__wrapped__"):
@@ -112,22 +188,44 @@ def check_loaded_weights() -> None:
     @wraps(load)
     def load_and_check(model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
         args = get_args()
-        has_own = args.load and (args.ckpt_step or os.path.lexists(os.path.join(args.load, TRACKER)))
-        source = f"--load {args.load}"
-        if args.pretrained_checkpoint and not has_own:
-            source = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
-        try:
-            loaded = load(model, *rest, **options)
-        except SystemExit as stop:
-            raise BrokenCheckpointError(
-                f"{source}: cannot be loaded, for the reason that Megatron prints above. If it is damaged, give an "
-                "earlier iteration with --ckpt-step."
-            ) from stop
+        asked = args.ckpt_step
+        while True:
+            has_own = args.load and (args.ckpt_step or os.path.lexists(os.path.join(args.load, TRACKER)))
+            flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"
+            root = getattr(args, flag.removeprefix("--").replace("-", "_"))
+            folder = iteration_folder(Path(root), args) if root else None
+            try:
+                if folder is not None:
+                    _check_own_files(folder)
+                loaded = load(model, *rest, **options)
+                break
+            except SystemExit as stop:
+                raise BrokenCheckpointError(
+                    f"{flag} {root}: cannot be loaded, for the reason that Megatron prints above. If it is damaged, "
+                    "give an earlier iteration with --ckpt-step."
+                ) from stop
+            except (BrokenCheckpointError, CheckpointingException) as error:
+                is_damage = getattr(error, "code", "") == BrokenCheckpointError.code
+                if folder is None or not (is_damage or "integrity verification failed" in str(error)):
+                    raise
+                go_back(flag, folder, " ".join(str(error).split()), asked).apply(args)
         for chunk in model:
-            check_is_finite(source, chunk)
+            check_is_finite(f"{flag} {root}", chunk)
         return loaded
 
     training.load_checkpoint = load_and_check
+
+
+def _check_own_files(folder: Path) -> None:
+    """Check this rank's files of a checkpoint with one file per rank; others are checked while they are read."""
+    if not any(folder.glob("mp_rank_*")):
+        return
+    released = folder.name == RELEASE
+    iteration = 0 if released else int(folder.name.removeprefix("iter_"))
+    own = Path(checkpointing.get_checkpoint_name(str(folder.parent), iteration, released, return_base_dir=False))
+    with _fails_together():
+        for file in own.parent.glob("*.pt"):
+            check_file(file)
 
 
 class _Tracker(io.StringIO):
@@ -142,11 +240,11 @@ class _Tracker(io.StringIO):
             name = self.getvalue().strip()
             folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
             if (folder / INDEX).is_file():
-                (folder / INDEX_SUM).write_text(index_sum(folder))
+                write_text(folder / INDEX_SUM, index_sum(folder))
             for path in folder.rglob("*"):
-                sync_to_disk(path)
-            sync_to_disk(folder)
-            write_durably(self._path, name)
+                sync(path)
+            sync(folder)
+            write_text(self._path, name)
         super().close()
 
 

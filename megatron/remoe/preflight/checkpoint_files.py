@@ -1,7 +1,6 @@
 """Chooses the checkpoint that a run goes on from: the newest one that is whole."""
 
 import argparse
-import errno
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.remoe.data.files import write_text
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, common_state, read_index
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -47,7 +47,7 @@ class Resume:
         if args.rank == 0 and self.notice:
             print(self.notice, file=sys.stderr, flush=True)
         if args.rank == 0 and self.mends_tracker:
-            write_durably(self.folder.parent / TRACKER, str(self.step))
+            write_text(self.folder.parent / TRACKER, str(self.step))
 
 
 def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
@@ -86,8 +86,7 @@ def _choose(flag: str, root: Path, step: int | None) -> Resume:
     saved_iterations(root)  # refuses a file where a folder belongs
     newest = newest_iteration(root)
     released = newest == RELEASE
-    readable = released or _NUMBER.fullmatch(newest) is not None
-    wanted = None if released else step or (int(newest) if readable else None)
+    wanted = step or (int(newest) if _NUMBER.fullmatch(newest) else None)
     chosen = root / (RELEASE if released else f"iter_{wanted or 0:07d}")
     try:
         if wanted is None and not released:
@@ -95,23 +94,38 @@ def _choose(flag: str, root: Path, step: int | None) -> Resume:
             raise BrokenCheckpointError(f"{root / TRACKER} {state}")
         return Resume(flag, chosen, check_is_whole(chosen).get("args"))
     except BrokenCheckpointError as error:
-        whole = None if released else newest_whole(root, below=wanted)
-        if whole is None:
-            raise BrokenCheckpointError(f"{flag} {root}: {error}. No other checkpoint there is whole.") from error
-        if step:
-            raise BrokenCheckpointError(
-                f"--ckpt-step {step}: {error}. Iteration {whole} is whole.", "REMOE-E402"
-            ) from error
-        folder = root / f"iter_{whole:07d}"
+        return go_back(flag, chosen, str(error), step)
+
+
+def go_back(flag: str, failed: Path, problem: str, step: int | None = None) -> Resume:
+    """Choose the newest whole checkpoint before one that cannot be used.
+
+    Args:
+        flag: --load or --pretrained-checkpoint.
+        failed: the folder of the iteration or release; iteration 0 stands for the end of all.
+        problem: what is wrong with it.
+        step: --ckpt-step, if the user gave it.
+
+    Raises:
+        BrokenCheckpointError: the user asked for that iteration, or no earlier one is whole.
+    """
+    root = failed.parent
+    released = failed.name == RELEASE
+    whole = None if released else newest_whole(root, below=int(failed.name.removeprefix("iter_")) or None)
+    if whole is None:
+        raise BrokenCheckpointError(f"{flag} {root}: {problem}. No other checkpoint there is whole.")
+    if step:
+        raise BrokenCheckpointError(f"--ckpt-step {step}: {problem}. Iteration {whole} is whole.", "REMOE-E402")
+    folder = root / f"iter_{whole:07d}"
+    return Resume(
+        flag,
+        folder,
+        common_state(folder).get("args"),
+        step=whole,
         # Megatron would end, with exit code 0, at a tracker that it cannot read before it looks at --ckpt-step.
-        return Resume(
-            flag,
-            folder,
-            common_state(folder).get("args"),
-            step=whole,
-            mends_tracker=not readable,
-            notice=f"{flag} {root}: {error}. Going back to iteration {whole}.",
-        )
+        mends_tracker=_NUMBER.fullmatch(newest_iteration(root)) is None,
+        notice=f"{flag} {root}: {problem}. Going back to iteration {whole}.",
+    )
 
 
 def check_is_whole(folder: Path) -> dict[str, Any]:
@@ -189,26 +203,3 @@ def newest_iteration(root: Path) -> str:
             f"{tracker} is a folder. Remove it: the newest whole checkpoint is then found.", "REMOE-E403"
         )
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file by one that is complete, and still is after a power cut."""
-    aside = path.with_name(f"{path.name}.new")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_to_disk(path.parent)
-
-
-def sync_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot do it for folders
-            raise
-    finally:
-        os.close(descriptor)

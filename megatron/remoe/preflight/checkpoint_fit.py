@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from megatron.remoe.data.errors import UsageError
-from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, Resume, choose_checkpoint, newest_iteration
+from megatron.remoe.preflight.checkpoint_files import (
+    RELEASE,
+    TRACKER,
+    Resume,
+    choose_checkpoint,
+    newest_iteration,
+    newest_whole,
+)
 from megatron.remoe.preflight.checkpoint_index import INDEX, BrokenCheckpointError, common_state
 from megatron.remoe.preflight.compared_settings import (
     DURATION,
@@ -25,15 +32,11 @@ from megatron.remoe.preflight.compared_settings import moe_layer_pattern as moe_
 
 
 def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
-    """Return the folder of the iteration that Megatron loads; None if it is not in the torch_dist format."""
+    """Return the folder of the iteration or release that Megatron loads; None if there is none."""
     newest = newest_iteration(root)
     if newest == RELEASE:
-        folder = root / RELEASE
-    elif args.ckpt_step or newest.isdecimal():
-        folder = root / f"iter_{args.ckpt_step or int(newest):07d}"
-    else:
-        return None
-    return folder if (folder / INDEX).is_file() else None
+        return root / RELEASE
+    return root / f"iter_{args.ckpt_step or int(newest):07d}" if args.ckpt_step or newest.isdecimal() else None
 
 
 def check_is_data_alone(args: argparse.Namespace) -> None:
@@ -44,7 +47,7 @@ def check_is_data_alone(args: argparse.Namespace) -> None:
     """
     for flag, root in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         folder = iteration_folder(Path(root), args) if root else None
-        if folder is None:
+        if folder is None or not (folder / INDEX).is_file():
             continue
         try:
             common_state(folder)
@@ -67,6 +70,13 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
         UsageError: names flag, both values and the remedy.
     """
     resume = resume or choose_checkpoint(args)
+    starts_over = args.save and not args.load and not args.skip_train and "://" not in args.save
+    if starts_over and (whole := newest_whole(Path(args.save))) is not None:
+        raise UsageError(
+            f"--save {args.save}: holds iteration {whole}, and this training would overwrite it. Add --load "
+            f"{args.save} to continue from it, or choose another folder.",
+            "REMOE-E407",
+        )
     if resume is None:
         _check_is_there(args)
         return False
@@ -108,12 +118,11 @@ def _check_is_there(args: argparse.Namespace) -> None:
     """Refuse to start from random weights, which Megatron does without a checkpoint, but for a first start."""
     places = [("--pretrained-checkpoint", args.pretrained_checkpoint), ("--load", args.load)]
     flag, folder = next(((flag, folder) for flag, folder in places if folder), ("", ""))
-    if args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
+    is_elsewhere = any("://" in (place or "") for _, place in places)
+    if not folder or is_elsewhere or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
         return
-    if not folder or any("://" in (folder or "") for _, folder in places):
-        return
-    first_start = args.save and Path(args.save).resolve() == Path(folder).resolve()
-    if first_start and flag == "--load" and not args.finetune and not args.exit_on_missing_checkpoint:
+    first_start = flag == "--load" and args.save and Path(args.save).resolve() == Path(folder).resolve()
+    if first_start and not args.finetune and not args.exit_on_missing_checkpoint:
         return
     raise BrokenCheckpointError(
         f"{flag} {folder}: holds no checkpoint (there is no {TRACKER}). Give what a training had under --save, or "

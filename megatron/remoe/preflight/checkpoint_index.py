@@ -24,6 +24,7 @@ from megatron.remoe.data.errors import UsageError
 
 INDEX = ".metadata"
 INDEX_SUM = ".metadata.sha256"  # written by this package when a save is complete; other checkpoints have none
+SUM_LENGTH = 64
 _MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
 
@@ -69,7 +70,8 @@ def read_index(folder: Path) -> Metadata:
     if not index.is_file():
         raise BrokenCheckpointError(f"{index} is missing: saving was cut off")
     try:
-        if noted.is_file() and noted.read_text() != index_sum(folder):
+        # A sum that was not written to its end says nothing about the rest.
+        if noted.is_file() and len(seen := noted.read_bytes()) == SUM_LENGTH and seen != index_sum(folder).encode():
             raise ValueError(f"it has changed since it was saved, as {INDEX_SUM} shows")
         metadata = _IndexUnpickler(io.BytesIO(index.read_bytes())).load()
         _check_structure(metadata)

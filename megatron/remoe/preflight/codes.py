@@ -55,10 +55,14 @@ CODES: dict[str, tuple[str, str]] = {
     ),
     "REMOE-E404": ("There is no checkpoint in the given folder.", "Give the --save folder of a training."),
     "REMOE-E405": (
-        "An object in a checkpoint is damaged or could run code; it was not executed.",
+        "An object in a checkpoint could run code; it was not executed.",
         "Give an earlier iteration with --ckpt-step, or another checkpoint.",
     ),
     "REMOE-E406": ("Loaded weights are not finite.", "Give an earlier iteration with --ckpt-step."),
+    "REMOE-E407": (
+        "The --save folder holds checkpoints, and there is no --load.",
+        "Add --load with the same folder to continue, or give another --save.",
+    ),
     "REMOE-E411": ("The checkpoint's model has another shape.", "Give the checkpoint's values, or another --load."),
     "REMOE-E412": (
         "The checkpoint has another routing or model class.",

@@ -13,20 +13,10 @@ from megatron.remoe.routing.refusals import flag as flag_of
 from megatron.remoe.routing.refusals import shown
 
 # These give the weights their shapes, with what `shape` adds.
-SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "num_experts",
-    "moe_shared_expert_intermediate_size",
-    "swiglu",
-    "add_bias_linear",
-    "normalization",
-    "untie_embeddings_and_output_weights",
-    "mtp_num_layers",
-    "mtp_use_repeated_layer",
-)
+SHAPE = """
+num_layers hidden_size num_attention_heads kv_channels num_experts moe_shared_expert_intermediate_size swiglu
+add_bias_linear normalization untie_embeddings_and_output_weights mtp_num_layers mtp_use_repeated_layer
+""".split()
 DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
 # A training's result depends on these, besides its shape and the learning rate's schedule.
 RESULT = """

@@ -50,28 +50,22 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
         return
     for flag, (prefixes, weights), split in _blends(args, read_blends):
         used = [prefix for prefix, weight in zip(prefixes, weights or [1.0] * len(prefixes), strict=True) if weight]
-        wrong = [weight for weight in weights or [] if not 0.0 <= weight < math.inf]
-        if wrong or not used:
+        if not used or not all(0.0 <= weight < math.inf for weight in weights or []):
             raise DataError(
                 f"{flag}: has the weights {weights}. Give numbers of at least 0, and one above 0.", "REMOE-E303"
             )
-        if any(not _is_local(prefix) for prefix in used):
+        if not all(map(_is_local, used)):
             continue
         data_sets = [_open(prefix, flag, thorough=args.local_rank == 0) for prefix in used]
+        if split[2] is not None and args.multiple_validation_sets:
+            raise DataError(
+                f"{flag}: with --multiple-validation-sets Megatron fails at a test set, after the training. Leave the "
+                "flag out, or give 0 as the third number of --split.",
+                "REMOE-E304",
+            )
         for number, share in enumerate(split):
-            if share is None:
-                continue
-            if number == 2 and args.multiple_validation_sets:
-                raise DataError(
-                    f"{flag}: with --multiple-validation-sets Megatron fails at a test set, after the training. "
-                    "Leave the flag out, or give 0 as the third number of --split.",
-                    "REMOE-E304",
-                )
-            parts = [data.lengths[slice(*(round(end * len(data.lengths)) for end in share))] for data in data_sets]
-            tokens = [int(part.sum(dtype=np.int64)) for part in parts]
-            _check_split(args, flag, data_sets, number, tokens)
-            if weights is None and len(used) > 1:
-                _check_unweighted(args, flag, data_sets, number, tokens)
+            if share is not None:
+                _check_split(args, flag, data_sets, number, share, is_weighted=weights is not None)
         if split[0] is None and flag in ("--data-path", "--data-args-path") and not args.skip_train:
             raise DataError(
                 f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.", "REMOE-E304"
@@ -135,47 +129,52 @@ def _open(prefix: str, flag: str, thorough: bool = False) -> IndexedReader:
 
 
 def _check_split(
-    args: argparse.Namespace, flag: str, data_sets: list[IndexedReader], number: int, tokens: list[int]
+    args: argparse.Namespace,
+    flag: str,
+    data_sets: list[IndexedReader],
+    number: int,
+    share: tuple[float, float],
+    is_weighted: bool,
 ) -> None:
-    """Check that every data set has tokens in a split, and a single one a sequence to train on."""
+    """Check that every data set has tokens in a split, and a single one a sequence to train on.
+
+    Of data sets without weights Megatron takes one epoch: each must have a part in it, and all of them must suffice.
+    """
+    parts = [data.lengths[slice(*(round(end * len(data.lengths)) for end in share))] for data in data_sets]
+    tokens = [int(part.sum(dtype=np.int64)) for part in parts]
+    sequences = [max((some - 1) // args.seq_length, 0) for some in tokens]
+    name, is_alone = SPLITS[number], len(data_sets) == 1
     if 0 in tokens:
         empty = data_sets[tokens.index(0)]
         documents = f"{len(empty.lengths):,} document" + ("s" if len(empty.lengths) != 1 else "")
         split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag
-        raise DataError(
-            f"{flag} {empty.prefix}: of its {documents} the {SPLITS[number]} split gets nothing ({split}). Give more "
-            "documents, or another --split; 0 turns a split off (training only: 100,0,0 with --eval-iters 0).",
-            "REMOE-E304",
+        problem = (
+            f" {empty.prefix}: of its {documents} the {name} split gets nothing ({split}). Give more documents, or "
+            "another --split; 0 turns a split off (training only: 100,0,0 with --eval-iters 0)."
         )
-    if number == 0 and len(data_sets) == 1 and tokens[0] <= args.seq_length:
-        raise DataError(
-            f"{flag} {data_sets[0].prefix}: has {tokens[0]:,} tokens for training, not even one sequence of "
-            f"--seq-length {args.seq_length} and the token after it. Give more data, or a shorter --seq-length.",
-            "REMOE-E304",
+    elif is_alone and number == 0 and not sequences[0]:
+        problem = (
+            f" {data_sets[0].prefix}: has {tokens[0]:,} tokens for training, not even one sequence of --seq-length "
+            f"{args.seq_length} and the token after it. Give more data, or a shorter --seq-length."
         )
-
-
-def _check_unweighted(
-    args: argparse.Namespace, flag: str, data_sets: list[IndexedReader], number: int, tokens: list[int]
-) -> None:
-    """Check data sets without weights, of which Megatron takes one epoch: each has a part in it, and it suffices."""
-    sequences = [max((some - 1) // args.seq_length, 0) for some in tokens]
-    if 0 in sequences:
-        raise DataError(
-            f"{flag} {data_sets[sequences.index(0)].prefix}: has no whole sequence of --seq-length "
-            f"{args.seq_length} for {SPLITS[number]}, and cannot be mixed in. Leave it out, or give another --split.",
-            "REMOE-E304",
-        )
-    wanted = _sequences_wanted(args)[number]
-    if wanted is None or wanted <= sum(sequences) or args.dataloader_type == "cyclic":
+    elif is_alone or is_weighted:
         return
-    weighted = " ".join(f"{some} {data.prefix}" for some, data in zip(sequences, data_sets, strict=True))
-    raise DataError(
-        f"{flag}: {wanted:,} sequences are wanted for {SPLITS[number]}, and the {len(data_sets)} data sets have "
-        f"{sum(sequences):,}. Without weights Megatron goes through them once and fails at their end. Put a "
-        f"weight before each; by their sizes: {textwrap.shorten(weighted, 500, placeholder=' ...')}",
-        "REMOE-E304",
-    )
+    elif 0 in sequences:
+        problem = (
+            f" {data_sets[sequences.index(0)].prefix}: has no whole sequence of --seq-length {args.seq_length} for "
+            f"{name}, and cannot be mixed in. Leave it out, or give another --split."
+        )
+    else:
+        wanted, there = _sequences_wanted(args)[number], sum(sequences)
+        if wanted is None or wanted <= there or args.dataloader_type == "cyclic":
+            return
+        weighted = " ".join(f"{some} {data.prefix}" for some, data in zip(sequences, data_sets, strict=True))
+        problem = (
+            f": {wanted:,} sequences are wanted for {name}, and the {len(data_sets)} data sets have {there:,}. Without "
+            "weights Megatron goes through them once and fails at their end. Put a weight before each; by their "
+            f"sizes: {textwrap.shorten(weighted, 500, placeholder=' ...')}"
+        )
+    raise DataError(f"{flag}{problem}", "REMOE-E304")
 
 
 def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None, int | None]:
@@ -258,12 +257,12 @@ def _blends(
 def _split_matrix(split: str | None) -> list[tuple[float, float] | None]:
     words = [word.strip() for word in (split or "").split(",")]
     numbers = [float(word) for word in words if re.fullmatch(r"\d+\.?\d*|\.\d+", word)]
-    if len(numbers) < len(words) or len(words) > len(SPLITS) or not sum(numbers):
-        raise DataError(
-            f"--split {split}: give up to three numbers, for training, validation and test, for instance 969,30,1.",
-            "REMOE-E304",
-        )
-    return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    if len(numbers) == len(words) <= len(SPLITS) and any(numbers):
+        return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    raise DataError(
+        f"--split {split}: give up to three numbers, for training, validation and test, for instance 969,30,1.",
+        "REMOE-E304",
+    )
 
 
 def _is_local(prefix: str) -> bool:

@@ -17,22 +17,19 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
         UsageError: names the variable, its value and the remedy.
     """
-    rank, size = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
-    port, wrong = environment.get("MASTER_PORT", "0"), ""
-    for name, text in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", environment.get("LOCAL_RANK", "0"))):
-        if not text.isdecimal():
-            wrong = wrong or f"{name}={text!r} in the environment is not a whole number"
-    if not wrong and int(rank) >= int(size):
-        wrong = f"RANK={rank} in the environment must be below WORLD_SIZE={size}"
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not wrong and "RANK" in environment and not environment.get(name):
-            wrong = f"RANK={rank} is set in the environment and {name} is not"
-    if not wrong and (not port.isdecimal() or int(port) > 65535):
-        wrong = f"MASTER_PORT={port!r} in the environment is not a port, 1024 to 65535"
-    if wrong:
+    get, numbers = environment.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    port, wrong = get("MASTER_PORT", "0"), [name for name in numbers if not get(name, "0").isdecimal()]
+    problems = [f"{name}={get(name)!r} in the environment is not a whole number" for name in wrong]
+    if not wrong and int(get("RANK", "0")) >= int(get("WORLD_SIZE", "1")):
+        problems.append(f"RANK={get('RANK')} in the environment must be below WORLD_SIZE={get('WORLD_SIZE')}")
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if "RANK" in environment and not get(name)]:
+        problems.append(f"RANK={get('RANK')} is set in the environment and {missing[0]} is not")
+    if not port.isdecimal() or int(port) > 65535:
+        problems.append(f"MASTER_PORT={port!r} in the environment is not a port, 1024 to 65535")
+    if problems:
         raise UsageError(
-            f"{wrong}. torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use it, or unset them "
-            "all.",
+            f"{problems[0]}. torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use it, or unset "
+            "them all.",
             "REMOE-E101",
         )
 
@@ -74,24 +71,19 @@ def check_hybrid_model(args: argparse.Namespace) -> None:
     pattern = args.hybrid_layer_pattern
     if not pattern:
         return
-    given = f"--hybrid-layer-pattern {pattern}"
+    given, experts, has_experts = f"--hybrid-layer-pattern {pattern}", args.num_experts, "E" in pattern
+    frequency, overlaps = args.moe_layer_freq, args.overlap_moe_expert_parallel_comm
     _refuse(
         "REMOE-E202",
         {
-            f"{given} has no MoE layer (E), and --num-experts {args.num_experts} has nothing to apply to. Put E where "
-            "experts should be, for instance '*E*E', or leave --num-experts out.": (
-                args.num_experts and "E" not in pattern
-            ),
-            f"{given} has MoE layers (E): give --num-experts, or - for dense ones.": (
-                "E" in pattern and not args.num_experts
-            ),
-            f"--moe-layer-freq {shown(args.moe_layer_freq)}: {given} says which layers have experts. Leave one out.": (
-                args.moe_layer_freq != 1
+            f"{given} has no MoE layer (E), and --num-experts {experts} has nothing to apply to. Put E where experts "
+            "should be, for instance '*E*E', or leave --num-experts out.": experts and not has_experts,
+            f"{given} has MoE layers (E): give --num-experts, or - for dense ones.": has_experts and not experts,
+            f"--moe-layer-freq {shown(frequency)}: {given} says which layers have experts. Leave one out.": (
+                frequency != 1
             ),
             "--use-rope-scaling: HybridModel does not scale rope. Leave it out.": args.use_rope_scaling,
-            "--overlap-moe-expert-parallel-comm: HybridModel has no schedule plan to overlap by. Leave it out.": (
-                args.overlap_moe_expert_parallel_comm
-            ),
+            "--overlap-moe-expert-parallel-comm: HybridModel has no schedule to overlap by. Leave it out.": overlaps,
         },
     )
 
@@ -134,10 +126,13 @@ def check_evaluation_and_saving(args: argparse.Namespace) -> None:
     Raises:
         UsageError: names flag, reason and remedy.
     """
-    sets, names = args.multiple_validation_sets, args.validation_set_names
+    sets, names, prefixes = args.multiple_validation_sets, args.validation_set_names, args.valid_data_path
     full = "--multiple-validation-sets with --full-validation"
     on_cpu = args.distributed_backend == "gloo"
+    lacks_type = args.save and args.non_persistent_save_interval and not args.non_persistent_ckpt_type
+    lacks_clock = args.log_straggler and not find_spec("pynvml")
     per_layer = args.save_dgrads_interval or args.save_activations_interval
+    lacks_engine = per_layer and not find_spec("transformer_engine")
     _refuse(
         "REMOE-E203",
         {
@@ -145,16 +140,12 @@ def check_evaluation_and_saving(args: argparse.Namespace) -> None:
             f"--multiple-validation-sets evaluates whole sets alone. Give {full}.": sets and not args.full_validation,
             "--validation-set-names names several sets. Add --multiple-validation-sets.": names and not sets,
             f"--validation-set-names {shown(names)}: give one name for each prefix of --valid-data-path.": (
-                names and args.valid_data_path and len(names) != len(args.valid_data_path)
+                names and prefixes and len(names) != len(prefixes)
             ),
-            "--non-persistent-save-interval: no destination given. Add --non-persistent-ckpt-type global.": (
-                args.save and args.non_persistent_save_interval and not args.non_persistent_ckpt_type
-            ),
-            "--log-straggler reads clocks through nvidia-ml-py, which is not installed. Install it, or leave it out.": (
-                args.log_straggler and not find_spec("pynvml")
-            ),
+            "--non-persistent-save-interval: no destination given. Add --non-persistent-ckpt-type global.": lacks_type,
+            "--log-straggler needs nvidia-ml-py, which is not installed. Install it, or leave it out.": lacks_clock,
             "--save-dgrads-interval, --save-activations-interval need Transformer Engine's layers, and it is not "
-            "installed. Leave them out.": per_layer and not find_spec("transformer_engine"),
+            "installed. Leave them out.": lacks_engine,
             "--async-save needs a GPU: its process dies without one, and the first save waits for it. Leave it out.": (
                 args.async_save and on_cpu
             ),

@@ -20,47 +20,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.remoe.data.errors import DataError, UsageError
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
 
-REMEDIES: tuple[tuple[str, str], ...] = (
-    (
-        r"OptimizerParamScheduler: class input value",
-        "Give the learning-rate flags that the checkpoint was saved with, or --override-opt_param-scheduler to follow "
-        "the flags, or --use-checkpoint-opt_param-scheduler to follow the checkpoint.",
-    ),
-    (r"EADDRINUSE|address already in use", "Another program listens there: choose another MASTER_PORT, or unset RANK."),
-    (
-        r"DistStoreError|DistNetworkError|timed out|Timeout",
-        "Not all ranks reached each other: start as many as WORLD_SIZE says, and see to it that MASTER_ADDR and "
-        "MASTER_PORT of the first node can be reached from all.",
-    ),
-    (
-        r"Connection (reset|closed) by peer|remote process exited|NCCL.*(abort|remote|unhandled system)",
-        "Another rank has ended: its last words, or its exit code in torchrun's report, tell why.",
-    ),
-    (
-        r"out of memory|can't allocate memory",
-        "Take a smaller --micro-batch-size, more devices, or --recompute-granularity full with its flags.",
-    ),
-    (
-        r"No space left on device|Disk quota exceeded|File too large",
-        "Make room for what is saved: the last whole checkpoint is still there, and the same command goes on from it.",
-    ),
-    (
-        r"Failed to write dataset materials",
-        "Megatron keeps the order of the samples beside the data: give a folder that can be written with "
-        "--data-cache-path.",
-    ),
-    (
-        r"found (NaN|Inf) in|nan.*(loss|grad)|(loss|grad).*nan",
-        "If it is the first iteration after --load, the checkpoint's weights are not finite: go back with --ckpt-step. "
-        "Otherwise lower --lr, or look at the data.",
-    ),
-    (
-        r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key",
-        "The checkpoint under --load is that of another model: give its flags, or another --load.",
-    ),
-    (r"integrity verification failed", "Give an earlier iteration with --ckpt-step."),
-    (r"Found no NVIDIA driver|no kernel image|CUDA driver", "Without a working GPU, train with --cpu."),
-)
+# What an error says → what to do.
+REMEDIES = {
+    r"OptimizerParamScheduler: class input value": "Give the learning-rate flags of the checkpoint, or follow the "
+    "flags with --override-opt_param-scheduler or the checkpoint with --use-checkpoint-opt_param-scheduler.",
+    r"EADDRINUSE|address already in use": "Another program listens there: choose another MASTER_PORT, or unset RANK.",
+    r"DistStoreError|DistNetworkError|timed out|Timeout": "Not all ranks reached each other: start WORLD_SIZE of them, "
+    "and check that all can reach MASTER_ADDR and MASTER_PORT of the first node.",
+    r"Connection (reset|closed) by peer|remote process exited|NCCL.*(abort|remote|unhandled system)": "Another rank "
+    "has ended: its last words, or its exit code in torchrun's report, say why.",
+    r"out of memory|can't allocate memory": "Use a smaller --micro-batch-size, more devices, or "
+    "--recompute-granularity full with its flags.",
+    r"No space left on device|Disk quota exceeded|File too large": "Make room for what is saved: the last whole "
+    "checkpoint is still there, and the same command resumes from it.",
+    r"Failed to write dataset materials": "Megatron keeps the order of the samples beside the data: give a folder that "
+    "can be written with --data-cache-path.",
+    r"found (NaN|Inf) in|nan.*(loss|grad)|(loss|grad).*nan": "If it is the first iteration after --load, the "
+    "checkpoint's weights are not finite: go back with --ckpt-step. Otherwise lower --lr, or look at the data.",
+    r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key": "The "
+    "checkpoint under --load is of another model: give its flags, or another --load.",
+    r"Found no NVIDIA driver|no kernel image|CUDA driver": "Without a working GPU, train with --cpu.",
+}
 # Choices of flags that older versions of Megatron had.
 SUCCESSORS = {"alltoall_seq": "alltoall"}
 LENGTH = 400
@@ -177,7 +157,7 @@ def last_words(error: BaseException, rank: str | None = None) -> str:
         lines[0] += f" {lines[1].strip()}"
     reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     whole = f"{type(error).__name__}: {text}"
-    remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, whole, re.IGNORECASE)), None)
+    remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, whole, re.IGNORECASE)), None)
     short = reason if len(reason) <= LENGTH else reason[:LENGTH] + " ..."
     return where + short + (f"\n{remedy}" if remedy else "")
 

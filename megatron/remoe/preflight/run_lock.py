@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from megatron.remoe.data.errors import UsageError
-from megatron.remoe.preflight.checkpoint_files import sync_to_disk, write_durably
+from megatron.remoe.data.files import sync, write_text
 from megatron.remoe.preflight.environment import check_can_be_written
 
 LOCK, HOLDER = "training.lock", "training.lock.holder"
@@ -60,9 +60,9 @@ def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS
     )
     _acquire(lease, holder, lease_seconds)
     try:
-        sync_to_disk(Path(lease.lock_file))
+        sync(Path(lease.lock_file))
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        write_durably(holder, f"process {os.getpid()} on {socket.gethostname()}, started {started}")
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}, started {started}")
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import tempfile
-import threading
+from functools import partial
 from pathlib import Path
 
+from megatron.remoe.data.files import write_aside
 from megatron.remoe.data.gpt2_files import END_OF_TEXT, FOLDER_TOKENIZER, GPT2_TOKENIZER, read_gpt2_vocabulary
 
 TOKENIZER_CONFIG = {
@@ -83,12 +84,6 @@ def _write_missing(contents: dict[str, bytes], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         path = folder / name
-        if path.is_file() and path.read_bytes() == content:
-            continue
-        aside = folder / f".tmp-{os.getpid()}-{threading.get_native_id()}-{name}"
-        try:
-            aside.write_bytes(content)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        if not path.is_file() or path.read_bytes() != content:
+            write_aside(path, partial(Path.write_bytes, data=content))
     return folder

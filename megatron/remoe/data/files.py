@@ -1,0 +1,40 @@
+"""Write files so that another program, or a power cut, finds the old one or the new one and nothing between."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file, wait until it is on the disk, and rename it to `path`.
+
+    Raises:
+        OSError: it cannot be written; the temporary file is removed.
+    """
+    aside = path.with_name(f".tmp-{os.getpid()}-{threading.get_native_id()}-{path.name}")
+    try:
+        write(aside)
+        sync(aside)
+        aside.replace(path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text to a file, aside."""
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)

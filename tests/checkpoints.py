@@ -1,0 +1,67 @@
+"""Checkpoints of a tiny training, to be damaged."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM
+from tests.trainings import TINY, weights
+from tools.common.tiny_model import RELU
+
+
+def training(data: Path, folder: Path, *more: str) -> list[str]:
+    """The arguments of a training that saves at iterations 2, 4 and 6, or goes on from there."""
+    saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "2", "--train-iters", "6"]
+    return [*TINY, *RELU, "--data-path", str(data), *saving, *more]
+
+
+class Saved:
+    """The checkpoints in a folder; `saved[6]` is the folder of iteration 6."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __getitem__(self, iteration: int) -> Path:
+        return self.root / f"iter_{iteration:07d}"
+
+    def copy(self, root: Path) -> "Saved":
+        return Saved(Path(shutil.copytree(self.root, root)))
+
+    def replace_index(self, iteration: int, content: bytes) -> None:
+        """Replace the index of an iteration as another program would: without a checksum."""
+        (self[iteration] / INDEX_SUM).unlink(missing_ok=True)
+        (self[iteration] / INDEX).write_bytes(content)
+
+    def assert_same_weights(self, other: "Saved", iteration: int) -> None:
+        right, found = weights(self.root, iteration), weights(other.root, iteration)
+        assert right.keys() == found.keys()
+        for key in right:
+            assert torch.equal(right[key], found[key]), key
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path, byte: int | None = None) -> None:
+    """Flip one bit, in the middle by default."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if byte is None else byte] ^= 1
+    path.write_bytes(content)
+
+
+def tensors(folder: Path) -> Path:
+    """The first file with tensors of an iteration."""
+    return min(folder.glob("*.distcp"))

@@ -1,0 +1,22 @@
+"""Checkpoints that the tests of this folder damage."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import Saved, training
+from tests.trainings import run
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A training's checkpoints of iterations 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(training(data, folder))
+    return Saved(folder)
+
+
+@pytest.fixture
+def saved(uninterrupted: Saved, tmp_path: Path) -> Saved:
+    """A copy of them, to be damaged."""
+    return uninterrupted.copy(tmp_path / "checkpoints")

@@ -1,0 +1,182 @@
+"""Bytes of a checkpoint that have changed are found when they are loaded, and code among them is not executed."""
+
+import io
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.serialization import config
+
+from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, read_index
+from megatron.remoe.preflight.stored_sums import check_file, check_places
+from tests.checkpoints import Malicious, Saved, flip, tensors, training, truncate
+from tests.trainings import records, run
+
+WEIGHT = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+FLIPS = int(os.environ.get("REMOE_FLIPS", "100"))
+
+
+def place(folder: Path, name: str) -> tuple[Path, int, int]:
+    """File, offset and length of a tensor or object."""
+    entry = next(entry for key, entry in read_index(folder).storage_data.items() if key.fqn.startswith(name))
+    return folder / entry.relative_path, entry.offset, entry.length
+
+
+def flip_in(folder: Path, name: str) -> None:
+    path, offset, length = place(folder, name)
+    flip(path, offset + length // 2)
+
+
+def put_code(saved: Saved, iteration: int, name: str, marker: Path) -> None:
+    """Put code that makes the marker in place of an object, behind the others, with sums that fit it."""
+    index = read_index(saved[iteration])
+    entry = next(entry for key, entry in index.storage_data.items() if key.fqn.startswith(name))
+    code = io.BytesIO()
+    torch.save(Malicious(marker), code)
+    with (saved[iteration] / entry.relative_path).open("ab") as file:
+        entry.offset, entry.length = file.tell(), len(code.getvalue())
+        file.write(code.getvalue())
+    saved.replace_index(iteration, pickle.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: truncate(tensors(folder)),
+        lambda folder: flip_in(folder, WEIGHT),
+        lambda folder: flip_in(folder, "optimizer.state.exp_avg_sq"),
+        lambda folder: flip_in(folder, "rng_state"),
+        lambda folder: flip_in(folder, "common_state"),
+    ],
+    ids=["truncated", "weight", "optimizer", "random state", "settings"],
+)
+def test_the_entry_goes_back_and_ends_the_same(spoil, saved: Saved, data: Path, uninterrupted: Saved) -> None:
+    spoil(saved[6])
+    output = run(training(data, saved.root))
+    assert str(saved[6]) in output and "Going back to iteration 4" in output
+    assert list(records(output)) == [5, 6]
+    uninterrupted.assert_same_weights(saved, 6)
+
+
+@pytest.mark.parametrize("more", [[], ["--ckpt-fully-parallel-load"], ["--ckpt-assume-constant-structure"]])
+def test_one_rank_that_finds_it_takes_the_others_along(more: list[str], data: Path, tmp_path: Path) -> None:
+    words = training(data, tmp_path, "--expert-model-parallel-size", "2", *more)
+    run(words, processes=2)
+    flip(tmp_path / "iter_0000006" / "__1_0.distcp")
+    output = run(words, processes=2)
+    assert output.count("Going back to iteration 4") == 1 and list(records(output)) == [5, 6]
+
+
+def test_an_iteration_that_was_asked_for_is_refused(saved: Saved, data: Path) -> None:
+    flip_in(saved[4], WEIGHT)
+    output = run(training(data, saved.root, "--ckpt-step", "4"), expect=1)
+    assert "REMOE-E402" in output and "Iteration 2 " in output and "Traceback" not in output
+
+
+def test_nothing_whole_is_refused(saved: Saved, data: Path) -> None:
+    truncate(tensors(saved[6]))
+    truncate(tensors(saved[4]))
+    truncate(tensors(saved[2]))
+    output = run(training(data, saved.root), expect=2)
+    assert "REMOE-E401" in output and "Traceback" not in output
+
+
+def test_megatrons_own_hashes_lead_back_too(data: Path, tmp_path: Path) -> None:
+    words = training(data, tmp_path, "--verify-integrity")
+    run(words)
+    metadata = tmp_path / "iter_0000006" / "metadata.json"
+    metadata.write_text(metadata.read_text() + " ")  # no sum of ours is of it
+    assert "Going back to iteration 4" in run(words)
+
+
+def test_one_file_per_rank(data: Path, tmp_path: Path) -> None:
+    words = training(data, tmp_path, "--ckpt-format", "torch")
+    run(words)
+    file = next(tmp_path.glob("iter_0000006/mp_rank_00/*.pt"))
+
+    def flip_from_a_tensors_start(byte: int) -> None:
+        record = next(part for part in zipfile.ZipFile(file).infolist() if "/data/" in part.filename)
+        flip(file, record.header_offset + byte)
+
+    for spoil in (
+        lambda: truncate(file),
+        lambda: flip_from_a_tensors_start(0),  # before its values
+        lambda: flip_from_a_tensors_start(1000),  # among them
+    ):
+        spoil()
+        output = run(words)
+        assert str(file) in output and "Going back to iteration 4" in output and list(records(output)) == [5, 6]
+        assert zipfile.ZipFile(file).testzip() is None, "it was overwritten"
+    longer = run([*words, "--train-iters", "8", "--lr-decay-iters", "6"])
+    assert list(records(longer)) == [7, 8]
+
+
+@pytest.mark.parametrize("name", [WEIGHT, "decoder.final_layernorm", "rng_state"])
+def test_no_flipped_bit_changes_what_is_read(name: str, saved: Saved, tmp_path: Path) -> None:
+    """Each is found, ends in PyTorch's own error, or changes nothing."""
+    path, offset, length = place(saved[6], name)
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read(length)
+    chance, copy, found = random.Random(2), tmp_path / "copy", 0
+    right = read(content)
+    for _ in range(FLIPS):
+        bit, damaged = chance.randrange(8 * length), bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        copy.write_bytes(damaged)
+        try:
+            check_places(copy, [(0, length)])
+            assert read(bytes(damaged)) in (right, None), bit
+        except BrokenCheckpointError as error:
+            assert str(copy) in str(error)
+            found += 1
+    print(f"{found} of {FLIPS} flips found by their sum")
+    assert found
+
+
+def read(content: bytes) -> bytes | None:
+    """The bytes of the tensor or object in an archive; None where PyTorch cannot read it."""
+    try:
+        reader = torch._C.PyTorchFileReader(io.BytesIO(content))
+        return b"".join(reader.get_record(name) for name in ("data.pkl", "data/0") if reader.has_record(name))
+    except RuntimeError:
+        return None
+
+
+def test_files_without_sums_are_not_checked(tmp_path: Path) -> None:
+    with config.patch("save.compute_crc32", False):
+        torch.save(torch.ones(9), tmp_path / "a.pt")
+    check_file(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("more", [[], ["--use-checkpoint-args"]])
+def test_settings_are_not_executed(more: list[str], saved: Saved, data: Path) -> None:
+    put_code(saved, 6, "common_state", saved.root / "executed")
+    output = run(training(data, saved.root, *more))
+    assert not (saved.root / "executed").exists()
+    assert "Going back to iteration 4" in output
+
+
+def test_objects_are_not_executed(saved: Saved, data: Path) -> None:
+    put_code(saved, 6, "rng_state", saved.root / "executed")
+    output = run(training(data, saved.root), expect=1)
+    assert not (saved.root / "executed").exists()
+    assert "Traceback" not in output and "REMOE-E405" in output
+    message = output[output.rindex("pretrain_gpt.py: error: ") :]
+    assert "mkdir" in message and len(message) < 1000 and message.count("\n") <= 3, message
+
+
+def test_whole_checkpoints_are_not_overwritten_by_a_new_training(saved: Saved, data: Path) -> None:
+    words = training(data, saved.root)
+    at = words.index("--load")
+    before = {path: path.read_bytes() for path in saved.root.rglob("*") if path.is_file()}
+    assert "REMOE-E407" in run([*words[:at], *words[at + 2 :]], expect=2)
+    assert {path: path.read_bytes() for path in before} == before
+    for iteration in (2, 4, 6):
+        shutil.rmtree(saved[iteration])
+    assert list(records(run([*words[:at], *words[at + 2 :]]))) == [1, 2, 3, 4, 5, 6]
