@@ -1,4 +1,4 @@
-"""Training again in the same process after an error: the same weights and log, and the folder is locked all the time."""
+"""Training again in the same process after an error: the same weights and log, in a folder that stays locked."""
 
 import importlib.util
 import os

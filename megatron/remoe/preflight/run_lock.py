@@ -98,7 +98,7 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
         try:
             before, found = beat, lock.lstat()
             beat = found.st_mtime_ns
-            who = holder.read_text() if holder.exists() else "one that has just started"
+            who = holder.read_text(errors="replace") if holder.is_file() else "one that has just started"
         except FileNotFoundError:
             continue  # it has ended
         if before not in (0, beat):
