@@ -133,7 +133,7 @@ def test_tools_run_no_code(
         convert([*load, "--save", out, "--num-experts", "4"]),
         export([*load, "--save", out]),
         generate([*load, "--prompt", "a", "--max-new-tokens", "1"]),
-        evaluate([*load, "--data-path", str(trial.folder / "text")]),
+        evaluate([*load, "--data-path", str(trial.folder / "text"), "--sequences", "2"]),
     ]
     output, error = capfd.readouterr()
     assert not marker.exists() and "Traceback" not in error and "[y/N]" not in output + error, error
