@@ -67,6 +67,10 @@ def test_killed_at_random_moments(layout: str, tmp_path: Path, note: Noted) -> N
     check_words(output)
     assert code == 0, output[-3000:]
     assert same_weights(tmp_path / "expected", folder, STEPS)
-    assert figures(folder, 2) == figures(tmp_path / "expected", 2)
+    right, mine = figures(tmp_path / "expected", 2), figures(folder, 2)
+    if "--exit-signal-handler" in flags:  # it saves between two lines, and the next one is a mean over other steps
+        for line in right + mine:
+            line.pop("lm_loss" if line["kind"] == "log" else "", None)
+    assert mine == right
     assert not (folder / LOCK).exists()
     note("kills", f"survived ({layout})", kills)

@@ -99,7 +99,7 @@ def test_the_code_would_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PICKLES)
 def test_one_file_per_rank_runs_no_code(name: str, whole: Path, tmp_path: Path, note: Noted) -> None:
-    folder, marker = whole / "one file", tmp_path / "executed"
+    folder, marker = whole / "one_file", tmp_path / "executed"
     flags = ["--ckpt-format", "torch"]
     if not folder.exists():
         run([*training(whole, folder.name, *flags), "--exit-interval", str(SAVED)])

@@ -20,9 +20,9 @@ FORBIDDEN = ("Traceback", "EOFError", "[y/N]", "Segmentation fault")
 
 def training(folder: Path, name: str, *more: str, steps: int = STEPS, saves: int = 2) -> list[str]:
     """Return the flags of a training of `folder/text` that saves to and resumes from `folder/name`."""
-    run = str(folder / name)
-    flags = f"--save {run} --load {run} --save-interval {saves} --train-iters {steps} --lr-decay-iters {steps}"
-    return [*TINY, *RELU, "--data-path", str(folder / "text"), *flags.split(), *more]
+    flags = f"--save-interval {saves} --train-iters {steps} --lr-decay-iters {steps}".split()
+    places = ["--data-path", str(folder / "text"), "--save", str(folder / name), "--load", str(folder / name)]
+    return [*TINY, *RELU, *places, *flags, *more]
 
 
 def check_words(output: str) -> None:
