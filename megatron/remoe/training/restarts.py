@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 
 from megatron.remoe.data.errors import UsageError
+from megatron.remoe.preflight.environment import check_environment
 from megatron.remoe.preflight.messages import last_words, usage_errors
 from megatron.training import arguments, inprocess_restart
 
@@ -52,7 +53,8 @@ def _nvrx_wrapper(attempt: Attempt) -> Callable[[], None]:
             "the flag out.",
             "REMOE-E209",
         ) from error
-    if int(os.environ["MASTER_PORT"]) < 1024:
+    check_environment()
+    if not 1024 <= int(os.environ["MASTER_PORT"]) <= 65533:
         raise UsageError(
             "--inprocess-restart needs the two ports after MASTER_PORT: start the training with torchrun.", "REMOE-E209"
         )
