@@ -44,6 +44,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how many trials of each kind there were, and what came of them."""
     counts: Counter[tuple[str, str]] = Counter()
     for report in terminalreporter.stats.get("passed", []):
+        if report.when == "call" and "test_broken_folders.py" in report.nodeid:
+            counts["broken folders", "refused"] += 1
         for name, value in report.user_properties:
             if name == "hostile":
                 counts[value[0], value[1]] += value[2]
