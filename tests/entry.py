@@ -38,8 +38,13 @@ class Entry:
         processes: int = 1,
         script: Path = ROOT / "pretrain_gpt.py",
         limit: float = LIMIT,
+        kill: tuple[int, str, float] | None = None,
     ) -> tuple[int | None, str]:
         """Run the entry, or a script around it, as torchrun would with so many processes.
+
+        Args:
+            kill: a signal that the processes get so many seconds after a file is there, or after their start where
+                its name is empty.
 
         Returns:
             The exit code, None after the time limit, and all that was printed.
@@ -49,7 +54,7 @@ class Entry:
         with tempfile.NamedTemporaryFile("r", errors="replace") as output:
             request = {"number": number, "output": output.name, "script": str(script), "processes": processes}
             request |= {"arguments": list(arguments), "environment": environment or {}, "unset": list(unset)}
-            self.process.stdin.write(json.dumps(request | {"limit": limit}) + "\n")
+            self.process.stdin.write(json.dumps(request | {"limit": limit, "kill": kill}) + "\n")
             self.process.stdin.flush()
             for line in self.process.stdout:
                 if line.startswith(f"answer {number} "):  # and no late one to a test that ran out of time

@@ -1,12 +1,15 @@
 """Runs the training entry, or a script around it, once per request in forked children: Megatron is imported once.
 
 A line of JSON on standard input asks: {"number", "arguments", "environment", "unset", "processes", "script", "output",
-"limit"}; what the children print goes to the file "output". A line on standard output answers: "answer", the number,
-and the exit code, or null after `limit` seconds.
+"limit", "kill"}; what the children print goes to the file "output". A line on standard output answers: "answer", the
+number, and the exit code, or null after `limit` seconds. "kill" is null or [signal, file, seconds]: the children get
+the signal so long after the file is there, or after their start where it is empty.
 """
 
 import atexit
+import contextlib
 import json
+import math
 import os
 import runpy
 import signal
@@ -26,6 +29,7 @@ from megatron.remoe import cpu  # noqa: E402
 def child(request: dict[str, Any], rank: dict[str, str]) -> NoReturn:
     """End as the entry would, started with these arguments in this environment."""
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.setpgid(0, 0)
@@ -70,13 +74,22 @@ def answer(request: dict[str, Any]) -> int | None:
         os.close(writing)
     running = [os.fork() or child(request, rank) for rank in ranks]
     deadline, code = time.monotonic() + request["limit"], 0
+    number, awaited, seconds = request["kill"] or (0, None, 0.0)
+    moment = time.monotonic() + seconds if awaited == "" else math.inf
     while running and code == 0 and time.monotonic() < deadline:
         for pid in list(running):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 running.remove(pid)
                 code = code or os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
+        if awaited and os.path.exists(awaited):
+            moment, awaited = time.monotonic() + seconds, ""
+        if time.monotonic() > moment:
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet: in the next round
+                for pid in running:
+                    os.killpg(pid, number)
+                moment = math.inf
+        time.sleep(0.002 if request["kill"] else 0.01)
     for pid in (*running, *holders):
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

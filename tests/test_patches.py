@@ -197,6 +197,14 @@ def test_without_reruns_a_step_that_is_not_finite_ends_before_the_update(machine
         machine.should_run_forward_backward(None)
 
 
+def test_a_step_that_was_not_finished_ends_with_its_training(machine: RerunStateMachine) -> None:
+    """An in-process restart makes a new machine."""
+    patches.validate_once_per_step()
+    machine.should_run_forward_backward(None)
+    machine.validate_result(torch.tensor(float("nan")), torch.isnan, "found NaN in a loss")
+    assert RerunStateMachine(mode=RerunMode.DISABLED).should_run_forward_backward(None)
+
+
 @pytest.mark.parametrize(
     "name", ["reduce_max_stat_across_model_parallel_group", "logical_and_across_model_parallel_group"]
 )

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron.remoe.training.run_log import read_run_log
 from tests.entry import shared_entry
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT as REPOSITORY
@@ -87,6 +89,14 @@ def records(output: str) -> dict[int, dict[str, str]]:
 def series(output: str, field: str) -> list[float]:
     """The values of a field by iteration."""
     return [float(record[field]) for _, record in sorted(records(output).items())]
+
+
+def figures(folder: Path, interval: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without times and starts, at whole intervals: each session logs its first step too."""
+    times = ("time", "seconds_per_iteration", "tokens_per_second")
+    lines = [line for line in read_run_log(folder / "metrics.jsonl") if line["kind"] != "start"]
+    lines = [line for line in lines if line["iteration"] % interval == 0]
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
 
 
 def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:

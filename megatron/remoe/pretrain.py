@@ -9,9 +9,13 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from megatron.remoe.preflight.run_lock import RunLock
     from megatron.training.models.base import ModelConfig
 
 # Started without torchrun, this is the only process.
@@ -25,9 +29,16 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
         observe: called with the model's configuration before the model is built, for tools that measure.
     """
     on_cpu = prepare()
+    from megatron.remoe.preflight.run_lock import RunLock
+
     with ExitStack() as at_the_end:
         try:
-            train(on_cpu, observe, at_the_end)
+            if "--inprocess-restart" in sys.argv:
+                from megatron.remoe.training.restarts import run_with_restarts
+
+                run_with_restarts(partial(train, on_cpu, observe, RunLock(at_the_end)))
+            else:
+                train(on_cpu, observe, RunLock(at_the_end), at_the_end)
         except SystemExit:
             raise
         except BaseException as error:
@@ -59,8 +70,21 @@ def prepare() -> bool:
     return on_cpu
 
 
-def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_end: ExitStack) -> None:
-    """Parse, lock, check, patch, configure the model, install the routing, and call Megatron's loop."""
+def train(
+    on_cpu: bool,
+    observe: "Callable[[ModelConfig], None] | None",
+    lock: "RunLock",
+    at_the_end: ExitStack,
+    store: "Store | None" = None,
+) -> None:
+    """Parse, lock, check, patch, configure the model, install the routing, and call Megatron's loop.
+
+    Args:
+        on_cpu, observe: as in `main`.
+        lock: held longer than one call if the training is started again in this process.
+        at_the_end: what ends with this call.
+        store: where the ranks meet, other than by MASTER_ADDR.
+    """
     from megatron.core.enums import ModelType
     from megatron.remoe import cpu, patches
     from megatron.remoe.preflight.checkpoint_files import choose_checkpoint
@@ -75,7 +99,6 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     )
     from megatron.remoe.preflight.machine import check_kernels
     from megatron.remoe.preflight.messages import usage_errors
-    from megatron.remoe.preflight.run_lock import only_training
     from megatron.remoe.training import hooks
     from megatron.remoe.training.arguments import model_config_from_args, parse_args, take_saved_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
@@ -94,7 +117,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
         if on_cpu:
             cpu.adapt_arguments(args)
         check_kernels(args.moe_kernels, on_cpu)
-        at_the_end.enter_context(only_training(args))
+        lock.take(args)
         resume = choose_checkpoint(args)
         if resume is not None:
             resume.apply(args)
@@ -120,7 +143,11 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     if observe is not None:
         observe(model_cfg)
     pretrain(
-        pretrain_cfg_container_from_args(args, model_cfg), datasets_provider, ModelType.encoder_or_decoder, forward_step
+        pretrain_cfg_container_from_args(args, model_cfg),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        store=store,
     )
     if not args.skip_train and args.iteration >= args.train_iters:
         print_rank_last(

@@ -156,6 +156,20 @@ def test_script_gets_its_arguments_and_the_first_nodes_address(tmp_path: Path) -
     assert environment["MASTER_ADDR"] == "node7" and environment["MASTER_PORT"] == "14321"
     assert environment["DATA_DIR"] == "/data/pile with spaces"
     assert "--export=ALL" in options and "--kill-on-bad-exit=1" in options
+    assert not [option for option in options if option.startswith("--container")] and "PYTHON" not in environment
+
+
+@pytest.mark.parametrize("more", ["", "/data:/data,/shared:/runs"])
+def test_container(more: str, tmp_path: Path) -> None:
+    job = Job(tmp_path, CONTAINER_IMAGE="registry.example.com#remoe:0.1.0", CONTAINER_MOUNTS=more)
+    assert job.run(job.script("exit 0"))[0] == 0
+    options, environment = json.loads((job.commands / "srun.json").read_text())
+    assert options[:-2][-3:] == [
+        "--container-image=registry.example.com#remoe:0.1.0",
+        f"--container-workdir={tmp_path}",
+        f"--container-mounts={tmp_path}:{tmp_path}{',' * bool(more)}{more}",
+    ]
+    assert environment["PYTHON"] == "python"
 
 
 SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; done"

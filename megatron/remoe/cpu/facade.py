@@ -122,8 +122,7 @@ def _copy(copy: types.ModuleType, module: types.ModuleType, **changes: Any) -> t
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
-        device = kwargs.get("device")
-        if isinstance(device, str) and device.startswith("cuda"):
+        if str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
 

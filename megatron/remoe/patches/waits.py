@@ -46,7 +46,10 @@ def validate_once_per_step() -> None:
     validate, run_again = RerunStateMachine.validate_result, RerunStateMachine.should_run_forward_backward
     if hasattr(validate, "__wrapped__"):
         return
-    waiting: list[tuple[torch.Tensor, Callable[[], None]]] = []
+
+    def waiting(machine: RerunStateMachine) -> list[tuple[torch.Tensor, Callable[[], None]]]:
+        # The machine's own: a step that another training of this process did not finish must not reach the next one.
+        return vars(machine).setdefault("remoe_waiting", [])
 
     @wraps(validate)
     def defer_validation(self: RerunStateMachine, result: Any, rejection_func: Any, *rest: Any, **options: Any) -> None:
@@ -54,11 +57,13 @@ def validate_once_per_step() -> None:
         if not waits or rejection_func not in (torch.isnan, torch.isinf) or self.error_injector.should_inject_errors:
             return validate(self, result, rejection_func, *rest, **options)
         result = result.detach()
-        waiting.append((rejection_func(result), partial(validate, self, result, rejection_func, *rest, **options)))
+        validate_now = partial(validate, self, result, rejection_func, *rest, **options)
+        waiting(self).append((rejection_func(result), validate_now))
 
     @wraps(run_again)
     def run_again_if_rejected(self: RerunStateMachine, data_iterator: Any) -> bool:
-        results, waiting[:] = waiting[:], []
+        results = waiting(self)[:]
+        waiting(self).clear()
         if results and torch.stack([is_rejected for is_rejected, _ in results]).any():
             for _, validate_now in results:
                 validate_now()

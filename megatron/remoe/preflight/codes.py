@@ -33,6 +33,10 @@ CODES: dict[str, tuple[str, str]] = {
     "REMOE-E207": ("A setting does not work with --moe-baseline-router.", "Leave one of them out."),
     "REMOE-E208": ("A setting does not work with --moe-log-flips-interval.", "Leave one of them out."),
     "REMOE-E209": ("A setting does not work with --transformer-impl local.", "Follow the message."),
+    "REMOE-E210": (
+        "--inprocess-restart lacks nvidia-resiliency-ext, or free ports.",
+        "Install it, and start with torchrun.",
+    ),
     "REMOE-E300": ("An input or output file is missing, wrong or in use.", "Follow the message."),
     "REMOE-E301": ("A data set is missing or cannot be read.", "Give the prefix of a .bin/.idx pair, without suffix."),
     "REMOE-E302": ("A data set is truncated or corrupt.", "Copy it again, or make it with tools/preprocess_data.py."),

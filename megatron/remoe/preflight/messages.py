@@ -39,6 +39,8 @@ REMEDIES = {
     "checkpoint's weights are not finite: go back with --ckpt-step. Otherwise lower --lr, or look at the data.",
     r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key": "The "
     "checkpoint under --load is of another model: give its flags, or another --load.",
+    r"CUDA_DEVICE_MAX_CONNECTIONS to 1": "Put CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, as the launch "
+    "scripts do before Blackwell.",
     r"Found no NVIDIA driver|no kernel image|CUDA driver": "Without a working GPU, train with --cpu.",
 }
 # Choices of flags that older versions of Megatron had.
@@ -65,6 +67,8 @@ def usage_errors(rank: int | None = None) -> Iterator[None]:
     except (ValueError, AssertionError, OSError) as error:
         number = os.environ.get("RANK", "0") if rank is None else str(rank)
         words = _with_code(error) or f"Megatron refuses these settings: {_source_line(error)}"
+        if not isinstance(error, UsageError) and (remedy := _remedy(words)):
+            words += f"\n{remedy}"
         if number == "0":
             _say(words)
         elif isinstance(error, OF_ONE_RANK):
@@ -156,10 +160,13 @@ def last_words(error: BaseException, rank: str | None = None) -> str:
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] += f" {lines[1].strip()}"
     reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    whole = f"{type(error).__name__}: {text}"
-    remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, whole, re.IGNORECASE)), None)
+    remedy = _remedy(f"{type(error).__name__}: {text}")
     short = reason if len(reason) <= LENGTH else reason[:LENGTH] + " ..."
     return where + short + (f"\n{remedy}" if remedy else "")
+
+
+def _remedy(text: str) -> str | None:
+    return next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE)), None)
 
 
 def _cause(error: BaseException) -> BaseException:

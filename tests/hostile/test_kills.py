@@ -1,0 +1,76 @@
+"""Kill real trainings at random moments: what is saved in the end equals an undisturbed training, bit by bit."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron.remoe.preflight.checkpoint_files import saved_iterations
+from megatron.remoe.preflight.run_lock import LOCK
+from tests.data_sets import write_real_text
+from tests.entry import shared_entry
+from tests.hostile.conftest import Noted
+from tests.hostile.trials import LIMIT, check_words, same_weights, training
+from tests.trainings import figures
+
+KILLS = 30  # of each training
+STEPS = 2 * KILLS
+EVALUATED = "--log-interval 2 --eval-interval 6 --eval-iters 1 --split 80,10,10".split()
+LAYOUTS = {
+    "ReMoE": [],
+    "distributed optimizer": ["--use-distributed-optimizer"],
+    "one file per rank": ["--ckpt-format", "torch"],
+    "saves at SIGTERM": ["--exit-signal-handler"],
+    "keeps one checkpoint": ["--save-retain-interval", "1000"],
+    "no data loader processes": ["--num-workers", "0"],
+    "bf16": ["--bf16"],
+}
+
+
+def moment(folder: Path, number: int, chance: random.Random) -> tuple[str, float]:
+    """The file that a kill waits for, and seconds from then on: at the start, in a save, between saves, at the end."""
+    newest = max(saved_iterations(folder), default=0)
+    if newest >= STEPS - 2 or number >= KILLS - 4:
+        # In the last save, and in the last evaluation: there is no training after it that would add its result.
+        return (str(folder / f"iter_{STEPS:07d}") if newest < STEPS else ""), chance.uniform(0, 1.5)
+    kind = ("save", "start", "step")[number % 3]
+    if kind == "start":
+        return "", chance.uniform(0, 1.5)
+    if kind == "save":
+        return str(folder / f"iter_{newest + 2:07d}"), chance.uniform(0, 0.1)
+    return str(folder / f"iter_{newest + 2:07d}" / "metadata.json"), chance.uniform(0, 0.3)
+
+
+@pytest.mark.hostile
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_killed_at_random_moments(layout: str, tmp_path: Path, note: Noted) -> None:
+    chance, kills, number = random.Random(layout), 0, 0
+    write_real_text(tmp_path / "text")
+    flags = [*EVALUATED, *LAYOUTS[layout]]
+    entry, folder = shared_entry(), tmp_path / "run"
+    code, output = entry.run(training(tmp_path, "expected", *flags, steps=STEPS), limit=LIMIT)
+    assert code == 0, output[-3000:]
+    while kills < KILLS:
+        number += 1
+        assert number < 4 * KILLS, "most trainings ended before their kill"
+        asked = signal.SIGTERM if number % 3 == 0 else signal.SIGKILL
+        awaited, seconds = moment(folder, kills, chance)
+        kill = (asked, awaited, seconds)
+        code, output = entry.run(training(tmp_path, "run", *flags, steps=STEPS), limit=LIMIT, kill=kill)
+        check_words(output)
+        saves_at_sigterm = asked == signal.SIGTERM and "--exit-signal-handler" in flags and code in (0, 143)
+        assert code in (0, -asked) or saves_at_sigterm, f"{code} after {kill}: {output[-3000:]}"
+        kills += code != 0
+    code, output = entry.run(training(tmp_path, "run", *flags, steps=STEPS), limit=LIMIT)
+    check_words(output)
+    assert code == 0, output[-3000:]
+    assert same_weights(tmp_path / "expected", folder, STEPS)
+    right, mine = figures(tmp_path / "expected", 2), figures(folder, 2)
+    if "--exit-signal-handler" in flags:  # it saves between two lines, and the next one is a mean over other steps
+        for line in right + mine:
+            line.pop("lm_loss" if line["kind"] == "log" else "", None)
+    assert mine == right
+    assert not (folder / LOCK).exists()
+    note("kills", f"survived ({layout})", kills)

