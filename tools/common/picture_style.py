@@ -6,7 +6,6 @@ from typing import Any
 
 from .palette import routing_color
 
-COLOURS = {name: routing_color(name) for name in ("dense", "moe", "remoe")}
 TARGET, MUTED = "#D55E00", "#555555"  # lines that mark a target, and notes
 # For more runs of a routing in one picture, in turn with its first color.
 SHADES = {"dense": ("#A5A5A5", "#8A7968"), "topk": ("#D55E00", "#A07000"), "remoe": ("#56B4E9", "#7A6FD0")}

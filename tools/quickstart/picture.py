@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.files import write_aside
-from ..common.picture_style import COLOURS, TARGET, file_pyplot, style
+from ..common.palette import routing_color
+from ..common.picture_style import TARGET, file_pyplot, style
 from ..common.run_figures import RunFigures
 from . import models
 from .report import is_late
@@ -37,7 +38,7 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: dict[str, Any]) ->
         ((loss, sparsity), (coefficient, load)) = figure.subplots(2, 2)
         _draw_loss(loss, runs, summary)
         _draw_sparsity(sparsity, remoe, summary)
-        coefficient.plot(*remoe.curve("l1_coefficient"), color=COLOURS["remoe"], linewidth=1.5)
+        coefficient.plot(*remoe.curve("l1_coefficient"), color=routing_color("remoe"), linewidth=1.5)
         coefficient.set(title="ReMoE: coefficient λ of the L1 term", xlabel="iteration", ylabel="λ", yscale="log")
         coefficient.set_xlim(0, iterations)
         load.remove()
@@ -55,7 +56,7 @@ def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
 def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: dict[str, Any]) -> None:
     first = SKIPPED_SHARE * summary["iterations"]
     for model, title in models.NAMES.items():
-        colour, final = COLOURS[model], summary[model]["val_loss"]
+        colour, final = routing_color(model), summary[model]["val_loss"]
         iterations, values = runs[model].curve("lm_loss")
         shown = iterations >= first
         axes.plot(iterations[shown], smooth(values)[shown], color=colour, linewidth=1.8)
@@ -81,7 +82,7 @@ def _plain_log_ticks(axes: Any, first: float, last: float) -> None:
 
 
 def _draw_sparsity(axes: Any, remoe: RunFigures, summary: dict[str, Any]) -> None:
-    colour, target = COLOURS["remoe"], summary["remoe"]["sparsity_target"]
+    colour, target = routing_color("remoe"), summary["remoe"]["sparsity_target"]
     (steps, low), (_, high) = (remoe.curve(f"{name}_layer_sparsity") for name in ("lowest", "highest"))
     axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0, label="layers")
     axes.plot(*remoe.curve("sparsity"), color=colour, linewidth=1.2, label="all layers")
@@ -102,7 +103,7 @@ def draw_load(figure: Any, place: Any, load: Mapping[int, NDArray[np.float64]]) 
         axes = figure.add_subplot(rows[row], sharex=first)
         first = first or axes
         even = models.SIZE.topk / len(shares)
-        axes.bar(range(len(shares)), shares, color=COLOURS["remoe"], alpha=0.85)
+        axes.bar(range(len(shares)), shares, color=routing_color("remoe"), alpha=0.85)
         above = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 9}
         for expert, share in enumerate(shares):
             axes.text(expert, 0.99, f"{share:.1%}", **above)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.errors import ToolError
+from ..common.errors import ToolError, with_code
 from ..common.files import write_text
 from ..common.flags import split
 from .data import is_set
@@ -73,7 +73,7 @@ def main(words: Sequence[str]) -> int:
             return rehearse(launch)
         return train(launch)
     except ToolError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_code(error)}", file=sys.stderr)
         return error.exit_code
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.picture_style import COLOURS, MUTED, file_pyplot, style
+from ..common.palette import routing_color
+from ..common.picture_style import MUTED, file_pyplot, style
 from .plan import (
     AXES,
     BASE_SIZE,
@@ -75,7 +76,7 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
         handles = []
         for kind in kinds:
             look = _look(*kind) if kind in lines else {"linestyle": "--"}
-            handles.append(Line2D([], [], color=COLOURS[kind[0]], linewidth=2, **look))
+            handles.append(Line2D([], [], color=routing_color(kind[0]), linewidth=2, **look))
         if panels != [COMPARED]:
             titles = [_title(*kind) for kind in kinds]
             figure.legend(handles, titles, loc="outside upper center", ncols=min(len(kinds), max(3, columns)))
@@ -131,7 +132,8 @@ def _draw_compared(axes: Any, points: Sequence[Point]) -> None:
     """Draw a row for each run at the common point; the best one is at the top."""
     rows = sorted(((loss, run) for run, loss in points if COMPARED in figures_of(run)), key=lambda row: -row[0])
     for place, (loss, run) in enumerate(rows):
-        axes.plot(loss, place, color=COLOURS[run.routing], markeredgecolor="white", **_look(run.routing, run.protocol))
+        look = _look(run.routing, run.protocol)
+        axes.plot(loss, place, color=routing_color(run.routing), markeredgecolor="white", **look)
         left = loss < (rows[0][0] + rows[-1][0]) / 2
         told = _title(run.routing, run.protocol) + (f" x {run.expansion}" if run.expansion > 1 else "")
         side = {"xytext": (9 if left else -9, 0), "ha": "left" if left else "right"}
@@ -144,7 +146,7 @@ def _draw_panel(axes: Any, panel: str, points: Sequence[Point]) -> None:
     lines = _lines(points, panel)
     for (routing, protocol, granularity), line in lines.items():
         axes.plot(
-            *zip(*line, strict=True), color=COLOURS[routing], linewidth=2, markeredgecolor="white", clip_on=False,
+            *zip(*line, strict=True), color=routing_color(routing), linewidth=2, markeredgecolor="white", clip_on=False,
             zorder=3, **_look(routing, protocol),
         )  # fmt: skip
         if granularity not in (None, WHOLE):
@@ -156,9 +158,9 @@ def _draw_panel(axes: Any, panel: str, points: Sequence[Point]) -> None:
         references = {Run(BASE_SIZE, "dense"): "dense"} | ({wide: f"dense x {WIDE}"} if panel == "experts" else {})
         for run, loss in points:
             if run in references:
-                axes.axhline(loss, color=COLOURS["dense"], linestyle="--", linewidth=1.8)
+                axes.axhline(loss, color=routing_color("dense"), linestyle="--", linewidth=1.8)
                 place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-                axes.text(1, loss, references[run], fontsize=11, color=COLOURS["dense"], **place)
+                axes.text(1, loss, references[run], fontsize=11, color=routing_color("dense"), **place)
     axes.margins(y=0.1)
     _set_ticks(axes, sorted({x for line in lines.values() for x, _ in line}), panel)
 
