@@ -44,6 +44,7 @@ ONLY: dict[str, Any] = {
     "moe_router_num_groups": None,
     "moe_expert_capacity_factor": None,
     "moe_relu_router_bias": False,
+    "moe_relu_sparse_start": False,
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "moe_router_score_function": ("softmax", "sigmoid"),
@@ -120,6 +121,7 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
         "hash_routing": args.moe_baseline_router == "hash",
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "router_aux_loss_coef": coefficient,
+        "max_experts_per_token": args.moe_relu_max_experts,
     }
 
 
