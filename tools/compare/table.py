@@ -24,6 +24,7 @@ class Result:
         steps: optimizer steps; None in results of older versions.
         flops: of the whole training, with the experts that were computed; None if unknown.
         first_near: the first logged step with S within 1 % of its target.
+        changed_tokens: share of tokens that get other experts by an update, as the flips.
     """
 
     loss: float
@@ -34,6 +35,7 @@ class Result:
     steps: int | None = None
     flops: float | None = None
     first_near: int | None = None
+    changed_tokens: float | None = None
 
 
 Results = Mapping[str, Mapping[int, Result]]  # row → seed → result
@@ -78,6 +80,9 @@ def markdown(results: Results, tuned: Mapping[str, Recipe]) -> str:
             "flip rate": {row: _format_flips(each.flip_rate for each in of.values()) for row, of in results.items()},
             "flips per token": {
                 row: _format_flips(each.flip_count for each in of.values()) for row, of in results.items()
+            },
+            "tokens changed": {
+                row: _format_flips(each.changed_tokens for each in of.values()) for row, of in results.items()
             },
         }
         columns |= {name: cells for name, cells in more.items() if any(cells.values())}

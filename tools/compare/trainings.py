@@ -225,6 +225,7 @@ class Comparison:
             steps=outcome.train_iters,
             flops=stages.training_flops(folder / recipe.run.name),
             first_near=outcome.first_near,
+            changed_tokens=outcome.changed_tokens,
         )
 
     def _analyze(self, name: str, row: str, seed: int) -> router_figures.Figures:

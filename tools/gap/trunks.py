@@ -103,7 +103,12 @@ class Runner:
         folder, begin = self._folder(training), trunk_steps(steps)
         trunk, decay = folder / "trunk", folder / f"decay-{steps}"
         if not (decay / METRICS).exists():
-            if _newest(trunk) != begin:
+            if _newest(trunk) > begin:
+                raise ToolError(
+                    f"{trunk} is at step {_newest(trunk)} already, and the decay to --steps {steps} starts at {begin}. "
+                    "Leave it out, or give --output-dir another folder."
+                )
+            if _newest(trunk) < begin:
                 self._start(training, trunk, trunk, TRUNK, TRUNK - trunk_steps(TRUNK), "--exit-interval", str(begin))
             if _newest(trunk) != begin:
                 raise ToolError(f"{trunk / LOG}: the training ended at step {_newest(trunk)} instead of {begin}.")

@@ -21,8 +21,8 @@ from .stages import training_flops
 TITLES = {"dense": "dense", "moe": "MoE", "remoe": "ReMoE"}
 COLUMNS = """
 run size routing experts granularity state iterations train_iters tokens protocol axis value validation_loss perplexity
-test_loss sparsity target_sparsity first_near settled flip_rate flip_count total_parameters processes tokens_per_second
-training_seconds flops
+test_loss sparsity target_sparsity first_near settled flip_rate flip_count changed_tokens total_parameters processes
+tokens_per_second training_seconds flops
 """.split()
 
 

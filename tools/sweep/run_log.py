@@ -30,7 +30,7 @@ class Outcome:
         sparsity, target_sparsity: in the last line of the log, for ReMoE.
         first_near: the first logged iteration with S within 1 % of its target.
         settled: the first logged iteration from which S stays there.
-        flip_rate, flip_count: of the routing decisions, median over the log's second half.
+        flip_rate, flip_count, changed_tokens: of the routing decisions, median over the log's second half.
         total_parameters: of the whole model.
         tokens_per_second: over all processes, median over the log's lines without the first, which has the warm-up.
         training_seconds: of the iterations only, from the log's time per iteration.
@@ -48,6 +48,7 @@ class Outcome:
     settled: int | None = None
     flip_rate: float | None = None
     flip_count: float | None = None
+    changed_tokens: float | None = None
     total_parameters: int | None = None
     tokens_per_second: float | None = None
     training_seconds: float | None = None
@@ -121,6 +122,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         settled=figures.settled,
         flip_rate=_late_median(figures, "flip_rate"),
         flip_count=_late_median(figures, "flip_count"),
+        changed_tokens=_late_median(figures, "changed_tokens"),
         total_parameters=figures.parameters,
         tokens_per_second=_rate(figures, sequence),
         training_seconds=_seconds(figures),
