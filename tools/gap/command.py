@@ -31,7 +31,7 @@ from ..common.running import run_once
 from ..common.units import duration
 from ..compare.trainings import TUNING_SEED, make_text
 from ..quickstart import corpora
-from .plan import ARMS, LOG_INTERVAL, REFERENCE, Training, tuned
+from .plan import ARMS, LEAST, LOG_INTERVAL, REFERENCE, Training, tuned
 from .table import markdown
 from .trunks import Point, Runner
 
@@ -75,8 +75,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args.arms = [arm for arm in ARMS if arm in args.arms or arm == REFERENCE]
     for flag in ("steps", "tuning_steps"):
         values = args.steps if flag == "steps" else [args.tuning_steps]
-        if wrong := [value for value in values if value % LOG_INTERVAL]:
-            parser.error(f"--{flag.replace('_', '-')} {wrong[0]}: give a multiple of {LOG_INTERVAL}.")
+        if wrong := [value for value in values if value % LOG_INTERVAL or value < LEAST]:
+            parser.error(
+                f"--{flag.replace('_', '-')} {wrong[0]}: give a multiple of {LOG_INTERVAL} of at least {LEAST}."
+            )
     if TUNING_SEED in args.seeds:
         parser.error(f"--seeds {TUNING_SEED}: reserved for tuning. Give another one.")
     return args

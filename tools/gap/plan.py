@@ -8,13 +8,13 @@ from pathlib import Path
 from ..common.flags import Settings, parse
 from ..quickstart.models import data_flags
 from ..sweep import tiny
-from ..sweep.plan import BASE_SIZE, WHOLE, Launch, Run
+from ..sweep.plan import BASE_SIZE, UNBALANCED, WHOLE, Launch, Run
 from ..sweep.settings import would_start_with
 
 REFERENCE = "remoe"
 LOG_INTERVAL = 5  # steps of all points are multiples of it, so that a line of the log has their exact FLOPs
 DECAY = 0.2  # share of a point's steps in which the learning rate falls
-WARMUP = 12
+WARMUP, LEAST = 12, 20  # steps: of the rate's rise, and of a point
 TRUNK = 50_000  # steps that a trunk is planned for: the order of its data and its constant rate depend on no point
 PLACES = ("--save", "--load", "--tensorboard-dir", "--log-timers-to-tensorboard", "--tensorboard-log-interval")
 REPLACED = ("--lr-warmup-fraction", "--save-retain-interval", "--eval-interval", *PLACES)
@@ -48,6 +48,8 @@ ARMS: Mapping[str, Arm] = {
     "remoe-capped": Arm("remoe", CAPPED),
     "remoe-faster-capped": Arm("remoe", f"{FASTER} {CAPPED}"),
     "remoe-sparse-start": Arm("remoe", "--moe-relu-sparse-start --moe-relu-l1-reg-coeff-init 1e-3"),
+    # Its FLOPs are those of k experts per token, around which it keeps their number.
+    "moe-expert-threshold": Arm("moe", f"{UNBALANCED} --moe-baseline-router expert_threshold"),
 }
 
 

@@ -81,9 +81,10 @@ class ReMoEConfig(TransformerConfig):
     moe_warmup_steps: int = 0
     """Optimizer steps of the near-dense warm-up (e.g. 100)."""
 
-    moe_baseline_router: Literal["hash", "expert_choice", "random"] | None = None
-    """Replace top-k by a router that the paper compares with: by the token's id (hash), experts that choose tokens and
-    see the future of their sequence (expert_choice), or at random."""
+    moe_baseline_router: Literal["hash", "expert_choice", "random", "expert_threshold"] | None = None
+    """Replace top-k by another router: by the token's id (hash), experts that choose tokens and see the future of their
+    sequence (expert_choice), at random, or by thresholds that let a token have more or fewer experts than topk
+    (expert_threshold, arXiv 2603.11535)."""
 
     def __post_init__(self) -> None:
         problems = relu_routing_problems(self)
