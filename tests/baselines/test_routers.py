@@ -68,16 +68,16 @@ def test_expert_thresholds_follow_the_batches(process_groups: None) -> None:
     ordered = logits.sort(dim=0, descending=True).values
     assert routing_map.sum(dim=0).tolist() == [12] * 4 and len(set(routing_map.sum(dim=1).tolist())) > 1
     torch.testing.assert_close(probs, logits.sigmoid() * routing_map)
-    torch.testing.assert_close(router.thresholds * 2.0**-32, ordered[12])
+    torch.testing.assert_close(router.thresholds.double() * 2.0**-32, ordered[12])
 
     with torch.no_grad():  # the first pass of a recomputed layer
         again = router(tokens + 1)[1]
     assert torch.equal(again, router(tokens + 1)[1]), "the thresholds move after it"
     moved = ((tokens.detach() + 1) @ router.weight.detach().T).view(-1, 4).sort(dim=0, descending=True).values[12]
-    torch.testing.assert_close(router.thresholds * 2.0**-32, ordered[12] + 0.01 * (moved - ordered[12]))
+    torch.testing.assert_close(router.thresholds.double() * 2.0**-32, ordered[12] + 0.01 * (moved - ordered[12]))
     router.eval()
     kept = router.thresholds.clone()
-    assert torch.equal(router(tokens)[1], logits > kept * 2.0**-32) and torch.equal(router.thresholds, kept)
+    assert torch.equal(router(tokens)[1], logits > kept.double() * 2.0**-32) and torch.equal(router.thresholds, kept)
     padding = torch.ones(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
     assert not router(tokens, padding)[1].any()
 

@@ -190,7 +190,7 @@ def _final_losses(folder: Path, steps: int) -> dict[str, float]:
     """Return validation set → loss after the last step, of the sets that have one."""
     if not (folder / METRICS).exists():
         return {}
-    found = {}
+    found: dict[str, float] = {}
     for name, evaluations in read_figures(folder).evaluations.items():
         final = [each.loss for each in evaluations if each.final and each.iteration == steps]
         found |= {name: final[-1]} if final else {}

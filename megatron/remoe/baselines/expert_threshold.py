@@ -55,16 +55,18 @@ class ExpertThresholdRouter(TopKRouter):
             thresholds_E = torch.where(self.batches > 0, thresholds_E, here_E)
             # Recomputation has to route as the first pass did, so that the thresholds move after it.
             if torch.is_grad_enabled():
-                self.thresholds.copy_(thresholds_E + ((1 - KEPT) * (here_E - thresholds_E)).round().to(torch.int64))
+                self.thresholds.copy_(
+                    thresholds_E + ((1 - KEPT) * (here_E - thresholds_E).double()).round().to(torch.int64)
+                )
                 self.batches.add_(1)
-        map_TE = seen_TE > thresholds_E * UNIT
+        map_TE = seen_TE > thresholds_E.double() * UNIT
         return torch.where(map_TE, logits_TE.sigmoid(), 0.0), map_TE
 
     def _exceeded(self, seen_TE: torch.Tensor) -> torch.Tensor:
         """Return the logit of each expert that a share k/E of the tokens exceeds, int64 `[E]`, averaged over ranks."""
         num_tokens = len(seen_TE)
         above = min(num_tokens - 1, max(1, num_tokens * self.topk // self.num_experts))
-        exceeded_E = (seen_TE.kthvalue(num_tokens - above, dim=0).values / UNIT).round()
+        exceeded_E = (seen_TE.kthvalue(num_tokens - above, dim=0).values / UNIT).ceil()
         if self.tp_dp_cp_group.size() > 1:
             torch.distributed.all_reduce(exceeded_E, group=self.tp_dp_cp_group)
         return (exceeded_E / self.tp_dp_cp_group.size()).to(torch.int64)

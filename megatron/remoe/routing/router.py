@@ -36,6 +36,7 @@ class ReLURouter(TopKRouter):
     """
 
     config: ReMoEConfig
+    bias: torch.nn.Parameter | None
 
     def __init__(self, config: ReMoEConfig, *arguments: Any, **options: Any) -> None:
         if not getattr(config, "moe_relu_routing", False):
@@ -67,8 +68,9 @@ class ReLURouter(TopKRouter):
         deviation |w| over directions. The bias is that distribution's quantile: -|w| · Φ⁻¹(1 - k/E).
         """
         quantile = NormalDist().inv_cdf(self.config.target_sparsity)
-        self.bias = torch.nn.Parameter((-quantile * self.weight.detach().float().norm(dim=1)).to(self.weight.dtype))
-        self.bias.sequence_parallel = self.config.sequence_parallel
+        bias = torch.nn.Parameter((-quantile * self.weight.detach().float().norm(dim=1)).to(self.weight.dtype))
+        bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias = bias
 
     @property
     def l1_coefficient(self) -> torch.Tensor:
