@@ -89,6 +89,11 @@ def test_seeds_for_equivalence_by_simulation() -> None:
     assert found(28) < 0.77 and 0.79 < found(32) < 0.84
 
 
+def test_losses_without_any_spread() -> None:
+    same, other = differences({"a": [1, 1], "b": [1, 1], "c": [2, 2]}, [("a", "b"), ("a", "c")], margin=0.1)
+    assert (same.verdict, other.verdict) == ("equivalent within 0.1", "lower")
+
+
 def test_out_of_reach_is_said() -> None:
     with pytest.raises(ValueError, match="1000"):
         seeds_to_see(0.001, 0.06)

@@ -127,11 +127,15 @@ def _half(error: float, freedom: float) -> float:
 
 
 def _p_different(mean: float, error: float, freedom: float) -> float:
+    if not error:
+        return float(mean == 0)
     return float(2 * stats.t.sf(abs(mean) / error, freedom)) if freedom else 1.0
 
 
 def _p_equivalent(mean: float, error: float, freedom: float, margin: float) -> float:
     """Two one-sided tests: the larger p-value of "at most -margin" and "at least margin"."""
+    if not error:
+        return float(abs(mean) >= margin)
     return float(stats.t.sf((margin - abs(mean)) / error, freedom)) if freedom else 1.0
 
 

@@ -105,7 +105,7 @@ def verdicts(results: Results, margin: float) -> Iterator[str]:
     losses = {row: [each.loss for each in of.values()] for row, of in results.items()}
     pairs = [(row, reference_of(row)) for row in results if row != reference_of(row) and reference_of(row) in results]
     spread = significance.spread_of(losses.values())
-    if not pairs or not spread.freedom:
+    if not (pairs and spread.deviation > 0):
         return
     pooling = "pooled" if spread.is_equal else "not pooled, since rows differ in it"
     equal = "" if math.isnan(spread.p) else f"; equal spread: p = {spread.p:.2g}"
