@@ -60,6 +60,28 @@ def test_expert_choice_by_brute_force(process_groups: None) -> None:
         torch.testing.assert_close(probs, (scores * expected).view(-1, 4))
 
 
+def test_expert_thresholds_follow_the_batches(process_groups: None) -> None:
+    """k = 2 of 4 experts: half of the 24 tokens exceed each threshold at first, which then moves by a hundredth."""
+    router, tokens = make_layer("expert_threshold").router, make_tokens()
+    probs, routing_map = router(tokens)
+    logits = (tokens.detach() @ router.weight.detach().T).view(-1, 4)
+    ordered = logits.sort(dim=0, descending=True).values
+    assert routing_map.sum(dim=0).tolist() == [12] * 4 and len(set(routing_map.sum(dim=1).tolist())) > 1
+    torch.testing.assert_close(probs, logits.sigmoid() * routing_map)
+    torch.testing.assert_close(router.thresholds.double() * 2.0**-32, ordered[12])
+
+    with torch.no_grad():  # the first pass of a recomputed layer
+        again = router(tokens + 1)[1]
+    assert torch.equal(again, router(tokens + 1)[1]), "the thresholds move after it"
+    moved = ((tokens.detach() + 1) @ router.weight.detach().T).view(-1, 4).sort(dim=0, descending=True).values[12]
+    torch.testing.assert_close(router.thresholds.double() * 2.0**-32, ordered[12] + 0.01 * (moved - ordered[12]))
+    router.eval()
+    kept = router.thresholds.clone()
+    assert torch.equal(router(tokens)[1], logits > kept.double() * 2.0**-32) and torch.equal(router.thresholds, kept)
+    padding = torch.ones(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
+    assert not router(tokens, padding)[1].any()
+
+
 def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
     router = make_layer("hash", num_moe_experts=8).router
     ids = torch.randint(0, 50000, (BATCH, 4096), device=DEVICE)
@@ -108,7 +130,7 @@ def test_layer_sums_what_the_map_says(
     weights = [tokens, *layer.parameters()]
     given = torch.autograd.grad(output.square().sum(), weights)
     assert all(gradient.abs().sum() > 0 for gradient in given)
-    assert any(weight is layer.router.weight for weight in weights) == (name == "expert_choice")
+    assert any(weight is layer.router.weight for weight in weights) == (name not in ("hash", "random"))
     for gradient, of in zip(given, torch.autograd.grad(expected.square().sum(), weights), strict=True):
         torch.testing.assert_close(gradient, of)
 
@@ -150,11 +172,12 @@ def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_layouts_agree(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["hash", "expert_threshold"])
+def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
     """One process, and two that share each sequence and exchange tokens with its experts."""
 
     def train(*more: str, processes: int = 1) -> list[float]:
-        shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "3", *BASELINE, "hash"]
+        shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "3", *BASELINE, name]
         losses = series(run([*shared, *more], processes), "lm loss")
         losses[1] = 2 * losses[1] - losses[0]  # the second line after a start tells the mean of both steps
         return losses

@@ -53,6 +53,7 @@ def test_what_an_update_changes_is_counted(kind: str) -> None:
     flips = meter.after_update(3)
     assert flips is not None
     assert (flips.rate, flips.count, flips.layer_rate) == (0.5, 2.0, {1: 0.5})
+    assert flips.changed_tokens == 1.0, "one expert for another is one change"
     assert model.training and torch.equal(torch.get_rng_state(), numbers)
     if kind == "relu":
         assert layer.router.counts is None, "what is routed here is not counted for the sparsity"

@@ -99,8 +99,8 @@ def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[i
             "experts_per_token": dict(zip(layers, rows.sum(dim=-1).tolist(), strict=True)),
         }
     if len(names) > 1:
-        columns = information(counts.routed.sum(dim=1)), *_shuffled(counts)
-        keys = "bits", "shuffled", "shuffled_95"
+        columns = information(counts.routed.sum(dim=1)), *_shuffled(counts), information_per_token(counts)
+        keys = "bits", "shuffled", "shuffled_95", "bits_per_token"
         found["specialization"] = {
             layer: {key: None if math.isnan(value) else value for key, value in zip(keys, row, strict=True)}
             for layer, row in zip(layers, torch.stack(columns, dim=1).tolist(), strict=True)
@@ -124,6 +124,20 @@ def information(routed: torch.Tensor) -> torch.Tensor:
     mean = share.sum(dim=0) / some
     terms = torch.where(share > 0, share * (share / mean).log2(), 0.0)
     return terms.sum(dim=(0, 2)) / some[:, 0]
+
+
+def information_per_token(counts: Counts) -> torch.Tensor:
+    """Return the information on the data set of all a token's experts, as if they were independent, in bits.
+
+    A token without an expert is an event like an active pair: the information of an event times a token's events. With
+    top-1 it equals `information`.
+
+    Returns:
+        float64 `[layers]`.
+    """
+    events = torch.cat([counts.routed.sum(dim=1), counts.histogram[..., :1]], dim=-1)
+    per_token = events.sum(dim=-1).double() / counts.histogram.sum(dim=-1).clamp(min=1)
+    return information(events) * per_token.mean(dim=0)
 
 
 def _shuffled(counts: Counts) -> tuple[torch.Tensor, torch.Tensor]:

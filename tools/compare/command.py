@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..common.display import Display
 from ..common.files import lock
-from ..common.flags import split, whole_number
+from ..common.flags import above_zero, split, whole_number
 from ..common.places import ROOT
 from ..common.running import run_once
 from ..quickstart import corpora, models
@@ -30,7 +30,7 @@ from ..sweep.plan import AXES, COMPARED, FIGURES
 from . import router_figures
 from .recipes import ROWS, row_of
 from .saved_results import SavedResults
-from .table import STUDENT, markdown, verdicts
+from .table import markdown, verdicts
 from .trainings import TUNING_SEED, Comparison
 
 SEEDS = (1234, 1235, 1236)
@@ -70,6 +70,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="for a folder of each training, and a .json file with the losses of each corpus (default: runs/compare)",
     )  # fmt: skip
     parser.add_argument(
+        "--margin", type=above_zero, default=0.01, metavar="NATS",
+        help="largest difference of two losses that counts as none (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--analyze", action="store_true",
         help="also run tools/analyze on the held-out sets, and show a table of its figures",
     )  # fmt: skip
@@ -85,8 +89,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(str(error))
     args.rows += [row for row in map(row_of, runs) if row not in args.rows]
     args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
-    if len(args.seeds) > 1 + max(STUDENT):
-        parser.error(f"--seeds: {len(args.seeds)} given. Give at most {1 + max(STUDENT)}.")
     if TUNING_SEED in args.seeds:
         parser.error(f"--seeds {TUNING_SEED}: reserved for tuning. Give another one.")
     return args
@@ -112,7 +114,9 @@ def compare(args: argparse.Namespace, display: Display) -> None:
                 kept.add(comparison.results[name], comparison.recipes[name])
                 kept.write(output / f"{name}.json")
                 results = kept.of(args.rows)
-                display.say("\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results)]))
+                display.say(
+                    "\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results, args.margin)])
+                )
                 if args.analyze:
                     display.say("\n".join(["", f"{name}, routers:", "", router_figures.markdown(results)]))
 

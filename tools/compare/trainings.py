@@ -21,7 +21,7 @@ from ..common.places import ROOT
 from ..common.units import duration
 from ..quickstart import corpora, corpus, dataset
 from ..quickstart.models import SIZE
-from ..sweep import results, tiny
+from ..sweep import results, stages, tiny
 from ..sweep.plan import MATCHED, Run
 from ..sweep.run_log import Outcome, is_finished, log_of
 from . import router_figures
@@ -217,7 +217,16 @@ class Comparison:
         outcome = found[recipe.run]
         if outcome.test_loss is None:
             raise ToolError(f"{log_of(folder / recipe.run.name)}: has no loss on the test set.")
-        return Result(outcome.test_loss, outcome.settled, outcome.flip_rate, outcome.flip_count)
+        return Result(
+            outcome.test_loss,
+            outcome.settled,
+            outcome.flip_rate,
+            outcome.flip_count,
+            steps=outcome.train_iters,
+            flops=stages.training_flops(folder / recipe.run.name),
+            first_near=outcome.first_near,
+            changed_tokens=outcome.changed_tokens,
+        )
 
     def _analyze(self, name: str, row: str, seed: int) -> router_figures.Figures:
         run = self._recipe(name, row).run

@@ -16,12 +16,13 @@ from . import scaling_picture
 from .plan import AXES, MATCHED, ROUTINGS, SIZES, Run
 from .run_log import Outcome, is_finished, read_outcome
 from .settings import is_resized, processes
+from .stages import training_flops
 
 TITLES = {"dense": "dense", "moe": "MoE", "remoe": "ReMoE"}
 COLUMNS = """
 run size routing experts granularity state iterations train_iters tokens protocol axis value validation_loss perplexity
-test_loss sparsity target_sparsity settled flip_rate flip_count total_parameters processes tokens_per_second
-training_seconds
+test_loss sparsity target_sparsity first_near settled flip_rate flip_count changed_tokens total_parameters processes
+tokens_per_second training_seconds flops
 """.split()
 WHOLE = ["size", "routing", "E", "G", "validation loss", "perplexity", "sparsity (target)", "settled"]
 WHOLE += ["total parameters", "tokens", "tokens/s", "training"]
@@ -37,12 +38,14 @@ class Row:
         outcome: None if it was not started.
         processes: 0 if unknown.
         resized: whether flags changed the model's size, so that the run's name does not have it.
+        flops: of the whole training, with the experts that were computed; None if unknown.
     """
 
     run: Run
     outcome: Outcome | None
     processes: int
     resized: bool
+    flops: float | None = None
 
     @property
     def state(self) -> str:
@@ -64,7 +67,11 @@ def rows_of(output: Path, planned: Iterable[Run]) -> list[Row]:
             *(run.protocol, run.axis, run.value),
         ),
     )
-    return [Row(run, read_outcome(at), processes(at), is_resized(at)) for run in runs for at in [output / run.name]]
+    return [
+        Row(run, read_outcome(at), processes(at), is_resized(at), training_flops(at))
+        for run in runs
+        for at in [output / run.name]
+    ]
 
 
 def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
@@ -112,7 +119,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         for row in rows:
             of: dict[str, Any] = {} if row.outcome is None else vars(row.outcome)
-            started = {"processes": row.processes or None}
+            started = {"processes": row.processes or None, "flops": row.flops}
             value = {} if row.run.axis else {"value": None}
             writer.writerow({"run": row.run.name, "state": row.state} | vars(row.run) | value | of | started)
 

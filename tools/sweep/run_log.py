@@ -28,8 +28,9 @@ class Outcome:
         perplexity: exponential of the validation loss.
         test_loss: in nats per token, on the third part of the split.
         sparsity, target_sparsity: in the last line of the log, for ReMoE.
-        settled: the first logged iteration from which S stays within 1 % of its target.
-        flip_rate, flip_count: of the routing decisions, median over the log's second half.
+        first_near: the first logged iteration with S within 1 % of its target.
+        settled: the first logged iteration from which S stays there.
+        flip_rate, flip_count, changed_tokens: of the routing decisions, median over the log's second half.
         total_parameters: of the whole model.
         tokens_per_second: over all processes, median over the log's lines without the first, which has the warm-up.
         training_seconds: of the iterations only, from the log's time per iteration.
@@ -43,9 +44,11 @@ class Outcome:
     test_loss: float | None = None
     sparsity: float | None = None
     target_sparsity: float | None = None
+    first_near: int | None = None
     settled: int | None = None
     flip_rate: float | None = None
     flip_count: float | None = None
+    changed_tokens: float | None = None
     total_parameters: int | None = None
     tokens_per_second: float | None = None
     training_seconds: float | None = None
@@ -115,9 +118,11 @@ def read_outcome(folder: Path) -> Outcome | None:
         test_loss=test_loss,
         sparsity=figures.newest("sparsity"),
         target_sparsity=figures.target,
+        first_near=figures.first_near,
         settled=figures.settled,
         flip_rate=_late_median(figures, "flip_rate"),
         flip_count=_late_median(figures, "flip_count"),
+        changed_tokens=_late_median(figures, "changed_tokens"),
         total_parameters=figures.parameters,
         tokens_per_second=_rate(figures, sequence),
         training_seconds=_seconds(figures),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..common.errors import ToolError
+from ..common.flags import Settings
 from ..common.run_figures import RunFigures
 from ..recipes.flops import arguments_of, flops_per_expert, flops_per_sequence
 from .run_log import read_run_figures
@@ -48,14 +49,18 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     """
     iterations, seconds = figures.curve("seconds_per_iteration")
     batches, target = figures.batches(iterations), figures.target
-    experts = np.full(len(iterations), float(figures.topk))
-    if target is not None:
+    steps = np.diff(iterations, prepend=0)
+    if target is None:
+        warmup, most = figures.whole("moe_warmup_steps"), figures.whole("moe_warmup_topk") or figures.topk
+        warming = np.diff(iterations.clip(max=warmup), prepend=0) / np.maximum(steps, 1)
+        experts = figures.topk + (most - figures.topk) * warming
+    else:
         experts = figures.experts_per_token(iterations)
     known = np.isfinite(batches) & np.isfinite(experts)
     if not known.any():
         return []
     iterations, seconds, batches, experts = iterations[known], seconds[known], batches[known], experts[known]
-    steps, last = np.diff(iterations, prepend=0), int(iterations[-1])
+    steps, last = steps[known], int(iterations[-1])
     ends = [("all", last)]
     if target is not None:
         sparsity = figures.at("sparsity", iterations)
@@ -63,7 +68,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
         dense = int(iterations[risen.argmax() - 1]) if risen.any() else last  # the first line has not risen
         ends = [("dense", dense), ("way", figures.settled or last), ("steady", last)]
     of_target = 0.0 if target is None else figures.num_experts * (1 - target)
-    more = experts - (experts if target is None else of_target)
+    more = experts - (figures.topk if target is None else of_target)
     cost = steps * batches * (flops.sequence + more * flops.expert)
     found, before = [], 0
     for name, end in ends:
@@ -107,12 +112,28 @@ def matched_iterations(folder: Path) -> int:
     return _matched(folder, *read_stages(folder))
 
 
+def training_flops(folder: Path) -> float | None:
+    """Return the FLOPs of the whole training in `folder`; None if its log or its command does not tell them.
+
+    Exact where the log has the running sums of computed pairs, as each line since version 0.1 does.
+    """
+    figures, settings = read_run_figures(folder), started_with(folder)
+    if figures is None or settings is None:
+        return None
+    flops = count_flops(folder, figures)
+    found = stages(figures, flops)
+    return _total(settings, found, flops) if found else None
+
+
+def _total(settings: Settings, found: Sequence[Stage], flops: Flops) -> float:
+    unlogged = whole(settings, "--train-iters") - found[-1].last  # at the target
+    return sum(stage.flops for stage in found) + unlogged * whole(settings, "--global-batch-size") * flops.sequence
+
+
 def _matched(folder: Path, found: Sequence[Stage], flops: Flops) -> int:
     settings = started_with(folder)
     assert settings is not None
-    ends, batch = found[-1].last, whole(settings, "--global-batch-size")
-    unlogged = whole(settings, "--train-iters") - ends  # at the target
-    return round(sum(stage.flops for stage in found) / (batch * flops.sequence)) + unlogged
+    return round(_total(settings, found, flops) / (whole(settings, "--global-batch-size") * flops.sequence))
 
 
 def show(console: Console, folders: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.baselines.expert_choice import ExpertChoiceRouter
+from megatron.remoe.baselines.expert_threshold import ExpertThresholdRouter
 from megatron.remoe.baselines.hash import HashRouter
 from megatron.remoe.baselines.random import RandomRouter
 
@@ -10,4 +11,5 @@ ROUTERS: dict[str, type[TopKRouter]] = {
     "hash": HashRouter,
     "expert_choice": ExpertChoiceRouter,
     "random": RandomRouter,
+    "expert_threshold": ExpertThresholdRouter,
 }

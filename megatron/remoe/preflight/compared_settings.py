@@ -54,7 +54,8 @@ LAYOUT = (
 # A setting that follows from another one by default: not worth a line where that one differs.
 FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
 FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
-SPLIT_BY_GRANULARITY = {"num_experts": 1, "moe_router_topk": 1, "moe_warmup_topk": 1, "moe_ffn_hidden_size": -1}
+MULTIPLIED = ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts")
+SPLIT_BY_GRANULARITY = {**dict.fromkeys(MULTIPLIED, 1), "moe_ffn_hidden_size": -1}
 SHOWN = 120  # letters of a setting, such as a list of data sets
 Settings = dict[str, Any]
 
@@ -104,6 +105,9 @@ def shape(args: argparse.Namespace) -> Settings:
     if getattr(args, "moe_relu_routing", False):
         # Before there was a flag for it, the router had a bias wherever other linear layers had one.
         found["moe_relu_router_bias"] = getattr(args, "moe_relu_router_bias", args.add_bias_linear)
+        # The first gives the router a bias too, the second a state.
+        found["moe_relu_sparse_start"] = getattr(args, "moe_relu_sparse_start", False)
+        found["moe_relu_l1_reg_start_power"] = getattr(args, "moe_relu_l1_reg_start_power", 1)
     if pattern:
         del found["num_layers"]
         found["hybrid_layer_pattern"] = pattern.replace("|", "")

@@ -29,6 +29,20 @@ class ReMoEConfig(TransformerConfig):
     """Factor by which the coefficient grows or shrinks once per step (default %(default)s). A larger one settles sooner
     and swings more."""
 
+    moe_relu_l1_reg_start_power: int = 1
+    """Shorten the dense start: change the coefficient by this power of the factor per step until the sparsity first
+    reaches its target (e.g. 3; default %(default)s: as later)."""
+
+    moe_relu_l1_reg_start_setback: int = 0
+    """With --moe-relu-l1-reg-start-power: divide the coefficient by the factor this many times when the sparsity first
+    reaches its target, which it overshoots otherwise (default %(default)s)."""
+
+    moe_relu_l1_reg_coeff_min: float = 0.0
+    """Lower bound of the coefficient (e.g. 1e-9; default %(default)s: none)."""
+
+    moe_relu_l1_reg_coeff_max: float = 0.0
+    """Upper bound of the coefficient (default %(default)s: none)."""
+
     moe_relu_l1_reg_load_balancing: bool = True
     """Weigh each expert's gates in the L1 term by its share of the tokens, which balances the load (default); otherwise
     all alike (f_e = 1, the paper's equation 9)."""
@@ -36,6 +50,14 @@ class ReMoEConfig(TransformerConfig):
     moe_relu_layer_floor: float = 1e-3
     """Keep layers alive: a layer with fewer active experts per token than this share of topk is freed from the L1 term,
     and its gates are pushed up (default %(default)s; 0 turns it off)."""
+
+    moe_relu_max_experts: int | None = None
+    """Compute at most this many experts per token, those with the largest gates (e.g. 4 times topk), in training and
+    evaluation. L1 term and sparsity count all positive gates. Bounds FLOPs, memory and traffic of the dense start."""
+
+    moe_relu_sparse_start: bool = False
+    """Start at the target sparsity: the router gets a bias for each expert that lets it take a share of topk/experts of
+    the tokens at first. Choose a larger --moe-relu-l1-reg-coeff-init with it, such as 1e-3."""
 
     moe_relu_activation_limit: float = 2.0
     """Limit memory while routing is dense: a layer holds the activations of at most this many times topk experts per
@@ -59,9 +81,10 @@ class ReMoEConfig(TransformerConfig):
     moe_warmup_steps: int = 0
     """Optimizer steps of the near-dense warm-up (e.g. 100)."""
 
-    moe_baseline_router: Literal["hash", "expert_choice", "random"] | None = None
-    """Replace top-k by a router that the paper compares with: by the token's id (hash), experts that choose tokens and
-    see the future of their sequence (expert_choice), or at random."""
+    moe_baseline_router: Literal["hash", "expert_choice", "random", "expert_threshold"] | None = None
+    """Replace top-k by another router: by the token's id (hash), experts that choose tokens and see the future of their
+    sequence (expert_choice), at random, or by thresholds that let a token have more or fewer experts than topk
+    (expert_threshold, arXiv 2603.11535)."""
 
     def __post_init__(self) -> None:
         problems = relu_routing_problems(self)

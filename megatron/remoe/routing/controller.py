@@ -6,9 +6,11 @@ After every optimizer step, with k experts per token as the target and α slight
     S      = 1 - active pairs / (tokens · E), over all MoE layers and the global batch
     λ      ← λ · α^sign(target - S)
 
-The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n.
+The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. Until S first reaches the target it
+can add more (`moe_relu_l1_reg_start_power`).
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,7 +37,8 @@ class RoutingSummary:
         layer_sparsity: layer → its sparsity.
         expert_load: layer → share of its tokens that each expert got, `num_experts` values.
         guarded_layers: layers that were freed from L1 and pushed up, because they were almost off before.
-        total_active_pairs: active pairs of all MoE layers, over all steps of this controller.
+        total_active_pairs: computed pairs of all MoE layers, over all steps of this controller: the active ones, except
+            those that `moe_relu_max_experts` leaves out.
         total_layer_tokens: tokens times MoE layers, over the same steps.
     """
 
@@ -77,8 +80,9 @@ class SparsityController:
             self._num_layers = _largest_of_ranks(self._num_layers, self.device)
         # A router that is off for all tokens has no gradient, but the norms of every layer have one.
         self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
+        self._bounds = exponent_bounds(config)
         self._last: StepSums | None = None
-        # Active pairs and tokens of each layer over all steps.
+        # Computed pairs and tokens of each layer over all steps.
         self._totals = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
@@ -94,7 +98,7 @@ class SparsityController:
         self._last = sums
 
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
-        torch._foreach_add_([*self._totals.unbind()], [active, tokens])
+        torch._foreach_add_([*self._totals.unbind()], [active - sums.counts["left_out"], tokens])
         # Megatron skips a step that is not finite, or ends the training: it moves nothing here either.
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k·tokens, which is exact in whole numbers.
@@ -102,12 +106,30 @@ class SparsityController:
         dying = active < self.config.moe_relu_layer_floor * topk * tokens
         guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
         if self.routers:
-            exponent = self.routers[0].l1_exponent + direction.to(torch.int64)  # the same on all ranks
+            exponent = self._moved(direction.to(torch.int64), finite)
             # One launch for all routers.
             torch._foreach_copy_(
                 [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
                 [exponent] * len(self.routers) + [guarded[number - 1] for number in self._numbers],
             )
+
+    def _moved(self, direction: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+        """Return the exponent of the next step, which is the same on all ranks.
+
+        Args:
+            direction: int64 scalar, the sign of target - S.
+            finite: bool scalar, False for a step that moves nothing.
+        """
+        first = self.routers[0]
+        step = direction
+        if first.reached is not None:
+            reached = first.reached | (finite & (direction <= 0))
+            at_first = reached - first.reached
+            step = torch.where(reached > 0, direction, direction * self.config.moe_relu_l1_reg_start_power)
+            step = step - at_first * self.config.moe_relu_l1_reg_start_setback
+            torch._foreach_copy_([router.reached for router in self.routers], [reached] * len(self.routers))
+        exponent = first.l1_exponent + step
+        return exponent.clamp(*self._bounds) if any(bound is not None for bound in self._bounds) else exponent
 
     def _collect(self) -> StepSums:
         """Return this rank's counts and state, 0 for layers without a router here, and reset the routers' counts."""
@@ -159,6 +181,20 @@ class SparsityController:
             guarded_layers=[number for number in layers if sums.guarded[number - 1] > 0],
             **_named(totals.view(2, -1)),
         )
+
+
+def exponent_bounds(config: ReMoEConfig) -> tuple[int | None, int | None]:
+    """Return the smallest and the largest exponent n within the bounds of λ; None where there is no bound."""
+
+    def exponent_of(coefficient: float) -> float:
+        steps = math.log(coefficient / config.moe_relu_l1_reg_coeff_init)
+        return round(steps / math.log(config.moe_relu_l1_reg_coeff_multiplier), 9)  # a power of α keeps its exponent
+
+    lowest, highest = config.moe_relu_l1_reg_coeff_min, config.moe_relu_l1_reg_coeff_max
+    return (
+        math.ceil(exponent_of(lowest)) if lowest else None,
+        math.floor(exponent_of(highest)) if highest else None,
+    )
 
 
 def _named(totals: torch.Tensor) -> dict[str, int]:

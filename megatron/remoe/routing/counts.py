@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-COLUMNS = ("tokens", "l1_loss", "micro_batches")  # after the tokens of each expert
+COLUMNS = ("tokens", "l1_loss", "micro_batches", "left_out")  # after the tokens of each expert
 
 
 class RoutingCounts:
@@ -18,10 +18,11 @@ class RoutingCounts:
     - `tokens_per_expert`: E columns, active (token, expert) pairs;
     - `tokens`: tokens that the router saw;
     - `l1_loss`: L_reg, summed over micro-batches;
-    - `micro_batches`: the ranks that share a sequence count one together.
+    - `micro_batches`: the ranks that share a sequence count one together;
+    - `left_out`: active pairs that are not computed, because of `moe_relu_max_experts`.
 
     Attributes:
-        table: float64 `[..., E + 3]`, in this order.
+        table: float64 `[..., E + 4]`, in this order.
     """
 
     def __init__(self, table: torch.Tensor) -> None:
@@ -53,7 +54,7 @@ class StepSums:
     """Everything that ranks add up after a step: the counts of all layers, and the state of their routers.
 
     Attributes:
-        buffer: float64 `[L·(E + 3) + L + 3]`; the others are views of it.
+        buffer: float64 `[L·(E + 4) + L + 3]`; the others are views of it.
         counts: a row for each layer.
         guarded: `[L]`, how many ranks guard the layer.
         l1_exponent: a scalar, the sum of the ranks' exponent n of λ.

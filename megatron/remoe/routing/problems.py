@@ -91,7 +91,9 @@ def _values(settings: Settings) -> Iterator[str]:
     experts = _experts(settings)
     topk, init = settings.moe_router_topk, settings.moe_relu_l1_reg_coeff_init
     multiplier, floor = settings.moe_relu_l1_reg_coeff_multiplier, settings.moe_relu_layer_floor
-    limit = settings.moe_relu_activation_limit
+    limit, most = settings.moe_relu_activation_limit, settings.moe_relu_max_experts
+    power, setback = settings.moe_relu_l1_reg_start_power, settings.moe_relu_l1_reg_start_setback
+    lowest, highest = settings.moe_relu_l1_reg_coeff_min, settings.moe_relu_l1_reg_coeff_max
     if not experts:
         yield "--moe-relu-routing needs experts to route to: give --num-experts (for instance 8)."
     elif not 0 < topk < experts:
@@ -105,6 +107,22 @@ def _values(settings: Settings) -> Iterator[str]:
         yield f"--moe-relu-l1-reg-coeff-multiplier {multiplier} must be above 1 (default 1.2)."
     if not 0.0 <= floor < 1.0:
         yield f"--moe-relu-layer-floor {floor} must be at least 0 and below 1 (default 0.001, 0 turns it off)."
+    if power < 1:
+        yield f"--moe-relu-l1-reg-start-power {power} must be at least 1 (default 1: no faster start)."
+    if setback < 0 or (setback and power == 1):
+        yield (
+            f"--moe-relu-l1-reg-start-setback {setback} must be at least 0, and needs a --moe-relu-l1-reg-start-power "
+            "above 1."
+        )
+    if not 0.0 <= lowest <= init:
+        yield f"--moe-relu-l1-reg-coeff-min {lowest} must be positive and at most --moe-relu-l1-reg-coeff-init {init}."
+    if highest and not init <= highest < float("inf"):
+        yield f"--moe-relu-l1-reg-coeff-max {highest} must be at least --moe-relu-l1-reg-coeff-init {init}, or 0."
+    if most is not None and experts and not settings.moe_router_topk <= most <= experts:
+        yield (
+            f"--moe-relu-max-experts {most} must be at least --moe-router-topk {settings.moe_router_topk} and at most "
+            f"--num-experts {experts}."
+        )
     if limit and not 1.0 <= limit < float("inf"):
         yield f"--moe-relu-activation-limit {limit} must be at least 1 (default 2), or 0 for no limit."
 

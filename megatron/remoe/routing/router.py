@@ -3,6 +3,7 @@
 T tokens (sequence x batch), E experts.
 """
 
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class ReLURouter(TopKRouter):
         l1_exponent: int64 scalar n of λ = init · multiplier^n. Half-precision wrappers cast floating-point buffers and
             leave integers, so λ stays exact; it is saved with the model.
         guarded: int64 scalar, 1 where the layer was all but off in the last optimizer step and is to be revived.
+        reached: int64 scalar, 1 once S has reached its target. None unless `moe_relu_l1_reg_start_power` is above 1.
         counts: what the router saw since the last optimizer step, on the device. None before the first counted
             forward pass.
 
@@ -34,6 +36,7 @@ class ReLURouter(TopKRouter):
     """
 
     config: ReMoEConfig
+    bias: torch.nn.Parameter | None
 
     def __init__(self, config: ReMoEConfig, *arguments: Any, **options: Any) -> None:
         if not getattr(config, "moe_relu_routing", False):
@@ -41,9 +44,13 @@ class ReLURouter(TopKRouter):
         super().__init__(config, *arguments, **options)
         if not config.moe_relu_router_bias:
             self.bias = None
+        if config.moe_relu_sparse_start:
+            self._start_sparse()
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         self.register_buffer("l1_exponent", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("guarded", torch.zeros((), dtype=torch.int64, device=device))
+        has_start = config.moe_relu_l1_reg_start_power > 1
+        self.register_buffer("reached", torch.zeros((), dtype=torch.int64, device=device) if has_start else None)
         self.counts: RoutingCounts | None = None
         self.backend = backend_of(config)
         self.regularization = Regularization(
@@ -53,6 +60,17 @@ class ReLURouter(TopKRouter):
             guard=GUARD_COEFFICIENT,
             balances=config.moe_relu_l1_reg_load_balancing,
         )
+
+    def _start_sparse(self) -> None:
+        """Add a bias with which a share k/E of the tokens goes to each expert before the first step.
+
+        Behind a norm a token has the length √H, so that its product with the weights w of an expert has the standard
+        deviation |w| over directions. The bias is that distribution's quantile: -|w| · Φ⁻¹(1 - k/E).
+        """
+        quantile = NormalDist().inv_cdf(self.config.target_sparsity)
+        bias = torch.nn.Parameter((-quantile * self.weight.detach().float().norm(dim=1)).to(self.weight.dtype))
+        bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias = bias
 
     @property
     def l1_coefficient(self) -> torch.Tensor:
@@ -71,7 +89,8 @@ class ReLURouter(TopKRouter):
 
         Returns:
             probs: `[T, E]`, the gates ReLU(logits), with the L1 term attached to their gradient in training.
-            routing_map: bool `[T, E]`, True where the gate is positive.
+            routing_map: bool `[T, E]`, True where the gate is positive. With `moe_relu_max_experts` both keep the
+                largest gates of each token.
         """
         logits_TE = logits.view(-1, self.num_experts)
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
@@ -80,10 +99,10 @@ class ReLURouter(TopKRouter):
         # Recomputation runs the forward pass twice, once of them without gradients; evaluation has none at all.
         if not (self.training and torch.is_grad_enabled()):
             map_TE = active(logits_TE, padding_mask_T)
-            return torch.where(map_TE, logits_TE, 0.0), map_TE
+            return self._largest(torch.where(map_TE, logits_TE, 0.0), map_TE)
         if self.counts is None:
             self.counts = RoutingCounts.zeros(self.num_experts, logits.device)
-        return self.backend.relu_routing(
+        probs_TE, map_TE = self.backend.relu_routing(
             self.regularization,
             logits_TE,
             padding_mask_T,
@@ -93,3 +112,19 @@ class ReLURouter(TopKRouter):
             self.tp_cp_group,
             self.calculate_per_token_loss,
         )
+        probs_TE, computed_TE = self._largest(probs_TE, map_TE)
+        if computed_TE is not map_TE:
+            self.counts["left_out"].add_((map_TE & ~computed_TE).sum())
+        return probs_TE, computed_TE
+
+    def _largest(self, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return gates and map of the K largest gates of each token; without `moe_relu_max_experts` the same two.
+
+        The gates that are left out keep the gradient of λ · L_reg, which they have from before.
+        """
+        most = self.config.moe_relu_max_experts
+        if most is None:
+            return probs_TE, map_TE
+        largest = torch.zeros_like(map_TE).scatter_(1, probs_TE.detach().topk(most, dim=1).indices, True)
+        computed_TE = map_TE & largest
+        return torch.where(computed_TE, probs_TE, 0.0), computed_TE

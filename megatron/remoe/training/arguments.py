@@ -209,8 +209,9 @@ def apply_granularity(args: argparse.Namespace) -> None:
     args.moe_ffn_hidden_size = size // granularity
     args.num_experts *= granularity
     args.moe_router_topk *= granularity
-    if args.moe_warmup_topk is not None:
-        args.moe_warmup_topk *= granularity
+    for name in ("moe_warmup_topk", "moe_relu_max_experts"):
+        if getattr(args, name) is not None:
+            setattr(args, name, getattr(args, name) * granularity)
 
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:

@@ -27,11 +27,15 @@ class Flips:
         rate: share of the (token, expert) pairs of all MoE layers that became active or inactive, 0 to 1.
         count: such pairs per token and layer: the rate times the number of experts.
         layer_rate: layer number (from 1) → the rate of that MoE layer.
+        changed_tokens: share of tokens, over all MoE layers, that got other experts than before. A token that top-1
+            sends to another expert counts once, as one that gains or loses an expert of a ReLU router does; in `rate`
+            it counts twice.
     """
 
     rate: float
     count: float
     layer_rate: dict[int, float]
+    changed_tokens: float
 
 
 class FlipMeter:
@@ -132,18 +136,21 @@ class FlipMeter:
     def _compare(self, before: Maps, after: Maps) -> Flips:
         config = get_model_config(self._chunks[0])
         device = next(self._chunks[0].parameters()).device
-        table = torch.zeros(config.num_layers, 2, dtype=torch.float64, device=device)
+        table = torch.zeros(config.num_layers, 3, dtype=torch.float64, device=device)
         for (number, was), (_, now) in zip(before, after, strict=True):
-            table[number - 1, 0] += (was != now).sum()
+            changed = was != now
+            table[number - 1, 0] += changed.sum()
             table[number - 1, 1] += now.numel()
+            table[number - 1, 2] += changed.any(dim=1).sum()
         if torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(table)  # each rank routed other tokens, or other layers
         rows = {number: row for number, row in enumerate(table.tolist(), start=1) if row[1]}
-        flipped, pairs = (sum(column) for column in zip(*rows.values(), strict=True))
+        flipped, pairs, tokens = (sum(column) for column in zip(*rows.values(), strict=True))
         return Flips(
             rate=flipped / pairs,
             count=flipped / pairs * config.num_moe_experts,
-            layer_rate={number: flipped / pairs for number, (flipped, pairs) in rows.items()},
+            layer_rate={number: flipped / pairs for number, (flipped, pairs, _) in rows.items()},
+            changed_tokens=tokens / pairs * config.num_moe_experts,
         )
 
 

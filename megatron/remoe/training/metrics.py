@@ -65,7 +65,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
             self._logger.info({"kind": "flips", "iteration": iteration, **asdict(flips)})
             self._record({"moe/flip_rate": flips.rate, "moe/flip_count": flips.count}, iteration, writer, wandb_writer)
             text += f" flip rate: {flips.rate:.6f} | flip count: {flips.count:.6f} |"
-            of_line = {"flip_rate": flips.rate, "flip_count": flips.count}
+            of_line = {"flip_rate": flips.rate, "flip_count": flips.count, "changed_tokens": flips.changed_tokens}
         if self._controller is not None and (printed or recorded):
             summary = self._controller.summary()
             if summary is not None:

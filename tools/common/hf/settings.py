@@ -31,6 +31,7 @@ ONLY: dict[str, Any] = {
         layernorm_zero_centered_gamma rotary_interleaved use_rope_scaling multi_latent_attention qk_layernorm
         add_qkv_bias attention_output_gate add_bias_linear apply_residual_connection_post_layernorm use_mup
         moe_shared_expert_gate moe_apply_probs_on_input moe_relu_router_bias
+        moe_relu_sparse_start
         """.split(),
         False,
     ),
@@ -110,6 +111,7 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
         "hash_routing": args.moe_baseline_router == "hash",
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "router_aux_loss_coef": coefficient,
+        "max_experts_per_token": args.moe_relu_max_experts,
     }
 
 

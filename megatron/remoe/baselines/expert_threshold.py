@@ -1,0 +1,72 @@
+"""Expert threshold routing (Sun et al., arXiv 2603.11535): a token goes to the experts whose threshold it exceeds.
+
+T tokens (sequence x batch), E experts.
+"""
+
+from typing import Any
+
+import torch
+
+from megatron.core.transformer.moe.router import TopKRouter
+
+KEPT = 0.99  # of the thresholds in each update
+UNIT = 2.0**-32
+
+
+class ExpertThresholdRouter(TopKRouter):
+    """Gates are sigmoids; each expert's threshold follows the logit that a share k/E of the tokens exceeds.
+
+    The number of experts per token varies around k. Tokens do not depend on later ones: thresholds are those of earlier
+    batches, except in the very first one.
+
+    Attributes:
+        thresholds: int64 `[E]`, moving averages in units of 2^-32: half-precision wrappers cast floats.
+        batches: int64 scalar, batches that they have seen.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        self.register_buffer("thresholds", torch.zeros(self.num_experts, dtype=torch.int64, device=device))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route each token to the experts whose threshold its logit exceeds, and move the thresholds in training.
+
+        Args:
+            logits: `[sequence, batch, E]`, in the router's dtype.
+            padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
+            _unused: arguments of other ways of routing, in versions of Megatron that have them.
+
+        Returns:
+            probs: `[T, E]`, the sigmoid of the logit where the map is True, else 0.
+            routing_map: bool `[T, E]`.
+        """
+        padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
+        logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts), padding_mask=padding_mask_T)
+        seen_TE = logits_TE.detach().double()
+        if padding_mask_T is not None:
+            seen_TE = seen_TE.masked_fill(padding_mask_T.unsqueeze(-1), -torch.inf)
+        thresholds_E = self.thresholds
+        if self.training:
+            here_E = self._exceeded(seen_TE)
+            thresholds_E = torch.where(self.batches > 0, thresholds_E, here_E)
+            # Recomputation has to route as the first pass did, so that the thresholds move after it.
+            if torch.is_grad_enabled():
+                self.thresholds.copy_(
+                    thresholds_E + ((1 - KEPT) * (here_E - thresholds_E).double()).round().to(torch.int64)
+                )
+                self.batches.add_(1)
+        map_TE = seen_TE > thresholds_E.double() * UNIT
+        return torch.where(map_TE, logits_TE.sigmoid(), 0.0), map_TE
+
+    def _exceeded(self, seen_TE: torch.Tensor) -> torch.Tensor:
+        """Return the logit of each expert that a share k/E of the tokens exceeds, int64 `[E]`, averaged over ranks."""
+        num_tokens = len(seen_TE)
+        above = min(num_tokens - 1, max(1, num_tokens * self.topk // self.num_experts))
+        exceeded_E = (seen_TE.kthvalue(num_tokens - above, dim=0).values / UNIT).ceil()
+        if self.tp_dp_cp_group.size() > 1:
+            torch.distributed.all_reduce(exceeded_E, group=self.tp_dp_cp_group)
+        return (exceeded_E / self.tp_dp_cp_group.size()).to(torch.int64)

@@ -1,0 +1,192 @@
+"""Decide what a table of losses shows: pooled spread, corrected p-values, equivalence, and the seeds that it takes.
+
+A table makes several comparisons of few trainings each. All rows together estimate how much seeds differ, if their
+spreads are equal, which the Brown-Forsythe test checks; otherwise each comparison uses the spread of its two rows
+(Welch). Holm's correction holds the probability of any false claim in the table at 5 %.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.05
+POWER = 0.8
+MOST_SEEDS = 1000
+
+Losses = Mapping[str, Sequence[float]]  # row → a loss for each seed
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How much the losses of equal trainings differ by seed.
+
+    Attributes:
+        deviation: standard deviation pooled over the rows; NaN if no row has two losses.
+        freedom: its degrees of freedom.
+        p: of the Brown-Forsythe test that all rows have the same spread; NaN if fewer than two rows have two losses.
+    """
+
+    deviation: float
+    freedom: int
+    p: float
+
+    @property
+    def is_equal(self) -> bool:
+        """Return whether nothing speaks against pooling."""
+        return not self.p < LEVEL
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of the mean losses of two rows, with p-values corrected by Holm for all comparisons of the table.
+
+    Attributes:
+        row, reference: the rows; the mean is the first one's minus the second one's.
+        mean: in the unit of the losses.
+        half: half of the 95 % interval, of this comparison alone; infinite if there are too few losses.
+        p_different: of two equal rows.
+        p_equivalent: of two rows whose difference is at least `margin` (TOST).
+        margin: the largest difference that counts as none.
+    """
+
+    row: str
+    reference: str
+    mean: float
+    half: float
+    p_different: float
+    p_equivalent: float
+    margin: float
+
+    @property
+    def verdict(self) -> str:
+        """Return lower, higher, equivalent or inconclusive; a difference below the margin is equivalent too."""
+        if self.p_equivalent < LEVEL:
+            return f"equivalent within {self.margin:g}"
+        if self.p_different < LEVEL:
+            return "higher" if self.mean > 0 else "lower"
+        return "inconclusive"
+
+
+def spread_of(losses: Iterable[Sequence[float]]) -> Spread:
+    """Pool the spread of rows; rows with one loss have none."""
+    rows = [np.asarray(row, float) for row in losses if len(row) > 1]
+    freedom = sum(len(row) - 1 for row in rows)
+    if not freedom:
+        return Spread(math.nan, 0, math.nan)
+    variance = sum((len(row) - 1) * row.var(ddof=1) for row in rows) / freedom
+    # Rows of two losses have equal distances to their median, so the test needs a row of three.
+    testable = len(rows) > 1 and max(map(len, rows)) > 2 and variance > 0
+    p = float(stats.levene(*rows, center="median").pvalue) if testable else math.nan
+    return Spread(math.sqrt(variance), freedom, p)
+
+
+def differences(losses: Losses, pairs: Iterable[tuple[str, str]], margin: float) -> list[Difference]:
+    """Compare pairs of rows.
+
+    Args:
+        losses: row → the losses of its seeds.
+        pairs: rows and the rows to compare them with.
+        margin: the largest difference of the means that counts as none.
+
+    Returns:
+        A difference for each pair.
+    """
+    spread = spread_of(losses.values())
+    found = []
+    for row, reference in pairs:
+        one, other = (np.asarray(losses[name], float) for name in (row, reference))
+        mean = float(one.mean() - other.mean())
+        if spread.is_equal:
+            error, freedom = spread.deviation * math.sqrt(1 / len(one) + 1 / len(other)), float(spread.freedom)
+        else:
+            error, freedom = _welch(one, other)
+        found.append((row, reference, mean, error, freedom))
+    different = holm([_p_different(mean, error, freedom) for _, _, mean, error, freedom in found])
+    equivalent = holm([_p_equivalent(mean, error, freedom, margin) for _, _, mean, error, freedom in found])
+    return [
+        Difference(row, reference, mean, _half(error, freedom), p, q, margin)
+        for (row, reference, mean, error, freedom), p, q in zip(found, different, equivalent, strict=True)
+    ]
+
+
+def _welch(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Return the standard error of the difference and its degrees of freedom, with a variance for each row."""
+    if min(len(one), len(other)) < 2:
+        return math.nan, 0.0
+    parts = one.var(ddof=1) / len(one), other.var(ddof=1) / len(other)
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(row) - 1) for part, row in zip(parts, (one, other), strict=True))
+    return math.sqrt(sum(parts)), float(freedom)
+
+
+def _half(error: float, freedom: float) -> float:
+    return float(stats.t.ppf(1 - LEVEL / 2, freedom) * error) if freedom else math.inf
+
+
+def _p_different(mean: float, error: float, freedom: float) -> float:
+    if not error:
+        return float(mean == 0)
+    return float(2 * stats.t.sf(abs(mean) / error, freedom)) if freedom else 1.0
+
+
+def _p_equivalent(mean: float, error: float, freedom: float, margin: float) -> float:
+    """Two one-sided tests: the larger p-value of "at most -margin" and "at least margin"."""
+    if not error:
+        return float(abs(mean) >= margin)
+    return float(stats.t.sf((margin - abs(mean)) / error, freedom)) if freedom else 1.0
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values corrected by Holm's step-down method for that many tests."""
+    order = np.argsort(values)
+    steps = np.asarray(values, float)[order] * np.arange(len(values), 0, -1)
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return corrected.tolist()
+
+
+def seeds_to_see(difference: float, deviation: float, comparisons: int = 1) -> int:
+    """Return the seeds per row with which a difference is seen with a probability of 80 %.
+
+    Args:
+        difference: of the means, in the unit of the losses.
+        deviation: of equal trainings, as in `Spread`.
+        comparisons: of the table; the first step of Holm's method tests at 5 % divided by their number.
+
+    Raises:
+        ValueError: more than 1,000 seeds are needed.
+    """
+
+    def power(seeds: int, freedom: int) -> float:
+        shift = difference / (deviation * math.sqrt(2 / seeds))
+        critical = stats.t.ppf(1 - LEVEL / comparisons / 2, freedom)
+        return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
+
+    return _fewest(power)
+
+
+def seeds_for_equivalence(margin: float, deviation: float, comparisons: int = 1) -> int:
+    """Return the seeds per row with which two equal rows are found equivalent with a probability of 80 %.
+
+    Args, raises: as `seeds_to_see`, with the margin of the test.
+    """
+
+    def power(seeds: int, freedom: int) -> float:
+        shift = margin / (deviation * math.sqrt(2 / seeds))
+        # Both one-sided tests have to reject; neither is likelier to fail than the other.
+        return float(1 - 2 * stats.nct.cdf(stats.t.ppf(1 - LEVEL / comparisons, freedom), freedom, shift))
+
+    return _fewest(power)
+
+
+def _fewest(power: Callable[[int, int], float]) -> int:
+    """Return the fewest seeds with which the power of two rows, by seeds and degrees of freedom, suffices."""
+    for seeds in itertools.count(2):
+        if seeds > MOST_SEEDS:
+            raise ValueError(f"more than {MOST_SEEDS} seeds are needed")
+        if power(seeds, 2 * (seeds - 1)) >= POWER:
+            return seeds
+    raise AssertionError

@@ -1,0 +1,123 @@
+"""The arms of the experiment, and the flags of their trunks and decays."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..common.flags import Settings, parse
+from ..quickstart.models import data_flags
+from ..sweep import tiny
+from ..sweep.plan import BASE_SIZE, UNBALANCED, WHOLE, Launch, Run
+from ..sweep.settings import would_start_with
+
+REFERENCE = "remoe"
+LOG_INTERVAL = 5  # steps of all points are multiples of it, so that a line of the log has their exact FLOPs
+DECAY = 0.2  # share of a point's steps in which the learning rate falls
+WARMUP, LEAST = 12, 20  # steps: of the rate's rise, and of a point
+TRUNK = 50_000  # steps that a trunk is planned for: the order of its data and its constant rate depend on no point
+PLACES = ("--save", "--load", "--tensorboard-dir", "--log-timers-to-tensorboard", "--tensorboard-log-interval")
+REPLACED = ("--lr-warmup-fraction", "--save-retain-interval", "--eval-interval", *PLACES)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes:
+        kind: routing, from `sweep.plan.KINDS`.
+        flags: additional ones.
+    """
+
+    kind: str
+    flags: str = ""
+
+    @property
+    def routing(self) -> str:
+        """Return moe or remoe: arms of one routing have one learning rate."""
+        return self.kind.partition("-")[0]
+
+
+FASTER = "--moe-relu-l1-reg-start-power 3 --moe-relu-l1-reg-start-setback 12"
+CAPPED = "--moe-relu-max-experts 4"
+ARMS: Mapping[str, Arm] = {
+    REFERENCE: Arm("remoe"),
+    "moe": Arm("moe"),
+    "moe-dense-start": Arm("moe-warmup"),
+    "remoe-faster": Arm("remoe", FASTER),
+    "remoe-capped": Arm("remoe", CAPPED),
+    "remoe-faster-capped": Arm("remoe", f"{FASTER} {CAPPED}"),
+    "remoe-sparse-start": Arm("remoe", "--moe-relu-sparse-start --moe-relu-l1-reg-coeff-init 1e-3"),
+    # Its FLOPs are those of k experts per token, around which it keeps their number.
+    "moe-expert-threshold": Arm("moe", f"{UNBALANCED} --moe-baseline-router expert_threshold"),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trunk and its decays.
+
+    Attributes:
+        arm: key of `ARMS`.
+        factor: on the recipe's learning rate.
+        is_tuning: evaluates a part of the training text instead of the held-out text.
+    """
+
+    experts: int
+    arm: str
+    seed: int
+    factor: float = 1.0
+    is_tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the name of its folder."""
+        return f"e{self.experts}-{self.arm}-seed{self.seed}-lr{self.factor:g}" + ("-tuning" if self.is_tuning else "")
+
+
+def trunk_steps(steps: int) -> int:
+    """Return the step of the trunk at which the decay to a point starts."""
+    return steps - rounded(DECAY * steps)
+
+
+def rounded(steps: float) -> int:
+    """Return the nearest multiple of the log's interval, at least one interval."""
+    return max(1, round(steps / LOG_INTERVAL)) * LOG_INTERVAL
+
+
+def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: int, decays: int) -> Settings:
+    """Return Megatron's flags for a trunk or a decay, without its folders.
+
+    Args:
+        training: the trunk, or that of the decay.
+        text: the folder of the quickstart's data.
+        tokens: domain → tokens of its training text.
+        steps: to plan for: `TRUNK`, or those of the point.
+        decays: the last steps, in which the rate falls; for a trunk any number will do.
+
+    Raises:
+        SettingsError: an environment variable is wrong.
+    """
+    arm = ARMS[training.arm]
+    routing, _, protocol = arm.kind.partition("-")
+    run = Run(BASE_SIZE, routing, training.experts, WHOLE, protocol=protocol).at("lr", training.factor)
+    small = {name: tiny.flags(size, steps, os.environ) for name, size in tiny.MODELS.items()}
+    launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text, text.name))
+    settings = would_start_with(launch, run, anywhere=False)
+    settings = {flag: values for flag, values in settings.items() if flag not in REPLACED}
+    changed: dict[str, str] = {
+        "--seed": str(training.seed), "--log-interval": str(LOG_INTERVAL), "--eval-interval": str(TRUNK + 1),
+        "--lr-decay-style": "WSD", "--lr-wsd-decay-style": "linear", "--lr-decay-iters": str(steps),
+        "--lr-wsd-decay-iters": str(decays), "--lr-warmup-iters": str(WARMUP),
+    }  # fmt: skip
+    settings |= {flag: (value,) for flag, value in changed.items()}
+    if not training.is_tuning:
+        for flag in ("--data-path", "--split", "--eval-iters"):
+            del settings[flag]
+        settings |= parse(["--multiple-validation-sets", "--full-validation", *data_flags(text, dict(tokens))])
+    return settings
+
+
+def tuned(training: Training, rates: Mapping[tuple[int, str], float]) -> Training:
+    """Return the training at the best learning rate of its routing and number of experts."""
+    return replace(training, factor=rates.get((training.experts, ARMS[training.arm].routing), 1.0))

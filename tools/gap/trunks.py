@@ -1,0 +1,197 @@
+"""Train trunks and their decays as processes; each continues where a stop left it."""
+
+import heapq
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ..common.errors import ToolError
+from ..common.figure_reader import LOG, METRICS, read_figures
+from ..common.flags import words_of
+from ..common.places import ROOT
+from ..common.training_process import end, start
+from ..quickstart.dataset import predicted_tokens
+from ..recipes.flops import flops_per_expert, flops_per_sequence
+from ..sweep.stages import Flops, stages
+from .plan import TRUNK, Training, flags_of, rounded, trunk_steps
+
+SECONDS_TO_SAVE = 60
+SAVE_INTERVAL = 200
+
+
+@dataclass(frozen=True)
+class Point:
+    """The result of a decay.
+
+    Attributes:
+        steps: of trunk and decay together.
+        equal_to: steps of the reference whose FLOPs it has; None if its steps are the reference's.
+        loss: nats per token over all evaluated text.
+        flops: of trunk and decay, with the experts that were computed.
+        seconds: of a step, median over the decay.
+        first_near: the first logged step with S within 1 % of its target; None without ReLU routing, or if there is
+            none.
+    """
+
+    steps: int
+    equal_to: int | None
+    loss: float
+    flops: float
+    seconds: float
+    first_near: int | None = None
+
+
+class Runner:
+    """Start trainings on one corpus, and stop them."""
+
+    def __init__(self, output: Path, text: Path, manifest: Mapping[str, Any], lock: IO[str]) -> None:
+        self._output, self._text, self._tokens, self._lock = output, text, manifest["tokens"], lock
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+
+    def run(
+        self,
+        training: Training,
+        wanted: list[int],
+        reference: Mapping[int, float],
+        done: Callable[[Point], None],
+        found: list[Point],
+    ) -> None:
+        """Train a trunk and the decays to all its points.
+
+        Args:
+            training: the trunk.
+            wanted: steps of its points; multiples of the log's interval.
+            reference: steps → FLOPs of the reference, to which one more point each is matched.
+            done: called with each new point.
+            found: points that exist.
+
+        Raises:
+            ToolError: a training failed.
+        """
+        points = {(point.equal_to, point.equal_to or point.steps): point for point in found}
+        queue: list[tuple[int, int | None]] = [(steps, None) for steps in wanted]
+        heapq.heapify(queue)
+        while queue:
+            steps, equal_to = heapq.heappop(queue)
+            point = points.get((equal_to, equal_to or steps))
+            if point is None:
+                point = self._train(training, steps, equal_to)
+                done(point)
+            if equal_to is None and steps in reference:
+                matched = self._matched(training, point, reference[steps])
+                # A trunk does not go back: an arm that costs more than the reference has no such point.
+                if matched >= steps:
+                    heapq.heappush(queue, (matched, steps))
+
+    def _matched(self, training: Training, point: Point, flops: float) -> int:
+        """Return the steps at which the training, which computes k experts by then, has used these FLOPs."""
+        figures = read_figures(self._folder(training) / f"decay-{point.steps}")
+        step = figures.whole("global_batch_size") * flops_per_sequence(_namespace(figures.args))
+        return rounded(point.steps + (flops - point.flops) / step)
+
+    def _train(self, training: Training, steps: int, equal_to: int | None) -> Point:
+        folder, begin = self._folder(training), trunk_steps(steps)
+        trunk, decay = folder / "trunk", folder / f"decay-{steps}"
+        if not (decay / METRICS).exists():
+            if _newest(trunk) > begin:
+                raise ToolError(
+                    f"{trunk} is at step {_newest(trunk)} already, and the decay to --steps {steps} starts at {begin}. "
+                    "Leave it out, or give --output-dir another folder."
+                )
+            if _newest(trunk) < begin:
+                self._start(training, trunk, trunk, TRUNK, TRUNK - trunk_steps(TRUNK), "--exit-interval", str(begin))
+            if _newest(trunk) != begin:
+                raise ToolError(f"{trunk / LOG}: the training ended at step {_newest(trunk)} instead of {begin}.")
+            decay.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(trunk / METRICS, decay / METRICS)  # whose sums the decay continues
+        if not _final_losses(decay, steps):
+            load = decay if _newest(decay) else trunk
+            self._start(training, load, decay, steps, steps - begin, "--override-opt_param-scheduler")
+        point = self._read(training, decay, steps, equal_to)
+        for checkpoint in decay.glob("iter_*"):
+            shutil.rmtree(checkpoint)
+        return point
+
+    def _start(self, training: Training, load: Path, save: Path, steps: int, decays: int, *more: str) -> None:
+        if self._stopped:
+            raise KeyboardInterrupt
+        settings = flags_of(training, self._text, self._tokens["train"], steps, decays)
+        flags = [*words_of(settings), "--save", str(save), "--load", str(load), *more]
+        flags += ["--train-iters", str(steps), "--save-interval", str(SAVE_INTERVAL)]
+        flags += ["--save-retain-interval", str(TRUNK)]  # the newest checkpoint alone is kept
+        save.mkdir(parents=True, exist_ok=True)
+        with (save / LOG).open("a", encoding="utf-8") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            process = start([sys.executable, str(ROOT / "pretrain_gpt.py"), *flags], environment, self._lock, ROOT, log)
+            self._running.add(process)
+            try:
+                code = process.wait()
+            finally:
+                self._running.discard(process)
+        if self._stopped:
+            raise KeyboardInterrupt
+        if code:
+            raise ToolError(f"{save / LOG}: the training ended with exit code {code}.")
+
+    def stop(self) -> None:
+        """End all trainings; each saves a checkpoint first."""
+        self._stopped = True
+        for process in list(self._running):
+            end(process, signal.SIGTERM, SECONDS_TO_SAVE)
+
+    def _folder(self, training: Training) -> Path:
+        return self._output / training.name
+
+    def _read(self, training: Training, decay: Path, steps: int, equal_to: int | None) -> Point:
+        losses = _final_losses(decay, steps)
+        figures = read_figures(decay)
+        sequence = figures.whole("seq_length")
+        weights = {name: predicted_tokens(count, sequence) for name, count in self._tokens["heldout"].items()}
+        if training.is_tuning:
+            weights = {"": 1}
+        if not weights.keys() <= losses.keys():
+            raise ToolError(f"{decay / LOG}: there is no validation loss after step {steps}.")
+        args = _namespace(figures.args)
+        flops = stages(figures, Flops(flops_per_sequence(args), flops_per_expert(args)))
+        iterations, seconds = figures.curve("seconds_per_iteration")
+        return Point(
+            steps=steps,
+            equal_to=equal_to,
+            loss=sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values()),
+            flops=sum(stage.flops for stage in flops),
+            seconds=float(np.median(seconds[iterations > trunk_steps(steps)])),
+            first_near=figures.first_near,
+        )
+
+
+def _namespace(args: Mapping[str, Any]) -> Namespace:
+    return Namespace(**args)
+
+
+def _newest(folder: Path) -> int:
+    """Return the step of the newest checkpoint; 0 if there is none."""
+    try:
+        return int((folder / "latest_checkpointed_iteration.txt").read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _final_losses(folder: Path, steps: int) -> dict[str, float]:
+    """Return validation set → loss after the last step, of the sets that have one."""
+    if not (folder / METRICS).exists():
+        return {}
+    found: dict[str, float] = {}
+    for name, evaluations in read_figures(folder).evaluations.items():
+        final = [each.loss for each in evaluations if each.final and each.iteration == steps]
+        found |= {name: final[-1]} if final else {}
+    return found
