@@ -79,9 +79,8 @@ def find(root: Path, step: int | None) -> Checkpoint:
     Raises:
         ConversionError: there is no checkpoint, it cannot be read, or it has another format.
     """
-    if not newest_iteration(root) and newest_iteration(root / "checkpoints"):
-        root /= "checkpoints"
-    folder = _folder(root, step)
+    folder = find_folder(root, step)
+    root = folder.parent
     if any(folder.glob("mp_rank_*")):
         raise ConversionError(
             f"{folder}: has one file per rank. Convert it to a distributed checkpoint with Megatron's "
@@ -246,7 +245,14 @@ def check_output(output: Path) -> None:
         raise ConversionError(f"--save {output}: exists and is not an empty folder. Give another one, or remove it.")
 
 
-def _folder(root: Path, step: int | None) -> Path:
+def find_folder(root: Path, step: int | None) -> Path:
+    """Return the folder of a run's newest iteration, or of the given one.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    if not newest_iteration(root) and newest_iteration(root / "checkpoints"):
+        root /= "checkpoints"
     newest = newest_iteration(root) if step is None else str(step)
     if not newest:
         raise ConversionError(f"--load {root}: is not the folder of a run's checkpoints: it has no {TRACKER}.")
