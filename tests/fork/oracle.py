@@ -14,6 +14,7 @@ import io
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -60,7 +61,7 @@ KINDS = {
     "remoe_local": [*RELU, *LOCAL],
     "remoe_one_file": [*RELU, *LOCAL, *"--ckpt-format torch".split()],
 }
-KEPT = ("dense", "topk", "remoe", "remoe_local", "remoe_one_file")
+KEPT = ("dense", "topk", "remoe", "remoe_one_file")
 
 
 def write_data(prefix: Path) -> None:
@@ -85,8 +86,14 @@ def main(fork: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind in KEPT:
             make(fork, kind, Path(folder) / kind)
-            with tarfile.open(HERE / f"{kind}.tar.xz", "w:xz") as archive:
-                archive.add(Path(folder) / kind, kind, filter=lambda entry: None if "data" in entry.name else entry)
+            pack(Path(folder) / kind)
+
+
+def pack(folder: Path) -> None:
+    """Keep the checkpoint and what is expected of it."""
+    with tarfile.open(HERE / f"{folder.name}.tar.xz", "w:xz") as archive:
+        for name in (f"iter_{SAVED:07d}", "latest_checkpointed_iteration.txt", "expected.pt"):
+            archive.add(folder / name, name)
 
 
 def make(fork: str, kind: str, folder: Path) -> None:
@@ -98,6 +105,8 @@ def make(fork: str, kind: str, folder: Path) -> None:
     losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", result.stdout)]
     assert result.returncode == 0 and len(losses) == LAST, result.stdout[-3000:] + result.stderr[-3000:]
     torch.save(torch.load(folder / "expected.pt") | {"losses": losses[SAVED:]}, folder / "expected.pt")
+    shutil.rmtree(folder / f"iter_{LAST:07d}")
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -184,7 +193,7 @@ class GroupedLinear(EngineModule):
             self.register_parameter(f"weight{number}", weight)
 
     def forward(self, hidden, m_splits, is_first_microbatch=None):
-        parts = zip(hidden.split(m_splits), range(self.num_gemms))
+        parts = zip(hidden.split(m_splits), range(self.num_gemms), strict=True)
         return torch.cat([torch.nn.functional.linear(part, getattr(self, f"weight{number}")) for part, number in parts])
 
 
@@ -242,13 +251,10 @@ def train(fork: str, folder: Path) -> None:
     load_file("facade", HERE.parents[1] / "megatron/remoe/cpu/facade.py").put_in_place()
     stock = torch.Tensor.type
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
-    torch.Tensor.type = lambda self, *args: (
-        stock(self, *args) if args else stock(self).replace("torch.", "torch.cuda.")
-    )
+    torch.Tensor.type = lambda self, *args: stock(self, *args) if args else stock(self).replace("torch.", "torch.cuda.")
     if "transformer_engine" in sys.argv:
         install_engine()
     sys.path.insert(0, fork)
-    import megatron.core.datasets
 
     if not glob.glob(f"{fork}/megatron/core/datasets/helpers_cpp*.so"):
         build_helpers(f"{fork}/megatron/core/datasets")

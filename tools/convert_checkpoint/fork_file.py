@@ -1,6 +1,5 @@
 """Read a checkpoint that the authors' fork wrote as one file, with --ckpt-format torch and one model parallel rank."""
 
-import argparse
 import itertools
 import re
 from collections.abc import Iterator

@@ -53,12 +53,12 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
         raise ConversionError(f"--load {options.load}: {error}. Choose another iteration with --ckpt-step.") from error
     if not hasattr(state.get("args"), "moe_relu_routing") or hasattr(state["args"], "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
-    args = _arguments(state["args"])
     if index is None:
         pieces, things = fork_file.read(folder, state)
     else:
         _check_optimizer(folder, state)
         pieces, things = _whole_pieces(folder, index), objects(folder, index)
+    args = _arguments(state["args"])
     with (
         rewritten(folder, options.save, _common(state, args)) as writer,
         display.step("copying", len(index.storage_data if index else state["model"])),
@@ -166,7 +166,7 @@ def _whole_pieces(folder: Path, index: Metadata) -> Iterator[Piece]:
                 yield key, shape, tuple(chunk.offsets), read_tensor(folder, index, key, chunk.offsets)
             continue
         local = [whole // cuts for whole, cuts in zip(shape, entry.size, strict=False)]
-        parts = sorted((tuple(chunk.offsets) for chunk in entry.chunks))
+        parts = sorted(tuple(chunk.offsets) for chunk in entry.chunks)
         for place, offsets in itertools.groupby(parts, key=lambda part: part[:-1]):
             flat = torch.cat([read_tensor(folder, index, key, torch.Size(part)).flatten() for part in offsets])
             if len(flat) != math.prod(local):

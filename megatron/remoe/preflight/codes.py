@@ -32,6 +32,7 @@ CODES: dict[str, tuple[str, str]] = {
     "REMOE-E206": ("--moe-warmup-topk and --moe-warmup-steps do not fit the other settings.", "Give both, in range."),
     "REMOE-E207": ("A setting does not work with --moe-baseline-router.", "Leave one of them out."),
     "REMOE-E208": ("A setting does not work with --moe-log-flips-interval.", "Leave one of them out."),
+    "REMOE-E209": ("A flag of an older Megatron no longer exists.", "Give the flag in the message, or leave it out."),
     "REMOE-E300": ("An input or output file is missing, wrong or in use.", "Follow the message."),
     "REMOE-E301": ("A data set is missing or cannot be read.", "Give the prefix of a .bin/.idx pair, without suffix."),
     "REMOE-E302": ("A data set is truncated or corrupt.", "Copy it again, or make it with tools/preprocess_data.py."),

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.remoe.data.errors import DataError, UsageError
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
+from megatron.remoe.preflight.removed_flags import explain
 
 REMEDIES: tuple[tuple[str, str], ...] = (
     (
@@ -124,6 +125,8 @@ def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
         return ""
     flags = [option for action in parser._actions for option in action.option_strings]
     words = [word.split("=")[0] for word in unknown.split() if word.startswith("--")]
+    if removed := list(filter(None, map(explain, words))):
+        return f". {' '.join(removed)} [REMOE-E209]"
     close = [f"{found[0]} instead of {word}" for word in words if (found := difflib.get_close_matches(word, flags, 1))]
     return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."
 
