@@ -139,7 +139,7 @@ def test_tools_work_on_a_training_of_the_fork(
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "words")
     start = ["--prompt", "7 14 21", "--tokenizer-model", str(tmp_path / "words"), "--max-new-tokens", "3"]
     assert generate(["--load", str(tmp_path / "here"), *start]) == 0
-    assert analyze(["--load", str(tmp_path / "here"), "--data-path", str(text), "--save", str(tmp_path / "seen")]) == 0
+    assert analyze(["--load", str(tmp_path / "here"), "--data-path", str(text), "--output-dir", str(tmp_path / "seen")]) == 0
 
 
 def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

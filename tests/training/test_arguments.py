@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from megatron.remoe import pretrain
 from megatron.remoe.preflight.removed_flags import REMOVED
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.refusals import REFUSALS, flag
@@ -271,6 +272,19 @@ def test_replacements_of_removed_flags_exist(monkeypatch: pytest.MonkeyPatch) ->
     known = {option for action in parser._actions for option in action.option_strings}
     assert len(REMOVED) == 25 and not set(REMOVED) & known
     assert {replacement for _, replacement in REMOVED.values() if replacement} <= known
+
+
+@pytest.mark.parametrize(("version", "code"), [("2.5.1", 2), ("2.10.0a0+nv26.1", None), ("2.15.0+cu132", None)])
+def test_an_old_torch_is_refused_at_the_start(
+    version: str, code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain.importlib.metadata, "version", {"torch": version, "megatron-core": "0.19.2"}.get)
+    if code is None:
+        return pretrain.check_versions()
+    with pytest.raises(SystemExit) as stop:
+        pretrain.check_versions()
+    error = capsys.readouterr().err
+    assert stop.value.code == code and version in error and "[REMOE-E106]" in error
 
 
 def test_refusals_hold_in_the_library_too() -> None:
