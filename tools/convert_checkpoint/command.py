@@ -36,6 +36,8 @@ from .models import count_pairs, fill, moe_layers, record_routers, round_to, sou
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
 TOKENS_PER_FORWARD = 4096
+# The way to the target is short, so λ should start higher and move less than in a training from scratch.
+GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
 
 
@@ -196,7 +198,7 @@ def training_flags(args: argparse.Namespace, output: Path) -> str:
         flags += f" --moe-granularity {granularity}"
     if args.moe_layer_freq != 1:
         flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
-    return flags
+    return f"{flags} {GENTLE}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
