@@ -116,6 +116,48 @@ def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
     assert compared == 3 * (3 + 2 * 7)
 
 
+def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> None:
+    """Data parallel ranks hold parts of flat pieces; with expert parallelism experts have their own optimizer."""
+    from megatron.remoe.preflight.checkpoint_index import common_state, read_index
+    from tests.trainings import weights
+    from tools.convert_checkpoint.rewriting import Writer, encoded, objects, tensors
+
+    name = f"iter_{oracle.SAVED:07d}"
+    source, several = saved / "remoe" / name, tmp_path / "several" / name
+    several.mkdir(parents=True)
+    index = read_index(source)
+    with (several / "__0_0.distcp").open("wb") as file:
+        writer = Writer(several, file)
+        for key, shape, offset, tensor in tensors(source, index):
+            parts = [(offset, tensor)]
+            if key.startswith("optimizer."):
+                key = f"chained_{int('.experts.' in key)}.{key}"
+                ranks = tensor.tensor_split(3, dim=-1)
+                starts = [sum(part.shape[-1] for part in ranks[:rank]) for rank in range(3)]
+                parts = [((*offset[:-1], offset[-1] + start), part) for start, part in zip(starts, ranks, strict=True)]
+            for place, part in reversed(parts):
+                writer.add_tensor(key, shape, place, part)
+        for key, content in objects(source, index):
+            writer.add_object(key, content)
+        state = common_state(source)
+        groups = state["optimizer"]["optimizer"]["param_groups"]
+        experts = {"optimizer": {"param_groups": [groups[0] | {"is_expert_parallel": True}]}}
+        state["optimizer"] = {0: state["optimizer"], 1: experts}
+        writer.add_object("common_state/shard_0_1", encoded([state]))
+        writer.write_index()
+    shutil.copyfile(source / "metadata.json", several / "metadata.json")
+    (several.parent / "latest_checkpointed_iteration.txt").write_text(str(oracle.SAVED))
+    for load, save in ((saved / "remoe", "one"), (several.parent, "all")):
+        assert convert("--load", load, "--save", tmp_path / save) == 0
+    one, together = weights(tmp_path / "one", oracle.SAVED), weights(tmp_path / "all", oracle.SAVED)
+    assert one.keys() == together.keys() and all(torch.equal(one[key], together[key]) for key in one)
+    settings = [common_state(tmp_path / save / name)["optimizer"] for save in ("one", "all")]
+    assert settings[0] == settings[1] and [len(part["optimizer"]["param_groups"]) for part in settings[0].values()] == [
+        2,
+        1,
+    ]
+
+
 def test_tools_work_on_a_training_of_the_fork(
     saved: Path, text: Path, tmp_path: Path, process_groups: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +181,10 @@ def test_tools_work_on_a_training_of_the_fork(
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "words")
     start = ["--prompt", "7 14 21", "--tokenizer-model", str(tmp_path / "words"), "--max-new-tokens", "3"]
     assert generate(["--load", str(tmp_path / "here"), *start]) == 0
-    assert analyze(["--load", str(tmp_path / "here"), "--data-path", str(text), "--output-dir", str(tmp_path / "seen")]) == 0
+    assert (
+        analyze(["--load", str(tmp_path / "here"), "--data-path", str(text), "--output-dir", str(tmp_path / "seen")])
+        == 0
+    )
 
 
 def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
