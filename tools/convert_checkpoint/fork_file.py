@@ -62,7 +62,8 @@ def _optimizer_state(weights: dict[str, torch.Tensor], saved: dict[str, Any]) ->
 
     Weights are numbered in their order in the model, group by group: those with weight decay are matrices.
     """
-    inner, found = saved.get("optimizer", saved), {}
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    inner = saved.get("optimizer", saved)
     mains = list(itertools.chain.from_iterable(saved.get("fp32_from_fp16_params", [])))
     for group in inner["param_groups"]:
         names = [

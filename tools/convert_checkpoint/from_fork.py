@@ -145,7 +145,8 @@ class _Target:
 
 def _renewed(content: bytes) -> bytes:
     """Store NumPy's state again: NumPy 1 wrote it under a name that no longer exists."""
-    former = [(numpy._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
+    rebuild = numpy.empty(0).__reduce__()[0]  # of arrays; its module has another name in each version
+    former: list[Any] = [(rebuild, "numpy.core.multiarray._reconstruct")]
     with torch.serialization.safe_globals(former):
         return encoded(torch.load(io.BytesIO(content), weights_only=True))
 
@@ -185,7 +186,7 @@ def _check_optimizer(folder: Path, state: dict[str, Any]) -> None:
 
 def _common(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return settings and counters."""
-    layout = dict(LAYOUT)
+    layout: dict[str, Any] = dict(LAYOUT)
     if args.use_distributed_optimizer:
         layout["distrib_optim_sharding_type"] = "fully_reshardable"
         layout["distrib_optim_fully_reshardable_mem_efficient"] = False
