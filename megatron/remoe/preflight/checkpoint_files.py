@@ -44,7 +44,7 @@ class Resume:
         """Set --ckpt-step and an unused flag; on the first rank alone, mend the tracker file and print the notice."""
         if self.step is not None:
             args.ckpt_step = self.step
-        if args.position_embedding_type != "learned_absolute":
+        if getattr(args, "position_embedding_type", "learned_absolute") != "learned_absolute":
             # Megatron compares it, though --no-position-embedding says nothing about other types.
             args.add_position_embedding = getattr(self.saved, "add_position_embedding", True)
         if args.rank == 0 and self.notice:
