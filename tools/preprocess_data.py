@@ -42,6 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--merge-file", metavar="FILE", help="GPT2BPETokenizer: vocab.bpe or merges.txt")
     add("--tokenizer-model", metavar="FOLDER", help="HuggingFaceTokenizer: folder of the tokenizer")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--split-special-tokens", action="store_true", help="encode <|endoftext|> inside a text as ordinary text")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
     add("--overwrite", action="store_true", help="replace existing outputs")
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one per core)")
@@ -86,7 +87,9 @@ class Display:
             kinds = "; ".join(f"{count:,} {kind}" for kind, count in state.problems.most_common())
             notes.append(f"left out {state.problems.total():,} lines ({kinds})")
         if state.with_end:
-            token = f"{encoder.end_text}, which became token {encoder.end_of_document}"
+            is_text = encoder.splits_special_tokens
+            became = "was encoded as text" if is_text else f"became token {encoder.end_of_document}"
+            token = f"{encoder.end_text}, which {became}"
             notes.append(f"{state.with_end:,} texts contain {token}")
         notes += ["read back and right", f"{duration(seconds)}, {rates(state, seconds)} with {encoder.engine}"]
         return f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}"
@@ -105,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
     # Before loading the tokenizer, which takes a moment.
     expand_inputs(job.inputs)
     check_outputs(job)
-    encoder = load_encoder(args.tokenizer_type, args.vocab_file, args.merge_file, args.tokenizer_model, job.threads)
+    files = args.vocab_file, args.merge_file, args.tokenizer_model
+    encoder = load_encoder(args.tokenizer_type, *files, job.threads, args.split_special_tokens)
     display = Display()
     result = preprocess(job, encoder, display.update, display.report)
     print(display.summary(job, result, encoder))

@@ -3,6 +3,8 @@
 Accepts Megatron's flags and those of ReMoE (see --help). Without an accelerator it trains on the CPU.
 """
 
+import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 # Started without torchrun, this is the only process.
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
+NEEDED = {"python": [3, 12], "torch": [2, 10], "megatron-core": [0, 19]}
+
 
 def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     """Train as the command line says. An error ends the process with exit code 1 or 2 and one short message.
@@ -28,6 +32,7 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     Args:
         observe: called with the model's configuration before the model is built, for tools that measure.
     """
+    check_versions()
     on_cpu = prepare()
     from megatron.remoe.preflight.run_lock import RunLock
 
@@ -52,6 +57,29 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
             from megatron.remoe.preflight.messages import end_with_last_words
 
             end_with_last_words(error)
+
+
+def check_versions() -> None:
+    """End with exit code 2 and one line if Python, PyTorch or megatron-core is missing or too old."""
+    found = {"python": ".".join(map(str, sys.version_info[:2]))}
+    for name, module in (("torch", "torch"), ("megatron-core", "megatron.core")):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if importlib.util.find_spec(module) is None:
+                found[name] = "none"
+    for name, least in NEEDED.items():
+        if name not in found:
+            continue  # a checkout without a version
+        numbers = [int(part) if part.isdigit() else 0 for part in found[name].split(".")[:2]]
+        if numbers < least:
+            version = ".".join(map(str, least))
+            print(
+                f"{os.path.basename(sys.argv[0])}: error: needs {name} {version} or newer, and finds {found[name]} in "
+                f"{sys.executable}. Set up an environment as README.md says. [REMOE-E106]",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
 
 
 def prepare() -> bool:

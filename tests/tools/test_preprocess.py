@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
+from megatron.remoe.data.indexed import IndexedReader
 from tests.gpt2_reference import gpt2_files, same_files, write_reference
 from tests.tools.jsonl import GOOD, GPT2, TOOL, write_lines
 from tests.trainings import REPOSITORY
@@ -53,6 +54,12 @@ def test_the_end_of_documents_within_a_text_is_counted(tmp_path, capsys, flags) 
     source = write_lines(tmp_path / "a.jsonl", [json.dumps({"text": text}) for text in texts])
     assert preprocess_data.main(flags(tmp_path / "out", source, extra="--append-eod")) == 0
     assert "2 texts contain <|endoftext|>, which became token 256" in capsys.readouterr().out
+    again = flags(tmp_path / "split", source, extra="--append-eod --split-special-tokens")
+    assert preprocess_data.main(again) == 0
+    assert "2 texts contain <|endoftext|>, which was encoded as text" in capsys.readouterr().out
+    # As before: 19 tokens of bytes in place of each, and one after each document.
+    split = IndexedReader(tmp_path / "split_text_document")
+    assert split.tokens == sum(len(text.encode()) + 1 for text in texts)
     assert preprocess_data.main(flags(tmp_path / "other", write_lines(tmp_path / "b.jsonl", [GOOD]))) == 0
     assert "endoftext" not in capsys.readouterr().out
 

@@ -1,14 +1,17 @@
 """Flags: granularity, values out of range, and every combination that ReLU routing refuses."""
 
+import argparse
 import sys
 
 import pytest
 
+from megatron.remoe import pretrain
+from megatron.remoe.preflight.removed_flags import REMOVED
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.remoe.training import arguments
 from megatron.remoe.training.arguments import add_remoe_arguments, apply_granularity, parse_and_validate_args
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import add_megatron_arguments, parse_args
 from tests.trainings import TINY
 from tools.common.tiny_model import EXPERTS, RELU, TOPK
 
@@ -136,9 +139,9 @@ REFUSED = {
     "moe_router_padding_for_quantization": [],
     "fp8": ["hybrid"],
     "fp4": ["e2m1"],
-    "moe_aux_loss_coeff": ["1e-2", "--moe-router-load-balancing-type", "seq_aux_loss"],
+    "moe_aux_loss_coeff": ["1e-2", "--moe-router-load-balancing-type", "global_aux_loss"],
     "moe_router_enable_expert_bias": [],
-    "moe_router_load_balancing_type": ["sinkhorn"],
+    "moe_router_load_balancing_type": ["global_aux_loss"],
     "moe_router_score_function": ["sigmoid"],
     "moe_router_topk_scaling_factor": ["2.5"],
     "moe_router_num_groups": ["2"],
@@ -210,6 +213,61 @@ def test_flags_of_the_fork_are_taken_and_what_it_ignores_is_told_once(
         "--moe-router-pre-softmax",
     ):
         assert ignored in told[0][0]
+
+
+@pytest.mark.parametrize(
+    "given", ["none --moe-aux-loss-coeff 1e-2", "sinkhorn", "seq_aux_loss --moe-aux-loss-coeff 1e-2"]
+)
+def test_any_load_balancing_of_the_fork_is_ignored_as_there(
+    given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--moe-router-load-balancing-type", *given.split()]
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *RELU, *words])
+    args = arguments.parse_args()
+    assert args.moe_router_load_balancing_type == "none" and not args.moe_aux_loss_coeff
+    assert f"--moe-router-load-balancing-type {given.split()[0]}" in capsys.readouterr().err
+
+
+def test_a_z_loss_is_used_and_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *RELU, "--moe-z-loss-coeff", "1e-3"])
+    assert arguments.parse_args().moe_z_loss_coeff == 1e-3
+    assert "--moe-z-loss-coeff 0.001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--use-legacy-models"], "Leave it out"),
+        (["--moe-extended-tp", "--s3-cache-path", "here"], "--object-storage-cache-path"),
+        (["--retro-num-neighbors=2"], "RETRO"),
+    ],
+)
+def test_flags_that_megatron_removed(
+    words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(monkeypatch, capsys, *RELU, *words)
+    assert words[0].split("=")[0] in message and expected in message and "[REMOE-E211]" in message
+    assert "Did you mean" not in message
+
+
+def test_replacements_of_removed_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = arguments.add_remoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert len(REMOVED) == 25 and not set(REMOVED) & known
+    assert {replacement for _, replacement in REMOVED.values() if replacement} <= known
+
+
+@pytest.mark.parametrize(("version", "code"), [("2.5.1", 2), ("2.10.0a0+nv26.1", None), ("2.15.0+cu132", None)])
+def test_an_old_torch_is_refused_at_the_start(
+    version: str, code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain.importlib.metadata, "version", {"torch": version, "megatron-core": "0.19.2"}.get)
+    if code is None:
+        return pretrain.check_versions()
+    with pytest.raises(SystemExit) as stop:
+        pretrain.check_versions()
+    error = capsys.readouterr().err
+    assert stop.value.code == code and version in error and "[REMOE-E106]" in error
 
 
 def test_refusals_hold_in_the_library_too() -> None:

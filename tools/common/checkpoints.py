@@ -80,9 +80,8 @@ def find(root: Path, step: int | None) -> Checkpoint:
     Raises:
         ConversionError: there is no checkpoint, it cannot be read, or it has another format.
     """
-    if not newest_iteration(root) and newest_iteration(root / "checkpoints"):
-        root /= "checkpoints"
-    folder = _folder(root, step)
+    folder = find_folder(root, step)
+    root = folder.parent
     if any(folder.glob("mp_rank_*")):
         raise ConversionError(
             f"{folder}: has one file per rank. Convert it to a distributed checkpoint with Megatron's "
@@ -251,7 +250,14 @@ def check_output(output: Path) -> None:
         )
 
 
-def _folder(root: Path, step: int | None) -> Path:
+def find_folder(root: Path, step: int | None) -> Path:
+    """Return the folder of a run's newest iteration, or of the given one.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    if not newest_iteration(root) and newest_iteration(root / "checkpoints"):
+        root /= "checkpoints"
     newest = newest_iteration(root) if step is None else str(step)
     if not newest:
         raise ConversionError(

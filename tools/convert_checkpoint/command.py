@@ -3,11 +3,13 @@
 dense:  python tools/convert_checkpoint --load DENSE --save OUT --num-experts 8
 top-k:  python tools/convert_checkpoint --load MOE --save OUT
 class:  python tools/convert_checkpoint --load RUN --save OUT --model hybrid|gpt
+fork:   python tools/convert_checkpoint --load RUN --save OUT --from-fork
 
 The shape of a ReMoE, and the text that its routers are fitted to, come from the arguments in the checkpoint. Nothing is
 written if the loss grows by more than a bound. Then train it like any ReMoE, with --pretrained-checkpoint OUT.
 
-With another class the same training, of any routing, continues with --load OUT, optimizer state included.
+With another class, or from the authors' fork, the same training, of any routing, continues with --load OUT, optimizer
+state included.
 """
 
 import argparse
@@ -28,11 +30,14 @@ from ..common.one_process import one_process
 from ..common.running import run_once
 from ..common.text import blend_of, sample
 from .fitting import fit_router
+from .from_fork import convert_fork
 from .model_class import convert_class
 from .models import count_pairs, fill, moe_layers, record_routers, round_to, source_args, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
 TOKENS_PER_FORWARD = 4096
+# The way to the target is short, so λ should start higher and move less than in a training from scratch.
+GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
 
 
@@ -48,6 +53,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--model", choices=("gpt", "hybrid"), help="only change Megatron's model class; nothing is fitted or measured"
+    )
+    parser.add_argument(
+        "--from-fork", action="store_true", help="convert a checkpoint of the authors' fork (github.com/thu-ml/ReMoE)"
     )
     shape = parser.add_argument_group("shape of the ReMoE (from a top-k checkpoint: its own)")
     shape.add_argument("--num-experts", type=int, metavar="E", help="experts, each as large as the dense layer")
@@ -80,9 +88,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     if args.loss_bound is not None and not args.loss_bound >= 0:
         parser.error(f"--loss-bound {args.loss_bound}: must be at least 0.")
-    if args.model and (given := [name for name in OF_REMOE if getattr(args, name) is not None]):
+    only = f"--model {args.model}" if args.model else "--from-fork"
+    if args.model and args.from_fork:
+        parser.error("--model needs a checkpoint of this project: give --from-fork first, then --model.")
+    if (args.model or args.from_fork) and (given := [name for name in OF_REMOE if getattr(args, name) is not None]):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        parser.error(f"--model {args.model} only changes the class: leave out {flags}.")
+        parser.error(f"{only} does not change the model: leave out {flags}.")
     return args
 
 
@@ -187,7 +198,7 @@ def training_flags(args: argparse.Namespace, output: Path) -> str:
         flags += f" --moe-granularity {granularity}"
     if args.moe_layer_freq != 1:
         flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
-    return flags
+    return f"{flags} {GENTLE}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,6 +207,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         with Display() as display:
-            (convert_class if options.model else convert)(options, display)
+            (convert_fork if options.from_fork else convert_class if options.model else convert)(options, display)
 
     return run_once("convert_checkpoint", work, "stopped; nothing was written")

@@ -5,31 +5,17 @@ numbers under other names, so stored pieces are copied one by one.
 """
 
 import argparse
-import io
-import pickle
 import re
-import shutil
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
-
-from megatron.remoe.preflight.checkpoint_files import CONFIG, RELEASE, TRACKER, read_index
+from megatron.remoe.preflight.checkpoint_files import read_index
 from megatron.remoe.preflight.checkpoint_fit import common_state
 
-from ..common.checkpoints import Checkpoint, check_output, find, new_folder
+from ..common.checkpoints import Checkpoint, check_output, find
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hybrid import FINAL_NORM, as_gpt, as_hybrid, hybrid_layer
+from .rewriting import Place, encoded, objects, rewritten, tensors
 
 # With these the optimizer's state is stored under the weights' names.
 RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
@@ -37,8 +23,6 @@ LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?:(?P<number>\d+)\.)
 OBJECT = re.compile(r"(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)")
 # An empty object that GPTModel does not have.
 ONLY_HYBRID = "output_layer._extra_state"
-
-type Place = tuple[int, ...]
 
 
 class Names:
@@ -109,15 +93,23 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     state = common_state(checkpoint.folder)
     args, names = _target(checkpoint, options.model, index.state_dict_metadata)
     _check_optimizer(checkpoint)
-    size = sum(file.stat().st_size for file in checkpoint.folder.iterdir())
-    with new_folder(options.save, size) as aside:
-        folder = aside / checkpoint.folder.name
-        folder.mkdir()
-        with display.step("copying", len(index.storage_data)):
-            _copy(checkpoint.folder, index, folder, names, state | {"args": args}, display)
-        shutil.copyfile(checkpoint.folder / CONFIG, folder / CONFIG)
-        tracked = RELEASE if folder.name == RELEASE else str(int(folder.name.removeprefix("iter_")))
-        (aside / TRACKER).write_text(tracked, encoding="utf-8")
+    state |= {"args": args}
+    with (
+        rewritten(checkpoint.folder, options.save, state) as writer,
+        display.step("copying", len(index.storage_data)),
+    ):
+        for key, shape, offset, tensor in tensors(checkpoint.folder, index):
+            name, new_shape, new_offset = names.of_tensor(key, shape, offset)
+            if len(new_shape) != len(shape):
+                tensor = tensor[0] if len(new_shape) < len(shape) else tensor[None]
+            writer.add_tensor(name, new_shape, new_offset, tensor)
+            display.advance(1)
+        for key, content in objects(checkpoint.folder, index):
+            if (other := names.of_object(key)) is not None:
+                writer.add_object(other, content)
+            display.advance(1)
+        if names.to == "hybrid":
+            writer.add_object(f"{ONLY_HYBRID}/shard_0_1", encoded([None]))
     pattern = f"--hybrid-layer-pattern '{args.hybrid_layer_pattern}'"
     flags = pattern if options.model == "hybrid" else f"--num-layers {args.num_layers}"
     if options.model == "gpt" and isinstance(args.moe_layer_freq, list):
@@ -147,72 +139,3 @@ def _check_optimizer(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: the distributed optimizer's state is stored by ranks ({kind}), not by weights. Save "
             "once more with --dist-ckpt-optim-fully-reshardable."
         )
-
-
-class _Writer:
-    """Write one file of a torch_dist checkpoint and its index, piece by piece."""
-
-    def __init__(self, folder: Path, file: BinaryIO) -> None:
-        self.folder, self.file = folder, file
-        self.stored: dict[str, Any] = {}
-        self.places: dict[MetadataIndex, _StorageInfo] = {}
-
-    def add_object(self, key: str, content: bytes) -> None:
-        self.stored[key] = BytesStorageMetadata()
-        self._write(MetadataIndex(key), content)
-
-    def add_tensor(self, key: str, whole: TensorStorageMetadata, chunk: ChunkStorageMetadata, content: bytes) -> None:
-        self.stored.setdefault(key, whole).chunks.append(chunk)
-        self._write(MetadataIndex(key, chunk.offsets), content)
-
-    def write_index(self) -> None:
-        index = Metadata(self.stored, planner_data=None, storage_data=self.places)
-        (self.folder / ".metadata").write_bytes(pickle.dumps(index))
-
-    def _write(self, piece: MetadataIndex, content: bytes) -> None:
-        name = Path(self.file.name).name
-        self.places[piece] = _StorageInfo(relative_path=name, offset=self.file.tell(), length=len(content))
-        self.file.write(content)
-
-
-def _copy(source: Path, index: Metadata, target: Path, names: Names, state: dict[str, Any], display: Display) -> None:
-    """Copy piece by piece, in the order of the files."""
-    pieces = sorted(index.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset))
-    with (target / "__0_0.distcp").open("wb") as file:
-        writer = _Writer(target, file)
-        for piece, place in pieces:
-            with (source / place.relative_path).open("rb") as stream:
-                stream.seek(place.offset)
-                content = stream.read(place.length)
-            whole = index.state_dict_metadata[piece.fqn]
-            if isinstance(whole, TensorStorageMetadata):
-                _copy_tensor(piece, whole, content, names, writer)
-            elif piece.fqn.startswith("common_state/"):
-                writer.add_object(piece.fqn, _saved([state]))
-            elif (key := names.of_object(piece.fqn)) is not None:
-                writer.add_object(key, content)
-            display.advance(1)
-        if names.to == "hybrid":
-            writer.add_object(f"{ONLY_HYBRID}/shard_0_1", _saved([None]))
-        writer.write_index()
-    if (source / "common.pt").is_file():
-        torch.save(state, target / "common.pt")
-
-
-def _copy_tensor(
-    piece: MetadataIndex, whole: TensorStorageMetadata, content: bytes, names: Names, writer: _Writer
-) -> None:
-    shape, offset = tuple(whole.size), tuple(piece.offset or ())
-    key, new_shape, new_offset = names.of_tensor(piece.fqn, shape, offset)
-    sizes = next(tuple(chunk.sizes) for chunk in whole.chunks if tuple(chunk.offsets) == offset)
-    if len(new_shape) != len(shape):
-        sizes = sizes[1:] if len(new_shape) < len(shape) else (1, *sizes)
-        content = _saved(torch.load(io.BytesIO(content), weights_only=True).reshape(sizes))
-    chunk = ChunkStorageMetadata(torch.Size(new_offset), torch.Size(sizes))
-    writer.add_tensor(key, replace(whole, size=torch.Size(new_shape), chunks=[]), chunk, content)
-
-
-def _saved(value: object) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()

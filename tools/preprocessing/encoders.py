@@ -17,6 +17,7 @@ def load_encoder(
     merge_file: str | None = None,
     tokenizer_model: str | None = None,
     threads: int = 1,
+    split_special_tokens: bool = False,
 ) -> TextEncoder:
     """Return the encoder with the ids of Megatron's tokenizer of this type.
 
@@ -24,7 +25,7 @@ def load_encoder(
         DataError: a flag is missing or does not name a tokenizer.
     """
     if tokenizer_type == GPT2_TOKENIZER:
-        return gpt2_encoder(vocab_file, merge_file, threads)
+        return gpt2_encoder(vocab_file, merge_file, threads, split_special_tokens)
     if not tokenizer_model:
         raise DataError(
             f"--tokenizer-type {tokenizer_type} needs --tokenizer-model: a folder with the tokenizer's files.",
@@ -36,16 +37,19 @@ def load_encoder(
             f"{tokenizer_type} reads everything from --tokenizer-model. Leave them out.",
             "REMOE-E501",
         )
-    return folder_encoder(tokenizer_model, threads)
+    return folder_encoder(tokenizer_model, threads, split_special_tokens)
 
 
-def gpt2_encoder(vocab_file: Path | str | None, merge_file: Path | str | None, threads: int = 1) -> TextEncoder:
+def gpt2_encoder(
+    vocab_file: Path | str | None, merge_file: Path | str | None, threads: int = 1, split_special_tokens: bool = False
+) -> TextEncoder:
     """Return the encoder of a GPT-2 vocabulary."""
     tokenizer = read_gpt2_vocabulary(vocab_file, merge_file)
-    return TextEncoder(tokenizer, tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT), threads)
+    end_of_document = tokenizer.token_to_id(END_OF_TEXT)
+    return TextEncoder(tokenizer, tokenizer.get_vocab_size(), end_of_document, threads, split_special_tokens)
 
 
-def folder_encoder(tokenizer_model: str, threads: int = 1) -> TextEncoder:
+def folder_encoder(tokenizer_model: str, threads: int = 1, split_special_tokens: bool = False) -> TextEncoder:
     """Return the encoder of what transformers' AutoTokenizer loads from a folder, or from the hub by name."""
     from transformers import AutoTokenizer
 
@@ -69,4 +73,4 @@ def folder_encoder(tokenizer_model: str, threads: int = 1) -> TextEncoder:
     reference.no_padding()
     # Like Megatron: without an end-of-sequence token the separator ends documents.
     end_of_document = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    return TextEncoder(reference, len(tokenizer), end_of_document, threads)
+    return TextEncoder(reference, len(tokenizer), end_of_document, threads, split_special_tokens)

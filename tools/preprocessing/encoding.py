@@ -67,11 +67,19 @@ class TextEncoder:
         vocabulary_size: its number of tokens, as Megatron counts it.
         end_of_document: id of the token that ends a document, if there is one.
         threads: how many threads will call `encode` at the same time.
+        split_special_tokens: encode special tokens inside a text as ordinary text.
     """
 
     def __init__(
-        self, reference: "tokenizers.Tokenizer", vocabulary_size: int, end_of_document: int | None, threads: int = 1
+        self,
+        reference: "tokenizers.Tokenizer",
+        vocabulary_size: int,
+        end_of_document: int | None,
+        threads: int = 1,
+        split_special_tokens: bool = False,
     ) -> None:
+        self._specials = [token.content for token in reference.get_added_tokens_decoder().values()]
+        self.splits_special_tokens = reference.encode_special_tokens = split_special_tokens
         self.vocabulary_size, self.end_of_document = vocabulary_size, end_of_document
         self.end_text = None if end_of_document is None else reference.id_to_token(end_of_document)
         self._reference = reference
@@ -158,7 +166,7 @@ class TextEncoder:
             Exception: it cannot load the tokenizer, or gives other ids than the reference.
         """
         fast = self._load_fast()
-        specials = [token.content for token in self._reference.get_added_tokens_decoder().values()][:32]
+        specials = [] if self.splits_special_tokens else self._specials[:32]
         first = [text[:CHARACTERS_ON_TRIAL] for text in texts[:DOCUMENTS_ON_TRIAL]]
         trial = [*TRIAL_TEXTS, *(f"a{token} {token}{token}\n{token}b" for token in specials)]
         trial += [text for text in first if not self._is_doubtful(fast, text)]
@@ -184,6 +192,8 @@ class TextEncoder:
 
     def _is_doubtful(self, fast: Any, text: str) -> bool:
         """Return whether the text has a character that the two libraries treat differently."""
+        if self.splits_special_tokens and any(token in text for token in self._specials):
+            return True  # gigatoken has no such setting
         if text.isascii():
             return False
         for start in range(0, len(text), CHARACTERS_AT_ONCE):

@@ -41,9 +41,12 @@ class Resume:
     notice: str = ""
 
     def apply(self, args: argparse.Namespace) -> None:
-        """Set --ckpt-step, mend the tracker file and print the notice; the last two on the first rank alone."""
+        """Set --ckpt-step and an unused flag; on the first rank alone, mend the tracker file and print the notice."""
         if self.step is not None:
             args.ckpt_step = self.step
+        if getattr(args, "position_embedding_type", "learned_absolute") != "learned_absolute":
+            # Megatron compares it, though --no-position-embedding says nothing about other types.
+            args.add_position_embedding = getattr(self.saved, "add_position_embedding", True)
         if args.rank == 0 and self.notice:
             print(self.notice, file=sys.stderr, flush=True)
         if args.rank == 0 and self.mends_tracker:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ INDEX_SUM = ".metadata.sha256"  # written by this package when a save is complet
 SUM_LENGTH = 64
 _MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+# PyTorch notes where it wrote the checkpoint. Python 3.13 names the module differently from other versions.
+_PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")}
 
 
 class BrokenCheckpointError(UsageError):
@@ -43,6 +45,8 @@ class _IndexUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
+        if (module, name) in _PATHS:
+            return PurePath
         # A name may lead through attributes to what a module merely imports: only its own plain records are let in.
         if f"{module}.".startswith(_MODULES):
             found = super().find_class(module, name)

@@ -15,6 +15,7 @@ CODES: dict[str, tuple[str, str]] = {
         "Remove the file if no training runs there.",
     ),
     "REMOE-E105": ("An output folder cannot be written.", "Give another folder, or allow writing there."),
+    "REMOE-E106": ("Python, PyTorch or megatron-core is missing or too old.", "Set up an environment as README says."),
     "REMOE-E201": ("A required flag is missing.", "Give it a value above 0."),
     "REMOE-E202": (
         "A setting does not work with --hybrid-layer-pattern.",
@@ -37,6 +38,7 @@ CODES: dict[str, tuple[str, str]] = {
         "--inprocess-restart lacks nvidia-resiliency-ext, or free ports.",
         "Install it, and start with torchrun.",
     ),
+    "REMOE-E211": ("A flag of an older Megatron no longer exists.", "Give the flag in the message, or leave it out."),
     "REMOE-E300": ("An input or output file is missing, wrong or in use.", "Follow the message."),
     "REMOE-E301": ("A data set is missing or cannot be read.", "Give the prefix of a .bin/.idx pair, without suffix."),
     "REMOE-E302": ("A data set is truncated or corrupt.", "Copy it again, or make it with tools/preprocess_data.py."),

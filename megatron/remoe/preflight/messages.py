@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.remoe.data.errors import DataError, UsageError
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
+from megatron.remoe.preflight.removed_flags import explain
 
 # What an error says → what to do.
 REMEDIES = {
@@ -109,6 +110,8 @@ def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
         return ""
     flags = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
     words = [word.split("=")[0][2:] for word in unknown.split() if word.startswith("--")]
+    if removed := list(filter(None, (explain(f"--{word}") for word in words))):
+        return f". {' '.join(removed)} [REMOE-E211]"
     matches = {word: difflib.get_close_matches(word, flags, 1, CLOSE) for word in words}
     close = [f"--{found[0]} instead of --{word}" for word, found in matches.items() if found]
     return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."

@@ -12,7 +12,7 @@ from megatron.remoe.preflight.checkpoint_fit import check_is_data_alone
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
 from megatron.remoe.routing.problems import relu_routing_problems
-from megatron.remoe.routing.refusals import shown
+from megatron.remoe.routing.refusals import as_list, shown
 from megatron.remoe.training.flips import flips_problems
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron
@@ -160,26 +160,34 @@ def take_saved_args(args: argparse.Namespace) -> None:
 
 
 def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
-    """With --moe-relu-routing, drop the top-k settings that the authors' scripts pass with it, and print which."""
+    """With --moe-relu-routing, drop the top-k settings that the authors' code ignores, and print which.
+
+    A z-loss acts here and not in their code, so a note says so.
+    """
     if not args.moe_relu_routing:
         return
-    ignored = []
-    types = args.moe_router_load_balancing_type
-    if args.moe_aux_loss_coeff and types in ("aux_loss", ["aux_loss"]):  # other types are refused
-        ignored = [
-            f"--moe-router-load-balancing-type aux_loss with --moe-aux-loss-coeff {shown(args.moe_aux_loss_coeff)}"
-        ]
-        args.moe_aux_loss_coeff = 0.0
+    ignored, notes = [], []
+    types, coefficients = as_list(args.moe_router_load_balancing_type), as_list(args.moe_aux_loss_coeff)
+    is_given = any(coefficients) or types not in (["aux_loss"], ["none"])
+    if is_given and set(types) <= {"aux_loss", "seq_aux_loss", "sinkhorn", "none"}:  # other types are refused
+        coefficient = f" with --moe-aux-loss-coeff {shown(args.moe_aux_loss_coeff)}" if any(coefficients) else ""
+        ignored = [f"--moe-router-load-balancing-type {shown(types)}{coefficient}"]
+        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
     if args.moe_router_pre_softmax:
         ignored.append("--moe-router-pre-softmax")
         args.moe_router_pre_softmax = False
-    if ignored and args.rank == 0:
-        print(
+    if ignored:
+        notes.append(
             f"With --moe-relu-routing these are ignored, as in the authors' code: {', '.join(ignored)}. "
-            "ReLU replaces softmax and top-k; the L1 term replaces the auxiliary loss.",
-            file=sys.stderr,
-            flush=True,
+            "ReLU replaces softmax and top-k; the L1 term replaces the auxiliary loss."
         )
+    if args.moe_z_loss_coeff:
+        notes.append(
+            f"--moe-z-loss-coeff {args.moe_z_loss_coeff} is used; the authors' code ignores it with "
+            "--moe-relu-routing. Leave it out to repeat their experiment."
+        )
+    if notes and args.rank == 0:
+        print("\n".join(notes), file=sys.stderr, flush=True)
 
 
 def apply_granularity(args: argparse.Namespace) -> None:

@@ -1,0 +1,225 @@
+"""Checkpoints that the authors' own code wrote: they convert, continue, and serve every tool."""
+
+import json
+import math
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from tests.fork import oracle
+from tests.trainings import REPOSITORY, run, series
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
+    pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("text") / "data"
+    oracle.write_data(prefix)
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fork's checkpoints, a folder for each kind."""
+    folder = tmp_path_factory.mktemp("saved")
+    for kind in oracle.KEPT:
+        with tarfile.open(REPOSITORY / "tests" / "fork" / f"{kind}.tar.xz") as archive:
+            archive.extractall(folder / kind, filter="data")
+    return folder
+
+
+def convert(*arguments: object) -> int:
+    from tools.convert_checkpoint.command import main
+
+    return main(["--from-fork", *map(str, arguments)])
+
+
+def expected(folder: Path) -> dict[str, object]:
+    return torch.load(folder / "expected.pt", weights_only=True)
+
+
+def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
+    from tools.common import checkpoints
+    from tools.common.hf.settings import complete
+    from tools.common.megatron_model import build
+
+    checkpoint = checkpoints.find(run, None)
+    model = build(complete(checkpoint.args))
+    checkpoints.load(checkpoint, model)
+    with torch.no_grad():
+        return model(ids, torch.arange(ids.shape[1]).expand(len(ids), -1), None)
+
+
+def continued(kind: str, text: Path, load: Path, save: Path) -> str:
+    """Continue with the fork's own command line, but for what a machine without Transformer Engine lacks."""
+    flags = [*oracle.MODEL, *oracle.TRAINING, *oracle.KINDS[kind]]
+    flags = ["local" if word == "transformer_engine" else word for word in flags]
+    flags = ["torch_dist" if word == "torch" else word for word in flags]
+    return run([*flags, "--data-path", str(text), "--load", str(load), "--save", str(save)])
+
+
+@pytest.mark.parametrize("kind", oracle.KEPT)
+def test_a_training_of_the_fork_continues(
+    kind: str, saved: Path, text: Path, tmp_path: Path, process_groups: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert("--load", saved / kind, "--save", tmp_path / "here") == 0
+    printed = capsys.readouterr().out
+    if "remoe" in kind:
+        assert "exponent 8" in printed
+    there = expected(saved / kind)
+    torch.testing.assert_close(logits(tmp_path / "here", there["tokens"]), there["logits"], rtol=0, atol=1e-6)
+    output = continued(kind, text, tmp_path / "here", tmp_path / "run")
+    losses = series(output, "lm loss")
+    assert len(losses) == oracle.LAST - oracle.SAVED
+    # Megatron logs the second step after a start as the mean of two.
+    alone = [losses[0], 2 * losses[1] - losses[0], *losses[2:]]
+    assert alone == pytest.approx(there["losses"], rel=5e-4 if "--bf16" in oracle.KINDS[kind] else 2e-6)
+    if "remoe" in kind:
+        assert series(output, "l1 coefficient")[0] == pytest.approx(1e-4 * 1.2**8, rel=1e-4)
+
+
+def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
+    """In bfloat16 losses alone would hardly show a wrong state: it is compared number by number."""
+    from tests.trainings import weights
+
+    assert convert("--load", saved / "remoe", "--save", tmp_path / "here") == 0
+    there, here = weights(saved / "remoe", oracle.SAVED), weights(tmp_path / "here", oracle.SAVED)
+    compared = 0
+    for key, value in there.items():
+        if not key.startswith("optimizer.state."):
+            continue
+        numbered = key.replace("fp32_param", "param").replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+        layer = next((layer for layer in (0, 1) if f".layers.{layer}." in key), None)
+        found = here[numbered.replace(f".layers.{layer}.", ".layers.")]
+        found = found if layer is None else found[layer]
+        if value.dim() > found.dim():  # pieces: [experts or halves, ..., numbers]
+            cuts = value.shape[:-1]
+            local = [whole // cut for whole, cut in zip(found.shape, cuts, strict=True)]
+            order = [*range(0, 2 * len(local), 2), *range(1, 2 * len(local), 2)]
+            split = [size for pair in zip(cuts, local, strict=True) for size in pair]
+            found = found.reshape(split).permute(order).reshape(value.shape)
+        assert torch.equal(value, found), key
+        compared += 1
+    assert compared == 3 * (3 + 2 * 7)
+
+
+def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> None:
+    """Data parallel ranks hold parts of flat pieces; with expert parallelism experts have their own optimizer."""
+    from megatron.remoe.preflight.checkpoint_index import common_state, read_index
+    from tests.trainings import weights
+    from tools.convert_checkpoint.rewriting import Writer, encoded, objects, tensors
+
+    name = f"iter_{oracle.SAVED:07d}"
+    source, several = saved / "remoe" / name, tmp_path / "several" / name
+    several.mkdir(parents=True)
+    index = read_index(source)
+    with (several / "__0_0.distcp").open("wb") as file:
+        writer = Writer(several, file)
+        for key, shape, offset, tensor in tensors(source, index):
+            parts = [(offset, tensor)]
+            if key.startswith("optimizer."):
+                key = f"chained_{int('.experts.' in key)}.{key}"
+                ranks = tensor.tensor_split(3, dim=-1)
+                starts = [sum(part.shape[-1] for part in ranks[:rank]) for rank in range(3)]
+                parts = [((*offset[:-1], offset[-1] + start), part) for start, part in zip(starts, ranks, strict=True)]
+            for place, part in reversed(parts):
+                writer.add_tensor(key, shape, place, part)
+        for key, content in objects(source, index):
+            writer.add_object(key, content)
+        state = common_state(source)
+        groups = state["optimizer"]["optimizer"]["param_groups"]
+        experts = {"optimizer": {"param_groups": [groups[0] | {"is_expert_parallel": True}]}}
+        state["optimizer"] = {0: state["optimizer"], 1: experts}
+        writer.add_object("common_state/shard_0_1", encoded([state]))
+        writer.write_index()
+    shutil.copyfile(source / "metadata.json", several / "metadata.json")
+    (several.parent / "latest_checkpointed_iteration.txt").write_text(str(oracle.SAVED))
+    for load, save in ((saved / "remoe", "one"), (several.parent, "all")):
+        assert convert("--load", load, "--save", tmp_path / save) == 0
+    one, together = weights(tmp_path / "one", oracle.SAVED), weights(tmp_path / "all", oracle.SAVED)
+    assert one.keys() == together.keys() and all(torch.equal(one[key], together[key]) for key in one)
+    settings = [common_state(tmp_path / save / name)["optimizer"] for save in ("one", "all")]
+    assert settings[0] == settings[1] and [len(part["optimizer"]["param_groups"]) for part in settings[0].values()] == [
+        2,
+        1,
+    ]
+
+
+def test_tools_work_on_a_training_of_the_fork(
+    saved: Path, text: Path, tmp_path: Path, process_groups: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tools.analyze.command import main as analyze
+    from tools.evaluate.command import main as evaluate
+    from tools.export_hf.command import main as export
+    from tools.generate.command import main as generate
+
+    assert convert("--load", saved / "remoe", "--save", tmp_path / "here") == 0
+    assert export(["--load", str(tmp_path / "here"), "--save", str(tmp_path / "hf")]) == 0
+    from megatron.remoe.hf import RemoeForCausalLM
+
+    there = expected(saved / "remoe")
+    model = RemoeForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    torch.testing.assert_close(model(there["tokens"]).logits, there["logits"], rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["moe_relu_routing"] is True
+    assert evaluate(["--load", str(tmp_path / "hf"), "--data-path", str(text)]) == 0
+    words = WordLevel({str(number): number for number in range(64)}, unk_token="0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "words")
+    start = ["--prompt", "7 14 21", "--tokenizer-model", str(tmp_path / "words"), "--max-new-tokens", "3"]
+    assert generate(["--load", str(tmp_path / "here"), *start]) == 0
+    assert (
+        analyze(["--load", str(tmp_path / "here"), "--data-path", str(text), "--output-dir", str(tmp_path / "seen")])
+        == 0
+    )
+
+
+def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refusal(name: str) -> str:
+        assert convert("--load", tmp_path / name, "--save", tmp_path / "out") == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+        return error
+
+    shutil.copytree(saved / "dense", tmp_path / "zarr")
+    (tmp_path / "zarr" / "iter_0000008" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    assert "zarr" in refusal("zarr")
+    shutil.copytree(saved / "remoe_one_file", tmp_path / "files")
+    shutil.copytree(
+        tmp_path / "files" / "iter_0000008" / "mp_rank_00", tmp_path / "files" / "iter_0000008" / "mp_rank_01"
+    )
+    assert "--ckpt-convert-format" in refusal("files")
+    shutil.copytree(saved / "dense", tmp_path / "cut")
+    (tmp_path / "cut" / "iter_0000008" / ".metadata").unlink()
+    assert ".metadata is missing" in refusal("cut")
+    assert convert("--load", saved / "dense", "--save", tmp_path / "mine") == 0
+    capsys.readouterr()
+    assert "not a checkpoint of the authors' fork" in refusal("mine")
+
+
+@pytest.mark.parametrize(("coefficient", "exponent"), [(1e-4, 0), (1e-4 * 1.2**-30, -30), (1e-4 * 1.2**2.4, 2)])
+def test_lambda_is_rounded_to_a_power(coefficient: float, exponent: int) -> None:
+    """Both values are printed; the rounded one is within a factor of √α."""
+    import argparse
+
+    from tools.common.display import Display
+    from tools.convert_checkpoint.from_fork import COEFFICIENT, _exponent
+
+    args = argparse.Namespace(moe_relu_l1_reg_coeff_init=1e-4, moe_relu_l1_reg_coeff_multiplier=1.2)
+    state = {"model": {COEFFICIENT: torch.tensor(1.0)}, "model1": {COEFFICIENT: torch.tensor(coefficient)}}
+    with Display() as display:
+        found = _exponent(state, args, display)
+    assert found == exponent and abs(math.log(1e-4 * 1.2**found / coefficient)) <= math.log(1.2) / 2 + 1e-6
