@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron.remoe.data.files import write_aside
 from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
-from tools.common.files import lock, new_folder, write_aside, write_json
+from tools.common.files import lock, new_folder, write_json
 from tools.common.units import duration
 
 TOOLS = REPOSITORY / "tools"

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy
 
-from ..common.files import write_aside
+from megatron.remoe.data.files import write_aside
+
 from ..common.palette import routing_color
 from ..common.picture_style import MUTED, TARGET, file_pyplot, style
 from .findings import Numbers

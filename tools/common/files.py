@@ -1,31 +1,17 @@
-"""Write files and folders under a temporary name and rename them when complete; lock a folder."""
+"""Write folders under a temporary name and rename them when complete; lock a folder. Files: `data/files.py`."""
 
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron.remoe.data.files import write_text
+
 from .errors import ToolError
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` create a temporary file, then rename it to `path`: even a power cut leaves the old or the new file.
-
-    Raises:
-        OSError: the file cannot be written; the temporary one is removed.
-    """
-    aside = path.with_name(f"{path.stem}.{os.getpid()}.new{path.suffix}")
-    try:
-        write(aside)
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -42,20 +28,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the list of files in a folder, is on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text to a file."""
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..common.files import write_text
+from megatron.remoe.data.files import write_text
 
 FILE = Path(__file__).with_name("choices.json")
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.files import write_aside
+from megatron.remoe.data.files import write_aside
+
 from ..common.palette import routing_color
 from ..common.picture_style import TARGET, file_pyplot, style
 from ..common.run_figures import RunFigures

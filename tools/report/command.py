@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.remoe.data.files import write_text
+
 from ..common import short_names
 from ..common.display import Display
 from ..common.figure_reader import find_figures
-from ..common.files import write_text
 from ..common.flags import whole_number
 from ..common.running import run_once
 from .reading import Run, read_run

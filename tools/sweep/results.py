@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..common.files import write_aside, write_text
+from megatron.remoe.data.files import write_aside, write_text
+
 from ..common.markdown import table
 from ..common.units import duration
 from . import scaling_picture

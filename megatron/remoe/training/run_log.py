@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron.remoe
+from megatron.remoe.data.files import write_aside
 
 FILE = "metrics.jsonl"
 TOTALS = ("total_active_pairs", "total_layer_tokens")
@@ -112,14 +113,15 @@ class RunLog(logging.Handler):
         self._append({"kind": "start", "time": self._started, "iteration": iteration, **versions, "args": arguments})
 
     def _cut(self, iteration: int) -> None:
-        aside = self.path.with_suffix(".new")
-        with aside.open("w", encoding="utf-8") as file:
-            for record in read_run_log(self.path):
-                if record["iteration"] <= iteration:
-                    file.write(json.dumps(record) + "\n")
-                if record["iteration"] == iteration and all(isinstance(record.get(name), int) for name in TOTALS):
-                    self._totals_before = {name: record[name] for name in TOTALS}
-        aside.replace(self.path)
+        def write(aside: Path) -> None:
+            with aside.open("w", encoding="utf-8") as file:
+                for record in read_run_log(self.path):
+                    if record["iteration"] <= iteration:
+                        file.write(json.dumps(record) + "\n")
+                    if record["iteration"] == iteration and all(isinstance(record.get(name), int) for name in TOTALS):
+                        self._totals_before = {name: record[name] for name in TOTALS}
+
+        write_aside(self.path, write)
 
     def _append(self, record: Record) -> None:
         """Write one line, without values that JSON cannot hold and numbers that are not finite."""
