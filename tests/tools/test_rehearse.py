@@ -13,7 +13,7 @@ from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
 from tools.common.files import write_json
 from tools.cost import choices
-from tools.rehearse import build, command, engine, report
+from tools.rehearse import build, command, engine, fake_ranks, report
 from tools.rehearse.flags import data_of, rehearsed, value_of
 from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch, drawn_on
 
@@ -135,6 +135,14 @@ def test_torch_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(torch.version, "cuda", None)
     assert command.main(["--", "--bf16", *PLAIN]) == 1
     assert "A rehearsal needs PyTorch built for CUDA" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_no_rank_is_said_to_have_failed() -> None:
+    """PyTorch 2.11's watchdog asks a store for that, and on a yes a rehearsal would not end."""
+    store = fake_ranks._StoreOfOne()
+    assert not store.check(["exception_dump"])
+    store.set("mine", b"1")
+    assert store.check(["mine"]) and not store.check(["mine", "exception_dump"])
 
 
 def test_the_words_of_the_cluster() -> None:
