@@ -50,7 +50,7 @@ def launch(case: Case, stage: str, machine: Machine, report: Report) -> None:
     report(figures)
     assert figures["peak_allocated_gib"] < 1.1 * figures["forecast_gib"]
     assert all(map(math.isfinite, figures["losses"]))
-    if stage == "steady" and case.routing == "remoe":
+    if stage == "steady" and case.routing == "remoe" and not machine.rehearsal:
         assert figures["active"] == pytest.approx(int((case.flags or ("", "1"))[1]), rel=0.3)
 
 
