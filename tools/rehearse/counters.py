@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -171,7 +172,8 @@ class Waits:
 def _place() -> str:
     """Return file and line of the innermost frames of Megatron and of this project that led here; calls nothing."""
     here, folder = os.path.dirname(__file__), f"{os.sep}megatron{os.sep}"
-    frame, named = sys._getframe(1), []
+    frame: FrameType | None = sys._getframe(1)
+    named: list[str] = []
     while frame is not None and len(named) < 2:
         file = frame.f_code.co_filename
         if folder in file and not file.startswith(here):

@@ -37,10 +37,9 @@ def step_seconds(host: list[float], gpu: list[list[float]]) -> float:
         gpu: seconds of each operation of the same stretches.
     """
     total = 0.0
-    for busy, operations in zip_longest(host, gpu, fillvalue=None):
-        busy, operations = busy or 0.0, operations or []
-        done = 0.0
-        for number, seconds in enumerate(operations, start=1):
-            done = max(done, busy * number / len(operations)) + seconds
+    for stretch, operations in zip_longest(host, gpu):  # two steps, in which the host should wait as often
+        busy, launched, done = stretch or 0.0, operations or [], 0.0
+        for number, seconds in enumerate(launched, start=1):
+            done = max(done, busy * number / len(launched)) + seconds
         total += max(done, busy)
     return total

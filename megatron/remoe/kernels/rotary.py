@@ -36,7 +36,8 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _rotated(gradient, *ctx.tables, ctx.interleaved, back=True), None, None, None
+        cos, sin = ctx.tables
+        return _rotated(gradient, cos, sin, ctx.interleaved, back=True), None, None, None
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:
