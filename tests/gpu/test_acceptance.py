@@ -16,19 +16,21 @@ import torch
 from tests.golden_run import FLAGS, committed, differences
 from tests.gpu.report import Report
 from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, forecast, profile, train_golden, train_launched
+from tools.common.flags import last_value
 from tools.cost.gpus import ACCELERATORS
 from tools.rehearse.cards import CARDS
 
 pytestmark = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TRITON = "triton"
+HALF = ("--num-layers", "12")  # of 978M: on one GPU nobody shares its optimizer's 64 GiB
 # The order in which they are measured.
 LAUNCHES = [
     (Case(kernels=TRITON), "steady"),
     (Case(), "steady"),
     (Case(routing="dense", kernels=TRITON), "steady"),
     (Case(routing="moe", kernels=TRITON), "steady"),
-    (Case("978m", kernels=TRITON), "steady"),
+    (Case("978m", kernels=TRITON, flags=HALF), "steady"),
     (Case("469m", kernels=TRITON), "steady"),
     (Case(kernels=TRITON), "dense"),
 ]
@@ -51,7 +53,8 @@ def launch(case: Case, stage: str, machine: Machine, report: Report) -> None:
     assert figures["peak_allocated_gib"] < 1.1 * figures["forecast_gib"]
     assert all(map(math.isfinite, figures["losses"]))
     if stage == "steady" and case.routing == "remoe" and not machine.rehearsal:
-        assert figures["active"] == pytest.approx(int((case.flags or ("", "1"))[1]), rel=0.3)
+        granularity = int(last_value(case.flags, "--moe-granularity") or 1)
+        assert figures["active"] == pytest.approx(granularity, rel=0.3)
 
 
 @pytest.mark.parametrize(("case", "stage"), LAUNCHES, ids=str)
