@@ -16,7 +16,7 @@ from models import ROOT, on_gpu
 from tools.common.files import write_json
 from tools.common.markdown import table
 
-PACKAGES = ("torch", "megatron-core", "transformers", "gigatoken", "tokenizers", "numpy")
+PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 
 
 def machine() -> dict[str, Any]:

@@ -1,9 +1,18 @@
 #!/usr/bin/env bash
 # Run everything that only a GPU can show, the most valuable first, on one GPU and without network: pytest -m gpu.
-# Figures go to runs/gpu; a second call continues with the tests that have none. Arguments go to pytest.
+# Figures go to OUT; a second call continues with the tests that have none. Arguments go to pytest.
 #   PYTHON=/path/to/python      the interpreter (default: .venv's, else python3)
+#   CARRIED=folder              wheels from tests/gpu/carry.py; they are installed beside the interpreter's packages
+#   OUT=folder                  default: runs/gpu
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ -z ${PYTHON-} && -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
-exec "${PYTHON:-python3}" -m pytest -m gpu -rs --gpu-report runs/gpu "$@" tests/gpu tests/moe tests/routing
+PYTHON=${PYTHON:-python3}
+if [[ -n ${CARRIED-} ]]; then
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$CARRIED"/*.whl
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+"$PYTHON" -m pytest -m gpu -rs --gpu-report "${OUT:-runs/gpu}" "$@" tests/gpu tests/moe tests/routing

@@ -1,27 +1,35 @@
-"""The report of the GPU tests: a table of the figures in --gpu-report, printed last and kept as report.md."""
+"""Where the GPU tests run, and where their figures go."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
-from tools.common.files import write_text
-from tools.common.markdown import table
+from tests.gpu.report import Report
+from tests.gpu.runs import Machine
 
 
-def row(path: Path) -> list[str]:
-    """Return a test's name and its single numbers and words."""
-    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    single = {name: value for name, value in figures.items() if isinstance(value, int | float | str)}
-    shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in single.items())
-    return [path.stem, "; ".join(shown)]
+@pytest.fixture
+def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Machine:
+    """Return this machine's GPU, or with --gpu-rehearsal the CUDA that does nothing."""
+    if request.config.getoption("--gpu-rehearsal"):
+        return Machine.rehearsed(tmp_path)
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return Machine(tmp_path, torch.cuda.get_device_name())
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest, machine: Machine) -> Report:
+    """Return where to keep the test's figures; skip the test if they are there."""
+    name = request.node.name.removeprefix("test_").replace("[", "-").rstrip("]")
+    kept = Report(request.config.getoption("--gpu-report") or machine.folder, machine.card, name)
+    if kept.is_made():
+        pytest.skip(f"its figures are in {kept.path}")
+    return kept
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     folder: Path | None = config.getoption("--gpu-report")
-    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime) if folder else []
-    if folder and files:
-        lines = table(["test", "figures"], map(row, files))
-        write_text(folder / "report.md", "\n".join(lines) + "\n")
-        terminalreporter.write_line("\n".join([*lines, f"Report: {folder / 'report.md'}"]))
+    for path in sorted(folder.glob("*/report.md")) if folder else []:
+        terminalreporter.write_line(f"{path.read_text(encoding='utf-8')}Report: {path}")

@@ -15,6 +15,7 @@ from typing import Any
 from tests.golden_run import FLAGS, Figures, figures_of, write_data
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT
+from tools.rehearse.build import environment_of
 from tools.rehearse.flags import rehearsed
 from tools.rehearse.scripts import Launch
 
@@ -40,20 +41,28 @@ class Machine:
 
     Attributes:
         folder: for files in between.
+        card: as CUDA names it.
         rehearsal: environment of the CUDA that does nothing; None on a GPU.
     """
 
     folder: Path
+    card: str
     rehearsal: dict[str, str] | None = None
 
+    @classmethod
+    def rehearsed(cls, folder: Path) -> "Machine":
+        """Return an H100 that is not there."""
+        environment = environment_of("h100", devices=1) | {"CUDA_VISIBLE_DEVICES": "0"}
+        return cls(folder, "rehearsal", environment)
+
     def python(self, *words: object, share: float = 0.0, on_gpu: bool = True, limit: float = 240, **more: str) -> str:
-        """Run a program and return what it printed; assert that it ends with code 0 within `limit` seconds."""
+        """Run a program and return what it printed; assert that it ends with code 0, on a GPU in `limit` seconds."""
         command, environment = [*map(str, words)], os.environ | more
         if self.rehearsal is not None and on_gpu:
             command, environment = [str(HERE / "rehearsed.py"), str(share), *command], environment | self.rehearsal
         done = subprocess.run(
             [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", cwd=ROOT, env=environment, timeout=limit,
+            text=True, errors="replace", cwd=ROOT, env=environment, timeout=None if self.rehearsal else limit,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
         return done.stdout
@@ -88,7 +97,7 @@ def environment(machine: Machine) -> dict[str, Any]:
     return json.loads(next(line for line in reversed(printed.splitlines()) if line.startswith("{")))
 
 
-def train_launched(machine: Machine, case: Case, stage: str, steps: int) -> dict[str, Any]:
+def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: float = 240) -> dict[str, Any]:
     """Train at the "dense" start or kept "steady" at the target; return medians after `WARM_UP`, and memory.
 
     "host_seconds" is the process's CPU time; what the GPU waits for the host is at most the rest of a step.
@@ -98,7 +107,7 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int) -> dict
     more = AT_TARGET if stage == "steady" else []
     environment |= {"BENCHMARK_RECORD": str(record)} | ({"BENCHMARK_AT_TARGET": "1"} if stage == "steady" else {})
     quiet = ["--log-interval", "10"]
-    printed = machine.python(TIMED_ENTRY, *flags, *more, *quiet, share=SHARES[stage], **environment)
+    printed = machine.python(TIMED_ENTRY, *flags, *more, *quiet, share=SHARES[stage], limit=limit, **environment)
     found = json.loads(record.read_text())
     first = min(WARM_UP, len(found["steps"]) - 1)
     seconds = statistics.median(found["steps"][first:])
@@ -156,4 +165,3 @@ def train_golden(machine: Machine, name: str, flags: Sequence[str], more: Sequen
     if not weights.exists():
         machine.python(*words, "--cpu", on_gpu=False, OMP_NUM_THREADS="1", GOLDEN_WEIGHTS=str(weights))
     return figures_of(machine.python(*words, *FP32_GPU, *more, share=0.125, GOLDEN_WEIGHTS=str(weights)))
-

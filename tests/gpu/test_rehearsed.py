@@ -7,9 +7,8 @@ import torch
 
 from tests.golden_run import FLAGS
 from tests.gpu import runs
-from tests.gpu.conftest import row
+from tests.gpu.report import Report
 from tests.gpu.runs import Case, Machine
-from tools.common.files import write_json
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,10 +19,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    from tools.rehearse.build import environment_of
-
-    rehearsal = environment_of("h100", devices=1) | {"CUDA_VISIBLE_DEVICES": "0"}
-    return Machine(tmp_path_factory.mktemp("gpu"), rehearsal)
+    return Machine.rehearsed(tmp_path_factory.mktemp("gpu"))
 
 
 def test_environment(machine: Machine) -> None:
@@ -39,8 +35,12 @@ def test_launch(kernels: str, stage: str, machine: Machine, tmp_path: Path) -> N
     assert found["host_seconds"] > 0
     planned = runs.forecast(machine, case, stage)
     assert found["peak_allocated_gib"] == pytest.approx(planned["forecast_gib"], rel=0.1) and planned["flops"] > 1e12
-    write_json(tmp_path / "launch.json", found)
-    assert row(tmp_path / "launch.json")[0] == "launch" and "tokens_per_second" in row(tmp_path / "launch.json")[1]
+    report = Report(tmp_path, "NVIDIA H100 80GB HBM3", "launch")
+    assert not report.is_made()
+    report(found)
+    assert report.is_made() and not Report(tmp_path, "NVIDIA H200", "launch").is_made()
+    kept = (tmp_path / "nvidia-h100-80gb-hbm3" / "report.md").read_text()
+    assert "launch" in kept and "tokens_per_second" in kept
 
 
 def test_golden_run(machine: Machine) -> None:

@@ -40,9 +40,17 @@ def experts(dtype: str, ffn: int) -> list[Kernel]:
     ]
 
 
+def rotations(interleaved: bool) -> Kernel:
+    """That of heads of 64, all rotated."""
+    signature = {"x": "*bf16", "cos_SR": "*bf16", "sin_SR": "*bf16", "y": "*bf16"}
+    sizes = ("batch", "heads", "of_position", "of_sequence", "of_head")
+    constants = {"D": 64, "R": 32, "ROWS": 32, "WIDTH": 32, "REST": 0, "INTERLEAVED": interleaved, "BACK": True}
+    return Kernel("rotary:_rotate", signature | dict.fromkeys(sizes, "i32"), constants, sizes[2:])
+
+
 def test_nothing_is_spilled() -> None:
     spread = Kernel("plan:_spread", SPREAD, {"BLOCK": plan.SPREAD // 64, "TILE": 64}, ["num_experts"])
     kernels = [*plans(16384, 8), *plans(16384, 512), *plans(65536, 512), spread]
-    kernels += [*experts("*bf16", 3072), *experts("*fp32", 48)]
+    kernels += [*experts("*bf16", 3072), *experts("*fp32", 48), rotations(False), rotations(True)]
     found = usages(kernels)
     assert len(found) == 3 * len(kernels) and not any(usage.spilled for usage in found)

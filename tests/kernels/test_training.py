@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.runs import FP32_GPU
 from tests.trainings import TINY, run, series
 from tools.common.tiny_model import RELU
 
@@ -18,6 +19,7 @@ def test_trainings_are_equal(data: Path) -> None:
     """With expert parallelism, except on a machine with one GPU."""
     processes = 1 if torch.cuda.device_count() == 1 else 2
     flags = [*TINY, *RELU, *SHORT, "--data-path", str(data), "--expert-model-parallel-size", str(processes)]
+    flags += FP32_GPU if torch.cuda.is_available() else []
     plain = run(flags, processes)
     found = run([*flags, "--moe-kernels", "triton"], processes)
     for name in ("lm loss", "sparsity", "l1 loss", "grad norm"):

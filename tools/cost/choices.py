@@ -38,8 +38,9 @@ def lines(gpu: str, gpus: int, size: str, kernels: str) -> Iterator[str]:
         yield f"Micro-batch and EP: not rehearsed for {gpus} x {gpu}" + (f"; {command} does it" if gpus == 8 else "")
         return
     yield f"Micro-batch and EP by rehearsals: {table['made']}. Modelled, not measured; collectives are not hidden"
-    yield "  micro-batch  EP  GiB at most  ms a step  collectives    MFU"
+    yield "  micro-batch  EP  GiB at most  ms a step  host  collectives  MFU as it stands  GPU never waiting"
     for row in table["rows"]:
         start = f"  {row['micro_batch']:>11}{row['ep']:>4}"
-        figures = f"{row['gib']:>13.1f}{row['ms']:>11.0f}{row['collectives_ms']:>13.0f}{row['mfu']:>7.1%}"
+        figures = f"{row['gib']:>13.1f}{row['ms']:>11.0f}{row['host_ms']:>6.0f}{row['collectives_ms']:>13.0f}"
+        figures += f"{row['mfu']:>18.1%}{row['free_mfu']:>19.1%}"
         yield f"{start}{figures}" if row["mfu"] else f"{start}  does not fit"

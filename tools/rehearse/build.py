@@ -137,11 +137,15 @@ def _compiler() -> list[str]:
 
 
 def _include_folders() -> list[Path]:
-    """Of CUDA's headers in PyPI's packages; those of torch lack the folder crt, which is a package of its own."""
+    """Return those of CUDA's headers in PyPI's packages; torch's own lack two, which are packages of their own."""
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     found = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
-    if not any((path / "crt" / "host_defines.h").exists() for path in found):
-        raise ToolError("A rehearsal needs CUDA's headers: pip install nvidia-cuda-crt (170 KB).")
+    needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
+    version = ".".join(str(torch.version.cuda).split(".")[:2])
+    missing = [name for file, name in needed.items() if not any((path / file).exists() for path in found)]
+    if missing:
+        words = " ".join(f"'{name}=={version}.*'" for name in missing)
+        raise ToolError(f"A rehearsal needs CUDA's headers: pip install {words}.")
     return found
 
 

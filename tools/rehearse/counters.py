@@ -1,13 +1,14 @@
-"""Count the events of a step: launches in the CUDA that does nothing, waits and collectives in PyTorch."""
+"""Count the events of a step: launches in the CUDA that does nothing, Python calls, waits and collectives."""
 
 import collections
 import ctypes
 import functools
 import os
-import traceback
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -38,17 +39,18 @@ class Launches:
         self._stub = ctypes.CDLL(_STUB)
         self._stub.rehearsal_launches.restype = ctypes.c_long
         self._is_counting = False
+        self.so_far: Callable[[], int] = self._stub.rehearsal_launches
         self.found: dict[str, list[int]] = {}
         self.step = 0
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count the step that runs in here."""
-        before, self._is_counting = self._stub.rehearsal_launches(), True
+        before, self._is_counting = self.so_far(), True
         try:
             yield
         finally:
-            self.step, self._is_counting = self._stub.rehearsal_launches() - before, False
+            self.step, self._is_counting = self.so_far() - before, False
 
     def watch(
         self, owner: Any, method: str, part: str, continues: Callable[[Any], bool] = lambda _first: False
@@ -64,12 +66,12 @@ class Launches:
 
         @functools.wraps(real)
         def watched(*arguments: Any, **options: Any) -> Any:
-            before = self._stub.rehearsal_launches()
+            before = self.so_far()
             result = real(*arguments, **options)
             if self._is_counting:
                 calls = self.found.setdefault(part, [])
                 so_far = calls.pop() if calls and continues(arguments[0]) else 0
-                calls.append(so_far + self._stub.rehearsal_launches() - before)
+                calls.append(so_far + self.so_far() - before)
             return result
 
         setattr(owner, method, watched)
@@ -111,6 +113,34 @@ class Collectives:
         return watched
 
 
+class Frames:
+    """The calls of Python functions, in all threads.
+
+    Attributes:
+        count: calls so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count in here."""
+        monitoring = sys.monitoring
+        tool, event = monitoring.PROFILER_ID, monitoring.events.PY_START
+        monitoring.use_tool_id(tool, "rehearsal")
+        monitoring.register_callback(tool, event, self._started)
+        monitoring.set_events(tool, event)
+        try:
+            yield
+        finally:
+            monitoring.set_events(tool, 0)
+            monitoring.free_tool_id(tool)
+
+    def _started(self, _code: Any, _offset: int) -> None:
+        self.count += 1
+
+
 class Waits:
     """The places at which the host waits for the device, as PyTorch's sync-debug mode warns of them."""
 
@@ -118,13 +148,14 @@ class Waits:
         self.found: collections.Counter[str] = collections.Counter()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Collect in here."""
+    def watching(self, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Collect in here, and call `on_wait` at each."""
         show = warnings.showwarning
 
         def take(message: Any, *arguments: Any, **options: Any) -> None:
-            if "synchroniz" in str(message):
+            if "called a synchronizing" in str(message):  # and not the first warning, of the mode itself
                 self.found[_place()] += 1
+                on_wait()
             else:
                 show(message, *arguments, **options)
 
@@ -139,12 +170,13 @@ class Waits:
 
 
 def _place() -> str:
-    """Return file and line of the innermost frames of Megatron and of this project that led here."""
-    here = os.path.dirname(__file__)
-    frames = [
-        frame
-        for frame in traceback.extract_stack()
-        if f"{os.sep}megatron{os.sep}" in frame.filename and not frame.filename.startswith(here)
-    ]
-    named = [f"megatron/{frame.filename.rsplit('megatron' + os.sep, 1)[1]}:{frame.lineno}" for frame in frames]
-    return " < ".join(reversed(named[-2:])) or "outside of Megatron"
+    """Return file and line of the innermost frames of Megatron and of this project that led here; calls nothing."""
+    here, folder = os.path.dirname(__file__), f"{os.sep}megatron{os.sep}"
+    frame: FrameType | None = sys._getframe(1)
+    named: list[str] = []
+    while frame is not None and len(named) < 2:
+        file = frame.f_code.co_filename
+        if folder in file and not file.startswith(here):
+            named.append(f"megatron/{file.rsplit('megatron' + os.sep, 1)[1]}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(named) or "outside of Megatron"

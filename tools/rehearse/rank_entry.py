@@ -19,6 +19,7 @@ from megatron.remoe import pretrain  # noqa: E402
 from tools.common.files import write_json  # noqa: E402
 from tools.rehearse import counters, fake_ranks  # noqa: E402
 from tools.rehearse.engine import Calls  # noqa: E402
+from tools.rehearse.host import HostWork, step_seconds  # noqa: E402
 from tools.rehearse.host_reads import Pairs  # noqa: E402
 from tools.rehearse.roofline import Roofline  # noqa: E402
 
@@ -30,7 +31,8 @@ class Rehearsal:
 
     def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
         self.options, self.collectives = options, collectives
-        self.launches, self.waits = counters.Launches(), counters.Waits()
+        self.launches, self.waits, self.frames = counters.Launches(), counters.Waits(), counters.Frames()
+        self.host = HostWork()
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.model: list[torch.nn.Module] = []
@@ -111,8 +113,11 @@ class Rehearsal:
         if plan["for"] == "events":
             result = self._count_events(run)
         elif plan["for"] == "roofline":
-            with Roofline(args, self.options["rates"], self.engine) as roofline:
+            roofline = Roofline(args, self.options["rates"], self.engine)
+            with roofline, counters.Waits().watching(roofline.wait):
                 result = run()
+            busy = self.host.seconds(self.options["rates"])
+            self.record["host"] |= {"seconds": sum(busy), "step_seconds": step_seconds(busy, roofline.stretches)}
             self.record["roofline"] = {name: vars(work) for name, work in roofline.parts.items()}
             self.record["guessed"] = sorted(roofline.guessed)
         else:
@@ -134,11 +139,14 @@ class Rehearsal:
     def _count_events(self, run: Any) -> Any:
         self.collectives.is_counting = True
         try:
-            with self.launches.counting(), self.waits.watching():
+            with self.launches.counting(), self.waits.watching(self._mark), self.frames.counting():
+                self._mark()
                 result = run()
+                self._mark()
         finally:
             self.collectives.is_counting = False
         self.record |= {"launches": self.launches.step, "parts": self.launches.found}
+        self.record["host"] = {"calls": self.frames.count, "stretches": len(self.host.marks) - 1}
         self.record["host_syncs"] = [
             {"where": where, "times": times} for where, times in self.waits.found.most_common()
         ]
@@ -148,6 +156,9 @@ class Rehearsal:
             for call, sizes in self.collectives.found.items()
         ]
         return result
+
+    def _mark(self) -> None:
+        self.host.marks.append((self.frames.count, self.launches.so_far()))
 
     def _model(self, args: Any) -> dict[str, Any]:
         """Return what the forecast of memory needs, and the forecast of tools/cost for each stage."""

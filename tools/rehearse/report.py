@@ -83,8 +83,10 @@ def _roofline(record: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     parts, model = record["roofline"], record["model"]
     total = {name: sum(part[name] for part in parts.values()) for name in ("operations", "bytes", "flops", "seconds")}
     flops = model["flops_per_sequence"] * model["sequences_per_gpu"]
-    mfu = flops / total["seconds"] / (ACCELERATORS[options.gpu].tflops * 1e12)
-    found = {"rates": options.rates, "mfu": mfu, "model_flops": flops, **total, "parts": parts}
+    peak, host = ACCELERATORS[options.gpu].tflops * 1e12, record["host"]
+    found = {"rates": options.rates, "mfu": flops / total["seconds"] / peak, "model_flops": flops, **total}
+    found |= {"host_seconds": host["seconds"], "host_calls": host["calls"], "stands_seconds": host["step_seconds"]}
+    found |= {"stands_mfu": flops / host["step_seconds"] / peak, "parts": parts}
     return found | {"guessed": record["guessed"]}
 
 
@@ -140,10 +142,10 @@ def _launch_lines(launches: dict[str, Any]) -> Iterator[str]:
 
 
 def _roofline_lines(roofline: dict[str, Any]) -> Iterator[str]:
-    yield "\nA model of the step's time, not a measurement: nothing hidden, the host free, collectives not counted"
+    yield "\nA model of the step's time, not a measurement: no operation overlaps another, collectives not counted"
     yield "  rates (--rate): " + ", ".join(f"{name} {value:g}" for name, value in roofline["rates"].items())
     yield "  in TFLOP/s (products, grouped, attention), TB/s (bandwidth), GB/s (link, network), microseconds (smallest,"
-    yield "  latencies of a collective for each doubling of its ranks)"
+    yield "  latencies of a collective for each doubling of its ranks, the host's frame and launch)"
     yield f"  {'part':<42}{'operations':>11}{'GB':>9}{'TFLOP':>9}{'ms':>9}{'':>8}"
     whole = roofline["seconds"]
     parts = sorted(roofline["parts"].items(), key=lambda item: -item[1]["seconds"])
@@ -152,5 +154,8 @@ def _roofline_lines(roofline: dict[str, Any]) -> Iterator[str]:
         yield f"  {name:<42}{work}{part['seconds'] * 1e3:>9.2f}{part['seconds'] / whole:>8.1%}"
     if roofline["guessed"]:
         yield f"  taken to pass over each argument once: {', '.join(roofline['guessed'])}"
-    rate = roofline["model_flops"] / whole / 1e12
-    yield f"  {rate:.0f} TFLOP/s of the model's FLOPs: {roofline['mfu']:.1%} of the card's (MFU)"
+    yield f"  the host: {roofline['host_calls']:,} calls of Python functions, {roofline['host_seconds'] * 1e3:.0f} ms"
+    for title, start in (("as it stands", "stands_"), ("with a GPU that never waits for the host", "")):
+        seconds, mfu = roofline[f"{start}seconds"], roofline[f"{start}mfu"]
+        rate = roofline["model_flops"] / seconds / 1e12
+        yield f"  {title}: {seconds * 1e3:.0f} ms, {rate:.0f} TFLOP/s of the model, {mfu:.1%} of the card's (MFU)"

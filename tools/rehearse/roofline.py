@@ -1,6 +1,6 @@
 """Model a step's time on a GPU: of each operation the bytes that it moves, its FLOPs, and the larger of their times.
 
-Nothing is hidden behind anything else, and the host costs nothing. It is not a measurement.
+Nothing is hidden behind anything else. The host, which may keep the GPU waiting, is in host.py. No measurement.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .cards import FULL_RATE_HEAD, HALF_RATE_EXPERT
 from .engine import Calls, tensors_in
 
 # Operations that move nothing.
@@ -26,16 +27,15 @@ PRODUCTS = set("mm addmm addmm_ bmm baddbmm baddbmm_".split())
 TRITON_PARTS = {
     "router": "small: router, plan, update",
     "plan": "small: router, plan, update",
-    "update": "small: router, plan, update",
     "rows": "tokens: norms, residuals, gather, sum",
     "swiglu": "experts: SwiGLU and gates",
+    "rotary": "attention: rope and copies",
 }
 # flash-linear-attention's kernels pass over each argument once.
 ONE_PASS = {
     "cross_entropy_fwd_kernel",
     "cross_entropy_fwd_kernel_reduce",
     "cross_entropy_bwd_kernel",
-    "rotary_embedding_kernel",
 }
 
 
@@ -63,6 +63,7 @@ class Roofline(TorchDispatchMode):
         self._args, self._rates, self._engine = args, rates, engine
         self._kernel: Any = None
         self.parts: dict[str, Work] = {}
+        self.stretches: list[list[float]] = [[]]  # seconds of each operation, between the waits of the host
         self.guessed: set[str] = set()  # Triton kernels known by their arguments only
 
     def __enter__(self) -> "Roofline":
@@ -79,6 +80,10 @@ class Roofline(TorchDispatchMode):
         self._engine.tell = None
         if self._kernel is not None:
             self._kernel.launch_metadata = self._launch_metadata
+
+    def wait(self) -> None:
+        """Note that the host has waited for all operations so far."""
+        self.stretches.append([])
 
     def _watched(self, real: Any) -> Any:
         """Wrap the function that Triton calls before each launch, with the kernel's arguments."""
@@ -112,13 +117,22 @@ class Roofline(TorchDispatchMode):
         if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             flops, rate = _flops(name, inputs)
             part = self._part(rate if flops else name, bool(flops), inputs + outputs)
-            self._add(part, _bytes(name, inputs, outputs), flops, rate)
+            share = self._share_of_grouped() if rate == "grouped" else 1.0
+            self._add(part, _bytes(name, inputs, outputs), flops, rate, share)
         return result
 
-    def _add(self, part: str, moved: float, flops: float, rate: str) -> None:
+    def _share_of_grouped(self) -> float:
+        """Return the share of its rate that PyTorch's grouped product reaches with experts of this size."""
+        ffn = self._args.moe_ffn_hidden_size / self._args.expert_tensor_parallel_size
+        return ffn / (ffn + HALF_RATE_EXPERT)
+
+    def _add(self, part: str, moved: float, flops: float, rate: str, share: float = 1.0) -> None:
         seconds = max(moved / (self._rates["bandwidth"] * 1e12), self._rates["smallest"] * 1e-6)
+        if rate == "attention":
+            share = min(1.0, self._args.kv_channels / FULL_RATE_HEAD)
         if flops:
-            seconds = max(seconds, flops / (self._rates[rate] * 1e12))
+            seconds = max(seconds, flops / (share * self._rates[rate] * 1e12))
+        self.stretches[-1].append(seconds)
         work = self.parts.setdefault(part, Work())
         work.operations += 1
         work.bytes += moved

@@ -90,26 +90,28 @@ class Step:
     Attributes:
         error: why it does not start; None if it does, and all else holds.
         peak_gib: the most that PyTorch reserves in any stage.
-        forward_layer, update: launches of a layer's forward pass, and of λ's update; None if there are none.
+        forward_layer: launches of a layer's forward pass; None if there is none.
         launches: of the step.
-        waits: of the host, except those of the MoE layers for their counts.
-        bytes, seconds: of the roofline.
+        bytes: that it moves.
+        seconds: of the GPU's work.
+        host: seconds of the host's work.
+        stands: seconds of a step as it stands, in which the GPU waits for the host; see host.py.
         collectives: seconds, one after another.
-        mfu: with collectives, and nothing hidden.
-        roofline_mfu: without collectives.
+        mfu: as it stands, with collectives, nothing of them hidden.
+        free_mfu: the same, with a GPU that never waits for the host.
     """
 
     error: str | None
     peak_gib: float = 0.0
     forward_layer: float | None = None
-    update: float | None = None
     launches: float = 0.0
-    waits: float = 0.0
     bytes: float = 0.0
     seconds: float = 0.0
+    host: float = 0.0
+    stands: float = 0.0
     collectives: float = 0.0
     mfu: float = 0.0
-    roofline_mfu: float = 0.0
+    free_mfu: float = 0.0
 
 
 def whole_step(launch: Launch, micro_batch: int) -> Step:
@@ -129,23 +131,23 @@ def drawn_on(found: list[dict[str, Any]], whole: int) -> Step:
     counted = [
         {
             "launches": seen["launches"]["step"],
-            "waits": sum(wait["times"] for wait in seen["host_syncs"] if "/remoe/moe/" not in wait["where"]),
             "bytes": seen["roofline"]["bytes"],
             "seconds": seen["roofline"]["seconds"],
+            "host": seen["roofline"]["host_seconds"],
+            "stands": seen["roofline"]["stands_seconds"],
             "collectives": sum(one["seconds"] for one in seen["collectives"]),
         }
         for seen in found
     ]
     drawn = {key: one + (whole - 1) * (counted[-1][key] - one) for key, one in counted[0].items()}
-    roofline, launches = found[-1]["roofline"], found[-1]["launches"]
+    roofline = found[-1]["roofline"]
     rehearsed = 2 if len(found) == 2 else whole
     ideal = whole / rehearsed * roofline["mfu"] * roofline["seconds"]  # at the card's rate
     return Step(
         None,
         max(peaks["peak_reserved_gib"] for peaks in found[-1]["stages"].values()),
-        launches["forward_layer"],
-        launches["update"],
+        found[-1]["launches"]["forward_layer"],
         **drawn,
-        mfu=ideal / (drawn["seconds"] + drawn["collectives"]),
-        roofline_mfu=ideal / drawn["seconds"],
+        mfu=ideal / (drawn["stands"] + drawn["collectives"]),
+        free_mfu=ideal / (drawn["seconds"] + drawn["collectives"]),
     )

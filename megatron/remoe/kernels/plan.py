@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron.remoe.kernels import cdiv, next_power_of_2
+
 # Each program reads the counts of all blocks, so blocks are few; those of a tile of experts are in registers at once.
 MOST_BLOCKS, LEAST_TOKENS, TILE_COUNTS, WARPS = 256, 16, 8192, 8
 SPREAD = 1024  # elements of the map that a program of the gates' gradient takes at once
@@ -25,7 +27,7 @@ def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
     """
     num_tokens, num_experts = routing_map.shape
     block, tile = _tile(num_tokens, num_experts)
-    blocks = triton.cdiv(max(num_tokens, 1), block)
+    blocks = cdiv(max(num_tokens, 1), block)
     counts = torch.empty(num_experts, blocks, dtype=torch.int32, device=routing_map.device)
     _count[(blocks,)](
         routing_map.contiguous(), counts, num_tokens, num_experts, BLOCK=block, TILE=tile, num_warps=WARPS
@@ -66,7 +68,7 @@ class _Filled(torch.autograd.Function):
         (block, tile), blocks = _tile(num_tokens, num_experts), counts.shape[1]
         _fill[(blocks,)](
             probs.contiguous(), routing_map, counts, token_index, by_token, gates, num_tokens, num_experts,
-            blocks, BLOCK=block, TILE=tile, BLOCKS=triton.next_power_of_2(blocks), num_warps=WARPS,
+            blocks, BLOCK=block, TILE=tile, BLOCKS=next_power_of_2(blocks), num_warps=WARPS,
         )  # fmt: skip
         ctx.save_for_backward(routing_map, by_token)
         ctx.mark_non_differentiable(token_index, by_token)
@@ -80,9 +82,9 @@ class _Filled(torch.autograd.Function):
         routing_map, by_token = ctx.saved_tensors
         num_tokens, num_experts = routing_map.shape
         d_probs = torch.empty(num_tokens, num_experts, dtype=d_gates.dtype, device=d_gates.device)
-        tile = min(triton.next_power_of_2(num_experts), 64)
+        tile = min(next_power_of_2(num_experts), 64)
         block = SPREAD // tile
-        grid = (triton.cdiv(num_tokens, block),)
+        grid = (cdiv(num_tokens, block),)
         _spread[grid](
             d_gates.contiguous(), routing_map, by_token, d_probs, num_tokens, num_experts, BLOCK=block, TILE=tile
         )
@@ -91,8 +93,8 @@ class _Filled(torch.autograd.Function):
 
 def _tile(num_tokens: int, num_experts: int) -> tuple[int, int]:
     """Return the tokens of a block, and the experts that a program takes at once."""
-    block = max(LEAST_TOKENS, triton.next_power_of_2(triton.cdiv(num_tokens, MOST_BLOCKS)))
-    return block, min(triton.next_power_of_2(num_experts), max(1, TILE_COUNTS // max(2 * block, MOST_BLOCKS)))
+    block = max(LEAST_TOKENS, next_power_of_2(cdiv(num_tokens, MOST_BLOCKS)))
+    return block, min(next_power_of_2(num_experts), max(1, TILE_COUNTS // max(2 * block, MOST_BLOCKS)))
 
 
 def _count_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:

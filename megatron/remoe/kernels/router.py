@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.remoe.kernels import cdiv, next_power_of_2
 from megatron.remoe.kernels.backend import Regularization
 
 # One program adds up the counts of all, so programs are few.
@@ -46,16 +47,16 @@ class _ReLURouting(torch.autograd.Function):
         per_token: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits, (num_tokens, num_experts) = logits.contiguous(), logits.shape
-        span = max(LEAST_TOKENS, triton.cdiv(num_tokens, MOST_PROGRAMS))
-        programs = max(1, triton.cdiv(num_tokens, span))
+        span = max(LEAST_TOKENS, cdiv(num_tokens, MOST_PROGRAMS))
+        programs = max(1, cdiv(num_tokens, span))
         probs, routing_map = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.bool)
         pairs = logits.new_empty(programs, num_experts + 1, dtype=torch.int32)
         sums = logits.new_empty(programs, num_experts, dtype=torch.float32)
         terms = logits.new_empty(num_experts + 1, dtype=torch.float32)
-        width = triton.next_power_of_2(num_experts)
+        width = next_power_of_2(num_experts)
         _gates[(programs,)](
             logits, padding_mask, probs, routing_map, pairs, sums, num_tokens, span,
-            E=num_experts, BLOCK=min(triton.next_power_of_2(span), max(1, BLOCK // width)), WIDTH=width,
+            E=num_experts, BLOCK=min(next_power_of_2(span), max(1, BLOCK // width)), WIDTH=width,
         )  # fmt: skip
         of_sequence = None
         if group.size() > 1:  # its tokens are split over tensor (sequence) and context parallel ranks
@@ -65,7 +66,7 @@ class _ReLURouting(torch.autograd.Function):
             pairs, sums, of_sequence, exponent, guarded, counts, terms, programs,
             E=num_experts, TOPK=regularization.topk, RANKS=group.size(), BALANCES=regularization.balances,
             INIT=regularization.init, LOG2=math.log2(regularization.multiplier), GUARD=regularization.guard,
-            PER_TOKEN=per_token, BLOCK=min(triton.next_power_of_2(programs), max(1, TERMS_BLOCK // width)), WIDTH=width,
+            PER_TOKEN=per_token, BLOCK=min(next_power_of_2(programs), max(1, TERMS_BLOCK // width)), WIDTH=width,
             num_warps=TERMS_WARPS,
         )  # fmt: skip
         ctx.save_for_backward(routing_map, terms)
@@ -77,7 +78,7 @@ class _ReLURouting(torch.autograd.Function):
         (routing_map, terms), d_probs = ctx.saved_tensors, d_probs.contiguous()
         d_logits = torch.empty_like(d_probs)
         scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # set by Megatron between forward and backward
-        _gradient[(triton.cdiv(d_probs.numel(), BLOCK),)](
+        _gradient[(cdiv(d_probs.numel(), BLOCK),)](
             d_probs, routing_map, terms, scale, d_logits, d_probs.numel(), E=d_probs.shape[1], BLOCK=BLOCK
         )
         return d_logits, *[None] * 7

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron.remoe.kernels import cdiv, next_power_of_2
+
 WIDTH = 1024
 
 
@@ -23,9 +25,10 @@ def sum_rows(pairs: torch.Tensor, by_token: torch.Tensor) -> torch.Tensor:
         `[T, H]`, of the type of `pairs`.
     """
     num_pairs, hidden = pairs.shape
-    sums = pairs.new_empty(len(by_token) - 1 - num_pairs, hidden)
-    width = min(triton.next_power_of_2(hidden), WIDTH)
-    _sum[(len(sums), triton.cdiv(hidden, width))](pairs.contiguous(), by_token, sums, hidden, WIDTH=width)
+    num_tokens = by_token.shape[0] - 1 - num_pairs
+    sums = pairs.new_empty(num_tokens, hidden)
+    width = min(next_power_of_2(hidden), WIDTH)
+    _sum[(num_tokens, cdiv(hidden, width))](pairs.contiguous(), by_token, sums, hidden, WIDTH=width)
     return sums
 
 

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron.remoe.kernels import cdiv, next_power_of_2
+
 TILE = 1024
 
 
@@ -22,9 +24,9 @@ def activate(hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     Returns:
         `[P, F]`, of the type of `hidden`.
     """
-    activated = hidden.new_empty(len(hidden), hidden.shape[1] // 2)
+    activated = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2)
     (pairs, width), (num_pairs, ffn) = _tile(activated), activated.shape
-    grid = triton.cdiv(num_pairs, pairs), triton.cdiv(ffn, width)
+    grid = cdiv(num_pairs, pairs), cdiv(ffn, width)
     _activate[grid](hidden, gates, activated, num_pairs, ffn, PAIRS=pairs, WIDTH=width)
     return activated
 
@@ -40,7 +42,7 @@ def activate_backward(
     """
     d_hidden, d_gates = torch.empty_like(hidden), torch.empty_like(gates)
     (pairs, width), (num_pairs, ffn) = _tile(d_activated), d_activated.shape
-    _activate_backward[(triton.cdiv(num_pairs, pairs),)](
+    _activate_backward[(cdiv(num_pairs, pairs),)](
         hidden, gates, d_activated, d_hidden, d_gates, num_pairs, ffn, PAIRS=pairs, WIDTH=width
     )
     return d_activated, d_hidden, d_gates
@@ -48,7 +50,7 @@ def activate_backward(
 
 def _tile(activated: torch.Tensor) -> tuple[int, int]:
     """Return the pairs and columns of a program."""
-    width = min(triton.next_power_of_2(activated.shape[1]), TILE)
+    width = min(next_power_of_2(activated.shape[1]), TILE)
     return TILE // width, width
 
 
@@ -66,7 +68,8 @@ def _backward_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str,
     return _bytes("swiglu: backward", 6, args)
 
 
-@triton.jit(launch_metadata=_forward_bytes)
+# The number of pairs changes with each launch: specialized by it, both kernels would compile again amid a training.
+@triton.jit(launch_metadata=_forward_bytes, do_not_specialize=["num_pairs"])
 def _activate(hidden_PF, gates_P, activated_PF, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -75,7 +78,7 @@ def _activate(hidden_PF, gates_P, activated_PF, num_pairs, ffn, PAIRS: tl.conste
     tl.store(activated_PF + pair[:, None] * ffn + column[None, :], left * tl.sigmoid(left) * right * gate, mask=inside)
 
 
-@triton.jit(launch_metadata=_backward_bytes)
+@triton.jit(launch_metadata=_backward_bytes, do_not_specialize=["num_pairs"])
 def _activate_backward(
     hidden_PF, gates_P, activated_PF, d_hidden_PF, d_gates_P, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr
 ):

@@ -1,4 +1,4 @@
-"""Rotary position embedding by flash-linear-attention's kernel."""
+"""Rotary position embedding by a Triton kernel."""
 
 from functools import lru_cache
 
@@ -15,21 +15,19 @@ class FusedRotaryEmbedding:
         """Rotate queries or keys.
 
         Args:
-            t: `[sequence, batch, heads, size]`, size at most 256.
+            t: `[sequence, batch, heads, size]`.
             freqs: fp32 `[sequence, 1, 1, rotated size]`, angles in radians.
             interleaved: rotate neighbours into each other, instead of a head's first half into its second.
 
         Returns:
             The rotated tensor, of the shape and type of `t`.
         """
-        from fla.modules.rotary import rotary_embedding  # takes seconds to import, and only GPUs use it
+        from megatron.remoe.kernels.rotary import rotate  # imports Triton, which only GPUs have
 
-        # All sequences of a micro-batch have the same angles, so the kernel can take them as heads.
-        rows = t.reshape(1, t.shape[0], -1, t.shape[-1])
-        return rotary_embedding(rows, *self._tables(freqs, interleaved, t.dtype), interleaved=interleaved).view_as(t)
+        return rotate(t, *self._tables(freqs, interleaved, t.dtype), interleaved)
 
 
 def _cosine_and_sine(freqs: torch.Tensor, interleaved: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosine and sine of each angle, both `[sequence, rotated size / 2]`."""
     angles = freqs[:, 0, 0, ::2] if interleaved else freqs[:, 0, 0].chunk(2, dim=-1)[0]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos().to(dtype).contiguous(), angles.sin().to(dtype).contiguous()
