@@ -88,7 +88,7 @@ def test_a_written_file_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monk
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(Path(f"/proc/self/fd/{file}").resolve()) or fsync(file))
     monkeypatch.setattr(os, "replace", lambda old, new: calls.append(Path(new)) or rename(old, new))
     write_json(path, {"a": 1})
-    assert [calls[1], calls[2]] == [path, tmp_path] and calls[0].name.startswith("results.") and len(calls) == 3
+    assert [calls[1], calls[2]] == [path, tmp_path] and calls[0].name.endswith("results.json") and len(calls) == 3
     assert path.read_text() == '{\n "a": 1\n}\n'
 
 
