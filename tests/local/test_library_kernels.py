@@ -102,9 +102,9 @@ def test_megatrons_flags_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_module, "fused_vocab_parallel_cross_entropy", stock)
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
     patches.use_fla_cross_entropy()
-    patches.use_fla_rotary_embedding()
+    patches.use_rotary_kernel()
     rotate = rope_utils.fused_apply_rotary_pos_emb
-    patches.use_fla_rotary_embedding()
+    patches.use_rotary_kernel()
     assert rope_utils.fused_apply_rotary_pos_emb is rotate, "the tables are kept"
 
     config = SimpleNamespace(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native")

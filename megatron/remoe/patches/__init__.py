@@ -21,7 +21,7 @@ from megatron.remoe.patches.checkpoints import (
 from megatron.remoe.patches.fusions import (
     enable_torch_weight_gradient_fusion,
     use_fla_cross_entropy,
-    use_fla_rotary_embedding,
+    use_rotary_kernel,
 )
 from megatron.remoe.patches.log_lines import forward_figures
 from megatron.remoe.patches.optimizer import enable_torch_adam_resume, use_fused_adam
@@ -102,7 +102,7 @@ PATCHES = (
         "the native fusion reads bf16 logits once forward and once backward",
     ),
     Patch(
-        use_fla_rotary_embedding,
+        use_rotary_kernel,
         "core/models/common/embeddings/rope_utils.py: fused_apply_rotary_pos_emb",
         "rotary embedding in one kernel, without Transformer Engine",
         "rope fusion has a kernel that needs no Transformer Engine",

@@ -41,7 +41,7 @@ def use_fla_cross_entropy() -> None:
         language_module.fused_vocab_parallel_cross_entropy = vocab_parallel_cross_entropy
 
 
-def use_fla_rotary_embedding() -> None:
-    """Use flash-linear-attention's kernel for rope fusion if Transformer Engine is not installed."""
-    if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("fla") is not None:
+def use_rotary_kernel() -> None:
+    """Use a Triton kernel for rope fusion if Transformer Engine is not installed."""
+    if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("triton") is not None:
         rope_utils.fused_apply_rotary_pos_emb = FusedRotaryEmbedding()
