@@ -44,3 +44,10 @@ def test_errors_leave_no_trace(how: str, data: Path, tmp_path: Path) -> None:
 def test_without_nvrx_it_is_refused(data: Path, tmp_path: Path) -> None:
     output = run([*training(data, tmp_path), "--inprocess-restart"], expect=2)
     assert "nvidia-resiliency-ext" in output and "REMOE-E210" in output and "Traceback" not in output
+
+
+def test_a_restart_needs_the_folder_that_it_saves_to(data: Path, tmp_path: Path) -> None:
+    flags = training(data, tmp_path)
+    at = flags.index("--load")
+    output = run([*flags[:at], *flags[at + 2 :], "--inprocess-restart"], expect=2)
+    assert f"--load {tmp_path}" in output and "REMOE-E210" in output and "Traceback" not in output

@@ -35,8 +35,8 @@ CODES: dict[str, tuple[str, str]] = {
     "REMOE-E208": ("A setting does not work with --moe-log-flips-interval.", "Leave one of them out."),
     "REMOE-E209": ("A setting does not work with --transformer-impl local.", "Follow the message."),
     "REMOE-E210": (
-        "--inprocess-restart lacks nvidia-resiliency-ext, or free ports.",
-        "Install it, and start with torchrun.",
+        "--inprocess-restart lacks nvidia-resiliency-ext, free ports, or --load with the folder of --save.",
+        "Follow the message.",
     ),
     "REMOE-E211": ("A flag of an older Megatron no longer exists.", "Give the flag in the message, or leave it out."),
     "REMOE-E300": ("An input or output file is missing, wrong or in use.", "Follow the message."),

@@ -25,7 +25,7 @@ def run_with_restarts(attempt: Attempt) -> None:
         attempt: takes a stack of what ends with the attempt, and the store in which its ranks meet.
 
     Raises:
-        UsageError: NVRx is not installed, or there is no free port for its stores.
+        UsageError: NVRx is not installed, there is no free port for its stores, or --load is not --save.
         Exception: what ended the last attempt.
     """
     with usage_errors():
@@ -45,6 +45,13 @@ class _LastAttempt(BaseException):
 
 
 def _nvrx_wrapper(attempt: Attempt) -> Callable[[], None]:
+    check_environment()
+    args = arguments.parse_args(ignore_unknown_args=True)
+    if args.save and args.load != args.save:
+        raise UsageError(
+            f"--inprocess-restart with --save {args.save} needs --load {args.save}: a restart continues from there.",
+            "REMOE-E210",
+        )
     try:
         from nvidia_resiliency_ext.inprocess import CallWrapper
     except ImportError as error:
@@ -53,12 +60,10 @@ def _nvrx_wrapper(attempt: Attempt) -> Callable[[], None]:
             "the flag out.",
             "REMOE-E210",
         ) from error
-    check_environment()
     if not 1024 <= int(os.environ["MASTER_PORT"]) <= 65533:
         raise UsageError(
             "--inprocess-restart needs the two ports after MASTER_PORT: start the training with torchrun.", "REMOE-E210"
         )
-    args = arguments.parse_args(ignore_unknown_args=True)
     store = torch.distributed.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1, args.world_size, args.rank == 0
     )
