@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tools.export_hf.folder import write_settings
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from megatron.remoe.hf import RemoeForCausalLM
@@ -42,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bytes_alone.decoder = decoders.ByteLevel()
     model = make("relu", vocab_size=256)
     model.save_pretrained(folder)
-    write_settings(folder, model.config, PreTrainedTokenizerFast(tokenizer_object=bytes_alone))
+    PreTrainedTokenizerFast(tokenizer_object=bytes_alone).save_pretrained(folder)
     return folder
 
 

@@ -159,7 +159,7 @@ def _serve_until_the_parent_ends() -> None:
 def tell_why_writing_fails() -> None:
     """Keep file and reason where part of a checkpoint cannot be written: Megatron keeps only the type of the error."""
     write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-    if hasattr(write, "__wrapped__"):
+    if getattr(write, "tells_why", False):
         return
 
     @wraps(write)
@@ -172,6 +172,7 @@ def tell_why_writing_fails() -> None:
             error = error.__context__  # PyTorch's own complaint about the file that it could not go on with
         raise RuntimeError(f"{options['write_bucket'][0]}: {error}") from error
 
+    write_or_tell.tells_why = True  # type: ignore[attr-defined]
     filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_tell)
 
 
