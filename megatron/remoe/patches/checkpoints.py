@@ -118,8 +118,8 @@ def _fails_together() -> Iterator[None]:
         yield
     except BrokenCheckpointError as error:
         mine = error
-    except CheckpointException as error:  # PyTorch wraps it
-        mine = next((found for found, _ in error.failures.values() if isinstance(found, BrokenCheckpointError)), None)
+    except CheckpointException as error:
+        mine = _wrapped(error)
         if mine is None:
             raise
     errors = [mine]
@@ -128,6 +128,11 @@ def _fails_together() -> Iterator[None]:
         torch.distributed.all_gather_object(errors, mine)
     if first := next(filter(None, errors), None):
         raise first
+
+
+def _wrapped(error: CheckpointException) -> BrokenCheckpointError | None:
+    """Return our error, if it is one that PyTorch has wrapped."""
+    return next((found for found, _ in error.failures.values() if isinstance(found, BrokenCheckpointError)), None)
 
 
 def keep_saving_possible() -> None:
@@ -205,11 +210,13 @@ def check_loaded_weights() -> None:
                     f"{flag} {root}: cannot be loaded, for the reason that Megatron prints above. If it is damaged, "
                     "give an earlier iteration with --ckpt-step."
                 ) from stop
-            except (BrokenCheckpointError, CheckpointingException) as error:
-                is_damage = getattr(error, "code", "") == BrokenCheckpointError.code
-                if folder is None or not (is_damage or "integrity verification failed" in str(error)):
+            except (BrokenCheckpointError, CheckpointingException, CheckpointException) as error:
+                # All ranks read the common state, whose errors only PyTorch wraps, and fail alike.
+                found = (_wrapped(error) if isinstance(error, CheckpointException) else None) or error
+                is_damage = getattr(found, "code", "") == BrokenCheckpointError.code
+                if folder is None or not (is_damage or "integrity verification failed" in str(found)):
                     raise
-                go_back(flag, folder, " ".join(str(error).split()), asked).apply(args)
+                go_back(flag, folder, " ".join(str(found).split()), asked).apply(args)
         for chunk in model:
             check_is_finite(f"{flag} {root}", chunk)
         return loaded
