@@ -98,7 +98,8 @@ class SparsityController:
         self._last = sums
 
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
-        torch._foreach_add_([*self._totals.unbind()], [active - sums.counts["left_out"], tokens])
+        computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
+        torch._foreach_add_([*self._totals.unbind()], [computed, tokens])
         # Megatron skips a step that is not finite, or ends the training: it moves nothing here either.
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k·tokens, which is exact in whole numbers.
