@@ -68,3 +68,12 @@ def test_last_words_are_of_the_program(waited, monkeypatch, capsys) -> None:
     assert stop.value.code == 1
     assert words[0] == "own_script.py: error: rank 1: RuntimeError: CUDA out of memory"
     assert "--micro-batch-size" in words[1]
+
+
+@pytest.mark.parametrize("text", ["(pid(s) 7) exited unexpectedly", "(pid 7) is killed by signal: Terminated. "])
+def test_a_lost_reader_of_data_is_one_line_and_a_remedy(text: str, waited, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(messages.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        messages.end_with_last_words(RuntimeError(f"DataLoader worker {text}"))
+    output = capsys.readouterr().err
+    assert "Traceback" not in output and "resumes" in output

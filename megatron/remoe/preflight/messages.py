@@ -21,8 +21,11 @@ from megatron.remoe.data.errors import DataError, UsageError
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
 from megatron.remoe.preflight.removed_flags import explain
 
+LOST_WORKER = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
 # What an error says → what to do.
 REMEDIES = {
+    LOST_WORKER: "A signal, or a lack of memory, ended a process that reads data. The last whole checkpoint is still "
+    "there, and the same command resumes from it.",
     r"OptimizerParamScheduler: class input value": "Give the learning-rate flags of the checkpoint, or follow the "
     "flags with --override-opt_param-scheduler or the checkpoint with --use-checkpoint-opt_param-scheduler.",
     r"EADDRINUSE|address already in use": "Another program listens there: choose another MASTER_PORT, or unset RANK.",
@@ -137,7 +140,7 @@ def _say(words: str) -> None:
 def end_with_last_words(error: BaseException) -> NoReturn:
     """Print one short message, below the traceback of an error that is not the user's, and end with exit code 1."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as another rank has ended
-    if not isinstance(_cause(error), UsageError):
+    if not (isinstance(_cause(error), UsageError) or re.search(LOST_WORKER, str(error))):
         traceback.print_exception(error)
     # Half-built objects complain when they are freed: now, not below the message.
     traceback.clear_frames(error.__traceback__)
