@@ -60,8 +60,10 @@ def test_killed_at_random_moments(layout: str, tmp_path: Path, note: Noted) -> N
         kill = (asked, awaited, seconds)
         code, output = entry.run(training(tmp_path, "run", *flags, steps=STEPS), limit=LIMIT, kill=kill)
         check_words(output)
-        saves_at_sigterm = asked == signal.SIGTERM and "--exit-signal-handler" in flags and code in (0, 143)
-        assert code in (0, -asked) or saves_at_sigterm, f"{code} after {kill}: {output[-3000:]}"
+        at_sigterm = (0, 143) if asked == signal.SIGTERM and "--exit-signal-handler" in flags else ()
+        # A process that reads data dies of SIGTERM while it starts, before there is something to save.
+        at_sigterm += (1,) if at_sigterm and "error: RuntimeError: DataLoader worker" in output else ()
+        assert code in (0, -asked, *at_sigterm), f"{code} after {kill}: {output[-3000:]}"
         kills += code != 0
     code, output = entry.run(training(tmp_path, "run", *flags, steps=STEPS), limit=LIMIT)
     check_words(output)
