@@ -14,9 +14,3 @@ class ConversionError(ToolError):
     """A model cannot be read or written."""
 
     code = "REMOE-E511"
-
-
-def with_code(error: Exception) -> str:
-    """Return an error's message, followed by its code if it has one."""
-    code = getattr(error, "code", "")
-    return f"{error} [{code}]" if code else str(error)

@@ -7,9 +7,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from megatron.remoe.data.errors import UsageError
-
-from .errors import with_code
+from megatron.remoe.data.errors import UsageError, with_code
 
 
 def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") -> int:

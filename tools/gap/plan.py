@@ -96,7 +96,7 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
         decays: the last steps, in which the rate falls; for a trunk any number will do.
 
     Raises:
-        SettingsError: an environment variable is wrong.
+        RecipeError: an environment variable is wrong.
     """
     arm = ARMS[training.arm]
     routing, _, protocol = arm.kind.partition("-")

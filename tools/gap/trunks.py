@@ -14,6 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from megatron.remoe.preflight.checkpoint_files import newest_iteration
+
 from ..common.errors import ToolError
 from ..common.figure_reader import LOG, METRICS, read_figures
 from ..common.flags import words_of
@@ -96,7 +98,7 @@ class Runner:
     def _matched(self, training: Training, point: Point, flops: float) -> int:
         """Return the steps at which the training, which computes k experts by then, has used these FLOPs."""
         figures = read_figures(self._folder(training) / f"decay-{point.steps}")
-        step = figures.whole("global_batch_size") * flops_per_sequence(_namespace(figures.args))
+        step = figures.whole("global_batch_size") * flops_per_sequence(Namespace(**figures.args))
         return rounded(point.steps + (flops - point.flops) / step)
 
     def _train(self, training: Training, steps: int, equal_to: int | None) -> Point:
@@ -161,7 +163,7 @@ class Runner:
             weights = {"": 1}
         if not weights.keys() <= losses.keys():
             raise ToolError(f"{decay / LOG}: there is no validation loss after step {steps}.")
-        args = _namespace(figures.args)
+        args = Namespace(**figures.args)
         flops = stages(figures, Flops(flops_per_sequence(args), flops_per_expert(args)))
         iterations, seconds = figures.curve("seconds_per_iteration")
         return Point(
@@ -174,16 +176,10 @@ class Runner:
         )
 
 
-def _namespace(args: Mapping[str, Any]) -> Namespace:
-    return Namespace(**args)
-
-
 def _newest(folder: Path) -> int:
     """Return the step of the newest checkpoint; 0 if there is none."""
-    try:
-        return int((folder / "latest_checkpointed_iteration.txt").read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
+    newest = newest_iteration(folder)
+    return int(newest) if newest.isdecimal() else 0
 
 
 def _final_losses(folder: Path, steps: int) -> dict[str, float]:

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.remoe.data.errors import with_code
 from megatron.remoe.data.files import write_text
 
-from ..common.errors import ToolError, with_code
+from ..common.errors import ToolError
 from ..common.flags import split
 from .data import is_set
 from .launch import Launch, plan

@@ -19,3 +19,9 @@ class DataError(UsageError):
     """Wrong input or output."""
 
     code = "REMOE-E300"
+
+
+def with_code(error: BaseException) -> str:
+    """Return an error's message, followed by its code if it is a `UsageError` that has one."""
+    code = error.code if isinstance(error, UsageError) else ""
+    return str(error).strip() + (f" [{code}]" if code else "")

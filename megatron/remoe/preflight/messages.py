@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.remoe.data.errors import DataError, UsageError
+from megatron.remoe.data.errors import DataError, UsageError, with_code
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
 from megatron.remoe.preflight.removed_flags import explain
 
@@ -70,7 +70,7 @@ def usage_errors(rank: int | None = None) -> Iterator[None]:
         yield
     except (ValueError, AssertionError, OSError) as error:
         number = os.environ.get("RANK", "0") if rank is None else str(rank)
-        words = _with_code(error) or f"Megatron refuses these settings: {_source_line(error)}"
+        words = with_code(error) or f"Megatron refuses these settings: {_source_line(error)}"
         if not isinstance(error, UsageError) and (remedy := _remedy(words)):
             words += f"\n{remedy}"
         if number == "0":
@@ -120,11 +120,6 @@ def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
     return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."
 
 
-def _with_code(error: BaseException) -> str:
-    code = getattr(error, "code", "") if isinstance(error, UsageError) else ""
-    return str(error).strip() + (f" [{code}]" if code else "")
-
-
 def _source_line(error: Exception) -> str:
     """The line that raised an error without a message, such as an assertion."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -160,7 +155,7 @@ def last_words(error: BaseException, rank: str | None = None) -> str:
     error = _cause(error)
     where = f"rank {rank}: " if rank is not None else ""
     if isinstance(error, UsageError):
-        return where + _with_code(error)
+        return where + with_code(error)
     text = str(error).strip()
     lines = text.splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):
