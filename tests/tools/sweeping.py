@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,6 @@ from unittest.mock import patch
 
 from tests.trainings import REPOSITORY
 from tools.sweep.command import main
-
-FINAL = " on validation set"
 
 
 def given(environment: dict[str, str]) -> dict[str, str]:
@@ -58,9 +57,21 @@ def evaluated(iteration: int, where: str, loss: float) -> str:
     return f" validation loss at iteration {iteration}{where} | lm loss value: {loss:.6E} | lm loss PPL: 2.5E+02 | \n"
 
 
-def write_run(folder: Path, train_iters: int, log: str, more: str = "") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = "python -m torch.distributed.run --nproc-per-node 4 --nnodes 2 /there/pretrain_gpt.py --hidden-size 768"
-    flags = f"--seq-length 64 --global-batch-size 4 --train-iters {train_iters} --split 969\\,30\\,1 {more}"
-    (folder / "command.sh").write_text(f"{command} {flags}")
-    (folder / "train.log").write_text(log)
+def line(iteration: int, seconds: float = 0.1, **more: object) -> dict[str, object]:
+    """A record of metrics.jsonl at a log interval; 4 sequences a step."""
+    told = {"consumed_samples": 4 * iteration, "seconds_per_iteration": seconds, "global_batch_size": 4}
+    return {"kind": "log", "iteration": iteration} | told | more
+
+
+def final(iteration: int, loss: float, **more: object) -> dict[str, object]:
+    return {"kind": "validation", "iteration": iteration, "lm_loss": loss, "final": True} | more
+
+
+def write_run(folder: Path, train_iters: int, *records: dict[str, object], **args: object) -> None:
+    """A run's command and figures."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    command = "python -m torch.distributed.run --nproc-per-node 4 /there/pretrain_gpt.py --hidden-size 768"
+    (folder / "command.sh").write_text(f"{command} --train-iters {train_iters} --split 969\\,30\\,1")
+    args = {"train_iters": train_iters, "seq_length": 64, "global_batch_size": 4} | args
+    lines = [{"kind": "start", "iteration": 0, "args": args}, *records]
+    (folder / "checkpoints" / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))

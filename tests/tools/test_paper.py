@@ -1,59 +1,44 @@
-"""docs/paper.md: every figure and table in its order, and its commands, run with a few steps as they stand there."""
+"""docs/paper.md: figures and tables in order, and its commands; the tables of docs/compare from their data files."""
 
 import json
+import math
 import re
 import shlex
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import pytest
-from rich.console import Console
+from scipy import stats
 
-from tests.entry import shared_entry
 from tests.trainings import REPOSITORY
 from tools.analyze.command import parse_arguments as analyze
-from tools.common.flags import words_of
+from tools.common.markdown import table
 from tools.compare import command as compare
-from tools.compare.recipes import SETTINGS, TUNED, recipe_of
-from tools.compare.router_figures import markdown as routers
-from tools.compare.saved_results import SavedResults
-from tools.compare.table import markdown
-from tools.compare.trainings import Processes
 from tools.evaluate.command import parse_arguments as evaluate
 from tools.quickstart.command import parse_arguments as quickstart
 from tools.report.command import parse_arguments as report
-from tools.sweep import command as sweep
-from tools.sweep import execution, plan, settings
-from tools.sweep.progress import SweepDisplay, Work
-from tools.sweep.run_log import log_of
+from tools.sweep.arguments import parse_arguments as sweep
 
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
 TABLES = (REPOSITORY / "docs" / "compare" / "tables.md").read_text()
 PARSERS: dict[str, Callable[[list[str]], object]] = {
-    "quickstart.sh": quickstart, "analyze": analyze, "evaluate": evaluate, "report": report,
-    "sweep.sh": sweep.parse_arguments,
+    "quickstart.sh": quickstart, "analyze": analyze, "evaluate": evaluate, "report": report, "sweep.sh": sweep,
+    "compare": compare.parse_arguments,
 }  # fmt: skip
-SHORT = "--train-iters 3 --tuning-iters 2 --seeds 1 --corpora mixed --processes 1".split()
-SMALL = "--eval-iters 1 --seq-length 32 --max-position-embeddings 32".split()
 
 
-def commands() -> list[list[str]]:
-    """Of the page, in words, with its abbreviations written out."""
+def commands() -> Iterator[list[str]]:
+    """Yield the commands of the page in words, with its abbreviations written out."""
     meant = dict(re.findall(r"`([A-Z])`[^`]* for `([^`]+)`", PAGE))
-    written = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-    written += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
-    found = []
-    for text in written:
-        text = re.sub(r"\b[A-Z]\b(?!=)", lambda match: meant.get(match[0], match[0]), text.partition("#")[0].strip())
+    for text in dict.fromkeys(re.findall(r"`([^`\n]+)`", PAGE)):
+        for _ in meant:  # an abbreviation may contain another
+            text = re.sub(r"\b[A-Z]\b(?!=)", lambda match: meant.get(match[0], match[0]), text)
         words = [word for word in shlex.split(text) if not re.match(r"[A-Z_]+=", word)]
         program = next((place for place, word in enumerate(words) if word.startswith(("scripts/", "tools/"))), None)
         if program is not None and words[0] in ("bash", "python"):
-            found.append(words[program:])
-    return [[*words] for words in dict.fromkeys(map(tuple, found))]
-
-
-COMPARISONS = [words[1:] for words in commands() if words[0] == "tools/compare"]
+            yield [word if word != "N" else "1" for word in words[program:]]
 
 
 def test_every_figure_and_table_has_a_row() -> None:
@@ -63,90 +48,77 @@ def test_every_figure_and_table_has_a_row() -> None:
         assert list(dict.fromkeys(rows)) == [*range(1, number + 1)] and rows == sorted(rows)
 
 
-@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])
+@pytest.mark.parametrize("words", [*commands()], ids=lambda words: " ".join(words)[:60])
 def test_a_command_is_taken(words: list[str]) -> None:
-    program, arguments = words[0].rpartition("/")[2], words[1:]
+    program = words[0].rpartition("/")[2]
     assert (REPOSITORY / words[0]).exists()
-    if program == "compare":
-        assert compare.parse_arguments(arguments).rows
-    elif program in PARSERS:
-        PARSERS[program](arguments)
+    if program in PARSERS:
+        PARSERS[program](words[1:])
     else:
-        assert re.fullmatch(r"train_llama_\w+\.sh|gpu_acceptance\.sh", program)
+        assert re.fullmatch(r"train_llama_\w+\.sh", program)
 
 
-def test_comparisons_train_what_the_sweeps_of_the_page_do() -> None:
-    trained = {row for words in COMPARISONS for row in compare.parse_arguments(words).rows}
-    tuned = trained & TUNED.keys()
-    kinds = {recipe_of(row).run.kind for row in trained - tuned}.union(*(TUNED[row] for row in tuned))
-    axes = {recipe_of(row).run.axis for row in trained - tuned} | {*SETTINGS}
-    sweeps = [sweep.parse_arguments(words[1:]) for words in commands() if words[0] == "scripts/sweep.sh"]
-    assert sweeps and all({run.kind for run in sweep.planned(args)} <= kinds for args in sweeps if not args.stages)
-    assert {run.axis for args in sweeps for run in sweep.planned(args)} <= axes
+# ---------------------------------------------------------------- tables
+
+Rows = Sequence[dict[str, Any]]  # title, title of the reference, and results of the seeds
 
 
-def train(launch: plan.Launch, run: plan.Run, display: SweepDisplay, work: Work, _: IO[str]) -> str | None:
-    """In the place of `execution.train`: what the launch script would start, in a Megatron that is imported already."""
-    display.begin(work)
-    words = words_of(settings.would_start_with(launch, run, anywhere=False))
-    folder = launch.folder(run)
-    folder.mkdir(parents=True)
-    (folder / "command.sh").write_text(shlex.join([settings.ENTRY, *words]))
-    code, printed = shared_entry().run(words, limit=120)
-    log_of(folder).write_text(printed)
-    return None if code == 0 else printed[-3000:]
+def interval(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
+    """Return the mean and half of its 95 % interval by Student's t."""
+    if not values:
+        return ""
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):{sign}z.{digits}f} ± {half:.{digits}f}"
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For all commands, which share runs as on the page."""
-    return tmp_path_factory.mktemp("compare")
+def above(rows: Rows, row: dict[str, Any], value: Callable[[dict[str, Any]], float]) -> list[float]:
+    """Return a row's values minus those of its reference, for the seeds that both have."""
+    reference = {of["seed"]: of for each in rows if each["title"] == row["reference"] for of in each["seeds"]}
+    return [value(of) - value(reference[of["seed"]]) for of in row["seeds"] if of["seed"] in reference]
 
 
-@pytest.fixture(autouse=True)
-def without_new_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Sweeps in this process, trainings and analyses in forks: imports would take most of the time."""
+def losses(rows: Rows) -> str:
+    """Return the table of losses."""
+    lines = []
+    for row in rows:
+        columns = {name: [of[name] for of in row["seeds"] if name in of] for name in ("flip_rate", "flip_count")}
+        settled = sorted(of["settled"] for of in row["seeds"] if "settled" in of)
+        part = f" ({len(settled)} of {len(row['seeds'])})" if len(settled) < len(row["seeds"]) else ""
+        lines.append([
+            row["title"], interval([of["loss"] for of in row["seeds"]]),
+            interval(above(rows, row, lambda of: of["loss"]), "+"),
+            f"{statistics.median_low(settled)}{part}" if settled else "",
+            interval(columns["flip_rate"], digits=4), interval(columns["flip_count"], digits=4), f"{len(row['seeds'])}",
+        ])  # fmt: skip
+    header = ["", "loss", "above ReMoE", "S settled", "flip rate", "flips per token", "seeds"]
+    kept = [place for place, name in enumerate(header) if not name or any(line[place] for line in lines)]
+    return "\n".join(table([header[place] for place in kept], ([line[place] for place in kept] for line in lines)))
 
-    def run(_: Processes, words: list[str], given: dict[str, str], where: str) -> None:
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-        if words[0] == "bash":
-            assert sweep.sweep(Console(quiet=True), sweep.parse_arguments(words[2:])) == 0, where
-        else:
-            code, printed = shared_entry().run(words[2:], script=Path(words[1]) / "__main__.py", limit=120)
-            assert code == 0, printed
 
-    monkeypatch.setattr(Processes, "_run", run)
-    monkeypatch.setattr(execution, "train", train)
-    yield
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", COMPARISONS, ids=" ".join)
-def test_a_comparison_is_made(words: list[str], output: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = words.index("--") if "--" in words else len(words)
-    has_flips = "--moe-log-flips-interval" in words
-    flags = [*words[place + 1 :], *SMALL, *(["--moe-log-flips-interval", "2"] if has_flips else [])]
-    folder = output / ("flips" if has_flips else "plain")
-    arguments = [*words[:place], *SHORT, "--output-dir", str(folder), "--", *flags]
-    args = compare.parse_arguments(arguments)
-    assert compare.main(arguments) == 0
-    printed = capsys.readouterr().out
-    found = json.loads((folder / "mixed.json").read_text())
-    for row in args.rows:
-        (result,) = found["results"][row].values()
-        assert 2 < result["loss"] < 7  # matched runs take more steps
-        assert "dense" in row or has_flips == (result["flip_rate"] is not None)
-    assert printed.count("\n| ") >= len(args.rows) + 1
+def routers(rows: Rows) -> str:
+    """Return the table of the routers' layers."""
+    columns, bits = ("experts per token", "tokens without", "for a tenfold frequency", "imbalance"), "domain bits"
+    lines = []
+    for row in rows:
+        for layer in range(len(row["seeds"][0].get("routing", {}).get(bits, ()))):
+            found = {name: [of["routing"][name][layer] for of in row["seeds"]] for name in (*columns, bits, "inactive")}
+            cells = [interval([value for value in found[name] if value is not None]) for name in columns]
+            difference = above(rows, row, lambda of, layer=layer: of["routing"][bits][layer])
+            cells += [interval(found[bits], digits=4), interval(difference, "+", digits=4)]
+            lines.append([row["title"], str(layer + 1), *cells, ", ".join(map(str, found["inactive"]))])
+    return "\n".join(table(["", "layer", *columns, bits, "above ReMoE", "inactive experts"], lines))
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "compare").glob("*.json")), ids=lambda path: path.stem)
-def test_a_table_is_made_of_what_is_kept(path: Path) -> None:
-    kept = SavedResults.read(path, json.loads(path.read_text())["inputs"])
+def test_a_table_is_made_of_what_is_kept(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place, _, corpus = path.stem.rpartition("-")
-    assert between_marks(f"compare {place} {corpus}") == markdown(kept.results, kept.tuned)
-    found = between_marks(f"compare analysis {place} {corpus}")
-    assert found in ("", routers(kept.results))
+    if place == "gap":
+        assert compare.main(["--corpus", corpus, "--results", str(path)]) == 0
+        assert between_marks(f"compare gap {corpus}") == capsys.readouterr().out.strip()
+        return
+    rows = json.loads(path.read_text())
+    assert between_marks(f"compare {place} {corpus}") == losses(rows)
+    assert between_marks(f"compare analysis {place} {corpus}") in ("", routers(rows))
 
 
 def between_marks(words: str) -> str:

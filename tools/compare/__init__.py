@@ -1,1 +1,1 @@
-"""Compare routings over corpora and seeds."""
+"""Compare ways of training by length, at equal steps and at equal FLOPs."""

@@ -1,129 +1,122 @@
-"""Compare dense, top-k, ReMoE and other routings on two corpora over several seeds.
+"""Compare ReMoE with other ways of training, by length, at equal steps and at equal FLOPs.
 
-python tools/compare                                # all rows: hours on a CPU
-python tools/compare --corpora mixed --rows dense moe remoe --seeds 1 2 3
-python tools/compare --figures experts --experts 2 4 8 --routings moe remoe   # runs of a figure of scripts/sweep.sh
+python tools/compare --experts 8 --arms moe --steps 400 1200 --seeds 1 2 3   # about an hour on 2 cores
+python tools/compare                                                        # everything: days
+python tools/compare --collect --picture gap.png                            # tables and picture so far
 
-All runs train the quickstart's models with scripts/sweep.sh --tiny. The documents are split 95 : 2.5 : 2.5.
-Rows named tuned-* are tuned on the second part with a separate seed: routing, granularity, coefficient of the
-auxiliary loss, factor on the gates and learning rate, where the model has them. The table shows losses on the third
-part. Each run is compared with the ReMoE that has equally many experts. Finished trainings stay in --output-dir: the
-same command continues after a stop, and the table includes the seeds of earlier calls.
+Each arm and seed trains one trunk with a constant learning rate. At each length a decay over the last fifth branches
+off and is evaluated on all held-out text. Every other arm has one more decay for each length, where it has used exactly
+the FLOPs of ReMoE at that length. First the learning rate of ReMoE, top-k and dense is tuned for each number of
+experts, on another part of the text and with another seed, in as many trainings each. The same command continues after
+a stop.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.display import Display
+from ..common.errors import ToolError
 from ..common.files import lock
-from ..common.flags import above_zero, split, whole_number
+from ..common.flags import above_zero, whole_number
 from ..common.places import ROOT
 from ..common.running import run_once
-from ..quickstart import corpora, models
-from ..quickstart.stages import fingerprint
-from ..recipes.layout import RecipeError
-from ..sweep.command import add_what_to_train, planned
-from ..sweep.plan import AXES, COMPARED, FIGURES
-from . import router_figures
-from .recipes import ROWS, row_of
-from .saved_results import SavedResults
-from .table import markdown, verdicts
-from .trainings import TUNING_SEED, Comparison
+from ..quickstart.dataset import CORPORA, MIXED, make_text
+from . import picture
+from .experiment import Experiment, rates_of
+from .plan import ARMS, LEAST, LOG_INTERVAL, REFERENCE, TUNING_SEED
+from .results import Results, markdown
+from .trunks import Runner
 
-SEEDS = (1234, 1235, 1236)
+STEPS = (400, 1200, 3600, 12000)
+EXPERTS = (8, 32, 128)
+FACTORS = (0.25, 0.5, 1.0, 2.0)
+SEEDS = tuple(range(1, 9))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="tools/compare",
-        usage="%(prog)s [options] [-- Megatron flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="tools/compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--corpora", nargs="+", choices=corpora.CORPORA, default=[*corpora.CORPORA], help="default: both"
+    add, number, default = parser.add_argument, whole_number(1), "default: %(default)s"
+    add("--corpus", choices=CORPORA, default=MIXED, help=default)
+    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM", help=f"of {', '.join(ARMS)}")
+    add("--experts", nargs="+", type=number, default=[*EXPERTS], metavar="E", help=default)
+    add("--steps", nargs="+", type=number, default=[*STEPS], metavar="N", help=default)
+    add("--seeds", nargs="+", type=number, default=[*SEEDS], metavar="N", help="default: 1 to 8")
+    text = "factors on the learning rate to tune over; one: no tuning (default: %(default)s)"
+    add("--lr-factors", nargs="+", type=above_zero, default=[*FACTORS], metavar="X", help=text)
+    add("--tuning-steps", type=number, default=1200, metavar="N", help=default)
+    text = "largest difference of two losses that counts as none (default: %(default)s)"
+    add("--margin", type=above_zero, default=0.01, metavar="NATS", help=text)
+    text = "number of parallel trainings, with one thread each (default: the number of cores)"
+    add("--processes", type=number, default=len(os.sched_getaffinity(0)), metavar="N", help=text)
+    add("--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER", help="default: runs/compare")
+    add(
+        "--collect",
+        action="store_true",
+        help="train nothing: show the output folder's results so far",
     )
-    parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, metavar="ROW",
-        help=f"default: none with --figures, else all of {', '.join(ROWS)}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seeds", nargs="+", type=whole_number(1), default=[*SEEDS], metavar="N",
-        help=f"of the compared trainings (default: {' '.join(map(str, SEEDS))})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--train-iters", type=whole_number(1), default=models.ITERATIONS, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--tuning-iters", type=whole_number(1), default=models.ITERATIONS // 3, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--processes", type=whole_number(1), default=len(os.sched_getaffinity(0)), metavar="N",
-        help="number of parallel trainings, with one thread each (default: the number of cores)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER",
-        help="for a folder of each training, and a .json file with the losses of each corpus (default: runs/compare)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--margin", type=above_zero, default=0.01, metavar="NATS",
-        help="largest difference of two losses that counts as none (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--analyze", action="store_true",
-        help="also run tools/analyze on the held-out sets, and show a table of its figures",
-    )  # fmt: skip
-    add_what_to_train(parser, (*FIGURES, COMPARED, *AXES), "none")
-    own, flags = split(sys.argv[1:] if arguments is None else arguments)
-    args = parser.parse_args(own)
-    args.flags = tuple(flags)
-    args.figures = args.figures or []
-    args.rows = [row for row in ROWS if row in (args.rows or ([] if args.figures else ROWS))]
-    try:
-        runs = planned(args) if args.figures else []
-    except RecipeError as error:
-        parser.error(str(error))
-    args.rows += [row for row in map(row_of, runs) if row not in args.rows]
-    args.seeds, args.corpora = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.corpora))
+    add("--results", type=Path, metavar="FILE.json", help="train nothing: show this file, which --points wrote")
+    add("--points", type=Path, metavar="FILE.json", help="also write all points to a small file")
+    add("--picture", type=Path, metavar="FILE.png", help="also draw the gap to ReMoE at equal FLOPs")
+    args = parser.parse_args(arguments)
+    args.arms = [arm for arm in ARMS if arm in args.arms or arm == REFERENCE]
+    for flag, values in (("--steps", args.steps), ("--tuning-steps", [args.tuning_steps])):
+        if wrong := [value for value in values if value % LOG_INTERVAL or value < LEAST]:
+            parser.error(f"{flag} {wrong[0]}: give a multiple of {LOG_INTERVAL} of at least {LEAST}.")
     if TUNING_SEED in args.seeds:
         parser.error(f"--seeds {TUNING_SEED}: reserved for tuning. Give another one.")
     return args
 
 
+def show(args: argparse.Namespace, results: Results, display: Display) -> None:
+    """Print the tables; write the picture and the points if asked for.
+
+    Raises:
+        ToolError: there is nothing to show.
+    """
+    rates = rates_of(args, results)
+    found = {experts: results.by_arm(experts, args.seeds, rates) for experts in args.experts}
+    found = {experts: {arm: of[arm] for arm in args.arms} for experts, of in found.items() if any(of.values())}
+    if not found:
+        raise ToolError(f"{results.path}: no results with these --experts, --arms and --seeds.")
+    for experts, points in found.items():
+        display.say("\n".join(["", f"E = {experts}, {args.corpus}:", "", *markdown(points, args.margin)]))
+    if args.picture:
+        picture.draw(args.picture, found, args.margin)
+    if args.points:
+        results.write_points(args.points)
+
+
 def compare(args: argparse.Namespace, display: Display) -> None:
-    """Train, and print and write the results.
+    """Train what is missing, and show the results.
 
     Raises:
         ToolError: something failed; the message names the remedy.
     """
-    output = args.output_dir.expanduser().resolve()
-    inputs = fingerprint("results", args.train_iters, args.tuning_iters, *args.flags)
-    with lock(output, "comparison"):
-        comparison = Comparison(args, output, display)
-        found = {name: SavedResults.read(output / f"{name}.json", inputs) for name in args.corpora}
+    output = args.output_dir.expanduser().resolve() / args.corpus
+    if args.collect or args.results:
+        show(args, Results(args.results or output / "results.json"), display)
+        return
+    with lock(output, "comparison") as held:
+        results = Results(output / "results.json")
         try:
-            comparison.run()
+            text = make_text(output, args.corpus, display.say)
+            manifest = json.loads((text / "manifest.json").read_text(encoding="utf-8"))
+            Experiment(args, results, Runner(output / "trainings", text, manifest, held), display).run()
         finally:
-            for name, kept in found.items():
-                if not comparison.results[name]:
-                    continue
-                kept.add(comparison.results[name], comparison.recipes[name])
-                kept.write(output / f"{name}.json")
-                results = kept.of(args.rows)
-                display.say(
-                    "\n".join(["", f"{name}:", "", markdown(results, kept.tuned), "", *verdicts(results, args.margin)])
-                )
-                if args.analyze:
-                    display.say("\n".join(["", f"{name}, routers:", "", router_figures.markdown(results)]))
+            if not results.is_empty:
+                show(args, results, display)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare and return the exit code: 0, 1 after an error, 130 after a stop."""
-    args = parse_arguments(arguments)
+    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
 
     def work() -> None:
         with Display() as display:

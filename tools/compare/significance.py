@@ -5,9 +5,8 @@ spreads are equal, which the Brown-Forsythe test checks; otherwise each comparis
 (Welch). Holm's correction holds the probability of any false claim in the table at 5 %.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +15,6 @@ from scipy import stats
 LEVEL = 0.05
 POWER = 0.8
 MOST_SEEDS = 1000
-
-Losses = Mapping[str, Sequence[float]]  # row → a loss for each seed
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,13 @@ class Difference:
     """The difference of the mean losses of two rows, with p-values corrected by Holm for all comparisons of the table.
 
     Attributes:
-        row, reference: the rows; the mean is the first one's minus the second one's.
-        mean: in the unit of the losses.
+        mean: the first row's minus the second one's, in the unit of the losses.
         half: half of the 95 % interval, of this comparison alone; infinite if there are too few losses.
         p_different: of two equal rows.
         p_equivalent: of two rows whose difference is at least `margin` (TOST).
         margin: the largest difference that counts as none.
     """
 
-    row: str
-    reference: str
     mean: float
     half: float
     p_different: float
@@ -84,7 +78,9 @@ def spread_of(losses: Iterable[Sequence[float]]) -> Spread:
     return Spread(math.sqrt(variance), freedom, p)
 
 
-def differences(losses: Losses, pairs: Iterable[tuple[str, str]], margin: float) -> list[Difference]:
+def differences[Row: Hashable](
+    losses: Mapping[Row, Sequence[float]], pairs: Iterable[tuple[Row, Row]], margin: float
+) -> list[Difference]:
     """Compare pairs of rows.
 
     Args:
@@ -99,17 +95,16 @@ def differences(losses: Losses, pairs: Iterable[tuple[str, str]], margin: float)
     found = []
     for row, reference in pairs:
         one, other = (np.asarray(losses[name], float) for name in (row, reference))
-        mean = float(one.mean() - other.mean())
         if spread.is_equal:
             error, freedom = spread.deviation * math.sqrt(1 / len(one) + 1 / len(other)), float(spread.freedom)
         else:
             error, freedom = _welch(one, other)
-        found.append((row, reference, mean, error, freedom))
-    different = holm([_p_different(mean, error, freedom) for _, _, mean, error, freedom in found])
-    equivalent = holm([_p_equivalent(mean, error, freedom, margin) for _, _, mean, error, freedom in found])
+        found.append((float(one.mean() - other.mean()), error, freedom))
+    different = holm([_p_different(*each) for each in found])
+    equivalent = holm([_p_equivalent(*each, margin) for each in found])
     return [
-        Difference(row, reference, mean, _half(error, freedom), p, q, margin)
-        for (row, reference, mean, error, freedom), p, q in zip(found, different, equivalent, strict=True)
+        Difference(mean, _half(error, freedom), p, q, margin)
+        for (mean, error, freedom), p, q in zip(found, different, equivalent, strict=True)
     ]
 
 
@@ -148,45 +143,20 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def seeds_to_see(difference: float, deviation: float, comparisons: int = 1) -> int:
-    """Return the seeds per row with which a difference is seen with a probability of 80 %.
+def seeds_for_equivalence(margin: float, deviation: float, comparisons: int = 1) -> int | None:
+    """Return the seeds per row with which two equal rows are found equivalent with a probability of 80 %.
 
     Args:
-        difference: of the means, in the unit of the losses.
+        margin: of the test, in the unit of the losses.
         deviation: of equal trainings, as in `Spread`.
         comparisons: of the table; the first step of Holm's method tests at 5 % divided by their number.
 
-    Raises:
-        ValueError: more than 1,000 seeds are needed.
+    Returns:
+        Their number; None if 1,000 do not suffice.
     """
-
-    def power(seeds: int, freedom: int) -> float:
-        shift = difference / (deviation * math.sqrt(2 / seeds))
-        critical = stats.t.ppf(1 - LEVEL / comparisons / 2, freedom)
-        return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
-
-    return _fewest(power)
-
-
-def seeds_for_equivalence(margin: float, deviation: float, comparisons: int = 1) -> int:
-    """Return the seeds per row with which two equal rows are found equivalent with a probability of 80 %.
-
-    Args, raises: as `seeds_to_see`, with the margin of the test.
-    """
-
-    def power(seeds: int, freedom: int) -> float:
-        shift = margin / (deviation * math.sqrt(2 / seeds))
+    for seeds in range(2, MOST_SEEDS + 1):
+        shift, freedom = margin / (deviation * math.sqrt(2 / seeds)) if deviation else math.inf, 2 * (seeds - 1)
         # Both one-sided tests have to reject; neither is likelier to fail than the other.
-        return float(1 - 2 * stats.nct.cdf(stats.t.ppf(1 - LEVEL / comparisons, freedom), freedom, shift))
-
-    return _fewest(power)
-
-
-def _fewest(power: Callable[[int, int], float]) -> int:
-    """Return the fewest seeds with which the power of two rows, by seeds and degrees of freedom, suffices."""
-    for seeds in itertools.count(2):
-        if seeds > MOST_SEEDS:
-            raise ValueError(f"more than {MOST_SEEDS} seeds are needed")
-        if power(seeds, 2 * (seeds - 1)) >= POWER:
+        if 1 - 2 * stats.nct.cdf(stats.t.ppf(1 - LEVEL / comparisons, freedom), freedom, shift) >= POWER:
             return seeds
-    raise AssertionError
+    return None

@@ -18,7 +18,7 @@ from ..common.places import PACKAGE, home, short
 from ..common.running import run_to_the_end
 from ..common.units import duration
 from ..sweep.progress import SweepDisplay, Work
-from . import corpora, corpus, dataset, models, picture, report, stages, training
+from . import corpus, dataset, models, picture, report, stages, training
 
 LEAST_ITERATIONS = 10
 
@@ -28,8 +28,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     add = parser.add_argument
     text = "mixed: code, documentation and drama, 15 MB; technical: descriptions of web services, 43 MB"
-    add("--corpus", choices=corpora.CORPORA, default=corpora.MIXED, help=f"{text} (default: %(default)s)")
-    text = f"for all files (default: {' or '.join(map(str, corpora.FOLDERS.values()))} in the project's folder)"
+    add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"{text} (default: %(default)s)")
+    text = f"for all files (default: {' or '.join(map(str, dataset.FOLDERS.values()))} in the project's folder)"
     add("--output-dir", type=Path, metavar="FOLDER", help=text)
     text = f"optimizer steps of each training (default: QUICKSTART_ITERS, or {models.ITERATIONS})"
     add("--iterations", type=whole_number(LEAST_ITERATIONS), metavar="N", help=text)
@@ -47,7 +47,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
     args.iterations = args.iterations or from_environment("QUICKSTART_ITERS", LEAST_ITERATIONS, models.ITERATIONS)
     args.threads = args.threads or from_environment("OMP_NUM_THREADS", 1, len(os.sched_getaffinity(0)))
-    args.output_dir = args.output_dir or home() / corpora.FOLDERS[args.corpus]
+    args.output_dir = args.output_dir or home() / dataset.FOLDERS[args.corpus]
     return args
 
 
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, {threads}"
         say(f"{title}, in {short(output)}")
         with step(console, "corpus", "collecting text") as result:
-            sources = corpora.CORPORA[args.corpus]()
+            sources = dataset.CORPORA[args.corpus]()
             text = corpus.build(output / "corpus", lambda line: say(f"  {line}"), args.corpus, sources)
             result.append(describe_corpus(text) + " (reused)" * text["reused"])
         for domain, reason in text["missing"].items() if text["reused"] else ():

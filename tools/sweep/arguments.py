@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..common.flags import above_zero, split, whole_number
 from ..common.places import ROOT
-from ..quickstart.corpora import CORPORA, MIXED
+from ..quickstart.dataset import CORPORA, MIXED
 from ..recipes.layout import RecipeError
 from ..recipes.models import TINY_TRAINING, Training
 from . import plan
@@ -33,11 +33,12 @@ EXAMPLES = """examples (docs/baselines.md has more):
 """
 
 
-def add_what_to_train(parser: argparse.ArgumentParser, figures: Sequence[str], default: str) -> None:
+def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose runs; `planned` reads them."""
+    figures = (*plan.FIGURES, plan.COMPARED, *plan.AXES)
     base = f"{plan.BASE_SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
     add = parser.add_argument_group("what to train", f"Each figure varies one thing; the rest is {base}.").add_argument
-    add("--figures", nargs="+", choices=figures, help=f"default: {default}")
+    add("--figures", nargs="+", choices=figures, default=plan.FIGURES, help="default: the first three")
     add("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="for the figure size")
     for name, figure, least, more in (
         ("experts", "experts", 2, ""),
@@ -80,7 +81,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_what_to_train(parser, (*plan.FIGURES, plan.COMPARED, *plan.AXES), "the first three")
+    _add_what_to_train(parser)
     how = parser.add_argument_group("how to train", "Passed to the launch scripts, whose defaults are the paper's.")
     add = how.add_argument
     for name, text in (
@@ -99,7 +100,6 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--sbatch-flags", default="", metavar='"FLAGS"', help='for sbatch; write --sbatch-flags="--nodes 2 ..."')
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--collect", action="store_true", help="write table and picture of what is in the output folder")
-    add("--stages", nargs="+", type=Path, metavar="RUN", help="print hours and FLOPs of each stage of these runs")
     dry_run = os.environ.get("DRY_RUN", "0") != "0"
     add("--dry-run", action="store_true", default=dry_run, help="list commands and state (also with DRY_RUN=1)")
 
@@ -109,7 +109,6 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     args.flags = tuple(flags)
     args.gpus_per_node = args.gpus_per_node or (1 if args.tiny else 8)
     args.train_iters = args.train_iters or training.iterations
-    args.figures = args.figures or plan.FIGURES
     if args.tiny:
         args.micro_batch_size = args.micro_batch_size or training.micro_batch
     args.output_dir = args.output_dir.expanduser().resolve()

@@ -9,10 +9,11 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO
 
+from ..common.figure_reader import LOG
 from ..common.training_process import end, start
 from .plan import Launch, Run
 from .progress import SweepDisplay, Work
-from .run_log import is_finished, log_of, read_outcome
+from .run_log import read_outcome
 
 KEPT, SHOWN = 300, 15  # last lines of the output; those of them that are shown if a run fails
 _LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which does not have the cause
@@ -32,8 +33,8 @@ def train(launch: Launch, run: Run, display: SweepDisplay, work: Work, keep_open
     """
     environment = {"PYTHON": sys.executable} | os.environ | launch.environment(run, os.environ) | {"DRY_RUN": "0"}
     code, tail = follow(["bash", *launch.arguments(run)], environment, display, work, keep_open)
-    log = log_of(launch.folder(run))
-    if is_finished(read_outcome(launch.folder(run))) and code == 0:
+    log, outcome = launch.folder(run) / LOG, read_outcome(launch.folder(run))
+    if outcome is not None and outcome.finished and code == 0:
         return None
     if code:
         reason = f"failed with exit code {code}"

@@ -35,12 +35,11 @@ class Protocol:
 
 UNBALANCED = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0"
 LOSS_FREE = f"--moe-router-score-function sigmoid --moe-router-enable-expert-bias {UNBALANCED}"
-MATCHED, POST_SOFTMAX = "moe-matched", "moe-post"
+POST_SOFTMAX = "moe-post"
 # By the name of the routing and a word.
 PROTOCOLS: Mapping[str, Protocol] = {
     "moe-warmup": Protocol("near-dense warm-up", "^", "--moe-warmup-topk {warmup_topk} --moe-warmup-steps 100"),
     "moe-unbalanced": Protocol("no load balancing", "D", UNBALANCED),
-    MATCHED: Protocol("FLOPs matched", "v"),
     POST_SOFTMAX: Protocol("softmax over the k", "P", "--no-moe-router-pre-softmax"),
     "moe-sigmoid": Protocol("sigmoid", "<", "--moe-router-score-function sigmoid"),
     "moe-lossfree": Protocol("sigmoid, loss-free balance", ">", LOSS_FREE),
@@ -87,10 +86,10 @@ AXES: Mapping[str, Axis] = {
                KINDS, "--lr {lr} --min-lr {min_lr}"),
 }  # fmt: skip
 _WORDS = {name.rpartition("-")[2]: name for name in AXES}  # in names of runs
-
+_PROTOCOLS = "|".join(dict.fromkeys(kind.partition("-")[2] for kind in PROTOCOLS))
 _NAME = re.compile(
-    rf"llama_({'|'.join(SIZES)})_(?:dense_ffn(\d+)|(moe|remoe)_e(\d+)g(\d+)"
-    rf"(?:_(?!(?:{'|'.join(_WORDS)})\d)([a-z]\w*?))?)(?:_({'|'.join(_WORDS)})([0-9.e+-]+))?"
+    rf"llama_({'|'.join(SIZES)})_(?:dense_ffn(\d+)|(moe|remoe)_e(\d+)g(\d+)(?:_({_PROTOCOLS}))?)"
+    rf"(?:_({'|'.join(_WORDS)})([0-9.e+-]+))?"
 )
 
 
@@ -100,7 +99,7 @@ class Run:
 
     expansion: a dense model's FFN over 4 x hidden.
     axis, value: of `AXES`, unless it is at the base.
-    protocol: of `PROTOCOLS`; any other word is a run of another program, such as the authors' fork.
+    protocol: of `PROTOCOLS`, without the routing.
     """
 
     size: str
@@ -161,7 +160,6 @@ class Launch:
     """What all runs have in common; `flags` override the script's; dense runs get no --moe-... ones.
 
     small: flags before these that make the model tiny, by the size of the launch script.
-    iterations: of those runs that do not train for `train_iters`.
     data: environment variables for the text, if the environment has none.
     """
 
@@ -171,7 +169,6 @@ class Launch:
     micro_batch_size: int | None
     flags: tuple[str, ...] = ()
     small: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    iterations: Mapping[Run, int] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
 
     def folder(self, run: Run) -> Path:
@@ -185,7 +182,7 @@ class Launch:
     def words(self, run: Run) -> list[str]:
         """Return the launch script's arguments."""
         micro_batch = "" if self.micro_batch_size is None else str(self.micro_batch_size)  # empty: the script's own
-        words = [str(self.gpus_per_node), str(self.iterations.get(run, self.train_iters)), micro_batch]
+        words = [str(self.gpus_per_node), str(self.train_iters), micro_batch]
         common = (*self.small.get(run.size, ()), *self.flags)
         flags = [*common, *run.flags(parse(common))]
         if run.experts is not None and run.granularity is not None:
@@ -248,13 +245,7 @@ def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], kinds: Sequ
 
 def plan(figures: Iterable[str], values: Mapping[str, Sequence[Any]], kinds: Sequence[str] | None) -> list[Run]:
     """Return the runs of all figures, each once, in the order of training; see `runs_of_figure`."""
-    runs = dict.fromkeys(run for figure in figures for run in runs_of_figure(figure, values, kinds))
-    return sorted(runs, key=lambda run: run.kind == MATCHED)  # which wait for others
-
-
-def partner(run: Run) -> Run:
-    """Return the ReMoE whose FLOPs a matched run takes."""
-    return replace(run, routing="remoe", protocol="")
+    return [*dict.fromkeys(run for figure in figures for run in runs_of_figure(figure, values, kinds))]
 
 
 def figures_of(run: Run) -> list[str]:

@@ -1,19 +1,14 @@
 """Read a run's progress, final validation loss and rate from the figures in its folder."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
 import numpy as np
 
 from ..common.errors import ToolError
-from ..common.figure_reader import LOG, read_figures
+from ..common.figure_reader import read_figures
 from ..common.run_figures import RunFigures
-from .plan import Run
-from .settings import settings_of, whole
-
-NUMBERS = ("train_iters", "seq_length", "global_batch_size", "num_experts", "moe_router_topk")
+from .stages import training_flops
 
 
 @dataclass(frozen=True)
@@ -25,7 +20,6 @@ class Outcome:
         train_iters: number of iterations that the run was started for.
         tokens: number of tokens trained on so far.
         validation_loss: in nats per token, after the last iteration.
-        perplexity: exponential of the validation loss.
         test_loss: in nats per token, on the third part of the split.
         sparsity, target_sparsity: in the last line of the log, for ReMoE.
         first_near: the first logged iteration with S within 1 % of its target.
@@ -34,24 +28,25 @@ class Outcome:
         total_parameters: of the whole model.
         tokens_per_second: over all processes, median over the log's lines without the first, which has the warm-up.
         training_seconds: of the iterations only, from the log's time per iteration.
+        flops: of the whole training, with the experts that were computed.
     """
 
     iterations: int
     train_iters: int
-    tokens: int | None = None
-    validation_loss: float | None = None
-    perplexity: float | None = None
-    test_loss: float | None = None
-    sparsity: float | None = None
-    target_sparsity: float | None = None
-    first_near: int | None = None
-    settled: int | None = None
-    flip_rate: float | None = None
-    flip_count: float | None = None
-    changed_tokens: float | None = None
-    total_parameters: int | None = None
-    tokens_per_second: float | None = None
-    training_seconds: float | None = None
+    tokens: int | None
+    validation_loss: float | None
+    test_loss: float | None
+    sparsity: float | None
+    target_sparsity: float | None
+    first_near: int | None
+    settled: int | None
+    flip_rate: float | None
+    flip_count: float | None
+    changed_tokens: float | None
+    total_parameters: int | None
+    tokens_per_second: float | None
+    training_seconds: float | None
+    flops: float | None
 
     @property
     def finished(self) -> bool:
@@ -59,63 +54,32 @@ class Outcome:
         return self.validation_loss is not None
 
 
-def is_finished(outcome: Outcome | None) -> TypeGuard[Outcome]:
-    """Return whether there is a run, and it is finished."""
-    return outcome is not None and outcome.finished
-
-
-def log_of(folder: Path) -> Path:
-    """Return the file of Megatron's output."""
-    return folder / LOG
-
-
 def has_checkpoint(folder: Path) -> bool:
     """Return whether there is a checkpoint to continue from."""
     return (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
 
 
-def read_run_figures(folder: Path) -> RunFigures | None:
-    """Return the figures of a run, with the arguments of its command; None if it was not started."""
-    settings = settings_of(folder) or {}
+def read_outcome(folder: Path) -> Outcome | None:
+    """Return the results of the run in `folder`; None if it has not begun."""
     try:
         figures = read_figures(folder)
-    except ToolError:  # nothing was logged
-        figures = RunFigures()
-    if not settings and not figures.last:
+    except ToolError:
         return None
-    given = {name: number for name in NUMBERS if (number := whole(settings, f"--{name.replace('_', '-')}"))}
-    named = Run.from_name(folder.name)  # the fork's log might lack its arguments
-    if named is not None and named.experts:
-        given = {"num_experts": named.experts} | given
-    if "num_experts" in given:
-        granularity = whole(settings, "--moe-granularity") or 1
-        given["num_experts"] *= granularity
-        given["moe_router_topk"] = given.get("moe_router_topk", 1) * granularity
-    figures.args |= given
-    return figures
-
-
-def read_outcome(folder: Path) -> Outcome | None:
-    """Return the results of the run in `folder`; None if it was not started."""
-    figures = read_run_figures(folder)
-    if figures is None:
+    if not figures.args and not figures.last:
         return None
-    train_iters = figures.whole("train_iters")
-    loss, test_loss = _final(figures, "", train_iters), _final(figures, "test", train_iters)
-    perplexity = None if loss is None else math.exp(min(20.0, loss))  # as Megatron prints it
-    if not figures.last:
-        return Outcome(0, train_iters, validation_loss=loss, perplexity=perplexity, test_loss=test_loss)
+    train_iters, loss = figures.whole("train_iters"), _final(figures, "")
+    sequence, samples = figures.whole("seq_length"), figures.newest("consumed_samples")
     unlogged = 0 if loss is None else train_iters - figures.last
-    sequence = figures.whole("seq_length")
-    [batch] = figures.batches(np.array([figures.last]))
-    samples = (figures.newest("consumed_samples") or math.nan) + unlogged * batch
+    iterations, seconds = figures.curve("seconds_per_iteration")
+    rates = figures.batches(iterations) * sequence / np.maximum(seconds, 1e-4)
+    rates = rates[1:] if len(rates) > 1 else rates
+    has_rate = len(rates) and sequence and np.isfinite(rates).all()
     return Outcome(
         iterations=figures.last + unlogged,
         train_iters=train_iters,
-        tokens=None if math.isnan(samples) or not sequence else round(samples) * sequence,
+        tokens=round(samples + unlogged * figures.whole("global_batch_size")) * sequence if samples else None,
         validation_loss=loss,
-        perplexity=perplexity,
-        test_loss=test_loss,
+        test_loss=_final(figures, "test"),
         sparsity=figures.newest("sparsity"),
         target_sparsity=figures.target,
         first_near=figures.first_near,
@@ -124,29 +88,19 @@ def read_outcome(folder: Path) -> Outcome | None:
         flip_count=_late_median(figures, "flip_count"),
         changed_tokens=_late_median(figures, "changed_tokens"),
         total_parameters=figures.parameters,
-        tokens_per_second=_rate(figures, sequence),
-        training_seconds=_seconds(figures),
+        tokens_per_second=float(np.median(rates)) if has_rate else None,
+        training_seconds=float(np.diff(iterations, prepend=0) @ seconds) if len(seconds) else None,
+        flops=training_flops(figures),
     )
 
 
-def _final(figures: RunFigures, name: str, train_iters: int) -> float | None:
+def _final(figures: RunFigures, name: str) -> float | None:
     """Return the newest loss of a validation set after the training."""
-    found = [each.loss for each in figures.evaluations.get(name, ()) if each.final and each.iteration == train_iters]
+    end = figures.whole("train_iters")
+    found = [each.loss for each in figures.evaluations.get(name, ()) if each.final and each.iteration == end]
     return found[-1] if found else None
 
 
 def _late_median(figures: RunFigures, name: str) -> float | None:
     values = figures.curve(name).values
     return float(np.median(values[len(values) // 2 :])) if len(values) else None
-
-
-def _rate(figures: RunFigures, sequence: int) -> float | None:
-    iterations, seconds = figures.curve("seconds_per_iteration")
-    rates = figures.batches(iterations) * sequence / np.maximum(seconds, 1e-4)
-    rates = rates[1:] if len(rates) > 1 else rates
-    return float(np.median(rates)) if len(rates) and sequence and np.isfinite(rates).all() else None
-
-
-def _seconds(figures: RunFigures) -> float | None:
-    iterations, seconds = figures.curve("seconds_per_iteration")
-    return float(np.diff(iterations, prepend=0) @ seconds) if len(seconds) else None

@@ -30,7 +30,7 @@ TITLES = {"dense": "dense", "moe": "MoE (top-k)", "remoe": "ReMoE (ReLU)"}
 IN_SHORT = {"moe": "MoE", "remoe": "ReMoE"}
 MARKERS = {"dense": "D", "moe": "s", "remoe": "o"}
 PANELS = {
-    "size": ("Size", f"E = {FEW_EXPERTS}, G = {WHOLE}", "active size"),
+    "size": ("Size", f"E = {FEW_EXPERTS}, G = {WHOLE}", "size of the launch script"),
     "experts": ("Experts", f"G = {WHOLE}", "number of experts E"),
     "granularity": ("Granularity", f"E = {FEW_EXPERTS}", "granularity G"),
     **{name: (axis.title, f"E = {FEW_EXPERTS}", axis.label) for name, axis in AXES.items()},
@@ -39,13 +39,12 @@ PANELS = {
 IN_A_ROW = 5
 
 
-def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
+def draw(path: Path, points: Sequence[Point]) -> None:
     """Write the picture, with a panel for each axis that has more than one value.
 
     Args:
         path: a .png file.
         points: the finished runs.
-        resized: whether flags changed the models' size; it is then left out.
     """
     from matplotlib.lines import Line2D
 
@@ -62,10 +61,6 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
                 if place % columns == 0:
                     axes.set_ylabel("validation loss (nats per token)")
             title, fixed, label = PANELS[panel]
-            if panel == "size" and resized:
-                label = "size by its launch script"
-            if panel != "size" and not resized:
-                fixed = f"{BASE_SIZE.upper()}, {fixed}"
             axes.set_title(title)
             axes.set_title(fixed, loc="right", fontsize=11, color=MUTED, fontweight="normal")
             axes.set_xlabel(label)
@@ -84,8 +79,7 @@ def draw(path: Path, points: Sequence[Point], resized: bool) -> None:
         pyplot.close(figure)
 
 
-def position(run: Run, figure: str) -> float:
-    """Return the position of a run on the axis of a figure."""
+def _position(run: Run, figure: str) -> float:
     if figure == "size":
         return SIZES.index(run.size)
     if figure in AXES:
@@ -98,13 +92,11 @@ def _in_order(kind: tuple[Any, ...]) -> tuple[int, str]:
 
 
 def _title(routing: str, protocol: str) -> str:
-    known = PROTOCOLS.get(f"{routing}-{protocol}")
-    return f"{IN_SHORT[routing]}, {known.title if known else protocol}" if protocol else TITLES[routing]
+    return f"{IN_SHORT[routing]}, {PROTOCOLS[f'{routing}-{protocol}'].title}" if protocol else TITLES[routing]
 
 
 def _look(routing: str, protocol: str) -> dict[str, Any]:
-    known = PROTOCOLS.get(f"{routing}-{protocol}")
-    marker = known.marker if known else "X" if protocol else MARKERS[routing]
+    marker = PROTOCOLS[f"{routing}-{protocol}"].marker if protocol else MARKERS[routing]
     return {"marker": marker, "markersize": 12 if marker == "*" else 8, "linestyle": ":" if protocol else "-"}
 
 
@@ -114,7 +106,7 @@ def _lines(points: Sequence[Point], panel: str) -> dict[Line, list[tuple[float, 
     for run, loss in points:
         if panel in figures_of(run):
             kept = run.granularity if panel in AXES else None
-            lines[run.routing, run.protocol, kept].append((position(run, panel), loss))
+            lines[run.routing, run.protocol, kept].append((_position(run, panel), loss))
     drawn = [line for line in lines if len(lines[line]) > 1 or (panel not in AXES and not line[1])]
     return {line: sorted(lines[line]) for line in sorted(drawn or lines, key=_in_order)}
 

@@ -1,19 +1,19 @@
-"""A run's Megatron flags: as its command.sh has them, and as they would be now."""
+"""Compare the flags with which runs were started and would be now, to find what is left to train."""
 
-import itertools
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.figure_reader import LOG, METRICS
 from ..common.flags import Settings, parse
-from ..common.log_reader import read_arguments
 from ..recipes.flops import arguments_of, flops_per_sequence
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
+from . import slurm
 from .plan import Launch, Run
-
-PRINTED_WITHIN = 5000  # lines
+from .run_log import Outcome, has_checkpoint, read_outcome
 
 ENTRY = "pretrain_gpt.py"
 LAYOUT = (*NAMES, "NNODES")
@@ -38,9 +38,8 @@ SET_BY_SWEEP = {
     "--moe-relu-routing": "choose with --routings",
 }
 PATTERN = "--hybrid-layer-pattern"
-DIMENSIONS = ("--num-layers", PATTERN, "--hidden-size", "--ffn-hidden-size", "--moe-ffn-hidden-size")
 ADAPTED = ("--lr", "--min-lr", "--ffn-hidden-size", PATTERN)  # runs start from the given value and change it
-SHOWN = 4  # differences that a message names
+SHOWN, NAMED = 4, 5  # differences and runs that a message names
 
 
 def whole(settings: Settings, flag: str) -> int:
@@ -61,21 +60,10 @@ def of_command(text: str) -> Settings | None:
 
 def started_with(folder: Path) -> Settings | None:
     """Return the flags with which a launch script last started the run in `folder`; None if it never did."""
-    return of_command(_command(folder))
-
-
-def settings_of(folder: Path) -> Settings | None:
-    """Return the same, or the arguments in the log of a run of another program, such as the authors' fork."""
-    return started_with(folder) or _printed(folder)
-
-
-def _printed(folder: Path) -> Settings | None:
     try:
-        with (folder / "train.log").open(encoding="utf-8", errors="replace") as file:
-            found = read_arguments(itertools.islice(file, PRINTED_WITHIN))
+        return of_command((folder / "command.sh").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return {f"--{name.replace('_', '-')}": (value,) for name, value in found.items()} or None
 
 
 def would_start_with(launch: Launch, run: Run, anywhere: bool) -> Settings:
@@ -148,30 +136,8 @@ def _in_one_stage(settings: Settings) -> Settings:
     return settings | pattern
 
 
-def _command(folder: Path) -> str:
-    try:
-        return (folder / "command.sh").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
-
-
 def _shown(values: tuple[str, ...] | None) -> str:
     return "not given" if values is None else " ".join(values) or "given"
-
-
-def processes(folder: Path) -> int:
-    """Return the number of processes that command.sh starts on all nodes; 0 if it does not exist."""
-    launcher, entry, _ = _command(folder).partition(ENTRY)
-    if not entry:
-        return whole(_printed(folder) or {}, "--world-size")
-    settings = parse(launcher.split())
-    return whole(settings, "--nproc-per-node") * whole(settings, "--nnodes")
-
-
-def is_resized(folder: Path) -> bool:
-    """Return whether flags behind -- gave the model other dimensions than its launch script does."""
-    words = _command(folder).split()
-    return any(words.count(flag) > 1 for flag in DIMENSIONS)
 
 
 def tokens_per_iteration(settings: Settings) -> int:
@@ -190,3 +156,78 @@ def flops(settings: Settings) -> float:
     except ValueError as error:
         raise RecipeError(f"{PATTERN} {' '.join(settings.get(PATTERN, ()))}: {error}.") from error
     return whole(settings, "--train-iters") * whole(settings, "--global-batch-size") * sequence
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run, the settings that it would start with, and its state in the output folder.
+
+    Attributes:
+        job: number of its queued or running Slurm job.
+        conflict: differences to the settings of an earlier start; empty without any.
+    """
+
+    run: Run
+    settings: Settings
+    outcome: Outcome | None
+    job: str | None
+    conflict: str
+
+    @property
+    def finished(self) -> bool:
+        """Return whether the run is finished."""
+        return self.outcome is not None and self.outcome.finished
+
+    @property
+    def state(self) -> str:
+        """Return the state as text."""
+        if self.finished:
+            return "finished"
+        if self.job is not None:
+            return f"queued or running as Slurm job {self.job}"
+        if self.outcome is None:
+            return "not started"
+        return f"unfinished, at iteration {self.outcome.iterations} of {self.outcome.train_iters}"
+
+
+def look(launch: Launch, runs: Sequence[Run], by_slurm: bool) -> list[Found]:
+    """Return the state of all runs.
+
+    Args:
+        launch: what all runs have in common.
+        runs: to inspect.
+        by_slurm: look for their jobs; the layout is checked where they start, on other machines than this.
+
+    Raises:
+        RecipeError: the scripts refuse their arguments, or a run has other settings than before.
+        ToolError: squeue cannot be called.
+    """
+    wanted = {run: would_start_with(launch, run, by_slurm) for run in runs}
+    jobs = slurm.queued() if by_slurm else {}  # before the outcomes: a job may just have finished
+    found = []
+    for run, settings in wanted.items():
+        check_evaluation(settings)
+        folder, outcome = launch.folder(run), read_outcome(launch.folder(run))
+        finished = outcome is not None and outcome.finished
+        job = None if finished else jobs.get(str(folder))
+        conflict = _conflict(folder, settings) if not job and (finished or has_checkpoint(folder)) else ""
+        found.append(Found(run, settings, outcome, job, conflict))
+    if lines := [f"  {each.run.name}: {each.conflict}" for each in found if each.conflict]:
+        more = [f"  and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+        head = f"{launch.output} holds {len(lines)} of these runs with other settings:"
+        remedy = "Give the same settings as then or another --output-dir; or remove these folders to train them again."
+        raise RecipeError("\n".join([head, *lines[:NAMED], *more, remedy]))
+    return found
+
+
+def _conflict(folder: Path, now: Settings) -> str:
+    then = started_with(folder)
+    return "there is no command.sh to tell what it was trained with" if then is None else differences(then, now)
+
+
+def set_aside_old_log(folder: Path, now: Settings) -> None:
+    """Rename the logs of an earlier start with other settings that left no checkpoint."""
+    then = started_with(folder)
+    for log in (folder / LOG, folder / "checkpoints" / METRICS):
+        if then is not None and differences(then, now) and log.exists():
+            os.replace(log, log.with_name(f"{log.name}.old"))

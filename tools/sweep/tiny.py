@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..common.flags import parse, words_of
 from ..common.places import ROOT
-from ..quickstart.corpora import FOLDERS
+from ..quickstart.dataset import FOLDERS
 from ..quickstart.models import SEED, SIZE, Size, common_flags
 from ..recipes.layout import RecipeError
 

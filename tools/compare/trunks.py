@@ -1,6 +1,7 @@
 """Train trunks and their decays as processes; each continues where a stop left it."""
 
 import heapq
+import math
 import os
 import shutil
 import signal
@@ -39,7 +40,7 @@ class Point:
         equal_to: steps of the reference whose FLOPs it has; None if its steps are the reference's.
         loss: nats per token over all evaluated text.
         flops: of trunk and decay, with the experts that were computed.
-        seconds: of a step, median over the decay.
+        seconds: of a step, median over the decay; NaN if it was not kept.
         first_near: the first logged step with S within 1 % of its target; None without ReLU routing, or if there is
             none.
     """
@@ -48,7 +49,7 @@ class Point:
     equal_to: int | None
     loss: float
     flops: float
-    seconds: float
+    seconds: float = math.nan
     first_near: int | None = None
 
 

@@ -1,4 +1,4 @@
-"""The arms of the experiment, and the flags of their trunks and decays."""
+"""The arms of a comparison, and the flags of their trunks and decays."""
 
 import os
 from collections.abc import Mapping
@@ -8,10 +8,11 @@ from pathlib import Path
 from ..common.flags import Settings, parse
 from ..quickstart.models import data_flags
 from ..sweep import tiny
-from ..sweep.plan import BASE_SIZE, UNBALANCED, WHOLE, Launch, Run
+from ..sweep.plan import BASE_SIZE, KINDS, POST_SOFTMAX, PROTOCOLS, UNBALANCED, WHOLE, Launch, Run
 from ..sweep.settings import would_start_with
 
 REFERENCE = "remoe"
+TUNING_SEED = 1233
 LOG_INTERVAL = 5  # steps of all points are multiples of it, so that a line of the log has their exact FLOPs
 DECAY = 0.2  # share of a point's steps in which the learning rate falls
 WARMUP, LEAST = 12, 20  # steps: of the rate's rise, and of a point
@@ -26,30 +27,43 @@ class Arm:
 
     Attributes:
         kind: routing, from `sweep.plan.KINDS`.
+        title: for the picture.
         flags: additional ones.
     """
 
     kind: str
+    title: str
     flags: str = ""
 
     @property
     def routing(self) -> str:
-        """Return moe or remoe: arms of one routing have one learning rate."""
+        """Return dense, moe or remoe: arms of one routing have one learning rate."""
         return self.kind.partition("-")[0]
 
 
 FASTER = "--moe-relu-l1-reg-start-power 3 --moe-relu-l1-reg-start-setback 12"
 CAPPED = "--moe-relu-max-experts 4"
+_SHORT = {"moe": "top-k", "remoe": "ReMoE"}
 ARMS: Mapping[str, Arm] = {
-    REFERENCE: Arm("remoe"),
-    "moe": Arm("moe"),
-    "moe-dense-start": Arm("moe-warmup"),
-    "remoe-faster": Arm("remoe", FASTER),
-    "remoe-capped": Arm("remoe", CAPPED),
-    "remoe-faster-capped": Arm("remoe", f"{FASTER} {CAPPED}"),
-    "remoe-sparse-start": Arm("remoe", "--moe-relu-sparse-start --moe-relu-l1-reg-coeff-init 1e-3"),
+    REFERENCE: Arm("remoe", "ReMoE"),
+    "moe": Arm("moe", "top-k"),
+    "moe-dense-start": Arm("moe-warmup", "top-k, dense start"),
+    "remoe-faster": Arm("remoe", "ReMoE, faster λ", FASTER),
+    "remoe-capped": Arm("remoe", "ReMoE, at most 4 experts", CAPPED),
+    "remoe-faster-capped": Arm("remoe", "ReMoE, faster λ, at most 4", f"{FASTER} {CAPPED}"),
+    "remoe-sparse-start": Arm(
+        "remoe", "ReMoE, sparse start", "--moe-relu-sparse-start --moe-relu-l1-reg-coeff-init 1e-3"
+    ),
     # Its FLOPs are those of k experts per token, around which it keeps their number.
-    "moe-expert-threshold": Arm("moe", f"{UNBALANCED} --moe-baseline-router expert_threshold"),
+    "moe-expert-threshold": Arm(
+        "moe", "top-k, expert threshold", f"{UNBALANCED} --moe-baseline-router expert_threshold"
+    ),
+    "dense": Arm("dense", "dense"),
+    **{
+        kind: Arm(kind, f"{_SHORT[kind.partition('-')[0]]}, {PROTOCOLS[kind].title}")
+        for kind in KINDS
+        if kind in PROTOCOLS and kind not in ("moe-warmup", POST_SOFTMAX)  # which needs k > 1
+    },
 }
 
 
@@ -73,6 +87,15 @@ class Training:
     def name(self) -> str:
         """Return the name of its folder."""
         return f"e{self.experts}-{self.arm}-seed{self.seed}-lr{self.factor:g}" + ("-tuning" if self.is_tuning else "")
+
+    @property
+    def cost(self) -> float:
+        """Return the time of a step in relation to other trainings, for the time left."""
+        return 1.0 + self.experts / 32
+
+    def tuned(self, rates: Mapping[tuple[int, str], float]) -> "Training":
+        """Return the training at the best learning rate of its routing and number of experts."""
+        return replace(self, factor=rates.get((self.experts, ARMS[self.arm].routing), 1.0))
 
 
 def trunk_steps(steps: int) -> int:
@@ -100,10 +123,11 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
     """
     arm = ARMS[training.arm]
     routing, _, protocol = arm.kind.partition("-")
-    run = Run(BASE_SIZE, routing, training.experts, WHOLE, protocol=protocol).at("lr", training.factor)
+    run = Run(BASE_SIZE, routing, training.experts, WHOLE, protocol=protocol)
+    run = Run(BASE_SIZE, routing) if routing == "dense" else run
     small = {name: tiny.flags(size, steps, os.environ) for name, size in tiny.MODELS.items()}
     launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text, text.name))
-    settings = would_start_with(launch, run, anywhere=False)
+    settings = would_start_with(launch, run.at("lr", training.factor), anywhere=False)
     settings = {flag: values for flag, values in settings.items() if flag not in REPLACED}
     changed: dict[str, str] = {
         "--seed": str(training.seed), "--log-interval": str(LOG_INTERVAL), "--eval-interval": str(TRUNK + 1),
@@ -116,8 +140,3 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
             del settings[flag]
         settings |= parse(["--multiple-validation-sets", "--full-validation", *data_flags(text, dict(tokens))])
     return settings
-
-
-def tuned(training: Training, rates: Mapping[tuple[int, str], float]) -> Training:
-    """Return the training at the best learning rate of its routing and number of experts."""
-    return replace(training, factor=rates.get((training.experts, ARMS[training.arm].routing), 1.0))

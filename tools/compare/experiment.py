@@ -1,0 +1,104 @@
+"""Train all arms of a comparison, in parallel."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Lock
+
+from ..common.display import Display
+from ..common.errors import ToolError
+from ..common.units import duration
+from .plan import ARMS, REFERENCE, TUNING_SEED, Training
+from .results import Results
+from .trunks import Point, Runner
+
+
+class Experiment:
+    """Train all arms; the reference before those that are matched to it."""
+
+    def __init__(self, args: argparse.Namespace, results: Results, runner: Runner, display: Display) -> None:
+        self._args, self._results, self._runner, self._display = args, results, runner, display
+        self._failed: list[str] = []
+
+    def run(self) -> None:
+        """Tune and train.
+
+        Raises:
+            ToolError: some failed; the others have finished.
+        """
+        args = self._args
+        if len(args.lr_factors) > 1:
+            tunings = [
+                Training(experts, routing, TUNING_SEED, factor, is_tuning=True)
+                for experts in args.experts
+                for routing in dict.fromkeys(ARMS[arm].routing for arm in args.arms)
+                for factor in args.lr_factors
+            ]
+            self._all("tuning", tunings, [args.tuning_steps])
+        rates = rates_of(args, self._results)
+        for (experts, routing), factor in rates.items():
+            self._display.say(f"E = {experts}, {routing}: learning rate x {factor:g}")
+        trainings = [
+            Training(experts, arm, seed).tuned(rates)
+            for seed in args.seeds
+            for experts in args.experts
+            for arm in args.arms
+        ]
+        first = [training for training in trainings if training.arm == REFERENCE]
+        self._all("reference", first, args.steps)
+        of = {(each.experts, each.seed): self._results.of(each) for each in first}
+        others = [training for training in trainings if training.arm != REFERENCE]
+        self._all("others", others, args.steps, lambda each: of[each.experts, each.seed])
+        if self._failed:
+            text = "; the same command tries them again."
+            raise ToolError("\n".join([f"{len(self._failed)} trainings failed{text}", *self._failed]))
+
+    def _all(
+        self,
+        what: str,
+        trainings: Sequence[Training],
+        steps: Sequence[int],
+        reference: Callable[[Training], Iterable[Point]] = lambda _: (),
+    ) -> None:
+        """Train trunks with decays to these steps, and to those with the reference's FLOPs."""
+        began, done, progress = time.monotonic(), 0.0, Lock()
+        points = [(each, point) for each in trainings for point in self._results.of(each)]
+        finished = sum(each.cost * point.steps for each, point in points if point.equal_to is None)
+        total = max(sum(each.cost for each in trainings) * sum(steps) - finished, 1.0)
+
+        def train(training: Training) -> None:
+            flops = {point.steps: point.flops for point in reference(training) if point.equal_to is None}
+
+            def add(point: Point) -> None:
+                nonlocal done
+                self._results.add(training, point)
+                with progress:
+                    done += training.cost * point.steps if point.equal_to is None else 0.0
+                    left = (time.monotonic() - began) / max(done, 1.0) * max(total - done, 0.0)
+                cost = f"{point.flops:.3g} FLOPs, {point.seconds:.3f} s a step"
+                where = f"{point.steps} steps" + (f" (FLOPs of {point.equal_to})" if point.equal_to else "")
+                self._display.say(f"{training.name}, {where}: {point.loss:.4f}, {cost}; {what}: {duration(left)} left")
+
+            self._runner.run(training, [*steps], flops, add, self._results.of(training))
+
+        with ThreadPoolExecutor(self._args.processes) as threads, self._display.step(what, len(trainings)):
+            try:
+                jobs = {threads.submit(train, training): training for training in trainings}
+                for job in as_completed(jobs):
+                    self._display.advance(1)
+                    if isinstance(error := job.exception(), ToolError):
+                        self._failed.append(f"{jobs[job].name}: {error}")
+                    elif error is not None:
+                        raise error
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                self._runner.stop()
+                raise
+
+
+def rates_of(args: argparse.Namespace, results: Results) -> dict[tuple[int, str], float]:
+    """Return experts and routing → the factor on the learning rate: the tuned one, or the only one given."""
+    if len(args.lr_factors) > 1:
+        return results.rates(args.tuning_steps)
+    return {(experts, arm.routing): args.lr_factors[0] for experts in args.experts for arm in ARMS.values()}

@@ -1,0 +1,160 @@
+"""Keep the points of all trainings in one file, and compare them: gaps to ReMoE, and their table."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from megatron.remoe.data.files import write_text
+
+from ..common.errors import ToolError
+from ..common.files import write_json
+from ..common.markdown import table
+from . import significance
+from .plan import ARMS, REFERENCE, Training
+from .trunks import Point
+
+Points = Mapping[str, Mapping[int, Sequence[Point]]]  # arm → seed → points
+Key = tuple[str, int, bool]  # arm, steps of the reference, and whether at its FLOPs instead of its steps
+HEADER = ("steps", "arm", "loss", "FLOPs", "S first near", "gap, equal steps", "verdict", "gap, equal FLOPs", "verdict")
+
+
+class Results:
+    """The points of all trainings, in one file.
+
+    Raises:
+        ToolError: the file is not one of results.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, Lock()
+        self._found: dict[str, dict[str, Any]] = {}
+        try:
+            self._found = json.loads(path.read_text(encoding="utf-8"))
+            for entry in self._found.values():
+                entry["points"] = [Point(**point) for point in entry["points"]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ToolError(f"{path}: no results of a comparison: {type(error).__name__}: {error}.") from error
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether there is no point yet."""
+        return not self._found
+
+    def of(self, training: Training) -> list[Point]:
+        """Return the points of a training."""
+        return [*self._found.get(training.name, {}).get("points", [])]
+
+    def by_arm(self, experts: int, seeds: Sequence[int], rates: Mapping[tuple[int, str], float]) -> Points:
+        """Return the points of all arms with this number of experts, at these learning rates."""
+        found = {
+            arm: {seed: self.of(Training(experts, arm, seed).tuned(rates)) for seed in sorted(seeds)} for arm in ARMS
+        }
+        return {arm: {seed: points for seed, points in of.items() if points} for arm, of in found.items()}
+
+    def add(self, training: Training, point: Point) -> None:
+        """Add a point, and write the file."""
+        with self._lock:
+            entry = self._found.setdefault(training.name, asdict(training) | {"points": []})
+            entry["points"].append(point)
+            plain = {name: of | {"points": [*map(asdict, of["points"])]} for name, of in self._found.items()}
+            write_json(self.path, plain)
+
+    def write_points(self, path: Path) -> None:
+        """Write what the tables need to a small file, with a line for each training."""
+        lines = []
+        for name, entry in sorted(self._found.items()):
+            points = [
+                {key: value for key, value in asdict(each).items() if key != "seconds"} for each in entry["points"]
+            ]
+            for point in points:
+                point |= {"loss": round(point["loss"], 6), "flops": float(f"{point['flops']:.8g}")}
+            lines.append(f"{json.dumps(name)}: {json.dumps(entry | {'points': points})}")
+        write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+    def rates(self, steps: int) -> dict[tuple[int, str], float]:
+        """Return experts and routing → the factor on the learning rate with the lowest loss after these steps."""
+        best: dict[tuple[int, str], tuple[float, float]] = {}
+        for entry in self._found.values():
+            losses = [point.loss for point in entry["points"] if point.steps == steps]
+            if entry["is_tuning"] and losses:
+                key = entry["experts"], ARMS[entry["arm"]].routing
+                best[key] = min(best.get(key, (math.inf, 1.0)), (losses[0], entry["factor"]))
+        return {key: factor for key, (_, factor) in best.items()}
+
+
+def losses_of(points: Points) -> dict[Key, list[float]]:
+    """Return the losses of the seeds by arm, length, and whether at equal FLOPs."""
+    found: dict[Key, list[float]] = {}
+    for arm, of_seeds in points.items():
+        for point in (point for of in of_seeds.values() for point in of):
+            found.setdefault((arm, point.equal_to or point.steps, point.equal_to is not None), []).append(point.loss)
+    return found
+
+
+def gaps(points: Points, margin: float) -> dict[Key, significance.Difference]:
+    """Return each arm's mean loss minus that of ReMoE; all gaps are one family of comparisons.
+
+    Args:
+        points: arm → seed → points.
+        margin: the largest difference that counts as none.
+    """
+    losses = losses_of(points)
+    pairs = [(key, (REFERENCE, key[1], False)) for key in losses if key[0] != REFERENCE]
+    pairs = [(key, other) for key, other in pairs if other in losses]
+    differences = significance.differences(losses, pairs, margin)
+    return {key: each for (key, _), each in zip(pairs, differences, strict=True)}
+
+
+def flops_at(points: Points, arm: str, steps: int) -> float:
+    """Return an arm's mean FLOPs after these steps; NaN if it has no such point."""
+    found = [point.flops for of in points[arm].values() for point in of if _is_at(point, steps)]
+    return statistics.fmean(found) if found else math.nan
+
+
+def _is_at(point: Point, steps: int) -> bool:
+    return point.steps == steps and point.equal_to is None
+
+
+def markdown(points: Points, margin: float) -> Iterator[str]:
+    """Yield the lines of the table of one number of experts: a row for each length and arm.
+
+    The gap is an arm's mean loss minus that of ReMoE after as many steps; at equal FLOPs, the arm has trained longer or
+    shorter.
+
+    Args: as `gaps`.
+    """
+    losses, found = losses_of(points), gaps(points, margin)
+    rows = []
+    for steps in sorted({steps for _, steps, matched in losses if not matched}):
+        for arm in points:
+            if (arm, steps, False) not in losses:
+                continue
+            at = [point for of in points[arm].values() for point in of if _is_at(point, steps)]
+            near = [point.first_near for point in at if point.first_near is not None]
+            cells = [f"{steps}", arm, f"{statistics.fmean(losses[arm, steps, False]):.4f}"]
+            cells += [f"{flops_at(points, arm, steps):.4g}", str(statistics.median_low(near)) if near else ""]
+            for matched in (False, True):
+                each = found.get((arm, steps, matched))
+                cells += ["", ""] if each is None else [_gap(each), each.verdict]
+            rows.append(cells)
+    yield from table([*HEADER], rows)
+    spread = significance.spread_of(losses.values())
+    if spread.freedom:
+        seeds = significance.seeds_for_equivalence(margin, spread.deviation, max(1, len(found)))
+        yield ""
+        yield (
+            f"Seeds differ by {spread.deviation:.4f} ({spread.freedom} degrees of freedom; equal spread: "
+            f"p = {spread.p:.2g}; {'pooled' if spread.is_equal else 'not pooled'}); margin {margin:g}; {len(found)} "
+            f"comparisons, corrected by Holm; equal arms need {seeds or 'more than 1000'} seeds to be found equivalent."
+        )
+
+
+def _gap(each: significance.Difference) -> str:
+    return f"{each.mean:+.4f}" + (f" ± {each.half:.4f}" if math.isfinite(each.half) else "")

@@ -1,1 +1,0 @@
-"""Measure ReMoE's lead over training length, at equal steps and equal FLOPs."""
