@@ -31,7 +31,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
 
 def commands() -> Iterator[list[str]]:
     """Yield the commands of the page in words, with its abbreviations written out."""
-    meant = dict(re.findall(r"`([A-Z])`[^`]* for `([^`]+)`", PAGE))
+    meant = dict(re.findall(r"`([A-Z])`[^`]*\sfor\s`([^`]+)`", PAGE))
     for text in dict.fromkeys(re.findall(r"`([^`\n]+)`", PAGE)):
         for _ in meant:  # an abbreviation may contain another
             text = re.sub(r"\b[A-Z]\b(?!=)", lambda match: meant.get(match[0], match[0]), text)
