@@ -30,29 +30,28 @@ python_places() {
   done
 }
 
-# Prints "KIND VERSION PATH" of a Python that runs. KIND: ready; bare (no ensurepip); newer (than megatron-core's wheels); old.
+# Prints "KIND VERSION PATH" of a Python that runs. KIND: ready; newer (than megatron-core's wheels); unfit (too old, or
+# without ensurepip).
 ask_python() {
   "$1" -c '
 import sys
-kind = "old"
+kind = "unfit"
 if sys.version_info >= (3, 12):
     import ctypes, importlib.util, ssl, venv, zlib
-    kind = "ready" if importlib.util.find_spec("ensurepip") else "bare"
-    kind = kind if sys.version_info < (3, 14) else "newer"
+    if importlib.util.find_spec("ensurepip"):
+        kind = "ready" if sys.version_info < (3, 14) else "newer"
 path = getattr(sys, "_base_executable", "") or sys.executable
 print("%s %d.%d.%d %s" % ((kind,) + tuple(sys.version_info[:3]) + (path,)))
 ' 2>/dev/null </dev/null
 }
 
-# Prints "KIND VERSION PATH" of the Python to use: $PYTHON, else the first ready one, else a bare one, else a newer one.
+# Prints "KIND VERSION PATH" of the Python to use: $PYTHON, else the first ready one, else the first newer one.
 find_python() {
-  local place answer version bare="" newer="" old=""
+  local place answer version newer="" unfit=""
   if [[ -n ${PYTHON-} ]]; then
-    answer=$(ask_python "$PYTHON") || fail "PYTHON=$PYTHON does not run, or lacks one of the modules venv, ssl, zlib, ctypes." \
-      "Set PYTHON to a Python >= 3.12, or unset it to have one looked for."
-    read -r _ version _ <<<"$answer"
-    [[ $answer != old* ]] || fail "PYTHON=$PYTHON is Python $version; 3.12 or newer is needed." \
-      "Set PYTHON to another one, or unset it to have one looked for."
+    answer=$(ask_python "$PYTHON") && [[ $answer != unfit* ]] ||
+      fail "PYTHON=$PYTHON is not a Python >= 3.12 that runs and has ensurepip, venv, ssl, zlib and ctypes: ${answer:-it does not run}." \
+        "Set PYTHON to another one, or unset it to have one looked for."
     echo "$answer"
     return
   fi
@@ -60,47 +59,25 @@ find_python() {
     answer=$(ask_python "$place") || continue
     case $answer in
       ready*) echo "$answer" && return ;;
-      bare*) bare=${bare:-$answer} ;;
       newer*) newer=${newer:-$answer} ;;
-      *) read -r _ version _ <<<"$answer" && old+=" $place ($version)" ;;
+      *) read -r _ version _ <<<"$answer" && unfit+=" $place ($version)" ;;
     esac
   done < <(python_places "${1-}")
-  answer=${bare:-$newer}
-  [[ -n $answer ]] || fail "No Python >= 3.12 that runs was found." \
+  [[ -n $newer ]] || fail "No Python >= 3.12 that runs and has ensurepip was found. Unfit:${unfit:- none}." \
     "Looked for: python3.12, python3.13, python3.14, python3 and python on PATH; pyenv's, uv's and conda's folders;" \
-    "/usr/local/bin and /usr/bin. Too old:${old:- none}." \
-    "Get one with one of:" \
+    "/usr/local/bin and /usr/bin. Get one with one of:" \
     "  apt install python3.13 python3.13-venv    (Debian 13; Ubuntu 24.04: python3.12 python3.12-venv)" \
     "  conda create -n py312 python=3.12         (then PYTHON=\$(conda run -n py312 which python))" \
     "  pyenv install 3.12" \
     "  uv python install 3.12" \
     "or set PYTHON to the path of one."
-  echo "$answer"
+  echo "$newer"
 }
 
 # ---------------------------------------------------------------- making the environment
 
-# Gives .venv a pip where Python came without ensurepip: any other Python's pip can fetch the wheel, and it runs as it is.
-borrow_pip() {
-  local folder lender
-  folder=$(mktemp -d)
-  while IFS= read -r lender; do
-    "$lender" -m pip download --quiet --retries 1 --no-deps --dest "$folder" "pip>=23.1" </dev/null || continue
-    "$VENV/bin/python" "$(echo "$folder"/pip-*.whl)/pip" install --no-deps "$folder"/pip-*.whl || continue
-    rm -r "$folder"
-    return
-  done < <(echo "$1" && python_places "${2-}")
-  rm -r "$folder"
-  command -v uv && uv pip install --python "$VENV/bin/python" pip && return
-  echo "$1 has neither ensurepip nor pip, and no other Python here could fetch pip."
-  echo "On Debian and Ubuntu: apt install python3-venv (or python3.13-venv). Elsewhere set PYTHON to a Python that has pip."
-  return 1
-}
-
 create_venv() {
-  "$1" -m venv --without-pip "$VENV" || return
-  "$VENV/bin/python" -m ensurepip --default-pip || borrow_pip "$1" || return
-  pip_install --upgrade pip setuptools
+  "$1" -m venv "$VENV" && pip_install --upgrade pip setuptools
 }
 
 pip_install() {
@@ -120,18 +97,15 @@ install_project() { pip_install --no-build-isolation --editable "${ROOT}[dev]"; 
 
 # ---------------------------------------------------------------- telling what goes on
 
-PIP_NEWS='(Installing collected packages|(Collecting|Downloading|Building wheel for) [A-Za-z0-9_.]+(-[a-z]+)*)'
-
 # Runs until killed, or until the script that it reports on is gone.
 show_progress() {
-  local label=$1 start=$SECONDS seconds doing
+  local start=$SECONDS seconds
   while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
     seconds=$((SECONDS - start))
     if [[ -t 1 ]]; then
-      doing=$(tail -n 5 "$SETUP_LOG" | grep -oE "$PIP_NEWS" | tail -n 1) || doing=""
-      printf '\r\033[K  %-20s %4d s  %.40s' "$label" "$seconds" "$doing"
+      printf '\r  %-20s %4d s' "$1" "$seconds"
     elif ((seconds % 60 == 0)); then
-      printf '  %-20s %4d s so far\n' "$label" "$seconds"
+      printf '  %-20s %4d s so far\n' "$1" "$seconds"
     fi
   done
 }
