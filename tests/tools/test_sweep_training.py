@@ -17,7 +17,7 @@ from tests.tools.sweeping import start, sweep
 from tests.trainings import REPOSITORY, SMALL, finish, records
 from tools.common.flags import words_of
 from tools.common.training_process import start as start_training
-from tools.sweep import execution, plan, results
+from tools.sweep import plan, progress, results
 from tools.sweep.progress import SweepDisplay, Work
 from tools.sweep.settings import would_start_with
 
@@ -40,7 +40,7 @@ sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 
 
 def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "SECONDS_TO_DIE", 60)
+    monkeypatch.setattr(progress, "SECONDS_TO_DIE", 60)
     work = Work("run", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
     command = [sys.executable, "-c", SLOW_TO_SAVE, str(tmp_path / "log")]
 
@@ -58,7 +58,7 @@ def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pyte
         timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
         timer.start()
         start_of_stop = time.monotonic()
-        execution.stop(process, SweepDisplay(Console(quiet=True), [work]), work)
+        SweepDisplay(Console(quiet=True), [work]).stop(process, work)
         assert process.returncode == 143 and time.monotonic() - start_of_stop < 30
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -9,7 +9,6 @@ from typing import IO
 from ..common.figure_reader import LOG, read_figures
 from ..common.files import write_json
 from ..common.places import entry
-from ..sweep.execution import cause, follow
 from ..sweep.progress import SweepDisplay, Work
 from . import stages
 
@@ -73,11 +72,12 @@ def run(training: Training, display: SweepDisplay, work: Work, threads: int, kee
     command = [sys.executable, *entry(), *training.flags]
     with training.log.open("a", encoding="utf-8", buffering=1) as log:
         print(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}", file=log)
-        code, tail = follow(command, os.environ | {"OMP_NUM_THREADS": str(threads)}, display, work, keep_open, log)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        code, cause = display.run(work, command, environment, keep_open, log)
     if code or len(read_figures(training.folder).evaluations) < training.evaluations:
         reason = f"ended with exit code {code}" if code else "ended before its evaluation did"
         raise stages.QuickstartError(
-            f"The training of {work.name} {reason}. The end of its log:\n\n{cause(tail)}\n\n"
+            f"The training of {work.name} {reason}. The end of its log:\n\n{cause}\n\n"
             f"The whole log: {training.log}\nFix the cause and run the same command: it goes on."
         )
     write_json(training.folder / "done.json", {"inputs": training.inputs})

@@ -12,11 +12,12 @@ from typing import IO
 
 from rich.console import Console
 
+from ..common.figure_reader import LOG
 from ..common.files import lock
 from ..common.running import run_to_the_end
 from ..common.units import duration
 from ..recipes.layout import RecipeError
-from . import execution, plan, results, slurm, tiny
+from . import plan, results, slurm, tiny
 from .arguments import parse_arguments, planned
 from .progress import SweepDisplay, Work
 from .run_log import read_outcome
@@ -91,15 +92,20 @@ def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO
     ]
     with SweepDisplay(console, works) as display:
         for each, work in zip(todo, works, strict=True):
-            began = time.monotonic()
-            problem = execution.train(launch, each.run, display, work, held)
-            outcome = read_outcome(launch.folder(each.run))
-            if problem is None and outcome is not None:
+            began, folder = time.monotonic(), launch.folder(each.run)
+            environment = {"PYTHON": sys.executable} | os.environ | launch.environment(each.run, os.environ)
+            command = ["bash", *launch.arguments(each.run)]
+            code, cause = display.run(work, command, environment | {"DRY_RUN": "0"}, held)
+            outcome = read_outcome(folder)
+            if code == 0 and outcome is not None and outcome.finished:
                 took = duration(time.monotonic() - began)
                 display.finish(work, f"validation loss {outcome.validation_loss:.4f}, {took}")
-            else:
-                display.finish(work, f"{problem}\n")
-                failed.append(each.run.name)
+                continue
+            reason = f"ended at iteration {work.done} of {work.iterations}, without its final evaluation"
+            reason = f"failed with exit code {code}" if code else reason
+            where = f"\nThe whole log: {folder / LOG}" if (folder / LOG).exists() else ""
+            display.finish(work, f"{reason}. The end of its output:\n{cause}{where}\n")
+            failed.append(each.run.name)
     return failed
 
 

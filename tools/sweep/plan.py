@@ -249,19 +249,13 @@ def plan(figures: Iterable[str], values: Mapping[str, Sequence[Any]], kinds: Seq
 
 
 def figures_of(run: Run) -> list[str]:
-    """Return the figures in which a run is a point."""
-    dense = run.routing == "dense"
-    at = {
-        "size": run.size == BASE_SIZE,
-        "experts": dense or run.experts == FEW_EXPERTS,
-        "granularity": dense or run.granularity == WHOLE,
-    }
-    of_axis = [name for name in ([run.axis] if run.axis else AXES) if run.kind in AXES[name].kinds]
-    of_axis = of_axis if at["size"] and at["experts"] and run.expansion == 1 else []
-    if run.axis:
-        return of_axis
-    if dense:
-        plain = ["size"] if run.expansion == 1 else []
-    else:
-        plain = [name for name in at if all(there for other, there in at.items() if other != name)]
-    return [*plain, *of_axis, *([COMPARED] if all(at.values()) else [])]
+    """Return the figures in which a run is a point; a dense run is one along the size and along settings."""
+    own: dict[str, Sequence[Any]] = {"size": (run.size,), "experts": (run.experts,), "granularity": (run.granularity,)}
+    own |= {name: (run.value if run.axis else axis.base,) for name, axis in AXES.items()}
+    candidates = ("size", *AXES, COMPARED) if run.routing == "dense" else (*FIGURES, *AXES, COMPARED)
+    found = []
+    for figure in candidates:
+        values = own | ({"granularity": (WHOLE,)} if figure == COMPARED else {})
+        if run in runs_of_figure(figure, values, [run.kind]):
+            found.append(figure)
+    return found
