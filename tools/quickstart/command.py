@@ -138,11 +138,8 @@ def run(args: argparse.Namespace) -> int:
             found = {each.model: read_figures(each.folder) for each in trainings}
             summary = report.summarize(found, held_out, args.iterations, args.seed, models.SIZE)
             write_json(output / "summary.json", summary)
-            try:
-                picture.draw(output / "report.png", found, summary)
-                result.append("table and picture")
-            except Exception as error:  # the table is worth showing without it
-                result.append(f"table; no picture: {type(error).__name__}: {error};")
+            picture.draw(output / "report.png", found, summary)
+            result.append("table and picture")
     report.show(console, summary, output, runs)
     return 0
 

@@ -29,18 +29,12 @@ def is_late(iterations: NDArray[np.int64], last: int) -> NDArray[np.bool_]:
 
 
 def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
-    """Return S over all steps of the last quarter.
-
-    It comes from the running sums; without them it is the mean of the logged steps.
-    """
+    """Return S over all steps of the last quarter, from the running sums."""
     sums = []
     for name in TOTALS:
         iterations, values = figures.curve(name)
-        late = is_late(iterations, last)
-        if not late.any():
-            iterations, values = figures.curve("sparsity")
-            return float(values[is_late(iterations, last)].mean())
-        sums.append(values[-1] - (0 if late.all() else values[~late][-1]))
+        before = values[~is_late(iterations, last)]
+        sums.append(values[-1] - (before[-1] if len(before) else 0))
     pairs, tokens = sums
     return float(1 - pairs / (tokens * experts))
 

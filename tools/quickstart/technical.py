@@ -39,11 +39,11 @@ AMAZON = Descriptions(
 GOOGLE = Descriptions(
     "google",
     Package(
-        name="google-api-python-client",
-        version="2.202.0",
-        digest="aaa90064c9bb642ff1d065b22ca8958a2cb6e345909cefe70d0e5452fc50e08b",
-        kind="wheel",
-    ),
+        "google-api-python-client",
+        "2.202.0",
+        "aaa90064c9bb642ff1d065b22ca8958a2cb6e345909cefe70d0e5452fc50e08b",
+        "wheel",
+    ),  # fmt: skip
     re.compile(r"^googleapiclient/discovery_cache/documents/([^./]+)\.[^/]+\.json$"),
     frozenset({"description", "enumDescriptions"}),
 )
