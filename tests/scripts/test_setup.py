@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -28,17 +27,6 @@ def make_wheel(folder: Path, name: str, version: str, *extras: str) -> Path:
         wheel.writestr(f"{stem}.dist-info/METADATA", metadata)
         wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{stem}.dist-info/RECORD", "")
-    return path
-
-
-def make_pip_wheel(folder: Path) -> Path:
-    """The pip that is installed here, as a wheel again."""
-    pip = distribution("pip")
-    path = folder / f"pip-{pip.version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        for file in pip.files or ():
-            if file.parts[0].startswith("pip") and file.suffix != ".pyc":
-                wheel.write(file.locate(), str(file))
     return path
 
 
@@ -65,7 +53,6 @@ class Tree:
         shutil.copytree(ROOT / "scripts", root / "scripts")
         for name, *extras in (("torch",), ("megatron-core", "training"), ("setuptools",), ("megatron-remoe", "dev")):
             make_wheel(root / "wheels", name, "1", *extras)
-        make_pip_wheel(root / "wheels")
         (root / "backend.py").write_text(BACKEND)
         (root / "pyproject.toml").write_text(PYPROJECT)
         self.pin_torch("1")

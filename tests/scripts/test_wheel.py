@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -98,36 +97,6 @@ def test_the_library_installs_next_to(neighbour: str) -> None:
         if mine := ours.get(theirs.name):
             edges = {clause.version for clause in (*mine.specifier, *theirs.specifier)}
             assert any(mine.specifier.contains(edge) and theirs.specifier.contains(edge) for edge in edges), theirs
-
-
-def editable_here() -> bool:
-    origins = [found.read_text("direct_url.json") or "{}" for found in distributions(name="megatron-remoe")]
-    return any(json.loads(origin).get("url") == ROOT.as_uri() for origin in origins)
-
-
-def imported_files(folder: Path, **variables: str) -> list[Path]:
-    """Where megatron.core and megatron.remoe come from in a program that is run in `folder`."""
-    code = "import megatron.core, megatron.remoe; print(megatron.core.__file__, megatron.remoe.__file__, sep='\\n')"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    return [Path(line) for line in answer.stdout.splitlines()[-2:]]
-
-
-def test_the_wheel_imports_beside_megatron_core(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    core, remoe = imported_files(tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert remoe == tmp_path / "site/megatron/remoe/__init__.py"
-    assert core.exists() and not core.is_relative_to(tmp_path)
-
-
-@pytest.mark.skipif(not editable_here(), reason="this tree is not installed in editable mode")
-def test_the_editable_install_imports_beside_megatron_core_from_any_folder(tmp_path: Path) -> None:
-    core, remoe = imported_files(tmp_path)
-    assert remoe == ROOT / "megatron/remoe/__init__.py"
-    assert core.exists() and not core.is_relative_to(ROOT / "megatron")
 
 
 def test_every_direct_dependency_has_its_exact_version() -> None:

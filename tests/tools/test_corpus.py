@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.quickstart import corpora, corpus, stages, technical
+from tools.quickstart import corpus, dataset, stages, technical
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +39,16 @@ def test_no_document_is_in_both_parts(code: list[corpus.Document], topics: list[
         assert 0.5 * corpus.HELD_OUT_SHARE * whole < size <= corpus.HELD_OUT_SHARE * whole
 
 
-def test_split_depends_on_the_documents_alone(topics: list[corpus.Document]) -> None:
+def test_split_depends_on_the_texts_alone(topics: list[corpus.Document]) -> None:
+    """Neither their order counts nor repetitions, whatever their line ends."""
     shuffled = random.Random(0).sample(topics, len(topics))
     assert corpus.split(shuffled) == corpus.split(topics)
-
-
-def test_repeated_text_counts_once_whatever_its_line_ends(topics: list[corpus.Document]) -> None:
     copies = [
         corpus.Document(f"{each.id}/copy", each.domain, "\ufeff" + each.text.replace("\n", " \r\n")) for each in topics
     ]
     train, held_out = corpus.split([*topics, *copies])
     assert len(train) + len(held_out) == len({corpus.normalise(each.text) for each in topics})
     assert not any("\r" in each.text or "\ufeff" in each.text for each in train + held_out)
-
-
-def test_code_is_the_standard_librarys_without_its_tests() -> None:
-    documents = list(corpus.code_documents())
-    assert len({each.id for each in documents}) == len(documents) > 100
-    assert 0.9 * corpus.CODE_BYTES < sum(len(each.text.encode()) for each in documents) <= corpus.CODE_BYTES
-    folders = {folder for each in documents for folder in Path(each.id).parts}
-    assert not folders & corpus.SKIPPED_CODE
-    assert "code/html/entities.py" not in {each.id for each in documents}
 
 
 def test_plays_are_cut_at_scenes_and_nothing_is_lost() -> None:
@@ -119,6 +108,7 @@ def test_finished_corpus_is_reused(tmp_path: Path, code: list[corpus.Document], 
             assert all(each["id"].startswith(f"{domain}/") for each in documents)
     other = corpus.build(tmp_path / "corpus", print, "other", {"docs": lambda: topics, "reference": lambda: topics})
     assert list(other["domains"]) == ["docs", "reference"] and not other["reused"]
+    assert dataset.FOLDERS.keys() == dataset.CORPORA.keys()
 
 
 # ---------------------------------------------------------------- technical
@@ -160,10 +150,6 @@ def test_services_of_the_packages(tmp_path: Path) -> None:
         if len(found) > 60 and any(f"{found} " in other for name, other in text.items() if name != "amazon/sqs")
     ]
     assert not shared
-
-
-def test_corpora_are_told_apart() -> None:
-    assert len({corpus.inputs(name) for name in corpora.CORPORA}) == len(corpora.CORPORA) == len(corpora.FOLDERS)
 
 
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])

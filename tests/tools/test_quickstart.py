@@ -21,11 +21,9 @@ from rich.console import Console
 from tests.trainings import finish
 from tools.common.figure_reader import read_figures
 from tools.common.files import lock, write_json
-from tools.common.picture_style import file_pyplot
 from tools.common.places import ROOT
 from tools.common.run_figures import Curve, RunFigures
-from tools.quickstart import corpora, corpus, dataset, models, picture, report, stages, training
-from tools.quickstart.command import parse_arguments
+from tools.quickstart import corpus, dataset, models, picture, report, stages, training
 from tools.sweep.progress import SweepDisplay, Work
 
 ITERATIONS = 20
@@ -94,8 +92,6 @@ def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, RunFigures]) ->
     assert report.late_sparsity(figures, 60, 8) == pytest.approx(0.75)
     figures.curves["sparsity"] = Curve(np.array([60, 100]), np.array([0.5, 0.25]))
     assert report.late_sparsity(figures, 100, 8) == pytest.approx(0.875)
-    del figures.curves["total_active_pairs"]
-    assert report.late_sparsity(figures, 100, 8) == 0.25
 
 
 def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,22 +109,6 @@ def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypa
     picture.draw(tmp_path / "report.png", runs, summary)
     assert_is_picture(tmp_path / "report.png")
     assert [path.name for path in tmp_path.glob("*.png")] == ["report.png"]
-
-
-def test_shares_are_above_bars_and_the_line_of_the_even_share() -> None:
-    even = models.SIZE.topk / models.SIZE.experts
-    pyplot = file_pyplot()
-    figure = pyplot.figure(figsize=(8, 5.5))
-    shares = np.array([0.9, 0.95, 1.0, 1.05, 2.0, 0.1, 1.2, 0.8]) * even
-    picture.draw_load(figure, figure.add_gridspec(1, 1)[0], {1: shares, 2: shares[::-1]})
-    figure.canvas.draw()
-    for axes in figure.axes:
-        labels = [text for text in axes.texts if text.get_text().endswith("%")]
-        assert len(labels) == len(shares)
-        lowest = min(label.get_window_extent().y0 for label in labels)
-        assert lowest > axes.transData.transform((0, max(shares)))[1] + 1
-        assert lowest > axes.lines[0].get_window_extent().y1 + 1
-    pyplot.close(figure)
 
 
 def shown(summary: dict) -> str:
@@ -192,25 +172,6 @@ def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
-    [
-        ([], {"QUICKSTART_ITERS": "many"}, "QUICKSTART_ITERS is 'many'"),
-        (["--iterations", "3"], {}, "--iterations: '3'"),
-        ([], {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS is '0'"),
-    ],
-)
-def test_bad_values_are_named(
-    arguments: list[str], environment: dict[str, str], message: str, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match="2"):
-        parse_arguments(arguments)
-    assert message in capsys.readouterr().err
-
-
 def saved_iteration(folder: Path) -> int:
     tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
     return int(tracker.read_text() or 0) if tracker.exists() else 0
@@ -221,7 +182,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     output_dir.mkdir()
     sources = {"code": corpus.code_documents, "docs": corpus.docs_documents}
     few = {name: partial(itertools.islice, source(), 200) for name, source in sources.items()}
-    corpus.build(output_dir / "corpus", print, corpora.MIXED, few)
+    corpus.build(output_dir / "corpus", print, dataset.MIXED, few)
     runs = output_dir / f"iterations-{ITERATIONS}"
 
     # Cut off in the first training, once there is something to go on from.

@@ -32,21 +32,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     text = f"for all files (default: {' or '.join(map(str, dataset.FOLDERS.values()))} in the project's folder)"
     add("--output-dir", type=Path, metavar="FOLDER", help=text)
     text = f"optimizer steps of each training (default: QUICKSTART_ITERS, or {models.ITERATIONS})"
-    add("--iterations", type=whole_number(LEAST_ITERATIONS), metavar="N", help=text)
+    iterations = os.environ.get("QUICKSTART_ITERS") or models.ITERATIONS
+    add("--iterations", type=whole_number(LEAST_ITERATIONS), default=iterations, metavar="N", help=text)
     text = "number of CPU threads (default: OMP_NUM_THREADS, or all cores)"
-    add("--threads", type=whole_number(1), metavar="N", help=text)
+    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    add("--threads", type=whole_number(1), default=threads, metavar="N", help=text)
     text = "of the trainings (default: %(default)s)"
     add("--seed", type=whole_number(1), default=models.SEED, metavar="N", help=text)
     args = parser.parse_args(arguments)
-
-    def from_environment(name: str, least: int, default: int) -> int:
-        try:
-            return whole_number(least)(os.environ.get(name, str(default)))
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"{name} is {error}.")
-
-    args.iterations = args.iterations or from_environment("QUICKSTART_ITERS", LEAST_ITERATIONS, models.ITERATIONS)
-    args.threads = args.threads or from_environment("OMP_NUM_THREADS", 1, len(os.sched_getaffinity(0)))
     args.output_dir = args.output_dir or home() / dataset.FOLDERS[args.corpus]
     return args
 

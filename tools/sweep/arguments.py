@@ -21,16 +21,6 @@ ones are resumed. The output folder gets a table (results.csv, results.md) and a
 come from the environment, as for these scripts: DATA_DIR or DATA_PATH, VOCAB_FILE, MERGE_FILE, MODEL, TP, PP, VPP, EP,
 CP.
 """
-EXAMPLES = """examples (docs/baselines.md has more):
-  all 32 runs on the 8 GPUs of this machine, one after another:
-    DATA_DIR=data bash scripts/sweep.sh
-  the figure over the number of experts as Slurm jobs of 2 nodes; the same command later submits what is not finished:
-    DATA_DIR=data EP=8 bash scripts/sweep.sh --figures experts --slurm --sbatch-flags="--nodes 2 --time 48:00:00"
-  a part of a figure, shorter, with flags for Megatron:
-    DATA_DIR=data bash scripts/sweep.sh --figures granularity --granularities 1 4 --train-iters 5000 -- --lr 1e-3
-  all routings on a CPU, with the quickstart's text:
-    bash scripts/sweep.sh --tiny --figures routing --output-dir runs/tiny
-"""
 
 
 def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +68,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         prog="scripts/sweep.sh",
         usage="%(prog)s [options] [-- Megatron flags]",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog="docs/baselines.md has examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_what_to_train(parser)

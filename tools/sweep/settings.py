@@ -48,22 +48,14 @@ def whole(settings: Settings, flag: str) -> int:
     return int(values[0]) if values and values[0].isdecimal() else 0
 
 
-def of_command(text: str) -> Settings | None:
-    """Return Megatron's flags in a shell command that starts a training; None for any other text."""
-    try:
-        words = shlex.split(text)
-    except ValueError:
-        return None
-    entry = next((place for place, word in enumerate(words) if word.endswith(ENTRY)), None)
-    return None if entry is None else parse(words[entry + 1 :])
-
-
 def started_with(folder: Path) -> Settings | None:
     """Return the flags with which a launch script last started the run in `folder`; None if it never did."""
     try:
-        return of_command((folder / "command.sh").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        words = shlex.split((folder / "command.sh").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
+    entry = next((place for place, word in enumerate(words) if word.endswith(ENTRY)), None)
+    return None if entry is None else parse(words[entry + 1 :])
 
 
 def would_start_with(launch: Launch, run: Run, anywhere: bool) -> Settings:
@@ -108,14 +100,12 @@ def check_evaluation(settings: Settings) -> None:
     Raises:
         RecipeError: with the flag, its value and the remedy.
     """
-    if not whole(settings, "--eval-iters") and "--full-validation" not in settings:
-        given = " ".join(settings.get("--eval-iters", ()))
-        raise RecipeError(f"--eval-iters {given}: no validation loss at the end. Give a number of at least 1.")
+    iterations, split = (" ".join(settings.get(flag, ())) for flag in ("--eval-iters", "--split"))
+    if iterations in ("", "0") and "--full-validation" not in settings:
+        raise RecipeError(f"--eval-iters {iterations}: no validation loss at the end. Give a number of at least 1.")
     if "--multiple-validation-sets" in settings:
         raise RecipeError("--multiple-validation-sets: the sweep compares one validation loss. Leave it out.")
-    split = " ".join(settings.get("--split", ()))
-    shares = split.split(",")
-    if len(shares) < 2 or not shares[1].strip(" 0."):
+    if not split.partition(",")[2].partition(",")[0].strip(" 0."):
         raise RecipeError(f"--split {split}: nothing is left for validation. Give its second number a share.")
 
 
