@@ -27,7 +27,7 @@ from ..common.running import run_once
 from ..quickstart.dataset import CORPORA, MIXED, make_text
 from . import picture
 from .experiment import Experiment, rates_of
-from .plan import ARMS, LEAST, LOG_INTERVAL, REFERENCE, TUNING_SEED
+from .plan import ARMS, LEAST, LOG_INTERVAL, REFERENCE, STARTS, TUNING_SEED
 from .results import Results, markdown
 from .trunks import Runner
 
@@ -44,7 +44,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add, number, default = parser.add_argument, whole_number(1), "default: %(default)s"
     add("--corpus", choices=CORPORA, default=MIXED, help=default)
-    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM", help=f"of {', '.join(ARMS)}")
+    text = f"of {', '.join(ARMS)} (default: the first {len(STARTS)})"
+    add("--arms", nargs="+", choices=ARMS, default=[*STARTS], metavar="ARM", help=text)
     add("--experts", nargs="+", type=number, default=[*EXPERTS], metavar="E", help=default)
     add("--steps", nargs="+", type=number, default=[*STEPS], metavar="N", help=default)
     add("--seeds", nargs="+", type=number, default=[*SEEDS], metavar="N", help="default: 1 to 8")
@@ -74,23 +75,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def show(args: argparse.Namespace, results: Results, display: Display) -> None:
-    """Print the tables; write the picture and the points if asked for.
-
-    Raises:
-        ToolError: there is nothing to show.
-    """
+def show(args: argparse.Namespace, results: Results, display: Display) -> bool:
+    """Print the tables, and write the picture and the points if asked for; return whether there is anything to show."""
     rates = rates_of(args, results)
     found = {experts: results.by_arm(experts, args.seeds, rates) for experts in args.experts}
     found = {experts: {arm: of[arm] for arm in args.arms} for experts, of in found.items() if any(of.values())}
-    if not found:
-        raise ToolError(f"{results.path}: no results with these --experts, --arms and --seeds.")
     for experts, points in found.items():
         display.say("\n".join(["", f"E = {experts}, {args.corpus}:", "", *markdown(points, args.margin)]))
-    if args.picture:
+    if args.picture and found:
         picture.draw(args.picture, found, args.margin)
     if args.points:
         results.write_points(args.points)
+    return bool(found)
 
 
 def compare(args: argparse.Namespace, display: Display) -> None:
@@ -101,7 +97,9 @@ def compare(args: argparse.Namespace, display: Display) -> None:
     """
     output = args.output_dir.expanduser().resolve() / args.corpus
     if args.collect or args.results:
-        show(args, Results(args.results or output / "results.json"), display)
+        path = args.results or output / "results.json"
+        if not show(args, Results(path), display):
+            raise ToolError(f"{path}: no results with these --experts, --arms and --seeds.")
         return
     with lock(output, "comparison") as held:
         results = Results(output / "results.json")
@@ -110,8 +108,7 @@ def compare(args: argparse.Namespace, display: Display) -> None:
             manifest = json.loads((text / "manifest.json").read_text(encoding="utf-8"))
             Experiment(args, results, Runner(output / "trainings", text, manifest, held), display).run()
         finally:
-            if not results.is_empty:
-                show(args, results, display)
+            show(args, results, display)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

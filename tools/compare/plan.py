@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.flags import Settings, parse
 from ..quickstart.models import data_flags
 from ..sweep import tiny
-from ..sweep.plan import BASE_SIZE, KINDS, POST_SOFTMAX, PROTOCOLS, UNBALANCED, WHOLE, Launch, Run
+from ..sweep.plan import BASE_SIZE, POST_SOFTMAX, PROTOCOLS, UNBALANCED, WHOLE, Launch, Run
 from ..sweep.settings import would_start_with
 
 REFERENCE = "remoe"
@@ -43,8 +43,7 @@ class Arm:
 
 FASTER = "--moe-relu-l1-reg-start-power 3 --moe-relu-l1-reg-start-setback 12"
 CAPPED = "--moe-relu-max-experts 4"
-_SHORT = {"moe": "top-k", "remoe": "ReMoE"}
-ARMS: Mapping[str, Arm] = {
+STARTS: Mapping[str, Arm] = {
     REFERENCE: Arm("remoe", "ReMoE"),
     "moe": Arm("moe", "top-k"),
     "moe-dense-start": Arm("moe-warmup", "top-k, dense start"),
@@ -58,11 +57,15 @@ ARMS: Mapping[str, Arm] = {
     "moe-expert-threshold": Arm(
         "moe", "top-k, expert threshold", f"{UNBALANCED} --moe-baseline-router expert_threshold"
     ),
+}
+_SHORT = {"moe": "top-k", "remoe": "ReMoE"}
+ARMS: Mapping[str, Arm] = {
+    **STARTS,
     "dense": Arm("dense", "dense"),
     **{
-        kind: Arm(kind, f"{_SHORT[kind.partition('-')[0]]}, {PROTOCOLS[kind].title}")
-        for kind in KINDS
-        if kind in PROTOCOLS and kind not in ("moe-warmup", POST_SOFTMAX)  # which needs k > 1
+        kind: Arm(kind, f"{_SHORT[kind.partition('-')[0]]}, {protocol.title}")
+        for kind, protocol in PROTOCOLS.items()
+        if kind not in ("moe-warmup", POST_SOFTMAX)  # which needs k > 1
     },
 }
 

@@ -31,7 +31,7 @@ class Results:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._lock = path, Lock()
+        self._path, self._lock = path, Lock()
         self._found: dict[str, dict[str, Any]] = {}
         try:
             self._found = json.loads(path.read_text(encoding="utf-8"))
@@ -41,11 +41,6 @@ class Results:
             pass
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ToolError(f"{path}: no results of a comparison: {type(error).__name__}: {error}.") from error
-
-    @property
-    def is_empty(self) -> bool:
-        """Return whether there is no point yet."""
-        return not self._found
 
     def of(self, training: Training) -> list[Point]:
         """Return the points of a training."""
@@ -64,7 +59,7 @@ class Results:
             entry = self._found.setdefault(training.name, asdict(training) | {"points": []})
             entry["points"].append(point)
             plain = {name: of | {"points": [*map(asdict, of["points"])]} for name, of in self._found.items()}
-            write_json(self.path, plain)
+            write_json(self._path, plain)
 
     def write_points(self, path: Path) -> None:
         """Write what the tables need to a small file, with a line for each training."""
