@@ -1,7 +1,10 @@
-"""Ways of training by length: a small experiment for real, matched FLOPs, resuming, table and picture by hand."""
+"""Ways of training by length: a small experiment for real, matched FLOPs, going on, table and picture by hand."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import IO
 
@@ -9,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from tests.entry import shared_entry
-from tests.trainings import REPOSITORY, records
+from tests.trainings import REPOSITORY, finish, records
 from tools.common.errors import ToolError
 from tools.common.flags import words_of
 from tools.compare import command, picture, plan, trunks
@@ -44,10 +47,17 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_small_experiment(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    trained = Trained()
-    monkeypatch.setattr(trunks, "start", trained)
     words = "--arms moe --experts 4 --steps 20 --seeds 1 --lr-factors 1 2 --tuning-steps 20 --processes 1".split()
     words += ["--output-dir", str(output)]
+    tool, pipe = str(REPOSITORY / "tools" / "compare"), subprocess.PIPE
+    process = subprocess.Popen([sys.executable, tool, *words], stdout=pipe, stderr=pipe, text=True)
+    while process.poll() is None and not [*output.glob("mixed/trainings/*/trunk/train.log")]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on from here" in finish(process, code=130)[1]
+
+    trained = Trained()
+    monkeypatch.setattr(trunks, "start", trained)
     assert command.main(words) == 0
     printed, calls = capsys.readouterr().out, len(trained.commands)
     results = json.loads((output / "mixed" / "results.json").read_text())
