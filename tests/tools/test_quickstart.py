@@ -19,11 +19,12 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from tests.trainings import finish
+from tools.common.errors import ToolError
 from tools.common.figure_reader import read_figures
 from tools.common.files import lock, write_json
 from tools.common.places import ROOT
 from tools.common.run_figures import Curve, RunFigures
-from tools.quickstart import corpus, dataset, models, picture, report, stages, training
+from tools.quickstart import corpus, dataset, models, picture, report, training
 from tools.sweep.progress import SweepDisplay, Work
 
 ITERATIONS = 20
@@ -152,9 +153,7 @@ def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
     with (
         lock(tmp_path, "quickstart") as held,
         SweepDisplay(Console(quiet=True), [work]) as display,
-        pytest.raises(
-            stages.QuickstartError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag"
-        ) as error,
+        pytest.raises(ToolError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag") as error,
     ):
         training.run(failing, display, work, 1, held)
     assert str(failing.log) in str(error.value) and "--no-such-flag" in failing.log.read_text()

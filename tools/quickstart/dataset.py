@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import ToolError
 from ..common.files import write_json
 from ..common.places import PACKAGE
 from . import corpus, models, stages, technical
@@ -35,7 +36,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
         The manifest: "inputs", "tokens" (part → domain → number of tokens), "reused".
 
     Raises:
-        stages.QuickstartError: preprocessing failed.
+        ToolError: preprocessing failed.
     """
     stamp = stages.read_stamp(folder / "manifest.json", inputs(text))
     if stamp is not None:
@@ -56,7 +57,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
             try:
                 done = preprocess(Job([source], prefix, append_eod=True, workers=threads), encoder)
             except DataError as error:
-                raise stages.QuickstartError(f"Preprocessing {domain}: {error}") from error
+                raise ToolError(f"Preprocessing {domain}: {error}") from error
             of_part[domain] = done.tokens  # one for each byte and for each end of a document
     write_json(folder / "manifest.json", manifest)
     return manifest

