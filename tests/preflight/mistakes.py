@@ -94,8 +94,8 @@ ENTRY = {
     "truncated .bin": Case(on("short_bin"), f"E302|short_bin.bin|1,000 bytes|{MAKE}"),
     "a flipped bit in a length": Case(on("flipped"), f"E302|flipped.idx|{MAKE}"),
     "less than a sequence": Case(on("few", "--split 100,0,0"), "E304|4 tokens|--seq-length 64"),
-    "no document for validation": Case(on("one", "--eval-iters 1"), "E304|1 document |validation|--split 90,10,0"),
-    "no documents": Case(on("nothing"), "E304|0 documents|training"),
+    "no document for validation": Case(on("one", "--eval-iters 1"), "E304|1 document(s)|validation|--split 90,10,0"),
+    "no documents": Case(on("nothing"), "E304|0 document(s)|training"),
     "nothing to train on": Case(on("text", "--split 0,100,0"), "E304|--split 0,100,0"),
     "split of words": Case(on("text", "--split most,rest"), "E304|--split most,rest"),
     "weight that is none": Case(on("text", "--data-path 0.5 {text} half {one}"), "E301|--data-path 0.5"),
@@ -170,6 +170,10 @@ ENTRY = {
         resumed("--use-distributed-optimizer --expert-model-parallel-size 2", run="distributed"),
         "E414|--expert-model-parallel-size 1 in the checkpoint, 2 here|--dist-ckpt-optim-fully-reshardable",
         environment={"WORLD_SIZE": "2"},
+    ),
+    "optimizer of other layers": Case(
+        resumed("--use-distributed-optimizer --no-local-layer-fusion", run="distributed"),
+        "E414|grouped experts. Leave out --no-local-layer-fusion|--no-load-optim",
     ),
     "top-k under ReLU": Case(resumed(run="topk"), "E412|top-k|tools/convert_checkpoint"),
     "dense as pretrained": Case(
