@@ -83,6 +83,7 @@ def forward_figures() -> None:
 
     @replace(training, "save_checkpoint")
     def save(stock: Any, iteration: int, *others: Any, **options: Any) -> Any:
+        totals: Callable[[], dict[str, int]]
         totals = getattr(get_moe_metrics_tracker(), "totals", dict)  # Megatron's own tracker has none
         if _is_wanted() and (found := totals()):
             run_logger().info({"kind": "checkpoint", "iteration": iteration} | found)

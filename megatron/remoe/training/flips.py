@@ -124,8 +124,9 @@ class FlipMeter:
         table = torch.zeros(config.num_layers, 3, dtype=torch.float64, device=device)
         for (number, was), (_, now) in zip(before, after, strict=True):
             changed = was != now
-            for column, total in enumerate((changed.sum(), now.numel(), changed.any(dim=1).sum())):
-                table[number - 1, column] += total
+            table[number - 1, 0] += changed.sum()
+            table[number - 1, 1] += now.numel()
+            table[number - 1, 2] += changed.any(dim=1).sum()
         if torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(table)  # each rank routed other tokens, or other layers
         rows = {number: row for number, row in enumerate(table.tolist(), start=1) if row[1]}
