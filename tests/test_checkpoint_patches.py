@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.remoe import patches
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
-from megatron.remoe.preflight.stored_sums import check_file
+from megatron.remoe.preflight.stored_sums import check_places
 from megatron.training import checkpointing, training
 from tests.checkpoints import Malicious
 from tests.trainings import in_another_process
@@ -62,7 +62,7 @@ def test_pytorch_still_loads_changed_bytes(tmp_path: Path) -> None:
     assert not torch.equal(torch.load(io.BytesIO(content)), torch.ones(1000)), "PyTorch no longer needs the patch"
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(BrokenCheckpointError, match=r"a\.pt"):
-        check_file(tmp_path / "a.pt")
+        check_places(tmp_path / "a.pt", [(0, len(content))])
 
 
 def why_writing_failed(tmp_path) -> str:

@@ -99,11 +99,6 @@ def test_the_method_needs_torch_and_megatron_alone(room: str) -> None:
         assert packages <= PURE[room], path
 
 
-def test_only_the_entry_and_tools_know_of_the_cpu() -> None:
-    """Nothing in the package does, so that it is never active where an accelerator is in use."""
-    assert [room for room, below in ROOMS.items() if "cpu" in below] == ["pretrain"]
-
-
 def test_importing_the_package_or_the_entry_changes_nothing() -> None:
     import subprocess
     import sys

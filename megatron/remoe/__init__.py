@@ -26,7 +26,7 @@ _ROOMS = {
     "keep_run_log": "training.run_log",
     "with_summary": "training.summary",
     "only_training": "preflight.run_lock",
-    "check_evaluation_and_saving": "preflight.environment",
+    "check_settings": "preflight.environment",
     "check_data": "preflight.data",
     "check_loaded_run": "preflight.checkpoint_fit",
     "check_output_folders": "preflight.environment",

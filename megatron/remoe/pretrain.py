@@ -11,13 +11,9 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
-
-    from megatron.remoe.preflight.run_lock import RunLock
     from megatron.training.models.base import ModelConfig
 
 # Started without torchrun, this is the only process.
@@ -34,29 +30,22 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     """
     check_versions()
     on_cpu = prepare()
-    from megatron.remoe.preflight.run_lock import RunLock
-
-    with ExitStack() as at_the_end:
-        try:
-            if "--inprocess-restart" in sys.argv:
-                from megatron.remoe.training.restarts import run_with_restarts
-
-                run_with_restarts(partial(train, on_cpu, observe, RunLock(at_the_end)))
-            else:
-                train(on_cpu, observe, RunLock(at_the_end), at_the_end)
-        except SystemExit:
+    try:
+        with ExitStack() as at_the_end:
+            train(on_cpu, observe, at_the_end)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # With --exit-signal-handler, Megatron's data loaders ignore the SIGTERM that Python ends them with, and this
+        # process would wait for them forever. PyTorch raises an error when one is killed.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if isinstance(error, KeyboardInterrupt):
             raise
-        except BaseException as error:
-            # With --exit-signal-handler, Megatron's data loaders ignore the SIGTERM that Python ends them with, and
-            # this process would wait for them forever. PyTorch raises an error when one is killed.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            from megatron.remoe.preflight.messages import end_with_last_words
+        from megatron.remoe.preflight.messages import end_with_last_words
 
-            end_with_last_words(error)
+        end_with_last_words(error)
 
 
 def check_versions() -> None:
@@ -98,35 +87,22 @@ def prepare() -> bool:
     return on_cpu
 
 
-def train(
-    on_cpu: bool,
-    observe: "Callable[[ModelConfig], None] | None",
-    lock: "RunLock",
-    at_the_end: ExitStack,
-    store: "Store | None" = None,
-) -> None:
+def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_end: ExitStack) -> None:
     """Parse, lock, check, patch, configure the model, install the routing, and call Megatron's loop.
 
     Args:
         on_cpu, observe: as in `main`.
-        lock: held longer than one call if the training is started again in this process.
-        at_the_end: what ends with this call.
-        store: where the ranks meet, other than by MASTER_ADDR.
+        at_the_end: what ends with the training.
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import cpu, patches
+    from megatron.remoe.preflight import environment
     from megatron.remoe.preflight.checkpoint_files import choose_checkpoint
     from megatron.remoe.preflight.checkpoint_fit import check_loaded_run
     from megatron.remoe.preflight.data import check_data, check_vocabulary
-    from megatron.remoe.preflight.environment import (
-        check_environment,
-        check_evaluation_and_saving,
-        check_hybrid_model,
-        check_output_folders,
-        check_required_flags,
-    )
     from megatron.remoe.preflight.machine import check_kernels
     from megatron.remoe.preflight.messages import usage_errors
+    from megatron.remoe.preflight.run_lock import only_training
     from megatron.remoe.training import hooks
     from megatron.remoe.training.arguments import model_config_from_args, parse_args, take_saved_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
@@ -139,24 +115,23 @@ def train(
     from megatron.training.utils import get_blend_and_blend_per_split, print_rank_last
 
     with usage_errors(rank=0):
-        check_environment()
+        environment.check_environment()
     with usage_errors():
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
         if on_cpu:
             cpu.adapt_arguments(args)
         check_kernels(args.moe_kernels, on_cpu)
-        lock.take(args)
+        at_the_end.enter_context(only_training(args))
         resume = choose_checkpoint(args)
         if resume is not None:
             resume.apply(args)
         take_saved_args(args)
-        check_required_flags(args)
+        environment.check_required_flags(args)
         validate_args(args, {})
-        check_hybrid_model(args)
-        check_evaluation_and_saving(args)
+        environment.check_settings(args)
         check_data(args, get_blend_and_blend_per_split)
         args.override_opt_param_scheduler |= check_loaded_run(args, resume)
-        check_output_folders(args)
+        environment.check_output_folders(args)
         set_global_variables(args)
         check_vocabulary(args, get_blend_and_blend_per_split)
 
@@ -170,13 +145,8 @@ def train(
 
     if observe is not None:
         observe(model_cfg)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_cfg),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        store=store,
-    )
+    config = pretrain_cfg_container_from_args(args, model_cfg)
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     if not args.skip_train and args.iteration >= args.train_iters:
         print_rank_last(
             f"Nothing to do: the checkpoint in --load {args.load} is of iteration {args.iteration}, and --train-iters "

@@ -14,8 +14,7 @@ from tests.hostile.conftest import Noted
 from tests.hostile.trials import LIMIT, check_words, same_weights, training
 from tests.trainings import figures
 
-KILLS = 30  # of each training
-STEPS = 2 * KILLS
+KILLS, FEW_KILLS = 30, 3  # of each training; the second where hostile tests are left out
 EVALUATED = "--log-interval 2 --eval-interval 6 --eval-iters 1 --split 80,10,10".split()
 LAYOUTS = {
     "ReMoE": [],
@@ -28,12 +27,12 @@ LAYOUTS = {
 }
 
 
-def moment(folder: Path, number: int, chance: random.Random) -> tuple[str, float]:
+def moment(folder: Path, number: int, kills: int, chance: random.Random) -> tuple[str, float]:
     """The file that a kill waits for, and seconds from then on: at the start, in a save, between saves, at the end."""
-    newest = max(saved_iterations(folder), default=0)
-    if newest >= STEPS - 2 or number >= KILLS - 4:
+    newest, steps = max(saved_iterations(folder), default=0), 2 * kills
+    if newest >= steps - 2 or number >= kills - kills // 7:
         # In the last save, and in the last evaluation: there is no training after it that would add its result.
-        return (str(folder / f"iter_{STEPS:07d}") if newest < STEPS else ""), chance.uniform(0, 1.5)
+        return (str(folder / f"iter_{steps:07d}") if newest < steps else ""), chance.uniform(0, 1.5)
     kind = ("save", "start", "step")[number % 3]
     if kind == "start":
         return "", chance.uniform(0, 1.5)
@@ -42,33 +41,35 @@ def moment(folder: Path, number: int, chance: random.Random) -> tuple[str, float
     return str(folder / f"iter_{newest + 2:07d}" / "metadata.json"), chance.uniform(0, 0.3)
 
 
-@pytest.mark.hostile
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_killed_at_random_moments(layout: str, tmp_path: Path, note: Noted) -> None:
-    chance, kills, number = random.Random(layout), 0, 0
+@pytest.mark.parametrize(
+    ("layout", "wanted"),
+    [("ReMoE", FEW_KILLS), *(pytest.param(layout, KILLS, marks=pytest.mark.hostile) for layout in LAYOUTS)],
+)
+def test_killed_at_random_moments(layout: str, wanted: int, tmp_path: Path, note: Noted) -> None:
+    chance, kills, number, steps = random.Random(layout), 0, 0, 2 * wanted
     write_real_text(tmp_path / "text")
     flags = [*EVALUATED, *LAYOUTS[layout]]
     entry, folder = shared_entry(), tmp_path / "run"
-    code, output = entry.run(training(tmp_path, "expected", *flags, steps=STEPS), limit=LIMIT)
+    code, output = entry.run(training(tmp_path, "expected", *flags, steps=steps), limit=LIMIT)
     assert code == 0, output[-3000:]
-    while kills < KILLS:
+    while kills < wanted:
         number += 1
-        assert number < 4 * KILLS, "most trainings ended before their kill"
+        assert number < 4 * wanted, "most trainings ended before their kill"
         asked = signal.SIGTERM if number % 3 == 0 else signal.SIGKILL
-        awaited, seconds = moment(folder, kills, chance)
+        awaited, seconds = moment(folder, kills, wanted, chance)
         kill = (asked, awaited, seconds)
-        code, output = entry.run(training(tmp_path, "run", *flags, steps=STEPS), limit=LIMIT, kill=kill)
+        code, output = entry.run(training(tmp_path, "run", *flags, steps=steps), limit=LIMIT, kill=kill)
         check_words(output)
         at_sigterm = (0, 143) if asked == signal.SIGTERM and "--exit-signal-handler" in flags else ()
         # A process that reads data dies of SIGTERM while it starts, before there is something to save.
         at_sigterm += (1,) if at_sigterm and "error: RuntimeError: DataLoader worker" in output else ()
         assert code in (0, -asked, *at_sigterm), f"{code} after {kill}: {output[-3000:]}"
         kills += code != 0
-    code, output = entry.run(training(tmp_path, "run", *flags, steps=STEPS), limit=LIMIT)
+    code, output = entry.run(training(tmp_path, "run", *flags, steps=steps), limit=LIMIT)
     check_words(output)
     assert code == 0, output[-3000:]
-    assert same_weights(tmp_path / "expected", folder, STEPS)
+    assert same_weights(tmp_path / "expected", folder, steps)
     right, mine = figures(tmp_path / "expected", 2), figures(folder, 2)
     if "--exit-signal-handler" in flags:  # it saves between two lines, and the next one is a mean over other steps
         for line in right + mine:

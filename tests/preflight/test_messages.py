@@ -35,27 +35,19 @@ def test_the_first_rank_says_it_at_once(waited, monkeypatch, capsys) -> None:
     assert not waited
 
 
-def test_flags_are_wrong_on_all_ranks_and_told_once(waited, monkeypatch, capsys) -> None:
+def test_another_rank_says_what_is_its_own_reason(waited, monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setenv("RANK", "3")
-    assert said(ValueError("--lr is wrong"), capsys) == ""
-
-
-def test_a_rank_whose_files_are_missing_says_so(waited, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("RANK", "3")
+    assert said(ValueError("--lr is wrong"), capsys) == "", "flags are wrong on all ranks, and told once"
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         expected = f"own_script.py: error: rank 3 on {socket.gethostname()}: no data [{DataError.code}]\n"
         assert said(DataError("no data"), capsys) == expected
     assert 0 < waited[0] < waited[1], "the first of a machine speaks first, and torchrun then ends the others"
-
-
-def test_a_folder_that_one_rank_cannot_write_is_its_own_reason(waited, monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setenv("RANK", "1")
     (tmp_path / "file").touch()
     args = argparse.Namespace(save=str(tmp_path / "file" / "run"), tensorboard_dir=None, data_cache_path=None)
     with pytest.raises(SystemExit), messages.usage_errors():
         environment.check_output_folders(args)
-    assert f"rank 1 on {socket.gethostname()}: --save {args.save}: cannot be written" in capsys.readouterr().err
+    assert f"rank 3 on {socket.gethostname()}: --save {args.save}: cannot be written" in capsys.readouterr().err
 
 
 def test_last_words_are_of_the_program(waited, monkeypatch, capsys) -> None:

@@ -69,14 +69,12 @@ def lease(**fields: object) -> str:
 
 LEFT_BEHIND = {
     "empty, of a power cut": "",
-    "cut off": "filelock/2\npid=1",
     "no lock at all": "busy\n",
     "a machine that is gone": lease(),
     "a process that is gone": lease(pid=999_999, host=socket.gethostname()),
 }
 OF_ANOTHER_KIND = {
     "another protocol": "12\nnode7\n",
-    "another mode": "filelock/2\npid=12\nhost=node7\nmode=exclusive\n",
     "a mode of the future": lease(mode="shared"),
     "another lease": lease(duration=2 * SHORT),
 }

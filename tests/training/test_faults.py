@@ -139,13 +139,10 @@ def test_file_that_cannot_grow(data: Path, uninterrupted: Path, tmp_path: Path) 
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("flags", ["--moe-relu-l1-reg-coeff-multiplier 1.5", "--moe-relu-l1-reg-coeff-init 1"])
-def test_training_survives(flags: str, data: Path) -> None:
-    """Far too large coefficients; the paper's runs take them too."""
-    steps = 100
-    output = run(
-        [*TINY, *RELU, *f"--micro-batch-size 8 --train-iters {steps} {flags}".split(), "--data-path", str(data)]
-    )
+def test_training_survives(data: Path) -> None:
+    """A coefficient that is far too large; the paper's runs take it too."""
+    steps, hostile = 100, "--moe-relu-l1-reg-coeff-init 1 --micro-batch-size 8 --train-iters 100".split()
+    output = run([*TINY, *RELU, *hostile, "--data-path", str(data)])
     losses, layers = series(output, "lm loss"), series(output, "highest layer sparsity")
     assert len(losses) == steps and all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-20:]) / 20 < 3.0 < losses[0]

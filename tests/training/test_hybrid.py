@@ -21,7 +21,7 @@ from tools.common.hf.opening import open_model
 from tools.common.hf.source import open_run
 from tools.common.hf.tensors import model_of
 from tools.common.hf.weights import read
-from tools.common.hybrid import as_gpt, as_hybrid
+from tools.common.hybrid import as_hybrid
 from tools.common.tiny_model import RELU, TOPK
 from tools.convert_checkpoint.command import parse_arguments
 from tools.convert_checkpoint.model_class import convert_class
@@ -96,32 +96,23 @@ def test_one_training_in_two_classes(pattern: str, gpt: list[str], trainings: Tr
         assert trainings.resumed(f"{name}-gpt", *hybrid) == expected
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--moe-shared-expert-intermediate-size", "64", "--moe-granularity", "2"],
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
-        "--recompute-granularity selective --recompute-modules moe --moe-relu-activation-limit 1".split(),
-        ["--no-local-layer-fusion", "--bf16"],
+WITH = {  # what layers can do, and other routings
+    "shared expert and granularity": [*RUN, *"--moe-shared-expert-intermediate-size 64 --moe-granularity 2".split()],
+    "MoE recompute in chunks": [
+        *RUN,
+        *"--recompute-granularity selective --recompute-modules moe --moe-relu-activation-limit 1".split(),
     ],
-    ids=["shared expert and granularity", "full recompute", "MoE recompute in chunks", "Megatron's layers in bf16"],
-)
-def test_with_what_layers_can_do(flags: list[str], trainings: Trainings) -> None:
-    flags = [*RUN, *flags, "--train-iters", "3"]
-    assert trainings.run(*flags, "--hybrid-layer-pattern", "*E*E") == trainings.run(*flags)
+    "Megatron's layers in bf16": [*RUN, "--no-local-layer-fusion", "--bf16"],
+    "top-k": [*TOPK, "--num-workers", "0"],
+    "dense": ["--num-workers", "0"],
+}
 
 
-@pytest.mark.parametrize("routing", [TOPK, []], ids=["top-k", "dense"])
-def test_other_routings(routing: list[str], trainings: Trainings) -> None:
-    flags = [*routing, "--num-workers", "0", "--train-iters", "3"]
-    pattern = "*E*E" if routing else "*-*-"
+@pytest.mark.parametrize("kind", WITH)
+def test_with_what_layers_can_do(kind: str, trainings: Trainings) -> None:
+    flags = [*WITH[kind], "--train-iters", "3"]
+    pattern = "*-*-" if kind == "dense" else "*E*E"
     assert trainings.run(*flags, "--hybrid-layer-pattern", pattern) == trainings.run(*flags)
-
-
-def test_layers_without_attention_between(trainings: Trainings) -> None:
-    """Numbers of MoE layers with any gaps: S and λ do not care."""
-    steps = trainings.run(*RUN, "--train-iters", "3", "--hybrid-layer-pattern", "*EE-*E")
-    assert float(steps[3]["l1 coefficient"]) != float(steps[1]["l1 coefficient"])
 
 
 def test_multi_token_prediction(trainings: Trainings) -> None:
@@ -146,9 +137,6 @@ def test_hash_stays_in_its_class() -> None:
     args = argparse.Namespace(moe_baseline_router="hash", num_layers=2, num_experts=8, moe_layer_freq=1)
     with pytest.raises(ConversionError, match="--moe-baseline-router hash"):
         as_hybrid(args)
-    args.hybrid_layer_pattern = "*E*E"
-    with pytest.raises(ConversionError, match="--moe-baseline-router hash"):
-        as_gpt(args, "checkpoint")
 
 
 def test_transformer_engines_stack_takes_the_router() -> None:

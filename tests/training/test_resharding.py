@@ -21,14 +21,19 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     ),
     "DP2, reshardable": (2, RESHARDABLE),
     "TP2, reshardable": (2, [*TP2, *RESHARDABLE]),
+    "experts one by one": (1, ["--no-local-layer-fusion"]),
+    "experts one by one, reshardable": (1, ["--no-local-layer-fusion", *RESHARDABLE]),
+    "expert TP2": (2, [*TP2, "--expert-tensor-parallel-size", "2"]),
 }
 CHANGES = [
-    ("one process", "EP2"),
-    ("EP2", "one process"),
+    ("experts one by one", "EP2"),
     ("one process", "TP2"),
     ("PP2", "one process"),
     ("DP2, distributed optimizer", "one process, distributed optimizer"),
     ("DP2, reshardable", "TP2, reshardable"),
+    ("EP2", "experts one by one"),
+    ("experts one by one", "expert TP2"),
+    ("experts one by one, reshardable", "DP2, reshardable"),
 ]
 SAVED, END = 4, 8
 

@@ -3,31 +3,26 @@
 import argparse
 import sys
 
-# attribute: (value on the CPU, why)
-CPU_VALUES: dict[str, tuple[object, str]] = {
+# attribute: (value on the CPU, why); the first are on by default, so the user did not ask for them
+SILENT: dict[str, tuple[object, str]] = {
     "distributed_backend": ("gloo", "NCCL needs GPUs"),
     "transformer_impl": ("local", "Transformer Engine needs a GPU"),
     "gradient_accumulation_fusion": (False, "a CUDA kernel of apex"),
     "no_persist_layer_norm": (True, "a CUDA kernel of apex"),
     "masked_softmax_fusion": (False, "a CUDA kernel"),
     "apply_rope_fusion": (False, "a CUDA kernel of Transformer Engine"),
-    "bias_gelu_fusion": (False, "fused by torch.compile, which is off"),
-    "bias_swiglu_fusion": (False, "fused by torch.compile, which is off"),
-    "bias_dropout_fusion": (False, "fused by torch.compile, which is off"),
+    **dict.fromkeys(
+        ("bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"),
+        (False, "fused by torch.compile, which is off"),
+    ),
+}
+CPU_VALUES = SILENT | {
     "moe_grouped_gemm": (False, "a CUDA kernel of Transformer Engine"),
     "moe_permute_fusion": (False, "a CUDA kernel of Transformer Engine"),
     "cross_entropy_loss_fusion": (False, "a CUDA kernel"),
     "tp_comm_overlap": (False, "part of Transformer Engine"),
     "use_flash_attn": (False, "flash-attn needs a GPU"),
 }
-# On by default, so the user did not ask for them.
-SILENT: tuple[str, ...] = (
-    "distributed_backend",
-    "gradient_accumulation_fusion",
-    "no_persist_layer_norm",
-    "masked_softmax_fusion",
-)
-SILENT += ("apply_rope_fusion", "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion", "transformer_impl")
 
 
 def adapt_arguments(args: argparse.Namespace) -> None:
@@ -41,10 +36,9 @@ def adapt_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} needs an accelerator. On the CPU train in fp32 (the default) or with --bf16.")
     changed = []
     for name, (value, reason) in CPU_VALUES.items():
-        if not hasattr(args, name) or getattr(args, name) == value:
-            continue
-        setattr(args, name, value)
-        if name not in SILENT:
-            changed.append(f"--{name.replace('_', '-')} ({reason})")
+        if getattr(args, name, value) != value:
+            setattr(args, name, value)
+            if name not in SILENT:
+                changed.append(f"--{name.replace('_', '-')} ({reason})")
     if changed and args.rank == 0:
         print(f"Training on the CPU without {', '.join(changed)}.", file=sys.stderr, flush=True)

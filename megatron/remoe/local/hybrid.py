@@ -1,5 +1,6 @@
 """HybridModel without Transformer Engine: Megatron has plain PyTorch layers only for GPTModel."""
 
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
@@ -72,35 +73,22 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
         )
         for experts in (None, config.num_moe_experts)
     )
-    names = dense.sharded_state_dict_keys_map
-    attention = TransformerLayerSubmodules(
-        input_layernorm=dense.input_layernorm,
-        self_attention=dense.self_attention,
-        self_attn_bda=dense.self_attn_bda,
-        sharded_state_dict_keys_map=names,
+    layer = partial(TransformerLayerSubmodules, sharded_state_dict_keys_map=dense.sharded_state_dict_keys_map)
+    attention = layer(
+        input_layernorm=dense.input_layernorm, self_attention=dense.self_attention, self_attn_bda=dense.self_attn_bda
     )
-    mlp_layer, moe_layer = (
-        TransformerLayerSubmodules(
-            pre_mlp_layernorm=of.pre_mlp_layernorm,
-            mlp=of.mlp,
-            mlp_bda=of.mlp_bda,
-            sharded_state_dict_keys_map=names,
-        )
-        for of in (dense, moe)
+    mlp, experts = (
+        layer(pre_mlp_layernorm=of.pre_mlp_layernorm, mlp=of.mlp, mlp_bda=of.mlp_bda) for of in (dense, moe)
     )
+    # No layer in it: each depth is a stack of the layers above, by the pattern.
+    prediction = MultiTokenPredictionBlockSubmodules([get_mtp_layer_spec(None, use_transformer_engine=False)])
     return ModuleSpec(
         module=LocalHybridStack,
         params={"layer_norm": dense.input_layernorm},
         submodules=HybridStackSubmodules(
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp_layer),
-            moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=moe_layer),
-            mtp_block_spec=ModuleSpec(
-                module=MultiTokenPredictionBlock,
-                # No layer here: each depth is a stack of the layers above, by the pattern.
-                submodules=MultiTokenPredictionBlockSubmodules(
-                    [get_mtp_layer_spec(None, use_transformer_engine=False)]
-                ),
-            ),
+            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+            moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=experts),
+            mtp_block_spec=ModuleSpec(module=MultiTokenPredictionBlock, submodules=prediction),
         ),
     )

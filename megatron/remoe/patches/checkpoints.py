@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import wraps
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -25,28 +24,33 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, TorchDistLoadShardedStrategy
 from megatron.remoe.data.files import sync, write_text
+from megatron.remoe.patches.patch import patch, replace
 from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
 from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM, BrokenCheckpointError, index_sum
-from megatron.remoe.preflight.stored_sums import check_file, check_places
+from megatron.remoe.preflight.stored_sums import check_places
 from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
 
 # Of PyTorch's reader of archives: their headers have no sums.
 ARCHIVE_ERRORS = re.compile("PytorchStreamReader|inline_container|hasRecord")
+ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
+TORCH_FILE = "core/dist_checkpointing/strategies/torch.py"
 
 
+@patch(
+    changes=f"{TORCH_FILE}: MCoreLoadPlanner.load_bytes",
+    provides="protection from code in a checkpoint's objects",
+    ends="load_bytes unpickles with weights_only=True",
+)
 def load_objects_unexecuted() -> None:
     """Refuse what could run code among a checkpoint's objects, such as the states of random number generators.
 
     PyTorch unpickles them without restriction, though Megatron has a list of what they consist of.
     """
-    load_bytes = MCoreLoadPlanner.load_bytes
-    if hasattr(load_bytes, "__wrapped__"):
-        return
 
-    @wraps(load_bytes)
-    def load_known_bytes(self: MCoreLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
+    @replace(MCoreLoadPlanner, "load_bytes")
+    def load_bytes(stock: Any, self: MCoreLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
         name = f"{read_item.dest_index.fqn} in the checkpoint"
         try:
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(value)
@@ -62,9 +66,7 @@ def load_objects_unexecuted() -> None:
                 "REMOE-E405",
             )
         value.seek(0)
-        load_bytes(self, read_item, value)
-
-    MCoreLoadPlanner.load_bytes = load_known_bytes
+        stock(self, read_item, value)
 
 
 def _read_verified(reader: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -91,23 +93,23 @@ class _VerifyingReader(FileSystemReader):
     read_data = _read_verified
 
 
+@patch(
+    changes=f"{TORCH_FILE}: FileSystemReader and TorchDistLoadShardedStrategy.load",
+    provides="changed bits in a checkpoint's tensors are found",
+    ends="PyTorch compares records with their CRC-32 when it loads, and Megatron lets ranks fail together",
+)
 def verify_loaded_bytes() -> None:
     """Find bits of tensors and objects that have changed since they were saved, and tell all ranks.
 
     Each rank reads by itself. One that fails alone would leave the others waiting for it.
     """
-    load = TorchDistLoadShardedStrategy.load
-    if hasattr(load, "__wrapped__"):
-        return
-
-    @wraps(load)
-    def load_or_fail_together(*arguments: Any, **options: Any) -> Any:
-        with _fails_together():
-            return load(*arguments, **options)
-
-    TorchDistLoadShardedStrategy.load = load_or_fail_together
     torch_dist.FileSystemReader = _VerifyingReader
     CachedMetadataFileSystemReader.read_data = _read_verified
+
+    @replace(TorchDistLoadShardedStrategy, "load")
+    def load(stock: Any, *arguments: Any, **options: Any) -> Any:
+        with _fails_together():
+            return stock(*arguments, **options)
 
 
 @contextmanager
@@ -135,75 +137,30 @@ def _wrapped(error: CheckpointException) -> BrokenCheckpointError | None:
     return next((found for found, _ in error.failures.values() if isinstance(found, BrokenCheckpointError)), None)
 
 
-def keep_saving_possible() -> None:
-    """Start the process that holds Megatron's queue of written shards, such that it outlives SIGTERM.
-
-    Every save needs it. Megatron starts it at the first one, and SIGTERM ends it; Slurm sends SIGTERM to all processes
-    of a step, so that the save which --exit-signal-handler then makes would fail. Forked here it also starts at once;
-    Megatron spawns it, which imports everything anew. It ends with its parent: it would keep the log's pipe open.
-    """
-    if filesystem_async._results_queue is not None:
-        return
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(_serve_until_the_parent_ends)
-    filesystem_async._results_queue = manager.Queue()
-
-
-def _serve_until_the_parent_ends() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def tell_why_writing_fails() -> None:
-    """Keep file and reason where part of a checkpoint cannot be written: Megatron keeps only the type of the error."""
-    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-    if getattr(write, "tells_why", False):
-        return
-
-    @wraps(write)
-    def write_or_tell(*arguments: Any, **options: Any) -> Any:
-        output = write(*arguments, **options)
-        error = output[1]
-        if not isinstance(error, Exception) or options["results_queue"] is not None:
-            return output  # written, or in a thread of Megatron's that has to come to its end
-        while not isinstance(error, OSError) and error.__context__ is not None:
-            error = error.__context__  # PyTorch's own complaint about the file that it could not go on with
-        raise RuntimeError(f"{options['write_bucket'][0]}: {error}") from error
-
-    write_or_tell.tells_why = True  # type: ignore[attr-defined]
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_or_tell)
-
-
+@patch(
+    changes="training/training.py: load_checkpoint",
+    provides="going back from a damaged checkpoint; an error where none can be loaded or weights are not finite",
+    ends="Megatron has a hook after loading, and no sys.exit() in checkpointing.py",
+)
 def check_loaded_weights() -> None:
     """Go back to the previous whole iteration where bytes have changed, and refuse weights that are not finite.
 
-    A failed load that Megatron ends with exit code 0 ends in an error. Megatron has no hook between loading and
-    training.
+    A failed load that Megatron ends with exit code 0 ends in an error.
     """
-    load = training.load_checkpoint
-    if hasattr(load, "__wrapped__"):
-        return
 
-    @wraps(load)
-    def load_and_check(model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
+    @replace(training, "load_checkpoint")
+    def load(stock: Any, model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
         args = get_args()
         asked = args.ckpt_step
         while True:
             has_own = args.load and (args.ckpt_step or os.path.lexists(os.path.join(args.load, TRACKER)))
             flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"
-            root = getattr(args, flag.removeprefix("--").replace("-", "_"))
+            root = args.load if flag == "--load" else args.pretrained_checkpoint
             folder = iteration_folder(Path(root), args) if root else None
             try:
                 if folder is not None:
                     _check_own_files(folder)
-                loaded = load(model, *rest, **options)
+                loaded = stock(model, *rest, **options)
                 break
             except SystemExit as stop:
                 raise BrokenCheckpointError(
@@ -221,8 +178,6 @@ def check_loaded_weights() -> None:
             check_is_finite(f"{flag} {root}", chunk)
         return loaded
 
-    training.load_checkpoint = load_and_check
-
 
 def _check_own_files(folder: Path) -> None:
     """Check this rank's files of a checkpoint with one file per rank; others are checked while they are read."""
@@ -233,7 +188,7 @@ def _check_own_files(folder: Path) -> None:
     own = Path(checkpointing.get_checkpoint_name(str(folder.parent), iteration, released, return_base_dir=False))
     with _fails_together():
         for file in own.parent.glob("*.pt"):
-            check_file(file)
+            check_places(file, [(0, file.stat().st_size)])
 
 
 class _Tracker(io.StringIO):
@@ -249,9 +204,8 @@ class _Tracker(io.StringIO):
             folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
             if (folder / INDEX).is_file():
                 write_text(folder / INDEX_SUM, index_sum(folder))
-            for path in folder.rglob("*"):
+            for path in (*folder.rglob("*"), folder):
                 sync(path)
-            sync(folder)
             write_text(self._path, name)
         super().close()
 
@@ -271,6 +225,12 @@ class _DurableStorage:
         return self._stock.open(path, mode, *rest, **options)
 
 
+@patch(
+    changes="training/checkpointing.py: maybe_msc",
+    provides="checkpoints that survive a power cut from the moment they are reported as saved",
+    ends="save_checkpoint calls fsync for metadata.json, the folder and the tracker",
+    for_saving=True,
+)
 def save_durably() -> None:
     """Have a checkpoint on the disk before it is reported as saved, with a checksum of its index.
 
@@ -278,3 +238,54 @@ def save_durably() -> None:
     """
     if not isinstance(checkpointing.maybe_msc, _DurableStorage):
         checkpointing.maybe_msc = _DurableStorage(checkpointing.maybe_msc)
+
+
+@patch(
+    changes=f"{ASYNC_FILE}: _results_queue",
+    provides="the checkpoint that is saved at SIGTERM where the signal goes to all processes, as Slurm's does",
+    ends="the queue's process ignores SIGTERM, or there is none",
+    for_saving=True,
+)
+def keep_saving_possible() -> None:
+    """Start the process that holds Megatron's queue of written shards, such that it outlives SIGTERM.
+
+    Every save needs it. Megatron starts it at the first one, and SIGTERM ends it; Slurm sends SIGTERM to all processes
+    of a step, so that the save which --exit-signal-handler then makes would fail. Forked here it also starts at once;
+    Megatron spawns it, which imports everything anew. It ends with its parent: it would keep the log's pipe open.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(_serve_until_the_parent_ends)
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _serve_until_the_parent_ends() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@patch(
+    changes=f"{ASYNC_FILE}: FileSystemWriterAsync.write_preloaded_data",
+    provides="the file and the reason where a checkpoint cannot be written",
+    ends="the error of a failed write reaches the caller whole",
+    for_saving=True,
+)
+def tell_why_writing_fails() -> None:
+    """Keep file and reason where part of a checkpoint cannot be written: Megatron keeps only the type of the error."""
+
+    @replace(filesystem_async.FileSystemWriterAsync, "write_preloaded_data")
+    def write(stock: Any, *arguments: Any, **options: Any) -> Any:
+        output = stock(*arguments, **options)
+        error = output[1]
+        if not isinstance(error, Exception) or options["results_queue"] is not None:
+            return output  # written, or in a thread of Megatron's that has to come to its end
+        while not isinstance(error, OSError) and error.__context__ is not None:
+            error = error.__context__  # PyTorch's own complaint about the file that it could not go on with
+        raise RuntimeError(f"{options['write_bucket'][0]}: {error}") from error

@@ -11,19 +11,24 @@ from megatron.core.tensor_parallel import layers
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.local.main_grad import add_outer
 from megatron.remoe.local.rotary import FusedRotaryEmbedding
+from megatron.remoe.patches.patch import patch
 
 
+@patch(
+    changes="core/tensor_parallel/layers.py: fused_weight_gradient_mlp_cuda",
+    provides="--gradient-accumulation-fusion on GPUs without apex",
+    ends="linear layers accumulate weight gradients without apex's module",
+)
 def enable_torch_weight_gradient_fusion() -> None:
     """Support --gradient-accumulation-fusion without apex.
 
     apex's module calls a cuBLAS product that torch offers too: half-precision factors, added to an fp32 result.
     """
-    if layers._grad_accum_fusion_available:
-        return
-    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
-        wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
-    )
-    layers._grad_accum_fusion_available = True
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+            wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
+        )
+        layers._grad_accum_fusion_available = True
 
 
 def _add_weight_gradient(rows: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -31,6 +36,11 @@ def _add_weight_gradient(rows: torch.Tensor, gradient: torch.Tensor, main_grad: 
     add_outer(main_grad, gradient, rows)
 
 
+@patch(
+    changes="core/models/common/language_module/language_module.py: fused_vocab_parallel_cross_entropy",
+    provides="a cross entropy that reads the logits once in each direction, without Transformer Engine",
+    ends="the native fusion reads bf16 logits once forward and once backward",
+)
 def use_fla_cross_entropy() -> None:
     """Use flash-linear-attention's kernels for --cross-entropy-loss-fusion if the package is installed.
 
@@ -41,6 +51,11 @@ def use_fla_cross_entropy() -> None:
         language_module.fused_vocab_parallel_cross_entropy = vocab_parallel_cross_entropy
 
 
+@patch(
+    changes="core/models/common/embeddings/rope_utils.py: fused_apply_rotary_pos_emb",
+    provides="rotary embedding in one kernel, without Transformer Engine",
+    ends="rope fusion has a kernel that needs no Transformer Engine",
+)
 def use_rotary_kernel() -> None:
     """Use a Triton kernel for rope fusion if Transformer Engine is not installed."""
     if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("triton") is not None:

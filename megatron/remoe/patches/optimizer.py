@@ -1,14 +1,21 @@
 """PyTorch's Adam in the distributed optimizer, used if neither Transformer Engine nor apex is installed."""
 
-from functools import wraps
 from typing import Any
 
 import torch
 
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.remoe.patches.patch import patch, replace
+
+FILE = "core/optimizer/distrib_optimizer.py: DistributedOptimizer"
 
 
+@patch(
+    changes=f"{FILE}'s state_dict, load_state_dict and _set_main_param_and_optimizer_states",
+    provides="resuming the distributed optimizer without Transformer Engine or apex",
+    ends="a distributed torch.optim.AdamW resumes",
+)
 def enable_torch_adam_resume() -> None:
     """Resume the distributed optimizer without Transformer Engine and apex.
 
@@ -17,38 +24,36 @@ def enable_torch_adam_resume() -> None:
     among all parameters and then overwrites it with zero. The fully reshardable format asks for a counter that is not
     saved.
     """
-    state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(state_dict, "__wrapped__"):
+    if distrib_optimizer.HAVE_APEX_OR_TE:
         return
 
-    @wraps(state_dict)
-    def state_dict_with_steps(self: DistributedOptimizer) -> Any:
+    @replace(DistributedOptimizer, "state_dict")
+    def state_dict(stock: Any, self: DistributedOptimizer) -> Any:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
-                if not state and isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                if not state and _is_torchs_adam(self):
                     state["step"] = _step(0.0, group, parameter)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state_dict(self)
+        return stock(self)
 
-    @wraps(load_state_dict)
+    @replace(DistributedOptimizer, "load_state_dict")
     @torch.no_grad()
-    def load_state_dict_with_steps(self: DistributedOptimizer, loaded: Any) -> None:
-        load_state_dict(self, loaded)
+    def load_state_dict(stock: Any, self: DistributedOptimizer, loaded: Any) -> None:
+        stock(self, loaded)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if "step" in (state := self.optimizer.state[parameter]):
                     state["step"] = _step(group["step"], group, parameter)
 
-    @wraps(set_states)
-    def set_states_but_steps(self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
-        set_states(self, parameter, {"step": None} | tensors)  # Megatron skips values that are not tensors
+    @replace(DistributedOptimizer, "_set_main_param_and_optimizer_states")
+    def set_states(stock: Any, self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
+        stock(self, parameter, {"step": None} | tensors)  # Megatron skips values that are not tensors
 
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_steps
-    DistributedOptimizer.state_dict = state_dict_with_steps
-    DistributedOptimizer.load_state_dict = load_state_dict_with_steps
+
+def _is_torchs_adam(optimizer: DistributedOptimizer) -> bool:
+    return isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
 def _step(number: float, group: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
@@ -56,20 +61,19 @@ def _step(number: float, group: dict[str, Any], parameter: torch.Tensor) -> torc
     return torch.tensor(float(number), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
 
 
+@patch(
+    changes=f"{FILE}.__init__",
+    provides="a fused Adam on GPUs without Transformer Engine or apex",
+    ends="Megatron creates PyTorch's Adam with fused=True",
+)
 def use_fused_adam() -> None:
-    """Use PyTorch's fused Adam in the distributed optimizer without Transformer Engine and apex.
-
-    Megatron creates the default one, which passes over memory about ten times.
-    """
-    initialize = DistributedOptimizer.__init__
-    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(initialize, "__wrapped__"):
+    """Use PyTorch's fused Adam in the distributed optimizer; Megatron's default passes over memory ten times."""
+    if distrib_optimizer.HAVE_APEX_OR_TE:
         return
 
-    @wraps(initialize)
-    def initialize_fused(self: DistributedOptimizer, *arguments: Any, **options: Any) -> None:
-        initialize(self, *arguments, **options)
-        if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
+    @replace(DistributedOptimizer, "__init__")
+    def initialize(stock: Any, self: DistributedOptimizer, *arguments: Any, **options: Any) -> None:
+        stock(self, *arguments, **options)
+        if _is_torchs_adam(self):
             for group in self.optimizer.param_groups:
                 group["fused"] = True
-
-    DistributedOptimizer.__init__ = initialize_fused

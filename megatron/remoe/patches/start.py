@@ -1,37 +1,44 @@
-"""Start without a Makefile, and count FLOPs during a top-k warm-up."""
+"""Start without a Makefile, and print the time left."""
 
 import importlib
-from functools import wraps
+import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from megatron.core.datasets import utils
-from megatron.training import training
+from megatron.remoe.patches.patch import patch, replace
+from megatron.training import get_args, training
+
+_LINE = re.compile(r" iteration +(\d+)/ *(\d+) \|.* elapsed time per iteration \(ms\): ([\d.]+) \|")
 
 
+@patch(
+    changes="core/datasets/utils.py: compile_helpers",
+    provides="a start without Megatron's Makefile, which is missing from the wheel",
+    ends="compile_helpers uses the compiled helpers, or the wheel contains the Makefile",
+)
 def use_shipped_helpers() -> None:
-    """Use the compiled data helpers of the wheel instead of running `make`.
+    """Use the compiled data helpers of the wheel instead of running `make`, which ends the process if it fails."""
+    if not (Path(utils.__file__).parent / "Makefile").exists():
+        importlib.import_module("megatron.core.datasets.helpers_cpp")
+        utils.compile_helpers = lambda: None
 
-    Megatron runs `make` at the start and exits if it fails. The released wheel contains the compiled helpers but no
-    Makefile, so no training starts from it, with or without a GPU.
+
+@patch(
+    changes="training/training.py: print_rank_last",
+    provides="the time left in each line of the log",
+    ends="Megatron prints it",
+)
+def print_time_left() -> None:
+    """Append the hours left to the line of each log interval, by the interval's time per step.
+
+    The line of a start's first step, which is slower, gets none unless every step has a line.
     """
-    if (Path(utils.__file__).parent / "Makefile").exists():
-        return
-    importlib.import_module("megatron.core.datasets.helpers_cpp")
-    utils.compile_helpers = lambda: None
 
-
-def count_warmup_flops() -> None:
-    """Count a warm-up step with its own k, in the throughput and in the total that checkpoints keep."""
-    count = training.num_floating_point_operations
-    if hasattr(count, "__wrapped__"):
-        return
-
-    @wraps(count)
-    def count_by_step(args: Any, *rest: Any, **options: Any) -> Any:
-        if getattr(args, "moe_warmup_topk", None) and args.curr_iteration < args.moe_warmup_steps:
-            args = SimpleNamespace(**vars(args) | {"moe_router_topk": args.moe_warmup_topk})
-        return count(args, *rest, **options)
-
-    training.num_floating_point_operations = count_by_step
+    @replace(training, "print_rank_last")
+    def printing(stock: Any, message: str) -> None:
+        found = _LINE.search(message)
+        if found and int(found[1]) % get_args().log_interval == 0:
+            hours = (int(found[2]) - int(found[1])) * float(found[3]) / 3.6e6
+            message += f" time left (h): {hours:.2f} |"
+        stock(message)

@@ -66,33 +66,29 @@ def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
         BrokenCheckpointError: the iteration asked for by --ckpt-step is not whole, or none is; names the iteration to
             go back to.
     """
-    step = args.ckpt_step
+    step, pretrained = args.ckpt_step, args.pretrained_checkpoint
     if step is not None and step < 1:
         raise BrokenCheckpointError(
             f"--ckpt-step {step}: must be the number of a saved iteration, at least 1.", "REMOE-E402"
         )
-    pretrained = args.pretrained_checkpoint
     for flag, name in (("--load", args.load), ("--pretrained-checkpoint", pretrained)):
-        if name and "://" not in name:
-            root = Path(name)
-            if os.path.lexists(root / TRACKER) or (step and not pretrained) or _has_lost_its_tracker(root):
-                return _choose(flag, root, step)
+        if not name or "://" in name:
+            continue
+        root = Path(name)
+        # Checkpoints without a tracker, more than a first save that was cut off, have lost it.
+        has_tracker = os.path.lexists(root / TRACKER) or (step and not pretrained)
+        if has_tracker or len(saved_iterations(root)) > 1 or newest_whole(root) is not None:
+            return _choose(flag, root, step)
     return None
-
-
-def _has_lost_its_tracker(root: Path) -> bool:
-    """Whether there are checkpoints though no tracker: more than a first save that was cut off."""
-    return len(saved_iterations(root)) > 1 or newest_whole(root) is not None
 
 
 def _choose(flag: str, root: Path, step: int | None) -> Resume:
     saved_iterations(root)  # refuses a file where a folder belongs
     newest = newest_iteration(root)
-    released = newest == RELEASE
     wanted = step or (int(newest) if _NUMBER.fullmatch(newest) else None)
-    chosen = root / (RELEASE if released else f"iter_{wanted or 0:07d}")
+    chosen = root / (RELEASE if newest == RELEASE else f"iter_{wanted or 0:07d}")
     try:
-        if wanted is None and not released:
+        if wanted is None and newest != RELEASE:
             state = f"holds {newest[:20]!r} instead of an iteration" if (root / TRACKER).is_file() else "is missing"
             raise BrokenCheckpointError(f"{root / TRACKER} {state}")
         return Resume(flag, chosen, check_is_whole(chosen).get("args"))
@@ -112,9 +108,9 @@ def go_back(flag: str, failed: Path, problem: str, step: int | None = None) -> R
     Raises:
         BrokenCheckpointError: the user asked for that iteration, or no earlier one is whole.
     """
-    root = failed.parent
-    released = failed.name == RELEASE
-    whole = None if released else newest_whole(root, below=int(failed.name.removeprefix("iter_")) or None)
+    root, whole = failed.parent, None
+    if failed.name != RELEASE:
+        whole = newest_whole(root, below=int(failed.name.removeprefix("iter_")) or None)
     if whole is None:
         raise BrokenCheckpointError(f"{flag} {root}: {problem}. No other checkpoint there is whole.")
     if step:
@@ -157,8 +153,7 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
     ends: dict[str, int] = {}
     for entry in index.storage_data.values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
-    for name, end in sorted(ends.items()):
-        path = folder / name
+    for path, end in ((folder / name, end) for name, end in sorted(ends.items())):
         if not path.is_file():
             raise BrokenCheckpointError(f"{path} is missing")
         if path.stat().st_size < end:
@@ -172,25 +167,24 @@ def saved_iterations(root: Path) -> list[int]:
     Raises:
         BrokenCheckpointError: something that is no folder has an iteration's name; saving it would fail.
     """
-    found = [(path, match) for path in root.glob("iter_*") if (match := _FOLDER.fullmatch(path.name))]
-    for path, _ in found:
+    found = {int(match[1]): path for path in root.glob("iter_*") if (match := _FOLDER.fullmatch(path.name))}
+    for path in found.values():
         if not path.is_dir():
             raise BrokenCheckpointError(
                 f"{path} is no folder, and in the way of checkpoints. Move it away.", "REMOE-E403"
             )
-    return sorted((int(match[1]) for _, match in found), reverse=True)
+    return sorted(found, reverse=True)
 
 
 def newest_whole(root: Path, below: int | None = None) -> int | None:
     """Return the newest whole checkpoint's iteration, of those below `below`; None where there is none."""
     for iteration in saved_iterations(root):
-        if below is not None and iteration >= below:
-            continue
-        try:
-            check_is_whole(root / f"iter_{iteration:07d}")
-        except BrokenCheckpointError:
-            continue
-        return iteration
+        if below is None or iteration < below:
+            try:
+                check_is_whole(root / f"iter_{iteration:07d}")
+                return iteration
+            except BrokenCheckpointError:
+                continue
     return None
 
 

@@ -1,7 +1,6 @@
 """Compares the checkpoint under --load with the flags, by the arguments saved in it, before anything starts."""
 
 import argparse
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,11 +23,12 @@ from megatron.remoe.preflight.compared_settings import (
     SCHEDULE,
     differences,
     duration,
-    picked,
     result,
     shape,
 )
 from megatron.remoe.preflight.compared_settings import moe_layer_pattern as moe_layer_pattern
+
+STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")  # values of --dist-ckpt-strictness
 
 
 def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
@@ -79,18 +79,15 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
         )
     if resume is None:
         _check_is_there(args)
+    if resume is None or resume.saved is None:
         return False
-    if resume.saved is None:
-        return False
-    problems = _of_the_model(args, resume.saved, resume.flag)
     goes_on = not args.finetune and resume.folder.name != RELEASE and resume.flag == "--load"
-    if goes_on:
-        problems = itertools.chain(problems, _of_the_training(args, resume.saved))
-    for code, problem in problems:
-        raise UsageError(f"{resume.flag} {resume.folder}{problem}", code)
-    if not goes_on or not _compares_schedules(args):
-        return False
-    return bool(duration(args)[0] != duration(resume.saved)[0] and args.weight_decay_incr_style == "constant")
+    for checks in (_of_the_model, _of_the_training) if goes_on else (_of_the_model,):
+        for code, problem in checks(args, resume.saved):
+            if problem:
+                raise UsageError(f"{resume.flag} {resume.folder}{problem}", code)
+    is_other_end = duration(args)[0] != duration(resume.saved)[0] and args.weight_decay_incr_style == "constant"
+    return bool(goes_on and _compares_schedules(args) and is_other_end)
 
 
 @torch.no_grad()
@@ -116,71 +113,70 @@ def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
 
 def _check_is_there(args: argparse.Namespace) -> None:
     """Refuse to start from random weights, which Megatron does without a checkpoint, but for a first start."""
-    places = [("--pretrained-checkpoint", args.pretrained_checkpoint), ("--load", args.load)]
-    flag, folder = next(((flag, folder) for flag, folder in places if folder), ("", ""))
-    is_elsewhere = any("://" in (place or "") for _, place in places)
-    if not folder or is_elsewhere or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
+    places = {"--pretrained-checkpoint": args.pretrained_checkpoint, "--load": args.load}
+    given = {flag: folder for flag, folder in places.items() if folder}
+    is_elsewhere = any("://" in folder for folder in given.values())
+    if not given or is_elsewhere or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
         return
+    flag, folder = next(iter(given.items()))
     first_start = flag == "--load" and args.save and Path(args.save).resolve() == Path(folder).resolve()
-    if first_start and not args.finetune and not args.exit_on_missing_checkpoint:
-        return
-    raise BrokenCheckpointError(
-        f"{flag} {folder}: holds no checkpoint (there is no {TRACKER}). Give what a training had under --save, or "
-        f"leave {flag} out to start from random weights.",
-        "REMOE-E404",
+    if not first_start or args.finetune or args.exit_on_missing_checkpoint:
+        raise BrokenCheckpointError(
+            f"{flag} {folder}: holds no checkpoint (there is no {TRACKER}). Give what a training had under --save, or "
+            f"leave {flag} out to start from random weights.",
+            "REMOE-E404",
+        )
+
+
+def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Yield codes, and why the checkpoint's weights are not this model's or ""."""
+    was_relu, experts = getattr(saved, "moe_relu_routing", False), getattr(saved, "num_experts", None)
+    here, there = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
+    problem = ""
+    if args.dist_ckpt_strictness in STRICT and args.moe_relu_routing and not was_relu:
+        problem = f" holds a {'top-k MoE' if experts else 'dense'} model, from which --moe-relu-routing cannot start: "
+        problem += "tools/convert_checkpoint makes a ReMoE of it."
+    elif args.dist_ckpt_strictness in STRICT and was_relu and not args.moe_relu_routing and not args.finetune:
+        problem = " holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
+    # Megatron reads GPTModel's checkpoints into a HybridModel where all layers are alike, and none the other way.
+    elif there and not here:
+        problem = f" holds a HybridModel: add --hybrid-layer-pattern '{there}', or make a GPTModel's checkpoint of it "
+        problem += "with tools/convert_checkpoint --model gpt."
+    elif here and not there and {"E", "-"} <= set(here):
+        problem = " holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, and "
+        problem += f"--hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid."
+    yield "REMOE-E412", problem
+    different = differences(args, saved, shape)
+    yield (
+        "REMOE-E411",
+        different and f" holds a model of another shape: {different}. Give its values, or another model.",
     )
 
 
-def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace, flag: str) -> Iterator[tuple[str, str]]:
-    """Yield the code and the message of what keeps the checkpoint's weights from being this model's."""
-    was_relu, experts = getattr(saved, "moe_relu_routing", False), getattr(saved, "num_experts", None)
-    here, there = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
-    if args.dist_ckpt_strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
-        if args.moe_relu_routing and not was_relu:
-            kind = "top-k MoE" if experts else "dense"
-            remedy = "tools/convert_checkpoint makes a ReMoE of it"
-            yield "REMOE-E412", f" holds a {kind} model, from which --moe-relu-routing cannot start: {remedy}."
-        if was_relu and not args.moe_relu_routing and not args.finetune:
-            yield "REMOE-E412", " holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
-    # Megatron reads GPTModel's checkpoints into a HybridModel where all layers are alike, and none the other way.
-    if there and not here:
-        yield (
-            "REMOE-E412",
-            f" holds a HybridModel: add --hybrid-layer-pattern '{there}', or make a GPTModel's checkpoint of it with "
-            "tools/convert_checkpoint --model gpt.",
-        )
-    if here and not there and {"E", "-"} <= set(here):
-        yield (
-            "REMOE-E412",
-            f" holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, and "
-            f"--hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid.",
-        )
-    if different := differences(shape(args), shape(saved), args, saved):
-        yield "REMOE-E411", f" holds a model of another shape: {different}. Give its values, or another {flag}."
-
-
 def _of_the_training(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yield the code and the message of what would make another training of the saved one."""
-    rates = "" if args.no_load_optim else differences(picked(args, RATES), picked(saved, RATES), args, saved)
-    settings = "" if args.allow_changed_settings else differences(result(args), result(saved), args, saved)
-    if different := "; ".join(filter(None, (rates, settings))):
-        meant = "" if rates else "--allow-changed-settings where this is meant, or "
-        yield (
-            "REMOE-E413",
-            f": resuming with other settings than it was saved with: {different}. Give its values, or another --save "
-            f"and --load, or {meant}--finetune with another --save to start a new training from its weights.",
-        )
-    if not args.no_load_optim and (problem := _of_the_optimizer(args, saved)):
-        yield "REMOE-E414", f": {problem}, or give --no-load-optim to go on with new optimizer state."
-    schedule = SCHEDULE if duration(args)[1] == duration(saved)[1] else DURATION + SCHEDULE
-    different = differences(picked(args, schedule), picked(saved, schedule), args, saved)
-    if different and _compares_schedules(args):
-        yield (
-            "REMOE-E415",
-            f": the learning rate would follow another schedule than before: {different}. Give its values, or "
-            "--override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to follow "
-            "the checkpoint.",
-        )
+    """Yield codes, and what would make another training of the saved one or ""."""
+    rates = "" if args.no_load_optim else differences(args, saved, RATES)
+    settings = "" if args.allow_changed_settings else differences(args, saved, result)
+    different = "; ".join(filter(None, (rates, settings)))
+    meant = "" if rates else "--allow-changed-settings where this is meant, or "
+    yield (
+        "REMOE-E413",
+        different
+        and f": resuming with other settings than it was saved with: {different}. Give its values, or another --save "
+        f"and --load, or {meant}--finetune with another --save to start a new training from its weights.",
+    )
+    problem = "" if args.no_load_optim else _of_the_optimizer(args, saved)
+    yield "REMOE-E414", problem and f": {problem}, or give --no-load-optim to go on with new optimizer state."
+    same_end = duration(args)[1] == duration(saved)[1]
+    schedule = SCHEDULE if same_end else DURATION + SCHEDULE
+    different = differences(args, saved, schedule) if _compares_schedules(args) else ""
+    yield (
+        "REMOE-E415",
+        different
+        and f": the learning rate would follow another schedule than before: {different}. Give its values, or "
+        "--override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to follow the "
+        "checkpoint.",
+    )
 
 
 def _of_the_optimizer(args: argparse.Namespace, saved: argparse.Namespace) -> str:
@@ -201,7 +197,7 @@ def _of_the_optimizer(args: argparse.Namespace, saved: argparse.Namespace) -> st
     if args.num_experts and was_fused != (args.local_layer_fusion and args.transformer_impl == "local"):
         kind, remedy = ("grouped experts", "Leave out") if was_fused else ("experts one by one", "Add")
         return f"{only_for} {kind}. {remedy} --no-local-layer-fusion"
-    if different := differences(picked(args, LAYOUT), picked(saved, LAYOUT), args, saved):
+    if different := differences(args, saved, LAYOUT):
         return f"{only_for} its layout alone: {different}. Save once more in that layout with the flag"
     return ""
 

@@ -6,19 +6,12 @@ import hashlib
 import io
 import math
 import pickle
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron.remoe.data.errors import UsageError
 
@@ -77,9 +70,14 @@ def read_index(folder: Path) -> Metadata:
         # A sum that was not written to its end says nothing about the rest.
         if noted.is_file() and len(seen := noted.read_bytes()) == SUM_LENGTH and seen != index_sum(folder).encode():
             raise ValueError(f"it has changed since it was saved, as {INDEX_SUM} shows")
-        metadata = _IndexUnpickler(io.BytesIO(index.read_bytes())).load()
-        _check_structure(metadata)
-    except Exception as error:  # whatever reading a damaged file raises
+        metadata: Metadata = _IndexUnpickler(io.BytesIO(index.read_bytes())).load()
+        _check_places(metadata)
+        for name, kind in metadata.state_dict_metadata.items():
+            if isinstance(kind, TensorStorageMetadata):
+                _check_tensor(name, kind, metadata)
+            elif not isinstance(kind, BytesStorageMetadata) or MetadataIndex(name) not in metadata.storage_data:
+                raise ValueError(f"{name} is neither a tensor nor a stored object")
+    except Exception as error:  # whatever reading a damaged file raises, attributes of wrong types included
         reason = "it is damaged or truncated"
         if isinstance(error, ValueError | pickle.UnpicklingError) and str(error):
             reason = str(error).splitlines()[0][:200]
@@ -87,56 +85,35 @@ def read_index(folder: Path) -> Metadata:
     return metadata
 
 
-def _check_structure(index: Metadata) -> None:
-    """Check types, ranges and names in an unpickled index, so that nothing of it fails later.
-
-    Raises:
-        Exception: of any kind; a ValueError names what is wrong.
-    """
-    tensors, entries = index.state_dict_metadata, index.storage_data
-    known = isinstance(index, Metadata) and isinstance(tensors, dict) and isinstance(entries, dict)
-    if not known or not isinstance(index.storage_meta, StorageMeta | None):
-        raise ValueError("it is no index of a checkpoint")
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    for key, entry in entries.items():
-        if not (isinstance(key, MetadataIndex) and isinstance(entry, _StorageInfo) and key.fqn in tensors):
+def _check_places(index: Metadata) -> None:
+    """Check that entries are of known tensors and objects, and lie in the folder's files without overlap."""
+    files: dict[str, list[tuple[int, int]]] = {}
+    for key, entry in index.storage_data.items():
+        name, numbers = entry.relative_path, (entry.offset, entry.length)
+        if key.fqn not in index.state_dict_metadata or not isinstance(key.index, int | None):
             raise ValueError("it lists something that is no tensor or object of it")
-        name, hint = entry.relative_path, key.index
         if Path(name).name != name or name == ".." or not name.isprintable():
             raise ValueError(f"it refers to a file outside its folder, {name!r}")
-        if not (_is_count(entry.offset) and _is_count(entry.length) and (hint is None or type(hint) is int)):
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             raise ValueError(f"{key.fqn} has no valid place in {name}")
-        ranges.setdefault(name, []).append((entry.offset, entry.offset + entry.length))
-    for name, places in ranges.items():
-        places.sort()
-        if any(end > start for (_, end), (start, _) in zip(places, places[1:], strict=False)):
+        files.setdefault(name, []).append((entry.offset, entry.offset + entry.length))
+    for name, places in files.items():
+        if any(end > start for (_, end), (start, _) in pairwise(sorted(places))):
             raise ValueError(f"two parts of {name} overlap")
-    for name, kind in tensors.items():
-        if not isinstance(name, str):
-            raise ValueError("a name in it is no text")
-        if isinstance(kind, TensorStorageMetadata):
-            _check_tensor(name, kind, entries)
-        elif not isinstance(kind, BytesStorageMetadata) or MetadataIndex(name) not in entries:
-            raise ValueError(f"{name} is neither a tensor nor a stored object")
 
 
-def _check_tensor(name: str, tensor: TensorStorageMetadata, entries: dict[MetadataIndex, _StorageInfo]) -> None:
+def _check_tensor(name: str, tensor: TensorStorageMetadata, index: Metadata) -> None:
+    """Check that a tensor's parts lie inside its shape and are stored with as many bytes as they need."""
     if not isinstance(tensor.properties.dtype, torch.dtype) or not isinstance(tensor.size, torch.Size):
         raise ValueError(f"{name} has no valid type or shape")
     for chunk in tensor.chunks:
-        start, shape = chunk.offsets, chunk.sizes
-        inside = isinstance(chunk, ChunkStorageMetadata) and all(
-            0 <= first <= first + size <= whole for first, size, whole in zip(start, shape, tensor.size, strict=True)
-        )
-        if not inside:
+        places = zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+        if not all(0 <= first <= first + size <= whole for first, size, whole in places):
             raise ValueError(f"a part of {name} lies outside its shape")
-        entry = entries[MetadataIndex(name, start)]
-        if not entry.transform_descriptors and math.prod(shape) * tensor.properties.dtype.itemsize > entry.length:
+        entry = index.storage_data[MetadataIndex(name, chunk.offsets)]
+        needed = math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
+        if not entry.transform_descriptors and needed > entry.length:
             raise ValueError(f"a part of {name} has fewer bytes than its shape needs")
-
-
-def _is_count(number: Any) -> bool:
-    return type(number) is int and 0 <= number < 1 << 62
 
 
 def common_state(folder: Path, index: Metadata | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import argparse
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,22 +40,21 @@ RESULT_OF_RELU = [
     if field.name.startswith("moe_relu_") and field.name not in ("moe_relu_activation_limit", "moe_relu_router_bias")
 ]
 # Megatron finds the optimizer's state in the checkpoint by these, whatever the schedule.
-RATES = ("lr", "min_lr")
+RATES = ["lr", "min_lr"]
 # Megatron compares these with the checkpoint's when everything is built and loaded.
-SCHEDULE = ("lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay")
-DURATION = ("train_iters", "lr_decay_iters", "train_samples", "lr_decay_samples", "global_batch_size")
-LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
+SCHEDULE = ["lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay"]
+DURATION = ["train_iters", "lr_decay_iters", "train_samples", "lr_decay_samples", "global_batch_size"]
+LAYOUT = """
+tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+expert_model_parallel_size expert_tensor_parallel_size
+""".split()
 # A setting that follows from another one by default: not worth a line where that one differs.
 FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
 FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
-MULTIPLIED = ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts")
-SPLIT_BY_GRANULARITY = {**dict.fromkeys(MULTIPLIED, 1), "moe_ffn_hidden_size": -1}
+FOLLOWS |= dict.fromkeys(
+    ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts", "moe_ffn_hidden_size"),
+    "moe_granularity",
+)
 SHOWN = 120  # letters of a setting, such as a list of data sets
 Settings = dict[str, Any]
 
@@ -72,16 +71,11 @@ def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
     return frequency
 
 
-def picked(args: argparse.Namespace, names: Iterable[str]) -> Settings:
-    """Return the settings of these names that exist; older checkpoints do not have all of them."""
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
-
-
 def result(args: argparse.Namespace) -> Settings:
     """Return what the result depends on; data sets by name, for they may have been moved."""
     names = RESULT + (RESULT_OF_EXPERTS if getattr(args, "num_experts", None) else [])
-    found = picked(args, names + (RESULT_OF_RELU if getattr(args, "moe_relu_routing", False) else []))
-    for name, words in picked(args, DATA).items():
+    found = _picked(args, names + (RESULT_OF_RELU if getattr(args, "moe_relu_routing", False) else []))
+    for name, words in _picked(args, list(DATA)).items():
         words = [words] if isinstance(words, str) else words or []
         found[name] = [_weight_or_name(word) for word in words]
     return found
@@ -96,7 +90,7 @@ def _weight_or_name(word: str) -> float | str:
 
 def shape(args: argparse.Namespace) -> Settings:
     """Return the settings that give the weights their shapes."""
-    found = picked(args, SHAPE)
+    found = _picked(args, SHAPE)
     if getattr(args, "heterogeneous_layers_config_encoded_json", None):
         return {}
     pattern = getattr(args, "hybrid_layer_pattern", None)
@@ -129,26 +123,31 @@ def duration(args: argparse.Namespace) -> tuple[Any, Any]:
     return samples, getattr(args, "lr_decay_samples", None) or samples
 
 
-def differences(mine: Settings, other: Settings, args: argparse.Namespace, saved: argparse.Namespace) -> str:
-    """Return the settings that both have and that differ, as flags with both values."""
-    names = [name for name in mine if name in other and not _same(mine[name], other[name])]
-    if not names:
-        return ""
-    here, there = args.moe_granularity, getattr(saved, "moe_granularity", 1)
-    parts = [] if here == there else [_difference("moe_granularity", there, here)]
-    for name in names:
-        if FOLLOWS.get(name) in names:
-            continue
-        power = SPLIT_BY_GRANULARITY.get(name, 0)
-        values = _as_given(other[name], there, power), _as_given(mine[name], here, power)
-        if values[0] != values[1]:
-            parts.append(_difference(name, *values))
-    return "; ".join(parts)
+def differences(
+    args: argparse.Namespace, saved: argparse.Namespace, settings: list[str] | Callable[[argparse.Namespace], Settings]
+) -> str:
+    """Return the settings that differ as flags with both values, or "".
+
+    Args:
+        args, saved: Megatron's, of this run and of the checkpoint; settings that one of them lacks are left out.
+        settings: the names to compare, or a function that returns what to compare.
+    """
+    here, there = (_picked(each, settings) if isinstance(settings, list) else settings(each) for each in (args, saved))
+    names = [name for name in here if name in there and not _same(here[name], there[name])]
+    granularities = getattr(args, "moe_granularity", 1), getattr(saved, "moe_granularity", 1)
+    if names and granularities[0] != granularities[1]:
+        names = ["moe_granularity", *names]
+        here["moe_granularity"], there["moe_granularity"] = granularities
+    return "; ".join(
+        f"{flag_of(name)} {_short(there[name])} in the checkpoint, {_short(here[name])} here"
+        for name in names
+        if FOLLOWS.get(name) not in names
+    )
 
 
-def _difference(name: str, there: Any, here: Any) -> str:
-    before, now = (textwrap.shorten(shown(value), SHOWN, placeholder=" ...") for value in (there, here))
-    return f"{flag_of(name)} {before} in the checkpoint, {now} here"
+def _picked(args: argparse.Namespace, names: list[str]) -> Settings:
+    """Return the settings of these names that exist; older checkpoints do not have all of them."""
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def _same(mine: Any, other: Any) -> bool:
@@ -157,7 +156,5 @@ def _same(mine: Any, other: Any) -> bool:
     return bool(mine == other)
 
 
-def _as_given(value: Any, granularity: int, power: int) -> Any:
-    if not isinstance(value, int) or not power:
-        return value
-    return value // granularity if power > 0 else value * granularity
+def _short(value: Any) -> str:
+    return textwrap.shorten(shown(value), SHOWN, placeholder=" ...")

@@ -143,38 +143,36 @@ def _check_split(
     parts = [data.lengths[slice(*(round(end * len(data.lengths)) for end in share))] for data in data_sets]
     tokens = [int(part.sum(dtype=np.int64)) for part in parts]
     sequences = [max((some - 1) // args.seq_length, 0) for some in tokens]
-    name, is_alone = SPLITS[number], len(data_sets) == 1
+    name, is_alone, length = SPLITS[number], len(data_sets) == 1, f"sequence of --seq-length {args.seq_length}"
+    problem = ""
     if 0 in tokens:
         empty = data_sets[tokens.index(0)]
-        documents = f"{len(empty.lengths):,} document" + ("s" if len(empty.lengths) != 1 else "")
         split = f"--split {args.split}" if flag in ("--data-path", "--data-args-path") else flag
         problem = (
-            f" {empty.prefix}: of its {documents} the {name} split gets nothing ({split}). Give more documents, or "
-            "another --split; 0 turns a split off (training only: 100,0,0 with --eval-iters 0)."
+            f" {empty.prefix}: of its {len(empty.lengths):,} document(s) the {name} split gets nothing ({split}). Give "
+            "more documents, or another --split; 0 turns a split off (training only: 100,0,0 with --eval-iters 0)."
         )
     elif is_alone and number == 0 and not sequences[0]:
         problem = (
-            f" {data_sets[0].prefix}: has {tokens[0]:,} tokens for training, not even one sequence of --seq-length "
-            f"{args.seq_length} and the token after it. Give more data, or a shorter --seq-length."
+            f" {data_sets[0].prefix}: has {tokens[0]:,} tokens for training, not even one {length} and the token after "
+            "it. Give more data, or a shorter --seq-length."
         )
-    elif is_alone or is_weighted:
-        return
-    elif 0 in sequences:
+    elif not (is_alone or is_weighted) and 0 in sequences:
         problem = (
-            f" {data_sets[sequences.index(0)].prefix}: has no whole sequence of --seq-length {args.seq_length} for "
-            f"{name}, and cannot be mixed in. Leave it out, or give another --split."
+            f" {data_sets[sequences.index(0)].prefix}: has no whole {length} for {name}, and cannot be mixed in. Leave "
+            "it out, or give another --split."
         )
-    else:
+    elif not (is_alone or is_weighted or args.dataloader_type == "cyclic"):
         wanted, there = _sequences_wanted(args)[number], sum(sequences)
-        if wanted is None or wanted <= there or args.dataloader_type == "cyclic":
-            return
-        weighted = " ".join(f"{some} {data.prefix}" for some, data in zip(sequences, data_sets, strict=True))
-        problem = (
-            f": {wanted:,} sequences are wanted for {name}, and the {len(data_sets)} data sets have {there:,}. Without "
-            "weights Megatron goes through them once and fails at their end. Put a weight before each; by their "
-            f"sizes: {textwrap.shorten(weighted, 500, placeholder=' ...')}"
-        )
-    raise DataError(f"{flag}{problem}", "REMOE-E304")
+        if wanted is not None and wanted > there:
+            weighted = " ".join(f"{some} {data.prefix}" for some, data in zip(sequences, data_sets, strict=True))
+            problem = (
+                f": {wanted:,} sequences are wanted for {name}, and the {len(data_sets)} data sets have {there:,}. "
+                "Without weights Megatron goes through them once and fails at their end. Put a weight before each; by "
+                f"their sizes: {textwrap.shorten(weighted, 500, placeholder=' ...')}"
+            )
+    if problem:
+        raise DataError(f"{flag}{problem}", "REMOE-E304")
 
 
 def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None, int | None]:

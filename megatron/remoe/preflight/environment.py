@@ -59,8 +59,10 @@ def check_required_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"Missing: {', '.join(missing)}. Give a value above 0; there is no default.", "REMOE-E201")
 
 
-def check_hybrid_model(args: argparse.Namespace) -> None:
-    """Refuse settings that a HybridModel would ignore without a word, or fail at in its first step.
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuse settings that would be ignored without a word, or at which Megatron ends late.
+
+    Some of these it reaches at its first evaluation or save, which may be after the training.
 
     Args:
         args: Megatron's arguments, validated.
@@ -68,22 +70,77 @@ def check_hybrid_model(args: argparse.Namespace) -> None:
     Raises:
         UsageError: names flag, reason and remedy.
     """
-    pattern = args.hybrid_layer_pattern
-    if not pattern:
-        return
-    given, experts, has_experts = f"--hybrid-layer-pattern {pattern}", args.num_experts, "E" in pattern
-    frequency, overlaps = args.moe_layer_freq, args.overlap_moe_expert_parallel_comm
+    pattern, experts, frequency = args.hybrid_layer_pattern, args.num_experts, args.moe_layer_freq
+    given, has_experts = f"--hybrid-layer-pattern {pattern}", "E" in (pattern or "")
+    if pattern:
+        _refuse(
+            "REMOE-E202",
+            {
+                f"{given} has no MoE layer (E), and --num-experts {experts} has nothing to apply to. Put E where "
+                "experts should be, for instance '*E*E', or leave --num-experts out.": experts and not has_experts,
+                f"{given} has MoE layers (E): give --num-experts, or - for dense ones.": has_experts and not experts,
+                f"--moe-layer-freq {shown(frequency)}: {given} says which layers have experts. Leave one out.": (
+                    frequency != 1
+                ),
+                "--use-rope-scaling: HybridModel does not scale rope. Leave it out.": args.use_rope_scaling,
+                "--overlap-moe-expert-parallel-comm: HybridModel has no schedule to overlap by. Leave it out.": (
+                    args.overlap_moe_expert_parallel_comm
+                ),
+            },
+        )
+    # training/inprocess_restart.py: `pretrain` is called again, without the arguments that the cleaning has removed.
+    restart = "--inprocess-restart: Megatron 0.19.2 cannot train again in the same process. Leave it out, and let "
+    _refuse("REMOE-E210", {f"{restart}torchrun start new processes: --max-restarts 3.": args.inprocess_restart})
+    sets, names, prefixes = args.multiple_validation_sets, args.validation_set_names, args.valid_data_path
+    full = "--multiple-validation-sets with --full-validation"
+    on_cpu = args.distributed_backend == "gloo"
+    per_layer = args.save_dgrads_interval or args.save_activations_interval
     _refuse(
-        "REMOE-E202",
+        "REMOE-E203",
         {
-            f"{given} has no MoE layer (E), and --num-experts {experts} has nothing to apply to. Put E where experts "
-            "should be, for instance '*E*E', or leave --num-experts out.": experts and not has_experts,
-            f"{given} has MoE layers (E): give --num-experts, or - for dense ones.": has_experts and not experts,
-            f"--moe-layer-freq {shown(frequency)}: {given} says which layers have experts. Leave one out.": (
-                frequency != 1
+            f"--full-validation counts the sets that are evaluated. Give {full}.": args.full_validation and not sets,
+            f"--multiple-validation-sets evaluates whole sets alone. Give {full}.": sets and not args.full_validation,
+            "--validation-set-names names several sets. Add --multiple-validation-sets.": names and not sets,
+            f"--validation-set-names {shown(names)}: give one name for each prefix of --valid-data-path.": (
+                names and prefixes and len(names) != len(prefixes)
             ),
-            "--use-rope-scaling: HybridModel does not scale rope. Leave it out.": args.use_rope_scaling,
-            "--overlap-moe-expert-parallel-comm: HybridModel has no schedule to overlap by. Leave it out.": overlaps,
+            "--non-persistent-save-interval: no destination given. Add --non-persistent-ckpt-type global.": (
+                args.save and args.non_persistent_save_interval and not args.non_persistent_ckpt_type
+            ),
+            "--log-straggler needs nvidia-ml-py, which is not installed. Install it, or leave it out.": (
+                args.log_straggler and not find_spec("pynvml")
+            ),
+            "--save-dgrads-interval, --save-activations-interval need Transformer Engine's layers, and it is not "
+            "installed. Leave them out.": per_layer and not find_spec("transformer_engine"),
+            "--async-save needs a GPU: its process dies without one, and the first save waits for it. Leave it out.": (
+                args.async_save and on_cpu
+            ),
+            "--profile needs a GPU. Add --use-pytorch-profiler.": (
+                args.profile and not args.use_pytorch_profiler and on_cpu
+            ),
+        },
+    )
+
+
+def check_flips(args: argparse.Namespace) -> None:
+    """Refuse what cannot be combined with --moe-log-flips-interval.
+
+    Raises:
+        UsageError: names flag, value and remedy.
+    """
+    interval, graphs = args.moe_log_flips_interval, args.cuda_graph_impl
+    if interval is None:
+        return
+    given = f"--moe-log-flips-interval {interval}"
+    _refuse(
+        "REMOE-E208",
+        {
+            f"{given}: must be at least 1. Leave it out to measure no flips.": interval < 1,
+            f"{given}: there are no experts whose routing could change. Leave it out.": not args.num_experts,
+            f"{given} cannot be used with --cuda-graph-impl {graphs}: decisions of routers in a graph are not seen. "
+            "Leave it out, or use --cuda-graph-impl none.": graphs != "none",
+            f"{given} cannot be used with --reuse-grad-buf-for-mxfp8-param-ag: the weights are incomplete after an "
+            "update. Leave one of them out.": args.reuse_grad_buf_for_mxfp8_param_ag,
         },
     )
 
@@ -112,45 +169,6 @@ def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
             f"--optimizer {args.optimizer} would train the experts of --transformer-impl local with Adam: it takes "
             "two-dimensional weights, and theirs are stacked. Add --no-local-layer-fusion, or use --optimizer adam.": (
                 stacks_experts and args.optimizer not in ("adam", "sgd")
-            ),
-        },
-    )
-
-
-def check_evaluation_and_saving(args: argparse.Namespace) -> None:
-    """Refuse settings at which Megatron ends at its first evaluation or save, which may be after the training.
-
-    Args:
-        args: Megatron's arguments, validated.
-
-    Raises:
-        UsageError: names flag, reason and remedy.
-    """
-    sets, names, prefixes = args.multiple_validation_sets, args.validation_set_names, args.valid_data_path
-    full = "--multiple-validation-sets with --full-validation"
-    on_cpu = args.distributed_backend == "gloo"
-    lacks_type = args.save and args.non_persistent_save_interval and not args.non_persistent_ckpt_type
-    lacks_clock = args.log_straggler and not find_spec("pynvml")
-    per_layer = args.save_dgrads_interval or args.save_activations_interval
-    lacks_engine = per_layer and not find_spec("transformer_engine")
-    _refuse(
-        "REMOE-E203",
-        {
-            f"--full-validation counts the sets that are evaluated. Give {full}.": args.full_validation and not sets,
-            f"--multiple-validation-sets evaluates whole sets alone. Give {full}.": sets and not args.full_validation,
-            "--validation-set-names names several sets. Add --multiple-validation-sets.": names and not sets,
-            f"--validation-set-names {shown(names)}: give one name for each prefix of --valid-data-path.": (
-                names and prefixes and len(names) != len(prefixes)
-            ),
-            "--non-persistent-save-interval: no destination given. Add --non-persistent-ckpt-type global.": lacks_type,
-            "--log-straggler needs nvidia-ml-py, which is not installed. Install it, or leave it out.": lacks_clock,
-            "--save-dgrads-interval, --save-activations-interval need Transformer Engine's layers, and it is not "
-            "installed. Leave them out.": lacks_engine,
-            "--async-save needs a GPU: its process dies without one, and the first save waits for it. Leave it out.": (
-                args.async_save and on_cpu
-            ),
-            "--profile needs a GPU. Add --use-pytorch-profiler.": (
-                args.profile and not args.use_pytorch_profiler and on_cpu
             ),
         },
     )

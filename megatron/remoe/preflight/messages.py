@@ -47,8 +47,6 @@ REMEDIES = {
     "scripts do before Blackwell.",
     r"Found no NVIDIA driver|no kernel image|CUDA driver": "Without a working GPU, train with --cpu.",
 }
-# Choices of flags that older versions of Megatron had.
-SUCCESSORS = {"alltoall_seq": "alltoall"}
 LENGTH = 400
 CLOSE = 0.75  # least similarity of a flag that "Did you mean" names
 # Errors that one rank may have and others not: of files, which another machine may not see.
@@ -70,9 +68,12 @@ def usage_errors(rank: int | None = None) -> Iterator[None]:
         yield
     except (ValueError, AssertionError, OSError) as error:
         number = os.environ.get("RANK", "0") if rank is None else str(rank)
-        words = with_code(error) or f"Megatron refuses these settings: {_source_line(error)}"
-        if not isinstance(error, UsageError) and (remedy := _remedy(words)):
-            words += f"\n{remedy}"
+        if not (words := with_code(error)):  # an assertion without a message
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+            words = f"Megatron refuses these settings: {frame.line} ({place})"
+        if not isinstance(error, UsageError):
+            words += _remedy(words)
         if number == "0":
             _say(words)
         elif isinstance(error, OF_ONE_RANK):
@@ -100,17 +101,15 @@ def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """`parser.error`, by the first process alone, and with what a misspelled flag was meant to be."""
     if os.environ.get("RANK", "0") == "0":
         parser.print_usage(sys.stderr)
-        _say(f"{message}{_suggestion(parser, message)}")
+        unknown = message.removeprefix("unrecognized arguments: ")
+        hint = _suggestion(parser, unknown) if unknown != message else ""
+        if "invalid choice: 'alltoall_seq'" in message:
+            hint = ". Megatron removed it; its successor is alltoall."
+        _say(message + hint)
     raise SystemExit(2)
 
 
-def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
-    successor = next((new for old, new in SUCCESSORS.items() if f"invalid choice: {old!r}" in message), "")
-    if successor:
-        return f". Megatron removed it; its successor is {successor}."
-    unknown = message.removeprefix("unrecognized arguments: ")
-    if unknown == message:
-        return ""
+def _suggestion(parser: argparse.ArgumentParser, unknown: str) -> str:
     flags = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
     words = [word.split("=")[0][2:] for word in unknown.split() if word.startswith("--")]
     if removed := list(filter(None, (explain(f"--{word}") for word in words))):
@@ -118,12 +117,6 @@ def _suggestion(parser: argparse.ArgumentParser, message: str) -> str:
     matches = {word: difflib.get_close_matches(word, flags, 1, CLOSE) for word in words}
     close = [f"--{found[0]} instead of --{word}" for word, found in matches.items() if found]
     return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."
-
-
-def _source_line(error: Exception) -> str:
-    """The line that raised an error without a message, such as an assertion."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.line} ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 
 def _say(words: str) -> None:
@@ -135,39 +128,32 @@ def _say(words: str) -> None:
 def end_with_last_words(error: BaseException) -> NoReturn:
     """Print one short message, below the traceback of an error that is not the user's, and end with exit code 1."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as another rank has ended
-    if not (isinstance(_cause(error), UsageError) or re.search(LOST_WORKER, str(error))):
+    cause = _cause(error)
+    if not (isinstance(cause, UsageError) or re.search(LOST_WORKER, str(error))):
         traceback.print_exception(error)
     # Half-built objects complain when they are freed: now, not below the message.
     traceback.clear_frames(error.__traceback__)
     gc.collect()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    _say(last_words(error, os.environ.get("RANK") if several else None))
+    words = f"rank {os.environ.get('RANK')}: " if several else ""
+    _say(words + (with_code(cause) if isinstance(cause, UsageError) else _in_short(cause)))
     raise SystemExit(1)
 
 
-def last_words(error: BaseException, rank: str | None = None) -> str:
-    """Return one short message about an error: its kind, its first line and the remedy.
-
-    Args:
-        error: what ended the training.
-        rank: that of this process, where there are several.
-    """
-    error = _cause(error)
-    where = f"rank {rank}: " if rank is not None else ""
-    if isinstance(error, UsageError):
-        return where + with_code(error)
-    text = str(error).strip()
+def _in_short(error: BaseException) -> str:
+    """Return an error's kind, its first line and the remedy."""
+    text, kind = str(error).strip(), type(error).__name__
     lines = text.splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] += f" {lines[1].strip()}"
-    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    remedy = _remedy(f"{type(error).__name__}: {text}")
-    short = reason if len(reason) <= LENGTH else reason[:LENGTH] + " ..."
-    return where + short + (f"\n{remedy}" if remedy else "")
+    reason = f"{kind}: {lines[0]}" if lines else kind
+    return (reason if len(reason) <= LENGTH else reason[:LENGTH] + " ...") + _remedy(f"{kind}: {text}")
 
 
-def _remedy(text: str) -> str | None:
-    return next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE)), None)
+def _remedy(text: str) -> str:
+    """Return what to do about an error as a line below it, or ""."""
+    found = (remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
+    return "".join(f"\n{remedy}" for remedy in [*found][:1])
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,24 +31,6 @@ class FolderInUseError(UsageError):
     code = "REMOE-E103"
 
 
-class RunLock:
-    """The lock of a process that may start its training several times: taken once, and kept in between."""
-
-    def __init__(self, at_the_end: ExitStack) -> None:
-        """
-        Args:
-            at_the_end: releases the lock when it is closed.
-        """
-        self._at_the_end = at_the_end
-        self._is_held = False
-
-    def take(self, args: argparse.Namespace) -> None:
-        """Enter `only_training` if this process is the first rank and has not."""
-        if args.rank == 0 and not self._is_held:
-            self._at_the_end.enter_context(only_training(args))
-            self._is_held = True
-
-
 @contextmanager
 def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS) -> Iterator[None]:
     """Hold the --save folder, by the first rank for all; nothing where nothing is trained or saved.
@@ -69,16 +51,12 @@ def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS
         yield
         return
     check_can_be_written("--save", args.save)
-    holder = Path(args.save, HOLDER)
-    lease = SoftFileLease(
-        Path(args.save, LOCK),
-        lease_duration=lease_seconds,
-        heartbeat_interval=min(HEARTBEAT_SECONDS, lease_seconds / 3),
-        on_compromise=_lost,
-    )
+    lock, holder = Path(args.save, LOCK), Path(args.save, HOLDER)
+    beats = min(HEARTBEAT_SECONDS, lease_seconds / 3)
+    lease = SoftFileLease(lock, lease_duration=lease_seconds, heartbeat_interval=beats, on_compromise=_lost)
     _acquire(lease, holder, lease_seconds)
     try:
-        sync(Path(lease.lock_file))
+        sync(lock)
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}, started {started}")
         yield
@@ -88,7 +66,7 @@ def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS
 
 
 def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
-    lock, started, beat = Path(lease.lock_file), time.monotonic(), 0
+    lock, save, started, beat = Path(lease.lock_file), f"--save {holder.parent}", time.monotonic(), 0
     while True:
         try:
             lease.acquire(timeout=0)
@@ -103,24 +81,19 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
             continue  # it has ended
         if before not in (0, beat):
             raise FolderInUseError(
-                f"--save {holder.parent}: another training writes there: {who}. Wait until it ends, stop it, or give "
-                "another --save."
+                f"{save}: another training writes there: {who}. Wait until it ends, stop it, or give another --save."
             )
         if waited > lease_seconds + SPARE_SECONDS:
             raise FolderInUseError(
-                f"--save {holder.parent}: {lock} is not from this version of the program, and nothing has changed it "
-                f"for {waited:.0f} s. If no training runs there, remove it.",
+                f"{save}: {lock} is not from this version of the program, and nothing has changed it for "
+                f"{waited:.0f} s. If no training runs there, remove it.",
                 "REMOE-E104",
             )
         if found.st_size == 0 and waited > min(EMPTY_SECONDS, lease_seconds):
             _remove_empty(lock, found.st_ino)
         if not before:
-            print(
-                f"--save {holder.parent} is locked by another training: {who}. Waiting for a sign of life, up to "
-                f"{lease_seconds:.0f} s.",
-                file=sys.stderr,
-                flush=True,
-            )
+            told = f"is locked by another training: {who}. Waiting for a sign of life, up to {lease_seconds:.0f} s."
+            print(f"{save} {told}", file=sys.stderr, flush=True)
         time.sleep(min(HEARTBEAT_SECONDS, lease_seconds) / 10)
 
 

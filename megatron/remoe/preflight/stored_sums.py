@@ -9,36 +9,21 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
 
-THREADS = 8  # for one large file; zlib runs without Python's lock
 LOCAL_HEADER, LENGTHS_AT = b"PK\3\4", 26  # of a record: its first bytes, and where its variable lengths are
 LOCAL_HEADER_SIZE = 30
 
 
-def check_file(path: Path) -> None:
-    """Check a file that `torch.save` wrote, several records at a time.
-
-    Raises:
-        BrokenCheckpointError: names the file.
-        OSError: it cannot be read.
-    """
-    places = [(0, path.stat().st_size)]
-    with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(lambda first: check_places(path, places, slice(first, None, THREADS)), range(THREADS)))
-
-
-def check_places(path: Path, places: Iterable[tuple[int, int]], records: slice = slice(None)) -> None:
+def check_places(path: Path, places: Iterable[tuple[int, int]]) -> None:
     """Check parts of a file, each of which `torch.save` wrote.
 
     Args:
         path: a file of a checkpoint.
         places: offset and length of each part, in bytes.
-        records: the ones to check in each part, of those that hold a tensor's or an object's bytes.
 
     Raises:
         BrokenCheckpointError: names the file.
@@ -53,7 +38,7 @@ def check_places(path: Path, places: Iterable[tuple[int, int]], records: slice =
                     memoryview(part) as whole,
                     whole[before:] as content,
                 ):
-                    _check_records(content, records)
+                    _check_records(content)
             except OSError:
                 raise
             except Exception as error:  # whatever reading a damaged archive raises
@@ -62,12 +47,12 @@ def check_places(path: Path, places: Iterable[tuple[int, int]], records: slice =
                 ) from error
 
 
-def _check_records(content: memoryview, chosen: slice) -> None:
+def _check_records(content: memoryview) -> None:
     """Raise BadZipFile if a record of an archive differs from its sum."""
     records = zipfile.ZipFile(_Window(content)).infolist()
     if not any(record.CRC for record in records):
         return  # written with torch.serialization.set_crc32_options(False)
-    for record in records[chosen]:
+    for record in records:
         at = record.header_offset
         start = at + LOCAL_HEADER_SIZE + sum(struct.unpack_from("<HH", content, at + LENGTHS_AT))
         is_there = content[at : at + len(LOCAL_HEADER)] == LOCAL_HEADER

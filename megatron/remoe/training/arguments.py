@@ -9,11 +9,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.preflight.checkpoint_fit import check_is_data_alone
+from megatron.remoe.preflight.environment import check_flips
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
 from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.routing.refusals import as_list, shown
-from megatron.remoe.training.flips import flips_problems
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron
 from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args, hybrid_config_from_args
@@ -119,9 +119,9 @@ def parse_args(
     set_timeout_defaults(args)
     apply_granularity(args)
     drop_ignored_fork_flags(args)
-    problems = [*relu_routing_problems(args), *flips_problems(args)]
-    if problems:
+    if problems := relu_routing_problems(args):
         raise ValueError("\n".join(problems))
+    check_flips(args)
     if args.moe_relu_routing:
         # The L1 term replaces it. Megatron would all-reduce and log a load-balancing loss of zero.
         args.moe_router_load_balancing_type = "none"

@@ -19,10 +19,9 @@ TOKENIZER_CONFIG = {
     "tokenizer_class": "GPT2Tokenizer",
     "add_prefix_space": False,
     "clean_up_tokenization_spaces": False,
-    "bos_token": END_OF_TEXT,
-    "eos_token": END_OF_TEXT,
-    "unk_token": END_OF_TEXT,
+    **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
 }
+Place = str | os.PathLike[str]
 
 
 def use_local_gpt2_files(args: argparse.Namespace) -> None:
@@ -33,19 +32,14 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
     Raises:
         DataError: a file is not given, missing or wrong; the message names flag, path and remedy.
     """
-    if args.tokenizer_type != GPT2_TOKENIZER:
-        return
-    args.tokenizer_model = str(gpt2_tokenizer_folder(args.vocab_file, args.merge_file))
-    args.tokenizer_type = FOLDER_TOKENIZER
-    # The folder holds both; Megatron would prefer the flags to it.
-    args.vocab_file = args.merge_file = None
+    if args.tokenizer_type == GPT2_TOKENIZER:
+        args.tokenizer_model = str(gpt2_tokenizer_folder(args.vocab_file, args.merge_file))
+        args.tokenizer_type = FOLDER_TOKENIZER
+        # The folder holds both; Megatron would prefer the flags to it.
+        args.vocab_file = args.merge_file = None
 
 
-def gpt2_tokenizer_folder(
-    vocab_file: str | os.PathLike[str] | None,
-    merge_file: str | os.PathLike[str] | None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Path:
+def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None, cache_dir: Place | None = None) -> Path:
     """Return a folder with these files for --tokenizer-type HuggingFaceTokenizer --tokenizer-model.
 
     Its name is a hash of its contents, and any number of processes may ask for it at the same time.
@@ -69,13 +63,13 @@ def gpt2_tokenizer_folder(
         "config.json": json.dumps({"model_type": "gpt2"}).encode(),
     }
     digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents.values())).hexdigest()
-    name = f"gpt2-{digest[:16]}"
-    if cache_dir is not None:
-        return _write_missing(contents, Path(cache_dir) / name)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
+    name, parent = f"gpt2-{digest[:16]}", home if cache_dir is None else Path(cache_dir)
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return _write_missing(contents, home / "megatron-remoe" / name)
+        return _write_missing(contents, parent / name)
     except OSError:
+        if cache_dir is not None:
+            raise
         return _write_missing(contents, Path(tempfile.gettempdir()) / f"megatron-remoe-{os.getuid()}" / name)
 
 

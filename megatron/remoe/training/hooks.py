@@ -3,7 +3,7 @@
 import argparse
 import inspect
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def _install_controller(
         controller.update()
 
     chunks_config.finalize_model_grads_func = finalize_and_update
-    set_moe_metrics_tracker(_tracker(args, controller))
+    set_moe_metrics_tracker(ReMoEMetricsTracker(args, controller))
     return model_chunks
 
 
@@ -177,11 +177,6 @@ def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpe
     return build
 
 
-def _tracker(args: argparse.Namespace, controller: SparsityController | None) -> ReMoEMetricsTracker:
-    intervals = args.log_interval, args.tensorboard_log_interval
-    return ReMoEMetricsTracker(controller, *intervals, lambda: args.consumed_train_samples)
-
-
 def with_flips(
     args: argparse.Namespace,
     model_cfg: ModelConfig,
@@ -203,17 +198,11 @@ def with_flips(
     meter = FlipMeter(args, forward_step)
 
     def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        meter.watch(model_chunks)
-        tracker = get_moe_metrics_tracker() if args.moe_relu_routing else _tracker(args, None)
-        tracker.measure_flips(meter)
-        set_moe_metrics_tracker(tracker)
+        meter.chunks = model_chunks
+        if not args.moe_relu_routing:
+            set_moe_metrics_tracker(ReMoEMetricsTracker(args))
+        get_moe_metrics_tracker().flips = meter
         return model_chunks
 
-    @wraps(provider)
-    def calibrating(*arguments: Any, **options: Any) -> Any:
-        data_sets = provider(*arguments, **options)
-        meter.calibrate(data_sets)
-        return data_sets
-
     model_cfg.post_wrap_hooks.append(install)
-    return calibrating
+    return meter.calibrating(provider)

@@ -37,7 +37,7 @@ def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
     from megatron.remoe.patches.log_lines import run_logger  # imports Megatron, which tools that only read do without
 
     logger, log = run_logger(), RunLog(args)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO)  # records are made from now on
     logger.addHandler(log)
     try:
         yield
@@ -59,7 +59,7 @@ class RunLog(logging.Handler):
         super().__init__()
         self.path = Path(args.save, FILE)
         self._args = args
-        self._started = _now()
+        self._started = round(time.time(), 3)
         self._has_begun = False
         self._routing: Record = {}
         self._totals_before: Record | None = None  # running sums at the start; None if they are unknown
@@ -84,7 +84,7 @@ class RunLog(logging.Handler):
                 self._begin()
                 self._has_begun = True
             if record["kind"] == "log":
-                record = {"kind": "log", "time": _now()} | record | self._routing
+                record = {"kind": "log", "time": round(time.time(), 3)} | record | self._routing
                 self._routing = {}
             self._append(self._with_all_totals(record))
 
@@ -107,7 +107,8 @@ class RunLog(logging.Handler):
         else:
             self._totals_before = dict.fromkeys(TOTALS, 0)
             if self.path.exists():
-                self.path.rename(_free_name(self.path))
+                names = itertools.chain([".old.jsonl"], (f".old.{number}.jsonl" for number in itertools.count(1)))
+                self.path.rename(next(old for name in names if not (old := self.path.with_suffix(name)).exists()))
         versions = {"version": megatron.remoe.__version__, "megatron_core": importlib.metadata.version("megatron-core")}
         arguments = {name: value for name, value in sorted(vars(self._args).items()) if _is_json(value)}
         self._append({"kind": "start", "time": self._started, "iteration": iteration, **versions, "args": arguments})
@@ -151,16 +152,6 @@ def read_run_log(path: Path) -> Iterator[Record]:
                 continue
             if isinstance(record, dict) and type(record.get("iteration")) is int and "kind" in record:
                 yield record
-
-
-def _free_name(path: Path) -> Path:
-    """Return the first of metrics.old.jsonl, metrics.old.1.jsonl, ... that does not exist."""
-    names = itertools.chain([".old.jsonl"], (f".old.{number}.jsonl" for number in itertools.count(1)))
-    return next(former for name in names if not (former := path.with_suffix(name)).exists())
-
-
-def _now() -> float:
-    return round(time.time(), 3)
 
 
 def _is_json(value: Any) -> bool:

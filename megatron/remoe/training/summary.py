@@ -21,7 +21,7 @@ def with_summary(args: argparse.Namespace, model_cfg: ModelConfig, provider: Cal
     Args:
         args: Megatron's arguments, validated.
         model_cfg: the configuration that the model will be built from.
-        provider: of the data sets, as Megatron calls it.
+        provider: of the data sets, as Megatron calls it; passes over a set that is not Megatron's are unknown.
     """
     parameters: list[int] = []
 
@@ -33,34 +33,30 @@ def with_summary(args: argparse.Namespace, model_cfg: ModelConfig, provider: Cal
     def summarizing(num_samples: list[int], *others: Any, **options: Any) -> Any:
         data_sets = provider(num_samples, *others, **options)
         if parameters and args.iteration < args.train_iters:
-            print_rank_0(summary(args, parameters.pop(), num_samples[0] * args.seq_length, data_sets[0]))
+            tokens = num_samples[0] * args.seq_length
+            print_rank_0(
+                f"Training: {_model(args)}, {short(parameters.pop())} parameters, on {_devices(args)}. Steps "
+                f"{args.iteration + 1:,} to {args.train_iters:,} of {args.global_batch_size * args.seq_length:,} "
+                f"tokens, {short(tokens)} tokens in all{_epochs(data_sets[0], tokens)}. "
+                "Each line of the log has the time left."
+            )
         return data_sets
 
     model_cfg.post_wrap_hooks.append(count)
     return summarizing
 
 
-def summary(args: argparse.Namespace, parameters: int, tokens: int, train_set: Any) -> str:
-    """Return the line.
-
-    Args:
-        args: Megatron's arguments, validated.
-        parameters: of the model, over all ranks.
-        tokens: of the whole training, all ranks and steps.
-        train_set: as the provider returns it; passes over a set that is not Megatron's are unknown.
-    """
-    routing = "ReMoE" if args.moe_relu_routing else "top-k MoE" if args.num_experts else "dense model"
+def _model(args: argparse.Namespace) -> str:
     if args.moe_baseline_router:
-        routing = f"MoE with {args.moe_baseline_router} routing"
-    name, step = torch.cuda.get_device_name(), args.global_batch_size * args.seq_length
-    device = f"{args.world_size} x {name}"
+        return f"MoE with {args.moe_baseline_router} routing"
+    return "ReMoE" if args.moe_relu_routing else "top-k MoE" if args.num_experts else "dense model"
+
+
+def _devices(args: argparse.Namespace) -> str:
+    name = torch.cuda.get_device_name()
     if name == "cpu":
-        device = "1 CPU process" if args.world_size == 1 else f"{args.world_size} CPU processes"
-    return (
-        f"Training: {routing}, {short(parameters)} parameters, on {device}. Steps {args.iteration + 1:,} to "
-        f"{args.train_iters:,} of {step:,} tokens, {short(tokens)} tokens in all{_epochs(train_set, tokens)}. "
-        "Each line of the log has the time left."
-    )
+        return "1 CPU process" if args.world_size == 1 else f"{args.world_size} CPU processes"
+    return f"{args.world_size} x {name}"
 
 
 def short(number: int) -> str:
@@ -96,9 +92,7 @@ def _epochs(train_set: Any, tokens: int) -> str:
     sets, weights = getattr(train_set, "datasets", [train_set]), getattr(train_set, "weights", None) or [1.0]
     if not all(isinstance(data_set, GPTDataset) and not isinstance(data_set, MockGPTDataset) for data_set in sets):
         return ""
-    passes = [
-        tokens * weight / sum(weights) / data_set._get_num_tokens_per_epoch()
-        for data_set, weight in zip(sets, weights, strict=True)
-    ]
+    sizes = [data_set._get_num_tokens_per_epoch() for data_set in sets]
+    passes = [tokens * weight / sum(weights) / size for weight, size in zip(weights, sizes, strict=True)]
     least, most = f"{min(passes):.2g}", f"{max(passes):.2g}"
     return f", {least if least == most else f'{least} to {most}'} epochs of the data"

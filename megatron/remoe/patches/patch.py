@@ -1,0 +1,60 @@
+"""What a change to Megatron says of itself, and how it takes a function's place."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to Megatron; call it to apply it, any number of times.
+
+    Attributes:
+        apply: applies it.
+        changes: file and function of Megatron.
+        provides: what a user loses without it.
+        ends: the change in Megatron that makes it unnecessary.
+        for_saving: needed only if the training saves checkpoints.
+    """
+
+    apply: Callable[[], None]
+    changes: str
+    provides: str
+    ends: str
+    for_saving: bool = False
+
+    def __call__(self) -> None:
+        self.apply()
+
+
+def patch(changes: str, provides: str, ends: str, for_saving: bool = False) -> Callable[[Callable[[], None]], Patch]:
+    """Return a decorator that makes a `Patch` of the function that applies it."""
+    return lambda apply: Patch(apply, changes, provides, ends, for_saving)
+
+
+def replace(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Return a decorator that puts a function in the place of `owner.name`, once.
+
+    The function gets what was there as its first argument.
+
+    Args:
+        owner: module or class.
+        name: of a function or method.
+    """
+
+    def put(function: Callable[..., Any]) -> None:
+        stock = getattr(owner, name)
+        if getattr(stock, "is_patched", False):
+            return
+
+        @wraps(stock)
+        def patched(*arguments: Any, **options: Any) -> Any:
+            return function(stock, *arguments, **options)
+
+        patched.is_patched = True  # type: ignore[attr-defined]
+        is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+        setattr(owner, name, staticmethod(patched) if is_static else patched)
+
+    return put
