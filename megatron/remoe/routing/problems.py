@@ -23,6 +23,7 @@ def relu_routing_problems(settings: Settings) -> list[str]:
     if settings.moe_relu_routing:
         values.extend(_values(settings))
         combined.extend(_combinations(settings))
+        combined.extend(_launches_ahead(settings))
         combined.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
     by_code = {
         "REMOE-E205": values,
@@ -173,6 +174,26 @@ def _combinations(settings: Settings, beside: str = "--moe-relu-routing") -> Ite
             f"--cuda-graph-modules {shown(graphs)} cannot be used with {beside}: the "
             "number of routed pairs changes from step to step. Keep only attention, or use --cuda-graph-impl none."
         )
+
+
+def _launches_ahead(settings: Settings) -> Iterator[str]:
+    """Yield what --moe-relu-launch-ahead needs and lacks."""
+    if not settings.moe_relu_launch_ahead:
+        return
+    expert_tensor_parallel = getattr(settings, "expert_tensor_parallel_size", None)
+    if expert_tensor_parallel is None:  # Megatron's default
+        expert_tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
+    needs = {
+        "--moe-kernels triton": settings.moe_kernels == "triton",
+        "--transformer-impl local": settings.transformer_impl == "local",
+        "--moe-token-dispatcher-type alltoall": settings.moe_token_dispatcher_type == "alltoall",
+        "--disable-bias-linear": not settings.add_bias_linear,
+        "--expert-model-parallel-size 1": getattr(settings, "expert_model_parallel_size", 1) == 1,
+        "--expert-tensor-parallel-size 1": expert_tensor_parallel == 1,
+        "no --moe-shared-expert-overlap": not settings.moe_shared_expert_overlap,
+    }
+    if missing := [flag for flag, is_met in needs.items() if not is_met]:
+        yield f"--moe-relu-launch-ahead (on) needs {', '.join(missing)}. Add this, or leave it out."
 
 
 def _moe_graph_scope(modules: Any) -> bool:
