@@ -30,7 +30,8 @@ def experts(dtype: str, ffn: int) -> list[Kernel]:
     """Those of experts of that size."""
     pairs, width = swiglu._tile(torch.empty(0, ffn))
     constants = {"PAIRS": pairs, "WIDTH": width}
-    given = {"hidden_PF": dtype, "gates_P": "*fp32", "activated_PF": dtype, "end": "*i32", "num_pairs": "i32", "ffn": "i32"}
+    given = {"hidden_PF": dtype, "gates_P": "*fp32", "activated_PF": dtype, "end": "*i32"}
+    given |= {"num_pairs": "i32", "ffn": "i32"}
     gradients = {"d_hidden_PF": dtype, "d_gates_P": "*fp32"}
     summed = {"pairs_PH": dtype, "by_token": "*i32", "sums_TH": dtype, "hidden": "i32"}
     return [

@@ -46,8 +46,8 @@ def fill(
         probs: `[T, E]`, the gates.
         routing_map: bool `[T, E]`.
         counts: of `count_blocks`.
-        num_pairs: P, or a guess at it. Above P the rows at the end belong to no pair: token 0, and a gate and a gradient
-            of any value. Below, pairs are missing, and nothing is written outside of the results.
+        num_pairs: P, or a guess at it. If it is too high, the last rows belong to no pair: they have token 0 and any
+            gate. If it is too low, pairs are missing, but no index is out of range.
 
     Returns:
         token_index: int32 `[P]`, the token of each pair.
