@@ -22,7 +22,7 @@ def plans(num_tokens: int, num_experts: int) -> list[Kernel]:
     divided = ["num_experts"] if num_experts % 16 == 0 else []
     return [
         Kernel("plan:_count", MAP | COUNTS, constants, divided, plan.WARPS),
-        Kernel("plan:_fill", FILLED | {"num_blocks": "i32"}, filling, divided, plan.WARPS),
+        Kernel("plan:_fill", FILLED | {"num_blocks": "i32", "num_pairs": "i32"}, filling, divided, plan.WARPS),
     ]
 
 
@@ -30,7 +30,8 @@ def experts(dtype: str, ffn: int) -> list[Kernel]:
     """Those of experts of that size."""
     pairs, width = swiglu._tile(torch.empty(0, ffn))
     constants = {"PAIRS": pairs, "WIDTH": width}
-    given = {"hidden_PF": dtype, "gates_P": "*fp32", "activated_PF": dtype, "num_pairs": "i32", "ffn": "i32"}
+    given = {"hidden_PF": dtype, "gates_P": "*fp32", "activated_PF": dtype, "end": "*i32"}
+    given |= {"num_pairs": "i32", "ffn": "i32"}
     gradients = {"d_hidden_PF": dtype, "d_gates_P": "*fp32"}
     summed = {"pairs_PH": dtype, "by_token": "*i32", "sums_TH": dtype, "hidden": "i32"}
     return [

@@ -26,20 +26,21 @@ class HostWork:
         ]
 
 
-def step_seconds(host: list[float], gpu: list[list[float]]) -> float:
+def step_seconds(host: list[float], gpu: list[list[float]], left: list[int] | None = None) -> float:
     """Return the time of a step in which the host launches as it stands.
 
-    A stretch begins with an idle GPU, because the host has waited for it. The host launches the stretch's operations at
-    even distances; each begins when it is launched and the one before is done.
+    The host launches each stretch's operations at even distances; each begins when it is launched and the one before is
+    done. At the end of a stretch the host waits for the GPU, except for some operations that may still run.
 
     Args:
         host: seconds of the host's work in each stretch.
         gpu: seconds of each operation of the same stretches.
+        left: operations that each wait leaves running (default: none).
     """
-    total = 0.0
-    for stretch, operations in zip_longest(host, gpu):  # two steps, in which the host should wait as often
-        busy, launched, done = stretch or 0.0, operations or [], 0.0
+    clock, ends = 0.0, [0.0]
+    for stretch, operations, running in zip_longest(host, gpu, left or []):  # host and GPU may differ by a stretch
+        busy, launched = stretch or 0.0, operations or []
         for number, seconds in enumerate(launched, start=1):
-            done = max(done, busy * number / len(launched)) + seconds
-        total += max(done, busy)
-    return total
+            ends.append(max(ends[-1], clock + busy * number / len(launched)) + seconds)
+        clock = max(clock + busy, ends[max(0, len(ends) - 1 - (running or 0))])
+    return max(clock, ends[-1])

@@ -24,10 +24,11 @@ class Pairs:
     def put_in(self) -> None:
         """Patch the readers; call this when Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
-        from megatron.remoe.moe import plan
+        from megatron.remoe.moe import layer, plan
         from megatron.remoe.patches import checkpoints
 
         plan.read_pairs = self._counted(plan.read_pairs)
+        layer.count_later = self._arrived(layer.count_later)
         torch.Tensor.item = _one(torch.Tensor.item)  # type: ignore[method-assign]
         torch.Tensor.__bool__ = _false(torch.Tensor.__bool__)  # type: ignore[method-assign]
         checkpoints.check_is_finite = _looked_at(checkpoints.check_is_finite)
@@ -42,6 +43,15 @@ class Pairs:
             return pairs, counted
 
         return read_pairs
+
+    def _arrived(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def count_later(routing_map: torch.Tensor, *how: Any) -> Any:
+            counts = real(routing_map, *how)
+            sizes = counts.tokens_per_expert.on_host
+            sizes.copy_(torch.tensor([self._some_of(len(routing_map)) for _ in sizes]))
+            return counts
+
+        return count_later
 
     def _moved(self, real: Callable[..., Any]) -> Callable[..., Any]:
         """Give Megatron's own dispatchers, which read by this function, the numbers of an even load."""

@@ -64,6 +64,7 @@ class Roofline(TorchDispatchMode):
         self._kernel: Any = None
         self.parts: dict[str, Work] = {}
         self.stretches: list[list[float]] = [[]]  # seconds of each operation, between the waits of the host
+        self.left: list[int] = []  # operations that may still run after each wait
         self.guessed: set[str] = set()  # Triton kernels known by their arguments only
 
     def __enter__(self) -> "Roofline":
@@ -81,9 +82,15 @@ class Roofline(TorchDispatchMode):
         if self._kernel is not None:
             self._kernel.launch_metadata = self._launch_metadata
 
-    def wait(self) -> None:
-        """Note that the host has waited for all operations so far."""
+    @property
+    def operations(self) -> int:
+        """Operations so far."""
+        return sum(map(len, self.stretches))
+
+    def wait(self, left: int = 0) -> None:
+        """Note that the host has waited for all operations so far but some of the last."""
         self.stretches.append([])
+        self.left.append(left)
 
     def _watched(self, real: Any) -> Any:
         """Wrap the function that Triton calls before each launch, with the kernel's arguments."""

@@ -50,10 +50,8 @@ class Backend:
     relu_routing: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     count: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     plan: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[Order, torch.Tensor]]
-    activate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    activate_backward: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    ]
+    activate: Callable[..., torch.Tensor]
+    activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def backend_of(config: object) -> Backend:

@@ -46,7 +46,8 @@ def fill(
         probs: `[T, E]`, the gates.
         routing_map: bool `[T, E]`.
         counts: of `count_blocks`.
-        num_pairs: P.
+        num_pairs: P, or a guess at it. If it is too high, the last rows belong to no pair: they have token 0 and any
+            gate. If it is too low, pairs are missing, but no index is out of range.
 
     Returns:
         token_index: int32 `[P]`, the token of each pair.
@@ -68,7 +69,7 @@ class _Filled(torch.autograd.Function):
         (block, tile), blocks = _tile(num_tokens, num_experts), counts.shape[1]
         _fill[(blocks,)](
             probs.contiguous(), routing_map, counts, token_index, by_token, gates, num_tokens, num_experts,
-            blocks, BLOCK=block, TILE=tile, BLOCKS=next_power_of_2(blocks), num_warps=WARPS,
+            blocks, num_pairs, BLOCK=block, TILE=tile, BLOCKS=next_power_of_2(blocks), num_warps=WARPS,
         )  # fmt: skip
         ctx.save_for_backward(routing_map, by_token)
         ctx.mark_non_differentiable(token_index, by_token)
@@ -122,21 +123,27 @@ def _count(map_TE, counts_EB, num_tokens, num_experts, BLOCK: tl.constexpr, TILE
         tl.store(place, tl.sum(active, axis=0), mask=expert < num_experts)
 
 
-@triton.jit(launch_metadata=_fill_bytes)
+# The number of pairs changes with each launch: specialized by it, the kernel would compile again amid a training.
+@triton.jit(launch_metadata=_fill_bytes, do_not_specialize=["num_pairs"])
 def _fill(
-    probs_TE, map_TE, counts_EB, token_index_P, by_token, gates_P, num_tokens, num_experts, num_blocks,
+    probs_TE, map_TE, counts_EB, token_index_P, by_token, gates_P, num_tokens, num_experts, num_blocks, num_pairs,
     BLOCK: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     of_token = tl.zeros([BLOCK], tl.int32)
-    before = 0  # pairs of the blocks before
+    before, found = 0, 0  # pairs of the blocks before, and of all
     for first in range(0, num_experts, TILE):
         expert = first + tl.arange(0, TILE)
         of_token += tl.sum(_active(map_TE, token, expert, num_tokens, num_experts), axis=1)
-        _, in_blocks_before = _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS)
+        total, in_blocks_before = _counted(counts_EB, expert, num_experts, num_blocks, BLOCKS)
         before += tl.sum(in_blocks_before)
+        found += tl.sum(total)
+    for first in range(found + tl.program_id(0) * BLOCK, num_pairs, tl.num_programs(0) * BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        tl.store(token_index_P + row, tl.zeros([BLOCK], tl.int32), mask=row < num_pairs)
+    last = num_tokens + 1 + num_pairs
     ends = num_tokens + 1 + before + tl.cumsum(of_token, axis=0)
-    tl.store(by_token + 1 + token, ends, mask=token < num_tokens)
+    tl.store(by_token + 1 + token, tl.minimum(ends, last), mask=token < num_tokens)
     tl.store(by_token, num_tokens + 1, mask=tl.program_id(0) == 0)
     place = ends - of_token
     expert_start = 0
@@ -147,10 +154,12 @@ def _fill(
         expert_ends = expert_start + tl.cumsum(total, axis=0)
         row = (expert_ends - total + in_blocks_before)[None, :] + tl.cumsum(active, axis=0) - active
         is_active = active > 0
-        gate = tl.load(probs_TE + _at(token, expert, num_experts), mask=is_active)
-        tl.store(gates_P + row, gate, mask=is_active)
-        tl.store(token_index_P + row, token[:, None] + tl.zeros_like(row), mask=is_active)
-        tl.store(by_token + place[:, None] + tl.cumsum(active, axis=1) - active, row, mask=is_active)
+        has_row = is_active & (row < num_pairs)
+        gate = tl.load(probs_TE + _at(token, expert, num_experts), mask=has_row)
+        tl.store(gates_P + row, gate, mask=has_row)
+        tl.store(token_index_P + row, token[:, None] + tl.zeros_like(row), mask=has_row)
+        at = place[:, None] + tl.cumsum(active, axis=1) - active
+        tl.store(by_token + at, tl.minimum(row, num_pairs - 1), mask=is_active & (at < last))
         place += tl.sum(active, axis=1)
         expert_start += tl.sum(total)
 

@@ -180,24 +180,25 @@ def plan(
     return TokenOrder(token_index), gates_P
 
 
-def activate(hidden: torch.Tensor, gates_P: torch.Tensor) -> torch.Tensor:
+def activate(hidden: torch.Tensor, gates_P: torch.Tensor, end: torch.Tensor | None = None) -> torch.Tensor:
     """Return `gate · SiLU(left) ⊙ right`, `[P, F]`.
 
     Args:
         hidden: `[P, 2 * F]`, left and then right.
         gates_P: `[P]`.
+        end: see `swiglu.activate`; all rows are computed here.
     """
     left, right = hidden.chunk(2, dim=-1)
     return silu(left).mul_(right).mul_(gates_P.unsqueeze(-1))
 
 
 def activate_backward(
-    hidden: torch.Tensor, gates_P: torch.Tensor, d_activated: torch.Tensor
+    hidden: torch.Tensor, gates_P: torch.Tensor, d_activated: torch.Tensor, end: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `activate`'s result again, and the gradients of its arguments.
 
     Args:
-        hidden, gates_P: as above.
+        hidden, gates_P, end: as above.
         d_activated: `[P, F]`, the result's gradient, whose memory is used up.
     """
     left, right = hidden.chunk(2, dim=-1)

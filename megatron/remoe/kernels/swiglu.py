@@ -14,12 +14,13 @@ from megatron.remoe.kernels import cdiv, next_power_of_2
 TILE = 1024
 
 
-def activate(hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+def activate(hidden: torch.Tensor, gates: torch.Tensor, end: torch.Tensor | None = None) -> torch.Tensor:
     """Return `gate · SiLU(left) ⊙ right`; moves `3 · P · F` elements.
 
     Args:
         hidden: `[P, 2 * F]`, left and then right.
         gates: `[P]`.
+        end: int32, one element: rows from here on belong to no pair, and are not computed.
 
     Returns:
         `[P, F]`, of the type of `hidden`.
@@ -27,23 +28,23 @@ def activate(hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     activated = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2)
     (pairs, width), (num_pairs, ffn) = _tile(activated), activated.shape
     grid = cdiv(num_pairs, pairs), cdiv(ffn, width)
-    _activate[grid](hidden, gates, activated, num_pairs, ffn, PAIRS=pairs, WIDTH=width)
+    _activate[grid](hidden, gates, activated, end, num_pairs, ffn, PAIRS=pairs, WIDTH=width)
     return activated
 
 
 def activate_backward(
-    hidden: torch.Tensor, gates: torch.Tensor, d_activated: torch.Tensor
+    hidden: torch.Tensor, gates: torch.Tensor, d_activated: torch.Tensor, end: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `activate`'s result again, and the gradients of its arguments; moves `6 · P · F` elements.
 
     Args:
-        hidden, gates: as above.
+        hidden, gates, end: as above.
         d_activated: `[P, F]`; the result is written into its memory.
     """
     d_hidden, d_gates = torch.empty_like(hidden), torch.empty_like(gates)
     (pairs, width), (num_pairs, ffn) = _tile(d_activated), d_activated.shape
     _activate_backward[(cdiv(num_pairs, pairs),)](
-        hidden, gates, d_activated, d_hidden, d_gates, num_pairs, ffn, PAIRS=pairs, WIDTH=width
+        hidden, gates, d_activated, d_hidden, d_gates, end, num_pairs, ffn, PAIRS=pairs, WIDTH=width
     )
     return d_activated, d_hidden, d_gates
 
@@ -70,7 +71,9 @@ def _backward_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str,
 
 # The number of pairs changes with each launch: specialized by it, both kernels would compile again amid a training.
 @triton.jit(launch_metadata=_forward_bytes, do_not_specialize=["num_pairs"])
-def _activate(hidden_PF, gates_P, activated_PF, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
+def _activate(hidden_PF, gates_P, activated_PF, end, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
+    if end is not None:
+        num_pairs = tl.minimum(num_pairs, tl.load(end))
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     gate = tl.load(gates_P + pair, mask=pair < num_pairs, other=0.0).to(tl.float32)[:, None]
@@ -80,8 +83,11 @@ def _activate(hidden_PF, gates_P, activated_PF, num_pairs, ffn, PAIRS: tl.conste
 
 @triton.jit(launch_metadata=_backward_bytes, do_not_specialize=["num_pairs"])
 def _activate_backward(
-    hidden_PF, gates_P, activated_PF, d_hidden_PF, d_gates_P, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr
-):
+    hidden_PF, gates_P, activated_PF, d_hidden_PF, d_gates_P, end, num_pairs, ffn,
+    PAIRS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    if end is not None:
+        num_pairs = tl.minimum(num_pairs, tl.load(end))
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     gate = tl.load(gates_P + pair, mask=pair < num_pairs, other=0.0).to(tl.float32)[:, None]
     d_gate = tl.zeros([PAIRS], tl.float32)

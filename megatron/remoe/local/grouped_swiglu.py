@@ -4,7 +4,7 @@ T tokens, P pairs (of a token and one of its experts), E experts on this rank, H
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -52,12 +52,41 @@ def waits_for_sizes(fc1: torch.Tensor) -> bool:
     return fc1.is_cuda and not takes_grouped_kernel(fc1)
 
 
+class LateSizes(NamedTuple):
+    """The tokens of each expert, which the host does not know yet when it launches the products.
+
+    Attributes:
+        on_device: integers `[E]`.
+        on_host: a copy, right once it has `arrived`.
+        arrived: None where there is nothing to wait for.
+    """
+
+    on_device: torch.Tensor
+    on_host: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, on_device: torch.Tensor) -> "LateSizes":
+        """Start the copy to the host."""
+        on_host, arrived = on_device.to("cpu", non_blocking=True), None
+        if on_device.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return cls(on_device, on_host, arrived)
+
+    def tolist(self) -> list[int]:
+        """Return the sizes when the device has come as far as to count them; what it was given since goes on."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.on_host.tolist()
+
+
 def grouped_swiglu(
     tokens_TH: torch.Tensor,
     gates_P: torch.Tensor,
     fc1: torch.nn.Parameter,
     fc2: torch.nn.Parameter,
-    tokens_per_expert: torch.Tensor,
+    tokens_per_expert: torch.Tensor | LateSizes,
     order: Order,
     backend: Backend,
 ) -> torch.Tensor:
@@ -68,7 +97,8 @@ def grouped_swiglu(
         gates_P: `[P]`, sorted by expert.
         fc1: `[E, 2 * F, H]`, W_left and then W_right.
         fc2: `[E, H, F]`, W_down.
-        tokens_per_expert: integers `[E]`; waited for if they are on a GPU, except with `takes_grouped_kernel`.
+        tokens_per_expert: integers `[E]`; waited for if they are on a GPU, except with `takes_grouped_kernel`. With
+            `LateSizes` P is a guess at their sum.
         order: of the pairs.
         backend: computes what lies between the products.
     """
@@ -76,7 +106,7 @@ def grouped_swiglu(
     if not len(gates_P):  # grouped_mm may refuse or hang on no rows at all
         products = OneByOne([0] * len(fc1))
     elif takes_grouped_kernel(fc1):
-        products = OneKernel(tokens_per_expert, tokens_TH.device)
+        products = OneKernel(tokens_per_expert, len(gates_P), tokens_TH.device)
     else:
         products = OneByOne(tokens_per_expert.tolist())
     return _GroupedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, products, order, backend)
@@ -84,6 +114,8 @@ def grouped_swiglu(
 
 class OneByOne:
     """A product for each expert: for every device, type and size."""
+
+    end: torch.Tensor | None = None
 
     def __init__(self, sizes: list[int]) -> None:
         """
@@ -116,14 +148,20 @@ class OneByOne:
 class OneKernel:
     """PyTorch's `grouped_mm` for all experts at once, which takes their sizes from the device."""
 
-    def __init__(self, tokens_per_expert: torch.Tensor, device: torch.device) -> None:
+    def __init__(self, tokens_per_expert: torch.Tensor | LateSizes, num_pairs: int, device: torch.device) -> None:
         """
         Args:
             tokens_per_expert: integers `[E]`, on the host or the device; not waited for.
+            num_pairs: rows of the products; with `LateSizes` those of experts may end before or after them.
             device: where the weights are.
         """
-        self.ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
-        self.one_by_one = None if tokens_per_expert.is_cuda else OneByOne(tokens_per_expert.tolist())
+        late = isinstance(tokens_per_expert, LateSizes)
+        counted = tokens_per_expert.on_device if late else tokens_per_expert
+        self.ends = counted.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+        self.end = None
+        if late:
+            self.end = self.ends.clamp_(max=num_pairs)[-1:]  # where the rows of pairs end
+        self.sizes = tokens_per_expert if late or not counted.is_cuda else None
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `OneByOne`'s."""
@@ -139,10 +177,11 @@ class OneKernel:
 
     def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """As `OneByOne`'s, which adds large ones where the host knows the sizes."""
-        if self.one_by_one is None or outs[0].numel() < LARGE_MATRIX:
+        if self.sizes is None or outs[0].numel() < LARGE_MATRIX:
             outs.add_(self.outers(left, right))
         else:
-            self.one_by_one.add_outers(outs, left, right)
+            sizes = self.sizes.tolist()
+            OneByOne(sizes).add_outers(outs, left[: sum(sizes)], right[: sum(sizes)])
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -163,7 +202,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         ctx.weights = fc1, fc2  # saved, they would come back without Megatron's buffer from a checkpointed part
         hidden = products.multiply(order.take(tokens_TH), fc1.transpose(1, 2))
         ctx.save_for_backward(tokens_TH, gates_P, hidden, *order)
-        pairs_PH = products.multiply(backend.activate(hidden, gates_P), fc2.transpose(1, 2))
+        pairs_PH = products.multiply(backend.activate(hidden, gates_P, products.end), fc2.transpose(1, 2))
         return order.sum(pairs_PH, len(tokens_TH))
 
     @staticmethod
@@ -172,7 +211,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         products, order, (fc1, fc2) = ctx.products, ctx.order_type(*of_order), ctx.weights
         gradient_PH = order.take(gradient).contiguous()
         d_activated = products.multiply(gradient_PH, fc2)
-        activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated)
+        activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated, products.end)
         d_fc2 = _weight_gradient(fc2, products, gradient_PH, activated)
         d_fc1 = _weight_gradient(fc1, products, d_hidden, order.take(tokens_TH))
         d_tokens = order.sum(products.multiply(d_hidden, fc1), len(tokens_TH))

@@ -22,9 +22,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels.backend import backend_of
 from megatron.remoe.local.experts import GroupedExperts
-from megatron.remoe.local.grouped_swiglu import waits_for_sizes
+from megatron.remoe.local.grouped_swiglu import takes_grouped_kernel, waits_for_sizes
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
-from megatron.remoe.moe.plan import Counts, Ranks, count_known, count_pairs, plan_dispatch
+from megatron.remoe.moe.plan import Counts, Guess, Ranks, count_known, count_later, count_pairs, plan_dispatch
 
 
 class ReMoELayer(MoELayer):
@@ -52,6 +52,7 @@ class ReMoELayer(MoELayer):
         is_topk = type(self.router) is TopKRouter
         self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
         self._waits = True
+        self._guess: Guess | None = None
         self._run_experts = self._by_megatron
         if takes_plans(config):
             self._run_experts = self._by_exchange
@@ -65,6 +66,9 @@ class ReMoELayer(MoELayer):
                     self._run_experts = self._in_place
                 has_k = is_topk and config.moe_expert_capacity_factor is None
                 self._waits = not has_k or waits_for_sizes(self.experts.fc1)
+                launches_ahead = getattr(config, "moe_relu_launch_ahead", False) and not is_topk
+                if launches_ahead and takes_grouped_kernel(self.experts.fc1):
+                    self._guess = Guess(config.moe_router_topk, self.pairs_limit)
         for parameter in self.experts.parameters():
             # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
             # the optimizer's state from a checkpoint without.
@@ -114,15 +118,38 @@ class ReMoELayer(MoELayer):
     ) -> torch.Tensor:
         shared_expert_output = self.shared_experts_compute(hidden_states)
         probs_TE, map_TE = self.route(hidden_states, padding_mask, **for_router)
+        output = self._run_ahead(hidden_states, probs_TE, map_TE)
+        if output is None:
+            output = self._run_counted(hidden_states, probs_TE, map_TE)
+        return output if shared_expert_output is None else output + shared_expert_output
+
+    def _run_ahead(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Launch the experts for a guessed number of pairs, and read the true one while the device works on them.
+
+        Returns:
+            `[sequence, batch, H]`; None without a guess, or if it was too low.
+        """
+        if self._guess is None or not (num_pairs := self._guess.pairs(len(map_TE))):
+            return None
+        counts = count_later(map_TE, self.backend, num_pairs)
+        output = self._in_place(hidden_states, probs_TE, map_TE, counts)
+        found = sum(counts.tokens_per_expert.tolist())
+        self._guess.learn(found, len(map_TE))
+        return output if found <= num_pairs else None
+
+    def _run_counted(self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
+        """Read the number of pairs, and run the experts, in chunks if there are too many."""
         if self._waits:
             counts = count_pairs(map_TE, self.ranks, self.backend, self.pairs_limit)
         else:
             counts = count_known(map_TE, self.backend, self.config.moe_router_topk)
+        if self._guess is not None:
+            self._guess.learn(sum(count.num_pairs for count in counts), len(map_TE))
         if len(counts) == 1:
-            output = self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
-        else:
-            output = self._run_chunks(hidden_states, probs_TE, map_TE, counts)
-        return output if shared_expert_output is None else output + shared_expert_output
+            return self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
+        return self._run_chunks(hidden_states, probs_TE, map_TE, counts)
 
     def _run_chunks(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]

@@ -12,6 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.remoe.kernels.backend import Backend, Order
+from megatron.remoe.local.grouped_swiglu import LateSizes
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Counts:
     """The numbers of pairs of a layer's tokens, or of one chunk of them.
 
     Attributes:
-        num_pairs: P.
+        num_pairs: P, or a guess at it.
         tokens_per_expert: integers `[L]`, the pairs that arrive at each expert here; on the host, unless nothing was
             waited for.
         exchange: None where one rank has all experts.
@@ -65,7 +66,7 @@ class Counts:
     """
 
     num_pairs: int
-    tokens_per_expert: torch.Tensor
+    tokens_per_expert: torch.Tensor | LateSizes
     exchange: Exchange | None
     counted: torch.Tensor
 
@@ -124,6 +125,46 @@ def count_known(map_TE: torch.Tensor, backend: Backend, topk: int) -> list[Count
     """
     tokens_per_expert, counted = backend.count(map_TE)
     return [Counts(len(map_TE) * topk, tokens_per_expert, None, counted)]
+
+
+class Guess:
+    """How many pairs a layer's next tokens have at most, by those before: a step of 1/16 · k per token above them.
+
+    Attributes:
+        recent: pairs per token, a maximum that falls slowly; 0 before the first.
+    """
+
+    STEP, KEPT = 1 / 16, 0.9
+
+    def __init__(self, topk: int, limit: float) -> None:
+        """
+        Args:
+            topk: k of the target sparsity.
+            limit: pairs per token above which a layer works in chunks; 0 for none.
+        """
+        self.recent, self._step, self._limit = 0.0, self.STEP * topk, limit
+
+    def pairs(self, num_tokens: int) -> int:
+        """Return the guess, one of few numbers so that buffers are used again; 0 where there is none to rely on."""
+        per_token = self._step * (math.floor(self.recent / self._step) + 2)
+        is_known = self.recent and not (self._limit and per_token > self._limit)
+        return math.ceil(per_token * num_tokens) if is_known else 0
+
+    def learn(self, num_pairs: int, num_tokens: int) -> None:
+        """Take the true number of some tokens into account."""
+        now = num_pairs / max(num_tokens, 1)
+        self.recent = max(now, self.KEPT * self.recent + (1 - self.KEPT) * now)
+
+
+def count_later(map_TE: torch.Tensor, backend: Backend, num_pairs: int) -> Counts:
+    """Count where one rank has all experts, and read the counts later; waits for nothing.
+
+    Args:
+        map_TE, backend: as `count_pairs`'s.
+        num_pairs: a guess at the number of pairs.
+    """
+    tokens_per_expert, counted = backend.count(map_TE)
+    return Counts(num_pairs, LateSizes.of(tokens_per_expert), None, counted)
 
 
 def read_pairs(

@@ -33,11 +33,12 @@ moe_router_group_topk moe_router_enable_expert_bias moe_router_bias_update_rate 
 moe_expert_capacity_factor moe_token_drop_policy moe_pad_expert_input_to_capacity moe_apply_probs_on_input
 moe_warmup_topk moe_warmup_steps moe_baseline_router
 """.split()
-# ReLU routing's own settings, but for one that changes no result and one that is part of the shape.
+# ReLU routing's own settings, except two that change no result and one that is part of the shape.
 RESULT_OF_RELU = [
     field.name
     for field in fields(ReMoEConfig)
-    if field.name.startswith("moe_relu_") and field.name not in ("moe_relu_activation_limit", "moe_relu_router_bias")
+    if field.name.startswith("moe_relu_")
+    and field.name not in ("moe_relu_activation_limit", "moe_relu_launch_ahead", "moe_relu_router_bias")
 ]
 # Megatron finds the optimizer's state in the checkpoint by these, whatever the schedule.
 RATES = ["lr", "min_lr"]

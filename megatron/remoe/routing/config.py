@@ -63,6 +63,11 @@ class ReMoEConfig(TransformerConfig):
     """Limit memory while routing is dense: a layer holds the activations of at most this many times topk experts per
     token; above, it works in chunks that the backward pass computes again (default %(default)s; 0: no limit). Exact."""
 
+    moe_relu_launch_ahead: bool = False
+    """Launch a layer's experts before the host knows how many pairs there are, with room for slightly more than before,
+    and read the number while they run. If there are more, the layer runs again. Exact. Needs --moe-kernels triton and
+    all experts on each rank; has no effect where the GPU has no kernel for all experts at once."""
+
     moe_relu_router_bias: bool = False
     """Give the ReLU router a bias, as other linear layers have; neither the paper nor its code does."""
 

@@ -1,57 +1,24 @@
-"""Keep the sparsity S at its target with an adaptive L1 coefficient λ (paper section 3.3).
+"""Hold the sparsity S at its target with an adaptive L1 coefficient λ (paper section 3.3).
 
 After every optimizer step, with k experts per token as the target and α slightly above 1:
 
     target = 1 - k/E
-    S      = 1 - active pairs / (tokens · E), over all MoE layers and the global batch
+    S      = 1 - active pairs / (tokens · E)      over all MoE layers and the global batch
     λ      ← λ · α^sign(target - S)
 
 The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. Until S first reaches the target it
-can add more (`moe_relu_l1_reg_start_power`).
+may add more (`moe_relu_l1_reg_start_power`).
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
 from megatron.remoe.routing.config import ReMoEConfig
-from megatron.remoe.routing.counts import StepSums
+from megatron.remoe.routing.counts import RoutingSummary, StepSums
 from megatron.remoe.routing.layers import layer_numbers, norm_weights
 from megatron.remoe.routing.router import ReLURouter
-
-
-@dataclass(frozen=True)
-class RoutingSummary:
-    """Figures of all routers of the job, on the host; of one optimizer step unless stated otherwise.
-
-    Layers are numbered from 1: the decoder's, then those of multi-token prediction.
-
-    Attributes:
-        sparsity: S, share of inactive (token, expert) pairs over all MoE layers, 0 to 1.
-        target_sparsity: 1 - k/E.
-        l1_coefficient: the λ that was in force during the step.
-        l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
-        layer_l1_loss: layer → its L_reg.
-        layer_sparsity: layer → its sparsity.
-        expert_load: layer → share of its tokens that each expert got, `num_experts` values.
-        guarded_layers: layers that were freed from L1 and pushed up, because they were almost off before.
-        total_active_pairs: computed pairs of all MoE layers, over all steps of this controller: the active ones, except
-            those that `moe_relu_max_experts` leaves out.
-        total_layer_tokens: tokens times MoE layers, over the same steps.
-    """
-
-    sparsity: float
-    target_sparsity: float
-    l1_coefficient: float
-    l1_loss: float
-    layer_l1_loss: dict[int, float]
-    layer_sparsity: dict[int, float]
-    expert_load: dict[int, list[float]]
-    guarded_layers: list[int]
-    total_active_pairs: int
-    total_layer_tokens: int
 
 
 class SparsityController:
@@ -69,8 +36,7 @@ class SparsityController:
         """
         modules = [module for chunk in model_chunks for module in chunk.modules()]
         assert config.num_moe_experts is not None
-        self.config = config
-        self.num_experts = config.num_moe_experts
+        self.config, self.num_experts = config, config.num_moe_experts
         self.routers = [module for module in modules if isinstance(module, ReLURouter)]
         parameter = next((parameter for module in modules for parameter in module.parameters()), None)
         self.device = parameter.device if parameter is not None else torch.device("cpu")
@@ -91,38 +57,36 @@ class SparsityController:
 
         Call it once per optimizer step on every rank, after the backward passes.
         """
-        sums = self._collect()
+        self._last = sums = self._collect()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Every rank counted other tokens, or other layers, in every layout.
             torch.distributed.all_reduce(sums.buffer)
-        self._last = sums
-
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
         computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
         torch._foreach_add_([*self._totals.unbind()], [computed, tokens])
-        # Megatron skips a step that is not finite, or ends the training: it moves nothing here either.
+        if not self.routers:
+            return
+        # Megatron skips a step that is not finite, or ends the training: such a step moves nothing here either.
         finite = torch.isfinite(sums.buffer).all()
-        # target - S has the sign of active - k·tokens, which is exact in whole numbers.
+        # target - S has the sign of active - k · tokens, which is exact in whole numbers.
         direction = torch.where(finite, torch.sign((active - topk * tokens).sum()), 0.0)
+        exponent = self._moved(direction.to(torch.int64), finite)
         dying = active < self.config.moe_relu_layer_floor * topk * tokens
         guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
-        if self.routers:
-            exponent = self._moved(direction.to(torch.int64), finite)
-            # One launch for all routers.
-            torch._foreach_copy_(
-                [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
-                [exponent] * len(self.routers) + [guarded[number - 1] for number in self._numbers],
-            )
+        # One launch for all routers.
+        torch._foreach_copy_(
+            [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
+            [exponent] * len(self.routers) + [guarded[number - 1] for number in self._numbers],
+        )
 
     def _moved(self, direction: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
-        """Return the exponent of the next step, which is the same on all ranks.
+        """Return the exponent n of the next step, which is the same on all ranks.
 
         Args:
             direction: int64 scalar, the sign of target - S.
             finite: bool scalar, False for a step that moves nothing.
         """
-        first = self.routers[0]
-        step = direction
+        first, step = self.routers[0], direction
         if first.reached is not None:
             reached = first.reached | (finite & (direction <= 0))
             at_first = reached - first.reached
@@ -157,31 +121,15 @@ class SparsityController:
 
     def totals(self) -> dict[str, int]:
         """Return the two running sums of `RoutingSummary`; waits for the device."""
-        return _named(self._totals)
+        active, tokens = map(int, self._totals.sum(dim=1).tolist())
+        return {"total_active_pairs": active, "total_layer_tokens": tokens}
 
     def summary(self) -> RoutingSummary | None:
         """Return the last step's figures, or None before the first update; waits for the device."""
         if self._last is None:
             return None
-        buffer = self._last.buffer
-        buffer, totals = torch.cat([buffer, self._totals.flatten()]).cpu().split([len(buffer), 2 * self._num_layers])
-        sums, experts, config = StepSums.of(buffer, self._num_layers), self.num_experts, self.config
-        rows = {number: sums.counts.layer(number) for number in range(1, self._num_layers + 1)}
-        layers = {number: row for number, row in rows.items() if row["tokens"] > 0}
-        l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}
-        pairs = sums.counts["tokens"].sum().item() * experts
-        exponent = (sums.l1_exponent / sums.ranks.clamp(min=1.0)).item()
-        return RoutingSummary(
-            sparsity=1.0 - sums.counts.active.sum().item() / pairs if pairs else 1.0,
-            target_sparsity=config.target_sparsity,
-            l1_coefficient=config.moe_relu_l1_reg_coeff_init * config.moe_relu_l1_reg_coeff_multiplier**exponent,
-            l1_loss=sum(l1_losses.values()),
-            layer_l1_loss=l1_losses,
-            layer_sparsity={n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()},
-            expert_load={n: (row["tokens_per_expert"] / row["tokens"]).tolist() for n, row in layers.items()},
-            guarded_layers=[number for number in layers if sums.guarded[number - 1] > 0],
-            **_named(totals.view(2, -1)),
-        )
+        sums = StepSums.of(self._last.buffer.cpu(), self._num_layers)
+        return RoutingSummary.of(sums, self.totals(), self.config)
 
 
 def exponent_bounds(config: ReMoEConfig) -> tuple[int | None, int | None]:
@@ -196,11 +144,6 @@ def exponent_bounds(config: ReMoEConfig) -> tuple[int | None, int | None]:
         math.ceil(exponent_of(lowest)) if lowest else None,
         math.floor(exponent_of(highest)) if highest else None,
     )
-
-
-def _named(totals: torch.Tensor) -> dict[str, int]:
-    active, tokens = map(int, totals.sum(dim=1).tolist())
-    return {"total_active_pairs": active, "total_layer_tokens": tokens}
 
 
 def _largest_of_ranks(number: int, device: torch.device) -> int:

@@ -1,11 +1,13 @@
-"""Counts of the routers between two updates of λ, and the one tensor in which all ranks add them up.
+"""Counts of the routers between two updates of λ, the one tensor in which all ranks add them up, and its figures.
 
-Shapes: L layers, E experts. float64 adds whole numbers exactly, in any order, up to 2^53.
+L layers, E experts. float64 adds whole numbers exactly, in any order, up to 2^53.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from megatron.remoe.routing.config import ReMoEConfig
 
 COLUMNS = ("tokens", "l1_loss", "micro_batches", "left_out")  # after the tokens of each expert
 
@@ -80,3 +82,56 @@ class StepSums:
         """Return the views of a buffer."""
         table, guarded, scalars = buffer.split([len(buffer) - num_layers - 3, num_layers, 3])
         return cls(buffer, RoutingCounts(table.view(num_layers, -1)), guarded, *scalars.unbind())
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """Figures of all routers of the job, on the host; of one optimizer step unless stated otherwise.
+
+    Layers are numbered from 1: the decoder's, then those of multi-token prediction.
+
+    Attributes:
+        sparsity: S, share of inactive (token, expert) pairs over all MoE layers, 0 to 1.
+        target_sparsity: 1 - k/E.
+        l1_coefficient: the λ that was in force during the step.
+        l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
+        layer_l1_loss: layer → its L_reg.
+        layer_sparsity: layer → its sparsity.
+        expert_load: layer → share of its tokens that each expert got, `num_experts` values.
+        guarded_layers: layers that were freed from L1 and pushed up, because they were almost off before.
+        total_active_pairs: computed pairs of all MoE layers, over all steps of this controller: the active ones, except
+            those that `moe_relu_max_experts` leaves out.
+        total_layer_tokens: tokens times MoE layers, over the same steps.
+    """
+
+    sparsity: float
+    target_sparsity: float
+    l1_coefficient: float
+    l1_loss: float
+    layer_l1_loss: dict[int, float]
+    layer_sparsity: dict[int, float]
+    expert_load: dict[int, list[float]]
+    guarded_layers: list[int]
+    total_active_pairs: int
+    total_layer_tokens: int
+
+    @classmethod
+    def of(cls, sums: StepSums, totals: dict[str, int], config: ReMoEConfig) -> "RoutingSummary":
+        """Return the figures of a step's sums, which are on the host, and of the running sums."""
+        numbered = {number: RoutingCounts(row) for number, row in enumerate(sums.counts.table, start=1)}
+        layers = {number: row for number, row in numbered.items() if row["tokens"] > 0}
+        l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}
+        experts, exponent = config.num_moe_experts, (sums.l1_exponent / sums.ranks.clamp(min=1.0)).item()
+        assert experts is not None
+        pairs = sums.counts["tokens"].sum().item() * experts
+        return cls(
+            sparsity=1.0 - sums.counts.active.sum().item() / pairs if pairs else 1.0,
+            target_sparsity=config.target_sparsity,
+            l1_coefficient=config.moe_relu_l1_reg_coeff_init * config.moe_relu_l1_reg_coeff_multiplier**exponent,
+            l1_loss=sum(l1_losses.values()),
+            layer_l1_loss=l1_losses,
+            layer_sparsity={n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()},
+            expert_load={n: (row["tokens_per_expert"] / row["tokens"]).tolist() for n, row in layers.items()},
+            guarded_layers=[number for number in layers if sums.guarded[number - 1] > 0],
+            **totals,
+        )

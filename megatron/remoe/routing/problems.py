@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from megatron.remoe.routing.refusals import IGNORED, REFUSALS, Settings, as_list, flag, shown
 
@@ -16,21 +15,28 @@ def relu_routing_problems(settings: Settings) -> list[str]:
     Returns:
         One message per problem: the flag, its value, the remedy and the code. Empty if all is well.
     """
-    values: list[str] = []
-    combined: list[str] = []
-    if settings.moe_granularity < 1:
-        values.append(f"--moe-granularity {settings.moe_granularity} must be a whole number of at least 1.")
-    if settings.moe_relu_routing:
-        values.extend(_values(settings))
-        combined.extend(_combinations(settings))
-        combined.extend(problem for refusal in REFUSALS if (problem := refusal.problem(settings)))
     by_code = {
-        "REMOE-E205": values,
-        "REMOE-E204": combined,
+        "REMOE-E205": _values(settings),
+        "REMOE-E204": _refused(settings, "--moe-relu-routing") if settings.moe_relu_routing else (),
         "REMOE-E206": _warmup(settings),
         "REMOE-E207": _baseline(settings),
     }
     return [f"{problem} [{code}]" for code, problems in by_code.items() for problem in problems]
+
+
+def _refused(settings: Settings, beside: str) -> Iterator[str]:
+    """Yield Megatron's settings that cannot be used with a router, which its flag names.
+
+    Warm-up uses what belongs to top-k routing; a baseline router does not, and nothing takes its place there.
+    """
+    yield from _combinations(settings, beside)
+    for refusal in REFUSALS:
+        if refusal.reason == IGNORED and beside == "--moe-warmup-topk":
+            continue
+        if refusal.reason == IGNORED and beside != "--moe-relu-routing":
+            refusal = replace(refusal, remedy="Leave it out")
+        if problem := refusal.problem(settings, beside):
+            yield problem
 
 
 def _baseline(settings: Settings) -> Iterator[str]:
@@ -42,11 +48,7 @@ def _baseline(settings: Settings) -> Iterator[str]:
     if settings.moe_relu_routing or settings.moe_warmup_topk is not None:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
         yield f"{other} cannot be used with {beside}: each is a router of its own. Give one of them."
-    for refusal in REFUSALS:
-        ignored = refusal.reason == IGNORED
-        if problem := (replace(refusal, remedy="Leave it out") if ignored else refusal).problem(settings, beside):
-            yield problem
-    yield from _combinations(settings, beside)
+    yield from _refused(settings, beside)
     stages = getattr(settings, "pipeline_model_parallel_size", 1)
     if name == "hash" and stages > 1:
         yield (
@@ -76,9 +78,7 @@ def _warmup(settings: Settings) -> Iterator[str]:
     if settings.moe_relu_routing:
         yield "--moe-warmup-topk cannot be used with --moe-relu-routing, which is dense at first anyway. Leave it out."
         return
-    refused = (refusal.problem(settings, "--moe-warmup-topk") for refusal in REFUSALS if refusal.reason != IGNORED)
-    yield from filter(None, refused)
-    yield from _combinations(settings, "--moe-warmup-topk")
+    yield from _refused(settings, "--moe-warmup-topk")
 
 
 def _experts(settings: Settings) -> int:
@@ -87,7 +87,11 @@ def _experts(settings: Settings) -> int:
 
 
 def _values(settings: Settings) -> Iterator[str]:
-    """Yield settings of ReLU routing that are out of range."""
+    """Yield settings that are out of range: the granularity, and those of ReLU routing."""
+    if settings.moe_granularity < 1:
+        yield f"--moe-granularity {settings.moe_granularity} must be a whole number of at least 1."
+    if not settings.moe_relu_routing:
+        return
     experts = _experts(settings)
     topk, init = settings.moe_router_topk, settings.moe_relu_l1_reg_coeff_init
     multiplier, floor = settings.moe_relu_l1_reg_coeff_multiplier, settings.moe_relu_layer_floor
@@ -127,8 +131,10 @@ def _values(settings: Settings) -> Iterator[str]:
         yield f"--moe-relu-activation-limit {limit} must be at least 1 (default 2), or 0 for no limit."
 
 
-def _combinations(settings: Settings, beside: str = "--moe-relu-routing") -> Iterator[str]:
-    """Yield settings of Megatron that are refused in combination."""
+def _combinations(settings: Settings, beside: str) -> Iterator[str]:
+    """Yield settings that are refused in combination."""
+    if beside == "--moe-relu-routing" and settings.moe_relu_launch_ahead:
+        yield from _launch_ahead(settings)
     backend = getattr(settings, "moe_flex_dispatcher_backend", None)
     if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
         yield (
@@ -168,12 +174,27 @@ def _combinations(settings: Settings, beside: str = "--moe-relu-routing") -> Ite
             "Give one of them."
         )
     graphs = getattr(settings, "cuda_graph_modules", None) or []
-    if getattr(settings, "cuda_graph_impl", None) not in (None, "none") and _moe_graph_scope(graphs):
+    has_moe = any(str(getattr(item, "name", item)).startswith("moe") for item in as_list(graphs))
+    if getattr(settings, "cuda_graph_impl", None) not in (None, "none") and has_moe:
         yield (
             f"--cuda-graph-modules {shown(graphs)} cannot be used with {beside}: the "
             "number of routed pairs changes from step to step. Keep only attention, or use --cuda-graph-impl none."
         )
 
 
-def _moe_graph_scope(modules: Any) -> bool:
-    return any(str(getattr(item, "name", item)).startswith("moe") for item in as_list(modules))
+def _launch_ahead(settings: Settings) -> Iterator[str]:
+    """Yield what --moe-relu-launch-ahead needs and is not given."""
+    expert_tensor_parallel = getattr(settings, "expert_tensor_parallel_size", None)
+    if expert_tensor_parallel is None:  # Megatron's default
+        expert_tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
+    needs = {
+        "--moe-kernels triton": settings.moe_kernels == "triton",
+        "--transformer-impl local": settings.transformer_impl == "local",
+        "--moe-token-dispatcher-type alltoall": settings.moe_token_dispatcher_type == "alltoall",
+        "--disable-bias-linear": not settings.add_bias_linear,
+        "--expert-model-parallel-size 1": getattr(settings, "expert_model_parallel_size", 1) == 1,
+        "--expert-tensor-parallel-size 1": expert_tensor_parallel == 1,
+        "no --moe-shared-expert-overlap": not settings.moe_shared_expert_overlap,
+    }
+    if missing := [flag for flag, is_met in needs.items() if not is_met]:
+        yield f"--moe-relu-launch-ahead (on) needs {', '.join(missing)}. Add this, or leave it out."

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.remoe.patches.log_lines import run_logger
-from megatron.remoe.routing.controller import RoutingSummary, SparsityController
+from megatron.remoe.routing.controller import SparsityController
+from megatron.remoe.routing.counts import RoutingSummary
 from megatron.remoe.training.flips import FlipMeter
 
 AGAINST_SAMPLES = ("moe_relu/sparsity", "moe_relu/l1_reg_coeff")  # as Megatron does with the loss
