@@ -152,11 +152,11 @@ def largest_in_output(model: RemoeForCausalLM, layer: int, domains: list[Path]) 
 
     def look(_: object, given: tuple[torch.Tensor, ...]) -> None:
         for token in given[0].flatten(0, 1):
-            gates = block.gate(token[None])[1][0]
+            _, gates, experts = (one[0] for one in block.gate(token[None]))
             parts = []
-            for expert in gates.nonzero()[:, 0]:
+            for expert, weight in zip(experts[gates > 0], gates[gates > 0], strict=True):
                 gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
-                parts.append(gates[expert] * (block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)))
+                parts.append(weight * (block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)))
             if parts:
                 largest = parts[int(gates[gates > 0].argmax())]
                 size, rest = float(largest.norm()), float((sum(parts) - largest).norm())

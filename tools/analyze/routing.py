@@ -27,12 +27,10 @@ def observe_routing(model: RemoeForCausalLM, see: See) -> Iterator[None]:
     for place, block in enumerate(expert_blocks(model).values()):
 
         def look(block: RemoeSparseMoeBlock, given: tuple, output: torch.Tensor, place: int = place) -> None:
-            hidden_states, _, token_ids = given
+            hidden_states, *token_ids = given
             tokens = hidden_states.flatten(0, 1)
-            _, gates = block.gate(tokens, token_ids)
-            if block.width is not None:
-                top, experts = gates.topk(block.width)
-                gates = torch.zeros_like(gates).scatter(-1, experts, top)
+            logits, top, experts = block.gate(tokens, *token_ids)
+            gates = torch.zeros_like(logits).scatter(-1, experts, top)
             routed = output.flatten(0, 1)
             if block.shared_expert is not None:
                 routed = routed - block.shared_expert(tokens)

@@ -49,10 +49,9 @@ def count_experts(model: RemoeForCausalLM) -> Iterator[dict[int, list[torch.Tens
     handles = []
     for number, block in expert_blocks(model).items():
         passes = counts[number] = []
-        most = block.width or model.config.num_experts
 
-        def count(_router: object, _tokens: object, routed: tuple[torch.Tensor, ...], passes=passes, most=most) -> None:
-            passes.append((routed[1] > 0).sum(dim=-1).clamp(max=most))
+        def count(_router: object, _tokens: object, routed: tuple[torch.Tensor, ...], passes=passes) -> None:
+            passes.append((routed[1] > 0).sum(dim=-1))
 
         handles.append(block.gate.register_forward_hook(count))
     try:

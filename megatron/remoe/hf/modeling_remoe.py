@@ -45,35 +45,24 @@ class RemoeSparseMoeBlock(nn.Module):
         self.experts = Qwen3MoeExperts(config)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = Qwen3MoeMLP(config, shared) if shared else None
-        self.width = config.max_experts_per_token if config.moe_relu_routing else config.num_experts_per_tok
+        self.hash_routing = config.hash_routing
+        self.all_active = config.moe_relu_routing and config.max_experts_per_token is None
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        token_mask: torch.Tensor | None = None,
-        token_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return each token's sum over its experts, `[batch, sequence, hidden]`.
 
         Args:
             hidden_states: `[batch, sequence, hidden]`.
-            token_mask: bool `[batch, sequence]`, False at padding, which goes to no routed expert.
             token_ids: int64 `[batch, sequence]`, for routing by hash.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, gates = self.gate(tokens, token_ids)
-        if token_mask is not None:
-            gates = gates.masked_fill(~token_mask.reshape(-1, 1), 0.0)
-        if self.width is None:
-            output = self._varying(tokens, gates)
-        else:
-            top, experts = gates.topk(self.width)
-            output = self.experts(tokens, experts, top)
+        _, gates, experts = self.gate(tokens, token_ids) if self.hash_routing else self.gate(tokens)
+        output = self._active(tokens, gates) if self.all_active else self.experts(tokens, experts, gates)
         if self.shared_expert is not None:
             output = output + self.shared_expert(tokens)
-        return output.view_as(hidden_states)
+        return output.reshape(hidden_states.shape)
 
-    def _varying(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    def _active(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         # Each pair becomes a token with one expert, which every experts implementation of transformers takes.
         token, expert = gates.nonzero(as_tuple=True)
         if not len(token):
@@ -101,12 +90,19 @@ class RemoeDecoderLayer(GradientCheckpointingLayer):
         token_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Run the layer, as Llama's; `token_mask` and `token_ids` go to `RemoeSparseMoeBlock`."""
+        """Run the layer, as Llama's.
+
+        Args:
+            token_mask: bool `[batch, sequence]`, False at padding, which goes to no routed expert.
+            token_ids: int64 `[batch, sequence]`, for routing by hash.
+        """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        sparse = isinstance(self.mlp, RemoeSparseMoeBlock)
-        return hidden_states + (self.mlp(normed, token_mask, token_ids) if sparse else self.mlp(normed))
+        if token_mask is not None and isinstance(self.mlp, RemoeSparseMoeBlock):
+            normed = normed.masked_fill(~token_mask.unsqueeze(-1), 0.0)  # a router without bias: no positive logit
+        ids = (token_ids,) if isinstance(self.mlp, RemoeSparseMoeBlock) and token_ids is not None else ()
+        return hidden_states + self.mlp(normed, *ids)
 
 
 class RemoePreTrainedModel(LlamaPreTrainedModel):

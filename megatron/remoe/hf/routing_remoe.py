@@ -25,32 +25,44 @@ class RemoeRouter(nn.Module):
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_expert_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, tokens: torch.Tensor, token_ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits and gates, both `[tokens, num_experts]` in the router's dtype; gates are 0 where inactive.
+    def forward(
+        self, hidden_states: torch.Tensor, token_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits, gates and experts, as the routers of transformers' MoE models do.
+
+        With ReLU routing the K = `max_experts_per_token` largest gates, 0 where fewer experts are active; with K None
+        all gates. Servers read the order of the results and of the operations (docs/huggingface.md).
 
         Args:
-            tokens: `[tokens, hidden]`.
+            hidden_states: `[tokens, hidden]`.
             token_ids: int64, of these tokens in any shape. Routing by hash (arXiv 2106.04426) needs them, and returns
-                its gates as logits.
+                1 as logits of the chosen experts.
+
+        Returns:
+            Logits `[tokens, num_experts]` and gates `[tokens, K]` in the router's dtype, experts int64 `[tokens, K]`.
 
         Raises:
             ValueError: routing is by hash and there are no ids.
         """
-        dtype, k = self.dtype or tokens.dtype, self.config.num_experts_per_tok
+        dtype, k = self.dtype or hidden_states.dtype, self.config.num_experts_per_tok
         if self.config.hash_routing:
-            gates = _largest(self._hashed(token_ids), k).to(dtype)
-            return gates, gates
-        logits = nn.functional.linear(tokens.to(dtype), self.weight.to(dtype))
+            experts = self._hashed(token_ids).topk(k).indices
+            gates = torch.ones(experts.shape, dtype=dtype, device=experts.device)
+            logits = gates.new_zeros(len(experts), self.config.num_experts).scatter(-1, experts, gates)
+            return logits, gates, experts
+        logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
         if self.config.moe_relu_routing:
-            return logits, torch.relu(logits)
+            gates = torch.relu(logits)
+            if self.config.max_experts_per_token is not None:
+                return logits, *gates.topk(self.config.max_experts_per_token)
+            return logits, gates, torch.arange(self.config.num_experts, device=gates.device).expand_as(gates)
         scores = scores_of(self.config, logits)
         biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         experts = biased.topk(k).indices
         top = scores.gather(-1, experts)
         if self.config.norm_topk_prob:
             top = top / (top.sum(dim=-1, keepdim=True) + TINY)
-        top = top * self.config.routed_scaling_factor
-        return logits, torch.zeros_like(logits).scatter(-1, experts, top.to(dtype))
+        return logits, (top * self.config.routed_scaling_factor).to(dtype), experts
 
     def _hashed(self, token_ids: torch.Tensor | None) -> torch.Tensor:
         """Return numbers `[tokens, num_experts]` that depend on the id; the k largest are chosen."""

@@ -1,0 +1,82 @@
+"""What servers take from the model for transformers."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tests.hf.test_modeling import make, tokens
+
+
+def test_structure_that_servers_ask_for() -> None:
+    """Their attention and their experts take the place of the model's: the same numbers come out, of fixed shapes."""
+    model, ids = make("relu, shared", max_experts_per_token=3), tokens()
+    with torch.no_grad():
+        logits = model(ids).logits
+    config, seen = model.config, []
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 2, 24)
+
+    def attention(module, query, key, value, mask, scaling, **kwargs):
+        seen.append(module.layer_idx)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, **kwargs)
+
+    class Server(torch.nn.Module):
+        def __init__(self, experts: torch.nn.Module) -> None:
+            super().__init__()
+            assert experts.gate_up_proj.dim() == experts.down_proj.dim() == 3
+            self.held = experts
+
+        def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            assert index.shape == weights.shape == (len(hidden), 3)
+            return self.held(hidden, index, weights)
+
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = Server(layer.mlp.experts)
+    AttentionInterface.register("a_servers", attention)
+    model.set_attn_implementation("a_servers")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=1e-5)
+    assert seen == [0, 1]
+
+
+def test_block_that_vllm_replaces() -> None:
+    """Its forward pass gives way to one with a single argument, and the gate routes (`_hf_topk_router`)."""
+    model, ids = make("relu, shared", max_experts_per_token=3), tokens()
+    block = model.model.layers[1].mlp
+
+    def fused(hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.flatten(0, 1)
+        _, weights, experts = block.gate(rows)
+        return (block.experts(rows, experts, weights) + block.shared_expert(rows)).view_as(hidden_states)
+
+    with torch.no_grad():
+        logits = model(ids).logits
+        block.forward = fused
+        assert torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "routing"),
+    [
+        ("relu", {"max_experts_per_token": 3}, "none"),
+        ("relu, shared", {"max_experts_per_token": 3}, None),
+        ("top-k, normed", {}, ("softmax", True)),
+        ("top-k, scaled", {}, ("softmax", False)),
+        ("sigmoid, bias", {}, ("sigmoid", True)),
+    ],
+)
+def test_vllms_matcher(name: str, changes: dict[str, Any], routing: Any) -> None:
+    """vLLM 0.33 finds gate, experts and shared expert where it is installed.
+
+    Without a softmax or sigmoid it wants a shared expert, and leaves other ReLU routing to the block.
+    """
+    moe = pytest.importorskip("vllm.model_executor.models.transformers.fusers.moe")
+    found = moe.MoEBlockFuser.match(make(name, **changes).model.layers[1].mlp, "experts")
+    if routing == "none":
+        assert found is None
+    else:
+        assert (found.gate_name, found.shared_name) == ("gate", "shared_expert" if "shared" in name else None)
+        assert (found.scoring_func, found.renormalize) == (routing or (None, None))
