@@ -50,16 +50,6 @@ def test_what_is_shown(whole, tmp_path, capsys) -> None:
     assert "\n69 72 81 82 83\n" in capsys.readouterr().out
 
 
-def test_all_empty(tmp_path, capsys) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(tmp_path / "e.bin"), dtype=np.int32)
-    builder.add_document([], [])
-    builder.finalize(str(tmp_path / "e.idx"))
-    assert inspect_data.main([str(tmp_path / "e")]) == 0
-    assert "1 documents (1 empty), 0 tokens" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("multimodal", [False, True])
 def test_documents_of_several_sequences(multimodal, tmp_path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

@@ -142,7 +142,7 @@ def test_metrics_are_read_instead_of_the_printed_log(tmp_path: Path) -> None:
     start = {"kind": "start", "iteration": 0, "args": args}
     line = {"kind": "log", "iteration": 20, "consumed_samples": 80, "seconds_per_iteration": 0.5}
     evaluations = [{"kind": "validation", "iteration": at, "lm_loss": loss} for at, loss in ((10, 5.0), (20, 4.0))]
-    final = [{"kind": "validation", "iteration": 20, "lm_loss": 3.5}]
+    final = [{"kind": "validation", "iteration": 20, "lm_loss": 3.5, "final": True}]
     (tmp_path / "checkpoints").mkdir()
     for records, loss in (([], None), (final, 3.5), ([final[0] | {"set": "test"}], None)):
         lines = [json.dumps(record) + "\n" for record in (start, line, *evaluations, *records)]

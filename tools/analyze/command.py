@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..common import short_names
 from ..common.display import Display, print_table
 from ..common.errors import ToolError
+from ..common.evaluations import names_of_data_sets
 from ..common.expert_counts import expert_blocks
 from ..common.files import write_json
 from ..common.flags import whole_number
@@ -30,24 +30,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--load", type=Path, required=True, metavar="FOLDER", help="a run's folder, its --save, or an exported folder"
-    )
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
-    parser.add_argument(
-        "--data-path", "--data", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain"
-    )
-    parser.add_argument("--output-dir", type=Path, metavar="FOLDER", help="default: analysis/ in that of --load")
-    parser.add_argument(
-        "--seq-length", type=whole_number(WINDOW), metavar="N", help="as in training (default: the model's context)"
-    )
-    parser.add_argument("--sequences", type=whole_number(1), metavar="N", help="at most, per data set (default: all)")
-    parser.add_argument("--seed", type=int, default=1234, help="order of the sequences (default: %(default)s)")
-    parser.add_argument(
-        "--expert-model-parallel-size", "--expert-parallel", type=whole_number(1), default=1, metavar="N",
-        help="also show the load of each of N ranks",
-    )  # fmt: skip
-    parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="use another tokenizer than the model's")
+    folder, number = {"type": Path, "metavar": "FOLDER"}, {"type": whole_number(1), "metavar": "N"}
+    add = parser.add_argument
+    add("--load", **folder, required=True, help="a run's folder, its --save, or an exported folder")
+    add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
+    add("--data-path", "--data", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain")
+    add("--output-dir", **folder, help="default: analysis/ in that of --load")
+    length = "as in training (default: the model's context)"
+    add("--seq-length", type=whole_number(WINDOW), metavar="N", help=length)
+    add("--sequences", **number, help="at most, per data set (default: all)")
+    add("--seed", type=int, default=1234, help="order of the sequences (default: %(default)s)")
+    ranks = "also show the load of each of N ranks"
+    add("--expert-model-parallel-size", "--expert-parallel", **number, default=1, help=ranks)
+    add("--tokenizer-model", **folder, help="use another tokenizer than the model's")
     args = parser.parse_args(arguments)
     places = [Path(prefix).resolve() for prefix in args.data_path]
     if twice := [prefix for prefix, place in zip(args.data_path, places, strict=True) if places.count(place) > 1]:
@@ -136,7 +131,7 @@ def analyze(args: argparse.Namespace) -> None:
     texts = [Text(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     with Display() as display:
         counts = count(model, texts, layers, args.sequences, display)
-    names = short_names.of_data_sets(args.data_path)
+    names = names_of_data_sets(args.data_path)
     found = {
         "experts_per_token": findings.experts_per_token(counts),
         "load": findings.load(counts, names, topk / experts, decoder(opened.tokenizer)),

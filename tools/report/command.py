@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron.remoe.data.files import write_text
 
-from ..common import short_names
+from ..common.evaluations import names_of_models
 from ..common.figure_reader import find_figures
 from ..common.flags import whole_number
 from ..common.running import run_once
@@ -53,7 +53,7 @@ def report(args: argparse.Namespace) -> None:
     output = args.output or (places[0] if places[0].is_dir() else places[0].parent) / "report.html"
 
     def write(reload_after: int | None) -> list[Run]:
-        runs = [read_run(place, name) for place, name in zip(places, short_names.of_models(places), strict=True)]
+        runs = [read_run(place, name) for place, name in zip(places, names_of_models(places), strict=True)]
         write_text(output, page(runs, reload_after))
         return runs
 
