@@ -18,6 +18,7 @@ if __name__ == "__main__":  # as a file, in a clone
 
 from megatron.remoe.data.errors import DataError
 
+from .common.running import run_once
 from .common.units import duration
 from .preprocessing.encoders import TOKENIZER_TYPES, load_encoder
 from .preprocessing.pipeline import Job, Progress, check_outputs, preprocess
@@ -88,7 +89,14 @@ def run(args: argparse.Namespace) -> None:
     files = args.vocab_file, args.merge_file, args.tokenizer_model
     encoder = load_encoder(args.tokenizer_type, *files, job.threads, args.split_special_tokens)
     start = time.monotonic()
-    state = preprocess(job, encoder, show_progress(start))
+    try:
+        state = preprocess(job, encoder, show_progress(start))
+    except OSError as error:
+        raise DataError(
+            f"--output-prefix {args.output_prefix}: cannot be written ({error.strerror or error}). "
+            "Nothing was left behind. Free some space, or give another place.",
+            "REMOE-E105",
+        ) from error
     seconds = time.monotonic() - start
     empty = f" ({state.empty:,} empty)" if state.empty else ""
     notes = [f"{state.documents:,} documents{empty}, {state.tokens:,} tokens"]
@@ -107,19 +115,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     # The library tokenizers makes as many threads as there are cores otherwise.
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
-    try:
-        run(args)
-    except DataError as error:
-        print(f"preprocess_data.py: error: {error} [{error.code}]", file=sys.stderr)
-    except OSError as error:
-        print(
-            f"preprocess_data.py: error: --output-prefix {args.output_prefix}: cannot be written "
-            f"({error.strerror or error}). Nothing was left behind. Free some space, or give another place.",
-            file=sys.stderr,
-        )
-    except KeyboardInterrupt:
-        print("preprocess_data.py: interrupted; nothing was written.", file=sys.stderr)
-        return 130
-    else:
-        return 0
-    return 1
+    return run_once("preprocess_data.py", lambda: run(args), "interrupted; nothing was written")

@@ -30,7 +30,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folder, number = {"type": Path, "metavar": "FOLDER"}, {"type": whole_number(1), "metavar": "N"}
+    folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
+    number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
     add = parser.add_argument
     add("--load", **folder, required=True, help="a run's folder, its --save, or an exported folder")
     add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")

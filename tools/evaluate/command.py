@@ -27,7 +27,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folder, number = {"type": Path, "metavar": "FOLDER"}, {"type": whole_number(1), "metavar": "N"}
+    folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
+    number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
     add = parser.add_argument
     add("--load", **folder, nargs="+", required=True, help="runs' checkpoints, or exported folders")
     add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
@@ -56,11 +57,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def score_tasks(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dict[str, Any]:
     """Return model → scores."""
-    for name, opened in models.items():
-        if opened.tokenizer is None:
+    found, settings = {}, (args.tasks or [*TASKS], args.task_data, args.task_cache, args.limit)
+    for name, (model, tokenizer, _) in models.items():
+        if tokenizer is None:
             raise ToolError(f"--load {name}: has no tokenizer. Give one with --tokenizer-model.", "REMOE-E513")
-    settings = args.tasks or [*TASKS], args.task_data, args.task_cache, args.limit
-    return {name: score(opened.model, opened.tokenizer, *settings) for name, opened in models.items()}
+        found[name] = score(model, tokenizer, *settings)
+    return found
 
 
 def show(results: dict[str, Any]) -> None:
@@ -70,10 +72,10 @@ def show(results: dict[str, Any]) -> None:
         if evaluations.BY_LAYER in titles and any(row[-1] for row in rows):
             print(evaluations.EXPLAINED)
     if "tasks" in results:
-        titles, rows = compare_with_paper(results["tasks"])
-        if len(titles) > 1:
+        compared = compare_with_paper(results["tasks"])
+        if compared[0] != [""]:
             print("\nAccuracy in %; the paper's: arXiv 2412.14711, table 8, 30B tokens each")
-            print_table(titles, rows, justify="left")
+            print_table(*compared, justify="left")
 
 
 def evaluate(args: argparse.Namespace) -> None:

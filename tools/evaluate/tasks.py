@@ -90,8 +90,9 @@ def score(
         for key, value in results.items():
             metric, _, processing = key.partition(",")
             if processing == "none" and not metric.endswith("_stderr"):
-                error = results.get(f"{metric}_stderr,none")
-                one = {"task": task, "metric": metric, "value": value, "error": error if error != "N/A" else None}
+                deviation = results.get(f"{metric}_stderr,none", "N/A")
+                one = {"task": task, "metric": metric, "value": value}
+                one["error"] = None if deviation == "N/A" else deviation
                 scores.append(one | {"documents": found["n-samples"][task]["effective"]})
     return scores
 

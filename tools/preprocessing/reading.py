@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron.remoe.data.errors import DataError
 
@@ -102,7 +102,7 @@ def _unreadable(source: str, error: OSError) -> DataError:
     return DataError(f"--input {source}: cannot be read ({error.strerror or error}).")
 
 
-def _unpacked(file: io.BufferedReader, name: str) -> IO[bytes] | io.BufferedReader:
+def _unpacked(file: io.BufferedReader, name: str) -> io.BufferedIOBase:
     """Return the contents of a file, by its first bytes: gzip, zstd or as it is.
 
     Raises:

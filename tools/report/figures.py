@@ -21,9 +21,8 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
     x_range = Range1d(0, max(run.figures.last for run in runs) * 1.01 or 1)
     draw = partial(overlay, runs, x_range)
 
-    def logged(name: str, *words: str, **settings: Any) -> Iterator[Panel]:
-        by_layer = f"layer_{name}"
-        return draw(lambda of: Drawn(of.curve(name), of.layers.get(by_layer, {})), *words, **settings)
+    def logged(name: str, title: str, note: str = "", **settings: Any) -> Iterator[Panel]:
+        return draw(lambda of: Drawn(of.curve(name), of.layers.get(f"layer_{name}", {})), title, note, **settings)
 
     sets = (name for run in runs for name, found in run.figures.evaluations.items() if len(found) > 1)
     pairs = "share of token–expert pairs that are off; thin: layers, dashed: target, diamond: settled within 1 % of it"
