@@ -20,6 +20,7 @@ import numpy as np
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, bin_path, idx_path
 
+from .common.running import run_once
 from .preprocessing.encoders import load_encoder
 
 
@@ -75,19 +76,17 @@ def inspect(args: argparse.Namespace) -> Iterator[str]:
         yield f"\ndocument {index:,} ({int(lengths[index]):,} tokens):\n{shown}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, or 1 if the data set is not whole or a flag is wrong."""
-    args = parse_arguments(arguments)
+def show(args: argparse.Namespace) -> None:
+    """Print the lines."""
     try:
         for line in inspect(args):
             print(line, flush=True)
     except BrokenPipeError:
         # The reader has seen enough, as in: inspect_data.py ... | head. Leave nothing to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except DataError as error:
-        print(f"inspect_data.py: error: {error} [{error.code}]", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"inspect_data.py: error: {error.filename}: cannot be read ({error.strerror}).", file=sys.stderr)
-        return 1
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0; 1 if the data set is not whole or a flag is wrong; 130 if it was stopped."""
+    args = parse_arguments(arguments)
+    return run_once("inspect_data.py", lambda: show(args))

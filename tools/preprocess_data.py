@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # as a file, in a clone
@@ -18,10 +18,9 @@ if __name__ == "__main__":  # as a file, in a clone
 
 from megatron.remoe.data.errors import DataError
 
+from .common.running import run_once
 from .common.units import duration
-from .preprocessing.documents import Problem
 from .preprocessing.encoders import TOKENIZER_TYPES, load_encoder
-from .preprocessing.encoding import TextEncoder
 from .preprocessing.pipeline import Job, Progress, check_outputs, preprocess
 from .preprocessing.reading import expand_inputs
 
@@ -53,46 +52,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-class Display:
-    """Print progress on standard error, at intervals that grow with the run's time."""
+def show_progress(start: float) -> Callable[[Progress], None]:
+    """Return a function that prints left-out lines, and the state at intervals that grow with the run's time."""
+    next_line, room = SECONDS_TO_FIRST_LINE, PROBLEMS_SHOWN
 
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._next_line = SECONDS_TO_FIRST_LINE
-        self._problems = 0
-
-    def update(self, state: Progress) -> None:
-        """Show the state, unless the last line is recent."""
-        seconds = time.monotonic() - self._start
-        if seconds > self._next_line:
-            self._next_line = seconds + max(SECONDS_TO_FIRST_LINE, SHARE_BETWEEN_LINES * seconds)
+    def show(state: Progress) -> None:
+        nonlocal next_line, room
+        for message in state.messages[:room]:
+            room -= 1
+            print(f"left out: {message}", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - start
+        if seconds > next_line:
+            next_line = seconds + max(SECONDS_TO_FIRST_LINE, SHARE_BETWEEN_LINES * seconds)
             done = left = ""
             if state.total_bytes and state.done_bytes:
                 done = f"{state.done_bytes / state.total_bytes:.0%}, "
                 left = f"  {duration(seconds * (state.total_bytes - state.done_bytes) / state.done_bytes)} left"
             print(f"{done}{state.documents:,} documents  {rates(state, seconds)}{left}", file=sys.stderr, flush=True)
 
-    def report(self, problem: Problem) -> None:
-        """Show a line that is left out, if it is one of the first."""
-        self._problems += 1
-        if self._problems <= PROBLEMS_SHOWN:
-            print(f"left out: {problem.message}", file=sys.stderr, flush=True)
-
-    def summary(self, job: Job, state: Progress, encoder: TextEncoder) -> str:
-        """Return one line for the end of a run."""
-        seconds = time.monotonic() - self._start
-        empty = f" ({state.empty:,} empty)" if state.empty else ""
-        notes = [f"{state.documents:,} documents{empty}, {state.tokens:,} tokens"]
-        if state.problems:
-            kinds = "; ".join(f"{count:,} {kind}" for kind, count in state.problems.most_common())
-            notes.append(f"left out {state.problems.total():,} lines ({kinds})")
-        if state.with_end:
-            is_text = encoder.splits_special_tokens
-            became = "was encoded as text" if is_text else f"became token {encoder.end_of_document}"
-            token = f"{encoder.end_text}, which {became}"
-            notes.append(f"{state.with_end:,} texts contain {token}")
-        notes += ["read back and right", f"{duration(seconds)}, {rates(state, seconds)} with {encoder.engine}"]
-        return f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}"
+    return show
 
 
 def rates(state: Progress, seconds: float) -> str:
@@ -110,9 +88,26 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(job)
     files = args.vocab_file, args.merge_file, args.tokenizer_model
     encoder = load_encoder(args.tokenizer_type, *files, job.threads, args.split_special_tokens)
-    display = Display()
-    result = preprocess(job, encoder, display.update, display.report)
-    print(display.summary(job, result, encoder))
+    start = time.monotonic()
+    try:
+        state = preprocess(job, encoder, show_progress(start))
+    except OSError as error:
+        raise DataError(
+            f"--output-prefix {args.output_prefix}: cannot be written ({error.strerror or error}). "
+            "Nothing was left behind. Free some space, or give another place.",
+            "REMOE-E105",
+        ) from error
+    seconds = time.monotonic() - start
+    empty = f" ({state.empty:,} empty)" if state.empty else ""
+    notes = [f"{state.documents:,} documents{empty}, {state.tokens:,} tokens"]
+    if state.problems:
+        kinds = "; ".join(f"{count:,} {kind}" for kind, count in state.problems.most_common())
+        notes.append(f"left out {state.problems.total():,} lines ({kinds})")
+    if state.with_end:
+        became = "was encoded as text" if args.split_special_tokens else f"became token {encoder.end_of_document}"
+        notes.append(f"{state.with_end:,} texts contain {encoder.end_text}, which {became}")
+    notes += ["read back and right", f"{duration(seconds)}, {rates(state, seconds)} with {encoder.engine}"]
+    print(f"{', '.join(str(job.prefix(key)) for key in job.json_keys)}: {'; '.join(notes)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,19 +115,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     # The library tokenizers makes as many threads as there are cores otherwise.
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
-    try:
-        run(args)
-    except DataError as error:
-        print(f"preprocess_data.py: error: {error} [{error.code}]", file=sys.stderr)
-    except OSError as error:
-        print(
-            f"preprocess_data.py: error: --output-prefix {args.output_prefix}: cannot be written "
-            f"({error.strerror or error}). Nothing was left behind. Free some space, or give another place.",
-            file=sys.stderr,
-        )
-    except KeyboardInterrupt:
-        print("preprocess_data.py: interrupted; nothing was written.", file=sys.stderr)
-        return 130
-    else:
-        return 0
-    return 1
+    return run_once("preprocess_data.py", lambda: run(args), "interrupted; nothing was written")

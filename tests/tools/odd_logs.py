@@ -55,23 +55,16 @@ def metrics() -> Iterator[tuple[str, bytes]]:
         "arguments are a list": _log(_line(1), args=[1]),
         "arguments are text": _log(_line(1), args={name: "x" for name in ARGS}),
         "arguments are zero": _log(_line(1), _line(20), args=dict.fromkeys(ARGS, 0)),
-        "arguments are negative": _log(_line(1), args=dict.fromkeys(ARGS, -1)),
         "arguments are huge": _log(_line(1), args=dict.fromkeys(ARGS, 10**30)),
         "arguments are nested": _log(_line(1), args={name: [{"x": [1]}] for name in ARGS}),
         "other types of lines": _log("[1]", '"text"', "3", "null", "true", _line(1)),
-        "other kinds": _log({"kind": "note", "iteration": 1, "text": "x"}, _line(1)),
         "kind is a list": _log({"kind": ["log"], "iteration": 1}, _line(1)),
         "no iteration": _log({"kind": "log", "lm_loss": 1.0}, _line(1)),
         "iteration is text": _log(_line("1"), _line("x"), _line(None), _line(2.5), _line([1]), _line(True)),
-        "iteration is negative": _log(_line(-5), _line(-1), _line(3)),
         "iteration is huge": _log(_line(10**30), _line(2**53), _line(3)),
         "iterations repeat": _log(*(_line(1 + place // 3) for place in range(12))),
-        "iterations go backward": _log(*(_line(at) for at in range(20, 0, -1))),
         "iterations are shuffled": _log(*(_line(at) for at in random.Random(0).sample(range(100), 50))),
         "NaN and infinity": _log('{"kind": "log", "iteration": 1, "lm_loss": NaN, "sparsity": Infinity}', _line(2)),
-        "only NaN": _log('{"kind": "log", "iteration": 1, "lm_loss": NaN}'),
-        "one line only": _log(_line(1)),
-        "bare lines": _log({"kind": "log", "iteration": 1}, {"kind": "log", "iteration": 2}),
         "cut off": _log(_line(1), _line(2))[:-40],
         "cut off in the first line": _log()[:30],
         "cut off in the middle": _log(_line(1), json.dumps(_line(2))[:50], _line(3)),
@@ -83,7 +76,6 @@ def metrics() -> Iterator[tuple[str, bytes]]:
         "many layers": _with("layer_sparsity", {str(layer): 0.5 for layer in range(5000)}),
         "many names": _log(*(_line(at, **{f"x{at}_{n}": 1.0 for n in range(300)}) for at in range(1, 20))),
         "layers with odd names": _with("layer_sparsity", {"-1": 0.5, "1.5": 0.5, "²": 0.5, "9" * 40: 0.5, "": 0.5}),
-        "validation without a loss": _log({"kind": "validation", "iteration": 3}, _line(3)),
         "validation with a wrong loss": _log(
             {"kind": "validation", "iteration": 3, "lm_loss": "x", "set": ["a"]},
             {"kind": "validation", "iteration": 20, "lm_loss": 1e400, "set": None},
@@ -92,13 +84,11 @@ def metrics() -> Iterator[tuple[str, bytes]]:
         "validation alone": "".join(
             json.dumps({"kind": "validation", "iteration": at, "lm_loss": 1.0}) + "\n" for at in (9, 3, 3)
         ),
-        "flips without rates": _log({"kind": "flips", "iteration": 1}, {"kind": "flips", "iteration": 2, "rate": "x"}),
         "names with markup": _log(
             {"kind": "validation", "iteration": 1, "lm_loss": 1.0, "set": "<script>alert(1)</script>@x{y}$z"},
             {"kind": "validation", "iteration": 2, "lm_loss": 1.0, "set": "<script>alert(1)</script>@x{y}$z"},
         ),
         "spikes": _with("lm_loss", *(1e300 if at == 50 else 2.0 for at in range(100))),
-        "a million iterations apart": _log(_line(1), _line(10**6), _line(10**12)),
         "lone surrogate": _log('{"kind": "start", "iteration": 0, "args": {"lr": "\\ud800"}}', _line(1)),
     }
     for name, text in texts.items():
@@ -125,12 +115,9 @@ def printed() -> Iterator[tuple[str, bytes]]:
         "granularity of zero": argument("num_experts", 8) + argument("moe_router_topk", 1)
         + argument("moe_granularity", 0) + _printed(1, SPARSE),
         "figures that are none": _printed(1, " sparsity: x | guarded layers: a,,1 |", "inf") + _printed(2, "", "nan"),
-        "figures cut off": _printed(1) + _printed(2)[:60],
         "no time": _printed(1).replace("elapsed", "passed"),
-        "wrong time": _printed(1).replace("100.0", "x"),
         "iterations go backward": "".join(map(_printed, (5, 4, 9, 1))),
         "a huge iteration": _printed("9" * 30) + _printed("9" * 15),
-        "validation cut off": _printed(1) + " validation loss at iteration 1 | lm loss value: \n",
         "validation that is none": " validation loss at iteration 1 on validation set | lm loss value: x |",
     }  # fmt: skip
     for name, text in texts.items():

@@ -107,32 +107,18 @@ def open_with_all(folder: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
     return errors
 
 
-def check_field(folder: Path, field: str, value: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    set_field(folder, field, value)
-    for error in open_with_all(folder, capfd):
-        assert field.split(".")[0] in error or "tensors" in error, error
-
-
-@pytest.mark.hostile
-@pytest.mark.parametrize(("field", "value"), FIELDS + OTHER_SHAPES)
-def test_fields(field: str, value: Any, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    check_field(folder, field, value, capfd)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_hidden_layers", 3),
-        ("num_hidden_layers", 0),
-        ("rope_parameters", None),
-        ("rope_parameters.rope_theta", None),
-        ("rms_norm_eps", NAN),
-        ("num_experts", 4),
-        ("dtype", "float99"),
+        *[("num_hidden_layers", 3), ("num_hidden_layers", 0), ("rope_parameters", None), ("num_experts", 4)],
+        *[("rope_parameters.rope_theta", None), ("rms_norm_eps", NAN), ("dtype", "float99")],
+        *(pytest.param(*case, marks=pytest.mark.hostile) for case in FIELDS + OTHER_SHAPES),
     ],
 )
-def test_some_fields(field: str, value: Any, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    check_field(folder, field, value, capfd)
+def test_fields(field: str, value: Any, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    set_field(folder, field, value)
+    for error in open_with_all(folder, capfd):
+        assert field.split(".")[0] in error or "tensors" in error, error
 
 
 @pytest.mark.hostile
@@ -211,25 +197,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (change_bytes(lambda one: one[: len(one) // 2]), WEIGHTS),
 }  # fmt: skip
 MORE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "transposed": (
-        change_tensors(lambda one: one.update({"lm_head.weight": one["lm_head.weight"].T.contiguous()})), "lm_head"
-    ),
     "all missing": (change_tensors(lambda one: one.clear()), "num_hidden_layers"),
     "infinite": (change_tensors(lambda one: one["lm_head.weight"].view(-1)[5:6].fill_(INFINITY)), "lm_head"),
     "integers": (change_tensors(lambda one: one.update({NORM: torch.ones(32, dtype=torch.int64)})), "I64"),
     "float8": (change_tensors(lambda one: one.update({NORM: torch.ones(32).to(torch.float8_e4m3fn)})), NORM),
-    "scalar": (change_tensors(lambda one: one.update({NORM: torch.tensor(1.0)})), NORM),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
     "weights are a folder": (as_folder(WEIGHTS), WEIGHTS),
     "dangling link": (lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to("/nowhere")), WEIGHTS),
     "empty": (write(WEIGHTS, b""), WEIGHTS),
-    "seven bytes": (write(WEIGHTS, b"1234567"), WEIGHTS),
     "zeros": (change_bytes(lambda one: bytes(len(one))), WEIGHTS),
     "text": (write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 238304\n"), WEIGHTS),
-    "header of 2**63": (change_bytes(lambda one: (2**63).to_bytes(8, "little") + one[8:]), WEIGHTS),
     "header of 100 MB": (change_bytes(lambda one: (10**8 + 1).to_bytes(8, "little") + one[8:]), WEIGHTS),
     "header is no JSON": (change_bytes(lambda one: one[:8] + b"[" + one[9:]), WEIGHTS),
-    "last byte": (change_bytes(lambda one: one[:-1]), WEIGHTS),
     "a byte more": (change_bytes(lambda one: one + b"x"), WEIGHTS),
     "absolute path": (
         shards(lambda names, folder: names | {NORM: str(folder.parent / "outside.safetensors")}), "outside"
@@ -237,42 +216,27 @@ MORE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "index names a pickle": (shards(lambda names, _: names | {NORM: "pytorch_model.bin"}), "pytorch_model.bin"),
     "index names nothing": (shards({}), INDEX),
     "index names a number": (shards(lambda names, _: names | {NORM: 3}), INDEX),
-    "index is a list": (shards(["shard.safetensors"]), INDEX),
     "index is null": (shards(None), INDEX),
     "index names what is not there": (shards(lambda names, _: names | {NORM: "gone.safetensors"}), "gone.safetensors"),
-    "index leaves out": (shards(lambda names, _: {NORM: "gone.safetensors"}), "gone.safetensors"),
     "twice": (twice, NORM),
     "index is no JSON": (lambda folder: (shards({})(folder), write(INDEX, "{")(folder)), INDEX),
-    "config is empty": (write("config.json", ""), "config.json"),
     "config is cut off": (write("config.json", '{"model_type": "remoe",'), "config.json"),
     "config is a list": (write("config.json", "[]"), "config.json"),
-    "config is null": (write("config.json", "null"), "config.json"),
     "config is binary": (write("config.json", b"\xff\xfe\x00"), "config.json"),
     "config is deep": (write("config.json", "[" * 100_000), "config.json"),
     "config has a number of 5000 digits": (write("config.json", '{"vocab_size": ' + "9" * 5000 + "}"), "config.json"),
     "adapter": (write("adapter_config.json", "{}"), "adapter"),
-    "tokenizer is no JSON": (write("tokenizer.json", "{"), "tokenizer"),
     "tokenizer is empty": (write("tokenizer.json", "{}"), "tokenizer"),
     "tokenizer is binary": (write("tokenizer.json", b"\xff\x00"), "tokenizer"),
-    "tokenizer's settings are no JSON": (write("tokenizer_config.json", "{"), "tokenizer"),
     "tokenizer's settings are a list": (write("tokenizer_config.json", "[]"), "tokenizer"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("name", [*DAMAGE, *(pytest.param(name, marks=pytest.mark.hostile) for name in MORE_DAMAGE)])
 def test_damage(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    damage, word = DAMAGE[name]
+    damage, word = (DAMAGE | MORE_DAMAGE)[name]
     damage(folder)
     assert all(word in error for error in open_with_all(folder, capfd))
-
-
-@pytest.mark.hostile
-@pytest.mark.parametrize("name", MORE_DAMAGE)
-def test_more_damage(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    damage, word = MORE_DAMAGE[name]
-    damage(folder)
-    for error in open_with_all(folder, capfd):
-        assert word in error, error
 
 
 def test_code_in_the_folder_is_not_run(

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron.remoe.data.files import write_aside
 from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
 from tools.common.files import lock, new_folder, write_json
-from tools.common.units import duration
+from tools.start import COMMANDS
 
 TOOLS = REPOSITORY / "tools"
 STARTED = sorted(path.parent for path in TOOLS.glob("*/__main__.py"))
@@ -37,15 +38,6 @@ def test_no_module_is_a_top_level_name() -> None:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             assert not {name.split(".")[0] for name in names} & own, path
-
-
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0.4, 65, 3725, 3 * 86400 + 4 * 3600 + 299)] == [
-        "0:00",
-        "1:05",
-        "1:02:05",
-        "3 d 04:04 h",
-    ]
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -96,3 +88,37 @@ def test_a_folder_is_taken_once(tmp_path: Path) -> None:
     with lock(tmp_path / "runs", "sweep"), pytest.raises(ToolError, match="sweep .*/runs"):
         lock(tmp_path / "runs", "sweep")
     lock(tmp_path / "runs", "sweep").close()
+
+
+STEPS = """
+from tools.common.display import Display
+with Display() as display, display.step("reading", 2):
+    display.say("a result")
+"""
+
+
+def test_results_go_to_the_file_while_the_bar_is_on_the_terminal() -> None:
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-c", STEPS]
+    settings = {"cwd": REPOSITORY, "env": os.environ | {"TERM": "xterm"}, "timeout": 60, "text": True}
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=side, check=True, **settings)
+    os.close(side)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert result.stdout == "a result\n"
+    assert "reading" in shown and "a result" not in shown
+
+
+@pytest.mark.parametrize("tool", ["generate", "preprocess_data.py"])
+def test_another_python_is_told_which_one_to_use(tool: str) -> None:
+    command = [sys.executable, "-S", str(REPOSITORY / "tools" / tool), "--help"]  # -S: without site-packages
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert sys.executable in result.stderr and f"{REPOSITORY}/.venv/bin/python" in result.stderr
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["nothing"], 2)])
+def test_all_commands_are_listed(words: list[str], code: int) -> None:
+    result = subprocess.run([sys.executable, REPOSITORY / "tools", *words], capture_output=True, text=True)
+    assert result.returncode == code
+    assert all(f"\n  {name} " in result.stdout + result.stderr for name in COMMANDS)

@@ -15,7 +15,7 @@ def test_slope_and_its_interval() -> None:
     generator = numpy.random.default_rng(3)
     x = generator.normal(size=400)
     y = numpy.stack([2 - 0.3 * x + generator.normal(scale=0.5, size=400), numpy.ones(400)])
-    (slope, low, high), flat = findings.slopes_with_intervals(torch.from_numpy(x), torch.from_numpy(y)).tolist()
+    (slope, low, high), flat = findings.slopes_with_intervals(torch.from_numpy(x), torch.from_numpy(y)).T.tolist()
     assert slope == pytest.approx(numpy.polyfit(x, y[0], 1)[0]) and low < -0.3 < high
     error = 0.5 / (x.std() * math.sqrt(400))
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.2)
@@ -37,14 +37,13 @@ def uneven(few: int, likely: list[float], seed: int) -> tuple[Counts, dict[str, 
             of the four is alike.
     """
     generator = torch.Generator().manual_seed(seed)
-    counts = Counts.zeros([1], domains=2, experts=4, vocabulary=1)
+    counts = Counts([1], [few, 6400], length=WINDOW, experts=4, vocabulary=1)
     for domain, (number, weights) in enumerate(((few, likely), (6400, [1.0] * 4))):
         experts = torch.multinomial(torch.tensor(weights), number, replacement=True, generator=generator)
         gates = torch.nn.functional.one_hot(experts, 4)[:, None].expand(-1, WINDOW, -1).double()
-        for part in gates.split(800):
+        for start, part in zip(range(0, number, 800), gates.split(800), strict=True):
             ids = torch.zeros(part.shape[:2], dtype=torch.int64)
-            counts.add_layer(domain, ids, 0, part, torch.ones(ids.shape))
-            counts.add_text(domain, ids)
+            counts.add(domain, start, ids, 0, part, torch.ones(ids.shape))
     found = findings.load(counts, ["few", "many"], 0.25, lambda token: None)
     return counts, found["specialization"][1]
 
@@ -64,16 +63,17 @@ def test_shuffled_domains_of_uneven_size() -> None:
 
 
 def test_small_loads_and_gates_of_one() -> None:
-    """Fewer pairs than experts, each with a gate of 1, as by hash."""
+    """Fewer pairs than experts, each with a gate of 1, as by hash; a layer that is off."""
     gates = torch.zeros(1, WINDOW, 8)
     gates[0, 0, 2] = gates[0, 1, 2] = gates[0, 5, 7] = 1.0
-    counts, ids = Counts.zeros([1], domains=1, experts=8, vocabulary=1), torch.zeros(1, WINDOW, dtype=torch.int64)
-    counts.add_layer(0, ids, 0, gates, torch.ones(1, WINDOW))
-    counts.add_text(0, ids)
-    balance = findings.balance(counts, topk=1, ranks=1)["layers"][1]
-    assert balance["relative_load"] == pytest.approx([0, 0, 16 / 3, 0, 0, 0, 0, 8 / 3])
-    size = findings.gates(counts)["layers"][1]
-    assert [size[name] for name in ("mean", "percentile_10", "median", "percentile_90")] == [1.0] * 4
+    counts, ids = Counts([1, 2], [1], WINDOW, experts=8, vocabulary=1), torch.zeros(1, WINDOW, dtype=torch.int64)
+    for place, of_layer in enumerate((gates, torch.zeros_like(gates))):
+        counts.add(0, 0, ids, place, of_layer, torch.ones(1, WINDOW))
+    balance = findings.balance(counts, topk=1, ranks=1)["layers"]
+    assert balance[1]["relative_load"] == pytest.approx([0, 0, 16 / 3, 0, 0, 0, 0, 8 / 3])
+    sizes = findings.gates(counts)["layers"]
+    assert [sizes[1][name] for name in ("mean", "percentile_10", "median", "percentile_90")] == [1.0] * 4
+    assert sizes[2] is None and balance[2]["imbalance"] is None and balance[2]["dead"] == [*range(8)]
 
 
 def test_chance_is_that_of_random_neighbours() -> None:
@@ -81,9 +81,8 @@ def test_chance_is_that_of_random_neighbours() -> None:
     generator = torch.Generator().manual_seed(2)
     ids, gates = torch.zeros(1, 400, dtype=torch.int64), torch.zeros(1, 400, 3)
     gates[0, torch.randperm(400, generator=generator)[:100], :2] = 0.5  # a quarter of the tokens has experts 0 and 1
-    counts = Counts.zeros([1], domains=1, experts=3, vocabulary=1)
-    counts.add_layer(0, ids, 0, gates, torch.ones(1, 400))
-    counts.add_text(0, ids)
+    counts = Counts([1], [1], 400, experts=3, vocabulary=1)
+    counts.add(0, 0, ids, 0, gates, torch.ones(1, 400))
     found = findings.neighbours(counts)["layers"][1]
     active = gates[0] > 0
     both = (active[:, None] & active[None]).sum() / 400**2

@@ -96,13 +96,6 @@ def test_metrics_and_the_printed_log_hold_the_same(trained: Path, other: Path) -
     assert (known.iterations, known.tokens, known.settled) == (outcome.iterations, outcome.tokens, outcome.settled)
 
 
-def test_reads_a_half_written_line_as_none(trained: Path, tmp_path: Path) -> None:
-    lines = (trained / "checkpoints" / "metrics.jsonl").read_text()
-    (tmp_path / "metrics.jsonl").write_text(lines + lines.splitlines()[-1][:40])
-    cut, whole = read_figures(tmp_path), read_figures(trained)
-    assert cut.unread == 0 and cut.curve("lm_loss").values.tolist() == whole.curve("lm_loss").values.tolist()
-
-
 def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path) -> None:
     text = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]
@@ -119,7 +112,7 @@ def test_the_page_tells_what_the_files_do(page: Path, trained: Path, data: Path)
     assert rows["remoe"][4] == f"{sum(means) / len(means):.3f}" and "loss, nats per token" in text
     stages = [row for row in cells if {*row[1:2]} & {"dense", "on the way", "steady"}]
     assert {row[0] for row in stages} == {"remoe", "older"}
-    assert all(row[4].endswith(" s") and float(row[5]) > 0 for row in stages)
+    assert all(row[4].startswith("0:0") and float(row[5]) > 0 for row in stages)
     for title in ("Training", "Validation", "Throughput", "Experts per token", "λ", "Flips", "remoe"):
         assert f"<h3>{title}</h3>" in text
     assert page.stat().st_size < 3e6
@@ -143,16 +136,6 @@ def browser_path() -> str:
         missing = f"needs a browser, one of {', '.join(BROWSERS)}: apt-get install chromium"
         (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(missing)
     return path
-
-
-def test_a_browser_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setenv("REQUIRE_BROWSER", "1")
-    with pytest.raises(pytest.fail.Exception, match="needs a browser, one of chromium"):
-        browser_path()
-    monkeypatch.setenv("REQUIRE_BROWSER", "")
-    with pytest.raises(pytest.skip.Exception):
-        browser_path()
 
 
 @pytest.fixture(scope="module")

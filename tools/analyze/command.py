@@ -7,20 +7,14 @@ Each data set is one domain. A .json and a .png of each analysis are written.
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from megatron.remoe.hf import RemoeForCausalLM
-
-from ..common import short_names
-from ..common.display import Display
+from ..common.display import Display, print_table
 from ..common.errors import ToolError
+from ..common.evaluations import names_of_data_sets
 from ..common.expert_counts import expert_blocks
 from ..common.files import write_json
 from ..common.flags import whole_number
@@ -28,10 +22,7 @@ from ..common.hf.opening import OpenedModel, open_model
 from ..common.running import run_once
 from ..common.text import Text
 from . import findings, pictures
-from .counts import WINDOW, Counts
-from .routing import observe_routing
-
-TOKENS_PER_FORWARD = 4096
+from .counts import WINDOW, count
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,24 +30,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--load", type=Path, required=True, metavar="FOLDER", help="a run's folder, its --save, or an exported folder"
-    )
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
-    parser.add_argument(
-        "--data-path", "--data", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain"
-    )
-    parser.add_argument("--output-dir", type=Path, metavar="FOLDER", help="default: analysis/ in that of --load")
-    parser.add_argument(
-        "--seq-length", type=whole_number(WINDOW), metavar="N", help="as in training (default: the model's context)"
-    )
-    parser.add_argument("--sequences", type=whole_number(1), metavar="N", help="at most, per data set (default: all)")
-    parser.add_argument("--seed", type=int, default=1234, help="order of the sequences (default: %(default)s)")
-    parser.add_argument(
-        "--expert-model-parallel-size", "--expert-parallel", type=whole_number(1), default=1, metavar="N",
-        help="also show the load of each of N ranks",
-    )  # fmt: skip
-    parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="use another tokenizer than the model's")
+    folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
+    number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
+    add = parser.add_argument
+    add("--load", **folder, required=True, help="a run's folder, its --save, or an exported folder")
+    add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
+    add("--data-path", "--data", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain")
+    add("--output-dir", **folder, help="default: analysis/ in that of --load")
+    length = "as in training (default: the model's context)"
+    add("--seq-length", type=whole_number(WINDOW), metavar="N", help=length)
+    add("--sequences", **number, help="at most, per data set (default: all)")
+    add("--seed", type=int, default=1234, help="order of the sequences (default: %(default)s)")
+    ranks = "also show the load of each of N ranks"
+    add("--expert-model-parallel-size", "--expert-parallel", **number, default=1, help=ranks)
+    add("--tokenizer-model", **folder, help="use another tokenizer than the model's")
     args = parser.parse_args(arguments)
     places = [Path(prefix).resolve() for prefix in args.data_path]
     if twice := [prefix for prefix, place in zip(args.data_path, places, strict=True) if places.count(place) > 1]:
@@ -65,53 +52,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def check(args: argparse.Namespace, model: RemoeForCausalLM) -> None:
-    """Refuse dense models, and numbers of ranks that do not divide the experts.
-
-    Raises:
-        ToolError: in these cases.
-    """
-    if not expert_blocks(model):
-        raise ToolError(
-            f"--load {args.load}: is a dense model, which routes nothing. Give one with --num-experts.", "REMOE-E501"
-        )
-    experts, ranks = model.config.num_experts, args.expert_model_parallel_size
-    if experts % ranks:
-        raise ToolError(
-            f"--expert-model-parallel-size {ranks}: does not divide the model's {experts} experts.", "REMOE-E501"
-        )
-
-
 def layer_numbers(opened: OpenedModel) -> list[int]:
     """Return Megatron's numbers, from 1, of layers with experts; a HybridModel has attention in layers before them."""
     step = 2 if getattr(opened.args, "hybrid_layer_pattern", None) else 1
     return [step * number for number in expert_blocks(opened.model)]
-
-
-@torch.inference_mode()
-def count(
-    model: RemoeForCausalLM, texts: Sequence[Text], layers: list[int], most: int | None, display: Display
-) -> Counts:
-    """Run the model over the texts and return its counts.
-
-    Args:
-        model: with experts.
-        texts: one for each domain.
-        layers: numbers of the layers with experts.
-        most: sequences of each text (None: all).
-        display: shows the progress.
-    """
-    counts = Counts.zeros(layers, len(texts), model.config.num_experts, model.config.vocab_size)
-    for domain, text in enumerate(texts):
-        size, number = max(1, TOKENS_PER_FORWARD // text.length), min(len(text), most or len(text))
-        with display.step(Path(text.prefix).name, number):
-            for start in range(0, number, size):
-                ids = text.read(start, min(number, start + size))
-                with observe_routing(model, partial(counts.add_layer, domain, ids)):
-                    model.model(ids.to(model.device), use_cache=False)
-                counts.add_text(domain, ids)
-                display.advance(len(ids))
-    return counts
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[int], str | None]:
@@ -129,11 +73,11 @@ def decoder(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[int], str | 
 def show(found: dict[str, Any]) -> None:
     """Print two lines for each layer."""
     special, ranks = found["load"]["specialization"], found["balance"]["expert_parallel"]
-    first, second = [], []
+    tables: tuple[list[dict[str, str]], list[dict[str, str]]] = [], []
     for layer, experts in found["experts_per_token"]["layers"].items():
         balance, near, gate = (found[name]["layers"][layer] for name in ("balance", "neighbours", "gates"))
         over_even = [balance["imbalance"], balance["rank_imbalance"]][: 1 + (ranks > 1)]
-        first.append(
+        tables[0].append(
             {
                 "layer": str(layer),
                 "experts per token": f"{experts['mean']:.3f}",
@@ -150,7 +94,7 @@ def show(found: dict[str, Any]) -> None:
         if special:
             shuffled = special[layer]["shuffled"]
             bits = f"{special[layer]['bits']:.4f} ({'too few' if shuffled is None else f'{shuffled:.4f}'})"
-        second.append(
+        tables[1].append(
             {
                 "layer": str(layer),
                 "common (chance)": f"{near['common']:.1%} ({near['common_by_chance']:.1%})",
@@ -160,14 +104,9 @@ def show(found: dict[str, Any]) -> None:
                 "domain bits (shuffled)": bits,
             }
         )
-    console = Console(highlight=False)
-    for rows in (first, second):
-        table = Table(box=None, pad_edge=False)
-        for title in rows[0]:
-            table.add_column(title, justify="right")
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table, "")
+    for rows in tables:
+        print_table([*rows[0]], [[*row.values()] for row in rows], justify="right")
+        print()
 
 
 def analyze(args: argparse.Namespace) -> None:
@@ -179,16 +118,24 @@ def analyze(args: argparse.Namespace) -> None:
     """
     opened = open_model(args.load, args.ckpt_step, args.tokenizer_model, needs_tokenizer=False)
     model = opened.model
-    check(args, model)
+    topk, experts = model.config.num_experts_per_tok, model.config.num_experts
+    if not (layers := layer_numbers(opened)):
+        raise ToolError(f"--load {args.load}: is a dense model, which routes nothing.", "REMOE-E501")
+    if experts % args.expert_model_parallel_size:
+        raise ToolError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: does not divide the model's "
+            f"{experts} experts.",
+            "REMOE-E501",
+        )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     length = args.seq_length or model.config.max_position_embeddings
     texts = [Text(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     with Display() as display:
-        counts = count(model, texts, layer_numbers(opened), args.sequences, display)
-    topk, names = model.config.num_experts_per_tok, short_names.of_data_sets(args.data_path)
+        counts = count(model, texts, layers, args.sequences, display)
+    names = names_of_data_sets(args.data_path)
     found = {
         "experts_per_token": findings.experts_per_token(counts),
-        "load": findings.load(counts, names, topk / model.config.num_experts, decoder(opened.tokenizer)),
+        "load": findings.load(counts, names, topk / experts, decoder(opened.tokenizer)),
         "balance": findings.balance(counts, topk, args.expert_model_parallel_size),
         "neighbours": findings.neighbours(counts),
         "gates": findings.gates(counts),

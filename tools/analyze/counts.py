@@ -1,123 +1,148 @@
 """Count how a model routes its tokens."""
 
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-PARTS = 1024  # of a data set, at most; an even number
+from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
+
+from ..common.display import Display
+from ..common.expert_counts import expert_blocks
+from ..common.text import Text
+
+PARTS = 1024  # of a data set, at most
 WINDOW = 8  # tokens, as speculative decoding checks them at once
 OCTAVES, PER_OCTAVE = range(-24, 8), 32  # of gates
+TOKENS_PER_FORWARD = 4096
 
 
-@dataclass
 class Counts:
-    """Sums over tokens: int64 but for those of gates and shares, which are float64.
+    """Sums over tokens, for D data sets, L layers with experts, E experts, V tokens of the vocabulary.
 
-    D data sets, P parts of each, L layers with experts, E experts, V tokens of the vocabulary, C classes of gates.
-    A part is `part_sequences` sequences in a row, the same number in all data sets, so that parts can be shuffled.
-
-    Attributes:
-        layers: their numbers from 1. `[L]`
-        sequences: that were read. `[D]`
-        part_sequences: of a part, twice as many whenever a data set fills all its parts. `[]`
-        routed: pairs of a token and an expert that is active for it. `[D, P, L, E]`
-        histogram: tokens with 0, 1, 2, ... experts. `[D, L, E + 1]`
-        common: pairs whose expert the token before has too. `[D, L]`
-        followers: pairs of tokens that have one before. `[D, L]`
-        union: different experts of `WINDOW` tokens, over all windows. `[D, L]`
-        windows: their number. `[D]`
-        gates: active gates by size. `[L, C]`
-        gate_sum: of active gates. `[L]`
-        largest_gate: the largest gate's share of a token's gates, over tokens with experts. `[L]`
-        largest_output: the same of its part in the output, see `routing.observe_routing`. `[L]`
-        by_token: pairs by token and expert, int32. `[L, V, E]`
-        occurrences: of each token. `[V]`
+    Args:
+        layers: numbers of the layers, from 1. `[L]`
+        sequences: how many of each data set will be added. `[D]`
+        length: tokens of a sequence.
+        experts: E.
+        vocabulary: V.
     """
 
-    layers: torch.Tensor
-    sequences: torch.Tensor
-    part_sequences: torch.Tensor
-    routed: torch.Tensor
-    histogram: torch.Tensor
-    common: torch.Tensor
-    followers: torch.Tensor
-    union: torch.Tensor
-    windows: torch.Tensor
-    gates: torch.Tensor
-    gate_sum: torch.Tensor
-    largest_gate: torch.Tensor
-    largest_output: torch.Tensor
-    by_token: torch.Tensor
-    occurrences: torch.Tensor
-
-    @classmethod
-    def zeros(cls, layers: list[int], domains: int, experts: int, vocabulary: int) -> Self:
-        """Return counts of nothing yet."""
-
-        def new(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def __init__(
+        self, layers: Sequence[int], sequences: Sequence[int], length: int, experts: int, vocabulary: int
+    ) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype)
 
-        number = len(layers)
-        return cls(
-            layers=torch.tensor(layers),
-            sequences=new(domains),
-            part_sequences=torch.tensor(1),
-            routed=new(domains, PARTS, number, experts),
-            histogram=new(domains, number, experts + 1),
-            common=new(domains, number),
-            followers=new(domains, number),
-            union=new(domains, number),
-            windows=new(domains),
-            gates=new(number, len(OCTAVES) * PER_OCTAVE),
-            gate_sum=new(number, dtype=torch.float64),
-            largest_gate=new(number, dtype=torch.float64),
-            largest_output=new(number, dtype=torch.float64),
-            by_token=new(number, vocabulary, experts, dtype=torch.int32),
-            occurrences=new(vocabulary),
-        )
+        number, domains = len(layers), len(sequences)
+        self.layers, self.sequences = [*layers], torch.tensor(sequences)
+        self.tokens, self.windows = self.sequences * length, self.sequences * (length // WINDOW)
+        # A part is so many sequences in a row, the same number in all data sets, so that parts can be shuffled.
+        self.part_sequences = 1
+        while (max(sequences) - 1) // self.part_sequences >= PARTS:
+            self.part_sequences *= 2
+        self.routed = zeros(domains, PARTS, number, experts)  # pairs of a token and an active expert
+        self.histogram = zeros(domains, number, experts + 1)  # tokens with 0, 1, 2, ... experts
+        self.common = zeros(domains, number)  # pairs whose expert the previous token has too
+        self.followers = zeros(domains, number)  # pairs of tokens that have a previous one
+        self.union = zeros(domains, number)  # different experts of a window, over all windows
+        self.gates = zeros(number, len(OCTAVES) * PER_OCTAVE)  # active gates by size
+        self.gate_sum = zeros(number, dtype=torch.float64)
+        self.largest_gate = zeros(number, dtype=torch.float64)  # share of the token's gates, over tokens with experts
+        self.largest_output = zeros(number, dtype=torch.float64)  # the same for the output
+        self.by_token = zeros(number, vocabulary, experts, dtype=torch.int32)
+        self.occurrences = zeros(vocabulary)
 
-    def add_text(self, domain: int, ids: torch.Tensor) -> None:
-        """Count sequences of a data set, after all layers have: int64 `[batch, length]`."""
-        self.sequences[domain] += len(ids)
-        self.windows[domain] += len(ids) * (ids.shape[1] // WINDOW)
-        self.occurrences += torch.bincount(ids.flatten(), minlength=len(self.occurrences))
-
-    def add_layer(
-        self, domain: int, ids: torch.Tensor, layer: int, gates: torch.Tensor, largest_output: torch.Tensor
+    def add(
+        self, domain: int, start: int, ids: torch.Tensor, place: int, gates: torch.Tensor, largest_output: torch.Tensor
     ) -> None:
-        """Count what a layer does with the next sequences of a data set.
+        """Count the routing of some sequences in one layer.
 
         Args:
             domain: the data set's place.
+            start: the first sequence's place in the data set.
             ids: int64 `[batch, length]`.
-            layer: the layer's place in `layers`.
+            place: the layer's place among those with experts.
             gates: `[batch, length, experts]` of any floating dtype, 0 where an expert is not active.
-            largest_output: share of the output by the largest gate, `[batch, length]`; not read of tokens without one.
+            largest_output: the largest gate's share of the output, `[batch, length]`; not read without an expert.
         """
         active = gates > 0
         taken = active.sum(dim=-1)
-        places = self.sequences[domain] + torch.arange(len(ids))
-        while places[-1] // self.part_sequences >= PARTS:
-            self._join_parts()
-        parts = places // self.part_sequences
-        self.routed[domain, :, layer].index_add_(0, parts, active.sum(dim=1))
-        self.histogram[domain, layer] += torch.bincount(taken.flatten(), minlength=active.shape[-1] + 1)
-        self.common[domain, layer] += (active[:, 1:] & active[:, :-1]).sum()
-        self.followers[domain, layer] += taken[:, 1:].sum()
+        parts = (start + torch.arange(len(ids))) // self.part_sequences
+        self.routed[domain, :, place].index_add_(0, parts, active.sum(dim=1))
+        self.histogram[domain, place] += torch.bincount(taken.flatten(), minlength=active.shape[-1] + 1)
+        self.common[domain, place] += (active[:, 1:] & active[:, :-1]).sum()
+        self.followers[domain, place] += taken[:, 1:].sum()
         whole = active[:, : ids.shape[1] // WINDOW * WINDOW]
-        self.union[domain, layer] += whole.unflatten(1, (-1, WINDOW)).any(dim=2).sum()
-        self.by_token[layer].index_add_(0, ids.flatten(), active.flatten(0, 1).int())
+        self.union[domain, place] += whole.unflatten(1, (-1, WINDOW)).any(dim=2).sum()
+        self.by_token[place].index_add_(0, ids.flatten(), active.flatten(0, 1).int())
+        if place == 0:
+            self.occurrences += torch.bincount(ids.flatten(), minlength=len(self.occurrences))
 
         sizes, some = gates[active].double(), taken > 0
         classes = ((sizes.log2() - OCTAVES.start) * PER_OCTAVE).round().clamp(0, self.gates.shape[1] - 1)
-        self.gates[layer] += torch.bincount(classes.long(), minlength=self.gates.shape[1])
-        self.gate_sum[layer] += sizes.sum()
-        self.largest_gate[layer] += (gates.amax(dim=-1) / gates.sum(dim=-1))[some].double().sum()
-        self.largest_output[layer] += largest_output[some].double().sum()
+        self.gates[place] += torch.bincount(classes.long(), minlength=self.gates.shape[1])
+        self.gate_sum[place] += sizes.sum()
+        self.largest_gate[place] += (gates.amax(dim=-1) / gates.sum(dim=-1))[some].double().sum()
+        self.largest_output[place] += largest_output[some].double().sum()
 
-    def _join_parts(self) -> None:
-        """Join neighbouring parts, so that half of each data set's parts are empty."""
-        joined = self.routed.unflatten(1, (-1, 2)).sum(dim=2)
-        self.routed = torch.cat([joined, torch.zeros_like(joined)], dim=1)
-        self.part_sequences *= 2
+
+@contextmanager
+def observe_routing(model: RemoeForCausalLM) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield a list to which each forward pass appends the routing of each layer with experts.
+
+    An entry has two tensors on the CPU: gates `[batch, length, experts]` in the router's dtype, 0 for inactive experts;
+    and the largest gate's share of the output, float32 `[batch, length]`: |a| / (|a| + |b|), where a is the output of
+    that expert and b the sum of the others, without shared experts; NaN if both are 0.
+    """
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(block: RemoeSparseMoeBlock, given: tuple, output: torch.Tensor) -> None:
+        hidden_states, *token_ids = given
+        tokens, shape = hidden_states.flatten(0, 1), hidden_states.shape[:2]
+        logits, top, experts = block.gate(tokens, *token_ids)
+        gates = torch.zeros_like(logits).scatter(-1, experts, top)
+        routed = output.flatten(0, 1)
+        if block.shared_expert is not None:
+            routed = routed - block.shared_expert(tokens)
+        gate, expert = gates.max(dim=-1, keepdim=True)
+        largest = block.experts(tokens, expert, gate)
+        size, rest = largest.float().norm(dim=-1), (routed - largest).float().norm(dim=-1)
+        seen.append((gates.unflatten(0, shape).cpu(), (size / (size + rest)).unflatten(0, shape).cpu()))
+
+    handles = [block.register_forward_hook(look) for block in expert_blocks(model).values()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def count(
+    model: RemoeForCausalLM, texts: Sequence[Text], layers: list[int], most: int | None, display: Display
+) -> Counts:
+    """Run the model over the texts and return its counts.
+
+    Args:
+        model: with experts.
+        texts: one for each domain, of the same length.
+        layers: numbers of the layers with experts.
+        most: sequences of each text (None: all).
+        display: shows the progress.
+    """
+    numbers, length = [min(len(text), most or len(text)) for text in texts], texts[0].length
+    counts = Counts(layers, numbers, length, model.config.num_experts, model.config.vocab_size)
+    size = max(1, TOKENS_PER_FORWARD // length)
+    for domain, (text, number) in enumerate(zip(texts, numbers, strict=True)):
+        with display.step(Path(text.prefix).name, number), observe_routing(model) as seen:
+            for start in range(0, number, size):
+                ids = text.read(start, min(number, start + size))
+                model.model(ids.to(model.device), use_cache=False)
+                for place, (gates, largest_output) in enumerate(seen):
+                    counts.add(domain, start, ids, place, gates, largest_output)
+                seen.clear()
+                display.advance(len(ids))
+    return counts

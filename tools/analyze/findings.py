@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,18 +20,21 @@ INACTIVE = 1 / 8  # of the even share: 1/64 of the tokens for 8 experts, as in f
 Numbers = dict[str, Any]
 
 
+def by_layer(layers: Sequence[Any], **columns: torch.Tensor) -> dict[Any, dict[str, Any]]:
+    """Return layer → name → value, from tensors `[L]`; None for NaN."""
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return {
+        layer: {name: None if math.isnan(value) else value for name, value in zip(columns, row, strict=True)}
+        for layer, row in zip(layers, rows, strict=True)
+    }
+
+
 def experts_per_token(counts: Counts) -> Numbers:
     """Return layer → experts per token, and experts per token by the token's frequency (figure 7)."""
     layers = {}
-    for layer, histogram in zip(counts.layers.tolist(), counts.histogram.sum(dim=0), strict=True):
-        found, share = Experts.of(histogram), histogram.double() / histogram.sum()
-        layers[layer] = {
-            "mean": found.mean,
-            "none": float(share[0]),
-            "percentile_99": found.percentile_99,
-            "largest": found.largest,
-            "histogram": share.tolist(),
-        }
+    for layer, histogram in zip(counts.layers, counts.histogram.sum(dim=0), strict=True):
+        share = (histogram.double() / histogram.sum()).tolist()
+        layers[layer] = asdict(Experts.of(histogram)) | {"none": share[0], "histogram": share}
     return {"layers": layers, "by_frequency": _by_frequency(counts)}
 
 
@@ -40,18 +44,12 @@ def _by_frequency(counts: Counts) -> Numbers:
     frequency = occurrences.double() / counts.occurrences.sum()
     experts = counts.by_token.sum(dim=-1)[:, shown] / occurrences.double()
     experts = torch.cat([experts, experts.mean(dim=0, keepdim=True)])
+    tokens = by_layer(shown.tolist(), frequency=frequency, experts=experts[-1])
     found: Numbers = {"least_occurrences": LEAST, "resamples": RESAMPLES}
+    found["tokens"] = [{"token": token} | values for token, values in tokens.items()]
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
-        slopes = slopes_with_intervals(frequency.log10(), experts)
-        names = [*counts.layers.tolist(), "mean"]
-        found["slopes"] = {
-            name: dict(zip(("slope", "low", "high"), row, strict=True))
-            for name, row in zip(names, slopes.tolist(), strict=True)
-        }
-    columns = shown.tolist(), frequency.tolist(), experts[-1].tolist()
-    found["tokens"] = [
-        {"token": token, "frequency": often, "experts": mean} for token, often, mean in zip(*columns, strict=True)
-    ]
+        slope, low, high = slopes_with_intervals(frequency.log10(), experts)
+        found["slopes"] = by_layer([*counts.layers, "mean"], slope=slope, low=low, high=high)
     return found
 
 
@@ -63,21 +61,18 @@ def slopes_with_intervals(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         y: float64 `[lines, points]`.
 
     Returns:
-        slope, low, high: float64 `[lines, 3]`.
+        slope, low, high: float64 `[3, lines]`.
     """
 
     def slopes(weights: torch.Tensor) -> torch.Tensor:
         centred = weights * (x - weights @ x / weights.sum())
         return y @ centred / (centred @ x)
 
-    generator = torch.Generator().manual_seed(0)
-    number = len(x)
-    resampled = [
-        slopes(torch.bincount(torch.randint(number, (number,), generator=generator), minlength=number).double())
-        for _ in range(RESAMPLES)
-    ]
-    bounds = torch.stack(resampled).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return torch.stack([slopes(torch.ones_like(x)), *bounds], dim=1)
+    generator, number = torch.Generator().manual_seed(0), len(x)
+    draws = (torch.randint(number, (number,), generator=generator) for _ in range(RESAMPLES))
+    resampled = torch.stack([slopes(torch.bincount(draw, minlength=number).double()) for draw in draws])
+    bounds = resampled.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    return torch.stack([slopes(torch.ones_like(x)), *bounds])
 
 
 def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[int], str | None]) -> Numbers:
@@ -89,23 +84,18 @@ def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[i
         even: each expert's share if all got the same, at the target.
         text_of: returns a token's text, or None without a tokenizer.
     """
-    layers, tokens = counts.layers.tolist(), _tokens(counts)
-    shares = counts.routed.sum(dim=1) / tokens[:, None, None].double()
+    shares = counts.routed.sum(dim=1) / counts.tokens[:, None, None].double()
     found: Numbers = {"even": even, "domains": {}, "specialization": None}
-    for name, number, rows in zip(names, tokens.tolist(), shares, strict=True):
+    for name, tokens, rows in zip(names, counts.tokens.tolist(), shares, strict=True):
         found["domains"][name] = {
-            "tokens": number,
-            "load": dict(zip(layers, rows.tolist(), strict=True)),
-            "experts_per_token": dict(zip(layers, rows.sum(dim=-1).tolist(), strict=True)),
+            "tokens": tokens,
+            "load": dict(zip(counts.layers, rows.tolist(), strict=True)),
+            "experts_per_token": dict(zip(counts.layers, rows.sum(dim=-1).tolist(), strict=True)),
         }
     if len(names) > 1:
-        columns = information(counts.routed.sum(dim=1)), *_shuffled(counts), information_per_token(counts)
-        keys = "bits", "shuffled", "shuffled_95", "bits_per_token"
-        found["specialization"] = {
-            layer: {key: None if math.isnan(value) else value for key, value in zip(keys, row, strict=True)}
-            for layer, row in zip(layers, torch.stack(columns, dim=1).tolist(), strict=True)
-        }
-    found["tokens"] = {layer: _tokens_of(counts, place, text_of) for place, layer in enumerate(layers)}
+        bits, (mean, percentile) = information(counts.routed.sum(dim=1)), _shuffled(counts)
+        found["specialization"] = by_layer(counts.layers, bits=bits, shuffled=mean, shuffled_95=percentile)
+    found["tokens"] = {layer: _tokens_of(counts, place, text_of) for place, layer in enumerate(counts.layers)}
     return found
 
 
@@ -124,20 +114,6 @@ def information(routed: torch.Tensor) -> torch.Tensor:
     mean = share.sum(dim=0) / some
     terms = torch.where(share > 0, share * (share / mean).log2(), 0.0)
     return terms.sum(dim=(0, 2)) / some[:, 0]
-
-
-def information_per_token(counts: Counts) -> torch.Tensor:
-    """Return the information on the data set of all a token's experts, as if they were independent, in bits.
-
-    A token without an expert is an event like an active pair: the information of an event times a token's events. With
-    top-1 it equals `information`.
-
-    Returns:
-        float64 `[layers]`.
-    """
-    events = torch.cat([counts.routed.sum(dim=1), counts.histogram[..., :1]], dim=-1)
-    per_token = events.sum(dim=-1).double() / counts.histogram.sum(dim=-1).clamp(min=1)
-    return information(events) * per_token.mean(dim=0)
 
 
 def _shuffled(counts: Counts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,10 +160,10 @@ def balance(counts: Counts, topk: int, ranks: int) -> Numbers:
         topk: k of the target sparsity.
         ranks: expert-parallel ranks, each with the next experts.
     """
-    tokens, routed = int(_tokens(counts).sum()), counts.routed.sum(dim=(0, 1))
+    tokens, routed = int(counts.tokens.sum()), counts.routed.sum(dim=(0, 1))
     experts = routed.shape[1]
     found: Numbers = {"target": 1 - topk / experts, "expert_parallel": ranks, "layers": {}}
-    for layer, row in zip(counts.layers.tolist(), routed, strict=True):
+    for layer, row in zip(counts.layers, routed, strict=True):
         of_ranks = row.view(ranks, -1)
         found["layers"][layer] = {
             "sparsity": 1 - int(row.sum()) / (tokens * experts),
@@ -197,16 +173,16 @@ def balance(counts: Counts, topk: int, ranks: int) -> Numbers:
             "inactive": (row < INACTIVE * tokens * topk / experts).nonzero()[:, 0].tolist(),
             "rank_imbalance": _largest_over_even(of_ranks.sum(dim=1)),
             "ranks": [
-                {
-                    "relative_load": int(part.sum()) * ranks / max(1, int(row.sum())),
-                    "imbalance": _largest_over_even(part),
-                    "sparsity": 1 - int(part.sum()) / (tokens * len(part)),
-                    "dead": int((part == 0).sum()),
-                }
+                {"relative_load": int(part.sum()) * ranks / max(1, int(row.sum())), "dead": int((part == 0).sum())}
                 for part in of_ranks
             ],
         }
     return found
+
+
+def _largest_over_even(load: torch.Tensor) -> float | None:
+    """Return the largest load relative to the mean; None without any load."""
+    return float(load.max() / load.double().mean()) if load.any() else None
 
 
 def neighbours(counts: Counts) -> Numbers:
@@ -214,54 +190,33 @@ def neighbours(counts: Counts) -> Numbers:
 
     Chance is for random tokens of the same data set.
     """
-    tokens = _tokens(counts)
-    share = counts.routed.sum(dim=1) / tokens[:, None, None].double()
-    common_by_chance = ((tokens - counts.sequences)[:, None] * share.square().sum(dim=-1)).sum(dim=0)
+    share = counts.routed.sum(dim=1) / counts.tokens[:, None, None].double()
+    common_by_chance = ((counts.tokens - counts.sequences)[:, None] * share.square().sum(dim=-1)).sum(dim=0)
     union_by_chance = (counts.windows[:, None] * (1 - (1 - share) ** WINDOW).sum(dim=-1)).sum(dim=0)
     pairs, windows = counts.followers.sum(dim=0).clamp(min=1), counts.windows.sum()
-    columns = (
-        counts.common.sum(dim=0).double() / pairs,
-        common_by_chance / pairs,
-        counts.union.sum(dim=0).double() / windows,
-        union_by_chance / windows,
+    layers = by_layer(
+        counts.layers,
+        common=counts.common.sum(dim=0).double() / pairs,
+        common_by_chance=common_by_chance / pairs,
+        union=counts.union.sum(dim=0).double() / windows,
+        union_by_chance=union_by_chance / windows,
     )
-    keys = "common", "common_by_chance", "union", "union_by_chance"
-    rows = torch.stack(columns, dim=1).tolist()
-    layers = counts.layers.tolist()
-    return {
-        "window": WINDOW,
-        "layers": {layer: dict(zip(keys, row, strict=True)) for layer, row in zip(layers, rows, strict=True)},
-    }
+    return {"window": WINDOW, "layers": layers}
 
 
 def gates(counts: Counts) -> Numbers:
     """Return layer → size of active gates, and the largest gate's share of a token's gates and of its output.
 
-    Percentiles are exact to about 1 %.
+    Percentiles are exact to about 1 %. A layer without an active gate has None.
     """
-    found: Numbers = {}
-    some = counts.histogram[:, :, 1:].sum(dim=(0, 2))
-    for place, layer in enumerate(counts.layers.tolist()):
-        classes = counts.gates[place].cumsum(0)
-        number, tokens = int(classes[-1]), int(some[place])
-        if not number:
-            found[layer] = None
-            continue
-        at = {name: int(torch.searchsorted(classes, number * q)) for name, q in PERCENTILES.items()}
-        found[layer] = {
-            "mean": float(counts.gate_sum[place]) / number,
-            **{name: 2 ** (OCTAVES.start + one / PER_OCTAVE) for name, one in at.items()},
-            "largest_gate": float(counts.largest_gate[place]) / tokens,
-            "largest_output": float(counts.largest_output[place]) / tokens,
-        }
-    return {"layers": found}
-
-
-def _tokens(counts: Counts) -> torch.Tensor:
-    """Return the tokens of each data set."""
-    return counts.histogram[:, 0].sum(dim=-1)
-
-
-def _largest_over_even(load: torch.Tensor) -> float | None:
-    """Return the largest load relative to the mean; None without any load."""
-    return float(load.max() / load.double().mean()) if load.any() else None
+    sizes, tokens = counts.gates.cumsum(dim=1), counts.histogram[:, :, 1:].sum(dim=(0, 2))
+    number = sizes[:, -1]
+    classes = {name: torch.searchsorted(sizes.double(), (number * q)[:, None])[:, 0] for name, q in PERCENTILES.items()}
+    columns = {
+        "mean": counts.gate_sum / number,
+        **{name: 2 ** (OCTAVES.start + of.double() / PER_OCTAVE) for name, of in classes.items()},
+        "largest_gate": counts.largest_gate / tokens,
+        "largest_output": counts.largest_output / tokens,
+    }
+    found = by_layer(counts.layers, **columns)
+    return {"layers": {layer: None if values["mean"] is None else values for layer, values in found.items()}}

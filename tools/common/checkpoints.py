@@ -115,13 +115,13 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     Raises:
         ConversionError: a tensor is missing, has another shape, cannot be read, or holds NaN or infinity.
     """
+    state = _sharded(model, checkpoint.layout)
     # Leave out objects: they are Transformer Engine's state for FP8.
-    _, wanted = extract_matching_values(
-        _sharded(model, checkpoint.layout), lambda value: isinstance(value, ShardedObject)
-    )
+    _, wanted = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
     for tensor in _tensors(wanted):
-        if tensor.key not in checkpoint.shapes and (other := _other_name(tensor.key)) in checkpoint.shapes:
-            tensor.key = other
+        names = (LOCAL_NORM, ENGINE_NORM) if LOCAL_NORM in tensor.key else (ENGINE_NORM, LOCAL_NORM)
+        if tensor.key not in checkpoint.shapes:
+            tensor.key = tensor.key.replace(*names)
         if tensor.key not in checkpoint.shapes:
             raise ConversionError(
                 f"{checkpoint.folder}: has no {tensor.key}, which its arguments call for. Only models that "
@@ -281,12 +281,6 @@ def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorF
     for value in nested_values(sharded):
         if isinstance(value, ShardedTensor | ShardedTensorFactory):
             yield value
-
-
-def _other_name(key: str) -> str:
-    if LOCAL_NORM in key:
-        return key.replace(LOCAL_NORM, ENGINE_NORM)
-    return key.replace(ENGINE_NORM, LOCAL_NORM)
 
 
 def _unreadable(folder: Path, error: BaseException) -> ConversionError:

@@ -1,13 +1,14 @@
 """Show the progress of a tool that works in steps: a bar on a terminal, and a line for each result."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 class Display:
@@ -57,3 +58,13 @@ class Display:
         """Print why there is no result."""
         self._progress.stop()
         print(line, file=sys.stderr, flush=True)
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], justify: Literal["left", "right"]) -> None:
+    """Print a table to standard output."""
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)

@@ -1,10 +1,9 @@
-"""Make tables of the results of tools/evaluate."""
+"""Make tables of the results of tools/evaluate, with short names of models and data sets."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
-
-from . import short_names
 
 BY_LAYER = "by layer: mean, 99 %, largest"
 EXPLAINED = "Experts per token: the mean; the number that 99 % of the tokens do not exceed; the largest number."
@@ -25,13 +24,14 @@ def tables(results: dict[str, Any]) -> Iterator[Results]:
     """
     for kind, make in (("text", _on_text), ("speed", _on_speed), ("tasks", _on_tasks)):
         if kind in results:
-            yield make(results[kind])
+            names = names_of_models([Path(model) for model in results[kind]])
+            yield make(dict(zip(names, results[kind].values(), strict=True)))
 
 
 def _on_text(models: dict[str, Any]) -> Results:
     rows = []
-    for model, sets in short_names.by_model(models):
-        for data_set, bounds in zip(short_names.of_data_sets([*sets]), sets.values(), strict=True):
+    for model, sets in models.items():
+        for data_set, bounds in zip(names_of_data_sets([*sets]), sets.values(), strict=True):
             for bound, one in bounds.items():
                 loss, layers = one["loss"], one["experts"].values()
                 mean = f"{sum(of['mean'] for of in layers) / len(layers):.3f}" if layers else ""
@@ -43,16 +43,29 @@ def _on_text(models: dict[str, Any]) -> Results:
 
 def _on_speed(models: dict[str, Any]) -> Results:
     first, rows = next(iter(models.values())), []
-    for model, one in short_names.by_model(models):
+    for model, one in models.items():
         pairs = ((f"{one[what]:,.0f}", f"{one[what] / first[what]:.2f}") for what in ("prefill", "decode"))
         rows.append([model, *(cell for pair in pairs for cell in pair)])
     return Results(("model", "reading, tokens/s", "ratio", "writing, tokens/s", "ratio"), rows)
 
 
 def _on_tasks(models: dict[str, Any]) -> Results:
-    rows = [
-        [model, one["task"], one["metric"], f"{one['value']:.4f}", f"{one['error']:.4f}", str(one["documents"])]
-        for model, scores in short_names.by_model(models)
-        for one in scores
-    ]
+    rows = []
+    for model, scores in models.items():
+        for one in scores:
+            error = "" if one["error"] is None else f"{one['error']:.4f}"
+            rows.append([model, one["task"], one["metric"], f"{one['value']:.4f}", error, str(one["documents"])])
     return Results(("model", "task", "metric", "value", "± standard error", "documents"), rows)
+
+
+def names_of_models(places: Sequence[Path]) -> list[str]:
+    """Return short names for runs, given by folder or --save, or for exported folders; paths if two would be equal."""
+    folders = [place.parent if place.name == "checkpoints" else place for place in map(Path.resolve, places)]
+    short = [folder.name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(place) for place in places]
+
+
+def names_of_data_sets(prefixes: Sequence[str]) -> list[str]:
+    """Return short names for Megatron's data sets; prefixes if two would be equal."""
+    short = [Path(prefix).name.removesuffix("_text_document") for prefix in prefixes]
+    return short if len(set(short)) == len(short) else [*prefixes]

@@ -61,7 +61,7 @@ def read_parameters(log: Path, args: Mapping[str, Any]) -> int | None:
 
 
 def read_printed(log: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a printed log in the format of metrics.jsonl; numbers are text.
+    """Yield the records of a printed log in the format of metrics.jsonl.
 
     Args:
         log: file with Megatron's output.
@@ -84,7 +84,12 @@ def read_printed(log: Path) -> Iterator[dict[str, Any]]:
             elif evaluation := _EVALUATION.match(line):
                 name, iteration, on, loss = evaluation.groups()
                 which = {"set": name or "test"} if name or on == "test" else {}
-                yield {"kind": "validation", "iteration": int(iteration), "lm_loss": loss, "final": bool(on)} | which
+                yield {
+                    "kind": "validation",
+                    "iteration": int(iteration),
+                    "lm_loss": _number(loss),
+                    "final": bool(on),
+                } | which
             elif padded := _PADDED.search(line) if "padded" in line else None:
                 args["padded_vocab_size"] = int(padded[1])
     if args and not started:
@@ -97,12 +102,21 @@ def _fields(line: str) -> dict[str, str]:
 
 def _figures(fields: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields under their names in metrics.jsonl."""
-    figures: dict[str, Any] = {_IN_METRICS.get(name, name.replace(" ", "_")): of for name, of in fields.items()}
+    figures: dict[str, Any] = {
+        _IN_METRICS.get(name, name.replace(" ", "_")): _number(of) for name, of in fields.items()
+    }
     if milliseconds := fields.get(_MILLISECONDS):
-        figures["seconds_per_iteration"] = _literal(f"{milliseconds}e-3")
+        figures["seconds_per_iteration"] = _number(f"{milliseconds}e-3")
     if guarded := fields.get("guarded layers"):
         figures["guarded_layers"] = [int(layer) for layer in guarded.split(",") if layer.isdecimal()]
     return figures
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _split_experts(args: dict[str, Any]) -> None:

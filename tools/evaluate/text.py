@@ -1,10 +1,13 @@
 """Measure the loss on a Megatron data set as Megatron's validation does, and count experts per token."""
 
+import argparse
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy
 import torch
@@ -14,26 +17,16 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from megatron.remoe.hf import RemoeForCausalLM
 
+from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.expert_counts import Experts, count_experts, expert_blocks
+from ..common.hf.opening import OpenedModel
 from ..common.text import check_vocabulary, open_data_set
+from .speed import speeds
 
 TOKENS_PER_FORWARD = 4096
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Measurements on one data set.
-
-    Attributes:
-        loss: nats per token.
-        tokens: number of predicted tokens.
-        experts: number of a layer with experts, from 1 → experts per token.
-    """
-
-    loss: float
-    tokens: int
-    experts: dict[int, Experts]
+PROMPTS = 8
+SEED = 1234  # Megatron's default
 
 
 def sequences(prefix: str, length: int, seed: int, vocabulary: int) -> GPTDataset:
@@ -82,7 +75,7 @@ def batches(data: GPTDataset, most: int | None) -> Iterator[torch.Tensor]:
 @torch.inference_mode()
 def measure(
     model: RemoeForCausalLM, data: GPTDataset, most: int | None, advance: Callable[[int], None] = lambda _: None
-) -> Measured:
+) -> dict[str, Any]:
     """Run the model over the data set.
 
     Args:
@@ -90,6 +83,10 @@ def measure(
         data: from `sequences`.
         most: sequences, at most (None: all).
         advance: called with the number of sequences of each finished batch.
+
+    Returns:
+        "loss" in nats per token; "tokens": number of predicted ones; "experts": number of a layer with experts, from
+        1 → the fields of `Experts`.
 
     Raises:
         ToolError: the data set holds a token that the model does not know.
@@ -108,7 +105,8 @@ def measure(
             new = torch.bincount(torch.cat(passes), minlength=model.config.num_experts + 1).cpu()
             histograms[layer] = histograms.get(layer, 0) + new
         advance(len(batch))
-    return Measured(total / tokens, tokens, {layer: Experts.of(one) for layer, one in histograms.items()})
+    experts = {layer: asdict(Experts.of(histogram)) for layer, histogram in histograms.items()}
+    return {"loss": total / tokens, "tokens": tokens, "experts": experts}
 
 
 def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
@@ -124,3 +122,36 @@ def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
         raise ToolError(f"--max-experts-per-token {most}: must be 1 to {config.num_experts}.", "REMOE-E501")
     for block in expert_blocks(model).values():
         block.width = most
+
+
+def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> GPTDataset:
+    """Return the sequences of a data set for a model: by default in the training's order, so the loss is the log's."""
+    config = opened.model.config
+    seed = getattr(opened.args, "seed", SEED) if args.seed is None else args.seed
+    return sequences(prefix, args.seq_length or config.max_position_embeddings, seed, config.vocab_size)
+
+
+def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], display: Display) -> dict[str, Any]:
+    """Return model → data set → bound on the experts per token, or "none" → measurements."""
+    found: dict[str, Any] = {name: {prefix: {} for prefix in args.data_path} for name in models}
+    for name, opened in models.items():
+        model = opened.model
+        for prefix in args.data_path:
+            data = read_text(args, opened, prefix)
+            for most in [None, *args.max_experts_per_token]:
+                if most is not None:
+                    bound_experts(model, most)
+                with display.step(f"{name}, {Path(prefix).name}", min(len(data), args.sequences or len(data))):
+                    measured = measure(model, data, args.sequences, display.advance)
+                found[name][prefix]["none" if most is None else str(most)] = measured
+            if args.max_experts_per_token:
+                bound_experts(model, model.config.max_experts_per_token)
+    return found
+
+
+def measure_speed(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dict[str, Any]:
+    """Return model → tokens per second."""
+    opened = [*models.values()]
+    data = read_text(args, opened[0], args.data_path[0])
+    prompts = torch.cat(list(batches(data, PROMPTS)))[:, : max(1, data.config.sequence_length // 2)]
+    return dict(zip(models, speeds([one.model for one in opened], prompts), strict=True))

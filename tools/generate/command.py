@@ -18,6 +18,7 @@ from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
 from ..common.expert_counts import count_experts
+from ..common.flags import whole_number
 from ..common.hf.opening import open_model
 from ..common.running import run_once
 
@@ -27,32 +28,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints or exported folder")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
-    parser.add_argument("--tokenizer-model", type=Path, metavar="FOLDER", help="use another tokenizer than the model's")
+    add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints or exported folder")
+    add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
+    add("--tokenizer-model", type=Path, metavar="FOLDER", help="use another tokenizer than the model's")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", metavar="TEXT", help="text to continue")
     text.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="0: the likeliest token (default: %(default)s)",
-    )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from K tokens (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from tokens that make up P")
-    parser.add_argument("--seed", type=int, default=1234, help="default: %(default)s")
+    add("--max-new-tokens", type=whole_number(1), default=200, metavar="N", help="default: %(default)s")
+    add("--temperature", type=float, default=1.0, metavar="X", help="0: the likeliest token (default: %(default)s)")
+    add("--top-k", type=whole_number(0), default=0, metavar="K", help="sample from K tokens (default: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from tokens that make up P")
+    add("--seed", type=int, default=1234, help="default: %(default)s")
     args = parser.parse_args(arguments)
-    for flag, right in (
-        ("--max-new-tokens", args.max_new_tokens >= 1),
-        ("--temperature", args.temperature >= 0),
-        ("--top-k", args.top_k >= 0),
-        ("--top-p", 0 < args.top_p <= 1),
-    ):
-        if not right:
-            parser.error(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: is out of range.")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature must not be negative, and --top-p must be above 0 and at most 1.")
     return args
 
 
@@ -118,7 +108,7 @@ def generate(args: argparse.Namespace) -> None:
     """
     model, tokenizer, _ = open_model(args.load, args.ckpt_step, args.tokenizer_model)
     if tokenizer is None:
-        raise ToolError("--load: has no tokenizer. Give the folder of one with --tokenizer-model.", "REMOE-E513")
+        raise ToolError(f"--load {args.load}: has no tokenizer. Give one with --tokenizer-model.", "REMOE-E513")
     torch.manual_seed(args.seed)
     for prompt in prompts(args):
         print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)

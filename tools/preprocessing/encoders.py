@@ -26,16 +26,11 @@ def load_encoder(
     """
     if tokenizer_type == GPT2_TOKENIZER:
         return gpt2_encoder(vocab_file, merge_file, threads, split_special_tokens)
-    if not tokenizer_model:
+    if not tokenizer_model or vocab_file or merge_file:
         raise DataError(
-            f"--tokenizer-type {tokenizer_type} needs --tokenizer-model: a folder with the tokenizer's files.",
+            f"--tokenizer-type {tokenizer_type}: needs --tokenizer-model, a folder with the tokenizer's files, and "
+            "neither --vocab-file nor --merge-file.",
             "REMOE-E513",
-        )
-    if vocab_file or merge_file:
-        raise DataError(
-            f"--vocab-file and --merge-file are for --tokenizer-type {GPT2_TOKENIZER}; "
-            f"{tokenizer_type} reads everything from --tokenizer-model. Leave them out.",
-            "REMOE-E501",
         )
     return folder_encoder(tokenizer_model, threads, split_special_tokens)
 
@@ -55,20 +50,14 @@ def folder_encoder(tokenizer_model: str, threads: int = 1, split_special_tokens:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_model)
-    except Exception as error:  # transformers raises many types
+        reference = tokenizer.backend_tokenizer
+    except Exception as error:  # transformers raises many types; tokenizers without a fast version have no backend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"--tokenizer-model {tokenizer_model}: transformers cannot load a tokenizer from it ({reason}). "
+            f"--tokenizer-model {tokenizer_model}: transformers cannot load a fast tokenizer from it ({reason}). "
             "Give a folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json.",
             "REMOE-E513",
         ) from error
-    reference = getattr(tokenizer, "backend_tokenizer", None)
-    if reference is None:
-        raise DataError(
-            f"--tokenizer-model {tokenizer_model}: {type(tokenizer).__name__} has no fast version. "
-            "Give a tokenizer with a tokenizer.json.",
-            "REMOE-E513",
-        )
     reference.no_truncation()
     reference.no_padding()
     # Like Megatron: without an end-of-sequence token the separator ends documents.

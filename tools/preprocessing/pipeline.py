@@ -45,7 +45,11 @@ class Job:
 
 @dataclass
 class Progress:
-    """How far a run is; total and done bytes are those of the inputs on disk."""
+    """How far a run is.
+
+    Total and done bytes are those of the inputs on disk; `problems` counts left-out lines by kind, `messages` has those
+    of the newest block.
+    """
 
     total_bytes: int | None
     done_bytes: int = 0
@@ -55,6 +59,7 @@ class Progress:
     with_end: int = 0
     tokens: int = 0
     problems: Counter[str] = field(default_factory=Counter)
+    messages: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,7 @@ class _Work:
 
 
 def preprocess(
-    job: Job,
-    encoder: TextEncoder,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    on_problem: Callable[[Problem], None] = lambda problem: None,
+    job: Job, encoder: TextEncoder, on_progress: Callable[[Progress], None] = lambda progress: None
 ) -> Progress:
     """Do a job. The outputs appear only when all of them are complete and were read back.
 
@@ -79,7 +81,6 @@ def preprocess(
         job: inputs, outputs and settings.
         encoder: the tokenizer.
         on_progress: called after each block.
-        on_problem: called for each line that is left out.
 
     Raises:
         DataError: wrong input or output, or nothing to write; no output was made or changed.
@@ -100,11 +101,10 @@ def preprocess(
                 progress.empty += int(np.count_nonzero(encoded.lengths == 0))
                 if len(encoded.ids):
                     last[key] = encoded.ids
-            for problem in work.problems:
-                progress.problems[problem.kind] += 1
-                on_problem(problem)
+            progress.problems.update(problem.kind for problem in work.problems)
+            progress.messages = [problem.message for problem in work.problems]
             progress.with_end += work.with_end
-            progress.text_bytes += len(work.block.data)
+            progress.text_bytes += sum(map(len, work.block.lines))
             progress.done_bytes = work.block.done_bytes
             progress.documents = writers[job.json_keys[0]].documents
             progress.tokens = sum(writer.tokens for writer in writers.values())

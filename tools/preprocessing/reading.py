@@ -1,34 +1,37 @@
 """Read lines of text from files, compressed or not, and from standard input, in blocks of bounded size."""
 
 import glob
+import gzip
+import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from megatron.remoe.data.errors import DataError
-
-from .unpacking import DamagedDataError, compression_of, unpack
 
 STANDARD_INPUT = "-"
 BLOCK_BYTES = 2 << 20
 LONGEST_LINE = 128 << 20
+PIECE_BYTES = 1 << 18
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_SKIPPED_MAGIC = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; pzstd begins with such a frame
+ZSTD_PACKED_BYTES = 1 << 14  # unpacked in one step: zstd's best ratio keeps the result small
+ZSTD_LARGEST_WINDOW_LOG = 31
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of one input; `first_line` counts from 1.
-
-    `damage` says why the compressed data ends after them, if it does, and `done_bytes` how much of all inputs was read.
-    """
+    """Lines of one input; `first_line` counts from 1, `done_bytes` is how much of all inputs was read."""
 
     source: str
     first_line: int
-    data: bytes
+    lines: list[bytes]
     done_bytes: int
-    damage: str = ""
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
@@ -46,10 +49,10 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     for path in paths:
         if os.path.isdir(path):
             raise DataError(f"--input {path}: is a folder. Name its files, for example with '{path}/*.jsonl'.")
-        if path != STANDARD_INPUT and os.path.isfile(path):  # a pipe would lose what is read here
+        if size_of([path]) is not None:  # a pipe would lose what is read here
             try:
                 with open(path, "rb") as file:
-                    compression_of(path, file.read(4))
+                    _unpacked(file, path)
             except OSError as error:
                 raise _unreadable(path, error) from error
     return paths
@@ -65,46 +68,101 @@ def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
     """Yield the lines of all inputs in blocks.
 
     Raises:
-        DataError: an input cannot be read or unpacked, or has a line of absurd length.
+        DataError: an input cannot be read, its compressed data is broken, or a line is too long.
     """
     before = 0
     for path in paths:
         source = "<standard input>" if path == STANDARD_INPUT else path
+        lines: list[bytes] = []
+        first, size = 1, 0
         try:
             with os.fdopen(os.dup(sys.stdin.fileno()), "rb") if source != path else Path(path).open("rb") as file:
-                yield from _blocks(source, path, file, before)
+                contents = _unpacked(file, path)
+                while line := contents.readline(LONGEST_LINE + 1):
+                    if len(line) > LONGEST_LINE:
+                        raise DataError(
+                            f"{source}, line {first + len(lines)}: is longer than {LONGEST_LINE >> 20} MiB. "
+                            "Is this a .jsonl file, with one document per line?"
+                        )
+                    lines.append(line)
+                    size += len(line)
+                    if size >= BLOCK_BYTES:
+                        yield Block(source, first, lines, before + (file.tell() if file.seekable() else 0))
+                        first, lines, size = first + len(lines), [], 0
                 before += file.tell() if file.seekable() else 0
+                yield Block(source, first, lines, before)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            place = f"{source}, after line {first + len(lines) - 1}"
+            raise DataError(f"{place}: compressed data broken ({error}). Copy the file again.") from error
         except OSError as error:
             raise _unreadable(source, error) from error
 
 
-def _blocks(source: str, name: str, file: BufferedReader, before: int) -> Iterator[Block]:
-    pieces: list[bytes] = []
-    size, line, damage = 0, 1, ""
-    contents = unpack(file, compression_of(name, file.peek(4)[:4]))
-    while True:
-        try:
-            piece = next(contents, b"")
-        except DamagedDataError as error:
-            damage, piece = str(error), b""
-        pieces.append(piece)
-        size += len(piece)
-        if piece and (size < BLOCK_BYTES or b"\n" not in piece):
-            if size > LONGEST_LINE:
-                raise DataError(
-                    f"{source}, line {line + b''.join(pieces).count(b'\n')}: is longer than {LONGEST_LINE >> 20} MiB. "
-                    "Is this a .jsonl file, with one document per line?"
-                )
-            continue
-        data = b"".join(pieces)
-        end = data.rfind(b"\n") + 1 if piece or damage else len(data)
-        if end or damage:
-            yield Block(source, line, data[:end], before + (file.tell() if file.seekable() else 0), damage)
-            line += data.count(b"\n", 0, end)
-        if not piece:
-            return
-        pieces, size = [data[end:]], len(data) - end
-
-
 def _unreadable(source: str, error: OSError) -> DataError:
     return DataError(f"--input {source}: cannot be read ({error.strerror or error}).")
+
+
+def _unpacked(file: io.BufferedReader, name: str) -> io.BufferedIOBase:
+    """Return the contents of a file, by its first bytes: gzip, zstd or as it is.
+
+    Raises:
+        DataError: the name says otherwise, or nothing here can unpack it.
+    """
+    start = file.peek(4)[:4]
+    if start.startswith(GZIP_MAGIC):
+        return gzip.open(file)
+    if start.startswith(ZSTD_MAGIC) or (start[1:4] == ZSTD_SKIPPED_MAGIC and start[0] >> 4 == 5):
+        try:
+            return io.BufferedReader(_Frames(file, *_zstd()), PIECE_BYTES)
+        except ImportError as error:
+            raise DataError(
+                f"--input {name}: is zstd data, which this Python cannot unpack. "
+                "Install the package zstandard (pip install zstandard), or pipe it in: zstd -dc FILE | ... --input -"
+            ) from error
+    if name.endswith((".gz", ".zst")):
+        kind = "gzip" if name.endswith(".gz") else "zstd"
+        raise DataError(f"--input {name}: is not {kind} data, as its name says. Copy it again, or rename it.")
+    return file
+
+
+class _Frames(io.RawIOBase):
+    """Unpack zstd data frame by frame: the libraries' own readers accept a truncated file."""
+
+    def __init__(self, file: io.BufferedReader, start_frame: Callable[[], Any], failure: type[Exception]) -> None:
+        self._file, self._start_frame, self._failure = file, start_frame, failure
+        self._frame: Any = None
+        self._packed = self._piece = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._piece:
+            self._packed = self._packed or self._file.read(ZSTD_PACKED_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends before the data does")
+                return 0
+            self._frame = self._frame or self._start_frame()
+            try:
+                self._piece = self._frame.decompress(self._packed)
+            except self._failure as error:
+                raise EOFError(str(error)) from error
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        count = min(len(buffer), len(self._piece))
+        buffer[:count], self._piece = self._piece[:count], self._piece[count:]
+        return count
+
+
+def _zstd() -> tuple[Callable[[], Any], type[Exception]]:
+    """Return what makes a decompressor of one frame, and the exception that it raises."""
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        import zstandard
+
+        library = zstandard.ZstdDecompressor(max_window_size=1 << ZSTD_LARGEST_WINDOW_LOG)
+        return library.decompressobj, zstandard.ZstdError
+    options = {zstd.DecompressionParameter.window_log_max: ZSTD_LARGEST_WINDOW_LOG}
+    return (lambda: zstd.ZstdDecompressor(options=options)), zstd.ZstdError

@@ -6,14 +6,14 @@ python tools/report runs/llama_182m_remoe --watch                               
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.remoe.data.files import write_text
 
-from ..common import short_names
-from ..common.display import Display
+from ..common.evaluations import names_of_models
 from ..common.figure_reader import find_figures
 from ..common.flags import whole_number
 from ..common.running import run_once
@@ -38,19 +38,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def write(args: argparse.Namespace, output: Path, display: Display, last: bool) -> list[Run]:
-    """Read the runs and write the page."""
-    from .page import page  # takes a moment to import
-
-    with display.step("reading", len(args.runs)):
-        runs = []
-        for place, name in zip(args.runs, short_names.of_models(args.runs), strict=True):
-            runs.append(read_run(place, name))
-            display.advance(1)
-    write_text(output, page(runs, None if last else args.watch))
-    return runs
-
-
 def report(args: argparse.Namespace) -> None:
     """Write the page; with --watch again and again, until all runs are done or somebody stops it.
 
@@ -58,21 +45,26 @@ def report(args: argparse.Namespace) -> None:
         ToolError: a run has no log.
         OSError: one cannot be read, or the page cannot be written.
     """
-    args.runs = list(dict.fromkeys(args.runs))
-    for place in args.runs:
+    from .page import page  # takes a moment to import
+
+    places = list(dict.fromkeys(args.runs))
+    for place in places:
         find_figures(place)
-    first = args.runs[0]
-    output = args.output or (first if first.is_dir() else first.parent) / "report.html"
-    with Display() as display:
-        try:
-            while args.watch and not all(run.figures.done for run in write(args, output, display, last=False)):
-                display.say(f"{output}, {time.strftime('%H:%M:%S')}")
-                time.sleep(args.watch)
-        finally:
-            for run in write(args, output, display, last=True):
-                for note in run.notes:
-                    display.fail(note)
-        display.say(str(output))
+    output = args.output or (places[0] if places[0].is_dir() else places[0].parent) / "report.html"
+
+    def write(reload_after: int | None) -> list[Run]:
+        runs = [read_run(place, name) for place, name in zip(places, names_of_models(places), strict=True)]
+        write_text(output, page(runs, reload_after))
+        return runs
+
+    try:
+        while args.watch and not all(run.figures.done for run in write(args.watch)):
+            print(f"{output}, {time.strftime('%H:%M:%S')}", flush=True)
+            time.sleep(args.watch)
+    finally:
+        for note in (note for run in write(None) for note in run.notes):
+            print(note, file=sys.stderr)
+    print(output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,22 +2,23 @@
 
 import html
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from bokeh.models import BoxZoomTool, HoverTool, NumeralTickFormatter, Range1d, Span
+from bokeh.models import BoxZoomTool, HoverTool, NumeralTickFormatter, PrintfTickFormatter, Range1d, Span
 from bokeh.plotting import figure
 from numpy.typing import NDArray
 
 from ..common.picture_style import looks
-from ..common.run_figures import Curve
+from ..common.run_figures import EMPTY, Curve, RunFigures
 from .reading import Run
 
-POINTS, POINTS_OF_LAYERS, HOVERED = 1000, 200, 400  # of a curve, at most; those that tell their values
+POINTS, POINTS_OF_LAYERS, HOVERED = 1000, 200, 400  # of a curve, at most; those that the tooltip has
 SMOOTHED = 0.03  # of a curve, whose mean is drawn at each point
 LARGEST = 3e38  # of a float32
+RIM = "#888888"  # seen on light and on dark
 Layers = Mapping[int, Curve]
 
 
@@ -29,6 +30,102 @@ class Panel:
     note: str
     plot: figure
     run: str = ""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A run in a figure: its curve, thin ones of its layers, a faint one, and single values as marks."""
+
+    curve: Curve = EMPTY
+    layers: Layers = field(default_factory=dict)
+    faint: Curve = EMPTY
+    marks: Curve = EMPTY
+
+
+def overlay(
+    runs: Sequence[Run],
+    x_range: Range1d,
+    drawn_of: Callable[[RunFigures], Drawn],
+    title: str,
+    note: str = "",
+    unit: str = "",
+    form: str = ".5g",
+    axis: str = "",
+    marker: str = "circle",
+    level_of: Callable[[RunFigures], float | None] = lambda _: None,
+    **settings: Any,
+) -> Iterator[Panel]:
+    """Yield one figure for all runs, if anything is drawn in it.
+
+    Args:
+        runs: one color and dash each.
+        x_range: iterations, shared by all figures.
+        drawn_of: returns what is drawn of a run; negative values are left out on a logarithmic axis.
+        title, note: of the panel.
+        unit: of the values (default: the title).
+        form, axis: format of the values in the tooltip, and (printf's) at the axis.
+        marker: of the marks.
+        level_of: returns a run's target, a dashed line.
+        settings: of Bokeh's figure.
+    """
+    plot = new_figure(x_range, unit or title, **settings)
+    if axis:
+        plot.yaxis.formatter = PrintfTickFormatter(format=axis)
+    told: list[tuple[str, str, Drawn]] = []
+    for run, (color, dash) in zip(runs, looks(run.figures.routing for run in runs), strict=True):
+        drawn, style = drawn_of(run.figures), {"color": color, "name": run.name}
+        if drawn.layers:
+            thinned = [thin(of_layer, POINTS_OF_LAYERS) for of_layer in drawn.layers.values()]
+            lines = {"xs": [each.iterations for each in thinned], "ys": [as_float32(each.values) for each in thinned]}
+            plot.multi_line("xs", "ys", source=lines, alpha=0.45, **style)
+        for curve, width in ((drawn.faint, {"alpha": 0.3}), (drawn.curve, {"width": 2})):
+            points = thin(curve, POINTS)
+            shown = points.values > (0 if settings.get("y_axis_type") == "log" else -math.inf)
+            if shown.any():
+                values = as_float32(points.values[shown])
+                plot.line(points.iterations[shown], values, line_dash=dash, **style, **width)
+        if len(drawn.marks.values):
+            points, size = (
+                thin(drawn.marks, POINTS),
+                {"size": 16, "line_width": 2} if marker == "diamond" else {"size": 8},
+            )
+            values = as_float32(points.values)
+            plot.scatter(points.iterations, values, marker=marker, line_color=RIM, **style, **size)
+        if len(drawn.curve.values):
+            told.append((run.name, color, drawn))
+    for level in {level for run in runs if (level := level_of(run.figures))}:
+        plot.add_layout(Span(location=level, dimension="width", line_dash="dashed", line_color=RIM))
+    if told:
+        _add_tooltip(plot, unit or title, form, told)
+    if plot.renderers:
+        yield Panel(title, note, plot)
+
+
+def _add_tooltip(plot: figure, unit: str, form: str, told: Sequence[tuple[str, str, Drawn]]) -> None:
+    """Add one tooltip for all runs, on an invisible line: several would cover each other."""
+    iterations = np.unique(np.concatenate([thin(drawn.curve, HOVERED).iterations for _, _, drawn in told]))
+    if len(iterations) > HOVERED:
+        iterations = iterations[np.linspace(0, len(iterations) - 1, HOVERED).astype(int)]
+    values = np.array([_values_at(drawn.curve, iterations) for _, _, drawn in told])
+    some = np.isfinite(values)
+    means = np.where(some, values / some.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
+    source: dict[str, Any] = {"x": iterations, "y": as_float32(means)}
+    rows = [("", f"<div>iteration <b>@x{{0,0}}</b> · {_plain(unit)}</div>")]
+    for number, (name, color, drawn) in enumerate(told):
+        texts = ["" if math.isnan(value) else f"{value:{form}}" for value in values[number]]
+        if drawn.layers:
+            by_layer = {layer: _values_at(curve, iterations) for layer, curve in drawn.layers.items()}
+            for place in np.flatnonzero(np.isfinite([*by_layer.values()]).all(axis=0)):
+                ends = (end(by_layer, key=lambda layer: by_layer[layer][place]) for end in (min, max))  # noqa: B023
+                texts[place] += " · " + " to ".join(f"{by_layer[end][place]:{form}} (layer {end})" for end in ends)
+        source[f"run{number}"] = texts
+        square = f"<span style='color: {color}'>■</span>"
+        rows.append((name, f"<div>{square} {_plain(name)} <b>@run{number}</b></div>"))
+    line = plot.line("x", "y", source=source, alpha=0)
+    tips = "".join(row for _, row in rows)
+    hover = HoverTool(renderers=[line], tooltips=tips, mode="vline", point_policy="follow_mouse")
+    hover.tags = rows  # the page leaves out the runs that are hidden
+    plot.add_tools(hover)
 
 
 def thin(curve: Curve, most: int) -> Curve:
@@ -45,95 +142,13 @@ def thin(curve: Curve, most: int) -> Curve:
 
 
 def smooth(curve: Curve) -> Curve:
-    """Return the centred mean over `SMOOTHED` of the points, over fewer at both ends."""
+    """Return the centered mean over `SMOOTHED` of the points, over fewer at both ends."""
     count = len(curve.values)
     half = max(1, round(count * SMOOTHED / 2))
     sums, places = np.concatenate([[0.0], np.cumsum(curve.values)]), np.arange(count)
     first, end = (places - half).clip(min=0), (places + half + 1).clip(max=count)
     means = (sums[end] - sums[first]) / (end - first)
     return Curve(curve.iterations, np.where(np.isfinite(means), means, curve.values))
-
-
-class Overlay:
-    """One figure with a curve for each run, over the iterations that all figures share."""
-
-    def __init__(self, runs: Sequence[Run], x_range: Range1d, unit: str, form: str = ".5g", **settings: Any) -> None:
-        self.plot = new_figure(x_range, unit, **settings)
-        self._unit, self._form = unit, form
-        self._looks = dict(zip((run.name for run in runs), looks(run.figures.routing for run in runs), strict=True))
-        self._told: dict[str, tuple[Curve, Layers]] = {}
-
-    def curve(self, run: Run, curve: Curve, faint: bool = False, layers: Layers | None = None) -> None:
-        """Draw the line of a run, and a thin one for each of its layers."""
-        colour, dash = self._looks[run.name]
-        if layers:
-            thinned = [thin(of_layer, POINTS_OF_LAYERS) for of_layer in layers.values()]
-            lines = {"xs": [each.iterations for each in thinned], "ys": [as_float32(each.values) for each in thinned]}
-            self.plot.multi_line("xs", "ys", source=lines, color=colour, alpha=0.45, name=run.name)
-        if len(curve.values):
-            drawn = thin(curve, POINTS)
-            width = {"alpha": 0.3, "width": 1} if faint else {"width": 2}
-            self.plot.line(
-                drawn.iterations, as_float32(drawn.values), color=colour, line_dash=dash, name=run.name, **width
-            )
-            if not faint:
-                self._told[run.name] = (curve, layers or {})
-
-    def marks(self, run: Run, curve: Curve, marker: str) -> None:
-        """Draw single values of a run, as marks with a rim that is seen on light and on dark."""
-        if len(curve.values):
-            drawn, colour = thin(curve, POINTS), self._looks[run.name][0]
-            style = {"color": colour, "line_color": "#888888", "name": run.name, "marker": marker}
-            size = {"size": 16, "line_width": 2} if marker == "diamond" else {"size": 8}
-            self.plot.scatter(drawn.iterations, as_float32(drawn.values), **style, **size)
-
-    def levels(self, values: Iterable[float | None]) -> None:
-        """Draw targets as dashed lines."""
-        for value in {value for value in values if value}:
-            self.plot.add_layout(Span(location=value, dimension="width", line_dash="dashed", line_color="#888888"))
-
-    def panel(self, title: str, note: str = "") -> Iterator[Panel]:
-        """Yield the figure if anything is drawn in it."""
-        if self.plot.renderers:
-            self._tell()
-            yield Panel(title, note, self.plot)
-
-    def _tell(self) -> None:
-        """Add one tooltip for all runs, on an invisible line: several would cover each other."""
-        if not self._told:
-            return
-        thinned = [thin(curve, HOVERED).iterations for curve, _ in self._told.values()]
-        iterations = np.unique(np.concatenate(thinned))
-        if len(iterations) > HOVERED:
-            iterations = iterations[np.linspace(0, len(iterations) - 1, HOVERED).astype(int)]
-        values = np.array([_values_at(curve, iterations) for curve, _ in self._told.values()])
-        some = np.isfinite(values)
-        means = np.where(some, values / some.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
-        source: dict[str, Any] = {"x": iterations, "y": as_float32(means)}
-        head = f"<div>iteration <b>@x{{0,0}}</b> · {_plain(self._unit)}</div>"
-        rows = []
-        for number, (name, (_, layers)) in enumerate(self._told.items()):
-            source[f"run{number}"] = self._texts(values[number], iterations, layers)
-            colour = f"<span style='color: {self._looks[name][0]}'>■</span>"
-            rows.append((name, f"<div>{colour} {_plain(name)} <b>@run{number}</b></div>"))
-        line = self.plot.line("x", "y", source=source, alpha=0)
-        tips = head + "".join(row for _, row in rows)
-        hover = HoverTool(renderers=[line], tooltips=tips, mode="vline", point_policy="follow_mouse")
-        hover.tags = [("", head), *rows]  # the page leaves out the runs that are hidden
-        self.plot.add_tools(hover)
-
-    def _texts(self, values: NDArray[np.float64], iterations: NDArray[np.int64], layers: Layers) -> list[str]:
-        texts = ["" if math.isnan(value) else f"{value:{self._form}}" for value in values]
-        if not layers:
-            return texts
-        numbers = list(layers)
-        by_layer = np.array([_values_at(curve, iterations) for curve in layers.values()])
-        known = np.isfinite(by_layer).all(axis=0)
-        lowest, highest = np.where(known, by_layer, 0).argmin(axis=0), np.where(known, by_layer, 0).argmax(axis=0)
-        for place in np.flatnonzero(known):
-            ends = ((by_layer[end[place], place], numbers[end[place]]) for end in (lowest, highest))
-            texts[place] += " · " + " to ".join(f"{value:{self._form}} (layer {layer})" for value, layer in ends)
-        return texts
 
 
 def new_figure(x_range: Range1d, unit: str, **settings: Any) -> figure:
@@ -148,14 +163,14 @@ def new_figure(x_range: Range1d, unit: str, **settings: Any) -> figure:
     return plot
 
 
-def _plain(text: str) -> str:
-    """Return a text as HTML in which a tooltip replaces nothing."""
-    return "".join(f"&#{ord(sign)};" if sign in "@${}" else sign for sign in html.escape(text))
-
-
 def as_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return values for a figure; those that are too large become the largest."""
     return values.clip(-LARGEST, LARGEST).astype(np.float32)
+
+
+def _plain(text: str) -> str:
+    """Return a text as HTML in which a tooltip replaces nothing."""
+    return "".join(f"&#{ord(sign)};" if sign in "@${}" else sign for sign in html.escape(text))
 
 
 def _values_at(curve: Curve, iterations: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -52,11 +52,11 @@ def page(runs: Sequence[Run], reload_after: int | None) -> str:
 
 
 def _stages(run: Run) -> list[Stage]:
+    flops = UNKNOWN
     try:
         flops = count_flops(run.figures.args)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
-        flops = UNKNOWN
     return stages(run.figures, flops)
 
 
@@ -67,7 +67,5 @@ def count_flops(args: dict[str, Any]) -> Flops:
         ArithmeticError, AttributeError, LookupError, TypeError, ValueError: an argument that the count needs is missing
             or has another type.
     """
-    if "seq_length" not in args or "hidden_size" not in args:
-        raise LookupError("seq_length, hidden_size")
     named = argparse.Namespace(**args)
     return Flops(flops_per_sequence(named), flops_per_expert(named) if args.get("num_experts") else 0.0)

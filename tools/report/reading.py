@@ -1,6 +1,7 @@
 """Read a run: its logged figures, and evaluations of its checkpoints."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,8 @@ def read_run(place: Path, name: str) -> Run:
         run.notes.append(f"{name}: {run.figures.unread:,} lines of its log cannot be read and are left out.")
     for path in sorted(place.glob("*.json")):
         if path.stat().st_size <= LARGEST_EVALUATION:
-            held = _json(path.read_text(encoding="utf-8", errors="replace"))
-            if isinstance(held, dict) and held and held.keys() <= EVALUATED:
-                run.evaluations[path.name] = held
+            with suppress(ValueError, RecursionError):  # another program's file
+                held = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+                if isinstance(held, dict) and held and held.keys() <= EVALUATED:
+                    run.evaluations[path.name] = held
     return run
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

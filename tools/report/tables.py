@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from time import localtime, strftime
 from typing import Any
 
 import numpy as np
 
 from ..common import evaluations as measured
-from ..common.run_figures import Evaluation
+from ..common.run_figures import RunFigures
 from ..common.units import duration
 from ..sweep.stages import Stage
 from .reading import Run
@@ -52,7 +51,7 @@ def headline(runs: Sequence[Run]) -> str:
     told = []
     for name, loss in sorted(known.items(), key=lambda one: one[1]):
         beside = f", {loss - known[dense[0]]:+.2f} to dense" if len(dense) == 1 and name != dense[0] else ""
-        told.append(f"{name} {loss:.3f}{beside}".replace("-", "−") if beside else f"{name} {loss:.3f}")
+        told.append(f"{name} {loss:.3f}" + beside.replace("-", "−"))
     if len({run.figures.last for run in runs}) > 1:
         kind += ", not after the same number of iterations"
     return f"{'; '.join(told)} ({kind})"
@@ -60,79 +59,71 @@ def headline(runs: Sequence[Run]) -> str:
 
 def summary(runs: Sequence[Run]) -> Table:
     """Return a row for each figure that any run has, and a column for each run."""
-    rows: list[list[str]] = []
-
-    def row(name: str, cell: Callable[[Run], str | None]) -> None:
-        cells = [cell(run) or "" for run in runs]
-        if any(cells):
-            rows.append([name, *cells])
-
-    def newest(key: str, form: str) -> Callable[[Run], str | None]:
-        return lambda run: None if (value := run.figures.newest(key)) is None else f"{value:{form}}"
-
-    def of_remoe(cell: Callable[[Run], str]) -> Callable[[Run], str | None]:
-        return lambda run: None if run.figures.target is None else cell(run)
-
-    row("iteration", _iteration)
-    row("time left", _time_left)
-    row("newest figures", lambda run: strftime("%d %b, %H:%M", localtime(run.figures.written)))
-    row("training loss, nats per token", newest("lm_loss", ".4f"))
-    for name in dict.fromkeys(name for run in runs for name in run.figures.evaluations):
-        row(f"validation loss {name}".strip(), partial(_validation, name))
-    row("sparsity S", newest("sparsity", ".4f"))
-    row("target", of_remoe(lambda run: f"{run.figures.target:.4f}"))
-    row("first within 1 % of the target, at iteration", of_remoe(lambda run: _iteration_or_not(run.figures.first_near)))
-    row("within 1 % from then on, at iteration", of_remoe(lambda run: _iteration_or_not(run.figures.settled)))
-    row("λ", newest("l1_coefficient", ".3e"))
-    row("experts per token", of_remoe(_experts_per_token))
-    row("experts, k", lambda run: f"{run.figures.num_experts}, {run.figures.topk}" if run.figures.topk else None)
-    row("guarded layers", of_remoe(_guarded))
-    row("parameters", lambda run: f"{run.figures.parameters:,}" if run.figures.parameters else None)
-    row("tokens", _tokens)
-    row("tokens per second", _rate)
-    return Table("State", ["", *(run.name for run in runs)], rows)
+    sets = dict.fromkeys(name for run in runs for name in run.figures.evaluations)
+    cells: dict[str, Callable[[RunFigures], str | None]] = {
+        "iteration": lambda of: f"{of.last:,}" + (f" of {end:,}" if (end := of.whole("train_iters")) else ""),
+        "time left": _time_left,
+        "newest figures": lambda of: strftime("%d %b, %H:%M", localtime(of.written)),
+        "training loss, nats per token": _newest("lm_loss", ".4f"),
+        **{f"validation loss {name}".strip(): _validation(name) for name in sets},
+        "sparsity S": _newest("sparsity", ".4f"),
+        "target": lambda of: None if of.target is None else f"{of.target:.4f}",
+        "first within 1 % of the target, at iteration": lambda of: _iteration(of, of.first_near),
+        "within 1 % from then on, at iteration": lambda of: _iteration(of, of.settled),
+        "λ": _newest("l1_coefficient", ".3e"),
+        "experts per token": _experts_per_token,
+        "experts, k": lambda of: f"{of.num_experts}, {of.topk}" if of.topk else None,
+        "guarded layers": _guarded,
+        "parameters": lambda of: f"{of.parameters:,}" if of.parameters else None,
+        "tokens": _tokens,
+        "tokens per second": _rate,
+    }
+    rows = [[name, *(cell(run.figures) or "" for run in runs)] for name, cell in cells.items()]
+    return Table("State", ["", *(run.name for run in runs)], [row for row in rows if any(row[1:])])
 
 
-def _iteration(run: Run) -> str:
-    end = run.figures.whole("train_iters")
-    return f"{run.figures.last:,}" + (f" of {end:,}" if end else "")
+def _newest(key: str, form: str) -> Callable[[RunFigures], str | None]:
+    return lambda of: None if (value := of.newest(key)) is None else f"{value:{form}}"
 
 
-def _time_left(run: Run) -> str | None:
-    left = run.figures.whole("train_iters") - run.figures.last
-    seconds = run.figures.curve("seconds_per_iteration").values[-RECENT:]
-    time = left * float(np.median(seconds)) if len(seconds) else 0.0
-    return duration(time) if 0 < time < math.inf else None
+def _validation(name: str) -> Callable[[RunFigures], str | None]:
+    def cell(figures: RunFigures) -> str | None:
+        losses = figures.evaluations.get(name)
+        return f"{losses[-1].loss:.4f} at {losses[-1].iteration:,}" if losses else None
+
+    return cell
 
 
-def _validation(name: str, run: Run) -> str | None:
-    losses: Sequence[Evaluation] = run.figures.evaluations.get(name, ())
-    return f"{losses[-1].loss:.4f} at {losses[-1].iteration:,}" if losses else None
+def _time_left(figures: RunFigures) -> str | None:
+    seconds = figures.curve("seconds_per_iteration").values[-RECENT:]
+    left = (figures.whole("train_iters") - figures.last) * float(np.median(seconds)) if len(seconds) else 0.0
+    return duration(left) if 0 < left < math.inf else None
 
 
-def _iteration_or_not(at: int | None) -> str:
-    return "not yet" if at is None else f"{at:,}"
+def _iteration(figures: RunFigures, at: int | None) -> str | None:
+    return None if figures.target is None else "not yet" if at is None else f"{at:,}"
 
 
-def _experts_per_token(run: Run) -> str:
-    experts, sparsity = run.figures.num_experts, run.figures.newest("sparsity")
-    return f"{experts * (1 - sparsity):.3f}" if experts and sparsity is not None else ""
+def _experts_per_token(figures: RunFigures) -> str | None:
+    sparsity = None if figures.target is None else figures.newest("sparsity")
+    return f"{figures.num_experts * (1 - sparsity):.3f}" if figures.num_experts and sparsity is not None else None
 
 
-def _guarded(run: Run) -> str:
-    now = run.figures.guarded.get(run.figures.last)
-    if now:
+def _guarded(figures: RunFigures) -> str | None:
+    if figures.target is None:
+        return None
+    if now := figures.guarded.get(figures.last):
         return ", ".join(map(str, now))
-    return f"none, the last at {max(run.figures.guarded):,}" if run.figures.guarded else "none"
+    return f"none, the last at {max(figures.guarded):,}" if figures.guarded else "none"
 
 
-def _tokens(run: Run) -> str | None:
-    samples, length = run.figures.newest("consumed_samples"), run.figures.whole("seq_length")
+def _tokens(figures: RunFigures) -> str | None:
+    samples, length = figures.newest("consumed_samples"), figures.whole("seq_length")
     return f"{samples * length:,.0f}" if samples and length else None
 
 
-def _rate(run: Run) -> str | None:
-    rates = run.figures.curve("tokens_per_second").values
+def _rate(figures: RunFigures) -> str | None:
+    rates = figures.curve("tokens_per_second").values
     return f"{np.median(rates):,.0f}" if len(rates) else None
 
 
@@ -141,19 +132,13 @@ def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
     rows = [
         [
             *(run, {"way": "on the way"}.get(stage.name, stage.name), f"{stage.first:,}–{stage.last:,}"),
-            *(f"{stage.experts:.2f}" if stage.experts else "", _time(stage.hours)),
+            *(f"{stage.experts:.2f}" if stage.experts else "", duration(3600 * stage.hours)),
             "" if math.isnan(stage.flops) else f"{stage.flops:.3g}",
         ]
         for run, found in of_runs.items()
         for stage in found
     ]
     return Table("Stages", ["run", "stage", "iterations", "experts per token", "time", "FLOPs"], rows)
-
-
-def _time(hours: float) -> str:
-    if hours < 2 / 60:
-        return f"{3600 * hours:.0f} s"
-    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:,.1f} h"
 
 
 def differences(runs: Sequence[Run]) -> Table:
