@@ -15,7 +15,7 @@ CODES: dict[str, tuple[str, str]] = {
         "Remove the file if no training runs there.",
     ),
     "REMOE-E105": ("An output folder cannot be written.", "Give another folder, or allow writing there."),
-    "REMOE-E106": ("Python, PyTorch or megatron-core is missing or too old.", "Set up an environment as README says."),
+    "REMOE-E106": ("Python or a required package is missing or too old.", "Set up an environment as README says."),
     "REMOE-E201": ("A required flag is missing.", "Give it a value above 0."),
     "REMOE-E202": (
         "A setting does not work with --hybrid-layer-pattern.",
