@@ -2,8 +2,8 @@
 
 import argparse
 import math
-from dataclasses import dataclass
 from itertools import batched
+from typing import NamedTuple
 
 import torch
 
@@ -16,19 +16,13 @@ from .parameters import Stage
 NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes on one GPU."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
-
-    @property
-    def total(self) -> float:
-        """The sum."""
-        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_token: float) -> tuple[int, Memory]:
@@ -43,8 +37,7 @@ def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_tok
         The stage's index, and the memory of each of its GPUs if experts get equally many tokens.
     """
     memories = [stage_memory(args, stages, index, experts_per_token) for index in range(len(stages))]
-    fullest = max(range(len(memories)), key=lambda index: memories[index].total)
-    return fullest, memories[fullest]
+    return max(enumerate(memories), key=lambda of_stage: sum(of_stage[1]))
 
 
 def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> Memory:
