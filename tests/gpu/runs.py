@@ -98,8 +98,10 @@ def environment(machine: Machine) -> dict[str, Any]:
 def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: float = 240) -> dict[str, Any]:
     """Train at the "dense" start or kept "steady" at the target; return medians after `WARM_UP`, and memory.
 
-    "host_seconds" is the process's CPU time; what the GPU waits for the host is at most the rest of a step.
+    "host_seconds" is the process's CPU time; what the GPU waits for the host is at most the rest of a step. A rehearsal
+    takes ten steps at most: enough to measure memory.
     """
+    steps = min(steps, 10) if machine.is_rehearsed else steps
     record = machine.folder / "record.json"
     environment, flags = case.planned(steps)
     more = AT_TARGET if stage == "steady" else []

@@ -125,7 +125,8 @@ def test_300_steps(machine: Machine, report: Report) -> None:
     """From the start on, through the dense stage, no loss is NaN."""
     figures = train_launched(machine, Case(kernels=TRITON), "dense", 300, limit=480)
     report(figures)
-    assert len(figures["losses"]) == 30 and all(map(math.isfinite, figures["losses"]))
+    assert machine.is_rehearsed or len(figures["losses"]) == 30
+    assert all(map(math.isfinite, figures["losses"]))
     assert machine.is_rehearsed or figures["losses"][-1] < figures["losses"][0]
 
 

@@ -126,6 +126,9 @@ def _memory_lines(args: argparse.Namespace, options: argparse.Namespace, stages:
     if len(stages) > 1:
         yield f"  in the fullest of {len(stages)} pipeline stages ({', '.join(map(str, sorted(places)))})"
     yield f"  without {memory.NOT_COUNTED}"
+    if args.num_experts and args.expert_model_parallel_size > 1:
+        sent = [memory.exchanged_bytes(args, experts_per_token) for _, experts_per_token in phases(args)]
+        yield "All-to-all, GB a step" + "".join(f"{one / 1e9:36.2f}" for one in sent)[1:]
     largest = max(column["total"] for column in columns) / 2**30
     if largest > options.accelerator.memory:
         yield f"  WARNING: {largest:.1f} GiB are more than a {options.gpu} has."

@@ -64,6 +64,23 @@ def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
     return (element_size(args) + optimizer) * parameters
 
 
+def exchanged_bytes(args: argparse.Namespace, experts_per_token: float) -> float:
+    """Return the bytes that a GPU sends to others in all-to-all exchanges of tokens in a step: each pair's vector there
+    and back, its gradient likewise, and the vectors again if they are recomputed.
+
+    Args:
+        args: Megatron's validated arguments.
+        experts_per_token: computed experts of a token in each MoE layer.
+    """
+    layers = sum("E" in sublayers(args, number + 1) for number in range(args.num_layers))  # of all stages
+    tokens = args.global_batch_size * args.seq_length / args.world_size
+    limit = args.moe_relu_activation_limit * args.moe_router_topk if args.moe_relu_routing else 0.0
+    recomputed = 0 < limit < experts_per_token or args.recompute_granularity == "full"
+    recomputed = recomputed or "moe" in (args.recompute_modules or []) * (args.recompute_granularity == "selective")
+    vectors = layers * tokens * experts_per_token * (1 - 1 / args.expert_model_parallel_size)
+    return (6 if recomputed else 4) * vectors * args.hidden_size * element_size(args)
+
+
 def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
     """Return bytes a parameter: Adam's two moments, and the fp32 weights of half-precision training."""
     if args.optimizer == "sgd":
