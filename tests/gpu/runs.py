@@ -41,7 +41,7 @@ class Machine:
     Attributes:
         folder: for files in between.
         card: as CUDA names it.
-        settings: of the environment.
+        settings: of the environment of what runs on the GPU.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Machine:
 
     def python(self, *words: object, share: float = 0.0, on_gpu: bool = True, limit: float = 240, **more: str) -> str:
         """Run a program and return what it printed; assert that it ends with code 0, on a GPU in `limit` seconds."""
-        command, environment = [*map(str, words)], os.environ | self.settings | more
+        command, environment = [*map(str, words)], os.environ | (self.settings if on_gpu else {}) | more
         if self.is_rehearsed and on_gpu:
             command = [str(HERE / "rehearsed.py"), str(share), *command]
         done = subprocess.run(
