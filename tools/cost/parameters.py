@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,8 +50,8 @@ def stages(args: argparse.Namespace) -> list[Stage]:
 
 def total(args: argparse.Namespace) -> tuple[int, int]:
     """Return the parameters of the whole model, and those of its routed experts."""
-    one = dict.fromkeys([f"{kind}_parallel_size" for kind in LAYOUT], 1) | {"world_size": 1, "sequence_parallel": False}
-    one |= {"virtual_pipeline_model_parallel_size": None}
+    one: dict[str, Any] = dict.fromkeys([f"{kind}_parallel_size" for kind in LAYOUT], 1)
+    one |= {"world_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None}
     pattern = args.hybrid_layer_pattern and args.hybrid_layer_pattern.replace("|", "")
     (stage,) = stages(argparse.Namespace(**vars(args) | one | {"hybrid_layer_pattern": pattern}))
     return stage.shared + stage.experts, stage.experts
@@ -83,7 +84,7 @@ def _stage(args: argparse.Namespace, rank: int) -> Stage:
         torch.distributed.destroy_process_group()
 
 
-def count(models: list[torch.nn.Module], layers: list[torch.nn.Module]) -> Stage:
+def count(models: list[torch.nn.Module], layers: list[Any]) -> Stage:
     """Count the parameters of a stage with these chunks and transformer layers."""
     sizes = {True: 0, False: 0}
     for name, parameter in (item for model in models for item in model.named_parameters()):

@@ -38,7 +38,8 @@ class Pairs:
             """Read every truth value on the device as false: a small copy left there would be read otherwise."""
             return truth(tensor) and not tensor.is_cuda
 
-        torch.Tensor.item, torch.Tensor.__bool__ = read, read_truth  # type: ignore[method-assign]
+        for name, function in {"item": read, "__bool__": read_truth}.items():
+            setattr(torch.Tensor, name, function)
 
     def _counted(self, real: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
         def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> tuple[torch.Tensor, Any]:
