@@ -4,6 +4,7 @@
 #   PYTHON=/path/to/python      the interpreter (default: .venv's, else python3)
 #   CARRIED=folder              wheels from tests/gpu/carry.py; they are installed beside the interpreter's packages
 #   OUT=folder                  default: runs/gpu
+#   REHEARSE=1                  without a GPU: do the tests start and end?
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,4 +16,6 @@ if [[ -n ${CARRIED-} ]]; then
   "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$CARRIED"/*.whl
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-"$PYTHON" -m pytest -m gpu -rs --gpu-report "${OUT:-runs/gpu}" "$@" tests/gpu tests/moe tests/routing
+run=(pytest)
+if [[ -n ${REHEARSE-} ]]; then run=(tests.gpu.rehearsed pytest); fi
+"$PYTHON" -m "${run[@]}" -m gpu -rs --gpu-report "${OUT:-runs/gpu}" "$@" tests/gpu tests/moe tests/routing

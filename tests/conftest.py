@@ -34,10 +34,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--parity-tables", type=Path, metavar="FOLDER", help=told)
     told = "with -m gpu: write the figures of each test to FOLDER, and leave out tests whose figures are there"
     group.addoption("--gpu-report", type=Path, metavar="FOLDER", help=told)
-    told = (
-        "with -m gpu, on a machine without a GPU: run the tests' programs over the rehearsal's CUDA that does nothing"
-    )
-    group.addoption("--gpu-rehearsal", action="store_true", help=told)
 
 
 # Folders and files that take seconds: what `scripts/test.sh --fast` runs. All others start trainings or tools.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Started without torchrun, this is the only process.
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
-NEEDED = {"python": [3, 12], "torch": [2, 10], "megatron-core": [0, 19]}
+NEEDED = {"python": [3, 12], "torch": [2, 10], "megatron-core": [0, 19], "filelock": [3, 30]}
 
 
 def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
@@ -49,9 +49,9 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
 
 
 def check_versions() -> None:
-    """End with exit code 2 and one line if Python, PyTorch or megatron-core is missing or too old."""
+    """End with exit code 2 and one line if Python or a package in `NEEDED` is missing or too old."""
     found = {"python": ".".join(map(str, sys.version_info[:2]))}
-    for name, module in (("torch", "torch"), ("megatron-core", "megatron.core")):
+    for name, module in (("torch", "torch"), ("megatron-core", "megatron.core"), ("filelock", "filelock")):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -10,10 +10,8 @@ from tests.gpu.runs import Machine
 
 
 @pytest.fixture
-def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Machine:
-    """Return this machine's GPU, or with --gpu-rehearsal the CUDA that does nothing."""
-    if request.config.getoption("--gpu-rehearsal"):
-        return Machine.rehearsed(tmp_path)
+def machine(tmp_path: Path) -> Machine:
+    """Return this machine's GPU."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return Machine(tmp_path, torch.cuda.get_device_name())

@@ -1,8 +1,11 @@
-"""Run a program over the CUDA that does nothing, as `tools/rehearse` does: python rehearsed.py SHARE PROGRAM ...
+"""Run something over the CUDA that does nothing, as `tools/rehearse` does.
 
-SHARE is the active share of the (token, expert) pairs that trainings read from it.
+python -m tests.gpu.rehearsed pytest ...        a module, and all that it starts, sees an H100 that is not there
+python rehearsed.py SHARE PROGRAM ...           a program that such a module starts, as the only rank; trainings read
+                                                the active share SHARE of the (token, expert) pairs from the device
 """
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -13,15 +16,20 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
-from megatron.remoe import pretrain  # noqa: E402
-from tools.rehearse import fake_ranks  # noqa: E402
-from tools.rehearse.host_reads import Pairs  # noqa: E402
+from tools.rehearse.build import environment_of  # noqa: E402
 
 
-def main() -> None:
+def h100() -> dict[str, str]:
+    """Return the environment in which a process sees one H100."""
+    return environment_of("h100", devices=1) | {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+def run_program(share: float, program: str) -> None:
     """Stand in for other ranks and for values, then run the program."""
-    share, program = float(sys.argv[1]), sys.argv[2]
-    sys.argv = sys.argv[2:]
+    from megatron.remoe import pretrain
+    from tools.rehearse import fake_ranks
+    from tools.rehearse.host_reads import Pairs
+
     torch.backends.cudnn.enabled = False  # the one library that is not stood in for
     torch.backends.cuda.enable_cudnn_sdp(False)
     fake_ranks.join(0, 1, 1)
@@ -41,4 +49,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "pytest":
+        os.execve(sys.executable, [sys.executable, "-m", *sys.argv[1:]], os.environ | h100())
+    share, sys.argv = float(sys.argv[1]), sys.argv[2:]
+    run_program(share, sys.argv[0])

@@ -15,7 +15,6 @@ from typing import Any
 from tests.golden_run import FLAGS, Figures, figures_of, write_data
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT
-from tools.rehearse.build import environment_of
 from tools.rehearse.flags import rehearsed
 from tools.rehearse.scripts import Launch
 
@@ -42,27 +41,26 @@ class Machine:
     Attributes:
         folder: for files in between.
         card: as CUDA names it.
-        rehearsal: environment of the CUDA that does nothing; None on a GPU.
+        settings: of the environment of what runs on the GPU.
     """
 
     folder: Path
     card: str
-    rehearsal: dict[str, str] | None = None
+    settings: dict[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def rehearsed(cls, folder: Path) -> "Machine":
-        """Return an H100 that is not there."""
-        environment = environment_of("h100", devices=1) | {"CUDA_VISIBLE_DEVICES": "0"}
-        return cls(folder, "rehearsal", environment)
+    @property
+    def is_rehearsed(self) -> bool:
+        """Whether it is the CUDA that does nothing."""
+        return self.card.endswith("(rehearsal)")
 
     def python(self, *words: object, share: float = 0.0, on_gpu: bool = True, limit: float = 240, **more: str) -> str:
         """Run a program and return what it printed; assert that it ends with code 0, on a GPU in `limit` seconds."""
-        command, environment = [*map(str, words)], os.environ | more
-        if self.rehearsal is not None and on_gpu:
-            command, environment = [str(HERE / "rehearsed.py"), str(share), *command], environment | self.rehearsal
+        command, environment = [*map(str, words)], os.environ | (self.settings if on_gpu else {}) | more
+        if self.is_rehearsed and on_gpu:
+            command = [str(HERE / "rehearsed.py"), str(share), *command]
         done = subprocess.run(
             [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", cwd=ROOT, env=environment, timeout=None if self.rehearsal else limit,
+            text=True, errors="replace", cwd=ROOT, env=environment, timeout=None if self.is_rehearsed else limit,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
         return done.stdout
@@ -100,8 +98,10 @@ def environment(machine: Machine) -> dict[str, Any]:
 def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: float = 240) -> dict[str, Any]:
     """Train at the "dense" start or kept "steady" at the target; return medians after `WARM_UP`, and memory.
 
-    "host_seconds" is the process's CPU time; what the GPU waits for the host is at most the rest of a step.
+    "host_seconds" is the process's CPU time; what the GPU waits for the host is at most the rest of a step. A rehearsal
+    takes ten steps at most: enough to measure memory.
     """
+    steps = min(steps, 10) if machine.is_rehearsed else steps
     record = machine.folder / "record.json"
     environment, flags = case.planned(steps)
     more = AT_TARGET if stage == "steady" else []

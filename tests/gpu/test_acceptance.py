@@ -1,7 +1,7 @@
 """What only a GPU can show, the most valuable first: speed and memory of the launch scripts, then numbers.
 
 pytest -m gpu tests/gpu --gpu-report FOLDER      a second call goes on with the tests whose figures are not there
-... --gpu-rehearsal                              on a machine without a GPU: do they start, and end in time?
+python -m tests.gpu.rehearsed pytest ...         on a machine without a GPU: do they start, and end in time?
 """
 
 import copy
@@ -21,7 +21,6 @@ from tools.cost.gpus import ACCELERATORS
 from tools.rehearse.cards import CARDS
 
 pytestmark = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TRITON = "triton"
 HALF = ("--num-layers", "12")  # of 978M: on one GPU nobody shares its optimizer's 64 GiB
 # The order in which they are measured.
@@ -52,7 +51,7 @@ def launch(case: Case, stage: str, machine: Machine, report: Report) -> None:
     report(figures)
     assert figures["peak_allocated_gib"] < 1.1 * figures["forecast_gib"]
     assert all(map(math.isfinite, figures["losses"]))
-    if stage == "steady" and case.routing == "remoe" and not machine.rehearsal:
+    if stage == "steady" and case.routing == "remoe" and not machine.is_rehearsed:
         granularity = int(last_value(case.flags, "--moe-granularity") or 1)
         assert figures["active"] == pytest.approx(granularity, rel=0.3)
 
@@ -66,13 +65,12 @@ def test_profile(machine: Machine, report: Report) -> None:
     """A trace for later: where the host holds the GPU back, and which attention ran."""
     figures = profile(machine, Case(kernels=TRITON), report.folder / "trace.json.gz")
     report(figures)
-    assert machine.rehearsal or (figures["kernel_seconds"] > 0 and figures["attention"])
+    assert machine.is_rehearsed or (figures["kernel_seconds"] > 0 and figures["attention"])
 
 
-@needs_gpu
 @pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("grain", GRAINS)
-def test_kernels_against_float64(grain: str, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_against_float64(grain: str, machine: Machine, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's error is at most 1.5 times PyTorch's, which is that of bf16, in the output and every gradient."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     from layer import megatron_layer
@@ -107,28 +105,29 @@ def test_kernels_against_float64(grain: str, report: Report, monkeypatch: pytest
     }
     report(errors)
     for name, error in errors[TRITON].items():
-        assert error <= 1.5 * errors["torch"][name], name
+        assert machine.is_rehearsed or error <= 1.5 * errors["torch"][name], name
 
 
 def test_golden_run(machine: Machine, report: Report) -> None:
     """Within the tolerances between two processors: a GPU's fp32 products are fp32, since TF32 is off in PyTorch."""
     found = train_golden(machine, "golden", FLAGS)
     report({"figures": found})
-    assert machine.rehearsal or differences(found, committed()) == []
+    assert machine.is_rehearsed or differences(found, committed()) == []
 
 
 def test_golden_run_of_both_kernels(machine: Machine, report: Report) -> None:
     ways = {way: train_golden(machine, "fused", FUSED_FLAGS, ["--moe-kernels", way]) for way in ("torch", TRITON)}
     report(ways)
-    assert machine.rehearsal or differences(ways[TRITON], ways["torch"]) == []
+    assert machine.is_rehearsed or differences(ways[TRITON], ways["torch"]) == []
 
 
 def test_300_steps(machine: Machine, report: Report) -> None:
     """From the start on, through the dense stage, no loss is NaN."""
     figures = train_launched(machine, Case(kernels=TRITON), "dense", 300, limit=480)
     report(figures)
-    assert len(figures["losses"]) == 30 and all(map(math.isfinite, figures["losses"]))
-    assert machine.rehearsal or figures["losses"][-1] < figures["losses"][0]
+    assert machine.is_rehearsed or len(figures["losses"]) == 30
+    assert all(map(math.isfinite, figures["losses"]))
+    assert machine.is_rehearsed or figures["losses"][-1] < figures["losses"][0]
 
 
 @pytest.mark.parametrize(("case", "stage"), FINER, ids=str)

@@ -7,6 +7,7 @@ import torch
 
 from tests.golden_run import FLAGS
 from tests.gpu import runs
+from tests.gpu.rehearsed import h100
 from tests.gpu.report import Report
 from tests.gpu.runs import Case, Machine
 
@@ -19,7 +20,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    return Machine.rehearsed(tmp_path_factory.mktemp("gpu"))
+    return Machine(tmp_path_factory.mktemp("gpu"), "H100 (rehearsal)", h100())
 
 
 def test_environment(machine: Machine) -> None:

@@ -11,7 +11,7 @@ from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing
 from tests.entry import shared_entry
 from tests.layers import make_config
 from tests.trainings import REPOSITORY
-from tools.cost import activations, memory
+from tools.cost import activations, estimate, memory
 from tools.cost.parameters import Stage
 
 MODEL = """
@@ -218,6 +218,18 @@ def test_recomputation() -> None:
     assert full.kept == args.hidden_size * args.seq_length * args.micro_batch_size * 4
 
 
+def test_a_cap_on_experts_makes_the_start_cheaper() -> None:
+    """In experts that a token computes and, by hand, in vectors of 64 numbers that go to seven of eight GPUs."""
+    settings = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "expert_model_parallel_size": 8, "num_layers": 2}
+    settings |= {"moe_layer_freq": 1, "global_batch_size": 64, "world_size": 8}
+    for most, dense, recomputed in ((None, 16, True), (4, 4, True), (2, 2, False)):
+        args = arguments(**settings, moe_relu_max_experts=most)
+        on_the_way = [("on the way", 2.0)] * (dense > 2)
+        assert estimate.phases(args) == [("dense first stage", dense), *on_the_way, ("steady stage", 1)]
+        times, tokens = 6 if recomputed else 4, 64 * 32 / 8
+        assert memory.exchanged_bytes(args, dense) == times * 2 * tokens * dense * 7 / 8 * 64 * 4
+
+
 def test_mixed_dense_and_expert_layers() -> None:
     def layers(number: int, **changes: object) -> list[str]:
         return [memory.sublayers(arguments(num_layers=number, **changes), layer + 1) for layer in range(number)]
@@ -229,16 +241,10 @@ def test_mixed_dense_and_expert_layers() -> None:
 
 
 def test_optimizer_bytes() -> None:
-    common = {"optimizer": "adam", "accumulate_allreduce_grads_in_fp32": True, "world_size": 4}
-    common |= {
-        "num_layers": 2,
-        "moe_layer_freq": 1,
-        "pipeline_model_parallel_size": 1,
-        "virtual_pipeline_model_parallel_size": None,
-        "padded_vocab_size": 128,
-        "cross_entropy_loss_fusion": False,
-    }
-    common |= {"expert_model_parallel_size": 2, "use_precision_aware_optimizer": False}
+    common = {"optimizer": "adam", "accumulate_allreduce_grads_in_fp32": True, "world_size": 4, "num_layers": 2}
+    common |= {"moe_layer_freq": 1, "pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None}
+    common |= {"padded_vocab_size": 128, "cross_entropy_loss_fusion": False, "expert_model_parallel_size": 2}
+    common |= {"use_precision_aware_optimizer": False}
     stages = [Stage(shared=1000, experts=400, layers=(1, 2))]
     plain = memory.stage_memory(arguments(bf16=True, use_distributed_optimizer=False, **common), stages, 0, 1)
     assert (plain.weights, plain.gradients, plain.optimizer) == (2 * 1400, 4 * 1400, 12 * 1400)

@@ -174,11 +174,15 @@ def test_replacements_of_removed_flags_exist() -> None:
     assert {replacement for _, replacement in REMOVED.values() if replacement} <= known
 
 
-@pytest.mark.parametrize(("version", "code"), [("2.5.1", 2), ("2.10.0a0+nv26.1", None)])
-def test_an_old_torch_is_refused_at_the_start(
-    version: str, code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "version", "code"),
+    [("torch", "2.5.1", 2), ("torch", "2.10.0a0+nv26.1", None), ("filelock", "3.29.0", 2), ("filelock", "3.30", None)],
+)
+def test_an_old_package_is_refused_at_the_start(
+    name: str, version: str, code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pretrain.importlib.metadata, "version", {"torch": version, "megatron-core": "0.19.2"}.get)
+    versions = {"torch": "2.15.0+cu132", "megatron-core": "0.19.2", "filelock": "4.2.12", name: version}
+    monkeypatch.setattr(pretrain.importlib.metadata, "version", versions.get)
     if code is None:
         return pretrain.check_versions()
     with pytest.raises(SystemExit) as stop:

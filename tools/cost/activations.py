@@ -5,7 +5,7 @@ splits them further. Every term is a tensor that the layer's autograd graph save
 """
 
 import argparse
-from dataclasses import dataclass
+from typing import NamedTuple
 
 RECOMPUTED_PARTS = {  # name in --recompute-modules: parts of `layer_parts` that it drops
     "core_attn": ("scores",),
@@ -17,8 +17,7 @@ RECOMPUTED_PARTS = {  # name in --recompute-modules: parts of `layer_parts` that
 }
 
 
-@dataclass(frozen=True)
-class LayerActivations:
+class LayerActivations(NamedTuple):
     """Bytes that a layer keeps of one micro-batch.
 
     Attributes:

@@ -5,42 +5,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.remoe.data.files import write_text
-
-FILE = Path(__file__).with_name("choices.json")
-
-
-def name(gpu: str, gpus: int, size: str, kernels: str) -> str:
-    """Return the key of a table in the file."""
-    return f"{gpus} x {gpu}, {size}, {kernels}"
+FILE = Path(__file__).with_name("choices.json")  # a list of rows
+GPUS = 8
 
 
-def read() -> dict[str, Any]:
-    """Return for each name "made", when and how, and "rows", the best first."""
-    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-
-
-def write(tables: dict[str, Any]) -> None:
-    """Write the file, a row a line."""
-    texts = [
-        f'"{key}": {{"made": {json.dumps(table["made"])}, "rows": [\n'
-        + ",\n".join(f" {json.dumps(row)}" for row in table["rows"])
-        for key, table in sorted(tables.items())
-    ]
-    write_text(FILE, "{\n" + "\n]},\n".join(texts) + "\n]}\n}\n")
+def rows(gpu: str, size: str, kernels: str) -> list[dict[str, Any]]:
+    """Return the rows of a model on 8 GPUs, the best first."""
+    wanted = {"gpu": gpu, "size": size, "kernels": kernels}
+    return [row for row in json.loads(FILE.read_text(encoding="utf-8")) if wanted.items() <= row.items()]
 
 
 def lines(gpu: str, gpus: int, size: str, kernels: str) -> Iterator[str]:
     """Yield the table of a model of the paper, or the command that makes it."""
-    table = read().get(name(gpu, gpus, size, kernels))
-    if table is None:
-        command = f"python tools/rehearse/choose.py --size {size} --gpu {gpu} --kernels {kernels}"
-        yield f"Micro-batch and EP: not rehearsed for {gpus} x {gpu}" + (f"; {command} does it" if gpus == 8 else "")
+    found = rows(gpu, size, kernels) if gpus == GPUS else []
+    if not found:
+        command = f"; python tools/rehearse/choose.py --size {size} --gpu {gpu} --kernels {kernels} does it"
+        yield f"Micro-batch and EP: not rehearsed for {gpus} x {gpu}{command * (gpus == GPUS)}"
         return
-    yield f"Micro-batch and EP by rehearsals: {table['made']}. Modelled, not measured; collectives are not hidden"
+    made = f"{found[0]['made']}, {gpus} x {gpu}, {kernels} kernels"
+    yield f"Micro-batch and EP by rehearsals: {made}. Modelled, not measured; collectives are not hidden"
     yield "  micro-batch  EP  GiB at most  ms a step  host  collectives  MFU as it stands  GPU never waiting"
-    for row in table["rows"]:
-        start = f"  {row['micro_batch']:>11}{row['ep']:>4}"
-        figures = f"{row['gib']:>13.1f}{row['ms']:>11.0f}{row['host_ms']:>6.0f}{row['collectives_ms']:>13.0f}"
-        figures += f"{row['mfu']:>18.1%}{row['free_mfu']:>19.1%}"
-        yield f"{start}{figures}" if row["mfu"] else f"{start}  does not fit"
+    for row in found:
+        figures = "{gib:>13.1f}{ms:>11.0f}{host_ms:>6.0f}{collectives_ms:>13.0f}{mfu:>18.1%}{free_mfu:>19.1%}"
+        figures = figures if row["mfu"] else "  does not fit"
+        yield ("  {micro_batch:>11}{ep:>4}" + figures).format(**row)

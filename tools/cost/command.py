@@ -18,34 +18,32 @@ from .choices import lines as rehearsed_lines
 from .gpus import ACCELERATORS, Accelerator
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the tool's own flags; Megatron's are behind --."""
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the tool's own flags, with "accelerator", and Megatron's behind --."""
     parser = argparse.ArgumentParser(
         prog="tools/cost",
         description=__doc__,
         usage="python tools/cost --gpus N [--gpu KIND] [--utilization U] -- FLAGS OF pretrain_gpt.py",
         epilog="DRY_RUN=1 bash scripts/train_llama_....sh calls it with the script's flags.",
     )
-    add = parser.add_argument
+    add, kinds = parser.add_argument, ", ".join(ACCELERATORS)
     add("--gpus", type=whole_number(1), required=True, help="number of GPUs")
-    add("--gpu", default="h100", help=f"kind of GPU, for hours and memory (default: h100): {', '.join(ACCELERATORS)}")
+    add("--gpu", default="h100", help=f"kind of GPU, for hours and memory (default: h100): {kinds}")
     add("--tflops", type=float, help="dense bf16 TFLOP/s of a GPU that is not listed")
     add("--memory", type=float, help="GiB of memory of a GPU that is not listed")
     add("--utilization", type=float, default=0.4, help="share of the GPU's rate that training reaches (default: 0.4)")
     add("--paper", nargs=2, metavar=("SIZE", "ROUTING"), help="list differences from the paper's run, e.g. 182m remoe")
-    return parser
-
-
-def accelerator(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Accelerator:
-    """Return the accelerator that the flags name."""
-    known = ACCELERATORS.get(options.gpu.lower())
-    if known is None and not (options.tflops and options.memory):
-        parser.error(
-            f"--gpu {options.gpu} is not in the list ({', '.join(ACCELERATORS)}): choose one, or give --tflops and "
-            "--memory too"
-        )
-    rate = options.tflops or (known.tflops if known else 0)
-    return Accelerator(rate, options.memory or (known.memory if known else 0))
+    own, flags = split(arguments)
+    options = parser.parse_args(own)
+    if not 0 < options.utilization <= 1:
+        parser.error(f"--utilization {options.utilization}: give a share above 0 and up to 1")
+    if options.paper and (options.paper[0] not in PAPER or options.paper[1] not in ROUTINGS):
+        parser.error(f"--paper {' '.join(options.paper)}: give one of {', '.join(PAPER)} and of {', '.join(ROUTINGS)}")
+    known = ACCELERATORS.get(options.gpu.lower(), Accelerator(0, 0))
+    options.accelerator = Accelerator(options.tflops or known.tflops, options.memory or known.memory)
+    if not (options.accelerator.tflops and options.accelerator.memory):
+        parser.error(f"--gpu {options.gpu} is not in the list ({kinds}): choose one, or give --tflops and --memory too")
+    return options, flags
 
 
 def asks_for_gpt2(flags: Sequence[str]) -> bool:
@@ -78,15 +76,7 @@ def check_sizes(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the estimate; returns the exit code."""
-    own, flags = split(arguments)
-    parser = build_parser()
-    options = parser.parse_args(own)
-    if not 0 < options.utilization <= 1:
-        parser.error(f"--utilization {options.utilization}: give a share above 0 and up to 1")
-    if options.paper and (options.paper[0] not in PAPER or options.paper[1] not in ROUTINGS):
-        parser.error(f"--paper {' '.join(options.paper)}: give one of {', '.join(PAPER)} and of {', '.join(ROUTINGS)}")
-    gpu = accelerator(parser, options)
-
+    options, flags = parse_arguments(arguments)
     # This process stands for the first of all.
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.gpus)})
     logging.disable(logging.INFO)
@@ -120,10 +110,9 @@ def main(arguments: Sequence[str]) -> int:
         stages, total = parameters.stages(args), parameters.total(args)
         # What was switched off to build the model here counts as it is on the GPUs.
         args = argparse.Namespace(**vars(args) | planned)
-        plan = estimate.Plan(options.gpus, options.gpu, gpu, options.utilization)
-        text = [*estimate.plan_lines(args, plan)]
+        text = [*estimate.plan_lines(args, options)]
         text += ["", *paper.lines(given, *options.paper)] if options.paper else []
-        text += [*estimate.lines(args, plan, stages, *total)]
+        text += [*estimate.lines(args, options, stages, *total)]
     if options.paper and options.paper[1] == "remoe":
         text += ["", *rehearsed_lines(options.gpu.lower(), options.gpus, options.paper[0], args.moe_kernels)]
     print("\n".join(text))

@@ -2,8 +2,8 @@
 
 import argparse
 import math
-from dataclasses import dataclass
 from itertools import batched
+from typing import NamedTuple
 
 import torch
 
@@ -16,19 +16,13 @@ from .parameters import Stage
 NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes on one GPU."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
-
-    @property
-    def total(self) -> float:
-        """The sum."""
-        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_token: float) -> tuple[int, Memory]:
@@ -43,8 +37,7 @@ def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_tok
         The stage's index, and the memory of each of its GPUs if experts get equally many tokens.
     """
     memories = [stage_memory(args, stages, index, experts_per_token) for index in range(len(stages))]
-    fullest = max(range(len(memories)), key=lambda index: memories[index].total)
-    return fullest, memories[fullest]
+    return max(enumerate(memories), key=lambda of_stage: sum(of_stage[1]))
 
 
 def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> Memory:
@@ -69,6 +62,23 @@ def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
     """Return the bytes of one checkpoint on disk: weights and optimizer state of a model of so many parameters."""
     optimizer = 0 if args.no_save_optim else _optimizer_bytes(args, args.bf16 or args.fp16)
     return (element_size(args) + optimizer) * parameters
+
+
+def exchanged_bytes(args: argparse.Namespace, experts_per_token: float) -> float:
+    """Return the bytes that a GPU sends to others in all-to-all exchanges of tokens in a step: each pair's vector there
+    and back, its gradient likewise, and the vectors again if they are recomputed.
+
+    Args:
+        args: Megatron's validated arguments.
+        experts_per_token: computed experts of a token in each MoE layer.
+    """
+    layers = sum("E" in sublayers(args, number + 1) for number in range(args.num_layers))  # of all stages
+    tokens = args.global_batch_size * args.seq_length / args.world_size
+    limit = args.moe_relu_activation_limit * args.moe_router_topk if args.moe_relu_routing else 0.0
+    recomputed = 0 < limit < experts_per_token or args.recompute_granularity == "full"
+    recomputed = recomputed or "moe" in (args.recompute_modules or []) * (args.recompute_granularity == "selective")
+    vectors = layers * tokens * experts_per_token * (1 - 1 / args.expert_model_parallel_size)
+    return (6 if recomputed else 4) * vectors * args.hidden_size * element_size(args)
 
 
 def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:

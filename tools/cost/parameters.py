@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,6 +13,8 @@ from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.hooks import install_local_layers, install_routing
+
+LAYOUT = "tensor_model pipeline_model virtual_pipeline_model context expert_model expert_tensor".split()
 
 
 @dataclass(frozen=True)
@@ -47,61 +50,43 @@ def stages(args: argparse.Namespace) -> list[Stage]:
 
 def total(args: argparse.Namespace) -> tuple[int, int]:
     """Return the parameters of the whole model, and those of its routed experts."""
-    whole = _without_parallelism(args)
-    stage = stages(whole)[0]
+    one: dict[str, Any] = dict.fromkeys([f"{kind}_parallel_size" for kind in LAYOUT], 1)
+    one |= {"world_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None}
+    pattern = args.hybrid_layer_pattern and args.hybrid_layer_pattern.replace("|", "")
+    (stage,) = stages(argparse.Namespace(**vars(args) | one | {"hybrid_layer_pattern": pattern}))
     return stage.shared + stage.experts, stage.experts
-
-
-def _without_parallelism(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments of the same model without any parallelism."""
-    alone = argparse.Namespace(**vars(args))
-    alone.world_size = alone.tensor_model_parallel_size = alone.pipeline_model_parallel_size = 1
-    alone.context_parallel_size = alone.expert_model_parallel_size = alone.expert_tensor_parallel_size = 1
-    alone.virtual_pipeline_model_parallel_size = None
-    alone.hybrid_layer_pattern = args.hybrid_layer_pattern and args.hybrid_layer_pattern.replace("|", "")
-    alone.sequence_parallel = False
-    return alone
 
 
 def _stage(args: argparse.Namespace, rank: int) -> Stage:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=args.tensor_model_parallel_size,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
-            context_parallel_size=args.context_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        return _count(args)
+        sizes = {f"{kind}_parallel_size": getattr(args, f"{kind}_parallel_size") for kind in LAYOUT}
+        parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
+        model_cfg = model_config_from_args(args)
+        install_routing(args, model_cfg)
+        install_local_layers(args, model_cfg)
+        builder = model_cfg.get_builder_cls()(model_cfg)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        chunks = args.virtual_pipeline_model_parallel_size or 1
+        with FakeTensorMode():
+            models = [
+                builder.build_model(
+                    groups,
+                    pre_process=chunk == 0 and is_pp_first_stage(groups.pp),
+                    post_process=chunk == chunks - 1 and is_pp_last_stage(groups.pp),
+                    vp_stage=chunk if chunks > 1 else None,
+                )
+                for chunk in range(chunks)
+            ]
+        return count(models, [layer for model in models for layer in model.decoder.layers])
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
-def _count(args: argparse.Namespace) -> Stage:
-    model_cfg = model_config_from_args(args)
-    install_routing(args, model_cfg)
-    install_local_layers(args, model_cfg)
-    builder = model_cfg.get_builder_cls()(model_cfg)
-    groups, chunks = ProcessGroupCollection.use_mpu_process_groups(), args.virtual_pipeline_model_parallel_size or 1
-    with FakeTensorMode():
-        models = [
-            builder.build_model(
-                groups,
-                pre_process=chunk == 0 and is_pp_first_stage(groups.pp),
-                post_process=chunk == chunks - 1 and is_pp_last_stage(groups.pp),
-                vp_stage=chunk if chunks > 1 else None,
-            )
-            for chunk in range(chunks)
-        ]
-    shared = experts = 0
+def count(models: list[torch.nn.Module], layers: list[Any]) -> Stage:
+    """Count the parameters of a stage with these chunks and transformer layers."""
+    sizes = {True: 0, False: 0}
     for name, parameter in (item for model in models for item in model.named_parameters()):
-        if ".mlp.experts." in name:
-            experts += parameter.numel()
-        else:
-            shared += parameter.numel()
-    layers = tuple(layer.layer_number for model in models for layer in model.decoder.layers)
-    return Stage(shared, experts, layers)
+        sizes[".mlp.experts." in name] += parameter.numel()
+    return Stage(sizes[False], sizes[True], tuple(int(layer.layer_number) for layer in layers))

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from ..common.errors import ToolError
-from ..cost.gpus import ACCELERATORS
 from .cards import CARDS, CONTEXT
 
 FOLDER = Path(__file__).parent / "cuda"
@@ -26,35 +25,32 @@ FAMILY = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu[A-Z]|nvrtc[A-Z])\w*"
 OTHERS = re.compile(r"cuFile|cudnn")
 # These only tell names apart, and torch's own libraries do that well.
 REAL = {"cudaGetErrorName", "cudaGetErrorString", "cublasGetStatusString", "ncclGetErrorString", "cublasLtGetVersion"}
-# What the C++ files do not answer is answered here, with 0 if it is in none of these tables.
-LAUNCHES = set("""
-    __cudaLaunchKernel cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel cuLaunchKernel cuLaunchKernelEx
-    cublasGemmEx cublasSgemm_v2 cublasGemmStridedBatchedEx cublasSgemmStridedBatched cublasLtMatmul
-    ncclReduce ncclReduceScatter ncclSend ncclRecv ncclAlltoAll ncclBcast
-""".split())  # fmt: skip
-# Put a new handle where the first argument points to.
-HANDLES = set("""
-    cublasCreate_v2 cublasLtCreate cublasLtMatmulDescCreate cublasLtMatrixLayoutCreate cublasLtMatmulPreferenceCreate
-    cudaStreamCreate cudaStreamCreateWithFlags cudaStreamCreateWithPriority cudaEventCreate cudaEventCreateWithFlags
-    __cudaGetKernel cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleGetFunction cuDevicePrimaryCtxRetain
-    cuCtxGetCurrent nvrtcCreateProgram
-""".split())  # fmt: skip
-# Put a number where the first argument points to; None is the version of CUDA.
-FIRST = {
-    "cudaDriverGetVersion": None,
-    "cudaRuntimeGetVersion": None,
-    "cuDriverGetVersion": None,
-    "cudaOccupancyMaxActiveBlocksPerMultiprocessor": 2,
-    "cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags": 2,
-    "cuOccupancyMaxActiveBlocksPerMultiprocessor": 2,
-    "cuOccupancyMaxActiveClusters": 66,
-    "cudaDeviceCanAccessPeer": 1,
+# What the C++ files do not answer: parameters and body of the answer, and the functions. All others return 0.
+ANSWERS = {
+    "() { rehearsal_launched(); return 0; }": """
+        __cudaLaunchKernel cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel cuLaunchKernel
+        cuLaunchKernelEx cublasGemmEx cublasSgemm_v2 cublasGemmStridedBatchedEx cublasSgemmStridedBatched cublasLtMatmul
+        ncclReduce ncclReduceScatter ncclSend ncclRecv ncclAlltoAll ncclBcast
+    """,
+    "(void** made) { *made = rehearsal_handle(); return 0; }": """
+        cublasCreate_v2 cublasLtCreate cublasLtMatmulDescCreate cublasLtMatrixLayoutCreate
+        cublasLtMatmulPreferenceCreate cudaStreamCreate cudaStreamCreateWithFlags cudaStreamCreateWithPriority
+        cudaEventCreate cudaEventCreateWithFlags __cudaGetKernel cuModuleLoad cuModuleLoadData cuModuleLoadDataEx
+        cuModuleGetFunction cuDevicePrimaryCtxRetain cuCtxGetCurrent nvrtcCreateProgram
+    """,
+    "(int* value) { *value = CUDA; return 0; }": "cudaDriverGetVersion cudaRuntimeGetVersion cuDriverGetVersion",
+    "(int* value) { *value = 1; return 0; }": "cudaDeviceCanAccessPeer",
+    "(int* value) { *value = 2; return 0; }": """
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags
+        cuOccupancyMaxActiveBlocksPerMultiprocessor
+    """,
+    "(int* value) { *value = 66; return 0; }": "cuOccupancyMaxActiveClusters",
+    # No priority, no capture of a graph, default modes, no error.
+    "(void*, int* value) { *value = 0; return 0; }": """
+        cudaStreamGetPriority cudaStreamIsCapturing cuStreamIsCapturing cudaStreamGetCaptureInfo cublasGetMathMode
+        cublasGetPointerMode_v2 ncclCommGetAsyncError
+    """,
 }
-# Put 0 where the second argument points to: no priority, no capture of a graph, default modes, no error.
-SECOND = set("""
-    cudaStreamGetPriority cudaStreamIsCapturing cuStreamIsCapturing cudaStreamGetCaptureInfo cublasGetMathMode
-    cublasGetPointerMode_v2 ncclCommGetAsyncError
-""".split())  # fmt: skip
 # Triton launches its kernels with a module that it compiles from this file when it is first used.
 TRITON = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "driver.c"
 
@@ -71,9 +67,8 @@ def libraries() -> list[Path]:
             f"{torch.__version__}, for CPUs alone. Install it in another environment (pip install torch), and name "
             "that: PYTHON=/path/to/python."
         )
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in (*sorted(FOLDER.iterdir()), Path(__file__), *([TRITON] if TRITON.exists() else [])):
-        digest.update(path.read_bytes())
+    sources = [*sorted(FOLDER.iterdir()), Path(__file__), *[TRITON] * TRITON.exists()]
+    digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in sources))
     folder = cache() / f"rehearsal-{digest.hexdigest()[:16]}"
     if not (folder / NAME).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +100,7 @@ def environment_of(gpu: str, devices: int) -> dict[str, str]:
         "REHEARSAL_CAPABILITY": card.capability,
         "REHEARSAL_MULTIPROCESSORS": str(card.multiprocessors),
         "REHEARSAL_DEVICES": str(devices),
-        "REHEARSAL_GIB": str(ACCELERATORS[gpu].memory - CONTEXT),
+        "REHEARSAL_GIB": str(card.memory - CONTEXT),
         "TRITON_LIBCUDA_PATH": str(built[0].parent),
         "TRITON_CACHE_DIR": str(cache() / "triton"),
         "TRITON_INTERPRET": "0",
@@ -153,14 +148,10 @@ def _unanswered() -> str:
     """Return C++ for every symbol that PyTorch and Triton ask for and no source here defines."""
     major, minor = map(int, str(torch.version.cuda).split(".")[:2])
     bodies = dict.fromkeys(_imported() - REAL, "() { return 0; }")
-    bodies |= dict.fromkeys(LAUNCHES, "() { rehearsal_launched(); return 0; }")
-    bodies |= dict.fromkeys(HANDLES, "(void** made) { *made = rehearsal_handle(); return 0; }")
-    for name, value in FIRST.items():
-        number = 1000 * major + 10 * minor if value is None else value
-        bodies[name] = f"(int* value) {{ *value = {number}; return 0; }}"
-    bodies |= dict.fromkeys(SECOND, "(void*, int* value) { *value = 0; return 0; }")
+    bodies |= {name: body for body, names in ANSWERS.items() for name in names.split()}
     answered = {name for path in SOURCES for name in re.findall(r"^ANSWER\(.+?\)\s*(\w+)\(", path.read_text(), re.M)}
     lines = ['extern "C" void rehearsal_launched();', 'extern "C" void* rehearsal_handle();']
+    lines.append(f"#define CUDA {1000 * major + 10 * minor}")
     lines.append('#define ANSWER extern "C" __attribute__((visibility("default")))')
     lines += [f"ANSWER int {name}{bodies[name]}" for name in sorted(bodies.keys() - answered)]
     return "\n".join(lines) + "\n"

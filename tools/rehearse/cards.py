@@ -1,35 +1,8 @@
 """The GPUs that a rehearsal can play, and the rates of its model of time."""
 
-from dataclasses import dataclass
-
 from ..cost.gpus import ACCELERATORS
 
-
-@dataclass(frozen=True)
-class Card:
-    """One kind of GPU.
-
-    Attributes:
-        title: as CUDA names it.
-        capability: compute capability.
-        multiprocessors: their number.
-        bandwidth: of its memory, in TB/s, by its data sheet.
-        link: to the other GPUs of a node, in GB/s and direction, by its data sheet.
-    """
-
-    title: str
-    capability: str
-    multiprocessors: int
-    bandwidth: float
-    link: float
-
-
-CARDS = {
-    "a100": Card("NVIDIA A100-SXM4-80GB", "8.0", 108, 2.04, 300),
-    "h100": Card("NVIDIA H100 80GB HBM3", "9.0", 132, 3.35, 450),
-    "h200": Card("NVIDIA H200", "9.0", 132, 4.8, 450),
-    "b200": Card("NVIDIA B200", "10.0", 148, 8.0, 900),
-}
+CARDS = {kind: card for kind, card in ACCELERATORS.items() if card.title}
 # Shares of the data sheet's figures, until --rate gives measured rates. Bandwidth: copies on H100 and H200 with PyTorch
 # 2.11 reach 3.0 and 4.3 TB/s. Grouped: Transformer Engine's product of 8 experts, 509 to 650 TFLOP/s on H100
 # (NVIDIA/TransformerEngine#2045). Products and attention at head size 128 are assumed between published ones.
@@ -55,8 +28,8 @@ FRAME, LAUNCH, HOST, DRIVER = 0.8, 9.0, 1.3, 2.0
 
 def rates(name: str) -> dict[str, float]:
     """Return products, grouped, attention in TFLOP/s, bandwidth in TB/s, link, network in GB/s, the others in µs."""
-    card, peak = CARDS[name], ACCELERATORS[name].tflops
-    found = {kind: SHARES[kind] * peak for kind in ("products", "grouped", "attention")}
+    card = CARDS[name]
+    found = {kind: SHARES[kind] * card.tflops for kind in ("products", "grouped", "attention")}
     found |= {"bandwidth": SHARES["bandwidth"] * card.bandwidth, "link": SHARES["link"] * card.link}
     found |= {"network": NETWORK, "smallest": SMALLEST, "latency": LATENCY, "network_latency": NETWORK_LATENCY}
     found |= {"frame": HOST * FRAME, "launch": HOST * LAUNCH + DRIVER}

@@ -6,65 +6,79 @@ python tools/rehearse/choose.py --size 182m --gpu a100 --micro-batch 8 16 --ep 1
 
 import argparse
 import datetime
+import itertools
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.cost import choices  # noqa: E402
+from megatron.remoe.data.files import write_text  # noqa: E402
+from tools.cost.choices import FILE  # noqa: E402
+from tools.recipes.models import Training  # noqa: E402
 from tools.rehearse.cards import CARDS  # noqa: E402
-from tools.rehearse.scripts import GPUS, PLAIN, Launch, Step, whole_step  # noqa: E402
+from tools.rehearse.scripts import PLAIN, Launch  # noqa: E402
 
 MICRO_BATCHES = {"182m": (16, 32, 64), "469m": (8, 16, 32), "978m": (4, 8, 16)}
+BATCH = Training().global_batch
 COLUMNS = "model, kernels, micro-batch, EP | launches of a forward layer | of a step | GB | host, ms | GPU, ms"
 HEAD = f"| {COLUMNS} | as it stands, ms | collectives, ms | MFU, as it stands | MFU, GPU never waiting |"
 
 
-def row(micro_batch: int, ep: int, step: Step) -> dict[str, float]:
-    """Return a row of the table that DRY_RUN=1 shows; MFU is 0 if the launch does not fit."""
-    ms = {"ms": step.stands + step.collectives, "host_ms": step.host, "collectives_ms": step.collectives}
-    found = {"micro_batch": micro_batch, "ep": ep, "gib": round(step.peak_gib, 2)}
-    found |= {name: round(seconds * 1e3, 1) for name, seconds in ms.items()}
-    return found | {"mfu": round(step.mfu, 4), "free_mfu": round(step.free_mfu, 4)}
+def whole_step(launch: Launch, micro_batch: int) -> dict[str, float] | None:
+    """Rehearse a step of `BATCH` sequences, data parallel over all GPUs, in micro-batches of so many.
+
+    Returns:
+        None if it does not fit. Launches of a forward "layer" and all "launches"; "bytes" that the step moves; "gib",
+        the most that PyTorch reserves in any stage. Seconds: "gpu" and "host" of their work, "stands" of the step as it
+        stands (see `roofline.step_seconds`), "collectives" one after another. "mfu" as it stands and "free_mfu" with a
+        GPU that never waits, both with all collectives.
+
+    Raises:
+        SystemExit: it does not start for another reason.
+    """
+    sizes = ("--micro-batch-size", str(micro_batch), "--global-batch-size", str(BATCH))
+    found = replace(launch, flags=(*launch.flags, *sizes)).rehearse()
+    if not found["starts"]:
+        if "out of memory" in found["error"]:
+            return None
+        raise SystemExit(f"{launch}, micro-batch {micro_batch}: {found['error']}")
+    work, collectives = found["roofline"], sum(one["seconds"] for one in found["collectives"])
+    step = {"layer": found["launches"]["forward_layer"] or 0, "launches": found["launches"]["step"]}
+    step |= {"gib": max(peaks["peak_reserved_gib"] for peaks in found["stages"].values()), "bytes": work["bytes"]}
+    step |= {"gpu": work["seconds"], "host": work["host_seconds"], "stands": work["stands_seconds"]}
+    ideal = work["mfu"] * work["seconds"]  # at the card's rate
+    for name, seconds in (("mfu", step["stands"]), ("free_mfu", step["gpu"])):
+        step[name] = ideal / (seconds + collectives)
+    return step | {"collectives": collectives}
 
 
-def line(title: str, step: Step) -> str:
+def line(title: str, step: dict[str, float] | None) -> str:
     """Return a row of docs/performance.md."""
-    if step.error is not None:
+    if step is None:
         return f"| {title} | does not fit |" + " |" * 8
-    counts = [step.forward_layer or 0, step.launches, step.bytes / 1e9]
-    seconds = [step.host, step.seconds, step.stands, step.collectives]
-    numbers = [f"{one:,.0f}" for one in counts] + [f"{one * 1e3:,.0f}" for one in seconds]
-    return f"| {title} | {' | '.join(numbers)} | {step.mfu:.1%} | {step.free_mfu:.1%} |"
+    numbers = [f"{one:,.0f}" for one in (step["layer"], step["launches"], step["bytes"] / 1e9)]
+    numbers += [f"{step[name] * 1e3:,.0f}" for name in ("host", "gpu", "stands", "collectives")]
+    return f"| {title} | {' | '.join(numbers)} | {step['mfu']:.1%} | {step['free_mfu']:.1%} |"
 
 
-def keep(name: str, made: str, row: dict[str, float]) -> None:
-    """Put a row into its table, in place of an earlier one."""
-    tables = choices.read()
-    others = tables.get(name, {"rows": []})["rows"]
-    others = [other for other in others if (other["micro_batch"], other["ep"]) != (row["micro_batch"], row["ep"])]
-    tables[name] = {"made": made, "rows": sorted([*others, row], key=lambda row: -row["mfu"])}
-    choices.write(tables)
-
-
-def rehearse(size: str, routing: str, options: argparse.Namespace) -> None:
-    """Rehearse one model, print its rows, and put those of ReMoE into the file."""
-    made = f"{datetime.date.today()}, torch {torch.__version__}, {GPUS} x {options.gpu}, {options.kernels} kernels"
-    for ep in options.ep:
-        fits = True
-        for micro_batch in sorted(options.micro_batch or MICRO_BATCHES[size]):
-            settings = {"EP": str(ep), "GPU": options.gpu, "KERNELS": options.kernels.removeprefix("torch")}
-            launch = Launch(routing, (*PLAIN, "--moe-granularity", str(options.granularity)), settings, size)
-            step = whole_step(launch, micro_batch) if fits else Step("out of memory")
-            if step.error and "out of memory" not in step.error:
-                raise SystemExit(f"{size}, micro-batch {micro_batch}, EP {ep}: {step.error}")
-            fits = step.error is None
-            if routing == "remoe" and options.granularity == 1:
-                keep(choices.name(options.gpu, GPUS, size, options.kernels), made, row(micro_batch, ep, step))
-            fine = f", G = {options.granularity}" * (options.granularity > 1)
-            print(line(f"{size.upper()} {routing}{fine}, {options.kernels}, {micro_batch}, {ep}", step), flush=True)
+def keep(key: dict[str, Any], made: str, step: dict[str, float] | None) -> None:
+    """Put a row into the file of DRY_RUN=1, in place of an earlier one; its MFU is 0 if the launch does not fit."""
+    step = step or dict.fromkeys(("gib", "stands", "host", "collectives", "mfu", "free_mfu"), 0.0)
+    row = key | {
+        "made": made,
+        "gib": round(step["gib"], 2),
+        "ms": round(1e3 * (step["stands"] + step["collectives"]), 1),
+    }
+    row |= {f"{name}_ms": round(1e3 * step[name], 1) for name in ("host", "collectives")}
+    row |= {name: round(step[name], 4) for name in ("mfu", "free_mfu")}
+    others = [other for other in json.loads(FILE.read_text(encoding="utf-8")) if not key.items() <= other.items()]
+    rows = sorted([*others, row], key=lambda row: (row["gpu"], row["size"], row["kernels"], -row["mfu"]))
+    write_text(FILE, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def main() -> int:
@@ -79,9 +93,19 @@ def main() -> int:
     parser.add_argument("--kernels", choices=("torch", "triton"), default="torch", help="default: torch")
     options = parser.parse_args()
     print("\n".join([HEAD, "|---|" + "---:|" * 9]))
-    for size in options.size:
-        for routing in options.routing:
-            rehearse(size, routing, options)
+    made, kernels = f"{datetime.date.today()}, torch {torch.__version__}", options.kernels
+    for size, routing, ep in itertools.product(options.size, options.routing, options.ep):
+        settings = {"EP": str(ep), "GPU": options.gpu, "KERNELS": kernels.removeprefix("torch")}
+        launch = Launch(routing, (*PLAIN, "--moe-granularity", str(options.granularity)), settings, size)
+        fits = True
+        for micro_batch in sorted(options.micro_batch or MICRO_BATCHES[size]):
+            step = whole_step(launch, micro_batch) if fits else None
+            fits = step is not None
+            if routing == "remoe" and options.granularity == 1:
+                key = {"gpu": options.gpu, "size": size, "kernels": kernels, "micro_batch": micro_batch, "ep": ep}
+                keep(key, made, step)
+            fine = f", G = {options.granularity}" * (options.granularity > 1)
+            print(line(f"{size.upper()} {routing}{fine}, {kernels}, {micro_batch}, {ep}", step), flush=True)
     return 0
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,53 +32,35 @@ BELOW_LIMIT = 0.9  # of the bound on activations, on the way to the target: most
 PROGRESS = "rehearsal:"
 
 
-@dataclass(frozen=True)
-class Rank:
-    """A rank to play: its number, its kind in words, and flags after those of the training."""
-
-    number: int
-    kind: str
-    flags: tuple[str, ...] = ()
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the tool's own flags."""
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the tool's own flags, with "rates", and those of the training after "--"."""
     parser = argparse.ArgumentParser(
         prog="tools/rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def add(flag: str, told: str, **more: Any) -> None:
-        parser.add_argument(flag, help=told, **more)
-
-    add("--gpus", "of the whole training (default: 8)", type=int, default=8, metavar="N")
-    add("--gpus-per-node", f"default: {GPUS_PER_NODE}, or all if fewer", type=int, metavar="N")
-    add("--gpu", "the card to play (default: h100)", choices=CARDS, default="h100")
-    told = "ranks to play, one after another (default: each-kind: the first, a middle and the last pipeline stage)"
-    add("--rank", told, default="each-kind", metavar="R|all|each-kind")
+    add = parser.add_argument
+    add("--gpus", type=int, default=8, metavar="N", help="of the whole training (default: 8)")
+    add("--gpus-per-node", type=int, metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
+    add("--gpu", choices=CARDS, default="h100", help="the card to play (default: h100)")
+    told = (
+        "play only this rank (default: one after another the first of the first, a middle and the last pipeline stage)"
+    )
+    add("--rank", type=int, metavar="R", help=told)
     told = "rehearse only this stage of ReMoE's training (default: all, in order; launches and times are the last's)"
-    add("--stage", told, choices=("dense", "way", "steady"))
+    add("--stage", choices=("dense", "way", "steady"), help=told)
     told = "for the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
-    told += "smallest, latency, network_latency (microseconds)"
-    add("--rate", told, action="append", default=[], metavar="NAME=VALUE")
-    told = "also save and resume: a checkpoint without values in a temporary folder (only with --gpus 1)"
-    add("--resume", told, action="store_true")
-    add("--json", "write all figures to FILE", type=Path, metavar="FILE")
-    add("--log", "keep the output of rank R in FILE.rankR", type=Path, metavar="FILE")
-    return parser
-
-
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the tool's own flags, with "rates", and those of the training after "--"."""
-    parser = build_parser()
+    told += "smallest, latency, network_latency, frame, launch (microseconds)"
+    add("--rate", action="append", default=[], metavar="NAME=VALUE", help=told)
+    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    add("--log", type=Path, metavar="FILE", help="keep the output of rank R in FILE.rankR")
     own, flags = split(arguments)
     options = parser.parse_args(own)
     options.gpus_per_node = options.gpus_per_node or min(GPUS_PER_NODE, options.gpus)
     if options.gpus < 1 or options.gpus % options.gpus_per_node:
         parser.error(f"--gpus {options.gpus}: give a multiple of --gpus-per-node {options.gpus_per_node}")
+    if options.rank is not None and not 0 <= options.rank < options.gpus:
+        parser.error(f"--rank {options.rank}: give a number below {options.gpus}")
     if not flags:
         parser.error("give the training's flags behind --")
-    if options.resume and options.gpus > 1:
-        parser.error(f"--resume with --gpus {options.gpus}: one rank cannot load what others should have saved; give 1")
     options.rates = rates(options.gpu)
     for rate in options.rate:
         name, _, value = rate.partition("=")
@@ -113,14 +94,15 @@ def refuse_what_cannot_be_played(flags: Sequence[str]) -> None:
 
 
 def shares_of(flags: Sequence[str], stage: str | None) -> dict[str, float]:
-    """Return stage → active share of the (token, expert) pairs; there is one stage without ReLU routing."""
+    """Return stage → computed share of the (token, expert) pairs; there is one stage without ReLU routing."""
     experts, topk = number(flags, "--num-experts", 0), number(flags, "--moe-router-topk", 2)
     steady = topk / experts if experts else 0.0
     shares = {"steady": steady}
-    if "--moe-relu-routing" in flags:
+    if "--moe-relu-routing" in flags and experts:
+        dense = min(DENSE_SHARE, number(flags, "--moe-relu-max-experts", experts) / experts)
         limit = number(flags, "--moe-relu-activation-limit", 2.0) * steady
-        way = {"way": BELOW_LIMIT * limit} if steady < limit < DENSE_SHARE else {}
-        shares = {"dense": max(DENSE_SHARE, steady), **way, "steady": steady}
+        way = {"way": BELOW_LIMIT * limit} if steady < limit < dense else {}
+        shares = {"dense": max(dense, steady), **way, "steady": steady}
     if stage is not None and stage not in shares:
         raise ToolError(f"--stage {stage}: this training has none; it has {', '.join(shares)}.")
     return {stage: shares[stage]} if stage else shares
@@ -133,49 +115,31 @@ def steps_of(shares: dict[str, float]) -> list[dict[str, str]]:
     return [{"stage": stage, "for": purpose} for stage, purpose in purposes]
 
 
-def ranks_of(flags: Sequence[str], world: int, wanted: str) -> list[Rank]:
-    """Return the ranks to play.
-
-    Raises:
-        ToolError: `wanted` is no rank of this world.
-    """
-    if wanted == "all":
-        return [Rank(rank, f"rank {rank}") for rank in range(world)]
-    if wanted != "each-kind":
-        if not wanted.isdecimal() or int(wanted) >= world:
-            raise ToolError(f"--rank {wanted}: give a number below {world}, all, or each-kind.")
-        return [Rank(int(wanted), f"rank {wanted}")]
+def ranks_of(flags: Sequence[str], world: int, wanted: int | None) -> dict[int, str]:
+    """Return the ranks to play, and their kinds in words."""
+    if wanted is not None:
+        return {wanted: f"rank {wanted}"}
     stages = int(number(flags, "--pipeline-model-parallel-size", 1))
     if stages < 2 or world % stages:
-        return [Rank(0, "each rank")]
+        return {0: "each rank"}
     named = {0: "first pipeline stage", stages // 2: "a middle pipeline stage", stages - 1: "last pipeline stage"}
-    return [Rank(stage * (world // stages), title) for stage, title in sorted(named.items())]
+    return {stage * (world // stages): title for stage, title in sorted(named.items())}
 
 
-def resumed(rank: Rank, steps: int, folder: Path) -> list[Rank]:
-    """Return the rank that saves after its last step, and the rank that goes on from there."""
-    saving = f"--train-iters {2 * steps} --exit-interval {steps} --save-interval {steps} --save"
-    resuming = f"--train-iters {2 * steps} --exit-on-missing-checkpoint --load"
-    return [
-        replace(rank, kind="saving", flags=(*saving.split(), str(folder))),
-        replace(rank, kind="resumed", flags=(*resuming.split(), str(folder))),
-    ]
-
-
-def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Play one rank; return its record, with "starts" and "error"."""
+def play(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Play one rank; return its record, with "rank", "starts" and "error"."""
     shares = shares_of(flags, options.stage)
     steps = steps_of(shares)
-    record, log = folder / f"rank{rank.number}.json", folder / f"rank{rank.number}.log"
+    record, log = folder / f"rank{rank}.json", folder / f"rank{rank}.log"
     if options.log is not None:
-        log = options.log.with_name(f"{options.log.name}.rank{rank.number}")
-    told = {"rank": rank.number, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
+        log = options.log.with_name(f"{options.log.name}.rank{rank}")
+    told = {"rank": rank, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
     told |= {"shares": shares, "steps": steps, "rates": options.rates, "data": data_of(flags)}
     environment = os.environ | build.environment_of(options.gpu, options.gpus_per_node)
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, str(Path(__file__).with_name("rank_entry.py")), json.dumps(told)]
     process = subprocess.Popen(
-        [*command, *rehearsed(flags, len(steps)), *rank.flags], env=environment, cwd=ROOT, stdin=subprocess.DEVNULL,
+        [*command, *rehearsed(flags, len(steps))], env=environment, cwd=ROOT, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     assert process.stdout is not None
@@ -186,24 +150,19 @@ def play(rank: Rank, options: argparse.Namespace, flags: Sequence[str], folder: 
                 print(line, end="", file=sys.stderr, flush=True)
     found = json.loads(record.read_text()) if record.exists() else {"stages": {}, "model": {}}
     starts = process.returncode == 0 and "roofline" in found
-    found |= {"kind": rank.kind, "rank": rank.number, "starts": starts, "error": None}
-    if not starts:
-        found["error"] = report.error_in(log.read_text(encoding="utf-8"), process.returncode)
-    return found
+    error = None if starts else report.error_in(log.read_text(encoding="utf-8"), process.returncode)
+    return found | {"rank": rank, "starts": starts, "error": error}
 
 
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Play the ranks one after another and print the figures; return 1 if the training does not start."""
     refuse_what_cannot_be_played(flags)
     build.libraries()
-    records = []
+    records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        ranks = ranks_of(flags, options.gpus, options.rank)
-        if options.resume:
-            ranks = resumed(ranks[0], len(steps_of(shares_of(flags, options.stage))), Path(folder) / "checkpoint")
-        for rank in ranks:
-            print(f"{PROGRESS} {options.gpus} x {options.gpu}, {rank.kind}: starting", file=sys.stderr, flush=True)
-            records.append(play(rank, options, flags, Path(folder)))
+        for rank, kind in ranks_of(flags, options.gpus, options.rank).items():
+            print(f"{PROGRESS} {options.gpus} x {options.gpu}, {kind}: starting", file=sys.stderr, flush=True)
+            records.append({"kind": kind} | play(rank, options, flags, Path(folder)))
             if not records[-1]["starts"]:
                 break
     found = report.summary(records, options)

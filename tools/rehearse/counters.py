@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-_STUB = "libcuda.so.1"  # preloaded
 # torch.distributed's functions: which argument's bytes each rank handles, by position or name.
 COLLECTIVES = {
     "all_reduce": (0, "tensor"),
@@ -32,25 +31,21 @@ class Launches:
 
     Attributes:
         found: part → launches of each call; parts lie within one another.
-        step: launches of the whole step: kernels, products, collectives, fills and copies.
+        step: launches of the whole step.
     """
 
     def __init__(self) -> None:
-        self._stub = ctypes.CDLL(_STUB)
-        self._stub.rehearsal_launches.restype = ctypes.c_long
-        self._is_counting = False
-        self.so_far: Callable[[], int] = self._stub.rehearsal_launches
+        self.so_far: Callable[[], int] = ctypes.CDLL("libcuda.so.1").rehearsal_launches  # preloaded
         self.found: dict[str, list[int]] = {}
         self.step = 0
+        self._is_counting = False
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count the step that runs in here."""
         before, self._is_counting = self.so_far(), True
-        try:
-            yield
-        finally:
-            self.step, self._is_counting = self.so_far() - before, False
+        yield
+        self.step, self._is_counting = self.so_far() - before, False
 
     def watch(
         self, owner: Any, method: str, part: str, continues: Callable[[Any], bool] = lambda _first: False
@@ -99,10 +94,8 @@ class Collectives:
         def watched(*arguments: Any, **options: Any) -> Any:
             tensor = arguments[position] if len(arguments) > position else options.get(keyword)
             if self.is_counting and torch.is_tensor(tensor) and tensor.is_cuda:
-                group = next(
-                    (a for a in arguments if isinstance(a, torch.distributed.ProcessGroup)), options.get("group")
-                )
-                group = group or torch.distributed.group.WORLD
+                groups = [one for one in arguments if isinstance(one, torch.distributed.ProcessGroup)]
+                group = next(iter(groups), options.get("group")) or torch.distributed.group.WORLD
                 assert group is not None
                 ranks = torch.distributed.get_process_group_ranks(group)
                 within = len({rank // gpus_per_node for rank in ranks}) == 1
@@ -131,11 +124,9 @@ class Frames:
         monitoring.use_tool_id(tool, "rehearsal")
         monitoring.register_callback(tool, event, self._started)
         monitoring.set_events(tool, event)
-        try:
-            yield
-        finally:
-            monitoring.set_events(tool, 0)
-            monitoring.free_tool_id(tool)
+        yield
+        monitoring.set_events(tool, 0)
+        monitoring.free_tool_id(tool)
 
     def _started(self, _code: Any, _offset: int) -> None:
         self.count += 1
@@ -163,10 +154,8 @@ class Waits:
             warnings.simplefilter("always")
             warnings.showwarning = take
             torch.cuda.set_sync_debug_mode("warn")
-            try:
-                yield
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            yield
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def _place() -> str:

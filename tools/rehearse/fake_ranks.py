@@ -82,8 +82,5 @@ class _StoreOfOne(torch.distributed.Store):
     def delete_key(self, key: str) -> bool:
         return self._values.pop(key, None) is not None
 
-    def num_keys(self) -> int:
-        return len(self._values)
-
     def set_timeout(self, _timeout: Any) -> None:
         pass

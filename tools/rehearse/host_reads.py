@@ -1,6 +1,5 @@
 """Give values to what the host reads from the device, after the real launches and waits: no value there is real."""
 
-import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -25,14 +24,23 @@ class Pairs:
         """Patch the readers; call this when Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
         from megatron.remoe.moe import layer, plan
-        from megatron.remoe.patches import checkpoints
 
         plan.read_pairs = self._counted(plan.read_pairs)
         layer.count_later = self._arrived(layer.count_later)
-        torch.Tensor.item = _one(torch.Tensor.item)  # type: ignore[method-assign]
-        torch.Tensor.__bool__ = _false(torch.Tensor.__bool__)  # type: ignore[method-assign]
-        checkpoints.check_is_finite = _looked_at(checkpoints.check_is_finite)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
+        item, truth = torch.Tensor.item, torch.Tensor.__bool__
+
+        def read(tensor: torch.Tensor) -> Any:
+            """Read losses and norms as 1: memory that nobody wrote to holds no number to compute with."""
+            value = item(tensor)
+            return 1.0 if tensor.is_cuda and tensor.is_floating_point() else value
+
+        def read_truth(tensor: torch.Tensor) -> bool:
+            """Read every truth value on the device as false: a small copy left there would be read otherwise."""
+            return truth(tensor) and not tensor.is_cuda
+
+        for name, function in {"item": read, "__bool__": read_truth}.items():
+            setattr(torch.Tensor, name, function)
 
     def _counted(self, real: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
         def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> tuple[torch.Tensor, Any]:
@@ -53,6 +61,10 @@ class Pairs:
 
         return count_later
 
+    def _some_of(self, tokens: int) -> int:
+        off = self._random.uniform(-SPREAD, SPREAD)
+        return min(tokens, max(0, round(tokens * self.share * (1 + off))))
+
     def _moved(self, real: Callable[..., Any]) -> Callable[..., Any]:
         """Give Megatron's own dispatchers, which read by this function, the numbers of an even load."""
         from megatron.training import get_args
@@ -70,36 +82,3 @@ class Pairs:
             return found
 
         return move
-
-    def _some_of(self, tokens: int) -> int:
-        off = self._random.uniform(-SPREAD, SPREAD)
-        return min(tokens, max(0, round(tokens * self.share * (1 + off))))
-
-
-def _one(item: Callable[..., Any]) -> Callable[..., Any]:
-    """Read losses and norms as 1: memory that nobody wrote to holds no number to compute with."""
-
-    def read(tensor: torch.Tensor) -> Any:
-        value = item(tensor)
-        return 1.0 if tensor.is_cuda and tensor.is_floating_point() else value
-
-    return read
-
-
-def _false(truth: Callable[..., bool]) -> Callable[..., bool]:
-    """Read every truth value on the device as false: a small copy that was left there would be read otherwise."""
-
-    def read(tensor: torch.Tensor) -> bool:
-        return truth(tensor) and not tensor.is_cuda
-
-    return read
-
-
-def _looked_at(check: Callable[..., None]) -> Callable[..., None]:
-    """Check loaded weights, and take them as finite."""
-
-    def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
-        with contextlib.suppress(ValueError):
-            check(source, chunk)
-
-    return check_is_finite

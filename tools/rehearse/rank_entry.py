@@ -19,9 +19,8 @@ from megatron.remoe import pretrain  # noqa: E402
 from tools.common.files import write_json  # noqa: E402
 from tools.rehearse import counters, fake_ranks  # noqa: E402
 from tools.rehearse.engine import Calls  # noqa: E402
-from tools.rehearse.host import HostWork, step_seconds  # noqa: E402
 from tools.rehearse.host_reads import Pairs  # noqa: E402
-from tools.rehearse.roofline import Roofline  # noqa: E402
+from tools.rehearse.roofline import Roofline, host_seconds, step_seconds  # noqa: E402
 
 GIB = 2**30
 
@@ -32,9 +31,9 @@ class Rehearsal:
     def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
         self.options, self.collectives = options, collectives
         self.launches, self.waits, self.frames = counters.Launches(), counters.Waits(), counters.Frames()
-        self.host = HostWork()
         self.roofline: Roofline | None = None
         self.counted_at = 0
+        self.marks: list[tuple[int, int]] = []  # see `host_seconds`
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.model: list[torch.nn.Module] = []
@@ -46,7 +45,8 @@ class Rehearsal:
 
         get_args().do_train = True  # a stage without data would hear it from the first rank
         self.engine.watch()
-        self._look_at_data()
+        if self.options["data"]:
+            self._check_data()
         self._watch_parts()
         self.pairs.put_in()
         model_cfg.post_wrap_hooks.append(self._keep)
@@ -59,21 +59,20 @@ class Rehearsal:
 
         training.train_step = step
 
-    def _look_at_data(self) -> None:
+    def _keep(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        self.model = chunks
+        return chunks
+
+    def _check_data(self) -> None:
         """Check the data as the entry would; the training itself takes made-up tokens."""
         from megatron.remoe.preflight.data import check_data
         from megatron.remoe.preflight.messages import usage_errors
         from megatron.training import get_args
         from megatron.training.utils import get_blend_and_blend_per_split
 
-        if self.options["data"]:
-            args = argparse.Namespace(**vars(get_args()) | {"mock_data": False, "data_path": self.options["data"]})
-            with usage_errors(rank=0):
-                check_data(args, get_blend_and_blend_per_split)
-
-    def _keep(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        self.model = chunks
-        return chunks
+        args = argparse.Namespace(**vars(get_args()) | {"mock_data": False, "data_path": self.options["data"]})
+        with usage_errors(rank=0):
+            check_data(args, get_blend_and_blend_per_split)
 
     def _watch_parts(self) -> None:
         from megatron.core.pipeline_parallel import schedules
@@ -142,11 +141,9 @@ class Rehearsal:
             with roofline, counters.Waits().watching(roofline.wait):
                 result = run()
             self.roofline = None
-            busy = self.host.seconds(self.options["rates"])
-            self.record["host"] |= {
-                "seconds": sum(busy),
-                "step_seconds": step_seconds(busy, roofline.stretches, roofline.left),
-            }
+            busy = host_seconds(self.marks, self.options["rates"])
+            seconds = step_seconds(busy, roofline.stretches, roofline.left)
+            self.record["host"] |= {"seconds": sum(busy), "step_seconds": seconds}
             self.record["roofline"] = {name: vars(work) for name, work in roofline.parts.items()}
             self.record["guessed"] = sorted(roofline.guessed)
         else:
@@ -175,18 +172,15 @@ class Rehearsal:
 
     def _count_events(self, run: Any) -> Any:
         self.collectives.is_counting = True
-        try:
-            with self.launches.counting(), self.waits.watching(self._mark), self.frames.counting():
-                self._mark()
-                result = run()
-                self._mark()
-        finally:
-            self.collectives.is_counting = False
+        with self.launches.counting(), self.waits.watching(self._mark), self.frames.counting():
+            self._mark()
+            result = run()
+            self._mark()
+        self.collectives.is_counting = False
         self.record |= {"launches": self.launches.step, "parts": self.launches.found}
-        self.record["host"] = {"calls": self.frames.count, "stretches": len(self.host.marks) - 1}
-        self.record["host_syncs"] = [
-            {"where": where, "times": times} for where, times in self.waits.found.most_common()
-        ]
+        self.record["host"] = {"calls": self.frames.count, "stretches": len(self.marks) - 1}
+        waits = self.waits.found.most_common()
+        self.record["host_syncs"] = [{"where": where, "times": times} for where, times in waits]
         names = ("kind", "group", "ranks", "within_node")
         self.record["collectives"] = [
             dict(zip(names, call, strict=True)) | {"times": len(sizes), "bytes": sum(sizes)}
@@ -195,33 +189,26 @@ class Rehearsal:
         return result
 
     def _mark(self) -> None:
-        self.host.marks.append((self.frames.count, self.launches.so_far()))
+        self.marks.append((self.frames.count, self.launches.so_far()))
 
     def _model(self, args: Any) -> dict[str, Any]:
         """Return what the forecast of memory needs, and the forecast of tools/cost for each stage."""
         from megatron.core import parallel_state
-        from tools.cost import memory
-        from tools.cost.parameters import Stage
+        from tools.cost import memory, parameters
         from tools.recipes import flops
 
-        sizes = {True: 0, False: 0}
-        for name, parameter in (item for chunk in self.model for item in chunk.named_parameters()):
-            sizes[".mlp.experts." in name] += parameter.numel()
-        layers: list[Any] = [
-            module.layer_number
+        layers = [
+            module
             for chunk in self.model
             for module in chunk.modules()
             if hasattr(module, "layer_number") and hasattr(module, "self_attention")
         ]
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        stages = [Stage(sizes[False], sizes[True], tuple(layers))] * args.pipeline_model_parallel_size
-        return {
-            "shared": sizes[False],
-            "experts": sizes[True],
-            "layers": layers,
+        counted, stage = parameters.count(self.model, layers), parallel_state.get_pipeline_model_parallel_rank()
+        stages, experts = [counted] * args.pipeline_model_parallel_size, args.num_experts or 0
+        return vars(counted) | {
             "stage": stage,
             "forecast_gib": {
-                name: memory.stage_memory(args, stages, stage, share * (args.num_experts or 0)).total / GIB
+                name: sum(memory.stage_memory(args, stages, stage, share * experts)) / GIB
                 for name, share in self.options["shares"].items()
             },
             "flops_per_sequence": flops.flops_per_sequence(args),

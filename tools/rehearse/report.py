@@ -7,8 +7,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from ..cost.gpus import ACCELERATORS
-from .cards import CONTEXT
+from .cards import CARDS, CONTEXT
 
 LINES_OF_ERROR = 6
 PARTS = ("attention", "router", "count", "plan", "experts")  # of a layer, in the order of their work
@@ -83,7 +82,7 @@ def _roofline(record: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     parts, model = record["roofline"], record["model"]
     total = {name: sum(part[name] for part in parts.values()) for name in ("operations", "bytes", "flops", "seconds")}
     flops = model["flops_per_sequence"] * model["sequences_per_gpu"]
-    peak, host = ACCELERATORS[options.gpu].tflops * 1e12, record["host"]
+    peak, host = CARDS[options.gpu].tflops * 1e12, record["host"]
     found = {"rates": options.rates, "mfu": flops / total["seconds"] / peak, "model_flops": flops, **total}
     found |= {"host_seconds": host["seconds"], "host_calls": host["calls"], "stands_seconds": host["step_seconds"]}
     found |= {"stands_mfu": flops / host["step_seconds"] / peak, "parts": parts}
@@ -99,8 +98,7 @@ def lines(found: dict[str, Any], options: argparse.Namespace) -> Iterator[str]:
     """
     yield f"Rehearsal on {options.gpus} x {options.gpu}, with made-up tokens. Nothing was trained, and no GPU was used."
     if found["starts"]:
-        resumes = ", takes its steps, saves a checkpoint, and goes on from it."
-        yield "The training starts" + (resumes if options.resume else " and takes its steps.")
+        yield "The training starts and takes its steps."
     else:
         yield f"THE TRAINING DOES NOT START ({found['ranks'][-1]['kind']}):"
         yield from (f"  {line}" for line in (found["error"] or "").splitlines())
@@ -124,7 +122,7 @@ def _memory(found: dict[str, Any], gpu: str) -> Iterator[str]:
     yield f"\nMemory of the fullest rank ({found['kind']}), GiB" + "".join(f"{name:>10}" for name in stages)
     for key, title in MEMORY.items():
         yield f"  {title:<45}" + "".join(f"{stage[key]:10.2f}" for stage in stages.values())
-    yield f"  {gpu}: {ACCELERATORS[gpu].memory:g} GiB, of them about {CONTEXT:g} for the driver; forecast: tools/cost"
+    yield f"  {gpu}: {CARDS[gpu].memory:g} GiB, of them about {CONTEXT:g} for the driver; forecast: tools/cost"
     if not found["starts"] and "out of memory" in (found["error"] or ""):
         yield "  It does not fit: take a smaller micro-batch, more expert (EP), tensor or pipeline parallelism, or"
         yield "  --recompute-granularity selective --recompute-modules moe."

@@ -1,12 +1,13 @@
 """Model a step's time on a GPU: of each operation the bytes that it moves, its FLOPs, and the larger of their times.
 
-Nothing is hidden behind anything else. The host, which may keep the GPU waiting, is in host.py. No measurement.
+Nothing is hidden behind anything else. The host's work is counted, and may keep the GPU waiting. No measurement.
 """
 
 import argparse
 import importlib.util
 import math
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -32,11 +33,7 @@ TRITON_PARTS = {
     "rotary": "attention: rope and copies",
 }
 # flash-linear-attention's kernels pass over each argument once.
-ONE_PASS = {
-    "cross_entropy_fwd_kernel",
-    "cross_entropy_fwd_kernel_reduce",
-    "cross_entropy_bwd_kernel",
-}
+ONE_PASS = {f"cross_entropy_{name}" for name in ("fwd_kernel", "fwd_kernel_reduce", "bwd_kernel")}
 
 
 @dataclass
@@ -124,14 +121,9 @@ class Roofline(TorchDispatchMode):
         if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             flops, rate = _flops(name, inputs)
             part = self._part(rate if flops else name, bool(flops), inputs + outputs)
-            share = self._share_of_grouped() if rate == "grouped" else 1.0
+            share = share_of_grouped(self._args) if rate == "grouped" else 1.0
             self._add(part, _bytes(name, inputs, outputs), flops, rate, share)
         return result
-
-    def _share_of_grouped(self) -> float:
-        """Return the share of its rate that PyTorch's grouped product reaches with experts of this size."""
-        ffn = self._args.moe_ffn_hidden_size / self._args.expert_tensor_parallel_size
-        return ffn / (ffn + HALF_RATE_EXPERT)
 
     def _add(self, part: str, moved: float, flops: float, rate: str, share: float = 1.0) -> None:
         seconds = max(moved / (self._rates["bandwidth"] * 1e12), self._rates["smallest"] * 1e-6)
@@ -161,22 +153,57 @@ class Roofline(TorchDispatchMode):
                 return "experts: SwiGLU and gates"
         if any(len(shape) == 4 for shape in shapes):
             return "attention: rope and copies"
-        if all(
-            math.prod(shape) <= 2 * args.seq_length * args.micro_batch_size * (args.num_experts or 1)
-            for shape in shapes
-        ):
+        small = 2 * args.seq_length * args.micro_batch_size * (args.num_experts or 1)
+        if all(math.prod(shape) <= small for shape in shapes):
             return "small: router, plan, update"
         if name.startswith(("_foreach", "multi_tensor")) or any(len(shape) == 1 and shape[0] > 1e6 for shape in shapes):
             return "optimizer, norm and buffers of gradients"
         return "tokens: norms, residuals, gather, sum"
 
 
+def share_of_grouped(args: argparse.Namespace) -> float:
+    """Return the share of its rate that PyTorch's grouped product reaches with experts of this size."""
+    ffn = args.moe_ffn_hidden_size / args.expert_tensor_parallel_size
+    return ffn / (ffn + HALF_RATE_EXPERT)
+
+
+def host_seconds(marks: list[tuple[int, int]], rates: dict[str, float]) -> list[float]:
+    """Return the seconds of the host's work between two waits, by the rates "frame" and "launch" in microseconds.
+
+    Args:
+        marks: calls of Python functions and launches so far: at the start, at each wait for the GPU, at the end.
+        rates: see `cards.rates`.
+    """
+    return [
+        1e-6 * (rates["frame"] * (after[0] - before[0]) + rates["launch"] * (after[1] - before[1]))
+        for before, after in pairwise(marks)
+    ]
+
+
+def step_seconds(host: list[float], gpu: list[list[float]], left: list[int] | None = None) -> float:
+    """Return the time of a step in which the host launches as it stands.
+
+    The host launches each stretch's operations at even distances; each begins when it is launched and the one before is
+    done. At the end of a stretch the host waits for the GPU, except for some operations that may still run.
+
+    Args:
+        host: seconds of the host's work in each stretch.
+        gpu: seconds of each operation of the same stretches.
+        left: operations that each wait leaves running (default: none).
+    """
+    clock, ends = 0.0, [0.0]
+    for stretch, operations, running in zip_longest(host, gpu, left or []):  # host and GPU may differ by a stretch
+        busy, launched = stretch or 0.0, operations or []
+        for number, seconds in enumerate(launched, start=1):
+            ends.append(max(ends[-1], clock + busy * number / len(launched)) + seconds)
+        clock = max(clock + busy, ends[max(0, len(ends) - 1 - (running or 0))])
+    return max(clock, ends[-1])
+
+
 def _size(tensor: torch.Tensor) -> int:
     """Return the bytes in memory, where expanded dimensions exist once."""
-    elements = math.prod(
-        size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0
-    )
-    return elements * tensor.element_size()
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride or size == 0) * tensor.element_size()
 
 
 def _flops(name: str, inputs: list[torch.Tensor]) -> tuple[float, str]:
@@ -195,9 +222,8 @@ def _flops(name: str, inputs: list[torch.Tensor]) -> tuple[float, str]:
 
 def _bytes(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:
     if name in ("index_select", "gather", "embedding"):
-        return 2 * sum(map(_size, outputs)) + sum(
-            _size(tensor) for tensor in inputs[1:] if not tensor.is_floating_point()
-        )
+        indices = (_size(tensor) for tensor in inputs[1:] if not tensor.is_floating_point())
+        return 2 * sum(map(_size, outputs)) + sum(indices)
     if name in ("index_add_", "scatter_add_", "index_add"):
         return 3 * _size(inputs[-1])
     if name in FILLS:

@@ -133,8 +133,9 @@ class TokenOrder(NamedTuple):
         sums_TH = pairs_PH.new_zeros(num_tokens, pairs_PH.shape[1], dtype=dtype)
         # A cast of all pairs at once would be twice as large as they are.
         rows = len(pairs_PH) if pairs_PH.dtype == dtype else num_tokens
-        for index, part in zip(self.token_index_P.split(rows or 1), pairs_PH.split(rows or 1), strict=True):
-            sums_TH.index_add_(0, index, part.to(dtype))
+        for start in range(0, len(pairs_PH), rows or 1):
+            part = slice(start, start + rows)
+            sums_TH.index_add_(0, self.token_index_P[part], pairs_PH[part].to(dtype))
         return sums_TH.to(pairs_PH.dtype)
 
 

@@ -7,7 +7,7 @@ REMOE-E102 | --moe-kernels triton cannot run on this machine. | Install the name
 REMOE-E103 | Another training uses the --save folder. | Wait for it, stop it, or give another --save.
 REMOE-E104 | Another program or version wrote training.lock in --save. | Remove the file if no training runs there.
 REMOE-E105 | An output folder cannot be written. | Give another folder, or allow writing there.
-REMOE-E106 | Python, PyTorch or megatron-core is missing or too old. | Set up an environment as README says.
+REMOE-E106 | Python or a required package is missing or too old. | Set up an environment as README says.
 REMOE-E201 | A required flag is missing. | Give it a value above 0.
 REMOE-E202 | A setting does not work with --hybrid-layer-pattern. | Change the pattern or leave the other flag out.
 REMOE-E203 | Megatron would fail at its first evaluation, report or save. | Follow the message; see checkpoints.md.
