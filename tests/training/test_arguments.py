@@ -153,7 +153,6 @@ REFUSED = {
     "moe_latent_size": ["32"],
     "cuda_graph_impl": ["full_iteration"],
     "transformer_impl": ["inference_optimized"],
-    "multi_latent_attention": [],
     "heterogeneous_layers_config_path": ["layers.json"],
     "heterogeneous_layers_config_encoded_json": ["{}"],
     "use_megatron_fsdp": [],

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaForCausalLM,
@@ -16,7 +17,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeExperts, Qwen3MoeMLP
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -45,6 +47,7 @@ class RemoeSparseMoeBlock(nn.Module):
         self.experts = Qwen3MoeExperts(config)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = Qwen3MoeMLP(config, shared) if shared else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
         self.width = config.max_experts_per_token if config.moe_relu_routing else config.num_experts_per_tok
 
     def forward(
@@ -70,7 +73,10 @@ class RemoeSparseMoeBlock(nn.Module):
             top, experts = gates.topk(self.width)
             output = self.experts(tokens, experts, top)
         if self.shared_expert is not None:
-            output = output + self.shared_expert(tokens)
+            shared = self.shared_expert(tokens)
+            output = output + (
+                self.shared_expert_gate(tokens).sigmoid() * shared if self.shared_expert_gate else shared
+            )
         return output.view_as(hidden_states)
 
     def _varying(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -83,12 +89,28 @@ class RemoeSparseMoeBlock(nn.Module):
         return total.index_add(0, token, pairs.to(total.dtype)).to(tokens.dtype)
 
 
+class RemoeLatentAttention(DeepseekV3Attention):
+    """DeepSeek's attention; the latents' norms take the configuration's epsilon, as in Megatron."""
+
+    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        for norm in filter(None, (self.q_a_layernorm, self.kv_a_layernorm)):
+            norm.variance_epsilon = config.rms_norm_eps
+
+
+def attention_class(config: RemoeConfig) -> type[nn.Module]:
+    """Return the class of the configuration's attention."""
+    if config.kv_lora_rank is not None:
+        return RemoeLatentAttention
+    return {None: LlamaAttention, "head": Qwen3MoeAttention, "all_heads": Olmo2Attention}[config.qk_norm]
+
+
 class RemoeDecoderLayer(GradientCheckpointingLayer):
     """Llama's layer, with experts in place of its MLP where the configuration has them."""
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer_idx)
+        self.self_attn = attention_class(config)(config, layer_idx)
         is_sparse = bool(config.num_experts) and layer_idx not in config.mlp_only_layers
         self.mlp = RemoeSparseMoeBlock(config, layer_idx) if is_sparse else Qwen3MoeMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -120,7 +142,7 @@ class RemoePreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {
         "router_logits": OutputRecorder(RemoeRouter, index=0),
         "hidden_states": RemoeDecoderLayer,
-        "attentions": LlamaAttention,
+        "attentions": [LlamaAttention, Qwen3MoeAttention, Olmo2Attention, DeepseekV3Attention],
     }
 
     @classmethod

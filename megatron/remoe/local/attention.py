@@ -1,5 +1,7 @@
 """Megatron's local attention through PyTorch's fused kernels."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -15,6 +17,14 @@ class FusedDotProductAttention(DotProductAttention):
     Sliding windows, softmax offsets and scaling by layer, which PyTorch's kernels do not have, are left to Megatron's.
     """
 
+    def __init__(self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any):
+        """
+        Args:
+            arguments, options: those of `DotProductAttention`.
+            k_channels, v_channels: sizes of keys and values, which latent attention passes; the tensors have them.
+        """
+        super().__init__(*arguments, **options)
+
     def forward(
         self,
         query: torch.Tensor,
@@ -29,7 +39,7 @@ class FusedDotProductAttention(DotProductAttention):
 
         Args:
             query: `[sequence, batch, heads, size]`.
-            key, value: `[sequence, batch, query groups, size]`.
+            key, value: `[sequence, batch, query groups, size]`; the values' size may differ.
             attention_mask: bool, True where not to attend, broadcast to `[batch, heads, sequence, sequence]`; None for
                 a causal one.
             attn_mask_type, attention_bias, packed_seq_params: Megatron's.

@@ -83,6 +83,9 @@ def check_hybrid_model(args: argparse.Namespace) -> None:
                 frequency != 1
             ),
             "--use-rope-scaling: HybridModel does not scale rope. Leave it out.": args.use_rope_scaling,
+            f"--multi-latent-attention: * is another attention in {given}. Write + for a latent one.": (
+                args.multi_latent_attention and "*" in pattern
+            ),
             "--overlap-moe-expert-parallel-comm: HybridModel has no schedule to overlap by. Leave it out.": overlaps,
         },
     )
