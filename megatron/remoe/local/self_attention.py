@@ -81,7 +81,7 @@ class AllHeadsNorm(torch.nn.Module):
             raise ValueError(f"--qk-layernorm-all-heads: {heads} heads on {tp_group.size()} tensor parallel ranks.")
         self.eps, self.tp_group = eps, tp_group
         # Each rank has all of it and uses its heads' part: Megatron sums the gradients of these norms over the ranks.
-        self.weight = torch.nn.Parameter(torch.ones(heads * size, device=torch.cuda.current_device()))
+        self.weight = torch.nn.Parameter(torch.ones(heads * size))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Normalize `[sequence, batch, heads of this rank, size]`."""
@@ -105,5 +105,4 @@ class AllHeadsNormAttention(SelfAttention):
         config, size = self.config, self.hidden_size_per_attention_head
         groups = config.num_query_groups or config.num_attention_heads
         for name, heads in (("q_layernorm", config.num_attention_heads), ("k_layernorm", groups)):
-            norm = AllHeadsNorm(heads, size, config.layernorm_epsilon, self.pg_collection.tp)
-            setattr(self, name, norm.to(config.params_dtype))
+            setattr(self, name, AllHeadsNorm(heads, size, config.layernorm_epsilon, self.pg_collection.tp))
