@@ -16,6 +16,7 @@ from tools.export_hf import command as export_hf
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 PAGE = dict(re.findall(r'^(\w+)="(.+)"$', (REPOSITORY / "docs" / "shapes.md").read_text(), re.MULTILINE))
 COMMON = [PAGE.pop(name) for name in ("model", "experts", "training")]
+PARAMETERS = ("embedding.", "decoder.", "output_layer.")
 SAVED, END = 2, 4
 LAYOUTS = {
     "TP2 + SP + EP2": "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
@@ -36,8 +37,9 @@ class Run:
 @pytest.fixture(scope="module", params=PAGE)
 def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp(request.param)
-    flags = [*" ".join([*COMMON, PAGE[request.param]]).split(), *BYTES, "--make-vocab-size-divisible-by", "192"]
-    flags += ["--data-path", str(data), "--split", "90,10,0", "--moe-relu-l1-reg-coeff-init", "1e-3"]
+    # Large weights: else attention is nearly even, and an error in its gradients is small.
+    more = "--make-vocab-size-divisible-by 192 --split 90,10,0 --moe-relu-l1-reg-coeff-init 1e-3 --init-method-std 0.2"
+    flags = [*" ".join([*COMMON, PAGE[request.param], more]).split(), *BYTES, "--data-path", str(data)]
     printed = run([*flags, "--save", str(folder), "--save-interval", str(SAVED)])
     return Run(flags, printed, folder)
 
@@ -60,43 +62,23 @@ def test_layouts_train_like_one_process(trained: Run, layout: str) -> None:
     losses, expected = series(output, "lm loss"), series(trained.printed, "lm loss")[SAVED:]
     expected[1] = (expected[0] + expected[1]) / 2
     assert losses == pytest.approx(expected, rel=1e-4)
-    for field, relative, absolute in (("grad norm", 1e-4, 1e-3), ("sparsity", 0, 1e-3), ("l1 coefficient", 0, 0)):
-        expected = series(trained.printed, field)[SAVED:]
-        assert series(output, field) == pytest.approx(expected, rel=relative, abs=absolute), field
+    for field, relative in (("grad norm", 5e-4), ("sparsity", 1e-3), ("l1 coefficient", 0)):
+        assert series(output, field) == pytest.approx(series(trained.printed, field)[SAVED:], rel=relative), field
 
 
 def test_exports_and_comes_back(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The folder has the logits of training, and the checkpoint made of it its weights."""
+    """Both directions compare logits, within 1e-4; a reloaded model generates with a cache as without."""
     there, back = tmp_path / "there", tmp_path / "back"
-    assert (
-        export_hf.main(
-            [
-                "--load",
-                str(trained.folder),
-                "--save",
-                str(there),
-                "--data-path",
-                trained.flags[trained.flags.index("--data-path") + 1],
-            ]
-        )
-        == 0
-    )
-    assert float(capfd.readouterr().out.split("largest difference of logits ")[1].split()[0]) < 1e-4
+    assert export_hf.main(["--load", str(trained.folder), "--save", str(there)]) == 0, capfd.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(there)
-    ids = torch.arange(8).view(1, -1)
-    with torch.no_grad():
-        cached = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-        assert torch.equal(
-            cached, model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False)
-        )
-    assert export_hf.main(["--reverse", "--load", str(there), "--save", str(back)]) == 0
+    assert model.config.router_aux_loss_coef == pytest.approx(1e-3 * 1.2**END)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    ids = torch.arange(16).view(2, -1)
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+    assert export_hf.main(["--reverse", "--load", str(there), "--save", str(back)]) == 0, capfd.readouterr().err
 
 
 def test_costs_are_the_models(trained: Run) -> None:
-    keys = {
-        key: tensor
-        for key, tensor in weights(trained.folder, END).items()
-        if key.startswith(("embedding", "decoder", "output_layer")) and tensor.is_floating_point()
-    }
-    output = cost("--gpus", "1", "--", *trained.flags)
-    assert figures(output, "total parameters") == [sum(tensor.numel() for tensor in keys.values())]
+    stored = weights(trained.folder, END)
+    sizes = [one.numel() for name, one in stored.items() if name.startswith(PARAMETERS) and one.is_floating_point()]
+    assert figures(cost("--gpus", "1", "--", *trained.flags), "total parameters") == [sum(sizes)]

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
-from tests.hf.test_modeling import make
+from tests.hf.models import make
 from tools.common.hf.tokenizer import generation_config
 from tools.evaluate.command import main as evaluate
 from tools.export_hf.command import main as export
