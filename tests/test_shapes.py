@@ -14,8 +14,9 @@ from tools.common.tiny_model import BYTES
 from tools.export_hf import command as export_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
-PAGE = dict(re.findall(r'^(\w+)="(.+)"$', (REPOSITORY / "docs" / "shapes.md").read_text(), re.MULTILINE))
-COMMON = [PAGE.pop(name) for name in ("model", "experts", "training")]
+PAGE = (REPOSITORY / "docs" / "shapes.md").read_text()
+SHAPES = dict(re.findall(r'^(\w+)="(.+)"$', PAGE.split("```bash")[1], re.MULTILINE))
+COMMON, LATENT = [SHAPES.pop(name) for name in ("model", "experts", "training")], SHAPES.pop("latent")
 PARAMETERS = ("embedding.", "decoder.", "output_layer.")
 SAVED, END = 2, 4
 LAYOUTS = {
@@ -34,12 +35,13 @@ class Run:
     folder: Path
 
 
-@pytest.fixture(scope="module", params=PAGE)
+@pytest.fixture(scope="module", params=SHAPES)
 def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp(request.param)
     # Large weights: else attention is nearly even, and an error in its gradients is small.
     more = "--make-vocab-size-divisible-by 192 --split 90,10,0 --moe-relu-l1-reg-coeff-init 1e-3 --init-method-std 0.2"
-    flags = [*" ".join([*COMMON, PAGE[request.param], more]).split(), *BYTES, "--data-path", str(data)]
+    words = " ".join([*COMMON, SHAPES[request.param].replace("$latent", LATENT), more]).split()
+    flags = [*words, *BYTES, "--data-path", str(data)]
     printed = run([*flags, "--save", str(folder), "--save-interval", str(SAVED)])
     return Run(flags, printed, folder)
 
@@ -82,3 +84,10 @@ def test_costs_are_the_models(trained: Run) -> None:
     stored = weights(trained.folder, END)
     sizes = [one.numel() for name, one in stored.items() if name.startswith(PARAMETERS) and one.is_floating_point()]
     assert figures(cost("--gpus", "1", "--", *trained.flags), "total parameters") == [sum(sizes)]
+
+
+def test_a_hybrids_attention_is_not_latent(data: Path) -> None:
+    """Megatron would leave out its rotary embedding without a word."""
+    flags = [*" ".join(COMMON).replace("--num-layers 2", "--hybrid-layer-pattern *E").split(), *BYTES]
+    output = run([*flags, "--data-path", str(data), "--multi-latent-attention"], expect=2)
+    assert "--multi-latent-attention" in output and "[REMOE-E202]" in output
