@@ -1,5 +1,6 @@
 """The shapes of docs/shapes.md, with the flags of that page, in all uses."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from tests.tools.test_cost import cost, figures
 from tests.trainings import REPOSITORY, run, series, weights
 from tools.common.tiny_model import BYTES
 from tools.export_hf import command as export_hf
+from tools.rehearse import command as rehearse
+from tools.rehearse.scripts import PLAIN
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 PAGE = (REPOSITORY / "docs" / "shapes.md").read_text()
@@ -86,8 +89,22 @@ def test_costs_are_the_models(trained: Run) -> None:
     assert figures(cost("--gpus", "1", "--", *trained.flags), "total parameters") == [sum(sizes)]
 
 
-def test_a_hybrids_attention_is_not_latent(data: Path) -> None:
-    """Megatron would leave out its rotary embedding without a word."""
-    flags = [*" ".join(COMMON).replace("--num-layers 2", "--hybrid-layer-pattern *E").split(), *BYTES]
-    output = run([*flags, "--data-path", str(data), "--multi-latent-attention"], expect=2)
-    assert "--multi-latent-attention" in output and "[REMOE-E202]" in output
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played")
+def test_starts_on_played_gpus(tmp_path: Path) -> None:
+    """One shape; the others were rehearsed by hand."""
+    flags = " ".join([*COMMON, SHAPES["glm_4_7_flash"].replace("$latent", LATENT)]).split()
+    found = tmp_path / "found.json"
+    own = ["--gpus", "1", "--stage", "steady", "--json", str(found)]
+    assert rehearse.main([*own, "--", *flags, *PLAIN, *BYTES, "--bf16"]) == 0
+    assert json.loads(found.read_text())["starts"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [("--num-layers 2", "--hybrid-layer-pattern *E", "E202"), ("--swiglu", "--swiglu --mtp-num-layers 1", "E209")],
+)
+def test_latent_attention_that_megatron_has_not(old: str, new: str, code: str, data: Path) -> None:
+    """It would leave out a HybridModel's rotary embedding without a word, and end in a TypeError."""
+    flags = [*" ".join([*COMMON, LATENT]).replace(old, new).replace("--moe-layer-freq [0,1]", "").split(), *BYTES]
+    output = run([*flags, "--data-path", str(data), "--split", "90,10,0"], expect=2)
+    assert new.split()[-2] in output and f"[REMOE-{code}]" in output
