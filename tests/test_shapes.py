@@ -14,12 +14,12 @@ from tests.trainings import REPOSITORY, run, series, weights
 from tools.common.tiny_model import BYTES
 from tools.export_hf import command as export_hf
 from tools.rehearse import command as rehearse
-from tools.rehearse.scripts import PLAIN
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 PAGE = (REPOSITORY / "docs" / "shapes.md").read_text()
 SHAPES = dict(re.findall(r'^(\w+)="(.+)"$', PAGE.split("```bash")[1], re.MULTILINE))
 COMMON, LATENT = [SHAPES.pop(name) for name in ("model", "experts", "training")], SHAPES.pop("latent")
+PLAIN = re.findall('^plain="(.+)"$', PAGE, re.MULTILINE)[0].split()
 PARAMETERS = ("embedding.", "decoder.", "output_layer.")
 SAVED, END = 2, 4
 LAYOUTS = {
@@ -95,7 +95,7 @@ def test_starts_on_played_gpus(tmp_path: Path) -> None:
     flags = " ".join([*COMMON, SHAPES["glm_4_7_flash"].replace("$latent", LATENT)]).split()
     found = tmp_path / "found.json"
     own = ["--gpus", "1", "--stage", "steady", "--json", str(found)]
-    assert rehearse.main([*own, "--", *flags, *PLAIN, *BYTES, "--bf16"]) == 0
+    assert rehearse.main([*own, "--", *flags, *PLAIN, *BYTES]) == 0
     assert json.loads(found.read_text())["starts"]
 
 

@@ -1,4 +1,7 @@
-"""A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU routing, or top-k, or none."""
+"""A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU routing, or top-k, or none.
+
+Its attention can be that of Qwen3, OLMoE or DeepSeek.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +77,9 @@ class RemoeSparseMoeBlock(nn.Module):
             output = self.experts(tokens, experts, top)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
-            output = output + (
-                self.shared_expert_gate(tokens).sigmoid() * shared if self.shared_expert_gate else shared
-            )
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(tokens).sigmoid()
+            output = output + shared
         return output.view_as(hidden_states)
 
     def _varying(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -93,7 +96,7 @@ class RemoeLatentAttention(DeepseekV3Attention):
     """DeepSeek's attention; the latents' norms take the configuration's epsilon, as in Megatron."""
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx)  # type: ignore[arg-type]  # it has the fields that are read
         for norm in filter(None, (self.q_a_layernorm, self.kv_a_layernorm)):
             norm.variance_epsilon = config.rms_norm_eps
 

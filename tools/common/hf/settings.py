@@ -118,7 +118,7 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
         "num_experts_per_tok": args.moe_router_topk,
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
         "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
-        "shared_expert_gate": args.moe_shared_expert_gate,
+        "shared_expert_gate": bool(args.moe_shared_expert_gate and args.moe_shared_expert_intermediate_size),
         "mlp_only_layers": [layer for layer, has_experts in enumerate(moe_layer_pattern(args)) if not has_experts],
         "moe_relu_routing": args.moe_relu_routing,
         "scoring_func": args.moe_router_score_function,
@@ -161,7 +161,7 @@ def _attention_flags(config: RemoeConfig) -> list[str]:
     if config.kv_lora_rank is not None:
         sizes = {flag(name): getattr(config, field) for field, name in LATENT.items()}
         words = [word for name, size in sizes.items() if size is not None for word in (name, str(size))]
-        return ["--multi-latent-attention", "--qk-layernorm", "--rope-type", "rope", *words]
+        return ["--multi-latent-attention", "--qk-layernorm", "--rope-type", "rope", "--no-rope-fusion", *words]
     heads = ["--group-query-attention", "--num-query-groups", str(config.num_key_value_heads)]
     norms = {None: [], "head": ["--qk-layernorm"], "all_heads": ["--qk-layernorm", "--qk-layernorm-all-heads"]}
     return [*heads, "--kv-channels", str(config.head_dim), *norms[config.qk_norm]]
