@@ -43,6 +43,7 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp(request.param)
     # Large weights: else attention is nearly even, and an error in its gradients is small.
     more = "--make-vocab-size-divisible-by 192 --split 90,10,0 --moe-relu-l1-reg-coeff-init 1e-3 --init-method-std 0.2"
+    more += " --global-batch-size 8"
     words = " ".join([*COMMON, SHAPES[request.param].replace("$latent", LATENT), more]).split()
     flags = [*words, *BYTES, "--data-path", str(data)]
     printed = run([*flags, "--save", str(folder), "--save-interval", str(SAVED)])
