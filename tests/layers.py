@@ -28,9 +28,9 @@ class SumTypes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def make_config(**changes: Any) -> ReMoEConfig:
+def make_config(kind: type[ReMoEConfig] = ReMoEConfig, **changes: Any) -> ReMoEConfig:
     """A ReMoE configuration in float64 for layers of hidden size 16 and expert size 12."""
-    return ReMoEConfig(**(_settings() | {"moe_relu_routing": True, "moe_relu_layer_floor": 0.0} | changes))
+    return kind(**(_settings() | {"moe_relu_routing": True, "moe_relu_layer_floor": 0.0} | changes))
 
 
 def make_topk_config(**changes: Any) -> TransformerConfig:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from megatron.remoe.hf import RemoeForCausalLM
-from tests.hf.test_modeling import make
+from tests.hf.models import make
 from tools.common.places import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ import torch
 from megatron.remoe.data.indexed import IndexedReader
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.data_sets import write_documents
-from tests.hf.test_modeling import make
+from tests.hf.models import make
 from tools.analyze.command import main
 from tools.analyze.counts import WINDOW
 from tools.common.checkpoints import save

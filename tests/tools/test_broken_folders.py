@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
-from tests.hf.test_modeling import make
+from tests.hf.models import make
 from tools.common.hf.tokenizer import generation_config
 from tools.evaluate.command import main as evaluate
 from tools.export_hf.command import main as export
@@ -34,6 +34,12 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "num_experts": (-1, NAN, None, "8", 2.5, 1, 9, 0),
     "moe_intermediate_size": (0, -1, NAN, None, "24", 25),
     "shared_expert_intermediate_size": (-1, NAN, None, "12", 12),
+    "shared_expert_gate": (None, 1),
+    "qk_norm": ("tails", 1),
+    "kv_lora_rank": (0, -1, NAN, "16", 16),
+    "q_lora_rank": (0, "16"),
+    "v_head_dim": (-1, None),
+    "rope_interleave": (None, False),
     "rms_norm_eps": (0, -1e-5, NAN, INFINITY, None, "small", [1e-5], 2),
     "rope_parameters": (None, {}, [], "default", 5, {"rope_type": "default"}, {"rope_theta": 500.0}),
     "rope_parameters.rope_theta": (None, 0, -5, NAN, INFINITY, "500"),

@@ -7,7 +7,13 @@ import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.remoe.local.hybrid import local_hybrid_stack_spec
-from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing
+from megatron.remoe.moe.specs import (
+    with_fused_layers,
+    with_latent_attention,
+    with_norms_of_all_heads,
+    with_relu_routing,
+)
+from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
 from tests.entry import shared_entry
 from tests.layers import make_config
 from tests.trainings import REPOSITORY
@@ -22,8 +28,8 @@ MODEL = """
 --train-iters 100 --lr 5e-4 --bf16 --tokenizer-type NullTokenizer --vocab-size 50257
 """.split()
 EXPERTS = "--num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 3072 --moe-token-dispatcher-type alltoall".split()
-
-
+LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
+LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
 TENSOR_PARALLEL = ["--sequence-parallel", "--tensor-model-parallel-size"]
 
 
@@ -106,7 +112,8 @@ def test_an_unlisted_gpu_and_what_does_not_fit() -> None:
 def arguments(**changes: object) -> argparse.Namespace:
     """What the activations depend on, of a layer in fp32 on plain PyTorch."""
     off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
-        bias_gelu_fusion local_layer_fusion distribute_saved_activations"""
+        bias_gelu_fusion local_layer_fusion distribute_saved_activations multi_latent_attention qk_layernorm
+        qk_layernorm_all_heads moe_shared_expert_gate"""
     none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
         recompute_method recompute_num_layers"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
@@ -122,7 +129,13 @@ def arguments(**changes: object) -> argparse.Namespace:
 def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, float]:
     """Bytes that a real layer keeps for backward, its parameters not counted, and its active experts per token."""
     experts = "E" in sublayers
+    latent = {name: getattr(args, name) for name in LATENT} if args.multi_latent_attention else {}
     config = make_config(
+        ReMoEMLAConfig if latent else ReMoEConfig,
+        **({"qk_layernorm": args.qk_layernorm} | latent),
+        normalization="LayerNorm",
+        moe_shared_expert_intermediate_size=args.moe_shared_expert_intermediate_size if experts else None,
+        moe_shared_expert_gate=args.moe_shared_expert_gate,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
         moe_ffn_hidden_size=args.moe_ffn_hidden_size if experts else None,
@@ -141,7 +154,9 @@ def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, fl
         hidden_dropout=0.0,
     )
     if len(sublayers) == 2:
-        spec = get_gpt_layer_local_spec(args.num_experts if experts else None, False)
+        spec = get_gpt_layer_local_spec(args.num_experts if experts else None, False, args.qk_layernorm, bool(latent))
+        spec = with_latent_attention(spec) if latent else spec
+        spec = with_norms_of_all_heads(spec) if args.qk_layernorm_all_heads else spec
     else:
         stack = local_hybrid_stack_spec(config, sublayers).submodules
         spec = {"*": stack.attention_layer, "-": stack.mlp_layer, "E": stack.moe_layer}[sublayers]
@@ -180,6 +195,25 @@ def test_activations_are_those_that_pytorch_keeps(changes: dict[str, object], su
     args = arguments(**changes)
     real, per_token = kept_by_pytorch(args, sublayers)
     assert activations.layer_activations(args, sublayers, per_token).kept == pytest.approx(real, rel=0.04)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")
+@pytest.mark.usefixtures("process_groups")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_layernorm": True},
+        {"qk_layernorm": True, "qk_layernorm_all_heads": True},
+        LATENT,
+        LATENT | {"q_lora_rank": 24, "v_head_dim": 18},
+        {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True},
+    ],
+    ids=["norms", "norms of all heads", "latent", "latent queries", "gated shared expert"],
+)
+def test_activations_of_public_models(changes: dict[str, object]) -> None:
+    args = arguments(local_layer_fusion=True, multi_latent_attention="kv_lora_rank" in changes, **changes)
+    real, per_token = kept_by_pytorch(args, "*E")
+    assert activations.layer_activations(args, "*E", per_token).kept == pytest.approx(real, rel=0.04)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")

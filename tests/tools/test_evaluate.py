@@ -14,7 +14,7 @@ from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.data_sets import write_documents
-from tests.hf.test_modeling import make
+from tests.hf.models import make
 from tests.trainings import TINY, run
 from tools.common.expert_counts import Experts
 from tools.common.tiny_model import RELU

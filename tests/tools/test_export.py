@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
-from tests.hf.test_modeling import make, tokens
+from tests.hf.models import make, tokens
 from tests.trainings import TINY, run, series
 from tools.common import checkpoints
 from tools.common.hf.folder import read_config, read_tensors
@@ -94,7 +94,7 @@ def test_there_and_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "folder"]
 
 
-@pytest.mark.parametrize("name", ["dense", "top-k", "sigmoid, bias", "hash"])
+@pytest.mark.parametrize("name", ["dense", "relu, latent queries", "top-k", "sigmoid, bias", "hash"])
 @pytest.mark.parametrize("engine_names", [False, True], ids=["local", "engine"])
 def test_other_models(
     name: str, engine_names: bool, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -131,7 +131,8 @@ def test_shards(
 @pytest.mark.parametrize(
     ("setting", "value", "code", "fact"),
     [
-        ("qk_layernorm", True, "E512", "--qk-layernorm"),
+        ("qk_l2_norm", True, "E512", "--qk-l2-norm"),
+        ("rotary_scaling_factor", 40.0, "E512", "--rotary-scaling-factor 40.0"),
         ("moe_router_score_function", "sqrtsoftplus", "E512", "--moe-router-score-function sqrtsoftplus"),
         ("moe_baseline_router", "random", "E512", "--moe-baseline-router random"),
         ("tokenizer_type", "SentencePieceTokenizer", "E513", "--tokenizer-type SentencePieceTokenizer"),
@@ -145,7 +146,7 @@ def test_shards(
 def test_refusals(
     setting: str | None, value: object, code: str, fact: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = make("relu, shared")
+    model = make("relu, latent" if setting == "rotary_scaling_factor" else "relu, shared")
     args = args_of(model.config)
     args.tokenizer_type, args.tokenizer_model = "NullTokenizer", "/nowhere"
     args.vocab_file = args.merge_file = "/nowhere"

@@ -199,9 +199,9 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
     if engine_names:
         routers = {match[0] for tensor in _tensors(sharded) if (match := ROUTER.match(tensor.key))}
         for tensor in _tensors(sharded):
-            layer, norm, rest = tensor.key.partition(LOCAL_NORM)
-            if norm and f"{layer}mlp.router." in routers:
-                tensor.key = layer + ENGINE_NORM + rest
+            layer = re.split(f"{LOCAL_NORM}|{ENGINE_NORM}", tensor.key)[0]
+            if layer != tensor.key and (f"{layer}mlp.router." in routers) == (LOCAL_NORM in tensor.key):
+                tensor.key = _other_name(tensor.key)
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
     size = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
     with new_folder(output, size + OVERHEAD) as aside:

@@ -57,7 +57,9 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     fused = local and args.local_layer_fusion
 
     parts = dict.fromkeys(("residual", "norms"), len(sublayers) * hidden * split * size)  # before each sublayer
-    if "*" in sublayers:
+    if "*" in sublayers and args.multi_latent_attention:
+        parts |= _latent_attention(args, tokens / tp * size, split * size)
+    elif "*" in sublayers:
         parts["attention"] = (query + key_value) * tokens * size / tp
         parts["attention output"] = query * tokens * size / tp
         parts["scores"] = args.num_attention_heads * tokens * 4 / tp  # the log-sum-exp of flash attention
@@ -66,6 +68,9 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
         elif local:  # keys and values are repeated to all heads; the softmax's output is kept
             parts["attention"] = 3 * query * tokens * size / tp
             parts["scores"] = args.num_attention_heads * tokens * args.seq_length * size / tp
+        if args.qk_layernorm:  # the queries before it, and keys that are no view; of all heads, both in fp32 and normed
+            normed = (query + key_value / 2) * (4 / size + 1) if args.qk_layernorm_all_heads else query
+            parts["attention"] += (normed + key_value / 2) * tokens * size / tp
     if "-" in sublayers:
         parts["mlp"] = _mlp(args, args.ffn_hidden_size) * tokens * size / tp
     if "E" not in sublayers:
@@ -83,7 +88,27 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     parts["expert activations"] = activations * args.moe_ffn_hidden_size * pairs * size
     if args.moe_shared_expert_intermediate_size:
         parts["shared experts"] = _mlp(args, args.moe_shared_expert_intermediate_size) * tokens * size / tp
+        parts["shared experts"] += args.moe_shared_expert_gate * hidden * split * size
     return parts
+
+
+def _latent_attention(args: argparse.Namespace, bytes_per_head: float, bytes_per_token: float) -> dict[str, float]:
+    """Return bytes by part.
+
+    Args:
+        args: Megatron's validated arguments.
+        bytes_per_head: for one element of each head's tensors on this rank.
+        bytes_per_token: for one element of the latents on this rank.
+    """
+    heads, key, value = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+    latents = 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + args.qk_pos_emb_head_dim  # before and behind norms
+    # Plain PyTorch layers pad values to the size of keys, and keep the padded output too.
+    padded = key if args.transformer_impl == "local" and value < key else 0
+    return {
+        "attention": heads * (2 * key + (padded or value)) * bytes_per_head + latents * bytes_per_token,
+        "attention output": heads * (value + padded) * bytes_per_head,
+        "scores": heads * 4 * bytes_per_head / element_size(args),
+    }
 
 
 def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, int]:

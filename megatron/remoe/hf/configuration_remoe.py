@@ -1,5 +1,7 @@
 """Configuration of a ReMoE for transformers, and of the dense and top-k models that it is compared with."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
@@ -15,6 +17,21 @@ class RemoeConfig(LlamaConfig):
     model_type = "remoe"
     _auto_class = "AutoConfig"
 
+    qk_norm: str | None = None
+    """Queries and keys have an RMSNorm: of each "head" (Qwen3), or one of "all_heads" (OLMoE)."""
+    kv_lora_rank: int | None = None
+    """Latent attention (DeepSeek-V2): size of the latents of keys and values; None: grouped queries. `head_dim` is then
+    `qk_rope_head_dim`."""
+    q_lora_rank: int | None = None
+    """Latent attention: size of the latents of queries; None: they have none."""
+    qk_nope_head_dim: int = 0
+    """Latent attention: part of a head's queries and keys that is not rotated."""
+    qk_rope_head_dim: int = 0
+    """Latent attention: the rotated part, whose keys all heads share."""
+    v_head_dim: int = 0
+    """Latent attention: size of a head's values."""
+    rope_interleave: bool = True
+    """Latent attention: neighbours are rotated into each other."""
     num_experts: int = 0
     """Experts of a layer, granularity included; 0: a dense model."""
     num_experts_per_tok: int = 1
@@ -23,6 +40,8 @@ class RemoeConfig(LlamaConfig):
     """Hidden size of an expert."""
     shared_expert_intermediate_size: int = 0
     """Hidden size of the experts that all tokens share; 0: there are none."""
+    shared_expert_gate: bool = False
+    """The shared experts have a sigmoid gate (Qwen2-MoE)."""
     mlp_only_layers: tuple[int, ...] | list[int] = ()
     """Layers without experts, from 0."""
     moe_relu_routing: bool = True
@@ -47,6 +66,11 @@ class RemoeConfig(LlamaConfig):
     router_aux_loss_coef: float = 0.0
     """λ, or the coefficient of top-k routing's load balancing loss."""
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.kv_lora_rank is not None:
+            self.head_dim = self.qk_rope_head_dim
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self) -> None:
         """Check the experts' settings. Unlike Llama's, heads need not divide the hidden size."""
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -57,5 +81,7 @@ class RemoeConfig(LlamaConfig):
             raise ValueError(f"scoring_func={self.scoring_func!r}: must be 'softmax' or 'sigmoid'.")
         if self.router_expert_bias and self.scoring_func != "sigmoid":
             raise ValueError("router_expert_bias=True: needs scoring_func='sigmoid'.")
+        if self.qk_norm not in (None, "head", "all_heads"):
+            raise ValueError(f"qk_norm={self.qk_norm!r}: must be None, 'head' or 'all_heads'.")
         if self.hash_routing and self.moe_relu_routing:
             raise ValueError("hash_routing=True: needs moe_relu_routing=False.")

@@ -1,4 +1,7 @@
-"""A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU routing, or top-k, or none."""
+"""A ReMoE (arXiv 2412.14711) for transformers: Llama with experts chosen by ReLU routing, or top-k, or none.
+
+Its attention can be that of Qwen3, OLMoE or DeepSeek.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaForCausalLM,
@@ -16,7 +20,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeExperts, Qwen3MoeMLP
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -45,6 +50,7 @@ class RemoeSparseMoeBlock(nn.Module):
         self.experts = Qwen3MoeExperts(config)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = Qwen3MoeMLP(config, shared) if shared else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
         self.hash_routing = config.hash_routing
         self.all_active = config.moe_relu_routing and config.max_experts_per_token is None
 
@@ -59,7 +65,10 @@ class RemoeSparseMoeBlock(nn.Module):
         _, gates, experts = self.gate(tokens, token_ids) if self.hash_routing else self.gate(tokens)
         output = self._active(tokens, gates) if self.all_active else self.experts(tokens, experts, gates)
         if self.shared_expert is not None:
-            output = output + self.shared_expert(tokens)
+            shared = self.shared_expert(tokens)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(tokens).sigmoid()
+            output = output + shared
         return output.reshape(hidden_states.shape)
 
     def _active(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -72,12 +81,28 @@ class RemoeSparseMoeBlock(nn.Module):
         return total.index_add(0, token, pairs.to(total.dtype)).to(tokens.dtype)
 
 
+class RemoeLatentAttention(DeepseekV3Attention):
+    """DeepSeek's attention; the latents' norms take the configuration's epsilon, as in Megatron."""
+
+    def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[arg-type]  # it has the fields that are read
+        for norm in filter(None, (self.q_a_layernorm, self.kv_a_layernorm)):
+            norm.variance_epsilon = config.rms_norm_eps
+
+
+def attention_class(config: RemoeConfig) -> type[nn.Module]:
+    """Return the class of the configuration's attention."""
+    if config.kv_lora_rank is not None:
+        return RemoeLatentAttention
+    return {None: LlamaAttention, "head": Qwen3MoeAttention, "all_heads": Olmo2Attention}[config.qk_norm]
+
+
 class RemoeDecoderLayer(GradientCheckpointingLayer):
     """Llama's layer, with experts in place of its MLP where the configuration has them."""
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer_idx)
+        self.self_attn = attention_class(config)(config, layer_idx)
         is_sparse = bool(config.num_experts) and layer_idx not in config.mlp_only_layers
         self.mlp = RemoeSparseMoeBlock(config, layer_idx) if is_sparse else Qwen3MoeMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -116,7 +141,7 @@ class RemoePreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {
         "router_logits": OutputRecorder(RemoeRouter, index=0),
         "hidden_states": RemoeDecoderLayer,
-        "attentions": LlamaAttention,
+        "attentions": [LlamaAttention, Qwen3MoeAttention, Olmo2Attention, DeepseekV3Attention],
     }
 
     @classmethod

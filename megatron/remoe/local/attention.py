@@ -1,7 +1,9 @@
 """Megatron's local attention through PyTorch's fused kernels."""
 
+from typing import Any
+
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -14,6 +16,14 @@ class FusedDotProductAttention(DotProductAttention):
 
     Sliding windows, softmax offsets and scaling by layer, which PyTorch's kernels do not have, are left to Megatron's.
     """
+
+    def __init__(self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any):
+        """
+        Args:
+            arguments, options: those of `DotProductAttention`.
+            k_channels, v_channels: sizes of keys and values, which latent attention passes; the tensors have them.
+        """
+        super().__init__(*arguments, **options)
 
     def forward(
         self,
@@ -29,7 +39,7 @@ class FusedDotProductAttention(DotProductAttention):
 
         Args:
             query: `[sequence, batch, heads, size]`.
-            key, value: `[sequence, batch, query groups, size]`.
+            key, value: `[sequence, batch, query groups, size]`; the values' size may differ.
             attention_mask: bool, True where not to attend, broadcast to `[batch, heads, sequence, sequence]`; None for
                 a causal one.
             attn_mask_type, attention_bias, packed_seq_params: Megatron's.
@@ -40,6 +50,9 @@ class FusedDotProductAttention(DotProductAttention):
         if not self._is_plain() or attention_bias is not None or packed_seq_params is not None:
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         dropout = self.attention_dropout.p if self.training else 0.0
+        size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+        if missing > 0:  # kernels without a matrix of scores want one size
+            value = pad(value, (0, missing))
 
         def attend() -> torch.Tensor:
             return scaled_dot_product_attention(
@@ -58,7 +71,7 @@ class FusedDotProductAttention(DotProductAttention):
                 context = attend()
         else:
             context = attend()
-        return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+        return context[..., :size].permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
     def _is_plain(self) -> bool:
         softmax = self.scale_mask_softmax

@@ -5,10 +5,12 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -16,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.remoe.local.attention import FusedDotProductAttention
 from megatron.remoe.local.experts import build_experts
 from megatron.remoe.local.norm import SequenceParallelTorchNorm
+from megatron.remoe.local.self_attention import AllHeadsNormAttention, LatentAttention
 from megatron.remoe.moe.engine_experts import EngineExperts
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.routing.router import ReLURouter
@@ -39,6 +42,24 @@ def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
         TypeError: a layer's experts and router belong to another class than Megatron's `MoELayer`.
     """
     return _replaced(spec, {MoELayer: ReMoELayer}, router)
+
+
+def with_latent_attention(spec: Any) -> Any:
+    """Return a copy of `spec` with `LatentAttention`; plain layers need the fused kernels for its sizes.
+
+    Args:
+        spec: a specification of a block or layer, or any part of one.
+    """
+    return _replaced(spec, {MLASelfAttention: LatentAttention, DotProductAttention: FusedDotProductAttention})
+
+
+def with_norms_of_all_heads(spec: Any) -> Any:
+    """Return a copy of `spec` with `AllHeadsNormAttention`.
+
+    Args:
+        spec: a specification of a block or layer, or any part of one.
+    """
+    return _replaced(spec, {SelfAttention: AllHeadsNormAttention})
 
 
 def with_sequence_parallel_norms(spec: Any) -> Any:

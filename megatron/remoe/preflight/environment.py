@@ -83,6 +83,9 @@ def check_settings(args: argparse.Namespace) -> None:
                     frequency != 1
                 ),
                 "--use-rope-scaling: HybridModel does not scale rope. Leave it out.": args.use_rope_scaling,
+                f"--multi-latent-attention: * is another attention in {given}. Write + for a latent one.": (
+                    args.multi_latent_attention and "*" in pattern
+                ),
                 "--overlap-moe-expert-parallel-comm: HybridModel has no schedule to overlap by. Leave it out.": (
                     args.overlap_moe_expert_parallel_comm
                 ),
@@ -165,6 +168,10 @@ def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
             "first step. Add --disable-bias-linear, or leave out --no-local-layer-fusion.": (
                 megatrons_experts and args.add_bias_linear and args.expert_model_parallel_size == 1
             ),
+            # core/transformer/dot_product_attention.py: DotProductAttention takes one size of heads.
+            f"--mtp-num-layers {args.mtp_num_layers} cannot be used with --multi-latent-attention and "
+            "--transformer-impl local: Megatron cannot build its layers. Leave it out, or use --transformer-impl "
+            "transformer_engine.": args.mtp_num_layers and args.multi_latent_attention,
             # core/optimizer/emerging_optimizers.py: _is_nonlinear_or_embedding.
             f"--optimizer {args.optimizer} would train the experts of --transformer-impl local with Adam: it takes "
             "two-dimensional weights, and theirs are stacked. Add --no-local-layer-fusion, or use --optimizer adam.": (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.remoe.routing.problems import relu_routing_problems
 
 
@@ -108,6 +108,15 @@ class ReMoEConfig(TransformerConfig):
         """The share of inactive (token, expert) pairs to reach: 1 - k/E (paper section 3.3)."""
         assert self.num_moe_experts is not None
         return 1.0 - self.moe_router_topk / self.num_moe_experts
+
+
+@dataclass
+class ReMoEMLAConfig(MLATransformerConfig, ReMoEConfig):
+    """`ReMoEConfig` with multi-head latent attention and the defaults of `MLATransformerConfig`."""
+
+    def __post_init__(self) -> None:
+        self.multi_latent_attention = True
+        super().__post_init__()
 
 
 MEGATRONS_FIELDS = [field.name for field in fields(TransformerConfig)]

@@ -197,7 +197,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "Use --transformer-impl transformer_engine or local",
     ),
     Refusal("use_inference_optimized_layers", bool, TOPK_SPEC, INFERENCE_SPEC),
-    Refusal("multi_latent_attention", bool, OTHER_CLASS, SETTINGS),
     Refusal("heterogeneous_layers_config_path", _given, OTHER_CLASS, SETTINGS),
     Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS, SETTINGS),
     Refusal("use_megatron_fsdp", bool, UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),

@@ -11,7 +11,7 @@ from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.preflight.checkpoint_fit import check_is_data_alone
 from megatron.remoe.preflight.environment import check_flips
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
-from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
+from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.routing.refusals import as_list, shown
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
@@ -29,7 +29,7 @@ ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of ReMoE to Megatron's parser: the fields of `ReMoEConfig` and four options of the training."""
+    """Add the flags of ReMoE to Megatron's parser: the fields of `ReMoEConfig` and five options of the training."""
     group = ArgumentGroupFactory(ReMoEConfig, exclude=MEGATRONS_FIELDS).build_group(parser, title="ReMoE")
     group.description = "Mixture-of-Experts with ReLU routing (arXiv 2412.14711)"
     group.add_argument(
@@ -38,6 +38,11 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         dest="local_layer_fusion",
         help="With --transformer-impl local: use Megatron's own attention and experts (one small layer per expert) "
         "instead of PyTorch's fused attention and grouped experts.",
+    )
+    group.add_argument(
+        "--qk-layernorm-all-heads",
+        action="store_true",
+        help="With --qk-layernorm: normalize the queries of all heads together, and the keys, as OLMoE does.",
     )
     group.add_argument(
         "--moe-log-flips-interval",
@@ -119,7 +124,12 @@ def parse_args(
     set_timeout_defaults(args)
     apply_granularity(args)
     drop_ignored_fork_flags(args)
-    if problems := relu_routing_problems(args):
+    problems = [*relu_routing_problems(args)]
+    if args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm):
+        problems.append(
+            "--qk-layernorm-all-heads needs --qk-layernorm, and no --multi-latent-attention. Leave it out. [REMOE-E204]"
+        )
+    if problems:
         raise ValueError("\n".join(problems))
     check_flips(args)
     if args.moe_relu_routing:
@@ -225,8 +235,12 @@ def apply_granularity(args: argparse.Namespace) -> None:
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     """Build a `ReMoEConfig` if a flag of ReMoE needs it, otherwise Megatron's own configuration."""
     routes = args.moe_relu_routing or args.moe_baseline_router or args.moe_warmup_topk is not None
-    ours = routes or wants_kernels(args)
-    return megatron.core_transformer_config_from_args(args, config_class=ReMoEConfig if ours else None)
+    ours: type[TransformerConfig] | None = ReMoEConfig if routes or wants_kernels(args) else None
+    if ours and args.multi_latent_attention:
+        # Megatron would replace the class. Without a rope type the configuration's default applies, which is YaRN.
+        ours, rope_type = ReMoEMLAConfig, None if args.rope_type == "yarn" else args.rope_type
+        args = argparse.Namespace(**vars(args) | {"multi_latent_attention": False, "rope_type": rope_type})
+    return megatron.core_transformer_config_from_args(args, config_class=ours)
 
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:

@@ -25,6 +25,8 @@ from megatron.remoe.moe.specs import (
     LayerSpec,
     with_engine_kernels,
     with_fused_layers,
+    with_latent_attention,
+    with_norms_of_all_heads,
     with_router,
     with_sequence_parallel_norms,
 )
@@ -108,6 +110,8 @@ def _tell_steps(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -
 def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     """Let --transformer-impl local use PyTorch's own kernels in attention, experts and norms, for any routing.
 
+    Also installs the attention of --qk-layernorm-all-heads and --multi-latent-attention, in any layers.
+
     With --no-local-layer-fusion only the norms change, and only for sequence parallelism. With Transformer Engine only
     the MoE layers change, and only with --moe-kernels.
 
@@ -119,6 +123,10 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
     Raises:
         UsageError: a setting does not work with these layers.
     """
+    if args.multi_latent_attention:
+        _change_layers(model_cfg, lambda spec, _vp_stage: with_latent_attention(spec))
+    elif args.qk_layernorm_all_heads:
+        _change_layers(model_cfg, lambda spec, _vp_stage: with_norms_of_all_heads(spec))
     if args.transformer_impl != "local":
         if wants_kernels(args):
             _change_layers(model_cfg, lambda spec, _vp_stage: with_engine_kernels(spec))

@@ -60,6 +60,7 @@ def _is_token(value: Any) -> bool:
 
 POSITIVE, POSITIVE_OR_0, FLAG = _whole(1), _whole(0), Rule(lambda value: type(value) is bool, "true or false")
 THETA = _number("a number of at least 1", lambda value: value >= 1)
+SIZE_OR_NONE = Rule(lambda value: value is None or POSITIVE.fits(value), "null or a whole number of at least 1")
 TOKEN = Rule(_is_token, "null or the number of a token")
 REQUIRED = {
     "model_type": _one_of("remoe"),
@@ -78,15 +79,19 @@ REQUIRED = {
     "moe_relu_routing": FLAG,
 }
 OPTIONAL = {
+    "qk_norm": _one_of(None, "head", "all_heads"),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), SIZE_OR_NONE),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), POSITIVE_OR_0),
+    "rope_interleave": _one_of(True),
     "shared_expert_intermediate_size": POSITIVE_OR_0,
     "mlp_only_layers": Rule(
         lambda value: isinstance(value, list) and all(map(POSITIVE_OR_0.fits, value)), "a list of layers, from 0"
     ),
-    "max_experts_per_token": Rule(
-        lambda value: value is None or POSITIVE.fits(value), "null or a whole number of at least 1"
-    ),
+    "max_experts_per_token": SIZE_OR_NONE,
     "scoring_func": _one_of("softmax", "sigmoid"),
-    **dict.fromkeys(("norm_topk_prob", "router_expert_bias", "hash_routing", "output_router_logits"), FLAG),
+    **dict.fromkeys(
+        ("norm_topk_prob", "router_expert_bias", "hash_routing", "output_router_logits", "shared_expert_gate"), FLAG
+    ),
     "routed_scaling_factor": _number("a number above 0", lambda value: value > 0),
     "router_aux_loss_coef": _number("a number of at least 0", lambda value: value >= 0),
     "router_dtype": _one_of(None, "float32", "float64"),
@@ -138,6 +143,10 @@ def _conflict(fields: dict[str, Any]) -> str | None:
         return f"num_key_value_heads {groups} does not divide num_attention_heads {heads}"
     if fields["head_dim"] % 2:
         return f"head_dim {fields['head_dim']} is odd"
+    if fields.get("kv_lora_rank") is not None:
+        sizes = [fields.get(name, 0) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+        if not all(sizes) or sizes[1] != fields["head_dim"] or heads != groups:
+            return "kv_lora_rank needs qk_nope_head_dim, qk_rope_head_dim = head_dim, v_head_dim and no grouped heads"
     if fields["num_experts"] and not fields["moe_intermediate_size"]:
         return "moe_intermediate_size is 0, and num_experts is not"
     if wrong := [layer for layer in fields.get("mlp_only_layers", []) if layer >= layers]:

@@ -28,10 +28,9 @@ ONLY: dict[str, Any] = {
     ),
     **dict.fromkeys(
         """
-        layernorm_zero_centered_gamma rotary_interleaved use_rope_scaling multi_latent_attention qk_layernorm
-        add_qkv_bias attention_output_gate add_bias_linear apply_residual_connection_post_layernorm use_mup
-        moe_shared_expert_gate moe_apply_probs_on_input moe_relu_router_bias
-        moe_relu_sparse_start
+        layernorm_zero_centered_gamma rotary_interleaved use_rope_scaling qk_l2_norm add_qkv_bias
+        attention_output_gate add_bias_linear apply_residual_connection_post_layernorm use_mup moe_apply_probs_on_input
+        moe_relu_router_bias moe_relu_sparse_start
         """.split(),
         False,
     ),
@@ -39,6 +38,16 @@ ONLY: dict[str, Any] = {
 CHOICES: dict[str, tuple[Any, ...]] = {
     "moe_router_score_function": ("softmax", "sigmoid"),
     "moe_baseline_router": (None, "hash"),
+}
+# Of latent attention: without its norms there is no class in transformers, and YaRN is not converted.
+ONLY_LATENT = {"qk_layernorm": True, "rotary_scaling_factor": 1.0}
+# The configuration's field → Megatron's argument.
+LATENT = {
+    "kv_lora_rank": "kv_lora_rank",
+    "q_lora_rank": "q_lora_rank",
+    "qk_nope_head_dim": "qk_head_dim",
+    "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "v_head_dim": "v_head_dim",
 }
 ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 
@@ -59,7 +68,8 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
     Raises:
         ConversionError: the model for transformers does not support it; the message names each flag.
     """
-    wrong = [name for name, value in ONLY.items() if getattr(args, name, value) != value]
+    only = ONLY | (ONLY_LATENT if args.multi_latent_attention else {})
+    wrong = [name for name, value in only.items() if getattr(args, name, value) != value]
     wrong += [name for name, values in CHOICES.items() if getattr(args, name, values[0]) not in values]
     if "sinkhorn" in str(args.moe_router_load_balancing_type):
         wrong.append("moe_router_load_balancing_type")
@@ -74,6 +84,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         num_attention_heads=args.num_attention_heads,
         num_key_value_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         head_dim=args.kv_channels,
+        **_attention(args),
         max_position_embeddings=args.max_position_embeddings,
         rms_norm_eps=args.layernorm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": float(args.rotary_base)},
@@ -94,6 +105,12 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
     return config
 
 
+def _attention(args: argparse.Namespace) -> dict[str, Any]:
+    if args.multi_latent_attention:
+        return {field: getattr(args, name) for field, name in LATENT.items()}
+    return {"qk_norm": ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None}
+
+
 def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
     is_sigmoid = args.moe_router_score_function == "sigmoid"
     return {
@@ -101,6 +118,7 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
         "num_experts_per_tok": args.moe_router_topk,
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
         "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
+        "shared_expert_gate": bool(args.moe_shared_expert_gate and args.moe_shared_expert_intermediate_size),
         "mlp_only_layers": [layer for layer, has_experts in enumerate(moe_layer_pattern(args)) if not has_experts],
         "moe_relu_routing": args.moe_relu_routing,
         "scoring_func": args.moe_router_score_function,
@@ -126,17 +144,27 @@ def flags_of(config: RemoeConfig) -> list[str]:
     flags = f"""
         --num-layers {config.num_hidden_layers} --hidden-size {config.hidden_size}
         --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
-        --group-query-attention --num-query-groups {config.num_key_value_heads} --kv-channels {config.head_dim}
         --seq-length {config.max_position_embeddings} --max-position-embeddings {config.max_position_embeddings}
         --normalization RMSNorm --norm-epsilon {config.rms_norm_eps} --swiglu --disable-bias-linear
         --position-embedding-type rope --rotary-base {int(base)}
         --init-method-std {config.initializer_range} --attention-dropout {config.attention_dropout} --hidden-dropout 0
     """.split()
+    flags += _attention_flags(config)
     if not config.tie_word_embeddings:
         flags.append("--untie-embeddings-and-output-weights")
     precisions: dict[Any, list[str]] = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
     flags += precisions.get(config.dtype, [])
     return flags + (_expert_flags(config) if config.num_experts else [])
+
+
+def _attention_flags(config: RemoeConfig) -> list[str]:
+    if config.kv_lora_rank is not None:
+        sizes = {flag(name): getattr(config, field) for field, name in LATENT.items()}
+        words = [word for name, size in sizes.items() if size is not None for word in (name, str(size))]
+        return ["--multi-latent-attention", "--qk-layernorm", "--rope-type", "rope", "--no-rope-fusion", *words]
+    heads = ["--group-query-attention", "--num-query-groups", str(config.num_key_value_heads)]
+    norms = {None: [], "head": ["--qk-layernorm"], "all_heads": ["--qk-layernorm", "--qk-layernorm-all-heads"]}
+    return [*heads, "--kv-channels", str(config.head_dim), *norms[config.qk_norm]]
 
 
 def _expert_flags(config: RemoeConfig) -> list[str]:
@@ -148,6 +176,7 @@ def _expert_flags(config: RemoeConfig) -> list[str]:
     """.split()
     if config.shared_expert_intermediate_size:
         flags += ["--moe-shared-expert-intermediate-size", str(config.shared_expert_intermediate_size)]
+        flags += ["--moe-shared-expert-gate"] * config.shared_expert_gate
     if config.router_dtype:
         flags += ["--moe-router-dtype", {"float32": "fp32", "float64": "fp64"}[config.router_dtype]]
     if not config.moe_relu_routing:

@@ -23,6 +23,13 @@ BIAS = "mlp.router.expert_bias"  # in float32, as in training
 SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
+    "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
+    "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
+    "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
+    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
     "mlp.router.weight": "mlp.gate.weight",
@@ -30,16 +37,24 @@ SAME = {
     "mlp.experts.linear_fc1.weight": "mlp.experts.gate_up_proj",
     "mlp.experts.linear_fc2.weight": "mlp.experts.down_proj",
     "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight",
+    "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
 }
+Q_NORM = "self_attention.q_layernorm.weight"  # of queries, or of their latents
 HALVES = {"mlp.linear_fc1.weight": "mlp.", "mlp.shared_experts.linear_fc1.weight": "mlp.shared_expert."}
 QKV = "self_attention.linear_qkv.weight"
 # Different keys in checkpoints: of plain PyTorch layers, then of Transformer Engine's.
 KEYS = {
-    "input_layernorm.weight": ("self_attention.linear_qkv.layer_norm_weight",),
+    "input_layernorm.weight": ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
     "pre_mlp_layernorm.weight": ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    "self_attention.kv_layernorm.weight": ("self_attention.linear_kv_up_proj.layer_norm_weight",),
+    Q_NORM: (Q_NORM, "self_attention.linear_q_up_proj.layer_norm_weight"),
     "mlp.experts.linear_fc1.weight": ("mlp.experts.experts.linear_fc1.weight",),
     "mlp.experts.linear_fc2.weight": ("mlp.experts.experts.linear_fc2.weight",),
 }
+
+
+def _same(config: RemoeConfig) -> dict[str, str]:
+    return SAME | {Q_NORM: f"self_attn.{'q_norm' if config.kv_lora_rank is None else 'q_a_layernorm'}.weight"}
 
 
 def to_transformers(layer: Tensors, config: RemoeConfig) -> Tensors:
@@ -62,16 +77,19 @@ def to_transformers(layer: Tensors, config: RemoeConfig) -> Tensors:
             gate, up = tensor.chunk(2)
             found |= {f"{HALVES[name]}gate_proj.weight": gate, f"{HALVES[name]}up_proj.weight": up}
         else:
-            found[SAME[name]] = tensor
+            found[_same(config)[name]] = tensor
     return found
 
 
 def to_megatron(layer: Tensors, config: RemoeConfig) -> Tensors:
     """Convert a layer's weights to Megatron's names; the inverse of `to_transformers`."""
-    found = {name: layer[other] for name, other in SAME.items() if other in layer}
+    found = {name: layer[other] for name, other in _same(config).items() if other in layer}
     for name, prefix in HALVES.items():
         if f"{prefix}gate_proj.weight" in layer:
             found[name] = torch.cat([layer[f"{prefix}gate_proj.weight"], layer[f"{prefix}up_proj.weight"]])
+    if config.kv_lora_rank is not None:
+        return found
+    del found["self_attention.linear_q_proj.weight"]  # a part of the one below
     parts = [layer[f"self_attn.{letter}_proj.weight"] for letter in "qkv"]
     hidden = parts[0].shape[-1]
     assert config.num_key_value_heads is not None
@@ -84,14 +102,26 @@ def has_experts(config: RemoeConfig, layer: int) -> bool:
     return bool(config.num_experts) and layer not in config.mlp_only_layers
 
 
+def _attention(config: RemoeConfig) -> list[str]:
+    """Return the parts of a layer's attention that have weights, but for its output."""
+    if config.kv_lora_rank is None:
+        return ["linear_qkv", *["q_layernorm", "k_layernorm"] * (config.qk_norm is not None)]
+    queries = (
+        ["linear_q_proj"] if config.q_lora_rank is None else ["linear_q_down_proj", "q_layernorm", "linear_q_up_proj"]
+    )
+    return [*queries, "linear_kv_down_proj", "kv_layernorm", "linear_kv_up_proj"]
+
+
 def _names(config: RemoeConfig, layer: int) -> list[str]:
-    names = ["input_layernorm.weight", QKV, "self_attention.linear_proj.weight", "pre_mlp_layernorm.weight"]
+    names = ["input_layernorm.weight", "self_attention.linear_proj.weight", "pre_mlp_layernorm.weight"]
+    names += [f"self_attention.{part}.weight" for part in _attention(config)]
     if not has_experts(config, layer):
         return [*names, "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
     groups = ["experts"] + ["shared_experts"] * bool(config.shared_expert_intermediate_size)
+    gate = ["mlp.shared_experts.gate_weight"] * config.shared_expert_gate
     router = [] if config.hash_routing else ["mlp.router.weight"]
     router += [BIAS] if config.router_expert_bias else []
-    return [*names, *router] + [f"mlp.{group}.linear_fc{number}.weight" for group in groups for number in (1, 2)]
+    return [*names, *gate, *router] + [f"mlp.{group}.linear_fc{number}.weight" for group in groups for number in (1, 2)]
 
 
 def read(checkpoint: Checkpoint, config: RemoeConfig) -> Iterator[Tensors]:

@@ -1,0 +1,108 @@
+"""Self-attention of public models that Megatron's classes do not express, for plain layers and Transformer Engine's."""
+
+from typing import Any
+
+import torch
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+
+class LatentAttention(MLASelfAttention):
+    """Multi-head latent attention (MLA, arXiv 2405.04434) as DeepSeek's models have it.
+
+    Under tensor parallelism its gradients are complete, and all layers have Transformer Engine's names in checkpoints.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """Return the classes; without --q-lora-rank, --qk-layernorm concerns keys and values only.
+
+        Megatron would normalize the layer's input once more for the queries, which DeepSeek's models do not, and has
+        no plain PyTorch layer for it.
+        """
+        resolver = QKNormConfigResolver(self.config, submodules)
+        if resolver.has_q_lora:
+            return resolver.resolve()
+        resolver.has_q_lora = True  # the classes of keys and values do not depend on it
+        return resolver.resolve() | {"linear_q_proj": submodules.linear_q_proj, "q_layernorm": IdentityOp}
+
+    def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the queries (or their latents), and the latents of keys and values for this rank's tokens.
+
+        Plain PyTorch layers split the latents over the tensor parallel ranks. Megatron gathers the keys' rotated part
+        for all tokens, and its gradient then has this rank's heads only.
+        """
+        queries, latents = super()._qkv_down_projection(hidden_states)
+        width = self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
+        if self.config.sequence_parallel and latents.size(-1) != width:
+            latents = scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(latents))
+        return queries, latents
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Return the weights under the names of Transformer Engine's layers.
+
+        Args:
+            prefix, sharded_offsets, metadata: Megatron's.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        names = {f"{prefix}{of}_layernorm.": f"{prefix}linear_{of}_up_proj.layer_norm_" for of in ("q", "kv")}
+        apply_prefix_mapping(state, names)
+        return state
+
+
+class AllHeadsNorm(torch.nn.Module):
+    """RMSNorm over all heads together, which tensor parallel ranks share: OLMoE's norm of queries and keys."""
+
+    def __init__(self, heads: int, size: int, eps: float, tp_group: torch.distributed.ProcessGroup) -> None:
+        """
+        Args:
+            heads: their number on all ranks; a multiple of the ranks.
+            size: of a head.
+            eps: added to the mean square.
+            tp_group: the ranks that share the heads, in order.
+        """
+        super().__init__()
+        if heads % tp_group.size():
+            raise ValueError(f"--qk-layernorm-all-heads: {heads} heads on {tp_group.size()} tensor parallel ranks.")
+        self.eps, self.tp_group = eps, tp_group
+        # Each rank has all of it and uses its heads' part: Megatron sums the gradients of these norms over the ranks.
+        self.weight = torch.nn.Parameter(torch.ones(heads * size))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalize `[sequence, batch, heads of this rank, size]`."""
+        wide = states.flatten(-2).float()
+        squares = reduce_from_tensor_model_parallel_region(wide.square().sum(-1, keepdim=True), self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)  # sums the ranks' gradients
+        normed = wide * torch.rsqrt(squares / len(self.weight) + self.eps)
+        weight = self.weight.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return (normed.to(states.dtype) * weight).view_as(states)
+
+
+class AllHeadsNormAttention(SelfAttention):
+    """`SelfAttention` with --qk-layernorm-all-heads."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """
+        Args:
+            arguments, options: those of `SelfAttention`.
+        """
+        super().__init__(*arguments, **options)
+        config, size = self.config, self.hidden_size_per_attention_head
+        groups = config.num_query_groups or config.num_attention_heads
+        for name, heads in (("q_layernorm", config.num_attention_heads), ("k_layernorm", groups)):
+            setattr(self, name, AllHeadsNorm(heads, size, config.layernorm_epsilon, self.pg_collection.tp))

@@ -1,0 +1,111 @@
+"""The shapes of docs/shapes.md, with the flags of that page, in all uses."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tools.test_cost import cost, figures
+from tests.trainings import REPOSITORY, run, series, weights
+from tools.common.tiny_model import BYTES
+from tools.export_hf import command as export_hf
+from tools.rehearse import command as rehearse
+
+pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+PAGE = (REPOSITORY / "docs" / "shapes.md").read_text()
+SHAPES = dict(re.findall(r'^(\w+)="(.+)"$', PAGE.split("```bash")[1], re.MULTILINE))
+COMMON, LATENT = [SHAPES.pop(name) for name in ("model", "experts", "training")], SHAPES.pop("latent")
+PLAIN = re.findall('^plain="(.+)"$', PAGE, re.MULTILINE)[0].split()
+PARAMETERS = ("embedding.", "decoder.", "output_layer.")
+SAVED, END = 2, 4
+LAYOUTS = {
+    "TP2 + SP + EP2": "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
+    " --expert-tensor-parallel-size 1",
+    "PP2": "--pipeline-model-parallel-size 2",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of a shape: its flags, what it printed, and its checkpoints."""
+
+    flags: list[str]
+    printed: str
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp(request.param)
+    # Large weights: else attention is nearly even, and an error in its gradients is small.
+    more = "--make-vocab-size-divisible-by 192 --split 90,10,0 --moe-relu-l1-reg-coeff-init 1e-3 --init-method-std 0.2"
+    more += " --global-batch-size 8"
+    words = " ".join([*COMMON, SHAPES[request.param].replace("$latent", LATENT), more]).split()
+    flags = [*words, *BYTES, "--data-path", str(data)]
+    printed = run([*flags, "--save", str(folder), "--save-interval", str(SAVED)])
+    return Run(flags, printed, folder)
+
+
+def resumed(trained: Run, *more: str, processes: int = 1) -> str:
+    return run([*trained.flags, "--load", str(trained.folder), "--ckpt-step", str(SAVED), *more], processes)
+
+
+def test_resumes_bit_for_bit(trained: Run, tmp_path: Path) -> None:
+    resumed(trained, "--save", str(tmp_path), "--save-interval", str(END))
+    expected, found = weights(trained.folder, END), weights(tmp_path, END)
+    assert expected.keys() == found.keys()
+    assert [key for key, tensor in expected.items() if not torch.equal(tensor, found[key])] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_train_like_one_process(trained: Run, layout: str) -> None:
+    output = resumed(trained, *LAYOUTS[layout].split(), processes=2)
+    # The second line after a start has the mean loss of both steps.
+    losses, expected = series(output, "lm loss"), series(trained.printed, "lm loss")[SAVED:]
+    expected[1] = (expected[0] + expected[1]) / 2
+    assert losses == pytest.approx(expected, rel=1e-4)
+    for field, relative in (("grad norm", 5e-4), ("sparsity", 1e-3), ("l1 coefficient", 0)):
+        assert series(output, field) == pytest.approx(series(trained.printed, field)[SAVED:], rel=relative), field
+
+
+def test_exports_and_comes_back(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Both directions compare logits, within 1e-4; a reloaded model generates with a cache as without."""
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert export_hf.main(["--load", str(trained.folder), "--save", str(there)]) == 0, capfd.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(there)
+    assert model.config.router_aux_loss_coef == pytest.approx(1e-3 * 1.2**END)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    ids = torch.arange(16).view(2, -1)
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+    assert export_hf.main(["--reverse", "--load", str(there), "--save", str(back)]) == 0, capfd.readouterr().err
+
+
+def test_costs_are_the_models(trained: Run) -> None:
+    stored = weights(trained.folder, END)
+    sizes = [one.numel() for name, one in stored.items() if name.startswith(PARAMETERS) and one.is_floating_point()]
+    assert figures(cost("--gpus", "1", "--", *trained.flags), "total parameters") == [sum(sizes)]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played")
+def test_starts_on_played_gpus(tmp_path: Path) -> None:
+    """One shape; the others were rehearsed by hand."""
+    flags = " ".join([*COMMON, SHAPES["glm_4_7_flash"].replace("$latent", LATENT)]).split()
+    found = tmp_path / "found.json"
+    own = ["--gpus", "1", "--stage", "steady", "--json", str(found)]
+    assert rehearse.main([*own, "--", *flags, *PLAIN, *BYTES]) == 0
+    assert json.loads(found.read_text())["starts"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [("--num-layers 2", "--hybrid-layer-pattern *E", "E202"), ("--swiglu", "--swiglu --mtp-num-layers 1", "E209")],
+)
+def test_latent_attention_that_megatron_has_not(old: str, new: str, code: str, data: Path) -> None:
+    """It would leave out a HybridModel's rotary embedding without a word, and end in a TypeError."""
+    flags = [*" ".join([*COMMON, LATENT]).replace(old, new).replace("--moe-layer-freq [0,1]", "").split(), *BYTES]
+    output = run([*flags, "--data-path", str(data), "--split", "90,10,0"], expect=2)
+    assert new.split()[-2] in output and f"[REMOE-{code}]" in output
