@@ -132,6 +132,7 @@ def train(
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
     from megatron.remoe.training.run_log import keep_run_log
     from megatron.remoe.training.summary import with_summary
+    from megatron.remoe.training.teacher import with_teacher
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import validate_args
@@ -166,6 +167,7 @@ def train(
         hooks.install_local_layers(args, model_cfg)
         datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
         datasets_provider = with_summary(args, model_cfg, datasets_provider)
+        step = with_teacher(args, model_cfg, forward_step)
         at_the_end.enter_context(keep_run_log(args))
 
     if observe is not None:
@@ -174,7 +176,7 @@ def train(
         pretrain_cfg_container_from_args(args, model_cfg),
         datasets_provider,
         ModelType.encoder_or_decoder,
-        forward_step,
+        step,
         store=store,
     )
     if not args.skip_train and args.iteration >= args.train_iters:

@@ -38,6 +38,7 @@ BOUNDS = {"dense": 0.01, "top-k": 0.05}
 TOKENS_PER_FORWARD = 4096
 # The way to the target is short, so λ should start higher and move less than in a training from scratch.
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
+STEPS = 1000  # to move the target to fewer experts per token
 OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
 
 
@@ -147,7 +148,11 @@ def convert(options: argparse.Namespace, display: Display) -> None:
         display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
         engine = (options.transformer_impl or args.transformer_impl) == "transformer_engine"
         save(target.to(args.params_dtype), new_args, options.save, engine)
-    display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
+    flags = training_flags(new_args, options.save)
+    if kind == "top-k" and new_args.moe_router_topk < args.moe_router_topk:
+        start = args.moe_router_topk // new_args.moe_granularity
+        flags += f" --moe-relu-start-topk {start} --moe-relu-start-steps {STEPS} --teacher {options.load}"
+    display.say(f"wrote {options.save}; train with {flags}")
 
 
 def _fitted(

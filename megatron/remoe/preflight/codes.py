@@ -39,6 +39,10 @@ CODES: dict[str, tuple[str, str]] = {
         "Follow the message.",
     ),
     "REMOE-E211": ("A flag of an older Megatron no longer exists.", "Give the flag in the message, or leave it out."),
+    "REMOE-E212": (
+        "A setting does not work with --teacher, or the teacher has another shape.",
+        "Leave the setting out, or give the checkpoint that the model was made from.",
+    ),
     "REMOE-E300": ("An input or output file is missing, wrong or in use.", "Follow the message."),
     "REMOE-E301": ("A data set is missing or cannot be read.", "Give the prefix of a .bin/.idx pair, without suffix."),
     "REMOE-E302": ("A data set is truncated or corrupt.", "Copy it again, or make it with tools/preprocess_data.py."),

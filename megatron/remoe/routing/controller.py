@@ -30,7 +30,7 @@ class RoutingSummary:
 
     Attributes:
         sparsity: S, share of inactive (token, expert) pairs over all MoE layers, 0 to 1.
-        target_sparsity: 1 - k/E.
+        target_sparsity: 1 - k/E, with the k that the step aimed at.
         l1_coefficient: the λ that was in force during the step.
         l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
         layer_l1_loss: layer → its L_reg.
@@ -82,20 +82,24 @@ class SparsityController:
         self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
         self._bounds = exponent_bounds(config)
         self._last: StepSums | None = None
+        self._topk: float = config.moe_router_topk  # k of the last step's target
         # Computed pairs and tokens of each layer over all steps.
         self._totals = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, step: int = 0) -> None:
         """Add up the counts of all ranks, move λ one step towards the target, guard dying layers, and reset the counts.
 
         Call it once per optimizer step on every rank, after the backward passes.
+
+        Args:
+            step: optimizer steps before this one, including those before a checkpoint; for a target that moves.
         """
         sums = self._collect()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Every rank counted other tokens, or other layers, in every layout.
             torch.distributed.all_reduce(sums.buffer)
-        self._last = sums
+        self._last, self._topk = sums, self.config.target_topk(step)
 
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
         computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
@@ -103,7 +107,7 @@ class SparsityController:
         # Megatron skips a step that is not finite, or ends the training: it moves nothing here either.
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k·tokens, which is exact in whole numbers.
-        direction = torch.where(finite, torch.sign((active - topk * tokens).sum()), 0.0)
+        direction = torch.where(finite, torch.sign((active - self._topk * tokens).sum()), 0.0)
         dying = active < self.config.moe_relu_layer_floor * topk * tokens
         guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
         if self.routers:
@@ -173,7 +177,7 @@ class SparsityController:
         exponent = (sums.l1_exponent / sums.ranks.clamp(min=1.0)).item()
         return RoutingSummary(
             sparsity=1.0 - sums.counts.active.sum().item() / pairs if pairs else 1.0,
-            target_sparsity=config.target_sparsity,
+            target_sparsity=1.0 - self._topk / experts,
             l1_coefficient=config.moe_relu_l1_reg_coeff_init * config.moe_relu_l1_reg_coeff_multiplier**exponent,
             l1_loss=sum(l1_losses.values()),
             layer_l1_loss=l1_losses,

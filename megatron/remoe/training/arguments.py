@@ -29,7 +29,7 @@ ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of ReMoE to Megatron's parser: the fields of `ReMoEConfig` and four options of the training."""
+    """Add the flags of ReMoE to Megatron's parser: the fields of `ReMoEConfig` and six options of the training."""
     group = ArgumentGroupFactory(ReMoEConfig, exclude=MEGATRONS_FIELDS).build_group(parser, title="ReMoE")
     group.description = "Mixture-of-Experts with ReLU routing (arXiv 2412.14711)"
     group.add_argument(
@@ -47,6 +47,20 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "validation text (share of all token-expert pairs, and number per token and layer). Costs two forward passes "
         "of a micro-batch, about 2/(3NM) of the time with M micro-batches per step; results stay bit for bit the "
         "same. Off by default. The log line shows them if N is a multiple of --log-interval.",
+    )
+    group.add_argument(
+        "--teacher",
+        metavar="FOLDER",
+        help="Train towards the predictions of a frozen model of the same shape, such as the top-k model that this "
+        "ReMoE was converted from: its checkpoint. Costs its memory and a forward pass.",
+    )
+    group.add_argument(
+        "--teacher-weight",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="With --teacher: the loss is that of the language model + W times KL(teacher, student), in nats per token "
+        "(default: %(default)s).",
     )
     group.add_argument(
         "--no-moe-router-pre-softmax",
@@ -217,7 +231,7 @@ def apply_granularity(args: argparse.Namespace) -> None:
     args.moe_ffn_hidden_size = size // granularity
     args.num_experts *= granularity
     args.moe_router_topk *= granularity
-    for name in ("moe_warmup_topk", "moe_relu_max_experts"):
+    for name in ("moe_warmup_topk", "moe_relu_max_experts", "moe_relu_start_topk"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name) * granularity)
 
