@@ -84,8 +84,8 @@ ENTRY = {
         on("text", "--hybrid-layer-pattern", "M*E"),
         "--hybrid-layer-pattern M*E: there are no plain PyTorch layers for M|* (attention)|mamba-ssm",
     ),
-    "a hybrid of another pattern": Case(resumed("--hybrid-layer-pattern", "*-*E"), "E412|*-*E|--model hybrid"),
-    "a hybrid as GPT": Case(resumed(run="hybrid"), "E412|'*E*E'|--model gpt"),
+    "a hybrid of another pattern": Case(resumed("--hybrid-layer-pattern", "*-*E"), "E412|*-*E"),
+    "a hybrid as GPT": Case(resumed(run="hybrid"), "E412|'*E*E'"),
     "a hybrid of other layers": Case(
         resumed("--hybrid-layer-pattern", "*E*E*E", run="hybrid"),
         "E411|--hybrid-layer-pattern *E*E in the checkpoint, *E*E*E here",

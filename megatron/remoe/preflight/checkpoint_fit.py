@@ -146,14 +146,13 @@ def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace, flag: str
     if there and not here:
         yield (
             "REMOE-E412",
-            f" holds a HybridModel: add --hybrid-layer-pattern '{there}', or make a GPTModel's checkpoint of it with "
-            "tools/convert_checkpoint --model gpt.",
+            f" holds a HybridModel: add --hybrid-layer-pattern '{there}'.",
         )
     if here and not there and {"E", "-"} <= set(here):
         yield (
             "REMOE-E412",
             f" holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, and "
-            f"--hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid.",
+            f"--hybrid-layer-pattern {here} has - and E: leave it out.",
         )
     if different := differences(shape(args), shape(saved), args, saved):
         yield "REMOE-E411", f" holds a model of another shape: {different}. Give its values, or another {flag}."
