@@ -25,11 +25,11 @@ LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1
 MOVING = f"--moe-relu-start-topk {BEFORE} --moe-relu-start-steps {STEPS // 3}"
 # arm: experts per token, flags, whether it starts from the ReMoE that the source was converted into
 ARMS = {
-    "top-k, 4 experts, goes on": (BEFORE, "", False),
-    "top-k, 2 experts": (AFTER, "", False),
     "top-k, 2 experts, teacher": (AFTER, "--teacher {source}", False),
-    "ReMoE, 2 experts": (AFTER, f"{LAMBDA} {MOVING}", True),
     "ReMoE, 2 experts, teacher": (AFTER, f"{LAMBDA} {MOVING} --teacher {{source}}", True),
+    "top-k, 2 experts": (AFTER, "", False),
+    "ReMoE, 2 experts": (AFTER, f"{LAMBDA} {MOVING}", True),
+    "top-k, 4 experts, goes on": (BEFORE, "", False),
 }
 
 

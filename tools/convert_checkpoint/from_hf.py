@@ -143,6 +143,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     window = getattr(config, "sliding_window", None) if family == "mixtral" else None
     if window is not None and window < config.max_position_embeddings:
         raise _inexpressible(config, "sliding_window", window)
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise _inexpressible(config, "num_key_value_heads", config.num_key_value_heads)
     return config
 
 
