@@ -72,7 +72,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     shape.add_argument(
         "--transformer-impl",
         choices=("local", "transformer_engine"),
-        help="layers that will load it (default: those that saved --load; with --from-hf: local)",
+        help="layers that will load it (default: those that saved --load; with --from-hf: the installed ones)",
     )
     fit = parser.add_argument_group("fit")
     fit.add_argument("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the training's)")
