@@ -79,7 +79,8 @@ def _common(config: Any) -> list[str]:
         --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
         --seq-length {min(SEQUENCE, config.max_position_embeddings)}
         --max-position-embeddings {config.max_position_embeddings} --position-embedding-type rope
-        --rotary-base {int(config.rope_parameters["rope_theta"])} --normalization RMSNorm --norm-epsilon {config.rms_norm_eps} --swiglu
+        --rotary-base {int(config.rope_parameters["rope_theta"])} --normalization RMSNorm
+        --norm-epsilon {config.rms_norm_eps} --swiglu
         --disable-bias-linear --init-method-std {config.initializer_range} --attention-dropout 0 --hidden-dropout 0
         --num-experts {config.num_experts} --moe-router-topk {config.num_experts_per_tok}
         --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss
