@@ -55,13 +55,14 @@ def train(folder: Path, words: list[str]) -> None:
     (folder / "done").touch()
 
 
-def figures(folder: Path) -> tuple[float, float | None]:
-    """Return the loss of all held-out text in nats per byte, and the mean sparsity of the last 100 steps."""
+def figures(folder: Path) -> tuple[float, float | None, float | None]:
+    """Return the loss of all held-out text in nats per byte; of the last 100 steps the experts per token and the KL."""
     records = list(read_run_log(folder / "checkpoints" / "metrics.jsonl"))
     sets = [record for record in records if record["kind"] == "validation"]
     loss = fmean((record["lm_loss"] for record in sets), [record["tokens"] for record in sets])
-    sparsities = [record["sparsity"] for record in records if "sparsity" in record][-5:]
-    return loss, fmean(sparsities) if sparsities else None
+    last = [[record[name] for record in records if name in record][-5:] for name in ("sparsity", "teacher_kl")]
+    sparsity, divergence = (fmean(values) if values else None for values in last)
+    return loss, None if sparsity is None else EXPERTS * (1 - sparsity), divergence
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
     data = models.data_flags(folder / "data", made["tokens"]["train"])
     before = Training(STEPS_BEFORE, 16, 16, "4e-3", "4e-4", 0.95, 0.1)
     after = replace(before, iterations=STEPS, lr="1e-3", min_lr="1e-4")
-    found: dict[str, list[tuple[float, float | None]]] = {}
+    found: dict[str, list[tuple[float, float | None, float | None]]] = {}
     for seed in seeds:
         runs = folder / f"seed-{seed}"
         source, remoe = runs / "source" / "checkpoints", runs / "converted"
@@ -89,10 +90,10 @@ def main() -> None:
             train(run, [*words, *more.format(source=source).split()])
             found.setdefault(name, []).append(figures(run))
     for name, results in found.items():
-        losses = [loss for loss, _ in results]
-        spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-        used = ", ".join("" if share is None else f"{EXPERTS * (1 - share):.2f}" for _, share in results)
-        print(f"| {name} | {' '.join(f'{loss:.4f}' for loss in losses)} | {fmean(losses):.4f}{spread} | {used} |")
+        rows = [[value for value in column if value is not None] for column in zip(*results, strict=True)]
+        spread = f" ± {stdev(rows[0]):.4f}" if len(results) > 1 else ""
+        cells = [", ".join(f"{value:.{digits}f}" for value in row) for row, digits in zip(rows, (3, 2, 4), strict=True)]
+        print(f"| {name} | {cells[0]} | {fmean(rows[0]):.4f}{spread} | {cells[1]} | {cells[2]} |")
 
 
 if __name__ == "__main__":
