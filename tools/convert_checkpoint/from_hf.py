@@ -122,7 +122,8 @@ class Weights:
         Raises:
             ConversionError: a file is missing, damaged or outside the folder.
         """
-        self._folder, self._files = folder, {}
+        self._folder = folder
+        self._files: dict[str, Any] = {}
         for path in weight_files(folder):
             names = [name for name, _, _ in headers(path)]
             self._files |= dict.fromkeys(names, safe_open(path, framework="pt"))

@@ -102,9 +102,7 @@ class Teacher:
     def watch(self, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Load the teacher, and follow the forward passes of the student, which is the only chunk."""
         teacher = self._load()
-        student = model_chunks[0]
-        while hasattr(student, "module"):
-            student = student.module
+        student = get_attr_wrapped_model(model_chunks[0], "output_layer", return_model_obj=True)
 
         def ask_teacher(_student: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
             self._divergence = None
@@ -120,7 +118,7 @@ class Teacher:
                 self._divergence, self._logits = (kl_BS * self._mask).sum(), None
 
         student.register_forward_pre_hook(ask_teacher, with_kwargs=True)
-        get_attr_wrapped_model(student, "output_layer").register_forward_hook(compare)
+        student.output_layer.register_forward_hook(compare)
         return model_chunks
 
     def add_loss(
