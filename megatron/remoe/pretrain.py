@@ -108,6 +108,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
     from megatron.remoe.training.run_log import keep_run_log
     from megatron.remoe.training.summary import with_summary
+    from megatron.remoe.training.teacher import with_teacher
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import validate_args
@@ -141,12 +142,13 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
         hooks.install_local_layers(args, model_cfg)
         datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
         datasets_provider = with_summary(args, model_cfg, datasets_provider)
+        step = with_teacher(args, model_cfg, forward_step)
         at_the_end.enter_context(keep_run_log(args))
 
     if observe is not None:
         observe(model_cfg)
     config = pretrain_cfg_container_from_args(args, model_cfg)
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, step)
     if not args.skip_train and args.iteration >= args.train_iters:
         print_rank_last(
             f"Nothing to do: the checkpoint in --load {args.load} is of iteration {args.iteration}, and --train-iters "

@@ -67,7 +67,6 @@ def continued(kind: str, text: Path, load: Path, save: Path) -> str:
     """Continue with the fork's own command line, but for what a machine without Transformer Engine lacks."""
     flags = [*oracle.MODEL, *oracle.TRAINING, *oracle.KINDS[kind]]
     flags = ["local" if word == "transformer_engine" else word for word in flags]
-    flags = ["torch_dist" if word == "torch" else word for word in flags]
     return run([*flags, "--data-path", str(text), "--load", str(load), "--save", str(save)])
 
 
@@ -120,7 +119,7 @@ def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> 
     """Data parallel ranks hold parts of flat pieces; with expert parallelism experts have their own optimizer."""
     from megatron.remoe.preflight.checkpoint_index import common_state, read_index
     from tests.trainings import weights
-    from tools.convert_checkpoint.rewriting import Writer, encoded, objects, tensors
+    from tools.convert_checkpoint.rewriting import Writer, encoded, objects, read_tensor
 
     name = f"iter_{oracle.SAVED:07d}"
     source, several = saved / "remoe" / name, tmp_path / "several" / name
@@ -128,7 +127,12 @@ def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> 
     index = read_index(source)
     with (several / "__0_0.distcp").open("wb") as file:
         writer = Writer(several, file)
-        for key, shape, offset, tensor in tensors(source, index):
+        pieces = [
+            (key, tuple(kind.size), tuple(chunk.offsets), read_tensor(source, index, key, chunk.offsets))
+            for key, kind in index.state_dict_metadata.items()
+            for chunk in getattr(kind, "chunks", [])
+        ]
+        for key, shape, offset, tensor in pieces:
             parts = [(offset, tensor)]
             if key.startswith("optimizer."):
                 key = f"chained_{int('.experts.' in key)}.{key}"
@@ -197,10 +201,8 @@ def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shutil.copytree(saved / "dense", tmp_path / "zarr")
     (tmp_path / "zarr" / "iter_0000008" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert "zarr" in refusal("zarr")
-    shutil.copytree(saved / "remoe_one_file", tmp_path / "files")
-    shutil.copytree(
-        tmp_path / "files" / "iter_0000008" / "mp_rank_00", tmp_path / "files" / "iter_0000008" / "mp_rank_01"
-    )
+    shutil.copytree(saved / "dense", tmp_path / "files")
+    (tmp_path / "files" / "iter_0000008" / "mp_rank_00").mkdir()
     assert "--ckpt-convert-format" in refusal("files")
     shutil.copytree(saved / "dense", tmp_path / "cut")
     (tmp_path / "cut" / "iter_0000008" / ".metadata").unlink()

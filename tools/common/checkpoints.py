@@ -119,9 +119,8 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     # Leave out objects: they are Transformer Engine's state for FP8.
     _, wanted = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
     for tensor in _tensors(wanted):
-        names = (LOCAL_NORM, ENGINE_NORM) if LOCAL_NORM in tensor.key else (ENGINE_NORM, LOCAL_NORM)
         if tensor.key not in checkpoint.shapes:
-            tensor.key = tensor.key.replace(*names)
+            tensor.key = _other_name(tensor.key)
         if tensor.key not in checkpoint.shapes:
             raise ConversionError(
                 f"{checkpoint.folder}: has no {tensor.key}, which its arguments call for. Only models that "
@@ -281,6 +280,11 @@ def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorF
     for value in nested_values(sharded):
         if isinstance(value, ShardedTensor | ShardedTensorFactory):
             yield value
+
+
+def _other_name(key: str) -> str:
+    names = (LOCAL_NORM, ENGINE_NORM) if LOCAL_NORM in key else (ENGINE_NORM, LOCAL_NORM)
+    return key.replace(*names)
 
 
 def _unreadable(folder: Path, error: BaseException) -> ConversionError:

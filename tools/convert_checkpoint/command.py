@@ -1,15 +1,15 @@
-"""Start a ReMoE from a dense checkpoint (upcycling) or from a top-k MoE checkpoint, or change the model's class.
+"""Start a ReMoE from a dense checkpoint (upcycling) or from a top-k MoE checkpoint, or import a checkpoint.
 
-dense:  python tools/convert_checkpoint --load DENSE --save OUT --num-experts 8
-top-k:  python tools/convert_checkpoint --load MOE --save OUT
-class:  python tools/convert_checkpoint --load RUN --save OUT --model hybrid|gpt
-fork:   python tools/convert_checkpoint --load RUN --save OUT --from-fork
+dense:         python tools/convert_checkpoint --load DENSE --save OUT --num-experts 8
+top-k:         python tools/convert_checkpoint --load MOE --save OUT
+Hugging Face:  python tools/convert_checkpoint --from-hf FOLDER --save OUT
+fork:          python tools/convert_checkpoint --from-fork --load RUN --save OUT
 
 The shape of a ReMoE, and the text that its routers are fitted to, come from the arguments in the checkpoint. Nothing is
 written if the loss grows by more than a bound. Then train it like any ReMoE, with --pretrained-checkpoint OUT.
 
-With another class, or from the authors' fork, the same training, of any routing, continues with --load OUT, optimizer
-state included.
+From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. From the authors' fork
+the same training, of any routing, continues with --load OUT, optimizer state included.
 """
 
 import argparse
@@ -31,13 +31,14 @@ from ..common.running import run_once
 from ..common.text import blend_of, sample
 from .fitting import fit_router
 from .from_fork import convert_fork
-from .model_class import convert_class
+from .from_hf import convert_hf
 from .models import count_pairs, fill, moe_layers, record_routers, round_to, source_args, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
 TOKENS_PER_FORWARD = 4096
 # The way to the target is short, so λ should start higher and move less than in a training from scratch.
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
+STEPS = 1000  # to move the target to fewer experts per token
 OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
 
 
@@ -46,20 +47,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a run (its --save)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--load", type=Path, metavar="FOLDER", help="checkpoints of a run (its --save)")
+    source.add_argument("--from-hf", type=Path, metavar="FOLDER", help="model saved by Hugging Face transformers")
     parser.add_argument("--save", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
         "--ckpt-step", type=whole_number(0), metavar="N", help="iteration to convert (default: the newest)"
     )
     parser.add_argument(
-        "--model", choices=("gpt", "hybrid"), help="only change Megatron's model class; nothing is fitted or measured"
-    )
-    parser.add_argument(
         "--from-fork", action="store_true", help="convert a checkpoint of the authors' fork (github.com/thu-ml/ReMoE)"
     )
-    shape = parser.add_argument_group("shape of the ReMoE (from a top-k checkpoint: its own)")
+    shape = parser.add_argument_group("shape of the ReMoE (default from a top-k checkpoint: its own)")
     shape.add_argument("--num-experts", type=int, metavar="E", help="experts, each as large as the dense layer")
-    shape.add_argument("--moe-router-topk", type=int, metavar="K", help="k of the target sparsity (default: 1)")
+    shape.add_argument(
+        "--moe-router-topk",
+        type=int,
+        metavar="K",
+        help="k of the target sparsity; fewer than the k of a top-k checkpoint make it sparser (default: 1)",
+    )
     shape.add_argument(
         "--moe-granularity", type=whole_number(1), metavar="G", help="cut every expert into G (default: 1)"
     )
@@ -67,7 +72,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     shape.add_argument(
         "--transformer-impl",
         choices=("local", "transformer_engine"),
-        help="layers that will load it (default: those that saved --load)",
+        help="layers that will load it (default: those that saved --load; with --from-hf: the installed ones)",
     )
     fit = parser.add_argument_group("fit")
     fit.add_argument("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the training's)")
@@ -88,12 +93,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     if args.loss_bound is not None and not args.loss_bound >= 0:
         parser.error(f"--loss-bound {args.loss_bound}: must be at least 0.")
-    only = f"--model {args.model}" if args.model else "--from-fork"
-    if args.model and args.from_fork:
-        parser.error("--model needs a checkpoint of this project: give --from-fork first, then --model.")
-    if (args.model or args.from_fork) and (given := [name for name in OF_REMOE if getattr(args, name) is not None]):
+    if args.from_hf and (args.from_fork or args.ckpt_step is not None):
+        parser.error("--from-hf is not the folder of a run: leave out --from-fork and --ckpt-step.")
+    if (args.from_hf or args.from_fork) and (given := [name for name in OF_REMOE if getattr(args, name) is not None]):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        parser.error(f"{only} does not change the model: leave out {flags}.")
+        parser.error(f"an import does not change the model: leave out {flags}, and convert the result.")
     return args
 
 
@@ -121,7 +125,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     if EMBEDDING not in checkpoint.shapes:
         raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
     if getattr(checkpoint.args, "hybrid_layer_pattern", None):
-        raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel. Convert it with --model gpt first.")
+        raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel, and only GPT models are converted.")
     args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
     new_args = target_args(args, options)
     kind = "dense" if args.num_experts is None else "top-k"
@@ -147,7 +151,11 @@ def convert(options: argparse.Namespace, display: Display) -> None:
         display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
         engine = (options.transformer_impl or args.transformer_impl) == "transformer_engine"
         save(target.to(args.params_dtype), new_args, options.save, engine)
-    display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
+    flags = training_flags(new_args, options.save)
+    if kind == "top-k" and new_args.moe_router_topk < args.moe_router_topk:
+        start = args.moe_router_topk // new_args.moe_granularity
+        flags += f" --moe-relu-start-topk {start} --moe-relu-start-steps {STEPS} --teacher {options.load}"
+    display.say(f"wrote {options.save}; train with {flags}")
 
 
 def _fitted(
@@ -207,6 +215,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         with Display() as display:
-            (convert_fork if options.from_fork else convert_class if options.model else convert)(options, display)
+            (convert_fork if options.from_fork else convert_hf if options.from_hf else convert)(options, display)
 
     return run_once("convert_checkpoint", work, "stopped; nothing was written")

@@ -19,6 +19,7 @@ REMOE-E208 | A setting does not work with --moe-log-flips-interval. | Leave one 
 REMOE-E209 | A setting does not work with --transformer-impl local. | Follow the message.
 REMOE-E210 | --inprocess-restart fails in Megatron 0.19.2. | Restart processes with torchrun's --max-restarts.
 REMOE-E211 | A flag of an older Megatron no longer exists. | Give the flag in the message, or leave it out.
+REMOE-E212 | A setting does not work with --teacher, or the teacher has another shape. | Follow the message.
 REMOE-E300 | An input or output file is missing, wrong or in use. | Follow the message.
 REMOE-E301 | A data set is missing or cannot be read. | Give the prefix of a .bin/.idx pair, without suffix.
 REMOE-E302 | A data set is truncated or corrupt. | Copy it again, or make it with tools/preprocess_data.py.

@@ -52,10 +52,8 @@ expert_model_parallel_size expert_tensor_parallel_size
 # A setting that follows from another one by default: not worth a line where that one differs.
 FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
 FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
-FOLLOWS |= dict.fromkeys(
-    ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts", "moe_ffn_hidden_size"),
-    "moe_granularity",
-)
+MULTIPLIED = ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts", "moe_relu_start_topk")
+FOLLOWS |= dict.fromkeys((*MULTIPLIED, "moe_ffn_hidden_size"), "moe_granularity")
 SHOWN = 120  # letters of a setting, such as a list of data sets
 Settings = dict[str, Any]
 

@@ -47,6 +47,13 @@ class ReMoEConfig(TransformerConfig):
     """Weigh each expert's gates in the L1 term by its share of the tokens, which balances the load (default); otherwise
     all alike (f_e = 1, the paper's equation 9)."""
 
+    moe_relu_start_topk: int | None = None
+    """Move the target: it starts at this many experts per token, and reaches topk after --moe-relu-start-steps. For a
+    converted model that should need fewer experts than its source (default: the target is topk from the start)."""
+
+    moe_relu_start_steps: int = 0
+    """Optimizer steps in which the target moves in a straight line from --moe-relu-start-topk to topk (e.g. 1000)."""
+
     moe_relu_layer_floor: float = 1e-3
     """Keep layers alive: a layer with fewer active experts per token than this share of topk is freed from the L1 term,
     and its gates are pushed up (default %(default)s; 0 turns it off)."""
@@ -108,6 +115,17 @@ class ReMoEConfig(TransformerConfig):
         """The share of inactive (token, expert) pairs to reach: 1 - k/E (paper section 3.3)."""
         assert self.num_moe_experts is not None
         return 1.0 - self.moe_router_topk / self.num_moe_experts
+
+    def target_topk(self, step: int) -> float:
+        """Return the number of experts per token that an optimizer step aims at.
+
+        Args:
+            step: optimizer steps before this one, including those before a checkpoint.
+        """
+        start, steps = self.moe_relu_start_topk, self.moe_relu_start_steps
+        if start is None or step >= steps:
+            return self.moe_router_topk
+        return start + (self.moe_router_topk - start) * step / steps
 
 
 @dataclass

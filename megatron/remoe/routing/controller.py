@@ -48,19 +48,24 @@ class SparsityController:
         self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
         self._bounds = exponent_bounds(config)
         self._last: StepSums | None = None
+        self._topk: float = config.moe_router_topk  # k of the last step's target
         # Computed pairs and tokens of each layer over all steps.
         self._totals = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, step: int = 0) -> None:
         """Add up the counts of all ranks, move λ one step towards the target, guard dying layers, and reset the counts.
 
         Call it once per optimizer step on every rank, after the backward passes.
+
+        Args:
+            step: optimizer steps before this one, including those before a checkpoint; for a target that moves.
         """
         self._last = sums = self._collect()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Every rank counted other tokens, or other layers, in every layout.
             torch.distributed.all_reduce(sums.buffer)
+        self._topk = self.config.target_topk(step)
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
         computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
         torch._foreach_add_([*self._totals.unbind()], [computed, tokens])
@@ -69,7 +74,7 @@ class SparsityController:
         # Megatron skips a step that is not finite, or ends the training: such a step moves nothing here either.
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k · tokens, which is exact in whole numbers.
-        direction = torch.where(finite, torch.sign((active - topk * tokens).sum()), 0.0)
+        direction = torch.where(finite, torch.sign((active - self._topk * tokens).sum()), 0.0)
         exponent = self._moved(direction.to(torch.int64), finite)
         dying = active < self.config.moe_relu_layer_floor * topk * tokens
         guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
@@ -129,7 +134,7 @@ class SparsityController:
         if self._last is None:
             return None
         sums = StepSums.of(self._last.buffer.cpu(), self._num_layers)
-        return RoutingSummary.of(sums, self.totals(), self.config)
+        return RoutingSummary.of(sums, self.totals(), self._topk, self.config)
 
 
 def exponent_bounds(config: ReMoEConfig) -> tuple[int | None, int | None]:

@@ -97,6 +97,7 @@ def _values(settings: Settings) -> Iterator[str]:
     multiplier, floor = settings.moe_relu_l1_reg_coeff_multiplier, settings.moe_relu_layer_floor
     limit, most = settings.moe_relu_activation_limit, settings.moe_relu_max_experts
     power, setback = settings.moe_relu_l1_reg_start_power, settings.moe_relu_l1_reg_start_setback
+    start, steps = settings.moe_relu_start_topk, settings.moe_relu_start_steps
     lowest, highest = settings.moe_relu_l1_reg_coeff_min, settings.moe_relu_l1_reg_coeff_max
     if not experts:
         yield "--moe-relu-routing needs experts to route to: give --num-experts (for instance 8)."
@@ -109,6 +110,10 @@ def _values(settings: Settings) -> Iterator[str]:
         yield f"--moe-relu-l1-reg-coeff-init {init} must be a positive number (default 1e-8)."
     if not 1.0 < multiplier < float("inf"):
         yield f"--moe-relu-l1-reg-coeff-multiplier {multiplier} must be above 1 (default 1.2)."
+    if (start is None) != (steps == 0) or steps < 0:
+        yield "--moe-relu-start-topk and --moe-relu-start-steps belong together: give both, for instance 4 and 1000."
+    elif start is not None and experts and not 0 < start <= experts:
+        yield f"--moe-relu-start-topk {start} must be at least 1 and at most --num-experts {experts}."
     if not 0.0 <= floor < 1.0:
         yield f"--moe-relu-layer-floor {floor} must be at least 0 and below 1 (default 0.001, 0 turns it off)."
     if power < 1:

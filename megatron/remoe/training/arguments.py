@@ -54,6 +54,20 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "same. Off by default. The log line shows them if N is a multiple of --log-interval.",
     )
     group.add_argument(
+        "--teacher",
+        metavar="FOLDER",
+        help="Train towards the predictions of a frozen model of the same shape, such as the top-k model that this "
+        "ReMoE was converted from: its checkpoint. Costs its memory and a forward pass.",
+    )
+    group.add_argument(
+        "--teacher-weight",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="With --teacher: the loss is that of the language model + W times KL(teacher, student), in nats per token "
+        "(default: %(default)s).",
+    )
+    group.add_argument(
         "--no-moe-router-pre-softmax",
         action="store_false",
         dest="moe_router_pre_softmax",
@@ -227,7 +241,7 @@ def apply_granularity(args: argparse.Namespace) -> None:
     args.moe_ffn_hidden_size = size // granularity
     args.num_experts *= granularity
     args.moe_router_topk *= granularity
-    for name in ("moe_warmup_topk", "moe_relu_max_experts"):
+    for name in ("moe_warmup_topk", "moe_relu_max_experts", "moe_relu_start_topk"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name) * granularity)
 

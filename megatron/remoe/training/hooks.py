@@ -89,17 +89,22 @@ def _install_controller(
     def finalize_and_update(*hook_args: Any, **hook_kwargs: Any) -> None:
         # Every schedule calls this once per training step, after the last backward pass, and never in evaluation.
         finalize(*hook_args, **hook_kwargs)
-        controller.update()
+        controller.update(_steps_done(args))
 
     chunks_config.finalize_model_grads_func = finalize_and_update
     set_moe_metrics_tracker(ReMoEMetricsTracker(args, controller))
     return model_chunks
 
 
+def _steps_done(args: argparse.Namespace) -> int:
+    """Return the optimizer steps before this one."""
+    # Megatron's loop sets one when it loads, the other at each step; an evaluation belongs to the step before it.
+    return max(args.iteration, getattr(args, "curr_iteration", 0))
+
+
 def _tell_steps(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     def begin_step(router: WarmupTopKRouter, _inputs: Any) -> None:
-        # Megatron's loop sets one when it loads, the other at each step; an evaluation belongs to the step before it.
-        router.begin_step(max(args.iteration, getattr(args, "curr_iteration", 0)))
+        router.begin_step(_steps_done(args))
 
     for module in (module for chunk in model_chunks for module in chunk.modules()):
         if isinstance(module, WarmupTopKRouter):

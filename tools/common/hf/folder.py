@@ -118,7 +118,7 @@ def read_config(folder: Path) -> RemoeConfig:
         ConversionError: config.json cannot be read, or a field is missing or wrong; the message names it.
     """
     path = folder / "config.json"
-    fields = _read_object(path)
+    fields = read_object(path)
     if (folder / "adapter_config.json").exists():
         raise ConversionError(f"{folder}: holds an adapter. Merge it into the model and save that.")
     for name, rule in (REQUIRED | OPTIONAL).items():
@@ -171,8 +171,8 @@ def read_tensors(folder: Path, config: RemoeConfig) -> Iterator[Tensors]:
     """
     places: dict[str, Path] = {}
     found: dict[str, tuple[int, ...]] = {}
-    for path in _files(folder):
-        for name, shape, dtype in _headers(path):
+    for path in weight_files(folder):
+        for name, shape, dtype in headers(path):
             if name in places:
                 raise ConversionError(f"{folder}: {name} is in {places[name].name} and in {path.name}.")
             if dtype not in DTYPES:
@@ -209,7 +209,7 @@ def _read(folder: Path, places: dict[str, Path], shapes: dict[str, torch.Size]) 
                 yield check_tensors(folder, shapes, {name: file.get_tensor(name)})
 
 
-def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+def headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Return name, shape and type of each tensor in a file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -219,14 +219,14 @@ def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
         raise ConversionError(f"{path}: cannot be read ({error}). Export or copy the model again.") from error
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     index = folder / INDEX
     if not index.exists():
         pickled = " Files like pytorch_model.bin can run code and are not read." * any(folder.glob("*.bin"))
         raise ConversionError(f"{folder}: has no {WEIGHTS}.{pickled} Save the model with save_pretrained.")
-    names = _read_object(index).get("weight_map")
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ConversionError(f"{index}: its weight_map must be an object of tensors and files.")
     for name in names.values():
@@ -235,7 +235,7 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names.values()))]
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -230,9 +230,25 @@ def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace
     Raises:
         ConversionError: as `flags_of`.
     """
-    args = _parser().parse_args([*flags_of(config), *more])
-    args.padded_vocab_size = config.vocab_size
-    args.params_dtype = config.dtype or torch.float32
+    return parse_flags([*flags_of(config), *more], config.vocab_size, config.dtype)
+
+
+def parse_flags(flags: Sequence[str], vocabulary: int, dtype: Any) -> argparse.Namespace:
+    """Return Megatron's arguments for flags of a model, as a training would save them.
+
+    Args:
+        flags: Megatron's and ReMoE's.
+        vocabulary: rows of the embedding.
+        dtype: of the weights, None for float32.
+
+    Raises:
+        ConversionError: this version has no such flag.
+    """
+    args, unknown = _parser().parse_known_args(flags)
+    if unknown:
+        raise ConversionError(f"this model needs {unknown[0]}, which this version does not have.", "REMOE-E512")
+    args.padded_vocab_size = vocabulary
+    args.params_dtype = dtype or torch.float32
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = args.iteration = 0
     return args
 

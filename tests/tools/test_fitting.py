@@ -1,0 +1,96 @@
+"""Dense layers are cut into parts that add up to them; routers are fitted to given gates."""
+
+import pytest
+import torch
+
+from tests.layers import FFN, HIDDEN, expert_weights, make_config, make_layer
+from tools.convert_checkpoint.fitting import fit_router, split_mlp
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def dense_weights(bias: bool = False, gated: bool = True) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"linear_fc1.weight": (FFN * (1 + gated), HIDDEN), "linear_fc2.weight": (HIDDEN, FFN)}
+    if bias:
+        shapes |= {"linear_fc1.bias": (FFN * (1 + gated),), "linear_fc2.bias": (HIDDEN,)}
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def mlp(tokens: torch.Tensor, weights: dict[str, torch.Tensor], gated: bool = True) -> torch.Tensor:
+    hidden = torch.nn.functional.linear(tokens, weights["linear_fc1.weight"], weights.get("linear_fc1.bias"))
+    if gated:
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = torch.nn.functional.silu(gate) * up
+    else:
+        hidden = torch.nn.functional.gelu(hidden)
+    return torch.nn.functional.linear(hidden, weights["linear_fc2.weight"], weights.get("linear_fc2.bias"))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_parts_of_a_layer_add_up_to_it(gated: bool) -> None:
+    parts, weights = 4, dense_weights(bias=True, gated=gated)
+    tokens = torch.randn(9, HIDDEN, dtype=torch.float64)
+    cut = split_mlp(weights, parts, gated)
+    assert len(cut) == parts and cut[0]["linear_fc2.weight"].shape == (HIDDEN, FFN // parts)
+    torch.testing.assert_close(
+        sum(mlp(tokens, part, gated) for part in cut), mlp(tokens, weights, gated), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_layer_with_granularity_equals_the_dense_one(process_groups: None) -> None:
+    """Where the gates of each part's copies add up to one, however they share it."""
+    granularity, copies = 2, 3
+    config = make_config(
+        num_moe_experts=granularity * copies, moe_granularity=granularity, moe_ffn_hidden_size=FFN // granularity
+    )
+    layer = make_layer(config)
+    weights = dense_weights()
+    with torch.no_grad():
+        for expert, (fc1, fc2) in enumerate(expert_weights(layer)):
+            part = split_mlp(weights, granularity, gated=True)[expert // copies]
+            fc1.copy_(part["linear_fc1.weight"])
+            fc2.copy_(part["linear_fc2.weight"])
+        # The first coordinate of every token is 1: gates are 0.7, 0.3 and 0, and 0.4 + v, 0.4 - v and 0.2.
+        layer.router.weight.zero_()
+        layer.router.weight[:3, 0] = torch.tensor([0.7, 0.3, -1.0], dtype=torch.float64)
+        layer.router.weight[3:, 0] = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
+        layer.router.weight[3, 1], layer.router.weight[4, 1] = 0.05, -0.05
+    tokens = torch.randn(5, 2, HIDDEN, dtype=torch.float64).clamp(-4, 4)
+    tokens[..., 0] = 1.0
+    tokens = tokens.to(layer.router.weight.device)
+    output, _ = layer.eval()(tokens)
+    torch.testing.assert_close(output.cpu(), mlp(tokens.cpu(), weights), rtol=1e-12, atol=1e-12)
+
+
+def normed_inputs(common: float, tokens: int = 6000, hidden: int = 32) -> torch.Tensor:
+    """As a norm leaves them: of equal length, with a part in common that is `common` times as large as the rest."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(tokens, hidden, generator=generator) + common * torch.randn(hidden, generator=generator)
+    return torch.nn.functional.normalize(inputs, dim=1) * hidden**0.5
+
+
+@pytest.mark.parametrize(("common", "bound"), [(0.0, 0.25), (1.0, 0.1), (10.0, 0.05)])
+def test_gates_of_copies_add_up_to_one(common: float, bound: float) -> None:
+    inputs = normed_inputs(common)
+    fitted = fit_router(inputs, torch.ones(len(inputs), 2), copies=8, seed=5)
+    gates = torch.relu(inputs @ fitted.weight.T)
+    sums = gates.view(len(inputs), 2, 8).sum(dim=2)
+    assert (sums - 1).square().mean().sqrt() == pytest.approx(fitted.error, rel=1e-3)
+    assert fitted.error < bound
+    assert fitted.sparsity == pytest.approx(float((gates == 0).float().mean()), abs=1e-4)
+    # No copy is left out, nor does any take over.
+    assert gates.mean(dim=0) == pytest.approx(1 / 8, rel=0.2)
+    assert (gates > 0).float().mean(dim=0).min() > 0.3
+    assert gates.std(dim=0).min() > 0.01
+
+
+def test_gates_of_another_router_are_found() -> None:
+    inputs = normed_inputs(common=1.0)
+    wanted = torch.randn(8, 32, generator=torch.Generator().manual_seed(4)) / 10
+    off = wanted + torch.randn(8, 32, generator=torch.Generator().manual_seed(6)) / 30
+    fitted = fit_router(inputs, torch.relu(inputs @ wanted.T), start=7 * off)
+    assert fitted.error < 0.02
+    torch.testing.assert_close(fitted.weight, wanted, rtol=0, atol=0.02)
+    again = fit_router(inputs, torch.relu(inputs @ wanted.T), start=7 * off)
+    assert torch.equal(again.weight, fitted.weight)

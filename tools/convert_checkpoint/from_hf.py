@@ -1,0 +1,197 @@
+"""Import a top-k MoE from a Hugging Face folder: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2.
+
+Each weight of Megatron's model is looked up in the folder; one that is missing there, or left over, is an error.
+"""
+
+import argparse
+import gc
+import importlib.util
+import re
+import shlex
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from megatron.core.models.gpt import GPTModel
+
+from ..common.checkpoints import check_output, save
+from ..common.display import Display
+from ..common.errors import ConversionError
+from ..common.hf.folder import headers, weight_files
+from ..common.hf.settings import parse_flags
+from ..common.megatron_model import EXPERT, build
+from ..common.one_process import one_process
+from .hf_flags import flags_of, read_config
+
+BOUND = 1e-4  # of the logits' difference, as a share of the largest
+TOKENS = 512
+# Batch size, steps and learning rate are for the user to choose.
+PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 64 --train-iters 1000 --lr 1e-5"
+PROGRAM += " --eval-interval 1000 --data-path DATA"
+LAYER = re.compile(r"decoder\.layers\.(?P<number>\d+)\.(?P<rest>.+)")
+OUTER = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+# In a layer: Megatron's name → the folder's. Several are put one below the other.
+INNER = {
+    "input_layernorm.weight": ["input_layernorm.weight"],
+    "self_attention.linear_proj.weight": ["self_attn.o_proj.weight"],
+    "self_attention.linear_q_proj.weight": ["self_attn.q_proj.weight"],
+    "self_attention.linear_q_down_proj.weight": ["self_attn.q_a_proj.weight"],
+    "self_attention.linear_q_up_proj.weight": ["self_attn.q_b_proj.weight"],
+    "self_attention.linear_kv_down_proj.weight": ["self_attn.kv_a_proj_with_mqa.weight"],
+    "self_attention.linear_kv_up_proj.weight": ["self_attn.kv_b_proj.weight"],
+    "self_attention.kv_layernorm.weight": ["self_attn.kv_a_layernorm.weight"],
+    "self_attention.q_layernorm.weight": ["self_attn.q_norm.weight"],
+    "self_attention.k_layernorm.weight": ["self_attn.k_norm.weight"],
+    "pre_mlp_layernorm.weight": ["post_attention_layernorm.weight"],
+    "mlp.router.weight": ["mlp.gate.weight"],
+    "mlp.linear_fc1.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.linear_fc2.weight": ["mlp.down_proj.weight"],
+    "mlp.shared_experts.linear_fc1.weight": [
+        "mlp.shared_experts.gate_proj.weight",
+        "mlp.shared_experts.up_proj.weight",
+    ],
+    "mlp.shared_experts.linear_fc2.weight": ["mlp.shared_experts.down_proj.weight"],
+    "self_attention.linear_qkv.weight": [
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ],
+}
+QKV = "self_attention.linear_qkv.weight"
+# Where a family's names differ.
+RENAMED = {
+    "mixtral": {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    "deepseek_v2": {"self_attn.q_norm": "self_attn.q_a_layernorm"},
+}
+
+
+def convert_hf(options: argparse.Namespace, display: Display) -> None:
+    """Write the folder `options.from_hf` as a checkpoint to `options.save`, if the logits of both models agree.
+
+    Raises:
+        ConversionError: it holds no such model, or one that Megatron cannot express; it is damaged; the logits differ.
+    """
+    check_output(options.save)
+    folder: Path = options.from_hf
+    config = read_config(folder)
+    flags = flags_of(folder, config)
+    args = parse_flags(flags, config.vocab_size, config.dtype)
+    display.say(f"{config.model_type}: {args.num_layers} layers of hidden size {args.hidden_size}, {args.num_experts} "
+                f"experts, {args.moe_router_topk} per token")  # fmt: skip
+    with nullcontext() if torch.distributed.is_initialized() else one_process(options.seed):
+        model = build(args)
+        fill(model, config, Weights(folder))
+        length = min(TOKENS, config.max_position_embeddings)
+        tokens = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(options.seed))
+        with torch.no_grad():
+            logits = model(tokens, torch.arange(length)[None], None)
+        has_engine = importlib.util.find_spec("transformer_engine") is not None
+        args.transformer_impl = options.transformer_impl or ("transformer_engine" if has_engine else "local")
+        difference = float((_logits(folder, tokens) - logits).abs().max() / logits.abs().max())
+        result = f"largest difference of logits {difference:.1e} of the largest, on {length} random tokens"
+        if not difference <= BOUND:
+            raise ConversionError(f"{result}, above {BOUND:.0e}: nothing was written.", "REMOE-E514")
+        display.say(result)
+        save(model.to(args.params_dtype), args, options.save, args.transformer_impl == "transformer_engine")
+    display.say(
+        f"wrote {options.save}. Train on from it:\n"
+        f"{PROGRAM} {shlex.join(['--pretrained-checkpoint', str(options.save), *flags])}\n"
+        f"or make a ReMoE with half the experts per token of it: python tools/convert_checkpoint --load {options.save} "
+        f"--save REMOE --moe-router-topk {max(1, args.moe_router_topk // 2)} --data-path DATA"
+    )
+
+
+class Weights:
+    """The tensors of a folder's .safetensors files by name, read one at a time.
+
+    Attributes:
+        unused: names that nobody has asked for yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            ConversionError: a file is missing, damaged or outside the folder.
+        """
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        for path in weight_files(folder):
+            names = [name for name, _, _ in headers(path)]
+            self._files |= dict.fromkeys(names, safe_open(path, framework="pt"))
+        self.unused = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return a tensor in its own dtype.
+
+        Raises:
+            ConversionError: it is missing, or holds NaN or infinity.
+        """
+        if name not in self._files:
+            raise ConversionError(f"{self._folder}: has no {name}, which its config.json calls for.")
+        self.unused.discard(name)
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        if not tensor.isfinite().all():
+            raise ConversionError(f"{self._folder}: {name} holds values that are not finite.")
+        return tensor
+
+
+@torch.no_grad()
+def fill(model: GPTModel, config: Any, weights: Weights) -> None:
+    """Copy a folder's weights into Megatron's model.
+
+    Raises:
+        ConversionError: a tensor is missing, unexpected, not finite, or has another shape.
+    """
+    for name, tensor in model.state_dict().items():
+        if not torch.is_tensor(tensor):
+            continue
+        names = _names(name, config)
+        parts = [weights.get(one) for one in names]
+        if name.endswith(QKV):
+            heads = [part.view(config.num_key_value_heads, -1, config.hidden_size) for part in parts]
+            parts = [torch.cat(heads, dim=1).flatten(0, 1)]
+        found = torch.cat(parts)
+        if found.shape != tensor.shape:
+            raise ConversionError(
+                f"--from-hf: {', '.join(names)} should have the shape {list(tensor.shape)} together, and has "
+                f"{list(found.shape)}."
+            )
+        tensor.copy_(found)
+    if weights.unused:
+        first = min(weights.unused)
+        raise ConversionError(f"--from-hf: {len(weights.unused)} tensors, such as {first}, do not belong to the model.")
+
+
+def _names(name: str, config: Any) -> list[str]:
+    """Return the folder's names of the tensors that one of Megatron's is made of."""
+    if (layer := LAYER.fullmatch(name)) is None:
+        return [OUTER[name]]
+    rest, prefix = layer["rest"], ""
+    if expert := EXPERT.fullmatch(name):
+        rest, prefix = f"mlp.{expert['weight']}", f"experts.{expert['expert']}."
+    found = [other.replace("mlp.", f"mlp.{prefix}") for other in INNER[rest]]
+    for old, new in RENAMED.get(config.model_type, {}).items():
+        found = [other.replace(old, new) for other in found]
+    return [f"model.layers.{layer['number']}.{other}" for other in found]
+
+
+@torch.no_grad()
+def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits of transformers' own model, which is freed again."""
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
+    logits: torch.Tensor = model(tokens, use_cache=False).logits
+    del model
+    gc.collect()
+    return logits
