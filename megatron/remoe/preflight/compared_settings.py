@@ -73,8 +73,8 @@ def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
 def result(args: argparse.Namespace) -> Settings:
     """Return what the result depends on; data sets by name, for they may have been moved."""
     names = RESULT + (RESULT_OF_EXPERTS if getattr(args, "num_experts", None) else [])
-    found = _picked(args, names + (RESULT_OF_RELU if getattr(args, "moe_relu_routing", False) else []))
-    for name, words in _picked(args, list(DATA)).items():
+    found = picked(args, names + (RESULT_OF_RELU if getattr(args, "moe_relu_routing", False) else []))
+    for name, words in picked(args, list(DATA)).items():
         words = [words] if isinstance(words, str) else words or []
         found[name] = [_weight_or_name(word) for word in words]
     return found
@@ -89,7 +89,7 @@ def _weight_or_name(word: str) -> float | str:
 
 def shape(args: argparse.Namespace) -> Settings:
     """Return the settings that give the weights their shapes."""
-    found = _picked(args, SHAPE)
+    found = picked(args, SHAPE)
     if getattr(args, "heterogeneous_layers_config_encoded_json", None):
         return {}
     pattern = getattr(args, "hybrid_layer_pattern", None)
@@ -131,7 +131,7 @@ def differences(
         args, saved: Megatron's, of this run and of the checkpoint; settings that one of them lacks are left out.
         settings: the names to compare, or a function that returns what to compare.
     """
-    here, there = (_picked(each, settings) if isinstance(settings, list) else settings(each) for each in (args, saved))
+    here, there = (picked(each, settings) if isinstance(settings, list) else settings(each) for each in (args, saved))
     names = [name for name in here if name in there and not _same(here[name], there[name])]
     granularities = getattr(args, "moe_granularity", 1), getattr(saved, "moe_granularity", 1)
     if names and granularities[0] != granularities[1]:
@@ -144,7 +144,7 @@ def differences(
     )
 
 
-def _picked(args: argparse.Namespace, names: list[str]) -> Settings:
+def picked(args: argparse.Namespace, names: list[str]) -> Settings:
     """Return the settings of these names that exist; older checkpoints do not have all of them."""
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 

@@ -85,7 +85,7 @@ class Teacher:
         if wrong:
             flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
             raise UsageError(f"{flags}: does not work with --teacher. Leave it out.", "REMOE-E212")
-        if different := differences(shape(args), shape(saved), args, saved):
+        if different := differences(args, saved, shape):
             raise UsageError(
                 f"--teacher {args.teacher}: is a model of another shape: {different}. Give the checkpoint that the "
                 "model in training was made from.",
