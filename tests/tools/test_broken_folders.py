@@ -37,8 +37,6 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "shared_expert_gate": (None, 1),
     "qk_norm": ("tails", 1),
     "kv_lora_rank": (0, -1, NAN, "16", 16),
-    "q_lora_rank": (0, "16"),
-    "v_head_dim": (-1, None),
     "rope_interleave": (None, False),
     "rms_norm_eps": (0, -1e-5, NAN, INFINITY, None, "small", [1e-5], 2),
     "rope_parameters": (None, {}, [], "default", 5, {"rope_type": "default"}, {"rope_theta": 500.0}),
