@@ -120,8 +120,9 @@ def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
         raise ToolError("--max-experts-per-token: the model under --load has no ReLU routing.", "REMOE-E501")
     if most is not None and not 1 <= most <= config.num_experts:
         raise ToolError(f"--max-experts-per-token {most}: must be 1 to {config.num_experts}.", "REMOE-E501")
+    config.max_experts_per_token = most
     for block in expert_blocks(model).values():
-        block.width = most
+        block.all_active = most is None
 
 
 def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> GPTDataset:
