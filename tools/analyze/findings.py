@@ -94,7 +94,9 @@ def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[i
         }
     if len(names) > 1:
         bits, (mean, percentile) = information(counts.routed.sum(dim=1)), _shuffled(counts)
-        found["specialization"] = by_layer(counts.layers, bits=bits, shuffled=mean, shuffled_95=percentile)
+        per_token = information_per_token(counts)
+        columns = {"bits": bits, "shuffled": mean, "shuffled_95": percentile, "bits_per_token": per_token}
+        found["specialization"] = by_layer(counts.layers, **columns)
     found["tokens"] = {layer: _tokens_of(counts, place, text_of) for place, layer in enumerate(counts.layers)}
     return found
 
@@ -114,6 +116,20 @@ def information(routed: torch.Tensor) -> torch.Tensor:
     mean = share.sum(dim=0) / some
     terms = torch.where(share > 0, share * (share / mean).log2(), 0.0)
     return terms.sum(dim=(0, 2)) / some[:, 0]
+
+
+def information_per_token(counts: Counts) -> torch.Tensor:
+    """Return the information on the data set of all a token's experts, as if they were independent, in bits.
+
+    A token without an expert is an event like an active pair: the information of an event times a token's events. With
+    top-1 it equals `information`.
+
+    Returns:
+        float64 `[layers]`.
+    """
+    events = torch.cat([counts.routed.sum(dim=1), counts.histogram[..., :1]], dim=-1)
+    per_token = events.sum(dim=-1).double() / counts.histogram.sum(dim=-1).clamp(min=1)
+    return information(events) * per_token.mean(dim=0)
 
 
 def _shuffled(counts: Counts) -> tuple[torch.Tensor, torch.Tensor]:
