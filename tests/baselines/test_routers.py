@@ -82,6 +82,27 @@ def test_expert_thresholds_follow_the_batches(process_groups: None) -> None:
     assert not router(tokens, padding)[1].any()
 
 
+def test_top_p_takes_the_fewest_experts_and_holds_their_number(process_groups: None) -> None:
+    router, tokens = make_layer("top_p", num_moe_experts=8).router, make_tokens()
+    router.threshold.fill_(int(0.6 / 2.0**-32))
+    scores = (tokens.detach() @ router.weight.detach().T).softmax(dim=-1).view(-1, 8)
+    with torch.no_grad():  # the first pass of a recomputed layer
+        probs, routing_map = router(tokens)
+    for row, taken in zip(scores, routing_map, strict=True):
+        ordered = row.sort(descending=True).values
+        fewest = next(number for number in range(1, 9) if ordered[:number].sum() >= 0.6)
+        assert taken.sum() == fewest and row[taken].min() >= ordered[fewest - 1]
+    torch.testing.assert_close(probs, scores * routing_map)
+    assert torch.equal(router(tokens)[1], routing_map), "p moves after it"
+
+    averages = [router(tokens)[1].double().sum(dim=1).mean() for _ in range(200)]
+    assert abs(float(sum(averages[-20:])) / 20 - 2) < 0.1, "k = 2, where 24 tokens allow no finer steps than 1/24"
+    router.eval()
+    kept = router.threshold.clone()
+    padding = torch.ones(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
+    assert not router(tokens, padding)[1].any() and torch.equal(router.threshold, kept)
+
+
 def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
     router = make_layer("hash", num_moe_experts=8).router
     ids = torch.randint(0, 50000, (BATCH, 4096), device=DEVICE)
@@ -116,6 +137,7 @@ def test_layer_sums_what_the_map_says(
     name: str, fused: bool, process_groups: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, tokens = make_layer(name, fused), make_tokens()
+    layer.router.train(name != "top_p")  # p would move from one call to the next
     probs, routing_map = layer.router(tokens)
     if name == "random":
         again = probs, routing_map
@@ -172,7 +194,7 @@ def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["hash", "expert_threshold"])
+@pytest.mark.parametrize("name", ["hash", "expert_threshold", "top_p"])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
     """One process, and two that share each sequence and exchange tokens with its experts."""
 

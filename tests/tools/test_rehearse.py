@@ -179,6 +179,7 @@ def test_the_gpu_waits_for_the_host() -> None:
     assert step_seconds([2.0, 3.0], [[5.0, 1.0], [0.5]]) == (1 + 5 + 1) + (3 + 0.5)
     assert step_seconds([2.0], [[0.25, 0.25]]) == 2.25
     assert step_seconds([0.0, 4.0], [[1.0, 1.0], []]) == 2 + 4
+    assert step_seconds([1.0, 1.0], [[4.0, 4.0], [1.0]], [1]) == 8.5 + 1, "the first wait leaves an operation running"
 
 
 def test_small_experts_and_heads_are_slower() -> None:

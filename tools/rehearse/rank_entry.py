@@ -125,7 +125,7 @@ class Rehearsal:
                 self._mark()
             return tolist(sizes)
 
-        layer.count_later, LateSizes.tolist = counted, waited  # type: ignore[method-assign]
+        layer.count_later, LateSizes.tolist = counted, waited  # type: ignore[method-assign, assignment]
 
     def _step(self, plan: dict[str, str], run: Any) -> Any:
         from megatron.training import get_args

@@ -5,6 +5,7 @@ from megatron.remoe.baselines.expert_choice import ExpertChoiceRouter
 from megatron.remoe.baselines.expert_threshold import ExpertThresholdRouter
 from megatron.remoe.baselines.hash import HashRouter
 from megatron.remoe.baselines.random import RandomRouter
+from megatron.remoe.baselines.top_p import TopPRouter
 
 # The key is the flag's value.
 ROUTERS: dict[str, type[TopKRouter]] = {
@@ -12,4 +13,5 @@ ROUTERS: dict[str, type[TopKRouter]] = {
     "expert_choice": ExpertChoiceRouter,
     "random": RandomRouter,
     "expert_threshold": ExpertThresholdRouter,
+    "top_p": TopPRouter,
 }

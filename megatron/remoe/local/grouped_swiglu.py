@@ -155,13 +155,13 @@ class OneKernel:
             num_pairs: rows of the products; with `LateSizes` those of experts may end before or after them.
             device: where the weights are.
         """
-        late = isinstance(tokens_per_expert, LateSizes)
-        counted = tokens_per_expert.on_device if late else tokens_per_expert
+        late = tokens_per_expert if isinstance(tokens_per_expert, LateSizes) else None
+        counted = tokens_per_expert if isinstance(tokens_per_expert, torch.Tensor) else tokens_per_expert.on_device
         self.ends = counted.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
         self.end = None
-        if late:
-            self.end = self.ends.clamp_(max=num_pairs)[-1:]  # where the rows of pairs end
-        self.sizes = tokens_per_expert if late or not counted.is_cuda else None
+        if late is not None:
+            self.end = self.ends.clamp_(max=num_pairs)[-1:]  # the rows of pairs end here
+        self.sizes = tokens_per_expert if late is not None or not counted.is_cuda else None
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `OneByOne`'s."""

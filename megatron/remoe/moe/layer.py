@@ -1,8 +1,8 @@
 """Megatron's MoE layer for a varying number of experts per token, in bounded memory while there are many.
 
-T tokens (sequence x batch), E experts, P pairs (of a token and an expert that is active for it), H hidden size.
+T tokens (sequence x batch), E experts, P pairs (a token and an expert that is active for it), H hidden size.
 
-    route → count → for each chunk of tokens: plan → dispatch → experts → combine
+    forward → _forward: route → count → for each chunk of tokens: plan → dispatch → experts → combine
 
 At the target sparsity there is one chunk.
 """
@@ -28,10 +28,10 @@ from megatron.remoe.moe.plan import Counts, Guess, Ranks, count_known, count_lat
 
 
 class ReMoELayer(MoELayer):
-    """`MoELayer` that takes any routing map; its router comes with `submodules`, and may be Megatron's too.
+    """`MoELayer` for any routing map. Its router comes with `submodules`; Megatron's top-k router works too.
 
-    While routing is dense it works through its tokens in chunks, whose activations are computed again in the backward
-    pass, so that it never holds more pairs than `moe_relu_activation_limit` times those of the target.
+    While routing is dense, the layer runs its tokens in chunks and computes their activations again in the backward
+    pass. So it never holds more pairs than `moe_relu_activation_limit` times those of the target.
 
     Attributes:
         pairs_limit: that bound in pairs per token; 0 for none.
@@ -69,16 +69,7 @@ class ReMoELayer(MoELayer):
                 launches_ahead = getattr(config, "moe_relu_launch_ahead", False) and not is_topk
                 if launches_ahead and takes_grouped_kernel(self.experts.fc1):
                     self._guess = Guess(config.moe_router_topk, self.pairs_limit)
-        for parameter in self.experts.parameters():
-            # An optimizer of their own for experts: Megatron has it with expert parallelism only, and then cannot load
-            # the optimizer's state from a checkpoint without.
-            parameter.allreduce = False
-        if isinstance(self.experts, SequentialMLP):
-            for expert in self.experts.local_experts:
-                if isinstance(expert.linear_fc2, tensor_parallel.RowParallelLinear):
-                    # Megatron adds the bias in place to the result of a reduction. Over one rank that returns its
-                    # input, which autograd does not let anybody change; so leave such a reduction out.
-                    expert.linear_fc2.explicit_expert_comm = True
+        _prepare_experts(self.experts)
 
     def forward(
         self,
@@ -93,7 +84,7 @@ class ReMoELayer(MoELayer):
             hidden_states: `[sequence, batch, H]`.
             intermediate_tensors: Megatron's, for parts of the layer in CUDA graphs.
             padding_mask: bool `[batch, sequence]`, True at padding.
-            for_router: further arguments that some versions of Megatron hand to the router.
+            for_router: more arguments that some versions of Megatron pass to the router.
 
         Returns:
             `[sequence, batch, H]` and no bias.
@@ -172,12 +163,12 @@ class ReMoELayer(MoELayer):
         chunks = (whole.tensor_split(len(counts)) for whole in (tokens, probs_TE, map_TE))
         return torch.cat([run(*chunk) for chunk in zip(*chunks, counts, strict=True)]).view_as(hidden_states)
 
-    # Three ways through the experts, `[sequence, batch, H]` → the same shape. One is chosen when the layer is built.
+    # Three ways through the experts, `[sequence, batch, H]` → the same shape; `__init__` chooses one.
 
     def _in_place(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
     ) -> torch.Tensor:
-        """Let the experts read the tokens where they are, and add to their sums: this rank has all experts."""
+        """Run the experts on the tokens in place: this rank has all experts."""
         plan = plan_dispatch(probs_TE, map_TE, counts, self.backend)
         tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
         output, _ = self.experts(tokens_TH, counts.tokens_per_expert, plan.gates_P, plan.order)
@@ -195,10 +186,24 @@ class ReMoELayer(MoELayer):
     def _by_megatron(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
     ) -> torch.Tensor:
-        """Let Megatron's dispatcher send them, which counts for itself."""
+        """Send them with Megatron's dispatcher, which counts by itself."""
         pairs_PH, gates_P = self.preprocess(hidden_states, probs_TE, map_TE)
         output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
         return self.postprocess(self.combine(output), None)
+
+
+def _prepare_experts(experts: torch.nn.Module) -> None:
+    """Make experts load and train alike in every layout."""
+    for parameter in experts.parameters():
+        # Megatron gives experts their own optimizer only with expert parallelism. A checkpoint's optimizer state would
+        # then not load with another expert parallel size.
+        parameter.allreduce = False  # type: ignore[attr-defined]
+    if isinstance(experts, SequentialMLP):
+        for expert in experts.local_experts:
+            if isinstance(expert.linear_fc2, tensor_parallel.RowParallelLinear):
+                # Megatron adds the bias in place to the result of a reduction. Over one rank that is the input itself,
+                # which autograd does not allow to change: skip this reduction.
+                expert.linear_fc2.explicit_expert_comm = True
 
 
 class _OwnGradient(torch.autograd.Function):
@@ -214,7 +219,7 @@ class _OwnGradient(torch.autograd.Function):
 
 
 def takes_plans(config: TransformerConfig) -> bool:
-    """Return whether tokens go by a plan; Megatron's own dispatchers are right for the rest."""
+    """Return whether dispatch follows our plan; otherwise Megatron's own dispatchers are right."""
     permutes = config.moe_permute_fusion or config.moe_router_padding_for_quantization
     return config.moe_token_dispatcher_type == "alltoall" and not (permutes or config.moe_pad_expert_input_to_capacity)
 

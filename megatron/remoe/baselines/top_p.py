@@ -1,0 +1,78 @@
+"""Top-p routing at a fixed average cost (DTop-p, arXiv 2512.13996): a PI controller moves the threshold p.
+
+    a token's experts: the fewest whose softmax probabilities add up to p, the most probable first
+    error = (k - experts per token) / E,     p = k/E + PROPORTIONAL · error + INTEGRAL · Σ error
+
+T tokens (sequence x batch), E experts.
+"""
+
+from typing import Any
+
+import torch
+
+from megatron.core.transformer.moe.router import TopKRouter
+
+PROPORTIONAL, INTEGRAL, UNIT = 0.2, 0.1, 2.0**-32
+
+
+class TopPRouter(TopKRouter):
+    """Takes as many of a token's most probable experts as reach the probability p; k experts per token on average.
+
+    Each layer has its own p, moved after each batch in training. The paper shares one p among layers, whose logits it
+    normalizes; that and its gains are not part of this.
+
+    Attributes:
+        errors: int64 scalar, the sum of the errors in units of 2^-32: half-precision wrappers cast floats.
+        threshold: int64 scalar, p of the next batch in the same units.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        start = round(self.topk / self.num_experts / UNIT)  # equal probabilities reach k/E with k experts
+        self.register_buffer("errors", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("threshold", torch.full((), start, dtype=torch.int64, device=device))
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route each token to its most probable experts, and move p in training.
+
+        Args:
+            logits: `[sequence, batch, E]`, in the router's dtype.
+            padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
+            _unused: arguments of other routings in some versions of Megatron.
+
+        Returns:
+            probs: `[T, E]`, the softmax over all experts where the map is True, else 0.
+            routing_map: bool `[T, E]`.
+        """
+        padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
+        logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts), padding_mask=padding_mask_T)
+        scores_TE = logits_TE.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        ordered_TE, experts_TE = scores_TE.detach().double().sort(dim=-1, descending=True, stable=True)
+        before_TE = ordered_TE.cumsum(dim=-1) - ordered_TE
+        is_needed_TE = before_TE < self.threshold.double() * UNIT
+        map_TE = torch.zeros_like(is_needed_TE).scatter_(1, experts_TE, is_needed_TE)
+        if padding_mask_T is not None:
+            map_TE = map_TE & ~padding_mask_T.unsqueeze(-1)
+        # Recomputation has to route as the first pass did, so p moves after it.
+        if self.training and torch.is_grad_enabled():
+            self._move_threshold(map_TE, padding_mask_T)
+        return torch.where(map_TE, scores_TE, 0.0).to(logits.dtype), map_TE
+
+    @torch.no_grad()
+    def _move_threshold(self, map_TE: torch.Tensor, padding_mask_T: torch.Tensor | None) -> None:
+        tokens = map_TE.new_full((), len(map_TE), dtype=torch.float64)
+        if padding_mask_T is not None:
+            tokens = tokens - padding_mask_T.sum()
+        seen = torch.stack([map_TE.sum().double(), tokens])
+        if self.tp_dp_cp_group.size() > 1:
+            torch.distributed.all_reduce(seen, group=self.tp_dp_cp_group)
+        error = (self.topk - seen[0] / seen[1].clamp(min=1.0)) / self.num_experts * (seen[1] > 0)
+        start = self.topk / self.num_experts
+        # The sum stops where p alone would leave 0 to 1.
+        total = (self.errors * UNIT + error).clamp(-start / INTEGRAL, (1.0 - start) / INTEGRAL)
+        threshold = (start + PROPORTIONAL * error + INTEGRAL * total).clamp(UNIT, 1.0)
+        self.errors.copy_((total / UNIT).round().to(torch.int64))
+        self.threshold.copy_((threshold / UNIT).round().to(torch.int64))
