@@ -25,7 +25,7 @@ class Pairs:
         from megatron.core.transformer.moe import token_dispatcher
         from megatron.remoe.moe import layer, plan
 
-        plan.read_pairs = self._counted(plan.read_pairs)
+        plan.read_pairs = self.counted(plan.read_pairs)
         layer.count_later = self._arrived(layer.count_later)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
         item, truth = torch.Tensor.item, torch.Tensor.__bool__
@@ -42,7 +42,9 @@ class Pairs:
         for name, function in {"item": read, "__bool__": read_truth}.items():
             setattr(torch.Tensor, name, function)
 
-    def _counted(self, real: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
+    def counted(self, real: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
+        """Return `read_pairs` with the numbers of this share, about evenly over the experts."""
+
         def read_pairs(routing_map: torch.Tensor, chunks: int, *how: Any) -> tuple[torch.Tensor, Any]:
             pairs, counted = real(routing_map, chunks, *how)
             for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(chunks)):
