@@ -91,9 +91,7 @@ class Teacher:
                 "model in training was made from.",
                 "REMOE-E212",
             )
-        routing = {"moe_relu_routing": False} | picked(
-            saved, [*RESULT_OF_EXPERTS, *RESULT_OF_RELU, "moe_relu_routing"]
-        )
+        routing = {"moe_relu_routing": False} | picked(saved, [*RESULT_OF_EXPERTS, *RESULT_OF_RELU, "moe_relu_routing"])
         self._args = argparse.Namespace(**(vars(args) | routing | {"moe_warmup_topk": None}))
         self._weight = args.teacher_weight
         self._logits: torch.Tensor | None = None
