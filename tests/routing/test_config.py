@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 def test_flags_are_the_fields() -> None:
     args = add_remoe_arguments(argparse.ArgumentParser()).parse_args([])
     own = {name for name in ReMoEConfig.__dataclass_fields__ if name not in MEGATRONS_FIELDS}
-    assert vars(args).keys() == own | {"local_layer_fusion", "allow_changed_settings", "moe_log_flips_interval"}
+    assert vars(args).keys() == own | {
+        *("local_layer_fusion", "allow_changed_settings", "moe_log_flips_interval", "teacher", "teacher_weight")
+    }
     for name in own:
         assert getattr(args, name) == ReMoEConfig.__dataclass_fields__[name].default
     for action in add_remoe_arguments(argparse.ArgumentParser())._actions:

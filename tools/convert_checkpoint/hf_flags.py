@@ -121,6 +121,7 @@ def _deepseek(config: Any) -> list[str]:
     pattern = [int(layer >= config.first_k_dense_replace) for layer in range(config.num_hidden_layers)]
     flags = f"""
         --multi-latent-attention --qk-layernorm --kv-lora-rank {config.kv_lora_rank}
+        --kv-channels {config.hidden_size // config.num_attention_heads}
         --qk-head-dim {config.qk_nope_head_dim} --qk-pos-emb-head-dim {config.qk_rope_head_dim}
         --v-head-dim {config.v_head_dim} --moe-ffn-hidden-size {config.moe_intermediate_size}
         --moe-shared-expert-intermediate-size {config.n_shared_experts * config.moe_intermediate_size}
