@@ -70,6 +70,7 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         {"overlap_dispatch_backward_with_experts_wgrad": True},
         "--overlap-dispatch-backward-with-experts-wgrad .* add --moe-relu-activation-limit 0",
     ),
+    "FP8 in chunks": ({"fp8": "hybrid"}, "--fp8-format hybrid .* add --moe-relu-activation-limit 0"),
     "prediction with local norms": (
         {
             "mtp_num_layers": 1,

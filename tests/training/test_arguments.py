@@ -137,8 +137,6 @@ REFUSED = {
     "moe_enable_routing_replay": [],
     "moe_apply_probs_on_input": [],
     "moe_router_padding_for_quantization": [],
-    "fp8": ["hybrid"],
-    "fp4": ["e2m1"],
     "moe_aux_loss_coeff": ["1e-2", "--moe-router-load-balancing-type", "global_aux_loss"],
     "moe_router_enable_expert_bias": [],
     "moe_router_load_balancing_type": ["global_aux_loss"],
