@@ -127,6 +127,7 @@ def _values(settings: Settings) -> Iterator[str]:
         yield f"--moe-relu-activation-limit {limit} must be at least 1 (default 2), or 0 for no limit."
 
 
+DEEPEP_SLOTS = 32  # a warp's lanes: the most experts of a token that its kernels take
 ONE_DISPATCH = "a layer that works in chunks has no single dispatch to overlap with"
 # PyTorch's checkpoint runs a chunk again without fp8_autocast. Transformer Engine's would, but keeps the scales of
 # delayed scaling in the order of the forward passes, while chunks go backward from the last.
@@ -143,11 +144,15 @@ def _combinations(settings: Settings, beside: str = "--moe-relu-routing") -> Ite
     """Yield settings of Megatron that are refused in combination."""
     backend = getattr(settings, "moe_flex_dispatcher_backend", None)
     if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
-        yield (
-            f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {beside}: "
-            "it sends the k largest gates of a token and drops the others. Use --moe-flex-dispatcher-backend hybridep, "
-            "or --moe-token-dispatcher-type alltoall (or allgather)."
-        )
+        experts = settings.moe_relu_max_experts or _experts(settings)
+        slots = experts * (getattr(settings, "expert_tensor_parallel_size", None) or 1)
+        if backend != "deepep" or slots > DEEPEP_SLOTS:
+            yield (
+                f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {beside}: "
+                f"a token may need {slots} slots, and the backend drops what does not fit. Use "
+                f"--moe-flex-dispatcher-backend hybridep, deepep with --moe-relu-max-experts of at most {DEEPEP_SLOTS} "
+                "(times expert tensor parallelism), or --moe-token-dispatcher-type alltoall (or allgather)."
+            )
     for name, reason in NOT_IN_CHUNKS.items():
         if settings.moe_relu_activation_limit and (value := getattr(settings, name, None)):
             yield (

@@ -117,8 +117,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "moe_enable_deepep",
         bool,
-        "DeepEP sends exactly k experts per token",
-        f"{DISPATCHERS}: _DeepepManager.setup_metadata",
+        "it is Megatron's old name for a backend",
+        CONFIG,
+        "Use --moe-flex-dispatcher-backend deepep",
     ),
     Refusal(
         "moe_enable_routing_replay",
