@@ -8,6 +8,8 @@ import torch
 
 from megatron.core.extensions import transformer_engine_spec_provider as provider
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer import transformer_config
+from megatron.core.transformer.moe import experts
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -96,15 +98,67 @@ def test_engine_experts_equal_oracle(
     layer.to(torch.float64)
     assert type(layer.experts) is (EngineExperts if with_kernels else TEGroupedMLP)
     assert not with_kernels or layer.experts.is_plain
-    experts = list(zip(layer.experts.linear_fc1.weights, layer.experts.linear_fc2.weights, strict=True))
+    pairs_of_weights = list(zip(layer.experts.linear_fc1.weights, layer.experts.linear_fc2.weights, strict=True))
     tokens = torch.randn(9, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
     weights = [tokens, layer.router.weight, *layer.experts.parameters()]
     direction = torch.randn_like(tokens)
     output, _ = layer(tokens)
     found = torch.autograd.grad((output * direction).sum(), weights)
-    expected, _, pairs = oracle(tokens.view(-1, HIDDEN), layer.router.weight, experts, topk)
+    expected, _, pairs = oracle(tokens.view(-1, HIDDEN), layer.router.weight, pairs_of_weights, topk)
     assert pairs != 18 * topk
     right = torch.autograd.grad((expected.view_as(tokens) * direction).sum(), weights)
     torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
     for mine, theirs in zip(found, right, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+class Padding(torch.nn.Module):
+    """The interface of Transformer Engine's `Fp8Padding` and `Fp8Unpadding`: each expert's rows to a multiple of 16."""
+
+    def __init__(self, experts: int, align_size: int | None = None) -> None:
+        super().__init__()
+
+    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[int]]:
+        sizes = [-(-size // 16) * 16 for size in m_splits]
+        parts = zip(rows.split(m_splits), m_splits, sizes, strict=True)
+        return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, to - of)) for part, of, to in parts]), sizes
+
+
+class Unpadding(Padding):
+    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
+        padded = [-(-size // 16) * 16 for size in m_splits]
+        return torch.cat([part[:size] for part, size in zip(rows.split(padded), m_splits, strict=True)])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0, -1.0], ids=["all", "some", "none"])
+def test_fp8_gets_whole_blocks_of_each_expert(
+    engine_spec: ModuleSpec, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many pairs there are, numbers are those without quantization; the kernels' rounding is not played."""
+    monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: True)
+    monkeypatch.setattr(experts, "HAVE_TE", True)
+    monkeypatch.setattr(experts, "Fp8Padding", Padding)
+    monkeypatch.setattr(experts, "Fp8Unpadding", Unpadding)
+    seen: list[int] = []
+    forward = GroupedLinear.forward
+
+    def watched(self: GroupedLinear, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
+        seen.extend(m_splits)
+        return forward(self, rows, m_splits)
+
+    monkeypatch.setattr(GroupedLinear, "forward", watched)
+    tokens, found, weights = torch.rand(9, 2, HIDDEN, dtype=torch.float64) + 0.1, [], None
+    for precision in ({}, {"fp8": "hybrid", "fp8_recipe": "mxfp8"}):
+        config = make_config(moe_router_topk=2, moe_grouped_gemm=True, moe_relu_activation_limit=0.0, **precision)
+        layer = with_engine_kernels(with_relu_routing(engine_spec)).submodules.mlp(config=config, layer_number=1)
+        layer.set_layer_number(1)
+        weights = weights or layer.to(torch.float64).state_dict()
+        layer.to(torch.float64).load_state_dict(weights)
+        if share:
+            layer.router.weight.data.abs_().mul_(share)
+        seen.clear()
+        output, _ = layer(copy := tokens.clone().requires_grad_())
+        found.append((output, *torch.autograd.grad(output.square().sum(), [copy, *layer.parameters()])))
+    assert seen and all(size % 16 == 0 for size in seen)
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain)

@@ -53,10 +53,10 @@ def test_the_page_has_every_refusal() -> None:
 
 
 REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
-    "DeepEP": ({"moe_token_dispatcher_type": "flex"}, "backend deepep .* Use --moe-flex-dispatcher-backend hybridep"),
+    "DeepEP": ({"moe_token_dispatcher_type": "flex", "num_moe_experts": 33}, "backend deepep .* 33 slots"),
     "NCCL-EP": (
         {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "ncclep"},
-        "backend ncclep .* sends the k largest gates",
+        "backend ncclep .* slots",
     ),
     "HybridEP with a budget": (
         {
@@ -70,6 +70,7 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         {"overlap_dispatch_backward_with_experts_wgrad": True},
         "--overlap-dispatch-backward-with-experts-wgrad .* add --moe-relu-activation-limit 0",
     ),
+    "FP8 in chunks": ({"fp8": "hybrid"}, "--fp8-format hybrid .* add --moe-relu-activation-limit 0"),
     "prediction with local norms": (
         {
             "mtp_num_layers": 1,

@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels.backend import backend_of
 from megatron.remoe.local.experts import GroupedExperts
@@ -69,6 +70,12 @@ class ReMoELayer(MoELayer):
                 launches_ahead = getattr(config, "moe_relu_launch_ahead", False) and not is_topk
                 if launches_ahead and takes_grouped_kernel(self.experts.fc1):
                     self._guess = Guess(config.moe_router_topk, self.pairs_limit)
+        manager = getattr(self.token_dispatcher, "_comm_manager", None)
+        if isinstance(manager, _DeepepManager) and not is_topk:
+            # A slot for each expert that a token may have, and any capacity factor: then gates of 0 are not sent.
+            slots = getattr(config, "moe_relu_max_experts", None) or config.num_moe_experts
+            manager.router_topk = slots * self.token_dispatcher.tp_size
+            manager.capacity_factor = 1.0
         _prepare_experts(self.experts)
 
     def forward(

@@ -136,22 +136,39 @@ def _values(settings: Settings) -> Iterator[str]:
         yield f"--moe-relu-activation-limit {limit} must be at least 1 (default 2), or 0 for no limit."
 
 
+DEEPEP_SLOTS = 32  # a warp's lanes: the most experts of a token that its kernels take
+ONE_DISPATCH = "a layer that works in chunks has no single dispatch to overlap with"
+# PyTorch's checkpoint runs a chunk again without fp8_autocast. Transformer Engine's would, but keeps the scales of
+# delayed scaling in the order of the forward passes, while chunks go backward from the last.
+QUANTIZED = "chunks of a layer are computed again outside of the quantized part"
+NOT_IN_CHUNKS = {
+    "moe_shared_expert_overlap": ONE_DISPATCH,
+    "overlap_dispatch_backward_with_experts_wgrad": ONE_DISPATCH,
+    "fp8": QUANTIZED,
+    "fp4": QUANTIZED,
+}
+
+
 def _combinations(settings: Settings, beside: str) -> Iterator[str]:
     """Yield settings that are refused in combination."""
     if beside == "--moe-relu-routing" and settings.moe_relu_launch_ahead:
         yield from _launch_ahead(settings)
     backend = getattr(settings, "moe_flex_dispatcher_backend", None)
     if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
-        yield (
-            f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {beside}: "
-            "it sends the k largest gates of a token and drops the others. Use --moe-flex-dispatcher-backend hybridep, "
-            "or --moe-token-dispatcher-type alltoall (or allgather)."
-        )
-    for overlap in ("moe_shared_expert_overlap", "overlap_dispatch_backward_with_experts_wgrad"):
-        if settings.moe_relu_activation_limit and getattr(settings, overlap, False):
+        experts = settings.moe_relu_max_experts or _experts(settings)
+        slots = experts * (getattr(settings, "expert_tensor_parallel_size", None) or 1)
+        if backend != "deepep" or slots > DEEPEP_SLOTS:
             yield (
-                f"{flag(overlap)} (on) cannot be used with --moe-relu-activation-limit: a layer that works in chunks "
-                "has no single dispatch to overlap with. Leave it out, or add --moe-relu-activation-limit 0."
+                f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {beside}: "
+                f"a token may need {slots} slots, and the backend drops what does not fit. Use "
+                f"--moe-flex-dispatcher-backend hybridep, deepep with --moe-relu-max-experts of at most {DEEPEP_SLOTS} "
+                "(times expert tensor parallelism), or --moe-token-dispatcher-type alltoall (or allgather)."
+            )
+    for name, reason in NOT_IN_CHUNKS.items():
+        if settings.moe_relu_activation_limit and (value := getattr(settings, name, None)):
+            yield (
+                f"{flag(name)} {shown(value)} cannot be used with --moe-relu-activation-limit: {reason}. Leave it out, "
+                "or add --moe-relu-activation-limit 0."
             )
     is_hybrid = getattr(settings, "hybrid_layer_pattern", None) or getattr(settings, "is_hybrid_model", False)
     if getattr(settings, "mtp_num_layers", None) and not is_hybrid:

@@ -70,15 +70,15 @@ DROPLESS = "Leave it out: ReMoE is dropless"
 FIXED_K = "it drops tokens or pads them to a fixed number"
 IGNORED = "it belongs to top-k routing and has no effect"
 OTHER_CLASS = "Megatron replaces the configuration class for it"
-QUANTIZED = "recomputing chunks of a layer needs Transformer Engine's checkpoint"
 TOPK_SPEC = "its router and dispatcher compute top-k"
-UNTESTED_STATE = "it is not tested with the router's state"
+RELEASED = "it releases gradients before λ's update, which would miss NaN"
+UNTESTED_STATE = "it needs GPUs, and was never run with the router's state"
 
 CONFIG = "core/transformer/transformer_config.py: TransformerConfig"
 DISPATCHERS = "core/transformer/moe/token_dispatcher.py"
 EXPERTS = "core/transformer/moe/experts.py: TEGroupedMLP"
+FSDP = "core/distributed/fsdp/src/megatron_fsdp/megatron_fsdp.py"
 INFERENCE_SPEC = "core/models/gpt/moe_module_specs.py: get_inference_optimized_moe_spec"
-MOE_LAYER = "core/transformer/moe/moe_layer.py: MoELayer.forward"
 MOE_UTILS = "core/transformer/moe/moe_utils.py"
 ROUTING = "core/transformer/moe/router.py: TopKRouter.routing"
 WRAPPING = "training/models/dist_utils.py"
@@ -117,8 +117,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "moe_enable_deepep",
         bool,
-        "DeepEP sends exactly k experts per token",
-        f"{DISPATCHERS}: _DeepepManager.setup_metadata",
+        "it is Megatron's old name for a backend",
+        CONFIG,
+        "Use --moe-flex-dispatcher-backend deepep",
     ),
     Refusal(
         "moe_enable_routing_replay",
@@ -134,8 +135,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "Leave it out: the gate scales the expert's output",
     ),
     Refusal("moe_router_padding_for_quantization", bool, ADDS_PAIRS, f"{MOE_UTILS}: pad_routing_map"),
-    Refusal("fp8", bool, QUANTIZED, MOE_LAYER, "Use --bf16"),
-    Refusal("fp4", bool, QUANTIZED, MOE_LAYER, "Use --bf16"),
     Refusal("moe_aux_loss_coeff", lambda value: any(as_list(value)), IGNORED, ROUTING, BALANCED),
     Refusal("moe_router_enable_expert_bias", bool, IGNORED, ROUTING, BALANCED),
     Refusal(
@@ -199,7 +198,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("use_inference_optimized_layers", bool, TOPK_SPEC, INFERENCE_SPEC),
     Refusal("heterogeneous_layers_config_path", _given, OTHER_CLASS, SETTINGS),
     Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS, SETTINGS),
-    Refusal("use_megatron_fsdp", bool, UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),
+    Refusal("use_megatron_fsdp", bool, RELEASED, f"{FSDP}: MegatronFSDP"),
     Refusal("use_torch_fsdp2", bool, UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),
     Refusal(
         "init_model_with_meta_device",
