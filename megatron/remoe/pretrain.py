@@ -11,9 +11,13 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from megatron.remoe.preflight.run_lock import RunLock
     from megatron.training.models.base import ModelConfig
 
 # Started without torchrun, this is the only process.
@@ -30,9 +34,16 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     """
     check_versions()
     on_cpu = prepare()
+    from megatron.remoe.preflight.run_lock import RunLock
+
     try:
         with ExitStack() as at_the_end:
-            train(on_cpu, observe, at_the_end)
+            if "--inprocess-restart" in sys.argv:
+                from megatron.remoe.training.restarts import run_with_restarts
+
+                run_with_restarts(partial(train, on_cpu, observe, RunLock(at_the_end)))
+            else:
+                train(on_cpu, observe, RunLock(at_the_end), at_the_end)
     except SystemExit:
         raise
     except BaseException as error:
@@ -87,12 +98,20 @@ def prepare() -> bool:
     return on_cpu
 
 
-def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_end: ExitStack) -> None:
+def train(
+    on_cpu: bool,
+    observe: "Callable[[ModelConfig], None] | None",
+    lock: "RunLock",
+    at_the_end: ExitStack,
+    store: "Store | None" = None,
+) -> None:
     """Parse, lock, check, patch, configure the model, install the routing, and call Megatron's loop.
 
     Args:
         on_cpu, observe: as in `main`.
-        at_the_end: what ends with the training.
+        lock: held longer than one call if the training is started again in this process.
+        at_the_end: what ends with this call.
+        store: where the ranks meet, other than by MASTER_ADDR.
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import cpu, patches
@@ -102,7 +121,6 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     from megatron.remoe.preflight.data import check_data, check_vocabulary
     from megatron.remoe.preflight.machine import check_kernels
     from megatron.remoe.preflight.messages import usage_errors
-    from megatron.remoe.preflight.run_lock import only_training
     from megatron.remoe.training import hooks
     from megatron.remoe.training.arguments import model_config_from_args, parse_args, take_saved_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
@@ -122,7 +140,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
         if on_cpu:
             cpu.adapt_arguments(args)
         check_kernels(args.moe_kernels, on_cpu)
-        at_the_end.enter_context(only_training(args))
+        lock.take(args)
         resume = choose_checkpoint(args)
         if resume is not None:
             resume.apply(args)
@@ -148,7 +166,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     if observe is not None:
         observe(model_cfg)
     config = pretrain_cfg_container_from_args(args, model_cfg)
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, step)
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, step, store=store)
     if not args.skip_train and args.iteration >= args.train_iters:
         print_rank_last(
             f"Nothing to do: the checkpoint in --load {args.load} is of iteration {args.iteration}, and --train-iters "

@@ -135,7 +135,6 @@ ENTRY = {
         "E203|--non-persistent-save-interval|--non-persistent-ckpt-type global",
     ),
     "profile on a CPU": Case(on("text", "--profile"), "E203|--profile|--use-pytorch-profiler"),
-    "restart in the process": Case(on("text", "--inprocess-restart"), "E210|--inprocess-restart|--max-restarts"),
     "kernels without a GPU": Case(
         on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
     ),

@@ -91,9 +91,6 @@ def check_settings(args: argparse.Namespace) -> None:
                 ),
             },
         )
-    # training/inprocess_restart.py: `pretrain` is called again, without the arguments that the cleaning has removed.
-    restart = "--inprocess-restart: Megatron 0.19.2 cannot train again in the same process. Leave it out, and let "
-    _refuse("REMOE-E210", {f"{restart}torchrun start new processes: --max-restarts 3.": args.inprocess_restart})
     sets, names, prefixes = args.multiple_validation_sets, args.validation_set_names, args.valid_data_path
     full = "--multiple-validation-sets with --full-validation"
     on_cpu = args.distributed_backend == "gloo"

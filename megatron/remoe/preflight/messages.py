@@ -135,9 +135,15 @@ def end_with_last_words(error: BaseException) -> NoReturn:
     traceback.clear_frames(error.__traceback__)
     gc.collect()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    words = f"rank {os.environ.get('RANK')}: " if several else ""
-    _say(words + (with_code(cause) if isinstance(cause, UsageError) else _in_short(cause)))
+    _say(last_words(error, os.environ.get("RANK") if several else None))
     raise SystemExit(1)
+
+
+def last_words(error: BaseException, rank: str | None = None) -> str:
+    """Return a short message of what ended a training: the rank, the cause and the remedy."""
+    cause = _cause(error)
+    words = f"rank {rank}: " if rank is not None else ""
+    return words + (with_code(cause) if isinstance(cause, UsageError) else _in_short(cause))
 
 
 def _in_short(error: BaseException) -> str:

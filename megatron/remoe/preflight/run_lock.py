@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +29,24 @@ class FolderInUseError(UsageError):
     """Another training writes into the folder; the message names its host, process and start."""
 
     code = "REMOE-E103"
+
+
+class RunLock:
+    """The lock of a process that may start its training several times: taken once, and kept in between."""
+
+    def __init__(self, at_the_end: ExitStack) -> None:
+        """
+        Args:
+            at_the_end: releases the lock when it is closed.
+        """
+        self._at_the_end = at_the_end
+        self._is_held = False
+
+    def take(self, args: argparse.Namespace) -> None:
+        """Enter `only_training` if this process is the first rank and has not."""
+        if args.rank == 0 and not self._is_held:
+            self._at_the_end.enter_context(only_training(args))
+            self._is_held = True
 
 
 @contextmanager
