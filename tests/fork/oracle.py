@@ -59,8 +59,9 @@ KINDS = {
     "remoe": [*RELU, *ENGINE, *"--moe-grouped-gemm --moe-granularity 2 --moe-layer-recompute --bf16".split()],
     "remoe_engine": [*RELU, *ENGINE],
     "remoe_local": [*RELU, *LOCAL],
+    "remoe_one_file": [*RELU, *LOCAL, *"--ckpt-format torch".split()],
 }
-KEPT = ("dense", "topk", "remoe")
+KEPT = ("dense", "topk", "remoe", "remoe_one_file")
 
 
 def write_data(prefix: Path) -> None:

@@ -67,6 +67,7 @@ def continued(kind: str, text: Path, load: Path, save: Path) -> str:
     """Continue with the fork's own command line, but for what a machine without Transformer Engine lacks."""
     flags = [*oracle.MODEL, *oracle.TRAINING, *oracle.KINDS[kind]]
     flags = ["local" if word == "transformer_engine" else word for word in flags]
+    flags = ["torch_dist" if word == "torch" else word for word in flags]
     return run([*flags, "--data-path", str(text), "--load", str(load), "--save", str(save)])
 
 
@@ -201,8 +202,10 @@ def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shutil.copytree(saved / "dense", tmp_path / "zarr")
     (tmp_path / "zarr" / "iter_0000008" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert "zarr" in refusal("zarr")
-    shutil.copytree(saved / "dense", tmp_path / "files")
-    (tmp_path / "files" / "iter_0000008" / "mp_rank_00").mkdir()
+    shutil.copytree(saved / "remoe_one_file", tmp_path / "files")
+    shutil.copytree(
+        tmp_path / "files" / "iter_0000008" / "mp_rank_00", tmp_path / "files" / "iter_0000008" / "mp_rank_01"
+    )
     assert "--ckpt-convert-format" in refusal("files")
     shutil.copytree(saved / "dense", tmp_path / "cut")
     (tmp_path / "cut" / "iter_0000008" / ".metadata").unlink()

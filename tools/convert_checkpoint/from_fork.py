@@ -26,6 +26,7 @@ from ..common.checkpoints import ENGINE_NORM, LAYOUT, LOCAL_NORM, check_output, 
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.settings import complete
+from . import fork_file
 from .rewriting import Piece, Place, Writer, encoded, objects, read_tensor, rewritten
 
 COEFFICIENT = "moe_relu_l1_reg_coeff"
@@ -43,29 +44,30 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
     """
     check_output(options.save)
     folder = find_folder(options.load, options.ckpt_step)
-    kind = "torch" if any(folder.glob("mp_rank_*")) else _backend(folder)
-    if kind not in (None, "torch_dist"):
-        raise ConversionError(
-            f"{folder}: has the format {kind}. Start the fork once more with its flags and --ckpt-convert-format "
-            "torch_dist --ckpt-convert-save FOLDER, and convert FOLDER."
-        )
+    if _backend(folder) not in (None, "torch_dist"):
+        raise ConversionError(f"{folder}: has the format {_backend(folder)}. {fork_file.IN_THE_FORK}")
     try:
-        state, index = check_is_whole(folder), read_index(folder)
+        state = check_is_whole(folder)
+        index = None if any(folder.glob("mp_rank_*")) else read_index(folder)
     except BrokenCheckpointError as error:
         raise ConversionError(f"--load {options.load}: {error}. Choose another iteration with --ckpt-step.") from error
     if not hasattr(state.get("args"), "moe_relu_routing") or hasattr(state["args"], "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
-    _check_optimizer(folder, state)
+    if index is None:
+        pieces, things = fork_file.read(folder, state)
+    else:
+        _check_optimizer(folder, state)
+        pieces, things = _whole_pieces(folder, index), objects(folder, index)
     args = _arguments(state["args"])
     with (
         rewritten(folder, options.save, _common(state, args)) as writer,
-        display.step("copying", len(index.storage_data)),
+        display.step("copying", len(index.storage_data if index else state["model"])),
     ):
         target = _Target(args, writer)
-        for piece in _whole_pieces(folder, index):
+        for piece in pieces:
             target.add_tensor(*piece)
             display.advance(1)
-        for key, content in objects(folder, index):
+        for key, content in things:
             target.add_object(key, content)
             display.advance(1)
         if args.moe_relu_routing:
