@@ -1,0 +1,82 @@
+"""The activation limit: a layer that routes more pairs works in chunks, with the same result."""
+
+import pytest
+import torch
+
+from tests.layers import HIDDEN, make_config, make_layer
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+def dispatched_pairs(layer) -> list[int]:
+    """Fills with the number of token-expert pairs, which have a gate each, of every call of the experts."""
+    pairs: list[int] = []
+    layer.experts.register_forward_pre_hook(lambda _module, arguments: pairs.append(len(arguments[2])))
+    return pairs
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "MoE recompute"])
+@pytest.mark.parametrize("limit", [1.0, 1.4, 1.8])
+def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispatcher: str) -> None:
+    results, weights = [], None
+    for bound in (0.0, limit):
+        torch.manual_seed(4)
+        config = make_config(
+            num_moe_experts=8,
+            moe_router_topk=2,
+            moe_token_dispatcher_type=dispatcher,
+            moe_relu_l1_reg_coeff_init=0.2,
+            moe_relu_activation_limit=bound,
+            moe_shared_expert_intermediate_size=8,
+            **({"recompute_granularity": "selective", "recompute_modules": ["moe"]} if recompute else {}),
+        )
+        layer = make_layer(config, fused=True)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        dispatched = dispatched_pairs(layer)
+        tokens = torch.randn(23, 3, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+        output = layer(tokens)[0]
+        output.pow(2).sum().backward()
+        results.append((output.detach(), layer.router.counts.table, *(p.grad for p in (tokens, *layer.parameters()))))
+        pairs = int(layer.router.counts.active)
+        assert pairs > limit * 2 * 69, "more than the limit, or this tests nothing"
+        if bound:
+            assert max(dispatched) <= bound * 2 * 69
+            assert len(dispatched) >= 2 * pairs / (bound * 2 * 69), "each chunk twice"
+        else:
+            assert set(dispatched) == {pairs}
+    for plain, bounded in zip(*results, strict=True):
+        torch.testing.assert_close(bounded, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_unevenly_active_tokens_are_bounded_too() -> None:
+    """Equal parts of the sequence would have unequal numbers of pairs."""
+    config = make_config(num_moe_experts=8, moe_relu_activation_limit=2.0)
+    layer = make_layer(config, fused=True)
+    layer.router.weight.data.abs_()
+    tokens = -torch.ones(32, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device)
+    tokens[3:12] = 1.0
+    dispatched = dispatched_pairs(layer)
+    layer(tokens)
+    assert sum(dispatched) == 9 * 8 and max(dispatched) <= 2 * 32
+
+
+def test_at_the_target_nothing_is_computed_twice() -> None:
+    config = make_config(num_moe_experts=4, moe_router_topk=2, moe_relu_activation_limit=1.0)
+    layer = make_layer(config, fused=True)
+    weight = layer.router.weight.data.abs_()
+    weight[2:].neg_()
+    dispatched = dispatched_pairs(layer)
+    tokens = torch.rand(6, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device) + 0.1
+    layer(tokens.requires_grad_())[0].sum().backward()
+    assert dispatched == [24]
+
+
+def test_evaluation_is_bounded() -> None:
+    layer = make_layer(make_config(moe_relu_activation_limit=1.0), fused=True).eval()
+    layer.router.weight.data.abs_()
+    dispatched = dispatched_pairs(layer)
+    with torch.no_grad():
+        layer(torch.ones(8, 1, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))
+    assert dispatched == [8] * 4
