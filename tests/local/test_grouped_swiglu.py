@@ -89,7 +89,7 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
 def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathers: bool) -> None:
     """With the kernel of some GPUs, here PyTorch's `grouped_mm` for CPUs; and without it."""
-    products = OneKernel(torch.tensor(sizes), torch.device(DEVICE)) if kernel else OneByOne(sizes)
+    products = OneKernel(torch.tensor(sizes), sum(sizes), torch.device(DEVICE)) if kernel else OneByOne(sizes)
     torch.manual_seed(len(sizes))
     hidden, ffn = 32, 24  # the kernel wants rows of a multiple of 16 bytes
     num_tokens, rows = some_rows(sizes, gathers)
@@ -254,7 +254,7 @@ def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_memory)
     left, right = (torch.randn(7, width, dtype=torch.bfloat16) for width in (16, 8))
-    found = OneKernel(sizes, torch.device("cpu")).outers(left, right)
+    found = OneKernel(sizes, len(left), torch.device("cpu")).outers(left, right)
     assert not found[sizes == 0].any() and found[sizes > 0].all()
     torch.testing.assert_close(found[0], left[:3].T @ right[:3])
 

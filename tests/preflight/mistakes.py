@@ -78,8 +78,8 @@ ENTRY = {
     "a hybrid without experts": Case(on("text", "--hybrid-layer-pattern *-*-"), "E202|*-*-"),
     "two patterns of experts": Case(on("text", f"{HYBRID} --moe-layer-freq ([0,1])"), "E202|--moe-layer-freq 0 1"),
     "layers of other packages": Case(on("text", "--hybrid-layer-pattern M*E"), "--hybrid-layer-pattern M*E|mamba-ssm"),
-    "a hybrid of another pattern": Case(resumed("--hybrid-layer-pattern *-*E"), "E412|*-*E"),
-    "a hybrid as GPT": Case(resumed(run="hybrid"), "E412|'*E*E'"),
+    "a hybrid of another pattern": Case(resumed("--hybrid-layer-pattern *-*E"), "E412|*-*E|--model hybrid"),
+    "a hybrid as GPT": Case(resumed(run="hybrid"), "E412|'*E*E'|--model gpt"),
     "a hybrid of other layers": Case(
         resumed("--hybrid-layer-pattern *E*E*E", run="hybrid"), "E411|--hybrid-layer-pattern *E*E in the checkpoint"
     ),

@@ -1,4 +1,4 @@
-"""HybridModel, where attention and MLP are layers of their own: GPTModel's training."""
+"""HybridModel, where attention and MLP are layers of their own: GPTModel's training, and from one to the other."""
 
 import argparse
 from dataclasses import fields
@@ -13,15 +13,18 @@ from megatron.remoe.moe.specs import with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
-from tests.trainings import TINY, records
+from tests.trainings import REPOSITORY, TINY, records, run
 from tools.analyze.command import layer_numbers
+from tools.common.display import Display
 from tools.common.errors import ConversionError
 from tools.common.hf.opening import open_model
 from tools.common.hf.source import open_run
 from tools.common.hf.tensors import model_of
 from tools.common.hf.weights import read
-from tools.common.hybrid import as_gpt
+from tools.common.hybrid import as_hybrid
 from tools.common.tiny_model import RELU, TOPK
+from tools.convert_checkpoint.command import parse_arguments
+from tools.convert_checkpoint.model_class import convert_class
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
 RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3", "--num-workers", "0"]
@@ -57,6 +60,14 @@ class Trainings:
         checkpoint, _, config = open_run(self.folder / name, SAVED)
         return model_of(config, read(checkpoint, config)).state_dict()
 
+    def converted(self, name: str, model: str) -> str:
+        """The checkpoint of step `SAVED` for the other class."""
+        places = ["--load", str(self.folder / name), "--save", str(self.folder / f"{name}-as-{model}")]
+        flags = ["--model", model, *places, "--ckpt-step", str(SAVED)]
+        output = run(flags, script=REPOSITORY / "tools" / "convert_checkpoint")
+        assert "continue the training with --load" in output
+        return f"{name}-as-{model}"
+
 
 @pytest.fixture(scope="module")
 def trainings(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
@@ -69,7 +80,7 @@ def trainings(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory
     ids=["MoE layers", "dense and MoE layers"],
 )
 def test_one_training_in_two_classes(pattern: str, gpt: list[str], trainings: Trainings) -> None:
-    """Losses, norms, S and λ to the last digit, also after a resume."""
+    """Losses, norms, S and λ to the last digit; and each class goes on from the other's checkpoint as from its own."""
     name, hybrid = pattern.replace("*", "a"), ["--hybrid-layer-pattern", pattern]
     expected = trainings.saving(f"{name}-gpt", *gpt)
     assert len(expected) == END and "l1 coefficient" in expected[END]
@@ -78,7 +89,9 @@ def test_one_training_in_two_classes(pattern: str, gpt: list[str], trainings: Tr
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(one, weights[1][key]) for key, one in weights[0].items())
     expected = trainings.resumed(f"{name}-gpt", *gpt)
-    assert trainings.resumed(f"{name}-hybrid", *hybrid) == expected
+    of_gpt, of_hybrid = (trainings.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
+    assert trainings.resumed(of_gpt, *hybrid) == expected
+    assert trainings.resumed(of_hybrid, *gpt) == expected
     if not gpt:  # Megatron reads what is alike in all layers by itself
         assert trainings.resumed(f"{name}-gpt", *hybrid) == expected
 
@@ -112,15 +125,18 @@ def test_multi_token_prediction(trainings: Trainings) -> None:
     (flips,) = [record for record in read_run_log(folder / "metrics.jsonl") if record["kind"] == "flips"]
     assert flips["layer_rate"].keys() == {"2", "4"}
     assert flips["rate"] == pytest.approx(sum(flips["layer_rate"].values()) / 2)
+    options = parse_arguments(["--load", str(folder), "--save", str(folder / "gpt"), "--model", "gpt"])
+    with Display() as display, pytest.raises(ConversionError, match="multi-token prediction are not converted"):
+        convert_class(options, display)
     looked_at = layer_numbers(open_model(folder))
     assert [*map(str, looked_at)] == [*flips["layer_rate"]], "tools/analyze has the log's numbers"
 
 
 def test_hash_stays_in_its_class() -> None:
     """It goes by the layers' numbers."""
-    args = argparse.Namespace(moe_baseline_router="hash", hybrid_layer_pattern="*E*E")
+    args = argparse.Namespace(moe_baseline_router="hash", num_layers=2, num_experts=8, moe_layer_freq=1)
     with pytest.raises(ConversionError, match="--moe-baseline-router hash"):
-        as_gpt(args, "checkpoint")
+        as_hybrid(args)
 
 
 def test_transformer_engines_stack_takes_the_router() -> None:

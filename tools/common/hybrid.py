@@ -3,6 +3,8 @@
 import argparse
 import re
 
+from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
+
 from .errors import ConversionError
 
 FINAL_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}
@@ -28,11 +30,7 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
     pattern = getattr(args, "hybrid_layer_pattern", None)
     if not pattern:
         return args
-    if getattr(args, "moe_baseline_router", None) == "hash":
-        raise ConversionError(
-            f"{source}: --moe-baseline-router hash depends on the layers' numbers, which differ in a GPTModel.",
-            "REMOE-E512",
-        )
+    _refuse_hash(args)
     layers = pattern.replace("|", "")
     if not re.fullmatch(r"(\*[E-])+", layers):
         raise ConversionError(
@@ -44,3 +42,25 @@ def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
     args.hybrid_layer_pattern, args.num_layers = None, len(experts)
     args.moe_layer_freq = 1 if len(set(experts)) == 1 else experts
     return args
+
+
+def as_hybrid(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments of the HybridModel that computes the same as a GPTModel of `args`.
+
+    Raises:
+        ConversionError: the routing is by hash.
+    """
+    _refuse_hash(args)
+    args = argparse.Namespace(**vars(args))
+    mlps = ["E" if args.num_experts and has_experts else "-" for has_experts in moe_layer_pattern(args)]
+    args.hybrid_layer_pattern = "".join(f"*{mlp}" for mlp in mlps)
+    args.num_layers, args.moe_layer_freq = 2 * len(mlps), 1
+    return args
+
+
+def _refuse_hash(args: argparse.Namespace) -> None:
+    if getattr(args, "moe_baseline_router", None) == "hash":
+        raise ConversionError(
+            "--moe-baseline-router hash depends on the layers' numbers, which differ in the other model class.",
+            "REMOE-E512",
+        )

@@ -1,15 +1,16 @@
-"""Start a ReMoE from a dense checkpoint (upcycling) or from a top-k MoE checkpoint, or import a checkpoint.
+"""Start a ReMoE from a dense or top-k MoE checkpoint, import a checkpoint, or change the model's class.
 
 dense:         python tools/convert_checkpoint --load DENSE --save OUT --num-experts 8
 top-k:         python tools/convert_checkpoint --load MOE --save OUT
 Hugging Face:  python tools/convert_checkpoint --from-hf FOLDER --save OUT
 fork:          python tools/convert_checkpoint --from-fork --load RUN --save OUT
+class:         python tools/convert_checkpoint --load RUN --save OUT --model hybrid|gpt
 
 The shape of a ReMoE, and the text that its routers are fitted to, come from the arguments in the checkpoint. Nothing is
 written if the loss grows by more than a bound. Then train it like any ReMoE, with --pretrained-checkpoint OUT.
 
-From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. From the authors' fork
-the same training, of any routing, continues with --load OUT, optimizer state included.
+From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. From the fork,
+or with another class, the same training, of any routing, continues with --load OUT, optimizer state included.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from ..common.text import blend_of, sample
 from .fitting import fit_router
 from .from_fork import convert_fork
 from .from_hf import convert_hf
+from .model_class import convert_class
 from .models import count_pairs, fill, moe_layers, record_routers, round_to, source_args, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
@@ -56,6 +58,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--from-fork", action="store_true", help="convert a checkpoint of the authors' fork (github.com/thu-ml/ReMoE)"
+    )
+    parser.add_argument(
+        "--model", choices=("gpt", "hybrid"), help="only change Megatron's model class; nothing is fitted or measured"
     )
     shape = parser.add_argument_group("shape of the ReMoE (default from a top-k checkpoint: its own)")
     shape.add_argument("--num-experts", type=int, metavar="E", help="experts, each as large as the dense layer")
@@ -95,9 +100,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--loss-bound {args.loss_bound}: must be at least 0.")
     if args.from_hf and (args.from_fork or args.ckpt_step is not None):
         parser.error("--from-hf is not the folder of a run: leave out --from-fork and --ckpt-step.")
-    if (args.from_hf or args.from_fork) and (given := [name for name in OF_REMOE if getattr(args, name) is not None]):
+    if args.model and (args.from_hf or args.from_fork):
+        parser.error("--model needs a checkpoint of this project: import first, then change the class.")
+    if (args.from_hf or args.from_fork or args.model) and (
+        given := [name for name in OF_REMOE if getattr(args, name) is not None]
+    ):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        parser.error(f"an import does not change the model: leave out {flags}, and convert the result.")
+        parser.error(
+            f"an import or another class does not change the model: leave out {flags}, and convert the result."
+        )
     return args
 
 
@@ -125,7 +136,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     if EMBEDDING not in checkpoint.shapes:
         raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
     if getattr(checkpoint.args, "hybrid_layer_pattern", None):
-        raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel, and only GPT models are converted.")
+        raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel. Convert it with --model gpt first.")
     args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
     new_args = target_args(args, options)
     kind = "dense" if args.num_experts is None else "top-k"
@@ -215,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         with Display() as display:
-            (convert_fork if options.from_fork else convert_hf if options.from_hf else convert)(options, display)
+            kinds = {convert_hf: options.from_hf, convert_fork: options.from_fork, convert_class: options.model}
+            chosen = next((conversion for conversion, wanted in kinds.items() if wanted), convert)
+            chosen(options, display)
 
     return run_once("convert_checkpoint", work, "stopped; nothing was written")

@@ -106,6 +106,14 @@ def objects(folder: Path, index: Metadata) -> Iterator[tuple[str, bytes]]:
             yield key, read_bytes(folder, index, MetadataIndex(key))
 
 
+def tensors(folder: Path, index: Metadata) -> Iterator[Piece]:
+    """Yield the stored pieces of all tensors."""
+    for key, kind in index.state_dict_metadata.items():
+        if isinstance(kind, TensorStorageMetadata):
+            for chunk in kind.chunks:
+                yield key, tuple(kind.size), tuple(chunk.offsets), read_tensor(folder, index, key, chunk.offsets)
+
+
 def encoded(value: object) -> bytes:
     """Return the bytes that PyTorch stores for a tensor or an object."""
     stream = io.BytesIO()

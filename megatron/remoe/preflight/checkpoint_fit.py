@@ -140,10 +140,11 @@ def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterat
         problem = " holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
     # Megatron reads GPTModel's checkpoints into a HybridModel where all layers are alike, and none the other way.
     elif there and not here:
-        problem = f" holds a HybridModel: add --hybrid-layer-pattern '{there}'."
+        problem = f" holds a HybridModel: add --hybrid-layer-pattern '{there}', or make a GPTModel's checkpoint of it "
+        problem += "with tools/convert_checkpoint --model gpt."
     elif here and not there and {"E", "-"} <= set(here):
         problem = " holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, and "
-        problem += f"--hybrid-layer-pattern {here} has - and E: leave it out."
+        problem += f"--hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid."
     yield "REMOE-E412", problem
     different = differences(args, saved, shape)
     yield (
