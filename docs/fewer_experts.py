@@ -1,7 +1,7 @@
 """Remake the table "Fewer experts per token" of conversion.md: python docs/fewer_experts.py [FOLDER] [SEED ...]
 
 Trains a top-k model with 4 of 16 experts per token, then continues it with 2 in several ways, on the quickstart's text.
-A training that is complete is not repeated. On one core the three seeds take about half an hour.
+A training that is complete is not repeated. On one core the three seeds take about 40 minutes.
 """
 
 import json
@@ -75,7 +75,7 @@ def train(folder: Path, words: list[str]) -> None:
 
 
 def add_null_experts(source: Path, output: Path) -> None:
-    """Convert a top-k model: its null experts start as the mean of the router's rows, so it computes as before."""
+    """Convert a top-k model: null experts start as the mean of the router's rows, so it computes the same at first."""
     checkpoint = find(source, None)
     args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
     new_args = Namespace(**vars(args) | {"moe_baseline_router": "null_experts", "moe_router_topk": AFTER})
