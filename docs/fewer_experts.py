@@ -74,8 +74,8 @@ def train(folder: Path, words: list[str]) -> None:
     (folder / "done").touch()
 
 
-def add_null_experts(source: Path, output: Path) -> None:
-    """Convert a top-k model: null experts start as the mean of the router's rows, so it computes the same at first."""
+def add_null_experts(source: Path, output: Path, seed: int) -> None:
+    """Convert a top-k model: null experts get a new router's random rows, as in the paper."""
     checkpoint = find(source, None)
     args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
     new_args = Namespace(**vars(args) | {"moe_baseline_router": "null_experts", "moe_router_topk": AFTER})
@@ -83,8 +83,9 @@ def add_null_experts(source: Path, output: Path) -> None:
         model, target = build(args), build(new_args)
         load(checkpoint, model)
         weights = model.state_dict()
+        torch.manual_seed(seed)
         for name in [name for name in weights if name.endswith("mlp.router.weight")]:
-            weights[name] = torch.cat([weights[name], weights[name].mean(dim=0).expand(EXPERTS, -1)])
+            weights[name] = torch.cat([weights[name], SIZE.init_std * torch.randn(weights[name].shape)])
         target.load_state_dict(weights)
         save(target, new_args, output, engine_names=False)
 
@@ -131,7 +132,7 @@ def main() -> None:
             command = f"tools/convert_checkpoint --load {source} --save {remoe} --moe-router-topk {AFTER} --seed {seed}"
             subprocess.run([sys.executable, *command.split()], check=True, cwd=ROOT)
         if not (runs / WITH_NULLS).exists():
-            add_null_experts(source, runs / WITH_NULLS)
+            add_null_experts(source, runs / WITH_NULLS, seed)
         for name, (topk, more, start) in ARMS.items():
             words = flags(after, "remoe" if start == REMOE else "moe", topk, seed + 100, data)
             words += ["--pretrained-checkpoint", str(runs / start)]

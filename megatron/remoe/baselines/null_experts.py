@@ -26,9 +26,10 @@ class NullExpertRouter(TopKRouter):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.weight = torch.nn.Parameter(self.weight.new_empty(2 * self.num_experts, self.config.hidden_size))
-        if self.bias is not None:
-            self.bias = torch.nn.Parameter(self.bias.new_empty(2 * self.num_experts))
+        rows = 2 * self.num_experts
+        self.weight = torch.nn.Parameter(torch.empty(rows, self.config.hidden_size, dtype=torch.float32))
+        if self.config.add_bias_linear:
+            self.bias = torch.nn.Parameter(torch.empty(rows, dtype=torch.float32))
         self.reset_parameters()
 
     def routing(
