@@ -1,12 +1,14 @@
 """Remake the table "Fewer experts per token" of conversion.md: python docs/fewer_experts.py [FOLDER] [SEED ...]
 
 Trains a top-k model with 4 of 16 experts per token, then continues it with 2 in several ways, on the quickstart's text.
-A training that is complete is not repeated. On one core the three seeds take about half an hour.
+A training that is complete is not repeated. On one core the three seeds take about 40 minutes.
 """
 
+import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,22 +16,39 @@ from statistics import fmean, stdev
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tools.common.on_cpu import megatron_on_cpu  # noqa: E402
+
+megatron_on_cpu()
+
+import torch  # noqa: E402
+
 from megatron.remoe.training.run_log import read_run_log  # noqa: E402
-from tools.quickstart import corpora, corpus, dataset, models  # noqa: E402
+from tools.common.checkpoints import EMBEDDING, find, load, save  # noqa: E402
+from tools.common.display import Display  # noqa: E402
+from tools.common.megatron_model import build  # noqa: E402
+from tools.common.one_process import one_process  # noqa: E402
+from tools.common.text import blend_of, sample  # noqa: E402
+from tools.convert_checkpoint.command import loss_of  # noqa: E402
+from tools.convert_checkpoint.models import count_pairs, source_args  # noqa: E402
+from tools.quickstart import dataset, models  # noqa: E402
 from tools.recipes.models import Routing, Training  # noqa: E402
 
 STEPS_BEFORE, STEPS = 800, 600
 EXPERTS, BEFORE, AFTER = 16, 4, 2
 SIZE = replace(models.SIZE, ffn=64)
+SOURCE, REMOE, WITH_NULLS = "source/checkpoints", "converted", "with-null-experts"
 LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 MOVING = f"--moe-relu-start-topk {BEFORE} --moe-relu-start-steps {STEPS // 3}"
-# arm: experts per token, flags, whether it starts from the ReMoE that the source was converted into
+NULLS = "--moe-baseline-router null_experts"
+# arm: experts per token, flags, folder of the source or of what it was converted into
 ARMS = {
-    "top-k, 2 experts, teacher": (AFTER, "--teacher {source}", False),
-    "ReMoE, 2 experts, teacher": (AFTER, f"{LAMBDA} {MOVING} --teacher {{source}}", True),
-    "top-k, 2 experts": (AFTER, "", False),
-    "ReMoE, 2 experts": (AFTER, f"{LAMBDA} {MOVING}", True),
-    "top-k, 4 experts, goes on": (BEFORE, "", False),
+    "top-k, 2 experts, teacher": (AFTER, "--teacher {source}", SOURCE),
+    "ReMoE, 2 experts, teacher": (AFTER, f"{LAMBDA} {MOVING} --teacher {{source}}", REMOE),
+    "null experts, 2 experts, teacher": (AFTER, f"{NULLS} --teacher {{source}}", WITH_NULLS),
+    "top-k, 2 experts": (AFTER, "", SOURCE),
+    "ReMoE, 2 experts": (AFTER, f"{LAMBDA} {MOVING}", REMOE),
+    "null experts, 2 experts": (AFTER, NULLS, WITH_NULLS),
+    "top-k, 4 experts, goes on": (BEFORE, "", SOURCE),
 }
 
 
@@ -55,6 +74,35 @@ def train(folder: Path, words: list[str]) -> None:
     (folder / "done").touch()
 
 
+def add_null_experts(source: Path, output: Path, seed: int) -> None:
+    """Convert a top-k model: null experts get a new router's random rows, as in the paper."""
+    checkpoint = find(source, None)
+    args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
+    new_args = Namespace(**vars(args) | {"moe_baseline_router": "null_experts", "moe_router_topk": AFTER})
+    with one_process(0):
+        model, target = build(args), build(new_args)
+        load(checkpoint, model)
+        weights = model.state_dict()
+        torch.manual_seed(seed)
+        for name in [name for name in weights if name.endswith("mlp.router.weight")]:
+            weights[name] = torch.cat([weights[name], SIZE.init_std * torch.randn(weights[name].shape)])
+        target.load_state_dict(weights)
+        save(target, new_args, output, engine_names=False)
+
+
+def experts_per_token(folder: Path) -> float:
+    """Count a model's experts per token on its training text."""
+    checkpoint = find(folder, None)
+    args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
+    with one_process(0), Display() as display:
+        model = build(args)
+        load(checkpoint, model)
+        text = sample(blend_of(args, None), 256, args.seq_length, args.padded_vocab_size, 0)
+        with count_pairs(model) as pairs:
+            loss_of(model, text, display)
+    return EXPERTS * sum(active for active, _ in pairs) / sum(total for _, total in pairs)
+
+
 def figures(folder: Path) -> tuple[float, float | None, float | None]:
     """Return the loss of all held-out text in nats per byte; of the last 100 steps the experts per token and the KL."""
     records = list(read_run_log(folder / "checkpoints" / "metrics.jsonl"))
@@ -62,30 +110,32 @@ def figures(folder: Path) -> tuple[float, float | None, float | None]:
     loss = fmean((record["lm_loss"] for record in sets), [record["tokens"] for record in sets])
     last = [[record[name] for record in records if name in record][-5:] for name in ("sparsity", "teacher_kl")]
     sparsity, divergence = (fmean(values) if values else None for values in last)
-    return loss, None if sparsity is None else EXPERTS * (1 - sparsity), divergence
+    experts = None if sparsity is None else EXPERTS * (1 - sparsity)
+    return loss, experts_per_token(folder) if "null-experts" in folder.name else experts, divergence
 
 
 def main() -> None:
     """Do what is missing, and print the table."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/fewer_experts").resolve()
     seeds = list(map(int, sys.argv[2:])) or [1, 2, 3]
-    text = corpus.build(folder / "corpus", print, corpora.MIXED, corpora.CORPORA[corpora.MIXED]())
-    made = dataset.build(folder / "data", folder / "corpus", text, 1)
-    data = models.data_flags(folder / "data", made["tokens"]["train"])
+    text = dataset.make_text(folder, dataset.MIXED, print)
+    data = models.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     before = Training(STEPS_BEFORE, 16, 16, "4e-3", "4e-4", 0.95, 0.1)
     after = replace(before, iterations=STEPS, lr="1e-3", min_lr="1e-4")
     found: dict[str, list[tuple[float, float | None, float | None]]] = {}
     for seed in seeds:
         runs = folder / f"seed-{seed}"
-        source, remoe = runs / "source" / "checkpoints", runs / "converted"
+        source, remoe = runs / SOURCE, runs / REMOE
         train(runs / "source", flags(before, "moe", BEFORE, seed, data))
         found.setdefault(f"top-k, {BEFORE} experts, before", []).append(figures(runs / "source"))
         if not remoe.exists():
             command = f"tools/convert_checkpoint --load {source} --save {remoe} --moe-router-topk {AFTER} --seed {seed}"
             subprocess.run([sys.executable, *command.split()], check=True, cwd=ROOT)
-        for name, (topk, more, converted) in ARMS.items():
-            words = flags(after, "remoe" if converted else "moe", topk, seed + 100, data)
-            words += ["--pretrained-checkpoint", str(remoe if converted else source)]
+        if not (runs / WITH_NULLS).exists():
+            add_null_experts(source, runs / WITH_NULLS, seed)
+        for name, (topk, more, start) in ARMS.items():
+            words = flags(after, "remoe" if start == REMOE else "moe", topk, seed + 100, data)
+            words += ["--pretrained-checkpoint", str(runs / start)]
             run = runs / name.replace(" ", "-").replace(",", "")
             train(run, [*words, *more.format(source=source).split()])
             found.setdefault(name, []).append(figures(run))

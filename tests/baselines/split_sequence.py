@@ -25,7 +25,7 @@ def main() -> None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1234)
     rank = torch.distributed.get_rank()
-    for name in ("hash", "expert_choice"):
+    for name in ("hash", "expert_choice", "sequence_topk"):
         settings = {"moe_relu_routing": False, "moe_baseline_router": name, "moe_router_topk": 2}
         config = make_config(**settings, tensor_model_parallel_size=2, sequence_parallel=True)
         router = ROUTERS[name](config, ProcessGroupCollection.use_mpu_process_groups())

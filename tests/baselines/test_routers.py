@@ -13,12 +13,14 @@ from megatron.remoe.baselines.hash import hand_token_ids
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_fused_layers, with_router
 from megatron.remoe.routing.config import ReMoEConfig
+from megatron.remoe.routing.problems import WITH_AUXILIARY_LOSS
 from tests.layers import HIDDEN, expert_weights, make_config
 from tests.trainings import REPOSITORY, TINY, run, series
 from tools.common.tiny_model import TOPK
 
 SEQUENCE, BATCH = 8, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BALANCED = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1".split()
 BASELINE = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --moe-baseline-router".split()
 
 
@@ -103,6 +105,56 @@ def test_top_p_takes_the_fewest_experts_and_holds_their_number(process_groups: N
     assert not router(tokens, padding)[1].any() and torch.equal(router.threshold, kept)
 
 
+def test_null_experts_take_the_largest_of_all_and_balance(process_groups: None) -> None:
+    """4 of 16 choices; the auxiliary loss brings 2 of them to the 8 experts on average, from no null expert at all."""
+    balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
+    router = make_layer("null_experts", num_moe_experts=8, **balanced).router
+    tokens = make_tokens().detach()
+    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
+    padding[-3:, 0] = True
+    probs, routing_map = router(tokens, padding)
+    logits = (tokens @ router.weight.detach().T).view(-1, 16)
+    for row, is_padding, gates, taken in zip(logits, padding.view(-1), probs, routing_map, strict=True):
+        chosen = [] if is_padding else [int(place) for place in row.argsort(descending=True)[:4] if place < 8]
+        assert taken.nonzero().flatten().tolist() == sorted(chosen)
+        expected = torch.zeros(8, dtype=torch.float64, device=DEVICE)
+        expected[chosen] = row[chosen].softmax(dim=0)
+        torch.testing.assert_close(gates, expected)
+    assert len(set(routing_map.sum(dim=1).tolist())) > 2
+
+    with torch.no_grad():
+        router.weight[8:] = router.weight[:8].mean(dim=0)
+        tokens += 0.5
+    assert router(tokens)[1].sum(dim=1).double().mean() > 3
+    optimizer = torch.optim.Adam([router.weight], lr=0.01)
+    averages = []
+    for _ in range(300):
+        probs, routing_map = router(tokens)
+        averages.append(float(routing_map.sum(dim=1).double().mean()))
+        optimizer.zero_grad()
+        (0 * probs).sum().backward()  # the auxiliary loss alone
+        optimizer.step()
+    assert sum(averages[-50:]) / 50 == pytest.approx(2, abs=0.2)
+
+
+def test_a_sequence_shares_its_choices(process_groups: None) -> None:
+    router, tokens = make_layer("sequence_topk").router, make_tokens()
+    scores = (tokens.detach() @ router.weight.detach().T).softmax(dim=-1)
+    for training in (True, False):
+        router.train(training)
+        probs, routing_map = router(tokens)
+        torch.testing.assert_close(probs, (scores.view(-1, 4) * routing_map))
+        for sequence, taken in enumerate(routing_map.view(SEQUENCE, BATCH, 4).unbind(dim=1)):
+            assert not training or taken.sum() == 2 * SEQUENCE
+            for token in range(SEQUENCE):
+                end = SEQUENCE if training else token + 1  # no later token counts in evaluation
+                least = scores[:end, sequence].flatten().sort(descending=True).values[2 * end - 1]
+                assert torch.equal(taken[token], scores[token, sequence] >= least)
+        assert len(set(routing_map.sum(dim=1).tolist())) > 1
+    padding = torch.ones(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
+    assert not router(tokens, padding)[1].any()
+
+
 def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
     router = make_layer("hash", num_moe_experts=8).router
     ids = torch.randint(0, 50000, (BATCH, 4096), device=DEVICE)
@@ -180,6 +232,7 @@ def test_the_embedding_hands_over_ids(process_groups: None) -> None:
         ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor 1.0 cannot be used with"),
         ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 cannot be used with"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm (on) cannot be used with"),
+        ({"moe_baseline_router": "sequence_topk", "context_parallel_size": 2}, "--context-parallel-size 2 cannot be"),
     ],
 )  # fmt: skip
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -194,12 +247,13 @@ def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["hash", "expert_threshold", "top_p"])
+@pytest.mark.parametrize("name", ["hash", "expert_threshold", "top_p", "null_experts", "sequence_topk"])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
     """One process, and two that share each sequence and exchange tokens with its experts."""
 
     def train(*more: str, processes: int = 1) -> list[float]:
         shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "3", *BASELINE, name]
+        shared += BALANCED if name in WITH_AUXILIARY_LOSS else []
         losses = series(run([*shared, *more], processes), "lm loss")
         losses[1] = 2 * losses[1] - losses[0]  # the second line after a start tells the mean of both steps
         return losses

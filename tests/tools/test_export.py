@@ -135,6 +135,7 @@ def test_shards(
         ("rotary_scaling_factor", 40.0, "E512", "--rotary-scaling-factor 40.0"),
         ("moe_router_score_function", "sqrtsoftplus", "E512", "--moe-router-score-function sqrtsoftplus"),
         ("moe_baseline_router", "random", "E512", "--moe-baseline-router random"),
+        ("moe_router_load_balancing_type", "quantile_balancing", "E512", "--moe-router-load-balancing-type quantile"),
         ("tokenizer_type", "SentencePieceTokenizer", "E513", "--tokenizer-type SentencePieceTokenizer"),
         ("tokenizer_type", "HuggingFaceTokenizer", "E513", "--tokenizer-model /nowhere"),
         ("tokenizer_type", "GPT2BPETokenizer", "E513", "--vocab-file"),

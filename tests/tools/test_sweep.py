@@ -69,7 +69,15 @@ def test_narrowed_lists() -> None:
         "llama_182m_moe_e8g1_warmup_length500"
     ]
     assert not names("gate", routings=("remoe",))
-    for name in names(*plan.FIGURES, *plan.AXES, plan.COMPARED):
+    assert names("variable-k", granularity=[2]) == [
+        f"llama_182m_{kind}" for kind in (
+            "moe_e8g2", "remoe_e8g2", "moe_e8g2_topp", "moe_e8g2_threshold", "moe_e8g2_null", "moe_e8g2_sequence",
+            "moe_e8g2_quantile",
+        )
+    ]  # fmt: skip
+    for run in plan.plan(["variable-k"], {}, None):  # the default granularity
+        assert run.granularity == 2 and "variable-k" in plan.figures_of(run)
+    for name in names(*plan.FIGURES, *plan.AXES, *plan.GROUPS):
         run = Run.from_name(name)
         assert run is not None and run.name == name
     for name in ("checkpoints", "llama_182m_dense_ffn6", f"{base}_other", f"{base}_hash"):

@@ -120,6 +120,7 @@ def test_picture_has_a_panel_for_each_axis(tmp_path: Path) -> None:
     l1_points = [(run, 2.0) for run in plan.plan(["l1-init", "l1-multiplier"], {}, None)]
     compared = [(run, 2.0) for run in plan.plan([plan.COMPARED], {}, None)]
     assert width([*all_points, *l1_points, *compared]) == 2500  # in two rows
+    assert width([(run, 2.0) for run in plan.plan(["variable-k"], {}, None)]) == 1000
     for run in (runs[0], Run("182m", "remoe", 8, 1).at("l1-init", 1e-16)):
         assert width([(run, 2.0)]) == 1000  # one run: a panel of its own
 

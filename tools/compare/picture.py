@@ -10,7 +10,7 @@ from ..common.picture_style import MUTED, file_pyplot, looks, style
 from .plan import ARMS, REFERENCE
 from .results import Points, flops_at, gaps
 
-MARKERS = "osD^vPX<>pdh8H*"
+MARKERS = "osD^vPX<>pdh8H*" * 2
 APART = 1.025  # factor on the FLOPs from arm to arm, so that intervals do not cover each other
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.flags import Settings, parse
 from ..quickstart.models import data_flags
 from ..sweep import tiny
-from ..sweep.plan import BASE_SIZE, POST_SOFTMAX, PROTOCOLS, UNBALANCED, WHOLE, Launch, Run
+from ..sweep.plan import BASE_SIZE, PAIRED, POST_SOFTMAX, PROTOCOLS, RIVALS, UNBALANCED, WHOLE, Launch, Run
 from ..sweep.settings import would_start_with
 
 REFERENCE = "remoe"
@@ -29,11 +29,13 @@ class Arm:
         kind: routing, from `sweep.plan.KINDS`.
         title: for the picture.
         flags: additional ones.
+        granularity: of its experts, and k.
     """
 
     kind: str
     title: str
     flags: str = ""
+    granularity: int = WHOLE
 
     @property
     def routing(self) -> str:
@@ -65,8 +67,11 @@ ARMS: Mapping[str, Arm] = {
     **{
         kind: Arm(kind, f"{_SHORT[kind.partition('-')[0]]}, {protocol.title}")
         for kind, protocol in PROTOCOLS.items()
-        if kind not in ("moe-warmup", POST_SOFTMAX)  # which needs k > 1
+        if kind not in ("moe-warmup", POST_SOFTMAX, *RIVALS)  # which need k > 1
     },
+    # k varies around 2; their FLOPs are those of 2 experts per token.
+    **{kind: Arm(kind, f"{PROTOCOLS[kind].title}, k = 2", granularity=PAIRED) for kind in RIVALS},
+    **{f"{kind}-k2": Arm(kind, f"{title}, k = 2", granularity=PAIRED) for kind, title in _SHORT.items()},
 }
 
 
@@ -126,7 +131,7 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
     """
     arm = ARMS[training.arm]
     routing, _, protocol = arm.kind.partition("-")
-    run = Run(BASE_SIZE, routing, training.experts, WHOLE, protocol=protocol)
+    run = Run(BASE_SIZE, routing, training.experts, arm.granularity, protocol=protocol)
     run = Run(BASE_SIZE, routing) if routing == "dense" else run
     small = {name: tiny.flags(size, steps, os.environ) for name, size in tiny.MODELS.items()}
     launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text, text.name))

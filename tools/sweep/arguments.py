@@ -25,14 +25,14 @@ CP.
 
 def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose runs; `planned` reads them."""
-    figures = (*plan.FIGURES, plan.COMPARED, *plan.AXES)
+    figures = (*plan.FIGURES, *plan.GROUPS, *plan.AXES)
     base = f"{plan.BASE_SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
     add = parser.add_argument_group("what to train", f"Each figure varies one thing; the rest is {base}.").add_argument
     add("--figures", nargs="+", choices=figures, default=plan.FIGURES, help="default: the first three")
     add("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="for the figure size")
     for name, figure, least, more in (
         ("experts", "experts", 2, ""),
-        ("granularities", "granularity", 1, "; if given, also for routing and the settings' figures (l1-init to lr)"),
+        ("granularities", "granularity", 1, "; if given, also for all figures but the first three"),
     ):
         default = " ".join(map(str, plan.VALUES[figure]))
         text = f"for the figure {figure} (default: {default}){more}"
@@ -42,8 +42,9 @@ def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N", help=text)
     add(
         "--routings", nargs="+", choices=plan.KINDS,
-        help="default: the first three; for the figure routing all; for a setting those that have it. dense is one run "
-        "along E and G (along E also one 8 times as wide), drawn as lines; it gets no --moe-... flag from behind --. "
+        help="default: the first three; for routing and variable-k all of theirs; for a setting those that have it. "
+        "dense is one run along E and G (along E also one 8 times as wide), drawn as lines; it gets no --moe-... flag "
+        "from behind --. "
         "docs/baselines.md describes all routings",
     )  # fmt: skip
 

@@ -35,6 +35,7 @@ class Protocol:
 
 UNBALANCED = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0"
 LOSS_FREE = f"--moe-router-score-function sigmoid --moe-router-enable-expert-bias {UNBALANCED}"
+QUANTILE = "--moe-router-load-balancing-type quantile_balancing --moe-aux-loss-coeff 0"
 POST_SOFTMAX = "moe-post"
 # By the name of the routing and a word.
 PROTOCOLS: Mapping[str, Protocol] = {
@@ -48,10 +49,23 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "moe-expertchoice": Protocol(
         "expert choice, sees the future", "p", f"--moe-baseline-router expert_choice {UNBALANCED}"
     ),
+    "moe-topp": Protocol("top-p", "v", f"--moe-baseline-router top_p {UNBALANCED}"),
+    "moe-threshold": Protocol("expert threshold", "X", f"--moe-baseline-router expert_threshold {UNBALANCED}"),
+    "moe-null": Protocol("null experts", "8", "--moe-baseline-router null_experts"),
+    "moe-sequence": Protocol("sequence-level top-k", "H", "--moe-baseline-router sequence_topk"),
+    "moe-quantile": Protocol("quantile balancing", "$Q$", QUANTILE),
     "remoe-unbalanced": Protocol("no load balancing", "d", "--no-moe-relu-l1-reg-load-balancing"),
 }
 KINDS = (*ROUTINGS, *PROTOCOLS)
 AUXILIARY = ("moe", "moe-warmup", POST_SOFTMAX, "moe-sigmoid")  # with an auxiliary loss
+# Rivals with a varying k, and Megatron's other way to balance top-k. At k = 1 top-p always takes one expert.
+RIVALS = ("moe-topp", "moe-threshold", "moe-null", "moe-sequence", "moe-quantile")
+PAIRED = 2  # granularity, and so k, of the figure over them
+# Figures over routings → their titles, granularity and routings.
+GROUPS: Mapping[str, tuple[str, int, tuple[str, ...]]] = {
+    COMPARED: ("Routings", WHOLE, tuple(kind for kind in KINDS if kind not in RIVALS)),
+    "variable-k": ("Varying k", PAIRED, ("moe", "remoe", *RIVALS)),
+}
 
 
 @dataclass(frozen=True)
@@ -210,17 +224,17 @@ def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], kinds: Sequ
     """Return the runs of one figure; dense ones of the base size are reference lines unless the size varies.
 
     Args:
-        figure: one of `FIGURES` and `AXES`, or `COMPARED`.
-        values: figure → the values along its axis; a given granularity also holds for `AXES` and `COMPARED`.
-        kinds: the wanted `KINDS`; None for `ROUTINGS`, for all if they are compared, and on an axis for those of
+        figure: one of `FIGURES`, `AXES` and `GROUPS`.
+        values: figure → the values along its axis; a given granularity also holds for all but `FIGURES`.
+        kinds: the wanted `KINDS`; None for `ROUTINGS`, for all of a figure over routings, and on an axis for those of
             `ROUTINGS` that have it, or all that have it if none does.
     """
     if figure in FIGURES:
         points = [{figure: value} for value in values.get(figure, VALUES[figure])]
         kinds = ROUTINGS if kinds is None else kinds
     else:
-        points = [{"granularity": value} for value in values.get("granularity", (WHOLE,))]
-        fitting = AXES[figure].kinds if figure in AXES else KINDS
+        _, usual, fitting = GROUPS.get(figure) or ("", WHOLE, AXES[figure].kinds)
+        points = [{"granularity": value} for value in values.get("granularity", (usual,))]
         plain = [kind for kind in fitting if kind in ROUTINGS and figure in AXES] or fitting
         kinds = plain if kinds is None else [kind for kind in kinds if kind in fitting]
     base = Run(BASE_SIZE, "remoe", FEW_EXPERTS, WHOLE)
@@ -252,10 +266,10 @@ def figures_of(run: Run) -> list[str]:
     """Return the figures in which a run is a point; a dense run is one along the size and along settings."""
     own: dict[str, Sequence[Any]] = {"size": (run.size,), "experts": (run.experts,), "granularity": (run.granularity,)}
     own |= {name: (run.value if run.axis else axis.base,) for name, axis in AXES.items()}
-    candidates = ("size", *AXES, COMPARED) if run.routing == "dense" else (*FIGURES, *AXES, COMPARED)
+    candidates = ("size", *AXES, *GROUPS) if run.routing == "dense" else (*FIGURES, *AXES, *GROUPS)
     found = []
     for figure in candidates:
-        values = own | ({"granularity": (WHOLE,)} if figure == COMPARED else {})
+        values = own | ({"granularity": GROUPS[figure][1:2]} if figure in GROUPS else {})
         if run in runs_of_figure(figure, values, [run.kind]):
             found.append(figure)
     return found

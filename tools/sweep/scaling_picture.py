@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.palette import routing_color
 from ..common.picture_style import MUTED, file_pyplot, style
-from .plan import AXES, BASE_SIZE, COMPARED, FEW_EXPERTS, FIGURES, PROTOCOLS, ROUTINGS, SIZES, WHOLE, Run, figures_of
+from .plan import AXES, BASE_SIZE, FEW_EXPERTS, FIGURES, GROUPS, PROTOCOLS, ROUTINGS, SIZES, WHOLE, Run, figures_of
 
 Points = Sequence[tuple[Run, float]]  # finished runs and their validation losses
 Line = tuple[str, str, int]  # routing, protocol, and granularity on axes that do not vary it, else 0
@@ -21,7 +21,10 @@ PANELS = {
     "experts": ("Experts", f"G = {WHOLE}", "number of experts E"),
     "granularity": ("Granularity", f"E = {FEW_EXPERTS}", "granularity G"),
     **{name: (axis.title, f"E = {FEW_EXPERTS}", axis.label) for name, axis in AXES.items()},
-    COMPARED: ("Routings", f"E = {FEW_EXPERTS}, G = {WHOLE}", "validation loss (nats per token)"),
+    **{
+        name: (title, f"E = {FEW_EXPERTS}, G = {granularity}", "validation loss (nats per token)")
+        for name, (title, granularity, _) in GROUPS.items()
+    },
 }
 IN_A_ROW = 5
 
@@ -39,8 +42,8 @@ def draw(path: Path, points: Points) -> None:
         figure = pyplot.figure(figsize=(5 * max(2, columns), 4.8 * rows), dpi=100, layout="constrained")
         for place, panel in enumerate(panels):
             axes = figure.add_subplot(rows, columns, place + 1)
-            if panel == COMPARED:
-                _draw_compared(axes, points)
+            if panel in GROUPS:
+                _draw_compared(axes, panel, points)
             else:
                 _draw_panel(axes, panel, points)
                 if place % columns == 0:
@@ -93,15 +96,16 @@ def _lines(points: Points, panel: str) -> dict[Line, list[tuple[float, float]]]:
 def _panels(points: Points) -> list[str]:
     places = {name: {x for line in _lines(points, name).values() for x, _ in line} for name in (*FIGURES, *AXES)}
     panels = [name for name, values in places.items() if len(values) > 1]
-    if any(run.kind in PROTOCOLS and COMPARED in figures_of(run) for run, _ in points):
-        panels.append(COMPARED)
+    for name in GROUPS:
+        if any(run.kind in PROTOCOLS and name in figures_of(run) for run, _ in points):
+            panels.append(name)
     single = [name for name, values in places.items() if values]
     return panels or [name for name in single if name in FIGURES] or single
 
 
-def _draw_compared(axes: Any, points: Points) -> None:
+def _draw_compared(axes: Any, panel: str, points: Points) -> None:
     """Draw a row for each run at the common point; the best one is at the top."""
-    rows = sorted(((loss, run) for run, loss in points if COMPARED in figures_of(run)), key=lambda row: -row[0])
+    rows = sorted(((loss, run) for run, loss in points if panel in figures_of(run)), key=lambda row: -row[0])
     for place, (loss, run) in enumerate(rows):
         axes.plot(loss, place, **_look(run.routing, run.protocol))
         left = loss < (rows[0][0] + rows[-1][0]) / 2

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 from megatron.remoe.routing.refusals import IGNORED, REFUSALS, Settings, as_list, flag, shown
 
+WITH_AUXILIARY_LOSS = ("null_experts", "sequence_topk")  # of the baseline routers
+
 
 def relu_routing_problems(settings: Settings) -> list[str]:
     """Return everything in `settings` that cannot be used with ReLU routing, a warm-up or a baseline router.
@@ -33,6 +35,8 @@ def _refused(settings: Settings, beside: str) -> Iterator[str]:
     for refusal in REFUSALS:
         if refusal.reason == IGNORED and beside == "--moe-warmup-topk":
             continue
+        if refusal.name == "moe_aux_loss_coeff" and settings.moe_baseline_router in WITH_AUXILIARY_LOSS:
+            continue
         if refusal.reason == IGNORED and beside != "--moe-relu-routing":
             refusal = replace(refusal, remedy="Leave it out")
         if problem := refusal.problem(settings, beside):
@@ -49,6 +53,12 @@ def _baseline(settings: Settings) -> Iterator[str]:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
         yield f"{other} cannot be used with {beside}: each is a router of its own. Give one of them."
     yield from _refused(settings, beside)
+    context = getattr(settings, "context_parallel_size", 1)
+    if name == "sequence_topk" and context > 1:
+        yield (
+            f"--context-parallel-size {context} cannot be used with {beside}: a rank has tokens from both ends of a "
+            "sequence, and evaluation needs their order. Leave it out."
+        )
     stages = getattr(settings, "pipeline_model_parallel_size", 1)
     if name == "hash" and stages > 1:
         yield (

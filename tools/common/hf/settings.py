@@ -71,7 +71,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
     only = ONLY | (ONLY_LATENT if args.multi_latent_attention else {})
     wrong = [name for name, value in only.items() if getattr(args, name, value) != value]
     wrong += [name for name, values in CHOICES.items() if getattr(args, name, values[0]) not in values]
-    if "sinkhorn" in str(args.moe_router_load_balancing_type):
+    if any(name in str(args.moe_router_load_balancing_type) for name in ("sinkhorn", "quantile_balancing")):
         wrong.append("moe_router_load_balancing_type")
     if wrong:
         flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
