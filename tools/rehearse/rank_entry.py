@@ -31,7 +31,7 @@ class Rehearsal:
         self.options, self.collectives = options, collectives
         self.launches, self.waits, self.frames = counters.Launches(), counters.Waits(), counters.Frames()
         self.roofline: Roofline | None = None
-        self.counted_at = 0
+        self.counted_at = self.late_waits = 0
         self.marks: list[tuple[int, int]] = []  # see `host_seconds`
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
@@ -121,6 +121,7 @@ class Rehearsal:
             if torch.is_grad_enabled() and self.roofline is not None:
                 self.roofline.wait(self.roofline.operations - self.counted_at)
             elif torch.is_grad_enabled() and self.collectives.is_counting:
+                self.late_waits += 1
                 self._mark()
             return tolist(sizes)
 
@@ -178,7 +179,7 @@ class Rehearsal:
             result = run()
             self._mark()
         self.collectives.is_counting = False
-        self.record |= {"launches": self.launches.step, "parts": self.launches.found}
+        self.record |= {"launches": self.launches.step, "parts": self.launches.found, "late_waits": self.late_waits}
         self.record["host"] = {"calls": self.frames.count, "stretches": len(self.marks) - 1}
         waits = self.waits.found.most_common()
         self.record["host_syncs"] = [{"where": where, "times": times} for where, times in waits]
