@@ -2,6 +2,7 @@
 
 BENCHMARK_AT_TARGET=1: routers start with an even share of the first batches per expert, ReMoE's at the target.
 BENCHMARK_MEMORY=1: a CPU measures one step's peak memory instead of times. A GPU's clock is read when it is done.
+BENCHMARK_SHARE=S: keep tools/cost's forecast for the active share S of the (token, expert) pairs.
 """
 
 import json
@@ -96,10 +97,14 @@ class Recorder:
         from megatron.core.transformer.moe.router import TopKRouter
         from megatron.core.utils import get_model_config
         from megatron.remoe.routing.router import ReLURouter
+        from megatron.training import get_args
+        from tools.rehearse.forecast import forecast
 
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads
         modules = [module for chunk in chunks for module in chunk.modules()]
+        if share := os.environ.get("BENCHMARK_SHARE"):
+            self.record["forecast"] = forecast(chunks, get_args(), {"now": float(share)})
         if os.environ.get("BENCHMARK_AT_TARGET"):
             give_tokens_a_mean(chunks)
             for router in (module for module in modules if isinstance(module, TopKRouter)):

@@ -26,7 +26,8 @@ status=0
 env --ignore-environment PATH="$PATH" HOME="$folder/home" PIP_NO_INDEX=1 REHEARSE=1 PYTHON="$image/bin/python" \
   CARRIED="$folder/carried" OUT="$folder/figures" timeout "${MINUTES:-10}m" \
   bash "$folder/checkout/scripts/gpu_acceptance.sh" --timeout 0 --durations 20 "${@:2}" || status=$?
-echo "The acceptance ended with $status (124: at its limit)."
+echo "The acceptance ended with $status (124: at its limit). CPU time of the shell, and of all that it started:"
+times
 missing=()
 for name in environment launch-{182m-{remoe-{triton,torch},dense-triton,moe-triton},978m-remoe-triton-num-layers-12,469m-remoe-triton}; do
   [[ $name == environment ]] || name+=-steady

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ TIMED_ENTRY = ROOT / "benchmarks" / "timed_entry.py"
 SEQUENCES, LENGTH = 64, 1024  # of a step of one GPU of the eight that share the paper's 512 sequences; tokens
 # Routers stay at the target, which training reaches after hundreds of steps: weights hardly move.
 AT_TARGET = "--lr 1e-7 --min-lr 0 --lr-warmup-fraction 0".split()
-SHARES = {"dense": 0.5, "steady": 0.125}  # active share of the pairs, for a rehearsal
+SHARES = {"dense": 0.5, "steady": 0.125}  # active share of the pairs, for the forecast and a rehearsal
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 WARM_UP = 15  # steps: routers are fitted in the first four, then memory pool and clock settle
 FUSED_FLAGS = [flag for flag in FLAGS if flag != "--no-local-layer-fusion"]  # the golden run's
@@ -96,7 +95,7 @@ def environment(machine: Machine) -> dict[str, Any]:
 
 
 def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: float = 240) -> dict[str, Any]:
-    """Train at the "dense" start or kept "steady" at the target; return medians after `WARM_UP`, and memory.
+    """Train at the "dense" start or kept "steady" at the target; return medians after `WARM_UP`, memory and forecast.
 
     "host_seconds" is the process's CPU time; what the GPU waits for the host is at most the rest of a step. A rehearsal
     takes ten steps at most: enough to measure memory.
@@ -105,7 +104,8 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
     record = machine.folder / "record.json"
     environment, flags = case.planned(steps)
     more = AT_TARGET if stage == "steady" else []
-    environment |= {"BENCHMARK_RECORD": str(record)} | ({"BENCHMARK_AT_TARGET": "1"} if stage == "steady" else {})
+    environment |= {"BENCHMARK_RECORD": str(record), "BENCHMARK_SHARE": str(SHARES[stage])}
+    environment |= {"BENCHMARK_AT_TARGET": "1"} if stage == "steady" else {}
     quiet = ["--log-interval", "10"]
     printed = machine.python(TIMED_ENTRY, *flags, *more, *quiet, share=SHARES[stage], limit=limit, **environment)
     found = json.loads(record.read_text())
@@ -117,20 +117,10 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
         "tokens_per_second": SEQUENCES * LENGTH / seconds,
         "active": statistics.mean(found["active"][first:] or [0.0]),
         "peak_allocated_gib": (found["held_bytes"] + found["peak_bytes"]) / 2**30,
+        "forecast_gib": found["forecast"]["forecast_gib"]["now"],
+        "flops": found["forecast"]["flops_per_sequence"] * SEQUENCES,
         "matmul_tflops": found["peak_flops"] / 1e12,
         "losses": [float(fields["lm loss"]) for fields in read_log(printed).values()],
-    }
-
-
-def forecast(machine: Machine, case: Case, stage: str) -> dict[str, float]:
-    """Return what tools/cost says of a case: GiB in a stage, and FLOPs of a step."""
-    printed = machine.python(ROOT / "tools" / "cost", "--gpus", 1, "--", *case.planned(20)[1], on_gpu=False)
-    totals = re.search(r"^ *total +([\d. ]+)$", printed, re.M)  # GiB of each stage
-    flops = re.search(r"([\d,]+) G per sequence", printed)
-    assert totals and flops, printed
-    return {
-        "forecast_gib": float(totals[1].split()[0 if stage == "dense" else -1]),
-        "flops": float(flops[1].replace(",", "")) * 1e9 * SEQUENCES,
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from megatron.remoe.moe import plan
 from tests.golden_run import FLAGS, committed, differences
 from tests.gpu.report import Report
-from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, forecast, profile, train_golden, train_launched
+from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched
 from tools.common.flags import last_value
 from tools.cost.gpus import ACCELERATORS
 from tools.rehearse.cards import CARDS
@@ -46,7 +46,7 @@ def test_environment(machine: Machine, report: Report) -> None:
 
 
 def launch(case: Case, stage: str, machine: Machine, report: Report) -> None:
-    figures = train_launched(machine, case, stage, 50 if stage == "dense" else 35) | forecast(machine, case, stage)
+    figures = train_launched(machine, case, stage, 50 if stage == "dense" else 35)
     card = next((kind for kind, one in CARDS.items() if one.title == machine.card), None)
     if card is not None:
         figures["mfu"] = figures["flops"] / figures["seconds"] / (ACCELERATORS[card].tflops * 1e12)

@@ -265,6 +265,15 @@ def test_topk_waits_where_no_kernel_takes_all_experts() -> None:
 
 
 @needs_cuda_build
+def test_launch_ahead_waits_late() -> None:
+    """Once a layer for its sizes, with the experts' operations launched; that does not drain the GPU."""
+    flags = (*ONE_MICRO_BATCH, *PLAIN, "--num-layers", "2", "--moe-relu-launch-ahead")
+    found = Launch(flags=flags, settings={"KERNELS": "triton"}).rehearse()
+    assert found["starts"], found["error"]
+    assert found["late_waits"] == 2 and not any("remoe/moe/" in wait["where"] for wait in found["host_syncs"])
+
+
+@needs_cuda_build
 def test_a_whole_step_as_one_row() -> None:
     step = whole_step(Launch(flags=(*PLAIN, "--num-layers", "1")), 64)
     assert step is not None and step["gib"] < 80 and step["launches"] > step["layer"] > 10

@@ -19,10 +19,9 @@ from megatron.remoe import pretrain  # noqa: E402
 from tools.common.files import write_json  # noqa: E402
 from tools.rehearse import counters, fake_ranks  # noqa: E402
 from tools.rehearse.engine import Calls  # noqa: E402
+from tools.rehearse.forecast import GIB, forecast  # noqa: E402
 from tools.rehearse.host_reads import Pairs  # noqa: E402
 from tools.rehearse.roofline import Roofline, host_seconds, step_seconds  # noqa: E402
-
-GIB = 2**30
 
 
 class Rehearsal:
@@ -32,7 +31,7 @@ class Rehearsal:
         self.options, self.collectives = options, collectives
         self.launches, self.waits, self.frames = counters.Launches(), counters.Waits(), counters.Frames()
         self.roofline: Roofline | None = None
-        self.counted_at = 0
+        self.counted_at = self.late_waits = 0
         self.marks: list[tuple[int, int]] = []  # see `host_seconds`
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
@@ -122,6 +121,7 @@ class Rehearsal:
             if torch.is_grad_enabled() and self.roofline is not None:
                 self.roofline.wait(self.roofline.operations - self.counted_at)
             elif torch.is_grad_enabled() and self.collectives.is_counting:
+                self.late_waits += 1
                 self._mark()
             return tolist(sizes)
 
@@ -154,7 +154,9 @@ class Rehearsal:
                     "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
                 }
         if not self.record["model"]:
-            self.record["model"] = self._model(args)
+            sequences = args.global_batch_size / args.world_size
+            model = forecast(self.model, args, self.options["shares"])
+            self.record["model"] = model | {"sequences_per_gpu": sequences}
         stage = f", {plan['stage']}" if len(self.options["shares"]) > 1 else ""
         line = f"rehearsal: rank {self.options['rank']} of {self.options['world']}, step {self.steps} of "
         line += f"{len(self.options['steps'])} ({plan['for']}{stage}): {time.monotonic() - start:.1f} s, "
@@ -177,7 +179,7 @@ class Rehearsal:
             result = run()
             self._mark()
         self.collectives.is_counting = False
-        self.record |= {"launches": self.launches.step, "parts": self.launches.found}
+        self.record |= {"launches": self.launches.step, "parts": self.launches.found, "late_waits": self.late_waits}
         self.record["host"] = {"calls": self.frames.count, "stretches": len(self.marks) - 1}
         waits = self.waits.found.most_common()
         self.record["host_syncs"] = [{"where": where, "times": times} for where, times in waits]
@@ -190,30 +192,6 @@ class Rehearsal:
 
     def _mark(self) -> None:
         self.marks.append((self.frames.count, self.launches.so_far()))
-
-    def _model(self, args: Any) -> dict[str, Any]:
-        """Return what the forecast of memory needs, and the forecast of tools/cost for each stage."""
-        from megatron.core import parallel_state
-        from tools.cost import memory, parameters
-        from tools.recipes import flops
-
-        layers = [
-            module
-            for chunk in self.model
-            for module in chunk.modules()
-            if hasattr(module, "layer_number") and hasattr(module, "self_attention")
-        ]
-        counted, stage = parameters.count(self.model, layers), parallel_state.get_pipeline_model_parallel_rank()
-        stages, experts = [counted] * args.pipeline_model_parallel_size, args.num_experts or 0
-        return vars(counted) | {
-            "stage": stage,
-            "forecast_gib": {
-                name: sum(memory.stage_memory(args, stages, stage, share * experts)) / GIB
-                for name, share in self.options["shares"].items()
-            },
-            "flops_per_sequence": flops.flops_per_sequence(args),
-            "sequences_per_gpu": args.global_batch_size / args.world_size,
-        }
 
 
 def main() -> None:

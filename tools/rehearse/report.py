@@ -49,6 +49,7 @@ def summary(records: list[dict[str, Any]], options: argparse.Namespace) -> dict[
         "stages": {name: peaks | {"forecast_gib": forecasts[name]} for name, peaks in fullest["stages"].items()},
         "launches": _launches(fullest) if "parts" in fullest else None,
         "host_syncs": fullest.get("host_syncs"),
+        "late_waits": fullest.get("late_waits"),
         "collectives": timed(fullest.get("collectives", []), options.rates),
         "roofline": _roofline(fullest, options) if "roofline" in fullest else None,
         "ranks": records,
@@ -108,6 +109,8 @@ def lines(found: dict[str, Any], options: argparse.Namespace) -> Iterator[str]:
         yield from _launch_lines(found["launches"])
         yield f"\nThe host waits for the device {sum(wait['times'] for wait in found['host_syncs'])} times in a step"
         yield from (f"  {wait['times']:4d} x {wait['where']}" for wait in found["host_syncs"])
+        if found["late_waits"]:
+            yield f"and {found['late_waits']} times for sizes, while what it launched since still runs"
     if found["collectives"]:
         yield f"\n{'Collectives of a step':<58}{'ranks':>6}{'times':>7}{'GB':>10}{'ms':>9}"
     for one in found["collectives"]:
