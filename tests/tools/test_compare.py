@@ -134,14 +134,15 @@ def test_gaps_by_hand(tmp_path: Path) -> None:
             1: points((10, None, 1.60), (15, 10, 1.51)),
             2: points((10, None, 1.62), (15, 10, 1.51)),
             3: points((10, None, 1.61), (15, 10, 1.52)),
+            4: points((10, None, 9.99), (15, 10, 9.99)),  # ReMoE has no such seed
         },
     }
     lines = [*markdown(found, margin=0.05)]
-    assert len(lines) == 6 and lines[2].startswith("| 10 | remoe | 1.5100 | 1e+10 |")
+    assert len(lines) == 8 and lines[2].startswith("| 10 | remoe | 1.5100 | 1e+10 |")
     cells = [cell.strip() for cell in lines[3].split("|")]
     assert cells[6].startswith("+0.1000 ± ") and cells[7] == "higher"
     assert cells[8].startswith("+0.0033 ± ") and cells[9] == "equivalent within 0.05"
-    assert "2 comparisons" in lines[-1] and "6 degrees of freedom" in lines[-1]
+    assert "2 comparisons" in lines[-1] and "4 degrees of freedom" in lines[-3]
     for experts in ({8: found}, {8: found, 32: found, 128: found}):
         picture.draw(tmp_path / "gap.png", experts, margin=0.05)
         assert imread(tmp_path / "gap.png").shape[1] == (800 if len(experts) == 1 else 1590)

@@ -84,27 +84,37 @@ class Results:
         return {key: factor for key, (_, factor) in best.items()}
 
 
-def losses_of(points: Points) -> dict[Key, list[float]]:
-    """Return the losses of the seeds by arm, length, and whether at equal FLOPs."""
-    found: dict[Key, list[float]] = {}
+def losses_of(points: Points) -> dict[Key, dict[int, float]]:
+    """Return the losses by arm, length, and whether at equal FLOPs; and by seed."""
+    found: dict[Key, dict[int, float]] = {}
     for arm, of_seeds in points.items():
-        for point in (point for of in of_seeds.values() for point in of):
-            found.setdefault((arm, point.equal_to or point.steps, point.equal_to is not None), []).append(point.loss)
+        for seed, point in ((seed, point) for seed, of in of_seeds.items() for point in of):
+            key = arm, point.equal_to or point.steps, point.equal_to is not None
+            found.setdefault(key, {})[seed] = point.loss
+    return found
+
+
+def differences_of(points: Points) -> dict[int, dict[Key, list[float]]]:
+    """Return each arm's losses minus those of ReMoE with the same seeds, by length."""
+    losses = losses_of(points)
+    found: dict[int, dict[Key, list[float]]] = {}
+    for key, of in losses.items():
+        reference = losses.get((REFERENCE, key[1], False), {})
+        if key[0] != REFERENCE and (
+            values := [loss - reference[seed] for seed, loss in of.items() if seed in reference]
+        ):
+            found.setdefault(key[1], {})[key] = values
     return found
 
 
 def gaps(points: Points, margin: float) -> dict[Key, significance.Difference]:
-    """Return each arm's mean loss minus that of ReMoE; all gaps are one family of comparisons.
+    """Return each arm's mean gap to ReMoE over seeds; all gaps are one family of comparisons.
 
     Args:
         points: arm → seed → points.
         margin: the largest difference that counts as none.
     """
-    losses = losses_of(points)
-    pairs = [(key, (REFERENCE, key[1], False)) for key in losses if key[0] != REFERENCE]
-    pairs = [(key, other) for key, other in pairs if other in losses]
-    differences = significance.differences(losses, pairs, margin)
-    return {key: each for (key, _), each in zip(pairs, differences, strict=True)}
+    return significance.compare(differences_of(points).values(), margin)
 
 
 def flops_at(points: Points, arm: str, steps: int) -> float:
@@ -120,8 +130,8 @@ def _is_at(point: Point, steps: int) -> bool:
 def markdown(points: Points, margin: float) -> Iterator[str]:
     """Yield the lines of the table of one number of experts: a row for each length and arm.
 
-    The gap is an arm's mean loss minus that of ReMoE after as many steps; at equal FLOPs, the arm has trained longer or
-    shorter.
+    The gap is an arm's loss minus that of ReMoE after as many steps, mean over the seeds that both have; at equal
+    FLOPs, the arm has trained longer or shorter.
 
     Args: as `gaps`.
     """
@@ -133,22 +143,27 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
                 continue
             at = [point for of in points[arm].values() for point in of if _is_at(point, steps)]
             near = [point.first_near for point in at if point.first_near is not None]
-            cells = [f"{steps}", arm, f"{statistics.fmean(losses[arm, steps, False]):.4f}"]
+            cells = [f"{steps}", arm, f"{statistics.fmean(losses[arm, steps, False].values()):.4f}"]
             cells += [f"{flops_at(points, arm, steps):.4g}", str(statistics.median_low(near)) if near else ""]
             for matched in (False, True):
                 each = found.get((arm, steps, matched))
                 cells += ["", ""] if each is None else [_gap(each), each.verdict]
             rows.append(cells)
     yield from table([*HEADER], rows)
-    spread = significance.spread_of(losses.values())
-    if spread.freedom:
-        seeds = significance.seeds_for_equivalence(margin, spread.deviation, max(1, len(found)))
+    for steps, differences in sorted(differences_of(points).items()):
+        spread = significance.spread_of(differences.values())
+        if spread.freedom:
+            seeds = significance.seeds_for_equivalence(margin, spread.deviation, len(found))
+            yield ""
+            pooled = "pooled" if spread.is_equal else "not pooled"
+            yield (
+                f"{steps} steps: gaps differ by {spread.deviation:.4f} between seeds ({spread.freedom} degrees of "
+                f"freedom; equal spread: p = {spread.p:.2g}; {pooled}). Equal arms need "
+                f"{seeds or 'more than 1000'} seeds to be found equivalent within {margin:g}."
+            )
+    if found:
         yield ""
-        yield (
-            f"Seeds differ by {spread.deviation:.4f} ({spread.freedom} degrees of freedom; equal spread: "
-            f"p = {spread.p:.2g}; {'pooled' if spread.is_equal else 'not pooled'}); margin {margin:g}; {len(found)} "
-            f"comparisons, corrected by Holm; equal arms need {seeds or 'more than 1000'} seeds to be found equivalent."
-        )
+        yield f"± is a 95 % interval of one gap; verdicts are corrected by Holm for {len(found)} comparisons."
 
 
 def _gap(each: significance.Difference) -> str:

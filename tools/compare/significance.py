@@ -1,8 +1,8 @@
 """Decide what a table of losses shows: pooled spread, corrected p-values, equivalence, and the seeds that it takes.
 
-A table makes several comparisons of few trainings each. All rows together estimate how much seeds differ, if their
-spreads are equal, which the Brown-Forsythe test checks; otherwise each comparison uses the spread of its two rows
-(Welch). Holm's correction holds the probability of any false claim in the table at 5 %.
+Two arms with the same seed see the same text in the same order, so they are compared seed by seed. The differences of
+all arms at one length together estimate their spread, if it is equal, which the Brown-Forsythe test checks; otherwise
+each comparison uses its own. Holm's correction holds the probability of any false claim in the table at 5 %.
 """
 
 import math
@@ -19,12 +19,12 @@ MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Spread:
-    """How much the losses of equal trainings differ by seed.
+    """How much the differences of two arms vary by seed.
 
     Attributes:
-        deviation: standard deviation pooled over the rows; NaN if no row has two losses.
+        deviation: standard deviation pooled over the rows; NaN if no row has two values.
         freedom: its degrees of freedom.
-        p: of the Brown-Forsythe test that all rows have the same spread; NaN if fewer than two rows have two losses.
+        p: of the Brown-Forsythe test that all rows have the same spread; NaN if fewer than two rows have two values.
     """
 
     deviation: float
@@ -39,13 +39,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of the mean losses of two rows, with p-values corrected by Holm for all comparisons of the table.
+    """The mean difference of two arms, with p-values corrected by Holm for all comparisons of the table.
 
     Attributes:
-        mean: the first row's minus the second one's, in the unit of the losses.
-        half: half of the 95 % interval, of this comparison alone; infinite if there are too few losses.
-        p_different: of two equal rows.
-        p_equivalent: of two rows whose difference is at least `margin` (TOST).
+        mean: the arm's minus its reference's, in the unit of the losses.
+        half: half of the 95 % interval, of this comparison alone; infinite if there are too few seeds.
+        p_different: of two equal arms.
+        p_equivalent: of two arms whose difference is at least `margin` (TOST).
         margin: the largest difference that counts as none.
     """
 
@@ -65,56 +65,41 @@ class Difference:
         return "inconclusive"
 
 
-def spread_of(losses: Iterable[Sequence[float]]) -> Spread:
-    """Pool the spread of rows; rows with one loss have none."""
-    rows = [np.asarray(row, float) for row in losses if len(row) > 1]
+def spread_of(values: Iterable[Sequence[float]]) -> Spread:
+    """Pool the spread of rows; rows with one value have none."""
+    rows = [np.asarray(row, float) for row in values if len(row) > 1]
     freedom = sum(len(row) - 1 for row in rows)
     if not freedom:
         return Spread(math.nan, 0, math.nan)
     variance = sum((len(row) - 1) * row.var(ddof=1) for row in rows) / freedom
-    # Rows of two losses have equal distances to their median, so the test needs a row of three.
+    # Rows of two values have equal distances to their median, so the test needs a row of three.
     testable = len(rows) > 1 and max(map(len, rows)) > 2 and variance > 0
     p = float(stats.levene(*rows, center="median").pvalue) if testable else math.nan
     return Spread(math.sqrt(variance), freedom, p)
 
 
-def differences[Row: Hashable](
-    losses: Mapping[Row, Sequence[float]], pairs: Iterable[tuple[Row, Row]], margin: float
-) -> list[Difference]:
-    """Compare pairs of rows.
+def compare[Row: Hashable](groups: Iterable[Mapping[Row, Sequence[float]]], margin: float) -> dict[Row, Difference]:
+    """Compare arms with their references.
 
     Args:
-        losses: row → the losses of its seeds.
-        pairs: rows and the rows to compare them with.
-        margin: the largest difference of the means that counts as none.
+        groups: rows that share a spread: row → the difference to its reference for each seed.
+        margin: the largest mean difference that counts as none.
 
     Returns:
-        A difference for each pair.
+        A difference for each row.
     """
-    spread = spread_of(losses.values())
-    found = []
-    for row, reference in pairs:
-        one, other = (np.asarray(losses[name], float) for name in (row, reference))
-        if spread.is_equal:
-            error, freedom = spread.deviation * math.sqrt(1 / len(one) + 1 / len(other)), float(spread.freedom)
-        else:
-            error, freedom = _welch(one, other)
-        found.append((float(one.mean() - other.mean()), error, freedom))
-    different = holm([_p_different(*each) for each in found])
-    equivalent = holm([_p_equivalent(*each, margin) for each in found])
-    return [
-        Difference(mean, _half(error, freedom), p, q, margin)
-        for (mean, error, freedom), p, q in zip(found, different, equivalent, strict=True)
-    ]
-
-
-def _welch(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Return the standard error of the difference and its degrees of freedom, with a variance for each row."""
-    if min(len(one), len(other)) < 2:
-        return math.nan, 0.0
-    parts = one.var(ddof=1) / len(one), other.var(ddof=1) / len(other)
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(row) - 1) for part, row in zip(parts, (one, other), strict=True))
-    return math.sqrt(sum(parts)), float(freedom)
+    found: dict[Row, tuple[float, float, float]] = {}
+    for rows in groups:
+        spread = spread_of(rows.values())
+        for row, values in rows.items():
+            own = spread if spread.is_equal else spread_of([values])
+            found[row] = float(np.mean(values)), own.deviation / math.sqrt(len(values)), float(own.freedom)
+    different = holm([_p_different(*each) for each in found.values()])
+    equivalent = holm([_p_equivalent(*each, margin) for each in found.values()])
+    return {
+        row: Difference(mean, _half(error, freedom), p, q, margin)
+        for (row, (mean, error, freedom)), p, q in zip(found.items(), different, equivalent, strict=True)
+    }
 
 
 def _half(error: float, freedom: float) -> float:
@@ -144,18 +129,18 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def seeds_for_equivalence(margin: float, deviation: float, comparisons: int = 1) -> int | None:
-    """Return the seeds per row with which two equal rows are found equivalent with a probability of 80 %.
+    """Return the seeds with which two equal arms are found equivalent with a probability of 80 %.
 
     Args:
         margin: of the test, in the unit of the losses.
-        deviation: of equal trainings, as in `Spread`.
+        deviation: of the difference of two equal arms, as in `Spread`.
         comparisons: of the table; the first step of Holm's method tests at 5 % divided by their number.
 
     Returns:
         Their number; None if 1,000 do not suffice.
     """
     for seeds in range(2, MOST_SEEDS + 1):
-        shift, freedom = margin / (deviation * math.sqrt(2 / seeds)) if deviation else math.inf, 2 * (seeds - 1)
+        shift, freedom = margin * math.sqrt(seeds) / deviation if deviation else math.inf, seeds - 1
         # Both one-sided tests have to reject; neither is likelier to fail than the other.
         if 1 - 2 * stats.nct.cdf(stats.t.ppf(1 - LEVEL / comparisons, freedom), freedom, shift) >= POWER:
             return seeds
