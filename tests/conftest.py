@@ -24,7 +24,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 # Minutes each, in a process of their own: begun first, none of them is left when the other processes are done.
-LONG = ("test_rehearse", "test_sweep_training", "test_quickstart", "test_training", "test_parity", "test_conversion")
+LONG = """
+test_rehearse test_sweep_training test_quickstart test_training test_parity test_conversion test_from_hf test_shapes
+""".split()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
