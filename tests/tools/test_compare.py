@@ -145,7 +145,7 @@ def test_gaps_by_hand(tmp_path: Path) -> None:
     assert "2 comparisons" in lines[-1] and "4 degrees of freedom" in lines[-3]
     for experts in ({8: found}, {8: found, 32: found, 128: found}):
         picture.draw(tmp_path / "gap.png", experts, margin=0.05)
-        assert imread(tmp_path / "gap.png").shape[1] == (800 if len(experts) == 1 else 1590)
+        assert imread(tmp_path / "gap.png").shape[1] == (860 if len(experts) == 1 else 1590)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

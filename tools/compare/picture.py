@@ -28,7 +28,7 @@ def draw(path: Path, points: Mapping[int, Points], margin: float) -> None:
     names = (routers.get(arm, "topk" if ARMS[arm].routing == "moe" else ARMS[arm].routing) for arm in arms)
     look = {arm: (color, marker) for arm, (color, _), marker in zip(arms, looks(names), MARKERS, strict=False)}
     with pyplot.rc_context(style(font_size=13, pad=(0.12, 0.1))):
-        figure = pyplot.figure(figsize=(max(8.0, 5.3 * len(points)), 5.2), dpi=100, layout="constrained")
+        figure = pyplot.figure(figsize=(max(8.6, 5.3 * len(points)), 5.2), dpi=100, layout="constrained")
         panels = figure.subplots(1, len(points), sharey=True, squeeze=False)[0]
         for axes, (experts, of) in zip(panels, points.items(), strict=True):
             axes.axhspan(-margin, margin, color=MUTED, alpha=0.15, linewidth=0)
@@ -52,10 +52,10 @@ def draw(path: Path, points: Mapping[int, Points], margin: float) -> None:
             axes.set(title=f"E = {experts}", xscale="log", xlabel="training FLOPs / 10¹² (steps of ReMoE)")
             axes.set_xticks([*ticks], [f"{flops / 1e12:.3g}\n({steps})" for flops, steps in ticks.items()])
             axes.set_xticks([], minor=True)
-        panels[0].set_ylabel("loss above ReMoE's at equal FLOPs (nats per byte)")
+        panels[0].set_ylabel("gap at equal FLOPs, nats per byte")
         legends = (axes.get_legend_handles_labels() for axes in panels)
         handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
-        columns = max(2, min(len(handles), 3 * len(points)))
+        columns = max(2, min(len(handles), 2 * len(points)))
         figure.legend(handles.values(), handles, loc="outside upper center", ncols=columns)
         write_aside(path, figure.savefig)
         pyplot.close(figure)
