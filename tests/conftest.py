@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def process_groups() -> Iterator[None]:
         # As Megatron's start-up does; the first value decides the shape of all that follow.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_metrics() -> Iterator[None]:
+    """Megatron keeps one table of losses by layer, as long as the first model has layers."""
+    yield
+    if (logging := sys.modules.get("megatron.core.transformer.moe.moe_logging")) is not None:
+        logging.destroy_moe_metrics_tracker()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def test_what_was_called_once_a_step_still_is() -> None:
     calls: list[tuple[object, ...]] = []
     config.finalize_model_grads_func = lambda *arguments, **options: calls.append((*arguments, options))
     model_cfg = argparse.Namespace(transformer=config, transformer_layer_spec=None, post_wrap_hooks=[])
-    args = argparse.Namespace(moe_relu_routing=True, log_interval=1, tensorboard_log_interval=1, save=None)
+    args = argparse.Namespace(moe_relu_routing=True, log_interval=1, tensorboard_log_interval=1, save=None, iteration=0)
     hooks.install_routing(args, model_cfg)
     (hook,) = model_cfg.post_wrap_hooks
     assert hook([layer]) == [layer]

@@ -37,6 +37,10 @@ ARGS = argparse.Namespace(
     moe_baseline_router=None,
     moe_warmup_topk=None,
     optimizer="adam",
+    multi_latent_attention=False,
+    qk_layernorm_all_heads=False,
+    iteration=0,
+    mtp_num_layers=None,
 )
 
 
