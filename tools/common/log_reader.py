@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,6 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
         authors' fork, the names are the values of `FORK_NAMES`.
     """
     return {int(iteration): _fields(line) for iteration, _, line in _LINE.findall(text)}
-
-
-def read_arguments(lines: Iterable[str]) -> dict[str, str]:
-    """Return argument → its printed value; of the last start if there are several."""
-    return {match[1]: match[2].strip() for line in lines if (match := _ARGUMENT.search(line))}
 
 
 def seconds_per_iteration(fields: Mapping[str, str]) -> float:
