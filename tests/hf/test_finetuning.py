@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from megatron.core.safe_globals import register_safe_globals
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.hf.models import make
 from tools.common.places import ROOT
@@ -84,6 +85,7 @@ def train(folder: Path, model: RemoeForCausalLM, micro_batches: int = 1, **optio
     data = [{"input_ids": row, "labels": row}] * 64
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[model.sparsity_callback()])
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if options.get("max_steps") == 4 else None)
+    register_safe_globals()  # a resumed trainer removes NumPy's, which other tests' checkpoints need
     return trainer
 
 
