@@ -30,33 +30,36 @@ class _Training:
             ["tee", "-a", str(log)], stdin=self._job.stdout, process_group=0, preexec_fn=_ignore_signals
         )
         self._job.stdout.close()
-        self._to_send: signal.Signals | None = None  # has not reached the training processes yet
+        # What the handler wants and what the training processes have got: each is set in one place, since the handler
+        # may interrupt `_send`.
+        self._wanted: signal.Signals | None = None
+        self._sent: signal.Signals | None = None
         self.stopping = False
 
     def stop(self, number: int, _: FrameType | None) -> None:
         """Have the training save; a second Ctrl-C kills it. A second SIGTERM does not: schedulers send several."""
         if not self.stopping:
-            self.stopping, self._to_send = True, signal.SIGTERM
+            self.stopping, self._wanted = True, signal.SIGTERM
             print("Saving a checkpoint; a second Ctrl-C ends at once, without one.", flush=True)
         elif number == signal.SIGINT:
-            self._to_send = signal.SIGKILL
-        self._send()
+            self._wanted = signal.SIGKILL
 
     def _send(self) -> None:
         """Send to the training processes, torchrun's children, which are in sessions of their own.
 
         They inherit that SIGTERM is ignored, and end this when they start: until then it would be lost.
         """
-        if self._to_send is None:
+        wanted = self._wanted
+        if wanted is None or wanted == self._sent:
             return
         found = subprocess.run(["pgrep", "-P", str(self._job.pid)], capture_output=True, text=True)
         children = [int(child) for child in found.stdout.split()]
-        if not children or (self._to_send == signal.SIGTERM and any(map(_ignores_sigterm, children))):
+        if not children or (wanted == signal.SIGTERM and any(map(_ignores_sigterm, children))):
             return
         for child in children:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, self._to_send)
-        self._to_send = None
+                os.kill(child, wanted)
+        self._sent = wanted
 
     def wait(self) -> int:
         """Return the exit code, once all output is in the log."""
@@ -65,7 +68,7 @@ class _Training:
                 code = self._job.wait(timeout=0.5)
                 break
             except subprocess.TimeoutExpired:
-                self._send()  # the training processes may not have been there yet
+                self._send()
         self._log.wait()
         return code
 
