@@ -45,6 +45,8 @@ class Arm:
 
 FASTER = "--moe-relu-l1-reg-start-power 3 --moe-relu-l1-reg-start-setback 12"
 CAPPED = "--moe-relu-max-experts 4"
+# 100 steps of 4 sequences instead of 16. Megatron counts its learning rate's steps in full batches: 75 fewer.
+SMALL_BATCHES, SMALLER, FEWER = "--rampup-batch-size 4 12 400 --micro-batch-size 4", 4, 75
 STARTS: Mapping[str, Arm] = {
     REFERENCE: Arm("remoe", "ReMoE"),
     "moe": Arm("moe", "top-k"),
@@ -55,6 +57,7 @@ STARTS: Mapping[str, Arm] = {
     "remoe-sparse-start": Arm(
         "remoe", "ReMoE, sparse start", "--moe-relu-sparse-start --moe-relu-l1-reg-coeff-init 1e-3"
     ),
+    "remoe-small-batches": Arm("remoe", "ReMoE, small batches at first", SMALL_BATCHES),
     # Its FLOPs are those of k experts per token, around which it keeps their number.
     "moe-expert-threshold": Arm(
         "moe", "top-k, expert threshold", f"{UNBALANCED} --moe-baseline-router expert_threshold"
@@ -137,10 +140,11 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
     launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text, text.name))
     settings = would_start_with(launch, run.at("lr", training.factor), anywhere=False)
     settings = {flag: values for flag, values in settings.items() if flag not in REPLACED}
+    smaller, fewer = (SMALLER, FEWER) if arm.flags == SMALL_BATCHES else (1, 0)
     changed: dict[str, str] = {
         "--seed": str(training.seed), "--log-interval": str(LOG_INTERVAL), "--eval-interval": str(TRUNK + 1),
-        "--lr-decay-style": "WSD", "--lr-wsd-decay-style": "linear", "--lr-decay-iters": str(steps),
-        "--lr-wsd-decay-iters": str(decays), "--lr-warmup-iters": str(WARMUP),
+        "--lr-decay-style": "WSD", "--lr-wsd-decay-style": "linear", "--lr-wsd-decay-iters": str(decays),
+        "--lr-decay-iters": str(max(steps - fewer, decays)), "--lr-warmup-iters": str(WARMUP // smaller),
     }  # fmt: skip
     settings |= {flag: (value,) for flag, value in changed.items()}
     if not training.is_tuning:
