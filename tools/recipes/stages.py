@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..common.run_figures import RunFigures
-from ..recipes.flops import flops_per_expert, flops_per_sequence
+from .flops import flops_per_expert, flops_per_sequence
 
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
 
