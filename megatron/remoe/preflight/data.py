@@ -1,7 +1,7 @@
 """Check the data sets of a training before it starts.
 
 Every rank reads headers and small samples; the first of each machine checks the indices in full, and the first of all
-looks after Megatron's index cache. Forms that are not known here are left to Megatron.
+looks for damage in Megatron's index cache. Forms that are not known here are left to Megatron.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ Blend = tuple[list[str], list[float] | None]
 BlendReader = Callable[[argparse.Namespace], tuple[Blend | None, list[Blend | None] | None]]
 
 
-def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
+def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path, list[Path]]:
     """Check that the data sets exist, are whole, and leave each split something to train or evaluate on.
 
     From an empty split Megatron would take epoch after epoch without end.
@@ -42,12 +42,16 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
         args: Megatron's arguments, validated.
         read_blends: Megatron's `get_blend_and_blend_per_split`.
 
+    Returns:
+        On the first rank, a file of Megatron's index cache that is cut off or older than the data → all files of its
+        index, for `remove_cached_indices`. On other ranks nothing.
+
     Raises:
         DataError: names flag, data set, reason and remedy.
-        OSError: a damaged file of the index cache cannot be removed.
     """
+    damaged: dict[Path, list[Path]] = {}
     if args.mock_data or args.perform_rl_step:
-        return
+        return damaged
     for flag, (prefixes, weights), split in _blends(args, read_blends):
         used = [prefix for prefix, weight in zip(prefixes, weights or [1.0] * len(prefixes), strict=True) if weight]
         if not used or not all(0.0 <= weight < math.inf for weight in weights or []):
@@ -71,7 +75,20 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
                 f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.", "REMOE-E304"
             )
         if args.rank == 0:
-            _drop_unusable_cache(args, used)
+            damaged |= _damaged_indices(args, used)
+    return damaged
+
+
+def remove_cached_indices(damaged: Mapping[Path, list[Path]]) -> None:
+    """Remove the indices that `check_data` found damaged; Megatron builds them again.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    for file, index in damaged.items():
+        print(f"{file}: is cut off or older than the data; Megatron rebuilds its index.", file=sys.stderr)
+        for path in index:
+            path.unlink(missing_ok=True)
 
 
 def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None:
@@ -186,8 +203,9 @@ def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None,
     return training, None if args.full_validation else max(evaluations, 0) * once, once
 
 
-def _drop_unusable_cache(args: argparse.Namespace, prefixes: list[str]) -> None:
-    """Remove Megatron's cached indices that a full disk cut off or that are older than the data; it rebuilds them."""
+def _damaged_indices(args: argparse.Namespace, prefixes: list[str]) -> dict[Path, list[Path]]:
+    """Return a file that a full disk cut off, or that is older than the data → all files of its index."""
+    found = {}
     for folder in [args.data_cache_path] if args.data_cache_path else [f"{path}/cache" for path in prefixes]:
         for description in Path(folder).rglob("*-description.txt"):
             named = re.findall(r'"dataset_path": (".*")', description.read_text(errors="replace"))
@@ -206,9 +224,8 @@ def _drop_unusable_cache(args: argparse.Namespace, prefixes: list[str]) -> None:
                     "--dataloader-fast-cache-load, which rebuilds Megatron's index cache.",
                     "REMOE-E306",
                 )
-            for path in arrays:
-                path.unlink(missing_ok=True)
-            print(f"{unusable[0]}: is cut off or older than the data; Megatron rebuilds its index.", file=sys.stderr)
+            found[unusable[0]] = arrays
+    return found
 
 
 def _is_cut(path: Path) -> bool:

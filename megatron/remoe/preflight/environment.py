@@ -1,4 +1,4 @@
-"""Checks torchrun's variables, flags and output folders before a training starts."""
+"""Check torchrun's variables and flags before a training starts, and make its output folders."""
 
 import argparse
 import os
@@ -184,7 +184,7 @@ def _refuse(code: str, problems: Mapping[str, Any]) -> None:
         raise UsageError("\n".join(found), code)
 
 
-def check_output_folders(args: argparse.Namespace) -> None:
+def make_output_folders(args: argparse.Namespace) -> None:
     """Make the folders that the training will write into.
 
     Raises:
@@ -193,10 +193,10 @@ def check_output_folders(args: argparse.Namespace) -> None:
     for name in ("save", "tensorboard_dir", "data_cache_path"):
         folder = getattr(args, name)
         if folder and "://" not in folder:
-            check_can_be_written(f"--{name.replace('_', '-')}", folder)
+            make_writable_folder(f"--{name.replace('_', '-')}", folder)
 
 
-def check_can_be_written(flag: str, folder: str) -> None:
+def make_writable_folder(flag: str, folder: str) -> None:
     """Make a folder, and try to make a file in it.
 
     Raises:

@@ -14,7 +14,7 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.files import sync, write_text
-from megatron.remoe.preflight.environment import check_can_be_written
+from megatron.remoe.preflight.environment import make_writable_folder
 
 LOCK, HOLDER = "training.lock", "training.lock.holder"
 HEARTBEAT_SECONDS = 5.0
@@ -68,7 +68,7 @@ def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS
     if args.rank or args.skip_train or not args.save or "://" in args.save:
         yield
         return
-    check_can_be_written("--save", args.save)
+    make_writable_folder("--save", args.save)
     lock, holder = Path(args.save, LOCK), Path(args.save, HOLDER)
     beats = min(HEARTBEAT_SECONDS, lease_seconds / 3)
     lease = SoftFileLease(lock, lease_duration=lease_seconds, heartbeat_interval=beats, on_compromise=_lost)
