@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from ..common.places import interpreter, short, tool
+from ..common.places import LOG, interpreter, short, tool
 from ..common.run_figures import TOTALS, RunFigures
 from ..corpora.dataset import data_prefix
 from ..recipes import tiny
@@ -131,7 +131,7 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
     for name, place in (
         ("picture", output / "report.png"),
         ("figures", output / "summary.json"),
-        ("logs", each / "train.log"),
+        ("logs", each / LOG),
         ("checkpoints", each / "checkpoints"),
         ("TensorBoard", f"{binaries / 'tensorboard'} --logdir {runs}"),
     ):

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from megatron.remoe.data.files import write_aside
 
 FILE = "metrics.jsonl"
 TOTALS = ("total_active_pairs", "total_layer_tokens")
+LARGEST = 2**53  # largest iteration of a record
 
 Record = dict[str, Any]
 
@@ -48,7 +49,7 @@ def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
 class RunLog(logging.Handler):
     """Writes the records of `run_logger`.
 
-    A record is a dict. With a `kind` it becomes a line; without one its figures belong to the next `log` line.
+    A record is a dict. With a `kind` it becomes a line; without one its figures are added to the next `log` line.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -61,7 +62,7 @@ class RunLog(logging.Handler):
         self._args = args
         self._started = round(time.time(), 3)
         self._has_begun = False
-        self._routing: Record = {}
+        self._figures: Record = {}  # for the next line
         self._totals_before: Record | None = None  # running sums at the start; None if they are unknown
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -74,7 +75,7 @@ class RunLog(logging.Handler):
 
     def _take(self, record: Record) -> None:
         if "kind" not in record:
-            self._routing = record
+            self._figures |= record
         elif self._args.iteration >= self._args.train_iters:
             # Nothing is trained. A training that was stopped in its last evaluation lacks the result of it.
             if record["kind"] == "validation" and not self._has(record):
@@ -84,8 +85,8 @@ class RunLog(logging.Handler):
                 self._begin()
                 self._has_begun = True
             if record["kind"] == "log":
-                record = {"kind": "log", "time": round(time.time(), 3)} | record | self._routing
-                self._routing = {}
+                record = {"kind": "log", "time": round(time.time(), 3)} | record | self._figures
+                self._figures = {}
             self._append(self._with_all_totals(record))
 
     def _has(self, validation: Record) -> bool:
@@ -134,24 +135,32 @@ class RunLog(logging.Handler):
             file.write(line.encode())
 
 
-def read_run_log(path: Path) -> Iterator[Record]:
-    """Yield the records of a run's log, in order.
-
-    Lines that are cut off, or are no record, are left out. Yields nothing if there is no file.
+def read_run_log(path: Path, unread: Callable[[str], object] = lambda line: None) -> Iterator[Record]:
+    """Yield the records of a run's log, in order; nothing if there is no file.
 
     Args:
         path: `SAVE/metrics.jsonl`.
+        unread: called with each line that is not a record, except for a last one that was cut off.
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and type(record.get("iteration")) is int and "kind" in record:
+                record = None
+            if _is_record(record):
                 yield record
+            elif line.endswith("\n") and not line.isspace():
+                unread(line)
+
+
+def _is_record(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return False
+    iteration = value.get("iteration")
+    return type(iteration) is int and 0 <= iteration <= LARGEST
 
 
 def _is_json(value: Any) -> bool:

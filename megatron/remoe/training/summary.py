@@ -9,6 +9,7 @@ import torch
 
 from megatron.core import mpu
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+from megatron.remoe.patches.log_lines import run_logger
 from megatron.training import print_rank_0
 from megatron.training.models.base import ModelConfig
 
@@ -17,6 +18,8 @@ UNITS = ((10**12, " T"), (10**9, " B"), (10**6, " M"))
 
 def with_summary(args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]) -> Callable[..., Any]:
     """Return `provider`, which then prints the line on the first rank once it has built the data sets.
+
+    The number of parameters also goes to the run's log.
 
     Args:
         args: Megatron's arguments, validated.
@@ -27,6 +30,7 @@ def with_summary(args: argparse.Namespace, model_cfg: ModelConfig, provider: Cal
 
     def count(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         parameters.append(count_parameters(model_chunks))
+        run_logger().info({"parameters": parameters[0]})
         return model_chunks
 
     @wraps(provider)
