@@ -18,9 +18,9 @@ from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests import without_megatron
 from tests.data_sets import write_documents
+from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, run, series
 from tools.common.flags import parse, words_of
-from tools.common.tiny_model import RELU
 from tools.corpora import dataset
 from tools.evaluate.text import batches, sequences
 from tools.export_hf.command import main as export

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron.remoe.training.run_log import RunLog, read_run_log
+from tests.tiny_model import RELU
 from tests.trainings import TINY, records, run
-from tools.common.tiny_model import RELU
 
 FILE = "metrics.jsonl"
 

@@ -35,13 +35,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace the text between two markers, each of which must be in the file once."""
-    before, rest = path.read_text(encoding="utf-8").split(begin)
-    _, after = rest.split(end)
-    write_text(path, f"{before}{begin}\n{text}\n{end}{after}")
-
-
 def lock(folder: Path, tool: str) -> TextIO:
     """Lock a folder until the returned file is closed, here and in every process that inherited it.
 
