@@ -1,4 +1,4 @@
-"""Read the figures of a run from its metrics.jsonl, or from the printed log if there is none (the authors' fork)."""
+"""Read a run's figures from its metrics.jsonl, or from the printed log of the authors' fork."""
 
 from array import array
 from collections.abc import Mapping

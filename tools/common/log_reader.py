@@ -1,4 +1,4 @@
-"""Read Megatron's printed output: lines at log intervals, arguments, evaluations."""
+"""Read Megatron's printed output, for runs of the authors' fork and for the progress of a training."""
 
 import ast
 import re

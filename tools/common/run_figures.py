@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from megatron.remoe.training.run_log import LARGEST, TOTALS
 
-WITHIN = 0.01  # of the target: S counts as settled
+WITHIN = 0.01  # share of the target within which S counts as settled
 
 
 class Curve(NamedTuple):

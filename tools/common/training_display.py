@@ -1,4 +1,4 @@
-"""Run trainings one after another and show their progress: a bar on a terminal, a few plain lines elsewhere."""
+"""Run trainings one after another and show their progress: a bar on a terminal, otherwise a few plain lines."""
 
 import itertools
 import re
@@ -19,9 +19,9 @@ from .units import duration, rate
 
 PLAIN_LINES = 4  # per run, without a terminal
 SECONDS_OF_RATE = 300  # of progress, from which the time left is estimated
-KEPT, SHOWN = 300, 15  # last lines of the output; those of them that are shown if a run fails
+KEPT, SHOWN = 300, 15  # last lines of the output, and how many of them to show if a run fails
 SECONDS_TO_DIE = 20
-_LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which does not have the cause
+_LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which never has the cause
 _RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")
 
 
@@ -30,7 +30,7 @@ class ShownTraining:
     """One training on the display; `cost` is its time relative to the other trainings."""
 
     name: str
-    place: str  # "3/12"
+    place: str  # for example "3/12"
     iterations: int
     tokens_per_iteration: int
     cost: float
@@ -73,7 +73,7 @@ class TrainingDisplay:
         self._progress.update(self._bar, description=shown.title, note=note)
 
     def finish(self, shown: ShownTraining, result: str) -> None:
-        """Show that the training has ended, or had ended before."""
+        """Show the result of a training that has ended."""
         self._move(shown, shown.iterations)
         self.say(f"{shown.title}: {result}")
 
@@ -114,14 +114,14 @@ class TrainingDisplay:
         return code, "".join(own[-SHOWN:]).rstrip()
 
     def stop(self, process: subprocess.Popen[str], shown: ShownTraining) -> str:
-        """Have the training save a checkpoint and end, without one at another Ctrl-C; return the rest of its output."""
+        """Let the training save a checkpoint and end; another Ctrl-C ends it at once. Return the rest of its output."""
         self.say(f"{shown.title}: saving a checkpoint; a second Ctrl-C ends it at once, without one.")
         self.note(shown, "saving")
         process.send_signal(signal.SIGTERM)
         try:
             return process.communicate()[0]
         except KeyboardInterrupt:
-            rest = end(process, signal.SIGINT, SECONDS_TO_DIE)  # at which the launch script kills the training
+            rest = end(process, signal.SIGINT, SECONDS_TO_DIE)  # makes the launch script kill the training
             if rest is None:
                 self.say(f"{shown.title}: process {process.pid} did not end and was killed.")
             return rest or ""
@@ -145,7 +145,7 @@ class TrainingDisplay:
                 self._plain(f"{shown.title}: {note}")
 
     def _move(self, shown: ShownTraining, iteration: int, advance: bool = True) -> float:
-        """Set the iteration of a training; return the cost of those since the one before."""
+        """Set the iteration of a training. Return the cost of the iterations since the last call."""
         cost, shown.done = shown.cost * (iteration - shown.done) / shown.iterations, iteration
         self._progress.advance(self._bar, cost * advance)
         return cost

@@ -1,7 +1,7 @@
-"""Activations that a transformer layer keeps of one micro-batch for its backward pass, term by term.
+"""Count the activations that a transformer layer keeps of one micro-batch for its backward pass, term by term.
 
-A GPU has T tokens of a micro-batch after context parallelism, and T / tensor parallel size if sequence parallelism
-splits them further. Every term is a tensor that the layer's autograd graph saves; tests compare the sum with PyTorch's.
+With context parallelism, a GPU has T tokens of a micro-batch; sequence parallelism splits them further, into T / tensor
+parallel size. Each term is a tensor that the layer's autograd graph saves. Tests compare the sum with PyTorch's.
 """
 
 import argparse
@@ -21,8 +21,8 @@ class LayerActivations(NamedTuple):
     """Bytes that a layer keeps of one micro-batch.
 
     Attributes:
-        kept: until its backward pass.
-        recomputed: in addition while its backward pass runs, for one layer at a time.
+        kept: until the layer's backward pass.
+        recomputed: additional ones during the layer's backward pass; one layer at a time.
     """
 
     kept: float
@@ -30,7 +30,7 @@ class LayerActivations(NamedTuple):
 
 
 def tokens_per_gpu(args: argparse.Namespace) -> float:
-    """Return T, see above."""
+    """Return T (see the top of the file)."""
     return args.micro_batch_size * args.seq_length / args.context_parallel_size
 
 
@@ -101,7 +101,7 @@ def _latent_attention(args: argparse.Namespace, bytes_per_head: float, bytes_per
         bytes_per_token: for one element of the latents on this rank.
     """
     heads, key, value = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
-    latents = 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + args.qk_pos_emb_head_dim  # before and behind norms
+    latents = 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + args.qk_pos_emb_head_dim  # before and after norms
     # Plain PyTorch layers pad values to the size of keys, and keep the padded output too.
     padded = key if args.transformer_impl == "local" and value < key else 0
     return {

@@ -1,4 +1,4 @@
-"""The paper's models with several micro-batches and EP, as `python tools/rehearse/choose.py` rehearsed them."""
+"""Show rehearsals of the paper's models with several micro-batches and EP, from `python tools/rehearse/choose.py`."""
 
 import json
 from collections.abc import Iterator

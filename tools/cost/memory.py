@@ -1,4 +1,4 @@
-"""Memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage."""
+"""Estimate the memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage."""
 
 import argparse
 import math
@@ -65,8 +65,9 @@ def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
 
 
 def exchanged_bytes(args: argparse.Namespace, experts_per_token: float) -> float:
-    """Return the bytes that a GPU sends to others in all-to-all exchanges of tokens in a step: each pair's vector there
-    and back, its gradient likewise, and the vectors again if they are recomputed.
+    """Return the bytes that a GPU sends to others in a step's all-to-all exchanges of tokens.
+
+    Each pair's vector travels there and back, and so does its gradient; recomputation sends the vectors again.
 
     Args:
         args: Megatron's validated arguments.
@@ -98,7 +99,7 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
     if index == len(stages) - 1:
         tokens, tensor_parallel = tokens_per_gpu(args), args.tensor_model_parallel_size
         split = tokens / tensor_parallel if args.sequence_parallel else tokens
-        total += 2 * args.hidden_size * split * element_size(args)  # before and behind the last norm
+        total += 2 * args.hidden_size * split * element_size(args)  # before and after the last norm
         logits = element_size(args)
         if logits < 4 and not args.cross_entropy_loss_fusion:
             logits += 4  # the softmax; fused, the logits' gradient takes their own place

@@ -42,7 +42,7 @@ class Training:
         return stamps.read_stamp(self.folder / "done.json", self.inputs) is not None
 
     def prepare(self) -> bool:
-        """Keep the files of an interrupted run with the same inputs, and remove all others.
+        """Keep the files of an interrupted run with the same inputs; remove any others.
 
         Returns:
             Whether files were removed.

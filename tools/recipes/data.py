@@ -1,4 +1,4 @@
-"""Data sets and vocabulary of a training, from the environment."""
+"""Find the data sets and the vocabulary of a training from the environment."""
 
 import os
 import re

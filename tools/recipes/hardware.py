@@ -1,4 +1,4 @@
-"""Flags and environment that suit the GPUs of a training and the kernels installed with its interpreter."""
+"""Choose flags and environment variables for the GPUs of a training and the kernels that are installed."""
 
 import importlib.util
 import shutil

@@ -1,4 +1,4 @@
-"""A launch script's arguments and environment, made into the command that trains."""
+"""Turn a launch script's arguments and environment into the command that trains."""
 
 import shlex
 from collections.abc import Mapping, Sequence

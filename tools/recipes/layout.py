@@ -1,4 +1,4 @@
-"""How the processes of a training share its model and data."""
+"""Read and check the parallel layout of a training."""
 
 import re
 from collections.abc import Mapping

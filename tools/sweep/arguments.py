@@ -1,4 +1,4 @@
-"""The sweep's command line."""
+"""Parse the sweep's command line."""
 
 import argparse
 import os

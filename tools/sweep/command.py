@@ -1,4 +1,4 @@
-"""Trains what is missing of a sweep, or submits it to Slurm, and collects the results."""
+"""Train the missing runs of a sweep, or submit them to Slurm, and collect the results."""
 
 import argparse
 import os

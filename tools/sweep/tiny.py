@@ -1,4 +1,4 @@
-"""Models and text of a sweep with --tiny: the quickstart's model, two larger ones, and its text, on one CPU."""
+"""Define models and text of a sweep with --tiny: the quickstart's model, two larger ones, and its text."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Write files so that another program, or a power cut, finds the old one or the new one and nothing between."""
+"""Write files atomically: other programs, or a power cut, find the old file or the new one."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file, wait until it is on the disk, and rename it to `path`.
+    """Call `write` for a temporary file, wait until the file is on the disk, and rename it to `path`.
 
     Raises:
         OSError: it cannot be written; the temporary file is removed.
@@ -24,12 +24,12 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text to a file, aside."""
+    """Write a text file atomically."""
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -41,7 +41,7 @@ def idx_path(prefix: Path) -> Path:
 
 
 class IndexedWriter:
-    """Write a data set aside; `publish` renames it, and leaving the context without that removes it.
+    """Write a data set under a temporary name. `publish` renames it; leaving the context before that removes it.
 
     Memory grows by 4 bytes per document. An empty document has a bound but no sequence, as in Megatron-LM's tool.
 
@@ -65,7 +65,7 @@ class IndexedWriter:
         if not self._published:
             idx_path(self.aside).unlink(missing_ok=True)
             bin_path(self.aside).unlink(missing_ok=True)
-        # On a full disk closing fails again; what counts was flushed by `finish`.
+        # On a full disk closing fails again; `finish` has flushed everything that counts.
         with suppress(OSError):
             self._file.close()
 
@@ -97,8 +97,8 @@ class IndexedWriter:
                 os.fsync(file.fileno())
 
     def publish(self) -> None:
-        """Put the finished data set in its place, and remove what Megatron cached for an older one there."""
-        idx_path(self.prefix).unlink(missing_ok=True)  # never an old index beside new tokens
+        """Rename the finished data set, and remove Megatron's index cache of an older one."""
+        idx_path(self.prefix).unlink(missing_ok=True)  # an old index must never be next to new tokens
         shutil.rmtree(self.prefix / "cache", ignore_errors=True)
         os.replace(bin_path(self.aside), bin_path(self.prefix))
         os.replace(idx_path(self.aside), idx_path(self.prefix))

@@ -1,7 +1,7 @@
 """Check the data sets of a training before it starts.
 
-Every rank reads headers and small samples; the first of each machine checks the indices in full, and the first of all
-looks for damage in Megatron's index cache. Forms that are not known here are left to Megatron.
+Every rank reads headers and small samples. The first rank of each machine checks the indices in full; the first rank
+of all also checks Megatron's index cache. Data in other formats is left to Megatron.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, idx_path
 
 TOKENS_SAMPLED, PLACES_SAMPLED = 2_000_000, 8
-TOKENS_TO_JUDGE_BY = 10_000  # a tokenizer's ids in so many tokens of text reach far beyond ...
-SHARE_OF_VOCABULARY = 1 / 16  # ... this share of its vocabulary
+TOKENS_TO_JUDGE_BY = 10_000  # this many tokens of text have ids far above ...
+SHARE_OF_VOCABULARY = 1 / 16  # ... this share of the vocabulary
 SECONDS_OF_WRITING = 2
 SPLITS = ("training", "validation", "test")
 PUT_WEIGHTS = "put one number before each prefix"
@@ -34,9 +34,9 @@ BlendReader = Callable[[argparse.Namespace], tuple[Blend | None, list[Blend | No
 
 
 def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path, list[Path]]:
-    """Check that the data sets exist, are whole, and leave each split something to train or evaluate on.
+    """Check that the data sets exist, are complete, and leave no split empty.
 
-    From an empty split Megatron would take epoch after epoch without end.
+    Megatron would loop forever over an empty split.
 
     Args:
         args: Megatron's arguments, validated.
@@ -92,7 +92,7 @@ def remove_cached_indices(damaged: Mapping[Path, list[Path]]) -> None:
 
 
 def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None:
-    """Check that ids from the beginning to the end of each data set fit the model's vocabulary, by samples.
+    """Check samples of token ids from all over each data set against the model's vocabulary.
 
     Args:
         args: Megatron's arguments, after it has built the tokenizer.
@@ -153,9 +153,9 @@ def _check_split(
     share: tuple[float, float],
     is_weighted: bool,
 ) -> None:
-    """Check that every data set has tokens in a split, and a single one a sequence to train on.
+    """Check that every data set has tokens in a split, and that a single data set has a whole training sequence.
 
-    Of data sets without weights Megatron takes one epoch: each must have a part in it, and all of them must suffice.
+    Megatron uses data sets without weights for one epoch: each must have a sequence, and together they must suffice.
     """
     parts = [data.lengths[slice(*(round(end * len(data.lengths)) for end in share))] for data in data_sets]
     tokens = [int(part.sum(dtype=np.int64)) for part in parts]
@@ -193,7 +193,7 @@ def _check_split(
 
 
 def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None, int | None]:
-    """Return what Megatron asks of each split (`get_train_valid_test_num_samples`); None: nothing, or all there is."""
+    """Return the sequences that Megatron asks of each split (`get_train_valid_test_num_samples`); None: any number."""
     once = args.eval_iters * args.eval_global_batch_size
     if args.skip_train:
         return None, None if args.full_validation else once, once
@@ -229,7 +229,7 @@ def _damaged_indices(args: argparse.Namespace, prefixes: list[str]) -> dict[Path
 
 
 def _is_cut(path: Path) -> bool:
-    """Return whether an array's file is shorter than its header says, and no other training is writing it now."""
+    """Return whether an array's file is shorter than its header says and no longer grows (another run may write it)."""
     size = -1
     while True:
         try:

@@ -1,4 +1,4 @@
-"""`SAVE/metrics.jsonl`: what a training logs, one JSON object a line (docs/run_log.md)."""
+"""Write and read `SAVE/metrics.jsonl`, a run's log with one JSON object per line (docs/run_log.md)."""
 
 import argparse
 import importlib.metadata
@@ -25,9 +25,7 @@ Record = dict[str, Any]
 
 @contextmanager
 def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
-    """Write the log of the training in this context, on the last rank, which has the loss.
-
-    Does nothing if nothing is saved.
+    """Write the log of a training on the last rank, which has the loss. Do nothing if nothing is saved.
 
     Args:
         args: Megatron's arguments, validated.
@@ -38,7 +36,7 @@ def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
     from megatron.remoe.patches.log_lines import run_logger  # imports Megatron, which tools that only read do without
 
     logger, log = run_logger(), RunLog(args)
-    logger.setLevel(logging.INFO)  # records are made from now on
+    logger.setLevel(logging.INFO)  # starts the records
     logger.addHandler(log)
     try:
         yield
@@ -47,7 +45,7 @@ def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
 
 
 class RunLog(logging.Handler):
-    """Writes the records of `run_logger`.
+    """Write the records of `run_logger`.
 
     A record is a dict. With a `kind` it becomes a line; without one its figures are added to the next `log` line.
     """
@@ -55,7 +53,7 @@ class RunLog(logging.Handler):
     def __init__(self, args: argparse.Namespace) -> None:
         """
         Args:
-            args: Megatron's arguments. `iteration` is read with the first record: loading a checkpoint sets it.
+            args: Megatron's arguments. Loading a checkpoint sets `iteration`, so it is read at the first record.
         """
         super().__init__()
         self.path = Path(args.save, FILE)
@@ -66,7 +64,7 @@ class RunLog(logging.Handler):
         self._totals_before: Record | None = None  # running sums at the start; None if they are unknown
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record; a failure is a warning, and the training goes on."""
+        """Write a record. If that fails, warn and let the training continue."""
         try:
             assert isinstance(record.msg, dict)
             self._take(record.msg)
@@ -77,7 +75,7 @@ class RunLog(logging.Handler):
         if "kind" not in record:
             self._figures |= record
         elif self._args.iteration >= self._args.train_iters:
-            # Nothing is trained. A training that was stopped in its last evaluation lacks the result of it.
+            # Nothing is trained. If the last evaluation was interrupted, its result is still missing.
             if record["kind"] == "validation" and not self._has(record):
                 self._append(record)
         else:
@@ -95,13 +93,13 @@ class RunLog(logging.Handler):
         return any([record.get(name) for name in names] == wanted for record in read_run_log(self.path))
 
     def _with_all_totals(self, record: Record) -> Record:
-        """Add the running sums of the sessions before, or leave them out where those are unknown."""
+        """Add the running sums of earlier sessions, or leave the sums out if those are unknown."""
         if self._totals_before is None:
             return {name: value for name, value in record.items() if name not in TOTALS}
         return record | {name: record[name] + self._totals_before[name] for name in TOTALS if name in record}
 
     def _begin(self) -> None:
-        """Remove what came after the checkpoint that this training continues from, and add a `start` line."""
+        """Remove the lines after the checkpoint that this training continues from, and add a `start` line."""
         iteration = self._args.iteration
         if iteration:
             self._cut(iteration)
@@ -126,12 +124,12 @@ class RunLog(logging.Handler):
         write_aside(self.path, write)
 
     def _append(self, record: Record) -> None:
-        """Write one line, without values that JSON cannot hold and numbers that are not finite."""
+        """Write one line without values that JSON cannot hold or that are not finite."""
         line = json.dumps({name: value for name, value in record.items() if _is_json(value)}) + "\n"
         with self.path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                line = "\n" * (file.read(1) != b"\n") + line  # after one that was cut off
+                line = "\n" * (file.read(1) != b"\n") + line  # after a line that was cut off
             file.write(line.encode())
 
 
