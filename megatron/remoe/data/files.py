@@ -1,10 +1,12 @@
-"""Write files atomically: other programs, or a power cut, find the old file or the new one."""
+"""Write files atomically, so that other programs, or a power cut, find the old file or the new one; lock files."""
 
 import errno
+import fcntl
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -38,3 +40,18 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def take_lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed, here and in processes that inherit it.
+
+    Returns:
+        False if another process holds the lock. A file system without locks always gives True.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True

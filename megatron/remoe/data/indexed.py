@@ -5,7 +5,6 @@ document bounds (uint64). Then the length of each sequence in tokens (int32), th
 (int64), and the document bounds, counted in sequences (int64). .bin: the tokens of all sequences. Little-endian.
 """
 
-import fcntl
 import os
 import shutil
 import struct
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.files import take_lock
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -108,15 +108,8 @@ class IndexedWriter:
 def _open_alone(path: Path, prefix: Path) -> BinaryIO:
     """Open, lock and empty a file; a killed run may have left it."""
     file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another run may have published the file between opening and locking.
-        alone = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except BlockingIOError:
-        alone = False
-    except OSError:
-        alone = True  # a file system without locks
-    if not alone:
+    # Another run may have published the file between opening and locking.
+    if not (take_lock(file) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
         file.close()
         raise DataError(f"Another run is writing {prefix}.bin. Wait for it, or give another --output-prefix.")
     file.truncate(0)
