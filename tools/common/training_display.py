@@ -147,5 +147,6 @@ class TrainingDisplay:
     def _move(self, shown: ShownTraining, iteration: int, advance: bool = True) -> float:
         """Set the iteration of a training. Return the cost of the iterations since the last call."""
         cost, shown.done = shown.cost * (iteration - shown.done) / shown.iterations, iteration
-        self._progress.advance(self._bar, cost * advance)
+        if advance:
+            self._progress.advance(self._bar, cost)
         return cost

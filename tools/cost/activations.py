@@ -39,6 +39,11 @@ def element_size(args: argparse.Namespace) -> int:
     return 2 if args.bf16 or args.fp16 else 4
 
 
+def recomputed_modules(args: argparse.Namespace) -> list[str]:
+    """Return --recompute-modules if recomputation is selective, else nothing."""
+    return args.recompute_modules or [] if args.recompute_granularity == "selective" else []
+
+
 def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> dict[str, float]:
     """Return bytes by part of the layer, with nothing recomputed.
 
@@ -88,7 +93,8 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     parts["expert activations"] = activations * args.moe_ffn_hidden_size * pairs * size
     if args.moe_shared_expert_intermediate_size:
         parts["shared experts"] = _mlp(args, args.moe_shared_expert_intermediate_size) * tokens * size / tp
-        parts["shared experts"] += args.moe_shared_expert_gate * hidden * split * size
+        if args.moe_shared_expert_gate:
+            parts["shared experts"] += hidden * split * size
     return parts
 
 
@@ -117,8 +123,11 @@ def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, in
     Fused kernels recompute the steps in backward. Unfused, SwiGLU keeps silu(x), the linear half and the product;
     experts also keep the product with the gate.
     """
-    before, fused = (2, args.bias_swiglu_fusion) if args.swiglu else (1, args.bias_gelu_fusion)
-    return before, 1 if fused else (3 if args.swiglu else 1) + gated
+    before = 2 if args.swiglu else 1
+    if args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion:
+        return before, 1
+    unfused = 3 if args.swiglu else 1
+    return before, unfused + 1 if gated else unfused
 
 
 def _mlp(args: argparse.Namespace, size: int) -> int:
@@ -137,11 +146,7 @@ def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_toke
         if args.distribute_saved_activations:
             inputs /= args.tensor_model_parallel_size
         return LayerActivations(inputs, everything - inputs)
-    dropped = {
-        part
-        for module in (args.recompute_modules or []) * (args.recompute_granularity == "selective")
-        for part in RECOMPUTED_PARTS.get(module, ())
-    }
+    dropped = {part for module in recomputed_modules(args) for part in RECOMPUTED_PARTS.get(module, ())}
     if in_chunks:
         dropped |= {"expert inputs", "expert hidden", "expert activations"}
     recomputed = sum(size for part, size in parts.items() if part in dropped)

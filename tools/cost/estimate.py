@@ -32,7 +32,9 @@ def phases(args: argparse.Namespace) -> list[tuple[str, float]]:
 
 def plan_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iterator[str]:
     """Yield machine and layout."""
-    names = ("tensor_model", "pipeline_model", "context", "data", *["expert_model"] * bool(args.num_experts))
+    names = ["tensor_model", "pipeline_model", "context", "data"]
+    if args.num_experts:
+        names.append("expert_model")
     sizes = (f"{name.removesuffix('_model')} {getattr(args, f'{name}_parallel_size')}" for name in names)
     card = options.accelerator
     yield f"Plan: {options.gpus} x {options.gpu} ({card.memory:g} GiB, {card.tflops:g} TFLOP/s dense bf16)"

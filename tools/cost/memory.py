@@ -10,7 +10,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
 
-from .activations import LayerActivations, element_size, layer_activations, tokens_per_gpu
+from .activations import LayerActivations, element_size, layer_activations, recomputed_modules, tokens_per_gpu
 from .parameters import Stage
 
 NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
@@ -76,8 +76,8 @@ def exchanged_bytes(args: argparse.Namespace, experts_per_token: float) -> float
     layers = sum("E" in sublayers(args, number + 1) for number in range(args.num_layers))  # of all stages
     tokens = args.global_batch_size * args.seq_length / args.world_size
     limit = args.moe_relu_activation_limit * args.moe_router_topk if args.moe_relu_routing else 0.0
-    recomputed = 0 < limit < experts_per_token or args.recompute_granularity == "full"
-    recomputed = recomputed or "moe" in (args.recompute_modules or []) * (args.recompute_granularity == "selective")
+    in_chunks = 0 < limit < experts_per_token
+    recomputed = in_chunks or args.recompute_granularity == "full" or "moe" in recomputed_modules(args)
     vectors = layers * tokens * experts_per_token * (1 - 1 / args.expert_model_parallel_size)
     return (6 if recomputed else 4) * vectors * args.hidden_size * element_size(args)
 
@@ -88,7 +88,9 @@ def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
         return 4 * half + 4
     if not args.use_precision_aware_optimizer:
         return 4 * half + 8
-    kinds: list[torch.dtype] = [args.exp_avg_dtype, args.exp_avg_sq_dtype] + [args.main_params_dtype] * half
+    kinds: list[torch.dtype] = [args.exp_avg_dtype, args.exp_avg_sq_dtype]
+    if half:
+        kinds.append(args.main_params_dtype)
     return sum(kind.itemsize for kind in kinds)
 
 

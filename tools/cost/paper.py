@@ -42,7 +42,7 @@ def expected(size: str, routing: str) -> dict[str, tuple[Any, str]]:
         size: a key of `PAPER`.
         routing: dense, moe or remoe.
     """
-    kinds = ["all", size, *["experts"] * (routing != "dense"), routing]
+    kinds = ["all", size, routing] if routing == "dense" else ["all", size, "experts", routing]
     model = PAPER[size]
     found = dict(zip(DIMENSIONS, ((n, "paper") for n in (model.layers, model.hidden, model.heads)), strict=True))
     for source, parts in _table().items():

@@ -118,12 +118,13 @@ def run(args: argparse.Namespace) -> int:
         with step(console, "corpus", "collecting text") as result:
             sources = dataset.CORPORA[args.corpus]()
             text = corpus.build(output / "corpus", lambda line: say(f"  {line}"), args.corpus, sources)
-            result.append(describe_corpus(text) + " (reused)" * text["reused"])
+            result.append(describe_corpus(text) + (" (reused)" if text["reused"] else ""))
         for domain, reason in text["missing"].items() if text["reused"] else ():
             say(f"  The corpus has no {domain}. To try again, remove {short(output / 'corpus')}. {reason}")
         with step(console, "data set", "preprocessing") as result:
             data = dataset.build(output / "data", output / "corpus", text, args.threads)
-            result.append(f"{sum(data['tokens']['train'].values()):,} training tokens" + " (reused)" * data["reused"])
+            number = sum(data["tokens"]["train"].values())
+            result.append(f"{number:,} training tokens" + (" (reused)" if data["reused"] else ""))
         held_out = {
             domain: dataset.predicted_tokens(tokens, tiny.SIZE.sequence)
             for domain, tokens in data["tokens"]["heldout"].items()

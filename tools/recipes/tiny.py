@@ -46,7 +46,7 @@ def common_flags(size: TinySize, iterations: int, seed: int) -> list[str]:
 def model_flags(model: str, size: TinySize) -> list[str]:
     """Return the flags of a routing; none for a dense model."""
     flags = Routing(model, size.experts, topk=size.topk).flags(size.ffn)
-    return [*flags, *["--moe-per-layer-logging"] * bool(flags)]
+    return [*flags, "--moe-per-layer-logging"] if flags else []
 
 
 def output_flags(folder: Path) -> list[str]:

@@ -129,7 +129,8 @@ class RunLog(logging.Handler):
         with self.path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                line = "\n" * (file.read(1) != b"\n") + line  # after a line that was cut off
+                if file.read(1) != b"\n":  # the last line was cut off
+                    line = "\n" + line
             file.write(line.encode())
 
 
