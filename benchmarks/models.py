@@ -1,6 +1,5 @@
 """The models that are measured: Megatron's flags, those of the machine, and FLOPs."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.common.tiny_model import TRAINING  # noqa: E402
+from tools.common.flags import parse  # noqa: E402
+from tools.recipes.flops import arguments_of, flops_per_sequence  # noqa: E402
+from tools.recipes.models import Size  # noqa: E402
 
 # Steps that bring routers to the target. One batch is not enough: the tokens of a sequence have much in common.
 FIT_STEPS = 4
 COMMON = """
---num-attention-heads 12 --num-query-groups 4 --lr 1e-7 --lr-decay-style constant --split 100,0,0 --log-interval 1
---num-workers 0 --moe-token-dispatcher-type alltoall --make-vocab-size-divisible-by 128
+--tokenizer-type NullTokenizer --lr 1e-7 --lr-decay-style constant --clip-grad 1.0 --split 100,0,0 --eval-iters 0
+--eval-interval 1000 --log-interval 1 --num-workers 0 --moe-token-dispatcher-type alltoall
 """.split()
 ROUTINGS = {
     "ReMoE": ["--moe-relu-routing"],
@@ -65,23 +66,17 @@ class Shape:
 
     def flags(self, routing: str) -> list[str]:
         """Return the training's flags, without data and number of steps."""
-        sizes = f"""
-        --num-layers {self.layers} --hidden-size {self.hidden} --ffn-hidden-size {self.ffn}
-        --moe-ffn-hidden-size {self.ffn} --seq-length {self.sequence} --max-position-embeddings {self.sequence}
+        size = Size(
+            self.layers, self.hidden, 12, self.ffn, sequence=self.sequence, init_std=0.02, vocabulary_multiple=128
+        )
+        rest = f"""
         --micro-batch-size {self.micro_batch} --global-batch-size {self.micro_batch} --vocab-size {self.vocabulary}
         --num-experts {self.experts} --moe-router-topk 1 --moe-granularity {self.granularity}
+        --moe-ffn-hidden-size {self.ffn}
         """
-        return [*TRAINING, *COMMON, *sizes.split(), *ROUTINGS[routing]]
+        return [*size.layer_flags("moe"), *size.flags(), *COMMON, *rest.split(), *ROUTINGS[routing]]
 
     def flops(self, active_experts: float) -> float:
-        """Return a step's FLOPs: 2 for a product and its sum, once forward, twice backward.
-
-        Args:
-            active_experts: active pairs per token, in experts of full size: G pairs make one.
-        """
-        heads, groups = 12, 4
-        attention = self.hidden * self.hidden * (2 + 2 * groups / heads) + self.hidden * self.sequence  # causal: half
-        router = self.hidden * self.experts * self.granularity
-        layer = attention + router + 3 * self.hidden * self.ffn * active_experts
-        vocabulary = math.ceil((self.vocabulary + 1) / 128) * 128
-        return 6.0 * self.tokens * (self.layers * layer + self.hidden * vocabulary)
+        """Return a step's FLOPs; `active_experts`: active pairs per token, in experts of full size (G pairs)."""
+        args = arguments_of(parse(self.flags("top-k")))
+        return self.micro_batch * flops_per_sequence(args, active_experts * self.granularity)

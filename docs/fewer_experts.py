@@ -30,12 +30,13 @@ from tools.common.one_process import one_process  # noqa: E402
 from tools.common.text import blend_of, sample  # noqa: E402
 from tools.convert_checkpoint.command import loss_of  # noqa: E402
 from tools.convert_checkpoint.models import count_pairs, source_args  # noqa: E402
-from tools.quickstart import dataset, models  # noqa: E402
+from tools.corpora import dataset  # noqa: E402
+from tools.recipes import tiny  # noqa: E402
 from tools.recipes.models import Routing, Training  # noqa: E402
 
 STEPS_BEFORE, STEPS = 800, 600
 EXPERTS, BEFORE, AFTER = 16, 4, 2
-SIZE = replace(models.SIZE, ffn=64)
+SIZE = replace(tiny.SIZE, ffn=64)
 SOURCE, REMOE, WITH_NULLS = "source/checkpoints", "converted", "with-null-experts"
 LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 MOVING = f"--moe-relu-start-topk {BEFORE} --moe-relu-start-steps {STEPS // 3}"
@@ -119,7 +120,7 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/fewer_experts").resolve()
     seeds = list(map(int, sys.argv[2:])) or [1, 2, 3]
     text = dataset.make_text(folder, dataset.MIXED, print)
-    data = models.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
+    data = dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     before = Training(STEPS_BEFORE, 16, 16, "4e-3", "4e-4", 0.95, 0.1)
     after = replace(before, iterations=STEPS, lr="1e-3", min_lr="1e-4")
     found: dict[str, list[tuple[float, float | None, float | None]]] = {}

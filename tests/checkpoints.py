@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM
+from tests.tiny_model import RELU
 from tests.trainings import TINY, weights
-from tools.common.tiny_model import RELU
 
 
 def training(data: Path, folder: Path, *more: str) -> list[str]:

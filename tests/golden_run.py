@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 from tests.data_sets import write_documents
+from tests.tiny_model import RELU, TRAINING
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT
-from tools.common.tiny_model import RELU, TRAINING
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny_remoe.json"
 FLAGS = [

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.tiny_model import BYTES
 from tests.tools.test_cost import cost, figures
 from tests.trainings import REPOSITORY, run, series, weights
-from tools.common.tiny_model import BYTES
 from tools.export_hf import command as export_hf
 from tools.rehearse import command as rehearse
 

@@ -1,1 +1,1 @@
-"""What runs beside a training, each started by `python tools/NAME`."""
+"""Programs around a training. Start one with `python tools/NAME`."""

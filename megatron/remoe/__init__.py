@@ -28,8 +28,9 @@ _ROOMS = {
     "only_training": "preflight.run_lock",
     "check_settings": "preflight.environment",
     "check_data": "preflight.data",
+    "remove_cached_indices": "preflight.data",
     "check_loaded_run": "preflight.checkpoint_fit",
-    "check_output_folders": "preflight.environment",
+    "make_output_folders": "preflight.environment",
     "apply_patches": "patches",
 }
 __all__ = sorted(_ROOMS)

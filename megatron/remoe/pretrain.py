@@ -15,6 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
+
     from torch.distributed import Store
 
     from megatron.remoe.preflight.run_lock import RunLock
@@ -105,7 +107,7 @@ def train(
     at_the_end: ExitStack,
     store: "Store | None" = None,
 ) -> None:
-    """Parse, lock, check, patch, configure the model, install the routing, and call Megatron's loop.
+    """Check the flags, patch Megatron, configure the model, install the routing, and call Megatron's loop.
 
     Args:
         on_cpu, observe: as in `main`.
@@ -114,46 +116,20 @@ def train(
         store: where the ranks meet, other than by MASTER_ADDR.
     """
     from megatron.core.enums import ModelType
-    from megatron.remoe import cpu, patches
-    from megatron.remoe.preflight import environment
-    from megatron.remoe.preflight.checkpoint_files import choose_checkpoint
-    from megatron.remoe.preflight.checkpoint_fit import check_loaded_run
-    from megatron.remoe.preflight.data import check_data, check_vocabulary
-    from megatron.remoe.preflight.machine import check_kernels
+    from megatron.remoe import patches
     from megatron.remoe.preflight.messages import usage_errors
     from megatron.remoe.training import hooks
-    from megatron.remoe.training.arguments import model_config_from_args, parse_args, take_saved_args
+    from megatron.remoe.training.arguments import model_config_from_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
     from megatron.remoe.training.run_log import keep_run_log
     from megatron.remoe.training.summary import with_summary
     from megatron.remoe.training.teacher import with_teacher
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import validate_args
-    from megatron.training.global_vars import set_global_variables
-    from megatron.training.utils import get_blend_and_blend_per_split, print_rank_last
+    from megatron.training.utils import print_rank_last
 
-    with usage_errors(rank=0):
-        environment.check_environment()
     with usage_errors():
-        args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
-        if on_cpu:
-            cpu.adapt_arguments(args)
-        check_kernels(args.moe_kernels, on_cpu)
-        lock.take(args)
-        resume = choose_checkpoint(args)
-        if resume is not None:
-            resume.apply(args)
-        take_saved_args(args)
-        environment.check_required_flags(args)
-        validate_args(args, {})
-        environment.check_settings(args)
-        check_data(args, get_blend_and_blend_per_split)
-        args.override_opt_param_scheduler |= check_loaded_run(args, resume)
-        environment.check_output_folders(args)
-        set_global_variables(args)
-        check_vocabulary(args, get_blend_and_blend_per_split)
-
+        args = checked_arguments(on_cpu, lock)
         patches.apply_patches(saves=bool(args.save))
         model_cfg = model_config_from_args(args)
         hooks.install_routing(args, model_cfg)
@@ -172,6 +148,48 @@ def train(
             f"Nothing to do: the checkpoint in --load {args.load} is of iteration {args.iteration}, and --train-iters "
             f"is {args.train_iters}. Nothing was trained; a validation loss above is that of the checkpoint."
         )
+
+
+def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
+    """Parse and check the flags, the data and the folders. Return the arguments, which are also Megatron's global ones.
+
+    Args:
+        on_cpu, lock: as in `train`.
+
+    Raises:
+        ValueError, AssertionError, OSError: a flag or a file is wrong; the message names it.
+    """
+    from megatron.remoe import cpu
+    from megatron.remoe.preflight import data, environment
+    from megatron.remoe.preflight.checkpoint_files import choose_checkpoint
+    from megatron.remoe.preflight.checkpoint_fit import check_loaded_run
+    from megatron.remoe.preflight.machine import check_kernels
+    from megatron.remoe.preflight.messages import usage_errors
+    from megatron.remoe.training.arguments import parse_args, take_saved_args
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    with usage_errors(rank=0):  # RANK itself may be wrong
+        environment.check_environment()
+    args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
+    if on_cpu:
+        cpu.adapt_arguments(args)
+    check_kernels(args.moe_kernels, on_cpu)
+    lock.take(args)
+    resume = choose_checkpoint(args)
+    if resume is not None:
+        resume.apply(args)
+    take_saved_args(args)
+    environment.check_required_flags(args)
+    validate_args(args, {})
+    environment.check_settings(args)
+    data.remove_cached_indices(data.check_data(args, get_blend_and_blend_per_split))
+    args.override_opt_param_scheduler |= check_loaded_run(args, resume)
+    environment.make_output_folders(args)
+    set_global_variables(args)
+    data.check_vocabulary(args, get_blend_and_blend_per_split)
+    return args
 
 
 if __name__ == "__main__":

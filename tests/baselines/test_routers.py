@@ -15,8 +15,8 @@ from megatron.remoe.moe.specs import with_fused_layers, with_router
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.problems import WITH_AUXILIARY_LOSS
 from tests.layers import HIDDEN, expert_weights, make_config
+from tests.tiny_model import TOPK
 from tests.trainings import REPOSITORY, TINY, run, series
-from tools.common.tiny_model import TOPK
 
 SEQUENCE, BATCH = 8, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,8 +9,8 @@ import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from tests.entry import shared_entry
+from tests.tiny_model import RELU
 from tests.trainings import TINY, weights
-from tools.common.tiny_model import RELU
 
 SAVED, STEPS = 4, 6
 LIMIT = 300.0  # seconds; longer is a hang

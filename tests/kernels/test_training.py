@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.runs import FP32_GPU
+from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
-from tools.common.tiny_model import RELU
 
 # Interpreted, a program of a kernel takes milliseconds.
 SHORT = "--seq-length 16 --max-position-embeddings 16 --global-batch-size 4 --train-iters 3".split()

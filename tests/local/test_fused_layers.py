@@ -19,8 +19,8 @@ from megatron.remoe.local.experts import GroupedExperts
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_fused_layers
 from tests.layers import HIDDEN, make_config, make_layer
+from tests.tiny_model import RELU, TOPK
 from tests.trainings import TINY, run, series
-from tools.common.tiny_model import RELU, TOPK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_groups = pytest.mark.usefixtures("process_groups")

@@ -15,8 +15,8 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.remoe import patches
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.local.rotary import FusedRotaryEmbedding
+from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, series
-from tools.common.tiny_model import RELU
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.entry import Entry
+from tests.tiny_model import RELU
 from tests.trainings import TINY, series
-from tools.common.tiny_model import RELU
 
 NAMES = ("lm loss", "sparsity", "l1 loss", "l1 coefficient", "grad norm")
 DEEPEP = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep --moe-router-dtype fp32".split()

@@ -14,8 +14,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatche
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.moe.hybridep import deep_ep
+from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
-from tools.common.tiny_model import RELU
 
 HYBRIDEP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
 PADDED = {

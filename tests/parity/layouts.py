@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tools.common.tiny_model import RELU, TOPK, TRAINING
+from tests.tiny_model import RELU, TOPK, TRAINING
 
 LAYERS = 4
 MODEL = [

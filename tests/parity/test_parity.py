@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron.remoe.data.files import write_text
 from tests.data_sets import write_real_text
 from tests.parity.layouts import CHEAPER_START, DENSE_AND_MOE, LAYOUTS, SINGLE, VARIANTS
 from tests.parity.measure import Case, Difference, Training, compare, train
 from tools.common import markdown
-from tools.common.files import write_between
 from tools.common.places import ROOT
 
 CORE = [
@@ -130,5 +130,7 @@ def test_table(trainings: Trainings, request: pytest.FixtureRequest) -> None:
     layouts = dict.fromkeys(case.layout for case in remoe)
     rows = [row(layout, {case: one for case, one in remoe.items() if case.layout == layout}) for layout in layouts]
     rows += [row("top-k, largest", top_k), row("HybridModel, largest", hybrid)]
-    table = markdown.table(["layout", *COLUMNS], rows)
-    write_between(ROOT / "docs" / "parallelism.md", "<!-- parity:begin -->", "<!-- parity:end -->", "\n".join(table))
+    page, begin, end = ROOT / "docs" / "parallelism.md", "<!-- parity:begin -->\n", "<!-- parity:end -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    table = "\n".join(markdown.table(["layout", *COLUMNS], rows))
+    write_text(page, f"{before}{begin}{table}\n{end}{rest.partition(end)[2]}")

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.tiny_model import RELU, TOPK
 from tests.trainings import TINY
-from tools.common.tiny_model import RELU, TOPK
 
 Arguments = Callable[["User"], list[str]]
 

@@ -20,8 +20,8 @@ from tests.data_sets import write_documents
 from tests.entry import LIMIT, Entry
 from tests.gpt2_reference import gpt2_files
 from tests.preflight.mistakes import ENTRY, HYBRID, MAKE, User, on, plain, resumed, two
+from tests.tiny_model import RELU, TOPK
 from tests.trainings import REPOSITORY
-from tools.common.tiny_model import RELU, TOPK
 
 LINES = 3
 

@@ -46,7 +46,7 @@ def test_another_rank_says_what_is_its_own_reason(waited, monkeypatch, capsys, t
     (tmp_path / "file").touch()
     args = argparse.Namespace(save=str(tmp_path / "file" / "run"), tensorboard_dir=None, data_cache_path=None)
     with pytest.raises(SystemExit), messages.usage_errors():
-        environment.check_output_folders(args)
+        environment.make_output_folders(args)
     assert f"rank 3 on {socket.gethostname()}: --save {args.save}: cannot be written" in capsys.readouterr().err
 
 

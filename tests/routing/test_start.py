@@ -11,8 +11,8 @@ from megatron.remoe.routing.controller import SparsityController, exponent_bound
 from megatron.remoe.routing.problems import relu_routing_problems
 from tests.layers import HIDDEN, make_config, make_layer
 from tests.routing.test_controller import exponent, route
+from tests.tiny_model import RELU
 from tests.trainings import TINY, records, run, series
-from tools.common.tiny_model import RELU
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 FASTER = {"moe_relu_l1_reg_start_power": 3, "moe_relu_l1_reg_start_setback": 5}

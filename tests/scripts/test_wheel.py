@@ -14,9 +14,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from tests.tiny_model import SIZES
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT
-from tools.common.tiny_model import SIZES
 
 
 @pytest.fixture(scope="module")

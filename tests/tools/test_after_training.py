@@ -18,12 +18,13 @@ from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests import without_megatron
 from tests.data_sets import write_documents
+from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, run, series
 from tools.common.flags import parse, words_of
-from tools.common.tiny_model import RELU
+from tools.corpora import dataset
 from tools.evaluate.text import batches, sequences
 from tools.export_hf.command import main as export
-from tools.quickstart import models
+from tools.recipes import tiny
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 QUICKSTART = Path(os.environ.get("QUICKSTART", REPOSITORY / "runs" / "quickstart"))
@@ -53,7 +54,7 @@ class Trained:
     more: tuple[str, ...] = ()
 
 
-def tiny(data: Path, folder: Path) -> Trained:
+def train_tiny(data: Path, folder: Path) -> Trained:
     """Train a tiny ReMoE for four steps."""
     held_out = folder / "held-out"
     write_documents(held_out, [data.with_suffix(".bin").read_bytes()[start : start + 900] for start in range(0, 30, 3)])
@@ -73,23 +74,23 @@ def of_quickstart(model: str) -> Trained:
         tokens = json.loads((QUICKSTART / "data" / "manifest.json").read_text())["tokens"]["train"]
     except OSError:
         pytest.skip(f"needs a finished quickstart in {QUICKSTART}: scripts/quickstart.sh, or QUICKSTART=FOLDER")
-    folder, size = QUICKSTART.resolve(), models.SIZE
+    folder, size = QUICKSTART.resolve(), tiny.SIZE
     log = (folder / model / "train.log").read_text()
-    words = models.common_flags(size, STEPS, seed) + models.model_flags(model, size)
-    words += models.data_flags(folder / "data", tokens)
+    words = tiny.common_flags(size, STEPS, seed) + tiny.model_flags(model, size)
+    words += dataset.data_flags(folder / "data", tokens)
     kept = {flag: values for flag, values in parse(words).items() if flag not in VALIDATION}
     printed = {
-        models.data_prefix(folder / "data", "heldout", name): float(re.findall(LOSS.format(name), log)[-1])
+        dataset.data_prefix(folder / "data", "heldout", name): float(re.findall(LOSS.format(name), log)[-1])
         for name in tokens
     }
     return Trained(folder / model / "checkpoints", words_of(kept), printed, size.sequence, size.vocabulary)
 
 
 @pytest.mark.parametrize(
-    "model", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in models.NAMES)], ids=str
+    "model", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in tiny.NAMES)], ids=str
 )
 def test_there_and_back(model: str, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    trained = tiny(data, tmp_path) if model == "tiny" else of_quickstart(model)
+    trained = train_tiny(data, tmp_path) if model == "tiny" else of_quickstart(model)
     there, back, texts = tmp_path / "there", tmp_path / "back", []
     assert export(["--load", str(trained.checkpoints), "--save", str(there), *trained.more]) == 0
     assert float(capfd.readouterr().out.split("largest difference of logits ")[1].split()[0]) < 1e-4

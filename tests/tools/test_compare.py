@@ -19,7 +19,7 @@ from tools.compare import command, picture, plan, trunks
 from tools.compare.plan import TUNING_SEED, Training, rounded, trunk_steps
 from tools.compare.results import Results, markdown
 from tools.compare.trunks import Point
-from tools.quickstart.dataset import MIXED, make_text
+from tools.corpora.dataset import MIXED, make_text
 
 
 class Trained:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny_model import RELU, TOPK
 from tests.trainings import REPOSITORY, TINY, run, series
-from tools.common.tiny_model import RELU, TOPK
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tools.common.errors import ToolError
-from tools.quickstart import corpus, dataset, technical
+from tools.corpora import corpus, dataset, technical
 
 
 @pytest.fixture(scope="module")

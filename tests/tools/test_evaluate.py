@@ -15,9 +15,9 @@ from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.data_sets import write_documents
 from tests.hf.models import make
+from tests.tiny_model import RELU
 from tests.trainings import TINY, run
 from tools.common.expert_counts import Experts
-from tools.common.tiny_model import RELU
 from tools.evaluate.command import main
 from tools.evaluate.tasks import PAPER, TASKS, compare_with_paper
 

@@ -15,6 +15,7 @@ from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.models import make, tokens
+from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
 from tools.common import checkpoints
 from tools.common.hf.folder import read_config, read_tensors
@@ -22,7 +23,6 @@ from tools.common.hf.settings import args_of
 from tools.common.hf.tensors import model_of
 from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
-from tools.common.tiny_model import RELU
 from tools.convert_checkpoint.command import main as convert
 from tools.convert_checkpoint.models import round_to
 from tools.export_hf import command

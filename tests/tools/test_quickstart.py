@@ -24,15 +24,17 @@ from tools.common.figure_reader import read_figures
 from tools.common.files import lock, write_json
 from tools.common.places import ROOT
 from tools.common.run_figures import Curve, RunFigures
-from tools.quickstart import corpus, dataset, models, picture, report, training
-from tools.sweep.progress import SweepDisplay, Work
+from tools.common.training_display import ShownTraining, TrainingDisplay
+from tools.corpora import corpus, dataset
+from tools.quickstart import picture, report, training
+from tools.recipes import tiny
 
 ITERATIONS = 20
 
 # ---------------------------------------------------------------- figures
 
-ROUTING_STEPS = 20 * models.SIZE.tokens_per_iteration * models.SIZE.layers  # tokens times layers of 20 iterations
-PARAMETERS, EXPERTS = 1000, 7 * models.SIZE.layers * 3 * models.SIZE.hidden * models.SIZE.ffn
+ROUTING_STEPS = 20 * tiny.SIZE.tokens_per_iteration * tiny.SIZE.layers  # tokens times layers of 20 iterations
+PARAMETERS, EXPERTS = 1000, 7 * tiny.SIZE.layers * 3 * tiny.SIZE.hidden * tiny.SIZE.ffn
 
 
 def records(model: str, number: int) -> list[dict[str, Any]]:
@@ -62,24 +64,24 @@ def records(model: str, number: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, RunFigures]:
-    for number, model in enumerate(models.NAMES):
+    for number, model in enumerate(tiny.NAMES):
         folder = tmp_path / model / "checkpoints"
         folder.mkdir(parents=True)
         lines = [json.dumps(record) + "\n" for record in records(model, number)]
         (folder / "metrics.jsonl").write_text("".join(lines))
-    return {model: read_figures(tmp_path / model) for model in models.NAMES}
+    return {model: read_figures(tmp_path / model) for model in tiny.NAMES}
 
 
 def test_summary_of_written_figures(runs: dict[str, RunFigures]) -> None:
-    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
+    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE)
     assert list(summary) == ["dense", "moe", "remoe", "iterations", "seed", "versions"]
     assert summary["dense"]["val_loss"] == pytest.approx((2.0 * 300 + 3.0 * 100) / 400)
     assert summary["moe"]["val_loss_by_domain"] == pytest.approx({"code": 1.9, "drama": 2.9})
-    per_iteration = models.SIZE.tokens_per_iteration
+    per_iteration = tiny.SIZE.tokens_per_iteration
     assert summary["remoe"]["train_tokens"] == 100 * per_iteration
     assert summary["dense"]["tokens_per_second"] == pytest.approx(per_iteration / 0.5)
-    assert [summary[model]["active_params"] for model in models.NAMES] == [PARAMETERS] * 3
-    assert [summary[model]["total_params"] - PARAMETERS for model in models.NAMES] == [0, EXPERTS, EXPERTS]
+    assert [summary[model]["active_params"] for model in tiny.NAMES] == [PARAMETERS] * 3
+    assert [summary[model]["total_params"] - PARAMETERS for model in tiny.NAMES] == [0, EXPERTS, EXPERTS]
     assert summary["remoe"]["sparsity_target"] == 0.875
     assert summary["remoe"]["sparsity_last_quarter"] == pytest.approx(0.875)
     assert summary["remoe"]["coefficient_final"] == pytest.approx(1e-8 * 1.2**100)
@@ -96,7 +98,7 @@ def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, RunFigures]) ->
 
 
 def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, models.SIZE)
+    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE)
     assert "±" not in shown(summary)
     monkeypatch.setattr(report, "SPREAD_ITERATIONS", 100)
     monkeypatch.setattr(report, "SPREAD", {"dense": 0.004, "moe": 0.005, "remoe": 0.006})
@@ -149,13 +151,13 @@ def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
 
 def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
     failing = job(tmp_path / "dense", "a", ["--cpu", "--no-such-flag"])
-    work = Work("dense", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
+    shown = ShownTraining("dense", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
     with (
         lock(tmp_path, "quickstart") as held,
-        SweepDisplay(Console(quiet=True), [work]) as display,
+        TrainingDisplay(Console(quiet=True), [shown]) as display,
         pytest.raises(ToolError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag") as error,
     ):
-        training.run(failing, display, work, 1, held)
+        training.run(failing, display, shown, 1, held)
     assert str(failing.log) in str(error.value) and "--no-such-flag" in failing.log.read_text()
     assert not failing.is_done()
 
@@ -203,7 +205,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert logged == list(range(1, ITERATIONS + 1)), "each iteration was trained once"
     summary = json.loads((output_dir / "summary.json").read_text())
     assert_is_complete(summary, output_dir)
-    for model in models.NAMES:
+    for model in tiny.NAMES:
         log = (runs / model / "train.log").read_text()
         [printed] = re.findall(r"number of parameters on .*: (\d+)", log)[-1:]
         assert int(printed) == summary[model]["total_params"]
@@ -244,15 +246,15 @@ def try_what_it_says(output: str, folder: Path, loss: float) -> None:
 
 def assert_is_complete(summary: dict, folder: Path) -> None:
     data = json.loads((folder / "data" / "manifest.json").read_text())["tokens"]["heldout"]
-    for model in models.NAMES:
+    for model in tiny.NAMES:
         figures = summary[model]
-        assert figures["train_tokens"] == ITERATIONS * models.SIZE.tokens_per_iteration
+        assert figures["train_tokens"] == ITERATIONS * tiny.SIZE.tokens_per_iteration
         assert 2 < figures["val_loss"] < 5.5 and figures["tokens_per_second"] > 0
-        weights = {domain: dataset.predicted_tokens(n, models.SIZE.sequence) for domain, n in data.items()}
+        weights = {domain: dataset.predicted_tokens(n, tiny.SIZE.sequence) for domain, n in data.items()}
         mean = sum(figures["val_loss_by_domain"][domain] * n for domain, n in weights.items()) / sum(weights.values())
         assert figures["val_loss"] == pytest.approx(mean)
-    dense, moe, remoe = (summary[model]["active_params"] for model in models.NAMES)
-    assert remoe == moe == dense + models.SIZE.layers * models.SIZE.hidden * models.SIZE.experts
-    assert summary["remoe"]["sparsity_target"] == 1 - models.SIZE.topk / models.SIZE.experts
+    dense, moe, remoe = (summary[model]["active_params"] for model in tiny.NAMES)
+    assert remoe == moe == dense + tiny.SIZE.layers * tiny.SIZE.hidden * tiny.SIZE.experts
+    assert summary["remoe"]["sparsity_target"] == 1 - tiny.SIZE.topk / tiny.SIZE.experts
     assert 0 < summary["remoe"]["sparsity_last_quarter"] < 1 and summary["remoe"]["coefficient_final"] > 1e-8
     assert_is_picture(folder / "report.png")

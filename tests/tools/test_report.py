@@ -14,10 +14,10 @@ import pytest
 from bokeh.models import HoverTool
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
+from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, finish, run
 from tools.common.figure_reader import read_figures
 from tools.common.run_figures import RunFigures
-from tools.common.tiny_model import RELU
 from tools.evaluate.command import main as evaluate
 from tools.report.command import main
 from tools.report.figures import panels

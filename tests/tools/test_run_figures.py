@@ -13,6 +13,8 @@ from tests.tools.sweeping import evaluated, logged
 from tools.common.errors import ToolError
 from tools.common.figure_reader import read_figures
 from tools.common.run_figures import Curve, Evaluation, RunFigures
+from tools.recipes.stages import Flops
+from tools.recipes.stages import stages as stages_of
 from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.overlay import smooth, thin
@@ -21,8 +23,6 @@ from tools.report.page import page as page_of
 from tools.report.reading import Run, read_run
 from tools.report.tables import differences, headline, stages, summary
 from tools.sweep.run_log import read_outcome
-from tools.sweep.stages import Flops
-from tools.sweep.stages import stages as stages_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,7 +11,8 @@ from matplotlib.image import imread
 from tests.tools.sweeping import final, line, sweep, write_run
 from tests.trainings import REPOSITORY
 from tools.common.figure_reader import read_figures
-from tools.sweep import plan, run_log, scaling_picture, settings, stages
+from tools.recipes import stages
+from tools.sweep import plan, run_log, scaling_picture, settings
 from tools.sweep.plan import Run
 
 

@@ -15,10 +15,11 @@ from rich.console import Console
 from tests.entry import shared_entry
 from tests.tools.sweeping import start, sweep
 from tests.trainings import REPOSITORY, SMALL, finish, records
+from tools.common import training_display
 from tools.common.flags import words_of
+from tools.common.training_display import ShownTraining, TrainingDisplay
 from tools.common.training_process import start as start_training
-from tools.sweep import plan, progress, results
-from tools.sweep.progress import SweepDisplay, Work
+from tools.sweep import plan, results
 from tools.sweep.settings import would_start_with
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -40,8 +41,8 @@ sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 
 
 def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_TO_DIE", 60)
-    work = Work("run", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
+    monkeypatch.setattr(training_display, "SECONDS_TO_DIE", 60)
+    shown = ShownTraining("run", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
     command = [sys.executable, "-c", SLOW_TO_SAVE, str(tmp_path / "log")]
 
     def interrupt(*_: object) -> None:
@@ -58,7 +59,7 @@ def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pyte
         timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
         timer.start()
         start_of_stop = time.monotonic()
-        SweepDisplay(Console(quiet=True), [work]).stop(process, work)
+        TrainingDisplay(Console(quiet=True), [shown]).stop(process, shown)
         assert process.returncode == 143 and time.monotonic() - start_of_stop < 30
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -13,8 +13,8 @@ from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.remoe.training import arguments
 from megatron.training.arguments import add_megatron_arguments
+from tests.tiny_model import EXPERTS, RELU, TOPK
 from tests.trainings import TINY
-from tools.common.tiny_model import EXPERTS, RELU, TOPK
 
 Parse = Callable[..., argparse.Namespace]
 

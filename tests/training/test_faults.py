@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron.remoe.preflight.checkpoint_files import BrokenCheckpointError, check_is_whole
+from tests.tiny_model import RELU
 from tests.trainings import TINY, records, run, series, start, weights
-from tools.common.tiny_model import RELU
 
 ENDS_WITHIN = 60.0  # seconds, as docs/checkpoints.md says: torchrun waits 30 for the others, and then kills them
 END = 8

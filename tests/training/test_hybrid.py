@@ -13,6 +13,7 @@ from megatron.remoe.moe.specs import with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
+from tests.tiny_model import RELU, TOPK
 from tests.trainings import REPOSITORY, TINY, records, run
 from tools.analyze.command import layer_numbers
 from tools.common.display import Display
@@ -22,7 +23,6 @@ from tools.common.hf.source import open_run
 from tools.common.hf.tensors import model_of
 from tools.common.hf.weights import read
 from tools.common.hybrid import as_hybrid
-from tools.common.tiny_model import RELU, TOPK
 from tools.convert_checkpoint.command import parse_arguments
 from tools.convert_checkpoint.model_class import convert_class
 

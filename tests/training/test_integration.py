@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, run, series
-from tools.common.tiny_model import RELU
 
 
 @pytest.mark.parametrize("layers", [[], ["--hybrid-layer-pattern", "*E*E"]], ids=["GPTModel", "HybridModel"])

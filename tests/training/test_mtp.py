@@ -18,8 +18,8 @@ from megatron.training.models.base import compose_hooks
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 from tests.layers import make_config
+from tests.tiny_model import RELU
 from tests.trainings import TINY, records, run
-from tools.common.tiny_model import RELU
 from tools.export_hf.command import main as export
 
 ARGS = argparse.Namespace(

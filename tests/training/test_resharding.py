@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
-from tools.common.tiny_model import RELU
 
 RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]

@@ -9,8 +9,8 @@ import torch
 
 from megatron.remoe.preflight.run_lock import LOCK
 from megatron.remoe.training.run_log import read_run_log
+from tests.tiny_model import RELU
 from tests.trainings import TINY, figures, run, weights
-from tools.common.tiny_model import RELU
 
 SCRIPT = Path(__file__).with_name("restarting.py")
 HAS_NVRX = importlib.util.find_spec("nvidia_resiliency_ext") is not None

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron.remoe.training.run_log import RunLog, read_run_log
+from tests.tiny_model import RELU
 from tests.trainings import TINY, records, run
-from tools.common.tiny_model import RELU
 
 FILE = "metrics.jsonl"
 
@@ -152,6 +152,8 @@ def test_a_training_writes_numbers(data: Path, whole: Path, tmp_path: Path) -> N
     printed = train(data, tmp_path, "--log-interval", "2", *EVALUATED, "--log-throughput", "--log-params-norm")
     lines = read(tmp_path, "log")
     assert [each["iteration"] for each in lines] == [*records(printed)] == [1, 2, 4, 6, 8]
+    counted = int(printed.partition("number of parameters on")[2].splitlines()[0].rpartition(":")[2])
+    assert [each.get("parameters") for each in lines] == [counted, *[None] * 4]
     has_time = ["time left (h)" in line for line in printed.splitlines() if "] iteration  " in line]
     assert has_time == [False, True, True, True, True], "the first step takes longer than others"
     names = {"lm loss", "l1 loss", "sparsity", "lowest layer sparsity", "learning rate", "global batch size"}

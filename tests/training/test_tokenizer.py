@@ -15,9 +15,9 @@ from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
 from tests.gpt2_reference import gpt2_files, random_text
+from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
 from tools import preprocess_data
-from tools.common.tiny_model import RELU
 
 TEXT = "Hello world, it's 3.14!\n\n  naïve 漢字 👩‍👩‍👧 <|endoftext|> \x00\ttail  "
 

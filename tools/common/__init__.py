@@ -1,1 +1,1 @@
-"""Shared helpers of the tools."""
+"""Shared helpers for the tools."""

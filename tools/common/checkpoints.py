@@ -40,7 +40,7 @@ from . import files
 from .errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"
-# A damaged file can raise any exception; PyTorch's own error is no Exception.
+# A damaged file can raise anything; PyTorch's own error is not an Exception.
 FAILURES = (Exception, CheckpointException)
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 PROBE = 2**26  # bytes to allocate as a test before a folder is written

@@ -1,24 +1,26 @@
-"""Read the figures of a run from its metrics.jsonl, or from the printed log if there is none (the authors' fork)."""
+"""Read a run's figures from its metrics.jsonl, or from the printed log of the authors' fork."""
 
-import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from megatron.remoe.training.run_log import FILE as METRICS
+from megatron.remoe.training.run_log import read_run_log
+
 from .errors import ToolError
-from .log_reader import read_parameters, read_printed
+from .log_reader import read_printed
+from .places import LOG
 from .run_figures import Curve, Evaluation, RunFigures, whole_number
 
-METRICS, LOG = "metrics.jsonl", "train.log"
 LOADS = 512  # minimum number of lines whose expert load is kept; the maximum is twice that
 NAMES, CURVES = 256, 4096  # maximum numbers of layers and of curves: a damaged file could hold any
 LARGEST_FIGURE = 1e308
 FLIPS = ("rate", "count", "layer_rate")
-NOT_FIGURES = frozenset({"kind", "time", "iteration", "guarded_layers", "tokens_per_expert"})
+NOT_FIGURES = frozenset({"kind", "time", "iteration", "parameters", "guarded_layers", "tokens_per_expert"})
 Record = Mapping[str, Any]
 
 
@@ -54,10 +56,13 @@ def read_figures(place: Path) -> RunFigures:
         OSError: it cannot be read.
     """
     path = find_figures(place)
-    is_metrics = path.suffix == ".jsonl"
     figures = RunFigures(written=path.stat().st_mtime)
     collector, taken = _Collector(figures), 0
-    for record in _read_metrics(path, figures) if is_metrics else read_printed(path):
+
+    def count(_: str) -> None:
+        figures.unread += 1
+
+    for record in read_run_log(path, count) if path.suffix == ".jsonl" else read_printed(path):
         collector.take(record)
         taken += 1
     if figures.unread and not taken:
@@ -67,23 +72,7 @@ def read_figures(place: Path) -> RunFigures:
             "REMOE-E502",
         )
     collector.finish()
-    for log in (path.parent / LOG, path.parent.parent / LOG) if is_metrics else (path,):
-        figures.parameters = figures.parameters or read_parameters(log, figures.args)
     return figures
-
-
-def _read_metrics(path: Path, figures: RunFigures) -> Iterator[Record]:
-    """Yield the records of a file; count complete lines without a record."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                if type(record["kind"]) is not str or whole_number(record["iteration"]) is None:
-                    raise TypeError
-            except (ValueError, TypeError, LookupError, RecursionError):
-                figures.unread += line.endswith("\n") and not line.isspace()
-            else:
-                yield record
 
 
 class _Collector:
@@ -101,6 +90,7 @@ class _Collector:
         figures, iteration = self._figures, record["iteration"]
         if _is_figure(time := record.get("time")) and 0 < time < 2**33:
             figures.written = float(time)
+        figures.parameters = whole_number(record.get("parameters")) or figures.parameters
         match record["kind"]:
             case "log":
                 self._take_figures(iteration, record)
@@ -109,7 +99,6 @@ class _Collector:
                 self._take_figures(iteration, {f"flip_{name}": record.get(name) for name in FLIPS})
             case "start":
                 figures.args = record["args"] if type(record.get("args")) is dict else figures.args
-                figures.parameters = whole_number(record.get("parameters")) or figures.parameters
             case "validation" if _is_figure(loss := record.get("lm_loss")):
                 tokens = whole_number(record.get("tokens")) or 0
                 found = Evaluation(iteration, float(loss), record.get("final") is True, tokens)

@@ -1,6 +1,5 @@
 """Write folders under a temporary name and rename them when complete; lock a folder. Files: `data/files.py`."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron.remoe.data.files import write_text
+from megatron.remoe.data.files import take_lock, write_text
 
 from .errors import ToolError
 
@@ -35,13 +34,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace the text between two markers, each of which must be in the file once."""
-    before, rest = path.read_text(encoding="utf-8").split(begin)
-    _, after = rest.split(end)
-    write_text(path, f"{before}{begin}\n{text}\n{end}{after}")
-
-
 def lock(folder: Path, tool: str) -> TextIO:
     """Lock a folder until the returned file is closed, here and in every process that inherited it.
 
@@ -54,11 +46,9 @@ def lock(folder: Path, tool: str) -> TextIO:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not take_lock(file):
         file.close()
         raise ToolError(
             f"Another {tool} is running in {folder}. Wait for it, or give --output-dir another folder.", "REMOE-E503"
-        ) from None
+        )
     return file

@@ -1,9 +1,8 @@
-"""Read Megatron's printed output: lines at log intervals, arguments, evaluations."""
+"""Read Megatron's printed output, for runs of the authors' fork and for the progress of a training."""
 
 import ast
 import re
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ _EVALUATION = re.compile(
 )
 _PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d{1,15})$")
 _SPLITTING = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-_BEFORE_TRAINING = 5000  # lines to search for the number of parameters
 
 
 def read_log(text: str) -> dict[int, dict[str, str]]:
@@ -46,15 +44,6 @@ def seconds_per_iteration(fields: Mapping[str, str]) -> float:
     return float(fields[_MILLISECONDS]) / 1000
 
 
-def read_parameters(log: Path, args: Mapping[str, Any]) -> int | None:
-    """Return the printed number of parameters; None if it is missing, or the model is split over ranks."""
-    if not log.is_file() or any(args.get(name) not in (None, 1) for name in _SPLITTING):
-        return None
-    with log.open(encoding="utf-8", errors="replace") as file:
-        found = (match for line in islice(file, _BEFORE_TRAINING) if (match := _PARAMETERS.search(line)))
-        return next((int(match[1]) for match in found), None)
-
-
 def read_printed(log: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a printed log in the format of metrics.jsonl.
 
@@ -62,33 +51,41 @@ def read_printed(log: Path) -> Iterator[dict[str, Any]]:
         log: file with Megatron's output.
     """
     args: dict[str, Any] = {}
+    parameters: int | None = None
     started = False
     with log.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if logged := _LINE.search(line):
                 fields = _fields(logged[3])
                 if not started:
-                    if "l1 coefficient after the update" in fields:
-                        _split_experts(args)
-                    yield {"kind": "start", "iteration": 0, "args": {"train_iters": int(logged[2])} | args}
+                    args = {"train_iters": int(logged[2])} | args
+                    yield _start(args, parameters, is_of_fork="l1 coefficient after the update" in fields)
                     started = True
                 yield {"kind": "log", "iteration": int(logged[1])} | _figures(fields)
             elif argument := _ARGUMENT.search(line) if ".." in line else None:
                 args, started = {} if started else args, False
                 args[argument[1]] = _literal(argument[2].strip())
             elif evaluation := _EVALUATION.match(line):
-                name, iteration, on, loss = evaluation.groups()
-                which = {"set": name or "test"} if name or on == "test" else {}
-                yield {
-                    "kind": "validation",
-                    "iteration": int(iteration),
-                    "lm_loss": _number(loss),
-                    "final": bool(on),
-                } | which
+                yield _evaluation(*evaluation.groups())
             elif padded := _PADDED.search(line) if "padded" in line else None:
                 args["padded_vocab_size"] = int(padded[1])
+            elif counted := _PARAMETERS.search(line) if "parameters on" in line else None:
+                parameters = int(counted[1])
     if args and not started:
-        yield {"kind": "start", "iteration": 0, "args": args}
+        yield _start(args, parameters)
+
+
+def _start(args: dict[str, Any], parameters: int | None, is_of_fork: bool = False) -> dict[str, Any]:
+    """Return a `start` record; without the printed number of parameters if it is of one rank among several."""
+    if is_of_fork:
+        _split_experts(args)
+    is_split = any(args.get(name) not in (None, 1) for name in _SPLITTING)
+    return {"kind": "start", "iteration": 0, "args": args} | ({} if is_split else {"parameters": parameters})
+
+
+def _evaluation(name: str | None, iteration: str, on: str | None, loss: str) -> dict[str, Any]:
+    record = {"kind": "validation", "iteration": int(iteration), "lm_loss": _number(loss), "final": bool(on)}
+    return record | ({"set": name or "test"} if name or on == "test" else {})
 
 
 def _fields(line: str) -> dict[str, str]:

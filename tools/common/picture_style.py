@@ -1,4 +1,4 @@
-"""Set Matplotlib's style for pictures, and the looks of several runs in one picture."""
+"""Set Matplotlib's style, and the colors and dashes of several runs in one picture."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -6,10 +6,10 @@ from typing import Any
 
 from .palette import routing_color
 
-TARGET, MUTED = "#D55E00", "#555555"  # lines that mark a target, and notes
-# For more runs of a routing in one picture, in turn with its first color.
+TARGET, MUTED = "#D55E00", "#555555"  # for lines at a target, and for notes
+# For further runs of a routing in one picture, in turn with its own color.
 SHADES = {"dense": ("#A5A5A5", "#8A7968"), "topk": ("#D55E00", "#A07000"), "remoe": ("#56B4E9", "#7A6FD0")}
-DASHES = ("solid", "dashed", "dotted", "dotdash")
+DASHES = ("solid", "dashed", "dotted", "dotdash")  # names of Bokeh; Matplotlib's pictures use markers
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WITHIN = 0.01  # of the target: S counts as settled
-TOTALS = ("total_active_pairs", "total_layer_tokens")
-LARGEST = 2**53  # largest whole number that is accepted
+from megatron.remoe.training.run_log import LARGEST, TOTALS
+
+WITHIN = 0.01  # share of the target within which S counts as settled
 
 
 class Curve(NamedTuple):

@@ -24,7 +24,7 @@ from ..common.files import lock
 from ..common.flags import above_zero, whole_number
 from ..common.places import ROOT
 from ..common.running import run_once
-from ..quickstart.dataset import CORPORA, MIXED, make_text
+from ..corpora.dataset import CORPORA, MIXED, make_text
 from . import picture
 from .experiment import Experiment, rates_of
 from .plan import ARMS, LEAST, LOG_INTERVAL, REFERENCE, STARTS, TUNING_SEED

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common.flags import Settings, parse
-from ..quickstart.models import data_flags
+from ..corpora.dataset import data_flags
 from ..sweep import tiny
 from ..sweep.plan import BASE_SIZE, PAIRED, POST_SOFTMAX, PROTOCOLS, RIVALS, UNBALANCED, WHOLE, Launch, Run
 from ..sweep.settings import would_start_with

@@ -22,9 +22,9 @@ from ..common.figure_reader import LOG, METRICS, read_figures
 from ..common.flags import words_of
 from ..common.places import ROOT
 from ..common.training_process import end, start
-from ..quickstart.dataset import predicted_tokens
+from ..corpora.dataset import predicted_tokens
 from ..recipes.flops import flops_per_expert, flops_per_sequence
-from ..sweep.stages import Flops, stages
+from ..recipes.stages import Flops, stages
 from .plan import TRUNK, Training, flags_of, rounded, trunk_steps
 
 SECONDS_TO_SAVE = 60

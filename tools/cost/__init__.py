@@ -1,1 +1,1 @@
-"""What a training will cost, before it is started."""
+"""Estimate the cost of a training before it starts."""

@@ -1,7 +1,7 @@
-"""Activations that a transformer layer keeps of one micro-batch for its backward pass, term by term.
+"""Count the activations that a transformer layer keeps of one micro-batch for its backward pass, term by term.
 
-A GPU has T tokens of a micro-batch after context parallelism, and T / tensor parallel size if sequence parallelism
-splits them further. Every term is a tensor that the layer's autograd graph saves; tests compare the sum with PyTorch's.
+With context parallelism, a GPU has T tokens of a micro-batch; sequence parallelism splits them further, into T / tensor
+parallel size. Each term is a tensor that the layer's autograd graph saves. Tests compare the sum with PyTorch's.
 """
 
 import argparse
@@ -21,8 +21,8 @@ class LayerActivations(NamedTuple):
     """Bytes that a layer keeps of one micro-batch.
 
     Attributes:
-        kept: until its backward pass.
-        recomputed: in addition while its backward pass runs, for one layer at a time.
+        kept: until the layer's backward pass.
+        recomputed: additional ones during the layer's backward pass; one layer at a time.
     """
 
     kept: float
@@ -30,13 +30,18 @@ class LayerActivations(NamedTuple):
 
 
 def tokens_per_gpu(args: argparse.Namespace) -> float:
-    """Return T, see above."""
+    """Return T (see the top of the file)."""
     return args.micro_batch_size * args.seq_length / args.context_parallel_size
 
 
 def element_size(args: argparse.Namespace) -> int:
     """Return the bytes of an activation's element."""
     return 2 if args.bf16 or args.fp16 else 4
+
+
+def recomputed_modules(args: argparse.Namespace) -> list[str]:
+    """Return --recompute-modules if recomputation is selective, else nothing."""
+    return args.recompute_modules or [] if args.recompute_granularity == "selective" else []
 
 
 def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: float) -> dict[str, float]:
@@ -88,7 +93,8 @@ def layer_parts(args: argparse.Namespace, sublayers: str, experts_per_token: flo
     parts["expert activations"] = activations * args.moe_ffn_hidden_size * pairs * size
     if args.moe_shared_expert_intermediate_size:
         parts["shared experts"] = _mlp(args, args.moe_shared_expert_intermediate_size) * tokens * size / tp
-        parts["shared experts"] += args.moe_shared_expert_gate * hidden * split * size
+        if args.moe_shared_expert_gate:
+            parts["shared experts"] += hidden * split * size
     return parts
 
 
@@ -101,7 +107,7 @@ def _latent_attention(args: argparse.Namespace, bytes_per_head: float, bytes_per
         bytes_per_token: for one element of the latents on this rank.
     """
     heads, key, value = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
-    latents = 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + args.qk_pos_emb_head_dim  # before and behind norms
+    latents = 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + args.qk_pos_emb_head_dim  # before and after norms
     # Plain PyTorch layers pad values to the size of keys, and keep the padded output too.
     padded = key if args.transformer_impl == "local" and value < key else 0
     return {
@@ -117,8 +123,11 @@ def _mlp_tensors(args: argparse.Namespace, gated: bool = False) -> tuple[int, in
     Fused kernels recompute the steps in backward. Unfused, SwiGLU keeps silu(x), the linear half and the product;
     experts also keep the product with the gate.
     """
-    before, fused = (2, args.bias_swiglu_fusion) if args.swiglu else (1, args.bias_gelu_fusion)
-    return before, 1 if fused else (3 if args.swiglu else 1) + gated
+    before = 2 if args.swiglu else 1
+    if args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion:
+        return before, 1
+    unfused = 3 if args.swiglu else 1
+    return before, unfused + 1 if gated else unfused
 
 
 def _mlp(args: argparse.Namespace, size: int) -> int:
@@ -137,11 +146,7 @@ def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_toke
         if args.distribute_saved_activations:
             inputs /= args.tensor_model_parallel_size
         return LayerActivations(inputs, everything - inputs)
-    dropped = {
-        part
-        for module in (args.recompute_modules or []) * (args.recompute_granularity == "selective")
-        for part in RECOMPUTED_PARTS.get(module, ())
-    }
+    dropped = {part for module in recomputed_modules(args) for part in RECOMPUTED_PARTS.get(module, ())}
     if in_chunks:
         dropped |= {"expert inputs", "expert hidden", "expert activations"}
     recomputed = sum(size for part, size in parts.items() if part in dropped)

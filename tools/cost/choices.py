@@ -1,4 +1,4 @@
-"""The paper's models with several micro-batches and EP, as `python tools/rehearse/choose.py` rehearsed them."""
+"""Show rehearsals of the paper's models with several micro-batches and EP, from `python tools/rehearse/choose.py`."""
 
 import json
 from collections.abc import Iterator
@@ -19,8 +19,10 @@ def lines(gpu: str, gpus: int, size: str, kernels: str) -> Iterator[str]:
     """Yield the table of a model of the paper, or the command that makes it."""
     found = rows(gpu, size, kernels) if gpus == GPUS else []
     if not found:
-        command = f"; python tools/rehearse/choose.py --size {size} --gpu {gpu} --kernels {kernels} does it"
-        yield f"Micro-batch and EP: not rehearsed for {gpus} x {gpu}{command * (gpus == GPUS)}"
+        remedy = ""
+        if gpus == GPUS:
+            remedy = f"; python tools/rehearse/choose.py --size {size} --gpu {gpu} --kernels {kernels} does it"
+        yield f"Micro-batch and EP: not rehearsed for {gpus} x {gpu}{remedy}"
         return
     made = f"{found[0]['made']}, {gpus} x {gpu}, {kernels} kernels"
     yield f"Micro-batch and EP by rehearsals: {made}. Modelled, not measured; collectives are not hidden"

@@ -1,4 +1,4 @@
-"""The estimate of a training's cost, and how it is printed."""
+"""Print the estimate of a training's cost."""
 
 import argparse
 import math
@@ -17,8 +17,10 @@ LAYERS = {"local": "plain PyTorch", "transformer_engine": "Transformer Engine"}
 
 
 def phases(args: argparse.Namespace) -> list[tuple[str, float]]:
-    """Return title and computed experts per token of ReMoE's phases: dense, with half of the experts active; the moment
-    when layers stop to work in chunks; the rest. Other models have one phase."""
+    """Return titles of ReMoE's phases, and the experts that each computes per token. Other models have one phase.
+
+    The phases are the dense start with half of the experts, the moment when layers stop using chunks, and the rest.
+    """
     topk = args.moe_router_topk if args.num_experts else 0
     if not args.moe_relu_routing:
         return [("all steps", topk)]
@@ -30,7 +32,9 @@ def phases(args: argparse.Namespace) -> list[tuple[str, float]]:
 
 def plan_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iterator[str]:
     """Yield machine and layout."""
-    names = ("tensor_model", "pipeline_model", "context", "data", *["expert_model"] * bool(args.num_experts))
+    names = ["tensor_model", "pipeline_model", "context", "data"]
+    if args.num_experts:
+        names.append("expert_model")
     sizes = (f"{name.removesuffix('_model')} {getattr(args, f'{name}_parallel_size')}" for name in names)
     card = options.accelerator
     yield f"Plan: {options.gpus} x {options.gpu} ({card.memory:g} GiB, {card.tflops:g} TFLOP/s dense bf16)"
@@ -93,7 +97,7 @@ def _compute_lines(
 
 
 def _data_lines(args: argparse.Namespace, sequences: int) -> Iterator[str]:
-    """Yield how many epochs the training has, if its data are there; with weights, data sets have different numbers."""
+    """Yield the number of epochs if the data exist; with weights it differs between data sets."""
     parts = [float(part) for part in (args.split or "1").split(",")]
     words, share = (args.train_data_path, 1.0) if args.train_data_path else (args.data_path, parts[0] / sum(parts))
     blend = get_blend_from_list(words)

@@ -1,4 +1,4 @@
-"""Memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage."""
+"""Estimate the memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
 
-from .activations import LayerActivations, element_size, layer_activations, tokens_per_gpu
+from .activations import LayerActivations, element_size, layer_activations, recomputed_modules, tokens_per_gpu
 from .parameters import Stage
 
 NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
@@ -65,8 +65,9 @@ def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
 
 
 def exchanged_bytes(args: argparse.Namespace, experts_per_token: float) -> float:
-    """Return the bytes that a GPU sends to others in all-to-all exchanges of tokens in a step: each pair's vector there
-    and back, its gradient likewise, and the vectors again if they are recomputed.
+    """Return the bytes that a GPU sends to others in a step's all-to-all exchanges of tokens.
+
+    Each pair's vector travels there and back, and so does its gradient; recomputation sends the vectors again.
 
     Args:
         args: Megatron's validated arguments.
@@ -75,8 +76,8 @@ def exchanged_bytes(args: argparse.Namespace, experts_per_token: float) -> float
     layers = sum("E" in sublayers(args, number + 1) for number in range(args.num_layers))  # of all stages
     tokens = args.global_batch_size * args.seq_length / args.world_size
     limit = args.moe_relu_activation_limit * args.moe_router_topk if args.moe_relu_routing else 0.0
-    recomputed = 0 < limit < experts_per_token or args.recompute_granularity == "full"
-    recomputed = recomputed or "moe" in (args.recompute_modules or []) * (args.recompute_granularity == "selective")
+    in_chunks = 0 < limit < experts_per_token
+    recomputed = in_chunks or args.recompute_granularity == "full" or "moe" in recomputed_modules(args)
     vectors = layers * tokens * experts_per_token * (1 - 1 / args.expert_model_parallel_size)
     return (6 if recomputed else 4) * vectors * args.hidden_size * element_size(args)
 
@@ -87,7 +88,9 @@ def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
         return 4 * half + 4
     if not args.use_precision_aware_optimizer:
         return 4 * half + 8
-    kinds: list[torch.dtype] = [args.exp_avg_dtype, args.exp_avg_sq_dtype] + [args.main_params_dtype] * half
+    kinds: list[torch.dtype] = [args.exp_avg_dtype, args.exp_avg_sq_dtype]
+    if half:
+        kinds.append(args.main_params_dtype)
     return sum(kind.itemsize for kind in kinds)
 
 
@@ -98,7 +101,7 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
     if index == len(stages) - 1:
         tokens, tensor_parallel = tokens_per_gpu(args), args.tensor_model_parallel_size
         split = tokens / tensor_parallel if args.sequence_parallel else tokens
-        total += 2 * args.hidden_size * split * element_size(args)  # before and behind the last norm
+        total += 2 * args.hidden_size * split * element_size(args)  # before and after the last norm
         logits = element_size(args)
         if logits < 4 and not args.cross_entropy_loss_fusion:
             logits += 4  # the softmax; fused, the logits' gradient takes their own place

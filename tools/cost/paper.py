@@ -1,7 +1,7 @@
-"""The settings of the paper's runs (arXiv 2412.14711, section 4.1), and of its authors' scripts where it has none.
+"""Compare a run with the paper's settings (arXiv 2412.14711, section 4.1), or its authors' scripts where it names none.
 
-`fork.json` holds both; the scripts' were read by their own parser, at the commit that it names. They are those that
-affect the result: of all runs, of models with experts, of a routing, of a size.
+`fork.json` holds the settings that affect the result: of all runs, of models with experts, of a routing, of a size. The
+scripts' settings were read by their own parser at the commit that the file names.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def expected(size: str, routing: str) -> dict[str, tuple[Any, str]]:
         size: a key of `PAPER`.
         routing: dense, moe or remoe.
     """
-    kinds = ["all", size, *["experts"] * (routing != "dense"), routing]
+    kinds = ["all", size, routing] if routing == "dense" else ["all", size, "experts", routing]
     model = PAPER[size]
     found = dict(zip(DIMENSIONS, ((n, "paper") for n in (model.layers, model.hidden, model.heads)), strict=True))
     for source, parts in _table().items():

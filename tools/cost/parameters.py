@@ -1,4 +1,4 @@
-"""Counts the parameters of each pipeline stage: builds Megatron's model without memory, in a fake process group."""
+"""Count the parameters of each pipeline stage by building Megatron's model without memory in a fake process group."""
 
 import argparse
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Loss, tasks and speed of trained models."""
+"""Measure loss, tasks and speed of trained models."""

@@ -118,9 +118,12 @@ def compare_with_paper(results: dict[str, list[dict[str, Any]]]) -> tuple[list[s
     }
     tasks = [task for task in TASKS if any(task in values for values in measured.values())]
     papers = {f"paper, {name}": dict(zip(TASKS, row, strict=True)) for name, row in PAPER.items()}
-    rows = []
+    titles, has_mean, rows = ["", *(TASKS[task] for task in tasks)], len(tasks) == len(TASKS), []
+    if has_mean:
+        titles.append("mean")
     for name, values in (measured | papers).items():
         cells = [values[task] for task in tasks]
-        cells += [sum(cells) / len(cells)] * (len(tasks) == len(TASKS))
+        if has_mean:
+            cells.append(sum(cells) / len(cells))
         rows.append([name, *(f"{cell:.2f}" for cell in cells)])
-    return ["", *(TASKS[task] for task in tasks), *["mean"] * (len(tasks) == len(TASKS))], rows
+    return titles, rows

@@ -1,1 +1,1 @@
-"""Text from a trained model."""
+"""Continue a text with a trained model."""

@@ -56,8 +56,8 @@ def prompts(args: argparse.Namespace) -> Iterator[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ToolError(f"--prompt-file {args.prompt_file}: cannot be read ({error}).", "REMOE-E504") from error
     else:
-        asks = sys.stdin.isatty()
-        print("Type a text to continue; an empty line ends." if asks else "", end="\n" * asks, file=sys.stderr)
+        if sys.stdin.isatty():
+            print("Type a text to continue; an empty line ends.", file=sys.stderr)
         for line in iter(sys.stdin.readline, ""):
             if not line.strip():
                 return
@@ -93,7 +93,8 @@ def continue_text(
         )
     new = output.shape[1] - length
     line = f"{new} tokens, {new / (time.perf_counter() - started):.1f} tokens/s"
-    line += f", stopped at the model's context of {context} tokens" * (output.shape[1] == context)
+    if output.shape[1] == context:
+        line += f", stopped at the model's context of {context} tokens"
     if counts:
         mean = torch.cat([one for passes in counts.values() for one in passes]).double().mean()
         line += f", {mean:.2f} experts per token and layer"

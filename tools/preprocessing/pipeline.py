@@ -63,7 +63,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _EncodedBlock:
     """An encoded block: tokens by key, lines without a document, and texts that contain the end-of-document token."""
 
     block: Block
@@ -143,10 +143,10 @@ def check_outputs(job: Job) -> None:
             )
 
 
-def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[_Work, None, None]:
+def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Generator[_EncodedBlock, None, None]:
     """Yield the blocks in order, encoded on threads; read ahead only as far as keeps the threads busy."""
     pool = ThreadPoolExecutor(job.threads)
-    pending: deque[Future[_Work]] = deque()
+    pending: deque[Future[_EncodedBlock]] = deque()
     try:
         for block in read_blocks(paths):
             pending.append(pool.submit(_encode_block, block, job, encoder))
@@ -158,7 +158,7 @@ def _encoded_blocks(paths: Sequence[str], job: Job, encoder: TextEncoder) -> Gen
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> _Work:
+def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> _EncodedBlock:
     documents, problems = parse_documents(block, job.json_keys, job.skip_bad)
     encoded, end = {}, encoder.end_text
     for key, texts in documents.items():
@@ -167,4 +167,4 @@ def _encode_block(block: Block, job: Job, encoder: TextEncoder) -> _Work:
             result = result.surrounded([], [encoder.end_of_document], result.lengths > 0)
         encoded[key] = Encoded(result.ids.astype(token_type(encoder.vocabulary_size)), result.lengths)
     with_end = sum(end in text for texts in documents.values() for text in texts) if end else 0
-    return _Work(block, encoded, problems, with_end)
+    return _EncodedBlock(block, encoded, problems, with_end)

@@ -11,14 +11,17 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from ..common import stamps
 from ..common.figure_reader import read_figures
 from ..common.files import lock, write_json
 from ..common.flags import whole_number
 from ..common.places import PACKAGE, home, short
 from ..common.running import run_to_the_end
+from ..common.training_display import ShownTraining, TrainingDisplay
 from ..common.units import duration
-from ..sweep.progress import SweepDisplay, Work
-from . import corpus, dataset, models, picture, report, stages, training
+from ..corpora import corpus, dataset
+from ..recipes import tiny
+from . import picture, report, training
 
 LEAST_ITERATIONS = 10
 
@@ -31,14 +34,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--corpus", choices=dataset.CORPORA, default=dataset.MIXED, help=f"{text} (default: %(default)s)")
     text = f"for all files (default: {' or '.join(map(str, dataset.FOLDERS.values()))} in the project's folder)"
     add("--output-dir", type=Path, metavar="FOLDER", help=text)
-    text = f"optimizer steps of each training (default: QUICKSTART_ITERS, or {models.ITERATIONS})"
-    iterations = os.environ.get("QUICKSTART_ITERS") or models.ITERATIONS
+    text = f"optimizer steps of each training (default: QUICKSTART_ITERS, or {tiny.ITERATIONS})"
+    iterations = os.environ.get("QUICKSTART_ITERS") or tiny.ITERATIONS
     add("--iterations", type=whole_number(LEAST_ITERATIONS), default=iterations, metavar="N", help=text)
     text = "number of CPU threads (default: OMP_NUM_THREADS, or all cores)"
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
     add("--threads", type=whole_number(1), default=threads, metavar="N", help=text)
     text = "of the trainings (default: %(default)s)"
-    add("--seed", type=whole_number(1), default=models.SEED, metavar="N", help=text)
+    add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help=text)
     args = parser.parse_args(arguments)
     args.output_dir = args.output_dir or home() / dataset.FOLDERS[args.corpus]
     return args
@@ -47,13 +50,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str, Any]) -> list[training.Training]:
     """Return the three trainings."""
     train_tokens = data["tokens"]["train"]
-    sources = stages.fingerprint_of_files(PACKAGE.rglob("*.py"))
+    sources = stamps.fingerprint_of_files(PACKAGE.rglob("*.py"))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")}
     trainings = []
-    for model in models.NAMES:
-        flags = models.common_flags(models.SIZE, args.iterations, args.seed) + models.model_flags(model, models.SIZE)
-        placed = models.data_flags(data_folder, train_tokens) + models.output_flags(runs / model)
-        inputs = stages.fingerprint(data["inputs"], flags, sources, versions)
+    for model in tiny.NAMES:
+        flags = tiny.common_flags(tiny.SIZE, args.iterations, args.seed) + tiny.model_flags(model, tiny.SIZE)
+        placed = dataset.data_flags(data_folder, train_tokens) + tiny.output_flags(runs / model)
+        inputs = stamps.fingerprint(data["inputs"], flags, sources, versions)
         trainings.append(training.Training(model, runs / model, flags + placed, len(train_tokens), inputs))
     return trainings
 
@@ -62,24 +65,24 @@ def train(
     console: Console, trainings: list[training.Training], iterations: int, threads: int, keep_open: IO[str]
 ) -> None:
     """Run the trainings that are not done yet, one after another."""
-    works = [
-        Work(
-            models.NAMES[each.model],
+    shown = [
+        ShownTraining(
+            tiny.NAMES[each.model],
             f"{number}/{len(trainings)}",
             iterations,
-            models.SIZE.tokens_per_iteration,
-            cost=models.RELATIVE_COST[each.model],
+            tiny.SIZE.tokens_per_iteration,
+            cost=tiny.RELATIVE_COST[each.model],
         )  # fmt: skip
         for number, each in enumerate(trainings, start=1)
     ]
-    with SweepDisplay(console, works) as display:
-        for each, work in zip(trainings, works, strict=True):
+    with TrainingDisplay(console, shown) as display:
+        for each, line in zip(trainings, shown, strict=True):
             if each.is_done():
-                display.finish(work, "reused")
+                display.finish(line, "reused")
             else:
                 began = time.monotonic()
-                training.run(each, display, work, threads, keep_open)
-                display.finish(work, f"trained in {duration(time.monotonic() - began)}")
+                training.run(each, display, line, threads, keep_open)
+                display.finish(line, f"trained in {duration(time.monotonic() - began)}")
 
 
 @contextmanager
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Do all steps and return the exit code; each step reuses the results of an earlier call."""
     console = Console()
     output: Path = args.output_dir.expanduser().resolve()
-    runs = output if args.iterations == models.ITERATIONS else output / f"iterations-{args.iterations}"
+    runs = output if args.iterations == tiny.ITERATIONS else output / f"iterations-{args.iterations}"
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -115,21 +118,22 @@ def run(args: argparse.Namespace) -> int:
         with step(console, "corpus", "collecting text") as result:
             sources = dataset.CORPORA[args.corpus]()
             text = corpus.build(output / "corpus", lambda line: say(f"  {line}"), args.corpus, sources)
-            result.append(describe_corpus(text) + " (reused)" * text["reused"])
+            result.append(describe_corpus(text) + (" (reused)" if text["reused"] else ""))
         for domain, reason in text["missing"].items() if text["reused"] else ():
             say(f"  The corpus has no {domain}. To try again, remove {short(output / 'corpus')}. {reason}")
         with step(console, "data set", "preprocessing") as result:
             data = dataset.build(output / "data", output / "corpus", text, args.threads)
-            result.append(f"{sum(data['tokens']['train'].values()):,} training tokens" + " (reused)" * data["reused"])
+            number = sum(data["tokens"]["train"].values())
+            result.append(f"{number:,} training tokens" + (" (reused)" if data["reused"] else ""))
         held_out = {
-            domain: dataset.predicted_tokens(tokens, models.SIZE.sequence)
+            domain: dataset.predicted_tokens(tokens, tiny.SIZE.sequence)
             for domain, tokens in data["tokens"]["heldout"].items()
         }
         trainings = plan(args, runs, output / "data", data)
         train(console, trainings, args.iterations, args.threads, keep_open)
         with step(console, "report", "reading the figures") as result:
             found = {each.model: read_figures(each.folder) for each in trainings}
-            summary = report.summarize(found, held_out, args.iterations, args.seed, models.SIZE)
+            summary = report.summarize(found, held_out, args.iterations, args.seed, tiny.SIZE)
             write_json(output / "summary.json", summary)
             picture.draw(output / "report.png", found, summary)
             result.append("table and picture")

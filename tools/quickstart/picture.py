@@ -12,7 +12,7 @@ from megatron.remoe.data.files import write_aside
 from ..common.palette import routing_color
 from ..common.picture_style import TARGET, file_pyplot, style
 from ..common.run_figures import RunFigures
-from . import models
+from ..recipes import tiny
 from .report import is_late
 
 SKIPPED_SHARE = 0.05  # of the loss curves: the steep start would hide the differences
@@ -56,7 +56,7 @@ def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
 
 def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: dict[str, Any]) -> None:
     first = SKIPPED_SHARE * summary["iterations"]
-    for model, title in models.NAMES.items():
+    for model, title in tiny.NAMES.items():
         colour, final = routing_color(model), summary[model]["val_loss"]
         iterations, values = runs[model].curve("lm_loss")
         shown = iterations >= first
@@ -103,7 +103,7 @@ def draw_load(figure: Any, place: Any, load: Mapping[int, NDArray[np.float64]]) 
     for row, (layer, shares) in enumerate(load.items()):
         axes = figure.add_subplot(rows[row], sharex=first)
         first = first or axes
-        even = models.SIZE.topk / len(shares)
+        even = tiny.SIZE.topk / len(shares)
         axes.bar(range(len(shares)), shares, color=routing_color("remoe"), alpha=0.85)
         above = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 9}
         for expert, share in enumerate(shares):

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from ..common.places import interpreter, short, tool
+from ..common.places import LOG, interpreter, short, tool
 from ..common.run_figures import TOTALS, RunFigures
-from . import models
+from ..corpora.dataset import data_prefix
+from ..recipes import tiny
 
 # Standard deviation of the validation loss over the seeds 1234, 1235 and 1236 after 1200 iterations, from
 # docs/experiments.md, "Quickstart, three seeds".
@@ -40,7 +41,7 @@ def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
 
 
 def summarize(
-    runs: Mapping[str, RunFigures], held_out: dict[str, int], iterations: int, seed: int, size: models.Size
+    runs: Mapping[str, RunFigures], held_out: dict[str, int], iterations: int, seed: int, size: tiny.TinySize
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
@@ -82,16 +83,16 @@ def table(summary: dict[str, Any]) -> Table:
     """Return the comparison, a column for each model."""
     grid = Table(box=None, header_style="bold", padding=(0, 2), pad_edge=False)
     grid.add_column("")
-    for title in models.NAMES.values():
+    for title in tiny.NAMES.values():
         grid.add_column(title, justify="right")
 
     def row(name: str, key: str, form: str = ",") -> None:
         grid.add_row(name, *(format(each[key], form) if key in each else "" for each in of_models))
 
-    of_models = [summary[model] for model in models.NAMES]
+    of_models = [summary[model] for model in tiny.NAMES]
     dense, *others = [each["val_loss"] for each in of_models]
     is_known = summary["iterations"] == SPREAD_ITERATIONS
-    around = [f" ± {SPREAD[model]:.3f}" if is_known else "" for model in models.NAMES]
+    around = [f" ± {SPREAD[model]:.3f}" if is_known else "" for model in tiny.NAMES]
     losses = (f"[bold]{each['val_loss']:.3f}[/bold]{more}" for each, more in zip(of_models, around, strict=True))
     grid.add_row("validation loss (nats per byte)", *losses)
     grid.add_row("  against dense", "", *(f"{other - dense:+.3f}" for other in others))
@@ -126,17 +127,17 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
     say("MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md", "dim")
     console.print()
     binaries, output, runs = short(Path(interpreter()).parent), short(output), short(runs)
-    each = runs / f"{{{','.join(models.NAMES)}}}"
+    each = runs / f"{{{','.join(tiny.NAMES)}}}"
     for name, place in (
         ("picture", output / "report.png"),
         ("figures", output / "summary.json"),
-        ("logs", each / "train.log"),
+        ("logs", each / LOG),
         ("checkpoints", each / "checkpoints"),
         ("TensorBoard", f"{binaries / 'tensorboard'} --logdir {runs}"),
     ):
         say(f"  {name:<12}{place}")
     checkpoints = ["--load", str(runs / "remoe" / "checkpoints")]
-    held_out = models.data_prefix(output / "data", "heldout", list(summary["remoe"]["val_loss_by_domain"])[-1])
+    held_out = data_prefix(output / "data", "heldout", list(summary["remoe"]["val_loss_by_domain"])[-1])
     console.print("\nTo try next, with the ReMoE (README.md, After training):")
     for words in (
         [*tool("generate", "generate"), *checkpoints, "--prompt", "My lord, "],

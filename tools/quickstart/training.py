@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ..common import stamps
 from ..common.errors import ToolError
 from ..common.figure_reader import LOG, read_figures
 from ..common.files import write_json
 from ..common.places import entry
-from ..sweep.progress import SweepDisplay, Work
-from . import stages
+from ..common.training_display import ShownTraining, TrainingDisplay
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Training:
     """One model's training.
 
     Attributes:
-        model: key of `models.NAMES`.
+        model: key of `tiny.NAMES`.
         folder: for its files.
         flags: Megatron's.
         evaluations: number of held-out sets.
@@ -39,29 +39,29 @@ class Training:
 
     def is_done(self) -> bool:
         """Return whether it was trained and evaluated with these inputs."""
-        return stages.read_stamp(self.folder / "done.json", self.inputs) is not None
+        return stamps.read_stamp(self.folder / "done.json", self.inputs) is not None
 
     def prepare(self) -> bool:
-        """Keep the files of an interrupted run with the same inputs, and remove all others.
+        """Keep the files of an interrupted run with the same inputs; remove any others.
 
         Returns:
             Whether files were removed.
         """
-        if stages.read_stamp(self.folder / "inputs.json", self.inputs) is not None:
+        if stamps.read_stamp(self.folder / "inputs.json", self.inputs) is not None:
             return False
         cleared = self.folder.exists()
-        stages.make_empty(self.folder)
+        stamps.make_empty(self.folder)
         write_json(self.folder / "inputs.json", {"inputs": self.inputs})
         return cleared
 
 
-def run(training: Training, display: SweepDisplay, work: Work, threads: int, keep_open: IO[str]) -> None:
+def run(training: Training, display: TrainingDisplay, shown: ShownTraining, threads: int, keep_open: IO[str]) -> None:
     """Train to the end and mark the training as done; KeyboardInterrupt stops it after a last checkpoint.
 
     Args:
         training: what to run.
         display: shows the progress.
-        work: the training in the display.
+        shown: the training in the display.
         threads: of the process.
         keep_open: the folder's lock, which the process holds too.
 
@@ -69,16 +69,16 @@ def run(training: Training, display: SweepDisplay, work: Work, threads: int, kee
         ToolError: the training failed; the message holds the end of its log.
     """
     if training.prepare():
-        display.say(f"{work.title}: code, text or versions have changed; it starts from iteration 0.")
+        display.say(f"{shown.title}: code, text or versions have changed; it starts from iteration 0.")
     command = [sys.executable, *entry(), *training.flags]
     with training.log.open("a", encoding="utf-8", buffering=1) as log:
         print(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}", file=log)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        code, cause = display.run(work, command, environment, keep_open, log)
+        code, cause = display.run(shown, command, environment, keep_open, log)
     if code or len(read_figures(training.folder).evaluations) < training.evaluations:
         reason = f"ended with exit code {code}" if code else "ended before its evaluation did"
         raise ToolError(
-            f"The training of {work.name} {reason}. The end of its log:\n\n{cause}\n\n"
+            f"The training of {shown.name} {reason}. The end of its log:\n\n{cause}\n\n"
             f"The whole log: {training.log}\nFix the cause and run the same command: it goes on."
         )
     write_json(training.folder / "done.json", {"inputs": training.inputs})

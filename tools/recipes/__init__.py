@@ -1,1 +1,1 @@
-"""The models of the paper and of the quickstart: their Megatron flags, FLOPs, and how a launch script starts them."""
+"""Recipes of the paper's models and of the tiny ones: Megatron flags, FLOPs, and the command of a launch script."""

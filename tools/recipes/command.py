@@ -14,6 +14,7 @@ from megatron.remoe.data.files import write_text
 
 from ..common.errors import ToolError
 from ..common.flags import split
+from ..common.places import LOG
 from .data import is_set
 from .launch import Launch, plan
 from .layout import RecipeError
@@ -110,8 +111,8 @@ def train(launch: Launch) -> int:
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "command.sh", launch.text())
-        (output / "train.log").open("a").close()
+        (output / LOG).open("a").close()
     except OSError as error:
         raise RecipeError(f"OUTPUT_DIR={output} cannot be written: {error.strerror}") from error
     print(f"Run: {output} (log, command, checkpoints, tensorboard)", flush=True)
-    return run_training(launch.command, output / "train.log")
+    return run_training(launch.command, output / LOG)

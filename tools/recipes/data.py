@@ -1,4 +1,4 @@
-"""Data sets and vocabulary of a training, from the environment."""
+"""Find the data sets and the vocabulary of a training from the environment."""
 
 import os
 import re
@@ -106,8 +106,9 @@ def choose_split(data_path: Sequence[str]) -> tuple[str, list[str]]:
         ends = [numbers[0] / sum(numbers), (numbers[0] + numbers[1]) / sum(numbers)]
         # Megatron cuts between documents, at the nearest.
         if all(0 < round(ends[0] * count) < round(ends[1] * count) < count for count in counts):
-            note = f"Split: {split}; of {min(counts, default=0)} documents the paper's {SPLITS[0]} gives a part none"
-            return split, [note] * (split != SPLITS[0])
+            if split == SPLITS[0]:
+                return split, []
+            return split, [f"Split: {split}; of {min(counts)} documents the paper's {SPLITS[0]} gives a part none"]
     return SPLITS[0], []
 
 

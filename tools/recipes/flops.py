@@ -1,4 +1,4 @@
-"""Training FLOPs of a model, the one count for all tools."""
+"""Count the training FLOPs of a model, for all tools."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Flags and environment that suit the GPUs of a training and the kernels installed with its interpreter."""
+"""Choose flags and environment variables for the GPUs of a training and the kernels that are installed."""
 
 import importlib.util
 import shutil
@@ -98,10 +98,13 @@ def gpu_flags(has_experts: bool, kernels: str, flags: Sequence[str], interpreter
         problem = problem_with(interpreter, ENGINE)
     if problem is None:
         engine, found = "Transformer Engine", ["--transformer-impl", "transformer_engine"]
-        found += ["--moe-grouped-gemm"] * has_experts
+        if has_experts:
+            found.append("--moe-grouped-gemm")
     else:
         engine = f"plain PyTorch (Transformer Engine{problem})"
-        found = [*PLAIN_PYTORCH, *["--no-rope-fusion"] * (not kernels)]
+        found = [*PLAIN_PYTORCH]
+        if not kernels:
+            found.append("--no-rope-fusion")
     # Without apex, PyTorch's product has to add weight gradients, in Megatron's output layer at least, and no GPU has
     # run that yet.
     if not kernels and (not interpreter or problem_with(interpreter, APEX) is not None):

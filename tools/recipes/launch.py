@@ -1,4 +1,4 @@
-"""A launch script's arguments and environment, made into the command that trains."""
+"""Turn a launch script's arguments and environment into the command that trains."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,8 @@ class Launch:
     def command(self) -> list[str]:
         """The words of the whole command, the environment's settings included."""
         settings = [f"{name}={value}" for name, value in self.settings.items()]
-        return [*["env", *settings] * bool(settings), *self.launcher, *entry(), *self.flags]
+        environment = ["env", *settings] if settings else []
+        return [*environment, *self.launcher, *entry(), *self.flags]
 
     def text(self) -> str:
         """Return the command as a line for a shell."""
@@ -127,8 +128,11 @@ def plan(
     flags += extra
     gpu = environment.get("GPU", "") if planned else None
     settings = hardware.gpu_settings(flags, environment, gpu) if engine else {}
-    notes += [*data_notes, *split_notes, *[f"Layers: {engine}"] * bool(engine)]
-    notes += [f"KERNELS=triton: {' '.join(fast)}, not tested on a GPU yet"] * bool(fast)
+    notes += [*data_notes, *split_notes]
+    if engine:
+        notes.append(f"Layers: {engine}")
+    if fast:
+        notes.append(f"KERNELS=triton: {' '.join(fast)}, not tested on a GPU yet")
     return Launch(launcher, flags, settings, output, layout, notes)
 
 

@@ -1,4 +1,4 @@
-"""How the processes of a training share its model and data."""
+"""Read and check the parallel layout of a training."""
 
 import re
 from collections.abc import Mapping
@@ -88,8 +88,12 @@ class Layout:
     def flags(self, has_experts: bool) -> list[str]:
         """Return Megatron's flags."""
         found = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
-        found += ["--context-parallel-size", str(self.cp), *["--sequence-parallel"] * (self.tp > 1)]
-        return found + ["--expert-model-parallel-size", str(self.ep)] * has_experts
+        found += ["--context-parallel-size", str(self.cp)]
+        if self.tp > 1:
+            found.append("--sequence-parallel")
+        if has_experts:
+            found += ["--expert-model-parallel-size", str(self.ep)]
+        return found
 
     def launcher(self, interpreter: str, environment: Mapping[str, str]) -> list[str]:
         """Return torchrun's words in front of the program.

@@ -1,4 +1,4 @@
-"""What is trained: sizes, routings and training settings, as Megatron's flags."""
+"""Define sizes, routings and training settings, and their Megatron flags."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Runs a training, with its log, and has it save a checkpoint at Ctrl-C and SIGTERM."""
+"""Run a training and keep its log; let it save a checkpoint at Ctrl-C and SIGTERM."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ STOPPED = 143  # exit code of a training that saved at a signal
 
 
 class _Training:
-    """A running training, and what signals make of it."""
+    """A running training that signals stop."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
-        # Both get a process group of their own, so that a terminal's Ctrl-C reaches this process only. They ignore
-        # signals: the log is kept to the last line, and torchrun would limit the time for saving.
+        # Both get their own process group, so that a terminal's Ctrl-C reaches only this process. They ignore signals:
+        # tee has to write the last line, and torchrun would limit the time for saving.
         self._job = subprocess.Popen(
             command, env=os.environ | {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_ignore_signals,
@@ -37,7 +37,7 @@ class _Training:
         self.stopping = False
 
     def stop(self, number: int, _: FrameType | None) -> None:
-        """Have the training save; a second Ctrl-C kills it. A second SIGTERM does not: schedulers send several."""
+        """Let the training save; a second Ctrl-C kills it. A second SIGTERM does not, as schedulers send several."""
         if not self.stopping:
             self.stopping, self._wanted = True, signal.SIGTERM
             print("Saving a checkpoint; a second Ctrl-C ends at once, without one.", flush=True)
@@ -45,9 +45,9 @@ class _Training:
             self._wanted = signal.SIGKILL
 
     def _send(self) -> None:
-        """Send to the training processes, torchrun's children, which are in sessions of their own.
+        """Send the signal to the training processes, torchrun's children, which have their own sessions.
 
-        They inherit that SIGTERM is ignored, and end this when they start: until then it would be lost.
+        They start with SIGTERM ignored and change that soon after. Wait until then, or the signal would be lost.
         """
         wanted = self._wanted
         if wanted is None or wanted == self._sent:
@@ -102,7 +102,7 @@ def run_training(command: Sequence[str], log: Path) -> int:
 
     Args:
         command: its words.
-        log: a file; what the training prints is appended, and printed here too; its last error again at the end.
+        log: the training's output is appended to this file and printed; its last error is printed again at the end.
 
     Returns:
         Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it.

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ..common.picture_style import looks
 from ..recipes.flops import flops_per_expert, flops_per_sequence
-from ..sweep.stages import Flops, Stage, stages
+from ..recipes.stages import Flops, Stage, stages
 from . import tables
 from .figures import panels
 from .reading import Run

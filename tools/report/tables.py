@@ -11,7 +11,7 @@ import numpy as np
 from ..common import evaluations as measured
 from ..common.run_figures import RunFigures
 from ..common.units import duration
-from ..sweep.stages import Stage
+from ..recipes.stages import Stage
 from .reading import Run
 
 RECENT = 20  # lines whose rate gives the time that is left

@@ -1,1 +1,1 @@
-"""The paper's scaling figures, run by run."""
+"""Train the runs of the paper's scaling figures."""

@@ -1,4 +1,4 @@
-"""The sweep's command line."""
+"""Parse the sweep's command line."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..common.flags import above_zero, split, whole_number
 from ..common.places import ROOT
-from ..quickstart.dataset import CORPORA, MIXED
+from ..corpora.dataset import CORPORA, MIXED
 from ..recipes.layout import RecipeError
 from ..recipes.models import TINY_TRAINING, Training
 from . import plan

@@ -1,4 +1,4 @@
-"""Trains what is missing of a sweep, or submits it to Slurm, and collects the results."""
+"""Train the missing runs of a sweep, or submit them to Slurm, and collect the results."""
 
 import argparse
 import os
@@ -15,11 +15,11 @@ from rich.console import Console
 from ..common.figure_reader import LOG
 from ..common.files import lock
 from ..common.running import run_to_the_end
+from ..common.training_display import ShownTraining, TrainingDisplay
 from ..common.units import duration
 from ..recipes.layout import RecipeError
 from . import plan, results, slurm, tiny
 from .arguments import parse_arguments, planned
-from .progress import SweepDisplay, Work
 from .run_log import read_outcome
 from .settings import Found, check_flags, flops, look, set_aside_old_log, tokens_per_iteration, whole
 
@@ -80,8 +80,8 @@ def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Na
 def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO[str]) -> list[str]:
     """Train runs one after another; return the names of those that did not finish."""
     failed = []
-    works = [
-        Work(
+    shown = [
+        ShownTraining(
             each.run.name,
             f"{number}/{len(todo)}",
             whole(each.settings, "--train-iters"),
@@ -90,21 +90,21 @@ def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO
         )  # fmt: skip
         for number, each in enumerate(todo, start=1)
     ]
-    with SweepDisplay(console, works) as display:
-        for each, work in zip(todo, works, strict=True):
+    with TrainingDisplay(console, shown) as display:
+        for each, line in zip(todo, shown, strict=True):
             began, folder = time.monotonic(), launch.folder(each.run)
             environment = {"PYTHON": sys.executable} | os.environ | launch.environment(each.run, os.environ)
             command = ["bash", *launch.arguments(each.run)]
-            code, cause = display.run(work, command, environment | {"DRY_RUN": "0"}, held)
+            code, cause = display.run(line, command, environment | {"DRY_RUN": "0"}, held)
             outcome = read_outcome(folder)
             if code == 0 and outcome is not None and outcome.finished:
                 took = duration(time.monotonic() - began)
-                display.finish(work, f"validation loss {outcome.validation_loss:.4f}, {took}")
+                display.finish(line, f"validation loss {outcome.validation_loss:.4f}, {took}")
                 continue
-            reason = f"ended at iteration {work.done} of {work.iterations}, without its final evaluation"
+            reason = f"ended at iteration {line.done} of {line.iterations}, without its final evaluation"
             reason = f"failed with exit code {code}" if code else reason
             where = f"\nThe whole log: {folder / LOG}" if (folder / LOG).exists() else ""
-            display.finish(work, f"{reason}. The end of its output:\n{cause}{where}\n")
+            display.finish(line, f"{reason}. The end of its output:\n{cause}{where}\n")
             failed.append(each.run.name)
     return failed
 

@@ -1,4 +1,4 @@
-"""The runs of each figure, and their commands."""
+"""List the runs of each figure and their commands."""
 
 import math
 import re

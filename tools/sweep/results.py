@@ -11,6 +11,7 @@ from rich.table import Table
 from megatron.remoe.data.files import write_aside, write_text
 
 from ..common.markdown import table
+from ..common.places import LOG
 from ..common.units import duration
 from . import scaling_picture
 from .plan import ROUTINGS, SIZES, Run
@@ -27,7 +28,7 @@ Row = tuple[Run, Outcome | None]  # None: not started
 
 def rows_of(output: Path, planned: Iterable[Run]) -> list[Row]:
     """Return the runs in `output` and the planned runs that are missing, ordered for comparison."""
-    folders = {path.parent for name in ("command.sh", "train.log") for path in output.glob(f"*/{name}")}
+    folders = {path.parent for name in ("command.sh", LOG) for path in output.glob(f"*/{name}")}
     found = filter(None, (Run.from_name(path.name) for path in folders))
     runs = sorted(
         {*found, *planned},

@@ -8,7 +8,7 @@ import numpy as np
 from ..common.errors import ToolError
 from ..common.figure_reader import read_figures
 from ..common.run_figures import RunFigures
-from .stages import training_flops
+from ..recipes.stages import training_flops
 
 
 @dataclass(frozen=True)

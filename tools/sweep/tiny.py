@@ -1,4 +1,4 @@
-"""Models and text of a sweep with --tiny: the quickstart's model, two larger ones, and its text, on one CPU."""
+"""Define models and text of a sweep with --tiny: the quickstart's model, two larger ones, and its text."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from ..common.flags import parse, words_of
 from ..common.places import ROOT
-from ..quickstart.dataset import FOLDERS
-from ..quickstart.models import SEED, SIZE, Size, common_flags
+from ..corpora.dataset import FOLDERS
 from ..recipes.layout import RecipeError
+from ..recipes.tiny import SEED, SIZE, TinySize, common_flags
 
 # By the size of the launch script that each replaces.
-MODELS: Mapping[str, Size] = {
+MODELS: Mapping[str, TinySize] = {
     "182m": SIZE,
     "469m": replace(SIZE, layers=4, hidden=80, ffn=160),
     "978m": replace(SIZE, layers=4, hidden=128, ffn=256),
@@ -20,7 +20,7 @@ SET_BY_SWEEP = ("--train-iters", "--micro-batch-size")
 DOMAIN_BY_DOMAIN = ("--multiple-validation-sets", "--full-validation")
 
 
-def flags(size: Size, iterations: int, given: Mapping[str, str]) -> tuple[str, ...]:
+def flags(size: TinySize, iterations: int, given: Mapping[str, str]) -> tuple[str, ...]:
     """Return Megatron's flags behind the launch scripts': a tiny size, the quickstart's rates, one held-out part.
 
     Args:

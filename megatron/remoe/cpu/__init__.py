@@ -1,7 +1,7 @@
-"""Runs Megatron's training loop on a machine without an accelerator.
+"""Run Megatron's training loop on a machine without an accelerator.
 
-Nothing in here is active with an accelerator. `facade` explains how it works; `engine` lists each change to Megatron
-with its reason.
+With an accelerator nothing here is active. `facade` explains how it works; `engine` lists each change to Megatron with
+its reason.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Gather and reduce-scatter of unequal parts, which gloo does not have: pad to the longest part, then cut."""
+"""Gather and reduce-scatter unequal parts, which gloo cannot: pad to the longest part, then cut."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def with_padding(gather: Collective, reduce_scatter: Collective) -> tuple[Collec
     ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather(tensor, group, None, use_global_buffer)
-        longest = max(1, *output_split_sizes)  # all parts are empty where a layer routes nothing
+        longest = max(1, *output_split_sizes)  # all parts are empty if a layer routes nothing
         parts = gather(_padded(tensor, longest), group).split(longest)
         return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
 

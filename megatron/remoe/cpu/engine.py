@@ -35,7 +35,7 @@ def install() -> None:
         )
     # Megatron decorates small functions with torch.compile, which needs a C++ compiler and a minute on a CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # Megatron insists on it for tensor parallelism; it orders CUDA kernels and means nothing here.
+    # Megatron requires it for tensor parallelism. It orders CUDA kernels and has no effect here.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     put = facade.put_in_place()
     if put is not None:
@@ -47,14 +47,14 @@ def install() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Keep glibc from returning every large buffer to the system, to get it back page by page in the next layer."""
+    """Keep glibc from returning large buffers to the system only to request them again for the next layer."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _adapt_tensors() -> None:
-    # Megatron moves tensors to the accelerator by this method; here they are in place.
+    # Megatron moves tensors to the accelerator with this method; here they stay.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     stock_type = torch.Tensor.type
 
@@ -62,7 +62,7 @@ def _adapt_tensors() -> None:
         result = stock_type(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
 
-    # Optimizers accept parameters by the type's name, "torch.cuda.FloatTensor".
+    # Optimizers check parameters by the name of the type, "torch.cuda.FloatTensor".
     torch.Tensor.type = type_name_or_cast  # type: ignore[method-assign, assignment]
 
 
@@ -72,16 +72,16 @@ def _adapt_modules() -> None:
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training import initialize
 
-    # The generator's state is reached through CUDA's internals.
+    # Megatron reaches the generator's state through CUDA's internals.
     tensor_parallel_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     tensor_parallel_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
-    # Split sizes become host values only if they lie on a CUDA device; the all-to-all takes no tensors.
+    # Split sizes become host values only if they are on a CUDA device; the all-to-all takes no tensors.
     token_dispatcher.maybe_move_tensor_to_cpu = _to_host
-    # gloo gathers equal parts only; experts that are split over tensor parallel ranks gather unequal ones.
+    # gloo gathers only equal parts; experts that are split over tensor parallel ranks gather unequal ones.
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = with_padding(
         mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
     )
-    # Warm-up of fused kernels that do not exist here.
+    # It warms up fused kernels, which do not exist here.
     initialize._warmup_jit_function = lambda *_args, **_kwargs: None
 
 

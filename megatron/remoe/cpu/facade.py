@@ -1,4 +1,4 @@
-"""The name `torch` inside Megatron's modules, on a machine without an accelerator.
+"""Replace the name `torch` inside Megatron's modules on a machine without an accelerator.
 
 Megatron names CUDA throughout: `torch.cuda.current_device()`, `device="cuda"`. Here its modules see a copy of the torch
 module whose `cuda` is one device, the CPU, and whose tensor factories read "cuda" as "cpu". torch itself and all other
@@ -35,7 +35,7 @@ TENSOR_TYPES = {
 
 
 class Stream:
-    """A CUDA stream or event where everything runs in order: nothing to wait for, nothing to record."""
+    """A CUDA stream or event on a device that runs everything in order: all methods do nothing."""
 
     cuda_stream = 0
 
@@ -114,7 +114,7 @@ class _AdamW(torch.optim.AdamW):
 
 
 def _copy(copy: types.ModuleType, module: types.ModuleType, **changes: Any) -> types.ModuleType:
-    """Fill a module with the names of another, some of them changed."""
+    """Fill a module with the names of another one, with changes."""
     copy.__dict__.update({name: value for name, value in vars(module).items() if name != "__getattr__"} | changes)
     return copy
 
@@ -131,7 +131,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 class _Facade(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
-        # Parts of torch that are loaded on first use.
+        # torch loads some parts on first use.
         return getattr(torch, name)
 
 
@@ -143,7 +143,7 @@ def make_facade() -> types.ModuleType:
 
 
 class _FacadeFinder(importlib.abc.MetaPathFinder):
-    """Gives the facade to every module of Megatron that is imported from now on, right after its code has run."""
+    """Give the facade to every module of Megatron that is imported from now on, right after its code has run."""
 
     def __init__(self, facade: types.ModuleType) -> None:
         self.facade = facade
@@ -179,7 +179,7 @@ def put_in_place() -> types.ModuleType | None:
     """Replace `torch` in all modules of Megatron, including those imported later.
 
     Returns:
-        The facade; None if there is one already, and nothing was changed.
+        The facade; None if there is one already and nothing was changed.
     """
     if any(isinstance(finder, _FacadeFinder) for finder in sys.meta_path):
         return None

@@ -1,9 +1,9 @@
-"""Megatron's flags that need other values without an accelerator."""
+"""Set the flags of Megatron that need other values without an accelerator."""
 
 import argparse
 import sys
 
-# attribute: (value on the CPU, why); the first are on by default, so the user did not ask for them
+# attribute: (value on the CPU, reason); these are on by default, so the user did not ask for them
 SILENT: dict[str, tuple[object, str]] = {
     "distributed_backend": ("gloo", "NCCL needs GPUs"),
     "transformer_impl": ("local", "Transformer Engine needs a GPU"),
@@ -26,10 +26,10 @@ CPU_VALUES = SILENT | {
 
 
 def adapt_arguments(args: argparse.Namespace) -> None:
-    """Set the flags that the CPU needs; print those that the user had turned on.
+    """Set the flags for the CPU, and print those that the user had turned on.
 
     Raises:
-        ValueError: a number format was asked for that only accelerators have.
+        ValueError: the user asked for a number format that only accelerators have.
     """
     for name in ("fp16", "fp8", "fp4"):
         if getattr(args, name, None):

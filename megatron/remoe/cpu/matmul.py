@@ -1,6 +1,6 @@
-"""Single-precision matrix products by oneDNN, on processors where MKL, PyTorch's choice, is slower.
+"""Compute single-precision matrix products with oneDNN on processors on which PyTorch's choice, MKL, is slower.
 
-On Zen 5 a MoE layer of hidden size 768 takes 1.7 times as long without it, one of 256 1.2 times.
+Without it, a MoE layer takes 1.7 times as long on Zen 5 with a hidden size of 768, and 1.2 times with 256.
 """
 
 import platform
@@ -9,24 +9,24 @@ from pathlib import Path
 
 import torch
 
-# Smaller products lose more by the call than they gain.
+# For smaller products, the call costs more than it gains.
 SMALLEST = 1 << 20
-# oneDNN compiles a kernel for each shape in about half a millisecond, and keeps the last 1024. The experts' numbers of
-# tokens differ in each step: their products go there if they are worth a kernel, or if their numbers will recur.
+# oneDNN compiles a kernel for each shape in about half a millisecond, and keeps the last 1024. An expert's number of
+# tokens changes in each step: use oneDNN for a product that is worth a kernel, or if its numbers are likely to recur.
 WORTH_A_KERNEL = 1 << 28
 FEW_TOKENS = 64
 TOKENS_THAT_RECUR = 16
-# From this many rows, a product and a pass that adds it are faster than MKL's product that adds.
+# From this many rows on, a product and an addition are faster than MKL's product that adds.
 ROWS_TO_ADD = 32
 
 
-# From this family on, AVX-512 has twice the rate of AVX2, and oneDNN wins in all products. On Zen 4 it wins where the
-# left factor is stored row by row; MKL wins in weight gradients, where it is not.
+# From this family on, AVX-512 has twice the rate of AVX2, and oneDNN is faster for all products. On Zen 4 it is faster
+# if the left factor is stored row by row; MKL is faster for weight gradients, where it is not.
 ZEN_5 = 26
 
 
 def amd_family_with_avx512() -> int:
-    """Return the family of an AMD processor with AVX-512, which MKL uses only on Intel's; 0 for all others."""
+    """Return the family of an AMD processor with AVX-512 (MKL uses it only on Intel's); 0 for all others."""
     if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return 0
     processor = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
@@ -35,9 +35,9 @@ def amd_family_with_avx512() -> int:
 
 
 def use_onednn() -> torch.library.Library | None:
-    """Let `torch.mm` and `Tensor.addmm_` on the CPU, and what PyTorch builds on them, go through oneDNN where it wins.
+    """Let `torch.mm` and `Tensor.addmm_` on the CPU, and functions built on them, use oneDNN where it is faster.
 
-    It rounds differently than MKL, as two versions of either do.
+    It rounds differently from MKL, just as two versions of either library do.
 
     Returns:
         An object that keeps the change while it is referenced; None if nothing is changed.

@@ -1,16 +1,16 @@
-"""The 2-norm of large single-precision tensors: on a CPU, PyTorch adds too many squares in single precision.
+"""Compute the 2-norm of large single-precision tensors: on a CPU, PyTorch adds too many squares in fp32.
 
 In torch 2.15.0 the norm of 50 million normal numbers is 0.4 % too small.
 """
 
 import torch
 
-# Elements whose squares are added in single precision.
+# Number of elements of which the squares are added in single precision.
 CHUNK = 1 << 18
 
 
 def sum_in_chunks() -> torch.library.Library:
-    """Let `torch.norm` of large contiguous fp32 tensors on the CPU add up dot products of parts in double precision.
+    """Let `torch.norm` of large contiguous fp32 tensors on the CPU add dot products of parts in double precision.
 
     Megatron clips the gradients of many experts in one tensor by this norm. Other norms, and tensors of up to `CHUNK`
     elements, stay PyTorch's, bit for bit.

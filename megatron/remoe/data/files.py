@@ -1,14 +1,16 @@
-"""Write files so that another program, or a power cut, finds the old one or the new one and nothing between."""
+"""Write files atomically, so that other programs, or a power cut, find the old file or the new one; lock files."""
 
 import errno
+import fcntl
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file, wait until it is on the disk, and rename it to `path`.
+    """Call `write` for a temporary file, wait until the file is on the disk, and rename it to `path`.
 
     Raises:
         OSError: it cannot be written; the temporary file is removed.
@@ -24,12 +26,12 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text to a file, aside."""
+    """Write a text file atomically."""
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,3 +40,18 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def take_lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed, here and in processes that inherit it.
+
+    Returns:
+        False if another process holds the lock. A file system without locks always gives True.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True

@@ -1,4 +1,4 @@
-"""GPT-2 vocabulary files: read and check a pair, or write one whose tokens are the 256 bytes."""
+"""Read and check a pair of GPT-2 vocabulary files, or write one with the 256 bytes as tokens."""
 
 import json
 import os

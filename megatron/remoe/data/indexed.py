@@ -5,7 +5,6 @@ document bounds (uint64). Then the length of each sequence in tokens (int32), th
 (int64), and the document bounds, counted in sequences (int64). .bin: the tokens of all sequences. Little-endian.
 """
 
-import fcntl
 import os
 import shutil
 import struct
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.remoe.data.errors import DataError
+from megatron.remoe.data.files import take_lock
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -41,7 +41,7 @@ def idx_path(prefix: Path) -> Path:
 
 
 class IndexedWriter:
-    """Write a data set aside; `publish` renames it, and leaving the context without that removes it.
+    """Write a data set under a temporary name. `publish` renames it; leaving the context before that removes it.
 
     Memory grows by 4 bytes per document. An empty document has a bound but no sequence, as in Megatron-LM's tool.
 
@@ -65,7 +65,7 @@ class IndexedWriter:
         if not self._published:
             idx_path(self.aside).unlink(missing_ok=True)
             bin_path(self.aside).unlink(missing_ok=True)
-        # On a full disk closing fails again; what counts was flushed by `finish`.
+        # On a full disk closing fails again; `finish` has flushed everything that counts.
         with suppress(OSError):
             self._file.close()
 
@@ -97,8 +97,8 @@ class IndexedWriter:
                 os.fsync(file.fileno())
 
     def publish(self) -> None:
-        """Put the finished data set in its place, and remove what Megatron cached for an older one there."""
-        idx_path(self.prefix).unlink(missing_ok=True)  # never an old index beside new tokens
+        """Rename the finished data set, and remove Megatron's index cache of an older one."""
+        idx_path(self.prefix).unlink(missing_ok=True)  # an old index must never be next to new tokens
         shutil.rmtree(self.prefix / "cache", ignore_errors=True)
         os.replace(bin_path(self.aside), bin_path(self.prefix))
         os.replace(idx_path(self.aside), idx_path(self.prefix))
@@ -108,15 +108,8 @@ class IndexedWriter:
 def _open_alone(path: Path, prefix: Path) -> BinaryIO:
     """Open, lock and empty a file; a killed run may have left it."""
     file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another run may have published the file between opening and locking.
-        alone = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except BlockingIOError:
-        alone = False
-    except OSError:
-        alone = True  # a file system without locks
-    if not alone:
+    # Another run may have published the file between opening and locking.
+    if not (take_lock(file) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
         file.close()
         raise DataError(f"Another run is writing {prefix}.bin. Wait for it, or give another --output-prefix.")
     file.truncate(0)

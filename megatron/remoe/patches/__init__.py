@@ -1,7 +1,7 @@
-"""Every change to Megatron outside the CPU room, for places that no public hook reaches.
+"""Change Megatron where no public hook exists; changes for CPUs are in `megatron/remoe/cpu`.
 
-Each says what it changes, what it provides, and what ends it. Each has a test that fails once Megatron no longer needs
-it.
+Each patch states what it changes, what it provides, and what ends it. A test for each fails once Megatron no longer
+needs it.
 """
 
 import importlib.metadata
@@ -50,7 +50,7 @@ PATCHES = (
 
 
 def apply_patches(saves: bool = True) -> None:
-    """Apply the patches. With another version of Megatron, apply none and warn about what is missing.
+    """Apply the patches. With an untested version of Megatron, apply none, and warn with a list of what is lost.
 
     The environment variable REMOE_TRY_MEGATRON applies them to any version.
 

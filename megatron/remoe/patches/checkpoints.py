@@ -1,4 +1,4 @@
-"""Checkpoints: read without running what is in them, checked once loaded, and durable once reported as saved."""
+"""Load checkpoints without running code from them, check what was loaded, and save durably."""
 
 import io
 import multiprocessing
@@ -32,7 +32,7 @@ from megatron.remoe.preflight.stored_sums import check_places
 from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
 
-# Of PyTorch's reader of archives: their headers have no sums.
+# Errors of PyTorch's archive reader; headers have no sums.
 ARCHIVE_ERRORS = re.compile("PytorchStreamReader|inline_container|hasRecord")
 ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
 TORCH_FILE = "core/dist_checkpointing/strategies/torch.py"
@@ -44,9 +44,9 @@ TORCH_FILE = "core/dist_checkpointing/strategies/torch.py"
     ends="load_bytes unpickles with weights_only=True",
 )
 def load_objects_unexecuted() -> None:
-    """Refuse what could run code among a checkpoint's objects, such as the states of random number generators.
+    """Refuse objects in a checkpoint that could run code; normally they are states of random number generators.
 
-    PyTorch unpickles them without restriction, though Megatron has a list of what they consist of.
+    PyTorch unpickles them without restriction, although Megatron has a list of the types that they consist of.
     """
 
     @replace(MCoreLoadPlanner, "load_bytes")
@@ -57,7 +57,7 @@ def load_objects_unexecuted() -> None:
             value.seek(0)
             if not unknown:
                 torch.load(value, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever reading a damaged object raises
+        except Exception as error:  # a damaged object can raise anything
             raise BrokenCheckpointError(f"{name} is damaged") from error
         if unknown:
             raise BrokenCheckpointError(
@@ -70,11 +70,11 @@ def load_objects_unexecuted() -> None:
 
 
 def _read_verified(reader: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-    """Read as PyTorch does, and compare all with its stored sums in a thread beside it."""
+    """Read as PyTorch does, and compare everything with the stored sums in another thread."""
     places: dict[Path, set[tuple[int, int]]] = {}
     for item in plan.items:
         entry = reader.storage_data[item.storage_index]
-        if not entry.transform_descriptors:  # else it is compressed or the like, and no archive
+        if not entry.transform_descriptors:  # else it is compressed, and not an archive
             places.setdefault(Path(reader.path, entry.relative_path), set()).add((entry.offset, entry.length))
     with ThreadPoolExecutor(1) as thread:
         checks = [thread.submit(check_places, path, sorted(parts)) for path, parts in places.items()]
@@ -86,7 +86,7 @@ def _read_verified(reader: FileSystemReader, plan: LoadPlan, planner: LoadPlanne
             raise BrokenCheckpointError(f"{reader.path} holds a tensor that cannot be read") from error
         finally:
             for check in checks:
-                check.result()  # its error names the file, and replaces one of reading
+                check.result()  # this error names the file, and replaces an error of reading
 
 
 class _VerifyingReader(FileSystemReader):
@@ -99,9 +99,9 @@ class _VerifyingReader(FileSystemReader):
     ends="PyTorch compares records with their CRC-32 when it loads, and Megatron lets ranks fail together",
 )
 def verify_loaded_bytes() -> None:
-    """Find bits of tensors and objects that have changed since they were saved, and tell all ranks.
+    """Detect bits that have changed since they were saved, and fail on all ranks.
 
-    Each rank reads by itself. One that fails alone would leave the others waiting for it.
+    Ranks read different parts. If only one failed, the others would wait for it forever.
     """
     torch_dist.FileSystemReader = _VerifyingReader
     CachedMetadataFileSystemReader.read_data = _read_verified
@@ -114,7 +114,7 @@ def verify_loaded_bytes() -> None:
 
 @contextmanager
 def _fails_together() -> Iterator[None]:
-    """Raise the first rank's BrokenCheckpointError on all ranks."""
+    """If ranks raise BrokenCheckpointError, raise that of the first of them on all ranks."""
     mine: BrokenCheckpointError | None = None
     try:
         yield
@@ -133,7 +133,7 @@ def _fails_together() -> Iterator[None]:
 
 
 def _wrapped(error: CheckpointException) -> BrokenCheckpointError | None:
-    """Return our error, if it is one that PyTorch has wrapped."""
+    """Return our error if PyTorch has wrapped one, else None."""
     return next((found for found, _ in error.failures.values() if isinstance(found, BrokenCheckpointError)), None)
 
 
@@ -143,9 +143,9 @@ def _wrapped(error: CheckpointException) -> BrokenCheckpointError | None:
     ends="Megatron has a hook after loading, and no sys.exit() in checkpointing.py",
 )
 def check_loaded_weights() -> None:
-    """Go back to the previous whole iteration where bytes have changed, and refuse weights that are not finite.
+    """Go back to the previous complete iteration if bytes have changed, and refuse weights that are not finite.
 
-    A failed load that Megatron ends with exit code 0 ends in an error.
+    Megatron ends some failed loads with exit code 0; they become errors.
     """
 
     @replace(training, "load_checkpoint")
@@ -168,7 +168,7 @@ def check_loaded_weights() -> None:
                     "give an earlier iteration with --ckpt-step."
                 ) from stop
             except (BrokenCheckpointError, CheckpointingException, CheckpointException) as error:
-                # All ranks read the common state, whose errors only PyTorch wraps, and fail alike.
+                # All ranks read the common state and fail in the same way; PyTorch wraps these errors.
                 found = (_wrapped(error) if isinstance(error, CheckpointException) else None) or error
                 is_damage = getattr(found, "code", "") == BrokenCheckpointError.code
                 if folder is None or not (is_damage or "integrity verification failed" in str(found)):
@@ -180,7 +180,7 @@ def check_loaded_weights() -> None:
 
 
 def _check_own_files(folder: Path) -> None:
-    """Check this rank's files of a checkpoint with one file per rank; others are checked while they are read."""
+    """Check this rank's file if each rank has one; other checkpoints are checked while they are read."""
     if not any(folder.glob("mp_rank_*")):
         return
     released = folder.name == RELEASE
@@ -192,7 +192,7 @@ def _check_own_files(folder: Path) -> None:
 
 
 class _Tracker(io.StringIO):
-    """A tracker file that is written when everything that it refers to is on the disk."""
+    """A tracker file that is written after everything it refers to is on the disk."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class _Tracker(io.StringIO):
 
 
 class _DurableStorage:
-    """Megatron's access to files, but for the tracker."""
+    """Megatron's access to files, except for the tracker."""
 
     def __init__(self, stock: Any) -> None:
         self._stock = stock
@@ -232,9 +232,9 @@ class _DurableStorage:
     for_saving=True,
 )
 def save_durably() -> None:
-    """Have a checkpoint on the disk before it is reported as saved, with a checksum of its index.
+    """Write a checkpoint to the disk before it is reported as saved, with a checksum of its index.
 
-    Megatron waits for the tensors alone. After a power cut its small files may be empty, and so may the tracker.
+    Megatron only waits for the tensors. After a power cut, small files and the tracker may be empty.
     """
     if not isinstance(checkpointing.maybe_msc, _DurableStorage):
         checkpointing.maybe_msc = _DurableStorage(checkpointing.maybe_msc)
@@ -247,11 +247,11 @@ def save_durably() -> None:
     for_saving=True,
 )
 def keep_saving_possible() -> None:
-    """Start the process that holds Megatron's queue of written shards, such that it outlives SIGTERM.
+    """Start the process that holds Megatron's queue of written shards so that it survives SIGTERM.
 
-    Every save needs it. Megatron starts it at the first one, and SIGTERM ends it; Slurm sends SIGTERM to all processes
-    of a step, so that the save which --exit-signal-handler then makes would fail. Forked here it also starts at once;
-    Megatron spawns it, which imports everything anew. It ends with its parent: it would keep the log's pipe open.
+    Every save needs it. Megatron starts it at the first save, and SIGTERM ends it. Slurm sends SIGTERM to all processes
+    of a step, so the save that --exit-signal-handler then makes would fail. Here it is forked, which is fast; Megatron
+    spawns it, which imports everything again. It ends with its parent, because it would keep the log's pipe open.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("fork"))
@@ -278,14 +278,14 @@ def _serve_until_the_parent_ends() -> None:
     for_saving=True,
 )
 def tell_why_writing_fails() -> None:
-    """Keep file and reason where part of a checkpoint cannot be written: Megatron keeps only the type of the error."""
+    """Report file and reason if part of a checkpoint cannot be written. Megatron keeps only the type of the error."""
 
     @replace(filesystem_async.FileSystemWriterAsync, "write_preloaded_data")
     def write(stock: Any, *arguments: Any, **options: Any) -> Any:
         output = stock(*arguments, **options)
         error = output[1]
         if not isinstance(error, Exception) or options["results_queue"] is not None:
-            return output  # written, or in a thread of Megatron's that has to come to its end
+            return output  # it was written, or this is a thread of Megatron's that has to finish
         while not isinstance(error, OSError) and error.__context__ is not None:
-            error = error.__context__  # PyTorch's own complaint about the file that it could not go on with
+            error = error.__context__  # PyTorch's error hides the cause
         raise RuntimeError(f"{options['write_bucket'][0]}: {error}") from error

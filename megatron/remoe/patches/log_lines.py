@@ -1,4 +1,4 @@
-"""Hand the figures that Megatron computes for its printed lines to the run's log, as numbers."""
+"""Pass the figures that Megatron computes for its printed lines to the run's log, as numbers."""
 
 import argparse
 import logging
@@ -18,14 +18,14 @@ COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")
 
 
 def run_logger() -> logging.Logger:
-    """Return the logger that carries records of the run's log, as dicts; they are made while it is enabled for INFO."""
+    """Return the logger for records of the run's log, which are dicts; none are made unless INFO is enabled."""
     logger = logging.getLogger("megatron.remoe.run")
     logger.propagate = False
     return logger
 
 
 class _Sums(dict[str, Any]):
-    """`total_loss_dict`, which also keeps what `training_log` sets to zero after printing.
+    """`total_loss_dict` that remembers the values which `training_log` sets to zero after printing.
 
     Attributes:
         before: name → the value before it was last set.
@@ -47,10 +47,10 @@ class _Sums(dict[str, Any]):
     for_saving=True,
 )
 def forward_figures() -> None:
-    """Give records of log intervals, evaluations and checkpoints to `run_logger`.
+    """Send records of log intervals, evaluations and checkpoints to `run_logger`.
 
-    Megatron computes the mean loss of a log interval and the time that it took inside `training_log`, and gives them
-    to the console alone; TensorBoard's writer gets the loss of one step.
+    Megatron computes the mean loss and the time of a log interval inside `training_log` and only prints them;
+    TensorBoard's writer gets the loss of one step.
     """
     names, since = signature(training.training_log), 0.0  # seconds on the timer when the interval began
 
@@ -64,7 +64,7 @@ def forward_figures() -> None:
         total_loss_dict.update(sums)
         if _is_wanted() and (given["is_first_iteration"] or given["iteration"] % get_args().log_interval == 0):
             active = get_timers()("interval-time").active_time()
-            # The first iteration is printed, but its interval goes on.
+            # The first iteration is printed, but its interval continues.
             seconds, since = (active, 0.0) if given["is_first_iteration"] else (active - since, active)
             figures = _figures(given, sums if given["is_first_iteration"] else sums.before, seconds)
             run_logger().info({"kind": "log", "iteration": given["iteration"]} | figures)
@@ -135,7 +135,7 @@ def _key(name: str) -> str:
 
 
 def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Callable[..., Any]:
-    """Return Megatron's `evaluate`, which then gives a record of each set to `run_logger`."""
+    """Return Megatron's `evaluate`, extended to send a record of each set to `run_logger`."""
     args = get_args()
     names, is_test = _set_names(args, prefix), prefix.endswith("on test set")
     # With --full-validation, a micro-batch is one sequence.
@@ -145,7 +145,7 @@ def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Ca
     def evaluate_and_forward(*arguments: Any, **options: Any) -> Any:
         found = evaluate(*arguments, **options)
         name, losses = next(names), found[0]
-        if losses and _is_wanted():  # there are none after the time limit
+        if losses and _is_wanted():  # after the time limit there are no losses
             record: dict[str, Any] = {"kind": "validation", "iteration": iteration}
             record |= {"set": name} if name else {}
             record |= {"final": True} if prefix.endswith(" set") else {}
@@ -157,7 +157,7 @@ def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Ca
 
 
 def _set_names(args: argparse.Namespace, prefix: str) -> Iterator[str]:
-    """Yield the name of each set that an evaluation is of, "" for the only one."""
+    """Yield the name of each evaluated set; "" if there is only one."""
     if args.multiple_validation_sets:
         yield from args.validation_set_names or map(str, count())
     while True:

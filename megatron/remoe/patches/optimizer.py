@@ -1,4 +1,4 @@
-"""PyTorch's Adam in the distributed optimizer, used if neither Transformer Engine nor apex is installed."""
+"""Make PyTorch's Adam work in the distributed optimizer, without Transformer Engine and apex."""
 
 from typing import Any
 
@@ -19,10 +19,11 @@ FILE = "core/optimizer/distrib_optimizer.py: DistributedOptimizer"
 def enable_torch_adam_resume() -> None:
     """Resume the distributed optimizer without Transformer Engine and apex.
 
-    Megatron has four faults here. It reads the step count from an optimizer state that PyTorch's Adam does not have
-    before its first step. It copies into views of fp32 parameters with gradients enabled. It shares one step counter
-    among all parameters and then overwrites it with zero. The fully reshardable format asks for a counter that is not
-    saved.
+    Megatron has four faults here:
+    - it reads the step count from an optimizer state that PyTorch's Adam does not have before its first step;
+    - it copies into views of fp32 parameters with gradients enabled;
+    - it shares one step counter among all parameters and then overwrites it with zero;
+    - the fully reshardable format asks for a counter that is not saved.
     """
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return

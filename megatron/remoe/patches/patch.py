@@ -1,4 +1,4 @@
-"""What a change to Megatron says of itself, and how it takes a function's place."""
+"""Describe a change to Megatron, and replace a function."""
 
 import inspect
 from collections.abc import Callable
@@ -30,14 +30,14 @@ class Patch:
 
 
 def patch(changes: str, provides: str, ends: str, for_saving: bool = False) -> Callable[[Callable[[], None]], Patch]:
-    """Return a decorator that makes a `Patch` of the function that applies it."""
+    """Return a decorator that turns a function into the `Patch` that it applies."""
     return lambda apply: Patch(apply, changes, provides, ends, for_saving)
 
 
 def replace(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
-    """Return a decorator that puts a function in the place of `owner.name`, once.
+    """Return a decorator that replaces `owner.name` by a function, once.
 
-    The function gets what was there as its first argument.
+    The function gets the replaced one as its first argument.
 
     Args:
         owner: module or class.

@@ -30,9 +30,9 @@ def use_shipped_helpers() -> None:
     ends="Megatron prints it",
 )
 def print_time_left() -> None:
-    """Append the hours left to the line of each log interval, by the interval's time per step.
+    """Append the hours left to the line of each log interval, from the interval's time per step.
 
-    The line of a start's first step, which is slower, gets none unless every step has a line.
+    The first step of a session is slower; its line has no time left unless every step has a line.
     """
 
     @replace(training, "print_rank_last")

@@ -1,4 +1,4 @@
-"""Fewer host waits for the GPU in a training step."""
+"""Remove host waits for the GPU from a training step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ REDUCTIONS = ("reduce_max_stat_across_model_parallel_group", "logical_and_across
     ends="local_multi_tensor_l2_norm in core/utils.py reads no value on the host",
 )
 def keep_norms_on_device() -> None:
-    """Compute the gradient norm on the GPU. On the CPU Megatron's function stays, so its digits do not change."""
+    """Compute the gradient norm on the GPU. On the CPU keep Megatron's function and its digits."""
     if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm:
         return
 

@@ -1,4 +1,4 @@
-"""Chooses the checkpoint that a run goes on from: the newest one that is whole."""
+"""Choose the checkpoint to resume from: the newest complete one."""
 
 import argparse
 import json
@@ -22,15 +22,15 @@ _NUMBER = re.compile(r"[0-9]{1,15}")  # Megatron reads it into 64 bits
 
 @dataclass(frozen=True)
 class Resume:
-    """The checkpoint that a run goes on from, and what has to change so that Megatron takes it.
+    """The checkpoint to resume from, and the changes that Megatron needs to load it.
 
     Attributes:
         flag: --load or --pretrained-checkpoint.
-        folder: that of the iteration or release.
-        saved: Megatron's arguments of the training that wrote it; None where it holds none.
-        step: the iteration to set as --ckpt-step; None where Megatron chooses the same by itself.
-        mends_tracker: the tracker file is missing or damaged, and should name `step`.
-        notice: what the user has to know, or "".
+        folder: of the iteration or release.
+        saved: Megatron's arguments of the training that wrote it; None if it holds none.
+        step: the iteration to set as --ckpt-step; None if Megatron chooses the same one.
+        mends_tracker: whether the tracker file is missing or damaged; `apply` then writes `step` to it.
+        notice: a line for the user, or "".
     """
 
     flag: str
@@ -41,11 +41,11 @@ class Resume:
     notice: str = ""
 
     def apply(self, args: argparse.Namespace) -> None:
-        """Set --ckpt-step and an unused flag; on the first rank alone, mend the tracker file and print the notice."""
+        """Set --ckpt-step and an unused flag; on the first rank, also mend the tracker file and print the notice."""
         if self.step is not None:
             args.ckpt_step = self.step
         if getattr(args, "position_embedding_type", "learned_absolute") != "learned_absolute":
-            # Megatron compares it, though --no-position-embedding says nothing about other types.
+            # Megatron compares this flag, although it has no effect with other position embeddings.
             args.add_position_embedding = getattr(self.saved, "add_position_embedding", True)
         if args.rank == 0 and self.notice:
             print(self.notice, file=sys.stderr, flush=True)
@@ -54,17 +54,16 @@ class Resume:
 
 
 def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
-    """Choose the checkpoint to go on from; None where a run starts from random weights. Changes nothing.
+    """Return the checkpoint to resume from; None if the run starts from random weights. Changes nothing.
 
-    --pretrained-checkpoint counts where there is nothing under --load yet. Every rank finds the same, from the same
-    files.
+    --pretrained-checkpoint is used if --load has no checkpoint yet. Every rank reads the same files and finds the same
+    checkpoint.
 
     Args:
         args: Megatron's parsed arguments.
 
     Raises:
-        BrokenCheckpointError: the iteration asked for by --ckpt-step is not whole, or none is; names the iteration to
-            go back to.
+        BrokenCheckpointError: the iteration of --ckpt-step is damaged (the message names a complete one), or all are.
     """
     step, pretrained = args.ckpt_step, args.pretrained_checkpoint
     if step is not None and step < 1:
@@ -75,7 +74,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
         if not name or "://" in name:
             continue
         root = Path(name)
-        # Checkpoints without a tracker, more than a first save that was cut off, have lost it.
+        # Several checkpoints without a tracker file have lost it. A single one may be a first save that was cut off.
         has_tracker = os.path.lexists(root / TRACKER) or (step and not pretrained)
         if has_tracker or len(saved_iterations(root)) > 1 or newest_whole(root) is not None:
             return _choose(flag, root, step)
@@ -83,7 +82,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
 
 
 def _choose(flag: str, root: Path, step: int | None) -> Resume:
-    saved_iterations(root)  # refuses a file where a folder belongs
+    saved_iterations(root)  # raises if a file has the name of an iteration's folder
     newest = newest_iteration(root)
     wanted = step or (int(newest) if _NUMBER.fullmatch(newest) else None)
     chosen = root / (RELEASE if newest == RELEASE else f"iter_{wanted or 0:07d}")
@@ -97,16 +96,16 @@ def _choose(flag: str, root: Path, step: int | None) -> Resume:
 
 
 def go_back(flag: str, failed: Path, problem: str, step: int | None = None) -> Resume:
-    """Choose the newest whole checkpoint before one that cannot be used.
+    """Return the newest complete checkpoint before one that cannot be used.
 
     Args:
         flag: --load or --pretrained-checkpoint.
-        failed: the folder of the iteration or release; iteration 0 stands for the end of all.
-        problem: what is wrong with it.
+        failed: the folder of the iteration or release; iteration 0 means that all are candidates.
+        problem: the reason.
         step: --ckpt-step, if the user gave it.
 
     Raises:
-        BrokenCheckpointError: the user asked for that iteration, or no earlier one is whole.
+        BrokenCheckpointError: the user asked for that iteration, or no earlier one is complete.
     """
     root, whole = failed.parent, None
     if failed.name != RELEASE:
@@ -121,14 +120,14 @@ def go_back(flag: str, failed: Path, problem: str, step: int | None = None) -> R
         folder,
         common_state(folder).get("args"),
         step=whole,
-        # Megatron would end, with exit code 0, at a tracker that it cannot read before it looks at --ckpt-step.
+        # Megatron reads the tracker before --ckpt-step, and exits with code 0 if it is damaged.
         mends_tracker=_NUMBER.fullmatch(newest_iteration(root)) is None,
         notice=f"{flag} {root}: {problem}. Going back to iteration {whole}.",
     )
 
 
 def check_is_whole(folder: Path) -> dict[str, Any]:
-    """Check that each file of a checkpoint is there and complete, and return its settings; reads no tensors.
+    """Check that all files of a checkpoint exist and are complete, without reading tensors. Return its settings.
 
     Args:
         folder: `iter_...` of one iteration, as torch_dist or with one file per rank.
@@ -137,7 +136,7 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
         What `common_state` returns.
 
     Raises:
-        BrokenCheckpointError: with the file and what is wrong with it.
+        BrokenCheckpointError: names the file and the problem.
     """
     legacy = sorted(folder.glob("mp_rank_*/*.pt"))
     for file in legacy:
@@ -162,10 +161,10 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
 
 
 def saved_iterations(root: Path) -> list[int]:
-    """Return the iterations that have a folder in a checkpoint folder, newest first, whole or not.
+    """Return the iterations that have a folder under `root`, newest first, complete or not.
 
     Raises:
-        BrokenCheckpointError: something that is no folder has an iteration's name; saving it would fail.
+        BrokenCheckpointError: a file has the name of an iteration's folder, so saving that iteration would fail.
     """
     found = {int(match[1]): path for path in root.glob("iter_*") if (match := _FOLDER.fullmatch(path.name))}
     for path in found.values():
@@ -177,7 +176,7 @@ def saved_iterations(root: Path) -> list[int]:
 
 
 def newest_whole(root: Path, below: int | None = None) -> int | None:
-    """Return the newest whole checkpoint's iteration, of those below `below`; None where there is none."""
+    """Return the iteration of the newest complete checkpoint below `below`; None if there is none."""
     for iteration in saved_iterations(root):
         if below is None or iteration < below:
             try:
@@ -189,10 +188,10 @@ def newest_whole(root: Path, below: int | None = None) -> int | None:
 
 
 def newest_iteration(root: Path) -> str:
-    """Return what the tracker says: a number or `RELEASE` if it is not damaged; empty if there is none.
+    """Return the content of the tracker file: a number or `RELEASE` unless it is damaged; "" if it is missing.
 
     Raises:
-        BrokenCheckpointError: it is a folder, which Megatron could not write at the next save.
+        BrokenCheckpointError: it is a folder, so the next save would fail.
     """
     tracker = root / TRACKER
     if tracker.is_dir():

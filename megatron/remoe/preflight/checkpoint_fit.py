@@ -1,4 +1,4 @@
-"""Compares the checkpoint under --load with the flags, by the arguments saved in it, before anything starts."""
+"""Compare the flags with the arguments saved in the checkpoint, before anything starts."""
 
 import argparse
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
 
 
 def check_is_data_alone(args: argparse.Namespace) -> None:
-    """Refuse checkpoints whose index or settings would run code. Call it before Megatron reads the settings.
+    """Refuse checkpoints with an index or settings that could run code. Call it before Megatron reads the settings.
 
     Raises:
         BrokenCheckpointError: names flag and file.
@@ -56,18 +56,18 @@ def check_is_data_alone(args: argparse.Namespace) -> None:
 
 
 def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> bool:
-    """Refuse a checkpoint that Megatron would refuse late, or that would silently become another training.
+    """Refuse a checkpoint that Megatron would refuse late, or that would silently continue as a different training.
 
     Args:
         args: Megatron's arguments, validated.
-        resume: the checkpoint to go on from, if it was chosen already.
+        resume: the checkpoint to resume from, if it was chosen already.
 
     Returns:
-        Whether the training goes on with the same learning rates to another end. The caller then has to set
-        `args.override_opt_param_scheduler`: Megatron refuses another end, since weight decay can grow until then.
+        Whether the training continues with the same learning rates to another end. The caller then has to set
+        `args.override_opt_param_scheduler`: Megatron refuses another end, because weight decay can depend on it.
 
     Raises:
-        UsageError: names flag, both values and the remedy.
+        UsageError: names the flag, both values and the remedy.
     """
     resume = resume or choose_checkpoint(args)
     starts_over = args.save and not args.load and not args.skip_train and "://" not in args.save
@@ -95,7 +95,7 @@ def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
     """Check that all weights of a model chunk are finite.
 
     Args:
-        source: where they were loaded from, as flag and folder.
+        source: flag and folder that they were loaded from.
         chunk: the model, or a part of it.
 
     Raises:
@@ -112,7 +112,7 @@ def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
 
 
 def _check_is_there(args: argparse.Namespace) -> None:
-    """Refuse to start from random weights, which Megatron does without a checkpoint, but for a first start."""
+    """Refuse to start from random weights, as Megatron does if it finds no checkpoint, except at a first start."""
     places = {"--pretrained-checkpoint": args.pretrained_checkpoint, "--load": args.load}
     given = {flag: folder for flag, folder in places.items() if folder}
     is_elsewhere = any("://" in folder for folder in given.values())
@@ -129,7 +129,7 @@ def _check_is_there(args: argparse.Namespace) -> None:
 
 
 def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yield codes, and why the checkpoint's weights are not this model's or ""."""
+    """Yield codes with the reason why the weights do not fit this model, or ""."""
     was_relu, experts = getattr(saved, "moe_relu_routing", False), getattr(saved, "num_experts", None)
     here, there = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
     problem = ""
@@ -154,7 +154,7 @@ def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterat
 
 
 def _of_the_training(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yield codes, and what would make another training of the saved one or ""."""
+    """Yield codes with the reason why this would be a different training from the saved one, or ""."""
     rates = "" if args.no_load_optim else differences(args, saved, RATES)
     settings = "" if args.allow_changed_settings else differences(args, saved, result)
     different = "; ".join(filter(None, (rates, settings)))
@@ -182,7 +182,8 @@ def _of_the_training(args: argparse.Namespace, saved: argparse.Namespace) -> Ite
 def _of_the_optimizer(args: argparse.Namespace, saved: argparse.Namespace) -> str:
     """Return why the optimizer's state does not fit, or "".
 
-    The distributed optimizer's state is that of ranks; Megatron loads it on other ranks in some cases only.
+    Each rank saves its own part of a distributed optimizer; Megatron loads the parts into another layout in some cases
+    only.
     """
     was_distributed = getattr(saved, "use_distributed_optimizer", False)
     if was_distributed != args.use_distributed_optimizer:

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's index and settings: nothing in them is executed, and what they say is checked."""
+"""Read a checkpoint's index and settings without executing anything in them, and check them."""
 
 import dataclasses
 import enum
@@ -20,27 +20,27 @@ INDEX_SUM = ".metadata.sha256"  # written by this package when a save is complet
 SUM_LENGTH = 64
 _MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
-# PyTorch notes where it wrote the checkpoint. Python 3.13 names the module differently from other versions.
+# PyTorch stores the path that it wrote to. Python 3.13 has another name for the module.
 _PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")}
 
 
 class BrokenCheckpointError(UsageError):
-    """A checkpoint is not whole; the message names the file."""
+    """A checkpoint is damaged or incomplete; the message names the file."""
 
     code = "REMOE-E401"
 
 
-# The unpickler written in Python is as fast here, and keeps its memo in a dictionary: the one written in C makes a
-# table of as many entries as a damaged file asks for, up to 64 GiB.
+# Python's own unpickler is fast enough here. The one in C allocates as many table entries as a damaged file asks for,
+# up to 64 GiB.
 class _IndexUnpickler(pickle._Unpickler):
-    """Loads what torch's checkpoint index consists of and nothing that could run code."""
+    """Load the types of torch's checkpoint index, and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         if (module, name) in _PATHS:
             return PurePath
-        # A name may lead through attributes to what a module merely imports: only its own plain records are let in.
+        # A dotted name could reach anything that a module imports: accept only plain records that it defines.
         if f"{module}.".startswith(_MODULES):
             found = super().find_class(module, name)
             own = isinstance(found, type) and (found.__module__, found.__qualname__) == (module, name)
@@ -55,7 +55,7 @@ def index_sum(folder: Path) -> str:
 
 
 def read_index(folder: Path) -> Metadata:
-    """Return what torch wrote about the tensors and objects of a torch_dist checkpoint.
+    """Return torch's index of the tensors and objects in a torch_dist checkpoint.
 
     Args:
         folder: `iter_...` of one iteration.
@@ -67,7 +67,7 @@ def read_index(folder: Path) -> Metadata:
     if not index.is_file():
         raise BrokenCheckpointError(f"{index} is missing: saving was cut off")
     try:
-        # A sum that was not written to its end says nothing about the rest.
+        # An incomplete sum proves nothing.
         if noted.is_file() and len(seen := noted.read_bytes()) == SUM_LENGTH and seen != index_sum(folder).encode():
             raise ValueError(f"it has changed since it was saved, as {INDEX_SUM} shows")
         metadata: Metadata = _IndexUnpickler(io.BytesIO(index.read_bytes())).load()
@@ -77,7 +77,7 @@ def read_index(folder: Path) -> Metadata:
                 _check_tensor(name, kind, metadata)
             elif not isinstance(kind, BytesStorageMetadata) or MetadataIndex(name) not in metadata.storage_data:
                 raise ValueError(f"{name} is neither a tensor nor a stored object")
-    except Exception as error:  # whatever reading a damaged file raises, attributes of wrong types included
+    except Exception as error:  # a damaged file can raise anything
         reason = "it is damaged or truncated"
         if isinstance(error, ValueError | pickle.UnpicklingError) and str(error):
             reason = str(error).splitlines()[0][:200]
@@ -86,7 +86,7 @@ def read_index(folder: Path) -> Metadata:
 
 
 def _check_places(index: Metadata) -> None:
-    """Check that entries are of known tensors and objects, and lie in the folder's files without overlap."""
+    """Check that entries belong to known tensors and objects, in files of this folder, without overlap."""
     files: dict[str, list[tuple[int, int]]] = {}
     for key, entry in index.storage_data.items():
         name, numbers = entry.relative_path, (entry.offset, entry.length)
@@ -103,7 +103,7 @@ def _check_places(index: Metadata) -> None:
 
 
 def _check_tensor(name: str, tensor: TensorStorageMetadata, index: Metadata) -> None:
-    """Check that a tensor's parts lie inside its shape and are stored with as many bytes as they need."""
+    """Check that a tensor's parts are inside its shape and have enough bytes."""
     if not isinstance(tensor.properties.dtype, torch.dtype) or not isinstance(tensor.size, torch.Size):
         raise ValueError(f"{name} has no valid type or shape")
     for chunk in tensor.chunks:
@@ -117,17 +117,17 @@ def _check_tensor(name: str, tensor: TensorStorageMetadata, index: Metadata) -> 
 
 
 def common_state(folder: Path, index: Metadata | None = None) -> dict[str, Any]:
-    """Return what a checkpoint holds beside tensors and each rank's own objects; nothing in it is executed.
+    """Return the part of a checkpoint that all ranks share, without tensors; nothing in it is executed.
 
-    Megatron's arguments of the training that wrote it are under "args". Of a checkpoint with one file per rank
-    (--ckpt-format torch) it is the whole file of the first rank, with tensors that are not read yet.
+    "args" holds Megatron's arguments of the training that wrote it. With one file per rank (--ckpt-format torch), this
+    is the whole file of the first rank, with tensors that are not read yet.
 
     Args:
         folder: `iter_...` of one iteration.
         index: what `read_index` returns, if it was read already.
 
     Raises:
-        BrokenCheckpointError: it cannot be read, or holds what is no setting.
+        BrokenCheckpointError: it cannot be read, or holds objects that are not settings.
     """
     try:
         legacy = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
@@ -148,7 +148,7 @@ def common_state(folder: Path, index: Metadata | None = None) -> dict[str, Any]:
             state = torch.load(state, map_location="cpu", weights_only=True)
     except BrokenCheckpointError:
         raise
-    except Exception as error:  # whatever reading a damaged file raises
+    except Exception as error:  # a damaged file can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BrokenCheckpointError(f"the settings saved in {folder} cannot be read ({reason[:200]})") from error
     return state if isinstance(state, dict) else {}

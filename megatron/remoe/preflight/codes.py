@@ -17,7 +17,7 @@ REMOE-E206 | --moe-warmup-topk and --moe-warmup-steps do not fit the other setti
 REMOE-E207 | A setting does not work with --moe-baseline-router. | Leave one of them out.
 REMOE-E208 | A setting does not work with --moe-log-flips-interval. | Leave one of them out.
 REMOE-E209 | A setting does not work with --transformer-impl local. | Follow the message.
-REMOE-E210 | --inprocess-restart lacks nvidia-resiliency-ext, free ports, or --load. | Follow the message.
+REMOE-E210 | --inprocess-restart needs nvidia-resiliency-ext, free ports, and --load. | Follow the message.
 REMOE-E211 | A flag of an older Megatron no longer exists. | Give the flag in the message, or leave it out.
 REMOE-E212 | A setting does not work with --teacher, or the teacher has another shape. | Follow the message.
 REMOE-E300 | An input or output file is missing, wrong or in use. | Follow the message.

@@ -1,4 +1,4 @@
-"""What of Megatron's arguments is compared between a run and the checkpoint that it resumes from."""
+"""List the arguments that a run is compared by with the checkpoint that it resumes from."""
 
 import argparse
 import math
@@ -12,13 +12,13 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.refusals import flag as flag_of
 from megatron.remoe.routing.refusals import shown
 
-# These give the weights their shapes, with what `shape` adds.
+# The weights' shapes depend on these, and on what `shape` adds.
 SHAPE = """
 num_layers hidden_size num_attention_heads kv_channels num_experts moe_shared_expert_intermediate_size swiglu
 add_bias_linear normalization untie_embeddings_and_output_weights mtp_num_layers mtp_use_repeated_layer
 """.split()
 DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
-# A training's result depends on these, besides its shape and the learning rate's schedule.
+# Other settings that change a training's result; the learning rate's schedule is compared separately.
 RESULT = """
 seed split mock_data dataloader_type seq_length global_batch_size rampup_batch_size reset_position_ids
 reset_attention_mask eod_mask_loss calculate_per_token_loss optimizer adam_beta1 adam_beta2 adam_eps sgd_momentum
@@ -40,21 +40,21 @@ RESULT_OF_RELU = [
     if field.name.startswith("moe_relu_")
     and field.name not in ("moe_relu_activation_limit", "moe_relu_launch_ahead", "moe_relu_router_bias")
 ]
-# Megatron finds the optimizer's state in the checkpoint by these, whatever the schedule.
+# Megatron identifies parameter groups in a checkpoint by these.
 RATES = ["lr", "min_lr"]
-# Megatron compares these with the checkpoint's when everything is built and loaded.
+# Megatron compares these after building and loading everything.
 SCHEDULE = ["lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay"]
 DURATION = ["train_iters", "lr_decay_iters", "train_samples", "lr_decay_samples", "global_batch_size"]
 LAYOUT = """
 tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
 expert_model_parallel_size expert_tensor_parallel_size
 """.split()
-# A setting that follows from another one by default: not worth a line where that one differs.
+# Settings that default to a function of another one: not reported if that one differs.
 FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
 FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
 MULTIPLIED = ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts", "moe_relu_start_topk")
 FOLLOWS |= dict.fromkeys((*MULTIPLIED, "moe_ffn_hidden_size"), "moe_granularity")
-SHOWN = 120  # letters of a setting, such as a list of data sets
+SHOWN = 120  # characters of a setting, for example of a list of data sets
 Settings = dict[str, Any]
 
 
@@ -62,7 +62,7 @@ def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
     """Return --moe-layer-freq of a GPTModel as Megatron reads it: a 1 for each layer with experts, 0 for others.
 
     Args:
-        args: Megatron's, or those in a checkpoint, of which older ones have no such flag.
+        args: Megatron's, or those saved in a checkpoint; older ones lack the flag.
     """
     frequency: int | list[int] = getattr(args, "moe_layer_freq", 1)
     if isinstance(frequency, int):
@@ -71,7 +71,7 @@ def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
 
 
 def result(args: argparse.Namespace) -> Settings:
-    """Return what the result depends on; data sets by name, for they may have been moved."""
+    """Return the settings that change the result; data sets by name, because they may have been moved."""
     names = RESULT + (RESULT_OF_EXPERTS if getattr(args, "num_experts", None) else [])
     found = picked(args, names + (RESULT_OF_RELU if getattr(args, "moe_relu_routing", False) else []))
     for name, words in picked(args, list(DATA)).items():
@@ -88,7 +88,7 @@ def _weight_or_name(word: str) -> float | str:
 
 
 def shape(args: argparse.Namespace) -> Settings:
-    """Return the settings that give the weights their shapes."""
+    """Return the settings that determine the shapes of the weights."""
     found = picked(args, SHAPE)
     if getattr(args, "heterogeneous_layers_config_encoded_json", None):
         return {}
@@ -96,7 +96,7 @@ def shape(args: argparse.Namespace) -> Settings:
     if getattr(args, "group_query_attention", False):
         found["num_query_groups"] = args.num_query_groups
     if getattr(args, "moe_relu_routing", False):
-        # Before there was a flag for it, the router had a bias wherever other linear layers had one.
+        # Before this flag existed, the router had a bias if other linear layers had one.
         found["moe_relu_router_bias"] = getattr(args, "moe_relu_router_bias", args.add_bias_linear)
         # The first gives the router a bias too, the second a state.
         found["moe_relu_sparse_start"] = getattr(args, "moe_relu_sparse_start", False)
@@ -128,7 +128,7 @@ def differences(
     """Return the settings that differ as flags with both values, or "".
 
     Args:
-        args, saved: Megatron's, of this run and of the checkpoint; settings that one of them lacks are left out.
+        args, saved: of this run and of the checkpoint; settings that only one of them has are skipped.
         settings: the names to compare, or a function that returns what to compare.
     """
     here, there = (picked(each, settings) if isinstance(settings, list) else settings(each) for each in (args, saved))
@@ -145,7 +145,7 @@ def differences(
 
 
 def picked(args: argparse.Namespace, names: list[str]) -> Settings:
-    """Return the settings of these names that exist; older checkpoints do not have all of them."""
+    """Return the settings with these names; older checkpoints do not have all of them."""
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 

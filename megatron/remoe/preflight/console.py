@@ -1,10 +1,10 @@
-"""Hides warnings that the user can do nothing about."""
+"""Hide warnings that the user can do nothing about."""
 
 import logging
 import re
 import warnings
 
-# README says what the optional packages add; these repeat at every start, on every rank.
+# These repeat at every start, on every rank. README says what the optional packages add.
 UNHELPFUL_WARNINGS = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",

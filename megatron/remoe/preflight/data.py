@@ -1,7 +1,7 @@
 """Check the data sets of a training before it starts.
 
-Every rank reads headers and small samples; the first of each machine checks the indices in full, and the first of all
-looks after Megatron's index cache. Forms that are not known here are left to Megatron.
+Every rank reads headers and small samples. The first rank of each machine checks the indices in full; the first rank
+of all also checks Megatron's index cache. Data in other formats is left to Megatron.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, idx_path
 
 TOKENS_SAMPLED, PLACES_SAMPLED = 2_000_000, 8
-TOKENS_TO_JUDGE_BY = 10_000  # a tokenizer's ids in so many tokens of text reach far beyond ...
-SHARE_OF_VOCABULARY = 1 / 16  # ... this share of its vocabulary
+TOKENS_TO_JUDGE_BY = 10_000  # this many tokens of text have ids far above ...
+SHARE_OF_VOCABULARY = 1 / 16  # ... this share of the vocabulary
 SECONDS_OF_WRITING = 2
 SPLITS = ("training", "validation", "test")
 PUT_WEIGHTS = "put one number before each prefix"
@@ -33,21 +33,25 @@ Blend = tuple[list[str], list[float] | None]
 BlendReader = Callable[[argparse.Namespace], tuple[Blend | None, list[Blend | None] | None]]
 
 
-def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
-    """Check that the data sets exist, are whole, and leave each split something to train or evaluate on.
+def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path, list[Path]]:
+    """Check that the data sets exist, are complete, and leave no split empty.
 
-    From an empty split Megatron would take epoch after epoch without end.
+    Megatron would loop forever over an empty split.
 
     Args:
         args: Megatron's arguments, validated.
         read_blends: Megatron's `get_blend_and_blend_per_split`.
 
+    Returns:
+        On the first rank, a file of Megatron's index cache that is cut off or older than the data → all files of its
+        index, for `remove_cached_indices`. On other ranks nothing.
+
     Raises:
         DataError: names flag, data set, reason and remedy.
-        OSError: a damaged file of the index cache cannot be removed.
     """
+    damaged: dict[Path, list[Path]] = {}
     if args.mock_data or args.perform_rl_step:
-        return
+        return damaged
     for flag, (prefixes, weights), split in _blends(args, read_blends):
         used = [prefix for prefix, weight in zip(prefixes, weights or [1.0] * len(prefixes), strict=True) if weight]
         if not used or not all(0.0 <= weight < math.inf for weight in weights or []):
@@ -71,11 +75,24 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> None:
                 f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.", "REMOE-E304"
             )
         if args.rank == 0:
-            _drop_unusable_cache(args, used)
+            damaged |= _damaged_indices(args, used)
+    return damaged
+
+
+def remove_cached_indices(damaged: Mapping[Path, list[Path]]) -> None:
+    """Remove the indices that `check_data` found damaged; Megatron builds them again.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    for file, index in damaged.items():
+        print(f"{file}: is cut off or older than the data; Megatron rebuilds its index.", file=sys.stderr)
+        for path in index:
+            path.unlink(missing_ok=True)
 
 
 def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None:
-    """Check that ids from the beginning to the end of each data set fit the model's vocabulary, by samples.
+    """Check samples of token ids from all over each data set against the model's vocabulary.
 
     Args:
         args: Megatron's arguments, after it has built the tokenizer.
@@ -136,9 +153,9 @@ def _check_split(
     share: tuple[float, float],
     is_weighted: bool,
 ) -> None:
-    """Check that every data set has tokens in a split, and a single one a sequence to train on.
+    """Check that every data set has tokens in a split, and that a single data set has a whole training sequence.
 
-    Of data sets without weights Megatron takes one epoch: each must have a part in it, and all of them must suffice.
+    Megatron uses data sets without weights for one epoch: each must have a sequence, and together they must suffice.
     """
     parts = [data.lengths[slice(*(round(end * len(data.lengths)) for end in share))] for data in data_sets]
     tokens = [int(part.sum(dtype=np.int64)) for part in parts]
@@ -176,7 +193,7 @@ def _check_split(
 
 
 def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None, int | None]:
-    """Return what Megatron asks of each split (`get_train_valid_test_num_samples`); None: nothing, or all there is."""
+    """Return the sequences that Megatron asks of each split (`get_train_valid_test_num_samples`); None: any number."""
     once = args.eval_iters * args.eval_global_batch_size
     if args.skip_train:
         return None, None if args.full_validation else once, once
@@ -186,8 +203,9 @@ def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None,
     return training, None if args.full_validation else max(evaluations, 0) * once, once
 
 
-def _drop_unusable_cache(args: argparse.Namespace, prefixes: list[str]) -> None:
-    """Remove Megatron's cached indices that a full disk cut off or that are older than the data; it rebuilds them."""
+def _damaged_indices(args: argparse.Namespace, prefixes: list[str]) -> dict[Path, list[Path]]:
+    """Return a file that a full disk cut off, or that is older than the data → all files of its index."""
+    found = {}
     for folder in [args.data_cache_path] if args.data_cache_path else [f"{path}/cache" for path in prefixes]:
         for description in Path(folder).rglob("*-description.txt"):
             named = re.findall(r'"dataset_path": (".*")', description.read_text(errors="replace"))
@@ -206,13 +224,12 @@ def _drop_unusable_cache(args: argparse.Namespace, prefixes: list[str]) -> None:
                     "--dataloader-fast-cache-load, which rebuilds Megatron's index cache.",
                     "REMOE-E306",
                 )
-            for path in arrays:
-                path.unlink(missing_ok=True)
-            print(f"{unusable[0]}: is cut off or older than the data; Megatron rebuilds its index.", file=sys.stderr)
+            found[unusable[0]] = arrays
+    return found
 
 
 def _is_cut(path: Path) -> bool:
-    """Return whether an array's file is shorter than its header says, and no other training is writing it now."""
+    """Return whether an array's file is shorter than its header says and no longer grows (another run may write it)."""
     size = -1
     while True:
         try:

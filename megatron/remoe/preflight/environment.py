@@ -1,4 +1,4 @@
-"""Checks torchrun's variables, flags and output folders before a training starts."""
+"""Check torchrun's variables and flags before a training starts, and make its output folders."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from megatron.remoe.routing.refusals import shown
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Check that the variables that torchrun sets make sense.
+    """Check the environment variables that torchrun sets.
 
     Raises:
         UsageError: names the variable, its value and the remedy.
@@ -35,7 +35,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_required_flags(args: argparse.Namespace) -> None:
-    """Check flags without a default that Megatron asks for late, or does not name.
+    """Check that required flags are given; Megatron notices some late, and does not name others.
 
     Raises:
         UsageError: lists all that are missing.
@@ -60,9 +60,9 @@ def check_required_flags(args: argparse.Namespace) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Refuse settings that would be ignored without a word, or at which Megatron ends late.
+    """Refuse settings that Megatron would silently ignore, or that it would fail at late.
 
-    Some of these it reaches at its first evaluation or save, which may be after the training.
+    Some of them fail at the first evaluation or save, which can be after the training.
 
     Args:
         args: Megatron's arguments, validated.
@@ -123,7 +123,7 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def check_flips(args: argparse.Namespace) -> None:
-    """Refuse what cannot be combined with --moe-log-flips-interval.
+    """Refuse settings that do not work with --moe-log-flips-interval.
 
     Raises:
         UsageError: names flag, value and remedy.
@@ -146,7 +146,7 @@ def check_flips(args: argparse.Namespace) -> None:
 
 
 def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
-    """Refuse settings with which layers of --transformer-impl local fail, or train with another optimizer.
+    """Refuse settings with which the layers of --transformer-impl local fail, or would use another optimizer.
 
     Args:
         args: Megatron's arguments, validated.
@@ -179,12 +179,12 @@ def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
 
 
 def _refuse(code: str, problems: Mapping[str, Any]) -> None:
-    """Raise the messages of all problems that are true."""
+    """Raise an error with the messages of all problems that hold."""
     if found := [message for message, holds in problems.items() if holds]:
         raise UsageError("\n".join(found), code)
 
 
-def check_output_folders(args: argparse.Namespace) -> None:
+def make_output_folders(args: argparse.Namespace) -> None:
     """Make the folders that the training will write into.
 
     Raises:
@@ -193,11 +193,11 @@ def check_output_folders(args: argparse.Namespace) -> None:
     for name in ("save", "tensorboard_dir", "data_cache_path"):
         folder = getattr(args, name)
         if folder and "://" not in folder:
-            check_can_be_written(f"--{name.replace('_', '-')}", folder)
+            make_writable_folder(f"--{name.replace('_', '-')}", folder)
 
 
-def check_can_be_written(flag: str, folder: str) -> None:
-    """Make a folder, and try to make a file in it.
+def make_writable_folder(flag: str, folder: str) -> None:
+    """Make a folder, and check that a file can be made in it.
 
     Raises:
         DataError: names flag, path and reason.

@@ -1,4 +1,4 @@
-"""Turns off what Megatron takes for granted and this machine does not have, and says what that costs."""
+"""Turn off what Megatron expects and this machine lacks, and print the cost."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ def disable_unavailable(on_cpu: bool) -> None:
     """Turn off compilation and Transformer Engine where they cannot work. Call it before Megatron is imported.
 
     Args:
-        on_cpu: this runs on the CPU, where nothing is compiled and Transformer Engine is not used.
+        on_cpu: whether this process trains on the CPU, where nothing is compiled and Transformer Engine is not used.
     """
     if not on_cpu:
         disable_compilation()
@@ -25,7 +25,7 @@ def disable_unavailable(on_cpu: bool) -> None:
 
 
 def disable_compilation() -> None:
-    """Turn torch.compile off where Triton, which makes its kernels, could not compile its own part.
+    """Turn torch.compile off if Triton, which makes its kernels, could not compile its own part.
 
     Megatron compiles small functions when it is imported and calls them at its start, before it reads
     --disable-jit-fuser.
@@ -44,8 +44,8 @@ def check_kernels(kernels: str, on_cpu: bool) -> None:
     """Check that the kernels of --moe-kernels can run here.
 
     Args:
-        kernels: the flag's value.
-        on_cpu: this runs on the CPU, where only Triton's interpreter can run them.
+        kernels: value of the flag.
+        on_cpu: whether this process trains on the CPU, where only Triton's interpreter can run them.
 
     Raises:
         UsageError: names what is missing, and the remedy.
@@ -68,7 +68,7 @@ def check_kernels(kernels: str, on_cpu: bool) -> None:
 
 
 def _missing_for_triton() -> str:
-    """Return what Triton looks for (runtime/build.py) and does not find, or ""."""
+    """Return what Triton needs (runtime/build.py) and cannot find, or ""."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, names)):
         return f"C compiler ({' or '.join(names)})"
@@ -78,10 +78,9 @@ def _missing_for_triton() -> str:
 
 
 def disable_broken_engine(notify: bool) -> None:
-    """Let a Transformer Engine that cannot be imported count as not installed.
+    """Treat a Transformer Engine that cannot be imported as not installed.
 
-    Megatron does so for an ImportError. A missing shared library raises another error and would end every run, on the
-    CPU too.
+    Megatron does this for an ImportError. A missing shared library raises another error, which would end every run.
     """
     if find_spec(ENGINE) is None:
         return
@@ -90,7 +89,7 @@ def disable_broken_engine(notify: bool) -> None:
     except Exception as error:
         for name in [name for name in sys.modules if name.partition(".")[0] == ENGINE]:
             del sys.modules[name]
-        sys.modules[ENGINE] = None  # type: ignore[assignment]  # what Python takes for "there is none"
+        sys.modules[ENGINE] = None  # type: ignore[assignment]  # Python's mark of a missing module
         if notify:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             _say(f"Transformer Engine cannot be imported ({reason}) and counts as not installed.")

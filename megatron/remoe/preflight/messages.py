@@ -1,4 +1,4 @@
-"""Prints why a training cannot start or has failed: what happened, and what to do."""
+"""Print why a training cannot start or has failed, and what to do."""
 
 import argparse
 import difflib
@@ -22,7 +22,7 @@ from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
 from megatron.remoe.preflight.removed_flags import explain
 
 LOST_WORKER = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
-# What an error says → what to do.
+# Pattern of an error → remedy.
 REMEDIES = {
     LOST_WORKER: "A signal, or a lack of memory, ended a process that reads data. The last whole checkpoint is still "
     "there, and the same command resumes from it.",
@@ -49,20 +49,20 @@ REMEDIES = {
 }
 LENGTH = 400
 CLOSE = 0.75  # least similarity of a flag that "Did you mean" names
-# Errors that one rank may have and others not: of files, which another machine may not see.
+# Errors that a single rank can have, because machines may see different files.
 OF_ONE_RANK = (DataError, BrokenCheckpointError, OSError)
 SECONDS_FOR_THE_FIRST_OF_A_MACHINE, SECONDS_FOR_OTHERS = 2, 5
 
 
 @contextmanager
 def usage_errors(rank: int | None = None) -> Iterator[None]:
-    """End the process with exit code 2 and one message, without a traceback, where settings or files are refused.
+    """End the process with exit code 2 and one message, without a traceback, if settings or files are refused.
 
-    Wrong flags are wrong on all ranks, so the first rank alone prints them. A wrong file may be one rank's own: that
-    rank prints it too, after a moment in which torchrun ends it if the first rank failed likewise.
+    Flags are the same on all ranks, so only the first rank prints that they are wrong. A wrong file can concern one
+    rank only, which then prints too, after a pause in which torchrun ends it if the first rank also failed.
 
     Args:
-        rank: of this process; RANK in the environment by default.
+        rank: of this process (default: RANK in the environment).
     """
     try:
         yield
@@ -84,11 +84,11 @@ def usage_errors(rank: int | None = None) -> Iterator[None]:
 
 
 def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
-    """Let wrong flags end the process with one short message by the first rank, and --help with all of Megatron's."""
-    # Megatron's 700 lines of usage would hide the error below them.
+    """Print one short message for wrong flags, on the first rank, and all of Megatron's flags for --help."""
+    # Megatron's usage has 700 lines and would hide the error.
     parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]   (--help lists all)"
     parser.error = partial(_flag_error, parser)  # type: ignore[method-assign]
-    # Megatron has help texts with a percent sign of their own, at which --help would end with an error.
+    # Some of Megatron's help texts contain a percent sign, with which --help would fail.
     formatter = parser._get_formatter()
     for action in parser._actions:
         try:
@@ -98,7 +98,7 @@ def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
 
 
 def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """`parser.error`, by the first process alone, and with what a misspelled flag was meant to be."""
+    """Do what `parser.error` does, on the first rank, and suggest the flag that was meant."""
     if os.environ.get("RANK", "0") == "0":
         parser.print_usage(sys.stderr)
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -120,18 +120,18 @@ def _suggestion(parser: argparse.ArgumentParser, unknown: str) -> str:
 
 
 def _say(words: str) -> None:
-    """An error on standard error, as the program that was started."""
+    """Print an error on standard error, under the name of the program that was started."""
     sys.stdout.flush()
     print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
 
 
 def end_with_last_words(error: BaseException) -> NoReturn:
-    """Print one short message, below the traceback of an error that is not the user's, and end with exit code 1."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as another rank has ended
+    """Print a traceback, unless the user can correct the error, and one short message. End with exit code 1."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has ended
     cause = _cause(error)
     if not (isinstance(cause, UsageError) or re.search(LOST_WORKER, str(error))):
         traceback.print_exception(error)
-    # Half-built objects complain when they are freed: now, not below the message.
+    # Half-built objects print errors when they are freed. Free them before the message.
     traceback.clear_frames(error.__traceback__)
     gc.collect()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -140,7 +140,7 @@ def end_with_last_words(error: BaseException) -> NoReturn:
 
 
 def last_words(error: BaseException, rank: str | None = None) -> str:
-    """Return a short message of what ended a training: the rank, the cause and the remedy."""
+    """Return a short message: the rank, what ended the training, and the remedy."""
     cause = _cause(error)
     words = f"rank {rank}: " if rank is not None else ""
     return words + (with_code(cause) if isinstance(cause, UsageError) else _in_short(cause))
@@ -157,13 +157,13 @@ def _in_short(error: BaseException) -> str:
 
 
 def _remedy(text: str) -> str:
-    """Return what to do about an error as a line below it, or ""."""
+    """Return the remedy for an error as a line below it, or ""."""
     found = (remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
     return "".join(f"\n{remedy}" for remedy in [*found][:1])
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the first rank's error in place of PyTorch's own for checkpoints, whose text is a traceback."""
+    """Return the first rank's error instead of PyTorch's own for checkpoints, which prints a traceback."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, CheckpointException):

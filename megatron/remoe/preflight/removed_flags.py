@@ -32,7 +32,7 @@ REMOVED: dict[str, tuple[str, str]] = {
 
 
 def explain(flag: str) -> str:
-    """Return why a flag no longer exists and what to do, or "" for a flag that never existed."""
+    """Return why a flag no longer exists and what to give instead, or "" for a flag that never existed."""
     if flag not in REMOVED:
         return ""
     reason, replacement = REMOVED[flag]

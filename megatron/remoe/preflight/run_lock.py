@@ -1,4 +1,4 @@
-"""Keeps a --save folder to one training at a time: a second is refused, and what a dead one left is taken over."""
+"""Allow one training at a time in a --save folder: refuse a second one, and take over the lock of a dead one."""
 
 import argparse
 import os
@@ -14,13 +14,13 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.files import sync, write_text
-from megatron.remoe.preflight.environment import check_can_be_written
+from megatron.remoe.preflight.environment import make_writable_folder
 
 LOCK, HOLDER = "training.lock", "training.lock.holder"
 HEARTBEAT_SECONDS = 5.0
-# The interpreter may be held for minutes while the data's index is built, and no heartbeat comes.
+# Building the data's index can block the interpreter for minutes, without a heartbeat.
 LEASE_SECONDS = 300.0
-# An empty lock is what a power cut leaves: its owner would have filled it in the next moment.
+# A power cut leaves an empty lock; a living owner fills it at once.
 EMPTY_SECONDS = 10.0
 SPARE_SECONDS = 2.0
 
@@ -32,7 +32,7 @@ class FolderInUseError(UsageError):
 
 
 class RunLock:
-    """The lock of a process that may start its training several times: taken once, and kept in between."""
+    """The lock of a process that may start its training several times; it is held in between."""
 
     def __init__(self, at_the_end: ExitStack) -> None:
         """
@@ -43,7 +43,7 @@ class RunLock:
         self._is_held = False
 
     def take(self, args: argparse.Namespace) -> None:
-        """Enter `only_training` if this process is the first rank and has not."""
+        """Enter `only_training` on the first rank, once."""
         if args.rank == 0 and not self._is_held:
             self._at_the_end.enter_context(only_training(args))
             self._is_held = True
@@ -51,24 +51,24 @@ class RunLock:
 
 @contextmanager
 def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS) -> Iterator[None]:
-    """Hold the --save folder, by the first rank for all; nothing where nothing is trained or saved.
+    """Lock the --save folder on the first rank. Do nothing if nothing is trained or saved.
 
-    The lock is a file with a heartbeat, on any file system that machines share. A holder whose process is gone from
-    this machine is dead, and so is one without a heartbeat for `lease_seconds`, wherever it ran.
+    The lock is a file with a heartbeat, which works on any file system that machines share. Its holder counts as dead
+    if its process no longer exists on this machine, or if there was no heartbeat for `lease_seconds`.
 
     Args:
         args: Megatron's parsed arguments.
         lease_seconds: the same for all trainings that share a folder.
 
     Raises:
-        FolderInUseError: after the heartbeat of another training, or after `lease_seconds` where the lock is none of
-            this program's.
+        FolderInUseError: after the heartbeat of another training, or after `lease_seconds` if the lock is not from this
+            program.
         DataError: the folder cannot be written.
     """
     if args.rank or args.skip_train or not args.save or "://" in args.save:
         yield
         return
-    check_can_be_written("--save", args.save)
+    make_writable_folder("--save", args.save)
     lock, holder = Path(args.save, LOCK), Path(args.save, HOLDER)
     beats = min(HEARTBEAT_SECONDS, lease_seconds / 3)
     lease = SoftFileLease(lock, lease_duration=lease_seconds, heartbeat_interval=beats, on_compromise=_lost)
@@ -116,11 +116,11 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
 
 
 def _remove_empty(lock: Path, inode: int) -> None:
-    """Remove an empty lock, and no other that has come in its place meanwhile."""
+    """Remove an empty lock, but not another one that has replaced it in the meantime."""
     aside = lock.with_name(f"{lock.name}.empty.{os.getpid()}")
     lock.rename(aside)
     if aside.stat().st_size or aside.stat().st_ino != inode:
-        os.link(aside, lock)  # its owner bears to miss it for a moment
+        os.link(aside, lock)  # its owner tolerates that it was gone for a moment
     aside.unlink()
 
 
@@ -130,4 +130,4 @@ def _lost(compromise: LeaseCompromise) -> None:
         print(f"{words}: another training could start in the same --save folder.", file=sys.stderr, flush=True)
         return
     print(f"error: {words}: another training took it over, and this one ends.", file=sys.stderr, flush=True)
-    os._exit(1)  # from a thread: the training must not save once more
+    os._exit(1)  # in a thread: the training must not save again

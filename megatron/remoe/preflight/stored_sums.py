@@ -1,6 +1,6 @@
-"""Compares what is read from a checkpoint with the CRC-32 sums that `torch.save` stores with each tensor and object.
+"""Compare a checkpoint's tensors and objects with the CRC-32 sums that `torch.save` stores with them.
 
-The sums are in every checkpoint, whatever wrote it. PyTorch writes them and does not look at them when it loads.
+Every checkpoint has these sums, because PyTorch writes them. It does not check them when it loads.
 """
 
 import io
@@ -14,12 +14,12 @@ from typing import Any
 
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
 
-LOCAL_HEADER, LENGTHS_AT = b"PK\3\4", 26  # of a record: its first bytes, and where its variable lengths are
+LOCAL_HEADER, LENGTHS_AT = b"PK\3\4", 26  # first bytes of a record, and the offset of its variable lengths
 LOCAL_HEADER_SIZE = 30
 
 
 def check_places(path: Path, places: Iterable[tuple[int, int]]) -> None:
-    """Check parts of a file, each of which `torch.save` wrote.
+    """Check parts of a file that `torch.save` wrote.
 
     Args:
         path: a file of a checkpoint.
@@ -41,14 +41,14 @@ def check_places(path: Path, places: Iterable[tuple[int, int]]) -> None:
                     _check_records(content)
             except OSError:
                 raise
-            except Exception as error:  # whatever reading a damaged archive raises
+            except Exception as error:  # a damaged archive can raise anything
                 raise BrokenCheckpointError(
                     f"{path} has changed since it was saved ({error}, {length:,} bytes from {offset:,})"
                 ) from error
 
 
 def _check_records(content: memoryview) -> None:
-    """Raise BadZipFile if a record of an archive differs from its sum."""
+    """Raise BadZipFile if a record of an archive does not match its sum."""
     records = zipfile.ZipFile(_Window(content)).infolist()
     if not any(record.CRC for record in records):
         return  # written with torch.serialization.set_crc32_options(False)
@@ -61,7 +61,7 @@ def _check_records(content: memoryview) -> None:
 
 
 class _Window(io.RawIOBase):
-    """Reads bytes in memory as a file without a copy of them all."""
+    """A file over bytes in memory, without a copy of all of them."""
 
     def __init__(self, content: memoryview) -> None:
         self._content, self._position = content, 0

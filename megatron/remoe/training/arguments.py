@@ -22,7 +22,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
-# One rank builds the data index while all others wait. After the first step, Megatron's own default applies.
+# One rank builds the data index while all others wait. After the first step, Megatron's default applies.
 MINUTES_TO_THE_FIRST_STEP, SECONDS_AFTER_IT = 60, 600
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]

@@ -1,4 +1,4 @@
-"""Flips: routing decisions that one update of the weights changes, on a fixed calibration set (paper figure 10)."""
+"""Measure flips: routing decisions that an update of the weights changes on a fixed calibration set (figure 10)."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Maps = list[tuple[int, torch.Tensor]]  # layer number (from 1) and routing map, 
 
 
 class FlipMeter:
-    """Routes a calibration set before and after an update; the training does not change by a bit.
+    """Route a calibration set before and after an update, without changing the training by a bit.
 
     The calibration set is one micro-batch on each data-parallel rank: the first sequences of the validation set, or of
     the training set if there is none. It is routed as in evaluation, with the same input jitter each time.
@@ -32,13 +32,13 @@ class FlipMeter:
             args: Megatron's arguments; every `moe_log_flips_interval`th update is measured.
             forward_step: as Megatron's loop takes it.
         """
-        self.chunks: list[torch.nn.Module] = []  # the model on this rank, all its virtual pipeline stages
+        self.chunks: list[torch.nn.Module] = []  # the model on this rank, with all virtual pipeline stages
         self._args, self._forward_step = args, forward_step
         self._batches: list[dict[str, torch.Tensor] | None] = []
         self._before: tuple[int, Maps] | None = None
 
     def calibrating(self, provider: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the provider of data sets, which then also gives this rank's sequences to the meter."""
+        """Return a provider of data sets that also hands this rank's sequences to the meter."""
 
         @wraps(provider)
         def provide(*arguments: Any, **options: Any) -> Any:
@@ -49,11 +49,11 @@ class FlipMeter:
         return provide
 
     def calibrate(self, data_sets: list[Any]) -> None:
-        """Take this rank's sequences; once for each virtual pipeline stage.
+        """Keep this rank's sequences. Call it once for each virtual pipeline stage.
 
         Args:
-            data_sets: training, validation and test set, each None where this rank needs none; the validation set may
-                be a list of several.
+            data_sets: training, validation and test set, each None if this rank does not need it; the validation set
+                may be a list of several.
         """
         train, valid, *_ = data_sets
         data = valid[0] if isinstance(valid, list) and valid else valid or train
@@ -70,11 +70,12 @@ class FlipMeter:
             iteration: number of updates so far.
 
         Returns:
-            None if this update is not measured, as the first one after a start. Otherwise what it changed: "rate", the
-            share of the (token, expert) pairs of all MoE layers that became active or inactive; "count", such pairs
-            per token and layer; "layer_rate", layer number (from 1) → the rate of that layer; "changed_tokens", the
-            share of tokens, over all MoE layers, that got other experts. A token that top-1 sends to another expert
-            counts once there, as one that gains or loses an expert of a ReLU router does, and twice in the rate.
+            None if this update is not measured; the first one after a start never is. Otherwise
+            - "rate": share of the (token, expert) pairs of all MoE layers that became active or inactive;
+            - "count": such pairs per token and layer;
+            - "layer_rate": layer number (from 1) → the rate of that layer;
+            - "changed_tokens": share of tokens, over all MoE layers, that got other experts. If top-1 sends a token to
+              another expert, it counts once here and twice in the rate.
         """
         interval = self._args.moe_log_flips_interval
         if iteration % interval not in (0, interval - 1):
@@ -107,7 +108,7 @@ class FlipMeter:
                 forward_step_func=lambda data, model: (self._forward_step(data, model)[0], None),
                 data_iterator=[repeat(batch) for batch in self._batches],
                 model=self.chunks,
-                # Interleaved stages take no fewer.
+                # Interleaved stages need at least this many.
                 num_microbatches=config.microbatch_group_size_per_vp_stage if len(self.chunks) > 1 else 1,
                 seq_length=args.seq_length,
                 micro_batch_size=args.micro_batch_size,
@@ -128,7 +129,7 @@ class FlipMeter:
             table[number - 1, 1] += now.numel()
             table[number - 1, 2] += changed.any(dim=1).sum()
         if torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(table)  # each rank routed other tokens, or other layers
+            torch.distributed.all_reduce(table)  # ranks route different tokens, or different layers
         rows = {number: row for number, row in enumerate(table.tolist(), start=1) if row[1]}
         flipped, pairs, tokens = (sum(column) for column in zip(*rows.values(), strict=True))
         return {
@@ -141,11 +142,11 @@ class FlipMeter:
 
 @contextmanager
 def _aside(chunks: list[torch.nn.Module], seed: int) -> Iterator[None]:
-    """Set evaluation mode and random numbers of `seed`, without the training's timers; put all back at the end."""
+    """Set evaluation mode and a random seed, and turn off timers; restore everything at the end."""
     config = get_model_config(chunks[0])
     timers, on_host, on_device = config.timers, torch.get_rng_state(), torch.cuda.get_rng_state()
-    # DDP's hooks of --overlap-param-gather, which Megatron sets after the first update that was not skipped: weights
-    # that the forward pass would gather one by one are gathered before it.
+    # With --overlap-param-gather, DDP's hooks gather weights one by one in the forward pass; Megatron sets these hooks
+    # after the first update that was not skipped. Gather all weights before this forward pass.
     gathers = bool(getattr(chunks[0], "remove_forward_pre_hook_handles", None))
     if gathers:
         disable_forward_pre_hook(chunks)

@@ -1,4 +1,4 @@
-"""Batches, loss and data sets of a GPT model, as Megatron's training loop calls them."""
+"""Provide batches, loss and data sets of a GPT model to Megatron's training loop."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
 
     Returns:
         tokens, labels, loss_mask, attention_mask, position_ids: `[micro_batch, sequence / context parallel size]`
-        (the attention mask `[micro_batch, 1, sequence, sequence]`); None if this stage does not need it.
+        (the attention mask: `[micro_batch, 1, sequence, sequence]`); None if this stage does not need it.
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return (None,) * len(BATCH_KEYS)
@@ -57,7 +57,7 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
     """Sum the losses of the tokens on this rank.
 
     Args:
-        loss_mask: `[micro_batch, sequence]`, 1 for tokens that count.
+        loss_mask: `[micro_batch, sequence]`, 1 for tokens to count.
         losses: `[micro_batch, sequence]`, cross entropy in nats.
 
     Returns:
@@ -82,7 +82,7 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
 def forward_step(
     data_iterator: Iterator[dict[str, torch.Tensor]], model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Callable[..., Any]]:
-    """Run one micro-batch forward. Return the output (or the schedule plan) and the loss function for it."""
+    """Run the forward pass of a micro-batch. Return the output (or the schedule plan) and its loss function."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))

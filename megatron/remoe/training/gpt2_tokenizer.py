@@ -1,7 +1,7 @@
 """Make `--tokenizer-type GPT2BPETokenizer --vocab-file V --merge-file M` work without network.
 
-Megatron's GPT2BPETokenizer asks the Hugging Face hub for "gpt2" even when both files are given. Its
-HuggingFaceTokenizer builds the same tokenizer from a folder that holds these files, without network.
+Megatron's GPT2BPETokenizer asks the Hugging Face hub for "gpt2" even if both files are given. Its
+HuggingFaceTokenizer builds the same tokenizer from a folder with these files, without network.
 """
 
 import argparse
@@ -25,7 +25,7 @@ Place = str | os.PathLike[str]
 
 
 def use_local_gpt2_files(args: argparse.Namespace) -> None:
-    """Let Megatron build GPT2BPETokenizer from --vocab-file and --merge-file alone; leave other types unchanged.
+    """Let Megatron build GPT2BPETokenizer from --vocab-file and --merge-file only; leave other types unchanged.
 
     Call it after parsing and before Megatron builds its tokenizer.
 
@@ -35,14 +35,14 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
     if args.tokenizer_type == GPT2_TOKENIZER:
         args.tokenizer_model = str(gpt2_tokenizer_folder(args.vocab_file, args.merge_file))
         args.tokenizer_type = FOLDER_TOKENIZER
-        # The folder holds both; Megatron would prefer the flags to it.
+        # Megatron would prefer these flags to the folder.
         args.vocab_file = args.merge_file = None
 
 
 def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None, cache_dir: Place | None = None) -> Path:
     """Return a folder with these files for --tokenizer-type HuggingFaceTokenizer --tokenizer-model.
 
-    Its name is a hash of its contents, and any number of processes may ask for it at the same time.
+    The folder's name is a hash of its contents. Several processes can call this at the same time.
 
     Args:
         vocab_file: GPT-2's encoder.json or vocab.json.
@@ -74,7 +74,7 @@ def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None, ca
 
 
 def _write_missing(contents: dict[str, bytes], folder: Path) -> Path:
-    """Write the files that the folder lacks or holds with other contents, each aside and renamed."""
+    """Write the files that are missing or differ, each under a temporary name that is then renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         path = folder / name

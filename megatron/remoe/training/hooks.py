@@ -1,4 +1,4 @@
-"""Installs ReLU routing and local layers into Megatron's loop, through its public hooks."""
+"""Install ReLU routing and local layers into Megatron's loop through its public hooks."""
 
 import argparse
 import inspect
@@ -46,17 +46,17 @@ type ModelConfig = GPTModelConfig | HybridModelConfig
 
 
 def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
-    """Install the router that the flags ask for, and what it needs. Does nothing without such a flag.
+    """Install the router that the flags ask for, and its hooks. Do nothing without such a flag.
 
-    With --moe-relu-routing that is the update after each step and the log; with --moe-warmup-topk the number of the
-    step; with --moe-baseline-router hash the tokens' ids. Also applies the patches, if nobody has yet.
+    --moe-relu-routing needs an update after each step and the log, --moe-warmup-topk the number of the step, and
+    --moe-baseline-router hash the ids of the tokens. Also apply the patches, if that has not happened yet.
 
     Args:
         args: arguments from `parse_and_validate_args`.
         model_cfg: built with `transformer_config_from_args`; its layer specification may be the caller's own.
 
     Raises:
-        TypeError: `model_cfg` was built with another configuration class, or its layers cannot take the router.
+        TypeError: `model_cfg` has another configuration class, or its layers do not support the router.
     """
     router: type[TopKRouter]
     prepare: Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
@@ -87,7 +87,7 @@ def _install_controller(
     finalize = chunks_config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
 
     def finalize_and_update(*hook_args: Any, **hook_kwargs: Any) -> None:
-        # Every schedule calls this once per training step, after the last backward pass, and never in evaluation.
+        # Schedules call this once per training step, after the last backward pass, and never in evaluation.
         finalize(*hook_args, **hook_kwargs)
         controller.update(_steps_done(args))
 
@@ -97,8 +97,8 @@ def _install_controller(
 
 
 def _steps_done(args: argparse.Namespace) -> int:
-    """Return the optimizer steps before this one."""
-    # Megatron's loop sets one when it loads, the other at each step; an evaluation belongs to the step before it.
+    """Return the number of optimizer steps before this one."""
+    # Megatron's loop sets the first when it loads, the second at each step. An evaluation belongs to the step before.
     return max(args.iteration, getattr(args, "curr_iteration", 0))
 
 
@@ -113,16 +113,15 @@ def _tell_steps(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -
 
 
 def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
-    """Let --transformer-impl local use PyTorch's own kernels in attention, experts and norms, for any routing.
-
-    Also installs the attention of --qk-layernorm-all-heads and --multi-latent-attention, in any layers.
+    """Install layers with PyTorch's fused kernels for --transformer-impl local, for any routing.
 
     With --no-local-layer-fusion only the norms change, and only for sequence parallelism. With Transformer Engine only
-    the MoE layers change, and only with --moe-kernels.
+    the MoE layers change, and only with --moe-kernels. The attention of --qk-layernorm-all-heads and
+    --multi-latent-attention is installed into any layers.
 
     Args:
-        args: arguments from `parse_and_validate_args`; the data loader's causal attention mask, which the kernels do
-            not need, is turned off.
+        args: arguments from `parse_and_validate_args`. The data loader's causal attention mask is turned off: the
+            kernels do not need it.
         model_cfg: its layer specification may be the caller's own.
 
     Raises:
@@ -148,7 +147,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         if not args.sequence_parallel:
             return spec
         if isinstance(spec, ModuleSpec) and not is_hybrid:
-            # Megatron would choose the final norm by itself.
+            # Otherwise Megatron chooses the final norm itself.
             num_layers = get_num_layers_to_build(model_cfg.transformer, vp_stage=vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=WrappedTorchNorm)
         return with_sequence_parallel_norms(spec)
@@ -157,7 +156,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
 
 
 def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | None], LayerSpec]) -> None:
-    """Change the layers that the model is built of: the caller's specification, or Megatron's default."""
+    """Apply `change` to the layers of the model: the caller's specification, or Megatron's default."""
     if not isinstance(model_cfg, HybridModelConfig):
         model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
         if model_cfg.transformer.mtp_num_layers:
@@ -196,9 +195,9 @@ def with_flips(
     provider: Callable[..., Any],
     forward_step: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Return `provider`, which then also gives --moe-log-flips-interval its calibration set.
+    """Return `provider`, extended to keep the calibration set of --moe-log-flips-interval.
 
-    Call it after `install_routing`. Without the flag `provider` is returned unchanged.
+    Call it after `install_routing`. Without the flag, return `provider` unchanged.
 
     Args:
         args: Megatron's arguments.

@@ -1,4 +1,4 @@
-"""Sparsity, λ, expert load and flips in Megatron's log line, TensorBoard, Weights & Biases and the run's log."""
+"""Log sparsity, λ, expert load and flips: Megatron's line, TensorBoard, Weights & Biases, and the run's log."""
 
 import argparse
 from dataclasses import asdict
@@ -14,10 +14,10 @@ AGAINST_SAMPLES = ("moe_relu/sparsity", "moe_relu/l1_reg_coeff")  # as Megatron 
 
 
 class ReMoEMetricsTracker(MoEMetricsTracker):
-    """Megatron's tracker, whose report also has the figures of the sparsity controller and the measured flips.
+    """Megatron's tracker with the figures of the sparsity controller and the measured flips in its report.
 
     Megatron's loop asks for a report after every step and prints it at log intervals. Figures are fetched from the
-    device only when they are written.
+    device only if they are written.
     """
 
     def __init__(self, args: argparse.Namespace, controller: SparsityController | None = None) -> None:

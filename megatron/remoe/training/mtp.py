@@ -1,4 +1,4 @@
-"""Multi-token prediction in GPTModel: Megatron specifies these layers itself, and no setting changes that."""
+"""Rebuild the layers of multi-token prediction in GPTModel, which no setting of Megatron changes."""
 
 from collections.abc import Callable
 from typing import Any

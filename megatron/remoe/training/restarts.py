@@ -16,17 +16,17 @@ Attempt = Callable[[ExitStack, torch.distributed.Store], None]
 
 
 def run_with_restarts(attempt: Attempt) -> None:
-    """Call `attempt`, and call it again on all ranks when one of them fails with an error.
+    """Call `attempt`, and call it again on all ranks if one of them fails with an error.
 
-    Megatron 0.19.2 restarts its `pretrain` alone, which needs the arguments that its own cleaning has removed, and it
-    ignores --inprocess-max-iterations. Here an attempt starts with the flags and ends after that many.
+    Megatron 0.19.2 restarts only `pretrain`, which needs arguments that its own clean-up has removed, and it ignores
+    --inprocess-max-iterations. Here each attempt begins with the flags, and there are at most that many.
 
     Args:
-        attempt: takes a stack of what ends with the attempt, and the store in which its ranks meet.
+        attempt: its arguments are a stack that is closed after the attempt, and the store in which its ranks meet.
 
     Raises:
         UsageError: NVRx is not installed, there is no free port for its stores, or --load is not --save.
-        Exception: what ended the last attempt.
+        Exception: the error of the last attempt.
     """
     with usage_errors():
         restart = _nvrx_wrapper(attempt)
@@ -37,7 +37,7 @@ def run_with_restarts(attempt: Attempt) -> None:
 
 
 class _LastAttempt(BaseException):
-    """Ends this rank: NVRx restarts after an `Exception` alone, and clears causes."""
+    """End this rank: NVRx restarts after an `Exception` only, and clears causes."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))

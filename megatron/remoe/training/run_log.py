@@ -1,4 +1,4 @@
-"""`SAVE/metrics.jsonl`: what a training logs, one JSON object a line (docs/run_log.md)."""
+"""Write and read `SAVE/metrics.jsonl`, a run's log with one JSON object per line (docs/run_log.md)."""
 
 import argparse
 import importlib.metadata
@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from megatron.remoe.data.files import write_aside
 
 FILE = "metrics.jsonl"
 TOTALS = ("total_active_pairs", "total_layer_tokens")
+LARGEST = 2**53  # largest iteration of a record
 
 Record = dict[str, Any]
 
 
 @contextmanager
 def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
-    """Write the log of the training in this context, on the last rank, which has the loss.
-
-    Does nothing if nothing is saved.
+    """Write the log of a training on the last rank, which has the loss. Do nothing if nothing is saved.
 
     Args:
         args: Megatron's arguments, validated.
@@ -37,7 +36,7 @@ def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
     from megatron.remoe.patches.log_lines import run_logger  # imports Megatron, which tools that only read do without
 
     logger, log = run_logger(), RunLog(args)
-    logger.setLevel(logging.INFO)  # records are made from now on
+    logger.setLevel(logging.INFO)  # starts the records
     logger.addHandler(log)
     try:
         yield
@@ -46,26 +45,26 @@ def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
 
 
 class RunLog(logging.Handler):
-    """Writes the records of `run_logger`.
+    """Write the records of `run_logger`.
 
-    A record is a dict. With a `kind` it becomes a line; without one its figures belong to the next `log` line.
+    A record is a dict. With a `kind` it becomes a line; without one its figures are added to the next `log` line.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         """
         Args:
-            args: Megatron's arguments. `iteration` is read with the first record: loading a checkpoint sets it.
+            args: Megatron's arguments. Loading a checkpoint sets `iteration`, so it is read at the first record.
         """
         super().__init__()
         self.path = Path(args.save, FILE)
         self._args = args
         self._started = round(time.time(), 3)
         self._has_begun = False
-        self._routing: Record = {}
+        self._figures: Record = {}  # for the next line
         self._totals_before: Record | None = None  # running sums at the start; None if they are unknown
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record; a failure is a warning, and the training goes on."""
+        """Write a record. If that fails, warn and let the training continue."""
         try:
             assert isinstance(record.msg, dict)
             self._take(record.msg)
@@ -74,9 +73,9 @@ class RunLog(logging.Handler):
 
     def _take(self, record: Record) -> None:
         if "kind" not in record:
-            self._routing = record
+            self._figures |= record
         elif self._args.iteration >= self._args.train_iters:
-            # Nothing is trained. A training that was stopped in its last evaluation lacks the result of it.
+            # Nothing is trained. If the last evaluation was interrupted, its result is still missing.
             if record["kind"] == "validation" and not self._has(record):
                 self._append(record)
         else:
@@ -84,8 +83,8 @@ class RunLog(logging.Handler):
                 self._begin()
                 self._has_begun = True
             if record["kind"] == "log":
-                record = {"kind": "log", "time": round(time.time(), 3)} | record | self._routing
-                self._routing = {}
+                record = {"kind": "log", "time": round(time.time(), 3)} | record | self._figures
+                self._figures = {}
             self._append(self._with_all_totals(record))
 
     def _has(self, validation: Record) -> bool:
@@ -94,13 +93,13 @@ class RunLog(logging.Handler):
         return any([record.get(name) for name in names] == wanted for record in read_run_log(self.path))
 
     def _with_all_totals(self, record: Record) -> Record:
-        """Add the running sums of the sessions before, or leave them out where those are unknown."""
+        """Add the running sums of earlier sessions, or leave the sums out if those are unknown."""
         if self._totals_before is None:
             return {name: value for name, value in record.items() if name not in TOTALS}
         return record | {name: record[name] + self._totals_before[name] for name in TOTALS if name in record}
 
     def _begin(self) -> None:
-        """Remove what came after the checkpoint that this training continues from, and add a `start` line."""
+        """Remove the lines after the checkpoint that this training continues from, and add a `start` line."""
         iteration = self._args.iteration
         if iteration:
             self._cut(iteration)
@@ -125,33 +124,42 @@ class RunLog(logging.Handler):
         write_aside(self.path, write)
 
     def _append(self, record: Record) -> None:
-        """Write one line, without values that JSON cannot hold and numbers that are not finite."""
+        """Write one line without values that JSON cannot hold or that are not finite."""
         line = json.dumps({name: value for name, value in record.items() if _is_json(value)}) + "\n"
         with self.path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                line = "\n" * (file.read(1) != b"\n") + line  # after one that was cut off
+                if file.read(1) != b"\n":  # the last line was cut off
+                    line = "\n" + line
             file.write(line.encode())
 
 
-def read_run_log(path: Path) -> Iterator[Record]:
-    """Yield the records of a run's log, in order.
-
-    Lines that are cut off, or are no record, are left out. Yields nothing if there is no file.
+def read_run_log(path: Path, unread: Callable[[str], object] = lambda line: None) -> Iterator[Record]:
+    """Yield the records of a run's log, in order; nothing if there is no file.
 
     Args:
         path: `SAVE/metrics.jsonl`.
+        unread: called with each line that is not a record, except for a last one that was cut off.
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and type(record.get("iteration")) is int and "kind" in record:
+                record = None
+            if _is_record(record):
                 yield record
+            elif line.endswith("\n") and not line.isspace():
+                unread(line)
+
+
+def _is_record(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return False
+    iteration = value.get("iteration")
+    return type(iteration) is int and 0 <= iteration <= LARGEST
 
 
 def _is_json(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""One line before the first step: what is trained, on what, with how much data."""
+"""Print one line before the first step: the model, the devices, and the amount of data."""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -9,6 +9,7 @@ import torch
 
 from megatron.core import mpu
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+from megatron.remoe.patches.log_lines import run_logger
 from megatron.training import print_rank_0
 from megatron.training.models.base import ModelConfig
 
@@ -16,17 +17,20 @@ UNITS = ((10**12, " T"), (10**9, " B"), (10**6, " M"))
 
 
 def with_summary(args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `provider`, which then prints the line on the first rank once it has built the data sets.
+    """Return `provider`, extended to print the line on the first rank after it has built the data sets.
+
+    The number of parameters also goes to the run's log.
 
     Args:
         args: Megatron's arguments, validated.
         model_cfg: the configuration that the model will be built from.
-        provider: of the data sets, as Megatron calls it; passes over a set that is not Megatron's are unknown.
+        provider: of the data sets, as Megatron calls it. Epochs are left out if a set is not of Megatron's classes.
     """
     parameters: list[int] = []
 
     def count(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         parameters.append(count_parameters(model_chunks))
+        run_logger().info({"parameters": parameters[0]})
         return model_chunks
 
     @wraps(provider)
@@ -66,7 +70,7 @@ def short(number: int) -> str:
 
 
 def count_parameters(model_chunks: Iterable[torch.nn.Module]) -> int:
-    """Count the model's parameters; those that several ranks hold count once. Call it on every rank.
+    """Count the model's parameters, each once even if several ranks hold it. Call it on every rank.
 
     Args:
         model_chunks: the model on this rank, all its virtual pipeline stages.
@@ -88,7 +92,7 @@ def count_parameters(model_chunks: Iterable[torch.nn.Module]) -> int:
 
 
 def _epochs(train_set: Any, tokens: int) -> str:
-    """Return how often the training passes over its data; over the sets of a blend, the least and the most often."""
+    """Return the number of epochs; for a blend, the smallest and the largest of its sets."""
     sets, weights = getattr(train_set, "datasets", [train_set]), getattr(train_set, "weights", None) or [1.0]
     if not all(isinstance(data_set, GPTDataset) and not isinstance(data_set, MockGPTDataset) for data_set in sets):
         return ""

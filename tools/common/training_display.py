@@ -1,4 +1,4 @@
-"""Run trainings one after another and show their progress: a bar on a terminal, a few plain lines elsewhere."""
+"""Run trainings one after another and show their progress: a bar on a terminal, otherwise a few plain lines."""
 
 import itertools
 import re
@@ -13,24 +13,24 @@ from typing import IO, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..common.log_reader import read_log, seconds_per_iteration
-from ..common.training_process import end, start
-from ..common.units import duration, rate
+from .log_reader import read_log, seconds_per_iteration
+from .training_process import end, start
+from .units import duration, rate
 
 PLAIN_LINES = 4  # per run, without a terminal
 SECONDS_OF_RATE = 300  # of progress, from which the time left is estimated
-KEPT, SHOWN = 300, 15  # last lines of the output; those of them that are shown if a run fails
+KEPT, SHOWN = 300, 15  # last lines of the output, and how many of them to show if a run fails
 SECONDS_TO_DIE = 20
-_LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which does not have the cause
+_LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which never has the cause
 _RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")
 
 
 @dataclass
-class Work:
+class ShownTraining:
     """One training on the display; `cost` is its time relative to the other trainings."""
 
     name: str
-    place: str  # "3/12"
+    place: str  # for example "3/12"
     iterations: int
     tokens_per_iteration: int
     cost: float
@@ -43,16 +43,18 @@ class Work:
         return f"{self.place} {self.name}"
 
 
-class SweepDisplay:
+class TrainingDisplay:
     """Show the current training and the time left for all of them."""
 
-    def __init__(self, console: Console, works: list[Work]) -> None:
+    def __init__(self, console: Console, trainings: list[ShownTraining]) -> None:
         columns = (TextColumn("  {task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[note]}"))
         self._progress = Progress(
             *columns, console=console, disable=not console.is_terminal, speed_estimate_period=SECONDS_OF_RATE
         )
         self._plain: Callable[[str], None] = (lambda _: None) if console.is_terminal else self.say
-        self._bar = self._progress.add_task("", total=sum(work.cost for work in works), note="", visible=bool(works))
+        self._bar = self._progress.add_task(
+            "", total=sum(shown.cost for shown in trainings), note="", visible=bool(trainings)
+        )
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -66,23 +68,23 @@ class SweepDisplay:
         """Print a line above the bar."""
         self._progress.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
-    def note(self, work: Work, note: str) -> None:
+    def note(self, shown: ShownTraining, note: str) -> None:
         """Show what the training does."""
-        self._progress.update(self._bar, description=work.title, note=note)
+        self._progress.update(self._bar, description=shown.title, note=note)
 
-    def finish(self, work: Work, result: str) -> None:
-        """Show that the training has ended, or had ended before."""
-        self._move(work, work.iterations)
-        self.say(f"{work.title}: {result}")
+    def finish(self, shown: ShownTraining, result: str) -> None:
+        """Show the result of a training that has ended."""
+        self._move(shown, shown.iterations)
+        self.say(f"{shown.title}: {result}")
 
     def run(
-        self, work: Work, command: Sequence[str], environment: Mapping[str, str], keep_open: IO[str],
+        self, shown: ShownTraining, command: Sequence[str], environment: Mapping[str, str], keep_open: IO[str],
         log: IO[str] | None = None,
     ) -> tuple[int, str]:  # fmt: skip
         """Run a training to its end; KeyboardInterrupt stops it after a last checkpoint, a second one at once.
 
         Args:
-            work: the training in the display.
+            shown: the training in the display.
             command: program and arguments.
             environment: all variables.
             keep_open: the folder's lock, which the process holds too.
@@ -91,9 +93,9 @@ class SweepDisplay:
         Returns:
             Its exit code, and the last lines of its output before torchrun's own.
         """
-        work.next_line = work.iterations / PLAIN_LINES
-        self.note(work, "starting")
-        self._plain(f"{work.title}: starting")
+        shown.next_line = shown.iterations / PLAIN_LINES
+        self.note(shown, "starting")
+        self._plain(f"{shown.title}: starting")
         process = start(command, {**environment, "PYTHONUNBUFFERED": "1"}, keep_open)
         assert process.stdout is not None
         tail: deque[str] = deque(maxlen=KEPT)
@@ -102,48 +104,49 @@ class SweepDisplay:
             for line in process.stdout:
                 tail.append(line)
                 write(line)
-                self._take(work, line)
+                self._take(shown, line)
             code = process.wait()
         except BaseException:
-            write(self.stop(process, work))
+            write(self.stop(process, shown))
             raise
         lines = [*tail]
         own = list(itertools.takewhile(lambda line: _LAUNCHER not in line, lines)) or lines
         return code, "".join(own[-SHOWN:]).rstrip()
 
-    def stop(self, process: subprocess.Popen[str], work: Work) -> str:
-        """Have the training save a checkpoint and end, without one at another Ctrl-C; return the rest of its output."""
-        self.say(f"{work.title}: saving a checkpoint; a second Ctrl-C ends it at once, without one.")
-        self.note(work, "saving")
+    def stop(self, process: subprocess.Popen[str], shown: ShownTraining) -> str:
+        """Let the training save a checkpoint and end; another Ctrl-C ends it at once. Return the rest of its output."""
+        self.say(f"{shown.title}: saving a checkpoint; a second Ctrl-C ends it at once, without one.")
+        self.note(shown, "saving")
         process.send_signal(signal.SIGTERM)
         try:
             return process.communicate()[0]
         except KeyboardInterrupt:
-            rest = end(process, signal.SIGINT, SECONDS_TO_DIE)  # at which the launch script kills the training
+            rest = end(process, signal.SIGINT, SECONDS_TO_DIE)  # makes the launch script kill the training
             if rest is None:
-                self.say(f"{work.title}: process {process.pid} did not end and was killed.")
+                self.say(f"{shown.title}: process {process.pid} did not end and was killed.")
             return rest or ""
 
-    def _take(self, work: Work, line: str) -> None:
+    def _take(self, shown: ShownTraining, line: str) -> None:
         """Show a line of Megatron's output."""
         if resumed := _RESUMED.search(line):
-            before = self._move(work, int(resumed[1]), advance=False)
+            before = self._move(shown, int(resumed[1]), advance=False)
             self._progress.update(self._bar, total=(self._progress.tasks[self._bar].total or 0.0) - before)
-            self._plain(f"{work.title}: goes on from iteration {work.done}")
+            self._plain(f"{shown.title}: goes on from iteration {shown.done}")
         for iteration, fields in read_log(line).items():
-            self._move(work, iteration)
+            self._move(shown, iteration)
             seconds = self._progress.tasks[self._bar].time_remaining
             left = "" if seconds is None else f"all: {duration(seconds)} left"
-            speed = rate(work.tokens_per_iteration / max(seconds_per_iteration(fields), 1e-9))
+            speed = rate(shown.tokens_per_iteration / max(seconds_per_iteration(fields), 1e-9))
             loss = f"loss {float(fields['lm loss']):.3f}" if "lm loss" in fields else ""
-            note = "  ".join(filter(None, [f"{iteration}/{work.iterations}", loss, speed, left]))
-            self.note(work, note)
-            if iteration >= work.next_line:
-                work.next_line = iteration + work.iterations / PLAIN_LINES
-                self._plain(f"{work.title}: {note}")
+            note = "  ".join(filter(None, [f"{iteration}/{shown.iterations}", loss, speed, left]))
+            self.note(shown, note)
+            if iteration >= shown.next_line:
+                shown.next_line = iteration + shown.iterations / PLAIN_LINES
+                self._plain(f"{shown.title}: {note}")
 
-    def _move(self, work: Work, iteration: int, advance: bool = True) -> float:
-        """Set the iteration of a training; return the cost of those since the one before."""
-        cost, work.done = work.cost * (iteration - work.done) / work.iterations, iteration
-        self._progress.advance(self._bar, cost * advance)
+    def _move(self, shown: ShownTraining, iteration: int, advance: bool = True) -> float:
+        """Set the iteration of a training. Return the cost of the iterations since the last call."""
+        cost, shown.done = shown.cost * (iteration - shown.done) / shown.iterations, iteration
+        if advance:
+            self._progress.advance(self._bar, cost)
         return cost

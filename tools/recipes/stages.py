@@ -1,4 +1,4 @@
-"""ReMoE's three stages in a run's log: how long each took, and what it cost."""
+"""Find ReMoE's three stages in a run's log, and the time and FLOPs of each."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..common.run_figures import RunFigures
-from ..recipes.flops import flops_per_expert, flops_per_sequence
+from .flops import flops_per_expert, flops_per_sequence
 
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
 
@@ -21,7 +21,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Stage:
-    """Iterations `first` to `last`: their time alone, their FLOPs, and active experts per token, averaged."""
+    """Iterations `first` to `last`: their time without evaluations and saves, FLOPs, and mean experts per token."""
 
     name: str
     first: int
@@ -81,12 +81,7 @@ def training_flops(figures: RunFigures) -> float | None:
     try:
         args = Namespace(**figures.args)
         flops = Flops(flops_per_sequence(args), flops_per_expert(args))
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-    ):  # layers that are not counted, or a log without its arguments
+    except (ValueError, TypeError, AttributeError, ArithmeticError):  # uncounted layers, or a log without arguments
         return None
     found = stages(figures, flops)
     if not found:

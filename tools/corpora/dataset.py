@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..common import stamps
 from ..common.errors import ToolError
 from ..common.files import write_json
 from ..common.places import PACKAGE
-from . import corpus, models, stages, technical
+from . import corpus, technical
 
 MIXED, TECHNICAL = "mixed", "technical"
 CORPORA: Mapping[str, Callable[[], corpus.Sources]] = {
@@ -20,7 +21,7 @@ FOLDERS = {MIXED: Path("runs", "quickstart"), TECHNICAL: Path("runs", "quickstar
 def inputs(text: dict[str, Any]) -> str:
     """Return a fingerprint of the text and the code that the data sets are made from."""
     sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("data/*.py")]
-    return stages.fingerprint(text["inputs"], text["domains"], stages.fingerprint_of_files(sources))
+    return stamps.fingerprint(text["inputs"], text["domains"], stamps.fingerprint_of_files(sources))
 
 
 def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
     Raises:
         ToolError: preprocessing failed.
     """
-    stamp = stages.read_stamp(folder / "manifest.json", inputs(text))
+    stamp = stamps.read_stamp(folder / "manifest.json", inputs(text))
     if stamp is not None:
         return stamp | {"reused": True}
     from megatron.remoe.data.errors import DataError
@@ -47,13 +48,13 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
     from ..preprocessing.encoders import gpt2_encoder
     from ..preprocessing.pipeline import Job, preprocess
 
-    stages.make_empty(folder)
+    stamps.make_empty(folder)
     encoder = gpt2_encoder(*byte_level_vocabulary(folder), threads)
     manifest: dict[str, Any] = {"inputs": inputs(text), "tokens": {"train": {}, "heldout": {}}, "reused": False}
     for part, of_part in manifest["tokens"].items():
         for domain in text["domains"]:
             source = str(corpus_folder / part / f"{domain}.jsonl")
-            prefix = models.data_prefix(folder, part, domain).removesuffix("_text_document")
+            prefix = data_prefix(folder, part, domain).removesuffix("_text_document")
             try:
                 done = preprocess(Job([source], prefix, append_eod=True, workers=threads), encoder)
             except DataError as error:
@@ -73,3 +74,27 @@ def make_text(folder: Path, name: str, say: Callable[[str], None]) -> Path:
 def predicted_tokens(tokens: int, sequence: int) -> int:
     """Return how many tokens an evaluation predicts: those of whole sequences that have a token after them."""
     return (tokens - 1) // sequence * sequence
+
+
+def data_prefix(data: Path, part: str, domain: str) -> str:
+    """Return the prefix of a .bin/.idx pair, as the preprocessing tool names it."""
+    return str(data / f"{part}_{domain}_text_document")
+
+
+def data_flags(data: Path, train_tokens: dict[str, int]) -> list[str]:
+    """Return the flags for the text: training on all domains in proportion to their size, evaluation on each domain.
+
+    Args:
+        data: folder of the preprocessed text and its vocabulary.
+        train_tokens: domain → number of training tokens.
+    """
+    weighted = [word for domain, n in train_tokens.items() for word in (str(n), data_prefix(data, "train", domain))]
+    held_out = [data_prefix(data, "heldout", domain) for domain in train_tokens]
+    return [
+        *("--tokenizer-type", "GPT2BPETokenizer"),
+        *("--vocab-file", str(data / "vocab.json"), "--merge-file", str(data / "merges.txt")),
+        *("--train-data-path", *weighted),
+        *("--valid-data-path", *held_out),
+        *("--validation-set-names", *train_tokens),
+        *("--data-cache-path", str(data / "cache")),
+    ]

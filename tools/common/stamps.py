@@ -1,4 +1,4 @@
-"""Reuse the results of an earlier call: fingerprints of inputs, and stamps that are written last."""
+"""Reuse results of an earlier call: a stamp with a fingerprint of the inputs is written after them."""
 
 import hashlib
 import json
