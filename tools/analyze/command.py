@@ -76,6 +76,7 @@ def show(found: dict[str, Any]) -> None:
     tables: tuple[list[dict[str, str]], list[dict[str, str]]] = [], []
     for layer, experts in found["experts_per_token"]["layers"].items():
         balance, near, gate = (found[name]["layers"][layer] for name in ("balance", "neighbours", "gates"))
+        correlation = found["losses"]["correlation"][layer]
         over_even = [balance["imbalance"], balance["rank_imbalance"]][: 1 + (ranks > 1)]
         tables[0].append(
             {
@@ -101,6 +102,7 @@ def show(found: dict[str, Any]) -> None:
                 f"of {WINDOW} tokens (chance)": f"{near['union']:.2f} ({near['union_by_chance']:.2f})",
                 "gate": f"{gate['median']:.3g}" if gate else "",
                 "largest has": f"{gate['largest_output']:.1%}" if gate else "",
+                "r with loss, next": ", ".join(f"{one:+.2f}" for one in correlation.values() if one is not None),
                 "domain bits (shuffled)": bits,
             }
         )
@@ -139,6 +141,7 @@ def analyze(args: argparse.Namespace) -> None:
         "balance": findings.balance(counts, topk, args.expert_model_parallel_size),
         "neighbours": findings.neighbours(counts),
         "gates": findings.gates(counts),
+        "losses": findings.losses(counts),
     }
     for name, numbers in found.items():
         write_json(args.output_dir / f"{name}.json", numbers)
