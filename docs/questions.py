@@ -8,16 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, geometric_mean
-from typing import Any
+from statistics import geometric_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.common.figure_reader import read_figures  # noqa: E402
-from tools.common.files import write_json  # noqa: E402
 from tools.quickstart import dataset, models  # noqa: E402
 from tools.recipes.models import Routing  # noqa: E402
 from tools.sweep.plan import LOSS_FREE  # noqa: E402
@@ -27,24 +24,20 @@ FINE_TUNING = "--train-iters 400 --lr 1e-3 --min-lr 1e-4 --pretrained-checkpoint
 # λ = init · multiplier^n. With a multiplier this close to 1, λ is the init, whatever the n of the checkpoint.
 FIXED = "--moe-relu-l1-reg-coeff-multiplier 1.000000001 --moe-relu-l1-reg-coeff-init"
 CONTINUED = f"--load {{remoe}} --ckpt-step {BRANCH} --allow-changed-settings"
-DEEP = replace(models.SIZE, layers=4)
-# training: routing, experts, text, size, flags with {remoe}, the ReMoE's checkpoints, and {at_N}, its λ at step N.
+# training: routing, experts, text, flags with {remoe}, the ReMoE's checkpoints, and {at_N}, its λ at step N.
 TRAININGS = {
-    "remoe": ("remoe", 8, dataset.MIXED, models.SIZE, ""),
-    "continued-frozen": ("remoe", 8, dataset.MIXED, models.SIZE, f"{CONTINUED} {FIXED} {{at_{BRANCH}}}"),
-    "continued-zero": ("remoe", 8, dataset.MIXED, models.SIZE, f"{CONTINUED} {FIXED} 1e-30"),
-    "moe": ("moe", 8, dataset.MIXED, models.SIZE, ""),
-    "tuned-live": ("remoe", 8, dataset.TECHNICAL, models.SIZE, FINE_TUNING),
-    "tuned-frozen": ("remoe", 8, dataset.TECHNICAL, models.SIZE, f"{FINE_TUNING} {FIXED} {{at_{STEPS}}}"),
-    "tuned-zero": ("remoe", 8, dataset.TECHNICAL, models.SIZE, f"{FINE_TUNING} {FIXED} 1e-30"),
-    "moe-lossfree": ("moe", 8, dataset.MIXED, models.SIZE, LOSS_FREE),
-    **{
-        f"deep-floor-{floor}": ("remoe", 8, dataset.MIXED, DEEP, f"--moe-relu-layer-floor {floor}")
-        for floor in ("0.001", "0", "0.8")
-    },
-    "remoe-32": ("remoe", 32, dataset.MIXED, models.SIZE, ""),
+    "remoe": ("remoe", 8, dataset.MIXED, ""),
+    "continued-frozen": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} {{at_{BRANCH}}}"),
+    "continued-zero": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} 1e-30"),
+    "moe": ("moe", 8, dataset.MIXED, ""),
+    "tuned-live": ("remoe", 8, dataset.TECHNICAL, FINE_TUNING),
+    "tuned-frozen": ("remoe", 8, dataset.TECHNICAL, f"{FINE_TUNING} {FIXED} {{at_{STEPS}}}"),
+    "floor-0.8": ("remoe", 8, dataset.MIXED, "--moe-relu-layer-floor 0.8"),
+    "moe-lossfree": ("moe", 8, dataset.MIXED, LOSS_FREE),
+    "tuned-zero": ("remoe", 8, dataset.TECHNICAL, f"{FINE_TUNING} {FIXED} 1e-30"),
+    "remoe-32": ("remoe", 32, dataset.MIXED, ""),
 }
-ANALYZED = ("remoe", "moe", "moe-lossfree", "remoe-32", "tuned-live", "deep-floor-0.001", "deep-floor-0.8")
+ANALYZED = ("remoe", "moe", "moe-lossfree", "remoe-32", "floor-0.8")
 CAPPED = ("remoe", "remoe-32")
 
 
@@ -67,12 +60,12 @@ def lambda_at(folder: Path, step: int) -> float:
 
 def train(folder: Path, name: str, seed: int) -> Path:
     """Train and evaluate, and return the training's folder."""
-    routing, experts, corpus, size, more = TRAININGS[name]
+    routing, experts, corpus, more = TRAININGS[name]
     runs = folder / f"seed-{seed}"
     text = dataset.make_text(folder / corpus, corpus, print)
     fields = {"remoe": runs / "remoe" / "checkpoints"}
     fields |= {f"at_{step}": lambda_at(runs / "remoe", step) for step in (BRANCH, STEPS) if f"at_{step}" in more}
-    flags = [*models.common_flags(size, STEPS, seed), *Routing(routing, experts).flags(size.ffn)]
+    flags = [*models.common_flags(models.SIZE, STEPS, seed), *Routing(routing, experts).flags(models.SIZE.ffn)]
     flags += models.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     flags += f"--save-interval 400 --save-retain-interval 400 --save {runs / name / 'checkpoints'}".split()
     run(runs / name, "trained", "pretrain_gpt.py", *flags, *more.format(**fields).split())

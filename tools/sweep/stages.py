@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..common.run_figures import RunFigures
+from ..common.run_figures import TOTALS, RunFigures
 from ..recipes.flops import flops_per_expert, flops_per_sequence
 
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
@@ -47,6 +47,8 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
         warmup, most = figures.whole("moe_warmup_steps"), figures.whole("moe_warmup_topk") or figures.topk
         warming = np.diff(iterations.clip(max=warmup), prepend=0) / np.maximum(steps, 1)
         experts = figures.topk + (most - figures.topk) * warming
+        if TOTALS[0] in figures.curves:
+            experts = figures.experts_per_token(iterations)
     else:
         experts = figures.experts_per_token(iterations)
     known = np.isfinite(batches) & np.isfinite(experts)
