@@ -97,9 +97,15 @@ class Runner:
                     heapq.heappush(queue, (matched, steps))
 
     def _matched(self, training: Training, point: Point, flops: float) -> int:
-        """Return the steps at which the training, which computes k experts by then, has used these FLOPs."""
+        """Return the steps at which the training has used these FLOPs, with k experts per token from here on.
+
+        Baseline routers go on with as many as in the decay.
+        """
         figures = read_figures(self._folder(training) / f"decay-{point.steps}")
-        step = figures.whole("global_batch_size") * flops_per_sequence(Namespace(**figures.args))
+        experts = figures.experts_per_token(np.array([trunk_steps(point.steps), point.steps]))[-1]
+        is_counted = figures.target is None and math.isfinite(experts)
+        args = Namespace(**figures.args)
+        step = figures.whole("global_batch_size") * flops_per_sequence(args, experts if is_counted else None)
         return rounded(point.steps + (flops - point.flops) / step)
 
     def _train(self, training: Training, steps: int, equal_to: int | None) -> Point:
