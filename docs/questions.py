@@ -29,15 +29,15 @@ TRAININGS = {
     "remoe": ("remoe", 8, dataset.MIXED, ""),
     "continued-frozen": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} {{at_{BRANCH}}}"),
     "continued-zero": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} 1e-30"),
-    "moe": ("moe", 8, dataset.MIXED, ""),
+    "continued-floor": ("remoe", 8, dataset.MIXED, f"{CONTINUED} --moe-relu-layer-floor 0.8"),
     "tuned-live": ("remoe", 8, dataset.TECHNICAL, FINE_TUNING),
     "tuned-frozen": ("remoe", 8, dataset.TECHNICAL, f"{FINE_TUNING} {FIXED} {{at_{STEPS}}}"),
-    "floor-0.8": ("remoe", 8, dataset.MIXED, "--moe-relu-layer-floor 0.8"),
+    "moe": ("moe", 8, dataset.MIXED, ""),
     "moe-lossfree": ("moe", 8, dataset.MIXED, LOSS_FREE),
     "tuned-zero": ("remoe", 8, dataset.TECHNICAL, f"{FINE_TUNING} {FIXED} 1e-30"),
     "remoe-32": ("remoe", 32, dataset.MIXED, ""),
 }
-ANALYZED = ("remoe", "moe", "moe-lossfree", "remoe-32", "floor-0.8")
+ANALYZED = ("remoe", "moe", "moe-lossfree", "remoe-32")
 CAPPED = ("remoe", "remoe-32")
 
 

@@ -76,7 +76,6 @@ def show(found: dict[str, Any]) -> None:
     tables: tuple[list[dict[str, str]], list[dict[str, str]]] = [], []
     for layer, experts in found["experts_per_token"]["layers"].items():
         balance, near, gate = (found[name]["layers"][layer] for name in ("balance", "neighbours", "gates"))
-        correlation = found["losses"]["correlation"][layer]
         over_even = [balance["imbalance"], balance["rank_imbalance"]][: 1 + (ranks > 1)]
         tables[0].append(
             {
@@ -102,13 +101,16 @@ def show(found: dict[str, Any]) -> None:
                 f"of {WINDOW} tokens (chance)": f"{near['union']:.2f} ({near['union_by_chance']:.2f})",
                 "gate": f"{gate['median']:.3g}" if gate else "",
                 "largest has": f"{gate['largest_output']:.1%}" if gate else "",
-                "r with loss, next": ", ".join(f"{one:+.2f}" for one in correlation.values() if one is not None),
                 "domain bits (shuffled)": bits,
             }
         )
     for rows in tables:
         print_table([*rows[0]], [[*row.values()] for row in rows], justify="right")
         print()
+    both = found["losses"]["correlation"]["all"]
+    if both["own"] is not None:
+        own, following = both["own"], both["next"]
+        print(f"Correlation of a token's experts with its loss: {own:+.3f}, with the next token's: {following:+.3f}\n")
 
 
 def analyze(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from ..common.flags import words_of
 from ..common.places import ROOT
 from ..common.training_process import end, start
 from ..quickstart.dataset import predicted_tokens
-from ..recipes.flops import flops_per_expert, flops_per_sequence
+from ..recipes.flops import flops_per_sequence
 from ..sweep.stages import Flops, stages
 from .plan import TRUNK, Training, flags_of, rounded, trunk_steps
 
@@ -170,8 +170,7 @@ class Runner:
             weights = {"": 1}
         if not weights.keys() <= losses.keys():
             raise ToolError(f"{decay / LOG}: there is no validation loss after step {steps}.")
-        args = Namespace(**figures.args)
-        flops = stages(figures, Flops(flops_per_sequence(args), flops_per_expert(args)))
+        flops = stages(figures, Flops.of(figures.args))
         iterations, seconds = figures.curve("seconds_per_iteration")
         return Point(
             steps=steps,

@@ -50,7 +50,7 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
 
 def flops_per_expert(args: argparse.Namespace) -> float:
     """Return the training FLOPs of one sequence for one more active expert in every MoE layer; 0 for dense models."""
-    if not args.num_experts:
+    if not getattr(args, "num_experts", None):
         return 0.0
     return flops_per_sequence(args, args.moe_router_topk + 1) - flops_per_sequence(args, args.moe_router_topk)
 

@@ -1,7 +1,9 @@
 """ReMoE's three stages in a run's log: how long each took, and what it cost."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,17 @@ class Flops:
 
     sequence: float
     expert: float
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any]) -> "Flops":
+        """Count the FLOPs of a model with these arguments of Megatron.
+
+        Raises:
+            ArithmeticError, AttributeError, LookupError, TypeError, ValueError: an argument that the count needs is
+                missing or has another type, or the model has layers that are not counted.
+        """
+        named = Namespace(**args)
+        return cls(flops_per_sequence(named), flops_per_expert(named))
 
 
 @dataclass(frozen=True)
@@ -81,14 +94,8 @@ def training_flops(figures: RunFigures) -> float | None:
     Exact where the log has the running sums of computed pairs, as each line since version 0.1 does.
     """
     try:
-        args = Namespace(**figures.args)
-        flops = Flops(flops_per_sequence(args), flops_per_expert(args))
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-    ):  # layers that are not counted, or a log without its arguments
+        flops = Flops.of(figures.args)
+    except (ValueError, TypeError, AttributeError, ArithmeticError):
         return None
     found = stages(figures, flops)
     if not found:
