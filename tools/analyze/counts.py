@@ -15,8 +15,8 @@ from ..common.expert_counts import expert_blocks
 from ..common.text import Text
 
 PARTS = 1024  # of a data set, at most
-WINDOW = 8  # tokens, as speculative decoding checks them at once
-OCTAVES, PER_OCTAVE = range(-24, 8), 32  # of gates
+WINDOW = 8  # tokens that speculative decoding checks at once
+OCTAVES, PER_OCTAVE = range(-24, 8), 32  # classes of gates by size
 TOKENS_PER_FORWARD = 4096
 
 
@@ -40,7 +40,7 @@ class Counts:
         number, domains = len(layers), len(sequences)
         self.layers, self.sequences = [*layers], torch.tensor(sequences)
         self.tokens, self.windows = self.sequences * length, self.sequences * (length // WINDOW)
-        # A part is so many sequences in a row, the same number in all data sets, so that parts can be shuffled.
+        # A part is a number of consecutive sequences, the same in all data sets, so that parts can be shuffled.
         self.part_sequences = 1
         while (max(sequences) - 1) // self.part_sequences >= PARTS:
             self.part_sequences *= 2

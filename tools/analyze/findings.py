@@ -170,10 +170,10 @@ def _tokens_of(counts: Counts, place: int, text_of: Callable[[int], str | None])
 
 
 def losses(counts: Counts) -> Numbers:
-    """Return the losses by the number of experts of all layers together, and their correlation with it by layer.
+    """Return mean losses by a token's experts, summed over layers, and the correlation of both by layer.
 
-    "own": of the token itself, when it was predicted; "next": of the token after it, whose prediction its experts take
-    part in. A correlation is None where all tokens have the same number.
+    "own" is the loss of the token itself, when it was predicted; "next" that of the token after it, which its experts
+    help to predict. A correlation is None if all tokens have the same number of experts.
     """
     tokens, sums = counts.by_experts[0], counts.by_experts[1:]
     number, total = torch.arange(tokens.shape[1], dtype=torch.float64), tokens.sum(dim=1)
