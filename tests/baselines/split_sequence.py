@@ -17,6 +17,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.remoe.baselines import ROUTERS  # noqa: E402
+from megatron.remoe.baselines.pairs import PairCounter  # noqa: E402
 from tests.layers import HIDDEN, make_config  # noqa: E402
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1234)
     rank = torch.distributed.get_rank()
-    for name in ("hash", "expert_choice", "sequence_topk"):
+    for name in ("hash", "expert_choice", "sequence_topk", "routing_free"):
         settings = {"moe_relu_routing": False, "moe_baseline_router": name, "moe_router_topk": 2}
         config = make_config(**settings, tensor_model_parallel_size=2, sequence_parallel=True)
         router = ROUTERS[name](config, ProcessGroupCollection.use_mpu_process_groups())
@@ -36,12 +37,26 @@ def main() -> None:
             router.begin_batch(ids)
         else:
             router.weight.data = torch.randn_like(router.weight)
+        if name == "routing_free":
+            router.exponent.fill_(60)
+        counter = PairCounter([router])
         parts = router(tokens[rank * 5 : rank * 5 + 5])
+        counter.update()
+        if name == "routing_free":
+            assert router.exponent == 61, "λ moved once"
+            router.exponent.fill_(60)
 
         # The same tokens in one piece: groups of this rank alone.
         router.tp_group = router.tp_cp_group = torch.distributed.new_subgroups(1)[0]
-        for part, whole in zip(parts, router(tokens), strict=True):
+        wholes = router(tokens)
+        for part, whole in zip(parts, wholes, strict=True):
             torch.testing.assert_close(part, whole[rank * 10 : rank * 10 + 10])
+        assert counter.totals() == {"total_active_pairs": int(wholes[1].sum()), "total_layer_tokens": 20}
+        if name == "routing_free":  # the gradient of its loss alone
+            part, whole = (torch.autograd.grad((0 * probs).sum(), router.weight)[0] for probs in (parts[0], wholes[0]))
+            torch.distributed.all_reduce(part)
+            assert whole.abs().max() > 1e-3
+            torch.testing.assert_close(part, whole)
     print(f"rank {rank} ok", flush=True)
 
 

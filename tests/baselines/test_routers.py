@@ -10,10 +10,12 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import hand_token_ids
+from megatron.remoe.baselines.pairs import PairCounter
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_fused_layers, with_router
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.problems import WITH_AUXILIARY_LOSS
+from megatron.remoe.training.run_log import read_run_log
 from tests.layers import HIDDEN, expert_weights, make_config
 from tests.tiny_model import TOPK
 from tests.trainings import REPOSITORY, TINY, run, series
@@ -155,6 +157,55 @@ def test_a_sequence_shares_its_choices(process_groups: None) -> None:
     assert not router(tokens, padding)[1].any()
 
 
+def test_experts_decide_for_themselves(process_groups: None) -> None:
+    """Scores, loss and its gradient by hand; λ grows while there are more than k experts per token."""
+    router, tokens = make_layer("routing_free").router, make_tokens()
+    with torch.no_grad():
+        router.scale.copy_(torch.tensor([0.3, 0.5, 1.0, 2.0]))
+        router.shift.copy_(torch.tensor([0.0, 0.2, 0.5, 1.0]))
+        router.exponent.fill_(30)
+    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
+    padding[-3:, 0] = True
+    probs, routing_map = router(tokens, padding)
+    lengths = torch.stack([(tokens.view(-1, HIDDEN) @ of.T).norm(dim=1) for of in router.weight.chunk(4)], dim=1)
+    scores = lengths * router.scale - router.shift
+    expected = (scores >= 1) & ~padding.view(-1, 1)
+    assert torch.equal(routing_map, expected) and len(set(expected.sum(dim=1).tolist())) > 2
+    torch.testing.assert_close(probs, scores * expected)
+    number, loss = int((~padding).sum()), 0.0
+    for token, of_token in enumerate(expected):
+        for expert in of_token.nonzero().flatten().tolist():
+            share = float(expected[:, expert].sum()) / number / 2 + float(of_token.double().mean()) / 2
+            loss = loss + scores[token, expert] * share / (4 * number)
+    weights = [router.weight, router.scale, router.shift, tokens]
+    gradients = torch.autograd.grad(1e-5 * 1.2**30 * loss, weights, retain_graph=True)
+    for found, gradient in zip(torch.autograd.grad((0 * probs).sum(), weights), gradients, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-9)
+    for pairs, exponent in ((20.0, 30), (21.0, 31), (19.0, 30)):
+        router.end_step(torch.tensor(pairs, dtype=torch.float64), torch.tensor(10.0, dtype=torch.float64))
+        assert router.exponent == exponent
+    router.exponent.fill_(63)
+    router.end_step(torch.tensor(21.0), torch.tensor(10.0))
+    assert router.exponent == 63 and 1e-5 * 1.2**64 > 1, "λ stays at 1"
+
+
+def test_pairs_are_counted_once(process_groups: None) -> None:
+    """Of tokens in training, without padding, and not of a forward pass that is recomputed."""
+    layer, tokens = make_layer("expert_threshold"), make_tokens()
+    counter = PairCounter([layer])
+    padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)
+    padding[-3:, 0] = True
+    with torch.no_grad():
+        layer.router(tokens)
+    pairs = [int(layer.router(tokens, given)[1].sum()) for given in (None, padding)]
+    layer.router.eval()
+    layer.router(tokens)
+    assert counter.totals() == {"total_active_pairs": 0, "total_layer_tokens": 0}
+    for _ in range(2):
+        counter.update()
+        assert counter.totals() == {"total_active_pairs": sum(pairs), "total_layer_tokens": 2 * SEQUENCE * BATCH - 3}
+
+
 def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
     router = make_layer("hash", num_moe_experts=8).router
     ids = torch.randint(0, 50000, (BATCH, 4096), device=DEVICE)
@@ -247,7 +298,7 @@ def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["hash", "expert_threshold", "top_p", "null_experts", "sequence_topk"])
+@pytest.mark.parametrize("name", ["hash", "expert_threshold", "top_p", "null_experts", "sequence_topk", "routing_free"])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
     """One process, and two that share each sequence and exchange tokens with its experts."""
 
@@ -260,6 +311,9 @@ def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
 
     whole = train("--save", str(tmp_path), "--save-interval", "1")
     assert whole[-1] < whole[0]
+    last = [record for record in read_run_log(tmp_path / "metrics.jsonl") if record["kind"] == "log"][-1]
+    assert last["total_layer_tokens"] == 3 * 8 * 64 * 2, "steps, sequences, their tokens, layers"
+    assert (last["total_active_pairs"] == 3 * 8 * 64 * 2) == (name in ("hash", "top_p", "sequence_topk")), "k = 1"
     split = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
     ranks = [*split.split(), "--expert-tensor-parallel-size", "1", "--load", str(tmp_path), "--ckpt-step", "1"]
     assert train(*ranks, processes=2) == pytest.approx(whole[1:], rel=1e-4)

@@ -27,7 +27,7 @@ from tools.common.text import Text
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 20
-NAMES = "experts_per_token", "load", "balance", "neighbours", "gates"
+NAMES = "experts_per_token", "load", "balance", "neighbours", "gates", "losses"
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,34 @@ def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
         largest = [max(token.values()) / sum(token.values()) for token in tokens if token]
         assert size["largest_gate"] == pytest.approx(sum(largest) / len(largest), rel=1e-5)
         assert size["largest_output"] == pytest.approx(largest_in_output(model, int(layer), domains), rel=1e-4)
+
+
+@torch.no_grad()
+def test_losses_by_the_number_of_experts(domains: list[Path], tmp_path: Path) -> None:
+    """Token by token; top-k gives all tokens the same number, which correlates with nothing."""
+    model, folder = exported(tmp_path / "model", "relu")
+    found = analyze(tmp_path / "out", "--load", folder, "--data", *domains)["losses"]
+    rows = []
+    for prefix in domains:
+        layers = recount(model, prefix)
+        ids = torch.from_numpy(IndexedReader(prefix).read(0, len(layers[0]) * LENGTH).astype(numpy.int64))
+        for place, sequence in enumerate(ids.view(-1, LENGTH)):
+            rated = -model(sequence[None]).logits[0].log_softmax(dim=-1)
+            loss = [0.0, *(float(rated[token - 1, sequence[token]]) for token in range(1, LENGTH))]
+            for token in range(1, LENGTH - 1):
+                rows.append([*(len(layer[place][token]) for layer in layers), loss[token], loss[token + 1]])
+    counted = numpy.array(rows)
+    numbers = numpy.column_stack([counted[:, :-2], counted[:, :-2].sum(axis=1)])
+    for number, (layer, of) in zip(numbers.T, found["correlation"].items(), strict=True):
+        for loss, key in zip(counted[:, -2:].T, ("own", "next"), strict=True):
+            assert of[key] == pytest.approx(numpy.corrcoef(number, loss)[0, 1], rel=1e-4), layer
+    for row in found["experts"]:
+        these = counted[numbers[:, -1] == row["experts"], -2:]
+        assert row["tokens"] == len(these)
+        assert [row["own"], row["next"]] == pytest.approx(these.mean(axis=0), rel=1e-5)
+    _, folder = exported(tmp_path / "top-k", "top-k, normed")
+    alike = analyze(tmp_path / "out", "--load", folder, "--data", *domains)["losses"]["correlation"]
+    assert all(of == {"own": None, "next": None} for of in alike.values())
 
 
 def bits(shares: list[list[float]]) -> float:

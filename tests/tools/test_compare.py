@@ -14,12 +14,14 @@ from matplotlib.image import imread
 from tests.entry import shared_entry
 from tests.trainings import REPOSITORY, finish, records
 from tools.common.errors import ToolError
-from tools.common.flags import words_of
+from tools.common.flags import parse, words_of
+from tools.common.tiny_model import EXPERTS, MODEL
 from tools.compare import command, picture, plan, trunks
 from tools.compare.plan import TUNING_SEED, Training, rounded, trunk_steps
 from tools.compare.results import Results, markdown
 from tools.compare.trunks import Point
 from tools.corpora.dataset import MIXED, make_text
+from tools.recipes.flops import arguments_of, flops_per_sequence
 
 
 class Trained:
@@ -116,6 +118,31 @@ def test_a_trunk_does_not_go_back(tmp_path: Path) -> None:
     (trunk / "latest_checkpointed_iteration.txt").write_text("40")
     with pytest.raises(ToolError, match="--steps 25 starts at 20"):
         runner.run(Training(8, "moe", 1), [25], {}, lambda _: None, [])
+
+
+@pytest.mark.parametrize("pairs", [None, 150, 100])
+def test_a_varying_number_of_experts_is_counted(
+    pairs: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decay that computes so many pairs for 100 tokens; the FLOPs of 50 steps with k = 1 are left."""
+    training, wanted = Training(8, "moe-expert-threshold", 1), []
+    runner = trunks.Runner(tmp_path, tmp_path, {"tokens": {}}, (tmp_path / "lock").open("w"))
+    args = arguments_of(parse([*MODEL, *EXPERTS]), 256)
+    lines = [{"kind": "start", "iteration": 0, "args": vars(args) | {"global_batch_size": 4}}]
+    for steps in (80, 100):
+        lines.append({"kind": "log", "iteration": steps, "lm_loss": 2.0})
+        lines[-1] |= (
+            {} if pairs is None else {"total_active_pairs": 300 + pairs * steps, "total_layer_tokens": 100 * steps}
+        )
+    decay = tmp_path / training.name / "decay-100"
+    decay.mkdir(parents=True)
+    (decay / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    monkeypatch.setattr(runner, "_train", lambda _, steps, equal_to: wanted.append((steps, equal_to)))
+    left = 50 * 4 * flops_per_sequence(args)
+    runner.run(training, [100], {100: 1e9 + left}, lambda _: None, [Point(100, None, 2.0, 1e9)])
+    more = (pairs or 100) / 100
+    steps = left / (4 * flops_per_sequence(args, more))
+    assert wanted == [(rounded(100 + steps), 100)] and (steps < 49) == (more > 1)
 
 
 def test_points() -> None:

@@ -41,6 +41,15 @@ def test_flops_are_megatrons_and_the_routers(name: str) -> None:
     assert args.num_experts is None or routers / found > 0.001
 
 
+@pytest.mark.parametrize(("router", "rows"), [("hash", 0), ("top_p", 1), ("null_experts", 2), ("routing_free", 192)])
+def test_routers_of_baselines(router: str, rows: int) -> None:
+    """Rows of the router's weights for each expert: a quarter of the hidden size of 768 for routing-free."""
+    args = arguments_of(parse([*MODEL, *EXPERTS]))
+    plain = flops_per_sequence(args)
+    args.moe_baseline_router = router
+    assert flops_per_sequence(args) - plain == 6 * 1024 * 12 * 768 * 8 * (rows - 1)
+
+
 def test_flops_of_a_command_are_those_of_its_arguments() -> None:
     """Of one with granularity, as tools/cost reads them by Megatron's parser."""
     flags = [*MODEL, *EXPERTS, "--moe-relu-routing", "--moe-granularity", "4"]

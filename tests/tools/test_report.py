@@ -22,9 +22,9 @@ from tools.evaluate.command import main as evaluate
 from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.overlay import HOVERED
-from tools.report.page import count_flops
 from tools.report.reading import read_run
 from tools.sweep.run_log import read_outcome
+from tools.sweep.stages import Flops
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -90,7 +90,7 @@ def test_metrics_and_the_printed_log_hold_the_same(trained: Path, other: Path) -
         "mtp_num_layers",
     )
     of_the_fork = {name: value for name, value in printed.args.items() if name not in later}
-    assert count_flops(metrics.args) == count_flops(printed.args) == count_flops(of_the_fork)
+    assert Flops.of(metrics.args) == Flops.of(printed.args) == Flops.of(of_the_fork)
     known, outcome = read_outcome(trained), read_outcome(other)
     assert known is not None and outcome is not None and known.finished and outcome.finished
     assert (known.iterations, known.tokens, known.settled) == (outcome.iterations, outcome.tokens, outcome.settled)

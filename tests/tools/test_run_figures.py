@@ -60,6 +60,17 @@ def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, obj
     return folder
 
 
+def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
+    args = {"global_batch_size": 4, "num_experts": 8, "moe_router_topk": 2, "moe_baseline_router": "top_p"}
+    rows = [
+        {"kind": "log", "iteration": at, "total_active_pairs": pairs, "total_layer_tokens": 10 * at}
+        for at, pairs in ((10, 300), (20, 450))
+    ]
+    run = read_run(write_metrics(tmp_path / "run", args, *rows), "run")
+    assert [panel.title for panel in panels([run])["Routing"]] == ["Experts per token"]
+    assert run.figures.experts_per_token(run.figures.curve("total_active_pairs").iterations).tolist() == [3.0, 1.5]
+
+
 @pytest.mark.parametrize("target", [None, 0.75])
 def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
     """FLOPs and tokens are those of each line's own sequences, not of the batch that the last start was given."""

@@ -74,6 +74,10 @@ def test_stages_count_the_running_sums_of_all_steps(tmp_path: Path) -> None:
     dense, way = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
     assert (dense.last, dense.experts, way.experts) == (10, 7.0, 3.0)
     assert dense.flops == 10 * 4 * (100 + 10 * (7 - 2))
+    lines = [line(at, 1, total_active_pairs=pairs, total_layer_tokens=10 * at) for at, pairs in ((10, 250), (20, 400))]
+    write_run(tmp_path, 20, *lines, num_experts=8, moe_router_topk=2, moe_baseline_router="top_p")
+    [whole] = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
+    assert whole.experts == 2.0 and whole.flops == 10 * 4 * (100 + 5) + 10 * 4 * (100 - 5)
 
 
 def test_differences_between_settings() -> None:

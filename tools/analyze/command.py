@@ -107,6 +107,10 @@ def show(found: dict[str, Any]) -> None:
     for rows in tables:
         print_table([*rows[0]], [[*row.values()] for row in rows], justify="right")
         print()
+    both = found["losses"]["correlation"]["all"]
+    if both["own"] is not None:
+        own, following = both["own"], both["next"]
+        print(f"Correlation of a token's experts with its loss: {own:+.3f}, with the next token's: {following:+.3f}\n")
 
 
 def analyze(args: argparse.Namespace) -> None:
@@ -139,6 +143,7 @@ def analyze(args: argparse.Namespace) -> None:
         "balance": findings.balance(counts, topk, args.expert_model_parallel_size),
         "neighbours": findings.neighbours(counts),
         "gates": findings.gates(counts),
+        "losses": findings.losses(counts),
     }
     for name, numbers in found.items():
         write_json(args.output_dir / f"{name}.json", numbers)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
@@ -14,8 +15,8 @@ from ..common.expert_counts import expert_blocks
 from ..common.text import Text
 
 PARTS = 1024  # of a data set, at most
-WINDOW = 8  # tokens, as speculative decoding checks them at once
-OCTAVES, PER_OCTAVE = range(-24, 8), 32  # of gates
+WINDOW = 8  # tokens that speculative decoding checks at once
+OCTAVES, PER_OCTAVE = range(-24, 8), 32  # classes of gates by size
 TOKENS_PER_FORWARD = 4096
 
 
@@ -39,7 +40,7 @@ class Counts:
         number, domains = len(layers), len(sequences)
         self.layers, self.sequences = [*layers], torch.tensor(sequences)
         self.tokens, self.windows = self.sequences * length, self.sequences * (length // WINDOW)
-        # A part is so many sequences in a row, the same number in all data sets, so that parts can be shuffled.
+        # A part is a number of consecutive sequences, the same in all data sets, so that parts can be shuffled.
         self.part_sequences = 1
         while (max(sequences) - 1) // self.part_sequences >= PARTS:
             self.part_sequences *= 2
@@ -54,6 +55,10 @@ class Counts:
         self.largest_output = zeros(number, dtype=torch.float64)  # the same for the output
         self.by_token = zeros(number, vocabulary, experts, dtype=torch.int32)
         self.occurrences = zeros(vocabulary)
+        # By the number of experts, of each layer and, in the last row, of all layers together: tokens, their loss when
+        # they were predicted, and the loss of the token after them. Of those that have both.
+        self.by_experts = zeros(3, number + 1, number * experts + 1, dtype=torch.float64)
+        self.loss_squares = zeros(2, dtype=torch.float64)  # sums of both losses' squares
 
     def add(
         self, domain: int, start: int, ids: torch.Tensor, place: int, gates: torch.Tensor, largest_output: torch.Tensor
@@ -87,6 +92,21 @@ class Counts:
         self.gate_sum[place] += sizes.sum()
         self.largest_gate[place] += (gates.amax(dim=-1) / gates.sum(dim=-1))[some].double().sum()
         self.largest_output[place] += largest_output[some].double().sum()
+
+    def add_losses(self, numbers: torch.Tensor, losses: torch.Tensor) -> None:
+        """Count the losses of some sequences.
+
+        Args:
+            numbers: experts of each token, int64 `[L, batch, length]`.
+            losses: in nats, of the tokens after the first, float `[batch, length - 1]`.
+        """
+        losses = losses.double()
+        both = torch.stack([losses[:, :-1].flatten(), losses[:, 1:].flatten()])
+        self.loss_squares += both.square().sum(dim=1)
+        for row, number in enumerate([*numbers, numbers.sum(dim=0)]):
+            number = number[:, 1:-1].flatten()
+            self.by_experts[0, row] += torch.bincount(number, minlength=self.by_experts.shape[-1])
+            self.by_experts[1:, row].index_add_(1, number, both)
 
 
 @contextmanager
@@ -140,9 +160,13 @@ def count(
         with display.step(Path(text.prefix).name, number), observe_routing(model) as seen:
             for start in range(0, number, size):
                 ids = text.read(start, min(number, start + size))
-                model.model(ids.to(model.device), use_cache=False)
+                on_device = ids.to(model.device)
+                logits = model(on_device, use_cache=False).logits[:, :-1]
+                losses = cross_entropy(logits.flatten(0, 1).float(), on_device[:, 1:].flatten(), reduction="none")
                 for place, (gates, largest_output) in enumerate(seen):
                     counts.add(domain, start, ids, place, gates, largest_output)
+                numbers = torch.stack([(gates > 0).sum(dim=-1) for gates, _ in seen])
+                counts.add_losses(numbers, losses.view(len(ids), -1).cpu())
                 seen.clear()
                 display.advance(len(ids))
     return counts

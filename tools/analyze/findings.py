@@ -169,6 +169,25 @@ def _tokens_of(counts: Counts, place: int, text_of: Callable[[int], str | None])
     ]
 
 
+def losses(counts: Counts) -> Numbers:
+    """Return mean losses by a token's experts, summed over layers, and the correlation of both by layer.
+
+    "own" is the loss of the token itself, when it was predicted; "next" that of the token after it, which its experts
+    help to predict. A correlation is None if all tokens have the same number of experts.
+    """
+    tokens, sums = counts.by_experts[0], counts.by_experts[1:]
+    number, total = torch.arange(tokens.shape[1], dtype=torch.float64), tokens.sum(dim=1)
+    mean, means = tokens @ number / total, sums.sum(dim=2) / total
+    spread = (tokens @ number.square() / total - mean.square()).clamp(min=0).sqrt()
+    deviations = (counts.loss_squares[:, None] / total - means.square()).clamp(min=0).sqrt()
+    own, following = ((sums @ number) / total - mean * means) / (spread * deviations)
+    found = torch.stack([number, tokens[-1], *(sums[:, -1] / tokens[-1])], dim=1)[tokens[-1] > 0]
+    return {
+        "correlation": by_layer([*counts.layers, "all"], own=own, next=following),
+        "experts": [dict(zip(("experts", "tokens", "own", "next"), row, strict=True)) for row in found.tolist()],
+    }
+
+
 def balance(counts: Counts, topk: int, ranks: int) -> Numbers:
     """Return layer → sparsity (figure 8d), load imbalance, experts without tokens, and the same for ranks.
 

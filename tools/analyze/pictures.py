@@ -16,6 +16,7 @@ MEASURED, BESIDE = routing_color("remoe"), TARGET
 # Okabe and Ito's, those two first.
 DOMAINS = (MEASURED, BESIDE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MOST_CELLS = 200  # of a heat map that shows its numbers
+LEAST_TOKENS = 100  # of a mean loss
 LEAST_SHARE = 0.0005  # of tokens; smaller cells of a histogram stay empty
 Layers = Mapping[int, Numbers]
 
@@ -141,12 +142,28 @@ def _gates(figure: Any, numbers: Numbers) -> None:
     shares.xaxis.set_major_formatter("{x:.0%}")
 
 
+def _losses(figure: Any, numbers: Numbers) -> None:
+    layers = {layer: one for layer, one in numbers["correlation"].items() if layer != "all"}
+    figure.set_size_inches(12, _height(layers))
+    means, correlations = figure.subplots(1, 2)
+    rows = [row for row in numbers["experts"] if row["tokens"] >= LEAST_TOKENS]
+    drawn = [("own", "o", MEASURED, "of the token"), ("next", "D", BESIDE, "of the next one")]
+    for key, mark, color, label in drawn:
+        means.plot([row["experts"] for row in rows], [row[key] for row in rows], mark, color=color, label=label)
+    means.set(title="Loss by the number of experts", xlabel="experts of all layers", ylabel="nats per token")
+    _legend(means)
+    correlations.axvline(0, color=MUTED, linewidth=1)
+    _dots(correlations, layers, drawn)
+    correlations.set(title="Correlation of experts and loss", xlabel="r")
+
+
 DRAWN = {
     "experts_per_token": _experts_per_token,
     "load": _load,
     "balance": _balance,
     "neighbours": _neighbours,
     "gates": _gates,
+    "losses": _losses,
 }
 
 

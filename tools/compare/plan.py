@@ -58,7 +58,6 @@ STARTS: Mapping[str, Arm] = {
         "remoe", "ReMoE, sparse start", "--moe-relu-sparse-start --moe-relu-l1-reg-coeff-init 1e-3"
     ),
     "remoe-small-batches": Arm("remoe", "ReMoE, small batches at first", SMALL_BATCHES),
-    # Its FLOPs are those of k experts per token, around which it keeps their number.
     "moe-expert-threshold": Arm(
         "moe", "top-k, expert threshold", f"{UNBALANCED} --moe-baseline-router expert_threshold"
     ),
@@ -72,7 +71,7 @@ ARMS: Mapping[str, Arm] = {
         for kind, protocol in PROTOCOLS.items()
         if kind not in ("moe-warmup", POST_SOFTMAX, *RIVALS)  # which need k > 1
     },
-    # k varies around 2; their FLOPs are those of 2 experts per token.
+    # k varies around 2, but for quantile balancing.
     **{kind: Arm(kind, f"{PROTOCOLS[kind].title}, k = 2", granularity=PAIRED) for kind in RIVALS},
     **{f"{kind}-k2": Arm(kind, f"{title}, k = 2", granularity=PAIRED) for kind, title in _SHORT.items()},
 }

@@ -23,7 +23,7 @@ from ..common.flags import words_of
 from ..common.places import ROOT
 from ..common.training_process import end, start
 from ..corpora.dataset import predicted_tokens
-from ..recipes.flops import flops_per_expert, flops_per_sequence
+from ..recipes.flops import flops_per_sequence
 from ..recipes.stages import Flops, stages
 from .plan import TRUNK, Training, flags_of, rounded, trunk_steps
 
@@ -97,9 +97,15 @@ class Runner:
                     heapq.heappush(queue, (matched, steps))
 
     def _matched(self, training: Training, point: Point, flops: float) -> int:
-        """Return the steps at which the training, which computes k experts by then, has used these FLOPs."""
+        """Return the steps at which the training has used these FLOPs, with k experts per token from here on.
+
+        Baseline routers go on with as many as in the decay.
+        """
         figures = read_figures(self._folder(training) / f"decay-{point.steps}")
-        step = figures.whole("global_batch_size") * flops_per_sequence(Namespace(**figures.args))
+        experts = figures.experts_per_token(np.array([trunk_steps(point.steps), point.steps]))[-1]
+        is_counted = figures.target is None and math.isfinite(experts)
+        args = Namespace(**figures.args)
+        step = figures.whole("global_batch_size") * flops_per_sequence(args, experts if is_counted else None)
         return rounded(point.steps + (flops - point.flops) / step)
 
     def _train(self, training: Training, steps: int, equal_to: int | None) -> Point:
@@ -164,8 +170,7 @@ class Runner:
             weights = {"": 1}
         if not weights.keys() <= losses.keys():
             raise ToolError(f"{decay / LOG}: there is no validation loss after step {steps}.")
-        args = Namespace(**figures.args)
-        flops = stages(figures, Flops(flops_per_sequence(args), flops_per_expert(args)))
+        flops = stages(figures, Flops.of(figures.args))
         iterations, seconds = figures.curve("seconds_per_iteration")
         return Point(
             steps=steps,

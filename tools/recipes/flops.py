@@ -50,7 +50,7 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
 
 def flops_per_expert(args: argparse.Namespace) -> float:
     """Return the training FLOPs of one sequence for one more active expert in every MoE layer; 0 for dense models."""
-    if not args.num_experts:
+    if not getattr(args, "num_experts", None):
         return 0.0
     return flops_per_sequence(args, args.moe_router_topk + 1) - flops_per_sequence(args, args.moe_router_topk)
 
@@ -90,7 +90,7 @@ def _experts(of: _Defaulting, topk: float, products: int) -> float:
     hidden, latent = of.hidden_size, of.moe_latent_size
     width = of.moe_ffn_hidden_size or of.ffn_hidden_size
     router = 0 if of.moe_baseline_router in UNLEARNED else hidden * of.num_experts
-    router *= 2 if of.moe_baseline_router == "null_experts" else 1
+    router *= {"null_experts": 2, "routing_free": max(1, hidden // 4)}.get(of.moe_baseline_router, 1)
     shared = hidden * (products * (of.moe_shared_expert_intermediate_size or 0) + bool(of.moe_shared_expert_gate))
     return router + shared + topk * products * (latent or hidden) * width + 2 * hidden * (latent or 0)
 

@@ -1,11 +1,13 @@
 """Find ReMoE's three stages in a run's log, and the time and FLOPs of each."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..common.run_figures import RunFigures
+from ..common.run_figures import TOTALS, RunFigures
 from .flops import flops_per_expert, flops_per_sequence
 
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
@@ -17,6 +19,17 @@ class Flops:
 
     sequence: float
     expert: float
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any]) -> "Flops":
+        """Count the FLOPs of a model with these arguments of Megatron.
+
+        Raises:
+            ArithmeticError, AttributeError, LookupError, TypeError, ValueError: an argument that the count needs is
+                missing or has another type, or the model has layers that are not counted.
+        """
+        named = Namespace(**args)
+        return cls(flops_per_sequence(named), flops_per_expert(named))
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,8 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
         warmup, most = figures.whole("moe_warmup_steps"), figures.whole("moe_warmup_topk") or figures.topk
         warming = np.diff(iterations.clip(max=warmup), prepend=0) / np.maximum(steps, 1)
         experts = figures.topk + (most - figures.topk) * warming
+        if TOTALS[0] in figures.curves:
+            experts = figures.experts_per_token(iterations)
     else:
         experts = figures.experts_per_token(iterations)
     known = np.isfinite(batches) & np.isfinite(experts)
@@ -79,8 +94,7 @@ def training_flops(figures: RunFigures) -> float | None:
     Exact where the log has the running sums of computed pairs, as each line since version 0.1 does.
     """
     try:
-        args = Namespace(**figures.args)
-        flops = Flops(flops_per_sequence(args), flops_per_expert(args))
+        flops = Flops.of(figures.args)
     except (ValueError, TypeError, AttributeError, ArithmeticError):  # uncounted layers, or a log without arguments
         return None
     found = stages(figures, flops)

@@ -8,12 +8,12 @@ import numpy as np
 from bokeh.models import BasicTicker, ColorBar, CustomJSHover, FixedTicker, HoverTool, LinearColorMapper, Range1d
 from bokeh.palettes import RdBu, interp_palette
 
-from ..common.run_figures import Curve, RunFigures
+from ..common.run_figures import TOTALS, Curve, RunFigures
 from .overlay import LARGEST, Drawn, Panel, as_float32, new_figure, overlay, smooth
 from .reading import Run
 
 CELLS, COLUMNS = 100_000, 240  # of a heat map, at most
-FIRST_SHARE = 0.05  # of the training that sets no limits to the axis of losses: its fall would hide the differences
+FIRST_SHARE = 0.05  # of the training, left out of the range of the loss axis: the early fall hides later differences
 
 
 def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
@@ -99,7 +99,8 @@ def _sparsity(figures: RunFigures) -> Drawn:
 
 
 def _experts(figures: RunFigures) -> Drawn:
-    experts, iterations = figures.num_experts, figures.curve("sparsity").iterations
+    # A baseline's router logs running sums alone, the authors' fork S alone.
+    experts, iterations = figures.num_experts, figures.curves.get(TOTALS[0], figures.curve("sparsity")).iterations
     if not experts or not len(iterations):
         return Drawn()
     layers = figures.layers.get("layer_sparsity", {})

@@ -129,7 +129,7 @@ def _add_tooltip(plot: figure, unit: str, form: str, told: Sequence[tuple[str, s
 
 
 def thin(curve: Curve, most: int) -> Curve:
-    """Return at most so many points: the lowest and the highest of each stretch, so that no spike is lost."""
+    """Return at most `most` points: the lowest and highest of each stretch, so that no spike is lost."""
     count = len(curve.values)
     if count <= most:
         return curve
@@ -164,17 +164,17 @@ def new_figure(x_range: Range1d, unit: str, **settings: Any) -> figure:
 
 
 def as_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return values for a figure; those that are too large become the largest."""
+    """Return values for a figure, clipped to the range of a float32."""
     return values.clip(-LARGEST, LARGEST).astype(np.float32)
 
 
 def _plain(text: str) -> str:
-    """Return a text as HTML in which a tooltip replaces nothing."""
+    """Escape a text for a tooltip, in which @, $ and braces have a meaning."""
     return "".join(f"&#{ord(sign)};" if sign in "@${}" else sign for sign in html.escape(text))
 
 
 def _values_at(curve: Curve, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the last values so far; NaN before the first and after the last."""
+    """Return the newest value at each iteration; NaN before the first and after the last."""
     place = np.searchsorted(curve.iterations, iterations, side="right") - 1
     outside = (place < 0) | (iterations > curve.iterations[-1])
     return np.where(outside, math.nan, curve.values[place])

@@ -1,9 +1,7 @@
 """Make the page: one HTML file with figures, tables and the library that draws them."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bokeh.embed import components
 from bokeh.resources import Resources
@@ -11,7 +9,6 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..common.picture_style import looks
-from ..recipes.flops import flops_per_expert, flops_per_sequence
 from ..recipes.stages import Flops, Stage, stages
 from . import tables
 from .figures import panels
@@ -54,18 +51,7 @@ def page(runs: Sequence[Run], reload_after: int | None) -> str:
 def _stages(run: Run) -> list[Stage]:
     flops = UNKNOWN
     try:
-        flops = count_flops(run.figures.args)
+        flops = Flops.of(run.figures.args)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         run.notes.append(f"{run.name}: FLOPs are not counted, since its arguments are not all known ({error}).")
     return stages(run.figures, flops)
-
-
-def count_flops(args: dict[str, Any]) -> Flops:
-    """Count the FLOPs of a model with these arguments of Megatron.
-
-    Raises:
-        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: an argument that the count needs is missing
-            or has another type.
-    """
-    named = argparse.Namespace(**args)
-    return Flops(flops_per_sequence(named), flops_per_expert(named) if args.get("num_experts") else 0.0)

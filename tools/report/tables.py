@@ -15,7 +15,7 @@ from ..recipes.stages import Stage
 from .reading import Run
 
 RECENT = 20  # lines whose rate gives the time that is left
-# Where the files of a run and its processes are: different in any two. Then what Megatron notes beside the flags.
+# Paths and process numbers, which differ between any two runs; then values that Megatron stores with the flags.
 LEFT_OUT = frozenset(
     """
     save load tensorboard_dir data_cache_path wandb_project wandb_exp_name wandb_save_dir rank local_rank
@@ -40,7 +40,7 @@ class Table:
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """Return the result in one line: the losses, the best first, and their distance to the dense run."""
+    """Return the result in one line: the losses, best first, and their difference to the dense run's."""
     kind, losses = "validation loss", {run.name: run.figures.validation_loss for run in runs}
     if None in losses.values():
         kind, losses = "training loss", {run.name: run.figures.newest("lm_loss") for run in runs}
@@ -142,7 +142,7 @@ def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
 
 
 def differences(runs: Sequence[Run]) -> Table:
-    """Return the flags that are not the same in all runs; off and not given are the same."""
+    """Return the flags that differ between runs; a flag that is off counts as not given."""
     told = [run for run in runs if run.figures.args]
     names = sorted({name for run in told for name in run.figures.args if not name.startswith("_")} - LEFT_OUT)
     rows = []

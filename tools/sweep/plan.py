@@ -53,13 +53,14 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "moe-threshold": Protocol("expert threshold", "X", f"--moe-baseline-router expert_threshold {UNBALANCED}"),
     "moe-null": Protocol("null experts", "8", "--moe-baseline-router null_experts"),
     "moe-sequence": Protocol("sequence-level top-k", "H", "--moe-baseline-router sequence_topk"),
+    "moe-routingfree": Protocol("routing-free", "$F$", f"--moe-baseline-router routing_free {UNBALANCED}"),
     "moe-quantile": Protocol("quantile balancing", "$Q$", QUANTILE),
     "remoe-unbalanced": Protocol("no load balancing", "d", "--no-moe-relu-l1-reg-load-balancing"),
 }
 KINDS = (*ROUTINGS, *PROTOCOLS)
 AUXILIARY = ("moe", "moe-warmup", POST_SOFTMAX, "moe-sigmoid")  # with an auxiliary loss
 # Rivals with a varying k, and Megatron's other way to balance top-k. At k = 1 top-p always takes one expert.
-RIVALS = ("moe-topp", "moe-threshold", "moe-null", "moe-sequence", "moe-quantile")
+RIVALS = ("moe-topp", "moe-threshold", "moe-null", "moe-sequence", "moe-routingfree", "moe-quantile")
 PAIRED = 2  # granularity, and so k, of the figure over them
 # Figures over routings → their titles, granularity and routings.
 GROUPS: Mapping[str, tuple[str, int, tuple[str, ...]]] = {

@@ -6,6 +6,7 @@ from megatron.remoe.baselines.expert_threshold import ExpertThresholdRouter
 from megatron.remoe.baselines.hash import HashRouter
 from megatron.remoe.baselines.null_experts import NullExpertRouter
 from megatron.remoe.baselines.random import RandomRouter
+from megatron.remoe.baselines.routing_free import RoutingFreeRouter
 from megatron.remoe.baselines.sequence_topk import SequenceTopKRouter
 from megatron.remoe.baselines.top_p import TopPRouter
 
@@ -18,4 +19,5 @@ ROUTERS: dict[str, type[TopKRouter]] = {
     "top_p": TopPRouter,
     "null_experts": NullExpertRouter,
     "sequence_topk": SequenceTopKRouter,
+    "routing_free": RoutingFreeRouter,
 }

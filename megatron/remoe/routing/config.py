@@ -94,12 +94,23 @@ class ReMoEConfig(TransformerConfig):
     """Optimizer steps of the near-dense warm-up (e.g. 100)."""
 
     moe_baseline_router: (
-        Literal["hash", "expert_choice", "random", "expert_threshold", "top_p", "null_experts", "sequence_topk"] | None
+        Literal[
+            "hash",
+            "expert_choice",
+            "random",
+            "expert_threshold",
+            "top_p",
+            "null_experts",
+            "sequence_topk",
+            "routing_free",
+        ]
+        | None
     ) = None
     """Replace top-k by another router: by the token's id (hash), experts that choose tokens and see the future of their
     sequence (expert_choice), at random, or with a number of experts that varies around topk: by a threshold of each
     expert (expert_threshold, arXiv 2603.11535), by a probability to reach (top_p, arXiv 2512.13996), with experts that
-    compute nothing (null_experts, arXiv 2406.13233), or shared by a sequence (sequence_topk, arXiv 2511.06494)."""
+    compute nothing (null_experts, arXiv 2406.13233), shared by a sequence (sequence_topk, arXiv 2511.06494), or by a
+    score of each expert (routing_free, arXiv 2604.00801)."""
 
     def __post_init__(self) -> None:
         problems = relu_routing_problems(self)

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import hand_token_ids
+from megatron.remoe.baselines.pairs import PairCounter
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.local.experts import takes_grouped_experts
 from megatron.remoe.local.hybrid import local_hybrid_stack_spec
@@ -49,7 +50,8 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     """Install the router that the flags ask for, and its hooks. Do nothing without such a flag.
 
     --moe-relu-routing needs an update after each step and the log, --moe-warmup-topk the number of the step, and
-    --moe-baseline-router hash the ids of the tokens. Also apply the patches, if that has not happened yet.
+    --moe-baseline-router the count of its pairs, and for hash the tokens' ids. Also apply the patches, if that has not
+    happened yet.
 
     Args:
         args: arguments from `parse_and_validate_args`.
@@ -66,7 +68,7 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     elif args.moe_warmup_topk is not None:
         router, prepare = WarmupTopKRouter, partial(_tell_steps, args)
     elif args.moe_baseline_router is not None:
-        router, prepare = ROUTERS[args.moe_baseline_router], hand_token_ids
+        router, prepare = ROUTERS[args.moe_baseline_router], partial(_install_baseline, args)
     else:
         return
     if not isinstance(config, ReMoEConfig):
@@ -83,17 +85,28 @@ def _install_controller(
     args: argparse.Namespace, config: ReMoEConfig, model_chunks: list[torch.nn.Module]
 ) -> list[torch.nn.Module]:
     controller = SparsityController(model_chunks, config)
+    _after_each_step(model_chunks, lambda: controller.update(_steps_done(args)))
+    set_moe_metrics_tracker(ReMoEMetricsTracker(args, controller))
+    return model_chunks
+
+
+def _install_baseline(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    pairs = PairCounter(model_chunks)
+    _after_each_step(model_chunks, pairs.update)
+    set_moe_metrics_tracker(ReMoEMetricsTracker(args, pairs=pairs))
+    return hand_token_ids(model_chunks)
+
+
+def _after_each_step(model_chunks: list[torch.nn.Module], update: Callable[[], None]) -> None:
     chunks_config = get_model_config(model_chunks[0])
     finalize = chunks_config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
 
     def finalize_and_update(*hook_args: Any, **hook_kwargs: Any) -> None:
         # Schedules call this once per training step, after the last backward pass, and never in evaluation.
         finalize(*hook_args, **hook_kwargs)
-        controller.update(_steps_done(args))
+        update()
 
     chunks_config.finalize_model_grads_func = finalize_and_update
-    set_moe_metrics_tracker(ReMoEMetricsTracker(args, controller))
-    return model_chunks
 
 
 def _steps_done(args: argparse.Namespace) -> int:
@@ -211,7 +224,7 @@ def with_flips(
 
     def install(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         meter.chunks = model_chunks
-        if not args.moe_relu_routing:
+        if not isinstance(get_moe_metrics_tracker(), ReMoEMetricsTracker):
             set_moe_metrics_tracker(ReMoEMetricsTracker(args))
         get_moe_metrics_tracker().flips = meter
         return model_chunks

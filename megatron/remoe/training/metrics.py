@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.remoe.baselines.pairs import PairCounter
 from megatron.remoe.patches.log_lines import run_logger
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.counts import RoutingSummary
@@ -20,19 +21,26 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
     device only if they are written.
     """
 
-    def __init__(self, args: argparse.Namespace, controller: SparsityController | None = None) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        controller: SparsityController | None = None,
+        pairs: PairCounter | None = None,
+    ) -> None:
         """
         Args:
             args: Megatron's arguments.
             controller: None without ReLU routing.
+            pairs: None without a baseline's router.
         """
         super().__init__()
         self.flips: FlipMeter | None = None
-        self._args, self._controller, self._first = args, controller, True
+        self._args, self._controller, self._pairs, self._first = args, controller, pairs, True
 
     def totals(self) -> dict[str, int]:
-        """Return the controller's running sums, or nothing without a controller; waits for the device."""
-        return self._controller.totals() if self._controller is not None else {}
+        """Return the running sums of computed pairs and tokens, or nothing for top-k; waits for the device."""
+        counter = self._controller or self._pairs
+        return counter.totals() if counter is not None else {}
 
     def report(
         self,
@@ -64,6 +72,8 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
                     self._record(_scalars(summary, per_layer_logging), iteration, writer, wandb_writer)
                 text += _log_text(summary)
                 of_line |= _run_log_record(summary)
+        if is_printed and self._pairs is not None:
+            of_line |= self._pairs.totals()
         if is_printed and of_line:
             run_logger().info(of_line)
         return text

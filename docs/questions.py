@@ -1,0 +1,178 @@
+"""Remake the tables "Short questions" of experiments.md: python docs/questions.py [FOLDER] [SEED ...]
+
+Trains and evaluates what is missing, and writes docs/questions/figures.json. On one core the three seeds take about
+an hour and a half.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, geometric_mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.common.figure_reader import read_figures  # noqa: E402
+from tools.common.files import write_json  # noqa: E402
+from tools.quickstart import dataset, models  # noqa: E402
+from tools.recipes.models import Routing  # noqa: E402
+from tools.sweep.plan import LOSS_FREE  # noqa: E402
+
+STEPS, BRANCH = 1200, 800  # of a training; the step from which some continue
+FINE_TUNING = "--train-iters 400 --lr 1e-3 --min-lr 1e-4 --pretrained-checkpoint {remoe}"
+FINE_TUNING += " --valid-data-path {text}/heldout_google_text_document --validation-set-names google"  # to save time
+# λ = init · multiplier^n. With a multiplier this close to 1, λ is the init, whatever the n of the checkpoint.
+FIXED = "--moe-relu-l1-reg-coeff-multiplier 1.000000001 --moe-relu-l1-reg-coeff-init"
+CONTINUED = f"--load {{remoe}} --ckpt-step {BRANCH} --allow-changed-settings"
+# training: routing, experts, text, flags with {remoe}, the ReMoE's checkpoints, and {at_N}, its λ at step N.
+TRAININGS = {
+    "remoe": ("remoe", 8, dataset.MIXED, ""),
+    "continued-frozen": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} {{at_{BRANCH}}}"),
+    "continued-zero": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} 1e-30"),
+    "continued-floor": ("remoe", 8, dataset.MIXED, f"{CONTINUED} --moe-relu-layer-floor 0.8"),
+    "tuned-live": ("remoe", 8, dataset.TECHNICAL, FINE_TUNING),
+    "tuned-frozen": ("remoe", 8, dataset.TECHNICAL, f"{FINE_TUNING} {FIXED} {{at_{STEPS}}}"),
+    "moe": ("moe", 8, dataset.MIXED, ""),
+    "moe-lossfree": ("moe", 8, dataset.MIXED, LOSS_FREE),
+    "tuned-zero": ("remoe", 8, dataset.TECHNICAL, f"{FINE_TUNING} {FIXED} 1e-30"),
+    "remoe-32": ("remoe", 32, dataset.MIXED, ""),
+}
+ANALYZED = ("remoe", "moe", "moe-lossfree", "continued-floor", "remoe-32")
+CAPPED = ("remoe", "remoe-32")
+RANKS = (2, 4, 8)
+BINS = ((0, 1), (2, 2), (3, 3), (4, 16))  # experts of a token in both layers
+
+
+def run(folder: Path, done: str, *words: str) -> None:
+    """Run a command with its output in a file, unless a file of an earlier run says that it is done."""
+    if (folder / done).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{done}.log").open("w") as log:
+        subprocess.run([sys.executable, *words], check=True, stdout=log, stderr=log, cwd=ROOT,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    (folder / done).touch()
+
+
+def lambda_at(folder: Path, step: int) -> float:
+    """Return λ around a step, which moves by a factor of 4 up and down: its geometric mean over the last 200 steps."""
+    steps, values = read_figures(folder).curve("l1_coefficient")
+    return geometric_mean(values[(step - 200 < steps) & (steps <= step)].tolist())
+
+
+def train(folder: Path, name: str, seed: int) -> Path:
+    """Train and evaluate, and return the training's folder."""
+    routing, experts, corpus, more = TRAININGS[name]
+    runs = folder / f"seed-{seed}"
+    text = dataset.make_text(folder / corpus, corpus, print)
+    fields = {"remoe": runs / "remoe" / "checkpoints", "text": text}
+    fields |= {f"at_{step}": lambda_at(runs / "remoe", step) for step in (BRANCH, STEPS) if f"at_{step}" in more}
+    flags = [*models.common_flags(models.SIZE, STEPS, seed), *Routing(routing, experts).flags(models.SIZE.ffn)]
+    flags += models.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
+    flags += f"--save-interval 400 --save-retain-interval 400 --save {runs / name / 'checkpoints'}".split()
+    run(runs / name, "trained", "pretrain_gpt.py", *flags, *more.format(**fields).split())
+    held_out = [str(prefix.with_suffix("")) for prefix in sorted(text.glob("heldout_*.bin"))]
+    both = ("--load", str(runs / name / "checkpoints"), "--data-path", *held_out)
+    if name in ANALYZED:
+        run(runs / name, "analyzed", "tools/analyze", *both, "--output-dir", str(runs / name / "analysis"))
+    if name in CAPPED:
+        caps = ("--max-experts-per-token", "1", "2", "3", "4", "--output", str(runs / name / "caps.json"))
+        run(runs / name, "capped", "tools/evaluate", *both, *caps)
+    return runs / name
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Return a training's figures: the loss of all held-out text, and of the last 100 steps S by layer and the loads.
+
+    Loads and those of ranks are the highest of a layer relative to an even load; the mean of layers, or the last layer.
+    """
+    run = read_figures(folder)
+    found: dict[str, Any] = {"loss": run.validation_loss}
+    if run.target is not None:
+        last = [*run.loads.values()][-5:]
+        found["sparsity"] = {layer: fmean(curve.values[-5:]) for layer, curve in run.layers["layer_sparsity"].items()}
+        found["load"] = fmean(max(load) / fmean(load) for layers in last for load in layers.values())
+        found["lambda"] = lambda_at(folder, run.last)
+    if (folder / "analyzed").exists():
+        analyses = {path.stem: json.loads(path.read_text()) for path in (folder / "analysis").glob("*.json")}
+        layers = analyses["balance"]["layers"].values()
+        loads = [layer["relative_load"] for layer in layers]
+        found["ranks"] = {ranks: fmean(highest(load, ranks) for load in loads) for ranks in RANKS}
+        found["none"] = [of["none"] for of in analyses["experts_per_token"]["layers"].values()]
+        found["losses"] = analyses["losses"]
+    if (folder / "capped").exists():
+        [sets] = json.loads((folder / "caps.json").read_text())["text"].values()
+        measured = [*sets.values()]
+        found["caps"] = {
+            cap: fmean([of[cap]["loss"] for of in measured], [of[cap]["tokens"] for of in measured])
+            for cap in measured[0]
+        }
+    return found
+
+
+def highest(load: list[float], ranks: int) -> float:
+    """Return the highest load of neighbouring experts, whose mean load is 1."""
+    size = len(load) // ranks
+    return max(fmean(load[start : start + size]) for start in range(0, len(load), size))
+
+
+def row(name: str, columns: list[list[float | None]], digits: int = 3) -> str:
+    """Return a line of a table: mean and standard deviation over seeds of each column."""
+    cells = [name]
+    for values in ([value for value in column if value is not None] for column in columns):
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        cells.append(f"{fmean(values):.{digits}f}{spread}" if values else "")
+    return f"| {' | '.join(cells)} |"
+
+
+def show(found: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """Print the tables."""
+    for title, corpus in (("Continued", dataset.MIXED), ("Fine-tuned", dataset.TECHNICAL)):
+        print(f"\n{title}: loss, minus that with a live λ, S by layer, highest load of an expert")
+        live = found["remoe" if corpus == dataset.MIXED else "tuned-live"]
+        for name, (routing, experts, of, _) in TRAININGS.items():
+            runs = found[name]
+            if (routing, experts, of) == ("remoe", 8, corpus) and runs:
+                apart = [each["loss"] - live[seed]["loss"] for seed, each in runs.items() if runs is not live]
+                layers = [[each["sparsity"][layer] for each in runs.values()] for layer in (1, 2)]
+                loss, load = ([each[key] for each in runs.values()] for key in ("loss", "load"))
+                print(row(name, [loss, apart, *layers, load]))
+    print("\nLoss with at most K experts, minus that without a cap")
+    for name in CAPPED:
+        caps = [each["caps"] for each in found[name].values() if "caps" in each]
+        print(row(name, [[of[cap] - of["none"] for of in caps] for cap in ("1", "2", "3", "4")], digits=4))
+    print(f"\nHighest load of one of {', '.join(map(str, RANKS))} ranks")
+    for name in ANALYZED:
+        ranks = [each["ranks"] for each in found[name].values() if "ranks" in each]
+        print(row(name, [[of[number] for of in ranks] for number in RANKS], digits=2))
+    print("\nLoss of a token and of the next one by its experts in both layers; correlations")
+    losses = [each["losses"] for each in found["remoe"].values() if "losses" in each]
+    for low, high in BINS:
+        columns: list[list[float | None]] = [[], [], []]
+        for of in losses:
+            rows = [each for each in of["experts"] if low <= each["experts"] <= high]
+            tokens = [each["tokens"] for each in rows]
+            columns[0].append(sum(tokens) / sum(each["tokens"] for each in of["experts"]))
+            for column, key in zip(columns[1:], ("own", "next"), strict=True):
+                column.append(fmean([each[key] for each in rows], tokens) if rows else None)
+        print(row(f"{low}–{high}", columns))
+    print(row("r", [[], *([of["correlation"]["all"][key] for of in losses] for key in ("own", "next"))]))
+
+
+def main() -> None:
+    """Do what is missing, write the figures and print the tables."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/questions").resolve()
+    seeds = list(map(int, sys.argv[2:])) or [1, 2, 3]
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TRAININGS}
+    for name in TRAININGS:
+        for seed in seeds:
+            found[name][seed] = figures(train(folder, name, seed))
+    write_json(ROOT / "docs" / "questions" / "figures.json", found)
+    show(found)
+
+
+if __name__ == "__main__":
+    main()
