@@ -217,7 +217,7 @@ def test_launch_ahead_waits_late() -> None:
 @needs_cuda_build
 def test_a_step_as_a_cuda_graph() -> None:
     """A capture refuses each read of the host: ReMoE's layers and λ's update have none, top-k's on an A100 have."""
-    flags = (*ONE_MICRO_BATCH, *PLAIN, *"--num-layers 2 --no-check-for-nan-in-loss-and-grad".split())
+    flags = (*ONE_MICRO_BATCH, *PLAIN, *"--num-layers 1 --no-check-for-nan-in-loss-and-grad".split())
     flags += ("--cuda-graph-impl", "full_iteration")
     bounded = tuple("--moe-relu-max-experts 2 --moe-relu-activation-limit 0".split())
     found = Launch(flags=(*flags, *bounded), settings={"KERNELS": "triton"}).rehearse()
