@@ -124,6 +124,15 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
     }
 
 
+def train_logged(machine: Machine, case: Case, steps: int) -> dict[str, list[float]]:
+    """Train from the start; return loss and milliseconds a step of every tenth step, as the log has them."""
+    environment, flags = case.planned(10 if machine.is_rehearsed else steps)
+    more = "--log-interval 10 --cuda-graph-warmup-steps 3".split()
+    printed = machine.python(ROOT / "pretrain_gpt.py", *flags, *more, share=SHARES["dense"], **environment)
+    fields = read_log(printed).values()
+    return {name: [float(one[name]) for one in fields] for name in ("lm loss", "elapsed time per iteration (ms)")}
+
+
 def profile(machine: Machine, case: Case, trace: Path) -> dict[str, Any]:
     """Keep Megatron's profiler trace of two steps in `trace`; return the time of its kernels and of the steps."""
     environment, flags = case.planned(WARM_UP + 4)

@@ -16,7 +16,7 @@ import torch
 from megatron.remoe.moe import plan
 from tests.golden_run import FLAGS, committed, differences
 from tests.gpu.report import Report
-from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched
+from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched, train_logged
 from tools.common.flags import last_value
 from tools.cost.gpus import ACCELERATORS
 from tools.rehearse.cards import CARDS
@@ -36,6 +36,8 @@ LAUNCHES = [
     (Case(kernels=TRITON), "dense"),
 ]
 FINER = [(Case(kernels=TRITON, flags=("--moe-granularity", number)), "steady") for number in ("8", "64")]
+# What a CUDA graph of a whole step needs.
+BOUNDED = tuple("--moe-relu-max-experts 2 --moe-relu-activation-limit 0 --no-check-for-nan-in-loss-and-grad".split())
 GRAINS = {"(8, 1)": (8, 1), "(8, 8)": (64, 8), "(64, 1)": (64, 1)}  # (E, G): experts, and active ones per token
 
 
@@ -137,3 +139,13 @@ def test_300_steps(machine: Machine, report: Report) -> None:
 @pytest.mark.parametrize(("case", "stage"), FINER, ids=str)
 def test_granularity(case: Case, stage: str, machine: Machine, report: Report) -> None:
     launch(case, stage, machine, report)
+
+
+def test_cuda_graph(machine: Machine, report: Report) -> None:
+    """A step that is captured is the same step: weight gradients of experts are rounded to bf16, and no more."""
+    graphs = {
+        impl: Case(kernels=TRITON, flags=(*BOUNDED, "--cuda-graph-impl", impl)) for impl in ("none", "full_iteration")
+    }
+    found = {impl: train_logged(machine, case, 50) for impl, case in graphs.items()}
+    report(found)
+    assert found["full_iteration"]["lm loss"] == pytest.approx(found["none"]["lm loss"], abs=0.02)

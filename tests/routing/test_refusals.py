@@ -40,7 +40,6 @@ SETTINGS = {  # of which only some values are refused
     "moe_aux_loss_coeff": "`--moe-aux-loss-coeff` (ignored with `--moe-router-load-balancing-type aux_loss`)",
     "moe_router_load_balancing_type": "`--moe-router-load-balancing-type` other than `none` or `aux_loss`",
     "moe_router_score_function": "`--moe-router-score-function` other than `softmax`",
-    "cuda_graph_impl": "`--cuda-graph-impl full_iteration`",
     "transformer_impl": "`--transformer-impl inference_optimized`",
 }
 

@@ -12,10 +12,10 @@ import pytest
 from matplotlib.image import imread
 
 from tests.entry import shared_entry
+from tests.tiny_model import EXPERTS, MODEL
 from tests.trainings import REPOSITORY, finish, records
 from tools.common.errors import ToolError
 from tools.common.flags import parse, words_of
-from tools.common.tiny_model import EXPERTS, MODEL
 from tools.compare import command, picture, plan, trunks
 from tools.compare.plan import TUNING_SEED, Training, rounded, trunk_steps
 from tools.compare.results import Results, markdown

@@ -215,6 +215,21 @@ def test_launch_ahead_waits_late() -> None:
 
 
 @needs_cuda_build
+def test_a_step_as_a_cuda_graph() -> None:
+    """A capture refuses each read of the host: ReMoE's layers and λ's update have none, top-k's on an A100 have."""
+    flags = (*ONE_MICRO_BATCH, *PLAIN, *"--num-layers 1 --no-check-for-nan-in-loss-and-grad".split())
+    flags += ("--cuda-graph-impl", "full_iteration")
+    bounded = tuple("--moe-relu-max-experts 2 --moe-relu-activation-limit 0".split())
+    found = Launch(flags=(*flags, *bounded), settings={"KERNELS": "triton"}).rehearse()
+    assert found["starts"], found["error"]
+    assert not any("megatron/remoe/" in wait["where"] for wait in found["host_syncs"])
+    reads = Launch("moe", flags, settings={"GPU": "a100"}).rehearse()
+    assert not reads["starts"] and "graph capture" in reads["error"]
+    refused = Launch(flags=(*flags, *bounded), settings={"KERNELS": "triton", "GPU": "a100"}).rehearse()
+    assert not refused["starts"] and "E204" in refused["error"]
+
+
+@needs_cuda_build
 def test_a_whole_step_as_one_row() -> None:
     step = whole_step(Launch(flags=(*PLAIN, "--num-layers", "1")), 64)
     assert step is not None and step["gib"] < 80 and step["launches"] > step["layer"] > 10

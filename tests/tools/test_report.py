@@ -19,12 +19,12 @@ from tests.trainings import REPOSITORY, TINY, finish, run
 from tools.common.figure_reader import read_figures
 from tools.common.run_figures import RunFigures
 from tools.evaluate.command import main as evaluate
+from tools.recipes.stages import Flops
 from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.overlay import HOVERED
 from tools.report.reading import read_run
 from tools.sweep.run_log import read_outcome
-from tools.sweep.stages import Flops
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

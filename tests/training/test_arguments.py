@@ -114,7 +114,7 @@ def test_bad_value(kind: list[str] | str, flags: str, given: str, remedy: str, r
     assert given in message and remedy in message
 
 
-VALUES = {"moe_aux_loss_coeff": 0.01, "cuda_graph_impl": "full_iteration", "transformer_impl": "inference_optimized"}
+VALUES = {"moe_aux_loss_coeff": 0.01, "transformer_impl": "inference_optimized"}
 
 
 @pytest.mark.parametrize("entry", REFUSALS, ids=lambda entry: entry.name)

@@ -35,8 +35,9 @@ ANSWERS = {
     "(void** made) { *made = rehearsal_handle(); return 0; }": """
         cublasCreate_v2 cublasLtCreate cublasLtMatmulDescCreate cublasLtMatrixLayoutCreate
         cublasLtMatmulPreferenceCreate cudaStreamCreate cudaStreamCreateWithFlags cudaStreamCreateWithPriority
-        cudaEventCreate cudaEventCreateWithFlags __cudaGetKernel cuModuleLoad cuModuleLoadData cuModuleLoadDataEx
-        cuModuleGetFunction cuDevicePrimaryCtxRetain cuCtxGetCurrent nvrtcCreateProgram
+        cudaEventCreate cudaEventCreateWithFlags cudaGraphInstantiate cudaGraphInstantiateWithFlags __cudaGetKernel
+        cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleGetFunction cuDevicePrimaryCtxRetain cuCtxGetCurrent
+        nvrtcCreateProgram
     """,
     "(int* value) { *value = CUDA; return 0; }": "cudaDriverGetVersion cudaRuntimeGetVersion cuDriverGetVersion",
     "(int* value) { *value = 1; return 0; }": "cudaDeviceCanAccessPeer",
@@ -45,10 +46,9 @@ ANSWERS = {
         cuOccupancyMaxActiveBlocksPerMultiprocessor
     """,
     "(int* value) { *value = 66; return 0; }": "cuOccupancyMaxActiveClusters",
-    # No priority, no capture of a graph, default modes, no error.
+    # No priority, default modes, no error.
     "(void*, int* value) { *value = 0; return 0; }": """
-        cudaStreamGetPriority cudaStreamIsCapturing cuStreamIsCapturing cudaStreamGetCaptureInfo cublasGetMathMode
-        cublasGetPointerMode_v2 ncclCommGetAsyncError
+        cudaStreamGetPriority cuStreamIsCapturing cublasGetMathMode cublasGetPointerMode_v2 ncclCommGetAsyncError
     """,
 }
 # Triton launches its kernels with a module that it compiles from this file when it is first used.

@@ -108,10 +108,14 @@ def shares_of(flags: Sequence[str], stage: str | None) -> dict[str, float]:
     return {stage: shares[stage]} if stage else shares
 
 
-def steps_of(shares: dict[str, float]) -> list[dict[str, str]]:
-    """Return the steps to play: one to start, one for each stage's memory, one for events, one for the roofline."""
+def steps_of(shares: dict[str, float], flags: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Return the steps to play: one to start, one for each stage's memory, one for events, one for the roofline.
+
+    A step that Megatron captures as a CUDA graph comes last.
+    """
     first, last = next(iter(shares)), next(reversed(shares))
     purposes = [(first, "start"), *((stage, "memory") for stage in shares), (last, "events"), (last, "roofline")]
+    purposes += [(last, "graph")] * (value_of(flags, "--cuda-graph-impl") == "full_iteration")
     return [{"stage": stage, "for": purpose} for stage, purpose in purposes]
 
 
@@ -129,7 +133,7 @@ def ranks_of(flags: Sequence[str], world: int, wanted: int | None) -> dict[int, 
 def play(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
     """Play one rank; return its record, with "rank", "starts" and "error"."""
     shares = shares_of(flags, options.stage)
-    steps = steps_of(shares)
+    steps = steps_of(shares, flags)
     record, log = folder / f"rank{rank}.json", folder / f"rank{rank}.log"
     if options.log is not None:
         log = options.log.with_name(f"{options.log.name}.rank{rank}")

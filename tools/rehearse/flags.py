@@ -13,7 +13,8 @@ LEFT_OUT = set(
     "--wandb-exp-name --wandb-save-dir --wandb-entity --async-save --data-path --data-args-path --train-data-path "
     "--valid-data-path --test-data-path --per-split-data-args-path --data-cache-path --train-iters --train-samples "
     "--lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --exit-interval --exit-duration-in-mins "
-    "--log-interval --eval-interval --eval-iters --num-workers --rampup-batch-size --mock-data --cpu".split()
+    "--log-interval --eval-interval --eval-iters --num-workers --rampup-batch-size --mock-data --cpu "
+    "--cuda-graph-warmup-steps".split()
 )
 GPT2S = {"--tokenizer-type", "--vocab-file", "--merge-file"}
 
@@ -26,6 +27,8 @@ def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
         if not all(file and Path(file).is_file() for file in files):
             kept = [*without(kept, GPT2S.__contains__), *OF_GPT2S_SIZE]
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
+    if value_of(kept, "--cuda-graph-impl") == "full_iteration":
+        run += f" --cuda-graph-warmup-steps {steps - 1}"  # Megatron captures the last
     return [*kept, *run.split()]
 
 

@@ -137,7 +137,10 @@ class Rehearsal:
         if plan["for"] == "events":
             result = self._count_events(run)
         elif plan["for"] == "roofline":
-            self.roofline = roofline = Roofline(args, self.options["rates"], self.engine)
+            filled = 1.0
+            if args.cuda_graph_impl == "full_iteration" and args.moe_relu_max_experts:
+                filled = self.pairs.share * args.num_experts / args.moe_relu_max_experts
+            self.roofline = roofline = Roofline(args, self.options["rates"], self.engine, filled)
             with roofline, counters.Waits().watching(roofline.wait):
                 result = run()
             self.roofline = None

@@ -53,11 +53,12 @@ class Roofline(TorchDispatchMode):
         args: Megatron's, for the sizes that tell the parts apart.
         rates: see `cards.rates`.
         engine: Transformer Engine's functions.
+        filled: share of the experts' rows that have a pair; products, SwiGLU and sums stop at the others.
     """
 
-    def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: Calls) -> None:
+    def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: Calls, filled: float = 1.0) -> None:
         super().__init__()
-        self._args, self._rates, self._engine = args, rates, engine
+        self._args, self._rates, self._engine, self._filled = args, rates, engine, filled
         self._kernel: Any = None
         self.parts: dict[str, Work] = {}
         self.stretches: list[list[float]] = [[]]  # seconds of each operation, between the waits of the host
@@ -104,8 +105,10 @@ class Roofline(TorchDispatchMode):
         name, tensors = kernel.src.fn.__name__, [value for value in arguments.values() if torch.is_tensor(value)]
         if "bytes" not in told and name not in ONE_PASS:
             self.guessed.add(name)
-        part = TRITON_PARTS.get(kernel.src.fn.__module__.rpartition(".")[2]) or self._part(name, False, tensors)
-        self._add(part, told.get("bytes", sum(map(_size, tensors))), told.get("flops", 0.0), "products")
+        module = kernel.src.fn.__module__.rpartition(".")[2]
+        part = TRITON_PARTS.get(module) or self._part(name, False, tensors)
+        moved = told.get("bytes", sum(map(_size, tensors))) * (self._filled if module in ("rows", "swiglu") else 1.0)
+        self._add(part, moved, told.get("flops", 0.0), "products")
 
     def _add_engine(self, name: str, tensors: list[torch.Tensor], moved: float, flops: float, rate: str) -> None:
         self._add(self._part(rate if flops else name, bool(flops), tensors), moved, flops, rate)
@@ -122,7 +125,8 @@ class Roofline(TorchDispatchMode):
             flops, rate = _flops(name, inputs)
             part = self._part(rate if flops else name, bool(flops), inputs + outputs)
             share = share_of_grouped(self._args) if rate == "grouped" else 1.0
-            self._add(part, _bytes(name, inputs, outputs), flops, rate, share)
+            filled = self._filled if rate == "grouped" else 1.0
+            self._add(part, filled * _bytes(name, inputs, outputs), filled * flops, rate, share)
         return result
 
     def _add(self, part: str, moved: float, flops: float, rate: str, share: float = 1.0) -> None:

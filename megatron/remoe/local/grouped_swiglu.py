@@ -152,15 +152,15 @@ class OneKernel:
         """
         Args:
             tokens_per_expert: integers `[E]`, on the host or the device; not waited for.
-            num_pairs: rows of the products; with `LateSizes` those of experts may end before or after them.
+            num_pairs: rows of the products; those of experts may end before them, with `LateSizes` also after them.
             device: where the weights are.
         """
         late = tokens_per_expert if isinstance(tokens_per_expert, LateSizes) else None
         counted = tokens_per_expert if isinstance(tokens_per_expert, torch.Tensor) else tokens_per_expert.on_device
         self.ends = counted.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
-        self.end = None
         if late is not None:
-            self.end = self.ends.clamp_(max=num_pairs)[-1:]  # the rows of pairs end here
+            self.ends.clamp_(max=num_pairs)
+        self.end = self.ends[-1:]  # the rows of pairs end here
         self.sizes = tokens_per_expert if late is not None or not counted.is_cuda else None
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ class ReMoELayer(MoELayer):
         self.ranks, self.backend = Ranks.of(pg_collection), backend_of(config)
         is_topk = type(self.router) is TopKRouter
         self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
-        self._waits = True
+        self._most = 0  # experts of a token, where the layer has room for that many and does not count
         self._guess: Guess | None = None
         self._run_experts = self._by_megatron
         if takes_plans(config):
@@ -65,11 +65,14 @@ class ReMoELayer(MoELayer):
             if self.ranks.is_alone and isinstance(self.experts, GroupedExperts):
                 if not self.shared_expert_overlap:
                     self._run_experts = self._in_place
-                has_k = is_topk and config.moe_expert_capacity_factor is None
-                self._waits = not has_k or waits_for_sizes(self.experts.fc1)
-                launches_ahead = getattr(config, "moe_relu_launch_ahead", False) and not is_topk
-                if launches_ahead and takes_grouped_kernel(self.experts.fc1):
-                    self._guess = Guess(config.moe_router_topk, self.pairs_limit)
+                if is_topk:
+                    drops = config.moe_expert_capacity_factor is not None
+                    self._most = 0 if drops or waits_for_sizes(self.experts.fc1) else config.moe_router_topk
+                elif takes_grouped_kernel(self.experts.fc1):
+                    if config.cuda_graph_impl == "full_iteration" and not self.pairs_limit:
+                        self._most = getattr(config, "moe_relu_max_experts", None) or 0
+                    elif getattr(config, "moe_relu_launch_ahead", False):
+                        self._guess = Guess(config.moe_router_topk, self.pairs_limit)
         manager = getattr(self.token_dispatcher, "_comm_manager", None)
         if isinstance(manager, _DeepepManager) and not is_topk:
             # A slot for each expert that a token may have, and any capacity factor: then gates of 0 are not sent.
@@ -77,6 +80,11 @@ class ReMoELayer(MoELayer):
             manager.router_topk = slots * self.token_dispatcher.tp_size
             manager.capacity_factor = 1.0
         _prepare_experts(self.experts)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host reads the number of pairs from the device, which no CUDA graph allows."""
+        return not self._most
 
     def forward(
         self,
@@ -99,7 +107,7 @@ class ReMoELayer(MoELayer):
         Raises:
             ValueError: in training with tensor parallelism and without sequence parallelism.
         """
-        in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl != "none"
+        in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl not in ("none", "full_iteration")
         if not self.pairs_limit and (in_graphs or self._run_experts == self._by_megatron):
             return super().forward(hidden_states, intermediate_tensors, padding_mask, **for_router)
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
@@ -138,11 +146,11 @@ class ReMoELayer(MoELayer):
         return output if found <= num_pairs else None
 
     def _run_counted(self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
-        """Read the number of pairs, and run the experts, in chunks if there are too many."""
-        if self._waits:
-            counts = count_pairs(map_TE, self.ranks, self.backend, self.pairs_limit)
+        """Read the number of pairs unless there is room for the most, and run the experts, in chunks if too many."""
+        if self._most:
+            counts = count_known(map_TE, self.backend, self._most)
         else:
-            counts = count_known(map_TE, self.backend, self.config.moe_router_topk)
+            counts = count_pairs(map_TE, self.ranks, self.backend, self.pairs_limit)
         if self._guess is not None:
             self._guess.learn(sum(count.num_pairs for count in counts), len(map_TE))
         if len(counts) == 1:

@@ -58,7 +58,7 @@ class Counts:
     """The numbers of pairs of a layer's tokens, or of one chunk of them.
 
     Attributes:
-        num_pairs: P, or a guess at it.
+        num_pairs: P, or a guess or bound of it.
         tokens_per_expert: integers `[L]`, the pairs that arrive at each expert here; on the host, unless nothing was
             waited for.
         exchange: None where one rank has all experts.
@@ -113,18 +113,18 @@ def count_pairs(map_TE: torch.Tensor, ranks: Ranks, backend: Backend, limit: flo
         chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * most / bound)))
 
 
-def count_known(map_TE: torch.Tensor, backend: Backend, topk: int) -> list[Counts]:
-    """Count where each token has `topk` experts and one rank has all of them; waits for nothing.
+def count_known(map_TE: torch.Tensor, backend: Backend, most: int) -> list[Counts]:
+    """Count where one rank has all experts and each token has at most `most` of them; waits for nothing.
 
     Args:
         map_TE, backend: as `count_pairs`'s.
-        topk: experts of each token.
+        most: experts of a token, for which there is room; some may have fewer where experts go through one kernel.
 
     Returns:
         One `Counts`, of all tokens.
     """
     tokens_per_expert, counted = backend.count(map_TE)
-    return [Counts(len(map_TE) * topk, tokens_per_expert, None, counted)]
+    return [Counts(len(map_TE) * most, tokens_per_expert, None, counted)]
 
 
 class Guess:

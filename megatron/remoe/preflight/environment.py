@@ -115,6 +115,9 @@ def check_settings(args: argparse.Namespace) -> None:
             "--async-save needs a GPU: its process dies without one, and the first save waits for it. Leave it out.": (
                 args.async_save and on_cpu
             ),
+            f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU. Leave it out.": (
+                args.cuda_graph_impl != "none" and on_cpu
+            ),
             "--profile needs a GPU. Add --use-pytorch-profiler.": (
                 args.profile and not args.use_pytorch_profiler and on_cpu
             ),

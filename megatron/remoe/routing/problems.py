@@ -161,8 +161,8 @@ NOT_IN_CHUNKS = {
 
 def _combinations(settings: Settings, beside: str) -> Iterator[str]:
     """Yield settings that are refused in combination."""
-    if beside == "--moe-relu-routing" and settings.moe_relu_launch_ahead:
-        yield from _launch_ahead(settings)
+    if beside == "--moe-relu-routing":
+        yield from _needed(settings)
     backend = getattr(settings, "moe_flex_dispatcher_backend", None)
     if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
         experts = settings.moe_relu_max_experts or _experts(settings)
@@ -205,21 +205,29 @@ def _combinations(settings: Settings, beside: str) -> Iterator[str]:
             "--moe-relu-router-bias (on) cannot be used with --disable-bias-linear, which leaves out all biases. "
             "Give one of them."
         )
-    graphs = getattr(settings, "cuda_graph_modules", None) or []
-    has_moe = any(str(getattr(item, "name", item)).startswith("moe") for item in as_list(graphs))
-    if getattr(settings, "cuda_graph_impl", None) not in (None, "none") and has_moe:
+    graphs = getattr(settings, "cuda_graph_impl", None)
+    modules = as_list(getattr(settings, "cuda_graph_modules", None) or "full")  # without modules Megatron takes layers
+    has_moe = any(str(getattr(module, "name", module)).startswith(("moe", "full")) for module in modules)
+    captures = {
+        "full_iteration": beside != "--moe-relu-routing",  # `_needed` has the rest
+        # Of GPTModel's layers, which hold attention and experts, attn takes all: create_mcore_cudagraph_manager.
+        "local": has_moe or not is_hybrid,
+        "transformer_engine": has_moe,
+    }
+    if captures.get(graphs or "none"):
         yield (
-            f"--cuda-graph-modules {shown(graphs)} cannot be used with {beside}: the "
-            "number of routed pairs changes from step to step. Keep only attention, or use --cuda-graph-impl none."
+            f"--cuda-graph-impl {graphs} with --cuda-graph-modules {shown(modules)} cannot be used with {beside}: the "
+            "number of routed pairs changes from step to step. Use --cuda-graph-impl none, or local with "
+            "--cuda-graph-modules attn and a --hybrid-layer-pattern."
         )
 
 
-def _launch_ahead(settings: Settings) -> Iterator[str]:
-    """Yield what --moe-relu-launch-ahead needs and is not given."""
+def _needed(settings: Settings) -> Iterator[str]:
+    """Yield what --moe-relu-launch-ahead and --cuda-graph-impl full_iteration need and are not given."""
     expert_tensor_parallel = getattr(settings, "expert_tensor_parallel_size", None)
     if expert_tensor_parallel is None:  # Megatron's default
         expert_tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
-    needs = {
+    in_place = {
         "--moe-kernels triton": settings.moe_kernels == "triton",
         "--transformer-impl local": settings.transformer_impl == "local",
         "--moe-token-dispatcher-type alltoall": settings.moe_token_dispatcher_type == "alltoall",
@@ -228,5 +236,19 @@ def _launch_ahead(settings: Settings) -> Iterator[str]:
         "--expert-tensor-parallel-size 1": expert_tensor_parallel == 1,
         "no --moe-shared-expert-overlap": not settings.moe_shared_expert_overlap,
     }
-    if missing := [flag for flag, is_met in needs.items() if not is_met]:
-        yield f"--moe-relu-launch-ahead (on) needs {', '.join(missing)}. Add this, or leave it out."
+    bounded = {
+        "--moe-relu-max-experts": settings.moe_relu_max_experts is not None,
+        "--moe-relu-activation-limit 0": not settings.moe_relu_activation_limit,
+        # The step that is captured is the step of all times.
+        "no --moe-relu-start-topk": settings.moe_relu_start_topk is None,
+        "no --rampup-batch-size": getattr(settings, "rampup_batch_size", None) is None,
+        "no --teacher": getattr(settings, "teacher", None) is None,
+    }
+    needs = {}
+    if settings.moe_relu_launch_ahead:
+        needs["--moe-relu-launch-ahead (on)"] = in_place
+    if getattr(settings, "cuda_graph_impl", None) == "full_iteration":
+        needs["--cuda-graph-impl full_iteration"] = in_place | bounded
+    for given, flags in needs.items():
+        if missing := [flag for flag, is_met in flags.items() if not is_met]:
+            yield f"{given} needs {', '.join(missing)}. Add this, or leave it out."

@@ -182,13 +182,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "core/transformer/moe/moe_layer.py: MoELayer.preprocess",
     ),
     Refusal(
-        "cuda_graph_impl",
-        lambda value: value == "full_iteration",
-        "shapes change with the number of routed pairs",
-        "core/full_cuda_graph.py: FullCudaGraphWrapper",
-        "Use --cuda-graph-impl none",
-    ),
-    Refusal(
         "transformer_impl",
         lambda value: value == "inference_optimized",
         TOPK_SPEC,

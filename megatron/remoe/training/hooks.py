@@ -19,9 +19,11 @@ from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import hand_token_ids
 from megatron.remoe.baselines.pairs import PairCounter
+from megatron.remoe.data.errors import UsageError
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.local.experts import takes_grouped_experts
 from megatron.remoe.local.hybrid import local_hybrid_stack_spec
+from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import (
     LayerSpec,
     with_engine_kernels,
@@ -84,6 +86,13 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
 def _install_controller(
     args: argparse.Namespace, config: ReMoEConfig, model_chunks: list[torch.nn.Module]
 ) -> list[torch.nn.Module]:
+    layers = (module for chunk in model_chunks for module in chunk.modules() if isinstance(module, ReMoELayer))
+    if config.cuda_graph_impl == "full_iteration" and any(layer.waits for layer in layers):
+        raise UsageError(
+            "--cuda-graph-impl full_iteration needs --bf16, hidden sizes that are multiples of 8, and a GPU with a "
+            "kernel for all experts at once (H100, B200). Use --cuda-graph-impl none.",
+            "REMOE-E204",
+        )
     controller = SparsityController(model_chunks, config)
     _after_each_step(model_chunks, lambda: controller.update(_steps_done(args)))
     set_moe_metrics_tracker(ReMoEMetricsTracker(args, controller))
