@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.remoe.preflight.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
 from tests.trainings import REPOSITORY, TINY, run, series
 
@@ -224,6 +225,17 @@ def test_damaged_checkpoints(
     assert main("--load", str(broken), *words) == 1
     error = capfd.readouterr().err
     assert f"it is truncated. --ckpt-step {STEPS_BEFORE // 2} is whole." in error and error.count("\n") == 1
+
+    # Another class copies piece by piece, and reads while it writes: the error names the folder that it reads.
+    whole = broken / f"iter_{STEPS_BEFORE // 2:07d}"
+    place = next(place for piece, place in read_index(whole).storage_data.items() if piece.fqn == checkpoints.EMBEDDING)
+    with (whole / place.relative_path).open("r+b") as file:
+        file.seek(place.offset)
+        file.write(bytes(64))
+    another = ["--model", "hybrid", "--save", str(tmp_path / "hybrid"), "--ckpt-step", str(STEPS_BEFORE // 2)]
+    assert main("--load", str(broken), *another) == 1
+    error = capfd.readouterr().err
+    assert str(whole) in error and "--save" not in error and error.count("\n") == 1
 
     source = checkpoints.find(dense[0], None)
     model = build(models.source_args(source.args, 384))

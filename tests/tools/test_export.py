@@ -211,22 +211,29 @@ def test_no_room(limit: int, trained: Path, tmp_path: Path, capfd: pytest.Captur
 
 
 def test_tokenizer_without_a_question(trained: Path, tokenizer: Path, tmp_path: Path) -> None:
-    """Where this project is not imported, a folder's tokenizer is loaded without running code or asking for it.
+    """Where this project is not imported, each way in docs/huggingface.md loads a folder's tokenizer without asking.
 
-    Without trust_remote_code, transformers asks before it reads the tokenizer's own files, since config.json names code
-    for the model; without a terminal it goes on at once, with the same tokenizer.
+    AutoTokenizer without arguments asks because config.json names code for the model; without a terminal it goes on
+    at once, with the same tokenizer.
     """
     assert main("--load", trained, "--save", tmp_path / "out", "--tokenizer-model", tokenizer) == 0
     code = f"""
 import sys
-from transformers import AutoTokenizer
-for options in ({{"trust_remote_code": False}}, {{}}):
-    print("with", options)
-    print(AutoTokenizer.from_pretrained({str(tmp_path / "out")!r}, **options)("ab")["input_ids"])
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+folder = {str(tmp_path / "out")!r}
+for kind, options in (
+    (AutoTokenizer, {{"trust_remote_code": False}}),
+    (AutoTokenizer, {{"config": PreTrainedConfig.from_pretrained(folder)}}),
+    (PreTrainedTokenizerFast, {{}}),
+    (AutoTokenizer, {{}}),
+):
+    print("with", kind)
+    print(kind.from_pretrained(folder, **options)("ab")["input_ids"])
 assert not {{"megatron", "transformers_modules"}} & sys.modules.keys()
 """
     done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     expected = AutoTokenizer.from_pretrained(tokenizer)("ab")["input_ids"]
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.split("with ")[1:]
-    assert "[y/N]" not in first and first.endswith(f"{expected}\n") and second.endswith(f"{expected}\n")
+    parts = done.stdout.split("with ")[1:]
+    assert all(part.endswith(f"{expected}\n") for part in parts), done.stdout
+    assert ["[y/N]" in part for part in parts] == [False, False, False, True]

@@ -88,15 +88,14 @@ def find(root: Path, step: int | None) -> Checkpoint:
             "--ckpt-convert-format torch_dist and --ckpt-convert-save."
         )
     try:
-        check_is_whole(folder)
-        stored = read_index(folder).state_dict_metadata
-        common = common_state(folder)
+        with reading(folder):
+            check_is_whole(folder)
+            stored = read_index(folder).state_dict_metadata
+            common = common_state(folder)
     except BrokenCheckpointError as error:
         whole = newest_whole(root)
         remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
         raise ConversionError(f"--load {root}: {error}. {remedy}", error.code) from error
-    except FAILURES as error:
-        raise _unreadable(folder, error) from error
     args = common.get("args")
     if args is None:
         raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")
@@ -133,10 +132,8 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
             )
     load_objects_unexecuted()
     verify_loaded_bytes()
-    try:
+    with reading(checkpoint.folder):
         loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.folder), validate_access_integrity=False)
-    except FAILURES as error:
-        raise _unreadable(checkpoint.folder, error) from error
     model.load_state_dict(loaded["model"], strict=False)
     for name, value in model.state_dict().items():
         if torch.is_tensor(value) and not torch.isfinite(value).all():
@@ -165,7 +162,7 @@ def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int 
         ConversionError: a file is damaged.
     """
     reader, planner = FileSystemReader(checkpoint.folder), _Planner(False, False)
-    try:
+    with reading(checkpoint.folder):
         index, items = read_index(checkpoint.folder), []
         planner.set_up_planner({key: data for key, (data, _) in parts.items()}, index)
         for key, (data, number) in parts.items():
@@ -176,8 +173,6 @@ def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int 
             items += create_read_items_for_chunk_list(key, stored, [chunk])
         reader.set_up_storage_reader(index, is_coordinator=True)
         reader.read_data(LoadPlan(items), planner).wait()
-    except FAILURES as error:
-        raise _unreadable(checkpoint.folder, error) from error
 
 
 def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: bool) -> None:
@@ -207,6 +202,23 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
         (aside / RELEASE).mkdir()
         dist_checkpointing.save(state | {"model": sharded}, str(aside / RELEASE), content_metadata=dict(LAYOUT))
         (aside / TRACKER).write_text(RELEASE, encoding="utf-8")
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turn any exception inside the block into an error that names the checkpoint's folder.
+
+    Raises:
+        ConversionError: the block cannot read the checkpoint.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except FAILURES as error:
+        raise ConversionError(
+            f"{folder}: cannot be read ({_reason(error)}). If it is damaged, choose another iteration with --ckpt-step."
+        ) from error
 
 
 @contextmanager
@@ -285,12 +297,6 @@ def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorF
 def _other_name(key: str) -> str:
     names = (LOCAL_NORM, ENGINE_NORM) if LOCAL_NORM in key else (ENGINE_NORM, LOCAL_NORM)
     return key.replace(*names)
-
-
-def _unreadable(folder: Path, error: BaseException) -> ConversionError:
-    return ConversionError(
-        f"{folder}: cannot be read ({_reason(error)}). If it is damaged, choose another iteration with --ckpt-step."
-    )
 
 
 def _reason(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.settings import complete
 from . import fork_file
-from .rewriting import Piece, Place, Writer, encoded, objects, read_tensor, rewritten
+from .rewriting import Piece, Place, Writer, encoded, objects, read_each, read_tensor, rewritten
 
 COEFFICIENT = "moe_relu_l1_reg_coeff"
 LAYER = re.compile(r"(?P<before>decoder\.layers\.)(?P<number>\d+)\.(?P<rest>.+)")
@@ -64,10 +64,10 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
         display.step("copying", len(index.storage_data if index else state["model"])),
     ):
         target = _Target(args, writer)
-        for piece in pieces:
+        for piece in read_each(folder, pieces):
             target.add_tensor(*piece)
             display.advance(1)
-        for key, content in things:
+        for key, content in read_each(folder, map(_renewed, things)):
             target.add_object(key, content)
             display.advance(1)
         if args.moe_relu_routing:
@@ -128,9 +128,7 @@ class _Target:
 
     def add_object(self, key: str, content: bytes) -> None:
         """Write Transformer Engine's state of a layer or a state of random numbers."""
-        if key.startswith("rng_state/"):
-            content = _renewed(content)
-        elif (layer := LAYER.fullmatch(key)) and self.stacks and (name := OBJECT.fullmatch(layer["rest"])):
+        if (layer := LAYER.fullmatch(key)) and self.stacks and (name := OBJECT.fullmatch(layer["rest"])):
             alone = (name["offset"], name["shape"]) == ("0", "1")
             offset, shape = ("", "") if alone else (f".{name['offset']}", f".{name['shape']}")
             place = f"shard_{layer['number']}{offset}_{len(self.experts)}{shape}"
@@ -143,12 +141,15 @@ class _Target:
             self.add_tensor(f"decoder.layers.{layer}.mlp.router.{name}", (), (), torch.tensor(value))
 
 
-def _renewed(content: bytes) -> bytes:
-    """Store NumPy's state again: NumPy 1 wrote it under a name that no longer exists."""
+def _renewed(stored: tuple[str, bytes]) -> tuple[str, bytes]:
+    """Return a stored object with NumPy's state stored again: NumPy 1 wrote it under a name that no longer exists."""
+    key, content = stored
+    if not key.startswith("rng_state/"):
+        return stored
     rebuild = numpy.empty(0).__reduce__()[0]  # of arrays; its module has another name in each version
     former: list[Any] = [(rebuild, "numpy.core.multiarray._reconstruct")]
     with torch.serialization.safe_globals(former):
-        return encoded(torch.load(io.BytesIO(content), weights_only=True))
+        return key, encoded(torch.load(io.BytesIO(content), weights_only=True))
 
 
 def _whole_pieces(folder: Path, index: Metadata) -> Iterator[Piece]:

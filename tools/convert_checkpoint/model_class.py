@@ -15,7 +15,7 @@ from ..common.checkpoints import Checkpoint, check_output, find
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hybrid import FINAL_NORM, as_gpt, as_hybrid, hybrid_layer
-from .rewriting import Place, encoded, objects, rewritten, tensors
+from .rewriting import Place, encoded, objects, read_each, rewritten, tensors
 
 # With these the optimizer's state is stored under the weights' names.
 RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
@@ -98,13 +98,13 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
         rewritten(checkpoint.folder, options.save, state) as writer,
         display.step("copying", len(index.storage_data)),
     ):
-        for key, shape, offset, tensor in tensors(checkpoint.folder, index):
+        for key, shape, offset, tensor in read_each(checkpoint.folder, tensors(checkpoint.folder, index)):
             name, new_shape, new_offset = names.of_tensor(key, shape, offset)
             if len(new_shape) != len(shape):
                 tensor = tensor[0] if len(new_shape) < len(shape) else tensor[None]
             writer.add_tensor(name, new_shape, new_offset, tensor)
             display.advance(1)
-        for key, content in objects(checkpoint.folder, index):
+        for key, content in read_each(checkpoint.folder, objects(checkpoint.folder, index)):
             if (other := names.of_object(key)) is not None:
                 writer.add_object(other, content)
             display.advance(1)

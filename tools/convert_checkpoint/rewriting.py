@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron.remoe.preflight.checkpoint_files import CONFIG, RELEASE, TRACKER
 
-from ..common.checkpoints import new_folder
+from ..common.checkpoints import new_folder, reading
 
 type Place = tuple[int, ...]
 type Piece = tuple[str, Place, Place, torch.Tensor]  # key, shape of the whole tensor, offset of the piece, the piece
@@ -112,6 +112,22 @@ def tensors(folder: Path, index: Metadata) -> Iterator[Piece]:
         if isinstance(kind, TensorStorageMetadata):
             for chunk in kind.chunks:
                 yield key, tuple(kind.size), tuple(chunk.offsets), read_tensor(folder, index, key, chunk.offsets)
+
+
+def read_each[T](folder: Path, items: Iterable[T]) -> Iterator[T]:
+    """Yield what is read from a checkpoint, so that an exception on the way is not taken for one of the writer.
+
+    Raises:
+        ConversionError: `folder` cannot be read.
+    """
+    iterator = iter(items)
+    while True:
+        with reading(folder):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
 
 
 def encoded(value: object) -> bytes:
