@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 from tools.common.figure_reader import read_figures  # noqa: E402
 from tools.common.files import write_json  # noqa: E402
-from tools.quickstart import dataset, models  # noqa: E402
+from tools.corpora import dataset  # noqa: E402
+from tools.recipes import tiny  # noqa: E402
 from tools.recipes.models import Routing  # noqa: E402
 from tools.sweep.plan import LOSS_FREE  # noqa: E402
 
@@ -70,8 +71,8 @@ def train(folder: Path, name: str, seed: int) -> Path:
     text = dataset.make_text(folder / corpus, corpus, print)
     fields = {"remoe": runs / "remoe" / "checkpoints", "text": text}
     fields |= {f"at_{step}": lambda_at(runs / "remoe", step) for step in (BRANCH, STEPS) if f"at_{step}" in more}
-    flags = [*models.common_flags(models.SIZE, STEPS, seed), *Routing(routing, experts).flags(models.SIZE.ffn)]
-    flags += models.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
+    flags = [*tiny.common_flags(tiny.SIZE, STEPS, seed), *Routing(routing, experts).flags(tiny.SIZE.ffn)]
+    flags += dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     flags += f"--save-interval 400 --save-retain-interval 400 --save {runs / name / 'checkpoints'}".split()
     run(runs / name, "trained", "pretrain_gpt.py", *flags, *more.format(**fields).split())
     held_out = [str(prefix.with_suffix("")) for prefix in sorted(text.glob("heldout_*.bin"))]
