@@ -13,6 +13,7 @@ from typing import IO, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from .display import say
 from .log_reader import read_log, seconds_per_iteration
 from .training_process import end, start
 from .units import duration, rate
@@ -66,7 +67,7 @@ class TrainingDisplay:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+        say(self._progress.console, f"  {line}")
 
     def note(self, shown: ShownTraining, note: str) -> None:
         """Show what the training does."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.figure_reader import LOG, METRICS
-from ..common.flags import Settings, parse
+from ..common.flags import Settings, parse, whole
 from ..recipes.flops import arguments_of, flops_per_sequence
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
@@ -40,12 +40,6 @@ SET_BY_SWEEP = {
 PATTERN = "--hybrid-layer-pattern"
 ADAPTED = ("--lr", "--min-lr", "--ffn-hidden-size", PATTERN)  # runs start from the given value and change it
 SHOWN, NAMED = 4, 5  # differences and runs that a message names
-
-
-def whole(settings: Settings, flag: str) -> int:
-    """Return the number behind a flag, 0 if there is none."""
-    values = settings.get(flag, ())
-    return int(values[0]) if values and values[0].isdecimal() else 0
 
 
 def started_with(folder: Path) -> Settings | None:
