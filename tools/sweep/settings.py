@@ -13,7 +13,7 @@ from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
 from . import slurm
 from .plan import Launch, Run
-from .run_log import Outcome, has_checkpoint, read_outcome
+from .run_log import Outcome, read_outcome
 
 ENTRY = "pretrain_gpt.py"
 LAYOUT = (*NAMES, "NNODES")
@@ -194,7 +194,8 @@ def look(launch: Launch, runs: Sequence[Run], by_slurm: bool) -> list[Found]:
         folder, outcome = launch.folder(run), read_outcome(launch.folder(run))
         finished = outcome is not None and outcome.finished
         job = None if finished else jobs.get(str(folder))
-        conflict = _conflict(folder, settings) if not job and (finished or has_checkpoint(folder)) else ""
+        can_continue = (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+        conflict = _conflict(folder, settings) if not job and (finished or can_continue) else ""
         found.append(Found(run, settings, outcome, job, conflict))
     if lines := [f"  {each.run.name}: {each.conflict}" for each in found if each.conflict]:
         more = [f"  and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
