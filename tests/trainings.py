@@ -92,11 +92,11 @@ def series(output: str, field: str) -> list[float]:
 
 
 def figures(folder: Path, interval: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without times and starts, at whole intervals: each session logs its first step too."""
-    times = ("time", "seconds_per_iteration", "tokens_per_second")
+    """The lines of metrics.jsonl at whole intervals, without times and what only the first line of a session has."""
+    left_out = ("time", "seconds_per_iteration", "tokens_per_second", "parameters")
     lines = [line for line in read_run_log(folder / "metrics.jsonl") if line["kind"] != "start"]
     lines = [line for line in lines if line["iteration"] % interval == 0]
-    return [{name: value for name, value in line.items() if name not in times} for line in lines]
+    return [{name: value for name, value in line.items() if name not in left_out} for line in lines]
 
 
 def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:

@@ -160,10 +160,7 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
         ValueError, AssertionError, OSError: a flag or a file is wrong; the message names it.
     """
     from megatron.remoe import cpu
-    from megatron.remoe.preflight import data, environment
-    from megatron.remoe.preflight.checkpoint_files import choose_checkpoint
-    from megatron.remoe.preflight.checkpoint_fit import check_loaded_run
-    from megatron.remoe.preflight.machine import check_kernels
+    from megatron.remoe.preflight import checkpoint_files, checkpoint_fit, data, environment, machine
     from megatron.remoe.preflight.messages import usage_errors
     from megatron.remoe.training.arguments import parse_args, take_saved_args
     from megatron.training.arguments import validate_args
@@ -175,9 +172,9 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
     args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
     if on_cpu:
         cpu.adapt_arguments(args)
-    check_kernels(args.moe_kernels, on_cpu)
+    machine.check_kernels(args.moe_kernels, on_cpu)
     lock.take(args)
-    resume = choose_checkpoint(args)
+    resume = checkpoint_files.choose_checkpoint(args)
     if resume is not None:
         resume.apply(args)
     take_saved_args(args)
@@ -185,7 +182,7 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
     validate_args(args, {})
     environment.check_settings(args)
     data.remove_cached_indices(data.check_data(args, get_blend_and_blend_per_split))
-    args.override_opt_param_scheduler |= check_loaded_run(args, resume)
+    args.override_opt_param_scheduler |= checkpoint_fit.check_loaded_run(args, resume)
     environment.make_output_folders(args)
     set_global_variables(args)
     data.check_vocabulary(args, get_blend_and_blend_per_split)

@@ -158,7 +158,8 @@ def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
         pytest.raises(ToolError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag") as error,
     ):
         training.run(failing, display, shown, 1, held)
-    assert str(failing.log) in str(error.value) and "--no-such-flag" in failing.log.read_text()
+    log = failing.folder / "train.log"
+    assert str(log) in str(error.value) and "--no-such-flag" in log.read_text()
     assert not failing.is_done()
 
 

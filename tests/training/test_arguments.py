@@ -14,7 +14,7 @@ from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.remoe.training import arguments
 from megatron.training.arguments import add_megatron_arguments
 from tests.tiny_model import EXPERTS, RELU, TOPK
-from tests.trainings import TINY
+from tests.trainings import REPOSITORY, TINY
 
 Parse = Callable[..., argparse.Namespace]
 
@@ -197,3 +197,11 @@ def test_refusals_hold_in_the_library_too() -> None:
     with pytest.raises(ValueError, match="--moe-expert-capacity-factor 1.0 cannot be used"):
         ReMoEConfig(**shape, num_moe_experts=4, moe_router_topk=1, moe_expert_capacity_factor=1.0)
     assert ReMoEConfig(**shape, num_moe_experts=4, moe_router_topk=1).target_sparsity == 0.75
+
+
+def test_a_page_lists_every_flag() -> None:
+    page = (REPOSITORY / "docs" / "flags.md").read_text()
+    parser = arguments.add_remoe_arguments(argparse.ArgumentParser())
+    flags = [action.option_strings for action in parser._actions if action.dest != "help"]
+    assert len(flags) > 20
+    assert not [names for names in flags if not any(f"`{name}`" in page for name in names)]

@@ -105,7 +105,7 @@ def show(found: dict[str, Any]) -> None:
             }
         )
     for rows in tables:
-        print_table([*rows[0]], [[*row.values()] for row in rows], justify="right")
+        print_table([*rows[0]], [[*row.values()] for row in rows], text=0)
         print()
     both = found["losses"]["correlation"]["all"]
     if both["own"] is not None:

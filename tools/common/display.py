@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -54,17 +54,17 @@ class Display:
         """Print a result."""
         print(line, flush=True)
 
-    def fail(self, line: str) -> None:
-        """Print why there is no result."""
-        self._progress.stop()
-        print(line, file=sys.stderr, flush=True)
+
+def say(console: Console, line: str, style: str = "") -> None:
+    """Print a line without markup, colored numbers or line breaks."""
+    console.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
-def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], justify: Literal["left", "right"]) -> None:
-    """Print a table to standard output."""
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], text: int) -> None:
+    """Print a table to standard output; the first `text` columns are left-aligned, the others right-aligned."""
     table = Table(box=None, pad_edge=False)
-    for title in titles:
-        table.add_column(title, justify=justify, overflow="fold")
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="left" if place < text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)

@@ -9,12 +9,12 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from megatron.remoe.training.run_log import FILE as METRICS
-from megatron.remoe.training.run_log import read_run_log
+from megatron.remoe.training.run_log import read_run_log, whole_number
 
 from .errors import ToolError
 from .log_reader import read_printed
 from .places import LOG
-from .run_figures import Curve, Evaluation, RunFigures, whole_number
+from .run_figures import Curve, Evaluation, RunFigures
 
 LOADS = 512  # minimum number of lines whose expert load is kept; the maximum is twice that
 NAMES, CURVES = 256, 4096  # maximum numbers of layers and of curves: a damaged file could hold any

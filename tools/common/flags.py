@@ -22,6 +22,12 @@ def parse(words: Iterable[str]) -> Settings:
     return settings
 
 
+def whole(settings: Settings, flag: str, default: int = 0) -> int:
+    """Return the whole number after a flag, or `default`."""
+    values = settings.get(flag, ())
+    return int(values[0]) if values and values[0].isdecimal() else default
+
+
 def last_value(words: Sequence[str], flag: str) -> str | None:
     """Return the last value of a flag, given as `--flag value` or `--flag=value`; None if it is not given."""
     found = None

@@ -15,7 +15,7 @@ FORK_NAMES = {
 }
 _IN_METRICS = {"l1 coefficient after the update": "l1_coefficient"}
 _FIELD = re.compile(r" ([a-z][a-z0-9_ ()/]*): +(\S+) \|")
-_MILLISECONDS = "elapsed time per iteration (ms)"
+MILLISECONDS = "elapsed time per iteration (ms)"
 _ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
 _PADDED = re.compile(r"> padded vocab \(size: \d+\) .*\(new size: (\d+)\)")
 # Evaluations during training do not name their data.
@@ -37,11 +37,6 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
         authors' fork, the names are the values of `FORK_NAMES`.
     """
     return {int(iteration): _fields(line) for iteration, _, line in _LINE.findall(text)}
-
-
-def seconds_per_iteration(fields: Mapping[str, str]) -> float:
-    """Return the mean time of an iteration in seconds, from one line of the log."""
-    return float(fields[_MILLISECONDS]) / 1000
 
 
 def read_printed(log: Path) -> Iterator[dict[str, Any]]:
@@ -97,7 +92,7 @@ def _figures(fields: Mapping[str, str]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         _IN_METRICS.get(name, name.replace(" ", "_")): _number(of) for name, of in fields.items()
     }
-    if milliseconds := fields.get(_MILLISECONDS):
+    if milliseconds := fields.get(MILLISECONDS):
         figures["seconds_per_iteration"] = _number(f"{milliseconds}e-3")
     if guarded := fields.get("guarded layers"):
         figures["guarded_layers"] = [int(layer) for layer in guarded.split(",") if layer.isdecimal()]

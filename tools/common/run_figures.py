@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.remoe.training.run_log import LARGEST, TOTALS
+from megatron.remoe.training.run_log import TOTALS, whole_number
 
 WITHIN = 0.01  # share of the target within which S counts as settled
 
@@ -153,8 +153,3 @@ class RunFigures:
         pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
         of_the_step = self.num_experts * (1 - self.at("sparsity", iterations))
         return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), of_the_step)
-
-
-def whole_number(value: Any) -> int | None:
-    """Return a value if it is a whole number from 0 to `LARGEST`, else None."""
-    return value if type(value) is int and 0 <= value <= LARGEST else None

@@ -13,7 +13,8 @@ from typing import IO, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from .log_reader import read_log, seconds_per_iteration
+from .display import say
+from .log_reader import MILLISECONDS, read_log
 from .training_process import end, start
 from .units import duration, rate
 
@@ -66,7 +67,7 @@ class TrainingDisplay:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+        say(self._progress.console, f"  {line}")
 
     def note(self, shown: ShownTraining, note: str) -> None:
         """Show what the training does."""
@@ -136,7 +137,7 @@ class TrainingDisplay:
             self._move(shown, iteration)
             seconds = self._progress.tasks[self._bar].time_remaining
             left = "" if seconds is None else f"all: {duration(seconds)} left"
-            speed = rate(shown.tokens_per_iteration / max(seconds_per_iteration(fields), 1e-9))
+            speed = rate(1000 * shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6))
             loss = f"loss {float(fields['lm loss']):.3f}" if "lm loss" in fields else ""
             note = "  ".join(filter(None, [f"{iteration}/{shown.iterations}", loss, speed, left]))
             self.note(shown, note)

@@ -3,22 +3,16 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-FILE = Path(__file__).with_name("choices.json")  # a list of rows
+FILE = Path(__file__).with_name("choices.json")  # rows for 8 GPUs, the best of a model first
 GPUS = 8
-
-
-def rows(gpu: str, size: str, kernels: str) -> list[dict[str, Any]]:
-    """Return the rows of a model on 8 GPUs, the best first."""
-    wanted = {"gpu": gpu, "size": size, "kernels": kernels}
-    return [row for row in json.loads(FILE.read_text(encoding="utf-8")) if wanted.items() <= row.items()]
 
 
 def lines(gpu: str, gpus: int, size: str, kernels: str) -> Iterator[str]:
     """Yield the table of a model of the paper, or the command that makes it."""
-    found = rows(gpu, size, kernels) if gpus == GPUS else []
-    if not found:
+    wanted = {"gpu": gpu, "size": size, "kernels": kernels}
+    found = [row for row in json.loads(FILE.read_text(encoding="utf-8")) if wanted.items() <= row.items()]
+    if gpus != GPUS or not found:
         remedy = ""
         if gpus == GPUS:
             remedy = f"; python tools/rehearse/choose.py --size {size} --gpu {gpu} --kernels {kernels} does it"

@@ -68,14 +68,14 @@ def score_tasks(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dic
 def show(results: dict[str, Any]) -> None:
     """Print the results as tables."""
     for titles, rows in evaluations.tables(results):
-        print_table(titles, rows, justify="left")
+        print_table(titles, rows, text=len(titles))
         if evaluations.BY_LAYER in titles and any(row[-1] for row in rows):
             print(evaluations.EXPLAINED)
     if "tasks" in results:
         compared = compare_with_paper(results["tasks"])
         if compared[0] != [""]:
             print("\nAccuracy in %; the paper's: arXiv 2412.14711, table 8, 30B tokens each")
-            print_table(*compared, justify="left")
+            print_table(*compared, text=1)
 
 
 def evaluate(args: argparse.Namespace) -> None:

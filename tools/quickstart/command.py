@@ -12,6 +12,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from ..common import stamps
+from ..common.display import say
 from ..common.figure_reader import read_figures
 from ..common.files import lock, write_json
 from ..common.flags import whole_number
@@ -107,20 +108,16 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     output: Path = args.output_dir.expanduser().resolve()
     runs = output if args.iterations == tiny.ITERATIONS else output / f"iterations-{args.iterations}"
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     with lock(output, "quickstart") as keep_open:
         threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, {threads}"
-        say(f"{title}, in {short(output)}")
+        say(console, f"{title}, in {short(output)}")
         with step(console, "corpus", "collecting text") as result:
             sources = dataset.CORPORA[args.corpus]()
-            text = corpus.build(output / "corpus", lambda line: say(f"  {line}"), args.corpus, sources)
+            text = corpus.build(output / "corpus", lambda line: say(console, f"  {line}"), args.corpus, sources)
             result.append(describe_corpus(text) + (" (reused)" if text["reused"] else ""))
         for domain, reason in text["missing"].items() if text["reused"] else ():
-            say(f"  The corpus has no {domain}. To try again, remove {short(output / 'corpus')}. {reason}")
+            say(console, f"  The corpus has no {domain}. To try again, remove {short(output / 'corpus')}. {reason}")
         with step(console, "data set", "preprocessing") as result:
             data = dataset.build(output / "data", output / "corpus", text, args.threads)
             number = sum(data["tokens"]["train"].values())

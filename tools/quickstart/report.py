@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from ..common.display import say
 from ..common.places import LOG, interpreter, short, tool
 from ..common.run_figures import TOTALS, RunFigures
 from ..corpora.dataset import data_prefix
@@ -116,15 +117,11 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
         output: folder of the picture and the summary.
         runs: folder of the trainings.
     """
-
-    def say(line: str, style: str = "") -> None:
-        console.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
-
     console.print()
     console.print(table(summary))
     if summary["iterations"] == SPREAD_ITERATIONS:
-        say(f"± spread over {SEEDS} seeds, docs/experiments.md", "dim")
-    say("MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md", "dim")
+        say(console, f"± spread over {SEEDS} seeds, docs/experiments.md", "dim")
+    say(console, "MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md", "dim")
     console.print()
     binaries, output, runs = short(Path(interpreter()).parent), short(output), short(runs)
     each = runs / f"{{{','.join(tiny.NAMES)}}}"
@@ -135,7 +132,7 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
         ("checkpoints", each / "checkpoints"),
         ("TensorBoard", f"{binaries / 'tensorboard'} --logdir {runs}"),
     ):
-        say(f"  {name:<12}{place}")
+        say(console, f"  {name:<12}{place}")
     checkpoints = ["--load", str(runs / "remoe" / "checkpoints")]
     held_out = data_prefix(output / "data", "heldout", list(summary["remoe"]["val_loss_by_domain"])[-1])
     console.print("\nTo try next, with the ReMoE (README.md, After training):")
@@ -144,4 +141,4 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
         [*tool("evaluate", "evaluate"), *checkpoints, "--data-path", held_out],
         [*tool("export_hf", "export"), *checkpoints, "--save", str(runs / "remoe" / "hf")],
     ):
-        say(f"  {shlex.join(words)}")
+        say(console, f"  {shlex.join(words)}")

@@ -32,11 +32,6 @@ class Training:
     evaluations: int
     inputs: str
 
-    @property
-    def log(self) -> Path:
-        """Return the file of Megatron's output."""
-        return self.folder / LOG
-
     def is_done(self) -> bool:
         """Return whether it was trained and evaluated with these inputs."""
         return stamps.read_stamp(self.folder / "done.json", self.inputs) is not None
@@ -71,7 +66,7 @@ def run(training: Training, display: TrainingDisplay, shown: ShownTraining, thre
     if training.prepare():
         display.say(f"{shown.title}: code, text or versions have changed; it starts from iteration 0.")
     command = [sys.executable, *entry(), *training.flags]
-    with training.log.open("a", encoding="utf-8", buffering=1) as log:
+    with (training.folder / LOG).open("a", encoding="utf-8", buffering=1) as log:
         print(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}", file=log)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         code, cause = display.run(shown, command, environment, keep_open, log)
@@ -79,6 +74,6 @@ def run(training: Training, display: TrainingDisplay, shown: ShownTraining, thre
         reason = f"ended with exit code {code}" if code else "ended before its evaluation did"
         raise ToolError(
             f"The training of {shown.name} {reason}. The end of its log:\n\n{cause}\n\n"
-            f"The whole log: {training.log}\nFix the cause and run the same command: it goes on."
+            f"The whole log: {training.folder / LOG}\nFix the cause and run the same command: it goes on."
         )
     write_json(training.folder / "done.json", {"inputs": training.inputs})

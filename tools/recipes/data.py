@@ -108,7 +108,8 @@ def choose_split(data_path: Sequence[str]) -> tuple[str, list[str]]:
         if all(0 < round(ends[0] * count) < round(ends[1] * count) < count for count in counts):
             if split == SPLITS[0]:
                 return split, []
-            return split, [f"Split: {split}; of {min(counts)} documents the paper's {SPLITS[0]} gives a part none"]
+            reason = f"because the paper's {SPLITS[0]} leaves a part of {min(counts)} documents empty"
+            return split, [f"Split: {split}, {reason}"]
     return SPLITS[0], []
 
 

@@ -3,9 +3,10 @@
 import argparse
 import json
 import os
+from functools import partial
 from typing import Any
 
-from ..common.flags import GPT2_WORDS, Settings
+from ..common.flags import GPT2_WORDS, Settings, whole
 
 CONVENTION = (
     "A product of m x k and k x n matrices counts 2mnk; backward counts twice forward; attention counts over the whole",
@@ -104,11 +105,7 @@ def arguments_of(settings: Settings, padded_vocabulary: int = 0) -> argparse.Nam
         settings: the flags.
         padded_vocabulary: rows of the output layer; if 0, from --vocab-size, --vocab-file, or as GPT-2 has.
     """
-
-    def number(flag: str, default: int = 0) -> int:
-        values = settings.get(flag, ())
-        return int(values[0]) if values and values[0].isdecimal() else default
-
+    number = partial(whole, settings)
     granularity = number("--moe-granularity", 1)
     multiple = number("--make-vocab-size-divisible-by", 128)
     words = number("--vocab-size") or _words_in(*settings.get("--vocab-file", ("",)))

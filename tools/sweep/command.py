@@ -12,8 +12,10 @@ from typing import IO
 
 from rich.console import Console
 
-from ..common.figure_reader import LOG
+from ..common.display import say
 from ..common.files import lock
+from ..common.flags import whole
+from ..common.places import LOG
 from ..common.running import run_to_the_end
 from ..common.training_display import ShownTraining, TrainingDisplay
 from ..common.units import duration
@@ -21,12 +23,7 @@ from ..recipes.layout import RecipeError
 from . import plan, results, slurm, tiny
 from .arguments import parse_arguments, planned
 from .run_log import read_outcome
-from .settings import Found, check_flags, flops, look, set_aside_old_log, tokens_per_iteration, whole
-
-
-def say(console: Console, text: str, style: str = "") -> None:
-    """Print a line as it is."""
-    console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+from .settings import Found, check_flags, flops, look, set_aside_old_log, tokens_per_iteration
 
 
 def sweep(console: Console, args: argparse.Namespace) -> int:
@@ -120,7 +117,7 @@ def collect(console: Console, output: Path, planned: Sequence[plan.Run]) -> None
         raise RecipeError(f"--output-dir {output}: no run of a sweep is there.")
     written = results.collect(output, rows)
     console.print()
-    results.show(console, rows)
+    results.show(rows)
     console.print()
     if warning := results.unequal(rows):
         say(console, f"  {warning}", "yellow")

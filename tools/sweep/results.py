@@ -5,11 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from megatron.remoe.data.files import write_aside, write_text
 
+from ..common.display import print_table
 from ..common.markdown import table
 from ..common.places import LOG
 from ..common.units import duration
@@ -66,14 +64,9 @@ def unequal(rows: Sequence[Row]) -> str:
     return f"These runs were trained on different numbers of tokens ({told}): their losses do not compare."
 
 
-def show(console: Console, rows: Sequence[Row]) -> None:
+def show(rows: Sequence[Row]) -> None:
     """Print the table."""
-    grid = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
-    for place, name in enumerate(HEADER):
-        grid.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for row in rows:
-        grid.add_row(*_cells(row))
-    console.print(grid)
+    print_table(HEADER, map(_cells, rows), text=1)
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -54,11 +54,6 @@ class Outcome:
         return self.validation_loss is not None
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Return whether there is a checkpoint to continue from."""
-    return (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
-
-
 def read_outcome(folder: Path) -> Outcome | None:
     """Return the results of the run in `folder`; None if it has not begun."""
     try:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.figure_reader import LOG, METRICS
-from ..common.flags import Settings, parse
+from ..common.flags import Settings, parse, whole
 from ..recipes.flops import arguments_of, flops_per_sequence
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
 from . import slurm
 from .plan import Launch, Run
-from .run_log import Outcome, has_checkpoint, read_outcome
+from .run_log import Outcome, read_outcome
 
 ENTRY = "pretrain_gpt.py"
 LAYOUT = (*NAMES, "NNODES")
@@ -40,12 +40,6 @@ SET_BY_SWEEP = {
 PATTERN = "--hybrid-layer-pattern"
 ADAPTED = ("--lr", "--min-lr", "--ffn-hidden-size", PATTERN)  # runs start from the given value and change it
 SHOWN, NAMED = 4, 5  # differences and runs that a message names
-
-
-def whole(settings: Settings, flag: str) -> int:
-    """Return the number behind a flag, 0 if there is none."""
-    values = settings.get(flag, ())
-    return int(values[0]) if values and values[0].isdecimal() else 0
 
 
 def started_with(folder: Path) -> Settings | None:
@@ -200,7 +194,8 @@ def look(launch: Launch, runs: Sequence[Run], by_slurm: bool) -> list[Found]:
         folder, outcome = launch.folder(run), read_outcome(launch.folder(run))
         finished = outcome is not None and outcome.finished
         job = None if finished else jobs.get(str(folder))
-        conflict = _conflict(folder, settings) if not job and (finished or has_checkpoint(folder)) else ""
+        can_continue = (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+        conflict = _conflict(folder, settings) if not job and (finished or can_continue) else ""
         found.append(Found(run, settings, outcome, job, conflict))
     if lines := [f"  {each.run.name}: {each.conflict}" for each in found if each.conflict]:
         more = [f"  and {len(lines) - NAMED} more"] if len(lines) > NAMED else []

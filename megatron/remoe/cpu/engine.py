@@ -43,7 +43,6 @@ def install() -> None:
         _keep_freed_memory()
         _adapt_tensors()
         _adapt_modules()
-        _scale_in_place()
 
 
 def _keep_freed_memory() -> None:
@@ -67,6 +66,7 @@ def _adapt_tensors() -> None:
 
 
 def _adapt_modules() -> None:
+    from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import token_dispatcher
@@ -83,12 +83,7 @@ def _adapt_modules() -> None:
     )
     # It warms up fused kernels, which do not exist here.
     initialize._warmup_jit_function = lambda *_args, **_kwargs: None
-
-
-def _scale_in_place() -> None:
-    """Let clipping scale gradients in place, instead of writing them to new memory and copying them back."""
-    from megatron.core.optimizer import clip_grads, optimizer
-
+    # Clipping would write gradients to new memory and copy them back.
     clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = _scale
 
 

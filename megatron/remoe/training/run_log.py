@@ -18,7 +18,7 @@ from megatron.remoe.data.files import write_aside
 
 FILE = "metrics.jsonl"
 TOTALS = ("total_active_pairs", "total_layer_tokens")
-LARGEST = 2**53  # largest iteration of a record
+LARGEST = 2**53  # largest whole number that is accepted
 
 Record = dict[str, Any]
 
@@ -149,17 +149,16 @@ def read_run_log(path: Path, unread: Callable[[str], object] = lambda line: None
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
-            if _is_record(record):
+            is_record = isinstance(record, dict) and isinstance(record.get("kind"), str)
+            if is_record and whole_number(record.get("iteration")) is not None:
                 yield record
             elif line.endswith("\n") and not line.isspace():
                 unread(line)
 
 
-def _is_record(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        return False
-    iteration = value.get("iteration")
-    return type(iteration) is int and 0 <= iteration <= LARGEST
+def whole_number(value: Any) -> int | None:
+    """Return a value if it is a whole number from 0 to `LARGEST`, else None."""
+    return value if type(value) is int and 0 <= value <= LARGEST else None
 
 
 def _is_json(value: Any) -> bool:
