@@ -165,8 +165,8 @@ def count(
                 losses = cross_entropy(logits.flatten(0, 1).float(), on_device[:, 1:].flatten(), reduction="none")
                 for place, (gates, largest_output) in enumerate(seen):
                     counts.add(domain, start, ids, place, gates, largest_output)
-                active = torch.stack([(gates > 0).sum(dim=-1) for gates, _ in seen])
-                counts.add_losses(active, losses.view(len(ids), -1).cpu())
+                taken = torch.stack([(gates > 0).sum(dim=-1) for gates, _ in seen])
+                counts.add_losses(taken, losses.view(len(ids), -1).cpu())
                 seen.clear()
                 display.advance(len(ids))
     return counts

@@ -56,12 +56,10 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     iterations, seconds = figures.curve("seconds_per_iteration")
     batches, target = figures.batches(iterations), figures.target
     steps = np.diff(iterations, prepend=0)
-    if target is None:
+    if target is None and TOTALS[0] not in figures.curves:  # k experts per token, after a warm-up
         warmup, most = figures.whole("moe_warmup_steps"), figures.whole("moe_warmup_topk") or figures.topk
         warming = np.diff(iterations.clip(max=warmup), prepend=0) / np.maximum(steps, 1)
         experts = figures.topk + (most - figures.topk) * warming
-        if TOTALS[0] in figures.curves:
-            experts = figures.experts_per_token(iterations)
     else:
         experts = figures.experts_per_token(iterations)
     known = np.isfinite(batches) & np.isfinite(experts)
