@@ -30,7 +30,7 @@ from ..common.megatron_model import build
 from ..common.one_process import one_process
 from ..common.running import run_once
 from ..common.text import blend_of, sample
-from .fitting import fit_router
+from .fitting import fit_router, keep_largest
 from .from_fork import convert_fork
 from .from_hf import convert_hf
 from .model_class import convert_class
@@ -40,7 +40,6 @@ BOUNDS = {"dense": 0.01, "top-k": 0.05}
 TOKENS_PER_FORWARD = 4096
 # The way to the target is short, so λ should start higher and move less than in a training from scratch.
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
-STEPS = 1000  # to move the target to fewer experts per token
 OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
 
 
@@ -164,8 +163,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
         save(target.to(args.params_dtype), new_args, options.save, engine)
     flags = training_flags(new_args, options.save)
     if kind == "top-k" and new_args.moe_router_topk < args.moe_router_topk:
-        start = args.moe_router_topk // new_args.moe_granularity
-        flags += f" --moe-relu-start-topk {start} --moe-relu-start-steps {STEPS} --teacher {options.load}"
+        flags += f" --teacher {options.load}"
     display.say(f"wrote {options.save}; train with {flags}")
 
 
@@ -195,6 +193,8 @@ def _fitted(
                 copies, start = new_args.num_experts // new_args.moe_granularity, None
             else:
                 wanted, copies = torch.cat(gates.pop(layer)), 1
+                if new_args.moe_router_topk < args.moe_router_topk:
+                    wanted = keep_largest(wanted, new_args.moe_router_topk)
                 start = source.decoder.layers[layer].mlp.router.weight.detach()
             fitted = fit_router(seen, wanted, copies, start, options.seed + number)
             routers[layer] = fitted.weight

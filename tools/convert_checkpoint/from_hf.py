@@ -24,6 +24,7 @@ from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.folder import headers, weight_files
 from ..common.hf.settings import parse_flags
+from ..common.hf.weights import OUTER, Q_NORM, QKV, SAME
 from ..common.megatron_model import EXPERT, build
 from ..common.one_process import one_process
 from .hf_flags import flags_of, read_config
@@ -34,39 +35,14 @@ TOKENS = 512
 PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 64 --train-iters 1000 --lr 1e-5"
 PROGRAM += " --eval-interval 1000 --data-path DATA"
 LAYER = re.compile(r"decoder\.layers\.(?P<number>\d+)\.(?P<rest>.+)")
-OUTER = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
-# In a layer: Megatron's name → the folder's. Several are put one below the other.
-INNER = {
-    "input_layernorm.weight": ["input_layernorm.weight"],
-    "self_attention.linear_proj.weight": ["self_attn.o_proj.weight"],
-    "self_attention.linear_q_proj.weight": ["self_attn.q_proj.weight"],
-    "self_attention.linear_q_down_proj.weight": ["self_attn.q_a_proj.weight"],
-    "self_attention.linear_q_up_proj.weight": ["self_attn.q_b_proj.weight"],
-    "self_attention.linear_kv_down_proj.weight": ["self_attn.kv_a_proj_with_mqa.weight"],
-    "self_attention.linear_kv_up_proj.weight": ["self_attn.kv_b_proj.weight"],
-    "self_attention.kv_layernorm.weight": ["self_attn.kv_a_layernorm.weight"],
-    "self_attention.q_layernorm.weight": ["self_attn.q_norm.weight"],
-    "self_attention.k_layernorm.weight": ["self_attn.k_norm.weight"],
-    "pre_mlp_layernorm.weight": ["post_attention_layernorm.weight"],
-    "mlp.router.weight": ["mlp.gate.weight"],
+# In a layer: Megatron's name → the folder's, mostly as in an exported folder. Several are put one below the other.
+INNER = {name: [other] for name, other in SAME.items()} | {
+    Q_NORM: ["self_attn.q_norm.weight"],
+    QKV: [f"self_attn.{letter}_proj.weight" for letter in "qkv"],
     "mlp.linear_fc1.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    "mlp.linear_fc2.weight": ["mlp.down_proj.weight"],
-    "mlp.shared_experts.linear_fc1.weight": [
-        "mlp.shared_experts.gate_proj.weight",
-        "mlp.shared_experts.up_proj.weight",
-    ],
+    "mlp.shared_experts.linear_fc1.weight": [f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up")],
     "mlp.shared_experts.linear_fc2.weight": ["mlp.shared_experts.down_proj.weight"],
-    "self_attention.linear_qkv.weight": [
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-    ],
 }
-QKV = "self_attention.linear_qkv.weight"
 # Where a family's names differ.
 RENAMED = {
     "mixtral": {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
