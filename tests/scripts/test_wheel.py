@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.pretrain import NEEDED
 from tests.tiny_model import SIZES
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT
@@ -97,6 +98,14 @@ def test_the_library_installs_next_to(neighbour: str) -> None:
         if mine := ours.get(theirs.name):
             edges = {clause.version for clause in (*mine.specifier, *theirs.specifier)}
             assert any(mine.specifier.contains(edge) and theirs.specifier.contains(edge) for edge in edges), theirs
+
+
+def test_the_program_checks_for_the_required_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {"python": project["requires-python"]}
+    required |= {one.name: str(one.specifier) for one in map(Requirement, project["dependencies"])}
+    for name, least in NEEDED.items():
+        assert f">={'.'.join(map(str, least))}" in required[name], name
 
 
 def test_every_direct_dependency_has_its_exact_version() -> None:

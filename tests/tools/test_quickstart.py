@@ -163,6 +163,15 @@ def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
     assert not failing.is_done()
 
 
+def test_pages_have_the_spread_of_the_table() -> None:
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith("| mean ± "))
+    assert [float(number) for number in re.findall(r"± ([\d.]+)", row)] == [*report.SPREAD.values()]
+    readme = (ROOT / "README.md").read_text()
+    (row,) = (line for line in readme.splitlines() if line.startswith("| validation loss"))
+    assert re.findall(r"\(([\d.]+)\)", row) == [f"{spread:.3f}" for spread in report.SPREAD.values()]
+
+
 # ---------------------------------------------------------------- end to end
 
 
