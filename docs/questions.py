@@ -1,7 +1,7 @@
 """Remake the tables "Short questions" of experiments.md: python docs/questions.py [FOLDER] [SEED ...]
 
-Trains and evaluates what is missing, and writes docs/questions/figures.json. On one core the three seeds take about
-an hour and a half.
+Trains and evaluates what is missing, and writes docs/questions/figures.json. On one idle core the three seeds take
+about an hour.
 """
 
 import json
