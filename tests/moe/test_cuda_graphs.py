@@ -89,12 +89,15 @@ def test_a_step_is_captured() -> None:
     torch.cuda.synchronize()
     with torch.cuda.graph(captured):
         found = step(graph, other, given)
-    step(plain, controller, tokens[0])
-    for later in tokens[1:]:
-        given.copy_(later)
-        captured.replay()
+    is_rehearsed = torch.cuda.get_device_name().endswith("(rehearsal)")
+    for number, later in enumerate(tokens):
+        if number:
+            given.copy_(later)
+            captured.replay()
+        if is_rehearsed:
+            continue  # the plain layer would read a number that nobody wrote
         expected = step(plain, controller, later)
-        if not torch.cuda.get_device_name().endswith("(rehearsal)"):
+        if number:
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
             assert torch.equal(graph.router.l1_exponent, plain.router.l1_exponent)
 

@@ -115,7 +115,7 @@ def arguments(**changes: object) -> argparse.Namespace:
         bias_gelu_fusion local_layer_fusion distribute_saved_activations multi_latent_attention qk_layernorm
         qk_layernorm_all_heads moe_shared_expert_gate"""
     none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
-        recompute_method recompute_num_layers"""
+        recompute_method recompute_num_layers cuda_graph_impl"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
         moe_router_topk"""
     settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
