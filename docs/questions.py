@@ -1,4 +1,4 @@
-"""Remake the tables "Short questions" of experiments.md: python docs/questions.py [FOLDER] [SEED ...]
+"""Remake docs/questions/tables.md: python docs/questions.py [FOLDER] [SEED ...]
 
 Trains and evaluates what is missing, and writes docs/questions/figures.json. On one idle core the three seeds take
 about an hour.
