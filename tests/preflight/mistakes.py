@@ -135,6 +135,10 @@ ENTRY = {
         "E203|--non-persistent-save-interval|--non-persistent-ckpt-type global",
     ),
     "profile on a CPU": Case(on("text", "--profile"), "E203|--profile|--use-pytorch-profiler"),
+    "a CUDA graph on a CPU": Case(
+        on("text", "--cuda-graph-impl transformer_engine --cuda-graph-modules attn"),
+        "E203|--cuda-graph-impl|Leave it out",
+    ),
     "kernels without a GPU": Case(
         on("text", "--moe-kernels triton"), "E102|--moe-kernels triton|no GPU", unset=("TRITON_INTERPRET",)
     ),
