@@ -40,8 +40,7 @@ from . import files
 from .errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"
-# A damaged file can raise anything; PyTorch's own error is not an Exception.
-FAILURES = (Exception, CheckpointException)
+FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything; PyTorch's own error is no Exception
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 PROBE = 2**26  # bytes to allocate as a test before a folder is written
 OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
@@ -114,9 +113,8 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     Raises:
         ConversionError: a tensor is missing, has another shape, cannot be read, or holds NaN or infinity.
     """
-    state = _sharded(model, checkpoint.layout)
     # Leave out objects: they are Transformer Engine's state for FP8.
-    _, wanted = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
+    _, wanted = extract_matching_values(_sharded(model, checkpoint.layout), lambda one: isinstance(one, ShardedObject))
     for tensor in _tensors(wanted):
         if tensor.key not in checkpoint.shapes:
             tensor.key = _other_name(tensor.key)
@@ -206,11 +204,7 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Turn any exception inside the block into an error that names the checkpoint's folder.
-
-    Raises:
-        ConversionError: the block cannot read the checkpoint.
-    """
+    """Turn any exception inside the block into a ConversionError that names the checkpoint's folder."""
     try:
         yield
     except UsageError:
