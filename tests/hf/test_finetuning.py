@@ -23,8 +23,7 @@ STEPS = 4
 
 def program() -> str:
     """Return the documented program with few steps, rows in order, each step logged; on CPUs, one a rank."""
-    _, _, code = (ROOT / "docs" / "huggingface.md").read_text().partition("```python\n# finetune.py")
-    code = "#" + code.partition("```")[0]
+    code = (ROOT / "docs" / "finetune.py").read_text()
     steps = f"max_steps={STEPS}, train_sampling_strategy='sequential', use_cpu=True"
     for old, new in (("max_steps=400", steps), ("logging_steps=10", "logging_steps=1")):
         assert old in code

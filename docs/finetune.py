@@ -1,0 +1,32 @@
+"""Fine-tune an exported model on a text: python docs/finetune.py FOLDER TEXT NEW_FOLDER"""
+
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+folder, text, new_folder = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+length = model.config.max_position_embeddings
+rows = ids[: len(ids) // length * length].view(-1, length)
+
+trainer = Trainer(
+    model,
+    TrainingArguments(
+        new_folder,
+        max_steps=400,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-4,
+        logging_steps=10,
+    ),
+    train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+    callbacks=[model.sparsity_callback()],
+)
+trainer.train()
+trainer.save_model()
+trainer.save_state()
+tokenizer.save_pretrained(new_folder)
