@@ -72,7 +72,7 @@ def test_narrowed_lists() -> None:
     assert names("variable-k", granularity=[2]) == [
         f"llama_182m_{kind}" for kind in (
             "moe_e8g2", "remoe_e8g2", "moe_e8g2_topp", "moe_e8g2_threshold", "moe_e8g2_null", "moe_e8g2_sequence",
-            "moe_e8g2_quantile",
+            "moe_e8g2_routingfree", "moe_e8g2_quantile",
         )
     ]  # fmt: skip
     for run in plan.plan(["variable-k"], {}, None):  # the default granularity
