@@ -156,9 +156,10 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
             seeds = significance.seeds_for_equivalence(margin, spread.deviation, len(found))
             yield ""
             pooled = "pooled" if spread.is_equal else "not pooled"
+            equal = f"p = {spread.p:.2g}" if math.isfinite(spread.p) else "not tested"
             yield (
                 f"{steps} steps: gaps differ by {spread.deviation:.4f} between seeds ({spread.freedom} degrees of "
-                f"freedom; equal spread: p = {spread.p:.2g}; {pooled}). Equal arms need "
+                f"freedom; equal spread: {equal}; {pooled}). Equal arms need "
                 f"{seeds or 'more than 1000'} seeds to be found equivalent within {margin:g}."
             )
     if found:
