@@ -1,5 +1,6 @@
 """With --cuda-graph-impl full_iteration a layer has room for the most pairs, and the host reads nothing."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def test_steps_are_equal_and_nothing_is_read(most: int, monkeypatch: pytest.Monk
     room = {"moe_relu_max_experts": most}
     (plain, controller), (graph, other), (copy, third) = make_layers(room, room | GRAPH, room | GRAPH)
     assert plain.waits and not graph.waits
-    calls, tokens = reads(monkeypatch), tokens_of(graph, 1)
+    calls, tokens, exponents = reads(monkeypatch), tokens_of(graph, 1), [0]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     try:
         for number in range(4):
@@ -70,12 +71,14 @@ def test_steps_are_equal_and_nothing_is_read(most: int, monkeypatch: pytest.Monk
             expected_summary, summary = controller.summary(), other.summary()
             assert summary is not None and expected_summary is not None
             assert vars(summary) | third.totals() == vars(expected_summary) | third.totals()
+            assert int(graph.router.l1_exponent) == int(plain.router.l1_exponent)
+            exponents.append(int(graph.router.l1_exponent))
             if number == 1:
                 copy.load_state_dict(graph.state_dict())
                 graph, other = copy, third
     finally:
         torch.use_deterministic_algorithms(False)
-    assert int(graph.router.l1_exponent) == int(plain.router.l1_exponent) != 0
+    assert all(exponent != before for before, exponent in pairwise(exponents)), "λ moved"
 
 
 @pytest.mark.gpu
