@@ -50,7 +50,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_small_experiment(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--arms moe --experts 4 --steps 20 --seeds 1 --lr-factors 1 2 --tuning-steps 20 --processes 1".split()
-    words += ["--output-dir", str(output)]
+    words += ["--lr-warmup-iters", "4", "--output-dir", str(output)]
     tool, pipe = str(REPOSITORY / "tools" / "compare"), subprocess.PIPE
     process = subprocess.Popen([sys.executable, tool, *words], stdout=pipe, stderr=pipe, text=True)
     while process.poll() is None and not [*output.glob("mixed/trainings/*/trunk/train.log")]:
@@ -188,6 +188,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, capsys: pytest.Capt
     ("words", "message"),
     [
         (["--steps", "403"], "--steps 403"),
+        (["--steps", "370"], "--lr-warmup-iters 300"),
         (["--tuning-steps", "15"], "--tuning-steps 15"),
         (["--seeds", str(TUNING_SEED)], f"--seeds {TUNING_SEED}"),
     ],

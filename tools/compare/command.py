@@ -27,7 +27,7 @@ from ..common.running import run_once
 from ..corpora.dataset import CORPORA, MIXED, make_text
 from . import picture
 from .experiment import Experiment, rates_of
-from .plan import ARMS, LEAST, LOG_INTERVAL, REFERENCE, STARTS, TUNING_SEED
+from .plan import ARMS, LEAST, LOG_INTERVAL, REFERENCE, STARTS, TUNING_SEED, Training, trunk_steps
 from .results import Results, markdown
 from .trunks import Runner
 
@@ -52,6 +52,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "factors on the learning rate to tune over; one: no tuning (default: %(default)s)"
     add("--lr-factors", nargs="+", type=above_zero, default=[*FACTORS], metavar="X", help=text)
     add("--tuning-steps", type=number, default=1200, metavar="N", help=default)
+    text = "steps in which the learning rate rises; the dense start lies within them, as in the paper (default: 300)"
+    add("--lr-warmup-iters", type=number, default=Training.warmup, metavar="N", help=text)
     text = "largest difference of two losses that counts as none (default: %(default)s)"
     add("--margin", type=above_zero, default=0.01, metavar="NATS", help=text)
     text = "number of parallel trainings, with one thread each (default: the number of cores)"
@@ -70,6 +72,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for flag, values in (("--steps", args.steps), ("--tuning-steps", [args.tuning_steps])):
         if wrong := [value for value in values if value % LOG_INTERVAL or value < LEAST]:
             parser.error(f"{flag} {wrong[0]}: give a multiple of {LOG_INTERVAL} of at least {LEAST}.")
+        if wrong := [value for value in values if trunk_steps(value) < args.lr_warmup_iters]:
+            parser.error(f"{flag} {wrong[0]}: the last fifth starts before --lr-warmup-iters {args.lr_warmup_iters}.")
     if TUNING_SEED in args.seeds:
         parser.error(f"--seeds {TUNING_SEED}: reserved for tuning. Give another one.")
     return args
@@ -78,7 +82,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def show(args: argparse.Namespace, results: Results, display: Display) -> bool:
     """Print the tables, and write the picture and the points if asked for; return whether there is anything to show."""
     rates = rates_of(args, results)
-    found = {experts: results.by_arm(experts, args.seeds, rates) for experts in args.experts}
+    found = {experts: results.by_arm(experts, args.seeds, args.lr_warmup_iters, rates) for experts in args.experts}
     found = {experts: {arm: of[arm] for arm in args.arms} for experts, of in found.items() if any(of.values())}
     for experts, points in found.items():
         display.say("\n".join(["", f"E = {experts}, {args.corpus}:", "", *markdown(points, args.margin)]))

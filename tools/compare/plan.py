@@ -15,7 +15,7 @@ REFERENCE = "remoe"
 TUNING_SEED = 1233
 LOG_INTERVAL = 5  # steps of all points are multiples of it, so that a line of the log has their exact FLOPs
 DECAY = 0.2  # share of a point's steps in which the learning rate falls
-WARMUP, LEAST = 12, 20  # steps: of the rate's rise, and of a point
+LEAST = 20  # steps of a point
 TRUNK = 50_000  # steps that a trunk is planned for: the order of its data and its constant rate depend on no point
 PLACES = ("--save", "--load", "--tensorboard-dir", "--log-timers-to-tensorboard", "--tensorboard-log-interval")
 REPLACED = ("--lr-warmup-fraction", "--save-retain-interval", "--eval-interval", *PLACES)
@@ -46,7 +46,7 @@ class Arm:
 FASTER = "--moe-relu-l1-reg-start-power 3 --moe-relu-l1-reg-start-setback 12"
 CAPPED = "--moe-relu-max-experts 4"
 # 100 steps of 4 sequences instead of 16. Megatron counts its learning rate's steps in full batches: 75 fewer.
-SMALL_BATCHES, SMALLER, FEWER = "--rampup-batch-size 4 12 400 --micro-batch-size 4", 4, 75
+SMALL_BATCHES, FEWER = "--rampup-batch-size 4 12 400 --micro-batch-size 4", 75
 STARTS: Mapping[str, Arm] = {
     REFERENCE: Arm("remoe", "ReMoE"),
     "moe": Arm("moe", "top-k"),
@@ -85,6 +85,7 @@ class Training:
         arm: key of `ARMS`.
         factor: on the recipe's learning rate.
         is_tuning: evaluates a part of the training text instead of the held-out text.
+        warmup: steps in which the learning rate rises.
     """
 
     experts: int
@@ -92,11 +93,13 @@ class Training:
     seed: int
     factor: float = 1.0
     is_tuning: bool = False
+    warmup: int = 300
 
     @property
     def name(self) -> str:
         """Return the name of its folder."""
-        return f"e{self.experts}-{self.arm}-seed{self.seed}-lr{self.factor:g}" + ("-tuning" if self.is_tuning else "")
+        name = f"e{self.experts}-{self.arm}-seed{self.seed}-lr{self.factor:g}-warmup{self.warmup}"
+        return name + ("-tuning" if self.is_tuning else "")
 
     @property
     def cost(self) -> float:
@@ -139,11 +142,11 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
     launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text, text.name))
     settings = would_start_with(launch, run.at("lr", training.factor), anywhere=False)
     settings = {flag: values for flag, values in settings.items() if flag not in REPLACED}
-    smaller, fewer = (SMALLER, FEWER) if arm.flags == SMALL_BATCHES else (1, 0)
+    fewer = FEWER if arm.flags == SMALL_BATCHES else 0
     changed: dict[str, str] = {
         "--seed": str(training.seed), "--log-interval": str(LOG_INTERVAL), "--eval-interval": str(TRUNK + 1),
         "--lr-decay-style": "WSD", "--lr-wsd-decay-style": "linear", "--lr-wsd-decay-iters": str(decays),
-        "--lr-decay-iters": str(max(steps - fewer, decays)), "--lr-warmup-iters": str(WARMUP // smaller),
+        "--lr-decay-iters": str(max(steps - fewer, decays)), "--lr-warmup-iters": str(max(1, training.warmup - fewer)),
     }  # fmt: skip
     settings |= {flag: (value,) for flag, value in changed.items()}
     if not training.is_tuning:

@@ -46,10 +46,11 @@ class Results:
         """Return the points of a training."""
         return [*self._found.get(training.name, {}).get("points", [])]
 
-    def by_arm(self, experts: int, seeds: Sequence[int], rates: Mapping[tuple[int, str], float]) -> Points:
-        """Return the points of all arms with this number of experts, at these learning rates."""
+    def by_arm(self, experts: int, seeds: Sequence[int], warmup: int, rates: Mapping[tuple[int, str], float]) -> Points:
+        """Return the points of all arms with this number of experts and warm-up, at these learning rates."""
         found = {
-            arm: {seed: self.of(Training(experts, arm, seed).tuned(rates)) for seed in sorted(seeds)} for arm in ARMS
+            arm: {seed: self.of(Training(experts, arm, seed, warmup=warmup).tuned(rates)) for seed in sorted(seeds)}
+            for arm in ARMS
         }
         return {arm: {seed: points for seed, points in of.items() if points} for arm, of in found.items()}
 
@@ -73,12 +74,12 @@ class Results:
             lines.append(f"{json.dumps(name)}: {json.dumps(entry | {'points': points})}")
         write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
-    def rates(self, steps: int) -> dict[tuple[int, str], float]:
+    def rates(self, steps: int, warmup: int) -> dict[tuple[int, str], float]:
         """Return experts and routing → the factor on the learning rate with the lowest loss after these steps."""
         best: dict[tuple[int, str], tuple[float, float]] = {}
         for entry in self._found.values():
             losses = [point.loss for point in entry["points"] if point.steps == steps]
-            if entry["is_tuning"] and losses:
+            if entry["is_tuning"] and losses and entry["warmup"] == warmup:
                 key = entry["experts"], ARMS[entry["arm"]].routing
                 best[key] = min(best.get(key, (math.inf, 1.0)), (losses[0], entry["factor"]))
         return {key: factor for key, (_, factor) in best.items()}
