@@ -1,9 +1,10 @@
-"""Remake the table "Fewer experts per token" of conversion.md: python docs/fewer_experts.py [FOLDER] [SEED ...]
+"""Remake the table "Fewer experts per token" of conversion.md.
 
 Trains a top-k model with 4 of 16 experts per token, then continues it with 2 in several ways, on the quickstart's text.
 A training that is complete is not repeated. On one core the three seeds take about 50 minutes.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -34,13 +35,13 @@ from tools.corpora import dataset  # noqa: E402
 from tools.recipes import tiny  # noqa: E402
 from tools.recipes.models import Routing, Training  # noqa: E402
 
-STEPS_BEFORE, STEPS = 800, 600
+STEPS_BEFORE = 800
 EXPERTS, BEFORE, AFTER = 16, 4, 2
 SIZE = replace(tiny.SIZE, ffn=64)
 SOURCE, WITH_NULLS = "source/checkpoints", "with-null-experts"
 REMOE, REMOE_OF_4 = "remoe-of-2-gates", "remoe-of-4-gates"  # the gates that the routers are fitted to
 LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
-MOVING = f"--moe-relu-start-topk {BEFORE} --moe-relu-start-steps {STEPS // 3}"
+MOVING = f"--moe-relu-start-topk {BEFORE} --moe-relu-start-steps {{third}}"
 NULLS = "--moe-baseline-router null_experts"
 # arm: experts per token, flags, folder of the source or of what it was converted into
 ARMS = {
@@ -120,14 +121,23 @@ def figures(folder: Path) -> tuple[float, float | None, float | None]:
 
 def main() -> None:
     """Do what is missing, and print the table."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/fewer_experts").resolve()
-    seeds = list(map(int, sys.argv[2:])) or [1, 2, 3]
+    parser = argparse.ArgumentParser(description=__doc__)
+    add, default = parser.add_argument, "default: %(default)s"
+    add("folder", nargs="?", type=Path, default=Path("runs/fewer_experts"), help=default)
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help=default)
+    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM", help="default: all")
+    add("--steps", type=int, default=600, metavar="N", help=f"after the first {STEPS_BEFORE}; {default}")
+    add("--lr", type=float, default=1e-3, metavar="X", help=f"of these steps; it falls to a tenth; {default}")
+    add("--lr-warmup-fraction", default="0.01", metavar="X", help=default)
+    given = parser.parse_args()
+    folder = given.folder.resolve()
     text = dataset.make_text(folder, dataset.MIXED, print)
     data = dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     before = Training(STEPS_BEFORE, 16, 16, "4e-3", "4e-4", 0.95, 0.1)
-    after = replace(before, iterations=STEPS, lr="1e-3", min_lr="1e-4")
+    after = replace(before, iterations=given.steps, lr=f"{given.lr:g}", min_lr=f"{given.lr / 10:g}")
+    name_of = f"{given.steps}-steps-lr-{given.lr:g}-warmup-{given.lr_warmup_fraction}"
     found: dict[str, list[tuple[float, float | None, float | None]]] = {}
-    for seed in seeds:
+    for seed in given.seeds:
         runs = folder / f"seed-{seed}"
         source = runs / SOURCE
         train(runs / "source", flags(before, "moe", BEFORE, seed, data))
@@ -138,11 +148,13 @@ def main() -> None:
                 subprocess.run([sys.executable, *command.split(), "--seed", str(seed)], check=True, cwd=ROOT)
         if not (runs / WITH_NULLS).exists():
             add_null_experts(source, runs / WITH_NULLS, seed)
-        for name, (topk, more, start) in ARMS.items():
+        for name in given.arms:
+            topk, more, start = ARMS[name]
             words = flags(after, "remoe" if start in (REMOE, REMOE_OF_4) else "moe", topk, seed + 100, data)
             words += ["--pretrained-checkpoint", str(runs / start)]
-            run = runs / name.replace(" ", "-").replace(",", "")
-            train(run, [*words, *more.format(source=source).split()])
+            words[words.index("--lr-warmup-fraction") + 1] = given.lr_warmup_fraction
+            run = runs / name_of / name.replace(" ", "-").replace(",", "")
+            train(run, [*words, *more.format(source=source, third=given.steps // 3).split()])
             found.setdefault(name, []).append(figures(run))
     for name, results in found.items():
         rows = [[value for value in column if value is not None] for column in zip(*results, strict=True)]
