@@ -20,6 +20,7 @@ from tools.evaluate.command import parse_arguments as evaluate
 from tools.quickstart.command import parse_arguments as quickstart
 from tools.report.command import parse_arguments as report
 from tools.sweep.arguments import parse_arguments as sweep
+from tools.sweep.plan import RIVALS
 
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
 TABLES = (REPOSITORY / "docs" / "compare" / "tables.md").read_text()
@@ -109,12 +110,16 @@ def routers(rows: Rows) -> str:
     return "\n".join(table(["", "layer", *columns, bits, "above ReMoE", "inactive experts"], lines))
 
 
+OF_GAP = {"": [], " variable-k": ["--arms", *RIVALS, "moe-k2", "remoe-k2"], " warm-up 12": ["--lr-warmup-iters", "12"]}
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "compare").glob("*.json")), ids=lambda path: path.stem)
 def test_a_table_is_made_of_what_is_kept(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place, _, corpus = path.stem.rpartition("-")
     if place == "gap":
-        assert compare.main(["--corpus", corpus, "--results", str(path)]) == 0
-        assert between_marks(f"compare gap {corpus}") == capsys.readouterr().out.strip()
+        for name, words in OF_GAP.items():
+            assert compare.main(["--corpus", corpus, "--results", str(path), *words]) == 0
+            assert between_marks(f"compare gap {corpus}{name}") == capsys.readouterr().out.strip()
         return
     rows = json.loads(path.read_text())
     assert between_marks(f"compare {place} {corpus}") == losses(rows)
