@@ -6,6 +6,7 @@ Rows outside of the given bounds hold NaN, as nobody writes them.
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,14 @@ def alternate(matrices: torch.Tensor) -> torch.Tensor:
     """Rows (or columns, if these are contiguous) of the first and second half by turns."""
     dim = _non_contiguous(matrices)
     return torch.stack(matrices.chunk(2, dim), dim=dim).flatten(dim - 1, dim)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hopper's default tiles."""
+
+    tile_n: int = 192
+    device_capacity: int = 9
 
 
 def gemm(
@@ -60,10 +69,11 @@ def gemm_add_inplace(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor, **opti
 
 def gemm_dgated(
     A: torch.Tensor, B: torch.Tensor, PreAct: torch.Tensor, *, activation: str, colvec_scale: torch.Tensor,
-    colvec_reduce: bool, dynamic_scheduler: bool, **options: Any,
+    colvec_reduce: bool, dynamic_scheduler: bool, config: "Config", **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     assert activation == "swiglu" and colvec_reduce and not dynamic_scheduler and colvec_scale.dtype == torch.float32
-    gradient, scale = gemm(A, B, **options), colvec_scale.unsqueeze(1)
+    assert config == Config(tile_n=128)
+    gradient, scale = gemm(A, B, tuned=False, **options), colvec_scale.unsqueeze(1)
     left, right = unpack(PreAct)
     slope = torch.sigmoid(left) * (1 + left * (1 - torch.sigmoid(left)))
     activated, scaled = silu(left) * right, gradient * scale
@@ -96,13 +106,18 @@ def gemm_epilogue(outputs: tuple[str, ...], ops: dict[str, Any], mode: str) -> C
 
 def put_in(monkeypatch: pytest.MonkeyPatch) -> Products:
     """Let QuACK be the stand-in, and return the adapter's products."""
+    # fmt: off
     contents: dict[str, dict[str, Any]] = {
         "quack": {},
         "quack.activation": {"swiglu": lambda left, right: silu(left) * right},
         "quack.epilogue": {"gemm_epilogue": gemm_epilogue, "pack": pack, "unpack": unpack},
         "quack.epilogue.ops": {"ColVecLoad": lambda name: name},
-        "quack.gemm_interface": {"gemm": gemm, "gemm_add_inplace": gemm_add_inplace, "gemm_dgated": gemm_dgated},
+        "quack.gemm_interface": {
+            "default_config": lambda _device: Config(), "gemm": gemm, "gemm_add_inplace": gemm_add_inplace,
+            "gemm_dgated": gemm_dgated,
+        },
     }
+    # fmt: on
     for name, functions in contents.items():
         module = ModuleType(name)
         vars(module).update(functions)

@@ -60,7 +60,8 @@ def test_stand_in_is_what_quack_documents() -> None:
     torch.testing.assert_close(found, hidden)
     torch.testing.assert_close(quack.gated_to_pytorch_fn_map["swiglu"](*quack_stand_in.unpack(found)), activated)
 
-    options = {"activation": "swiglu", "colvec_reduce": True, "dynamic_scheduler": False, "tuned": False}
+    options = {"activation": "swiglu", "colvec_reduce": True, "dynamic_scheduler": False}
+    options |= {"config": quack_stand_in.Config(tile_n=128)}
     found = quack_stand_in.gemm_dgated(tokens, fc2, hidden, colvec_scale=torch.ones(9), **options, **given)
     for mine, theirs in zip(found, quack.gemm_dgated_ref(tokens, fc2, hidden.clone(), "swiglu", **given), strict=False):
         torch.testing.assert_close(mine, theirs)
