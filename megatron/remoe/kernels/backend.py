@@ -73,7 +73,7 @@ class Backend:
     """The functions of one backend. Those of `pytorch.py` are the reference and say what each takes and returns.
 
     Attributes:
-        products: of grouped experts; None for PyTorch's.
+        products: returns those of grouped experts, where they are used: they need a GPU. None for PyTorch's.
         rows: room for the pairs of grouped experts is a multiple of this, where nothing is sent.
     """
 
@@ -82,7 +82,7 @@ class Backend:
     plan: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[Order, torch.Tensor]]
     activate: Callable[..., torch.Tensor]
     activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    products: Products | None = None
+    products: Callable[[], Products] | None = None
     rows: int = 1
 
 
@@ -91,12 +91,14 @@ def backend_of(config: object) -> Backend:
     if wants_kernels(config):
         from megatron.remoe.kernels.triton import TRITON
 
-        if wants_quack(config):
-            from megatron.remoe.kernels.quack import PRODUCTS
-
-            # QuACK keeps what it finds out about each number of rows: there should be few.
-            return replace(TRITON, products=PRODUCTS, rows=2048)
-        return TRITON
+        # QuACK keeps what it finds out about each number of rows: there should be few.
+        return replace(TRITON, products=_quack_products, rows=2048) if wants_quack(config) else TRITON
     from megatron.remoe.kernels.pytorch import PYTORCH
 
     return PYTORCH
+
+
+def _quack_products() -> Products:
+    from megatron.remoe.kernels.quack import PRODUCTS
+
+    return PRODUCTS

@@ -112,7 +112,7 @@ def grouped_swiglu(
         products = OneByOne(tokens_per_expert.tolist())
     if backend.products is not None and isinstance(products, OneKernel):
         starts = functional.pad(products.ends, (1, 0))
-        return FusedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, starts, order, backend.products)
+        return FusedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, starts, order, backend.products())
     return _GroupedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, products, order, backend)
 
 
