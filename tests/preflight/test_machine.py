@@ -17,7 +17,7 @@ import torch
 
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.preflight import machine
-from megatron.remoe.preflight.environment import check_products
+from megatron.remoe.preflight.environment import check_quack
 from tests.trainings import REPOSITORY
 
 IMPORT_MEGATRON = "import megatron.core.tensor_parallel.layers as layers; print('have', layers.HAVE_TE)"
@@ -122,11 +122,9 @@ def test_where_quack_can_run(on_cpu: bool, generation: int, missing: str, words:
 
 @pytest.mark.parametrize(("stacks", "bf16", "refused"), [(True, True, False), (False, True, True), (True, False, True)])
 def test_what_quack_needs(stacks: bool, bf16: bool, refused: bool) -> None:
-    for kernels in ("triton", "quack"):
-        args = Namespace(moe_kernels=kernels, bf16=bf16)
-        with pytest.raises(UsageError, match="--bf16") if refused and kernels == "quack" else nullcontext() as caught:
-            check_products(args, stacks)
-        assert caught is None or caught.value.code == "REMOE-E213"
+    with pytest.raises(UsageError, match="--bf16") if refused else nullcontext() as caught:
+        check_quack(Namespace(bf16=bf16), stacks)
+    assert caught is None or caught.value.code == "REMOE-E213"
 
 
 def engine(folder: Path, start: str) -> None:

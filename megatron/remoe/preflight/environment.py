@@ -181,7 +181,7 @@ def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
     )
 
 
-def check_products(args: argparse.Namespace, stacks_experts: bool) -> None:
+def check_quack(args: argparse.Namespace, stacks_experts: bool) -> None:
     """Refuse settings with which --moe-kernels quack would have no effect.
 
     Args:
@@ -196,7 +196,7 @@ def check_products(args: argparse.Namespace, stacks_experts: bool) -> None:
         {
             "--moe-kernels quack needs --bf16, --num-experts, --swiglu, --disable-bias-linear, --transformer-impl "
             "local and none of --no-local-layer-fusion, --fp8-format, --fp4-format, --moe-latent-size. Change this, or "
-            "use --moe-kernels triton.": args.moe_kernels == "quack" and not (stacks_experts and args.bf16)
+            "use --moe-kernels triton.": not (stacks_experts and args.bf16)
         },
     )
 
