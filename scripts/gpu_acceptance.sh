@@ -11,10 +11,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ -z ${PYTHON-} && -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 PYTHON=${PYTHON:-python3}
 if [[ -n ${CARRIED-} ]]; then
-  site=$(mktemp -d)
-  trap 'rm -rf "$site"' EXIT
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+  site=$folder/site-packages # QuACK goes by this name
   "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$CARRIED"/*.whl
-  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+  # A .pth file adds the second, but is only read in the interpreter's own folder.
+  export PYTHONPATH="$site:$site/nvidia_cutlass_dsl/dsl_packages${PYTHONPATH:+:$PYTHONPATH}"
 fi
 run=(pytest)
 if [[ -n ${REHEARSE-} ]]; then run=(tests.gpu.rehearsed pytest); fi

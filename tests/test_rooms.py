@@ -39,7 +39,7 @@ PURE = {
     "baselines": {"torch", "megatron"},
     "moe": {"torch", "megatron"},
     "local": {"torch", "megatron", "fla"},
-    "kernels": {"torch", "triton", "megatron"},
+    "kernels": {"torch", "triton", "quack", "megatron"},
     "hf": {"torch", "transformers", "huggingface_hub", "megatron"},
 }
 

@@ -7,6 +7,8 @@ python -m tests.gpu.rehearsed pytest ...         on a machine without a GPU: do 
 import copy
 import math
 from argparse import Namespace
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from tools.rehearse.cards import CARDS
 from tools.rehearse.host_reads import Pairs
 
 pytestmark = pytest.mark.gpu
-TRITON = "triton"
+TRITON, QUACK = "triton", "quack"
 HALF = ("--num-layers", "12")  # of 978M: on one GPU nobody shares its optimizer's 64 GiB
 # The order in which they are measured.
 LAUNCHES = [
@@ -36,6 +38,7 @@ LAUNCHES = [
     (Case(kernels=TRITON), "dense"),
 ]
 FINER = [(Case(kernels=TRITON, flags=("--moe-granularity", number)), "steady") for number in ("8", "64")]
+FUSED = [(replace(case, flags=(*case.flags, "--moe-kernels", QUACK)), stage) for case, stage in FINER]
 # What a CUDA graph of a whole step needs.
 BOUNDED = tuple("--moe-relu-max-experts 2 --moe-relu-activation-limit 0 --no-check-for-nan-in-loss-and-grad".split())
 GRAINS = {"(8, 1)": (8, 1), "(8, 8)": (64, 8), "(64, 1)": (64, 1)}  # (E, G): experts, and active ones per token
@@ -72,10 +75,20 @@ def test_profile(machine: Machine, report: Report) -> None:
     assert machine.is_rehearsed or (figures["kernel_seconds"] > 0 and figures["attention"])
 
 
+def skip_without_quack() -> None:
+    if find_spec("quack") is None:
+        pytest.skip("needs quack-kernels[cu13]")
+
+
 @pytest.mark.usefixtures("process_groups")
+@pytest.mark.parametrize("way", [TRITON, QUACK])
 @pytest.mark.parametrize("grain", GRAINS)
-def test_kernels_against_float64(grain: str, machine: Machine, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's error is at most 1.5 times PyTorch's, which is that of bf16, in the output and every gradient."""
+def test_kernels_against_float64(
+    grain: str, way: str, machine: Machine, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their error is at most 1.5 times PyTorch's, which is that of bf16, in the output and every gradient."""
+    if way == QUACK:
+        skip_without_quack()
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     from layer import megatron_layer
     from timed_entry import start_at_target
@@ -103,14 +116,14 @@ def test_kernels_against_float64(grain: str, machine: Machine, report: Report, m
         return state, {name: value.detach().double().cpu() for name, value in found.items() if value is not None}
 
     state, plain = results("torch", torch.bfloat16, None)
-    _, fused = results(TRITON, torch.bfloat16, state)
+    _, fused = results(way, torch.bfloat16, state)
     _, exact = results("torch", torch.float64, state)
     errors = {
-        way: {name: float((found[name] - value).norm() / value.norm()) for name, value in exact.items()}
-        for way, found in (("torch", plain), (TRITON, fused))
+        kernels: {name: float((found[name] - value).norm() / value.norm()) for name, value in exact.items()}
+        for kernels, found in (("torch", plain), (way, fused))
     }
     report(errors)
-    for name, error in errors[TRITON].items():
+    for name, error in errors[way].items():
         assert machine.is_rehearsed or error <= 1.5 * errors["torch"][name], name
 
 
@@ -138,6 +151,13 @@ def test_300_steps(machine: Machine, report: Report) -> None:
 
 @pytest.mark.parametrize(("case", "stage"), FINER, ids=str)
 def test_granularity(case: Case, stage: str, machine: Machine, report: Report) -> None:
+    launch(case, stage, machine, report)
+
+
+@pytest.mark.parametrize(("case", "stage"), FUSED, ids=str)
+def test_quack(case: Case, stage: str, machine: Machine, report: Report) -> None:
+    """To be compared with `granularity`."""
+    skip_without_quack()
     launch(case, stage, machine, report)
 
 

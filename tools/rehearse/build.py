@@ -30,14 +30,14 @@ ANSWERS = {
     "() { rehearsal_launched(); return 0; }": """
         __cudaLaunchKernel cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel cuLaunchKernel
         cuLaunchKernelEx cublasGemmEx cublasSgemm_v2 cublasGemmStridedBatchedEx cublasSgemmStridedBatched cublasLtMatmul
-        ncclReduce ncclReduceScatter ncclSend ncclRecv ncclAlltoAll ncclBcast
+        ncclReduce ncclReduceScatter ncclSend ncclRecv ncclAlltoAll ncclBcast _cudaLaunchKernelEx
     """,
     "(void** made) { *made = rehearsal_handle(); return 0; }": """
         cublasCreate_v2 cublasLtCreate cublasLtMatmulDescCreate cublasLtMatrixLayoutCreate
         cublasLtMatmulPreferenceCreate cudaStreamCreate cudaStreamCreateWithFlags cudaStreamCreateWithPriority
         cudaEventCreate cudaEventCreateWithFlags cudaGraphInstantiate cudaGraphInstantiateWithFlags __cudaGetKernel
         cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleGetFunction cuDevicePrimaryCtxRetain cuCtxGetCurrent
-        nvrtcCreateProgram
+        nvrtcCreateProgram _cudaLibraryLoadData _cudaLibraryGetKernel
     """,
     "(int* value) { *value = CUDA; return 0; }": "cudaDriverGetVersion cudaRuntimeGetVersion cuDriverGetVersion",
     "(int* value) { *value = 1; return 0; }": "cudaDeviceCanAccessPeer",
@@ -46,6 +46,12 @@ ANSWERS = {
         cuOccupancyMaxActiveBlocksPerMultiprocessor
     """,
     "(int* value) { *value = 66; return 0; }": "cuOccupancyMaxActiveClusters",
+    # CuTe DSL's runtime has CUDA's own inside, and these names for it. They get bytes of shared memory, and the device.
+    "() { return 0; }": """
+        _cudaFuncSetAttribute _cudaKernelSetAttributeForDevice _cudaSetDevice cuda_dialect_init_library_once
+    """,
+    "(int* value) { *value = 232448; return 0; }": "_cudaDeviceGetAttribute _cuKernelGetAttribute",
+    "(int* value) { *value = 0; return 0; }": "_cudaGetDevice",
     # No priority, default modes, no error.
     "(void*, int* value) { *value = 0; return 0; }": """
         cudaStreamGetPriority cuStreamIsCapturing cublasGetMathMode cublasGetPointerMode_v2 ncclCommGetAsyncError

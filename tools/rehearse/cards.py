@@ -10,6 +10,9 @@ SHARES = {"products": 0.57, "grouped": 0.57, "attention": 0.46, "bandwidth": 0.9
 # PyTorch's grouped_mm with experts of FFN size F: F / (F + 800) of the rate. With it a layer's forward pass takes 10.5
 # and 11.1 ms where ByteDance-Seed/VeOmni#460 has 10.2 (128 experts of 768, 242 TFLOP/s) and 11.4 (512 of 512, 181).
 HALF_RATE_EXPERT = 800
+# QuACK's likewise: with it and the sums a layer's forward pass has 331 and 412 TFLOP/s where SonicMoE, which is made of
+# its products, has 340 and 400 (arXiv 2512.14080, figure 14: H100, hidden size 768, 128 experts of 256, 64 of 512).
+HALF_RATE_FUSED = 110
 # Attention is bound by its exponentials below this head size: cuDNN's causal one at 64 and sequence 1024 reaches 288
 # TFLOP/s forward (FlashAttention-3, arXiv 2407.08608, figure 5), and backward about 220.
 FULL_RATE_HEAD = 128

@@ -90,13 +90,14 @@ def main() -> int:
     parser.add_argument("--micro-batch", type=int, nargs="+", help="default: three around that of the script")
     parser.add_argument("--ep", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
     parser.add_argument("--gpu", choices=CARDS, default="h100", help="default: h100")
-    parser.add_argument("--kernels", choices=("torch", "triton"), default="torch", help="default: torch")
+    parser.add_argument("--kernels", choices=("torch", "triton", "quack"), default="torch", help="default: torch")
     options = parser.parse_args()
     print("\n".join([HEAD, "|---|" + "---:|" * 9]))
     made, kernels = f"{datetime.date.today()}, torch {torch.__version__}", options.kernels
     for size, routing, ep in itertools.product(options.size, options.routing, options.ep):
-        settings = {"EP": str(ep), "GPU": options.gpu, "KERNELS": kernels.removeprefix("torch")}
-        launch = Launch(routing, (*PLAIN, "--moe-granularity", str(options.granularity)), settings, size)
+        settings = {"EP": str(ep), "GPU": options.gpu, "KERNELS": "" if kernels == "torch" else "triton"}
+        flags = (*PLAIN, "--moe-granularity", str(options.granularity), "--moe-kernels", kernels)
+        launch = Launch(routing, flags, settings, size)
         fits = True
         for micro_batch in sorted(options.micro_batch or MICRO_BATCHES[size]):
             step = whole_step(launch, micro_batch) if fits else None

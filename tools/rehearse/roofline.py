@@ -6,14 +6,19 @@ Nothing is hidden behind anything else. The host's work is counted, and may keep
 import argparse
 import importlib.util
 import math
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, zip_longest
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cards import FULL_RATE_HEAD, HALF_RATE_EXPERT
+from .cards import FULL_RATE_HEAD, HALF_RATE_EXPERT, HALF_RATE_FUSED
 from .engine import Calls, tensors_in
 
 # Operations that move nothing.
@@ -24,6 +29,8 @@ FREE = set(
 )
 FILLS = set("zeros zeros_like new_zeros zero_ fill_ full ones ones_like full_like new_full".split())
 PRODUCTS = set("mm addmm addmm_ bmm baddbmm baddbmm_".split())
+# QuACK's functions where they are called.
+QUACK, FUSED = "megatron.remoe.kernels.quack", ("_gated_swiglu", "gemm", "gemm_add_inplace", "gemm_dgated")
 # Part of a step by the module of a Triton kernel; other kernels go by shapes, as PyTorch's operations do.
 TRITON_PARTS = {
     "router": "small: router, plan, update",
@@ -60,6 +67,7 @@ class Roofline(TorchDispatchMode):
         super().__init__()
         self._args, self._rates, self._engine, self._filled = args, rates, engine, filled
         self._kernel: Any = None
+        self._fused = ExitStack()
         self.parts: dict[str, Work] = {}
         self.stretches: list[list[float]] = [[]]  # seconds of each operation, between the waits of the host
         self.left: list[int] = []  # operations that may still run after each wait
@@ -72,10 +80,14 @@ class Roofline(TorchDispatchMode):
             self._kernel, self._launch_metadata = CompiledKernel, CompiledKernel.launch_metadata
             CompiledKernel.launch_metadata = self._watched(CompiledKernel.launch_metadata)
         self._engine.tell = self._add_engine
+        for name in FUSED if QUACK in sys.modules else ():
+            real = getattr(sys.modules[QUACK], name)
+            self._fused.enter_context(patch.object(sys.modules[QUACK], name, partial(self._add_fused, real)))
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
+        self._fused.close()
         self._engine.tell = None
         if self._kernel is not None:
             self._kernel.launch_metadata = self._launch_metadata
@@ -113,10 +125,23 @@ class Roofline(TorchDispatchMode):
     def _add_engine(self, name: str, tensors: list[torch.Tensor], moved: float, flops: float, rate: str) -> None:
         self._add(self._part(rate if flops else name, bool(flops), tensors), moved, flops, rate)
 
+    def _add_fused(self, real: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """Call one of QuACK's products, which passes over each argument and result once."""
+        found = real(*given, **options)
+        results = [*tensors_in([*found.values()] if isinstance(found, dict) else found)]
+        if "cu_seqlens_m" in options:  # rows of pairs by a matrix of their expert
+            flops = 2.0 * len(results[0]) * math.prod(given[1].shape[1:])
+        else:
+            flops = 2.0 * given[0].shape[0] * given[1].numel()
+        moved = sum(map(_size, (*tensors_in(given), *tensors_in([*options.values()]), *results)))
+        share = share_of_grouped(self._args, HALF_RATE_FUSED)
+        self._add("experts' products", self._filled * moved, self._filled * flops, "grouped", share)
+        return found
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[-1]
-        if name in FREE or "c10d" in function._schema.name:
+        if name in FREE or any(library in function._schema.name for library in ("c10d", "quack")):
             return result
         given = [*args, *(value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input"))]
         inputs, outputs = list(tensors_in(given)), list(tensors_in(result))
@@ -165,10 +190,10 @@ class Roofline(TorchDispatchMode):
         return "tokens: norms, residuals, gather, sum"
 
 
-def share_of_grouped(args: argparse.Namespace) -> float:
-    """Return the share of its rate that PyTorch's grouped product reaches with experts of this size."""
+def share_of_grouped(args: argparse.Namespace, half_rate: float = HALF_RATE_EXPERT) -> float:
+    """Return the share of its rate that a grouped product, PyTorch's by default, reaches with experts of this size."""
     ffn = args.moe_ffn_hidden_size / args.expert_tensor_parallel_size
-    return ffn / (ffn + HALF_RATE_EXPERT)
+    return ffn / (ffn + half_rate)
 
 
 def host_seconds(marks: list[tuple[int, int]], rates: dict[str, float]) -> list[float]:

@@ -7,7 +7,12 @@ before: it is not on every machine.
 
 def wants_kernels(config: object) -> bool:
     """Return whether a configuration or Megatron's arguments ask for Triton by `--moe-kernels`."""
-    return getattr(config, "moe_kernels", "torch") == "triton"
+    return getattr(config, "moe_kernels", "torch") != "torch"
+
+
+def wants_quack(config: object) -> bool:
+    """Return whether they also ask for QuACK's products."""
+    return getattr(config, "moe_kernels", "torch") == "quack"
 
 
 def cdiv(number: int, divisor: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from megatron.remoe.kernels.backend import Backend, Order
+from megatron.remoe.local.fused_swiglu import FusedSwiGLU
 from megatron.remoe.local.main_grad import add_outer, main_grad_of, mark_as_added
 
 KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # the most experts, and what rows of bf16 have to be a multiple of: 16 bytes
@@ -100,7 +101,7 @@ def grouped_swiglu(
         tokens_per_expert: integers `[E]`; waited for if they are on a GPU, except with `takes_grouped_kernel`. With
             `LateSizes` P is a guess at their sum.
         order: of the pairs.
-        backend: computes what lies between the products.
+        backend: computes what lies between the products, or these too.
     """
     products: OneByOne | OneKernel
     if not len(gates_P):  # grouped_mm may refuse or hang on no rows at all
@@ -109,6 +110,9 @@ def grouped_swiglu(
         products = OneKernel(tokens_per_expert, len(gates_P), tokens_TH.device)
     else:
         products = OneByOne(tokens_per_expert.tolist())
+    if backend.products is not None and isinstance(products, OneKernel):
+        starts = functional.pad(products.ends, (1, 0))
+        return FusedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, starts, order, backend.products())
     return _GroupedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, products, order, backend)
 
 

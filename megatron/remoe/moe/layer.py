@@ -54,6 +54,7 @@ class ReMoELayer(MoELayer):
         self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
         self._most = 0  # experts of a token, where the layer has room for that many and does not count
         self._guess: Guess | None = None
+        self._rows = 1
         self._run_experts = self._by_megatron
         if takes_plans(config):
             self._run_experts = self._by_exchange
@@ -65,6 +66,7 @@ class ReMoELayer(MoELayer):
             if self.ranks.is_alone and isinstance(self.experts, GroupedExperts):
                 if not self.shared_expert_overlap:
                     self._run_experts = self._in_place
+                    self._rows = self.backend.rows if takes_grouped_kernel(self.experts.fc1) else 1
                 if is_topk:
                     drops = config.moe_expert_capacity_factor is not None
                     self._most = 0 if drops or waits_for_sizes(self.experts.fc1) else config.moe_router_topk
@@ -184,7 +186,7 @@ class ReMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
     ) -> torch.Tensor:
         """Run the experts on the tokens in place: this rank has all experts."""
-        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend)
+        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend, self._rows)
         tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
         output, _ = self.experts(tokens_TH, counts.tokens_per_expert, plan.gates_P, plan.order)
         return output.view_as(hidden_states)

@@ -11,6 +11,7 @@ import torch
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.remoe.kernels import cdiv
 from megatron.remoe.kernels.backend import Backend, Order
 from megatron.remoe.local.grouped_swiglu import LateSizes
 
@@ -205,7 +206,9 @@ def _counts_of(pairs_CRE: torch.Tensor, counted: list[torch.Tensor], ranks: Rank
     return found
 
 
-def plan_dispatch(probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts, backend: Backend) -> DispatchPlan:
+def plan_dispatch(
+    probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts, backend: Backend, rows: int = 1
+) -> DispatchPlan:
     """Make the plan of a routing map.
 
     Args:
@@ -213,6 +216,7 @@ def plan_dispatch(probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts, 
         map_TE: bool `[T, E]`.
         counts: of this map, by this backend.
         backend: see there.
+        rows: room for the pairs is a multiple of this.
     """
-    order, gates_P = backend.plan(probs_TE, map_TE, counts.counted, counts.num_pairs)
+    order, gates_P = backend.plan(probs_TE, map_TE, counts.counted, cdiv(counts.num_pairs, rows) * rows)
     return DispatchPlan(order, gates_P, counts)

@@ -3,7 +3,7 @@
 # code | cause | remedy
 CODES = """
 REMOE-E101 | RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is missing or invalid. | Start with torchrun.
-REMOE-E102 | --moe-kernels triton cannot run on this machine. | Install the named package, or leave the flag out.
+REMOE-E102 | --moe-kernels cannot be used on this machine. | Install the named package, or leave the flag out.
 REMOE-E103 | Another training uses the --save folder. | Wait for it, stop it, or give another --save.
 REMOE-E104 | Another program or version wrote training.lock in --save. | Remove the file if no training runs there.
 REMOE-E105 | An output folder cannot be written. | Give another folder, or allow writing there.
@@ -20,6 +20,7 @@ REMOE-E209 | A setting does not work with --transformer-impl local. | Follow the
 REMOE-E210 | --inprocess-restart needs nvidia-resiliency-ext, free ports, and --load. | Follow the message.
 REMOE-E211 | A flag of an older Megatron no longer exists. | Give the flag in the message, or leave it out.
 REMOE-E212 | A setting does not work with --teacher, or the teacher has another shape. | Follow the message.
+REMOE-E213 | A setting does not work with --moe-kernels quack. | Add what the message names, or use triton.
 REMOE-E300 | An input or output file is missing, wrong or in use. | Follow the message.
 REMOE-E301 | A data set is missing or cannot be read. | Give the prefix of a .bin/.idx pair, without suffix.
 REMOE-E302 | A data set is truncated or corrupt. | Copy it again, or make it with tools/preprocess_data.py.

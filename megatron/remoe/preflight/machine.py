@@ -11,6 +11,12 @@ from pathlib import Path
 from megatron.remoe.data.errors import UsageError
 
 ENGINE = "transformer_engine"
+# --moe-kernels: the modules that it imports, by the names of their packages.
+PACKAGES = {
+    "triton": {"Triton": "triton"},
+    "quack": {"Triton": "triton", "quack-kernels[cu13]": "quack.gemm_interface"},
+}
+QUACK_GENERATIONS = (9, 10)  # those with which the layer does not wait for the experts' sizes
 
 
 def disable_unavailable(on_cpu: bool) -> None:
@@ -50,21 +56,31 @@ def check_kernels(kernels: str, on_cpu: bool) -> None:
     Raises:
         UsageError: names what is missing, and the remedy.
     """
-    if kernels != "triton":
+    if kernels == "torch":
         return
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and kernels == "triton"
     reason, remedy = "", "Install it, or leave the flag out"
-    try:
-        import_module("triton")
-    except Exception as error:
-        reason = f"Triton cannot be imported ({type(error).__name__}: {error})"
     if on_cpu and not is_interpreted:
         reason = "there is no GPU"
-        remedy = "Leave it out, or try the kernels slowly with TRITON_INTERPRET=1 in the environment"
-    elif not reason and not is_interpreted and (missing := _missing_for_triton()):
+        remedy = "Leave it out, or try triton slowly with TRITON_INTERPRET=1 in the environment"
+    elif kernels == "quack" and (generation := _generation()) not in QUACK_GENERATIONS:
+        reason, remedy = f"the GPU's compute capability is {generation}, not 9 or 10", "Use --moe-kernels triton"
+    for package, module in PACKAGES[kernels].items() if not reason else ():
+        try:
+            import_module(module)
+        except Exception as error:
+            reason = f"{package} cannot be imported ({type(error).__name__}: {error})"
+    if not reason and not is_interpreted and (missing := _missing_for_triton()):
         reason = f"there is no {missing}"
     if reason:
-        raise UsageError(f"--moe-kernels triton cannot be used here: {reason}. {remedy}.", "REMOE-E102")
+        raise UsageError(f"--moe-kernels {kernels} cannot be used here: {reason}. {remedy}.", "REMOE-E102")
+
+
+def _generation() -> int:
+    """Return the major compute capability of this machine's GPUs."""
+    import torch  # after `disable_unavailable`
+
+    return torch.cuda.get_device_capability(0)[0]
 
 
 def _missing_for_triton() -> str:

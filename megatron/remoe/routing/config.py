@@ -82,9 +82,10 @@ class ReMoEConfig(TransformerConfig):
     """Split every expert into this many smaller ones: multiplies experts and topk, divides the experts' hidden size;
     FLOPs and target sparsity stay (default %(default)s). For ReLU and top-k routing."""
 
-    moe_kernels: Literal["torch", "triton"] = "torch"
+    moe_kernels: Literal["torch", "triton", "quack"] = "torch"
     """Backend of router, dispatch and activation, for ReLU and top-k routing: PyTorch's operations, or this project's
-    Triton kernels, which need a GPU and have not been run on one yet (default %(default)s)."""
+    Triton kernels, or these with QuACK's products of experts, which gather tokens and compute SwiGLU too. Kernels need
+    a GPU and have not been run on one yet (default %(default)s)."""
 
     moe_warmup_topk: int | None = None
     """Near-dense warm-up of top-k routing, as in the paper's comparison: experts per token in the first steps (e.g. 6

@@ -228,7 +228,7 @@ def _needed(settings: Settings) -> Iterator[str]:
     if expert_tensor_parallel is None:  # Megatron's default
         expert_tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
     in_place = {
-        "--moe-kernels triton": settings.moe_kernels == "triton",
+        "--moe-kernels triton": settings.moe_kernels != "torch",
         "--transformer-impl local": settings.transformer_impl == "local",
         "--moe-token-dispatcher-type alltoall": settings.moe_token_dispatcher_type == "alltoall",
         "--disable-bias-linear": not settings.add_bias_linear,

@@ -20,7 +20,7 @@ from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import hand_token_ids
 from megatron.remoe.baselines.pairs import PairCounter
 from megatron.remoe.data.errors import UsageError
-from megatron.remoe.kernels import wants_kernels
+from megatron.remoe.kernels import wants_kernels, wants_quack
 from megatron.remoe.local.experts import takes_grouped_experts
 from megatron.remoe.local.hybrid import local_hybrid_stack_spec
 from megatron.remoe.moe.layer import ReMoELayer
@@ -34,7 +34,7 @@ from megatron.remoe.moe.specs import (
     with_sequence_parallel_norms,
 )
 from megatron.remoe.patches import apply_patches
-from megatron.remoe.preflight.environment import check_local_layers
+from megatron.remoe.preflight.environment import check_local_layers, check_quack
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
@@ -153,11 +153,14 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         _change_layers(model_cfg, lambda spec, _vp_stage: with_latent_attention(spec))
     elif args.qk_layernorm_all_heads:
         _change_layers(model_cfg, lambda spec, _vp_stage: with_norms_of_all_heads(spec))
+    is_local = args.transformer_impl == "local" and args.local_layer_fusion
+    stacks_experts = args.num_experts and is_local and takes_grouped_experts(model_cfg.transformer)
+    if wants_quack(args):
+        check_quack(args, stacks_experts)
     if args.transformer_impl != "local":
         if wants_kernels(args):
             _change_layers(model_cfg, lambda spec, _vp_stage: with_engine_kernels(spec))
         return
-    stacks_experts = args.num_experts and args.local_layer_fusion and takes_grouped_experts(model_cfg.transformer)
     check_local_layers(args, stacks_experts)
     is_hybrid = isinstance(model_cfg, HybridModelConfig)
     if args.local_layer_fusion and not args.reset_attention_mask:
