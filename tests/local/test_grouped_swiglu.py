@@ -58,6 +58,25 @@ def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None
     return (num_tokens, torch.cat(rows)) if gathers else (sum(sizes), None)
 
 
+def test_matrices_of_their_own_keep_no_copy_for_the_backward_pass() -> None:
+    torch.manual_seed(5)
+    sizes = SIZES["few rows"]
+    inputs = [torch.randn(sum(sizes), HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]
+    stacked = [torch.randn(4, 2 * FFN, HIDDEN, device=DEVICE), torch.randn(4, HIDDEN, FFN, device=DEVICE)]
+    whole = [torch.nn.Parameter(weight) for weight in stacked]
+    split = [[torch.nn.Parameter(matrix.clone()) for matrix in weight] for weight in stacked]
+    expected, output = (
+        grouped_swiglu(*inputs, *weights, torch.tensor(sizes), SortedPairs(), PYTORCH) for weights in (whole, split)
+    )
+    assert torch.equal(output, expected)
+    kept = output.grad_fn.weights
+    assert all(mine is right for mine, right in zip(kept, [*split[0], *split[1]], strict=True))
+    for result in (output, expected):
+        result.square().sum().backward()
+    for weight, matrices in zip(whole, split, strict=True):
+        assert torch.equal(torch.stack([matrix.grad for matrix in matrices]), weight.grad)
+
+
 @both_orders
 @both_gradients
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)

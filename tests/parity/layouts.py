@@ -73,10 +73,11 @@ def _layout(processes: int, flags: str, virtual_stages: int = 1) -> Layout:
     return Layout(processes, flags.split(), virtual_stages)
 
 
-TP2, PP2, EP2 = (
+TP2, PP2, EP2, FSDP = (
     "--tensor-model-parallel-size 2 --sequence-parallel",
     "--pipeline-model-parallel-size 2",
     "--expert-model-parallel-size 2",
+    "--use-megatron-fsdp --ckpt-format fsdp_dtensor",
 )
 SINGLE = "one process"
 LAYOUTS: dict[str, Layout] = {
@@ -94,4 +95,6 @@ LAYOUTS: dict[str, Layout] = {
     "PP2": _layout(2, PP2),
     "PP2, 2 virtual stages": _layout(2, PP2, virtual_stages=2),
     "PP2 x EP2": _layout(4, f"{PP2} {EP2}"),
+    "DP2, Megatron-FSDP": _layout(2, FSDP),
+    "EP2, Megatron-FSDP": _layout(2, f"{EP2} {FSDP}"),
 }

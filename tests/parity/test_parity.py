@@ -14,7 +14,7 @@ import pytest
 
 from megatron.remoe.data.files import write_text
 from tests.data_sets import write_real_text
-from tests.parity.layouts import CHEAPER_START, DENSE_AND_MOE, LAYOUTS, SINGLE, VARIANTS
+from tests.parity.layouts import CHEAPER_START, DENSE_AND_MOE, FSDP, LAYOUTS, SINGLE, VARIANTS
 from tests.parity.measure import Case, Difference, Training, compare, train
 from tools.common import markdown
 from tools.common.places import ROOT
@@ -29,6 +29,7 @@ CORE = [
     Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2 x EP2"),
     Case("gpt", CHEAPER_START, "plain", "TP2 x EP2, expert TP 2"),
     Case("gpt", CHEAPER_START, DENSE_AND_MOE, "PP2, 2 virtual stages"),
+    Case("gpt", "ReMoE", "plain", "EP2, Megatron-FSDP"),
     # HybridModel in a layout against GPTModel in one process.
     Case("hybrid", "ReMoE", "plain", "TP2 x EP2, expert TP 2"),
     Case("hybrid", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
@@ -40,7 +41,8 @@ ALL = [Case(*kind, variant, layout) for kind in CHECKED for variant in VARIANTS 
 # The columns of the table, each with the variants whose largest differences it shows.
 COLUMNS = {"plain, full or MoE recompute": ["plain", "full recompute", "MoE recompute"]}
 COLUMNS |= {variant: [variant] for variant in VARIANTS if "recompute" not in variant and variant != "plain"}
-ALL = [case for case in ALL if case.model == "hybrid" or case.layout != SINGLE]
+# tools/convert_checkpoint makes no start for a HybridModel in Megatron-FSDP's format.
+ALL = [case for case in ALL if (case.layout != SINGLE if case.model == "gpt" else "FSDP" not in case.layout)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -56,9 +58,10 @@ class Trainings:
         self.differences: dict[Case, Difference] = {}
 
     def start(self, case: Case) -> Path:
-        """Return the checkpoint that the case starts from, in its model class."""
-        folder = self.folder / case.routing / case.variant / "initial"
-        begin = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1"]
+        """Return the checkpoint that the case starts from, in its model class and format."""
+        own = FSDP.split() if "--use-megatron-fsdp" in LAYOUTS[case.layout].flags else []
+        folder = self.folder / case.routing / case.variant / ("initial, FSDP" if own else "initial")
+        begin = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1", *own]
         train(folder, self.data, replace(case, model="gpt", layout=SINGLE), *begin)
         if case.model == "gpt":
             return folder / "checkpoint"

@@ -120,10 +120,13 @@ def test_where_quack_can_run(on_cpu: bool, generation: int, missing: str, words:
     assert refused.value.code == "REMOE-E102" and "--moe-kernels quack" in str(refused.value)
 
 
-@pytest.mark.parametrize(("stacks", "bf16", "refused"), [(True, True, False), (False, True, True), (True, False, True)])
-def test_what_quack_needs(stacks: bool, bf16: bool, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("stacks", "bf16", "fsdp", "refused"),
+    [(True, True, False, False), (False, True, False, True), (True, False, False, True), (True, True, True, True)],
+)
+def test_what_quack_needs(stacks: bool, bf16: bool, fsdp: bool, refused: bool) -> None:
     with pytest.raises(UsageError, match="--bf16") if refused else nullcontext() as caught:
-        check_quack(Namespace(bf16=bf16), stacks)
+        check_quack(Namespace(bf16=bf16, use_megatron_fsdp=fsdp), stacks)
     assert caught is None or caught.value.code == "REMOE-E213"
 
 

@@ -35,6 +35,7 @@ from megatron.remoe.preflight.checkpoint_files import (
     read_index,
 )
 from megatron.remoe.preflight.checkpoint_fit import common_state
+from megatron.remoe.preflight.checkpoint_index import is_of_fsdp
 
 from . import files
 from .errors import ConversionError
@@ -89,12 +90,16 @@ def find(root: Path, step: int | None) -> Checkpoint:
     try:
         with reading(folder):
             check_is_whole(folder)
-            stored = read_index(folder).state_dict_metadata
+            stored = (index := read_index(folder)).state_dict_metadata
             common = common_state(folder)
     except BrokenCheckpointError as error:
         whole = newest_whole(root)
         remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
         raise ConversionError(f"--load {root}: {error}. {remedy}", error.code) from error
+    if is_of_fsdp(index):
+        raise ConversionError(
+            f"{folder}: is Megatron-FSDP's (fsdp_dtensor). Convert it with tools/convert_checkpoint --from-fsdp."
+        )
     args = common.get("args")
     if args is None:
         raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")

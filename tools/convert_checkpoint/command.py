@@ -4,6 +4,7 @@ dense:         python tools/convert_checkpoint --load DENSE --save OUT --num-exp
 top-k:         python tools/convert_checkpoint --load MOE --save OUT
 Hugging Face:  python tools/convert_checkpoint --from-hf FOLDER --save OUT
 fork:          python tools/convert_checkpoint --from-fork --load RUN --save OUT
+Megatron-FSDP: python tools/convert_checkpoint --from-fsdp --load RUN --save OUT
 class:         python tools/convert_checkpoint --load RUN --save OUT --model hybrid|gpt
 
 The shape of a ReMoE, and the text that its routers are fitted to, come from the arguments in the checkpoint. Nothing is
@@ -11,6 +12,7 @@ written if the loss grows by more than a bound. Then train it like any ReMoE, wi
 
 From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. From the fork,
 or with another class, the same training, of any routing, continues with --load OUT, optimizer state included.
+From Megatron-FSDP come the weights alone, in the format that all tools read.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from ..common.running import run_once
 from ..common.text import blend_of, sample
 from .fitting import fit_router, keep_largest
 from .from_fork import convert_fork
+from .from_fsdp import convert_fsdp
 from .from_hf import convert_hf
 from .model_class import convert_class
 from .models import count_pairs, fill, moe_layers, record_routers, round_to, source_args, target_args
@@ -57,6 +60,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--from-fork", action="store_true", help="convert a checkpoint of the authors' fork (github.com/thu-ml/ReMoE)"
+    )
+    parser.add_argument(
+        "--from-fsdp", action="store_true", help="convert a checkpoint of --use-megatron-fsdp (fsdp_dtensor)"
     )
     parser.add_argument(
         "--model", choices=("gpt", "hybrid"), help="only change Megatron's model class; nothing is fitted or measured"
@@ -97,11 +103,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     if args.loss_bound is not None and not args.loss_bound >= 0:
         parser.error(f"--loss-bound {args.loss_bound}: must be at least 0.")
-    if args.from_hf and (args.from_fork or args.ckpt_step is not None):
-        parser.error("--from-hf is not the folder of a run: leave out --from-fork and --ckpt-step.")
-    if args.model and (args.from_hf or args.from_fork):
-        parser.error("--model needs a checkpoint of this project: import first, then change the class.")
-    if (args.from_hf or args.from_fork or args.model) and (
+    if args.from_hf and (args.from_fork or args.from_fsdp or args.ckpt_step is not None):
+        parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp and --ckpt-step.")
+    if args.from_fork and args.from_fsdp:
+        parser.error("--from-fork, --from-fsdp: a checkpoint has one format. Leave one of them out.")
+    if args.model and (args.from_hf or args.from_fork or args.from_fsdp):
+        parser.error("--model needs a checkpoint of this project (torch_dist): import first, then change the class.")
+    if (args.from_hf or args.from_fork or args.from_fsdp or args.model) and (
         given := [name for name in OF_REMOE if getattr(args, name) is not None]
     ):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -226,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         with Display() as display:
-            kinds = {convert_hf: options.from_hf, convert_fork: options.from_fork, convert_class: options.model}
+            kinds = {convert_hf: options.from_hf, convert_fork: options.from_fork, convert_fsdp: options.from_fsdp}
+            kinds |= {convert_class: options.model}
             chosen = next((conversion for conversion, wanted in kinds.items() if wanted), convert)
             chosen(options, display)
 

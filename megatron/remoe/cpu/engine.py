@@ -4,9 +4,11 @@ import ctypes
 import importlib.metadata
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed import DeviceMesh
 
 from megatron.remoe.cpu import facade
 from megatron.remoe.cpu.collectives import with_padding
@@ -66,6 +68,8 @@ def _adapt_tensors() -> None:
 
 
 def _adapt_modules() -> None:
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
@@ -81,6 +85,10 @@ def _adapt_modules() -> None:
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = with_padding(
         mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
     )
+    # Megatron-FSDP makes a device of "cuda:" and the current device, and meshes of the type "cuda".
+    for module in (mcore_fsdp_adapter, megatron_fsdp):
+        module.torch = facade.with_one_device(module.torch)
+    mcore_fsdp_adapter.DeviceMesh = SimpleNamespace(from_group=_cpu_mesh)
     # It warms up fused kernels, which do not exist here.
     initialize._warmup_jit_function = lambda *_args, **_kwargs: None
     # Clipping would write gradients to new memory and copy them back.
@@ -90,6 +98,10 @@ def _adapt_modules() -> None:
 def _scale(_chunk_size: int, _noop_flag: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
     for source, target in zip(*tensor_lists, strict=True):
         torch.mul(source, scale, out=target)
+
+
+def _cpu_mesh(*arguments: Any, **options: Any) -> DeviceMesh:
+    return DeviceMesh.from_group(*arguments, **options | {"device_type": "cpu"})
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

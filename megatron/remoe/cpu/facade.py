@@ -142,6 +142,11 @@ def make_facade() -> types.ModuleType:
     return _copy(_Facade("torch"), torch, **factories, cuda=_cuda(), optim=optim)
 
 
+def with_one_device(facade: types.ModuleType) -> types.ModuleType:
+    """Return a copy of the facade whose `torch.device` makes the CPU of any name; it is no longer a type there."""
+    return _copy(_Facade("torch"), facade, device=lambda *_args, **_kwargs: CPU)
+
+
 class _FacadeFinder(importlib.abc.MetaPathFinder):
     """Give the facade to every module of Megatron that is imported from now on, right after its code has run."""
 

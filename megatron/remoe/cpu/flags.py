@@ -1,6 +1,7 @@
 """Set the flags of Megatron that need other values without an accelerator."""
 
 import argparse
+import os
 import sys
 
 # attribute: (value on the CPU, reason); these are on by default, so the user did not ask for them
@@ -10,6 +11,7 @@ SILENT: dict[str, tuple[object, str]] = {
     "gradient_accumulation_fusion": (False, "a CUDA kernel of apex"),
     "no_persist_layer_norm": (True, "a CUDA kernel of apex"),
     "masked_softmax_fusion": (False, "a CUDA kernel"),
+    "gradient_reduce_div_fusion": (False, "a reduction of NCCL"),
     "apply_rope_fusion": (False, "a CUDA kernel of Transformer Engine"),
     **dict.fromkeys(
         ("bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"),
@@ -34,6 +36,8 @@ def adapt_arguments(args: argparse.Namespace) -> None:
     for name in ("fp16", "fp8", "fp4"):
         if getattr(args, name, None):
             raise ValueError(f"--{name} needs an accelerator. On the CPU train in fp32 (the default) or with --bf16.")
+    if getattr(args, "use_megatron_fsdp", False):  # it refuses 1, which is the default here
+        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
     changed = []
     for name, (value, reason) in CPU_VALUES.items():
         if getattr(args, name, value) != value:

@@ -76,15 +76,22 @@ class GroupedExperts(MegatronModule):
             weight.allreduce = False  # type: ignore[attr-defined]
             return weight
 
-        self.fc1 = parameter(2 * ffn, hidden, parallel_dim=1, stride=2)
-        self.fc2 = parameter(hidden, ffn, parallel_dim=2, stride=1)
+        fc1 = parameter(2 * ffn, hidden, parallel_dim=1, stride=2)
+        fc2 = parameter(hidden, ffn, parallel_dim=2, stride=1)
         if config.perform_initialization:
             # Expert by expert, as one layer an expert would be.
             with torch.no_grad(), get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-                for fc1, fc2 in zip(self.fc1, self.fc2, strict=True):
-                    config.init_method(fc1)
-                    config.output_layer_init_method(fc2)
+                for of_fc1, of_fc2 in zip(fc1, fc2, strict=True):
+                    config.init_method(of_fc1)
+                    config.output_layer_init_method(of_fc2)
+        self._hold(fc1, fc2)
         self._register_load_state_dict_pre_hook(self._stack_sequential)
+
+    def _hold(self, fc1: torch.nn.Parameter, fc2: torch.nn.Parameter) -> None:
+        self.fc1, self.fc2 = fc1, fc2
+
+    def _weights(self) -> tuple[Any, Any]:
+        return self.fc1, self.fc2
 
     def forward(
         self,
@@ -105,7 +112,7 @@ class GroupedExperts(MegatronModule):
             `[P, H]` (a part of the sum with expert tensor parallelism), with an `order` each token's sum `[T, H]`; and
             no bias.
         """
-        given = permuted_local_hidden_states, permuted_probs, self.fc1, self.fc2, tokens_per_expert
+        given = permuted_local_hidden_states, permuted_probs, *self._weights(), tokens_per_expert
         return grouped_swiglu(*given, SortedPairs() if order is None else order, self.backend), None
 
     def backward_dw(self) -> None:
@@ -167,6 +174,48 @@ class GroupedExperts(MegatronModule):
                 state_dict.pop(key.replace(".weight", "._extra_state"), None)
 
 
+class SplitExperts(GroupedExperts):
+    """The same experts for Megatron-FSDP: their matrices are parameters under the names of `TEGroupedMLP`.
+
+    Megatron-FSDP cuts a parameter between rows of its first dimension, and in checkpoints it numbers the experts of all
+    ranks by these names.
+
+    Attributes:
+        linear_fc1: `weight0` ... of `[2 * F, H]`.
+        linear_fc2: `weight0` ... of `[H, F]`.
+    """
+
+    linear_fc1: "_Matrices"
+    linear_fc2: "_Matrices"
+
+    def _hold(self, fc1: torch.nn.Parameter, fc2: torch.nn.Parameter) -> None:
+        self.linear_fc1, self.linear_fc2 = _Matrices(fc1), _Matrices(fc2)
+
+    def _weights(self) -> tuple[Any, Any]:
+        return self.linear_fc1(), self.linear_fc2()
+
+    @property
+    def fc1(self) -> torch.Tensor:  # type: ignore[override]
+        """A tensor with the device, type and shape of the stacked weights."""
+        return next(self.linear_fc1.parameters()).expand(self.num_local_experts, -1, -1)
+
+
+class _Matrices(torch.nn.Module):
+    """One parameter for each expert. Megatron-FSDP gathers them where this module is called."""
+
+    def __init__(self, stacked: torch.nn.Parameter) -> None:
+        super().__init__()
+        dim, stride = stacked.partition_dim - 1, stacked.partition_stride  # type: ignore[attr-defined]
+        for number, matrix in enumerate(stacked.detach()):
+            weight = torch.nn.Parameter(matrix.clone())
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=stride)
+            weight.allreduce = False  # type: ignore[attr-defined]
+            self.register_parameter(f"weight{number}", weight)
+
+    def forward(self) -> list[torch.nn.Parameter]:
+        return list(self.parameters())
+
+
 @torch.no_grad()
 def _join_halves(halves: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(halves, dim=1)
@@ -179,11 +228,12 @@ def build_experts(
     pg_collection: ProcessGroupCollection,
     name: str | None = None,
     stock: Callable[..., torch.nn.Module],
+    kind: type[GroupedExperts] = GroupedExperts,
 ) -> torch.nn.Module:
     """Build grouped experts where the configuration allows them, otherwise those that `stock` builds."""
     if not takes_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
-    experts = GroupedExperts(num_local_experts, config, pg_collection=pg_collection, name=name)
+    experts = kind(num_local_experts, config, pg_collection=pg_collection, name=name)
     _warn_of_refused_sizes(experts.fc1)
     return experts
 

@@ -85,8 +85,8 @@ class LateSizes(NamedTuple):
 def grouped_swiglu(
     tokens_TH: torch.Tensor,
     gates_P: torch.Tensor,
-    fc1: torch.nn.Parameter,
-    fc2: torch.nn.Parameter,
+    fc1: torch.nn.Parameter | list[torch.nn.Parameter],
+    fc2: torch.nn.Parameter | list[torch.nn.Parameter],
     tokens_per_expert: torch.Tensor | LateSizes,
     order: Order,
     backend: Backend,
@@ -96,20 +96,23 @@ def grouped_swiglu(
     Args:
         tokens_TH: x, `[T, H]`.
         gates_P: `[P]`, sorted by expert.
-        fc1: `[E, 2 * F, H]`, W_left and then W_right.
-        fc2: `[E, H, F]`, W_down.
+        fc1: `[E, 2 * F, H]`, W_left and then W_right; or a list with the matrix of each expert.
+        fc2: `[E, H, F]`, W_down; or a list, too.
         tokens_per_expert: integers `[E]`; waited for if they are on a GPU, except with `takes_grouped_kernel`. With
             `LateSizes` P is a guess at their sum.
         order: of the pairs.
         backend: computes what lies between the products, or these too.
     """
     products: OneByOne | OneKernel
+    stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # in type and shape
     if not len(gates_P):  # grouped_mm may refuse or hang on no rows at all
         products = OneByOne([0] * len(fc1))
-    elif takes_grouped_kernel(fc1):
+    elif takes_grouped_kernel(stacked):
         products = OneKernel(tokens_per_expert, len(gates_P), tokens_TH.device)
     else:
         products = OneByOne(tokens_per_expert.tolist())
+    if isinstance(fc1, list):
+        return _SplitSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *fc1, *fc2)
     if backend.products is not None and isinstance(products, OneKernel):
         starts = functional.pad(products.ends, (1, 0))
         return FusedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, starts, order, backend.products())
@@ -196,8 +199,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
         ctx: Any,
         tokens_TH: torch.Tensor,
         gates_P: torch.Tensor,
-        fc1: torch.nn.Parameter,
-        fc2: torch.nn.Parameter,
+        fc1: torch.Tensor,
+        fc2: torch.Tensor,
         products: OneByOne | OneKernel,
         order: Order,
         backend: Backend,
@@ -220,6 +223,41 @@ class _GroupedSwiGLU(torch.autograd.Function):
         d_fc1 = _weight_gradient(fc1, products, d_hidden, order.take(tokens_TH))
         d_tokens = order.sum(products.multiply(d_hidden, fc1), len(tokens_TH))
         return d_tokens, d_gates, d_fc1, d_fc2, None, None, None
+
+
+class _SplitSwiGLU(torch.autograd.Function):
+    """`_GroupedSwiGLU` for matrices that are parameters of their own.
+
+    They are stacked once more for the backward pass: a copy kept from the forward pass would hold what Megatron-FSDP
+    frees in between.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens_TH: torch.Tensor,
+        gates_P: torch.Tensor,
+        products: OneByOne | OneKernel,
+        order: Order,
+        backend: Backend,
+        *weights: torch.nn.Parameter,
+    ) -> torch.Tensor:
+        output = _GroupedSwiGLU.forward(ctx, tokens_TH, gates_P, *_stacked(weights), products, order, backend)
+        ctx.weights = weights
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weights, ctx.weights = ctx.weights, _stacked(ctx.weights)
+        d_tokens, d_gates, d_fc1, d_fc2, *_ = _GroupedSwiGLU.backward(ctx, gradient)
+        ctx.weights = weights
+        assert d_fc1 is not None and d_fc2 is not None  # stacks have no buffer of Megatron's
+        return d_tokens, d_gates, None, None, None, *d_fc1.unbind(), *d_fc2.unbind()
+
+
+def _stacked(weights: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    half = len(weights) // 2
+    return torch.stack(weights[:half]), torch.stack(weights[half:])
 
 
 def _weight_gradient(

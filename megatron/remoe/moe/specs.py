@@ -16,7 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.remoe.local.attention import FusedDotProductAttention
-from megatron.remoe.local.experts import build_experts
+from megatron.remoe.local.experts import GroupedExperts, build_experts
 from megatron.remoe.local.norm import SequenceParallelTorchNorm
 from megatron.remoe.local.self_attention import AllHeadsNormAttention, LatentAttention
 from megatron.remoe.moe.engine_experts import EngineExperts
@@ -71,17 +71,17 @@ def with_sequence_parallel_norms(spec: Any) -> Any:
     return _replaced(spec, {WrappedTorchNorm: SequenceParallelTorchNorm})
 
 
-def with_fused_layers(spec: Any) -> Any:
+def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts) -> Any:
     """Return a copy of `spec` whose local attention and experts use PyTorch's fused kernels.
 
     Dense layers, layers of Transformer Engine, and routers stay.
 
     Args:
         spec: a specification of a block or layer, or any part of one.
+        experts: their class; `SplitExperts` for Megatron-FSDP.
     """
-    return _replaced(
-        spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer, SequentialMLP: build_experts}
-    )
+    build = partial(build_experts, kind=experts)
+    return _replaced(spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer, SequentialMLP: build})
 
 
 def with_engine_kernels(spec: Any) -> Any:

@@ -16,6 +16,12 @@ from megatron.remoe.patches.checkpoints import (
     tell_why_writing_fails,
     verify_loaded_bytes,
 )
+from megatron.remoe.patches.fsdp import (
+    find_parameters_in_fp32,
+    keep_loaded_main_weights,
+    list_all_optimizer_states,
+    scale_once_per_step,
+)
 from megatron.remoe.patches.fusions import (
     enable_torch_weight_gradient_fusion,
     use_fla_cross_entropy,
@@ -46,6 +52,10 @@ PATCHES = (
     save_durably,
     keep_saving_possible,
     tell_why_writing_fails,
+    list_all_optimizer_states,
+    find_parameters_in_fp32,
+    keep_loaded_main_weights,
+    scale_once_per_step,
 )
 
 

@@ -23,12 +23,21 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, TorchDistLoadShardedStrategy
+from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.files import sync, write_text
 from megatron.remoe.patches.patch import patch, replace
 from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
-from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM, BrokenCheckpointError, index_sum
-from megatron.remoe.preflight.stored_sums import check_places
+from megatron.remoe.preflight.checkpoint_index import (
+    INDEX,
+    INDEX_SUM,
+    BrokenCheckpointError,
+    check_object,
+    index_sum,
+    is_of_fsdp,
+    read_index,
+)
+from megatron.remoe.preflight.stored_sums import check_part, check_places
 from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
 
@@ -51,21 +60,7 @@ def load_objects_unexecuted() -> None:
 
     @replace(MCoreLoadPlanner, "load_bytes")
     def load_bytes(stock: Any, self: MCoreLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
-        name = f"{read_item.dest_index.fqn} in the checkpoint"
-        try:
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(value)
-            value.seek(0)
-            if not unknown:
-                torch.load(value, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged object can raise anything
-            raise BrokenCheckpointError(f"{name} is damaged") from error
-        if unknown:
-            raise BrokenCheckpointError(
-                f"{name} refers to {', '.join(unknown)}, which no state of a training consists of and could run code. "
-                "Nothing of it was executed. Give a checkpoint that you trust.",
-                "REMOE-E405",
-            )
-        value.seek(0)
+        check_object(read_item.dest_index.fqn, value)
         stock(self, read_item, value)
 
 
@@ -114,11 +109,11 @@ def verify_loaded_bytes() -> None:
 
 @contextmanager
 def _fails_together() -> Iterator[None]:
-    """If ranks raise BrokenCheckpointError, raise that of the first of them on all ranks."""
-    mine: BrokenCheckpointError | None = None
+    """If ranks raise a UsageError, raise that of the first of them on all ranks."""
+    mine: UsageError | None = None
     try:
         yield
-    except BrokenCheckpointError as error:
+    except UsageError as error:
         mine = error
     except CheckpointException as error:
         mine = _wrapped(error)
@@ -174,13 +169,17 @@ def check_loaded_weights() -> None:
                 if folder is None or not (is_damage or "integrity verification failed" in str(found)):
                     raise
                 go_back(flag, folder, " ".join(str(found).split()), asked).apply(args)
-        for chunk in model:
-            check_is_finite(f"{flag} {root}", chunk)
+        with _fails_together():
+            for chunk in model:
+                check_is_finite(f"{flag} {root}", chunk)
         return loaded
 
 
 def _check_own_files(folder: Path) -> None:
-    """Check this rank's file if each rank has one; other checkpoints are checked while they are read."""
+    """Check this rank's part of a checkpoint that is not torch_dist's; those are checked while they are read."""
+    if (folder / INDEX).is_file() and is_of_fsdp(index := read_index(folder)):
+        with _fails_together():
+            check_part(folder, index, torch.distributed.get_rank(), torch.distributed.get_world_size())
     if not any(folder.glob("mp_rank_*")):
         return
     released = folder.name == RELEASE

@@ -43,6 +43,8 @@ def enable_torch_adam_resume() -> None:
     @torch.no_grad()
     def load_state_dict(stock: Any, self: DistributedOptimizer, loaded: Any) -> None:
         stock(self, loaded)
+        if self.ddp_config.use_megatron_fsdp:
+            return  # its checkpoints hold a counter for each parameter
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if "step" in (state := self.optimizer.state[parameter]):

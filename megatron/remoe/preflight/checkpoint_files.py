@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe.data.files import write_text
-from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, common_state, read_index
+from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, common_state, is_of_fsdp, read_index
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"  # the last file of a checkpoint that Megatron writes
@@ -130,7 +130,7 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
     """Check that all files of a checkpoint exist and are complete, without reading tensors. Return its settings.
 
     Args:
-        folder: `iter_...` of one iteration, as torch_dist or with one file per rank.
+        folder: `iter_...` of one iteration, as torch_dist, as fsdp_dtensor, or with one file per rank.
 
     Returns:
         What `common_state` returns.
@@ -145,10 +145,11 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
     if legacy:
         return common_state(folder)
     index = read_index(folder)
-    try:
-        json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
+    if not is_of_fsdp(index):  # there the index is the last file
+        try:
+            json.loads((folder / CONFIG).read_bytes())
+        except (OSError, ValueError) as error:
+            raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
     ends: dict[str, int] = {}
     for entry in index.storage_data.values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.preflight.checkpoint_files import (
@@ -28,6 +29,7 @@ from megatron.remoe.preflight.compared_settings import (
 )
 from megatron.remoe.preflight.compared_settings import moe_layer_pattern as moe_layer_pattern
 
+FSDP = "fsdp_dtensor"
 STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")  # values of --dist-ckpt-strictness
 
 
@@ -101,7 +103,10 @@ def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
     Raises:
         UsageError: names the first weight that is not, and the remedy.
     """
-    finite = {name: torch.isfinite(weight).all() for name, weight in chunk.named_parameters()}
+    finite = {
+        name: torch.isfinite(weight.to_local() if isinstance(weight, DTensor) else weight).all()
+        for name, weight in chunk.named_parameters()
+    }
     if not finite or torch.stack(list(finite.values())).all():
         return
     name = next(name for name, value in finite.items() if not value).removeprefix("module.").removeprefix("module.")
@@ -128,12 +133,17 @@ def _check_is_there(args: argparse.Namespace) -> None:
         )
 
 
-def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str | bool]]:
     """Yield codes with the reason why the weights do not fit this model, or ""."""
     was_relu, experts = getattr(saved, "moe_relu_routing", False), getattr(saved, "num_experts", None)
     here, there = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
+    was_fsdp = getattr(saved, "ckpt_format", None) == FSDP
     problem = ""
-    if args.dist_ckpt_strictness in STRICT and args.moe_relu_routing and not was_relu:
+    if was_fsdp != args.use_megatron_fsdp:
+        remedy = "Add the flag, or use tools/convert_checkpoint --from-fsdp" if was_fsdp else "Leave out the flag"
+        problem = f" is of a training {'with' if was_fsdp else 'without'} --use-megatron-fsdp, whose checkpoints have "
+        problem += f"another format ({FSDP}). {remedy}."
+    elif args.dist_ckpt_strictness in STRICT and args.moe_relu_routing and not was_relu:
         problem = f" holds a {'top-k MoE' if experts else 'dense'} model, from which --moe-relu-routing cannot start: "
         problem += "tools/convert_checkpoint makes a ReMoE of it."
     elif args.dist_ckpt_strictness in STRICT and was_relu and not args.moe_relu_routing and not args.finetune:
@@ -146,6 +156,15 @@ def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterat
         problem = " holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, and "
         problem += f"--hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid."
     yield "REMOE-E412", problem
+    names = [_names_experts_like(each) for each in (saved, args)]
+    yield (
+        "REMOE-E412",
+        args.use_megatron_fsdp
+        and bool(args.num_experts)
+        and names[0] != names[1]
+        and f" holds {names[0]}, whose weights have other names there than {names[1]}. Give its --transformer-impl and "
+        "--no-local-layer-fusion.",
+    )
     different = differences(args, saved, shape)
     yield (
         "REMOE-E411",
@@ -185,11 +204,13 @@ def _of_the_optimizer(args: argparse.Namespace, saved: argparse.Namespace) -> st
     Each rank saves its own part of a distributed optimizer; Megatron loads the parts into another layout in some cases
     only.
     """
+    if args.use_megatron_fsdp and getattr(saved, "no_save_optim", False):
+        return "it holds no optimizer state. Load one that does"
     was_distributed = getattr(saved, "use_distributed_optimizer", False)
     if was_distributed != args.use_distributed_optimizer:
         kind, remedy = ("that", "Add it") if was_distributed else ("not that", "Leave it out")
         return f"its optimizer state is {kind} of --use-distributed-optimizer. {remedy}"
-    if not was_distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
+    if args.use_megatron_fsdp or not was_distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
         return ""
     only_for = "without --dist-ckpt-optim-fully-reshardable the distributed optimizer's state was saved for"
     if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
@@ -201,6 +222,12 @@ def _of_the_optimizer(args: argparse.Namespace, saved: argparse.Namespace) -> st
     if different := differences(args, saved, LAYOUT):
         return f"{only_for} its layout alone: {different}. Save once more in that layout with the flag"
     return ""
+
+
+def _names_experts_like(args: argparse.Namespace) -> str:
+    if args.transformer_impl != "local":
+        return "Transformer Engine's layers"
+    return "grouped experts" if getattr(args, "local_layer_fusion", False) else "experts one by one"
 
 
 def _compares_schedules(args: argparse.Namespace) -> bool:

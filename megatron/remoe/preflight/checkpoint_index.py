@@ -18,6 +18,7 @@ from megatron.remoe.data.errors import UsageError
 INDEX = ".metadata"
 INDEX_SUM = ".metadata.sha256"  # written by this package when a save is complete; other checkpoints have none
 SUM_LENGTH = 64
+OF_FSDP = ("args", "iteration", "checkpoint_version")  # Megatron reads these keys of fsdp_dtensor before all others
 _MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
 # PyTorch stores the path that it wrote to. Python 3.13 has another name for the module.
@@ -116,6 +117,49 @@ def _check_tensor(name: str, tensor: TensorStorageMetadata, index: Metadata) -> 
             raise ValueError(f"a part of {name} has fewer bytes than its shape needs")
 
 
+def is_of_fsdp(index: Metadata) -> bool:
+    """Return whether an index is of Megatron-FSDP's format (fsdp_dtensor), which keeps the settings under a key."""
+    return "args" in index.state_dict_metadata
+
+
+def stored_object(folder: Path, entry: Any) -> io.BytesIO:
+    """Return the bytes of an object in a checkpoint, as `torch.save` wrote them.
+
+    Args:
+        folder: `iter_...` of one iteration.
+        entry: of the index's `storage_data`.
+    """
+    with (folder / entry.relative_path).open("rb") as stored:
+        stored.seek(entry.offset)
+        return io.BytesIO(stored.read(entry.length))
+
+
+def check_object(name: str, content: io.BytesIO) -> None:
+    """Check an object in a checkpoint without executing anything in it; normally a random number generator's state.
+
+    Args:
+        name: its key.
+        content: what `stored_object` returns.
+
+    Raises:
+        BrokenCheckpointError: it cannot be read, or could run code.
+    """
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+        content.seek(0)
+        if not unknown:
+            torch.load(content, map_location="cpu", weights_only=True)
+        content.seek(0)
+    except Exception as error:  # a damaged object can raise anything
+        raise BrokenCheckpointError(f"{name} in the checkpoint is damaged") from error
+    if unknown:
+        raise BrokenCheckpointError(
+            f"{name} in the checkpoint refers to {', '.join(unknown)}, which no state of a training consists of and "
+            "could run code. Nothing of it was executed. Give a checkpoint that you trust.",
+            "REMOE-E405",
+        )
+
+
 def common_state(folder: Path, index: Metadata | None = None) -> dict[str, Any]:
     """Return the part of a checkpoint that all ranks share, without tensors; nothing in it is executed.
 
@@ -135,13 +179,13 @@ def common_state(folder: Path, index: Metadata | None = None) -> dict[str, Any]:
             file = legacy[0] if legacy else folder / "common.pt"
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=bool(legacy))
         else:
-            entries = (index or read_index(folder)).storage_data
-            entry = next((entries[key] for key in entries if key.fqn.startswith("common_state/")), None)
-            if entry is None:
-                return {}
-            with (folder / entry.relative_path).open("rb") as stored:
-                stored.seek(entry.offset)
-                state = torch.load(io.BytesIO(stored.read(entry.length)), map_location="cpu", weights_only=True)
+            index = index or read_index(folder)
+            stored = {
+                key.fqn: torch.load(stored_object(folder, entry), map_location="cpu", weights_only=True)
+                for key, entry in index.storage_data.items()
+                if key.fqn in OF_FSDP or key.fqn.startswith("common_state/")
+            }
+            state = stored if is_of_fsdp(index) else next(iter(stored.values()), {})
         state = state[0] if isinstance(state, list) else state
         if isinstance(state, io.BytesIO):
             state.seek(0)

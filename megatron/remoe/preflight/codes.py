@@ -37,7 +37,7 @@ REMOE-E405 | An object in a checkpoint could run code; it was not executed. | Gi
 REMOE-E406 | Loaded weights are not finite. | Give an earlier iteration with --ckpt-step.
 REMOE-E407 | The --save folder holds checkpoints, and there is no --load. | Add --load with it, or give another --save.
 REMOE-E411 | The checkpoint's model has another shape. | Give the checkpoint's values, or another --load.
-REMOE-E412 | The checkpoint has another routing or model class. | Give its flags, or use tools/convert_checkpoint.
+REMOE-E412 | The checkpoint has another routing, class or format. | Give its flags, or use tools/convert_checkpoint.
 REMOE-E413 | A setting that changes the result differs from the checkpoint's. | Follow the message; see checkpoints.md.
 REMOE-E414 | The optimizer's state was saved for another layout or kind. | Follow the message; see checkpoints.md.
 REMOE-E415 | The learning rate's schedule differs from the checkpoint's. | Give the old values or a flag in the message.

@@ -121,8 +121,42 @@ def check_settings(args: argparse.Namespace) -> None:
             "--profile needs a GPU. Add --use-pytorch-profiler.": (
                 args.profile and not args.use_pytorch_profiler and on_cpu
             ),
-        },
+        }
+        | (_of_fsdp(args) if args.use_megatron_fsdp else {}),
     )
+
+
+def _of_fsdp(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the problems of --use-megatron-fsdp."""
+    stages, experts = args.pipeline_model_parallel_size, args.expert_model_parallel_size
+    instances = args.num_distributed_optimizer_instances
+    divided = max(args.tensor_model_parallel_size, experts * args.expert_tensor_parallel_size)
+    given = f"--num-distributed-optimizer-instances {instances}"
+    return {
+        "--use-megatron-fsdp needs einops, which is not installed. Install it.": not find_spec("einops"),
+        # .../megatron_fsdp.py: all_gather_and_wait_parameters_ready lets it overwrite what micro-batches have added up.
+        "--use-megatron-fsdp needs --no-gradient-accumulation-fusion. Add it.": args.gradient_accumulation_fusion,
+        # core/transformer/fsdp_dtensor_checkpoint.py: split_swiglu_linear_fc1 reads megatron_fsdp_slice.
+        "--data-parallel-sharding-strategy no_shard: Megatron cannot save SwiGLU layers so. Use optim.": (
+            args.data_parallel_sharding_strategy == "no_shard" and args.swiglu and args.save
+        ),
+        # core/distributed/fsdp/mcore_fsdp_adapter.py: _get_dp_tp_mesh
+        f"--pipeline-model-parallel-size {stages}: Megatron-FSDP's meshes have no stages. Leave one of them out.": (
+            stages > 1
+        ),
+        # core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py: gradient_reduce_preprocessing
+        "--ddp-average-in-collective: Megatron-FSDP does not divide experts' gradients with it. Leave it out.": (
+            args.ddp_average_in_collective and experts > 1
+        ),
+        f"{given}: Megatron-FSDP divides the gradients of layers that one rank of an instance has alone after each "
+        "micro-batch. Use fewer instances or expert parallel ranks.": (
+            instances > 1 and args.world_size // instances == divided
+        ),
+        # training/training.py: train tells Megatron-FSDP with this flag alone which micro-batch is the last.
+        f"{given}: with --use-megatron-fsdp they do not exchange gradients without --overlap-grad-reduce. Add it.": (
+            instances > 1 and not args.overlap_grad_reduce
+        ),
+    }
 
 
 def check_flips(args: argparse.Namespace) -> None:
@@ -195,8 +229,9 @@ def check_quack(args: argparse.Namespace, stacks_experts: bool) -> None:
         "REMOE-E213",
         {
             "--moe-kernels quack needs --bf16, --num-experts, --swiglu, --disable-bias-linear, --transformer-impl "
-            "local and none of --no-local-layer-fusion, --fp8-format, --fp4-format, --moe-latent-size. Change this, or "
-            "use --moe-kernels triton.": not (stacks_experts and args.bf16)
+            "local and none of --no-local-layer-fusion, --fp8-format, --fp4-format, --moe-latent-size, "
+            "--use-megatron-fsdp. Change this, or use --moe-kernels triton.": not (stacks_experts and args.bf16)
+            or args.use_megatron_fsdp
         },
     )
 

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, check_object, stored_object
 
 LOCAL_HEADER, LENGTHS_AT = b"PK\3\4", 26  # first bytes of a record, and the offset of its variable lengths
 LOCAL_HEADER_SIZE = 30
@@ -45,6 +47,25 @@ def check_places(path: Path, places: Iterable[tuple[int, int]]) -> None:
                 raise BrokenCheckpointError(
                     f"{path} has changed since it was saved ({error}, {length:,} bytes from {offset:,})"
                 ) from error
+
+
+def check_part(folder: Path, index: Metadata, part: int, parts: int) -> None:
+    """Check one of several parts of a checkpoint's tensors and objects.
+
+    Args:
+        folder: `iter_...` of one iteration.
+        index: what `read_index` returns.
+        part: number of the part, from 0.
+        parts: their number.
+
+    Raises:
+        BrokenCheckpointError: names the file or the object.
+        OSError: a file cannot be read.
+    """
+    for key, entry in sorted(index.storage_data.items(), key=lambda item: str(item[0]))[part::parts]:
+        check_places(folder / entry.relative_path, [(entry.offset, entry.length)])
+        if isinstance(index.state_dict_metadata[key.fqn], BytesStorageMetadata):
+            check_object(key.fqn, stored_object(folder, entry))
 
 
 def _check_records(content: memoryview) -> None:

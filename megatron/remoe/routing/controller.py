@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingSummary, StepSums
@@ -118,7 +119,7 @@ class SparsityController:
             torch._foreach_copy_(guarded, [router.guarded for router in self.routers])
             sums.l1_exponent.copy_(self.routers[0].l1_exponent)
             sums.ranks.fill_(1.0)
-        gradients = [getattr(parameter, "main_grad", parameter.grad) for parameter in self._watched]
+        gradients = [_reduced_gradient(parameter) for parameter in self._watched]
         flat = [gradient.reshape(-1) for gradient in gradients if gradient is not None]
         if flat:
             torch.mul(torch.cat(flat).sum(), 0.0, out=sums.not_finite)
@@ -135,6 +136,13 @@ class SparsityController:
             return None
         sums = StepSums.of(self._last.buffer.cpu(), self._num_layers)
         return RoutingSummary.of(sums, self.totals(), self._topk, self.config)
+
+
+def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """Return the gradient that the optimizer reads; with Megatron-FSDP this rank's part of it."""
+    names = "main_grad", "decoupled_grad"  # the second is Megatron-FSDP's for Transformer Engine's Adam
+    gradient = next((getattr(parameter, name) for name in names if hasattr(parameter, name)), parameter.grad)
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def exponent_bounds(config: ReMoEConfig) -> tuple[int | None, int | None]:

@@ -69,7 +69,6 @@ BALANCED = "The L1 term balances the load: leave it out"
 DROPLESS = "Leave it out: ReMoE is dropless"
 FIXED_K = "it drops or pads tokens"
 IGNORED = "it acts on top-k only"
-NOT_RESUMED = "a run could not go on from its checkpoints (fsdp_dtensor)"
 OTHER_CLASS = "Megatron replaces the configuration class for it"
 TOPK_SPEC = "its router and dispatcher compute top-k"
 UNTESTED_STATE = "it needs GPUs, and was never run with the router's state"
@@ -77,7 +76,6 @@ UNTESTED_STATE = "it needs GPUs, and was never run with the router's state"
 CONFIG = "core/transformer/transformer_config.py: TransformerConfig"
 DISPATCHERS = "core/transformer/moe/token_dispatcher.py"
 EXPERTS = "core/transformer/moe/experts.py: TEGroupedMLP"
-FSDP = "core/transformer/fsdp_dtensor_checkpoint.py"
 INFERENCE_SPEC = "core/models/gpt/moe_module_specs.py: get_inference_optimized_moe_spec"
 MOE_UTILS = "core/transformer/moe/moe_utils.py"
 ROUTING = "core/transformer/moe/router.py: TopKRouter.routing"
@@ -191,12 +189,11 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("use_inference_optimized_layers", bool, TOPK_SPEC, INFERENCE_SPEC),
     Refusal("heterogeneous_layers_config_path", _given, OTHER_CLASS, SETTINGS),
     Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS, SETTINGS),
-    Refusal("use_megatron_fsdp", bool, NOT_RESUMED, f"{FSDP}: handle_experts_in_state_dict"),
     Refusal("use_torch_fsdp2", bool, UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),
     Refusal(
         "init_model_with_meta_device",
         bool,
-        "weights stay uninitialized without Megatron's FSDP",
+        "experts and the router's state would stay uninitialized",
         f"{WRAPPING}: to_empty_if_meta_device",
     ),
 )

@@ -21,7 +21,7 @@ from megatron.remoe.baselines.hash import hand_token_ids
 from megatron.remoe.baselines.pairs import PairCounter
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.kernels import wants_kernels, wants_quack
-from megatron.remoe.local.experts import takes_grouped_experts
+from megatron.remoe.local.experts import GroupedExperts, SplitExperts, takes_grouped_experts
 from megatron.remoe.local.hybrid import local_hybrid_stack_spec
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import (
@@ -168,7 +168,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
 
     def change(spec: LayerSpec, vp_stage: int | None) -> LayerSpec:
         if args.local_layer_fusion:
-            spec = with_fused_layers(spec)
+            spec = with_fused_layers(spec, SplitExperts if args.use_megatron_fsdp else GroupedExperts)
         if not args.sequence_parallel:
             return spec
         if isinstance(spec, ModuleSpec) and not is_hybrid:

@@ -1,0 +1,196 @@
+"""Megatron-FSDP saves and resumes; that it trains like one process is in tests/parity."""
+
+import argparse
+import io
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron.remoe.preflight.checkpoint_index import INDEX, read_index
+from megatron.remoe.preflight.environment import _of_fsdp
+from tests.checkpoints import Malicious, Saved, flip, tensors, training, truncate
+from tests.parity.layouts import FSDP
+from tests.tiny_model import RELU
+from tests.trainings import REPOSITORY, TINY, figures, records, run, series, weights
+from tools.common.checkpoints import find, read_parts
+from tools.common.errors import ConversionError
+
+EP2 = "--expert-model-parallel-size 2"
+DENSE_TOO = "--moe-layer-freq ([0,1]) --moe-shared-expert-intermediate-size 64"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A training's checkpoints of iterations 2, 4 and 6, on two ranks with half of the experts each."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(words(data, folder), processes=2)
+    return Saved(folder)
+
+
+@pytest.fixture
+def saved(uninterrupted: Saved, tmp_path: Path) -> Saved:
+    return uninterrupted.copy(tmp_path / "checkpoints")
+
+
+def words(data: Path, folder: Path, *more: str, split: str = EP2) -> list[str]:
+    return training(data, folder, *FSDP.split(), *split.split(), *more)
+
+
+def goes_on_from_4(saved: Saved) -> Saved:
+    """Leave the checkpoints up to iteration 4."""
+    for path in saved[6].iterdir():
+        path.unlink()
+    saved[6].rmdir()
+    return saved
+
+
+def assert_same_training(found: Saved, expected: Saved) -> None:
+    """λ's exponent, weights and optimizer state are equal, bit for bit."""
+    expected.assert_same_weights(found, 6)
+    assert last_step(found) == last_step(expected)
+
+
+def last_step(saved: Saved) -> tuple[float, float, float]:
+    """λ, S and the gradient's norm in the newest step."""
+    line = [line for line in figures(saved.root, 1) if line["kind"] == "log"][-1]
+    return line["l1_coefficient"], line["sparsity"], line["grad_norm"]
+
+
+def test_a_resumed_training_ends_the_same(saved: Saved, data: Path, uninterrupted: Saved) -> None:
+    keys = read_index(saved[6]).state_dict_metadata
+    assert "model.module.decoder.layers.1.mlp.router.l1_exponent" in keys
+    experts = {key for key in keys if key.startswith("model.module.decoder.layers.1.mlp.experts.linear_fc2.weight")}
+    assert {key.rsplit("weight", 1)[1] for key in experts} == set("01234567"), "of both ranks"
+    output = run(words(data, goes_on_from_4(saved).root), processes=2)
+    assert list(records(output)) == [5, 6]
+    assert_same_training(saved, uninterrupted)
+
+
+@pytest.mark.parametrize(("split", "strategy"), [("", "optim"), (f"{EP2} {DENSE_TOO} --bf16", "optim_grads")])
+def test_strategies(split: str, strategy: str, data: Path, tmp_path: Path) -> None:
+    whole, cut = Saved(tmp_path / "whole"), Saved(tmp_path / "cut")
+    flags = ["--data-parallel-sharding-strategy", strategy]
+    run(words(data, whole.root, *flags, split=split), processes=2)
+    whole.copy(cut.root)
+    run(words(data, goes_on_from_4(cut).root, *flags, split=split), processes=2)
+    assert_same_training(cut, whole)
+
+
+@pytest.mark.parametrize(("split", "processes"), [("", 2), ("", 1)], ids=["without EP", "one process"])
+def test_another_layout_goes_on(split: str, processes: int, saved: Saved, data: Path, uninterrupted: Saved) -> None:
+    output = run(words(data, goes_on_from_4(saved).root, split=split), processes=processes)
+    assert list(records(output)) == [5, 6]
+    assert last_step(saved)[0] == last_step(uninterrupted)[0]
+    assert last_step(saved) == pytest.approx(last_step(uninterrupted), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: flip(tensors(folder)),
+        lambda folder: (folder / "__1_0.distcp").unlink(),
+        lambda folder: truncate(folder / INDEX),
+    ],
+    ids=["flipped bit", "missing file", "truncated index"],
+)
+def test_the_entry_goes_back_from_damage(spoil, saved: Saved, data: Path, uninterrupted: Saved) -> None:
+    spoil(saved[6])
+    output = run(words(data, saved.root), processes=2)
+    assert output.count("Going back to iteration 4") == 1 and list(records(output)) == [5, 6]
+    uninterrupted.assert_same_weights(saved, 6)
+
+
+def test_code_in_an_object_is_not_executed(saved: Saved, data: Path, tmp_path: Path) -> None:
+    index = FileSystemReader(saved[6]).read_metadata()
+    key, entry = next(item for item in index.storage_data.items() if item[0].fqn.startswith("rng_state.(0, 0).0.np"))
+    content = io.BytesIO()
+    torch.save(Malicious(tmp_path / "made"), content)
+    file = saved[6] / entry.relative_path
+    index.storage_data[key] = replace(entry, offset=file.stat().st_size, length=len(content.getvalue()))
+    file.write_bytes(file.read_bytes() + content.getvalue())
+    saved.replace_index(6, pickle.dumps(index))
+    output = run(words(data, saved.root), processes=2, expect=1)
+    assert (
+        "REMOE-E405" in output and key.fqn in output and not (tmp_path / "made").exists() and "Traceback" not in output
+    )
+
+
+def test_formats_do_not_mix(saved: Saved, data: Path, tmp_path: Path) -> None:
+    assert "REMOE-E412" in run(training(data, saved.root), expect=2)
+    assert "REMOE-E412" in run(words(data, saved.root, "--no-local-layer-fusion", split=""), expect=2)
+    run(training(data, tmp_path / "torch_dist"))
+    assert "REMOE-E412" in run(words(data, tmp_path / "torch_dist", split=""), expect=2)
+
+
+def test_missing_optimizer_state_is_named(data: Path, tmp_path: Path) -> None:
+    run(words(data, tmp_path, "--no-save-optim", split=""))
+    output = run(words(data, tmp_path, split=""), expect=2)
+    assert "REMOE-E414" in output and "--no-load-optim" in output
+
+
+RIGHT = {
+    **{"world_size": 8, "tensor_model_parallel_size": 1, "expert_tensor_parallel_size": 1, "save": "run"},
+    **{"pipeline_model_parallel_size": 1, "expert_model_parallel_size": 2, "num_distributed_optimizer_instances": 1},
+    **{"data_parallel_sharding_strategy": "optim_grads_params", "swiglu": True, "ddp_average_in_collective": False},
+    **{"gradient_accumulation_fusion": False, "overlap_grad_reduce": True},
+}
+WRONG: list[dict[str, Any]] = [
+    {"data_parallel_sharding_strategy": "no_shard"},
+    {"pipeline_model_parallel_size": 2},
+    {"gradient_accumulation_fusion": True},
+    {"ddp_average_in_collective": True},
+    {"num_distributed_optimizer_instances": 4},
+    {"num_distributed_optimizer_instances": 2, "overlap_grad_reduce": False},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: " ".join(map(str, wrong.values())))
+def test_what_megatron_would_get_wrong_is_refused(wrong: dict[str, Any]) -> None:
+    def refused(**settings: Any) -> list[str]:
+        problems = _of_fsdp(argparse.Namespace(**RIGHT | settings))
+        return [message for message, holds in problems.items() if holds]
+
+    (message,) = refused(**wrong)
+    assert next(iter(wrong)).replace("_", "-") in message
+    assert refused() == refused(num_distributed_optimizer_instances=2) == []
+
+
+def test_the_entry_refuses_it(data: Path, tmp_path: Path) -> None:
+    flags = "--data-parallel-sharding-strategy no_shard"
+    output = run(words(data, tmp_path, split=flags), expect=2)
+    assert "REMOE-E203" in output and flags in output
+
+
+def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="--from-fsdp"):
+        find(saved.root, None)
+    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint"), "--from-fsdp", "--load"]
+    subprocess.run([*tool, saved.root, "--save", tmp_path / "out"], check=True)
+    index = read_index(tmp_path / "out" / "release")
+    entries = {key: entry for key, entry in index.state_dict_metadata.items() if hasattr(entry, "size")}
+    found = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    read_parts(find(tmp_path / "out", None), {key: (tensor, None) for key, tensor in found.items()})
+    stored, layer = weights(saved.root, 6), "model.module.decoder.layers.1."
+    experts = "decoder.layers.mlp.experts.experts.linear_fc"
+    for number in range(8):
+        first = [stored[f"{layer}mlp.experts.linear_fc1.weight{number}_{half}"] for half in "wv"]
+        assert torch.equal(found[f"{experts}1.weight"][1, number], torch.cat(first))
+        second = stored[f"{layer}mlp.experts.linear_fc2.weight{number}"]
+        assert torch.equal(found[f"{experts}2.weight"][1, number], second)
+    for name in ("router.weight", "router.l1_exponent"):
+        assert torch.equal(found[f"decoder.layers.mlp.{name}"][1], stored[f"{layer}mlp.{name}"])
+
+
+def test_steps_that_are_not_finite_leave_the_coefficient(data: Path) -> None:
+    """As without Megatron-FSDP, although each rank sees its own rows of the gradients only."""
+    broken = "--lr 1e30 --min-lr 1e30 --no-check-for-nan-in-loss-and-grad".split()
+    output = run([*TINY, *RELU, *broken, *FSDP.split(), "--data-path", str(data)], processes=2)
+    assert series(output, "l1 coefficient") == [1e-8] + [1.2e-8] * 7
+    assert "guarded layers" not in output

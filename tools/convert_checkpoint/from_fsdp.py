@@ -1,0 +1,68 @@
+"""Write the weights of a Megatron-FSDP checkpoint (fsdp_dtensor) as a distributed one (torch_dist)."""
+
+import argparse
+from collections.abc import Mapping
+
+import torch
+
+from megatron.remoe.preflight.checkpoint_files import check_is_whole, read_index
+from megatron.remoe.preflight.checkpoint_index import common_state, is_of_fsdp
+from megatron.remoe.preflight.stored_sums import check_part
+
+from ..common.checkpoints import Checkpoint, check_output, find_folder, read_parts, reading, save
+from ..common.display import Display
+from ..common.errors import ConversionError
+from ..common.hf.settings import complete
+from ..common.megatron_model import EXPERT, build
+from ..common.one_process import one_process
+from .models import round_to
+
+PREFIX = "model.module."
+# Names of norms in plain PyTorch layers and, fused with the next product, in Transformer Engine's.
+NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
+    """Write the model under `options.load` to `options.save`, λ included, without optimizer state.
+
+    Raises:
+        ConversionError: it has another format, cannot be read, or the output cannot be written.
+    """
+    check_output(options.save)
+    folder = find_folder(options.load, options.ckpt_step)
+    with reading(folder):
+        check_is_whole(folder)
+        index = read_index(folder)
+        if not is_of_fsdp(index):
+            raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
+        check_part(folder, index, 0, 1)
+        args = complete(common_state(folder, index)["args"])
+    args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
+    checkpoint = Checkpoint(folder, str(folder), args, {}, {})
+    with one_process(args.seed):
+        model = build(args)
+        parts: dict[str, tuple[torch.Tensor, int | None]] = {}
+        for name, tensor in model.state_dict().items():
+            if torch.is_tensor(tensor):
+                parts |= {key: (part, None) for key, part in _stored(name, tensor, index.state_dict_metadata).items()}
+        read_parts(checkpoint, parts)
+        round_to(model, args.params_dtype)
+        save(model.to(args.params_dtype), args, options.save, args.transformer_impl == "transformer_engine")
+    display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
+
+
+def _stored(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """Return the checkpoint's keys of a tensor, each with the part to fill; SwiGLU's halves have a key each."""
+    names = [name, *(name.replace(local, engine) for local, engine in NORMS.items())]
+    if expert := EXPERT.fullmatch(name):
+        names.append(f"{expert['mlp']}experts.{expert['weight']}{expert['expert']}")
+    for key in (PREFIX + name for name in names):
+        if key in keys:
+            return {key: tensor}
+        if f"{key}_w" in keys:
+            gate, up = tensor.chunk(2)
+            return {f"{key}_w": gate, f"{key}_v": up}
+    raise ConversionError(f"the checkpoint has no {name}, which its arguments call for.")
