@@ -45,10 +45,8 @@ FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 PROBE = 2**26  # bytes to allocate as a test before a folder is written
 OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
-# Names of the norm before a MoE layer: in plain PyTorch layers, and in Transformer Engine's.
-LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
-# The key has the layer's number only if layers differ.
-ROUTER = re.compile(r".*\.layers\.(\d+\.)?mlp\.router\.")
+LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."  # before a MoE layer, by implementation
+ROUTER = re.compile(r".*\.layers\.(\d+\.)?mlp\.router\.")  # with the layer's number if layers differ
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
         remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
         raise ConversionError(f"--load {root}: {error}. {remedy}", error.code) from error
     if is_of_fsdp(index):
-        raise ConversionError(
-            f"{folder}: is Megatron-FSDP's (fsdp_dtensor). Convert it with tools/convert_checkpoint --from-fsdp."
-        )
+        raise ConversionError(f"{folder}: is Megatron-FSDP's. Use tools/convert_checkpoint --from-fsdp first.")
     args = common.get("args")
     if args is None:
         raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")
@@ -270,9 +266,7 @@ def find_folder(root: Path, step: int | None) -> Path:
         root /= "checkpoints"
     newest = newest_iteration(root) if step is None else str(step)
     if not newest:
-        raise ConversionError(
-            f"--load {root}: is not the folder of a run's checkpoints: it has no {TRACKER}.", "REMOE-E404"
-        )
+        raise ConversionError(f"--load {root}: is no run's folder of checkpoints: it has no {TRACKER}.", "REMOE-E404")
     if step is None and newest != RELEASE and not (newest.isdecimal() and len(newest) < 20):
         raise ConversionError(f"{root / TRACKER}: holds {newest[:20]!r}, not an iteration. Name one with --ckpt-step.")
     folder = root / (RELEASE if newest == RELEASE else f"iter_{int(newest):07d}")
