@@ -113,6 +113,9 @@ def look_at(old: griffe.ModulesCollection, new: griffe.ModulesCollection) -> Ite
             owner = change.obj.path
             while owner and owner not in canonical:
                 owner = owner.rpartition(".")[0]
+            is_field = change.obj.parent is not None and "dataclass" in change.obj.parent.labels  # given by its name
+            if is_field and change.kind is griffe.BreakageKind.PARAMETER_MOVED:
+                continue
             if owner and change.obj.name in words:
                 said = re.sub(r"\x1b\[\d+m", "", change.explain(griffe.ExplanationStyle.ONE_LINE))
                 yield True, f"{change.obj.path}: {said.partition(': ')[2]}; {canonical[owner]} uses it"
