@@ -202,7 +202,8 @@ def test_what_is_no_checkpoint_of_a_source(
     assert "--num-experts 16, but --load is a top-k checkpoint that has 8" in capfd.readouterr().err
     words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
     assert main("--load", str(tmp_path), *words) == 1
-    assert f"--load {tmp_path}: is not the folder of a run's checkpoints" in capfd.readouterr().err
+    printed = capfd.readouterr().err
+    assert f"--load {tmp_path}" in printed and "E404" in printed
     more = ["--loss-bound", "10", "--tokens", "512"]
     assert main("--load", str(dense[0]), *words, *more) == 0
     capfd.readouterr()

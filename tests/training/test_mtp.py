@@ -31,6 +31,7 @@ ARGS = argparse.Namespace(
     local_layer_fusion=True,
     reset_attention_mask=False,
     sequence_parallel=False,
+    use_megatron_fsdp=False,
     num_experts=4,
     add_bias_linear=False,
     expert_model_parallel_size=1,
