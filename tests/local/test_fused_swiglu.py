@@ -6,11 +6,12 @@ import torch
 from megatron.remoe.local.fused_swiglu import FusedSwiGLU
 from tests import quack_stand_in
 from tests.local.test_grouped_swiglu import (
-    FFN,
-    HIDDEN,
+    DEVICE,
     SIZES,
     both_gradients,
     both_orders,
+    compare,
+    leaves_of,
     one_by_one,
     order_of,
     some_rows,
@@ -26,24 +27,11 @@ def test_values_and_gradients(
     products = quack_stand_in.put_in(monkeypatch)
     torch.manual_seed(len(sizes))
     num_tokens, rows = some_rows(sizes, gathers)
-    inputs = [torch.randn(num_tokens, HIDDEN), torch.rand(sum(sizes))]
-    inputs += [torch.randn(len(sizes), 2 * FFN, HIDDEN), torch.randn(len(sizes), HIDDEN, FFN)]
-    ours, right = ([value.double().requires_grad_() for value in inputs] for _ in range(2))
-    ours[2:] = [torch.nn.Parameter(weight.detach()) for weight in ours[2:]]
-    if accumulates:
-        for weight in ours[2:]:
-            weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
-    starts = torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32)
+    ours, right = leaves_of(num_tokens, sizes, accumulates)
+    starts = torch.tensor([0, *sizes], device=DEVICE).cumsum(0, dtype=torch.int32)
     output = FusedSwiGLU.apply(*ours, starts, order_of(rows), products)
-    expected = one_by_one(*right, sizes, rows)
-    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
-    direction = torch.randn_like(output)
-    (output * direction).sum().backward()
-    (expected * direction).sum().backward()
-    for number, (mine, theirs) in enumerate(zip(ours, right, strict=True)):
-        gradient = mine.main_grad - 1 if accumulates and number >= 2 else mine.grad
-        torch.testing.assert_close(gradient, theirs.grad, rtol=1e-10, atol=1e-10)
-        assert not accumulates or number < 2 or mine.grad_added_to_main_grad
+    compare(output, one_by_one(*right, sizes, rows), ours, right, accumulates)
+    assert not accumulates or all(weight.grad_added_to_main_grad for weight in ours[2:])
 
 
 def test_stand_in_is_what_quack_documents() -> None:
