@@ -135,25 +135,26 @@ def main() -> None:
     data = dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     before = Training(STEPS_BEFORE, 16, 16, "4e-3", "4e-4", 0.95, 0.1)
     after = replace(before, iterations=given.steps, lr=f"{given.lr:g}", min_lr=f"{given.lr / 10:g}")
-    name_of = f"{given.steps}-steps-lr-{given.lr:g}-warmup-{given.lr_warmup_fraction}"
+    settings = f"{given.steps}-steps-lr-{given.lr:g}-warmup-{given.lr_warmup_fraction}"
     found: dict[str, list[tuple[float, float | None, float | None]]] = {}
     for seed in given.seeds:
         runs = folder / f"seed-{seed}"
         source = runs / SOURCE
         train(runs / "source", flags(before, "moe", BEFORE, seed, data))
         found.setdefault(f"top-k, {BEFORE} experts, before", []).append(figures(runs / "source"))
+        starts = {ARMS[name][2] for name in given.arms}
         for output, topk in ((REMOE, AFTER), (REMOE_OF_4, BEFORE)):
-            if not (runs / output).exists():
+            if output in starts and not (runs / output).exists():
                 command = f"tools/convert_checkpoint --load {source} --save {runs / output} --moe-router-topk {topk}"
                 subprocess.run([sys.executable, *command.split(), "--seed", str(seed)], check=True, cwd=ROOT)
-        if not (runs / WITH_NULLS).exists():
+        if WITH_NULLS in starts and not (runs / WITH_NULLS).exists():
             add_null_experts(source, runs / WITH_NULLS, seed)
         for name in given.arms:
             topk, more, start = ARMS[name]
             words = flags(after, "remoe" if start in (REMOE, REMOE_OF_4) else "moe", topk, seed + 100, data)
             words += ["--pretrained-checkpoint", str(runs / start)]
             words[words.index("--lr-warmup-fraction") + 1] = given.lr_warmup_fraction
-            run = runs / name_of / name.replace(" ", "-").replace(",", "")
+            run = runs / settings / name.replace(" ", "-").replace(",", "")
             train(run, [*words, *more.format(source=source, third=given.steps // 3).split()])
             found.setdefault(name, []).append(figures(run))
     for name, results in found.items():

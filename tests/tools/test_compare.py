@@ -149,6 +149,7 @@ def test_points() -> None:
     assert trunk_steps(400) == 320 and trunk_steps(12000) == 9600 and rounded(463.4) == 465 and rounded(1) == 5
     names = {Training(8, arm, seed, factor).name for arm in plan.ARMS for seed in (1, 2) for factor in (0.5, 1.0)}
     assert len(names) == 4 * len(plan.ARMS)
+    assert Training(8, "moe", 1, warmup=12).name not in names
 
 
 def test_gaps_by_hand(tmp_path: Path) -> None:

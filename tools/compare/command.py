@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "factors on the learning rate to tune over; one: no tuning (default: %(default)s)"
     add("--lr-factors", nargs="+", type=above_zero, default=[*FACTORS], metavar="X", help=text)
     add("--tuning-steps", type=number, default=1200, metavar="N", help=default)
-    text = "steps in which the learning rate rises; the dense start lies within them, as in the paper (default: 300)"
+    text = "steps in which the rate rises; the dense start lies within them, as in the paper (default: %(default)s)"
     add("--lr-warmup-iters", type=number, default=Training.warmup, metavar="N", help=text)
     text = "largest difference of two losses that counts as none (default: %(default)s)"
     add("--margin", type=above_zero, default=0.01, metavar="NATS", help=text)

@@ -1,7 +1,8 @@
 """QuACK's grouped products, `--moe-kernels quack`: they gather tokens as they load, and apply SwiGLU as they store.
 
 P pairs in the order of the experts, H hidden size, F the experts' FFN size. Columns of the first product and of its
-gradient, `[P, 2 * F]`, alternate between left and right; weights have one half after the other ("concat").
+gradient, `[P, 2 * F]`, alternate between left and right; weights have one half after the other ("concat"). `Products`
+says what each function takes and returns.
 
 Tiles are QuACK's defaults, except where these spill: tuning would start again with each number of pairs.
 """
