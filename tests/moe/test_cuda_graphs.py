@@ -1,6 +1,5 @@
 """With --cuda-graph-impl full_iteration a layer has room for the most pairs, and the host reads nothing."""
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from tests.moe.test_host_syncs import Waits, reads
 from tests.moe.test_launch_ahead import SETTINGS, numbers, tokens_of
 
 pytestmark = pytest.mark.usefixtures("process_groups")
-BOUNDED = SETTINGS | {"moe_relu_max_experts": 3, "moe_relu_activation_limit": 0.0}
+# About half of the experts are active at the start; the target of a quarter makes every update raise λ.
+BOUNDED = SETTINGS | {"moe_router_topk": 1, "moe_relu_max_experts": 3, "moe_relu_activation_limit": 0.0}
 GRAPH = {"cuda_graph_impl": "full_iteration"}
 
 
@@ -58,7 +58,7 @@ def test_steps_are_equal_and_nothing_is_read(most: int, monkeypatch: pytest.Monk
     room = {"moe_relu_max_experts": most}
     (plain, controller), (graph, other), (copy, third) = make_layers(room, room | GRAPH, room | GRAPH)
     assert plain.waits and not graph.waits
-    calls, tokens, exponents = reads(monkeypatch), tokens_of(graph, 1), [0]
+    calls, tokens = reads(monkeypatch), tokens_of(graph, 1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     try:
         for number in range(4):
@@ -71,14 +71,12 @@ def test_steps_are_equal_and_nothing_is_read(most: int, monkeypatch: pytest.Monk
             expected_summary, summary = controller.summary(), other.summary()
             assert summary is not None and expected_summary is not None
             assert vars(summary) | third.totals() == vars(expected_summary) | third.totals()
-            assert int(graph.router.l1_exponent) == int(plain.router.l1_exponent)
-            exponents.append(int(graph.router.l1_exponent))
+            assert int(graph.router.l1_exponent) == int(plain.router.l1_exponent) == number + 1
             if number == 1:
                 copy.load_state_dict(graph.state_dict())
                 graph, other = copy, third
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(exponent != before for before, exponent in pairwise(exponents)), "λ moved"
 
 
 @pytest.mark.gpu
