@@ -2,8 +2,8 @@
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from threading import Lock
 
 from ..common.display import Display
@@ -45,30 +45,24 @@ class Experiment:
             for experts in args.experts
             for arm in args.arms
         ]
-        first = [training for training in trainings if training.arm == REFERENCE]
-        self._all("reference", first, args.steps)
-        of = {(each.experts, each.seed): self._results.of(each) for each in first}
-        others = [training for training in trainings if training.arm != REFERENCE]
-        self._all("others", others, args.steps, lambda each: of[each.experts, each.seed])
+        self._all("comparison", sorted(trainings, key=lambda each: each.arm != REFERENCE), args.steps)
         if self._failed:
             text = "; the same command tries them again."
             raise ToolError("\n".join([f"{len(self._failed)} trainings failed{text}", *self._failed]))
 
-    def _all(
-        self,
-        what: str,
-        trainings: Sequence[Training],
-        steps: Sequence[int],
-        reference: Callable[[Training], Iterable[Point]] = lambda _: (),
-    ) -> None:
-        """Train trunks with decays to these steps, and to those with the reference's FLOPs."""
+    def _all(self, what: str, trainings: Sequence[Training], steps: Sequence[int]) -> None:
+        """Train trunks with decays to these steps, and to those with the FLOPs of the reference, which stands first."""
         began, done, progress = time.monotonic(), 0.0, Lock()
         points = [(each, point) for each in trainings for point in self._results.of(each)]
         finished = sum(each.cost * point.steps for each, point in points if point.equal_to is None)
         total = max(sum(each.cost for each in trainings) * sum(steps) - finished, 1.0)
 
-        def train(training: Training) -> None:
-            flops = {point.steps: point.flops for point in reference(training) if point.equal_to is None}
+        def train(training: Training, reference: tuple[Training, Future[None]] | None) -> None:
+            flops: dict[int, float] = {}
+            if reference is not None:
+                wait([reference[1]])
+                points = self._results.of(reference[0])
+                flops = {point.steps: point.flops for point in points if point.equal_to is None}
 
             def add(point: Point) -> None:
                 nonlocal done
@@ -84,7 +78,13 @@ class Experiment:
 
         with ThreadPoolExecutor(self._args.processes) as threads, self._display.step(what, len(trainings)):
             try:
-                jobs = {threads.submit(train, training): training for training in trainings}
+                jobs: dict[Future[None], Training] = {}
+                references: dict[tuple[int, int], tuple[Training, Future[None]]] = {}
+                for each in trainings:
+                    job = threads.submit(train, each, references.get((each.experts, each.seed)))
+                    jobs[job] = each
+                    if each.arm == REFERENCE and not each.is_tuning:
+                        references[each.experts, each.seed] = each, job
                 for job in as_completed(jobs):
                     self._display.advance(1)
                     if isinstance(error := job.exception(), ToolError):
