@@ -122,15 +122,15 @@ def test_gradients_go_into_megatrons_buffer() -> None:
 
 @needs_groups
 def test_megatrons_hook_runs_once_for_all_chunks() -> None:
-    """It finds a gradient, whose values nobody reads, and the true one in Megatron's buffer."""
+    """The true gradient is in Megatron's buffer. Autograd gets another: only then does the hook's stream wait."""
     layer = make_layer(make_config(moe_relu_activation_limit=1.0), fused=True)
     weights = list(layer.experts.parameters())
     for weight in weights:
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
     ran: list[bool] = []
     accumulators = [weight.expand_as(weight).grad_fn.next_functions[0][0] for weight in weights]
-    for weight, accumulator in zip(weights, accumulators, strict=True):
-        accumulator.register_hook(lambda *_, weight=weight: ran.append(weight.grad is not None))
+    for accumulator in accumulators:
+        accumulator.register_hook(lambda _, gradients: ran.append(gradients[0] is not None))
     calls: list[torch.Tensor] = []
     layer.experts.register_forward_pre_hook(lambda _module, arguments: calls.append(arguments[2]))
     tokens = torch.randn(16, 2, HIDDEN, dtype=torch.float64, device=DEVICE)

@@ -211,8 +211,7 @@ def run_on_fake_gpu(
     with torch.no_grad():  # by hand: autograd would start a thread for the GPU that is not there
         found = _GroupedSwiGLU.backward(output.grad_fn, torch.empty_like(output))[:4]
     if main_grad:
-        assert found[2:] == (None, None) and fc1.grad_added_to_main_grad and fc2.grad_added_to_main_grad
-        found = *found[:2], fc1.grad, fc2.grad
+        assert fc1.grad_added_to_main_grad and fc2.grad_added_to_main_grad
     inputs = (tokens, gates, fc1, fc2)
     assert [(g.shape, g.dtype, g.device) for g in found] == [(x.shape, x.dtype, x.device) for x in inputs]
     return type(output.grad_fn.products)

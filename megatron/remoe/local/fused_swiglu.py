@@ -58,13 +58,10 @@ def _weight_gradient(
     rows: torch.Tensor,
     starts: torch.Tensor,
     is_first: bool,
-) -> torch.Tensor | None:
-    """Return the gradient of fc1 if `is_first`, else fc2's, or None where it was added to Megatron's buffer."""
+) -> torch.Tensor:
+    """Return the gradient of fc1 if `is_first`, else fc2's; an empty tensor where it was added to Megatron's buffer."""
     main_grad = main_grad_of(weight)
     out = torch.empty_like(weight) if main_grad is None else main_grad
     of_hidden = out.transpose(1, 2) if is_first else out  # [E, H, columns of rows]
     products.outers(tokens, index, rows, of_hidden, starts, alternate=is_first, adds=main_grad is not None)
-    if main_grad is None:
-        return out
-    mark_as_added(weight)
-    return None
+    return out if main_grad is None else mark_as_added(weight)

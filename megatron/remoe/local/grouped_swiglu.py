@@ -251,7 +251,7 @@ class _SplitSwiGLU(torch.autograd.Function):
         weights, ctx.weights = ctx.weights, _stacked(ctx.weights)
         d_tokens, d_gates, d_fc1, d_fc2, *_ = _GroupedSwiGLU.backward(ctx, gradient)
         ctx.weights = weights
-        assert d_fc1 is not None and d_fc2 is not None  # stacks have no buffer of Megatron's
+        assert d_fc1 is not None and d_fc2 is not None
         return d_tokens, d_gates, None, None, None, *d_fc1.unbind(), *d_fc2.unbind()
 
 
@@ -262,14 +262,13 @@ def _stacked(weights: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, tor
 
 def _weight_gradient(
     weight: torch.nn.Parameter, products: OneByOne | OneKernel, left: torch.Tensor, right: torch.Tensor
-) -> torch.Tensor | None:
-    """Return each expert's `left.T @ right`, or None where it was added to Megatron's buffer."""
+) -> torch.Tensor:
+    """Return each expert's `left.T @ right`, or an empty tensor where it was added to Megatron's buffer."""
     main_grad = main_grad_of(weight)
     if main_grad is None:
         return products.outers(left, right)
     products.add_outers(main_grad, left, right)
-    mark_as_added(weight)
-    return None
+    return mark_as_added(weight)
 
 
 class SwiGLU(torch.autograd.Function):

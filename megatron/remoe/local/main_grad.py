@@ -13,15 +13,16 @@ def main_grad_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
     return main_grad if main_grad.dtype == weight.dtype or is_wider else None
 
 
-def mark_as_added(weight: torch.nn.Parameter) -> None:
+def mark_as_added(weight: torch.nn.Parameter) -> torch.Tensor:
     """Tell Megatron that `main_grad` has the gradient of `weight`; to be called in the backward pass.
 
-    Its hook runs after the last use of the weight in the backward pass. It wants a `grad`, whose values it never reads
-    and which it drops: one is left here, whatever the number of uses, and autograd gets none.
+    Returns:
+        A gradient for autograd, whose values Megatron never reads. Its hook, which may start the reduction of
+        `main_grad`, runs on the stream that the model was wrapped on. Autograd makes that stream wait for this one,
+        but only for a gradient that is not None.
     """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    if weight.grad is None:
-        weight.grad = torch.empty_like(weight)
+    return torch.empty_like(weight)
 
 
 def add_outer(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
