@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tools.compare.significance import Difference, compare, holm, seeds_for_equivalence, spread_of
+from tools.compare.significance import Difference, compare, holm, seeds_for_equivalence
 
 ONE, OTHER = [0.11, 0.14, 0.10], [0.02, -0.01, 0.01]
-UNEQUAL = {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.1, 2.2], "c": [10.0, 30.0, 80.0, 99.0, 0.0]}
 
 
 def test_holm_is_that_of_statsmodels() -> None:
@@ -18,44 +17,26 @@ def test_holm_is_that_of_statsmodels() -> None:
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
-def test_one_row_is_a_paired_t_test() -> None:
-    found = compare([{"one": ONE}], margin=0.2)["one"]
+def test_a_row_is_a_paired_t_test() -> None:
+    found = compare({"one": ONE}, margin=0.2)["one"]
     expected = stats.ttest_1samp(ONE, 0.0)
     assert found.p_different == pytest.approx(expected.pvalue)
     assert found.mean + found.half == pytest.approx(expected.confidence_interval().high)
     assert found.p_equivalent == pytest.approx(stats.ttest_1samp(ONE, 0.2, alternative="less").pvalue)
 
 
-def test_rows_of_a_group_lend_their_spread() -> None:
-    """Two rows with 2 degrees of freedom each; another group has its own."""
+def test_rows_are_corrected_together() -> None:
     far = [0.5, 1.5, 3.0]
-    spread = spread_of([ONE, OTHER])
-    assert spread.freedom == 4 and spread.is_equal
-    assert spread.deviation == pytest.approx(math.sqrt(np.mean([np.var(row, ddof=1) for row in (ONE, OTHER)])))
-    found = compare([{"one": ONE, "other": OTHER}, {"far": far}], margin=0.05)
-    error = spread.deviation / math.sqrt(3)
-    assert found["one"].half == pytest.approx(2.7764 * error, rel=1e-3)
-    assert found["one"].p_different == pytest.approx(3 * 2 * stats.t.sf(np.mean(ONE) / error, 4)), "the lowest of three"
-    assert found["far"].p_different == pytest.approx(2 * stats.ttest_1samp(far, 0.0).pvalue)
+    found = compare({"one": [*ONE, *ONE], "other": [*OTHER, *OTHER], "far": far}, margin=0.05)
+    assert found["one"].p_different == pytest.approx(3 * stats.ttest_1samp([*ONE, *ONE], 0.0).pvalue), "the lowest"
+    assert found["far"].half == pytest.approx(compare({"far": far}, margin=1)["far"].half), "rows lend no spread"
     verdicts = [found[row].verdict for row in ("one", "other", "far")]
     assert verdicts == ["higher", "equivalent within 0.05", "inconclusive"]
 
 
-def test_rows_with_other_spreads_are_not_pooled() -> None:
-    spread = spread_of(UNEQUAL.values())
-    assert spread.p == pytest.approx(stats.levene(*UNEQUAL.values(), center="median").pvalue) and not spread.is_equal
-    found = compare([UNEQUAL], margin=5)
-    for row, values in UNEQUAL.items():
-        interval = stats.ttest_1samp(values, 0.0).confidence_interval()
-        assert found[row].mean - found[row].half == pytest.approx(interval.low)
-    assert found["c"].p_equivalent > 0.9 and found["c"].verdict == "inconclusive"
-
-
-def test_too_few_values_show_nothing() -> None:
-    found = compare([{"a": [-1.0]}], margin=0.1)["a"]
-    assert found == Difference(-1.0, math.inf, 1.0, 1.0, 0.1) and found.verdict == "inconclusive"
-    one_of_one = compare([{"a": [-1.0], "c": ONE, "d": OTHER}], margin=0.1)["a"]
-    assert one_of_one.verdict == "lower", "other rows tell how much seeds differ"
+def test_one_value_shows_nothing() -> None:
+    found = compare({"a": [-1.0], "c": ONE, "d": OTHER}, margin=0.1)["a"]
+    assert found == Difference(-1.0, math.inf, 1.0, 1.0, 0.1) and found.verdict == "one seed"
 
 
 def test_seeds_for_equivalence_by_simulation() -> None:
@@ -71,5 +52,5 @@ def test_seeds_for_equivalence_by_simulation() -> None:
 
 
 def test_values_without_any_spread() -> None:
-    found = compare([{"same": [0.0, 0.0], "other": [1.0, 1.0]}], margin=0.1)
+    found = compare({"same": [0.0, 0.0], "other": [1.0, 1.0]}, margin=0.1)
     assert (found["same"].verdict, found["other"].verdict) == ("equivalent within 0.1", "higher")

@@ -95,16 +95,16 @@ def losses_of(points: Points) -> dict[Key, dict[int, float]]:
     return found
 
 
-def differences_of(points: Points) -> dict[int, dict[Key, list[float]]]:
-    """Return each arm's losses minus those of ReMoE with the same seeds, by length."""
+def differences_of(points: Points) -> dict[Key, list[float]]:
+    """Return each arm's losses minus those of ReMoE with the same seeds."""
     losses = losses_of(points)
-    found: dict[int, dict[Key, list[float]]] = {}
+    found: dict[Key, list[float]] = {}
     for key, of in losses.items():
         reference = losses.get((REFERENCE, key[1], False), {})
         if key[0] != REFERENCE and (
             values := [loss - reference[seed] for seed, loss in of.items() if seed in reference]
         ):
-            found.setdefault(key[1], {})[key] = values
+            found[key] = values
     return found
 
 
@@ -115,7 +115,7 @@ def gaps(points: Points, margin: float) -> dict[Key, significance.Difference]:
         points: arm → seed → points.
         margin: the largest difference that counts as none.
     """
-    return significance.compare(differences_of(points).values(), margin)
+    return significance.compare(differences_of(points), margin)
 
 
 def flops_at(points: Points, arm: str, steps: int) -> float:
@@ -151,21 +151,23 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
                 cells += ["", ""] if each is None else [_gap(each), each.verdict]
             rows.append(cells)
     yield from table([*HEADER], rows)
-    for steps, differences in sorted(differences_of(points).items()):
-        spread = significance.spread_of(differences.values())
-        if spread.freedom:
-            seeds = significance.seeds_for_equivalence(margin, spread.deviation, len(found))
+    for steps in sorted({steps for _, steps, _ in found}):
+        spreads = [
+            statistics.variance(values)
+            for key, values in differences_of(points).items()
+            if key[1] == steps and len(values) > 1
+        ]
+        if spreads:
+            deviation = math.sqrt(statistics.fmean(spreads))
+            seeds = significance.seeds_for_equivalence(margin, deviation, len(found))
             yield ""
-            pooled = "pooled" if spread.is_equal else "not pooled"
-            equal = f"p = {spread.p:.2g}" if math.isfinite(spread.p) else "not tested"
             yield (
-                f"{steps} steps: gaps differ by {spread.deviation:.4f} between seeds ({spread.freedom} degrees of "
-                f"freedom; equal spread: {equal}; {pooled}). Equal arms need "
+                f"{steps} steps: gaps differ by {deviation:.4f} between seeds (root mean square). Equal arms need "
                 f"{seeds or 'more than 1000'} seeds to be found equivalent within {margin:g}."
             )
     if found:
         yield ""
-        yield f"± is a 95 % interval of one gap; verdicts are corrected by Holm for {len(found)} comparisons."
+        yield f"± is a 95 % paired t-interval of one gap; verdicts are corrected by Holm for {len(found)} comparisons."
 
 
 def _gap(each: significance.Difference) -> str:

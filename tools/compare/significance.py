@@ -1,12 +1,12 @@
-"""Decide what a table of losses shows: pooled spread, corrected p-values, equivalence, and the seeds that it takes.
+"""Decide what a table of losses shows: intervals, corrected p-values, equivalence, and the seeds that it takes.
 
-Two arms with the same seed see the same text in the same order, so they are compared seed by seed. The differences of
-all arms at one length together estimate their spread, if it is equal, which the Brown-Forsythe test checks; otherwise
-each comparison uses its own. Holm's correction holds the probability of any false claim in the table at 5 %.
+Two arms with the same seed see the same text in the same order, so paired t-tests compare them seed by seed. Spreads
+are not pooled: rows of a table share the reference's losses, and in a simulation of three seeds 86 to 94 % of pooled
+95 % intervals held the true value. Holm's correction holds the probability of any false claim in the table at 5 %.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,32 +18,12 @@ MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How much the differences of two arms vary by seed.
-
-    Attributes:
-        deviation: standard deviation pooled over the rows; NaN if no row has two values.
-        freedom: its degrees of freedom.
-        p: of the Brown-Forsythe test that all rows have the same spread; NaN if fewer than two rows have two values.
-    """
-
-    deviation: float
-    freedom: int
-    p: float
-
-    @property
-    def is_equal(self) -> bool:
-        """Return whether nothing speaks against pooling."""
-        return not self.p < LEVEL
-
-
-@dataclass(frozen=True)
 class Difference:
     """The mean difference of two arms, with p-values corrected by Holm for all comparisons of the table.
 
     Attributes:
         mean: the arm's minus its reference's, in the unit of the losses.
-        half: half of the 95 % interval, of this comparison alone; infinite if there are too few seeds.
+        half: half of the 95 % interval, of this comparison alone; infinite with one seed.
         p_different: of two equal arms.
         p_equivalent: of two arms whose difference is at least `margin` (TOST).
         margin: the largest difference that counts as none.
@@ -57,7 +37,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Return lower, higher, equivalent or inconclusive; a difference below the margin is equivalent too."""
+        """Return lower, higher, equivalent, inconclusive or one seed; below the margin, equivalent comes first."""
+        if not math.isfinite(self.half):
+            return "one seed"
         if self.p_equivalent < LEVEL:
             return f"equivalent within {self.margin:g}"
         if self.p_different < LEVEL:
@@ -65,35 +47,17 @@ class Difference:
         return "inconclusive"
 
 
-def spread_of(values: Iterable[Sequence[float]]) -> Spread:
-    """Pool the spread of rows; rows with one value have none."""
-    rows = [np.asarray(row, float) for row in values if len(row) > 1]
-    freedom = sum(len(row) - 1 for row in rows)
-    if not freedom:
-        return Spread(math.nan, 0, math.nan)
-    variance = sum((len(row) - 1) * row.var(ddof=1) for row in rows) / freedom
-    # Rows of two values have equal distances to their median, so the test needs a row of three.
-    testable = len(rows) > 1 and max(map(len, rows)) > 2 and variance > 0
-    p = float(stats.levene(*rows, center="median").pvalue) if testable else math.nan
-    return Spread(math.sqrt(variance), freedom, p)
-
-
-def compare[Row: Hashable](groups: Iterable[Mapping[Row, Sequence[float]]], margin: float) -> dict[Row, Difference]:
+def compare[Row: Hashable](rows: Mapping[Row, Sequence[float]], margin: float) -> dict[Row, Difference]:
     """Compare arms with their references.
 
     Args:
-        groups: rows that share a spread: row → the difference to its reference for each seed.
+        rows: row → the difference to its reference for each seed.
         margin: the largest mean difference that counts as none.
 
     Returns:
         A difference for each row.
     """
-    found: dict[Row, tuple[float, float, float]] = {}
-    for rows in groups:
-        spread = spread_of(rows.values())
-        for row, values in rows.items():
-            own = spread if spread.is_equal else spread_of([values])
-            found[row] = float(np.mean(values)), own.deviation / math.sqrt(len(values)), float(own.freedom)
+    found = {row: (float(np.mean(values)), _error(values), len(values) - 1) for row, values in rows.items()}
     different = holm([_p_different(*each) for each in found.values()])
     equivalent = holm([_p_equivalent(*each, margin) for each in found.values()])
     return {
@@ -102,17 +66,22 @@ def compare[Row: Hashable](groups: Iterable[Mapping[Row, Sequence[float]]], marg
     }
 
 
-def _half(error: float, freedom: float) -> float:
+def _error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean; infinite for one value."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+def _half(error: float, freedom: int) -> float:
     return float(stats.t.ppf(1 - LEVEL / 2, freedom) * error) if freedom else math.inf
 
 
-def _p_different(mean: float, error: float, freedom: float) -> float:
+def _p_different(mean: float, error: float, freedom: int) -> float:
     if not error:
         return float(mean == 0)
     return float(2 * stats.t.sf(abs(mean) / error, freedom)) if freedom else 1.0
 
 
-def _p_equivalent(mean: float, error: float, freedom: float, margin: float) -> float:
+def _p_equivalent(mean: float, error: float, freedom: int, margin: float) -> float:
     """Two one-sided tests: the larger p-value of "at most -margin" and "at least margin"."""
     if not error:
         return float(abs(mean) >= margin)
@@ -133,7 +102,7 @@ def seeds_for_equivalence(margin: float, deviation: float, comparisons: int = 1)
 
     Args:
         margin: of the test, in the unit of the losses.
-        deviation: of the difference of two equal arms, as in `Spread`.
+        deviation: of the difference of two equal arms with one seed.
         comparisons: of the table; the first step of Holm's method tests at 5 % divided by their number.
 
     Returns:
