@@ -150,6 +150,16 @@ def test_a_step_that_is_not_finite_moves_nothing(make_controller) -> None:
     assert controller.summary().sparsity == pytest.approx(1 - 3 / 32)
 
 
+def test_large_gradients_of_half_precision_are_finite(make_controller) -> None:
+    """With --fp16 they are multiplied by the loss scale, and their sum exceeds fp16."""
+    controller = make_controller()
+    router = controller.routers[0]
+    router.weight.main_grad = torch.full_like(router.weight, 30000.0, dtype=torch.float16)
+    route(controller, active=3, tokens=8)
+    controller.update()
+    assert exponent(controller) == -1
+
+
 def test_gradients_that_are_not_finite_move_nothing_though_the_router_is_off() -> None:
     """A router that is off for all tokens has a gradient of 0, whatever the loss is."""
     config = make_config(moe_relu_layer_floor=1e-3)

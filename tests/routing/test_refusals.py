@@ -67,6 +67,7 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "weight gradients beside dispatch": (
         {"overlap_dispatch_backward_with_experts_wgrad": True},
+        {"overlap_moe_expert_parallel_comm": True},
         "--overlap-dispatch-backward-with-experts-wgrad .* add --moe-relu-activation-limit 0",
     ),
     "FP8 in chunks": ({"fp8": "hybrid"}, "--fp8-format hybrid .* add --moe-relu-activation-limit 0"),

@@ -122,7 +122,8 @@ class SparsityController:
         gradients = [_reduced_gradient(parameter) for parameter in self._watched]
         flat = [gradient.reshape(-1) for gradient in gradients if gradient is not None]
         if flat:
-            torch.mul(torch.cat(flat).sum(), 0.0, out=sums.not_finite)
+            # A sum of finite fp16 gradients, which a loss scale makes large, can exceed fp16.
+            torch.mul(torch.cat(flat).sum(dtype=torch.float32), 0.0, out=sums.not_finite)
         return sums
 
     def totals(self) -> dict[str, int]:

@@ -153,6 +153,7 @@ ONE_DISPATCH = "a layer that works in chunks has no single dispatch to overlap w
 QUANTIZED = "chunks of a layer are computed again outside of the quantized part"
 NOT_IN_CHUNKS = {
     "moe_shared_expert_overlap": ONE_DISPATCH,
+    "overlap_moe_expert_parallel_comm": ONE_DISPATCH,
     "overlap_dispatch_backward_with_experts_wgrad": ONE_DISPATCH,
     "fp8": QUANTIZED,
     "fp4": QUANTIZED,
