@@ -67,8 +67,11 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "weight gradients beside dispatch": (
         {"overlap_dispatch_backward_with_experts_wgrad": True},
-        {"overlap_moe_expert_parallel_comm": True},
         "--overlap-dispatch-backward-with-experts-wgrad .* add --moe-relu-activation-limit 0",
+    ),
+    "communication beside another micro-batch": (
+        {"overlap_moe_expert_parallel_comm": True, "expert_model_parallel_size": 2},
+        "--overlap-moe-expert-parallel-comm .* add --moe-relu-activation-limit 0",
     ),
     "FP8 in chunks": ({"fp8": "hybrid"}, "--fp8-format hybrid .* add --moe-relu-activation-limit 0"),
     "prediction with local norms": (

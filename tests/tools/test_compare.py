@@ -14,9 +14,11 @@ from matplotlib.image import imread
 from tests.entry import shared_entry
 from tests.tiny_model import EXPERTS, MODEL
 from tests.trainings import REPOSITORY, finish, records
+from tools.common.display import Display
 from tools.common.errors import ToolError
 from tools.common.flags import parse, words_of
 from tools.compare import command, picture, plan, trunks
+from tools.compare.experiment import Experiment
 from tools.compare.plan import TUNING_SEED, Training, rounded, trunk_steps
 from tools.compare.results import Results, markdown
 from tools.compare.trunks import Point
@@ -145,6 +147,25 @@ def test_a_varying_number_of_experts_is_counted(
     assert wanted == [(rounded(100 + steps), 100)] and (steps < 49) == (more > 1)
 
 
+def test_arms_wait_for_their_reference(tmp_path: Path) -> None:
+    """An arm whose ReMoE failed would train past the steps that have its FLOPs."""
+    seen: dict[tuple[str, int], dict[int, float]] = {}
+
+    class Runner:
+        def run(self, training: Training, wanted: list[int], reference: dict[int, float], done, found) -> None:
+            if (training.arm, training.seed) == ("remoe", 2):
+                raise ToolError("no space left")
+            seen[training.arm, training.seed] = reference
+            done(Point(steps=wanted[0], equal_to=None, loss=1.0, flops=7e9 * training.seed, seconds=1.0))
+
+    args = command.parse_arguments("--arms moe --experts 4 --steps 400 --seeds 1 2 --lr-factors 1".split())
+    with Display() as display, pytest.raises(ToolError) as raised:
+        Experiment(args, Results(tmp_path / "results.json"), Runner(), display).run()  # type: ignore[arg-type]
+    assert seen == {("remoe", 1): {}, ("moe", 1): {400: 7e9}}
+    failed = {line.split(":")[0] for line in str(raised.value).splitlines()[1:]}
+    assert failed == {Training(4, arm, 2).name for arm in ("remoe", "moe")}
+
+
 def test_points() -> None:
     assert trunk_steps(400) == 320 and trunk_steps(12000) == 9600 and rounded(463.4) == 465 and rounded(1) == 5
     names = {Training(8, arm, seed, factor).name for arm in plan.ARMS for seed in (1, 2) for factor in (0.5, 1.0)}
@@ -170,7 +191,7 @@ def test_gaps_by_hand(tmp_path: Path) -> None:
     cells = [cell.strip() for cell in lines[3].split("|")]
     assert cells[6].startswith("+0.1000 ± ") and cells[7] == "higher"
     assert cells[8].startswith("+0.0033 ± ") and cells[9] == "equivalent within 0.05"
-    assert "2 comparisons" in lines[-1] and "4 degrees of freedom" in lines[-3]
+    assert "2 comparisons" in lines[-1] and "10 steps: gaps differ by 0.0" in lines[-3]
     for experts in ({8: found}, {8: found, 32: found, 128: found}):
         picture.draw(tmp_path / "gap.png", experts, margin=0.05)
         assert imread(tmp_path / "gap.png").shape[1] == (860 if len(experts) == 1 else 1590)

@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from threading import Lock
 
 from ..common.display import Display
@@ -60,7 +60,8 @@ class Experiment:
         def train(training: Training, reference: tuple[Training, Future[None]] | None) -> None:
             flops: dict[int, float] = {}
             if reference is not None:
-                wait([reference[1]])
+                if reference[1].exception() is not None:
+                    raise ToolError(f"not trained, since {reference[0].name} failed.")
                 points = self._results.of(reference[0])
                 flops = {point.steps: point.flops for point in points if point.equal_to is None}
 
