@@ -59,6 +59,17 @@ def test_loss_is_megatrons(data: Path, tmp_path: Path, capfd: pytest.CaptureFixt
         assert f"[REMOE-{code}]" in capfd.readouterr().err
 
 
+def test_a_bound_ends_with_its_data_set(data: Path, tmp_path: Path) -> None:
+    """The next data set runs with the model's own bound again."""
+    make("relu", vocab_size=300).save_pretrained(tmp_path / "model")
+    (second := tmp_path / "again.bin").write_bytes(data.with_suffix(".bin").read_bytes())
+    second.with_suffix(".idx").write_bytes(data.with_suffix(".idx").read_bytes())
+    words = ["--load", tmp_path / "model", "--data-path", data, second.with_suffix(""), "--seq-length", "64"]
+    found = evaluate(tmp_path, *words, "--sequences", "8", "--max-experts-per-token", "1")
+    first, again = found["text"][str(tmp_path / "model")].values()
+    assert first["none"]["experts"]["1"]["largest"] > 1 and again == first
+
+
 def test_experts_of_a_layer() -> None:
     histogram = torch.bincount(torch.tensor([0, 1, 1, 2] * 50 + [5]), minlength=9)
     found = Experts.of(histogram)

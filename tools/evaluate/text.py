@@ -137,6 +137,7 @@ def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], displ
     found: dict[str, Any] = {name: {prefix: {} for prefix in args.data_path} for name in models}
     for name, opened in models.items():
         model = opened.model
+        own = model.config.max_experts_per_token
         for prefix in args.data_path:
             data = read_text(args, opened, prefix)
             for most in [None, *args.max_experts_per_token]:
@@ -146,7 +147,7 @@ def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], displ
                     measured = measure(model, data, args.sequences, display.advance)
                 found[name][prefix]["none" if most is None else str(most)] = measured
             if args.max_experts_per_token:
-                bound_experts(model, model.config.max_experts_per_token)
+                bound_experts(model, own)
     return found
 
 
