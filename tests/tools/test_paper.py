@@ -110,7 +110,11 @@ def routers(rows: Rows) -> str:
     return "\n".join(table(["", "layer", *columns, bits, "above ReMoE", "inactive experts"], lines))
 
 
-OF_GAP = {"": [], " variable-k": ["--arms", *RIVALS, "moe-k2", "remoe-k2"], " warm-up 12": ["--lr-warmup-iters", "12"]}
+OF_GAP = {
+    "": [],
+    " variable-k": ["--experts", "8", "--arms", *RIVALS, "moe-k2", "remoe-k2"],
+    " warm-up 12": ["--lr-warmup-iters", "12"],
+}
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "compare").glob("*.json")), ids=lambda path: path.stem)
