@@ -106,7 +106,7 @@ def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypa
     assert re.search(r"2\.250 ± 0\.004 +2\.150 ± 0\.005 +2\.050 ± 0\.006\n", text)
     assert re.search(r"against dense +-0\.100 +-0\.200\n", text)
     assert "MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md" in text
-    assert "± spread over 3 seeds, docs/experiments.md" in text and "\x1b" not in text
+    assert "± spread over 6 seeds, docs/experiments.md" in text and "\x1b" not in text
     assert max(map(len, text.partition("To try next")[0].splitlines())) <= 80
 
     picture.draw(tmp_path / "report.png", runs, summary)
