@@ -59,6 +59,14 @@ def test_one_rank_that_finds_it_takes_the_others_along(more: list[str], data: Pa
     assert output.count("Going back to iteration 4") == 1 and list(records(output)) == [5, 6]
 
 
+def test_two_damaged_iterations_lead_back_to_the_one_before(saved: Saved, data: Path) -> None:
+    """The first is found by its length before the start, the second by its sum while it is loaded."""
+    truncate(tensors(saved[6]))
+    flip_in(saved[4], WEIGHT)
+    output = run(training(data, saved.root))
+    assert "Going back to iteration 2" in output and list(records(output)) == [3, 4, 5, 6]
+
+
 def test_an_iteration_that_was_asked_for_is_refused(saved: Saved, data: Path) -> None:
     flip_in(saved[4], WEIGHT)
     output = run(training(data, saved.root, "--ckpt-step", "4"), expect=1)

@@ -146,7 +146,7 @@ def check_loaded_weights() -> None:
     @replace(training, "load_checkpoint")
     def load(stock: Any, model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
         args = get_args()
-        asked = args.ckpt_step
+        asked = None if getattr(args, "is_going_back", False) else args.ckpt_step
         while True:
             has_own = args.load and (args.ckpt_step or os.path.lexists(os.path.join(args.load, TRACKER)))
             flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"

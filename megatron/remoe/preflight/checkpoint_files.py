@@ -43,7 +43,7 @@ class Resume:
     def apply(self, args: argparse.Namespace) -> None:
         """Set --ckpt-step and an unused flag; on the first rank, also mend the tracker file and print the notice."""
         if self.step is not None:
-            args.ckpt_step = self.step
+            args.ckpt_step, args.is_going_back = self.step, True
         if getattr(args, "position_embedding_type", "learned_absolute") != "learned_absolute":
             # Megatron compares this flag, although it has no effect with other position embeddings.
             args.add_position_embedding = getattr(self.saved, "add_position_embedding", True)
