@@ -176,10 +176,10 @@ def saved_iterations(root: Path) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def newest_whole(root: Path, below: int | None = None) -> int | None:
-    """Return the iteration of the newest complete checkpoint below `below`; None if there is none."""
+def newest_whole(root: Path, below: int | None = None, above: int = -1) -> int | None:
+    """Return the iteration of the newest complete checkpoint between `above` and `below`; None if there is none."""
     for iteration in saved_iterations(root):
-        if below is None or iteration < below:
+        if above < iteration and (below is None or iteration < below):
             try:
                 check_is_whole(root / f"iter_{iteration:07d}")
                 return iteration
