@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, 
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.files import sync, write_text
 from megatron.remoe.patches.patch import patch, replace
-from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back
+from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back, wait_for_files
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
 from megatron.remoe.preflight.checkpoint_index import (
     INDEX,
@@ -198,15 +198,17 @@ class _Tracker(io.StringIO):
         self._path = path
 
     def close(self) -> None:
-        if not self.closed:
-            name = self.getvalue().strip()
-            folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
-            if (folder / INDEX).is_file():
-                write_text(folder / INDEX_SUM, index_sum(folder))
-            for path in (*folder.rglob("*"), folder):
-                sync(path)
-            write_text(self._path, name)
+        if self.closed:
+            return
+        name = self.getvalue().strip()
         super().close()
+        folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
+        if (folder / INDEX).is_file():
+            write_text(folder / INDEX_SUM, index_sum(folder))
+            wait_for_files(folder)
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
+        write_text(self._path, name)
 
 
 class _DurableStorage:

@@ -6,7 +6,7 @@ REMOE-E101 | RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is missing
 REMOE-E102 | --moe-kernels cannot be used on this machine. | Install the named package, or leave the flag out.
 REMOE-E103 | Another training uses the --save folder. | Wait for it, stop it, or give another --save.
 REMOE-E104 | Another program or version wrote training.lock in --save. | Remove the file if no training runs there.
-REMOE-E105 | An output folder cannot be written. | Give another folder, or allow writing there.
+REMOE-E105 | An output folder cannot be written, or is not shared. | Give another folder, or allow writing there.
 REMOE-E106 | Python or a required package is missing or too old. | Set up an environment as README says.
 REMOE-E201 | A required flag is missing. | Give it a value above 0.
 REMOE-E202 | A setting does not work with --hybrid-layer-pattern. | Change the pattern or leave the other flag out.
