@@ -12,6 +12,7 @@ import pytest
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedWriter
 from megatron.remoe.preflight.data import check_vocabulary
+from megatron.remoe.preflight.environment import make_output_folders
 from tests.trainings import TINY, run, series
 
 CACHED = "cache/GPTDataset_indices/*-train-shuffle_index.npy"
@@ -78,3 +79,11 @@ def test_samples_come_from_all_over_the_data(place: int, tmp_path: Path) -> None
     args.tokenizer_type, args.data_path = "NullTokenizer", [str(tmp_path / "large")]
     with pytest.raises(DataError, match="holds token 70000"):
         check_vocabulary(args, lambda args: ((args.data_path, None), None))
+
+
+def test_an_existing_cache_need_not_be_writable() -> None:
+    """/proc is a folder in which nobody can make a file, root included."""
+    places = {"save": None, "tensorboard_dir": None, "data_cache_path": None}
+    make_output_folders(argparse.Namespace(**places | {"data_cache_path": "/proc"}))
+    with pytest.raises(DataError, match="--save /proc"):
+        make_output_folders(argparse.Namespace(**places | {"save": "/proc"}))
