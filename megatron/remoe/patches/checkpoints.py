@@ -177,7 +177,8 @@ def check_loaded_weights() -> None:
 
 def _check_own_files(folder: Path) -> None:
     """Check this rank's part of a checkpoint that is not torch_dist's; those are checked while they are read."""
-    if (folder / INDEX).is_file() and is_of_fsdp(index := read_index(folder)):
+    fsdp = get_args().use_megatron_fsdp and (folder / INDEX).is_file()
+    if fsdp and is_of_fsdp(index := read_index(folder)):
         with _fails_together():
             check_part(folder, index, torch.distributed.get_rank(), torch.distributed.get_world_size())
     if not any(folder.glob("mp_rank_*")):
