@@ -1,6 +1,7 @@
 """Data that do not fit the vocabulary, and Megatron's index cache after a full disk or beside newer data."""
 
 import argparse
+import contextlib
 import math
 import os
 import shutil
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from megatron.remoe.data.errors import DataError
-from megatron.remoe.data.indexed import IndexedWriter
-from megatron.remoe.preflight.data import check_vocabulary
+from megatron.remoe.data.indexed import HEADER, IndexedWriter, idx_path
+from megatron.remoe.preflight.data import check_data, check_vocabulary
+from megatron.remoe.preflight.environment import make_output_folders
 from tests.trainings import TINY, run, series
 
 CACHED = "cache/GPTDataset_indices/*-train-shuffle_index.npy"
@@ -78,3 +80,23 @@ def test_samples_come_from_all_over_the_data(place: int, tmp_path: Path) -> None
     args.tokenizer_type, args.data_path = "NullTokenizer", [str(tmp_path / "large")]
     with pytest.raises(DataError, match="holds token 70000"):
         check_vocabulary(args, lambda args: ((args.data_path, None), None))
+
+
+def test_an_existing_cache_need_not_be_writable() -> None:
+    """/proc is a folder in which nobody can make a file, root included."""
+    places = {"save": None, "tensorboard_dir": None, "data_cache_path": None}
+    make_output_folders(argparse.Namespace(**places | {"data_cache_path": "/proc"}))
+    with pytest.raises(DataError, match="--save /proc"):
+        make_output_folders(argparse.Namespace(**places | {"save": "/proc"}))
+
+
+def test_the_first_rank_alone_reads_whole_indices(prefix: Path) -> None:
+    places = {"data_path": [str(prefix)], "data_cache_path": None, "split": "100,0,0", "seq_length": 64}
+    off = dict.fromkeys(("mock_data", "perform_rl_step", "multiple_validation_sets", "skip_train"), False)
+    args = argparse.Namespace(**places, **off, local_rank=0)
+    index = bytearray(idx_path(prefix).read_bytes())
+    index[HEADER.size + 4] ^= 1  # a length
+    idx_path(prefix).write_bytes(index)
+    for args.rank in (1, 0):
+        with pytest.raises(DataError, match="corrupt") if args.rank == 0 else contextlib.nullcontext():
+            assert check_data(args, lambda _: (([str(prefix)], None), None)) == {}

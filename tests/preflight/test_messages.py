@@ -5,6 +5,7 @@ import socket
 import sys
 
 import pytest
+import torch
 
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.preflight import environment, messages
@@ -69,3 +70,19 @@ def test_a_lost_reader_of_data_is_one_line_and_a_remedy(text: str, waited, monke
         messages.end_with_last_words(RuntimeError(f"DataLoader worker {text}"))
     output = capsys.readouterr().err
     assert "Traceback" not in output and "resumes" in output
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (torch.distributed.DistStoreError("Timed out after 61 seconds waiting for clients."), "MASTER_ADDR"),
+        (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), "has ended"),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv"), "hangs"),
+        (torch.distributed.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL("), "hangs"),
+        (TimeoutError("Run initialization has timed out after 90.0 sec."), ""),
+        (ConnectionError("HTTPSConnectionPool(host='huggingface.co', port=443): Read timed out."), ""),
+    ],
+)
+def test_lost_ranks_and_timeouts_have_the_remedy_of_their_kind(error: Exception, remedy: str) -> None:
+    _, *below = messages.last_words(error).splitlines()
+    assert remedy in below[0] if remedy else not below

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.serialization import config
 
+from megatron.remoe.preflight.checkpoint_files import TRACKER
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, read_index
 from megatron.remoe.preflight.stored_sums import check_places
 from tests.checkpoints import Saved, flip, tensors, training, truncate
@@ -57,6 +58,14 @@ def test_one_rank_that_finds_it_takes_the_others_along(more: list[str], data: Pa
     flip(tmp_path / "iter_0000006" / "__1_0.distcp")
     output = run(words, processes=2)
     assert output.count("Going back to iteration 4") == 1 and list(records(output)) == [5, 6]
+
+
+def test_two_damaged_iterations_lead_back_to_the_one_before(saved: Saved, data: Path) -> None:
+    """The first is found by its length before the start, the second by its sum while it is loaded."""
+    truncate(tensors(saved[6]))
+    flip_in(saved[4], WEIGHT)
+    output = run(training(data, saved.root))
+    assert "Going back to iteration 2" in output and list(records(output)) == [3, 4, 5, 6]
 
 
 def test_an_iteration_that_was_asked_for_is_refused(saved: Saved, data: Path) -> None:
@@ -133,12 +142,29 @@ def test_files_without_sums_are_not_checked(tmp_path: Path) -> None:
     check_places(tmp_path / "a.pt", [(0, (tmp_path / "a.pt").stat().st_size)])
 
 
-def test_whole_checkpoints_are_not_overwritten_by_a_new_training(saved: Saved, data: Path) -> None:
-    words = training(data, saved.root)
+def test_whole_checkpoints_are_not_overwritten_by_another_start(saved: Saved, data: Path, tmp_path: Path) -> None:
+    words, base = training(data, saved.root), saved.copy(tmp_path / "base")
     at = words.index("--load")
+    del words[at : at + 2]
+    for iteration in (4, 6):
+        shutil.rmtree(base[iteration])
+    (base.root / TRACKER).write_text("2")
     before = {path: path.read_bytes() for path in saved.root.rglob("*") if path.is_file()}
-    assert "REMOE-E407" in run([*words[:at], *words[at + 2 :]], expect=2)
+    for start in (
+        [],
+        ["--load", str(base.root)],
+        *(["--finetune", "--load", str(root)] for root in (base.root, saved.root)),
+    ):
+        assert "REMOE-E407" in run([*words, *start], expect=2)
     assert {path: path.read_bytes() for path in before} == before
+    back = run(training(data, saved.root, "--ckpt-step", "4"))
+    assert f"--save {saved.root}: holds iteration 6" in back and list(records(back)) == [5, 6]
     for iteration in (2, 4, 6):
         shutil.rmtree(saved[iteration])
-    assert list(records(run([*words[:at], *words[at + 2 :]]))) == [1, 2, 3, 4, 5, 6]
+    assert list(records(run([*words, "--load", str(base.root)]))) == [3, 4, 5, 6]
+
+
+def test_one_command_starts_from_a_model_and_resumes(saved: Saved, data: Path, tmp_path: Path) -> None:
+    words = training(data, tmp_path / "new", "--pretrained-checkpoint", str(saved.root))
+    assert list(records(run([*words, "--exit-interval", "4"]))) == [1, 2, 3, 4]
+    assert list(records(run(words))) == [5, 6]

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron.remoe.preflight.checkpoint_files import TRACKER, check_is_whole, choose_checkpoint
 from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM, BrokenCheckpointError, read_index
 from tests.checkpoints import Saved, flip, tensors, training, truncate
-from tests.trainings import ENTRY, run
+from tests.trainings import ENTRY, records, run
 
 FLIPS = int(os.environ.get("REMOE_FLIPS", "100"))
 
@@ -205,3 +205,25 @@ def test_what_is_saved_is_on_the_disk_before_it_is_reported(data: Path, tmp_path
     for path in (*(folder / "iter_0000002").iterdir(), folder / "iter_0000002", folder):
         assert any(event == str(path) or event.endswith(f"-{path.name}") for event in before), path
     assert before[-2].endswith(f"-{TRACKER}") and before[-1] == str(folder)
+
+
+def test_a_folder_that_nodes_do_not_share_is_no_successful_save(data: Path, tmp_path: Path) -> None:
+    """Each rank has a folder of its own under the same name, as on two nodes."""
+    node = tmp_path / "node.py"
+    node.write_text(
+        "import os, runpy\n"
+        f"folder = os.path.join({str(tmp_path)!r}, os.environ['RANK'])\n"
+        "os.makedirs(folder), os.chdir(folder)\n"
+        f"runpy.run_path({str(ENTRY)!r}, run_name='__main__')\n"
+    )
+    output = run(training(data, Path("saved"), "--exit-interval", "2"), processes=2, expect=1, script=node)
+    assert "__1_0.distcp is missing" in output and "REMOE-E105" in output and "successfully saved" not in output
+    assert not (tmp_path / "0" / "saved" / TRACKER).exists()
+
+
+def test_experts_and_tokenizer_come_from_the_checkpoint(saved: Saved, data: Path) -> None:
+    words = training(data, saved.root, "--use-checkpoint-args", "--train-iters", "7", "--lr-decay-iters", "6")
+    for name in ("--num-experts", "--tokenizer-type"):
+        at = words.index(name)
+        del words[at : at + 2]
+    assert list(records(run(words))) == [7]

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, 
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.files import sync, write_text
 from megatron.remoe.patches.patch import patch, replace
-from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back
+from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back, wait_for_files
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
 from megatron.remoe.preflight.checkpoint_index import (
     INDEX,
@@ -146,7 +146,7 @@ def check_loaded_weights() -> None:
     @replace(training, "load_checkpoint")
     def load(stock: Any, model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
         args = get_args()
-        asked = args.ckpt_step
+        asked = None if getattr(args, "is_going_back", False) else args.ckpt_step
         while True:
             has_own = args.load and (args.ckpt_step or os.path.lexists(os.path.join(args.load, TRACKER)))
             flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"
@@ -177,7 +177,8 @@ def check_loaded_weights() -> None:
 
 def _check_own_files(folder: Path) -> None:
     """Check this rank's part of a checkpoint that is not torch_dist's; those are checked while they are read."""
-    if (folder / INDEX).is_file() and is_of_fsdp(index := read_index(folder)):
+    fsdp = get_args().use_megatron_fsdp and (folder / INDEX).is_file()
+    if fsdp and is_of_fsdp(index := read_index(folder)):
         with _fails_together():
             check_part(folder, index, torch.distributed.get_rank(), torch.distributed.get_world_size())
     if not any(folder.glob("mp_rank_*")):
@@ -198,15 +199,17 @@ class _Tracker(io.StringIO):
         self._path = path
 
     def close(self) -> None:
-        if not self.closed:
-            name = self.getvalue().strip()
-            folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
-            if (folder / INDEX).is_file():
-                write_text(folder / INDEX_SUM, index_sum(folder))
-            for path in (*folder.rglob("*"), folder):
-                sync(path)
-            write_text(self._path, name)
+        if self.closed:
+            return
+        name = self.getvalue().strip()
         super().close()
+        folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
+        if (folder / INDEX).is_file():
+            write_text(folder / INDEX_SUM, index_sum(folder))
+            wait_for_files(folder)
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
+        write_text(self._path, name)
 
 
 class _DurableStorage:

@@ -5,17 +5,22 @@ import json
 import os
 import re
 import sys
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.files import write_text
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, common_state, is_of_fsdp, read_index
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"  # the last file of a checkpoint that Megatron writes
 RELEASE = "release"  # in the tracker, and as a folder: weights that no iteration belongs to
+SECONDS_TO_APPEAR = 10
 _FOLDER = re.compile(r"iter_(\d{7,15})")
 _NUMBER = re.compile(r"[0-9]{1,15}")  # Megatron reads it into 64 bits
 
@@ -43,7 +48,7 @@ class Resume:
     def apply(self, args: argparse.Namespace) -> None:
         """Set --ckpt-step and an unused flag; on the first rank, also mend the tracker file and print the notice."""
         if self.step is not None:
-            args.ckpt_step = self.step
+            args.ckpt_step, args.is_going_back = self.step, True
         if getattr(args, "position_embedding_type", "learned_absolute") != "learned_absolute":
             # Megatron compares this flag, although it has no effect with other position embeddings.
             args.add_position_embedding = getattr(self.saved, "add_position_embedding", True)
@@ -150,6 +155,16 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
             json.loads((folder / CONFIG).read_bytes())
         except (OSError, ValueError) as error:
             raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
+    check_sizes(folder, index)
+    return common_state(folder, index)
+
+
+def check_sizes(folder: Path, index: Metadata) -> None:
+    """Check that all files in a checkpoint's index exist and have their length.
+
+    Raises:
+        BrokenCheckpointError: names the first that does not.
+    """
     ends: dict[str, int] = {}
     for entry in index.storage_data.values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
@@ -158,7 +173,24 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
             raise BrokenCheckpointError(f"{path} is missing")
         if path.stat().st_size < end:
             raise BrokenCheckpointError(f"{path} has {path.stat().st_size:,} bytes of {end:,}: it is truncated")
-    return common_state(folder, index)
+
+
+def wait_for_files(folder: Path) -> None:
+    """Wait until the files that all ranks have saved are visible here; a network file system may take seconds.
+
+    Raises:
+        UsageError: names the first that is missing after `SECONDS_TO_APPEAR`.
+    """
+    index, end = read_index(folder), time.monotonic() + SECONDS_TO_APPEAR
+    while True:
+        try:
+            return check_sizes(folder, index)
+        except BrokenCheckpointError as error:
+            if time.monotonic() > end:
+                raise UsageError(
+                    f"--save {folder.parent}: {error}. Give a folder that all nodes share.", "REMOE-E105"
+                ) from error
+        time.sleep(1)
 
 
 def saved_iterations(root: Path) -> list[int]:
@@ -176,10 +208,10 @@ def saved_iterations(root: Path) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def newest_whole(root: Path, below: int | None = None) -> int | None:
-    """Return the iteration of the newest complete checkpoint below `below`; None if there is none."""
+def newest_whole(root: Path, below: int | None = None, above: int = -1) -> int | None:
+    """Return the iteration of the newest complete checkpoint between `above` and `below`; None if there is none."""
     for iteration in saved_iterations(root):
-        if below is None or iteration < below:
+        if above < iteration and (below is None or iteration < below):
             try:
                 check_is_whole(root / f"iter_{iteration:07d}")
                 return iteration

@@ -1,6 +1,7 @@
 """Compare the flags with the arguments saved in the checkpoint, before anything starts."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,18 +73,13 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
         UsageError: names the flag, both values and the remedy.
     """
     resume = resume or choose_checkpoint(args)
-    starts_over = args.save and not args.load and not args.skip_train and "://" not in args.save
-    if starts_over and (whole := newest_whole(Path(args.save))) is not None:
-        raise UsageError(
-            f"--save {args.save}: holds iteration {whole}, and this training would overwrite it. Add --load "
-            f"{args.save} to continue from it, or choose another folder.",
-            "REMOE-E407",
-        )
+    goes_on = resume is not None and not args.finetune and resume.folder.name != RELEASE and resume.flag == "--load"
+    if args.save and not args.skip_train and "://" not in f"{args.save} {args.load}":
+        _check_keeps_saved(args, int(resume.folder.name.removeprefix("iter_")) if resume and goes_on else -1)
     if resume is None:
         _check_is_there(args)
     if resume is None or resume.saved is None:
         return False
-    goes_on = not args.finetune and resume.folder.name != RELEASE and resume.flag == "--load"
     for checks in (_of_the_model, _of_the_training) if goes_on else (_of_the_model,):
         for code, problem in checks(args, resume.saved):
             if problem:
@@ -114,6 +110,23 @@ def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
         f"{source}: {name} holds values that are not finite. Go back to an earlier iteration with --ckpt-step.",
         "REMOE-E406",
     )
+
+
+def _check_keeps_saved(args: argparse.Namespace, start: int) -> None:
+    """Refuse to overwrite whole checkpoints in --save that are newer than the start, or say so if --load is --save."""
+    newest = newest_whole(Path(args.save), above=start)
+    if newest is None:
+        return
+    given = f"--save {args.save}: holds iteration {newest}, which this training would overwrite."
+    has_same_load = args.load and Path(args.load).resolve() == Path(args.save).resolve()
+    if has_same_load and not args.finetune:  # --ckpt-step goes back on purpose
+        if args.rank == 0:
+            print(given, file=sys.stderr, flush=True)
+        return
+    remedy = f"Continue from it with --load {args.save}{' and without --finetune' if args.finetune else ''}"
+    if args.finetune and args.load and not has_same_load:
+        remedy += f" (with --pretrained-checkpoint {args.load}, one command starts and resumes)"
+    raise UsageError(f"{given} {remedy}, or choose another folder.", "REMOE-E407")
 
 
 def _check_is_there(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ REMOE-E101 | RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is missing
 REMOE-E102 | --moe-kernels cannot be used on this machine. | Install the named package, or leave the flag out.
 REMOE-E103 | Another training uses the --save folder. | Wait for it, stop it, or give another --save.
 REMOE-E104 | Another program or version wrote training.lock in --save. | Remove the file if no training runs there.
-REMOE-E105 | An output folder cannot be written. | Give another folder, or allow writing there.
+REMOE-E105 | An output folder cannot be written, or is not shared. | Give another folder, or allow writing there.
 REMOE-E106 | Python or a required package is missing or too old. | Set up an environment as README says.
 REMOE-E201 | A required flag is missing. | Give it a value above 0.
 REMOE-E202 | A setting does not work with --hybrid-layer-pattern. | Change the pattern or leave the other flag out.
@@ -35,7 +35,7 @@ REMOE-E403 | A file or folder that is not a checkpoint has a checkpoint's name. 
 REMOE-E404 | There is no checkpoint in the given folder. | Give the --save folder of a training.
 REMOE-E405 | An object in a checkpoint could run code; it was not executed. | Give another checkpoint or --ckpt-step.
 REMOE-E406 | Loaded weights are not finite. | Give an earlier iteration with --ckpt-step.
-REMOE-E407 | The --save folder holds checkpoints, and there is no --load. | Add --load with it, or give another --save.
+REMOE-E407 | The training would overwrite newer checkpoints in --save. | Add --load with it, or give another --save.
 REMOE-E411 | The checkpoint's model has another shape. | Give the checkpoint's values, or another --load.
 REMOE-E412 | The checkpoint has another routing, class or format. | Give its flags, or use tools/convert_checkpoint.
 REMOE-E413 | A setting that changes the result differs from the checkpoint's. | Follow the message; see checkpoints.md.

@@ -1,7 +1,7 @@
 """Check the data sets of a training before it starts.
 
-Every rank reads headers and small samples. The first rank of each machine checks the indices in full; the first rank
-of all also checks Megatron's index cache. Data in other formats is left to Megatron.
+Every rank reads headers, sizes and small samples. What grows with the data, the indices, splits and Megatron's index
+cache, is checked by the first rank only. Data in other formats is left to Megatron.
 """
 
 import argparse
@@ -60,14 +60,14 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path,
             )
         if not all(map(_is_local, used)):
             continue
-        data_sets = [_open(prefix, flag, thorough=args.local_rank == 0) for prefix in used]
+        data_sets = [_open(prefix, flag, thorough=args.rank == 0) for prefix in used]
         if split[2] is not None and args.multiple_validation_sets:
             raise DataError(
                 f"{flag}: with --multiple-validation-sets Megatron fails at a test set, after the training. Leave the "
                 "flag out, or give 0 as the third number of --split.",
                 "REMOE-E304",
             )
-        for number, share in enumerate(split):
+        for number, share in enumerate(split if args.rank == 0 else ()):
             if share is not None:
                 _check_split(args, flag, data_sets, number, share, is_weighted=weights is not None)
         if split[0] is None and flag in ("--data-path", "--data-args-path") and not args.skip_train:

@@ -250,6 +250,8 @@ def make_output_folders(args: argparse.Namespace) -> None:
     """
     for name in ("save", "tensorboard_dir", "data_cache_path"):
         folder = getattr(args, name)
+        if name == "data_cache_path" and folder and os.path.isdir(folder):
+            continue  # Megatron writes nothing there if it holds the index already
         if folder and "://" not in folder:
             make_writable_folder(f"--{name.replace('_', '-')}", folder)
 

@@ -29,10 +29,12 @@ REMEDIES = {
     r"OptimizerParamScheduler: class input value": "Give the learning-rate flags of the checkpoint, or follow the "
     "flags with --override-opt_param-scheduler or the checkpoint with --use-checkpoint-opt_param-scheduler.",
     r"EADDRINUSE|address already in use": "Another program listens there: choose another MASTER_PORT, or unset RANK.",
-    r"DistStoreError|DistNetworkError|timed out|Timeout": "Not all ranks reached each other: start WORLD_SIZE of them, "
+    r"Connection (reset by peer|closed by peer|was likely closed)|remote process exited|"
+    r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last words, or its exit code in torchrun's "
+    "report, say why.",
+    r"DistStoreError|DistNetworkError": "Not all ranks reached each other: start WORLD_SIZE of them, "
     "and check that all can reach MASTER_ADDR and MASTER_PORT of the first node.",
-    r"Connection (reset|closed) by peer|remote process exited|NCCL.*(abort|remote|unhandled system)": "Another rank "
-    "has ended: its last words, or its exit code in torchrun's report, say why.",
+    r"gloo.*timed out|Watchdog caught collective": "Another rank has stopped or hangs: its log says where.",
     r"out of memory|can't allocate memory": "Use a smaller --micro-batch-size, more devices, or "
     "--recompute-granularity full with its flags.",
     r"No space left on device|Disk quota exceeded|File too large": "Make room for what is saved: the last whole "

@@ -138,21 +138,11 @@ def parse_args(
     set_timeout_defaults(args)
     apply_granularity(args)
     drop_ignored_fork_flags(args)
-    problems = [*relu_routing_problems(args)]
-    if args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm):
-        problems.append(
-            "--qk-layernorm-all-heads needs --qk-layernorm, and no --multi-latent-attention. Leave it out. [REMOE-E204]"
-        )
-    if problems:
-        raise ValueError("\n".join(problems))
-    check_flips(args)
-    if args.moe_relu_routing:
-        # The L1 term replaces it. Megatron would all-reduce and log a load-balancing loss of zero.
-        args.moe_router_load_balancing_type = "none"
     if not args.save and args.rerun_mode == "validate_results":
         # After a NaN loss, Megatron would save a checkpoint for inspection, without a folder to save to.
         args.rerun_mode = "disabled"
-    use_local_gpt2_files(args)
+    if not args.use_checkpoint_args:
+        _check_model(args)
     return args
 
 
@@ -176,11 +166,35 @@ def set_timeout_defaults(args: argparse.Namespace) -> None:
 
 
 def take_saved_args(args: argparse.Namespace) -> None:
-    """With --use-checkpoint-args, read the model's shape from the checkpoint before validation, as Megatron does."""
+    """With --use-checkpoint-args, read the model's shape from the checkpoint before validation, and check it then.
+
+    Raises:
+        ValueError, DataError: as `parse_args`.
+    """
     if args.use_checkpoint_args:
+        tokenizer = args.tokenizer_type
         check_is_data_alone(args)
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
+        if args.vocab_file:  # it belongs to the flag's tokenizer
+            args.tokenizer_type = tokenizer
+        _check_model(args)
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    """Check the routing's settings, set what they imply, and find the tokenizer's files."""
+    problems = [*relu_routing_problems(args)]
+    if args.qk_layernorm_all_heads and (args.multi_latent_attention or not args.qk_layernorm):
+        problems.append(
+            "--qk-layernorm-all-heads needs --qk-layernorm, and no --multi-latent-attention. Leave it out. [REMOE-E204]"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+    check_flips(args)
+    if args.moe_relu_routing:
+        # The L1 term replaces it. Megatron would all-reduce and log a load-balancing loss of zero.
+        args.moe_router_load_balancing_type = "none"
+    use_local_gpt2_files(args)
 
 
 def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
