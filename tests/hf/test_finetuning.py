@@ -113,3 +113,14 @@ def test_a_callback_for_another_model_is_refused(tmp_path: Path) -> None:
         train(tmp_path, make("top-k"))
     with pytest.raises(ValueError, match="multiplier=1"):
         make("relu").sparsity_callback(1.0)
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
+    """It would train without the L1 term's gradient."""
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="use_reentrant"):
+        train(tmp_path, make("relu"), **options)
+    without_term = make("relu", router_aux_loss_coef=0.0, output_router_logits=True).train()
+    without_term.gradient_checkpointing_enable(options["gradient_checkpointing_kwargs"])
+    ids = torch.arange(8)[None]
+    without_term(ids, labels=ids).loss.backward()

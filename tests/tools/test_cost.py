@@ -100,6 +100,13 @@ def test_own_flags_that_are_wrong(own: list[str], message: str) -> None:
     assert message in cost(*own, "--", *MODEL, code=2)
 
 
+@pytest.mark.parametrize(("flag", "length"), [("--train-iters", "100"), ("--train-samples", "51200")])
+def test_number_of_checkpoints(flag: str, length: str) -> None:
+    words = [word for word in MODEL if word not in ("--train-iters", "100")] + [flag, length]
+    output = cost("--gpus", "1", "--", *words, "--save", "/nowhere", "--save-interval", "40")
+    assert figures(output, "Checkpoints")[0] == 3
+
+
 def test_an_unlisted_gpu_and_what_does_not_fit() -> None:
     own = "--gpus 1 --gpu mine --tflops 100 --memory 1 --utilization 0.5".split()
     output = cost(*own, "--", *MODEL, *EXPERTS, "--moe-relu-routing")

@@ -99,7 +99,7 @@ QUESTIONS += [("Question: a boat\nAnswer:", [" mews", " barks aloud", " sings", 
 
 
 def write_tasks(folder: Path) -> None:
-    """Write data of three of lm-eval's tasks, which it looks for in the working folder first, and a task of our own."""
+    """Write data of three of lm-eval's tasks, which it looks for in the working folder first, and a task in a group."""
     questions, texts, passages = [], [], []
     for context, choices, label in QUESTIONS:
         listed = {"text": [text.strip() for text in choices], "label": list("ABCD")}
@@ -124,7 +124,10 @@ def write_tasks(folder: Path) -> None:
     task |= {"output_type": "multiple_choice", "test_split": "test", "metric_list": [{"metric": "acc"}]}
     task |= {"doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": "{{choices.text}}"}
     task["doc_to_target"] = "{{choices.label.index(answerKey)}}"
-    (folder / "own" / "own.yaml").write_text(json.dumps(task))
+    task["filter_list"] = [{"name": "first", "filter": [{"function": "take_first"}]}]
+    group = {"group": "group", "task": ["own"], "aggregate_metric_list": [{"metric": "acc", "filter_list": "first"}]}
+    for name, content in (("own", task), ("group", group)):
+        (folder / "own" / f"{name}.yaml").write_text(json.dumps(content))
 
 
 def test_tasks_through_lm_eval(
@@ -147,9 +150,9 @@ def test_tasks_through_lm_eval(
     write_tasks(tmp_path)
 
     def scores() -> dict[tuple[str, str], float]:
-        tasks = evaluate(tmp_path, *words, "arc_easy", "lambada_openai", "race", "own")["tasks"]
+        tasks = evaluate(tmp_path, *words, "arc_easy", "lambada_openai", "race", "group")["tasks"]
         assert {(one["task"], one["documents"]) for one in tasks[str(tmp_path / "model")]} == {
-            (task, len(QUESTIONS)) for task in ("arc_easy", "lambada_openai", "race", "own")
+            (task, len(QUESTIONS)) for task in ("arc_easy", "lambada_openai", "race", "own", "group")
         }
         return {(one["task"], one["metric"]): one["value"] for one in tasks[str(tmp_path / "model")]}
 
@@ -161,14 +164,15 @@ def test_tasks_through_lm_eval(
     lengths = [len(texts[label]) for _, texts, label in QUESTIONS]
     assert uniform["lambada_openai", "perplexity"] == pytest.approx(264 ** (sum(lengths) / 3), rel=1e-4)
     # The shortest choices, of which the first counts, are as likely as each other; per character all are.
-    assert uniform["arc_easy", "acc"] == uniform["own", "acc"] == pytest.approx(1 / 3)
+    assert uniform["group", "acc,first"] == uniform["own", "acc,first"] == pytest.approx(1 / 3)
+    assert uniform["arc_easy", "acc"] == pytest.approx(1 / 3)
 
     with torch.no_grad():
         model.lm_head.weight.copy_(lm_head)
     learn(model, tokenizer)
     model.save_pretrained(tmp_path / "model")
     learnt = scores()
-    assert learnt["arc_easy", "acc"] == learnt["own", "acc"] == learnt["lambada_openai", "acc"] == 1
+    assert learnt["arc_easy", "acc"] == learnt["own", "acc,first"] == learnt["lambada_openai", "acc"] == 1
     monkeypatch.setattr(RemoeForCausalLM, "forward", None)
     assert scores() == learnt, "the answers are kept, of each model its own"
     for task in ("piqa", "nothing"):  # not in the working folder, and no task

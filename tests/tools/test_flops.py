@@ -50,11 +50,27 @@ def test_routers_of_baselines(router: str, rows: int) -> None:
     assert flops_per_sequence(args) - plain == 6 * 1024 * 12 * 768 * 8 * (rows - 1)
 
 
-def test_flops_of_a_command_are_those_of_its_arguments() -> None:
-    """Of one with granularity, as tools/cost reads them by Megatron's parser."""
-    flags = [*MODEL, *EXPERTS, "--moe-relu-routing", "--moe-granularity", "4"]
+LATENT = "--moe-relu-routing --multi-latent-attention --kv-lora-rank 48 --qk-head-dim 24 --v-head-dim 40"
+SHARED = (
+    "--moe-router-pre-softmax --moe-shared-expert-intermediate-size 512 --moe-shared-expert-gate --mtp-num-layers 1"
+)
+
+
+@pytest.mark.parametrize(
+    "more", ["--moe-relu-routing --moe-granularity 4", f"{SHARED} --moe-layer-freq ([0]+[1]*11)", LATENT]
+)
+def test_flops_of_a_command_are_those_of_its_arguments(more: str) -> None:
+    """As tools/cost reads them by Megatron's parser."""
+    flags = [*MODEL, *EXPERTS, *more.split()]
+    if more == LATENT:
+        flags.remove("--group-query-attention")
     counted = flops_per_sequence(arguments_of(parse(flags)))
     assert figures(cost("--gpus", "8", "--", *flags), f"{counted / 1e9:,.0f}")
+
+
+def test_wrong_pattern_of_layers() -> None:
+    with pytest.raises(ValueError, match="--moe-layer-freq"):
+        arguments_of(parse([*MODEL, *EXPERTS, "--moe-layer-freq", "[0,"]))
 
 
 def test_layers_that_are_not_counted_are_refused() -> None:

@@ -33,9 +33,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "parent").mkdir()
     for place in ("run", "parent/checkpoints"):
         checkpoints.save(megatron, args, root / place, engine_names=False)
+    names = ["input_ids", "token_type_ids", "attention_mask"]  # some tokenizers' default
     for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
         one.save_pretrained(root / name)
-        AutoTokenizer.from_pretrained(vocabulary).save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(vocabulary, model_input_names=names).save_pretrained(root / name)
     make("dense").save_pretrained(root / "no tokenizer")
     return {path.name: path for path in root.iterdir()}
 

@@ -50,13 +50,14 @@ def score(
     Args:
         model: to score.
         tokenizer: its own.
-        tasks: their names.
+        tasks: names of tasks or groups.
         task_data: folder of further tasks in lm-eval's format (.yaml).
         cache: prefix of a file for each model's answers, to resume from (None: keep none).
         limit: documents of each task, at most.
 
     Returns:
-        "task", "metric", "value", standard "error" (None if unknown), number of "documents", of each metric.
+        "task" (or group), "metric" (with a filter's name: "metric,filter"), "value", standard "error" (None if
+        unknown), number of "documents", of each metric.
 
     Raises:
         ToolError: lm-eval is not installed, a task is unknown, or its data cannot be read.
@@ -89,11 +90,11 @@ def score(
     for task, results in found["results"].items():
         for key, value in results.items():
             metric, _, processing = key.partition(",")
-            if processing == "none" and not metric.endswith("_stderr"):
-                deviation = results.get(f"{metric}_stderr,none", "N/A")
-                one = {"task": task, "metric": metric, "value": value}
+            if processing and not metric.endswith("_stderr"):
+                deviation = results.get(f"{metric}_stderr,{processing}", "N/A")
+                one = {"task": task, "metric": key.removesuffix(",none"), "value": value}
                 one["error"] = None if deviation == "N/A" else deviation
-                scores.append(one | {"documents": found["n-samples"][task]["effective"]})
+                scores.append(one | {"documents": results["sample_len"]})
     return scores
 
 

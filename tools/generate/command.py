@@ -75,7 +75,7 @@ def continue_text(
     Raises:
         ToolError: the prompt is empty or too long.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if not 0 < length < context:
         raise ToolError(

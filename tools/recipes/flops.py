@@ -12,6 +12,12 @@ CONVENTION = (
     "A product of m x k and k x n matrices counts 2mnk; backward counts twice forward; attention counts over the whole",
     "square of the sequence, causal or not; routers and the output layer are in; norms and lookups are not.",
 )
+NUMBERS = {  # arguments by Megatron's names → its defaults
+    "num_layers": 0, "hidden_size": 0, "seq_length": 0, "num_attention_heads": 1, "kv_channels": 0,
+    "num_query_groups": 1, "q_lora_rank": 0, "kv_lora_rank": 32, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128, "mtp_num_layers": 0, "moe_latent_size": 0, "moe_shared_expert_intermediate_size": 0,
+}  # fmt: skip
+SWITCHES = "group_query_attention swiglu attention_output_gate multi_latent_attention moe_shared_expert_gate".split()
 UNLEARNED = ("hash", "random")  # --moe-baseline-router without weights
 
 
@@ -32,7 +38,8 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
     of = _Defaulting(args)
     pattern = of.hybrid_layer_pattern and of.hybrid_layer_pattern.replace("|", "")
     if of.experimental_attention_variant or (pattern and set(pattern) - set("*-E")):
-        raise ValueError("FLOPs are counted for attention, MLP and experts only")
+        found = of.experimental_attention_variant or f"--hybrid-layer-pattern {pattern}"
+        raise ValueError(f"FLOPs are counted for attention, MLP and experts only, not for {found}")
     mtp = of.mtp_num_layers or 0
     if pattern:
         kinds = {kind: pattern.count(kind) for kind in "*-E"}
@@ -104,29 +111,42 @@ def arguments_of(settings: Settings, padded_vocabulary: int = 0) -> argparse.Nam
     Args:
         settings: the flags.
         padded_vocabulary: rows of the output layer; if 0, from --vocab-size, --vocab-file, or as GPT-2 has.
+
+    Raises:
+        ValueError: --moe-layer-freq is not a pattern.
     """
     number = partial(whole, settings)
-    granularity = number("--moe-granularity", 1)
+    granularity, hidden = number("--moe-granularity", 1), number("--hidden-size")
+    ffn = number("--ffn-hidden-size", hidden * 8 // 3 // 64 * 64 if "--swiglu" in settings else 4 * hidden)
     multiple = number("--make-vocab-size-divisible-by", 128)
     words = number("--vocab-size") or _words_in(*settings.get("--vocab-file", ("",)))
-    experts = number("--num-experts") * granularity
     return argparse.Namespace(
-        num_layers=number("--num-layers"),
-        hybrid_layer_pattern="".join(settings.get("--hybrid-layer-pattern", ())),
-        hidden_size=number("--hidden-size"),
-        ffn_hidden_size=number("--ffn-hidden-size", 4 * number("--hidden-size")),
-        num_attention_heads=number("--num-attention-heads", 1),
-        kv_channels=number("--kv-channels"),
-        group_query_attention="--group-query-attention" in settings,
-        num_query_groups=number("--num-query-groups", 1),
-        seq_length=number("--seq-length"),
-        swiglu="--swiglu" in settings,
-        num_experts=experts or None,
+        **{name: number(_flag(name), default) for name, default in NUMBERS.items()},
+        **{name: _flag(name) in settings for name in SWITCHES},
+        **{name: "".join(settings.get(_flag(name), ())) for name in ("hybrid_layer_pattern", "moe_baseline_router")},
+        ffn_hidden_size=ffn,
+        num_experts=number("--num-experts") * granularity or None,
+        moe_layer_freq=_layer_frequency("".join(settings.get("--moe-layer-freq", ("1",)))),
         moe_router_topk=number("--moe-router-topk", 2) * granularity,
-        moe_ffn_hidden_size=number("--moe-ffn-hidden-size", number("--ffn-hidden-size")) // granularity,
-        moe_baseline_router=next(iter(settings.get("--moe-baseline-router", ())), None),
+        moe_ffn_hidden_size=number("--moe-ffn-hidden-size", ffn) // granularity,
         padded_vocab_size=padded_vocabulary or -(-words // multiple) * multiple,
     )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _layer_frequency(text: str) -> int | list[int]:
+    """Return a number or a pattern of layers as Megatron reads it."""
+    if text.isdecimal():
+        return int(text)
+    from megatron.training.arguments import moe_freq_type  # slow to import
+
+    try:
+        return moe_freq_type(text)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"--moe-layer-freq {text}: {error}") from error
 
 
 def _words_in(vocabulary: str) -> int:

@@ -39,8 +39,9 @@ TRITON_PARTS = {
     "swiglu": "experts: SwiGLU and gates",
     "rotary": "attention: rope and copies",
 }
-# flash-linear-attention's kernels pass over each argument once.
+# Kernels of flash-linear-attention and ours that pass over each argument once.
 ONE_PASS = {f"cross_entropy_{name}" for name in ("fwd_kernel", "fwd_kernel_reduce", "bwd_kernel")}
+ONE_PASS |= {"_gates", "_gradient", "_count", "_sum", "_rotate"}
 
 
 @dataclass

@@ -133,12 +133,12 @@ def flops(settings: Settings) -> float:
     """Return the training FLOPs of a whole run with k experts per token.
 
     Raises:
-        RecipeError: the model has layers whose FLOPs are not counted.
+        RecipeError: the model has layers whose FLOPs are not counted, or a wrong --moe-layer-freq.
     """
     try:
         sequence = flops_per_sequence(arguments_of(settings))
     except ValueError as error:
-        raise RecipeError(f"{PATTERN} {' '.join(settings.get(PATTERN, ()))}: {error}.") from error
+        raise RecipeError(f"{error}.") from error
     return whole(settings, "--train-iters") * whole(settings, "--global-batch-size") * sequence
 
 

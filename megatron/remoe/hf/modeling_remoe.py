@@ -235,6 +235,9 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         Args:
             input_ids, attention_mask, labels, logits_to_keep, kwargs: as for Llama.
             output_router_logits: replaces the configuration's value. A loss then includes λ times the L1 term.
+
+        Raises:
+            ValueError: re-entrant checkpointing would drop the term's gradient.
         """
         counts = self.routing_counts if self.training else None
         if output_router_logits is None:
@@ -250,6 +253,12 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         if output_router_logits and outputs.router_logits:
             token_mask = newest_tokens(attention_mask, outputs.last_hidden_state.shape[1])
             aux_loss, pairs = routing_loss(self.config, outputs.router_logits, token_mask)
+            lost = outputs.last_hidden_state.requires_grad and not aux_loss.requires_grad
+            if lost and self.config.router_aux_loss_coef and self.model.gradient_checkpointing:
+                raise ValueError(
+                    "Gradient checkpointing with use_reentrant=True drops the gradient of aux_loss. Set "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
             sparsity = 1.0 - pairs[0] / pairs[1].clamp(min=1)
             if counts is not None:
                 counts += pairs.to(counts.device)

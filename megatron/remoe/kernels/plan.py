@@ -98,10 +98,6 @@ def _tile(num_tokens: int, num_experts: int) -> tuple[int, int]:
     return block, min(next_power_of_2(num_experts), max(1, TILE_COUNTS // max(2 * block, MOST_BLOCKS)))
 
 
-def _count_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    return {"name": "plan: count", "bytes": args["map_TE"].numel() + 4 * args["counts_EB"].numel()}
-
-
 def _fill_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     pairs = args["gates_P"].numel() * (2 * args["gates_P"].element_size() + 4)
     once = args["map_TE"].numel() + 4 * (args["counts_EB"].numel() + args["by_token"].numel())
@@ -113,7 +109,7 @@ def _spread_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, A
     return {"name": "plan: gates' gradient", "bytes": gates + args["map_TE"].numel() + 4 * args["by_token"].numel()}
 
 
-@triton.jit(launch_metadata=_count_bytes)
+@triton.jit
 def _count(map_TE, counts_EB, num_tokens, num_experts, BLOCK: tl.constexpr, TILE: tl.constexpr):
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for first in range(0, num_experts, TILE):

@@ -55,11 +55,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved:
     return rotated
 
 
-def _bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    return {"name": "rotary embedding", "bytes": 2 * args["y"].nbytes + args["cos_SR"].nbytes + args["sin_SR"].nbytes}
-
-
-@triton.jit(launch_metadata=_bytes)
+@triton.jit
 def _rotate(
     x, cos_SR, sin_SR, y, batch, heads, of_position, of_sequence, of_head,
     D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,

@@ -84,22 +84,12 @@ class _ReLURouting(torch.autograd.Function):
         return d_logits, *[None] * 7
 
 
-def _gates_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    read_or_written = (args[name] for name in ("logits_TE", "padding_T", "probs_TE", "map_TE", "pairs_PC", "sums_PE"))
-    return {"name": "router: gates", "bytes": sum(tensor.nbytes for tensor in read_or_written if tensor is not None)}
-
-
 def _terms_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     counted = args["pairs_PC"].nbytes + args["sums_PE"].nbytes
     return {"name": "router: L1 and counts", "bytes": counted + args["terms_C"].nbytes + 16 * (args["E"] + 3)}
 
 
-def _gradient_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    read_or_written = (args[name].nbytes for name in ("d_probs_TE", "map_TE", "terms_C", "d_logits_TE"))
-    return {"name": "router: gradient", "bytes": sum(read_or_written)}
-
-
-@triton.jit(launch_metadata=_gates_bytes)
+@triton.jit
 def _gates(
     logits_TE, padding_T, probs_TE, map_TE, pairs_PC, sums_PE, num_tokens, span,
     E: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
@@ -178,7 +168,7 @@ def _terms(
     tl.store(terms_C + E, push.to(tl.float32))
 
 
-@triton.jit(launch_metadata=_gradient_bytes)
+@triton.jit
 def _gradient(d_probs_TE, map_TE, terms_C, scale, d_logits_TE, size, E: tl.constexpr, BLOCK: tl.constexpr):
     """Write the logits' gradient; moves T·E·(2·size + 1) bytes. `scale` has one element, or is None for 1."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

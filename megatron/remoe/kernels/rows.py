@@ -3,8 +3,6 @@
 T tokens, P pairs, H hidden size; a program computes a part of one token's sum.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -32,12 +30,7 @@ def sum_rows(pairs: torch.Tensor, by_token: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def _sum_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    elements = args["pairs_PH"].numel() + args["sums_TH"].numel()
-    return {"name": "rows: sum", "bytes": elements * args["pairs_PH"].element_size() + 4 * args["by_token"].numel()}
-
-
-@triton.jit(launch_metadata=_sum_bytes)
+@triton.jit
 def _sum(pairs_PH, by_token, sums_TH, hidden, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
