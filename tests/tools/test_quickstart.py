@@ -73,7 +73,7 @@ def runs(tmp_path: Path) -> dict[str, RunFigures]:
 
 
 def test_summary_of_written_figures(runs: dict[str, RunFigures]) -> None:
-    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE)
+    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE, dataset.MIXED)
     assert list(summary) == ["dense", "moe", "remoe", "iterations", "seed", "versions"]
     assert summary["dense"]["val_loss"] == pytest.approx((2.0 * 300 + 3.0 * 100) / 400)
     assert summary["moe"]["val_loss_by_domain"] == pytest.approx({"code": 1.9, "drama": 2.9})
@@ -98,7 +98,7 @@ def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, RunFigures]) ->
 
 
 def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE)
+    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE, dataset.MIXED)
     assert "±" not in shown(summary)
     monkeypatch.setattr(report, "SPREAD_ITERATIONS", 100)
     monkeypatch.setattr(report, "SPREAD", {"dense": 0.004, "moe": 0.005, "remoe": 0.006})

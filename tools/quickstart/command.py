@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         train(console, trainings, args.iterations, args.threads, keep_open)
         with step(console, "report", "reading the figures") as result:
             found = {each.model: read_figures(each.folder) for each in trainings}
-            summary = report.summarize(found, held_out, args.iterations, args.seed, tiny.SIZE)
+            summary = report.summarize(found, held_out, args.iterations, args.seed, tiny.SIZE, args.corpus)
             write_json(output / "summary.json", summary)
             picture.draw(output / "report.png", found, summary)
             result.append("table and picture")

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..common.display import say
 from ..common.places import LOG, interpreter, short, tool
 from ..common.run_figures import TOTALS, RunFigures
-from ..corpora.dataset import data_prefix
+from ..corpora.dataset import MIXED, data_prefix
 from ..recipes import tiny
 
 # Standard deviation of the validation loss after 1200 iterations, from docs/experiments.md, "Quickstart, six seeds".
@@ -41,7 +41,12 @@ def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
 
 
 def summarize(
-    runs: Mapping[str, RunFigures], held_out: dict[str, int], iterations: int, seed: int, size: tiny.TinySize
+    runs: Mapping[str, RunFigures],
+    held_out: dict[str, int],
+    iterations: int,
+    seed: int,
+    size: tiny.TinySize,
+    corpus: str,
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
@@ -51,6 +56,7 @@ def summarize(
         iterations: of each training.
         seed: of each training.
         size: of the models.
+        corpus: its name.
     """
     summary: dict[str, Any] = {}
     for model, run in runs.items():
@@ -75,8 +81,13 @@ def summarize(
         "coefficient_final": remoe.newest("l1_coefficient"),
     }
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
-    summary |= {"iterations": iterations, "seed": seed, "versions": versions | {"python": platform.python_version()}}
-    return summary
+    versions["python"] = platform.python_version()
+    return summary | {"iterations": iterations, "seed": seed, "corpus": corpus, "versions": versions}
+
+
+def has_spread(summary: dict[str, Any]) -> bool:
+    """Return whether `SPREAD` is that of these trainings."""
+    return (summary["iterations"], summary["corpus"]) == (SPREAD_ITERATIONS, MIXED)
 
 
 def table(summary: dict[str, Any]) -> Table:
@@ -91,8 +102,7 @@ def table(summary: dict[str, Any]) -> Table:
 
     of_models = [summary[model] for model in tiny.NAMES]
     dense, *others = [each["val_loss"] for each in of_models]
-    is_known = summary["iterations"] == SPREAD_ITERATIONS
-    around = [f" ± {SPREAD[model]:.3f}" if is_known else "" for model in tiny.NAMES]
+    around = [f" ± {SPREAD[model]:.3f}" if has_spread(summary) else "" for model in tiny.NAMES]
     losses = (f"[bold]{each['val_loss']:.3f}[/bold]{more}" for each, more in zip(of_models, around, strict=True))
     grid.add_row("validation loss (nats per byte)", *losses)
     grid.add_row("  against dense", "", *(f"{other - dense:+.3f}" for other in others))
@@ -118,7 +128,7 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
     """
     console.print()
     console.print(table(summary))
-    if summary["iterations"] == SPREAD_ITERATIONS:
+    if has_spread(summary):
         say(console, f"± spread over {SEEDS} seeds, docs/experiments.md", "dim")
     say(console, "MoE (top-k) is the paper's baseline; stronger ones, tuned: docs/paper.md", "dim")
     console.print()
