@@ -112,6 +112,18 @@ def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Pat
     assert written == ([ONE, GROWING] if expected else [GROWING])
 
 
+@pytest.mark.parametrize(("rank", "written"), [("0", True), ("1", False)])
+def test_the_first_node_writes_the_command(rank: str, written: bool, tmp_path: Path) -> None:
+    """All nodes may share the folder."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = TWO | {"NODE_RANK": rank, "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path), "PYTHON": str(python)}
+    result = launch("182m_remoe", "1", "--", "--cpu", "--tokenizer-type", "NullTokenizer", **environment)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "train.log").exists() and (tmp_path / "command.sh").exists() == written
+
+
 TOO_LARGE = "18446744073709551617"  # 2^64 + 1
 TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}
 
