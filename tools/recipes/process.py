@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAST_BYTES = 2**16  # of a log, to look for the program's last message
 STOPPED = 143  # exit code of a training that saved at a signal
@@ -52,13 +54,12 @@ class _Training:
         wanted = self._wanted
         if wanted is None or wanted == self._sent:
             return
-        found = subprocess.run(["pgrep", "-P", str(self._job.pid)], capture_output=True, text=True)
-        children = [int(child) for child in found.stdout.split()]
-        if not children or (wanted == signal.SIGTERM and any(map(_ignores_sigterm, children))):
+        children = psutil.Process(self._job.pid).children()
+        if not children or (wanted == signal.SIGTERM and any(_ignores_sigterm(child.pid) for child in children)):
             return
         for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, wanted)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(wanted)
         self._sent = wanted
 
     def wait(self) -> int:
@@ -105,7 +106,7 @@ def run_training(command: Sequence[str], log: Path) -> int:
         log: the training's output is appended to this file and printed; its last error is printed again at the end.
 
     Returns:
-        Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it.
+        Its exit code; `STOPPED` if Ctrl-C or SIGTERM ended it without an error.
     """
     start = log.stat().st_size if log.exists() else 0
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is something to stop
@@ -116,9 +117,9 @@ def run_training(command: Sequence[str], log: Path) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = training.wait()
-    if not training.stopping:
-        if code and (error := _last_error(log, start)):
-            print(f"\n{error}", file=sys.stderr, flush=True)
-        return code if code >= 0 else 128 - code
-    print(f"Stopped. The same command goes on from the last checkpoint; the log is {log}", flush=True)
-    return STOPPED
+    if code and (error := _last_error(log, start)):
+        print(f"\n{error}", file=sys.stderr, flush=True)
+    elif training.stopping:
+        print(f"Stopped. The same command goes on from the last checkpoint; the log is {log}", flush=True)
+        return STOPPED
+    return code if code >= 0 else 128 - code
