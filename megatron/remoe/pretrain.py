@@ -171,6 +171,8 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
         environment.check_environment()
     args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
     if on_cpu:
+        if not args.cpu:
+            machine.check_node()
         cpu.adapt_arguments(args)
     machine.check_kernels(args.moe_kernels, on_cpu)
     lock.take(args)

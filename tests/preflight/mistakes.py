@@ -1,6 +1,7 @@
 """What users get wrong in the flags and environment of the entry, and what they have to be told."""
 
 import re
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,12 @@ ENTRY = {
     "RANK too large": Case(on("text"), "E101|RANK=2 |WORLD_SIZE=2", environment={"RANK": "2", "WORLD_SIZE": "2"}),
     "no MASTER_ADDR": Case(on("text"), "E101|MASTER_ADDR is not", unset=("MASTER_ADDR",)),
     "MASTER_PORT too large": Case(on("text"), "E101|MASTER_PORT='99999'|65535", environment={"MASTER_PORT": "99999"}),
+    "no GPU on the second of two nodes": Case(
+        lambda user: [word for word in on("text")(user) if word != "--cpu"],
+        f"E107|rank 2 on {socket.gethostname()}|GPU|--cpu",
+        environment={"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+        | {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "-1"},
+    ),
     "MASTER_PORT in use": Case(
         on("text"), "DistNetworkError|EADDRINUSE|choose another MASTER_PORT", code=1, environment={"MASTER_PORT": ""}
     ),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -15,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron.remoe.data.errors import UsageError
+from megatron.remoe.data.errors import DataError, UsageError
 from megatron.remoe.preflight import machine
 from megatron.remoe.preflight.environment import check_quack
 from tests.trainings import REPOSITORY
@@ -168,3 +169,13 @@ def test_the_gpu_extra_has_what_the_engine_loads(library: str) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     brought = [*(requires("torch") or []), *project["optional-dependencies"]["gpu"]]
     assert any(library in requirement for requirement in brought)
+
+
+@pytest.mark.parametrize("local", ["", "4", "2"])
+def test_only_node_may_have_no_gpu(local: str, without: pytest.MonkeyPatch) -> None:
+    without.setenv("WORLD_SIZE", "4")
+    without.setenv("LOCAL_WORLD_SIZE", local)
+    if not local:  # started without torchrun
+        without.delenv("LOCAL_WORLD_SIZE")
+    with pytest.raises(DataError, match=socket.gethostname()) if local == "2" else nullcontext():
+        machine.check_node()

@@ -112,6 +112,18 @@ def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Pat
     assert written == ([ONE, GROWING] if expected else [GROWING])
 
 
+@pytest.mark.parametrize(("rank", "written"), [("0", True), ("1", False)])
+def test_the_first_node_writes_the_command(rank: str, written: bool, tmp_path: Path) -> None:
+    """All nodes may share the folder."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = TWO | {"NODE_RANK": rank, "DATA_PATH": "pile", "OUTPUT_DIR": str(tmp_path), "PYTHON": str(python)}
+    result = launch("182m_remoe", "1", "--", "--cpu", "--tokenizer-type", "NullTokenizer", **environment)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "train.log").exists() and (tmp_path / "command.sh").exists() == written
+
+
 TOO_LARGE = "18446744073709551617"  # 2^64 + 1
 TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}
 
@@ -130,6 +142,9 @@ TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}
         ("8 1 1 8 1 a/b", {}, "project_name 'a/b'"),
         ("8", {"NNODES": "2"}, "MASTER_ADDR"),
         ("8", TWO | {"RANK": "2"}, "RANK '2' NNODES=2"),
+        ("8 -- --cpu --tokenizer-type NullTokenizer", TO_TRAIN | TWO | {"PYTHON": "true"}, "NODE_RANK NNODES=2"),
+        ("5 -- --num-layers 12", {"PP": "5"}, "PP=5 12 layers"),
+        ("5 -- --num-layers ten", {"PP": "5"}, "--num-layers 'ten'"),
         ("8 1 1 64", {"EP": "8", "TP": "2"}, "EP=8 TP=2"),
         ("2", {"EP": "3"}, "EP=3 8 experts"),
         ("8", {"TP": "8"}, "TP=8 12 heads"),
@@ -146,8 +161,21 @@ def test_errors(words: str, environment: dict[str, str], facts: str) -> None:
     assert all(fact in result.stderr for fact in facts.split()), result.stderr
 
 
-def test_experts_with_another_tensor_parallel_size() -> None:
-    assert command("182m_remoe", "8", "1", "1", "64", "--", "--expert-tensor-parallel-size", "1", EP="8", TP="2")
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        ("8 1 1 64 -- --expert-tensor-parallel-size 1", {"EP": "8", "TP": "2"}),
+        ("5 -- --num-layers 10", {"PP": "5"}),
+        ("5 -- --decoder-first-pipeline-num-layers 4 --decoder-last-pipeline-num-layers 2", {"PP": "5"}),
+        ("5 -- --hybrid-layer-pattern *E|*E|*E|*E|*E", {"PP": "5", "MODEL": "hybrid"}),
+        ("16 -- --num-experts 16", {"EP": "16"}),
+        ("16 -- --moe-granularity 2", {"EP": "16"}),
+        ("8 -- --num-attention-heads=16 --hidden-size=1024", {"TP": "8"}),
+    ],
+)
+def test_a_layout_fits_the_model_that_megatron_builds(words: str, environment: dict[str, str]) -> None:
+    """Flags behind -- override the script's."""
+    assert command("182m_remoe", *words.split(), **environment)
 
 
 @pytest.mark.parametrize(

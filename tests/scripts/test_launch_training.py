@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,8 +57,10 @@ sys.exit(run_training(sys.argv[2:], Path(sys.argv[1])))
 LATE = """
 import subprocess, sys, time
 time.sleep(2)
-subprocess.run([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_DFL); time.sleep(600)"])
+sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
 """
+ENDS = "import signal, time; signal.signal(15, signal.SIG_DFL); time.sleep(600)"
+FAILS = ENDS.replace("signal.SIG_DFL", "lambda *_: exit('x.py: error: No space left')")
 
 
 ERROR = "x.py: error: --split: wrong.\nGive another"
@@ -83,16 +86,24 @@ def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(
     assert log.read_text() == f"x.py: error: of an earlier start\n{result.stdout}"
 
 
-def test_a_signal_before_torchrun_has_children_is_not_lost(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE]
-    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(("training", "code", "stopped"), [(ENDS, 143, True), (FAILS, 1, False)])
+def test_a_signal_before_torchrun_has_children_is_not_lost(
+    training: str, code: int, stopped: bool, tmp_path: Path
+) -> None:
+    """On a machine without ps and pgrep. A training that cannot save has failed, not stopped."""
+    (tmp_path / "tee").symlink_to(shutil.which("tee") or "")
+    words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE, training]
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": str(tmp_path)}
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "log").exists():  # tee has started, and so has the training
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and output.splitlines()[0].startswith("Saving") and "Stopped" in output
+    assert process.returncode == code and output.splitlines()[0].startswith("Saving")
+    assert ("Stopped" in output) == stopped
 
 
 @pytest.mark.parametrize("receivers", ["script", "all"])

@@ -172,6 +172,7 @@ SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; don
         (SAVES, "CANCELLED", 143, 0),  # the user's scancel
         (SAVES, "PENDING", 143, 0),  # Slurm itself has queued it again
         (SAVES.replace("143", "0"), "RUNNING", 0, 0),  # has just ended
+        (SAVES.replace("143", "1"), "RUNNING", 1, 0),  # could not save
         (SAVES.replace("143", "3"), "COMPLETING", 3, 0),  # has failed
     ],
 )

@@ -54,6 +54,18 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.txt", "whole")]
 
 
+def test_writers_with_the_same_process_number_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    """As in two containers, whose processes both have the number 1."""
+    path = tmp_path / "results.txt"
+
+    def write(aside: Path) -> None:
+        aside.write_text("first")
+        write_aside(path, lambda aside: aside.write_text("second"))
+
+    write_aside(path, write)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.txt", "first")]
+
+
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
 

@@ -13,7 +13,7 @@ from megatron.remoe.data.errors import with_code
 from megatron.remoe.data.files import write_text
 
 from ..common.errors import ToolError
-from ..common.flags import split
+from ..common.flags import last_value, split
 from ..common.places import LOG
 from .data import is_set
 from .launch import Launch, plan
@@ -106,11 +106,12 @@ def rehearse(launch: Launch) -> int:
 
 
 def train(launch: Launch) -> int:
-    """Train, with command and log in the run's folder."""
+    """Train, with the log and the first node's command in the run's folder."""
     output = Path(launch.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "command.sh", launch.text())
+        if not int(last_value(launch.launcher, "--node-rank") or 0):
+            write_text(output / "command.sh", launch.text())
         (output / LOG).open("a").close()
     except OSError as error:
         raise RecipeError(f"OUTPUT_DIR={output} cannot be written: {error.strerror}") from error

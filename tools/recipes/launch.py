@@ -12,6 +12,8 @@ from .layout import LARGEST, MOST_EXPERTS, Layout, RecipeError, whole_number
 from .models import PAPER, SAVE_INTERVALS, Routing, Size, Training
 
 PROJECT = "remoe"
+# Beginnings of the flags that cut the layers into unequal stages.
+UNEQUAL = ("--hybrid-layer-pattern", "--pipeline-model-parallel-layout", "--decoder-", "--account-for-")
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,19 @@ def plan(
     interpreter, kernels = environment.get("PYTHON") or default_interpreter(), environment.get("KERNELS", "")
     fast = hardware.kernel_flags(kernels, interpreter)
     layout = Layout.read(numbers["gpus_per_node"], environment)
-    expert_tp = "--expert-tensor-parallel-size"
-    expert_tp_size = whole_number(expert_tp, last_value(extra, expert_tp) or str(layout.tp))
-    layout.check(model, kind.experts * kind.granularity, expert_tp_size)
+
+    def overridden(flag: str, default: int) -> int:
+        given = last_value(extra, flag)
+        return default if given is None else whole_number(flag, given)
+
+    layout.check(
+        layers=0 if any(word.startswith(UNEQUAL) for word in extra) else overridden("--num-layers", model.layers),
+        heads=overridden("--num-attention-heads", model.heads),
+        experts=overridden("--num-experts", kind.experts) * overridden("--moe-granularity", kind.granularity),
+        expert_tp=overridden("--expert-tensor-parallel-size", layout.tp),
+    )
     depth = _depth_flags(model, routing, layout, environment.get("MODEL") or "gpt", extra)
-    launcher = layout.launcher(interpreter, environment)
+    launcher = layout.launcher(interpreter, environment, planned)
     suited, engine = list[str](), ""
     if "--cpu" not in extra:
         if not planned:

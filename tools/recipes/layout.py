@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..common.errors import ToolError
-from .models import Size
 
 LARGEST = 2**31 - 1
 MOST_EXPERTS = 2**16  # of a layer
@@ -59,11 +58,12 @@ class Layout:
         """Processes on all nodes."""
         return self.gpus_per_node * self.nodes
 
-    def check(self, size: Size, experts: int, expert_tp: int) -> None:
+    def check(self, layers: int, heads: int, experts: int, expert_tp: int) -> None:
         """Check that the parallel sizes fit.
 
         Args:
-            size: of the model.
+            layers: of the model; 0 if it is not cut into equal stages.
+            heads: of the model.
             experts: of a layer, after granularity; 0 for a dense model.
             expert_tp: tensor parallel size of experts.
 
@@ -73,12 +73,12 @@ class Layout:
         tp, pp, vpp, ep, cp = self.tp, self.pp, self.vpp, self.ep, self.cp
         if self.world % (tp * pp * cp):
             raise RecipeError(f"{self.world} processes cannot be split into TP={tp} x PP={pp} x CP={cp}")
-        if size.heads % tp:
-            raise RecipeError(f"TP={tp} does not divide the {size.heads} attention heads")
+        if heads % tp:
+            raise RecipeError(f"TP={tp} does not divide the {heads} attention heads")
         if pp == 1 and vpp > 1:
             raise RecipeError(f"VPP={vpp} divides pipeline stages, and PP is 1: set PP to at least 2, or unset VPP")
-        if size.layers % (pp * vpp):
-            raise RecipeError(f"PP={pp} x VPP={vpp} does not divide the {size.layers} layers")
+        if layers % (pp * vpp):
+            raise RecipeError(f"PP={pp} x VPP={vpp} does not divide the {layers} layers")
         if experts and experts % ep:
             raise RecipeError(f"EP={ep} does not divide the {experts} experts")
         if experts and self.world % (expert_tp * pp * ep):
@@ -95,8 +95,8 @@ class Layout:
             found += ["--expert-model-parallel-size", str(self.ep)]
         return found
 
-    def launcher(self, interpreter: str, environment: Mapping[str, str]) -> list[str]:
-        """Return torchrun's words in front of the program.
+    def launcher(self, interpreter: str, environment: Mapping[str, str], planned: bool) -> list[str]:
+        """Return torchrun's words in front of the program; a plan without a node's rank is the first node's.
 
         Raises:
             RecipeError: there are several nodes, and the first one's name or this one's rank is missing.
@@ -108,7 +108,7 @@ class Layout:
         if not environment.get("MASTER_ADDR"):
             raise RecipeError(f"NNODES={self.nodes} needs MASTER_ADDR, the first node's name")
         ranks = (environment.get(name) for name in ("NODE_RANK", "RANK", "SLURM_NODEID"))
-        rank = next(filter(None, ranks), "0")
+        rank = next(filter(None, ranks), "0" if planned else "")
         if not re.fullmatch("[0-9]{1,9}", rank) or int(rank) >= self.nodes:
             raise RecipeError(
                 f"the node's rank (NODE_RANK, RANK or SLURM_NODEID) is '{rank}': give a number below "

@@ -26,6 +26,6 @@ def add_cpu_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     parser.add_argument_group("CPU").add_argument(
         CPU_FLAG,
         action="store_true",
-        help="Train on the CPU even if there is an accelerator (the default without one).",
+        help="Train on the CPU even if there is an accelerator (the default on a single node without one).",
     )
     return parser

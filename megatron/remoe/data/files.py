@@ -3,7 +3,7 @@
 import errno
 import fcntl
 import os
-import threading
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +15,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: it cannot be written; the temporary file is removed.
     """
-    aside = path.with_name(f".tmp-{os.getpid()}-{threading.get_native_id()}-{path.name}")
+    aside = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")  # containers' processes share numbers
     try:
         write(aside)
         sync(aside)

@@ -8,6 +8,7 @@ REMOE-E103 | Another training uses the --save folder. | Wait for it, stop it, or
 REMOE-E104 | Another program or version wrote training.lock in --save. | Remove the file if no training runs there.
 REMOE-E105 | An output folder cannot be written, or is not shared. | Give another folder, or allow writing there.
 REMOE-E106 | Python or a required package is missing or too old. | Set up an environment as README says.
+REMOE-E107 | A node among several has no GPU. | Repair the node, or give --cpu.
 REMOE-E201 | A required flag is missing. | Give it a value above 0.
 REMOE-E202 | A setting does not work with --hybrid-layer-pattern. | Change the pattern or leave the other flag out.
 REMOE-E203 | Megatron would fail at its first evaluation, report or save. | Follow the message; see checkpoints.md.
@@ -54,8 +55,8 @@ REMOE-E514 | A converted model differs from its source; nothing was written. | R
 
 PAGE = """# Error codes
 
-An error names the flag or file, its value and the remedy, and ends with its code. A training checks
-settings and files before it starts. Codes of the tools begin with E5.
+An error names the flag or file, its value and the remedy, and ends with its code. Codes of the tools
+begin with E5.
 Made by `python -m megatron.remoe.preflight.codes > docs/errors.md`.
 
 | code | cause | remedy |

@@ -17,7 +17,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
         UsageError: names the variable, its value and the remedy.
     """
-    get, numbers = environment.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    get, numbers = environment.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     port, wrong = get("MASTER_PORT", "0"), [name for name in numbers if not get(name, "0").isdecimal()]
     problems = [f"{name}={get(name)!r} in the environment is not a whole number" for name in wrong]
     if not wrong and int(get("RANK", "0")) >= int(get("WORLD_SIZE", "1")):

@@ -2,13 +2,14 @@
 
 import os
 import shutil
+import socket
 import sys
 import sysconfig
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron.remoe.data.errors import UsageError
+from megatron.remoe.data.errors import DataError, UsageError
 
 ENGINE = "transformer_engine"
 # --moe-kernels: the modules that it imports, by the names of their packages.
@@ -44,6 +45,21 @@ def disable_compilation() -> None:
         f"There is no {missing}, so torch.compile is off: SwiGLU, biases, dropout and residuals run as several kernels "
         "instead of one, which takes some time and memory."
     )
+
+
+def check_node() -> None:
+    """Check that this machine, which has no GPU, is the only node: others' ranks would wait for it on their GPUs.
+
+    Raises:
+        DataError: names the host. Each rank prints it, unlike a wrong flag.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world)) < int(world):
+        raise DataError(
+            f"{socket.gethostname()} is one of several nodes and has no working GPU. Repair or replace it, or use all "
+            "nodes' CPUs with --cpu.",
+            "REMOE-E107",
+        )
 
 
 def check_kernels(kernels: str, on_cpu: bool) -> None:
