@@ -59,7 +59,7 @@ def lines(
     yield from _data_lines(args, sequences)
     if args.save and args.save_interval:
         interval = args.save_retain_interval or args.save_interval
-        number = math.ceil(args.train_iters / interval)  # one is saved after the last iteration in any case
+        number = math.ceil(sequences / args.global_batch_size / interval)  # always one after the last iteration
         size = memory.checkpoint_bytes(args, total) / 1e9
         yield ""
         yield (
