@@ -74,7 +74,7 @@ def runs(tmp_path: Path) -> dict[str, RunFigures]:
 
 def test_summary_of_written_figures(runs: dict[str, RunFigures]) -> None:
     summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE, dataset.MIXED)
-    assert list(summary) == ["dense", "moe", "remoe", "iterations", "seed", "versions"]
+    assert list(summary) == ["dense", "moe", "remoe", "iterations", "seed", "corpus", "versions"]
     assert summary["dense"]["val_loss"] == pytest.approx((2.0 * 300 + 3.0 * 100) / 400)
     assert summary["moe"]["val_loss_by_domain"] == pytest.approx({"code": 1.9, "drama": 2.9})
     per_iteration = tiny.SIZE.tokens_per_iteration
