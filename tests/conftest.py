@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Folders and files that take seconds: what `scripts/test.sh --fast` runs. All others start trainings or tools.
 FAST = """
-data kernels/test_plan.py kernels/test_rows.py kernels/test_swiglu.py local/test_grouped_swiglu.py
+data kernels/test_plan.py kernels/test_rows.py kernels/test_swiglu.py local/test_grouped_swiglu.py local/test_order.py
 moe/test_moe_layer.py moe/test_bounded_memory.py moe/test_host_syncs.py preflight/test_codes.py
 preflight/test_messages.py routing scripts/test_launch_commands.py test_rooms.py tools/test_sweep_logs.py
 training/test_arguments.py
