@@ -108,7 +108,7 @@ def test_megatron_still_ends_a_failed_load_in_success_and_waits_for_tensors_alon
     assert "sys.exit()" in inspect.getsource(checkpointing._load_base_checkpoint)
     assert "fsync" not in inspect.getsource(checkpointing.save_checkpoint) + inspect.getsource(serialization)
     monkeypatch.setattr(training, "load_checkpoint", sys.exit)
-    args = SimpleNamespace(load="run", ckpt_step=1, pretrained_checkpoint=None)
+    args = SimpleNamespace(load="run", ckpt_step=1, pretrained_checkpoint=None, use_megatron_fsdp=False)
     monkeypatch.setattr(patches.checkpoints, "get_args", lambda: args)
     patches.check_loaded_weights()
     with pytest.raises(BrokenCheckpointError, match="--load run"):
