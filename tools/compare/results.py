@@ -136,7 +136,7 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
 
     Args: as `gaps`.
     """
-    losses, found = losses_of(points), gaps(points, margin)
+    losses, differences, found = losses_of(points), differences_of(points), gaps(points, margin)
     rows = []
     for steps in sorted({steps for _, steps, matched in losses if not matched}):
         for arm in points:
@@ -153,9 +153,7 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
     yield from table([*HEADER], rows)
     for steps in sorted({steps for _, steps, _ in found}):
         spreads = [
-            statistics.variance(values)
-            for key, values in differences_of(points).items()
-            if key[1] == steps and len(values) > 1
+            statistics.variance(values) for key, values in differences.items() if key[1] == steps and len(values) > 1
         ]
         if spreads:
             deviation = math.sqrt(statistics.fmean(spreads))

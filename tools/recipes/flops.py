@@ -6,6 +6,8 @@ import os
 from functools import partial
 from typing import Any
 
+from megatron.remoe.routing.refusals import flag
+
 from ..common.flags import GPT2_WORDS, Settings, whole
 
 CONVENTION = (
@@ -121,9 +123,9 @@ def arguments_of(settings: Settings, padded_vocabulary: int = 0) -> argparse.Nam
     multiple = number("--make-vocab-size-divisible-by", 128)
     words = number("--vocab-size") or _words_in(*settings.get("--vocab-file", ("",)))
     return argparse.Namespace(
-        **{name: number(_flag(name), default) for name, default in NUMBERS.items()},
-        **{name: _flag(name) in settings for name in SWITCHES},
-        **{name: "".join(settings.get(_flag(name), ())) for name in ("hybrid_layer_pattern", "moe_baseline_router")},
+        **{name: number(flag(name), default) for name, default in NUMBERS.items()},
+        **{name: flag(name) in settings for name in SWITCHES},
+        **{name: "".join(settings.get(flag(name), ())) for name in ("hybrid_layer_pattern", "moe_baseline_router")},
         ffn_hidden_size=ffn,
         num_experts=number("--num-experts") * granularity or None,
         moe_layer_freq=_layer_frequency("".join(settings.get("--moe-layer-freq", ("1",)))),
@@ -131,10 +133,6 @@ def arguments_of(settings: Settings, padded_vocabulary: int = 0) -> argparse.Nam
         moe_ffn_hidden_size=number("--moe-ffn-hidden-size", ffn) // granularity,
         padded_vocab_size=padded_vocabulary or -(-words // multiple) * multiple,
     )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _layer_frequency(text: str) -> int | list[int]:

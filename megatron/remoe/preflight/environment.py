@@ -250,9 +250,9 @@ def make_output_folders(args: argparse.Namespace) -> None:
     """
     for name in ("save", "tensorboard_dir", "data_cache_path"):
         folder = getattr(args, name)
-        if name == "data_cache_path" and folder and os.path.isdir(folder):
-            continue  # Megatron writes nothing there if it holds the index already
-        if folder and "://" not in folder:
+        # Megatron writes nothing into a cache that holds the index already.
+        may_be_read_only = name == "data_cache_path" and os.path.isdir(folder or "")
+        if folder and "://" not in folder and not may_be_read_only:
             make_writable_folder(f"--{name.replace('_', '-')}", folder)
 
 
