@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv in this folder, with all that training, the tools and the tests need. Nothing to do takes less than a second.
+# Makes .venv in this folder, with all that training, the tools and the tests need. Takes under a second if up to date.
 # PYTHON=/path/to/python picks the interpreter; TORCH_INDEX_URL=... picks the index that torch comes from.
 set -euo pipefail
 # shellcheck source=scripts/lib/environment.sh

@@ -81,7 +81,7 @@ def test_megatron_still_loses_why_writing_failed(tmp_path, monkeypatch: pytest.M
     stock = getattr(writer.write_preloaded_data, "__wrapped__", writer.write_preloaded_data)
     monkeypatch.setattr(writer, "write_preloaded_data", staticmethod(stock))
     assert "Not a directory" not in why_writing_failed(tmp_path)
-    patches.tell_why_writing_fails()
+    patches.report_write_errors()
     assert f"{tmp_path / 'file' / 'shard'}: " in (why := why_writing_failed(tmp_path)) and "Not a directory" in why
 
 

@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
     add("--overwrite", action="store_true", help="replace existing outputs")
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one per core)")
-    add("--log-interval", type=int, help="accepted for Megatron-LM's sake, and ignored")
+    add("--log-interval", type=int, help="ignored, for Megatron-LM compatibility")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: must be at least 1.")

@@ -56,9 +56,9 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
             worker.kill()
         if isinstance(error, KeyboardInterrupt):
             raise
-        from megatron.remoe.preflight.messages import end_with_last_words
+        from megatron.remoe.preflight.messages import exit_with_message
 
-        end_with_last_words(error)
+        exit_with_message(error)
 
 
 def check_versions() -> None:
@@ -121,7 +121,7 @@ def train(
     from megatron.remoe.training import hooks
     from megatron.remoe.training.arguments import model_config_from_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
-    from megatron.remoe.training.run_log import keep_run_log
+    from megatron.remoe.training.run_log import write_run_log
     from megatron.remoe.training.summary import with_summary
     from megatron.remoe.training.teacher import with_teacher
     from megatron.training import pretrain
@@ -137,7 +137,7 @@ def train(
         datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
         datasets_provider = with_summary(args, model_cfg, datasets_provider)
         step = with_teacher(args, model_cfg, forward_step)
-        at_the_end.enter_context(keep_run_log(args))
+        at_the_end.enter_context(write_run_log(args))
 
     if observe is not None:
         observe(model_cfg)
@@ -162,7 +162,7 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
     from megatron.remoe import cpu
     from megatron.remoe.preflight import checkpoint_files, checkpoint_fit, data, environment, machine
     from megatron.remoe.preflight.messages import usage_errors
-    from megatron.remoe.training.arguments import parse_args, take_saved_args
+    from megatron.remoe.training.arguments import load_saved_args, parse_args
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
     from megatron.training.utils import get_blend_and_blend_per_split
@@ -179,7 +179,7 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
     resume = checkpoint_files.choose_checkpoint(args)
     if resume is not None:
         resume.apply(args)
-    take_saved_args(args)
+    load_saved_args(args)
     environment.check_required_flags(args)
     validate_args(args, {})
     environment.check_settings(args)

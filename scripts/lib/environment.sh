@@ -155,7 +155,7 @@ is_of_python() {
   [[ $first == "$version $VENV" && $now == "$first" ]]
 }
 
-# One set-up at a time; where there is no flock, as on macOS, two at once are not kept apart.
+# Allow one setup at a time. Without flock (macOS), concurrent setups are not prevented.
 lock_environment() {
   command -v flock >/dev/null || return 0
   exec 9>"$ROOT/.venv.lock"

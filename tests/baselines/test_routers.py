@@ -8,7 +8,7 @@ import torch
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.remoe.baselines import ROUTERS
-from megatron.remoe.baselines.hash import hand_token_ids
+from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.problems import WITH_AUXILIARY_LOSS
 from megatron.remoe.training.run_log import read_run_log
@@ -102,7 +102,7 @@ def test_the_embedding_hands_over_ids(process_groups: None) -> None:
     layer = make_layer("hash")
     embedding = LanguageModelEmbedding(layer.config, 16, SEQUENCE, position_embedding_type="rope").to(DEVICE)
     chunk = torch.nn.ModuleList([embedding, layer])
-    hand_token_ids([chunk])
+    pass_token_ids([chunk])
     layer.router.token_ids = None
     with pytest.raises(RuntimeError, match="has no token ids"):
         layer(make_tokens())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.preflight.run_lock import HOLDER, LOCK, FolderInUseError, only_training
+from megatron.remoe.preflight.run_lock import HOLDER, LOCK, FolderInUseError, lock_save_folder
 from tests.hostile.conftest import Noted
 from tests.hostile.trials import SAVED, Trial, damage
 
@@ -53,7 +53,7 @@ def test_damaged_locks(how: str, number: int, tmp_path: Path, note: Noted) -> No
     damage(tmp_path / LOCK, chance, how)
     damage(tmp_path / HOLDER, chance, how)
     try:
-        with only_training(argparse.Namespace(rank=0, skip_train=False, save=str(tmp_path)), 1.0):
+        with lock_save_folder(argparse.Namespace(rank=0, skip_train=False, save=str(tmp_path)), 1.0):
             result = "taken over"
     except FolderInUseError as error:
         assert str(tmp_path / LOCK) in str(error) and "remove it" in str(error)

@@ -56,7 +56,7 @@ def test_last_words_are_of_the_program(waited, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(messages.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
-        messages.end_with_last_words(RuntimeError("CUDA out of memory"))
+        messages.exit_with_message(RuntimeError("CUDA out of memory"))
     words = capsys.readouterr().err.splitlines()[-2:]
     assert stop.value.code == 1
     assert words[0] == "own_script.py: error: rank 1: RuntimeError: CUDA out of memory"
@@ -67,7 +67,7 @@ def test_last_words_are_of_the_program(waited, monkeypatch, capsys) -> None:
 def test_a_lost_reader_of_data_is_one_line_and_a_remedy(text: str, waited, monkeypatch, capsys) -> None:
     monkeypatch.setattr(messages.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
-        messages.end_with_last_words(RuntimeError(f"DataLoader worker {text}"))
+        messages.exit_with_message(RuntimeError(f"DataLoader worker {text}"))
     output = capsys.readouterr().err
     assert "Traceback" not in output and "resumes" in output
 

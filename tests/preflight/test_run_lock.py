@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.preflight.run_lock import HOLDER, LOCK, FolderInUseError, only_training
+from megatron.remoe.preflight.run_lock import HOLDER, LOCK, FolderInUseError, lock_save_folder
 from tests.trainings import REPOSITORY, TINY, records, run, start
 
 LEASE = 4.0
@@ -20,8 +20,8 @@ HOLD = """
 import argparse, socket, sys, time
 if sys.argv[3]:
     socket.gethostname = lambda: sys.argv[3]
-from megatron.remoe.preflight.run_lock import only_training
-with only_training(argparse.Namespace(rank=0, skip_train=False, save=sys.argv[1]), float(sys.argv[2])):
+from megatron.remoe.preflight.run_lock import lock_save_folder
+with lock_save_folder(argparse.Namespace(rank=0, skip_train=False, save=sys.argv[1]), float(sys.argv[2])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -42,7 +42,7 @@ def hold(folder: Path, host: str = "") -> subprocess.Popen[str]:
 
 def seconds_to_take(folder: Path, rank: int = 0, skip_train: bool = False, lease: float = LEASE) -> float:
     started = time.monotonic()
-    with only_training(argparse.Namespace(rank=rank, skip_train=skip_train, save=str(folder)), lease):
+    with lock_save_folder(argparse.Namespace(rank=rank, skip_train=skip_train, save=str(folder)), lease):
         return time.monotonic() - started
 
 
@@ -101,7 +101,7 @@ def test_what_is_not_understood_is_refused_after_the_lease(content: str, tmp_pat
 def test_one_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
     holder = hold(tmp_path, "node7")
     holder.send_signal(signal.SIGSTOP)
-    with only_training(argparse.Namespace(rank=0, skip_train=False, save=str(tmp_path)), LEASE):
+    with lock_save_folder(argparse.Namespace(rank=0, skip_train=False, save=str(tmp_path)), LEASE):
         holder.send_signal(signal.SIGCONT)
         output, _ = holder.communicate(timeout=20)
         assert holder.returncode == 1 and "another training took it over, and this one ends" in output

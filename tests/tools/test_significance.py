@@ -34,9 +34,16 @@ def test_rows_are_corrected_together() -> None:
     assert verdicts == ["higher", "equivalent within 0.05", "inconclusive"]
 
 
+def test_a_lower_loss_within_its_noise_is_no_worse() -> None:
+    lower = [-0.09, 0.01, -0.11, -0.01]
+    found = compare({"lower": lower, "higher": [-value for value in lower]}, margin=0.05)
+    assert found["lower"].p_worse == pytest.approx(2 * stats.ttest_1samp(lower, 0.05, alternative="less").pvalue)
+    assert [each.verdict for each in found.values()] == ["no worse within 0.05", "inconclusive"]
+
+
 def test_one_value_shows_nothing() -> None:
     found = compare({"a": [-1.0], "c": ONE, "d": OTHER}, margin=0.1)["a"]
-    assert found == Difference(-1.0, math.inf, 1.0, 1.0, 0.1) and found.verdict == "one seed"
+    assert found == Difference(-1.0, math.inf, 1.0, 1.0, 1.0, 0.1) and found.verdict == "one seed"
 
 
 def test_seeds_for_equivalence_by_simulation() -> None:

@@ -20,7 +20,7 @@ from tools.common.flags import words_of
 from tools.common.training_display import ShownTraining, TrainingDisplay
 from tools.common.training_process import start as start_training
 from tools.sweep import plan, results
-from tools.sweep.settings import would_start_with
+from tools.sweep.settings import planned_flags
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ITERATIONS = 30
@@ -135,7 +135,7 @@ def test_each_setting_trains(axis: str, data: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("DATA_PATH", str(data))
     run = plan.plan([axis], {}, None)[-1]
     launch = plan.Launch(tmp_path, 1, 2, 2, tuple(FLAGS))
-    code, printed = shared_entry().run(words_of(would_start_with(launch, run, anywhere=False)), limit=120)
+    code, printed = shared_entry().run(words_of(planned_flags(launch, run, anywhere=False)), limit=120)
     assert code == 0 and run.axis == axis, printed[-3000:]
 
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.remoe import cpu
-from megatron.remoe.baselines.hash import hand_token_ids
+from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.hooks import install_local_layers, install_routing
 from megatron.training.models.base import compose_hooks
@@ -62,7 +62,7 @@ def build(args: argparse.Namespace) -> GPTModel:
         builder = model_cfg.get_builder_cls()(model_cfg)
         stock = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
         (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([stock])
-        hand_token_ids([model])
+        pass_token_ids([model])
         return model.eval()
     except (ValueError, AssertionError, TypeError) as error:
         raise ConversionError(f"Megatron cannot build this model here: {error}", "REMOE-E512") from error

@@ -30,7 +30,7 @@ def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") ->
     return 0
 
 
-def run_to_the_end(work: Callable[[], int]) -> int:
+def run_resumable(work: Callable[[], int]) -> int:
     """Run a tool that resumes from its --output-dir and return the exit code."""
     errors = Console(stderr=True)
     _interrupt_at(signal.SIGTERM, signal.SIGHUP)

@@ -52,9 +52,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "factors on the learning rate to tune over; one: no tuning (default: %(default)s)"
     add("--lr-factors", nargs="+", type=above_zero, default=[*FACTORS], metavar="X", help=text)
     add("--tuning-steps", type=number, default=1200, metavar="N", help=default)
-    text = "steps in which the rate rises; the dense start lies within them, as in the paper (default: %(default)s)"
+    text = "learning-rate warm-up steps, longer than the dense start as in the paper (default: %(default)s)"
     add("--lr-warmup-iters", type=number, default=Training.warmup, metavar="N", help=text)
-    text = "largest difference of two losses that counts as none (default: %(default)s)"
+    text = "losses that differ by less count as equal (default: %(default)s)"
     add("--margin", type=above_zero, default=0.01, metavar="NATS", help=text)
     text = "number of parallel trainings, with one thread each (default: the number of cores)"
     add("--processes", type=number, default=len(os.sched_getaffinity(0)), metavar="N", help=text)

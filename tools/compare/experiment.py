@@ -15,7 +15,7 @@ from .trunks import Point, Runner
 
 
 class Experiment:
-    """Train all arms; the reference before those that are matched to it."""
+    """Train all arms, the reference first."""
 
     def __init__(self, args: argparse.Namespace, results: Results, runner: Runner, display: Display) -> None:
         self._args, self._results, self._runner, self._display = args, results, runner, display

@@ -9,7 +9,7 @@ from ..common.flags import Settings, parse
 from ..corpora.dataset import data_flags
 from ..sweep import tiny
 from ..sweep.plan import BASE_SIZE, PAIRED, POST_SOFTMAX, PROTOCOLS, RIVALS, UNBALANCED, WHOLE, Launch, Run
-from ..sweep.settings import would_start_with
+from ..sweep.settings import planned_flags
 
 REFERENCE = "remoe"
 TUNING_SEED = 1233
@@ -140,7 +140,7 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
     run = Run(BASE_SIZE, routing) if routing == "dense" else run
     small = {name: tiny.flags(size, steps, os.environ) for name, size in tiny.MODELS.items()}
     launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text, text.name))
-    settings = would_start_with(launch, run.at("lr", training.factor), anywhere=False)
+    settings = planned_flags(launch, run.at("lr", training.factor), anywhere=False)
     settings = {flag: values for flag, values in settings.items() if flag not in REPLACED}
     fewer = FEWER if arm.flags == SMALL_BATCHES else 0
     changed: dict[str, str] = {

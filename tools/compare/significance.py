@@ -26,6 +26,7 @@ class Difference:
         half: half of the 95 % interval, of this comparison alone; infinite with one seed.
         p_different: of two equal arms.
         p_equivalent: of two arms whose difference is at least `margin` (TOST).
+        p_worse: of an arm that is worse by at least `margin` (the upper one of TOST's two tests).
         margin: the largest difference that counts as none.
     """
 
@@ -33,17 +34,20 @@ class Difference:
     half: float
     p_different: float
     p_equivalent: float
+    p_worse: float
     margin: float
 
     @property
     def verdict(self) -> str:
-        """Return lower, higher, equivalent, inconclusive or one seed; below the margin, equivalent comes first."""
+        """Return the first that holds: one seed, equivalent, higher, lower, no worse; else inconclusive."""
         if not math.isfinite(self.half):
             return "one seed"
         if self.p_equivalent < LEVEL:
             return f"equivalent within {self.margin:g}"
         if self.p_different < LEVEL:
             return "higher" if self.mean > 0 else "lower"
+        if self.p_worse < LEVEL:
+            return f"no worse within {self.margin:g}"
         return "inconclusive"
 
 
@@ -59,10 +63,12 @@ def compare[Row: Hashable](rows: Mapping[Row, Sequence[float]], margin: float) -
     """
     found = {row: (float(np.mean(values)), _error(values), len(values) - 1) for row, values in rows.items()}
     different = holm([_p_different(*each) for each in found.values()])
-    equivalent = holm([_p_equivalent(*each, margin) for each in found.values()])
+    worse = [_p_worse(*each, margin) for each in found.values()]
+    better = [_p_worse(-mean, error, freedom, margin) for mean, error, freedom in found.values()]
+    corrected = zip(different, holm([*map(max, worse, better)]), holm(worse), strict=True)
     return {
-        row: Difference(mean, _half(error, freedom), p, q, margin)
-        for (row, (mean, error, freedom)), p, q in zip(found.items(), different, equivalent, strict=True)
+        row: Difference(mean, _half(error, freedom), *p, margin)
+        for (row, (mean, error, freedom)), p in zip(found.items(), corrected, strict=True)
     }
 
 
@@ -81,11 +87,11 @@ def _p_different(mean: float, error: float, freedom: int) -> float:
     return float(2 * stats.t.sf(abs(mean) / error, freedom)) if freedom else 1.0
 
 
-def _p_equivalent(mean: float, error: float, freedom: int, margin: float) -> float:
-    """Two one-sided tests: the larger p-value of "at most -margin" and "at least margin"."""
+def _p_worse(mean: float, error: float, freedom: int, margin: float) -> float:
+    """One-sided test of "at least margin"."""
     if not error:
-        return float(abs(mean) >= margin)
-    return float(stats.t.sf((margin - abs(mean)) / error, freedom)) if freedom else 1.0
+        return float(mean >= margin)
+    return float(stats.t.sf((margin - mean) / error, freedom)) if freedom else 1.0
 
 
 def holm(values: Sequence[float]) -> list[float]:

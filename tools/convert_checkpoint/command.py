@@ -12,7 +12,7 @@ written if the loss grows by more than a bound. Then train it like any ReMoE, wi
 
 From Hugging Face: OLMoE, Qwen3-MoE, Mixtral or DeepSeek-V2, as a top-k MoE with the same logits. From the fork,
 or with another class, the same training, of any routing, continues with --load OUT, optimizer state included.
-From Megatron-FSDP come the weights alone, in the format that all tools read.
+From Megatron-FSDP, only weights are converted, to the format all tools read.
 """
 
 import argparse

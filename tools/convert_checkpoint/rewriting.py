@@ -115,7 +115,7 @@ def tensors(folder: Path, index: Metadata) -> Iterator[Piece]:
 
 
 def read_each[T](folder: Path, items: Iterable[T]) -> Iterator[T]:
-    """Yield what is read from a checkpoint, so that an exception on the way is not taken for one of the writer.
+    """Yield items from a checkpoint; keep read errors apart from the writer's.
 
     Raises:
         ConversionError: `folder` cannot be read.

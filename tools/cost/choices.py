@@ -20,8 +20,8 @@ def lines(gpu: str, gpus: int, size: str, kernels: str) -> Iterator[str]:
         return
     made = f"{found[0]['made']}, {gpus} x {gpu}, {kernels} kernels"
     yield f"Micro-batch and EP by rehearsals: {made}. Modelled, not measured; collectives are not hidden"
-    yield "  micro-batch  EP  GiB at most  ms a step  host  collectives  MFU as it stands  GPU never waiting"
+    yield "  micro-batch  EP  GiB at most  ms a step  host  collectives  MFU with waits  GPU never waiting"
     for row in found:
-        figures = "{gib:>13.1f}{ms:>11.0f}{host_ms:>6.0f}{collectives_ms:>13.0f}{mfu:>18.1%}{free_mfu:>19.1%}"
+        figures = "{gib:>13.1f}{ms:>11.0f}{host_ms:>6.0f}{collectives_ms:>13.0f}{mfu:>16.1%}{free_mfu:>19.1%}"
         figures = figures if row["mfu"] else "  does not fit"
         yield ("  {micro_batch:>11}{ep:>4}" + figures).format(**row)

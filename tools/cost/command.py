@@ -59,7 +59,7 @@ def without_missing_vocabulary(flags: list[str]) -> list[str]:
 
 
 def check_sizes(args: argparse.Namespace) -> None:
-    """Check what building the model would end over, in a traceback or without end.
+    """Check sizes with which building the model would crash or hang.
 
     Raises:
         ValueError: names the flag, its value and the remedy.
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     megatron_on_cpu()  # even on a machine with GPUs
     from megatron.remoe import cpu
     from megatron.remoe.preflight.messages import usage_errors
-    from megatron.remoe.training.arguments import parse_args, take_saved_args
+    from megatron.remoe.training.arguments import load_saved_args, parse_args
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
             planned = {name: getattr(args, name) for name in cpu.CPU_VALUES if hasattr(args, name)}
         with contextlib.redirect_stderr(io.StringIO()):
             cpu.adapt_arguments(args)
-        take_saved_args(args)
+        load_saved_args(args)
         validate_args(args, {})
         check_sizes(args)
         set_global_variables(args)

@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--max-new-tokens", type=whole_number(1), default=200, metavar="N", help="default: %(default)s")
     add("--temperature", type=float, default=1.0, metavar="X", help="0: the likeliest token (default: %(default)s)")
     add("--top-k", type=whole_number(0), default=0, metavar="K", help="sample from K tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from tokens that make up P")
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling threshold")
     add("--seed", type=int, default=1234, help="default: %(default)s")
     args = parser.parse_args(arguments)
     if args.temperature < 0 or not 0 < args.top_p <= 1:

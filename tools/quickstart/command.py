@@ -17,7 +17,7 @@ from ..common.figure_reader import read_figures
 from ..common.files import lock, write_json
 from ..common.flags import whole_number
 from ..common.places import PACKAGE, home, short
-from ..common.running import run_to_the_end
+from ..common.running import run_resumable
 from ..common.training_display import ShownTraining, TrainingDisplay
 from ..common.units import duration
 from ..corpora import corpus, dataset
@@ -141,4 +141,4 @@ def run(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Run the quickstart and return the exit code."""
     args = parse_arguments(arguments)
-    return run_to_the_end(lambda: run(args))
+    return run_resumable(lambda: run(args))

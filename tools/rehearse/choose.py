@@ -26,7 +26,7 @@ from tools.rehearse.scripts import PLAIN, Launch  # noqa: E402
 MICRO_BATCHES = {"182m": (16, 32, 64), "469m": (8, 16, 32), "978m": (4, 8, 16)}
 BATCH = Training().global_batch
 COLUMNS = "model, kernels, micro-batch, EP | launches of a forward layer | of a step | GB | host, ms | GPU, ms"
-HEAD = f"| {COLUMNS} | as it stands, ms | collectives, ms | MFU, as it stands | MFU, GPU never waiting |"
+HEAD = f"| {COLUMNS} | with host waits, ms | collectives, ms | MFU, with host waits | MFU, GPU never waiting |"
 
 
 def whole_step(launch: Launch, micro_batch: int) -> dict[str, float] | None:
@@ -34,9 +34,9 @@ def whole_step(launch: Launch, micro_batch: int) -> dict[str, float] | None:
 
     Returns:
         None if it does not fit. Launches of a forward "layer" and all "launches"; "bytes" that the step moves; "gib",
-        the most that PyTorch reserves in any stage. Seconds: "gpu" and "host" of their work, "stands" of the step as it
-        stands (see `roofline.step_seconds`), "collectives" one after another. "mfu" as it stands and "free_mfu" with a
-        GPU that never waits, both with all collectives.
+        the most that PyTorch reserves in any stage. Seconds: "gpu" and "host" of their work, "stands" of the step with
+        host waits (see `roofline.step_seconds`), "collectives" one after another. "mfu" with host waits, "free_mfu"
+        with a GPU that never waits, both with all collectives.
 
     Raises:
         SystemExit: it does not start for another reason.

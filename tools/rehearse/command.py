@@ -1,4 +1,4 @@
-"""Rehearse a training on GPUs that are not there: whether it starts, its memory, waits, launches and collectives.
+"""Simulate a training without GPUs and report whether it starts, its memory, waits, launches and collectives.
 
 python tools/rehearse --gpus 8 -- <Megatron flags>      or      REHEARSE=1 bash scripts/train_llama_978m_remoe.sh 8
 
@@ -21,7 +21,7 @@ from ..common.errors import ToolError
 from ..common.files import write_json
 from ..common.flags import split
 from ..common.places import ROOT
-from ..common.running import run_to_the_end
+from ..common.running import run_resumable
 from . import build, report
 from .cards import CARDS, rates
 from .flags import data_of, number, rehearsed, value_of
@@ -41,9 +41,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     add("--gpus", type=int, default=8, metavar="N", help="of the whole training (default: 8)")
     add("--gpus-per-node", type=int, metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
     add("--gpu", choices=CARDS, default="h100", help="the card to play (default: h100)")
-    told = (
-        "play only this rank (default: one after another the first of the first, a middle and the last pipeline stage)"
-    )
+    told = "play only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
     add("--rank", type=int, metavar="R", help=told)
     told = "rehearse only this stage of ReMoE's training (default: all, in order; launches and times are the last's)"
     add("--stage", choices=("dense", "way", "steady"), help=told)
@@ -73,8 +71,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     return options, flags
 
 
-def refuse_what_cannot_be_played(flags: Sequence[str]) -> None:
-    """Refuse trainings that might start on GPUs, and of which a rehearsal cannot say so.
+def check_can_rehearse(flags: Sequence[str]) -> None:
+    """Refuse trainings that a rehearsal cannot simulate.
 
     Raises:
         ToolError: a flag asks for something that has sizes from the GPU, or that is not installed.
@@ -160,7 +158,7 @@ def play(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: P
 
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Play the ranks one after another and print the figures; return 1 if the training does not start."""
-    refuse_what_cannot_be_played(flags)
+    check_can_rehearse(flags)
     build.libraries()
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -179,4 +177,4 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, 1 if the training does not start or cannot be rehearsed, 130 after an interruption."""
     options, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    return run_to_the_end(lambda: rehearse(options, flags))
+    return run_resumable(lambda: rehearse(options, flags))

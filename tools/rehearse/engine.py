@@ -81,7 +81,7 @@ def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) ->
     """
     moved = float(sum(one.nbytes for one in tensors))
     if name in ATTENTION:
-        # Queries with keys, of which there are arguments[1] at most, and causal: half of the products.
+        # Causal attention over at most arguments[1] keys: half of the products.
         passes = 2.0 if name == ATTENTION[0] else 5.0
         return moved, passes * _heads(arguments)[0].numel() * arguments[1], "attention"
     if name in PRODUCTS:

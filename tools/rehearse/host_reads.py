@@ -31,7 +31,7 @@ class Pairs:
         item, truth = torch.Tensor.item, torch.Tensor.__bool__
 
         def read(tensor: torch.Tensor) -> Any:
-            """Read losses and norms as 1: memory that nobody wrote to holds no number to compute with."""
+            """Read losses and norms as 1: their memory is uninitialized."""
             value = item(tensor)
             return 1.0 if tensor.is_cuda and tensor.is_floating_point() else value
 
@@ -79,7 +79,7 @@ class Pairs:
             tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
             tokens //= args.tensor_model_parallel_size if args.sequence_parallel else 1
             pairs = int(tokens * args.num_experts * self.share)
-            # A number counts all pairs, a row divides them, a table has what each rank sends to each expert.
+            # Scalar: all pairs. Row: its share for each entry. Table: pairs of each rank for each expert.
             found[...] = pairs // (1, max(1, len(tensor.shape) and tensor.shape[0]), args.num_experts)[tensor.dim()]
             return found
 

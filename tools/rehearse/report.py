@@ -156,7 +156,7 @@ def _roofline_lines(roofline: dict[str, Any]) -> Iterator[str]:
     if roofline["guessed"]:
         yield f"  taken to pass over each argument once: {', '.join(roofline['guessed'])}"
     yield f"  the host: {roofline['host_calls']:,} calls of Python functions, {roofline['host_seconds'] * 1e3:.0f} ms"
-    for title, start in (("as it stands", "stands_"), ("with a GPU that never waits for the host", "")):
+    for title, start in (("with host waits", "stands_"), ("with a GPU that never waits for the host", "")):
         seconds, mfu = roofline[f"{start}seconds"], roofline[f"{start}mfu"]
         rate = roofline["model_flops"] / seconds / 1e12
         yield f"  {title}: {seconds * 1e3:.0f} ms, {rate:.0f} TFLOP/s of the model, {mfu:.1%} of the card's (MFU)"

@@ -211,7 +211,7 @@ def host_seconds(marks: list[tuple[int, int]], rates: dict[str, float]) -> list[
 
 
 def step_seconds(host: list[float], gpu: list[list[float]], left: list[int] | None = None) -> float:
-    """Return the time of a step in which the host launches as it stands.
+    """Return the time of a step in which the host launches at its own speed.
 
     The host launches each stretch's operations at even distances; each begins when it is launched and the one before is
     done. At the end of a stretch the host waits for the GPU, except for some operations that may still run.

@@ -23,7 +23,7 @@ CP.
 """
 
 
-def _add_what_to_train(parser: argparse.ArgumentParser) -> None:
+def _add_runs(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose runs; `planned` reads them."""
     figures = (*plan.FIGURES, *plan.GROUPS, *plan.AXES)
     base = f"{plan.BASE_SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
@@ -72,7 +72,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         epilog="docs/baselines.md has examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_what_to_train(parser)
+    _add_runs(parser)
     how = parser.add_argument_group("how to train", "Passed to the launch scripts, whose defaults are the paper's.")
     add = how.add_argument
     for name, text in (

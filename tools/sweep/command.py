@@ -16,7 +16,7 @@ from ..common.display import say
 from ..common.files import lock
 from ..common.flags import whole
 from ..common.places import LOG
-from ..common.running import run_to_the_end
+from ..common.running import run_resumable
 from ..common.training_display import ShownTraining, TrainingDisplay
 from ..common.units import duration
 from ..recipes.layout import RecipeError
@@ -139,4 +139,4 @@ def main(arguments: Sequence[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
 
-    return run_to_the_end(work)
+    return run_resumable(work)

@@ -52,7 +52,7 @@ def started_with(folder: Path) -> Settings | None:
     return None if entry is None else parse(words[entry + 1 :])
 
 
-def would_start_with(launch: Launch, run: Run, anywhere: bool) -> Settings:
+def planned_flags(launch: Launch, run: Run, anywhere: bool) -> Settings:
     """Return the flags with which the launch script would start the run now.
 
     Args:
@@ -186,7 +186,7 @@ def look(launch: Launch, runs: Sequence[Run], by_slurm: bool) -> list[Found]:
         RecipeError: the scripts refuse their arguments, or a run has other settings than before.
         ToolError: squeue cannot be called.
     """
-    wanted = {run: would_start_with(launch, run, by_slurm) for run in runs}
+    wanted = {run: planned_flags(launch, run, by_slurm) for run in runs}
     jobs = slurm.queued() if by_slurm else {}  # before the outcomes: a job may just have finished
     found = []
     for run, settings in wanted.items():

@@ -18,7 +18,7 @@ class HashRouter(UnlearnedRouter):
     token_ids: torch.Tensor | None = None
 
     def begin_batch(self, token_ids: torch.Tensor) -> None:
-        """Keep the ids of the next tokens; see `hand_token_ids`.
+        """Keep the ids of the next tokens; see `pass_token_ids`.
 
         Args:
             token_ids: `[batch, sequence]`, of the whole tensor-parallel group.
@@ -32,7 +32,7 @@ class HashRouter(UnlearnedRouter):
             RuntimeError: the ids of these tokens are not known.
         """
         if self.token_ids is None:
-            raise RuntimeError("HashRouter has no token ids: call hand_token_ids with the model once it is built.")
+            raise RuntimeError("HashRouter has no token ids: call pass_token_ids with the model once it is built.")
         ids = self.token_ids.transpose(0, 1)
         if self.config.sequence_parallel:
             ids = scatter_to_sequence_parallel_region(ids.contiguous(), group=self.tp_group)
@@ -40,7 +40,7 @@ class HashRouter(UnlearnedRouter):
         return _mixed(_mixed(ids.reshape(-1, 1)) + _mixed(experts + self.num_experts * self.layer_number))
 
 
-def hand_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Let the embedding pass the ids that it looks up to the model's hash routers, if there are any.
 
     A router gets only hidden states, and no public hook passes ids through the layers. All layers must be in this

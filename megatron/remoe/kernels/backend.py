@@ -27,7 +27,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class Regularization:
-    """What a router's gradient depends on besides the language loss.
+    """Settings of the router's gradient besides the language loss.
 
     Attributes:
         topk: k of the target sparsity 1 - k/E.
@@ -91,7 +91,7 @@ def backend_of(config: object) -> Backend:
     if wants_kernels(config):
         from megatron.remoe.kernels.triton import TRITON
 
-        # QuACK keeps what it finds out about each number of rows: there should be few.
+        # QuACK caches results for each number of rows, so use few.
         return replace(TRITON, products=_quack_products, rows=2048) if wants_quack(config) else TRITON
     from megatron.remoe.kernels.pytorch import PYTORCH
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.kernels import cdiv, next_power_of_2
 from megatron.remoe.kernels.backend import Regularization
 
-# One program adds up the counts of all, so programs are few.
+# One program sums the counts of all, so launch few.
 MOST_PROGRAMS, LEAST_TOKENS, BLOCK, TERMS_BLOCK, TERMS_WARPS = 128, 16, 2048, 8192, 8
 
 

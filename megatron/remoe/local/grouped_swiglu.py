@@ -76,7 +76,7 @@ class LateSizes(NamedTuple):
         return cls(on_device, on_host, arrived)
 
     def tolist(self) -> list[int]:
-        """Return the sizes when the device has come as far as to count them; what it was given since goes on."""
+        """Return the sizes once the device has counted them, without waiting for later work."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.on_host.tolist()
@@ -282,6 +282,6 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        # The gradient comes from the second product, and nobody else reads it: it may be used up.
+        # Only this function reads the second product's gradient, so it may be overwritten.
         _, d_hidden, d_gates = ctx.backend.activate_backward(*ctx.saved_tensors, gradient)
         return d_hidden, d_gates, None

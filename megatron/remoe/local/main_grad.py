@@ -8,7 +8,7 @@ def main_grad_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):
         return None
-    # Products of half precision are added to fp32 by cuBLAS alone.
+    # Only cuBLAS accumulates half-precision products in fp32.
     is_wider = weight.is_cuda and weight.itemsize == 2 and main_grad.dtype == torch.float32
     return main_grad if main_grad.dtype == weight.dtype or is_wider else None
 

@@ -79,7 +79,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         return super().dispatch_postprocess(global_input_tokens, global_probs)
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Do as Megatron's; where one rank has all experts, there is nothing to do."""
+        """Do nothing if one rank has all experts; otherwise combine as Megatron."""
         return hidden_states if self.ranks.is_alone else super().combine_preprocess(hidden_states)
 
     # Megatron's names of the first step and the last, for its schedules that call a layer's steps one by one. As in

@@ -148,7 +148,7 @@ class ReMoELayer(MoELayer):
         return output if found <= num_pairs else None
 
     def _run_counted(self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
-        """Read the number of pairs unless there is room for the most, and run the experts, in chunks if too many."""
+        """Count the pairs, unless sized for the maximum, and run the experts, in chunks above the limit."""
         if self._most:
             counts = count_known(map_TE, self.backend, self._most)
         else:

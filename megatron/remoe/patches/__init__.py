@@ -12,8 +12,8 @@ from megatron.remoe.patches.checkpoints import (
     check_loaded_weights,
     keep_saving_possible,
     load_objects_unexecuted,
+    report_write_errors,
     save_durably,
-    tell_why_writing_fails,
     verify_loaded_bytes,
 )
 from megatron.remoe.patches.fsdp import (
@@ -51,7 +51,7 @@ PATCHES = (
     check_loaded_weights,
     save_durably,
     keep_saving_possible,
-    tell_why_writing_fails,
+    report_write_errors,
     list_all_optimizer_states,
     find_parameters_in_fp32,
     keep_loaded_main_weights,

@@ -279,7 +279,7 @@ def _serve_until_the_parent_ends() -> None:
     ends="the error of a failed write reaches the caller whole",
     for_saving=True,
 )
-def tell_why_writing_fails() -> None:
+def report_write_errors() -> None:
     """Report file and reason if part of a checkpoint cannot be written. Megatron keeps only the type of the error."""
 
     @replace(filesystem_async.FileSystemWriterAsync, "write_preloaded_data")

@@ -27,7 +27,7 @@ OPTIMIZER = "core/optimizer/distrib_optimizer.py"
     ends="Megatron lists the same optimizer states on all ranks (NVIDIA/Megatron-LM issue 4910)",
 )
 def list_all_optimizer_states() -> None:
-    """List an empty optimizer state for each parameter of which this rank has no row.
+    """Add an empty optimizer state for each parameter without rows on this rank.
 
     Ranks exchange the places of their rows tensor by tensor. Optimizers keep no state for a parameter without rows, so
     ranks would wait for each other forever, or exchange places of different tensors.
@@ -95,7 +95,7 @@ def keep_loaded_main_weights() -> None:
     ends="a buffer of one rank is reduced once per step (NVIDIA/Megatron-LM issue 6660)",
 )
 def scale_once_per_step() -> None:
-    """Scale gradients that one rank has alone once per step.
+    """Scale gradients held by a single rank once per step.
 
     Megatron divides such a buffer by the number of data parallel ranks after each micro-batch, with what earlier ones
     have left in it. With another type for communication it even adds the buffer to itself.

@@ -42,7 +42,7 @@ def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
     return root / f"iter_{args.ckpt_step or int(newest):07d}" if args.ckpt_step or newest.isdecimal() else None
 
 
-def check_is_data_alone(args: argparse.Namespace) -> None:
+def check_has_no_code(args: argparse.Namespace) -> None:
     """Refuse checkpoints with an index or settings that could run code. Call it before Megatron reads the settings.
 
     Raises:

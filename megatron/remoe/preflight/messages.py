@@ -53,7 +53,7 @@ LENGTH = 400
 CLOSE = 0.75  # least similarity of a flag that "Did you mean" names
 # Errors that a single rank can have, because machines may see different files.
 OF_ONE_RANK = (DataError, BrokenCheckpointError, OSError)
-SECONDS_FOR_THE_FIRST_OF_A_MACHINE, SECONDS_FOR_OTHERS = 2, 5
+SECONDS_FOR_LOCAL_RANK_0, SECONDS_FOR_OTHERS = 2, 5
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def usage_errors(rank: int | None = None) -> Iterator[None]:
             _say(words)
         elif isinstance(error, OF_ONE_RANK):
             is_first_here = os.environ.get("LOCAL_RANK") == "0"
-            time.sleep(SECONDS_FOR_THE_FIRST_OF_A_MACHINE if is_first_here else SECONDS_FOR_OTHERS)
+            time.sleep(SECONDS_FOR_LOCAL_RANK_0 if is_first_here else SECONDS_FOR_OTHERS)
             _say(f"rank {number} on {socket.gethostname()}: {words}")
         raise SystemExit(2) from error
 
@@ -127,7 +127,7 @@ def _say(words: str) -> None:
     print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
 
 
-def end_with_last_words(error: BaseException) -> NoReturn:
+def exit_with_message(error: BaseException) -> NoReturn:
     """Print a traceback, unless the user can correct the error, and one short message. End with exit code 1."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has ended
     cause = _cause(error)

@@ -43,14 +43,14 @@ class RunLock:
         self._is_held = False
 
     def take(self, args: argparse.Namespace) -> None:
-        """Enter `only_training` on the first rank, once."""
+        """Enter `lock_save_folder` on the first rank, once."""
         if args.rank == 0 and not self._is_held:
-            self._at_the_end.enter_context(only_training(args))
+            self._at_the_end.enter_context(lock_save_folder(args))
             self._is_held = True
 
 
 @contextmanager
-def only_training(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS) -> Iterator[None]:
+def lock_save_folder(args: argparse.Namespace, lease_seconds: float = LEASE_SECONDS) -> Iterator[None]:
     """Lock the --save folder on the first rank. Do nothing if nothing is trained or saved.
 
     The lock is a file with a heartbeat, which works on any file system that machines share. Its holder counts as dead

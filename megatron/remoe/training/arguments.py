@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.kernels import wants_kernels
-from megatron.remoe.preflight.checkpoint_fit import check_is_data_alone
+from megatron.remoe.preflight.checkpoint_fit import check_has_no_code
 from megatron.remoe.preflight.environment import check_flips
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig, ReMoEMLAConfig
@@ -23,7 +23,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
 # One rank builds the data index while all others wait. After the first step, Megatron's default applies.
-MINUTES_TO_THE_FIRST_STEP, SECONDS_AFTER_IT = 60, 600
+FIRST_STEP_TIMEOUT_MINUTES, STEP_TIMEOUT_SECONDS = 60, 600
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -104,7 +104,7 @@ def parse_and_validate_args(
         args = parse_args(extra_args_provider, args_defaults)
         if adapt is not None:
             adapt(args)
-        take_saved_args(args)
+        load_saved_args(args)
         megatron.validate_args(args, {})
         set_global_variables(args)
     return args
@@ -151,8 +151,8 @@ def describe_timeout_flag(parser: argparse.ArgumentParser) -> None:
     flag = next(action for action in parser._actions if action.dest == "distributed_timeout_minutes")
     flag.default = None
     flag.help = (
-        f"Minutes that ranks wait for each other. Default: {MINUTES_TO_THE_FIRST_STEP} until the first step, because "
-        f"building the data index takes long, and {SECONDS_AFTER_IT // 60} after it "
+        f"Minutes that ranks wait for each other. Default: {FIRST_STEP_TIMEOUT_MINUTES} until the first step, because "
+        f"building the data index takes long, and {STEP_TIMEOUT_SECONDS // 60} after it "
         "(--distributed-timeout-seconds-after-init)."
     )
 
@@ -160,12 +160,12 @@ def describe_timeout_flag(parser: argparse.ArgumentParser) -> None:
 def set_timeout_defaults(args: argparse.Namespace) -> None:
     """By default, wait long for the first step and then detect a hanging rank quickly."""
     if args.distributed_timeout_minutes is None:
-        args.distributed_timeout_minutes = MINUTES_TO_THE_FIRST_STEP
+        args.distributed_timeout_minutes = FIRST_STEP_TIMEOUT_MINUTES
         if args.distributed_timeout_seconds_after_init is None:
-            args.distributed_timeout_seconds_after_init = SECONDS_AFTER_IT
+            args.distributed_timeout_seconds_after_init = STEP_TIMEOUT_SECONDS
 
 
-def take_saved_args(args: argparse.Namespace) -> None:
+def load_saved_args(args: argparse.Namespace) -> None:
     """With --use-checkpoint-args, read the model's shape from the checkpoint before validation, and check it then.
 
     Raises:
@@ -173,7 +173,7 @@ def take_saved_args(args: argparse.Namespace) -> None:
     """
     if args.use_checkpoint_args:
         tokenizer = args.tokenizer_type
-        check_is_data_alone(args)
+        check_has_no_code(args)
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
         if args.vocab_file:  # it belongs to the flag's tokenizer

@@ -17,7 +17,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
-from megatron.remoe.baselines.hash import hand_token_ids
+from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.baselines.pairs import PairCounter
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.kernels import wants_kernels, wants_quack
@@ -103,7 +103,7 @@ def _install_baseline(args: argparse.Namespace, model_chunks: list[torch.nn.Modu
     pairs = PairCounter(model_chunks)
     _after_each_step(model_chunks, pairs.update)
     set_moe_metrics_tracker(ReMoEMetricsTracker(args, pairs=pairs))
-    return hand_token_ids(model_chunks)
+    return pass_token_ids(model_chunks)
 
 
 def _after_each_step(model_chunks: list[torch.nn.Module], update: Callable[[], None]) -> None:

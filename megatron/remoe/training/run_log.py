@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 @contextmanager
-def keep_run_log(args: argparse.Namespace) -> Iterator[None]:
+def write_run_log(args: argparse.Namespace) -> Iterator[None]:
     """Write the log of a training on the last rank, which has the loss. Do nothing if nothing is saved.
 
     Args:
