@@ -173,7 +173,7 @@ def _combinations(settings: Settings, beside: str) -> Iterator[str]:
                 f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {beside}: "
                 f"a token may need {slots} slots, and the backend drops what does not fit. Use "
                 f"--moe-flex-dispatcher-backend hybridep, deepep with --moe-relu-max-experts of at most {DEEPEP_SLOTS} "
-                "(times expert tensor parallelism), or --moe-token-dispatcher-type alltoall (or allgather)."
+                "(times granularity and expert tensor parallelism), or --moe-token-dispatcher-type alltoall."
             )
     for name, reason in NOT_IN_CHUNKS.items():
         if settings.moe_relu_activation_limit and (value := getattr(settings, name, None)):

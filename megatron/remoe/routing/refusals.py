@@ -43,12 +43,12 @@ ONLY_CONFIGURED = ("moe_token_dropping", "moe_router_topk_limited_devices", "use
 
 
 def flag(name: str) -> str:
-    """Megatron's spelling of an attribute on the command line; the name of a field that has no flag."""
+    """Return Megatron's spelling of an attribute on the command line, or the name of a field without a flag."""
     return name if name in ONLY_CONFIGURED else SPELLED.get(name, "--" + name.replace("_", "-"))
 
 
 def shown(value: Any) -> str:
-    """A value as a user would type it (nothing for a switch)."""
+    """Return a value as a user would type it, and (on) for a switch."""
     if value is True:
         return "(on)"
     if isinstance(value, list | tuple):

@@ -29,7 +29,7 @@ ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of ReMoE to Megatron's parser: the fields of `ReMoEConfig` and five options of the training."""
+    """Add the flags of ReMoE to Megatron's parser: the fields of `ReMoEConfig` and options of the training."""
     group = ArgumentGroupFactory(ReMoEConfig, exclude=MEGATRONS_FIELDS).build_group(parser, title="ReMoE")
     group.description = "Mixture-of-Experts with ReLU routing (arXiv 2412.14711)"
     group.add_argument(
