@@ -31,22 +31,22 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
 
 
 def commands() -> Iterator[list[str]]:
-    """Yield the commands of the page in words, with its abbreviations written out."""
-    meant = dict(re.findall(r"`([A-Z])`[^`]*\sfor\s`([^`]+)`", PAGE))
+    """Yield the commands of the page in words, with the shell's variables of its block written out."""
+    meant = {name: value for name, value in re.findall(r'^([A-Z])="([^"]+)"', PAGE, re.MULTILINE)} | {"N": "1"}
     for text in dict.fromkeys(re.findall(r"`([^`\n]+)`", PAGE)):
-        for _ in meant:  # an abbreviation may contain another
-            text = re.sub(r"\b[A-Z]\b(?!=)", lambda match: meant.get(match[0], match[0]), text)
-        words = [word for word in shlex.split(text) if not re.match(r"[A-Z_]+=", word)]
+        while found := re.search(r"\$([A-Z])\b", text):
+            text = text.replace(found[0], meant[found[1]])
+        words = [word for word in shlex.split(text) if word != "env" and not re.match(r"[A-Z_]+=", word)]
         program = next((place for place, word in enumerate(words) if word.startswith(("scripts/", "tools/"))), None)
         if program is not None and words[0] in ("bash", "python"):
-            yield [word if word != "N" else "1" for word in words[program:]]
+            yield words[program:]
 
 
 def test_every_figure_and_table_has_a_row() -> None:
-    figures, tables = (PAGE.partition(f"\n## {name}\n")[2].partition("\n## ")[0] for name in ("Figures", "Tables"))
-    for part, number in ((figures, 12), (tables, 15)):
-        rows = [int(row) for row in re.findall(r"^\| (\d+)[a-d]? \|", part, re.MULTILINE)]
-        assert list(dict.fromkeys(rows)) == [*range(1, number + 1)] and rows == sorted(rows)
+    rows = re.findall(r"^\| (figure|table) (\d+)([a-d]?) \|", PAGE, re.MULTILINE)
+    assert rows == sorted(rows, key=lambda row: (row[0], int(row[1]), row[2]))
+    for kind, number in (("figure", 12), ("table", 15)):
+        assert {int(row[1]) for row in rows if row[0] == kind} == {*range(1, number + 1)}
 
 
 @pytest.mark.parametrize("words", [*commands()], ids=lambda words: " ".join(words)[:60])
