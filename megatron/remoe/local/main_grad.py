@@ -17,12 +17,12 @@ def mark_as_added(weight: torch.nn.Parameter) -> torch.Tensor:
     """Tell Megatron that `main_grad` has the gradient of `weight`; to be called in the backward pass.
 
     Returns:
-        A gradient for autograd, whose values Megatron never reads. Its hook, which may start the reduction of
-        `main_grad`, runs on the stream that the model was wrapped on. Autograd makes that stream wait for this one,
-        but only for a gradient that is not None.
+        A gradient for autograd, which Megatron never reads: sparse and empty, so that chunks of a layer neither hold
+        nor add weights. Megatron's hook, which may start the reduction of `main_grad`, runs on the stream that the
+        model was wrapped on. Autograd makes that stream wait for this one, but only for a gradient that is not None.
     """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight)
+    return torch.sparse_coo_tensor(size=weight.shape, dtype=weight.dtype, device=weight.device, check_invariants=False)
 
 
 def add_outer(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
