@@ -70,10 +70,11 @@ class Experiment:
                 self._results.add(training, point)
                 with progress:
                     done += training.cost * point.steps if point.equal_to is None else 0.0
-                    left = (time.monotonic() - began) / max(done, 1.0) * max(total - done, 0.0)
+                    left = (time.monotonic() - began) * max(total / done - 1, 0.0) if done else None
                 cost = f"{point.flops:.3g} FLOPs, {point.seconds:.3f} s a step"
                 where = f"{point.steps} steps" + (f" (FLOPs of {point.equal_to})" if point.equal_to else "")
-                self._display.say(f"{training.name}, {where}: {point.loss:.4f}, {cost}; {what}: {duration(left)} left")
+                to_go = "" if left is None else f"; {what}: {duration(left)} left"
+                self._display.say(f"{training.name}, {where}: {point.loss:.4f}, {cost}{to_go}")
 
             self._runner.run(training, [*steps], flops, add, self._results.of(training))
 
