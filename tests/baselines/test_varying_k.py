@@ -8,6 +8,13 @@ from tests.baselines.layers import BATCH, DEVICE, SEQUENCE, make_layer, make_tok
 from tests.layers import HIDDEN
 
 
+def assert_micro_batches_are_routed_alike(router: torch.nn.Module, micro_batches: list[torch.Tensor]) -> None:
+    """In the first passes of recomputed layers, and when a pipeline computes them again, one after the other."""
+    with torch.no_grad():
+        first = [router(tokens)[1] for tokens in micro_batches]
+    assert all(torch.equal(router(tokens)[1], seen) for tokens, seen in zip(micro_batches, first, strict=True))
+
+
 def test_expert_thresholds_follow_the_batches(process_groups: None) -> None:
     """k = 2 of 4 experts: half of the 24 tokens exceed each threshold at first, which then moves by a hundredth."""
     router, tokens = make_layer("expert_threshold").router, make_tokens()
@@ -16,13 +23,17 @@ def test_expert_thresholds_follow_the_batches(process_groups: None) -> None:
     ordered = logits.sort(dim=0, descending=True).values
     assert routing_map.sum(dim=0).tolist() == [12] * 4 and len(set(routing_map.sum(dim=1).tolist())) > 1
     torch.testing.assert_close(probs, logits.sigmoid() * routing_map)
+    router.end_step()
     torch.testing.assert_close(router.thresholds.double() * 2.0**-32, ordered[12])
 
-    with torch.no_grad():  # the first pass of a recomputed layer
-        again = router(tokens + 1)[1]
-    assert torch.equal(again, router(tokens + 1)[1]), "the thresholds move after it"
-    moved = ((tokens.detach() + 1) @ router.weight.detach().T).view(-1, 4).sort(dim=0, descending=True).values[12]
-    torch.testing.assert_close(router.thresholds.double() * 2.0**-32, ordered[12] + 0.01 * (moved - ordered[12]))
+    moved = [
+        ((tokens.detach() + more) @ router.weight.detach().T).view(-1, 4).sort(dim=0, descending=True).values[12]
+        for more in (1, 2)
+    ]
+    assert_micro_batches_are_routed_alike(router, [tokens + 1, tokens + 2])
+    router.end_step()
+    mean = (moved[0] + moved[1]) / 2
+    torch.testing.assert_close(router.thresholds.double() * 2.0**-32, ordered[12] + 0.01 * (mean - ordered[12]))
     router.eval()
     kept = router.thresholds.clone()
     assert torch.equal(router(tokens)[1], logits > kept.double() * 2.0**-32) and torch.equal(router.thresholds, kept)
@@ -34,16 +45,19 @@ def test_top_p_takes_the_fewest_experts_and_holds_their_number(process_groups: N
     router, tokens = make_layer("top_p", num_moe_experts=8).router, make_tokens()
     router.threshold.fill_(int(0.6 / 2.0**-32))
     scores = (tokens.detach() @ router.weight.detach().T).softmax(dim=-1).view(-1, 8)
-    with torch.no_grad():  # the first pass of a recomputed layer
-        probs, routing_map = router(tokens)
+    probs, routing_map = router(tokens)
     for row, taken in zip(scores, routing_map, strict=True):
         ordered = row.sort(descending=True).values
         fewest = next(number for number in range(1, 9) if ordered[:number].sum() >= 0.6)
         assert taken.sum() == fewest and row[taken].min() >= ordered[fewest - 1]
     torch.testing.assert_close(probs, scores * routing_map)
-    assert torch.equal(router(tokens)[1], routing_map), "p moves after it"
+    assert_micro_batches_are_routed_alike(router, [tokens, 2 * tokens])
+    assert router.threshold == int(0.6 / 2.0**-32), "p moves after the step"
 
-    averages = [router(tokens)[1].double().sum(dim=1).mean() for _ in range(200)]
+    averages = []
+    for _ in range(200):
+        averages.append(router(tokens)[1].double().sum(dim=1).mean())
+        router.end_step()
     assert abs(float(sum(averages[-20:])) / 20 - 2) < 0.1, "k = 2, where 24 tokens allow no finer steps than 1/24"
     router.eval()
     kept = router.threshold.clone()

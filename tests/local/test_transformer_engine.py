@@ -3,21 +3,26 @@
 Its kernels are not run: Megatron's `TEGroupedMLP` gets linear layers of plain PyTorch that are called as those are.
 """
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron.core.extensions import transformer_engine_spec_provider as provider
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer import transformer_config
 from megatron.core.transformer.moe import experts
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.remoe.moe import layer as remoe_layer
 from megatron.remoe.moe.engine_experts import EngineExperts
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_engine_kernels, with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
-from tests.layers import HIDDEN, make_config, make_topk_config, oracle
+from tests.layers import HIDDEN, make_config, make_layer, make_topk_config, oracle
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -110,6 +115,55 @@ def test_engine_experts_equal_oracle(
     torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
     for mine, theirs in zip(found, right, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_activations_are_recomputed_in_chunks_and_without(
+    engine_spec: ModuleSpec, dispatcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the engine, Megatron's recomputation needs its state of FP8, which is off."""
+    off = SimpleNamespace(is_fp8_enabled=lambda: False)
+    monkeypatch.setattr(random, "FP8GlobalStateManager", off, raising=False)
+    for name in ("activation_recompute_forward", "fp8_autocast"):
+        monkeypatch.setattr(random, name, lambda **_options: nullcontext(), raising=False)
+    tokens, found, weights = torch.rand(9, 2, HIDDEN, dtype=torch.float64), [], None
+    for recompute in ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}):
+        config = make_config(
+            moe_token_dispatcher_type=dispatcher, moe_grouped_gemm=True, moe_relu_activation_limit=1.0, **recompute
+        )
+        layer = with_relu_routing(engine_spec).submodules.mlp(config=config, layer_number=1)
+        layer.set_layer_number(1)
+        weights = weights or layer.to(torch.float64).state_dict()
+        layer.to(torch.float64).load_state_dict(weights)
+        for number_active in (4, 1):
+            layer.router.weight.data.abs_()[number_active:].neg_()
+            output, _ = layer(copy := tokens.clone().requires_grad_())
+            assert layer.experts.activation_recompute == (bool(recompute) and number_active == 1)
+            output.square().sum().backward()
+            found.append([copy.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+    for number in (0, 1):
+        for mine, plain in zip(found[number + 2], found[number], strict=True):
+            torch.testing.assert_close(mine, plain)
+
+
+def test_a_layer_in_fp8_is_recomputed_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the engine's checkpoint, called as Megatron's layer does."""
+    groups = []
+
+    def checkpoint(forward, distributes: bool, _tracker, group, *inputs: torch.Tensor | None) -> torch.Tensor:
+        assert not distributes
+        groups.append(group)
+        return forward(*inputs)
+
+    monkeypatch.setattr(remoe_layer, "te_checkpoint", checkpoint)
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    layer = make_layer(make_config(moe_relu_activation_limit=0.0, **recompute))
+    tokens, outputs = torch.randn(9, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device), []
+    for precision in (None, "hybrid"):
+        layer.config.fp8 = precision
+        outputs.append(layer(tokens)[0])
+    assert groups == [layer.tp_group]
+    torch.testing.assert_close(*outputs)
 
 
 class Padding(torch.nn.Module):

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel import layers
+from megatron.remoe import patches
 from tests.layers import HIDDEN, make_config, make_layer
 
 pytestmark = pytest.mark.usefixtures("process_groups")
@@ -48,6 +51,34 @@ def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispa
             assert set(dispatched) == {pairs}
     for plain, bounded in zip(*results, strict=True):
         torch.testing.assert_close(bounded, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["one by one", "grouped"])
+def test_gradients_are_reduced_after_the_last_chunk(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients that layers add to Megatron's buffer themselves, while it reduces what is complete."""
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
+    patches.enable_torch_weight_gradient_fusion()
+    found, weights = [], None
+    for limit in (0.0, 1.0):
+        torch.manual_seed(4)
+        in_fp32 = {"params_dtype": torch.float32, "pipeline_dtype": torch.float32, "moe_router_dtype": "fp32"}
+        config = make_config(moe_relu_activation_limit=limit, gradient_accumulation_fusion=True, **in_fp32)
+        layer = make_layer(config, fused=fused)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        dispatched = dispatched_pairs(layer)
+        overlap = DistributedDataParallelConfig(overlap_grad_reduce=True)
+        model = DistributedDataParallel(config, overlap, layer)
+        for _ in range(2):  # Megatron keeps its first reductions for the end
+            model.zero_grad_buffer()
+            tokens = torch.randn(9, 2, HIDDEN, device=layer.router.weight.device, requires_grad=True)
+            model(tokens)[0].square().sum().backward()
+            model.finish_grad_sync()
+        assert len(dispatched) > 4 or not limit
+        found.append([parameter.main_grad.clone() for parameter in layer.parameters()])
+    for plain, bounded in zip(*found, strict=True):
+        torch.testing.assert_close(bounded, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
 
 
 def test_unevenly_active_tokens_are_bounded_too() -> None:

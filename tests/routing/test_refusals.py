@@ -74,6 +74,10 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         "--overlap-moe-expert-parallel-comm .* add --moe-relu-activation-limit 0",
     ),
     "FP8 in chunks": ({"fp8": "hybrid"}, "--fp8-format hybrid .* add --moe-relu-activation-limit 0"),
+    "offloaded chunks": (
+        {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn", "moe_act"]},
+        "--fine-grained-activation-offloading .* add --moe-relu-activation-limit 0",
+    ),
     "prediction with local norms": (
         {
             "mtp_num_layers": 1,

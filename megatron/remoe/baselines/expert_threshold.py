@@ -17,11 +17,13 @@ class ExpertThresholdRouter(TopKRouter):
     """Gates are sigmoids; each expert's threshold follows the logit that a share k/E of the tokens exceeds.
 
     The number of experts per token varies around k. Tokens do not depend on later ones: thresholds are those of earlier
-    batches, except in the very first one.
+    steps, except in the very first one.
 
     Attributes:
         thresholds: int64 `[E]`, moving averages in units of 2^-32: half-precision wrappers cast floats.
-        batches: int64 scalar, batches that they have seen.
+        batches: int64 scalar, steps that they have seen.
+        exceeded: int64 `[E]`, sum of what they follow over this step's micro-batches so far.
+        parts: int64 scalar, number of these.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -29,11 +31,13 @@ class ExpertThresholdRouter(TopKRouter):
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         self.register_buffer("thresholds", torch.zeros(self.num_experts, dtype=torch.int64, device=device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("exceeded", torch.zeros_like(self.thresholds), persistent=False)
+        self.register_buffer("parts", torch.zeros_like(self.batches), persistent=False)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route each token to the experts whose threshold its logit exceeds, and move the thresholds in training.
+        """Route each token to the experts whose threshold its logit exceeds.
 
         Args:
             logits: `[sequence, batch, E]`, in the router's dtype.
@@ -53,14 +57,20 @@ class ExpertThresholdRouter(TopKRouter):
         if self.training:
             here_E = self._exceeded(seen_TE)
             thresholds_E = torch.where(self.batches > 0, thresholds_E, here_E)
-            # Recomputation has to route as the first pass did, so that the thresholds move after it.
             if torch.is_grad_enabled():
-                self.thresholds.copy_(
-                    thresholds_E + ((1 - KEPT) * (here_E - thresholds_E).double()).round().to(torch.int64)
-                )
-                self.batches.add_(1)
+                self.exceeded.add_(here_E)
+                self.parts.add_(1)
         map_TE = seen_TE > thresholds_E.double() * UNIT
         return torch.where(map_TE, logits_TE.sigmoid(), 0.0), map_TE
+
+    def end_step(self, *_of_all_layers: torch.Tensor) -> None:
+        """Move the thresholds: not before, as recomputation has to route a micro-batch as its first pass did."""
+        here_E = self.exceeded // self.parts.clamp(min=1)
+        before_E = torch.where(self.batches > 0, self.thresholds, here_E)
+        change_E = ((1 - KEPT) * (here_E - before_E).double()).round().to(torch.int64)
+        self.thresholds.copy_(before_E + change_E * (self.parts > 0))
+        self.batches.add_(self.parts > 0)
+        torch._foreach_zero_([self.exceeded, self.parts])
 
     def _exceeded(self, seen_TE: torch.Tensor) -> torch.Tensor:
         """Return the logit of each expert that a share k/E of the tokens exceeds, int64 `[E]`, averaged over ranks."""

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.remoe.baselines.routing_free import RoutingFreeRouter
 
 
 class PairCounter:
@@ -21,12 +20,12 @@ class PairCounter:
             model_chunks: the model on this rank, all its virtual pipeline stages; may hold no router.
         """
         modules = [module for chunk in model_chunks for module in chunk.modules()]
-        self._routers = [module for module in modules if isinstance(module, TopKRouter)]
+        self.routers = [module for module in modules if isinstance(module, TopKRouter)]
         parameter = next((parameter for module in modules for parameter in module.parameters()), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         # Pairs, and tokens times layers: of this rank's step so far, and of all ranks and steps.
-        self._step, self._totals = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
-        for router in self._routers:
+        self._step, self.running_sums = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
+        for router in self.routers:
             router.register_forward_hook(self._count, with_kwargs=True)
 
     def _count(
@@ -44,13 +43,13 @@ class PairCounter:
         """Add the step's pairs of all ranks to the sums. Call it on every rank, after the backward passes."""
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(self._step)
-        self._totals += self._step
-        for router in self._routers:
-            if isinstance(router, RoutingFreeRouter):
+        self.running_sums += self._step
+        for router in self.routers:
+            if hasattr(router, "end_step"):
                 router.end_step(*self._step)
         self._step.zero_()
 
     def totals(self) -> dict[str, int]:
         """Return the two running sums, under their names in the run's log; waits for the device."""
-        pairs, tokens = map(int, self._totals.tolist())
+        pairs, tokens = map(int, self.running_sums.tolist())
         return {"total_active_pairs": pairs, "total_layer_tokens": tokens}

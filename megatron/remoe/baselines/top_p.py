@@ -18,12 +18,13 @@ PROPORTIONAL, INTEGRAL, UNIT = 0.2, 0.1, 2.0**-32
 class TopPRouter(TopKRouter):
     """Takes as many of a token's most probable experts as reach the probability p; k experts per token on average.
 
-    Each layer has its own p, moved after each batch in training. The paper shares one p among layers, whose logits it
+    Each layer has its own p, moved after each step in training. The paper shares one p among layers, whose logits it
     normalizes; that and its gains are not part of this.
 
     Attributes:
         errors: int64 scalar, the sum of the errors in units of 2^-32: half-precision wrappers cast floats.
-        threshold: int64 scalar, p of the next batch in the same units.
+        threshold: int64 scalar, p of the next step in the same units.
+        seen: int64 `[2]`, pairs and tokens of this step so far.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -32,11 +33,12 @@ class TopPRouter(TopKRouter):
         start = round(self.topk / self.num_experts / UNIT)  # equal probabilities reach k/E with k experts
         self.register_buffer("errors", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("threshold", torch.full((), start, dtype=torch.int64, device=device))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route each token to its most probable experts, and move p in training.
+        """Route each token to its most probable experts, and count them in training.
 
         Args:
             logits: `[sequence, batch, E]`, in the router's dtype.
@@ -56,17 +58,15 @@ class TopPRouter(TopKRouter):
         map_TE = torch.zeros_like(is_needed_TE).scatter_(1, experts_TE, is_needed_TE)
         if padding_mask_T is not None:
             map_TE = map_TE & ~padding_mask_T.unsqueeze(-1)
-        # Recomputation has to route as the first pass did, so p moves after it.
         if self.training and torch.is_grad_enabled():
-            self._move_threshold(map_TE, padding_mask_T)
+            self.seen[0] += map_TE.sum()
+            self.seen[1] += len(map_TE) - (0 if padding_mask_T is None else padding_mask_T.sum())
         return torch.where(map_TE, scores_TE, 0.0).to(logits.dtype), map_TE
 
-    @torch.no_grad()
-    def _move_threshold(self, map_TE: torch.Tensor, padding_mask_T: torch.Tensor | None) -> None:
-        tokens = map_TE.new_full((), len(map_TE), dtype=torch.float64)
-        if padding_mask_T is not None:
-            tokens = tokens - padding_mask_T.sum()
-        seen = torch.stack([map_TE.sum().double(), tokens])
+    def end_step(self, *_of_all_layers: torch.Tensor) -> None:
+        """Move p: not before, as micro-batches that are recomputed have to be routed as in their first pass."""
+        seen = self.seen.double()
+        self.seen.zero_()
         if self.tp_dp_cp_group.size() > 1:
             torch.distributed.all_reduce(seen, group=self.tp_dp_cp_group)
         error = (self.topk - seen[0] / seen[1].clamp(min=1.0)) / self.num_experts * (seen[1] > 0)

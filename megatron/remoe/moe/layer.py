@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, te_checkpoint
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
@@ -81,6 +81,8 @@ class ReMoELayer(MoELayer):
             slots = getattr(config, "moe_relu_max_experts", None) or config.num_moe_experts
             manager.router_topk = slots * self.token_dispatcher.tp_size
             manager.capacity_factor = 1.0
+        is_fused = config.use_transformer_engine_op_fuser  # which computes activations again without freeing them
+        self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
 
     @property
@@ -118,6 +120,9 @@ class ReMoELayer(MoELayer):
             padding_mask = padding_mask.transpose(0, 1).bool()
         forward = partial(self._forward, for_router)
         if self.moe_layer_recompute and self.training:
+            if self.config.fp8 or self.config.fp4:  # only this one recomputes in the same precision
+                tracker = tensor_parallel.random.get_cuda_rng_tracker
+                return te_checkpoint(forward, False, tracker, self.tp_group, hidden_states, padding_mask), None
             return tensor_parallel.checkpoint(forward, False, hidden_states, padding_mask), None
         return forward(hidden_states, padding_mask), None
 
@@ -156,6 +161,7 @@ class ReMoELayer(MoELayer):
         if self._guess is not None:
             self._guess.learn(sum(count.num_pairs for count in counts), len(map_TE))
         if len(counts) == 1:
+            self._free_activations(True)
             return self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
         return self._run_chunks(hidden_states, probs_TE, map_TE, counts)
 
@@ -165,6 +171,7 @@ class ReMoELayer(MoELayer):
         """Run the experts chunk by chunk, and each chunk again in the backward pass."""
 
         def run_chunk(tokens: torch.Tensor, *chunk: Any) -> torch.Tensor:
+            self._free_activations(False)  # the checkpoint saves them
             return self._run_experts(_OwnGradient.apply(tokens), *chunk)
 
         run = partial(
@@ -177,8 +184,15 @@ class ReMoELayer(MoELayer):
             early_stop=self.config.moe_token_dispatcher_type != "flex",
         )
         tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
+        if self.config.gradient_accumulation_fusion and not isinstance(self.experts, GroupedExperts):
+            tokens = _ZeroGradients.apply(tokens, *self.experts.parameters())
         chunks = (whole.tensor_split(len(counts)) for whole in (tokens, probs_TE, map_TE))
         return torch.cat([run(*chunk) for chunk in zip(*chunks, counts, strict=True)]).view_as(hidden_states)
+
+    def _free_activations(self, frees: bool) -> None:
+        """Turn --recompute-modules moe_act off or on, where it is given."""
+        if self._frees_activations:
+            self.experts.activation_recompute = frees
 
     # Three ways through the experts, `[sequence, batch, H]` → the same shape; `__init__` chooses one.
 
@@ -233,6 +247,23 @@ class _OwnGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.clone()
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Identity of the tokens; the weights get a gradient of zeros once all chunks have gone backward.
+
+    A checkpoint saves weights without their attributes, so layers that add to `main_grad` return no gradient for them.
+    Megatron's hook needs one to reduce `main_grad` after that: see `mark_as_added`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.weights = weights
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradient, *(weight.new_zeros(()).expand_as(weight) for weight in ctx.weights)
 
 
 def takes_plans(config: TransformerConfig) -> bool:

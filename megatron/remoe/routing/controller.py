@@ -51,7 +51,7 @@ class SparsityController:
         self._last: StepSums | None = None
         self._topk: float = config.moe_router_topk  # k of the last step's target
         # Computed pairs and tokens of each layer over all steps.
-        self._totals = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
+        self.running_sums = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def update(self, step: int = 0) -> None:
@@ -69,7 +69,7 @@ class SparsityController:
         self._topk = self.config.target_topk(step)
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
         computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
-        torch._foreach_add_([*self._totals.unbind()], [computed, tokens])
+        torch._foreach_add_([*self.running_sums.unbind()], [computed, tokens])
         if not self.routers:
             return
         # Megatron skips a step that is not finite, or ends the training: such a step moves nothing here either.
@@ -128,7 +128,7 @@ class SparsityController:
 
     def totals(self) -> dict[str, int]:
         """Return the two running sums of `RoutingSummary`; waits for the device."""
-        active, tokens = map(int, self._totals.sum(dim=1).tolist())
+        active, tokens = map(int, self.running_sums.sum(dim=1).tolist())
         return {"total_active_pairs": active, "total_layer_tokens": tokens}
 
     def summary(self) -> RoutingSummary | None:

@@ -157,7 +157,9 @@ NOT_IN_CHUNKS = {
     "overlap_dispatch_backward_with_experts_wgrad": ONE_DISPATCH,
     "fp8": QUANTIZED,
     "fp4": QUANTIZED,
+    "fine_grained_activation_offloading": "a chunk's activations are computed again, not kept",
 }
+INSIDE_EXPERTS = {"expert_fc1", "moe_act", "fused_group_mlp"}  # of --offload-modules
 
 
 def _combinations(settings: Settings, beside: str) -> Iterator[str]:
@@ -176,6 +178,8 @@ def _combinations(settings: Settings, beside: str) -> Iterator[str]:
                 "(times granularity and expert tensor parallelism), or --moe-token-dispatcher-type alltoall."
             )
     for name, reason in NOT_IN_CHUNKS.items():
+        if name == "fine_grained_activation_offloading" and not INSIDE_EXPERTS & set(settings.offload_modules or ()):
+            continue
         if settings.moe_relu_activation_limit and (value := getattr(settings, name, None)):
             yield (
                 f"{flag(name)} {shown(value)} cannot be used with --moe-relu-activation-limit: {reason}. Leave it out, "

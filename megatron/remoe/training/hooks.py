@@ -10,6 +10,7 @@ import torch
 
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker, set_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -95,6 +96,7 @@ def _install_controller(
         )
     controller = SparsityController(model_chunks, config)
     _after_each_step(model_chunks, lambda: controller.update(_steps_done(args)))
+    _restore_for_reruns(controller)
     set_moe_metrics_tracker(ReMoEMetricsTracker(args, controller))
     return model_chunks
 
@@ -102,6 +104,7 @@ def _install_controller(
 def _install_baseline(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     pairs = PairCounter(model_chunks)
     _after_each_step(model_chunks, pairs.update)
+    _restore_for_reruns(pairs)
     set_moe_metrics_tracker(ReMoEMetricsTracker(args, pairs=pairs))
     return pass_token_ids(model_chunks)
 
@@ -111,11 +114,34 @@ def _after_each_step(model_chunks: list[torch.nn.Module], update: Callable[[], N
     finalize = chunks_config.finalize_model_grads_func or finalize_model_grads  # Megatron's default, set later
 
     def finalize_and_update(*hook_args: Any, **hook_kwargs: Any) -> None:
-        # Schedules call this once per training step, after the last backward pass, and never in evaluation.
+        # Schedules call this after the last backward pass of a training step, and never in evaluation.
         finalize(*hook_args, **hook_kwargs)
         update()
 
     chunks_config.finalize_model_grads_func = finalize_and_update
+
+
+def _restore_for_reruns(updated: SparsityController | PairCounter) -> None:
+    """Let Megatron undo an update before it runs a step again: the step sees the same λ, and moves it once."""
+    machine = get_rerun_state_machine()
+    save, restore = machine.state_save_func, machine.state_restore_func
+    if save is None or restore is None:
+        return
+    buffers = [buffer for router in updated.routers for buffer in router.buffers()]
+    state = [tensors for tensors in (buffers, [updated.running_sums]) if tensors]  # by type: one launch each
+    kept = [[tensor.clone() for tensor in tensors] for tensors in state]
+
+    def save_with_state() -> Any:
+        for to, tensors in zip(kept, state, strict=True):
+            torch._foreach_copy_(to, tensors)
+        return save()
+
+    def restore_with_state(saved: Any) -> None:
+        for tensors, of in zip(state, kept, strict=True):
+            torch._foreach_copy_(tensors, of)
+        restore(saved)
+
+    machine.state_save_func, machine.state_restore_func = save_with_state, restore_with_state
 
 
 def _steps_done(args: argparse.Namespace) -> int:
