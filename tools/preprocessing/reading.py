@@ -65,7 +65,7 @@ def size_of(paths: Sequence[str]) -> int | None:
 
 
 def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
-    """Yield the lines of all inputs in blocks. A line that is longer than `LONGEST_LINE` is cut one byte behind it.
+    """Yield the lines of all inputs in blocks; of a line above `LONGEST_LINE`, its first `LONGEST_LINE` + 1 bytes.
 
     Raises:
         DataError: an input cannot be read, or its compressed data is broken.
