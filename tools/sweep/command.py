@@ -19,6 +19,7 @@ from ..common.places import LOG
 from ..common.running import run_resumable
 from ..common.training_display import ShownTraining, TrainingDisplay
 from ..common.units import duration
+from ..recipes.flops import vocabulary_words
 from ..recipes.layout import RecipeError
 from . import plan, results, slurm, tiny
 from .arguments import parse_arguments, planned
@@ -70,8 +71,9 @@ def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Na
         print(f"# {each.run.name}: {each.state}")
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in added), shlex.join(command)]))
     todo = [each.settings for each in found if not each.finished and each.job is None]
-    total = sum(map(flops, todo))
-    print(f"# to train: {len(todo)} runs, {total:.3g} FLOPs, the dense stages of ReMoE not counted")
+    words = {f" with {vocabulary_words(settings):,} words" for settings in todo}
+    cost = f"{sum(map(flops, todo)):.3g} FLOPs{''.join(words)}"
+    print(f"# to train: {len(todo)} runs, {cost}, the dense stages of ReMoE not counted")
 
 
 def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO[str]) -> list[str]:

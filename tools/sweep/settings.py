@@ -133,7 +133,7 @@ def flops(settings: Settings) -> float:
     """Return the training FLOPs of a whole run with k experts per token.
 
     Raises:
-        RecipeError: the model has layers whose FLOPs are not counted, or a wrong --moe-layer-freq.
+        RecipeError: a layer is not counted, --moe-layer-freq is wrong, or the tokenizer is unreadable.
     """
     try:
         sequence = flops_per_sequence(arguments_of(settings))
