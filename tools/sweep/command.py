@@ -24,7 +24,7 @@ from ..recipes.layout import RecipeError
 from . import plan, results, slurm, tiny
 from .arguments import parse_arguments, planned
 from .run_log import read_outcome
-from .settings import Found, check_flags, flops, look, set_aside_old_log, tokens_per_iteration
+from .settings import Found, check_flags, flops, look, mixed, set_aside_old_log, tokens_per_iteration
 
 
 def sweep(console: Console, args: argparse.Namespace) -> int:
@@ -36,10 +36,13 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
         small = {name: tiny.flags(size, args.train_iters, os.environ) for name, size in tiny.MODELS.items()}
         launch = replace(launch, small=small, data=tiny.environment(os.environ, args.corpus))
     if args.dry_run:
-        list_commands(launch, look(launch, runs, by_slurm=args.slurm), args)
+        found = look(launch, runs, by_slurm=args.slurm)
+        warn_of_others(found, args.output_dir)
+        list_commands(launch, found, args)
         return 0
     with lock(args.output_dir, "sweep") as held:
         found = look(launch, runs, by_slurm=args.slurm)
+        warn_of_others(found, args.output_dir)
         todo = [each for each in found if not each.finished and each.job is None]
         queued = sum(each.job is not None for each in found)
         jobs = f"; {queued} queued or running as Slurm jobs" if queued else ""
@@ -60,6 +63,12 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
         text = f"{len(failed)} of {len(found)} runs did not finish: {', '.join(failed)}."
         say(Console(stderr=True), f"{text}\nThe same command continues them.", "red")
     return 1 if failed else 0
+
+
+def warn_of_others(found: Sequence[Found], output: Path) -> None:
+    """Warn if runs in the output folder, or those of this call, would not compare."""
+    if warning := mixed(output, {each.run: each.settings for each in found}):
+        say(Console(stderr=True), warning, "yellow")
 
 
 def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Namespace) -> None:
@@ -121,7 +130,7 @@ def collect(console: Console, output: Path, planned: Sequence[plan.Run]) -> None
     console.print()
     results.show(rows)
     console.print()
-    if warning := results.unequal(rows):
+    for warning in results.warnings(output, rows):
         say(console, f"  {warning}", "yellow")
     for path in written:
         say(console, f"  {path}")
