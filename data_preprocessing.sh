@@ -35,7 +35,8 @@ fetch_vocabulary() {
 
 process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
   local shard=$1 prefix=$OUTPUT_DIR/pile_$1 input="" suffix report what="was there"
-  local vocabulary=(--vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE") check=()
+  local vocabulary=(--vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE")
+  local check=("${prefix}_text_document" --documents 0) # never empty: bash 4.3 and macOS's refuse to expand that
   shift
   RESULT="failed; its message is above"
   if [[ ! -f ${prefix}_text_document.bin || ! -f ${prefix}_text_document.idx ]]; then
@@ -45,9 +46,9 @@ process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
     if [[ -z $input ]]; then RESULT="no $INPUT_DIR/$shard.jsonl.zst" && return 1; fi
     "$PYTHON" "$root/tools/preprocess_data.py" --input "$input" --output-prefix "$prefix" --append-eod \
       --workers "$WORKERS" --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
-    what=made check=("${vocabulary[@]}")
+    what=made check+=("${vocabulary[@]}")
   fi
-  report=$("$PYTHON" "$root/tools/inspect_data.py" "${prefix}_text_document" "${check[@]}" --documents 0) || {
+  report=$("$PYTHON" "$root/tools/inspect_data.py" "${check[@]}") || {
     RESULT="damaged: remove ${prefix}_text_document.bin and .idx, and start again"
     return 1
   }

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 8 docs/own_training_script.py --moe-relu-routing --num
 # ruff: noqa: E402
 
 import argparse
+import multiprocessing
 import sys
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from megatron import remoe
 from megatron.remoe import cpu
 
+multiprocessing.set_start_method("fork", force=True)  # Megatron's data loaders fail with Python 3.14's default
 ON_CPU = cpu.is_wanted(sys.argv)
 if ON_CPU:
     cpu.install()  # before other imports of Megatron

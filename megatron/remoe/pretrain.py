@@ -92,6 +92,9 @@ def prepare() -> bool:
     if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launch scripts make torchrun ignore it
+    if sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None:
+        # Megatron's data loaders give their workers a local function, which Python 3.14's default cannot pickle.
+        multiprocessing.set_start_method("fork")
     console.hide_unhelpful_warnings()
     on_cpu = cpu.is_wanted(sys.argv)
     machine.disable_unavailable(on_cpu)

@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib.metadata
 import math
+import os
 import subprocess
 import sys
 import types
@@ -55,6 +56,15 @@ def test_defaults_change_silently_and_wishes_do_not(capsys: pytest.CaptureFixtur
     adapt_arguments(args)
     assert args.moe_grouped_gemm is False
     assert "without --moe-grouped-gemm (a CUDA kernel of Transformer Engine)" in capsys.readouterr().err
+
+
+def test_no_data_loader_processes_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(num_workers=2)
+    adapt_arguments(args)
+    assert args.num_workers == 2
+    monkeypatch.setattr(os.path, "isdir", lambda path: not path.startswith("/proc"))  # as on macOS
+    adapt_arguments(args)
+    assert args.num_workers == 0
 
 
 @pytest.mark.parametrize("name", ["fp16", "fp8", "fp4"])

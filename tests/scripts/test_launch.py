@@ -18,10 +18,11 @@ def data_path(words: list[str]) -> list[str]:
 
 
 def test_data_folder(tmp_path: Path) -> None:
-    """Missing shards, files beside a whole Pile and doubled shards are named."""
+    """Missing shards, files beside a whole Pile and doubled shards are named; unfinished files are not taken."""
     folder = tmp_path / "dätä of mine"
     names = [f"{number:02}" for number in range(30)]
     some = shards(folder, [names[0], *names[5:]])
+    (folder / ".tmp-1a2b-01_text_document.bin").touch()
     result = planned("182m_remoe", DATA_PATH="", DATA_DIR=str(folder))
     assert data_path(shlex.split(result.stdout)) == some
     assert "missing: 01 02 03 04; " in result.stderr and "shard 00 too" in result.stderr

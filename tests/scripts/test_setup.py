@@ -217,6 +217,17 @@ def test_an_environment_of_other_make_and_a_link_are_left_alone(finished: Tree, 
     finished.assert_complete()
 
 
+def test_no_script_expands_an_empty_array() -> None:
+    """Bash before 4.4, such as that of macOS, takes it for an unset variable."""
+    scripts = [path for path in (*ROOT.glob("*.sh"), *(ROOT / "scripts").rglob("*.s[hb]*")) if path.is_file()]
+    texts = {path.name: path.read_text() for path in scripts}
+    assert texts.keys() >= {"data_preprocessing.sh", "environment.sh", "train.sbatch"}
+    for name, text in texts.items():
+        for array in re.findall(r"(\w+)=\(\)", text):
+            expanded = f'"${{{array}[@]}}"'
+            assert expanded not in text.replace(f"${{{array}[@]+{expanded}}}", ""), f"{name}: {array}"
+
+
 @pytest.mark.parametrize("script", ["quickstart", "setup", "test"])
 def test_help_sets_nothing_up(script: str, tree: Tree) -> None:
     command = ["bash", str(tree.root / f"scripts/{script}.sh"), "--help"]

@@ -1,11 +1,14 @@
 """Training FLOPs: Megatron's count and the routers, for each kind of layer."""
 
+from pathlib import Path
+
 import pytest
+import tokenizers
 
 from megatron.training.training import num_floating_point_operations
 from tests.tools.test_cost import EXPERTS, MODEL, arguments, cost, figures
 from tools.common.flags import parse
-from tools.recipes.flops import arguments_of, flops_per_sequence
+from tools.recipes.flops import arguments_of, flops_per_sequence, vocabulary_words
 
 COUNTED = {
     "dense": {"num_experts": None},
@@ -66,6 +69,22 @@ def test_flops_of_a_command_are_those_of_its_arguments(more: str) -> None:
         flags.remove("--group-query-attention")
     counted = flops_per_sequence(arguments_of(parse(flags)))
     assert figures(cost("--gpus", "8", "--", *flags), f"{counted / 1e9:,.0f}")
+
+
+def test_vocabulary_of_a_command(tmp_path: Path) -> None:
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    for flags, words in (
+        (["--tokenizer-model", str(tmp_path)], 2),
+        (["--vocab-file", str(tmp_path / "vocab.json")], 3),
+        (["--vocab-size", "4", "--tokenizer-model", str(tmp_path)], 4),
+        (["--tokenizer-model", "meta-llama/Llama-3.1-8B"], 50257),
+    ):
+        assert vocabulary_words(parse(["--tokenizer-type", "any", *flags])) == words
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="--tokenizer-model: .*other"):
+        vocabulary_words(parse(["--tokenizer-model", str(tmp_path / "other")]))
 
 
 def test_wrong_pattern_of_layers() -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.gpt2_reference import same_files, write_reference
 from tests.tools.jsonl import GOOD, write_lines
 from tools import preprocess_data
-from tools.preprocessing import reading
+from tools.preprocessing import documents, reading
 
 BAD_LINES = {
     "not JSON": (b'{"text": "x"', r"not JSON \(Expecting ',' delimiter.*'\{\"text\": \"x\"'"),
@@ -80,10 +80,16 @@ def test_unreadable_file(tmp_path, capsys, flags) -> None:
 
 
 def test_line_of_absurd_length(tmp_path, capsys, monkeypatch, small_blocks, flags) -> None:
-    monkeypatch.setattr(reading, "LONGEST_LINE", 1 << 20)
-    source = write_lines(tmp_path / "a.jsonl", [GOOD] * 5 + ["x" * (3 << 20)])
+    for module in (documents, reading):
+        monkeypatch.setattr(module, "LONGEST_LINE", 1 << 20)
+    source = write_lines(tmp_path / "a.jsonl.gz", [GOOD] * 5 + ["x" * (3 << 20), GOOD, "x" * (1 << 20)])
     assert preprocess_data.main(flags(tmp_path / "out", source)) == 1
-    assert f"{source}, line 6: is longer than 1 MiB" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{source}, line 6: longer than 1 MiB" in error and "--on-error skip" in error and len(error) < 600
+    assert preprocess_data.main(flags(tmp_path / "out", source, extra="--on-error skip")) == 0
+    output = capsys.readouterr()
+    assert "6 documents" in output.out and "left out 2 lines (2 longer than 1 MiB)" in output.out
+    assert f"left out: {source}, line 8: " in output.err
 
 
 @pytest.mark.parametrize(("extra", "message"), [

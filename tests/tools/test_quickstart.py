@@ -140,8 +140,10 @@ def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
     checkpoint.write_text("5")
     assert not job(tmp_path / "dense", "a").prepare()
     assert checkpoint.exists()
-    assert job(tmp_path / "dense", "b").prepare()
-    assert not checkpoint.exists()
+    for inputs in "cb":
+        old = job(tmp_path / "dense", inputs).prepare()
+        assert old and [*(tmp_path / "dense").iterdir()] == [tmp_path / "dense" / "inputs.json"]
+    assert [path.read_text() for path in tmp_path.rglob(checkpoint.name)] == ["5"], "an earlier training is kept"
 
     assert not job(tmp_path / "dense", "b").is_done()
     write_json(tmp_path / "dense" / "done.json", {"inputs": "b"})

@@ -2,19 +2,22 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from tests.tools.sweeping import final, line, sweep, write_run
 from tests.trainings import REPOSITORY
-from tools.common.flags import parse
+from tools.common.flags import parse, words_of
 from tools.recipes.layout import RecipeError
 from tools.sweep import plan, tiny
 from tools.sweep.plan import Run
+from tools.sweep.settings import planned_flags
 
 # ---------------------------------------------------------------- what it would run
 
@@ -168,6 +171,43 @@ def test_hybrid_models(options: list[str], tmp_path: Path) -> None:
     commands = [parse(shlex.split(line)) for line in output.splitlines()[1:-1:2]]
     assert [command["--hybrid-layer-pattern"] for command in commands] == [("*-*-",), ("*E*E",), ("*E*E",)]
     assert not any("--num-layers" in command for command in commands)
+
+
+EVERYTHING = ["--figures", *plan.FIGURES, *plan.AXES, *plan.GROUPS, "--routings", *plan.KINDS]
+
+
+GIVEN = "--lr 1e-3 --moe-z-loss-coeff 1e-3 --ffn-hidden-size 512 --moe-ffn-hidden-size 512"
+
+
+@pytest.mark.parametrize("flags", ["--", f"-- {GIVEN}", "--tiny --", f"--tiny -- {GIVEN}"])
+@pytest.mark.parametrize("model", ["gpt", "hybrid"])
+def test_runs_of_one_sweep_compare(flags: str, model: str, tmp_path: Path) -> None:
+    output, errors = sweep("--dry-run", "--output-dir", str(tmp_path), *EVERYTHING, *flags.split(), MODEL=model)
+    assert output.count(": not started") > 100 and errors == ""
+
+
+def test_runs_of_other_settings_are_named(tmp_path: Path) -> None:
+    """Those that the folder has from an earlier sweep, and those in it without a sweep."""
+    options = ["--dry-run", "--output-dir", str(tmp_path), "--routings", "dense", "remoe", "--figures"]
+
+    def start(run: Run, *flags: str) -> None:
+        write_run(tmp_path / run.name, 20, line(20), final(20, 4.5))
+        with patch.dict(os.environ, DATA_PATH="pile"):
+            settings = planned_flags(plan.Launch(tmp_path, 8, 20, None, flags), run, anywhere=False)
+        (tmp_path / run.name / "command.sh").write_text(f"python pretrain_gpt.py {shlex.join(words_of(settings))}")
+
+    flags = ["--lr", "5e-3", "--moe-z-loss-coeff", "1"]
+    start(Run("182m", "remoe", 16, 1), *flags)
+    start(Run("182m", "dense"), *flags)
+    call = [*options, "experts", "--experts", "32", "--train-iters", "20", "--"]
+    assert sweep(*call, *flags)[1] == "" and "not compare" not in sweep("--collect", "--output-dir", str(tmp_path))[0]
+    shutil.rmtree(tmp_path / Run("182m", "dense").name)
+    _, errors = sweep(*call)
+    assert "--lr is 5e-3 in llama_182m_remoe_e16g1, 5e-4 in " in errors and "--moe-z-loss-coeff is 1 in " in errors
+    start(Run("182m", "remoe", 8, 1))
+    output, _ = sweep("--collect", "--output-dir", str(tmp_path))
+    for text in (output, (tmp_path / "results.md").read_text()):
+        assert "--lr is 5e-3 in llama_182m_remoe_e16g1, 5e-4 in llama_182m_remoe_e8g1; " in text
 
 
 # ---------------------------------------------------------------- Slurm

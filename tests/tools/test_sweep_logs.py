@@ -47,8 +47,28 @@ def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
     assert (found.sparsity, found.target_sparsity, found.settled, found.first_near) == (0.74, 0.75, None, None)
     assert (found.flip_rate, found.flip_count) == (0.1, 0.8), "late in the training"
     assert found.tokens_per_second == pytest.approx(4 * 64 * (10 + 5) / 2)
-    assert found.training_seconds == pytest.approx(0.9 + 9 * 0.1 + 10 * 0.2)
+    assert found.training_seconds == pytest.approx(10 * 0.1 + 10 * 0.2), "the first line's step is one of the first ten"
     assert run_log.read_outcome(tmp_path / "nothing") is None
+
+
+def test_time_of_a_run_started_twice(tmp_path: Path) -> None:
+    """The first step of a start takes 9 seconds, all others one; the log has no line for steps 61 to 64."""
+    sessions = [line(1, 9.0), line(10, 1.8), *(line(at, 1.0) for at in range(20, 61, 10))]
+    sessions += [{"kind": "start", "iteration": 64}, line(65, 9.0), line(70, 14 / 6), line(80, 1.0)]
+    write_run(tmp_path, 80, *sessions)
+    assert read(tmp_path).training_seconds == pytest.approx(2 * 9 + 78)
+    [whole] = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
+    assert 3600 * whole.hours == pytest.approx(2 * 9 + 78)
+    write_run(tmp_path, 80, *sessions[-4:])  # continues a run of another folder
+    assert read(tmp_path).training_seconds == pytest.approx(64 * 14 / 6 + 9 + 15)
+
+
+def test_no_dense_stage_where_s_starts_at_its_target(tmp_path: Path) -> None:
+    for first in (0.5, 0.512):
+        lines = [line(at, sparsity=s, target_sparsity=0.5) for at, s in ((1, first), (10, 0.51), (20, 0.5), (30, 0.5))]
+        write_run(tmp_path, 30, *lines, num_experts=4, moe_router_topk=2)
+        found = stages.stages(read_figures(tmp_path), stages.Flops(sequence=100.0, expert=10.0))
+        assert [stage.name for stage in found] == ["way", "steady"] and found[-1].last == 30
 
 
 def test_stages_of_a_remoe(tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
 """A tiny sweep for real: it trains, goes on, notices other settings, and ends at a second interrupt."""
 
 import csv
+import io
 import os
 import re
 import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import rich.progress
 from rich.console import Console
 
 from tests.entry import shared_entry
-from tests.tools.sweeping import start, sweep
+from tests.tools.sweeping import logged, start, sweep
 from tests.trainings import REPOSITORY, SMALL, finish, records
 from tools.common import training_display
 from tools.common.flags import words_of
@@ -63,6 +66,22 @@ def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pyte
         assert process.returncode == 143 and time.monotonic() - start_of_stop < 30
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_time_left_counts_neither_reused_nor_failed_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of equal cost, and a clock on which an iteration takes a second."""
+    shown = [ShownTraining(name, "", iterations=100, tokens_per_iteration=1, cost=100.0) for name in "abcd"]
+    clock = partial(rich.progress.Progress, get_time=lambda: float(min(shown[1].done, 10) + shown[2].done))
+    monkeypatch.setattr(training_display, "Progress", clock)
+    output = io.StringIO()
+    with (tmp_path / "lock").open("w") as lock, TrainingDisplay(Console(file=output, width=200), shown) as display:
+        display.finish(shown[0], "reused")
+        for training, end in ((shown[1], 20), (shown[2], 70)):
+            lines = "".join(logged(at, 100) for at in range(10, end, 10))
+            display.run(training, ["printf", "%s", lines], dict(os.environ), lock)
+            display.finish(training, "failed")
+    found = re.findall(r"c: (\d+)/100 .* all: (\S+) left", output.getvalue())
+    assert found == [("30", "2:50"), ("60", "2:20")]
 
 
 # ---------------------------------------------------------------- for real

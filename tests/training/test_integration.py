@@ -5,18 +5,32 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_model import RELU
-from tests.trainings import REPOSITORY, TINY, run, series
+from tests.trainings import ENTRY, REPOSITORY, TINY, run, series
+
+SCRIPT = REPOSITORY / "docs" / "own_training_script.py"
+DEFAULT_OF_PYTHON_3_14 = """
+import multiprocessing, runpy
+default = multiprocessing.context._default_context
+default._actual_context, default._default_context = None, multiprocessing.get_context("forkserver")
+"""
 
 
 @pytest.mark.parametrize("layers", [[], ["--hybrid-layer-pattern", "*E*E"]], ids=["GPTModel", "HybridModel"])
 def test_documented_script(layers: list[str], data: Path, tmp_path: Path) -> None:
     """It trains as the project's own program does."""
-    script = REPOSITORY / "docs" / "own_training_script.py"
     arguments = [*TINY, *RELU, *layers, "--data-path", str(data)]
-    output = run([*arguments, "--my-own-flag", "7", "--save", str(tmp_path), "--save-interval", "8"], script=script)
+    output = run([*arguments, "--my-own-flag", "7", "--save", str(tmp_path), "--save-interval", "8"], script=SCRIPT)
     assert "my_own_flag ..................................... 7" in output and "Training: ReMoE" in output
     assert (tmp_path / "metrics.jsonl").exists()
     assert series(output, "lm loss") == series(run(arguments), "lm loss")
+
+
+@pytest.mark.parametrize("entry", [ENTRY, SCRIPT], ids=lambda path: path.stem)
+def test_data_loaders_start_in_newer_pythons(entry: Path, data: Path, tmp_path: Path) -> None:
+    script = tmp_path / "start.py"
+    script.write_text(f"{DEFAULT_OF_PYTHON_3_14}runpy.run_path({str(entry)!r}, run_name='__main__')")
+    arguments = [*TINY, *RELU, "--data-path", str(data), "--train-iters", "2", "--num-workers", "1"]
+    assert len(series(run(arguments, script=script), "lm loss")) == 2
 
 
 def test_megatron_stays_a_namespace() -> None:

@@ -99,6 +99,7 @@ class _Collector:
                 self._take_figures(iteration, {f"flip_{name}": record.get(name) for name in FLIPS})
             case "start":
                 figures.args = record["args"] if type(record.get("args")) is dict else figures.args
+                figures.starts.append(iteration)
             case "validation" if _is_figure(loss := record.get("lm_loss")):
                 tokens = whole_number(record.get("tokens")) or 0
                 found = Evaluation(iteration, float(loss), record.get("final") is True, tokens)

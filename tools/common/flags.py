@@ -1,6 +1,7 @@
 """Parse and change lists of command-line flags."""
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Sequence
 
 GPT2_WORDS = 50257  # size of its vocabulary
@@ -59,6 +60,11 @@ def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
         if not dropping:
             kept.append(word)
     return kept
+
+
+def number_of_cores() -> int:
+    """Return the number of cores that this process may use; on macOS, of all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -46,6 +46,7 @@ class RunFigures:
         parameters: of the whole model; None if unknown.
         written: Unix time of the newest figures.
         unread: number of lines without a record.
+        starts: iterations from which the training was started.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class RunFigures:
     parameters: int | None = None
     written: float = 0.0
     unread: int = 0
+    starts: list[int] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
         """Return the values of a figure; an empty curve if it was not logged."""
@@ -144,6 +146,23 @@ class RunFigures:
         """Return the sequences of a step at logged iterations; NaN if unknown."""
         logged = self.at("global_batch_size", iterations)
         return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
+
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        """Return the time since the previous line, of each line of the curve "seconds_per_iteration".
+
+        Steps that a start left without a line count with the median.
+        """
+        iterations, means = self.curve("seconds_per_iteration")
+        if not len(means):
+            return means
+        before, starts = np.append(0, iterations[:-1]), np.unique([0, *self.starts])
+        began = starts[np.searchsorted(starts, iterations).clip(min=1) - 1]
+        seconds = (iterations - np.maximum(before, began)) * means
+        # Megatron logs the first step after a start, and includes it in the next line's mean.
+        second = np.flatnonzero(before == began + 1)
+        seconds[second] += means[second] - means[second - 1]
+        return seconds + (began - before).clip(min=0) * np.median(means)
 
     def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the experts per token of a ReMoE, averaged over layers and the steps since the previous line.

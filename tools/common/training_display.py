@@ -75,7 +75,7 @@ class TrainingDisplay:
 
     def finish(self, shown: ShownTraining, result: str) -> None:
         """Show the result of a training that has ended."""
-        self._move(shown, shown.iterations)
+        self._skip_to(shown, shown.iterations)
         self.say(f"{shown.title}: {result}")
 
     def run(
@@ -130,11 +130,10 @@ class TrainingDisplay:
     def _take(self, shown: ShownTraining, line: str) -> None:
         """Show a line of Megatron's output."""
         if resumed := _RESUMED.search(line):
-            before = self._move(shown, int(resumed[1]), advance=False)
-            self._progress.update(self._bar, total=(self._progress.tasks[self._bar].total or 0.0) - before)
+            self._skip_to(shown, int(resumed[1]))
             self._plain(f"{shown.title}: goes on from iteration {shown.done}")
         for iteration, fields in read_log(line).items():
-            self._move(shown, iteration)
+            self._progress.advance(self._bar, self._move(shown, iteration))
             seconds = self._progress.tasks[self._bar].time_remaining
             left = "" if seconds is None else f"all: {duration(seconds)} left"
             speed = rate(1000 * shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6))
@@ -145,9 +144,12 @@ class TrainingDisplay:
                 shown.next_line = iteration + shown.iterations / PLAIN_LINES
                 self._plain(f"{shown.title}: {note}")
 
-    def _move(self, shown: ShownTraining, iteration: int, advance: bool = True) -> float:
+    def _skip_to(self, shown: ShownTraining, iteration: int) -> None:
+        """Set the iteration of a training, and leave the iterations before it out of the time left."""
+        if cost := self._move(shown, iteration):  # a new total forgets the rate
+            self._progress.update(self._bar, total=(self._progress.tasks[self._bar].total or 0.0) - cost)
+
+    def _move(self, shown: ShownTraining, iteration: int) -> float:
         """Set the iteration of a training. Return the cost of the iterations since the last call."""
         cost, shown.done = shown.cost * (iteration - shown.done) / shown.iterations, iteration
-        if advance:
-            self._progress.advance(self._bar, cost)
         return cost

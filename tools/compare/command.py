@@ -13,7 +13,6 @@ a stop.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import lock
-from ..common.flags import above_zero, whole_number
+from ..common.flags import above_zero, number_of_cores, whole_number
 from ..common.places import ROOT
 from ..common.running import run_once
 from ..corpora.dataset import CORPORA, MIXED, make_text
@@ -57,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "losses that differ by less count as equal (default: %(default)s)"
     add("--margin", type=above_zero, default=0.01, metavar="NATS", help=text)
     text = "number of parallel trainings, with one thread each (default: the number of cores)"
-    add("--processes", type=number, default=len(os.sched_getaffinity(0)), metavar="N", help=text)
+    add("--processes", type=number, default=number_of_cores(), metavar="N", help=text)
     add("--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER", help="default: runs/compare")
     add(
         "--collect",

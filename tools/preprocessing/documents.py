@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from megatron.remoe.data.errors import DataError
 
-from .reading import Block
+from .reading import LONGEST_LINE, Block
 
 CHARACTERS_SHOWN = 80
 
@@ -49,6 +49,8 @@ def parse_documents(block: Block, keys: Sequence[str], skip_bad: bool) -> tuple[
 
 def _texts_of(line: bytes, keys: Sequence[str]) -> list[str] | tuple[str, str]:
     """Return the texts of a line; else what is wrong with it: its kind and details."""
+    if len(line) > LONGEST_LINE:
+        return f"longer than {LONGEST_LINE >> 20} MiB", ". Is this .jsonl, with one document per line?"
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

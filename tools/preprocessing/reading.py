@@ -65,10 +65,10 @@ def size_of(paths: Sequence[str]) -> int | None:
 
 
 def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
-    """Yield the lines of all inputs in blocks.
+    """Yield the lines of all inputs in blocks; of a line above `LONGEST_LINE`, its first `LONGEST_LINE` + 1 bytes.
 
     Raises:
-        DataError: an input cannot be read, its compressed data is broken, or a line is too long.
+        DataError: an input cannot be read, or its compressed data is broken.
     """
     before = 0
     for path in paths:
@@ -79,13 +79,10 @@ def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
             with os.fdopen(os.dup(sys.stdin.fileno()), "rb") if source != path else Path(path).open("rb") as file:
                 contents = _unpacked(file, path)
                 while line := contents.readline(LONGEST_LINE + 1):
-                    if len(line) > LONGEST_LINE:
-                        raise DataError(
-                            f"{source}, line {first + len(lines)}: is longer than {LONGEST_LINE >> 20} MiB. "
-                            "Is this a .jsonl file, with one document per line?"
-                        )
                     lines.append(line)
-                    size += len(line)
+                    while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+                        line = contents.readline(LONGEST_LINE + 1)
+                    size += len(lines[-1])
                     if size >= BLOCK_BYTES:
                         yield Block(source, first, lines, before + (file.tell() if file.seekable() else 0))
                         first, lines, size = first + len(lines), [], 0

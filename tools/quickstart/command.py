@@ -15,7 +15,7 @@ from ..common import stamps
 from ..common.display import say
 from ..common.figure_reader import read_figures
 from ..common.files import lock, write_json
-from ..common.flags import whole_number
+from ..common.flags import number_of_cores, whole_number
 from ..common.places import PACKAGE, home, short
 from ..common.running import run_resumable
 from ..common.training_display import ShownTraining, TrainingDisplay
@@ -39,7 +39,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     iterations = os.environ.get("QUICKSTART_ITERS") or tiny.ITERATIONS
     add("--iterations", type=whole_number(LEAST_ITERATIONS), default=iterations, metavar="N", help=text)
     text = "number of CPU threads (default: OMP_NUM_THREADS, or all cores)"
-    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS") or number_of_cores()
     add("--threads", type=whole_number(1), default=threads, metavar="N", help=text)
     text = "of the trainings (default: %(default)s)"
     add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help=text)

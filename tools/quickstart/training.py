@@ -1,5 +1,6 @@
 """Run one training with its output in a file."""
 
+import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from ..common import stamps
 from ..common.errors import ToolError
 from ..common.figure_reader import LOG, read_figures
 from ..common.files import write_json
-from ..common.places import entry
+from ..common.places import entry, short
 from ..common.training_display import ShownTraining, TrainingDisplay
 
 
@@ -36,18 +37,20 @@ class Training:
         """Return whether it was trained and evaluated with these inputs."""
         return stamps.read_stamp(self.folder / "done.json", self.inputs) is not None
 
-    def prepare(self) -> bool:
-        """Keep the files of an interrupted run with the same inputs; remove any others.
+    def prepare(self) -> Path | None:
+        """Keep the files of an interrupted run with the same inputs; rename the folder of one with others.
 
         Returns:
-            Whether files were removed.
+            The folder's new name; None if it was not renamed.
         """
         if stamps.read_stamp(self.folder / "inputs.json", self.inputs) is not None:
-            return False
-        cleared = self.folder.exists()
-        stamps.make_empty(self.folder)
-        write_json(self.folder / "inputs.json", {"inputs": self.inputs})
-        return cleared
+            return None
+        old = None
+        if self.folder.exists():
+            names = (self.folder.with_name(f"{self.folder.name}.old{number}") for number in itertools.count(1))
+            old = self.folder.rename(next(name for name in names if not name.exists()))
+        write_json(stamps.make_empty(self.folder) / "inputs.json", {"inputs": self.inputs})
+        return old
 
 
 def run(training: Training, display: TrainingDisplay, shown: ShownTraining, threads: int, keep_open: IO[str]) -> None:
@@ -63,8 +66,9 @@ def run(training: Training, display: TrainingDisplay, shown: ShownTraining, thre
     Raises:
         ToolError: the training failed; the message holds the end of its log.
     """
-    if training.prepare():
-        display.say(f"{shown.title}: code, text or versions have changed; it starts from iteration 0.")
+    if old := training.prepare():
+        changed = "--seed, code, text or versions have changed"
+        display.say(f"{shown.title}: {changed}; it starts from iteration 0. Its earlier files are in {short(old)}.")
     command = [sys.executable, *entry(), *training.flags]
     with (training.folder / LOG).open("a", encoding="utf-8", buffering=1) as log:
         print(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}", file=log)

@@ -62,7 +62,7 @@ def find_data_sets(folder: str) -> tuple[list[str], list[str]]:
     If the Pile's shards 01 to 29 are all there, they are taken and the rest is left out, as in the authors' fork. If
     only some are there, a note has those that are missing.
     """
-    names = sorted(path.name.removesuffix(".bin") for path in Path(folder).glob("*_document.bin") if path.is_file())
+    names = sorted(path.name.removesuffix(".bin") for path in Path(folder).glob("[!.]*_document.bin") if path.is_file())
     if not names:
         raise RecipeError(f"no *_document.bin in DATA_DIR={folder}: make them with tools/preprocess_data.py")
     shards: dict[str, str] = {}

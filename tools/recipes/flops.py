@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from megatron.remoe.routing.refusals import flag
@@ -112,16 +112,15 @@ def arguments_of(settings: Settings, padded_vocabulary: int = 0) -> argparse.Nam
 
     Args:
         settings: the flags.
-        padded_vocabulary: rows of the output layer; if 0, from --vocab-size, --vocab-file, or as GPT-2 has.
+        padded_vocabulary: rows of the output layer; if 0, from `vocabulary_words`.
 
     Raises:
-        ValueError: --moe-layer-freq is not a pattern.
+        ValueError: --moe-layer-freq is not a pattern, or the tokenizer cannot be read.
     """
     number = partial(whole, settings)
     granularity, hidden = number("--moe-granularity", 1), number("--hidden-size")
     ffn = number("--ffn-hidden-size", hidden * 8 // 3 // 64 * 64 if "--swiglu" in settings else 4 * hidden)
     multiple = number("--make-vocab-size-divisible-by", 128)
-    words = number("--vocab-size") or _words_in(*settings.get("--vocab-file", ("",)))
     return argparse.Namespace(
         **{name: number(flag(name), default) for name, default in NUMBERS.items()},
         **{name: flag(name) in settings for name in SWITCHES},
@@ -131,7 +130,7 @@ def arguments_of(settings: Settings, padded_vocabulary: int = 0) -> argparse.Nam
         moe_layer_freq=_layer_frequency("".join(settings.get("--moe-layer-freq", ("1",)))),
         moe_router_topk=number("--moe-router-topk", 2) * granularity,
         moe_ffn_hidden_size=number("--moe-ffn-hidden-size", ffn) // granularity,
-        padded_vocab_size=padded_vocabulary or -(-words // multiple) * multiple,
+        padded_vocab_size=padded_vocabulary or -(-vocabulary_words(settings) // multiple) * multiple,
     )
 
 
@@ -147,9 +146,25 @@ def _layer_frequency(text: str) -> int | list[int]:
         raise ValueError(f"--moe-layer-freq {text}: {error}") from error
 
 
-def _words_in(vocabulary: str) -> int:
-    """Return the size of a vocabulary's file; GPT-2's if it is not there."""
-    if not os.path.isfile(vocabulary):
-        return GPT2_WORDS
-    with open(vocabulary, encoding="utf-8") as file:
+def vocabulary_words(settings: Settings) -> int:
+    """Return the words of --vocab-size, --vocab-file or --tokenizer-model's tokenizer.json; else GPT-2's number.
+
+    Raises:
+        ValueError: tokenizer.json cannot be read.
+    """
+    file, folder = ("".join(settings.get(flag, ())) for flag in ("--vocab-file", "--tokenizer-model"))
+    place = os.path.join(folder, "tokenizer.json") if folder else file
+    return whole(settings, "--vocab-size") or (_words_in(place) if os.path.isfile(place) else GPT2_WORDS)
+
+
+@cache
+def _words_in(path: str) -> int:
+    if path.endswith("tokenizer.json"):
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(path).get_vocab_size()
+        except Exception as error:  # tokenizers has no exception of its own
+            raise ValueError(f"--tokenizer-model: {path} cannot be read ({error})") from error
+    with open(path, encoding="utf-8") as file:
         return len(json.load(file))

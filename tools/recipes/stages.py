@@ -53,7 +53,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
         figures: of the run.
         flops: of the run's model.
     """
-    iterations, seconds = figures.curve("seconds_per_iteration")
+    iterations, seconds = figures.curve("seconds_per_iteration").iterations, figures.seconds
     batches, target = figures.batches(iterations), figures.target
     steps = np.diff(iterations, prepend=0)
     if target is None and TOTALS[0] not in figures.curves:  # k experts per token, after a warm-up
@@ -72,6 +72,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
         sparsity = figures.at("sparsity", iterations)
         risen = sparsity - sparsity[0] > RISING * (target - sparsity[0])
         dense = int(iterations[risen.argmax() - 1]) if risen.any() else last  # the first line has not risen
+        dense = 0 if sparsity[0] >= target else dense
         ends = [("dense", dense), ("way", figures.settled or last), ("steady", last)]
     of_target = 0.0 if target is None else figures.num_experts * (1 - target)
     more = experts - (figures.topk if target is None else of_target)
@@ -80,7 +81,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     for name, end in ends:
         lines = (before < iterations) & (iterations <= end)
         if lines.any():
-            hours, mean = (steps * seconds)[lines].sum() / 3600, (steps * experts)[lines].sum() / (end - before)
+            hours, mean = seconds[lines].sum() / 3600, (steps * experts)[lines].sum() / (end - before)
             found.append(Stage(name, before + 1, end, float(hours), float(cost[lines].sum()), float(mean)))
             before = end
     return found

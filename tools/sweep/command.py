@@ -19,11 +19,12 @@ from ..common.places import LOG
 from ..common.running import run_resumable
 from ..common.training_display import ShownTraining, TrainingDisplay
 from ..common.units import duration
+from ..recipes.flops import vocabulary_words
 from ..recipes.layout import RecipeError
 from . import plan, results, slurm, tiny
 from .arguments import parse_arguments, planned
 from .run_log import read_outcome
-from .settings import Found, check_flags, flops, look, set_aside_old_log, tokens_per_iteration
+from .settings import Found, check_flags, flops, look, mixed, set_aside_old_log, tokens_per_iteration
 
 
 def sweep(console: Console, args: argparse.Namespace) -> int:
@@ -35,10 +36,13 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
         small = {name: tiny.flags(size, args.train_iters, os.environ) for name, size in tiny.MODELS.items()}
         launch = replace(launch, small=small, data=tiny.environment(os.environ, args.corpus))
     if args.dry_run:
-        list_commands(launch, look(launch, runs, by_slurm=args.slurm), args)
+        found = look(launch, runs, by_slurm=args.slurm)
+        warn_of_others(found, args.output_dir)
+        list_commands(launch, found, args)
         return 0
     with lock(args.output_dir, "sweep") as held:
         found = look(launch, runs, by_slurm=args.slurm)
+        warn_of_others(found, args.output_dir)
         todo = [each for each in found if not each.finished and each.job is None]
         queued = sum(each.job is not None for each in found)
         jobs = f"; {queued} queued or running as Slurm jobs" if queued else ""
@@ -61,6 +65,12 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def warn_of_others(found: Sequence[Found], output: Path) -> None:
+    """Warn if runs in the output folder, or those of this call, would not compare."""
+    if warning := mixed(output, {each.run: each.settings for each in found}):
+        say(Console(stderr=True), warning, "yellow")
+
+
 def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Namespace) -> None:
     """Print the state and the command of each run, in a form that a shell can read, and the cost of what is missing."""
     for each in found:
@@ -70,8 +80,9 @@ def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Na
         print(f"# {each.run.name}: {each.state}")
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in added), shlex.join(command)]))
     todo = [each.settings for each in found if not each.finished and each.job is None]
-    total = sum(map(flops, todo))
-    print(f"# to train: {len(todo)} runs, {total:.3g} FLOPs, the dense stages of ReMoE not counted")
+    words = {f" with {vocabulary_words(settings):,} words" for settings in todo}
+    cost = f"{sum(map(flops, todo)):.3g} FLOPs{''.join(words)}"
+    print(f"# to train: {len(todo)} runs, {cost}, the dense stages of ReMoE not counted")
 
 
 def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO[str]) -> list[str]:
@@ -119,7 +130,7 @@ def collect(console: Console, output: Path, planned: Sequence[plan.Run]) -> None
     console.print()
     results.show(rows)
     console.print()
-    if warning := results.unequal(rows):
+    for warning in results.warnings(output, rows):
         say(console, f"  {warning}", "yellow")
     for path in written:
         say(console, f"  {path}")

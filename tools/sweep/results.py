@@ -14,6 +14,7 @@ from ..common.units import duration
 from . import scaling_picture
 from .plan import ROUTINGS, SIZES, Run
 from .run_log import Outcome, read_outcome
+from .settings import mixed
 
 HEADER = ("run", "validation loss", "sparsity (target)", "tokens/s", "training")
 NOTE = """
@@ -49,19 +50,20 @@ def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
         written.pop().unlink(missing_ok=True)
     write_aside(written[0], lambda aside: _write_csv(aside, rows))
     parts = ["# Sweep\n", *table(HEADER, map(_cells, rows), text=1), NOTE]
-    parts += [f"**{warning}**\n"] if (warning := unequal(rows)) else []
+    parts += [f"**{warning}**\n" for warning in warnings(output, rows)]
     parts += ["![Validation loss along each axis](results.png)\n"] if points else []
     write_text(written[1], "\n".join(parts))
     return written
 
 
-def unequal(rows: Sequence[Row]) -> str:
-    """Return a warning if finished runs were trained on different numbers of tokens, else an empty text."""
+def warnings(output: Path, rows: Sequence[Row]) -> list[str]:
+    """Return a warning for each reason why losses of runs in `output` do not compare."""
+    found = [text] if (text := mixed(output, {})) else []
     tokens = {outcome.tokens for _, outcome in rows if outcome is not None and outcome.finished}
     if len(tokens) < 2:
-        return ""
+        return found
     told = ", ".join("unknown" if number is None else f"{number:,}" for number in sorted(tokens, key=lambda n: n or 0))
-    return f"These runs were trained on different numbers of tokens ({told}): their losses do not compare."
+    return [*found, f"These runs were trained on different numbers of tokens ({told}): their losses do not compare."]
 
 
 def show(rows: Sequence[Row]) -> None:

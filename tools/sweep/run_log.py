@@ -84,7 +84,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         changed_tokens=_late_median(figures, "changed_tokens"),
         total_parameters=figures.parameters,
         tokens_per_second=float(np.median(rates)) if has_rate else None,
-        training_seconds=float(np.diff(iterations, prepend=0) @ seconds) if len(seconds) else None,
+        training_seconds=float(figures.seconds.sum()) if len(seconds) else None,
         flops=training_flops(figures),
     )
 

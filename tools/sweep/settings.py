@@ -2,8 +2,8 @@
 
 import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common.figure_reader import LOG, METRICS
@@ -11,6 +11,7 @@ from ..common.flags import Settings, parse, whole
 from ..recipes.flops import arguments_of, flops_per_sequence
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
+from ..recipes.models import PAPER, Routing
 from . import slurm
 from .plan import Launch, Run
 from .run_log import Outcome, read_outcome
@@ -114,6 +115,39 @@ def differences(then: Settings, now: Settings) -> str:
     return "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
+def mixed(output: Path, planned: Mapping[Run, Settings]) -> str:
+    """Return a warning if runs differ in settings that their names do not tell; empty if their results compare.
+
+    Args:
+        output: folder of runs, with the settings of their last start.
+        planned: further runs, or others' next settings.
+    """
+    folders = sorted(path.parent for path in output.glob("*/command.sh"))
+    started = ((Run.from_name(folder.name), started_with(folder)) for folder in folders)
+    settings = {run: then for run, then in started if run and then} | {**planned}
+    own = [_flags_of(run) for run in settings]
+    told = {flag for each in own for flag in each if any(other.get(flag) != each[flag] for other in own)}
+    found = []
+    for flag in sorted({*(flag for each in settings.values() for flag in each)} - told - NOT_COMPARED - {PATTERN}):
+        values = {  # dense runs get no --moe-... flags
+            each.get(flag): run
+            for run, each in settings.items()
+            if run.routing != "dense" or not flag.startswith("--moe-")
+        }
+        if len(values) > 1:
+            found.append(f"{flag} is " + ", ".join(f"{_shown(value)} in {run.name}" for value, run in values.items()))
+    more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    head = f"{output} has runs with different settings, whose losses do not compare: "
+    return f"{head}{'; '.join([*found[:SHOWN], *more])}." if found else ""
+
+
+def _flags_of(run: Run) -> Settings:
+    """Return the flags that make a run what it is, those of the launch script included."""
+    size = replace(PAPER[run.size], ffn=PAPER[run.size].ffn * run.expansion)
+    routing = Routing(run.routing, run.experts or 0, run.granularity or 0)
+    return parse([*size.layer_flags(run.routing), *size.flags(), *routing.flags(size.ffn), *run.flags({})])
+
+
 def _in_one_stage(settings: Settings) -> Settings:
     """Return the settings with HybridModel's pattern without the marks of pipeline stages."""
     pattern = {flag: tuple(word.replace("|", "") for word in settings[flag]) for flag in {PATTERN} & settings.keys()}
@@ -133,7 +167,7 @@ def flops(settings: Settings) -> float:
     """Return the training FLOPs of a whole run with k experts per token.
 
     Raises:
-        RecipeError: the model has layers whose FLOPs are not counted, or a wrong --moe-layer-freq.
+        RecipeError: a layer is not counted, --moe-layer-freq is wrong, or the tokenizer is unreadable.
     """
     try:
         sequence = flops_per_sequence(arguments_of(settings))

@@ -38,6 +38,8 @@ def adapt_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} needs an accelerator. On the CPU train in fp32 (the default) or with --bf16.")
     if getattr(args, "use_megatron_fsdp", False):  # it refuses 1, which is the default here
         os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    if not os.path.isdir("/proc/self/fd"):  # as on macOS; Megatron's data loader workers read it
+        args.num_workers = 0
     changed = []
     for name, (value, reason) in CPU_VALUES.items():
         if getattr(args, name, value) != value:
