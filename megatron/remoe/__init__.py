@@ -28,7 +28,7 @@ _ROOMS = {
     "lock_save_folder": "preflight.run_lock",
     "check_settings": "preflight.environment",
     "check_data": "preflight.data",
-    "remove_cached_indices": "preflight.data",
+    "remove_cached_indices": "preflight.index_cache",
     "check_loaded_run": "preflight.checkpoint_fit",
     "make_output_folders": "preflight.environment",
     "apply_patches": "patches",
