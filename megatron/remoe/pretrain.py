@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
+import megatron.remoe
+
 if TYPE_CHECKING:
     import argparse
 
@@ -66,7 +68,8 @@ def check_versions() -> None:
     found = {"python": ".".join(map(str, sys.version_info[:2]))}
     for name, module in (("torch", "torch"), ("megatron-core", "megatron.core"), ("filelock", "filelock")):
         try:
-            found[name] = importlib.metadata.version(name)
+            is_engine = name == "megatron-core"
+            found[name] = megatron.remoe.megatron_version() if is_engine else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             if importlib.util.find_spec(module) is None:
                 found[name] = "none"
