@@ -51,6 +51,11 @@ def test_an_index_is_kept_as_long_as_it_fits_the_data(prefix: Path, monkeypatch:
     os.utime(idx_path(prefix))
     data = IndexedReader(prefix)
     assert damaged_indices(args, {str(prefix): data}) == {}
+    (cached,) = prefix.glob(CACHED)
+    content = cached.read_bytes()
+    cached.write_bytes(content.replace(b"'shape'", b"'sh\0pe'"))
+    assert [*damaged_indices(args, {str(prefix): data})] == [cached]
+    cached.write_bytes(content)
     texts = [data.document(number) for number in range(data.documents)]
     for number, other in enumerate(([*texts, texts[0]], texts[::-1])):
         with IndexedWriter(prefix.with_name(f"other{number}"), data.dtype) as writer:

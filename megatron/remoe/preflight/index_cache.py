@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def _is_cut(path: Path) -> bool:
         try:
             np.lib.format.open_memmap(path, mode="r")
             return False
-        except ValueError:
+        except (ValueError, tokenize.TokenError):  # NumPy reads a header as Python's
             before, size = size, path.stat().st_size
             if size == before:
                 return True
