@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
+import megatron.remoe
+
 if TYPE_CHECKING:
     import argparse
 
@@ -66,7 +68,8 @@ def check_versions() -> None:
     found = {"python": ".".join(map(str, sys.version_info[:2]))}
     for name, module in (("torch", "torch"), ("megatron-core", "megatron.core"), ("filelock", "filelock")):
         try:
-            found[name] = importlib.metadata.version(name)
+            is_engine = name == "megatron-core"
+            found[name] = megatron.remoe.megatron_version() if is_engine else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             if importlib.util.find_spec(module) is None:
                 found[name] = "none"
@@ -163,7 +166,7 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
         ValueError, AssertionError, OSError: a flag or a file is wrong; the message names it.
     """
     from megatron.remoe import cpu
-    from megatron.remoe.preflight import checkpoint_files, checkpoint_fit, data, environment, machine
+    from megatron.remoe.preflight import checkpoint_files, checkpoint_fit, data, environment, index_cache, machine
     from megatron.remoe.preflight.messages import usage_errors
     from megatron.remoe.training.arguments import load_saved_args, parse_args
     from megatron.training.arguments import validate_args
@@ -186,7 +189,7 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
     environment.check_required_flags(args)
     validate_args(args, {})
     environment.check_settings(args)
-    data.remove_cached_indices(data.check_data(args, get_blend_and_blend_per_split))
+    index_cache.remove_cached_indices(data.check_data(args, get_blend_and_blend_per_split))
     args.override_opt_param_scheduler |= checkpoint_fit.check_loaded_run(args, resume)
     environment.make_output_folders(args)
     set_global_variables(args)

@@ -136,6 +136,7 @@ ENTRY = {
         "E203|--non-persistent-save-interval|--non-persistent-ckpt-type global",
     ),
     "profile on a CPU": Case(on("text", "--profile"), "E203|--profile|--use-pytorch-profiler"),
+    "data of another kind": Case(on("text", "--fim-data --log-straggler"), "E203|--fim-data|--log-straggler"),
     "a CUDA graph on a CPU": Case(
         on("text", "--cuda-graph-impl transformer_engine --cuda-graph-modules attn"),
         "E203|--cuda-graph-impl|Leave it out",

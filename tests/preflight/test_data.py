@@ -1,4 +1,4 @@
-"""Data that do not fit the vocabulary, and Megatron's index cache after a full disk or beside newer data."""
+"""Data that do not fit the vocabulary, and Megatron's index cache after a full disk or beside other data."""
 
 import argparse
 import contextlib
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from megatron.remoe.data.errors import DataError
-from megatron.remoe.data.indexed import HEADER, IndexedWriter, idx_path
+from megatron.remoe.data.indexed import HEADER, IndexedReader, IndexedWriter, idx_path
 from megatron.remoe.preflight.data import check_data, check_vocabulary
 from megatron.remoe.preflight.environment import make_output_folders
+from megatron.remoe.preflight.index_cache import damaged_indices
 from tests.trainings import TINY, run, series
 
 CACHED = "cache/GPTDataset_indices/*-train-shuffle_index.npy"
@@ -31,20 +32,41 @@ def losses(prefix: Path, *more: str) -> tuple[list[float], str]:
     return series(output, "lm loss"), output
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "older"])
+@pytest.mark.parametrize("damage", ["half", "empty"])
 def test_unusable_index_is_named_and_built_again(damage: str, prefix: Path) -> None:
     first, output = losses(prefix)
     (cached,) = prefix.glob(CACHED)
     whole = cached.read_bytes()
     assert cached.name not in output
-    if damage == "older":  # the data were replaced
-        cached.write_bytes(whole[:-8] + whole[-16:-8])
-        os.utime(cached, (0, 0))
-    else:
-        os.truncate(cached, len(whole) // 2 if damage == "half" else 0)
+    os.truncate(cached, len(whole) // 2 if damage == "half" else 0)
     again, output = losses(prefix)
     assert again == first and str(cached) in output
     assert cached.read_bytes() == whole
+
+
+def test_an_index_is_kept_as_long_as_it_fits_the_data(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that were copied again are newer. Other ones have more documents, or the same in another order."""
+    losses(prefix, "--eval-iters", "1")
+    args = argparse.Namespace(data_cache_path=None, dataloader_fast_cache_load=False)
+    os.utime(idx_path(prefix))
+    data = IndexedReader(prefix)
+    assert damaged_indices(args, {str(prefix): data}) == {}
+    (cached,) = prefix.glob(CACHED)
+    content = cached.read_bytes()
+    cached.write_bytes(content.replace(b"'shape'", b"'sh\0pe'"))
+    assert [*damaged_indices(args, {str(prefix): data})] == [cached]
+    cached.write_bytes(content)
+    texts = [data.document(number) for number in range(data.documents)]
+    for number, other in enumerate(([*texts, texts[0]], texts[::-1])):
+        with IndexedWriter(prefix.with_name(f"other{number}"), data.dtype) as writer:
+            writer.add(np.concatenate(other), np.array([len(text) for text in other]))
+            writer.finish()
+            writer.publish()
+        found = damaged_indices(args, {str(prefix): IndexedReader(writer.prefix)})
+        assert len(found) == 2 and {len(index) for index in found.values()} == {3}, "training and validation"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(DataError, match="--data-cache-path"):
+        damaged_indices(args, {str(prefix): IndexedReader(writer.prefix)})
 
 
 def test_cache_of_another_training_is_left_alone(prefix: Path, tmp_path: Path) -> None:

@@ -120,11 +120,11 @@ def arguments(**changes: object) -> argparse.Namespace:
     """What the activations depend on, of a layer in fp32 on plain PyTorch."""
     off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
         bias_gelu_fusion local_layer_fusion distribute_saved_activations multi_latent_attention qk_layernorm
-        qk_layernorm_all_heads moe_shared_expert_gate"""
+        qk_layernorm_all_heads moe_shared_expert_gate use_megatron_fsdp"""
     none = """hybrid_layer_pattern moe_shared_expert_intermediate_size recompute_granularity recompute_modules
-        recompute_method recompute_num_layers cuda_graph_impl"""
+        recompute_method recompute_num_layers cuda_graph_impl mtp_num_layers"""
     one = """tensor_model_parallel_size context_parallel_size expert_tensor_parallel_size expert_model_parallel_size
-        moe_router_topk"""
+        moe_router_topk num_distributed_optimizer_instances"""
     settings: dict[str, object] = dict.fromkeys(off.split(), False) | dict.fromkeys(none.split())
     settings |= dict.fromkeys(one.split(), 1) | {"moe_token_dispatcher_type": "alltoall", "transformer_impl": "local"}
     settings |= {"hidden_size": 64, "ffn_hidden_size": 96, "moe_ffn_hidden_size": 48, "num_attention_heads": 4}
@@ -261,35 +261,67 @@ def test_recomputation() -> None:
 
 def test_a_cap_on_experts_makes_the_start_cheaper() -> None:
     """In experts that a token computes and, by hand, in vectors of 64 numbers that go to seven of eight GPUs."""
-    settings = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "expert_model_parallel_size": 8, "num_layers": 2}
-    settings |= {"moe_layer_freq": 1, "global_batch_size": 64, "world_size": 8}
+    settings = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "expert_model_parallel_size": 8}
+    settings |= {"global_batch_size": 64, "world_size": 8}
+    stages = [Stage(shared=0, experts=0, layers=("*E", "*-")), Stage(shared=0, experts=0, layers=("E",))]
     for most, dense, recomputed in ((None, 16, True), (4, 4, True), (2, 2, False)):
         args = arguments(**settings, moe_relu_max_experts=most)
         on_the_way = [("on the way", 2.0)] * (dense > 2)
         assert estimate.phases(args) == [("dense first stage", dense), *on_the_way, ("steady stage", 1)]
         times, tokens = 6 if recomputed else 4, 64 * 32 / 8
-        assert memory.exchanged_bytes(args, dense) == times * 2 * tokens * dense * 7 / 8 * 64 * 4
+        assert memory.exchanged_bytes(args, stages, dense) == times * 2 * tokens * dense * 7 / 8 * 64 * 4
 
 
-def test_mixed_dense_and_expert_layers() -> None:
-    def layers(number: int, **changes: object) -> list[str]:
-        return [memory.sublayers(arguments(num_layers=number, **changes), layer + 1) for layer in range(number)]
+def test_layers_of_multi_token_prediction_count() -> None:
+    """Like one more layer, with its own logits and norms; in GPTModel as in HybridModel."""
+    common = [*MODEL, *EXPERTS, "--moe-relu-routing"]
+    predicting, hybrid, longer = (
+        cost("--gpus", "8", "--", *common, *flags.split())
+        for flags in (
+            "--num-layers 2 --moe-layer-freq [0,1] --mtp-num-layers 1",
+            "--hybrid-layer-pattern *-*E/*E",
+            "--num-layers 3 --moe-layer-freq [0,1,1]",
+        )
+    )
+    for label in ("activations", "FLOPs"):
+        assert figures(predicting, label) == figures(hybrid, label)
+    size, tokens = 2, 1024
+    more = (6 * 768 * size + 51200 * 4) * tokens / 2**30  # hidden states, and the softmax in fp32
+    assert figures(predicting, "activations")[-1] == pytest.approx(figures(longer, "activations")[-1] + more, abs=0.011)
 
-    assert layers(4, moe_layer_freq=2) == ["*E", "*-"] * 2
-    assert layers(3, moe_layer_freq=[0, 1, 1]) == ["*-", "*E", "*E"]
-    assert layers(1, num_experts=None) == ["*-"]
-    assert layers(4, hybrid_layer_pattern="*-|*E") == ["*", "-", "*", "E"]
+
+@pytest.mark.parametrize(
+    "flags", ["--bf16 --context-parallel-size 2 --fp8-format hybrid --fp8-param-gather", "--fp16 --fp4-format e2m1"]
+)
+def test_plans_for_gpus_that_a_cpu_could_not_train(flags: str) -> None:
+    model = [word for word in MODEL if word != "--bf16"]
+    sharded = ["--moe-relu-routing", "--moe-relu-activation-limit", "0", "--use-distributed-optimizer"]
+    output = cost("--gpus", "8", "--", *model, *EXPERTS, *sharded, *flags.split())
+    assert figures(output, "weights")[0] == pytest.approx(2 * figures(output, "total parameters")[0] / 2**30, abs=0.006)
+    assert "count as bf16" in output and "--transformer-impl transformer_engine" not in output
+
+
+def test_layers_whose_flops_are_not_counted() -> None:
+    args = arguments(hybrid_layer_pattern="M-")
+    text = "\n".join(estimate._compute_lines(args, argparse.Namespace(), 1, 1000, 0))
+    assert "1,000 per token" in text and "not known" in text and "M-" in text
 
 
 def test_optimizer_bytes() -> None:
-    common = {"optimizer": "adam", "accumulate_allreduce_grads_in_fp32": True, "world_size": 4, "num_layers": 2}
-    common |= {"moe_layer_freq": 1, "pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None}
+    common = {"optimizer": "adam", "accumulate_allreduce_grads_in_fp32": True, "world_size": 4}
+    common |= {"pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None}
     common |= {"padded_vocab_size": 128, "cross_entropy_loss_fusion": False, "expert_model_parallel_size": 2}
     common |= {"use_precision_aware_optimizer": False}
-    stages = [Stage(shared=1000, experts=400, layers=(1, 2))]
+    stages = [Stage(shared=1000, experts=400, layers=("*E", "*E"))]
     plain = memory.stage_memory(arguments(bf16=True, use_distributed_optimizer=False, **common), stages, 0, 1)
     assert (plain.weights, plain.gradients, plain.optimizer) == (2 * 1400, 4 * 1400, 12 * 1400)
     split = memory.stage_memory(arguments(bf16=True, use_distributed_optimizer=True, **common), stages, 0, 1)
     assert split.optimizer == 12 * (1000 / 4 + 400 / 2)
+    for strategy, whole in (("no_shard", 3), ("optim", 2), ("optim_grads", 1), ("optim_grads_params", 0)):
+        common |= {"use_megatron_fsdp": True, "data_parallel_sharding_strategy": strategy}
+        found = memory.stage_memory(arguments(bf16=True, use_distributed_optimizer=True, **common), stages, 0, 1)
+        parts = [(1400 if number < whole else 1000 / 4 + 400 / 2) for number in range(3)]
+        assert (found.weights, found.gradients, found.optimizer) == (2 * parts[0], 4 * parts[1], 12 * parts[2])
+    common["use_megatron_fsdp"] = False
     single = memory.stage_memory(arguments(use_distributed_optimizer=False, **common), stages, 0, 1)
     assert (single.weights, single.optimizer) == (4 * 1400, 8 * 1400)

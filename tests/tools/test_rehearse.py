@@ -1,5 +1,6 @@
 """The rehearsal: what it changes in a command line, what it plays, and the GPU path of the launch commands in it."""
 
+import argparse
 import importlib.util
 import json
 from dataclasses import replace
@@ -13,7 +14,8 @@ from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
 from tools.common.files import write_json
 from tools.cost import choices
-from tools.rehearse import command, fake_ranks
+from tools.rehearse import command, fake_ranks, report
+from tools.rehearse.cards import rates
 from tools.rehearse.choose import keep, whole_step
 from tools.rehearse.flags import data_of, rehearsed, value_of
 from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch
@@ -153,6 +155,27 @@ def test_a_dry_run_shows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [*choices.lines("h100", 8, "182m", "triton")][-1].endswith("does not fit")
 
 
+@pytest.mark.parametrize("flops", [1e12, None])
+def test_a_pipeline_idles_and_some_flops_are_not_known(flops: float | None) -> None:
+    model = {"flops_per_sequence": flops, "sequences_per_gpu": 10, "bubble": 1.25, "forecast_gib": {}}
+    record = {
+        "kind": "each rank",
+        "rank": 0,
+        "starts": True,
+        "error": None,
+        "stages": {},
+        "guessed": [],
+        "model": model,
+    }
+    work = {"operations": 1, "bytes": 1e9, "flops": 1e12, "seconds": 0.1}
+    record |= {"roofline": {"products": work}, "host": {"calls": 1, "seconds": 0.1, "step_seconds": 0.2}}
+    options = argparse.Namespace(gpus=8, gpu="h100", rates=rates("h100"))
+    found = report.summary([record], options)
+    text = "\n".join(report.lines(found, options))
+    assert found["roofline"]["stands_mfu"] == (flops and pytest.approx(10 * flops / (1.25 * 0.2) / 989e12, rel=1e-2))
+    assert "1.25 times" in text and "250 ms" in text and ("MFU not known" in text) is (flops is None)
+
+
 @needs_cuda_build
 @pytest.mark.parametrize("name", CASES)
 def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
@@ -184,7 +207,12 @@ def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
     found, flags = tmp_path / "found.json", [*REMOE_182M, "--pipeline-model-parallel-size", "4"]
     assert command.main(["--gpus", "8", "--rank", "4", "--json", str(found), "--", *flags]) == 0
     record = json.loads(found.read_text())["ranks"][0]
-    assert record["starts"] and record["model"]["stage"] == 2 and set(record["stages"]) == {"dense", "way", "steady"}
+    assert (
+        record["starts"]
+        and record["model"]["stage"] == 2
+        and record["model"]["bubble"] == 7 / 4
+        and set(record["stages"]) == {"dense", "way", "steady"}
+    )
 
 
 @needs_cuda_build

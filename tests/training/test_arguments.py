@@ -1,11 +1,13 @@
 """Flags: granularity, values out of range, and every combination that ReLU routing refuses."""
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Callable
 
 import pytest
 
+import megatron.remoe
 from megatron.remoe import pretrain
 from megatron.remoe.preflight.removed_flags import REMOVED
 from megatron.remoe.routing.config import ReMoEConfig
@@ -190,6 +192,16 @@ def test_an_old_package_is_refused_at_the_start(
         pretrain.check_versions()
     error = capsys.readouterr().err
     assert stop.value.code == code and version in error and "[REMOE-E106]" in error
+
+
+def test_a_checkout_without_metadata_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.metadata.version("megatron-core")
+
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    assert megatron.remoe.megatron_version() == installed
 
 
 def test_refusals_hold_in_the_library_too() -> None:

@@ -264,3 +264,25 @@ def test_tokens_of_one_sequence_on_two_ranks(kind: str) -> None:
     """L1, its gradient, S and λ over a context or tensor parallel group equal those of the whole sequence."""
     output = run([kind], 2, script=REPOSITORY / "tests" / "split_sequence.py")
     assert "rank 0 ok" in output and "rank 1 ok" in output
+
+
+WATCHED = """
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.remoe import pretrain
+
+def observe(_model_cfg):
+    from megatron.training.training import stimer
+    stimer.start = lambda: print("timed")
+
+pretrain.main(observe)
+print("largest", get_rerun_state_machine().max_values)
+"""
+
+
+def test_stragglers_are_timed_and_spikes_looked_for(data: Path, tmp_path: Path) -> None:
+    """As in Megatron's pretrain_gpt.py: the time of a batch and of its forward pass, and the largest loss so far."""
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED)
+    output = train(data, "--check-for-spiky-loss", "--train-iters", "2", script=script)
+    assert output.count("timed\n") == 2 * 2 * 4, "iterations of four micro-batches"
+    assert "largest {'loss': " in output

@@ -100,9 +100,11 @@ def main(arguments: Sequence[str]) -> int:
         if asks_for_gpt2(flags):
             given["tokenizer_type"] = "GPT2BPETokenizer"
         if not args.cpu:
-            planned = {name: getattr(args, name) for name in cpu.CPU_VALUES if hasattr(args, name)}
+            fp4 = ("fp4", "fp4_param_gather")  # which Megatron refuses without Transformer Engine
+            planned = {name: getattr(args, name) for name in (*cpu.CPU_VALUES, *fp4) if hasattr(args, name)}
+            vars(args).update(dict.fromkeys(fp4))
         with contextlib.redirect_stderr(io.StringIO()):
-            cpu.adapt_arguments(args)
+            cpu.adapt_arguments(args, trains=args.cpu)
         load_saved_args(args)
         validate_args(args, {})
         check_sizes(args)

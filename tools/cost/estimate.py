@@ -40,6 +40,10 @@ def plan_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iterato
     yield f"Plan: {options.gpus} x {options.gpu} ({card.memory:g} GiB, {card.tflops:g} TFLOP/s dense bf16)"
     yield f"  parallel sizes  {', '.join(sizes)}"
     yield f"  layers          {LAYERS.get(args.transformer_impl, args.transformer_impl)} (--transformer-impl)"
+    if args.context_parallel_size > 1 and args.transformer_impl == "local":
+        yield "  WARNING: context parallelism needs --transformer-impl transformer_engine."
+    if args.fp8 or args.fp4:
+        yield "  number format   FP8 and FP4 count as bf16, in memory and in time"
 
 
 def lines(
@@ -79,13 +83,18 @@ def active_parameters(args: argparse.Namespace, total: int, experts: int) -> int
 def _compute_lines(
     args: argparse.Namespace, options: argparse.Namespace, sequences: int, total: int, experts: int
 ) -> Iterator[str]:
-    per_sequence = flops.flops_per_sequence(args)
-    hours = options.accelerator.hours(sequences * per_sequence, options.gpus, options.utilization)
-    duration = f"{hours:,.1f} hours" + (f" ({hours / 24:.1f} days)" if hours > 48 else "")
-    duration = f"{hours * 60:.1f} minutes" if hours < 1 else duration
     yield "Model and compute"
     yield f"  total parameters    {total:,}"
     yield f"  active parameters   {active_parameters(args, total, experts):,} per token"
+    try:
+        per_sequence = flops.flops_per_sequence(args)
+    except ValueError as error:
+        yield f"  FLOPs, time         not known: {error}"
+        yield "                      The memory lacks other layers' activations."
+        return
+    hours = options.accelerator.hours(sequences * per_sequence, options.gpus, options.utilization)
+    duration = f"{hours:,.1f} hours" + (f" ({hours / 24:.1f} days)" if hours > 48 else "")
+    duration = f"{hours * 60:.1f} minutes" if hours < 1 else duration
     yield f"  FLOPs               {per_sequence / args.seq_length / 1e9:.3f} G per token"
     yield f"                      {per_sequence / 1e9:,.0f} G per sequence of {args.seq_length} tokens"
     whole = f"{sequences * per_sequence:.3g} for the whole run of {sequences * args.seq_length:,} tokens"
@@ -132,7 +141,7 @@ def _memory_lines(args: argparse.Namespace, options: argparse.Namespace, stages:
         yield f"  in the fullest of {len(stages)} pipeline stages ({', '.join(map(str, sorted(places)))})"
     yield f"  without {memory.NOT_COUNTED}"
     if args.num_experts and args.expert_model_parallel_size > 1:
-        sent = [memory.exchanged_bytes(args, experts_per_token) for _, experts_per_token in phases(args)]
+        sent = [memory.exchanged_bytes(args, stages, experts_per_token) for _, experts_per_token in phases(args)]
         yield "All-to-all, GB a step" + "".join(f"{one / 1e9:36.2f}" for one in sent)[1:]
     largest = max(column["total"] for column in columns) / 2**30
     if largest > options.accelerator.memory:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
 
 from .activations import LayerActivations, element_size, layer_activations, recomputed_modules, tokens_per_gpu
 from .parameters import Stage
 
+SHARDING = ("no_shard", "optim", "optim_grads", "optim_grads_params")  # each splits one thing more
 NOT_COUNTED = "the CUDA context, NCCL's buffers, temporary tensors and fragmentation, together some GiB"
 
 
@@ -45,15 +45,17 @@ def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, expe
     stage, parameters = stages[index], stages[index].shared + stages[index].experts
     half = args.bf16 or args.fp16
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2
-    per_stage = args.world_size // args.pipeline_model_parallel_size
+    per_stage = args.world_size // args.pipeline_model_parallel_size // args.num_distributed_optimizer_instances
     shared_copies = per_stage // args.tensor_model_parallel_size  # context parallel ranks share the optimizer too
     expert_copies = per_stage // (args.expert_tensor_parallel_size * args.expert_model_parallel_size)
+    split = SHARDING.index(args.data_parallel_sharding_strategy) if args.use_megatron_fsdp else 1
     if not args.use_distributed_optimizer:
-        shared_copies = expert_copies = 1
+        split = 0
+    part = stage.shared / shared_copies + stage.experts / expert_copies
     return Memory(
-        weights=element_size(args) * parameters,
-        gradients=gradient * parameters,
-        optimizer=_optimizer_bytes(args, half) * (stage.shared / shared_copies + stage.experts / expert_copies),
+        weights=element_size(args) * (part if split > 2 else parameters),
+        gradients=gradient * (part if split > 1 else parameters),
+        optimizer=_optimizer_bytes(args, half) * (part if split else parameters),
         activations=_activations(args, stages, index, experts_per_token),
     )
 
@@ -64,16 +66,17 @@ def checkpoint_bytes(args: argparse.Namespace, parameters: int) -> float:
     return (element_size(args) + optimizer) * parameters
 
 
-def exchanged_bytes(args: argparse.Namespace, experts_per_token: float) -> float:
+def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_token: float) -> float:
     """Return the bytes that a GPU sends to others in a step's all-to-all exchanges of tokens.
 
     Each pair's vector travels there and back, and so does its gradient; recomputation sends the vectors again.
 
     Args:
         args: Megatron's validated arguments.
+        stages: see `parameters.stages`.
         experts_per_token: computed experts of a token in each MoE layer.
     """
-    layers = sum("E" in sublayers(args, number + 1) for number in range(args.num_layers))  # of all stages
+    layers = sum("E" in layer for stage in stages for layer in stage.layers)
     tokens = args.global_batch_size * args.seq_length / args.world_size
     limit = args.moe_relu_activation_limit * args.moe_router_topk if args.moe_relu_routing else 0.0
     in_chunks = 0 < limit < experts_per_token
@@ -95,17 +98,18 @@ def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
 
 
 def _activations(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> float:
-    layers = [layer_activations(args, sublayers(args, n), experts_per_token) for n in stages[index].layers]
+    layers = [layer_activations(args, sublayers, experts_per_token) for sublayers in stages[index].layers]
     kept, working = _with_recomputation(args, layers)
     total = kept * _micro_batches_in_flight(args, index) + working
     if index == len(stages) - 1:
         tokens, tensor_parallel = tokens_per_gpu(args), args.tensor_model_parallel_size
         split = tokens / tensor_parallel if args.sequence_parallel else tokens
-        total += 2 * args.hidden_size * split * element_size(args)  # before and after the last norm
-        logits = element_size(args)
-        if logits < 4 and not args.cross_entropy_loss_fusion:
-            logits += 4  # the softmax; fused, the logits' gradient takes their own place
-        total += logits * args.padded_vocab_size * tokens / tensor_parallel
+        size, predictions = element_size(args), args.mtp_num_layers or 0
+        # Before and after the last norm. Multi-token prediction keeps its embeddings, these with the hidden state, two
+        # more norms' inputs, and all outputs again in one tensor.
+        total += (2 + 6 * predictions) * args.hidden_size * split * size
+        kept = size if args.cross_entropy_loss_fusion else 4  # the softmax; fused, the logits' gradient in their place
+        total += (kept * (1 + predictions) + size * (kept > size)) * args.padded_vocab_size * tokens / tensor_parallel
     return total
 
 
@@ -120,20 +124,6 @@ def _with_recomputation(args: argparse.Namespace, layers: list[LayerActivations]
     if args.recompute_method == "block":
         return sum(layer.kept for layer in layers[:number]) + sum(everything[number:]), max(everything)
     return sum(layer.kept for layer in layers[::number]), max(map(sum, batched(everything, number)))
-
-
-def sublayers(args: argparse.Namespace, number: int) -> str:
-    """Return a layer's sublayers in the letters of --hybrid-layer-pattern: one in HybridModel, two in GPTModel.
-
-    Args:
-        args: Megatron's validated arguments.
-        number: of the layer, from 1.
-    """
-    if args.hybrid_layer_pattern is not None:
-        return args.hybrid_layer_pattern.replace("|", "")[number - 1]
-    if not args.num_experts:
-        return "*-"
-    return "*E" if moe_layer_pattern(args)[number - 1] else "*-"
 
 
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:

@@ -11,10 +11,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.hooks import install_local_layers, install_routing
 
 LAYOUT = "tensor_model pipeline_model virtual_pipeline_model context expert_model expert_tensor".split()
+# Some kinds of these need Transformer Engine, and none changes the parameters.
+BUILT_WITHOUT = """recompute_granularity fp8 fp8_param_gather fp8_output_proj moe_router_padding_for_fp8
+moe_router_padding_for_quantization""".split()
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,13 @@ class Stage:
     Attributes:
         shared: parameters outside of experts, after tensor parallelism.
         experts: parameters of experts, after expert and expert tensor parallelism.
-        layers: numbers (from 1) of its transformer layers.
+        layers: the sublayers of each of its transformer layers, those of multi-token prediction last, in the letters of
+            --hybrid-layer-pattern: two in GPTModel, one in HybridModel.
     """
 
     shared: int
     experts: int
-    layers: tuple[int, ...]
+    layers: tuple[str, ...]
 
 
 def stages(args: argparse.Namespace) -> list[Stage]:
@@ -43,7 +51,9 @@ def stages(args: argparse.Namespace) -> list[Stage]:
     """
     args = argparse.Namespace(**vars(args))
     args.perform_initialization = False
-    args.recompute_granularity = None  # some kinds need Transformer Engine, and none changes the parameters
+    vars(args).update(dict.fromkeys(BUILT_WITHOUT))
+    if not args.cpu:
+        args.context_parallel_size = 1  # as above
     gpus_per_stage = args.world_size // args.pipeline_model_parallel_size
     return [_stage(args, stage * gpus_per_stage) for stage in range(args.pipeline_model_parallel_size)]
 
@@ -78,15 +88,29 @@ def _stage(args: argparse.Namespace, rank: int) -> Stage:
                 )
                 for chunk in range(chunks)
             ]
-        return count(models, [layer for model in models for layer in model.decoder.layers])
+        return count(models)
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
-def count(models: list[torch.nn.Module], layers: list[Any]) -> Stage:
-    """Count the parameters of a stage with these chunks and transformer layers."""
+def count(models: list[torch.nn.Module]) -> Stage:
+    """Count the parameters and the layers of a stage with these chunks. A layer counts as often as it is used."""
     sizes = {True: 0, False: 0}
     for name, parameter in (item for model in models for item in model.named_parameters()):
         sizes[".mlp.experts." in name] += parameter.numel()
-    return Stage(sizes[False], sizes[True], tuple(int(layer.layer_number) for layer in layers))
+    layers = [layer for model in models for layer in _sublayers(model)]
+    for block in (module for model in models for module in model.modules()):
+        if isinstance(block, MultiTokenPredictionBlock):  # --mtp-use-repeated-layer
+            layers += (block.config.mtp_num_layers - len(block.layers)) * _sublayers(block)
+    return Stage(sizes[False], sizes[True], tuple(layers))
+
+
+def _sublayers(model: torch.nn.Module) -> list[str]:
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, TransformerLayer):
+            attention = "" if isinstance(layer.self_attention, IdentityOp) else "*"
+            mlp = "" if isinstance(layer.mlp, IdentityOp) else "E" if isinstance(layer.mlp, MoELayer) else "-"
+            found.append(attention + mlp)
+    return found

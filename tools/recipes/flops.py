@@ -38,12 +38,12 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
         ValueError: the model has layers that are not counted here, such as Mamba.
     """
     of = _Defaulting(args)
-    pattern = of.hybrid_layer_pattern and of.hybrid_layer_pattern.replace("|", "")
-    if of.experimental_attention_variant or (pattern and set(pattern) - set("*-E")):
+    pattern, mtp = of.hybrid_layer_pattern, of.mtp_num_layers or 0
+    if of.experimental_attention_variant or (pattern and set(pattern) - set("*-E|/")):
         found = of.experimental_attention_variant or f"--hybrid-layer-pattern {pattern}"
         raise ValueError(f"FLOPs are counted for attention, MLP and experts only, not for {found}")
-    mtp = of.mtp_num_layers or 0
     if pattern:
+        mtp = pattern.rstrip("/").count("/")
         kinds = {kind: pattern.count(kind) for kind in "*-E"}
     else:
         experts = [bool(of.num_experts and expert) for expert in _frequency(of.moe_layer_freq, of.num_layers)]

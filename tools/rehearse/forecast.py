@@ -17,20 +17,26 @@ def forecast(chunks: list[torch.nn.Module], args: argparse.Namespace, shares: di
         shares: stage of the training → share of the (token, expert) pairs that it computes.
 
     Returns:
-        also "forecast_gib" of each stage of the training, "flops_per_sequence", and the pipeline "stage".
+        also "forecast_gib" of each stage of the training, "flops_per_sequence" (None if the model has layers that are
+        not counted), the pipeline "stage", and "bubble": how many times as long its idle time makes the step.
     """
     from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
     from tools.cost import memory, parameters
     from tools.recipes import flops
 
-    modules = (module for chunk in chunks for module in chunk.modules())
-    layers = [one for one in modules if hasattr(one, "layer_number") and hasattr(one, "self_attention")]
-    counted, stage = parameters.count(chunks, layers), parallel_state.get_pipeline_model_parallel_rank()
+    counted, stage = parameters.count(chunks), parallel_state.get_pipeline_model_parallel_rank()
     stages, experts = [counted] * args.pipeline_model_parallel_size, args.num_experts or 0
+    try:
+        per_sequence = flops.flops_per_sequence(args)
+    except ValueError:
+        per_sequence = None
+    steps = get_num_microbatches() * (args.virtual_pipeline_model_parallel_size or 1)
     return vars(counted) | {
         "stage": stage,
         "forecast_gib": {
             name: sum(memory.stage_memory(args, stages, stage, share * experts)) / GIB for name, share in shares.items()
         },
-        "flops_per_sequence": flops.flops_per_sequence(args),
+        "flops_per_sequence": per_sequence,
+        "bubble": (steps + len(stages) - 1) / steps,
     }

@@ -82,11 +82,13 @@ def timed(found: list[dict[str, Any]], rates: dict[str, float]) -> list[dict[str
 def _roofline(record: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     parts, model = record["roofline"], record["model"]
     total = {name: sum(part[name] for part in parts.values()) for name in ("operations", "bytes", "flops", "seconds")}
-    flops = model["flops_per_sequence"] * model["sequences_per_gpu"]
-    peak, host = CARDS[options.gpu].tflops * 1e12, record["host"]
-    found = {"rates": options.rates, "mfu": flops / total["seconds"] / peak, "model_flops": flops, **total}
+    counted, host, bubble = model["flops_per_sequence"], record["host"], model["bubble"]
+    flops = counted and counted * model["sequences_per_gpu"]
+    found = {"rates": options.rates, "model_flops": flops, **total, "parts": parts, "bubble": bubble}
     found |= {"host_seconds": host["seconds"], "host_calls": host["calls"], "stands_seconds": host["step_seconds"]}
-    found |= {"stands_mfu": flops / host["step_seconds"] / peak, "parts": parts}
+    for name in ("", "stands_"):
+        seconds = found[f"{name}seconds"] * bubble
+        found[f"{name}mfu"] = flops and flops / seconds / (CARDS[options.gpu].tflops * 1e12)
     return found | {"guessed": record["guessed"]}
 
 
@@ -156,7 +158,12 @@ def _roofline_lines(roofline: dict[str, Any]) -> Iterator[str]:
     if roofline["guessed"]:
         yield f"  taken to pass over each argument once: {', '.join(roofline['guessed'])}"
     yield f"  the host: {roofline['host_calls']:,} calls of Python functions, {roofline['host_seconds'] * 1e3:.0f} ms"
+    if (bubble := roofline["bubble"]) > 1:
+        yield f"  the pipeline idles: below, times are {bubble:.2f} times a rank's work, (m v + p - 1) / (m v), of m"
+        yield "  micro-batches, v virtual stages of a GPU and p GPUs of a pipeline"
     for title, start in (("with host waits", "stands_"), ("with a GPU that never waits for the host", "")):
-        seconds, mfu = roofline[f"{start}seconds"], roofline[f"{start}mfu"]
-        rate = roofline["model_flops"] / seconds / 1e12
-        yield f"  {title}: {seconds * 1e3:.0f} ms, {rate:.0f} TFLOP/s of the model, {mfu:.1%} of the card's (MFU)"
+        seconds, rate = roofline[f"{start}seconds"] * bubble, "MFU not known: some layers' FLOPs are not counted"
+        if flops := roofline["model_flops"]:
+            mfu = f"{roofline[f'{start}mfu']:.1%} of the card's (MFU)"
+            rate = f"{flops / seconds / 1e12:.0f} TFLOP/s of the model, {mfu}"
+        yield f"  {title}: {seconds * 1e3:.0f} ms, {rate}"

@@ -1,7 +1,6 @@
 """Adapt Megatron to run without an accelerator; each adaptation with its reason."""
 
 import ctypes
-import importlib.metadata
 import os
 import sys
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch.distributed import DeviceMesh
 
+import megatron.remoe
 from megatron.remoe.cpu import facade
 from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.matmul import use_onednn
@@ -27,7 +27,7 @@ def install() -> None:
         SystemExit: the installed megatron-core is a version that this was not written for, and REMOE_TRY_MEGATRON is
             not set.
     """
-    version = importlib.metadata.version("megatron-core")
+    version = megatron.remoe.megatron_version()
     if version not in WRITTEN_FOR and not os.environ.get("REMOE_TRY_MEGATRON"):
         raise SystemExit(
             f"Training on the CPU was written for megatron-core {' or '.join(WRITTEN_FOR)}, {version} is installed. "

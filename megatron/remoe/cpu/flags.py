@@ -27,13 +27,17 @@ CPU_VALUES = SILENT | {
 }
 
 
-def adapt_arguments(args: argparse.Namespace) -> None:
+def adapt_arguments(args: argparse.Namespace, trains: bool = True) -> None:
     """Set the flags for the CPU, and print those that the user had turned on.
+
+    Args:
+        args: Megatron's arguments, not yet validated.
+        trains: whether the number format matters.
 
     Raises:
         ValueError: the user asked for a number format that only accelerators have.
     """
-    for name in ("fp16", "fp8", "fp4"):
+    for name in ("fp16", "fp8", "fp4") if trains else ():
         if getattr(args, name, None):
             raise ValueError(f"--{name} needs an accelerator. On the CPU train in fp32 (the default) or with --bf16.")
     if getattr(args, "use_megatron_fsdp", False):  # it refuses 1, which is the default here

@@ -4,10 +4,10 @@ Each patch states what it changes, what it provides, and what ends it. A test fo
 needs it.
 """
 
-import importlib.metadata
 import os
 import warnings
 
+import megatron.remoe
 from megatron.remoe.patches.checkpoints import (
     check_loaded_weights,
     keep_saving_possible,
@@ -68,7 +68,7 @@ def apply_patches(saves: bool = True) -> None:
         saves: whether the training writes checkpoints.
     """
     patches = [patch for patch in PATCHES if saves or not patch.for_saving]
-    version = importlib.metadata.version("megatron-core")
+    version = megatron.remoe.megatron_version()
     if version in VERSIONS or os.environ.get("REMOE_TRY_MEGATRON"):
         for patch in patches:
             patch()

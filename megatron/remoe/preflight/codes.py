@@ -11,7 +11,7 @@ REMOE-E106 | Python or a required package is missing or too old. | Set up an env
 REMOE-E107 | A node among several has no GPU. | Repair the node, or give --cpu.
 REMOE-E201 | A required flag is missing. | Give it a value above 0.
 REMOE-E202 | A setting does not work with --hybrid-layer-pattern. | Change the pattern or leave the other flag out.
-REMOE-E203 | Megatron would fail at its first evaluation, report or save. | Follow the message; see checkpoints.md.
+REMOE-E203 | A setting would be ignored, or fail after the start. | Follow the message; see checkpoints.md.
 REMOE-E204 | A setting does not work with ReLU routing. | Leave it out, or follow the message; see refusals.md.
 REMOE-E205 | A setting of ReLU routing or --moe-granularity is out of range. | Give a value in its range.
 REMOE-E206 | --moe-warmup-topk and --moe-warmup-steps do not fit the other settings. | Give both, in range.

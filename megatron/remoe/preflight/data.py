@@ -5,13 +5,10 @@ cache, is checked by the first rank only. Data in other formats is left to Megat
 """
 
 import argparse
-import json
 import math
 import re
-import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +19,11 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, idx_path
+from megatron.remoe.preflight.index_cache import damaged_indices
 
 TOKENS_SAMPLED, PLACES_SAMPLED = 2_000_000, 8
 TOKENS_TO_JUDGE_BY = 10_000  # this many tokens of text have ids far above ...
 SHARE_OF_VOCABULARY = 1 / 16  # ... this share of the vocabulary
-SECONDS_OF_WRITING = 2
 SPLITS = ("training", "validation", "test")
 PUT_WEIGHTS = "put one number before each prefix"
 Blend = tuple[list[str], list[float] | None]
@@ -43,8 +40,8 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path,
         read_blends: Megatron's `get_blend_and_blend_per_split`.
 
     Returns:
-        On the first rank, a file of Megatron's index cache that is cut off or older than the data → all files of its
-        index, for `remove_cached_indices`. On other ranks nothing.
+        On the first rank, a file of Megatron's index cache that is cut off or of other data → all files of its index,
+        for `remove_cached_indices`. On other ranks nothing.
 
     Raises:
         DataError: names flag, data set, reason and remedy.
@@ -75,20 +72,8 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path,
                 f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.", "REMOE-E304"
             )
         if args.rank == 0:
-            damaged |= _damaged_indices(args, used)
+            damaged |= damaged_indices(args, dict(zip(used, data_sets, strict=True)))
     return damaged
-
-
-def remove_cached_indices(damaged: Mapping[Path, list[Path]]) -> None:
-    """Remove the indices that `check_data` found damaged; Megatron builds them again.
-
-    Raises:
-        OSError: a file cannot be removed.
-    """
-    for file, index in damaged.items():
-        print(f"{file}: is cut off or older than the data; Megatron rebuilds its index.", file=sys.stderr)
-        for path in index:
-            path.unlink(missing_ok=True)
 
 
 def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None:
@@ -201,45 +186,6 @@ def _sequences_wanted(args: argparse.Namespace) -> tuple[int | None, int | None,
     iterations = args.train_iters or training // args.global_batch_size
     evaluations = iterations // args.eval_interval + 1 - (args.start_eval_at_iter or 0) // args.eval_interval
     return training, None if args.full_validation else max(evaluations, 0) * once, once
-
-
-def _damaged_indices(args: argparse.Namespace, prefixes: list[str]) -> dict[Path, list[Path]]:
-    """Return a file that a full disk cut off, or that is older than the data → all files of its index."""
-    found = {}
-    for folder in [args.data_cache_path] if args.data_cache_path else [f"{path}/cache" for path in prefixes]:
-        for description in Path(folder).rglob("*-description.txt"):
-            named = re.findall(r'"dataset_path": (".*")', description.read_text(errors="replace"))
-            sources = {json.loads(path) for path in named}
-            if sources and not sources & set(prefixes):
-                continue  # of another training
-            arrays = [*description.parent.glob(f"{description.name.removesuffix('description.txt')}*.npy")]
-            indices = [idx_path(Path(path)) for path in sources & set(prefixes)]
-            made = max((index.stat().st_mtime for index in indices), default=0.0)
-            unusable = [path for path in arrays if path.stat().st_mtime < made or _is_cut(path)]
-            if not unusable:
-                continue
-            if args.dataloader_fast_cache_load:
-                raise DataError(
-                    f"{unusable[0]}: is cut off or older than the data. Start once without "
-                    "--dataloader-fast-cache-load, which rebuilds Megatron's index cache.",
-                    "REMOE-E306",
-                )
-            found[unusable[0]] = arrays
-    return found
-
-
-def _is_cut(path: Path) -> bool:
-    """Return whether an array's file is shorter than its header says and no longer grows (another run may write it)."""
-    size = -1
-    while True:
-        try:
-            np.lib.format.open_memmap(path, mode="r")
-            return False
-        except ValueError:
-            before, size = size, path.stat().st_size
-            if size == before:
-                return True
-            time.sleep(SECONDS_OF_WRITING)
 
 
 def _blends(

@@ -107,8 +107,11 @@ def check_settings(args: argparse.Namespace) -> None:
             "--non-persistent-save-interval: no destination given. Add --non-persistent-ckpt-type global.": (
                 args.save and args.non_persistent_save_interval and not args.non_persistent_ckpt_type
             ),
-            "--log-straggler needs nvidia-ml-py, which is not installed. Install it, or leave it out.": (
-                args.log_straggler and not find_spec("pynvml")
+            "--log-straggler needs a GPU and the package nvidia-ml-py. Install it, or leave it out.": (
+                args.log_straggler and (on_cpu or not find_spec("pynvml"))
+            ),
+            "--fim-data, --sft: this program reads tokens from .bin/.idx files as they are. Leave them out.": (
+                args.fim_data or args.sft
             ),
             "--save-dgrads-interval, --save-activations-interval need Transformer Engine's layers, and it is not "
             "installed. Leave them out.": per_layer and not find_spec("transformer_engine"),

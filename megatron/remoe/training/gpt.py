@@ -13,9 +13,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
+from megatron.training.training import stimer  # of --log-straggler; its class would reset it
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+SPIKE = 10.0  # times the largest loss seen, as in Megatron's pretrain_gpt.py
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None) -> tuple[Any, ...]:
@@ -66,15 +68,15 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
     loss_mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * loss_mask)
     num_tokens = loss_mask.sum().detach().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
-        for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=rejected,
-                message=f"found {what} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+    args, machine = get_args(), get_rerun_state_machine()
+    is_spiky = partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss")
+    for is_checked, is_rejected, message in (
+        (args.check_for_nan_in_loss_and_grad, torch.isnan, "found NaN in local forward loss calculation"),
+        (args.check_for_nan_in_loss_and_grad, torch.isinf, "found Inf in local forward loss calculation"),
+        (args.check_for_spiky_loss, is_spiky, "Spiky loss"),
+    ):
+        if is_checked:
+            machine.validate_result(loss, is_rejected, message, tolerance=0.0, fatal=is_rejected is not is_spiky)
     report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
     return loss, num_tokens, {"lm loss": report}
 
@@ -85,13 +87,13 @@ def forward_step(
     """Run the forward pass of a micro-batch. Return the output (or the schedule plan) and its loss function."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    with stimer(bdata=True):
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     tokens, labels, loss_mask, attention_mask, position_ids = batch
-    if return_schedule_plan:
-        plan = model.build_schedule_plan(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
-        return plan, partial(loss_func, loss_mask)
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    run = model.build_schedule_plan if return_schedule_plan else model
+    with stimer:
+        output = run(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     return output, partial(loss_func, loss_mask)
 
 

@@ -1,7 +1,6 @@
 """Write and read `SAVE/metrics.jsonl`, a run's log with one JSON object per line (docs/run_log.md)."""
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -108,7 +107,7 @@ class RunLog(logging.Handler):
             if self.path.exists():
                 names = itertools.chain([".old.jsonl"], (f".old.{number}.jsonl" for number in itertools.count(1)))
                 self.path.rename(next(old for name in names if not (old := self.path.with_suffix(name)).exists()))
-        versions = {"version": megatron.remoe.__version__, "megatron_core": importlib.metadata.version("megatron-core")}
+        versions = {"version": megatron.remoe.__version__, "megatron_core": megatron.remoe.megatron_version()}
         arguments = {name: value for name, value in sorted(vars(self._args).items()) if _is_json(value)}
         self._append({"kind": "start", "time": self._started, "iteration": iteration, **versions, "args": arguments})
 
