@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 folder, text, new_folder = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
@@ -21,6 +22,7 @@ trainer = Trainer(
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         learning_rate=1e-4,
+        bf16=torch.cuda.is_available(),
         logging_steps=10,
     ),
     train_dataset=[{"input_ids": row, "labels": row} for row in rows],

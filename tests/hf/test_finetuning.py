@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -25,7 +26,11 @@ def program() -> str:
     """Return the documented program with few steps, rows in order, each step logged; on CPUs, one a rank."""
     code = (ROOT / "docs" / "finetune.py").read_text()
     steps = f"max_steps={STEPS}, train_sampling_strategy='sequential', use_cpu=True"
-    for old, new in (("max_steps=400", steps), ("logging_steps=10", "logging_steps=1")):
+    for old, new in (
+        ("max_steps=400", steps),
+        ("logging_steps=10", "logging_steps=1"),
+        ("torch.cuda.is_available()", "False"),
+    ):
         assert old in code
         code = code.replace(old, new)
     return code
@@ -33,21 +38,21 @@ def program() -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported folder with a tokenizer of bytes."""
+    """An exported folder in bfloat16 with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("exported")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_alone = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_alone.decoder = decoders.ByteLevel()
     model = make("relu", vocab_size=256)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=bytes_alone).save_pretrained(folder)
     return folder
 
 
 def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
     """Two micro-batches, or two ranks with one each: the same S and λ, by the controller's rule."""
-    found = []
+    found, norm = [], "model.norm.weight"
     for processes, code in ((1, program()), (2, program().replace("accumulation_steps=2", "accumulation_steps=1"))):
         file, new = tmp_path / "finetune.py", tmp_path / f"by_{processes}"
         file.write_text(code)
@@ -64,11 +69,15 @@ def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
             assert after["l1_coefficient"] == pytest.approx(before["l1_coefficient"] * 1.2**sign)
         last = json.loads((new / "config.json").read_text())["router_aux_loss_coef"]
         assert last == state["stateful_callbacks"]["SparsityCallback"]["attributes"]["coefficient"] != 0.05
+        trained, source = (load_file(one / "model.safetensors")[norm] for one in (new, folder))
+        assert trained.dtype == torch.float32 and (trained != source).all(), "bfloat16 would lose each step of 1e-4"
         found.append([(record["sparsity"], record["l1_coefficient"]) for record in log])
     assert found[0] == [pytest.approx(pair, abs=1e-4) for pair in found[1]]
 
 
-def train(folder: Path, model: RemoeForCausalLM, micro_batches: int = 1, **options: Any) -> Trainer:
+def train(
+    folder: Path, model: RemoeForCausalLM, micro_batches: int = 1, wrapped: Any = None, **options: Any
+) -> Trainer:
     """Train on one sequence, again and again."""
     row = torch.arange(32) % 61
     arguments = TrainingArguments(
@@ -82,7 +91,7 @@ def train(folder: Path, model: RemoeForCausalLM, micro_batches: int = 1, **optio
         **({"max_steps": 3, "save_strategy": "no"} | options),
     )
     data = [{"input_ids": row, "labels": row}] * 64
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[model.sparsity_callback()])
+    trainer = Trainer(wrapped or model, arguments, train_dataset=data, callbacks=[model.sparsity_callback()])
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if options.get("max_steps") == 4 else None)
     register_safe_globals()  # a resumed trainer removes NumPy's, which other tests' checkpoints need
     return trainer
@@ -106,6 +115,17 @@ def test_a_resumed_training_goes_on_with_its_coefficient(tmp_path: Path) -> None
     resumed = make("relu", router_aux_loss_coef=0.0)
     log = train(tmp_path, resumed, max_steps=4).state.log_history
     assert [record["l1_coefficient"] for record in log if record["step"] == 3 and "loss" in record] == [coefficient]
+
+
+def test_adapters_train_at_the_target_sparsity(tmp_path: Path) -> None:
+    """PEFT's wrapper shows the model's attributes as its own, but the model counts in its own."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make("relu")
+    before = model.config.router_aux_loss_coef
+    log = train(tmp_path, model, wrapped=get_peft_model(model, LoraConfig(target_modules=["q_proj"]))).state.log_history
+    assert all(0 < record["sparsity"] < 1 for record in log if "loss" in record)
+    assert model.config.router_aux_loss_coef != before and model.routing_counts is None
 
 
 def test_a_callback_for_another_model_is_refused(tmp_path: Path) -> None:

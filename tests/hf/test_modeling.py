@@ -237,3 +237,10 @@ torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=2).sh
     theirs, shape = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(theirs, logits)
     assert shape == (len(ids), ids.shape[1] + 2)
+
+
+def test_tensor_parallelism_splits_no_attention_that_needs_all_heads() -> None:
+    """A norm of all heads, and latents, would meet the split tensors of Llama's plan."""
+    for name in MODELS:
+        splits = "layers.*.self_attn.q_proj" in make(name).model._tp_plan
+        assert splits == (name != "relu, norms of all heads" and "latent" not in name), name

@@ -95,6 +95,17 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["whole"]
 
 
+@pytest.mark.parametrize("name", [".", "../link"])
+def test_a_folder_replaces_an_empty_one_under_any_name(name: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    with new_folder(Path(name)) as aside:
+        (aside / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    assert (tmp_path / "empty" / "file").exists() and (tmp_path / "link").is_symlink()
+
+
 def test_a_written_file_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, calls = tmp_path / "results.json", []
     fsync, rename = os.fsync, os.replace

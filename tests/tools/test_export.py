@@ -1,8 +1,10 @@
 """A checkpoint becomes a folder for transformers and the folder a checkpoint that trains on; what is refused."""
 
+import argparse
 import json
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
-from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+from megatron.remoe.preflight.compared_settings import differences, shape
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
 from tests.hf.models import make, tokens
 from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
 from tools.common import checkpoints
+from tools.common.errors import ConversionError
 from tools.common.hf.folder import read_config, read_tensors
+from tools.common.hf.opening import OpenedModel, open_model
 from tools.common.hf.settings import args_of
 from tools.common.hf.tensors import model_of
+from tools.common.hf.tokenizer import tokenizer_of
 from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 from tools.convert_checkpoint.command import main as convert
@@ -166,6 +172,50 @@ def test_refusals(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_experts_in_every_layer_come_back_without_a_list_of_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Their weights are one tensor, as of a training without --moe-layer-freq; so is a bound on experts kept."""
+    make("relu", max_experts_per_token=2).save_pretrained(tmp_path / "folder")
+
+    def with_a_gpu(*words: object, **options: object) -> OpenedModel:
+        with monkeypatch.context() as changed:
+            changed.setattr("torch.cuda.is_available", lambda: True)
+            return open_model(*words, **options)
+
+    monkeypatch.setattr(command, "open_model", with_a_gpu)  # which the model must not be put on
+    assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 0
+    flags = shlex.split(capfd.readouterr().out.splitlines()[-1])
+    assert "--moe-layer-freq" not in flags and flags[flags.index("--moe-relu-max-experts") + 1] == "2"
+    checkpoint = checkpoints.find(tmp_path / "out", None)
+    assert checkpoint.shapes["decoder.layers.mlp.router.weight"] == (2, 8, 32)
+    listed = argparse.Namespace(**vars(checkpoint.args) | {"moe_layer_freq": [1, 1]})
+    assert "--moe-layer-freq" in differences(checkpoint.args, listed, shape), (
+        "Megatron could not load one for the other"
+    )
+    assert not differences(checkpoint.args, checkpoint.args, shape)
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_gpt2_files_on_another_machine(names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint names its files beside the folder in the cache; older ones only that, and take --tokenizer-model."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = zip(byte_level_vocabulary(tmp_path / "files"), names, strict=True)
+    paths = [file.rename(file.with_name(name)) for file, name in files]
+    config = make("relu", vocab_size=264).config
+    args = args_of(config, ["--tokenizer-type", "GPT2BPETokenizer"])
+    args.vocab_file, args.merge_file = map(str, paths)
+    use_local_gpt2_files(args)
+    shutil.rmtree(tmp_path / "cache")
+    old = argparse.Namespace(**vars(args))
+    del old.gpt2_files
+    with pytest.raises(ConversionError, match="GPT-2"):
+        tokenizer_of(old, None, config)
+    for saved, given in ((args, None), (old, tmp_path / "files")):
+        found = tokenizer_of(saved, given, config)
+        assert found is not None and len(found) == 257 and found.decode(found("é b").input_ids) == "é b"
+
+
 def test_models_that_differ_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,11 +231,13 @@ def test_places_that_do_not_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     for words, code in (
         (["--load", tmp_path, "--save", tmp_path / "out"], "E404"),
         (["--load", tmp_path, "--save", tmp_path / "folder"], "E105"),
+        (["--load", tmp_path, "--save", "/proc"], "E105"),
         (["--reverse", "--load", tmp_path, "--save", tmp_path / "out"], "E511"),
         (["--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out", "--data-path", "/no"], "E301"),
     ):
         assert main(*words) == 1
-        assert f"[REMOE-{code}]" in capfd.readouterr().err
+        errors = capfd.readouterr().err
+        assert f"[REMOE-{code}]" in errors and ("mount point" in errors) == ("/proc" in words)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

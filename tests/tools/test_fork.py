@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -161,6 +162,36 @@ def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> 
         2,
         1,
     ]
+
+
+def test_one_file_holds_what_several_hold(saved: Path, tmp_path: Path) -> None:
+    """Experts cut by granularity, and grouped ones, which have one state of Transformer Engine together."""
+    from megatron.remoe.preflight.checkpoint_index import read_index
+
+    name = f"iter_{oracle.SAVED:07d}"
+
+    def converted(kind: str) -> dict[str, object]:
+        assert convert("--load", tmp_path / kind, "--save", tmp_path / "here" / kind) == 0
+        found = read_index(tmp_path / "here" / kind / name).state_dict_metadata
+        sizes = {key: getattr(kind, "size", None) for key, kind in found.items()}
+        return {key: size for key, size in sizes.items() if not key.startswith("optimizer.")}
+
+    for kind in ("plain", "cut", "grouped"):
+        shutil.copytree(saved / "remoe_one_file", tmp_path / kind)
+    file = tmp_path / "plain" / name / "mp_rank_00" / "model_optim_rng.pt"
+    state = torch.load(file, weights_only=False)
+    args = state["args"]
+    pattern = re.compile(r"local_experts\.(\d+)\.(linear_fc[12])\.(?:(weight)|_extra_state)")
+    model = {pattern.sub(lambda part: f"{part[2]}.{part[3] + part[1] if part[3] else '_extra_state'}", key): value
+             for key, value in state["model"].items()}  # fmt: skip
+    grouped = {key: value for key, value in state.items() if key != "optimizer"} | {"model": model}
+    torch.save(grouped, tmp_path / "grouped" / file.relative_to(tmp_path / "plain"))
+    args.num_experts, args.moe_granularity = args.num_experts // 2, 2
+    args.moe_ffn_hidden_size = 2 * (args.moe_ffn_hidden_size or args.ffn_hidden_size)
+    torch.save(state, tmp_path / "cut" / file.relative_to(tmp_path / "plain"))
+    plain = converted("plain")
+    assert any("_extra_state/shard_1.3_2.4" in key for key in plain)
+    assert converted("cut") == plain and converted("grouped") == plain
 
 
 def test_tools_work_on_a_training_of_the_fork(

@@ -64,10 +64,12 @@ def test_run_and_folder_say_the_same(
             texts.add(text)
         assert len(texts) == 1
     # The context ends what has no other end; a dense model has no experts to tell of.
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nthree\n"))
+    lines = b"one\n\xff\n" + b"a" * 32 + b"\ntwo\n\nthree\n"  # the second is not UTF-8, the third too long
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
     text, costs = generate(capfd, "--load", places["dense"], "--temperature", "0")
     assert text.startswith("one") and "\ntwo" in text and "three" not in text
     assert [int(number) for number in re.findall(r"^(\d+) tokens", costs, re.MULTILINE)] == [29, 29]
+    assert "0xff" in costs and "has 32 tokens" in costs, "they are reported, and the next line is read"
     assert "experts" not in costs and costs.count("context of 32 tokens") == 2
 
 

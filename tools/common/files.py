@@ -1,7 +1,7 @@
 """Write folders under a temporary name and rename them when complete; lock a folder. Files: `data/files.py`."""
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, or `path` is not an empty folder at the end.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = path.resolve()  # a link to an empty folder stays one
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         aside.mkdir(parents=True)
         yield aside

@@ -14,7 +14,7 @@ from .rewriting import Piece, encoded
 EXPERT = re.compile(
     r"(?P<mlp>.*\.mlp\.experts\.)"
     r"(?:local_experts\.(?P<number>\d+)\.(?P<name>linear_fc[12]\.\w+)"
-    r"|(?P<grouped>linear_fc[12]\.(?:weight|bias|_extra_state))(?P<last>\d+))"
+    r"|(?P<grouped>linear_fc[12]\.(?:weight|bias|_extra_state))(?P<last>\d*))"
 )
 # Norms before plain PyTorch layers, and their names in distributed checkpoints.
 NORMS = {
@@ -45,7 +45,7 @@ def read(folder: Path, state: dict[str, Any]) -> tuple[Iterator[Piece], Iterator
 
 
 def _pieces(weights: dict[str, torch.Tensor], state: dict[str, Any]) -> Iterator[Piece]:
-    experts = state["args"].num_experts and state["args"].num_experts * state["args"].moe_granularity
+    experts = _experts(state)
     tensors = {("", name): value for name, value in weights.items()}
     if "optimizer" in state:
         tensors |= _optimizer_state(weights, state["optimizer"])
@@ -82,20 +82,27 @@ def _optimizer_state(weights: dict[str, torch.Tensor], saved: dict[str, Any]) ->
 
 
 def _objects(state: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-    experts = state["args"].num_experts
+    experts = _experts(state)
     for name in state["model"]:
         if name.endswith("._extra_state"):
             key, expert = _distributed_name(name)
-            yield f"{key}/shard_{'0_1' if expert is None else f'{expert}_{experts}'}", encoded([None])
+            each = range(experts) if expert is None else [expert]  # grouped experts have one together
+            for place in [f"{one}_{experts}" for one in each] if ".mlp.experts." in key else ["0_1"]:
+                yield f"{key}/shard_{place}", encoded([None])
     if "rng_state" in state:
         yield "rng_state/shard_0.0_1.1", encoded([state["rng_state"]])
 
 
+def _experts(state: dict[str, Any]) -> int:
+    return (state["args"].num_experts or 0) * state["args"].moe_granularity
+
+
 def _distributed_name(name: str) -> tuple[str, int | None]:
-    """Return a weight's name in distributed checkpoints, and the number of its expert."""
+    """Return a name in distributed checkpoints, and the number of its expert; None without one."""
     for local, key in NORMS.items():
         name = name.replace(local, key)
     match = EXPERT.fullmatch(name)
     if match is None:
         return name, None
-    return f"{match['mlp']}experts.{match['name'] or match['grouped']}", int(match["number"] or match["last"])
+    number = match["number"] or match["last"]
+    return f"{match['mlp']}experts.{match['name'] or match['grouped']}", int(number) if number else None

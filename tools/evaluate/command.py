@@ -30,7 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
     number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
     add = parser.add_argument
-    add("--load", **folder, nargs="+", required=True, help="runs' checkpoints, or exported folders")
+    add("--load", **folder, nargs="+", required=True, help="runs (on the CPU; export for a GPU) or exported folders")
     add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
     add("--tokenizer-model", **folder, help="use another tokenizer than the model's")
     add("--output", type=Path, metavar="FILE", help="also write the results to this file, as JSON")

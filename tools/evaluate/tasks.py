@@ -13,6 +13,7 @@ from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
 
+BATCH_ON_CPU = 4
 # lm-eval's name → the paper's.
 TASKS = {
     "arc_challenge": "ARC-c",
@@ -75,7 +76,8 @@ def score(
         pretrained=model,
         backend="causal",
         tokenizer=tokenizer,
-        batch_size="auto",
+        # Its choice starts with 64 of the longest request, which takes a CPU minutes and memory.
+        batch_size="auto" if model.device.type == "cuda" else BATCH_ON_CPU,
         max_length=model.config.max_position_embeddings,
     )
     answers = None if cache is None else f"{cache}-{fingerprint(model, tokenizer)}"

@@ -112,10 +112,10 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     """
     if not (options.load / "config.json").is_file():
         raise ConversionError(f"--load {options.load}: has no config.json. Give a folder that this tool has exported.")
-    source, tokenizer, _ = open_model(options.load, tokenizer_model=options.tokenizer_model)
+    source, tokenizer, _ = open_model(options.load, tokenizer_model=options.tokenizer_model, device="cpu")
     config = source.config
-    source = source.to(torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
-    place = None if tokenizer is None else options.tokenizer_model or options.load
+    source = source.float()
+    place = None if tokenizer is None else Path(tokenizer.name_or_path)
     vocabulary = vocabulary_flags(config, place, len(tokenizer or ()))
     args = args_of(config, vocabulary)
     text = text_for(args, options.data_path, config)

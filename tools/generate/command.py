@@ -29,7 +29,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         prog="tools/generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints or exported folder")
+    where = "checkpoints (on the CPU; export for a GPU) or exported folder"
+    add("--load", type=Path, required=True, metavar="FOLDER", help=where)
     add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
     add("--tokenizer-model", type=Path, metavar="FOLDER", help="use another tokenizer than the model's")
     text = parser.add_mutually_exclusive_group()
@@ -47,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the texts to continue: the given one, or lines from standard input."""
+    """Yield the texts to continue: the given one, or lines of UTF-8 from standard input."""
     if args.prompt is not None:
         yield args.prompt
     elif args.prompt_file is not None:
@@ -58,10 +59,15 @@ def prompts(args: argparse.Namespace) -> Iterator[str]:
     else:
         if sys.stdin.isatty():
             print("Type a text to continue; an empty line ends.", file=sys.stderr)
-        for line in iter(sys.stdin.readline, ""):
+        for line in iter(sys.stdin.buffer.readline, b""):
             if not line.strip():
                 return
-            yield line.rstrip("\n")
+            try:
+                text = line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                print(f"This line is left out: {error}.", file=sys.stderr, flush=True)
+            else:
+                yield text
 
 
 def continue_text(
@@ -79,7 +85,7 @@ def continue_text(
     length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if not 0 < length < context:
         raise ToolError(
-            f"--prompt: has {length} tokens, and must have 1 to {context - 1}: the model's context is {context}.",
+            f"the prompt has {length} tokens, and must have 1 to {context - 1}: the model's context is {context}.",
             "REMOE-E501",
         )
     sampling = {"do_sample": False}
@@ -112,7 +118,13 @@ def generate(args: argparse.Namespace) -> None:
         raise ToolError(f"--load {args.load}: has no tokenizer. Give one with --tokenizer-model.", "REMOE-E513")
     torch.manual_seed(args.seed)
     for prompt in prompts(args):
-        print(continue_text(model, tokenizer, prompt, args), file=sys.stderr, flush=True)
+        try:
+            line = continue_text(model, tokenizer, prompt, args)
+        except ToolError as error:
+            if args.prompt is not None or args.prompt_file is not None:
+                raise
+            line = str(error)  # the next line may do
+        print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

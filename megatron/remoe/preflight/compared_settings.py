@@ -108,8 +108,9 @@ def shape(args: argparse.Namespace) -> Settings:
         return found | {"ffn_hidden_size": args.ffn_hidden_size}
     found["moe_ffn_hidden_size"] = args.moe_ffn_hidden_size or args.ffn_hidden_size
     if not pattern:
-        found["moe_layer_freq"] = moe_layer_pattern(args)
-    has_dense = "-" in pattern if pattern else not all(found["moe_layer_freq"])
+        # With 1, checkpoints hold one tensor for all layers; with a list, even of ones, one for each.
+        found["moe_layer_freq"] = 1 if getattr(args, "moe_layer_freq", 1) == 1 else moe_layer_pattern(args)
+    has_dense = "-" in pattern if pattern else not all(moe_layer_pattern(args))
     return found | {"ffn_hidden_size": args.ffn_hidden_size} if has_dense else found
 
 

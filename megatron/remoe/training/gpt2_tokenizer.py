@@ -35,7 +35,8 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
     if args.tokenizer_type == GPT2_TOKENIZER:
         args.tokenizer_model = str(gpt2_tokenizer_folder(args.vocab_file, args.merge_file))
         args.tokenizer_type = FOLDER_TOKENIZER
-        # Megatron would prefer these flags to the folder.
+        # Megatron would prefer these flags to the folder. Tools on a machine without the folder need the files.
+        args.gpt2_files = [os.path.abspath(args.vocab_file), os.path.abspath(args.merge_file)]
         args.vocab_file = args.merge_file = None
 
 

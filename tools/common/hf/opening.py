@@ -26,17 +26,20 @@ class OpenedModel(NamedTuple):
 
 
 def open_model(
-    place: Path, step: int | None = None, tokenizer_model: Path | None = None, needs_tokenizer: bool = True
+    place: Path,
+    step: int | None = None,
+    tokenizer_model: Path | None = None,
+    needs_tokenizer: bool = True,
+    device: str | None = None,
 ) -> OpenedModel:
     """Open a run's checkpoint or an exported folder.
-
-    An exported model is put on the accelerator if there is one, a run's model on the CPU.
 
     Args:
         place: a run's checkpoints or an exported folder.
         step: the run's iteration (default: the newest).
         tokenizer_model: folder of a tokenizer to use instead of the model's own.
         needs_tokenizer: whether it is an error, not a warning, if a run's tokenizer cannot be read.
+        device: of an exported model (default: the accelerator if there is one). A run's model is on the CPU.
 
     Raises:
         ConversionError: it is neither, or cannot be read.
@@ -44,8 +47,8 @@ def open_model(
     tokenizer, saved = None, None
     if (place / "config.json").is_file():
         config = read_config(place)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = model_of(config, read_tensors(place, config)).to(device)  # type: ignore[arg-type]
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model_of(config, read_tensors(place, config)).to(where)  # type: ignore[arg-type]
         if tokenizer_model is not None:
             tokenizer = read_tokenizer(tokenizer_model, f"--tokenizer-model {tokenizer_model}", config)
         elif (place / "tokenizer_config.json").is_file():

@@ -168,12 +168,13 @@ def _attention_flags(config: RemoeConfig) -> list[str]:
 
 
 def _expert_flags(config: RemoeConfig) -> list[str]:
-    pattern = [int(layer not in config.mlp_only_layers) for layer in range(config.num_hidden_layers)]
     flags = f"""
         --num-experts {config.num_experts} --moe-router-topk {config.num_experts_per_tok}
-        --moe-ffn-hidden-size {config.moe_intermediate_size} --moe-layer-freq {str(pattern).replace(" ", "")}
-        --moe-token-dispatcher-type alltoall
+        --moe-ffn-hidden-size {config.moe_intermediate_size} --moe-token-dispatcher-type alltoall
     """.split()
+    if config.mlp_only_layers:  # a list names the layers in checkpoints one by one, also where all have experts
+        pattern = [int(layer not in config.mlp_only_layers) for layer in range(config.num_hidden_layers)]
+        flags += ["--moe-layer-freq", str(pattern).replace(" ", "")]
     if config.shared_expert_intermediate_size:
         flags += ["--moe-shared-expert-intermediate-size", str(config.shared_expert_intermediate_size)]
         flags += ["--moe-shared-expert-gate"] * config.shared_expert_gate
@@ -182,6 +183,8 @@ def _expert_flags(config: RemoeConfig) -> list[str]:
     if not config.moe_relu_routing:
         return flags + _topk_flags(config)
     flags.append("--moe-relu-routing")
+    if config.max_experts_per_token is not None:
+        flags += ["--moe-relu-max-experts", str(config.max_experts_per_token)]
     if config.router_aux_loss_coef:
         flags += ["--moe-relu-l1-reg-coeff-init", repr(config.router_aux_loss_coef)]
     return flags

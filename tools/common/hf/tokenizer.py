@@ -9,15 +9,16 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.gpt2_files import FOLDER_TOKENIZER, GPT2_TOKENIZER
 from megatron.remoe.hf import RemoeConfig
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 
 from ..errors import ConversionError
 
 CODE = "REMOE-E513"
-REMEDY = "Give the folder of a Hugging Face tokenizer with --tokenizer-model."
+REMEDY = "Give the folder of a Hugging Face tokenizer, or of GPT-2's two files, with --tokenizer-model."
 
 
 def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a folder, without running code from it or asking the user.
+    """Return the tokenizer in a folder, also one of GPT-2's two files, without running its code or asking the user.
 
     Args:
         folder: with the files.
@@ -31,6 +32,8 @@ def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any)
     if not folder.is_dir():
         raise ConversionError(f"{name}: is not a folder. {REMEDY}", CODE)
     try:
+        if gpt2_files := _gpt2_files(folder):
+            folder = gpt2_tokenizer_folder(*gpt2_files)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
         size = len(tokenizer)
     except Exception as error:  # a damaged tokenizer.json raises almost anything
@@ -46,6 +49,15 @@ def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any)
     return tokenizer
 
 
+def _gpt2_files(folder: Path) -> list[Path]:
+    """Return vocabulary and merges of a folder that has them and nothing for transformers, else an empty list."""
+    if any((folder / name).exists() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
+        return []
+    pairs = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt")]
+    found = ([folder / name for name in pair] for pair in pairs)
+    return next((pair for pair in found if all(path.is_file() for path in pair)), [])
+
+
 def tokenizer_of(args: argparse.Namespace, given: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
     """Return the training's tokenizer, or the one in a folder, set up for generation; None if there is none.
 
@@ -54,14 +66,14 @@ def tokenizer_of(args: argparse.Namespace, given: Path | None, config: RemoeConf
     Raises:
         ConversionError: it is missing, transformers cannot read it, or it has more tokens than the model.
     """
-    from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
-
-    kind, place = args.tokenizer_type, given or args.tokenizer_model
+    kind, place, files = args.tokenizer_type, given or args.tokenizer_model, (args.vocab_file, args.merge_file)
+    if kind == FOLDER_TOKENIZER and hasattr(args, "gpt2_files") and not Path(place).is_dir():
+        kind, files = GPT2_TOKENIZER, args.gpt2_files  # the folder was in the cache of another machine
     if given is None and kind == "NullTokenizer":
         return None
-    if given is None and kind == GPT2_TOKENIZER and args.vocab_file and args.merge_file:
+    if given is None and kind == GPT2_TOKENIZER and all(files):
         try:
-            place = gpt2_tokenizer_folder(args.vocab_file, args.merge_file)
+            place = gpt2_tokenizer_folder(*files)
         except DataError as error:
             raise ConversionError(f"--load: its tokenizer cannot be read ({error}) {REMEDY}", CODE) from error
     elif given is None and kind != FOLDER_TOKENIZER:
