@@ -154,3 +154,25 @@ def test_all_commands_are_listed(words: list[str], code: int) -> None:
     result = subprocess.run([sys.executable, REPOSITORY / "tools", *words], capture_output=True, text=True)
     assert result.returncode == code
     assert all(f"\n  {name} " in result.stdout + result.stderr for name in COMMANDS)
+
+
+def test_a_worker_that_its_pool_terminates_ends_at_once() -> None:
+    program = """
+import os, signal, time
+from tools.common.running import run_once
+
+def work() -> None:
+    worker = os.fork()
+    if not worker:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            time.sleep(60)  # as one that waits for a lock which nobody gives back
+    time.sleep(1)
+    os.kill(worker, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+
+run_once("test", work)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=50)
+    assert result.stdout == "143\n", result.stderr

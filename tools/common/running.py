@@ -1,5 +1,6 @@
 """Run a tool and turn errors and signals into messages and exit codes."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -48,9 +49,13 @@ def run_resumable(work: Callable[[], int]) -> int:
 
 
 def _interrupt_at(*numbers: signal.Signals) -> None:
+    """Raise KeyboardInterrupt at these signals; a forked worker ends, as a pool that terminates it expects."""
+    owner = os.getpid()
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
     for number in numbers:
-        signal.signal(number, _interrupt)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+        signal.signal(number, interrupt)
