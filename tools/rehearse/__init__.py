@@ -1,1 +1,1 @@
-"""Plays a training on GPUs that are not there, before a node is paid for."""
+"""Simulates a training on GPUs that are not there, before a node is paid for."""

@@ -1,4 +1,4 @@
-"""The GPUs that a rehearsal can play, and the rates of its model of time."""
+"""The GPUs that a rehearsal can simulate, and the rates of its timing model."""
 
 from ..cost.gpus import ACCELERATORS
 

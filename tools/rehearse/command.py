@@ -40,8 +40,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     add = parser.add_argument
     add("--gpus", type=int, default=8, metavar="N", help="of the whole training (default: 8)")
     add("--gpus-per-node", type=int, metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
-    add("--gpu", choices=CARDS, default="h100", help="the card to play (default: h100)")
-    told = "play only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
+    add("--gpu", choices=CARDS, default="h100", help="the GPU to simulate (default: h100)")
+    told = "simulate only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
     add("--rank", type=int, metavar="R", help=told)
     told = "rehearse only this stage of ReMoE's training (default: all, in order; launches and times are the last's)"
     add("--stage", choices=("dense", "way", "steady"), help=told)
@@ -107,7 +107,7 @@ def shares_of(flags: Sequence[str], stage: str | None) -> dict[str, float]:
 
 
 def steps_of(shares: dict[str, float], flags: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return the steps to play: one to start, one for each stage's memory, one for events, one for the roofline.
+    """Return the steps to simulate: one to start, one for each stage's memory, one for events, one for the roofline.
 
     A step that Megatron captures as a CUDA graph comes last.
     """
@@ -118,7 +118,7 @@ def steps_of(shares: dict[str, float], flags: Sequence[str] = ()) -> list[dict[s
 
 
 def ranks_of(flags: Sequence[str], world: int, wanted: int | None) -> dict[int, str]:
-    """Return the ranks to play, and their kinds in words."""
+    """Return the ranks to simulate, and their kinds in words."""
     if wanted is not None:
         return {wanted: f"rank {wanted}"}
     stages = int(number(flags, "--pipeline-model-parallel-size", 1))
@@ -128,8 +128,8 @@ def ranks_of(flags: Sequence[str], world: int, wanted: int | None) -> dict[int, 
     return {stage * (world // stages): title for stage, title in sorted(named.items())}
 
 
-def play(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Play one rank; return its record, with "rank", "starts" and "error"."""
+def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Simulate one rank; return its record, with "rank", "starts" and "error"."""
     shares = shares_of(flags, options.stage)
     steps = steps_of(shares, flags)
     record, log = folder / f"rank{rank}.json", folder / f"rank{rank}.log"
@@ -157,14 +157,14 @@ def play(rank: int, options: argparse.Namespace, flags: Sequence[str], folder: P
 
 
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
-    """Play the ranks one after another and print the figures; return 1 if the training does not start."""
+    """Simulate the ranks one after another and print the figures; return 1 if the training does not start."""
     check_can_rehearse(flags)
     build.libraries()
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for rank, kind in ranks_of(flags, options.gpus, options.rank).items():
             print(f"{PROGRESS} {options.gpus} x {options.gpu}, {kind}: starting", file=sys.stderr, flush=True)
-            records.append({"kind": kind} | play(rank, options, flags, Path(folder)))
+            records.append({"kind": kind} | simulate(rank, options, flags, Path(folder)))
             if not records[-1]["starts"]:
                 break
     found = report.summary(records, options)

@@ -1,4 +1,4 @@
-"""Let one process play one rank of many: no other rank is there, and none is waited for."""
+"""Let one process simulate one rank of many: no other rank is there, and none is waited for."""
 
 import ctypes
 import os

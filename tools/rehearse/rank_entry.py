@@ -1,6 +1,6 @@
 """The training entry as one rank of many, on GPUs that are not there; `command` starts it.
 
-python rank_entry.py OPTIONS <Megatron flags>, where OPTIONS is JSON: see `command.play`. After each step it writes its
+python rank_entry.py OPTIONS <Megatron flags>, where OPTIONS is JSON: see `command.simulate`. It writes each step's
 figures to the file OPTIONS["record"].
 """
 
@@ -25,7 +25,7 @@ from tools.rehearse.roofline import Roofline, host_seconds, step_seconds  # noqa
 
 
 class Rehearsal:
-    """Plays steps; each measures one thing."""
+    """Simulates steps; each measures one thing."""
 
     def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
         self.options, self.collectives = options, collectives
@@ -198,7 +198,7 @@ class Rehearsal:
 
 
 def main() -> None:
-    """Play the rank."""
+    """Simulate the rank."""
     options = json.loads(sys.argv[1])
     sys.argv = ["pretrain_gpt.py", *sys.argv[2:]]
     torch.backends.cudnn.enabled = False  # the one library that is not stood in for

@@ -30,7 +30,7 @@ def error_in(log: str, code: int) -> str:
 
 
 def summary(records: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Return all figures: of the rank that needs most memory, and under "ranks" of each rank that was played.
+    """Return all figures: of the rank that needs most memory, and under "ranks" of each rank that was simulated.
 
     Args:
         records: what `rank_entry.Rehearsal` wrote for each rank.
