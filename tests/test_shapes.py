@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_model import BYTES
-from tests.tools.test_cost import cost, figures
+from tests.tools.test_cost_command import cost, figures
 from tests.trainings import REPOSITORY, run, series, weights
 from tools.export_hf import command as export_hf
 from tools.rehearse import command as rehearse

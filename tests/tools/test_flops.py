@@ -6,7 +6,8 @@ import pytest
 import tokenizers
 
 from megatron.training.training import num_floating_point_operations
-from tests.tools.test_cost import EXPERTS, MODEL, arguments, cost, figures
+from tests.tools.test_cost import arguments
+from tests.tools.test_cost_command import EXPERTS, MODEL, cost, figures
 from tools.common.flags import parse
 from tools.recipes.flops import arguments_of, flops_per_sequence, vocabulary_words
 

@@ -245,11 +245,7 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder that is not empty, and one that cannot be replaced.
-
-    Raises:
-        ConversionError: it is not empty, not a folder, or a mount point.
-    """
+    """Raise ConversionError for a folder that is not empty or a mount point, or something else than a folder."""
     if output.resolve().is_mount():
         raise ConversionError(f"--save {output}: is a mount point. Give a new folder in it.", "REMOE-E105")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

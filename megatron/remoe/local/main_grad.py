@@ -22,7 +22,8 @@ def mark_as_added(weight: torch.nn.Parameter) -> torch.Tensor:
         model was wrapped on. Autograd makes that stream wait for this one, but only for a gradient that is not None.
     """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo)
+    size, dtype, device = weight.shape, weight.dtype, weight.device
+    return torch.sparse_coo_tensor(size=size, dtype=dtype, device=device, check_invariants=False)  # type: ignore[call-arg]
 
 
 def add_outer(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

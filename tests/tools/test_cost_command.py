@@ -1,0 +1,128 @@
+"""The command tools/cost: layouts, errors, and plans for GPUs."""
+
+import pytest
+
+from tests.entry import shared_entry
+from tests.trainings import REPOSITORY
+
+MODEL = """
+--num-layers 12 --hidden-size 768 --num-attention-heads 12 --ffn-hidden-size 3072 --group-query-attention
+--num-query-groups 4 --seq-length 1024 --max-position-embeddings 1024 --normalization RMSNorm --swiglu
+--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope --attention-dropout 0
+--hidden-dropout 0 --make-vocab-size-divisible-by 1024 --micro-batch-size 1 --global-batch-size 512
+--train-iters 100 --lr 5e-4 --bf16 --tokenizer-type NullTokenizer --vocab-size 50257
+""".split()
+EXPERTS = "--num-experts 8 --moe-router-topk 1 --moe-ffn-hidden-size 3072 --moe-token-dispatcher-type alltoall".split()
+TENSOR_PARALLEL = ["--sequence-parallel", "--tensor-model-parallel-size"]
+
+
+def cost(*arguments: str, code: int = 0) -> str:
+    """What it prints, errors included, in a Megatron that is imported already."""
+    program = REPOSITORY / "tools" / "cost" / "__main__.py"
+    found, output = shared_entry().run(arguments, script=program, limit=120)
+    assert found == code and "Traceback" not in output, output
+    return output
+
+
+def figures(output: str, label: str) -> list[float]:
+    """The numbers of the line that begins with the label."""
+    line = next(line for line in output.splitlines() if line.strip().startswith(label))
+    return [float(word.replace(",", "")) for word in line.split() if word.replace(",", "").replace(".", "").isdigit()]
+
+
+def test_layout_is_megatrons() -> None:
+    """By hand: four stages of three layers, tensor parallel 2 splits attention, expert parallel 4 the experts."""
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4"
+    layout += " --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 --use-distributed-optimizer"
+    output = cost("--gpus", "32", "--", *MODEL, *EXPERTS, "--moe-relu-routing", *layout.split())
+    hidden, ffn, vocabulary = 768, 3072, 51200
+    attention = (2 * hidden * hidden + 2 * hidden * 256) // 2
+    shared = (
+        3 * (attention + 8 * hidden + 2 * hidden) + vocabulary * hidden // 2 + hidden
+    )  # the last stage: output, norm
+    experts = 3 * 2 * 3 * hidden * ffn
+    gib = 2**30
+    assert figures(output, "weights")[0] == pytest.approx(2 * (shared + experts) / gib, abs=0.006)
+    assert figures(output, "gradients")[0] == pytest.approx(4 * (shared + experts) / gib, abs=0.006)
+    # 8 GPUs a stage: 4 copies of what is shared, 2 of each expert.
+    assert figures(output, "optimizer")[0] == pytest.approx(12 * (shared / 4 + experts / 2) / gib, abs=0.006)
+    dense, on_the_way, steady = figures(output, "activations")
+    assert on_the_way > max(dense, steady), "before it the layers work in chunks that are computed again"
+    assert "in the fullest of 4 pipeline stages" in output
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "message"),
+    [
+        ("8", [*TENSOR_PARALLEL, "5"], "is not divisible by total_model_size"),
+        ("8", [*TENSOR_PARALLEL, "8"], "num_attention_heads (12) must be a multiple"),
+        ("4", ["--expert-model-parallel-size", "8"], "--expert-model-parallel-size 8: 4 GPUs are not divisible"),
+        ("8", ["--num-experts", "1" + 20 * "0"], f"--num-experts: 1{20 * '0'} of a layer are too many"),
+        ("8", ["--expert-model-parallel-size", "3"], "Number of experts should be a multiple of expert model"),
+        ("8", ["--micro-batch-size", "3"], "must be divisible by"),
+        ("8", ["--pipeline-model-parallel-size", "8"], "layers should be divisible by the pipeline"),
+        ("8", ["--moe-expert-capacity-factor", "1.0"], "cannot be used with --moe-relu-routing"),
+    ],
+)
+def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> None:
+    output = cost("--gpus", gpus, "--", *MODEL, *EXPERTS, "--moe-relu-routing", *flags, code=2)
+    assert message in output and output.count("\n") <= 4
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["--gpus", "0"], "--gpus: '0'"),
+        (["--gpus", "1", "--utilization", "40"], "--utilization 40.0"),
+        (["--gpus", "1", "--gpu", "tpu"], "--gpu tpu"),
+        (["--gpus", "1", "--paper", "7b", "dense"], "--paper 7b dense"),
+        ([], "--gpus"),
+    ],
+)
+def test_own_flags_that_are_wrong(own: list[str], message: str) -> None:
+    assert message in cost(*own, "--", *MODEL, code=2)
+
+
+@pytest.mark.parametrize(("flag", "length"), [("--train-iters", "100"), ("--train-samples", "51200")])
+def test_number_of_checkpoints(flag: str, length: str) -> None:
+    words = [word for word in MODEL if word not in ("--train-iters", "100")] + [flag, length]
+    output = cost("--gpus", "1", "--", *words, "--save", "/nowhere", "--save-interval", "40")
+    assert figures(output, "Checkpoints")[0] == 3
+
+
+def test_an_unlisted_gpu_and_what_does_not_fit() -> None:
+    own = "--gpus 1 --gpu mine --tflops 100 --memory 1 --utilization 0.5".split()
+    output = cost(*own, "--", *MODEL, *EXPERTS, "--moe-relu-routing")
+    assert "Plan: 1 x mine (1 GiB, 100 TFLOP/s dense bf16)" in output
+    assert "GiB are more than a mine has" in output
+    flops = 100 * 512 * figures(output, "996")[0] * 1e9
+    assert figures(output, "time")[0] == pytest.approx(flops / (100e12 * 0.5) / 60, abs=0.1)
+
+
+def test_layers_of_multi_token_prediction_count() -> None:
+    """Like one more layer, with its own logits and norms; in GPTModel as in HybridModel."""
+    common = [*MODEL, *EXPERTS, "--moe-relu-routing"]
+    predicting, hybrid, longer = (
+        cost("--gpus", "8", "--", *common, *flags.split())
+        for flags in (
+            "--num-layers 2 --moe-layer-freq [0,1] --mtp-num-layers 1",
+            "--hybrid-layer-pattern *-*E/*E",
+            "--num-layers 3 --moe-layer-freq [0,1,1]",
+        )
+    )
+    for label in ("activations", "FLOPs"):
+        assert figures(predicting, label) == figures(hybrid, label)
+    size, tokens = 2, 1024
+    more = (6 * 768 * size + 51200 * 4) * tokens / 2**30  # hidden states, and the softmax in fp32
+    assert figures(predicting, "activations")[-1] == pytest.approx(figures(longer, "activations")[-1] + more, abs=0.011)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--bf16 --context-parallel-size 2 --fp8-format hybrid --fp8-param-gather", "--fp16 --fp4-format e2m1"]
+)
+def test_plans_for_gpus_that_a_cpu_could_not_train(flags: str) -> None:
+    model = [word for word in MODEL if word != "--bf16"]
+    sharded = ["--moe-relu-routing", "--moe-relu-activation-limit", "0", "--use-distributed-optimizer"]
+    output = cost("--gpus", "8", "--", *model, *EXPERTS, *sharded, *flags.split())
+    assert figures(output, "weights")[0] == pytest.approx(2 * figures(output, "total parameters")[0] / 2**30, abs=0.006)
+    assert "count as bf16" in output and "--transformer-impl transformer_engine" not in output
