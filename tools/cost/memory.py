@@ -108,8 +108,9 @@ def _activations(args: argparse.Namespace, stages: list[Stage], index: int, expe
         # Before and after the last norm. Multi-token prediction keeps its embeddings, these with the hidden state, two
         # more norms' inputs, and all outputs again in one tensor.
         total += (2 + 6 * predictions) * args.hidden_size * split * size
-        kept = size if args.cross_entropy_loss_fusion else 4  # the softmax; fused, the logits' gradient in their place
-        total += (kept * (1 + predictions) + size * (kept > size)) * args.padded_vocab_size * tokens / tensor_parallel
+        softmax = size if args.cross_entropy_loss_fusion else 4  # fused, the logits' gradient in their place
+        of_logit = softmax * (1 + predictions) + size * (softmax > size)
+        total += of_logit * args.padded_vocab_size * tokens / tensor_parallel
     return total
 
 

@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from megatron.remoe import megatron_version
+
 from ..common import stamps
 from ..common.display import say
 from ..common.figure_reader import read_figures
@@ -52,7 +54,8 @@ def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str
     """Return the three trainings."""
     train_tokens = data["tokens"]["train"]
     sources = stamps.fingerprint_of_files(PACKAGE.rglob("*.py"))
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
+    versions["megatron-core"] = megatron_version()
     trainings = []
     for model in tiny.NAMES:
         flags = tiny.common_flags(tiny.SIZE, args.iterations, args.seed) + tiny.model_flags(model, tiny.SIZE)

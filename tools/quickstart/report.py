@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from megatron.remoe import megatron_version
+
 from ..common.display import say
 from ..common.places import LOG, interpreter, short, tool
 from ..common.run_figures import TOTALS, RunFigures
@@ -80,7 +82,7 @@ def summarize(
         "sparsity_last_quarter": late_sparsity(remoe, iterations, size.experts),
         "coefficient_final": remoe.newest("l1_coefficient"),
     }
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
+    versions = {"torch": importlib.metadata.version("torch"), "megatron-core": megatron_version()}
     versions["python"] = platform.python_version()
     return summary | {"iterations": iterations, "seed": seed, "corpus": corpus, "versions": versions}
 

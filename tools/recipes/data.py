@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron.remoe.data.gpt2_files import GPT2_FILES
+
 from .layout import RecipeError
 
 MADE_UP = "made-up"  # the data of a rehearsal that is given none
@@ -127,10 +129,8 @@ def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planne
         return []
     folder = environment.get("DATA_DIR", ".")
     words = ["--tokenizer-type", "GPT2BPETokenizer"]
-    for variable, flag, names in (
-        ("VOCAB_FILE", "--vocab-file", ("encoder.json", "gpt2-vocab.json")),
-        ("MERGE_FILE", "--merge-file", ("vocab.bpe", "gpt2-merges.txt")),
-    ):
+    kinds = (("VOCAB_FILE", "--vocab-file"), ("MERGE_FILE", "--merge-file"))
+    for (variable, flag), names in zip(kinds, zip(*GPT2_FILES[:2], strict=True), strict=True):
         places = [f"{folder}/{name}" for name in (*names, f"../{names[1]}")]
         path = environment.get(variable) or next((place for place in places if os.path.isfile(place)), places[0])
         if not planned and not os.path.isfile(path):

@@ -152,7 +152,7 @@ def vocabulary_words(settings: Settings) -> int:
     Raises:
         ValueError: tokenizer.json cannot be read.
     """
-    file, folder = ("".join(settings.get(flag, ())) for flag in ("--vocab-file", "--tokenizer-model"))
+    file, folder = ("".join(settings.get(name, ())) for name in ("--vocab-file", "--tokenizer-model"))
     place = os.path.join(folder, "tokenizer.json") if folder else file
     return whole(settings, "--vocab-size") or (_words_in(place) if os.path.isfile(place) else GPT2_WORDS)
 

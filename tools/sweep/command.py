@@ -24,7 +24,7 @@ from ..recipes.layout import RecipeError
 from . import plan, results, slurm, tiny
 from .arguments import parse_arguments, planned
 from .run_log import read_outcome
-from .settings import Found, check_flags, flops, look, mixed, set_aside_old_log, tokens_per_iteration
+from .settings import Found, check_flags, flops, look, mixed_settings, set_aside_old_log, tokens_per_iteration
 
 
 def sweep(console: Console, args: argparse.Namespace) -> int:
@@ -67,7 +67,7 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
 
 def warn_of_others(found: Sequence[Found], output: Path) -> None:
     """Warn if runs in the output folder, or those of this call, would not compare."""
-    if warning := mixed(output, {each.run: each.settings for each in found}):
+    if warning := mixed_settings(output, {each.run: each.settings for each in found}):
         say(Console(stderr=True), warning, "yellow")
 
 

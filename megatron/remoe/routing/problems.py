@@ -3,7 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron.remoe.routing.refusals import IGNORED, REFUSALS, Settings, as_list, flag, shown
+from megatron.remoe.routing.refusals import (
+    CONFIG,
+    DISPATCHERS,
+    IGNORED,
+    MOE_LAYER,
+    REFUSALS,
+    Refusal,
+    Settings,
+    as_list,
+    shown,
+)
 
 WITH_AUXILIARY_LOSS = ("null_experts", "sequence_topk")  # of the baseline routers
 
@@ -151,15 +161,19 @@ ONE_DISPATCH = "a layer that works in chunks has no single dispatch to overlap w
 # PyTorch's checkpoint runs a chunk again without fp8_autocast. Transformer Engine's would, but keeps the scales of
 # delayed scaling in the order of the forward passes, while chunks go backward from the last.
 QUANTIZED = "chunks of a layer are computed again outside of the quantized part"
-NOT_IN_CHUNKS = {
-    "moe_shared_expert_overlap": ONE_DISPATCH,
-    "overlap_moe_expert_parallel_comm": ONE_DISPATCH,
-    "overlap_dispatch_backward_with_experts_wgrad": ONE_DISPATCH,
-    "fp8": QUANTIZED,
-    "fp4": QUANTIZED,
-    "fine_grained_activation_offloading": "a chunk's activations are computed again, not kept",
-}
-INSIDE_EXPERTS = {"expert_fc1", "moe_act", "fused_group_mlp"}  # of --offload-modules
+INSIDE_EXPERTS = {"expert_fc1", "moe_act", "fused_group_mlp"}
+RECOMPUTED = "--fine-grained-activation-offloading would keep activations that a chunk computes again"
+NOT_IN_CHUNKS = tuple(
+    Refusal(name, refused, reason, where, "Leave it out, or add --moe-relu-activation-limit 0")
+    for name, refused, reason, where in (
+        ("moe_shared_expert_overlap", bool, ONE_DISPATCH, DISPATCHERS),
+        ("overlap_moe_expert_parallel_comm", bool, ONE_DISPATCH, DISPATCHERS),
+        ("overlap_dispatch_backward_with_experts_wgrad", bool, ONE_DISPATCH, DISPATCHERS),
+        ("fp8", bool, QUANTIZED, MOE_LAYER),
+        ("fp4", bool, QUANTIZED, MOE_LAYER),
+        ("offload_modules", lambda value: not INSIDE_EXPERTS.isdisjoint(value), RECOMPUTED, CONFIG),
+    )
+)
 
 
 def _combinations(settings: Settings, beside: str) -> Iterator[str]:
@@ -177,14 +191,9 @@ def _combinations(settings: Settings, beside: str) -> Iterator[str]:
                 f"--moe-flex-dispatcher-backend hybridep, deepep with --moe-relu-max-experts of at most {DEEPEP_SLOTS} "
                 "(times granularity and expert tensor parallelism), or --moe-token-dispatcher-type alltoall."
             )
-    for name, reason in NOT_IN_CHUNKS.items():
-        if name == "fine_grained_activation_offloading" and not INSIDE_EXPERTS & set(settings.offload_modules or ()):
-            continue
-        if settings.moe_relu_activation_limit and (value := getattr(settings, name, None)):
-            yield (
-                f"{flag(name)} {shown(value)} cannot be used with --moe-relu-activation-limit: {reason}. Leave it out, "
-                "or add --moe-relu-activation-limit 0."
-            )
+    if settings.moe_relu_activation_limit:
+        problems = (refusal.problem(settings, "--moe-relu-activation-limit") for refusal in NOT_IN_CHUNKS)
+        yield from filter(None, problems)
     is_hybrid = getattr(settings, "hybrid_layer_pattern", None) or getattr(settings, "is_hybrid_model", False)
     if getattr(settings, "mtp_num_layers", None) and not is_hybrid:
         if settings.sequence_parallel and settings.transformer_impl == "local":

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron.remoe.data.errors import DataError
-from megatron.remoe.data.gpt2_files import FOLDER_TOKENIZER, GPT2_TOKENIZER
+from megatron.remoe.data.gpt2_files import FOLDER_TOKENIZER, GPT2_FILES, GPT2_TOKENIZER
 from megatron.remoe.hf import RemoeConfig
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 
@@ -53,8 +53,7 @@ def _gpt2_files(folder: Path) -> list[Path]:
     """Return vocabulary and merges of a folder that has them and nothing for transformers, else an empty list."""
     if any((folder / name).exists() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
         return []
-    pairs = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt")]
-    found = ([folder / name for name in pair] for pair in pairs)
+    found = ([folder / name for name in pair] for pair in GPT2_FILES)
     return next((pair for pair in found if all(path.is_file() for path in pair)), [])
 
 
