@@ -66,7 +66,8 @@ def test_megatron_still_scales_gradients_of_one_rank_again_and_again(data: Path,
         for output in (
             run(words, processes=2),
             run([*words, *FSDP.split()], processes=2),
-            run([*words, *FSDP.split()], processes=2, script=script),
+            # Anew: in forks, gloo's threads now and then end such reductions of one rank with a corrupted heap.
+            run([*words, *FSDP.split()], processes=2, script=script, anew=True),
         )
     )
     assert patched == pytest.approx(expected, rel=1e-5) and unpatched != pytest.approx(expected, rel=1e-4)

@@ -67,7 +67,7 @@ def run(
         code: int | None = process.returncode
     else:
         code, output = shared_entry().run(arguments, processes=processes, script=script, limit=240)
-    assert expect is None or code == expect, output[-4000:]
+    assert expect is None or code == expect, f"exit code {code}\n{output[-4000:]}"
     return output
 
 
