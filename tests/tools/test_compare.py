@@ -174,23 +174,23 @@ def test_points() -> None:
 
 
 def test_gaps_by_hand(tmp_path: Path) -> None:
-    def points(*losses: tuple[int, int | None, float]) -> list[Point]:
-        return [Point(steps, equal_to, loss, 1e9 * steps, 0.1) for steps, equal_to, loss in losses]
+    def points(seed: int, *losses: tuple[int, int | None, float]) -> list[Point]:
+        return [Point(steps, equal_to, loss, 1e9 * steps, 0.1, None, (0, seed)) for steps, equal_to, loss in losses]
 
     found = {
-        "remoe": {1: points((10, None, 1.50)), 2: points((10, None, 1.52)), 3: points((10, None, 1.51))},
+        "remoe": {1: points(1, (10, None, 1.50)), 2: points(2, (10, None, 1.52)), 3: points(3, (10, None, 1.51))},
         "moe": {
-            1: points((10, None, 1.60), (15, 10, 1.51)),
-            2: points((10, None, 1.62), (15, 10, 1.51)),
-            3: points((10, None, 1.61), (15, 10, 1.52)),
-            4: points((10, None, 9.99), (15, 10, 9.99)),  # ReMoE has no such seed
+            1: points(1, (10, None, 1.60), (15, 10, 1.51)),
+            2: points(2, (10, None, 1.62), (15, 10, 1.51)),
+            3: points(3, (10, None, 1.61), (15, 10, 1.52)),
+            4: points(4, (10, None, 9.99), (15, 10, 9.99)),  # ReMoE has no such seed
         },
     }
     lines = [*markdown(found, margin=0.05)]
-    assert len(lines) == 8 and lines[2].startswith("| 10 | remoe | 1.5100 | 1e+10 |")
+    assert len(lines) == 8 and lines[2].startswith("| 10 | remoe | 1.5100 | 1e+10 |  | 0.0, 2.0 |")
     cells = [cell.strip() for cell in lines[3].split("|")]
-    assert cells[6].startswith("+0.1000 ± ") and cells[7] == "higher"
-    assert cells[8].startswith("+0.0033 ± ") and cells[9] == "equivalent within 0.05"
+    assert cells[7].startswith("+0.1000 ± ") and cells[8] == "higher"
+    assert cells[9].startswith("+0.0033 ± ") and cells[10] == "equivalent within 0.05"
     assert "2 comparisons" in lines[-1] and "10 steps: gaps differ by 0.0" in lines[-3]
     for experts in ({8: found}, {8: found, 32: found, 128: found}):
         picture.draw(tmp_path / "gap.png", experts, margin=0.05)

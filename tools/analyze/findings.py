@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..common.expert_counts import Experts
+from ..common.run_figures import INACTIVE
 from .counts import OCTAVES, PER_OCTAVE, WINDOW, Counts
 
 LEAST = 10  # occurrences of a token that is shown by itself
@@ -15,7 +16,6 @@ RESAMPLES = 1000
 SHUFFLES = 200
 SHOWN_TOKENS = 8
 PERCENTILES = {"percentile_10": 0.1, "median": 0.5, "percentile_90": 0.9}
-INACTIVE = 1 / 8  # of the even share: 1/64 of the tokens for 8 experts, as in figure 8b
 
 Numbers = dict[str, Any]
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from megatron.remoe.training.run_log import TOTALS, whole_number
 
 WITHIN = 0.01  # share of the target within which S counts as settled
+INACTIVE = 1 / 8  # of the even share of tokens: 1/64 of them for 8 experts, as in figure 8b
 
 
 class Curve(NamedTuple):
@@ -124,6 +125,12 @@ class RunFigures:
         if target is None:
             return EMPTY.iterations, np.empty(0, bool)
         return iterations, np.abs(values - target) <= WITHIN * target
+
+    @property
+    def inactive_experts(self) -> list[int]:
+        """Return each layer's number of inactive experts in the last line; [] for dense models."""
+        layers = self.loads.get(self.last, {}).values()
+        return [sum(share < INACTIVE * self.topk / len(shares) for share in shares) for shares in layers]
 
     @property
     def validation_loss(self) -> float | None:

@@ -20,7 +20,10 @@ from .trunks import Point
 
 Points = Mapping[str, Mapping[int, Sequence[Point]]]  # arm → seed → points
 Key = tuple[str, int, bool]  # arm, steps of the reference, and whether at its FLOPs instead of its steps
-HEADER = ("steps", "arm", "loss", "FLOPs", "S first near", "gap, equal steps", "verdict", "gap, equal FLOPs", "verdict")
+HEADER = (
+    "steps", "arm", "loss", "FLOPs", "S first near", "inactive experts",
+    "gap, equal steps", "verdict", "gap, equal FLOPs", "verdict",
+)  # fmt: skip
 
 
 class Results:
@@ -131,8 +134,8 @@ def _is_at(point: Point, steps: int) -> bool:
 def markdown(points: Points, margin: float) -> Iterator[str]:
     """Yield the lines of the table of one number of experts: a row for each length and arm.
 
-    The gap is an arm's loss minus that of ReMoE after as many steps, mean over the seeds that both have; at equal
-    FLOPs, the arm has trained longer or shorter.
+    Inactive experts are means by layer. The gap is an arm's loss minus that of ReMoE after as many steps, mean over the
+    seeds that both have; at equal FLOPs, the arm has trained longer or shorter.
 
     Args: as `gaps`.
     """
@@ -146,6 +149,8 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
             near = [point.first_near for point in at if point.first_near is not None]
             cells = [f"{steps}", arm, f"{statistics.fmean(losses[arm, steps, False].values()):.4f}"]
             cells += [f"{flops_at(points, arm, steps):.4g}", str(statistics.median_low(near)) if near else ""]
+            layers = zip(*(point.inactive for point in at if point.inactive), strict=True)
+            cells.append(", ".join(f"{statistics.fmean(counts):.1f}" for counts in layers))
             for matched in (False, True):
                 each = found.get((arm, steps, matched))
                 cells += ["", ""] if each is None else [_gap(each), each.verdict]

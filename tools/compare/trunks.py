@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +43,7 @@ class Point:
         seconds: of a step, median over the decay; NaN if it was not kept.
         first_near: the first logged step with S within 1 % of its target; None without ReLU routing, or if there is
             none.
+        inactive: number of experts in each layer that are inactive at the end.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class Point:
     flops: float
     seconds: float = math.nan
     first_near: int | None = None
+    inactive: Sequence[int] = ()
 
 
 class Runner:
@@ -179,6 +181,7 @@ class Runner:
             flops=sum(stage.flops for stage in flops),
             seconds=float(np.median(seconds[iterations > trunk_steps(steps)])),
             first_near=figures.first_near,
+            inactive=figures.inactive_experts,
         )
 
 
