@@ -136,6 +136,9 @@ ENTRY = {
         "E203|--non-persistent-save-interval|--non-persistent-ckpt-type global",
     ),
     "profile on a CPU": Case(on("text", "--profile"), "E203|--profile|--use-pytorch-profiler"),
+    "a growing batch": Case(
+        on("text", "--rampup-batch-size 4 4 8"), "E203|--rampup-batch-size|--step-batch-size-schedule"
+    ),
     "data of another kind": Case(on("text", "--fim-data --log-straggler"), "E203|--fim-data|--log-straggler"),
     "a CUDA graph on a CPU": Case(
         on("text", "--cuda-graph-impl transformer_engine --cuda-graph-modules attn"),

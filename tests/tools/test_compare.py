@@ -107,7 +107,7 @@ def test_each_arm_trains(arm: str, output: Path) -> None:
     text = make_text(output / MIXED, MIXED, print)
     tokens = json.loads((text / "manifest.json").read_text())["tokens"]["train"]
     words = words_of(plan.flags_of(Training(4, arm, 1, is_tuning=True), text, tokens, 400, 80))
-    few = "--train-iters 2 --eval-iters 1 --seq-length 32 --max-position-embeddings 32 --log-interval 1".split()
+    few = "--exit-interval 2 --eval-iters 1 --seq-length 32 --max-position-embeddings 32 --log-interval 1".split()
     code, printed = shared_entry().run([*words, *few], limit=120)
     assert code == 0, printed[-3000:]
     assert ("--num-experts" in words) == (arm != "dense") and list(records(printed)) == [1, 2]

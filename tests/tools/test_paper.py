@@ -78,20 +78,25 @@ def above(rows: Rows, row: dict[str, Any], value: Callable[[dict[str, Any]], flo
     return [value(of) - value(reference[of["seed"]]) for of in row["seeds"] if of["seed"] in reference]
 
 
+def reached(row: dict[str, Any], name: str) -> str:
+    """Return the median step at which a row's seeds reached something, and how many did if not all."""
+    steps = sorted(of[name] for of in row["seeds"] if name in of)
+    part = f" ({len(steps)} of {len(row['seeds'])})" if len(steps) < len(row["seeds"]) else ""
+    return f"{statistics.median_low(steps)}{part}" if steps else ""
+
+
 def losses(rows: Rows) -> str:
     """Return the table of losses."""
     lines = []
     for row in rows:
         columns = {name: [of[name] for of in row["seeds"] if name in of] for name in ("flip_rate", "flip_count")}
-        settled = sorted(of["settled"] for of in row["seeds"] if "settled" in of)
-        part = f" ({len(settled)} of {len(row['seeds'])})" if len(settled) < len(row["seeds"]) else ""
         lines.append([
             row["title"], interval([of["loss"] for of in row["seeds"]]),
             interval(above(rows, row, lambda of: of["loss"]), "+"),
-            f"{statistics.median_low(settled)}{part}" if settled else "",
+            *(reached(row, name) for name in ("first_near", "settled")),
             interval(columns["flip_rate"], digits=4), interval(columns["flip_count"], digits=4), f"{len(row['seeds'])}",
         ])  # fmt: skip
-    header = ["", "loss", "above ReMoE", "S settled", "flip rate", "flips per token", "seeds"]
+    header = ["", "loss", "above ReMoE", "S first near", "S settled", "flip rate", "flips per token", "seeds"]
     kept = [place for place, name in enumerate(header) if not name or any(line[place] for line in lines)]
     return "\n".join(table([header[place] for place in kept], ([line[place] for place in kept] for line in lines)))
 

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
 
+SCHEDULE = "--step-batch-size-schedule"
 GPT2_WORDS = 50257  # size of its vocabulary
 OF_GPT2S_SIZE = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(GPT2_WORDS)]  # needs no files
 
@@ -60,6 +61,14 @@ def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
         if not dropping:
             kept.append(word)
     return kept
+
+
+def with_one_batch_size(words: Sequence[str]) -> list[str]:
+    """Return the words with the last batch size of --step-batch-size-schedule for all steps."""
+    schedule = last_value(words, SCHEDULE)
+    if schedule is None:
+        return [*words]
+    return [*without(words, SCHEDULE.__eq__), "--global-batch-size", schedule.rpartition(":")[2]]
 
 
 def number_of_cores() -> int:

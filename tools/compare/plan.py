@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..common.flags import Settings, parse
+from ..common.flags import SCHEDULE, Settings, parse
 from ..corpora.dataset import data_flags
 from ..sweep import tiny
 from ..sweep.plan import BASE_SIZE, PAIRED, POST_SOFTMAX, PROTOCOLS, RIVALS, UNBALANCED, WHOLE, Launch, Run
@@ -45,8 +45,9 @@ class Arm:
 
 FASTER = "--moe-relu-l1-reg-start-power 3 --moe-relu-l1-reg-start-setback 12"
 CAPPED = "--moe-relu-max-experts 4"
-# 100 steps of 4 sequences instead of 16. Megatron counts its learning rate's steps in full batches: 75 fewer.
-SMALL_BATCHES, FEWER = "--rampup-batch-size 4 12 400 --micro-batch-size 4", 75
+# The first 100 steps have 4 sequences instead of 32.
+SMALL_STEPS, SMALL_BATCH = 100, 4
+SMALL_BATCHES = f"--micro-batch-size {SMALL_BATCH}"
 STARTS: Mapping[str, Arm] = {
     REFERENCE: Arm("remoe", "ReMoE"),
     "moe": Arm("moe", "top-k"),
@@ -142,15 +143,29 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
     launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text, text.name))
     settings = planned_flags(launch, run.at("lr", training.factor), anywhere=False)
     settings = {flag: values for flag, values in settings.items() if flag not in REPLACED}
-    fewer = FEWER if arm.flags == SMALL_BATCHES else 0
     changed: dict[str, str] = {
         "--seed": str(training.seed), "--log-interval": str(LOG_INTERVAL), "--eval-interval": str(TRUNK + 1),
         "--lr-decay-style": "WSD", "--lr-wsd-decay-style": "linear", "--lr-wsd-decay-iters": str(decays),
-        "--lr-decay-iters": str(max(steps - fewer, decays)), "--lr-warmup-iters": str(max(1, training.warmup - fewer)),
+        "--lr-decay-iters": str(max(steps, decays)), "--lr-warmup-iters": str(training.warmup),
+        "--train-iters": str(steps),
     }  # fmt: skip
     settings |= {flag: (value,) for flag, value in changed.items()}
+    if arm.flags == SMALL_BATCHES:
+        settings = _with_small_batches(settings)
     if not training.is_tuning:
         for flag in ("--data-path", "--split", "--eval-iters"):
             del settings[flag]
         settings |= parse(["--multiple-validation-sets", "--full-validation", *data_flags(text, dict(tokens))])
     return settings
+
+
+def _with_small_batches(settings: Settings) -> Settings:
+    """Return the settings with small batches at first, and steps in samples, as Megatron wants them then."""
+    batch, length = (int(settings[flag][0]) for flag in ("--global-batch-size", "--seq-length"))
+    changed = {SCHEDULE: (f"0:{SMALL_BATCH} {SMALL_STEPS * SMALL_BATCH * length}:{batch}",)}
+    for flag in ("--train-iters", "--lr-decay-iters", "--lr-warmup-iters", "--lr-wsd-decay-iters"):
+        steps = int(settings[flag][0])
+        fewer = (batch - SMALL_BATCH) * min(steps, SMALL_STEPS) if flag != "--lr-wsd-decay-iters" else 0
+        changed[flag.replace("-iters", "-samples")] = (str(batch * steps - fewer),)
+    left_out = {"--global-batch-size", *(flag.replace("-samples", "-iters") for flag in changed)}
+    return {flag: values for flag, values in settings.items() if flag not in left_out} | changed

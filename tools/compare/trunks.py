@@ -107,7 +107,7 @@ class Runner:
         experts = figures.experts_per_token(np.array([trunk_steps(point.steps), point.steps]))[-1]
         is_counted = figures.target is None and math.isfinite(experts)
         args = Namespace(**figures.args)
-        step = figures.whole("global_batch_size") * flops_per_sequence(args, experts if is_counted else None)
+        step = figures.batches(np.array([point.steps]))[0] * flops_per_sequence(args, experts if is_counted else None)
         return rounded(point.steps + (flops - point.flops) / step)
 
     def _train(self, training: Training, steps: int, equal_to: int | None) -> Point:
@@ -138,8 +138,8 @@ class Runner:
             raise KeyboardInterrupt
         settings = flags_of(training, self._text, self._tokens["train"], steps, decays)
         flags = [*words_of(settings), "--save", str(save), "--load", str(load), *more]
-        flags += ["--train-iters", str(steps), "--save-interval", str(SAVE_INTERVAL)]
-        flags += ["--save-retain-interval", str(TRUNK)]  # the newest checkpoint alone is kept
+        # The newest checkpoint alone is kept.
+        flags += ["--save-interval", str(SAVE_INTERVAL), "--save-retain-interval", str(TRUNK)]
         save.mkdir(parents=True, exist_ok=True)
         with (save / LOG).open("a", encoding="utf-8") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.flags import OF_GPT2S_SIZE, last_value, split, whole_number
+from ..common.flags import OF_GPT2S_SIZE, last_value, split, whole_number, with_one_batch_size
 from ..recipes.layout import MOST_EXPERTS
 from ..recipes.models import PAPER, ROUTINGS
 from . import paper
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from . import estimate, parameters
 
-    sys.argv = ["pretrain_gpt.py", *without_missing_vocabulary(flags)]
+    sys.argv = ["pretrain_gpt.py", *without_missing_vocabulary(with_one_batch_size(flags))]
     planned: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), usage_errors():
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})

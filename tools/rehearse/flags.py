@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import OF_GPT2S_SIZE, parse, without
+from ..common.flags import OF_GPT2S_SIZE, parse, with_one_batch_size, without
 from ..common.flags import last_value as value_of
 from ..recipes.data import MADE_UP
 
@@ -13,7 +13,7 @@ LEFT_OUT = set(
     "--wandb-exp-name --wandb-save-dir --wandb-entity --async-save --data-path --data-args-path --train-data-path "
     "--valid-data-path --test-data-path --per-split-data-args-path --data-cache-path --train-iters --train-samples "
     "--lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --exit-interval --exit-duration-in-mins "
-    "--log-interval --eval-interval --eval-iters --num-workers --rampup-batch-size --mock-data --cpu "
+    "--log-interval --eval-interval --eval-iters --num-workers --mock-data --cpu "
     "--cuda-graph-warmup-steps".split()
 )
 GPT2S = {"--tokenizer-type", "--vocab-file", "--merge-file"}
@@ -21,7 +21,7 @@ GPT2S = {"--tokenizer-type", "--vocab-file", "--merge-file"}
 
 def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
     """Return the flags of the rehearsal: made-up tokens, `steps` steps, nothing saved."""
-    kept = without(flags, LEFT_OUT.__contains__)
+    kept = with_one_batch_size(without(flags, LEFT_OUT.__contains__))
     if value_of(kept, "--tokenizer-type") in (None, "GPT2BPETokenizer"):
         files = [value_of(kept, flag) for flag in ("--vocab-file", "--merge-file")]
         if not all(file and Path(file).is_file() for file in files):

@@ -20,7 +20,7 @@ add_bias_linear normalization untie_embeddings_and_output_weights mtp_num_layers
 DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
 # Other settings that change a training's result; the learning rate's schedule is compared separately.
 RESULT = """
-seed split mock_data dataloader_type seq_length global_batch_size rampup_batch_size reset_position_ids
+seed split mock_data dataloader_type seq_length global_batch_size step_batch_size_schedule reset_position_ids
 reset_attention_mask eod_mask_loss calculate_per_token_loss optimizer adam_beta1 adam_beta2 adam_eps sgd_momentum
 clip_grad bf16 fp16 decoupled_lr decoupled_min_lr attention_dropout hidden_dropout init_method_std
 init_method_xavier_uniform layernorm_epsilon position_embedding_type rotary_base rotary_percent window_size

@@ -110,6 +110,11 @@ def check_settings(args: argparse.Namespace) -> None:
             "--log-straggler needs a GPU and the package nvidia-ml-py. Install it, or leave it out.": (
                 args.log_straggler and (on_cpu or not find_spec("pynvml"))
             ),
+            # training/global_vars.py: set_global_variables passes only the other one on.
+            "--rampup-batch-size: Megatron ignores it. Use --step-batch-size-schedule.": args.rampup_batch_size,
+            # Megatron plans data and learning rates for --train-iters of --micro-batch-size.
+            f"--step-batch-size-schedule {shown(args.step_batch_size_schedule)} needs --train-samples. Give it instead "
+            "of --train-iters.": args.step_batch_size_schedule and not (args.train_samples or args.skip_train),
             "--fim-data, --sft: this program reads tokens from .bin/.idx files as they are. Leave them out.": (
                 args.fim_data or args.sft
             ),

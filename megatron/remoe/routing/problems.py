@@ -255,7 +255,7 @@ def _needed(settings: Settings) -> Iterator[str]:
         "--moe-relu-activation-limit 0": not settings.moe_relu_activation_limit,
         # The step that is captured is the step of all times.
         "no --moe-relu-start-topk": settings.moe_relu_start_topk is None,
-        "no --rampup-batch-size": getattr(settings, "rampup_batch_size", None) is None,
+        "no --step-batch-size-schedule": getattr(settings, "step_batch_size_schedule", None) is None,
         "no --teacher": getattr(settings, "teacher", None) is None,
     }
     needs = {}

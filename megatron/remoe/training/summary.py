@@ -38,10 +38,13 @@ def with_summary(args: argparse.Namespace, model_cfg: ModelConfig, provider: Cal
         data_sets = provider(num_samples, *others, **options)
         if parameters and args.iteration < args.train_iters:
             tokens = num_samples[0] * args.seq_length
+            of_a_step = (
+                "" if args.step_batch_size_schedule else f" of {args.global_batch_size * args.seq_length:,} tokens"
+            )
             print_rank_0(
                 f"Training: {_model(args)}, {short(parameters.pop())} parameters, on {_devices(args)}. Steps "
-                f"{args.iteration + 1:,} to {args.train_iters:,} of {args.global_batch_size * args.seq_length:,} "
-                f"tokens, {short(tokens)} tokens in all{_epochs(data_sets[0], tokens)}. "
+                f"{args.iteration + 1:,} to {args.train_iters:,}{of_a_step}, {short(tokens)} tokens in all"
+                f"{_epochs(data_sets[0], tokens)}. "
                 "Each line of the log has the time left."
             )
         return data_sets
