@@ -163,12 +163,15 @@ class RunFigures:
         iterations, means = self.curve("seconds_per_iteration")
         if not len(means):
             return means
-        before, starts = np.append(0, iterations[:-1]), np.unique([0, *self.starts])
+        first = min(self.starts, default=0)
+        first = first if first < iterations[0] else 0  # above 0: earlier steps have another folder's log
+        before, starts = np.append(first, iterations[:-1]), np.unique([first, *self.starts])
         began = starts[np.searchsorted(starts, iterations).clip(min=1) - 1]
         seconds = (iterations - np.maximum(before, began)) * means
-        # Megatron logs the first step after a start, and includes it in the next line's mean.
+        # Megatron logs the first step after a start, and includes it in the next line's mean; the fork does not.
         second = np.flatnonzero(before == began + 1)
-        seconds[second] += means[second] - means[second - 1]
+        changed = seconds[second] + means[second] - means[second - 1]
+        seconds[second] = np.where(changed > 0, changed, seconds[second])
         return seconds + (began - before).clip(min=0) * np.median(means)
 
     def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:

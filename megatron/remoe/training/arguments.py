@@ -1,12 +1,14 @@
 """Add ReMoE's command-line flags to Megatron's parser and translate them into Megatron's arguments."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.data.errors import UsageError
+from megatron.remoe.data.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.preflight.checkpoint_fit import check_has_no_code
 from megatron.remoe.preflight.environment import check_flips
@@ -175,9 +177,14 @@ def load_saved_args(args: argparse.Namespace) -> None:
         tokenizer = args.tokenizer_type
         check_has_no_code(args)
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-        load_args_from_checkpoint(args)
+        found = load_args_from_checkpoint(args)
+        saved = found[1] if isinstance(found, tuple) else None
+        files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
         if args.vocab_file:  # it belongs to the flag's tokenizer
             args.tokenizer_type = tokenizer
+        elif files and (all(map(os.path.isfile, files)) or not os.path.isdir(args.tokenizer_model)):
+            # Megatron has read the folder that another machine made of these files.
+            args.tokenizer_type, (args.vocab_file, args.merge_file) = GPT2_TOKENIZER, files
         _check_model(args)
 
 
