@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 folder, text, new_folder = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config)
 
-ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
 length = model.config.max_position_embeddings
 rows = ids[: len(ids) // length * length].view(-1, length)
 

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 docs/own_training_script.py --moe-relu-routing --num
 
 import argparse
 import multiprocessing
+import os
 import sys
 from functools import partial
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 
 from megatron import remoe
 from megatron.remoe import cpu
+from megatron.remoe.pretrain import SINGLE_PROCESS
 
 multiprocessing.set_start_method("fork", force=True)  # Megatron's data loaders fail with Python 3.14's default
+if "RANK" not in os.environ:  # without torchrun
+    os.environ.update(SINGLE_PROCESS)
 ON_CPU = cpu.is_wanted(sys.argv)
 if ON_CPU:
     cpu.install()  # before other imports of Megatron

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron.remoe.data.indexed import IndexedWriter, token_type
-from tests.scripts.launching import command, launch, planned, shards, value
+from tests.scripts.launching import ROUTINGS, SIZES, command, launch, main, planned, shards, value
 
 
 def data_path(words: list[str]) -> list[str]:
@@ -198,6 +198,16 @@ def test_too_few_gpus(gpus: int, visible: dict[str, str], asked: str, message: s
     result = planned("182m_remoe", asked, **TO_TRAIN, **environment, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert result.returncode == 2 and message in result.stderr and "--cpu" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [("", 2), ("--help", 0), ("182m", 2), ("183m remoe", 2), ("182m remo 8", 2), ("182m --help", 0)]
+)
+def test_sizes_and_routings_are_named(words: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == code
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: ") and bool(printed.err) == bool(code)
+    assert all(name in printed.err for name in (*SIZES, *ROUTINGS)) or not code
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["8", "-h"]])

@@ -234,7 +234,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     for wrong, code in (
         (["--tokenizer-model", "/nowhere"], "E513"),
         (["--expert-parallel", "3"], "E501"),
-        (["--seq-length", "99999"], "E304"),
+        (["--seq-length", "99999"], "E501"),
         (["--load", str(exported(tmp_path / "dense", "dense")[1])], "E501"),
         (["--load", str(tmp_path / "small"), "--output-dir", str(tmp_path / "new")], "E305"),
     ):

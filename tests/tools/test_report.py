@@ -246,6 +246,16 @@ def test_names_what_was_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture
         main([str(tmp_path), "--watch", "0"])
 
 
+def test_wrong_files_are_named(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.md").write_text("Nothing of a run.\n")
+    assert main([str(tmp_path / "notes.md")]) == 1 and not (tmp_path / "report.html").exists()
+    assert "notes.md" in (error := capsys.readouterr().err) and "REMOE-E502" in error
+    (tmp_path / "folder").mkdir()
+    assert main([str(trained), "--output", str(tmp_path / "folder")]) == 1
+    assert f"{tmp_path / 'folder'}: " in (error := capsys.readouterr().err) and "REMOE-E300" in error
+    assert main([str(trained), "--output", str(tmp_path / "new" / "page.html")]) == 0
+
+
 def test_a_run_that_has_not_logged_yet(tmp_path: Path, trained: Path) -> None:
     start = (trained / "checkpoints" / "metrics.jsonl").read_text().splitlines()[0]
     (tmp_path / "metrics.jsonl").write_text(start + "\n")

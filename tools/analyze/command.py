@@ -131,9 +131,9 @@ def analyze(args: argparse.Namespace) -> None:
             f"{experts} experts.",
             "REMOE-E501",
         )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    length = args.seq_length or model.config.max_position_embeddings
+    length = opened.sequence_length(args.seq_length)
     texts = [Text(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     with Display() as display:
         counts = count(model, texts, layers, args.sequences, display)
     names = names_of_data_sets(args.data_path)

@@ -65,7 +65,8 @@ def read_figures(place: Path) -> RunFigures:
     for record in read_run_log(path, count) if path.suffix == ".jsonl" else read_printed(path):
         collector.take(record)
         taken += 1
-    if figures.unread and not taken:
+    is_new_log = place.is_dir() or path.name in (METRICS, LOG)
+    if not taken and (figures.unread or not is_new_log):
         raise ToolError(
             f"{path} is not the log of a run: no line has a kind and an iteration. "
             "Give a run's folder, its --save, or a log's file.",

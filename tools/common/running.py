@@ -22,8 +22,13 @@ def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") ->
     _interrupt_at(signal.SIGTERM)
     try:
         work()
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         print(f"{tool}: error: {with_code(error)}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        place = error.filename2 or error.filename
+        reason = f"{place}: {error.strerror}. Give another file or folder" if place else str(error)
+        print(f"{tool}: error: {reason}. [REMOE-E300]", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{tool}: {stopped}.", file=sys.stderr)

@@ -33,7 +33,7 @@ BOUND = 1e-4  # of the logits' difference, as a share of the largest
 TOKENS = 512
 # Batch size, steps and learning rate are for the user to choose.
 PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 64 --train-iters 1000 --lr 1e-5"
-PROGRAM += " --eval-interval 1000 --data-path DATA"
+PROGRAM += " --eval-interval 1000 --save RUN --load RUN --save-interval 500 --data-path DATA"
 LAYER = re.compile(r"decoder\.layers\.(?P<number>\d+)\.(?P<rest>.+)")
 # In a layer: Megatron's name → the folder's, mostly as in an exported folder. Several are put one below the other.
 INNER = {name: [other] for name, other in SAME.items()} | {

@@ -86,6 +86,8 @@ def evaluate(args: argparse.Namespace) -> None:
         OSError: --output cannot be written.
     """
     results: dict[str, Any] = {}
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     with Display() as display:
         models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model) for place in args.load}
         if args.data_path:

@@ -63,6 +63,8 @@ def score(
     Raises:
         ToolError: lm-eval is not installed, a task is unknown, or its data cannot be read.
     """
+    if task_data is not None and not Path(task_data).is_dir():
+        raise ToolError(f"--task-data {task_data}: is no folder.", "REMOE-E501")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -129,7 +129,7 @@ def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> GPT
     """Return the sequences of a data set for a model: by default in the training's order, so the loss is the log's."""
     config = opened.model.config
     seed = getattr(opened.args, "seed", SEED) if args.seed is None else args.seed
-    return sequences(prefix, args.seq_length or config.max_position_embeddings, seed, config.vocab_size)
+    return sequences(prefix, opened.sequence_length(args.seq_length), seed, config.vocab_size)
 
 
 def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], display: Display) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from .check import compare, described, megatron_logits, text_for
 SHARD = "2GB"
 # Batch size, steps and learning rate are for the user to choose.
 PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
-PROGRAM += " --eval-interval 100"  # without a default
+PROGRAM += " --eval-interval 100 --save RUN --load RUN --save-interval 100"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from ..common.places import LOG
 from .data import is_set
 from .launch import Launch, plan
 from .layout import RecipeError
+from .models import PAPER, ROUTINGS
 from .process import run_training
 
 ARGUMENTS = {"dense": "[ffn_expansion]", "moe": "[num_experts] [granularity]", "remoe": "[num_experts] [granularity]"}
@@ -59,9 +60,12 @@ def main(words: Sequence[str]) -> int:
     Args:
         words: size, routing, and the script's arguments.
     """
-    if len(words) < 2 or words[0] in ("-h", "--help"):
+    if len(words) < 2 or words[0] not in PAPER or words[1] not in ROUTINGS:
         print(usage(), end="")
-        return 0 if words else 2
+        if {"-h", "--help"} & set(words):
+            return 0
+        print(f"error: give one of {', '.join(PAPER)} and one of {', '.join(ROUTINGS)}", file=sys.stderr)
+        return 2
     size, routing, *arguments = words
     if {"-h", "--help"} & set(split(arguments)[0]):
         print(usage(size, routing), end="")

@@ -51,6 +51,7 @@ def report(args: argparse.Namespace) -> None:
     for place in places:
         find_figures(place)
     output = args.output or (places[0] if places[0].is_dir() else places[0].parent) / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
 
     def write(reload_after: int | None) -> list[Run]:
         runs = [read_run(place, name) for place, name in zip(places, names_of_models(places), strict=True)]

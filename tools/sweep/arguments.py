@@ -59,7 +59,10 @@ def planned(args: argparse.Namespace) -> list[plan.Run]:
     runs = plan.plan(args.figures, values, args.routings)
     if not runs:
         given = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
-        raise RecipeError(f"{given}: no such routing has this setting. Choose others, or leave --routings out.")
+        raise RecipeError(
+            f"{given}: no such routing has this setting. Choose others, or leave --routings out. moe-post needs k > 1: "
+            "--granularities 2."
+        )
     return runs
 
 

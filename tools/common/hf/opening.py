@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeForCausalLM
 
-from ..errors import ConversionError
+from ..errors import ConversionError, ToolError
 from ..on_cpu import megatron_on_cpu
 from .folder import read_config, read_tensors
 from .tensors import model_of
@@ -23,6 +23,17 @@ class OpenedModel(NamedTuple):
     model: RemoeForCausalLM
     tokenizer: PreTrainedTokenizerBase | None
     args: argparse.Namespace | None
+
+    def sequence_length(self, given: int | None) -> int:
+        """Return --seq-length or, without it, the model's context.
+
+        Raises:
+            ToolError: it is longer than the context.
+        """
+        context: int = self.model.config.max_position_embeddings
+        if (given or 0) > context:
+            raise ToolError(f"--seq-length {given}: the model's context is {context}. Give at most that.", "REMOE-E501")
+        return given or context
 
 
 def open_model(
