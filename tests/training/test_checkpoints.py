@@ -245,3 +245,13 @@ def test_gpt2_files_outlive_the_folder_made_of_them(
         output = run([*words, *more, "--train-iters", str(iterations)], XDG_CACHE_HOME=cache)
         assert list(records(output)) == [iterations]
         shutil.rmtree(cache)
+
+
+def test_a_schedule_of_batches_goes_on_with_more_processes(data: Path, tmp_path: Path) -> None:
+    words = training(data, tmp_path / "run", "--train-samples", "40", "--step-batch-size-schedule", "0:4 512:8")
+    for name in ("--global-batch-size", "--train-iters", "--train-iters"):
+        at = words.index(name)
+        del words[at : at + 2]
+    first, rest = run([*words, "--exit-interval", "3"]), run(words, processes=2)
+    batches = [record["global batch size"] for output in (first, rest) for record in records(output).values()]
+    assert [*records(rest)] == [4, 5, 6] and batches == ["4", "4", "8", "8", "8", "8"]

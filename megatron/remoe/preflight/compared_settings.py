@@ -74,6 +74,8 @@ def result(args: argparse.Namespace) -> Settings:
     """Return the settings that change the result; data sets by name, because they may have been moved."""
     names = RESULT + (RESULT_OF_EXPERTS if getattr(args, "num_experts", None) else [])
     found = picked(args, names + (RESULT_OF_RELU if getattr(args, "moe_relu_routing", False) else []))
+    if getattr(args, "step_batch_size_schedule", None):
+        del found["global_batch_size"]  # Megatron derives one from the number of GPUs
     for name, words in picked(args, list(DATA)).items():
         words = [words] if isinstance(words, str) else words or []
         found[name] = [_weight_or_name(word) for word in words]
