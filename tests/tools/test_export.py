@@ -81,7 +81,7 @@ def test_there_and_back(
     assert float(output.split("largest difference of logits ")[1].split()[0]) < 1e-5
     assert "on 2,048 tokens" in output
     assert main("--reverse", "--load", there, "--save", back, "--data-path", data) == 0
-    command = shlex.split(capfd.readouterr().out.splitlines()[-1])
+    command = shlex.split(capfd.readouterr().out.splitlines()[-1].replace("RUN", str(back.parent / "run")))
     assert command[:2] == ["python", "pretrain_gpt.py"] and str(back) in command
     few = "--train-iters 1 --log-interval 1 --eval-iters 0 --split 90,10,0".split()
     batch = "--micro-batch-size 1 --global-batch-size 8".split()
@@ -97,7 +97,7 @@ def test_there_and_back(
     assert model.config.router_aux_loss_coef == pytest.approx(1e-8 * 1.2**4, rel=1e-9)
     card = (there / "README.md").read_text()
     assert "| tokens trained on | 2,048 |" in card and "| kind | ReMoE |" in card
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "folder"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "folder", "run"]
 
 
 @pytest.mark.parametrize("name", ["dense", "relu, latent queries", "top-k", "sigmoid, bias", "hash"])

@@ -92,7 +92,8 @@ def test_printed_command_trains_on(name: str, data: Path, tmp_path: Path, capfd:
     capfd.readouterr()
     assert main(["--from-hf", str(tmp_path / "hf"), "--save", str(tmp_path / "topk")]) == 0
     command = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("python pretrain_gpt.py"))
-    flags = [str(data) if word == "DATA" else word for word in shlex.split(command)[2:]]
+    places = {"DATA": str(data), "RUN": str(tmp_path / "run")}
+    flags = [places.get(word, word) for word in shlex.split(command)[2:]]
     more = "--train-iters 1 --global-batch-size 2 --eval-iters 0 --split 90,10,0 --log-interval 1 --cpu".split()
     (loss,) = series(run([*flags, *more]), "lm loss")
     assert loss > math.log(257) + 0.5, "that of these weights; Megatron's initial ones give log(257)"
