@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -166,9 +167,16 @@ def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
 
 
 def test_pages_have_the_spread_of_the_table() -> None:
+    tables = (ROOT / "docs" / "compare" / "tables.md").read_text()
+    seeds = re.findall(r"^\| \d+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", tables, re.MULTILINE)
+    columns = [[*map(float, column)] for column in zip(*seeds, strict=True)]
+    assert [statistics.stdev(column) for column in columns] == pytest.approx([*report.SPREAD.values()], abs=6e-5)
     page = (ROOT / "docs" / "experiments.md").read_text()
-    (row,) = (line for line in page.splitlines() if line.startswith("| mean ± "))
-    assert [float(number) for number in re.findall(r"± ([\d.]+)", row)] == [*report.SPREAD.values()]
+    (row,) = (line for line in page.splitlines() if line.startswith("Means ± standard deviations"))
+    assert [float(number) for number in re.findall(r"± (\d+\.\d+)", row)] == [*report.SPREAD.values()]
+    assert [float(number) for number in re.findall(r"([\d.]+) ±", row)] == pytest.approx(
+        [statistics.fmean(column) for column in columns], abs=6e-5
+    )
     readme = (ROOT / "README.md").read_text()
     (row,) = (line for line in readme.splitlines() if line.startswith("| mean of six seeds"))
     assert re.findall(r"\(([\d.]+)\)", row) == [f"{spread:.3f}" for spread in report.SPREAD.values()]
