@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 folder, text, new_folder = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config)

@@ -70,6 +70,16 @@ def test_a_bound_ends_with_its_data_set(data: Path, tmp_path: Path) -> None:
     assert first["none"]["experts"]["1"]["largest"] > 1 and again == first
 
 
+def test_results_before_an_error_are_kept(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "model")
+    make("relu", vocab_size=300).save_pretrained(tmp_path / "model")
+    words = ["--data-path", str(data), "--seq-length", "32", "--sequences", "8", "--tasks", "no_such_task"]
+    assert main(["--load", str(tmp_path / "model"), *words, "--output", str(tmp_path / "results.json")]) == 1
+    assert "[REMOE-E504]" in capfd.readouterr().err
+    assert [*json.loads((tmp_path / "results.json").read_text())] == ["text"]
+
+
 def test_experts_of_a_layer() -> None:
     histogram = torch.bincount(torch.tensor([0, 1, 1, 2] * 50 + [5]), minlength=9)
     found = Experts.of(histogram)
@@ -142,12 +152,12 @@ def test_tasks_through_lm_eval(
     model.save_pretrained(tmp_path / "model")
     words = ["--load", str(tmp_path / "model"), "--task-data", str(tmp_path / "own")]
     words += ["--task-cache", str(tmp_path / "answers"), "--tasks"]
+    write_tasks(tmp_path)
     if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("datasets") is None:
         assert main(words) == 1 and "[REMOE-E504]" in capfd.readouterr().err
         pytest.skip("needs lm-eval[hf]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    write_tasks(tmp_path)
     if not torch.cuda.is_available():  # a search would start with 64 sequences of the longest request
         monkeypatch.delattr("lm_eval.models.huggingface.HFLM._detect_batch_size")
 

@@ -16,7 +16,7 @@ from ..common.display import Display, print_table
 from ..common.errors import ToolError
 from ..common.files import write_json
 from ..common.flags import whole_number
-from ..common.hf.opening import OpenedModel, open_model
+from ..common.hf.opening import open_model
 from ..common.on_cpu import megatron_on_cpu
 from ..common.running import run_once
 from .tasks import TASKS, compare_with_paper, score
@@ -55,16 +55,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def score_tasks(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dict[str, Any]:
-    """Return model → scores."""
-    found, settings = {}, (args.tasks or [*TASKS], args.task_data, args.task_cache, args.limit)
-    for name, (model, tokenizer, _) in models.items():
-        if tokenizer is None:
-            raise ToolError(f"--load {name}: has no tokenizer. Give one with --tokenizer-model.", "REMOE-E513")
-        found[name] = score(model, tokenizer, *settings)
-    return found
-
-
 def show(results: dict[str, Any]) -> None:
     """Print the results as tables."""
     for titles, rows in evaluations.tables(results):
@@ -79,7 +69,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure, show and write the results.
+    """Measure, show and write the results; after an error or a stop, those that were finished.
 
     Raises:
         ToolError: something is wrong with the flags, a model or the data.
@@ -88,20 +78,34 @@ def evaluate(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {}
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-    with Display() as display:
-        models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model) for place in args.load}
-        if args.data_path:
-            megatron_on_cpu()
-            from .text import measure_speed, measure_text
+    try:
+        with Display() as display:
+            measure(args, results, display)
+    finally:
+        show(results)
+        if args.output is not None and results:
+            write_json(args.output, results)
 
-            results["text"] = measure_text(args, models, display)
-            if args.speed:
-                results["speed"] = measure_speed(args, models)
-        if args.tasks is not None:
-            results["tasks"] = score_tasks(args, models)
-    show(results)
-    if args.output is not None:
-        write_json(args.output, results)
+
+def measure(args: argparse.Namespace, results: dict[str, Any], display: Display) -> None:
+    """Add each kind of result when it is complete; scores of tasks model by model."""
+    models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model) for place in args.load}
+    for name, (_, tokenizer, _) in models.items():
+        if tokenizer is None and args.tasks is not None:
+            raise ToolError(f"--load {name}: has no tokenizer. Give one with --tokenizer-model.", "REMOE-E513")
+    if args.data_path:
+        megatron_on_cpu()
+        from .text import measure_speed, measure_text
+
+        results["text"] = measure_text(args, models, display)
+        if args.speed:
+            results["speed"] = measure_speed(args, models)
+    if args.tasks is not None:
+        tasks = args.tasks or [*TASKS]
+        for name, (model, tokenizer, _) in models.items():
+            assert tokenizer is not None
+            scores = score(model, tokenizer, tasks, args.task_data, args.task_cache, args.limit)
+            results.setdefault("tasks", {})[name] = scores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
