@@ -53,7 +53,7 @@ ARMS = {
     "ReMoE, 2 experts": (AFTER, LAMBDA, REMOE),
     "ReMoE, 4 to 2 experts": (AFTER, f"{LAMBDA} {MOVING}", REMOE_OF_4),
     "null experts, 2 experts": (AFTER, NULLS, WITH_NULLS),
-    "top-k, 4 experts, goes on": (BEFORE, "", SOURCE),
+    "top-k, 4 experts, continued": (BEFORE, "", SOURCE),
 }
 
 

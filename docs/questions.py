@@ -1,7 +1,7 @@
-"""Remake docs/questions/tables.md: python docs/questions.py [FOLDER] [SEED ...]
+"""Answer the short questions of docs/experiments.md: python docs/questions.py [FOLDER] [SEED ...]
 
-Trains and evaluates what is missing, and writes docs/questions/figures.json. On one idle core the three seeds take
-about an hour.
+Train and evaluate what is missing, write docs/questions/figures.json and print the tables. On one idle core the three
+seeds take about an hour.
 """
 
 import json

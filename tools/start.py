@@ -50,7 +50,7 @@ def _refuse(problem: str) -> int:
     python = root / ".venv" / "bin" / "python"
     remedy = f"Use {python}" if python.exists() else f"Run bash {root}/scripts/setup.sh, which makes {python}"
     if __package__ != "tools":
-        remedy = "Install it with: pip install 'megatron-remoe[tools,report,hf]'"
+        remedy = "Install it with: pip install '.[tools,report,hf]' in a clone"
     print(f"error: {sys.executable} {problem}. {remedy}.", file=sys.stderr)
     return 2
 
