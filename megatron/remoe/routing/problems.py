@@ -163,16 +163,14 @@ ONE_DISPATCH = "a layer that works in chunks has no single dispatch to overlap w
 QUANTIZED = "chunks of a layer are computed again outside of the quantized part"
 INSIDE_EXPERTS = {"expert_fc1", "moe_act", "fused_group_mlp"}
 RECOMPUTED = "--fine-grained-activation-offloading would keep activations that a chunk computes again"
-NOT_IN_CHUNKS = tuple(
-    Refusal(name, refused, reason, where, "Leave it out, or add --moe-relu-activation-limit 0")
-    for name, refused, reason, where in (
-        ("moe_shared_expert_overlap", bool, ONE_DISPATCH, DISPATCHERS),
-        ("overlap_moe_expert_parallel_comm", bool, ONE_DISPATCH, DISPATCHERS),
-        ("overlap_dispatch_backward_with_experts_wgrad", bool, ONE_DISPATCH, DISPATCHERS),
-        ("fp8", bool, QUANTIZED, MOE_LAYER),
-        ("fp4", bool, QUANTIZED, MOE_LAYER),
-        ("offload_modules", lambda value: not INSIDE_EXPERTS.isdisjoint(value), RECOMPUTED, CONFIG),
-    )
+OR_NO_CHUNKS = "Leave it out, or add --moe-relu-activation-limit 0"
+NOT_IN_CHUNKS = (
+    Refusal("moe_shared_expert_overlap", ONE_DISPATCH, DISPATCHERS, OR_NO_CHUNKS),
+    Refusal("overlap_moe_expert_parallel_comm", ONE_DISPATCH, DISPATCHERS, OR_NO_CHUNKS),
+    Refusal("overlap_dispatch_backward_with_experts_wgrad", ONE_DISPATCH, DISPATCHERS, OR_NO_CHUNKS),
+    Refusal("fp8", QUANTIZED, MOE_LAYER, OR_NO_CHUNKS),
+    Refusal("fp4", QUANTIZED, MOE_LAYER, OR_NO_CHUNKS),
+    Refusal("offload_modules", RECOMPUTED, CONFIG, OR_NO_CHUNKS, lambda value: not INSIDE_EXPERTS.isdisjoint(value)),
 )
 
 
