@@ -3,6 +3,7 @@
 P pairs, F the experts' FFN size; a program works on a few pairs, in the backward pass on whole ones.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,22 +56,14 @@ def _tile(activated: torch.Tensor) -> tuple[int, int]:
     return TILE // width, width
 
 
-def _bytes(name: str, columns: int, args: dict[str, Any]) -> dict[str, Any]:
+def _bytes(name: str, columns: int, grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     hidden, gates = args["hidden_PF"], args["gates_P"]
     moved = hidden.numel() // 2 * columns * hidden.element_size() + gates.numel() * gates.element_size()
     return {"name": name, "bytes": moved}
 
 
-def _forward_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    return _bytes("swiglu: forward", 3, args)
-
-
-def _backward_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    return _bytes("swiglu: backward", 6, args)
-
-
 # The number of pairs changes with each launch: specialized by it, both kernels would compile again amid a training.
-@triton.jit(launch_metadata=_forward_bytes, do_not_specialize=["num_pairs"])
+@triton.jit(launch_metadata=partial(_bytes, "swiglu: forward", 3), do_not_specialize=["num_pairs"])
 def _activate(hidden_PF, gates_P, activated_PF, end, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
     if end is not None:
         num_pairs = tl.minimum(num_pairs, tl.load(end))
@@ -81,7 +74,7 @@ def _activate(hidden_PF, gates_P, activated_PF, end, num_pairs, ffn, PAIRS: tl.c
     tl.store(activated_PF + pair[:, None] * ffn + column[None, :], left * tl.sigmoid(left) * right * gate, mask=inside)
 
 
-@triton.jit(launch_metadata=_backward_bytes, do_not_specialize=["num_pairs"])
+@triton.jit(launch_metadata=partial(_bytes, "swiglu: backward", 6), do_not_specialize=["num_pairs"])
 def _activate_backward(
     hidden_PF, gates_P, activated_PF, d_hidden_PF, d_gates_P, end, num_pairs, ffn,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,
