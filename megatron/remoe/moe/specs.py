@@ -102,7 +102,7 @@ def _replaced(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | Non
         _check_layer(spec.func, spec.keywords.get("submodules"), router)
         func, keywords = _replaced(spec.func, classes), _replaced(spec.keywords, classes, router)
         return spec if func is spec.func and keywords is spec.keywords else partial(func, *spec.args, **keywords)
-    if is_dataclass(spec):
+    if is_dataclass(spec) and not isinstance(spec, type):
         if isinstance(spec, ModuleSpec):
             _check_layer(spec.module, spec.submodules, router)
         given = {field.name: getattr(spec, field.name) for field in fields(spec)}
