@@ -106,6 +106,12 @@ def _experts(settings: Settings) -> int:
     return getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None) or 0
 
 
+def _expert_tensor_parallel(settings: Settings) -> int:
+    """Return the ranks that share each expert: by Megatron's default, the tensor parallel ranks."""
+    given = getattr(settings, "expert_tensor_parallel_size", None)
+    return getattr(settings, "tensor_model_parallel_size", 1) if given is None else given
+
+
 def _values(settings: Settings) -> Iterator[str]:
     """Yield settings that are out of range: the granularity, and those of ReLU routing."""
     if settings.moe_granularity < 1:
@@ -181,7 +187,7 @@ def _combinations(settings: Settings, beside: str) -> Iterator[str]:
     backend = getattr(settings, "moe_flex_dispatcher_backend", None)
     if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
         experts = settings.moe_relu_max_experts or _experts(settings)
-        slots = experts * (getattr(settings, "expert_tensor_parallel_size", None) or 1)
+        slots = experts * _expert_tensor_parallel(settings)
         if backend != "deepep" or slots > DEEPEP_SLOTS:
             yield (
                 f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {beside}: "
@@ -236,16 +242,13 @@ def _combinations(settings: Settings, beside: str) -> Iterator[str]:
 
 def _needed(settings: Settings) -> Iterator[str]:
     """Yield what --moe-relu-launch-ahead and --cuda-graph-impl full_iteration need and are not given."""
-    expert_tensor_parallel = getattr(settings, "expert_tensor_parallel_size", None)
-    if expert_tensor_parallel is None:  # Megatron's default
-        expert_tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
     in_place = {
         "--moe-kernels triton": settings.moe_kernels != "torch",
         "--transformer-impl local": settings.transformer_impl == "local",
         "--moe-token-dispatcher-type alltoall": settings.moe_token_dispatcher_type == "alltoall",
         "--disable-bias-linear": not settings.add_bias_linear,
         "--expert-model-parallel-size 1": getattr(settings, "expert_model_parallel_size", 1) == 1,
-        "--expert-tensor-parallel-size 1": expert_tensor_parallel == 1,
+        "--expert-tensor-parallel-size 1": _expert_tensor_parallel(settings) == 1,
         "no --moe-shared-expert-overlap": not settings.moe_shared_expert_overlap,
     }
     bounded = {
