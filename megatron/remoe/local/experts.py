@@ -52,14 +52,12 @@ class GroupedExperts(MegatronModule):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
-        name: str | None = None,
     ) -> None:
         """
         Args:
             num_local_experts: L.
             config: one that `takes_grouped_experts`.
             pg_collection: with the groups `ep`, `expt_tp` and `expt_dp`.
-            name: unused; Megatron passes it.
         """
         super().__init__(config=config)
         self.num_local_experts, self.backend = num_local_experts, backend_of(config)
@@ -233,7 +231,7 @@ def build_experts(
     """Build grouped experts where the configuration allows them, otherwise those that `stock` builds."""
     if not takes_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
-    experts = kind(num_local_experts, config, pg_collection=pg_collection, name=name)
+    experts = kind(num_local_experts, config, pg_collection)
     _warn_of_refused_sizes(experts.fc1)
     return experts
 

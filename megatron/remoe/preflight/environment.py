@@ -15,14 +15,14 @@ from megatron.remoe.data.errors import DataError, UsageError
 from megatron.remoe.routing.refusals import shown
 
 
-def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+def check_environment() -> None:
     """Check the environment variables that torchrun sets."""
-    get, numbers = environment.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    get, numbers = os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     port, wrong = get("MASTER_PORT", "0"), [name for name in numbers if not get(name, "0").isdecimal()]
     problems = [f"{name}={get(name)!r} in the environment is not a whole number" for name in wrong]
     if not wrong and int(get("RANK", "0")) >= int(get("WORLD_SIZE", "1")):
         problems.append(f"RANK={get('RANK')} in the environment must be below WORLD_SIZE={get('WORLD_SIZE')}")
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if "RANK" in environment and not get(name)]:
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if "RANK" in os.environ and not get(name)]:
         problems.append(f"RANK={get('RANK')} is set in the environment and {missing[0]} is not")
     if not port.isdecimal() or int(port) > 65535:
         problems.append(f"MASTER_PORT={port!r} in the environment is not a port, 1024 to 65535")
