@@ -187,7 +187,7 @@ def activate(hidden: torch.Tensor, gates_P: torch.Tensor, end: torch.Tensor | No
     Args:
         hidden: `[P, 2 * F]`, left and then right.
         gates_P: `[P]`.
-        end: see `swiglu.activate`; all rows are computed here.
+        end: int32, one element: rows from here on belong to no pair. A backend may skip them; this one does not.
     """
     left, right = hidden.chunk(2, dim=-1)
     return silu(left).mul_(right).mul_(gates_P.unsqueeze(-1))

@@ -16,16 +16,7 @@ TILE = 1024
 
 
 def activate(hidden: torch.Tensor, gates: torch.Tensor, end: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `gate · SiLU(left) ⊙ right`; moves `3 · P · F` elements.
-
-    Args:
-        hidden: `[P, 2 * F]`, left and then right.
-        gates: `[P]`.
-        end: int32, one element: rows from here on belong to no pair, and are not computed.
-
-    Returns:
-        `[P, F]`, of the type of `hidden`.
-    """
+    """Do what `pytorch.activate` does, except for rows from `end` on; moves `3 · P · F` elements."""
     activated = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2)
     (pairs, width), (num_pairs, ffn) = _tile(activated), activated.shape
     grid = cdiv(num_pairs, pairs), cdiv(ffn, width)
@@ -36,11 +27,9 @@ def activate(hidden: torch.Tensor, gates: torch.Tensor, end: torch.Tensor | None
 def activate_backward(
     hidden: torch.Tensor, gates: torch.Tensor, d_activated: torch.Tensor, end: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `activate`'s result again, and the gradients of its arguments; moves `6 · P · F` elements.
+    """Do what `pytorch.activate_backward` does, except for rows from `end` on; moves `6 · P · F` elements.
 
-    Args:
-        hidden, gates, end: as above.
-        d_activated: `[P, F]`; the result is written into its memory.
+    `activate`'s result is written into the memory of `d_activated`.
     """
     d_hidden, d_gates = torch.empty_like(hidden), torch.empty_like(gates)
     (pairs, width), (num_pairs, ffn) = _tile(d_activated), d_activated.shape

@@ -122,11 +122,7 @@ class GroupedExperts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """Return the weights under the keys and in the global shapes of `SequentialMLP`: `[..., experts, out, in]`.
-
-        Args:
-            prefix, sharded_offsets, metadata: Megatron's.
-        """
+        """Return the weights under the keys and in the global shapes of `SequentialMLP`: `[..., experts, out, in]`."""
         axis = len(sharded_offsets)
         experts = (axis, self.ep_group.rank(), self.ep_group.size())
         rank, size = self.tp_group.rank(), self.tp_group.size()

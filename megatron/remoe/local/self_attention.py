@@ -54,11 +54,7 @@ class LatentAttention(MLASelfAttention):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """Return the weights under the names of Transformer Engine's layers.
-
-        Args:
-            prefix, sharded_offsets, metadata: Megatron's.
-        """
+        """Return the weights under the names of Transformer Engine's layers."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         names = {f"{prefix}{of}_layernorm.": f"{prefix}linear_{of}_up_proj.layer_norm_" for of in ("q", "kv")}
         apply_prefix_mapping(state, names)
@@ -97,10 +93,6 @@ class AllHeadsNormAttention(SelfAttention):
     """`SelfAttention` with --qk-layernorm-all-heads."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """
-        Args:
-            arguments, options: those of `SelfAttention`.
-        """
         super().__init__(*arguments, **options)
         config, size = self.config, self.hidden_size_per_attention_head
         groups = config.num_query_groups or config.num_attention_heads

@@ -212,8 +212,7 @@ def plan_dispatch(
     """Make the plan of a routing map.
 
     Args:
-        probs_TE: `[T, E]`, the gates.
-        map_TE: bool `[T, E]`.
+        probs_TE, map_TE: the gates and the map, `[T, E]`.
         counts: of this map, by this backend.
         backend: see there.
         rows: room for the pairs is a multiple of this.
