@@ -34,12 +34,12 @@ FSDP = "fsdp_dtensor"
 STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")  # values of --dist-ckpt-strictness
 
 
-def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
-    """Return the folder of the iteration or release that Megatron loads; None if there is none."""
+def iteration_folder(root: Path, step: int | None = None) -> Path | None:
+    """Return the folder of the iteration or release that Megatron loads with --ckpt-step; None if there is none."""
     newest = newest_iteration(root)
     if newest == RELEASE:
         return root / RELEASE
-    return root / f"iter_{args.ckpt_step or int(newest):07d}" if args.ckpt_step or newest.isdecimal() else None
+    return root / f"iter_{step or int(newest):07d}" if step or newest.isdecimal() else None
 
 
 def check_has_no_code(args: argparse.Namespace) -> None:
@@ -49,7 +49,7 @@ def check_has_no_code(args: argparse.Namespace) -> None:
         BrokenCheckpointError: names flag and file.
     """
     for flag, root in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
-        folder = iteration_folder(Path(root), args) if root else None
+        folder = iteration_folder(Path(root), args.ckpt_step) if root else None
         if folder is None or not (folder / INDEX).is_file():
             continue
         try:
