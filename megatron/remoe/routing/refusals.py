@@ -30,12 +30,12 @@ class Refusal:
     remedy: str = "Leave it out"
     refused: Callable[[Any], bool] = bool
 
-    def problem(self, settings: Settings, beside: str = "--moe-relu-routing") -> str | None:
-        """Return the message for `settings` beside a flag; None if they are fine or do not have the attribute."""
+    def problem(self, settings: Settings, given: str) -> str | None:
+        """Return the message for `settings` with the flag `given`; None if they do not have this one."""
         value = getattr(settings, self.name, None)
         if value is None or not self.refused(value):
             return None
-        return f"{flag(self.name)} {shown(value)} cannot be used with {beside}: {self.reason}. {self.remedy}."
+        return f"{flag(self.name)} {shown(value)} cannot be used with {given}: {self.reason}. {self.remedy}."
 
 
 SPELLED = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
