@@ -31,7 +31,7 @@ class Refusal:
     refused: Callable[[Any], bool] = bool
 
     def problem(self, settings: Settings, given: str) -> str | None:
-        """Return the message for `settings` with the flag `given`; None if they do not have this one."""
+        """Return the message for `settings` with the flag `given`; None where nothing is refused."""
         value = getattr(settings, self.name, None)
         if value is None or not self.refused(value):
             return None
