@@ -118,8 +118,8 @@ def train(
     Args:
         on_cpu, observe: as in `main`.
         lock: held longer than one call if the training is started again in this process.
-        at_the_end: what ends with this call.
-        store: where the ranks meet, other than by MASTER_ADDR.
+        at_the_end: closed after this call.
+        store: where the ranks meet instead of at MASTER_ADDR.
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import patches
@@ -158,9 +158,6 @@ def train(
 
 def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
     """Parse and check the flags, the data and the folders. Return the arguments, which are also Megatron's global ones.
-
-    Args:
-        on_cpu, lock: as in `train`.
 
     Raises:
         ValueError, AssertionError, OSError: a flag or a file is wrong; the message names it.

@@ -51,7 +51,7 @@ def _bytes(name: str, columns: int, grid: Any, metadata: Any, args: dict[str, An
     return {"name": name, "bytes": moved}
 
 
-# The number of pairs changes with each launch: specialized by it, both kernels would compile again amid a training.
+# The number of pairs changes with each launch: specialized by it, both kernels would compile again in mid-training.
 @triton.jit(launch_metadata=partial(_bytes, "swiglu: forward", 3), do_not_specialize=["num_pairs"])
 def _activate(hidden_PF, gates_P, activated_PF, end, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
     if end is not None:

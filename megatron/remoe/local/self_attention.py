@@ -48,14 +48,9 @@ class LatentAttention(MLASelfAttention):
             latents = scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(latents))
         return queries, latents
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> ShardedStateDict:
+    def sharded_state_dict(self, prefix: str = "", *arguments: Any, **options: Any) -> ShardedStateDict:
         """Return the weights under the names of Transformer Engine's layers."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = super().sharded_state_dict(prefix, *arguments, **options)
         names = {f"{prefix}{of}_layernorm.": f"{prefix}linear_{of}_up_proj.layer_norm_" for of in ("q", "kv")}
         apply_prefix_mapping(state, names)
         return state

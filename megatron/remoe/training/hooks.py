@@ -249,7 +249,7 @@ def with_flips(
     Args:
         args: Megatron's arguments.
         model_cfg: the configuration that the model will be built from.
-        provider: of the data sets.
+        provider: builds the data sets.
         forward_step: as Megatron's loop takes it.
     """
     if args.moe_log_flips_interval is None:
