@@ -110,7 +110,6 @@ class GuardedReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Return the gradient of the logits."""
         map_TE, push = ctx.saved_tensors
         push = push * MoEAuxLossAutoScaler.main_loss_backward_scale  # set by Megatron between forward and backward
         return torch.where(map_TE, gradient, push.to(gradient.dtype)), None, None

@@ -46,13 +46,9 @@ class RunLog(logging.Handler):
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """
-        Args:
-            args: Megatron's arguments. Loading a checkpoint sets `iteration`, so it is read at the first record.
-        """
         super().__init__()
         self.path = Path(args.save, FILE)
-        self._args = args
+        self._args = args  # loading a checkpoint sets `iteration`, so it is read at the first record
         self._started = round(time.time(), 3)
         self._has_begun = False
         self._figures: Record = {}  # for the next line
