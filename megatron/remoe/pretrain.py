@@ -65,26 +65,26 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
 
 def check_versions() -> None:
     """End with exit code 2 and one line if Python or a package in `NEEDED` is missing or too old."""
-    found = {"python": ".".join(map(str, sys.version_info[:2]))}
-    for name, module in (("torch", "torch"), ("megatron-core", "megatron.core"), ("filelock", "filelock")):
-        try:
-            is_engine = name == "megatron-core"
-            found[name] = megatron.remoe.megatron_version() if is_engine else importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            if importlib.util.find_spec(module) is None:
-                found[name] = "none"
     for name, least in NEEDED.items():
-        if name not in found:
-            continue  # a checkout without a version
-        numbers = [int(part) if part.isdigit() else 0 for part in found[name].split(".")[:2]]
-        if numbers < least:
+        found = _installed(name)
+        if found and [int(part) if part.isdigit() else 0 for part in found.split(".")[:2]] < least:
             version = ".".join(map(str, least))
             print(
-                f"{os.path.basename(sys.argv[0])}: error: needs {name} {version} or newer, and finds {found[name]} in "
+                f"{os.path.basename(sys.argv[0])}: error: needs {name} {version} or newer, and finds {found} in "
                 f"{sys.executable}. Set up an environment as README.md says. [REMOE-E106]",
                 file=sys.stderr,
             )
             raise SystemExit(2)
+
+
+def _installed(name: str) -> str:
+    """Return the version of Python or of a package: "none" if it is missing, "" for a checkout without one."""
+    if name == "python":
+        return ".".join(map(str, sys.version_info[:2]))
+    try:
+        return megatron.remoe.megatron_version() if name == "megatron-core" else importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "" if importlib.util.find_spec(name.replace("-", ".")) else "none"
 
 
 def prepare() -> bool:
@@ -118,8 +118,8 @@ def train(
     Args:
         on_cpu, observe: as in `main`.
         lock: held longer than one call if the training is started again in this process.
-        at_the_end: what ends with this call.
-        store: where the ranks meet, other than by MASTER_ADDR.
+        at_the_end: closed after this call.
+        store: where the ranks meet instead of at MASTER_ADDR.
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import patches
@@ -158,9 +158,6 @@ def train(
 
 def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
     """Parse and check the flags, the data and the folders. Return the arguments, which are also Megatron's global ones.
-
-    Args:
-        on_cpu, lock: as in `train`.
 
     Raises:
         ValueError, AssertionError, OSError: a flag or a file is wrong; the message names it.

@@ -21,7 +21,7 @@ def make_layer(name: str, fused: bool = False, **changes: Any) -> ReMoELayer:
     layer = spec.submodules.mlp(config=config, layer_number=1).to(DEVICE, torch.float64)  # type: ignore[union-attr]
     layer.set_layer_number(1)
     if name == "hash":
-        layer.router.begin_batch(torch.arange(BATCH * SEQUENCE, device=DEVICE).view(BATCH, SEQUENCE) % 5)
+        layer.router.token_ids = torch.arange(BATCH * SEQUENCE, device=DEVICE).view(BATCH, SEQUENCE) % 5
     return layer
 
 

@@ -34,7 +34,7 @@ def main() -> None:
         torch.manual_seed(7)
         tokens, ids = torch.randn(10, 2, HIDDEN, dtype=torch.float64), torch.randint(0, 300, (2, 10))
         if name == "hash":
-            router.begin_batch(ids)
+            router.token_ids = ids
         else:
             router.weight.data = torch.randn_like(router.weight)
         if name == "routing_free":

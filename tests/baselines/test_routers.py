@@ -50,7 +50,7 @@ def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
     maps = []
     for layer_number in (1, 2):
         router.set_layer_number(layer_number)
-        router.begin_batch(ids)
+        router.token_ids = ids
         _, routing_map = router(torch.zeros(4096, BATCH, HIDDEN, device=DEVICE))
         maps.append(routing_map)
         assert routing_map.sum(dim=1).eq(2).all()

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe.local import experts as local_experts
 from megatron.remoe.local.attention import FusedDotProductAttention
 from megatron.remoe.local.experts import GroupedExperts
+from megatron.remoe.local.norm import SequenceParallelTorchNorm
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_fused_layers
 from tests.layers import HIDDEN, make_config, make_layer
@@ -174,6 +175,11 @@ def test_sizes_that_the_kernel_refuses_are_told_once(
     assert all(isinstance(layer.experts, GroupedExperts) for layer in layers)
     found = [str(warning.message) for warning in warned if "kernel" in str(warning.message)]
     assert len(found) == (told is not None) and all(text.startswith(str(told)) for text in found)
+
+
+def test_norms_refuse_weights_centered_at_zero() -> None:
+    with pytest.raises(ValueError, match="--apply-layernorm-1p: "):
+        SequenceParallelTorchNorm(make_config(layernorm_zero_centered_gamma=True), HIDDEN)
 
 
 def test_specification_keeps_what_it_does_not_know() -> None:

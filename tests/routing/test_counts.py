@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 def test_nothing_overlaps() -> None:
     sums = StepSums.zeros(2, 3, CPU)
     for value, name in enumerate(("tokens_per_expert", *COLUMNS), start=1):
-        sums.counts.layer(2)[name].fill_(value)
+        sums.counts[name][1].fill_(value)
     for value, view in enumerate((sums.guarded, sums.l1_exponent, sums.ranks, sums.not_finite), start=6):
         view.fill_(value)
     assert sums.buffer.tolist() == [*[0.0] * 7, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 6.0, 7.0, 8.0, 9.0]

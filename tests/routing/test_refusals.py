@@ -54,6 +54,11 @@ def test_the_page_has_every_refusal() -> None:
 
 REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
     "DeepEP": ({"moe_token_dispatcher_type": "flex", "num_moe_experts": 33}, "backend deepep .* 33 slots"),
+    "DeepEP with experts on two ranks": (
+        {"moe_token_dispatcher_type": "flex", "num_moe_experts": 32, "tensor_model_parallel_size": 2}
+        | {"sequence_parallel": True},
+        "backend deepep .* 64 slots",
+    ),
     "NCCL-EP": (
         {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "ncclep"},
         "backend ncclep .* slots",

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.preflight.environment import check_flips
-from megatron.remoe.training.flips import FlipMeter
+from megatron.remoe.training.flips import FlipMeter, _aside
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 
 ARGUMENTS = {
@@ -34,6 +35,18 @@ class Model(torch.nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         output, _ = self.layer(tokens.transpose(0, 1).contiguous())
         return output
+
+
+@pytest.mark.usefixtures("process_groups")
+def test_random_routing_draws_the_same_and_leaves_no_trace() -> None:
+    model, tracker = Model(make_layer(make_config())), get_cuda_rng_tracker()
+    before, drawn = {name: state.clone() for name, state in tracker.get_states().items()}, []
+    for _ in range(2):
+        with _aside([model], seed=1), tracker.fork(get_expert_parallel_rng_tracker_name()):
+            drawn.append(torch.rand(3, device=model.layer.router.weight.device))
+    assert torch.equal(*drawn)
+    after = tracker.get_states()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], state) for name, state in before.items())
 
 
 @pytest.mark.usefixtures("process_groups")

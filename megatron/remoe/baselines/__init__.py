@@ -1,4 +1,13 @@
-"""Routers that the paper compares with ReLU routing and Megatron lacks, for `--moe-baseline-router`."""
+"""Routers to compare with ReLU routing that Megatron does not have, for `--moe-baseline-router`.
+
+Each has a method `routing(logits, padding_mask)`, for T tokens (sequence x batch) and E experts:
+
+    logits        `[sequence, batch, E]` unless stated otherwise, x W in the router's dtype
+    padding_mask  bool `[sequence, batch]`, True at padding, which is not routed; or None
+    returns       gates `[T, E]`, 0 where the map is False; routing map, bool `[T, E]`
+
+Some versions of Megatron pass more arguments, which the routers ignore.
+"""
 
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.baselines.expert_choice import ExpertChoiceRouter

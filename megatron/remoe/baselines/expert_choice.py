@@ -21,17 +21,7 @@ class ExpertChoiceRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route k · sequence / E tokens of each sequence to each expert.
-
-        Args:
-            logits: `[sequence, batch, E]`, in the router's dtype.
-            padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
-            _unused: arguments of other ways of routing, in versions of Megatron that have them.
-
-        Returns:
-            probs: `[T, E]`, the softmax over the experts where the map is True, else 0.
-            routing_map: bool `[T, E]`.
-        """
+        """Route k · sequence / E tokens of each sequence to each expert; gates are the softmax over the experts."""
         logits = self.apply_z_loss(logits, None if padding_mask is None else padding_mask.reshape(-1))
         scores = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         ranked = gather_sequence(scores, padding_mask, self.tp_cp_group)

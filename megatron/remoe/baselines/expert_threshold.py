@@ -37,17 +37,7 @@ class ExpertThresholdRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route each token to the experts whose threshold its logit exceeds.
-
-        Args:
-            logits: `[sequence, batch, E]`, in the router's dtype.
-            padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
-            _unused: arguments of other ways of routing, in versions of Megatron that have them.
-
-        Returns:
-            probs: `[T, E]`, the sigmoid of the logit where the map is True, else 0.
-            routing_map: bool `[T, E]`.
-        """
+        """Route each token to the experts whose threshold its logit exceeds; gates are the logits' sigmoids."""
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts), padding_mask=padding_mask_T)
         seen_TE = logits_TE.detach().double()

@@ -13,17 +13,13 @@ class HashRouter(UnlearnedRouter):
     """Gives each token id k experts, drawn once, differently in each layer.
 
     The load is not balanced: frequent ids load their experts.
+
+    Attributes:
+        token_ids: `[batch, sequence]`, those of the next tokens, of the whole tensor-parallel group; `pass_token_ids`
+            sets them.
     """
 
     token_ids: torch.Tensor | None = None
-
-    def begin_batch(self, token_ids: torch.Tensor) -> None:
-        """Keep the ids of the next tokens; see `pass_token_ids`.
-
-        Args:
-            token_ids: `[batch, sequence]`, of the whole tensor-parallel group.
-        """
-        self.token_ids = token_ids
 
     def draw(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Draw as `UnlearnedRouter.draw`, by token id.
@@ -51,7 +47,7 @@ def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]
 
     def tell(_embedding: torch.nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
         for router in routers:
-            router.begin_batch(named["input_ids"] if "input_ids" in named else inputs[0])
+            router.token_ids = named["input_ids"] if "input_ids" in named else inputs[0]
 
     for module in modules if routers else []:
         if isinstance(module, LanguageModelEmbedding):

@@ -35,16 +35,9 @@ class NullExpertRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route each token to the experts among its choices.
+        """Route each token to the experts among its choices; its gates add up to 1 where it has an expert.
 
-        Args:
-            logits: `[sequence, batch, 2E]`, in the router's dtype.
-            padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
-            _unused: arguments of other ways of routing, in versions of Megatron that have them.
-
-        Returns:
-            probs: `[T, E]`, a token's gates add up to 1 where it has an expert, and are 0 where the map is False.
-            routing_map: bool `[T, E]`.
+        Logits are `[sequence, batch, 2E]`.
         """
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TN = self.apply_z_loss(logits.view(-1, 2 * self.num_experts), padding_mask=padding_T)

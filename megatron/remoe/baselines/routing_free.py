@@ -52,16 +52,9 @@ class RoutingFreeRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route each token to the experts whose score reaches θ.
+        """Route each token to the experts whose score reaches θ; gates are the scores.
 
-        Args:
-            logits: `[sequence, batch, E · r]`, x A in the router's dtype.
-            padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
-            _unused: arguments of other routings in some versions of Megatron.
-
-        Returns:
-            probs: `[T, E]`, the score where the map is True, else 0.
-            routing_map: bool `[T, E]`.
+        Logits are `[sequence, batch, E · r]`, x A.
         """
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         lengths_TE = torch.linalg.vector_norm(

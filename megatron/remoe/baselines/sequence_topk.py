@@ -21,17 +21,7 @@ class SequenceTopKRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route the tokens of each sequence.
-
-        Args:
-            logits: `[sequence, batch, E]`, in the router's dtype.
-            padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
-            _unused: arguments of other ways of routing, in versions of Megatron that have them.
-
-        Returns:
-            probs: `[T, E]`, the softmax over all experts where the map is True, else 0.
-            routing_map: bool `[T, E]`.
-        """
+        """Route the tokens of each sequence; gates are the softmax over all experts."""
         logits = self.apply_z_loss(logits, None if padding_mask is None else padding_mask.reshape(-1))
         scores = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         ranked = gather_sequence(scores, padding_mask, self.tp_cp_group)

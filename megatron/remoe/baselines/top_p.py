@@ -38,17 +38,7 @@ class TopPRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route each token to its most probable experts, and count them in training.
-
-        Args:
-            logits: `[sequence, batch, E]`, in the router's dtype.
-            padding_mask: bool `[sequence, batch]`, True at padding, which is not routed.
-            _unused: arguments of other routings in some versions of Megatron.
-
-        Returns:
-            probs: `[T, E]`, the softmax over all experts where the map is True, else 0.
-            routing_map: bool `[T, E]`.
-        """
+        """Route each token to its most probable experts, and count them in training; gates are the softmax."""
         padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts), padding_mask=padding_mask_T)
         scores_TE = logits_TE.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -25,17 +25,7 @@ class UnlearnedRouter(TopKRouter):
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None, *_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route the tokens, padding included, as Megatron's top-k router does.
-
-        Args:
-            input: `[sequence, batch, hidden]`.
-            padding_mask: ignored.
-            _unused: arguments of other ways of routing, in versions of Megatron that have them.
-
-        Returns:
-            probs: `[T, E]` of the input's dtype, 1 where the map is True.
-            routing_map: bool `[T, E]`.
-        """
+        """Route the tokens, padding included, as Megatron's top-k router does; gates are 1."""
         drawn = self.draw(input)
         chosen = drawn.topk(self.topk, dim=1).indices
         routing_map = torch.zeros_like(drawn, dtype=torch.bool).scatter_(1, chosen, True)

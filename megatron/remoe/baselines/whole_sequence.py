@@ -1,4 +1,4 @@
-"""What routers rank that compare the tokens of a whole sequence.
+"""Scores of a whole sequence, for routers that compare its tokens.
 
 T tokens (sequence x batch), E experts.
 """

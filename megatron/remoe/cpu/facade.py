@@ -135,13 +135,6 @@ class _Facade(types.ModuleType):
         return getattr(torch, name)
 
 
-def make_facade() -> types.ModuleType:
-    """Return a module that equals torch except for `cuda`, `optim` and the tensor factories."""
-    factories = {name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
-    optim = _copy(types.ModuleType("torch.optim"), torch.optim, Adam=_Adam, AdamW=_AdamW)
-    return _copy(_Facade("torch"), torch, **factories, cuda=_cuda(), optim=optim)
-
-
 def with_one_device(facade: types.ModuleType) -> types.ModuleType:
     """Return a copy of the facade whose `torch.device` makes the CPU of any name; it is no longer a type there."""
     return _copy(_Facade("torch"), facade, device=lambda *_args, **_kwargs: CPU)
@@ -183,12 +176,16 @@ def replace_torch(module: types.ModuleType, facade: types.ModuleType) -> None:
 def put_in_place() -> types.ModuleType | None:
     """Replace `torch` in all modules of Megatron, including those imported later.
 
+    The facade equals torch except for `cuda`, `optim` and the tensor factories.
+
     Returns:
         The facade; None if there is one already and nothing was changed.
     """
     if any(isinstance(finder, _FacadeFinder) for finder in sys.meta_path):
         return None
-    facade = make_facade()
+    factories = {name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
+    optim = _copy(types.ModuleType("torch.optim"), torch.optim, Adam=_Adam, AdamW=_AdamW)
+    facade = _copy(_Facade("torch"), torch, **factories, cuda=_cuda(), optim=optim)
     sys.meta_path.insert(0, _FacadeFinder(facade))
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and not name.startswith("megatron.remoe.cpu"):

@@ -1,7 +1,7 @@
-"""What a MoE layer does between its matrix products, in PyTorch (the reference) and as Triton kernels.
+"""A MoE layer's operations between its matrix products, in PyTorch (the reference) and as Triton kernels.
 
-`backend.py` chooses, once for each router and layer. Modules with kernels are imported where Triton is chosen and not
-before: it is not on every machine.
+`backend.py` chooses, once for each router and layer. Modules with kernels are imported only if Triton is chosen: not
+every machine has it.
 """
 
 
@@ -21,5 +21,5 @@ def cdiv(number: int, divisor: int) -> int:
 
 
 def next_power_of_2(number: int) -> int:
-    """Return the smallest power of two that is no less than a number; 1 for 0."""
+    """Return the smallest power of two that is at least a number; 1 for 0."""
     return 1 << max(number - 1, 0).bit_length()

@@ -27,7 +27,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class Regularization:
-    """Settings of the router's gradient besides the language loss.
+    """Settings of what the router adds to the gradient of the language loss.
 
     Attributes:
         topk: k of the target sparsity 1 - k/E.

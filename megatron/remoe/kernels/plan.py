@@ -1,4 +1,4 @@
-"""From a routing map to the rows of each expert and of each token: no nonzero, no sort, no atomics.
+"""Turn a routing map into the rows of each expert and of each token: no nonzero, no sort, no atomics.
 
 T tokens, E experts, P pairs, B blocks of tokens; a program takes a block and goes through the experts tile by tile.
 """
@@ -119,7 +119,7 @@ def _count(map_TE, counts_EB, num_tokens, num_experts, BLOCK: tl.constexpr, TILE
         tl.store(place, tl.sum(active, axis=0), mask=expert < num_experts)
 
 
-# The number of pairs changes with each launch: specialized by it, the kernel would compile again amid a training.
+# The number of pairs changes with each launch: specialized by it, the kernel would compile again in mid-training.
 @triton.jit(launch_metadata=_fill_bytes, do_not_specialize=["num_pairs"])
 def _fill(
     probs_TE, map_TE, counts_EB, token_index_P, by_token, gates_P, num_tokens, num_experts, num_blocks, num_pairs,

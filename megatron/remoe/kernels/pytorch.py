@@ -110,7 +110,6 @@ class GuardedReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Return the gradient of the logits."""
         map_TE, push = ctx.saved_tensors
         push = push * MoEAuxLossAutoScaler.main_loss_backward_scale  # set by Megatron between forward and backward
         return torch.where(map_TE, gradient, push.to(gradient.dtype)), None, None
@@ -187,7 +186,7 @@ def activate(hidden: torch.Tensor, gates_P: torch.Tensor, end: torch.Tensor | No
     Args:
         hidden: `[P, 2 * F]`, left and then right.
         gates_P: `[P]`.
-        end: see `swiglu.activate`; all rows are computed here.
+        end: int32, one element: rows from here on belong to no pair. A backend may skip them; this one does not.
     """
     left, right = hidden.chunk(2, dim=-1)
     return silu(left).mul_(right).mul_(gates_P.unsqueeze(-1))

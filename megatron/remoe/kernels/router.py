@@ -1,4 +1,4 @@
-"""The ReLU router behind its product: gates, map, counts, and the gradients of λ · L_reg and of the guard.
+"""The ReLU router after its product: gates, map, counts, and the gradients of λ · L_reg and of the guard.
 
 T tokens, E experts, P programs of as many tokens each. Two launches forward, one backward; no atomics, so that sums are
 the same each time.
@@ -19,30 +19,18 @@ from megatron.remoe.kernels.backend import Regularization
 MOST_PROGRAMS, LEAST_TOKENS, BLOCK, TERMS_BLOCK, TERMS_WARPS = 128, 16, 2048, 8192, 8
 
 
-def relu_routing(
-    regularization: Regularization,
-    logits: torch.Tensor,
-    padding_mask: torch.Tensor | None,
-    exponent: torch.Tensor,
-    guarded: torch.Tensor,
-    counts: torch.Tensor,
-    group: torch.distributed.ProcessGroup,
-    per_token: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `pytorch.relu_routing` does, whose arguments and results these are."""
-    return _ReLURouting.apply(logits, padding_mask, exponent, guarded, counts, regularization, group, per_token)
-
-
 class _ReLURouting(torch.autograd.Function):
+    """Takes and returns what `pytorch.relu_routing` does."""
+
     @staticmethod
     def forward(
         ctx: Any,
+        regularization: Regularization,
         logits: torch.Tensor,
         padding_mask: torch.Tensor | None,
         exponent: torch.Tensor,
         guarded: torch.Tensor,
         counts: torch.Tensor,
-        regularization: Regularization,
         group: torch.distributed.ProcessGroup,
         per_token: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +69,10 @@ class _ReLURouting(torch.autograd.Function):
         _gradient[(cdiv(d_probs.numel(), BLOCK),)](
             d_probs, routing_map, terms, scale, d_logits, d_probs.numel(), E=d_probs.shape[1], BLOCK=BLOCK
         )
-        return d_logits, *[None] * 7
+        return None, d_logits, *[None] * 6
+
+
+relu_routing = _ReLURouting.apply
 
 
 def _terms_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:

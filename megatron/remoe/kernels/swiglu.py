@@ -3,6 +3,7 @@
 P pairs, F the experts' FFN size; a program works on a few pairs, in the backward pass on whole ones.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,7 @@ TILE = 1024
 
 
 def activate(hidden: torch.Tensor, gates: torch.Tensor, end: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `gate · SiLU(left) ⊙ right`; moves `3 · P · F` elements.
-
-    Args:
-        hidden: `[P, 2 * F]`, left and then right.
-        gates: `[P]`.
-        end: int32, one element: rows from here on belong to no pair, and are not computed.
-
-    Returns:
-        `[P, F]`, of the type of `hidden`.
-    """
+    """Do what `pytorch.activate` does, except for rows from `end` on; moves `3 · P · F` elements."""
     activated = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2)
     (pairs, width), (num_pairs, ffn) = _tile(activated), activated.shape
     grid = cdiv(num_pairs, pairs), cdiv(ffn, width)
@@ -35,11 +27,9 @@ def activate(hidden: torch.Tensor, gates: torch.Tensor, end: torch.Tensor | None
 def activate_backward(
     hidden: torch.Tensor, gates: torch.Tensor, d_activated: torch.Tensor, end: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `activate`'s result again, and the gradients of its arguments; moves `6 · P · F` elements.
+    """Do what `pytorch.activate_backward` does, except for rows from `end` on; moves `6 · P · F` elements.
 
-    Args:
-        hidden, gates, end: as above.
-        d_activated: `[P, F]`; the result is written into its memory.
+    `activate`'s result is written into the memory of `d_activated`.
     """
     d_hidden, d_gates = torch.empty_like(hidden), torch.empty_like(gates)
     (pairs, width), (num_pairs, ffn) = _tile(d_activated), d_activated.shape
@@ -55,22 +45,14 @@ def _tile(activated: torch.Tensor) -> tuple[int, int]:
     return TILE // width, width
 
 
-def _bytes(name: str, columns: int, args: dict[str, Any]) -> dict[str, Any]:
+def _bytes(name: str, columns: int, grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
     hidden, gates = args["hidden_PF"], args["gates_P"]
     moved = hidden.numel() // 2 * columns * hidden.element_size() + gates.numel() * gates.element_size()
     return {"name": name, "bytes": moved}
 
 
-def _forward_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    return _bytes("swiglu: forward", 3, args)
-
-
-def _backward_bytes(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
-    return _bytes("swiglu: backward", 6, args)
-
-
-# The number of pairs changes with each launch: specialized by it, both kernels would compile again amid a training.
-@triton.jit(launch_metadata=_forward_bytes, do_not_specialize=["num_pairs"])
+# The number of pairs changes with each launch: specialized by it, both kernels would compile again in mid-training.
+@triton.jit(launch_metadata=partial(_bytes, "swiglu: forward", 3), do_not_specialize=["num_pairs"])
 def _activate(hidden_PF, gates_P, activated_PF, end, num_pairs, ffn, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
     if end is not None:
         num_pairs = tl.minimum(num_pairs, tl.load(end))
@@ -81,7 +63,7 @@ def _activate(hidden_PF, gates_P, activated_PF, end, num_pairs, ffn, PAIRS: tl.c
     tl.store(activated_PF + pair[:, None] * ffn + column[None, :], left * tl.sigmoid(left) * right * gate, mask=inside)
 
 
-@triton.jit(launch_metadata=_backward_bytes, do_not_specialize=["num_pairs"])
+@triton.jit(launch_metadata=partial(_bytes, "swiglu: backward", 6), do_not_specialize=["num_pairs"])
 def _activate_backward(
     hidden_PF, gates_P, activated_PF, d_hidden_PF, d_gates_P, end, num_pairs, ffn,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,

@@ -18,12 +18,7 @@ class FusedDotProductAttention(DotProductAttention):
     """
 
     def __init__(self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any):
-        """
-        Args:
-            arguments, options: those of `DotProductAttention`.
-            k_channels, v_channels: sizes of keys and values, which latent attention passes; the tensors have them.
-        """
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, **options)  # latent attention passes the sizes, which the tensors have too
 
     def forward(
         self,

@@ -52,14 +52,12 @@ class GroupedExperts(MegatronModule):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
-        name: str | None = None,
     ) -> None:
         """
         Args:
             num_local_experts: L.
             config: one that `takes_grouped_experts`.
             pg_collection: with the groups `ep`, `expt_tp` and `expt_dp`.
-            name: unused; Megatron passes it.
         """
         super().__init__(config=config)
         self.num_local_experts, self.backend = num_local_experts, backend_of(config)
@@ -124,11 +122,7 @@ class GroupedExperts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """Return the weights under the keys and in the global shapes of `SequentialMLP`: `[..., experts, out, in]`.
-
-        Args:
-            prefix, sharded_offsets, metadata: Megatron's.
-        """
+        """Return the weights under the keys and in the global shapes of `SequentialMLP`: `[..., experts, out, in]`."""
         axis = len(sharded_offsets)
         experts = (axis, self.ep_group.rank(), self.ep_group.size())
         rank, size = self.tp_group.rank(), self.tp_group.size()
@@ -233,7 +227,7 @@ def build_experts(
     """Build grouped experts where the configuration allows them, otherwise those that `stock` builds."""
     if not takes_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
-    experts = kind(num_local_experts, config, pg_collection=pg_collection, name=name)
+    experts = kind(num_local_experts, config, pg_collection)
     _warn_of_refused_sizes(experts.fc1)
     return experts
 

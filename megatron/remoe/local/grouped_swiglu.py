@@ -111,12 +111,11 @@ def grouped_swiglu(
         products = OneKernel(tokens_per_expert, len(gates_P), tokens_TH.device)
     else:
         products = OneByOne(tokens_per_expert.tolist())
-    if isinstance(fc1, list):
-        return _SplitSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *fc1, *fc2)
-    if backend.products is not None and isinstance(products, OneKernel):
+    if backend.products is not None and isinstance(products, OneKernel) and not isinstance(fc1, list):
         starts = functional.pad(products.ends, (1, 0))
         return FusedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, starts, order, backend.products())
-    return _GroupedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, products, order, backend)
+    weights = (*fc1, *fc2) if isinstance(fc1, list) else (fc1, fc2)
+    return _GroupedSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *weights)
 
 
 class OneByOne:
@@ -125,11 +124,7 @@ class OneByOne:
     end: torch.Tensor | None = None
 
     def __init__(self, sizes: list[int]) -> None:
-        """
-        Args:
-            sizes: pairs of each expert.
-        """
-        self.sizes = sizes
+        self.sizes = sizes  # pairs of each expert
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Multiply each expert's rows by its matrix: `[P, in]`, `[E, in, out]` → `[P, out]`."""
@@ -192,44 +187,10 @@ class OneKernel:
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
-    """Keeps only the tokens and the first product; weight gradients go into Megatron's buffer where it has one."""
+    """Keeps only the tokens and the first product; weight gradients go into Megatron's buffer where it has one.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tokens_TH: torch.Tensor,
-        gates_P: torch.Tensor,
-        fc1: torch.Tensor,
-        fc2: torch.Tensor,
-        products: OneByOne | OneKernel,
-        order: Order,
-        backend: Backend,
-    ) -> torch.Tensor:
-        ctx.products, ctx.order_type, ctx.backend = products, type(order), backend
-        ctx.weights = fc1, fc2  # saved, they would come back without Megatron's buffer from a checkpointed part
-        hidden = products.multiply(order.take(tokens_TH), fc1.transpose(1, 2))
-        ctx.save_for_backward(tokens_TH, gates_P, hidden, *order)
-        pairs_PH = products.multiply(backend.activate(hidden, gates_P, products.end), fc2.transpose(1, 2))
-        return order.sum(pairs_PH, len(tokens_TH))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tokens_TH, gates_P, hidden, *of_order = ctx.saved_tensors
-        products, order, (fc1, fc2) = ctx.products, ctx.order_type(*of_order), ctx.weights
-        gradient_PH = order.take(gradient).contiguous()
-        d_activated = products.multiply(gradient_PH, fc2)
-        activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated, products.end)
-        d_fc2 = _weight_gradient(fc2, products, gradient_PH, activated)
-        d_fc1 = _weight_gradient(fc1, products, d_hidden, order.take(tokens_TH))
-        d_tokens = order.sum(products.multiply(d_hidden, fc1), len(tokens_TH))
-        return d_tokens, d_gates, d_fc1, d_fc2, None, None, None
-
-
-class _SplitSwiGLU(torch.autograd.Function):
-    """`_GroupedSwiGLU` for matrices that are parameters of their own.
-
-    They are stacked once more for the backward pass: a copy kept from the forward pass would hold what Megatron-FSDP
-    frees in between.
+    `weights` are fc1 and fc2, or the matrices of all experts. Those are stacked once more for the backward pass: a copy
+    kept from the forward pass would hold what Megatron-FSDP frees in between.
     """
 
     @staticmethod
@@ -242,26 +203,37 @@ class _SplitSwiGLU(torch.autograd.Function):
         backend: Backend,
         *weights: torch.nn.Parameter,
     ) -> torch.Tensor:
-        output = _GroupedSwiGLU.forward(ctx, tokens_TH, gates_P, *_stacked(weights), products, order, backend)
-        ctx.weights = weights
-        return output
+        ctx.products, ctx.order_type, ctx.backend = products, type(order), backend
+        ctx.weights = weights  # saved, they would come back without Megatron's buffer from a checkpointed part
+        fc1, fc2 = _stacked(weights)
+        hidden = products.multiply(order.take(tokens_TH), fc1.transpose(1, 2))
+        ctx.save_for_backward(tokens_TH, gates_P, hidden, *order)
+        pairs_PH = products.multiply(backend.activate(hidden, gates_P, products.end), fc2.transpose(1, 2))
+        return order.sum(pairs_PH, len(tokens_TH))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weights, ctx.weights = ctx.weights, _stacked(ctx.weights)
-        d_tokens, d_gates, d_fc1, d_fc2, *_ = _GroupedSwiGLU.backward(ctx, gradient)
-        ctx.weights = weights
-        assert d_fc1 is not None and d_fc2 is not None
-        return d_tokens, d_gates, None, None, None, *d_fc1.unbind(), *d_fc2.unbind()
+        tokens_TH, gates_P, hidden, *of_order = ctx.saved_tensors
+        products, order, (fc1, fc2) = ctx.products, ctx.order_type(*of_order), _stacked(ctx.weights)
+        gradient_PH = order.take(gradient).contiguous()
+        d_activated = products.multiply(gradient_PH, fc2)
+        activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated, products.end)
+        d_fc2 = _weight_gradient(fc2, products, gradient_PH, activated)
+        d_fc1 = _weight_gradient(fc1, products, d_hidden, order.take(tokens_TH))
+        d_tokens = order.sum(products.multiply(d_hidden, fc1), len(tokens_TH))
+        d_weights = (d_fc1, d_fc2) if fc1 is ctx.weights[0] else (*d_fc1.unbind(), *d_fc2.unbind())
+        return d_tokens, d_gates, None, None, None, *d_weights
 
 
 def _stacked(weights: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    if weights[0].dim() == 3:
+        return weights[0], weights[1]
     half = len(weights) // 2
     return torch.stack(weights[:half]), torch.stack(weights[half:])
 
 
 def _weight_gradient(
-    weight: torch.nn.Parameter, products: OneByOne | OneKernel, left: torch.Tensor, right: torch.Tensor
+    weight: torch.Tensor, products: OneByOne | OneKernel, left: torch.Tensor, right: torch.Tensor
 ) -> torch.Tensor:
     """Return each expert's `left.T @ right`, or an empty tensor where it was added to Megatron's buffer."""
     main_grad = main_grad_of(weight)

@@ -30,7 +30,6 @@ class LocalHybridStack(HybridStack):
     Args:
         layer_norm: builds the final norm.
         post_layer_norm: whether the last stage has one.
-        arguments, options: those of `HybridStack`.
     """
 
     def __init__(

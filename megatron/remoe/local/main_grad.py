@@ -3,7 +3,7 @@
 import torch
 
 
-def main_grad_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
+def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
     """Return Megatron's gradient buffer of `weight` where `add_outer` can add to it, else None."""
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):
@@ -13,7 +13,7 @@ def main_grad_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
     return main_grad if main_grad.dtype == weight.dtype or is_wider else None
 
 
-def mark_as_added(weight: torch.nn.Parameter) -> torch.Tensor:
+def mark_as_added(weight: torch.Tensor) -> torch.Tensor:
     """Tell Megatron that `main_grad` has the gradient of `weight`; to be called in the backward pass.
 
     Returns:

@@ -48,18 +48,9 @@ class LatentAttention(MLASelfAttention):
             latents = scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(latents))
         return queries, latents
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> ShardedStateDict:
-        """Return the weights under the names of Transformer Engine's layers.
-
-        Args:
-            prefix, sharded_offsets, metadata: Megatron's.
-        """
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+    def sharded_state_dict(self, prefix: str = "", *arguments: Any, **options: Any) -> ShardedStateDict:
+        """Return the weights under the names of Transformer Engine's layers."""
+        state = super().sharded_state_dict(prefix, *arguments, **options)
         names = {f"{prefix}{of}_layernorm.": f"{prefix}linear_{of}_up_proj.layer_norm_" for of in ("q", "kv")}
         apply_prefix_mapping(state, names)
         return state
@@ -97,10 +88,6 @@ class AllHeadsNormAttention(SelfAttention):
     """`SelfAttention` with --qk-layernorm-all-heads."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """
-        Args:
-            arguments, options: those of `SelfAttention`.
-        """
         super().__init__(*arguments, **options)
         config, size = self.config, self.hidden_size_per_attention_head
         groups = config.num_query_groups or config.num_attention_heads

@@ -39,7 +39,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         Args:
             hidden_states: `[sequence, batch, H]`.
             probs_TE: `[T, E]`.
-            plan: of these tokens.
+            plan: made for these tokens.
 
         Returns:
             `[P, H]` and `[P]`.
@@ -60,7 +60,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
 
         Args:
             pairs_PH: `[P, H]`, the experts' outputs.
-            plan: that of `permute`.
+            plan: as for `permute`.
 
         Returns:
             `[sequence, batch, H]`.

@@ -50,31 +50,26 @@ class ReMoELayer(MoELayer):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.ranks, self.backend = Ranks.of(pg_collection), backend_of(config)
-        is_topk = type(self.router) is TopKRouter
+        is_topk, plans = type(self.router) is TopKRouter, takes_plans(config)
         self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
-        self._most = 0  # experts of a token, where the layer has room for that many and does not count
-        self._guess: Guess | None = None
-        self._rows = 1
-        self._run_experts = self._by_megatron
-        if takes_plans(config):
-            self._run_experts = self._by_exchange
+        if plans:
             self.token_dispatcher = PlannedAlltoAllDispatcher(
                 self.num_local_experts, self.local_expert_indices, config, pg_collection
             )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
-            if self.ranks.is_alone and isinstance(self.experts, GroupedExperts):
-                if not self.shared_expert_overlap:
-                    self._run_experts = self._in_place
-                    self._rows = self.backend.rows if takes_grouped_kernel(self.experts.fc1) else 1
-                if is_topk:
-                    drops = config.moe_expert_capacity_factor is not None
-                    self._most = 0 if drops or waits_for_sizes(self.experts.fc1) else config.moe_router_topk
-                elif takes_grouped_kernel(self.experts.fc1):
-                    if config.cuda_graph_impl == "full_iteration" and not self.pairs_limit:
-                        self._most = getattr(config, "moe_relu_max_experts", None) or 0
-                    elif getattr(config, "moe_relu_launch_ahead", False):
-                        self._guess = Guess(config.moe_router_topk, self.pairs_limit)
+        has_all = plans and self.ranks.is_alone and isinstance(self.experts, GroupedExperts)
+        if not plans:
+            self._run_experts = self._by_megatron
+        elif has_all and not self.shared_expert_overlap:
+            self._run_experts = self._in_place
+        else:
+            self._run_experts = self._by_exchange
+        in_one_kernel = has_all and takes_grouped_kernel(self.experts.fc1)
+        self._rows = self.backend.rows if in_one_kernel and not self.shared_expert_overlap else 1
+        self._most = _known_most(config, self.experts.fc1, is_topk, self.pairs_limit) if has_all else 0
+        launches_ahead = getattr(config, "moe_relu_launch_ahead", False) and not (is_topk or self._most)
+        self._guess = Guess(config.moe_router_topk, self.pairs_limit) if in_one_kernel and launches_ahead else None
         manager = getattr(self.token_dispatcher, "_comm_manager", None)
         if isinstance(manager, _DeepepManager) and not is_topk:
             # A slot for each expert that a token may have, and any capacity factor: then gates of 0 are not sent.
@@ -270,6 +265,15 @@ def takes_plans(config: TransformerConfig) -> bool:
     """Return whether dispatch follows our plan; otherwise Megatron's own dispatchers are right."""
     permutes = config.moe_permute_fusion or config.moe_router_padding_for_quantization
     return config.moe_token_dispatcher_type == "alltoall" and not (permutes or config.moe_pad_expert_input_to_capacity)
+
+
+def _known_most(config: TransformerConfig, fc1: torch.Tensor, is_topk: bool, limit: float) -> int:
+    """Return how many experts per token a layer with all experts has room for without counting; 0 if it counts."""
+    if is_topk:
+        drops = config.moe_expert_capacity_factor is not None
+        return 0 if drops or waits_for_sizes(fc1) else config.moe_router_topk
+    is_captured = config.cuda_graph_impl == "full_iteration" and takes_grouped_kernel(fc1) and not limit
+    return (getattr(config, "moe_relu_max_experts", None) or 0) if is_captured else 0
 
 
 def _pairs_limit(config: TransformerConfig) -> float:

@@ -63,7 +63,7 @@ class Counts:
         tokens_per_expert: integers `[L]`, the pairs that arrive at each expert here; on the host, unless nothing was
             waited for.
         exchange: None where one rank has all experts.
-        counted: what the backend's `plan` goes by.
+        counted: the backend's own counts, for its `plan`.
     """
 
     num_pairs: int
@@ -74,13 +74,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """The way of a layer's tokens, or of one chunk of them, to their experts and back.
-
-    Attributes:
-        order: of the pairs.
-        gates_P: `[P]`, through which gradients flow.
-        counts: what it was made by.
-    """
+    """How a layer's tokens, or one chunk of them, get to their experts and back. Gradients flow through `gates_P`."""
 
     order: Order
     gates_P: torch.Tensor
@@ -88,15 +82,15 @@ class DispatchPlan:
 
 
 def count_pairs(map_TE: torch.Tensor, ranks: Ranks, backend: Backend, limit: float = 0.0) -> list[Counts]:
-    """Count the tokens that each rank sends to each expert, in so many chunks that none is above a limit.
+    """Count the tokens that each rank sends to each expert, in as many chunks as keep each within a limit.
 
     Waits for the device once for each number of chunks that it tries.
 
     Args:
         map_TE: bool `[T, E]`.
-        ranks: all of which have to call it.
-        backend: counts, and plans by it later.
-        limit: of the pairs that a rank sends or receives at once, in units of its number of tokens; 0 for none.
+        ranks: all of them have to call it.
+        backend: counts the pairs.
+        limit: the most pairs per token that a rank sends or receives at once; 0 for none.
 
     Returns:
         The `Counts` of each chunk; chunks are cut as by `tensor_split`.
@@ -119,17 +113,14 @@ def count_known(map_TE: torch.Tensor, backend: Backend, most: int) -> list[Count
 
     Args:
         map_TE, backend: as `count_pairs`'s.
-        most: experts of a token, for which there is room; some may have fewer where experts go through one kernel.
-
-    Returns:
-        One `Counts`, of all tokens.
+        most: experts per token; a token can have fewer where experts go through one kernel.
     """
     tokens_per_expert, counted = backend.count(map_TE)
     return [Counts(len(map_TE) * most, tokens_per_expert, None, counted)]
 
 
 class Guess:
-    """How many pairs a layer's next tokens have at most, by those before: a step of 1/16 · k per token above them.
+    """Guess the most pairs that a layer's next tokens have: 1/16 · k per token more than recent ones.
 
     Attributes:
         recent: pairs per token, a maximum that falls slowly; 0 before the first.
@@ -209,14 +200,6 @@ def _counts_of(pairs_CRE: torch.Tensor, counted: list[torch.Tensor], ranks: Rank
 def plan_dispatch(
     probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts, backend: Backend, rows: int = 1
 ) -> DispatchPlan:
-    """Make the plan of a routing map.
-
-    Args:
-        probs_TE: `[T, E]`, the gates.
-        map_TE: bool `[T, E]`.
-        counts: of this map, by this backend.
-        backend: see there.
-        rows: room for the pairs is a multiple of this.
-    """
+    """Make the plan of gates and map, `[T, E]`, by this backend's counts. Room for pairs is a multiple of `rows`."""
     order, gates_P = backend.plan(probs_TE, map_TE, counts.counted, cdiv(counts.num_pairs, rows) * rows)
     return DispatchPlan(order, gates_P, counts)

@@ -1,4 +1,7 @@
-"""Replace routers, MoE layers, experts, attention and norms in Megatron's layer specifications."""
+"""Replace routers, MoE layers, experts, attention and norms in Megatron's layer specifications.
+
+A `spec` is a specification of a block or layer, or any part of one.
+"""
 
 import operator
 from dataclasses import fields, is_dataclass, replace
@@ -45,29 +48,17 @@ def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
 
 
 def with_latent_attention(spec: Any) -> Any:
-    """Return a copy of `spec` with `LatentAttention`; plain layers need the fused kernels for its sizes.
-
-    Args:
-        spec: a specification of a block or layer, or any part of one.
-    """
+    """Return a copy of `spec` with `LatentAttention`; plain layers need the fused kernels for its sizes."""
     return _replaced(spec, {MLASelfAttention: LatentAttention, DotProductAttention: FusedDotProductAttention})
 
 
 def with_norms_of_all_heads(spec: Any) -> Any:
-    """Return a copy of `spec` with `AllHeadsNormAttention`.
-
-    Args:
-        spec: a specification of a block or layer, or any part of one.
-    """
+    """Return a copy of `spec` with `AllHeadsNormAttention`."""
     return _replaced(spec, {SelfAttention: AllHeadsNormAttention})
 
 
 def with_sequence_parallel_norms(spec: Any) -> Any:
-    """Return a copy of `spec` whose PyTorch norms may run under sequence parallelism; other norms stay.
-
-    Args:
-        spec: a specification of a block or layer, or any part of one.
-    """
+    """Return a copy of `spec` whose PyTorch norms may run under sequence parallelism; other norms stay."""
     return _replaced(spec, {WrappedTorchNorm: SequenceParallelTorchNorm})
 
 
@@ -77,7 +68,7 @@ def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts)
     Dense layers, layers of Transformer Engine, and routers stay.
 
     Args:
-        spec: a specification of a block or layer, or any part of one.
+        spec: see above.
         experts: their class; `SplitExperts` for Megatron-FSDP.
     """
     build = partial(build_experts, kind=experts)
@@ -85,11 +76,7 @@ def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts)
 
 
 def with_engine_kernels(spec: Any) -> Any:
-    """Return a copy of `spec` whose MoE layers and Transformer Engine experts take `--moe-kernels`.
-
-    Args:
-        spec: a specification of a block or layer, or any part of one.
-    """
+    """Return a copy of `spec` whose MoE layers and Transformer Engine experts take `--moe-kernels`."""
     return _replaced(spec, {MoELayer: ReMoELayer, TEGroupedMLP: EngineExperts})
 
 
@@ -97,7 +84,7 @@ def _replaced(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | Non
     """Return a specification in which the keys of `classes` are replaced by their values; other parts are the same.
 
     Args:
-        spec: a specification, or any part of one.
+        spec: see above.
         classes: old → new.
         router: for all MoE layers, in place of theirs.
     """

@@ -151,7 +151,7 @@ def check_loaded_weights() -> None:
             has_own = args.load and (args.ckpt_step or os.path.lexists(os.path.join(args.load, TRACKER)))
             flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"
             root = args.load if flag == "--load" else args.pretrained_checkpoint
-            folder = iteration_folder(Path(root), args) if root else None
+            folder = iteration_folder(Path(root), args.ckpt_step) if root else None
             try:
                 if folder is not None:
                     _check_own_files(folder)

@@ -41,7 +41,7 @@ def replace(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
 
     Args:
         owner: module or class.
-        name: of a function or method.
+        name: its function or method.
     """
 
     def put(function: Callable[..., Any]) -> None:

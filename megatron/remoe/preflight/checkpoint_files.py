@@ -64,9 +64,6 @@ def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
     --pretrained-checkpoint is used if --load has no checkpoint yet. Every rank reads the same files and finds the same
     checkpoint.
 
-    Args:
-        args: Megatron's parsed arguments.
-
     Raises:
         BrokenCheckpointError: the iteration of --ckpt-step is damaged (the message names a complete one), or all are.
     """

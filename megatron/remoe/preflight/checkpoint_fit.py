@@ -34,12 +34,12 @@ FSDP = "fsdp_dtensor"
 STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")  # values of --dist-ckpt-strictness
 
 
-def iteration_folder(root: Path, args: argparse.Namespace) -> Path | None:
-    """Return the folder of the iteration or release that Megatron loads; None if there is none."""
+def iteration_folder(root: Path, step: int | None = None) -> Path | None:
+    """Return the folder of the iteration or release that Megatron loads with --ckpt-step; None if there is none."""
     newest = newest_iteration(root)
     if newest == RELEASE:
         return root / RELEASE
-    return root / f"iter_{args.ckpt_step or int(newest):07d}" if args.ckpt_step or newest.isdecimal() else None
+    return root / f"iter_{step or int(newest):07d}" if step or newest.isdecimal() else None
 
 
 def check_has_no_code(args: argparse.Namespace) -> None:
@@ -49,7 +49,7 @@ def check_has_no_code(args: argparse.Namespace) -> None:
         BrokenCheckpointError: names flag and file.
     """
     for flag, root in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
-        folder = iteration_folder(Path(root), args) if root else None
+        folder = iteration_folder(Path(root), args.ckpt_step) if root else None
         if folder is None or not (folder / INDEX).is_file():
             continue
         try:
@@ -82,8 +82,7 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
         return False
     for checks in (_of_the_model, _of_the_training) if goes_on else (_of_the_model,):
         for code, problem in checks(args, resume.saved):
-            if problem:
-                raise UsageError(f"{resume.flag} {resume.folder}{problem}", code)
+            raise UsageError(f"{resume.flag} {resume.folder}{problem}", code)
     is_other_end = duration(args)[0] != duration(resume.saved)[0] and args.weight_decay_incr_style == "constant"
     return bool(goes_on and _compares_schedules(args) and is_other_end)
 
@@ -146,69 +145,75 @@ def _check_is_there(args: argparse.Namespace) -> None:
         )
 
 
-def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str | bool]]:
-    """Yield codes with the reason why the weights do not fit this model, or ""."""
+def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Yield codes with the reasons why the weights do not fit this model."""
+    if problem := _of_another_kind(args, saved):
+        yield "REMOE-E412", problem
+    there, here = _names_experts_like(saved), _names_experts_like(args)
+    if args.use_megatron_fsdp and args.num_experts and there != here:
+        yield (
+            "REMOE-E412",
+            f" holds {there}, whose weights have other names there than {here}. Give its --transformer-impl and "
+            "--no-local-layer-fusion.",
+        )
+    if different := differences(args, saved, shape):
+        yield "REMOE-E411", f" holds a model of another shape: {different}. Give its values, or another model."
+
+
+def _of_another_kind(args: argparse.Namespace, saved: argparse.Namespace) -> str:
+    """Return why the checkpoint's format, routing or class does not fit, or ""."""
     was_relu, experts = getattr(saved, "moe_relu_routing", False), getattr(saved, "num_experts", None)
     here, there = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
     was_fsdp = getattr(saved, "ckpt_format", None) == FSDP
-    problem = ""
     if was_fsdp != args.use_megatron_fsdp:
         remedy = "Add the flag, or use tools/convert_checkpoint --from-fsdp" if was_fsdp else "Leave out the flag"
-        problem = f" is of a training {'with' if was_fsdp else 'without'} --use-megatron-fsdp, whose checkpoints have "
-        problem += f"another format ({FSDP}). {remedy}."
-    elif args.dist_ckpt_strictness in STRICT and args.moe_relu_routing and not was_relu:
-        problem = f" holds a {'top-k MoE' if experts else 'dense'} model, from which --moe-relu-routing cannot start: "
-        problem += "tools/convert_checkpoint makes a ReMoE of it."
-    elif args.dist_ckpt_strictness in STRICT and was_relu and not args.moe_relu_routing and not args.finetune:
-        problem = " holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
+        return (
+            f" is of a training {'with' if was_fsdp else 'without'} --use-megatron-fsdp, whose checkpoints have "
+            f"another format ({FSDP}). {remedy}."
+        )
+    if args.dist_ckpt_strictness in STRICT and args.moe_relu_routing and not was_relu:
+        return (
+            f" holds a {'top-k MoE' if experts else 'dense'} model, from which --moe-relu-routing cannot start: "
+            "tools/convert_checkpoint makes a ReMoE of it."
+        )
+    if args.dist_ckpt_strictness in STRICT and was_relu and not args.moe_relu_routing and not args.finetune:
+        return " holds a ReMoE: add --moe-relu-routing, or --finetune to start another model from it."
     # Megatron reads GPTModel's checkpoints into a HybridModel where all layers are alike, and none the other way.
-    elif there and not here:
-        problem = f" holds a HybridModel: add --hybrid-layer-pattern '{there}', or make a GPTModel's checkpoint of it "
-        problem += "with tools/convert_checkpoint --model gpt."
-    elif here and not there and {"E", "-"} <= set(here):
-        problem = " holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, and "
-        problem += f"--hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid."
-    yield "REMOE-E412", problem
-    names = [_names_experts_like(each) for each in (saved, args)]
-    yield (
-        "REMOE-E412",
-        args.use_megatron_fsdp
-        and bool(args.num_experts)
-        and names[0] != names[1]
-        and f" holds {names[0]}, whose weights have other names there than {names[1]}. Give its --transformer-impl and "
-        "--no-local-layer-fusion.",
-    )
-    different = differences(args, saved, shape)
-    yield (
-        "REMOE-E411",
-        different and f" holds a model of another shape: {different}. Give its values, or another model.",
-    )
+    if there and not here:
+        return (
+            f" holds a HybridModel: add --hybrid-layer-pattern '{there}', or make a GPTModel's checkpoint of it "
+            "with tools/convert_checkpoint --model gpt."
+        )
+    if here and not there and {"E", "-"} <= set(here):
+        return (
+            " holds a GPTModel, which Megatron reads into a HybridModel only where its layers are all alike, and "
+            f"--hybrid-layer-pattern {here} has - and E: use tools/convert_checkpoint --model hybrid."
+        )
+    return ""
 
 
 def _of_the_training(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yield codes with the reason why this would be a different training from the saved one, or ""."""
+    """Yield codes with the reasons why this would be a different training from the saved one."""
     rates = "" if args.no_load_optim else differences(args, saved, RATES)
     settings = "" if args.allow_changed_settings else differences(args, saved, result)
-    different = "; ".join(filter(None, (rates, settings)))
-    meant = "" if rates else "--allow-changed-settings where this is meant, or "
-    yield (
-        "REMOE-E413",
-        different
-        and f": resuming with other settings than it was saved with: {different}. Give its values, or another --save "
-        f"and --load, or {meant}--finetune with another --save to start a new training from its weights.",
-    )
-    problem = "" if args.no_load_optim else _of_the_optimizer(args, saved)
-    yield "REMOE-E414", problem and f": {problem}, or give --no-load-optim to go on with new optimizer state."
+    if different := "; ".join(filter(None, (rates, settings))):
+        meant = "" if rates else "--allow-changed-settings where this is meant, or "
+        yield (
+            "REMOE-E413",
+            f": resuming with other settings than it was saved with: {different}. Give its values, or another --save "
+            f"and --load, or {meant}--finetune with another --save to start a new training from its weights.",
+        )
+    if not args.no_load_optim and (problem := _of_the_optimizer(args, saved)):
+        yield "REMOE-E414", f": {problem}, or give --no-load-optim to go on with new optimizer state."
     same_end = duration(args)[1] == duration(saved)[1]
     schedule = SCHEDULE if same_end else DURATION + SCHEDULE
-    different = differences(args, saved, schedule) if _compares_schedules(args) else ""
-    yield (
-        "REMOE-E415",
-        different
-        and f": the learning rate would follow another schedule than before: {different}. Give its values, or "
-        "--override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to follow the "
-        "checkpoint.",
-    )
+    if _compares_schedules(args) and (different := differences(args, saved, schedule)):
+        yield (
+            "REMOE-E415",
+            f": the learning rate would follow another schedule than before: {different}. Give its values, or "
+            "--override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to follow "
+            "the checkpoint.",
+        )
 
 
 def _of_the_optimizer(args: argparse.Namespace, saved: argparse.Namespace) -> str:

@@ -139,7 +139,7 @@ def check_object(name: str, content: io.BytesIO) -> None:
 
     Args:
         name: its key.
-        content: what `stored_object` returns.
+        content: from `stored_object`.
 
     Raises:
         BrokenCheckpointError: it cannot be read, or could run code.
@@ -168,7 +168,7 @@ def common_state(folder: Path, index: Metadata | None = None) -> dict[str, Any]:
 
     Args:
         folder: `iter_...` of one iteration.
-        index: what `read_index` returns, if it was read already.
+        index: from `read_index`, if it was read already.
 
     Raises:
         BrokenCheckpointError: it cannot be read, or holds objects that are not settings.

@@ -89,8 +89,8 @@ def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None
     size = args.padded_vocab_size
     if args.mock_data or args.perform_rl_step or not size:
         return
-    blends = [(flag, prefix) for flag, (prefixes, _), _ in _blends(args, read_blends) for prefix in prefixes]
-    blends = [(flag, prefix) for flag, prefix in blends if _is_local(prefix)]
+    given = _blends(args, read_blends)
+    blends = [(flag, prefix) for flag, (prefixes, _), _ in given for prefix in prefixes if _is_local(prefix)]
     for flag, prefix in blends:
         data = _open(prefix, flag)
         if not data.tokens or data.dtype.kind not in "iu":

@@ -1,4 +1,8 @@
-"""Check torchrun's variables and flags before a training starts, and make its output folders."""
+"""Check torchrun's variables and flags before a training starts, and make its output folders.
+
+A check raises a `UsageError`, which names the flag or variable, its value and the remedy; where a folder cannot be
+written, a `DataError`. `args` are Megatron's arguments, validated unless stated otherwise.
+"""
 
 import argparse
 import os
@@ -11,18 +15,14 @@ from megatron.remoe.data.errors import DataError, UsageError
 from megatron.remoe.routing.refusals import shown
 
 
-def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Check the environment variables that torchrun sets.
-
-    Raises:
-        UsageError: names the variable, its value and the remedy.
-    """
-    get, numbers = environment.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+def check_environment() -> None:
+    """Check the environment variables that torchrun sets."""
+    get, numbers = os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     port, wrong = get("MASTER_PORT", "0"), [name for name in numbers if not get(name, "0").isdecimal()]
     problems = [f"{name}={get(name)!r} in the environment is not a whole number" for name in wrong]
     if not wrong and int(get("RANK", "0")) >= int(get("WORLD_SIZE", "1")):
         problems.append(f"RANK={get('RANK')} in the environment must be below WORLD_SIZE={get('WORLD_SIZE')}")
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if "RANK" in environment and not get(name)]:
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if "RANK" in os.environ and not get(name)]:
         problems.append(f"RANK={get('RANK')} is set in the environment and {missing[0]} is not")
     if not port.isdecimal() or int(port) > 65535:
         problems.append(f"MASTER_PORT={port!r} in the environment is not a port, 1024 to 65535")
@@ -35,11 +35,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_required_flags(args: argparse.Namespace) -> None:
-    """Check that required flags are given; Megatron notices some late, and does not name others.
-
-    Raises:
-        UsageError: lists all that are missing.
-    """
+    """Check that required flags are given, before validation: Megatron notices some late, and does not name others."""
     hybrid = args.hybrid_layer_pattern or args.hybrid_override_pattern
     heterogeneous = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
     needed = {
@@ -63,12 +59,6 @@ def check_settings(args: argparse.Namespace) -> None:
     """Refuse settings that Megatron would silently ignore, or that it would fail at late.
 
     Some of them fail at the first evaluation or save, which can be after the training.
-
-    Args:
-        args: Megatron's arguments, validated.
-
-    Raises:
-        UsageError: names flag, reason and remedy.
     """
     pattern, experts, frequency = args.hybrid_layer_pattern, args.num_experts, args.moe_layer_freq
     given, has_experts = f"--hybrid-layer-pattern {pattern}", "E" in (pattern or "")
@@ -168,11 +158,7 @@ def _of_fsdp(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_flips(args: argparse.Namespace) -> None:
-    """Refuse settings that do not work with --moe-log-flips-interval.
-
-    Raises:
-        UsageError: names flag, value and remedy.
-    """
+    """Refuse settings that do not work with --moe-log-flips-interval."""
     interval, graphs = args.moe_log_flips_interval, args.cuda_graph_impl
     if interval is None:
         return
@@ -194,11 +180,8 @@ def check_local_layers(args: argparse.Namespace, stacks_experts: bool) -> None:
     """Refuse settings with which the layers of --transformer-impl local fail, or would use another optimizer.
 
     Args:
-        args: Megatron's arguments, validated.
+        args: see above.
         stacks_experts: whether an expert's weights are a slice of a three-dimensional parameter.
-
-    Raises:
-        UsageError: names flag, reason and remedy.
     """
     routed = args.moe_relu_routing or args.moe_baseline_router or args.moe_warmup_topk is not None
     megatrons_experts = args.num_experts and not args.local_layer_fusion and not routed
@@ -227,21 +210,16 @@ def check_quack(args: argparse.Namespace, stacks_experts: bool) -> None:
     """Refuse settings with which --moe-kernels quack would have no effect.
 
     Args:
-        args: Megatron's arguments, validated.
+        args: see above.
         stacks_experts: as for `check_local_layers`; this includes bias-free SwiGLU without FP8.
-
-    Raises:
-        UsageError: names the flags that it needs.
     """
-    _refuse(
-        "REMOE-E213",
-        {
+    if not (stacks_experts and args.bf16) or args.use_megatron_fsdp:
+        raise UsageError(
             "--moe-kernels quack needs --bf16, --num-experts, --swiglu, --disable-bias-linear, --transformer-impl "
             "local and none of --no-local-layer-fusion, --fp8-format, --fp4-format, --moe-latent-size, "
-            "--use-megatron-fsdp. Change this, or use --moe-kernels triton.": not (stacks_experts and args.bf16)
-            or args.use_megatron_fsdp
-        },
-    )
+            "--use-megatron-fsdp. Change this, or use --moe-kernels triton.",
+            "REMOE-E213",
+        )
 
 
 def _refuse(code: str, problems: Mapping[str, Any]) -> None:
@@ -251,11 +229,7 @@ def _refuse(code: str, problems: Mapping[str, Any]) -> None:
 
 
 def make_output_folders(args: argparse.Namespace) -> None:
-    """Make the folders that the training will write into.
-
-    Raises:
-        DataError: one cannot be written; names flag, path and reason.
-    """
+    """Make the folders that the training will write into."""
     for name in ("save", "tensorboard_dir", "data_cache_path"):
         folder = getattr(args, name)
         # Megatron writes nothing into a cache that holds the index already.
@@ -265,11 +239,7 @@ def make_output_folders(args: argparse.Namespace) -> None:
 
 
 def make_writable_folder(flag: str, folder: str) -> None:
-    """Make a folder, and check that a file can be made in it.
-
-    Raises:
-        DataError: names flag, path and reason.
-    """
+    """Make a folder, and check that a file can be made in it."""
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

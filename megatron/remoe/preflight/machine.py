@@ -1,4 +1,4 @@
-"""Turn off what Megatron expects and this machine lacks, and print the cost."""
+"""Turn off what Megatron expects and this machine does not have, and print the cost."""
 
 import os
 import shutil
@@ -72,24 +72,24 @@ def check_kernels(kernels: str, on_cpu: bool) -> None:
     Raises:
         UsageError: names what is missing, and the remedy.
     """
-    if kernels == "torch":
-        return
+    if kernels != "torch" and (problem := _kernel_problem(kernels, on_cpu)):
+        raise UsageError(f"--moe-kernels {kernels} cannot be used here: {problem}.", "REMOE-E102")
+
+
+def _kernel_problem(kernels: str, on_cpu: bool) -> str:
+    """Return why the kernels cannot run here and the remedy, or ""."""
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and kernels == "triton"
-    reason, remedy = "", "Install it, or leave the flag out"
     if on_cpu and not is_interpreted:
-        reason = "there is no GPU"
-        remedy = "Leave it out, or try triton slowly with TRITON_INTERPRET=1 in the environment"
-    elif kernels == "quack" and (generation := _generation()) not in QUACK_GENERATIONS:
-        reason, remedy = f"the GPU's compute capability is {generation}, not 9 or 10", "Use --moe-kernels triton"
-    for package, module in PACKAGES[kernels].items() if not reason else ():
+        return "there is no GPU. Leave it out, or try triton slowly with TRITON_INTERPRET=1 in the environment"
+    if kernels == "quack" and (generation := _generation()) not in QUACK_GENERATIONS:
+        return f"the GPU's compute capability is {generation}, not 9 or 10. Use --moe-kernels triton"
+    for package, module in PACKAGES[kernels].items():
         try:
             import_module(module)
         except Exception as error:
-            reason = f"{package} cannot be imported ({type(error).__name__}: {error})"
-    if not reason and not is_interpreted and (missing := _missing_for_triton()):
-        reason = f"there is no {missing}"
-    if reason:
-        raise UsageError(f"--moe-kernels {kernels} cannot be used here: {reason}. {remedy}.", "REMOE-E102")
+            return f"{package} cannot be imported ({type(error).__name__}: {error}). Install it, or leave the flag out"
+    missing = "" if is_interpreted else _missing_for_triton()
+    return f"there is no {missing}. Install it, or leave the flag out" if missing else ""
 
 
 def _generation() -> int:

@@ -160,8 +160,8 @@ def _in_short(error: BaseException) -> str:
 
 def _remedy(text: str) -> str:
     """Return the remedy for an error as a line below it, or ""."""
-    found = (remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
-    return "".join(f"\n{remedy}" for remedy in [*found][:1])
+    found = (f"\n{remedy}" for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
+    return next(found, "")
 
 
 def _cause(error: BaseException) -> BaseException:

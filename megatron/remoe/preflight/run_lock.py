@@ -32,13 +32,9 @@ class FolderInUseError(UsageError):
 
 
 class RunLock:
-    """The lock of a process that may start its training several times; it is held in between."""
+    """The lock of a process that may start its training several times; it is held until `at_the_end` is closed."""
 
     def __init__(self, at_the_end: ExitStack) -> None:
-        """
-        Args:
-            at_the_end: releases the lock when it is closed.
-        """
         self._at_the_end = at_the_end
         self._is_held = False
 

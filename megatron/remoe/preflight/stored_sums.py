@@ -54,7 +54,7 @@ def check_part(folder: Path, index: Metadata, part: int, parts: int) -> None:
 
     Args:
         folder: `iter_...` of one iteration.
-        index: what `read_index` returns.
+        index: from `read_index`.
         part: number of the part, from 0.
         parts: their number.
 

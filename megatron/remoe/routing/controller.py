@@ -106,7 +106,7 @@ class SparsityController:
         """Return this rank's counts and state, 0 for layers without a router here, and reset the routers' counts."""
         sums = StepSums.zeros(self._num_layers, self.num_experts, self.device)
         counted = [
-            (sums.counts.layer(number).table, router.counts.table)
+            (sums.counts.table[number - 1], router.counts.table)
             for number, router in zip(self._numbers, self.routers, strict=True)
             if router.counts is not None
         ]

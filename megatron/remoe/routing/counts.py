@@ -46,10 +46,6 @@ class RoutingCounts:
         """Active (token, expert) pairs, `[...]`."""
         return self["tokens_per_expert"].sum(dim=-1)
 
-    def layer(self, number: int) -> "RoutingCounts":
-        """Return a view of a layer's row; layers are numbered from 1."""
-        return RoutingCounts(self.table[number - 1])
-
 
 @dataclass(frozen=True)
 class StepSums:

@@ -36,20 +36,20 @@ def relu_routing_problems(settings: Settings) -> list[str]:
     return [f"{problem} [{code}]" for code, problems in by_code.items() for problem in problems]
 
 
-def _refused(settings: Settings, beside: str) -> Iterator[str]:
-    """Yield Megatron's settings that cannot be used with a router, which its flag names.
+def _refused(settings: Settings, given: str) -> Iterator[str]:
+    """Yield Megatron's settings that cannot be used with the router of the flag `given`.
 
-    Warm-up uses what belongs to top-k routing; a baseline router does not, and nothing takes its place there.
+    Warm-up uses the settings of top-k routing. A baseline router does not, and has nothing in their place.
     """
-    yield from _combinations(settings, beside)
+    yield from _combinations(settings, given)
     for refusal in REFUSALS:
-        if refusal.reason == IGNORED and beside == "--moe-warmup-topk":
+        if refusal.reason == IGNORED and given == "--moe-warmup-topk":
             continue
         if refusal.name == "moe_aux_loss_coeff" and settings.moe_baseline_router in WITH_AUXILIARY_LOSS:
             continue
-        if refusal.reason == IGNORED and beside != "--moe-relu-routing":
+        if refusal.reason == IGNORED and given != "--moe-relu-routing":
             refusal = replace(refusal, remedy="Leave it out")
-        if problem := refusal.problem(settings, beside):
+        if problem := refusal.problem(settings, given):
             yield problem
 
 
@@ -58,26 +58,26 @@ def _baseline(settings: Settings) -> Iterator[str]:
     name = settings.moe_baseline_router
     if name is None:
         return
-    beside = f"--moe-baseline-router {name}"
+    given = f"--moe-baseline-router {name}"
     if settings.moe_relu_routing or settings.moe_warmup_topk is not None:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
-        yield f"{other} cannot be used with {beside}: each is a router of its own. Give one of them."
-    yield from _refused(settings, beside)
+        yield f"{other} cannot be used with {given}: each is a router of its own. Give one of them."
+    yield from _refused(settings, given)
     context = getattr(settings, "context_parallel_size", 1)
     if name == "sequence_topk" and context > 1:
         yield (
-            f"--context-parallel-size {context} cannot be used with {beside}: a rank has tokens from both ends of a "
+            f"--context-parallel-size {context} cannot be used with {given}: a rank has tokens from both ends of a "
             "sequence, and evaluation needs their order. Leave it out."
         )
     stages = getattr(settings, "pipeline_model_parallel_size", 1)
     if name == "hash" and stages > 1:
         yield (
-            f"--pipeline-model-parallel-size {stages} cannot be used with {beside}: only the first and the last stage "
+            f"--pipeline-model-parallel-size {stages} cannot be used with {given}: only the first and the last stage "
             "have the tokens' ids. Leave it out."
         )
     if name == "hash" and getattr(settings, "overlap_moe_expert_parallel_comm", False):
         yield (
-            f"--overlap-moe-expert-parallel-comm (on) cannot be used with {beside}: layers of two micro-batches take "
+            f"--overlap-moe-expert-parallel-comm (on) cannot be used with {given}: layers of two micro-batches take "
             "turns, and the router knows the ids of one. Leave it out."
         )
 
@@ -104,6 +104,12 @@ def _warmup(settings: Settings) -> Iterator[str]:
 def _experts(settings: Settings) -> int:
     """Return the number of experts; Megatron's arguments and configuration name it differently. 0 for dense models."""
     return getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None) or 0
+
+
+def _expert_tensor_parallel(settings: Settings) -> int:
+    """Return the ranks that share each expert: by Megatron's default, the tensor parallel ranks."""
+    given = getattr(settings, "expert_tensor_parallel_size", None)
+    return getattr(settings, "tensor_model_parallel_size", 1) if given is None else given
 
 
 def _values(settings: Settings) -> Iterator[str]:
@@ -163,30 +169,28 @@ ONE_DISPATCH = "a layer that works in chunks has no single dispatch to overlap w
 QUANTIZED = "chunks of a layer are computed again outside of the quantized part"
 INSIDE_EXPERTS = {"expert_fc1", "moe_act", "fused_group_mlp"}
 RECOMPUTED = "--fine-grained-activation-offloading would keep activations that a chunk computes again"
-NOT_IN_CHUNKS = tuple(
-    Refusal(name, refused, reason, where, "Leave it out, or add --moe-relu-activation-limit 0")
-    for name, refused, reason, where in (
-        ("moe_shared_expert_overlap", bool, ONE_DISPATCH, DISPATCHERS),
-        ("overlap_moe_expert_parallel_comm", bool, ONE_DISPATCH, DISPATCHERS),
-        ("overlap_dispatch_backward_with_experts_wgrad", bool, ONE_DISPATCH, DISPATCHERS),
-        ("fp8", bool, QUANTIZED, MOE_LAYER),
-        ("fp4", bool, QUANTIZED, MOE_LAYER),
-        ("offload_modules", lambda value: not INSIDE_EXPERTS.isdisjoint(value), RECOMPUTED, CONFIG),
-    )
+OR_NO_CHUNKS = "Leave it out, or add --moe-relu-activation-limit 0"
+NOT_IN_CHUNKS = (
+    Refusal("moe_shared_expert_overlap", ONE_DISPATCH, DISPATCHERS, OR_NO_CHUNKS),
+    Refusal("overlap_moe_expert_parallel_comm", ONE_DISPATCH, DISPATCHERS, OR_NO_CHUNKS),
+    Refusal("overlap_dispatch_backward_with_experts_wgrad", ONE_DISPATCH, DISPATCHERS, OR_NO_CHUNKS),
+    Refusal("fp8", QUANTIZED, MOE_LAYER, OR_NO_CHUNKS),
+    Refusal("fp4", QUANTIZED, MOE_LAYER, OR_NO_CHUNKS),
+    Refusal("offload_modules", RECOMPUTED, CONFIG, OR_NO_CHUNKS, lambda value: not INSIDE_EXPERTS.isdisjoint(value)),
 )
 
 
-def _combinations(settings: Settings, beside: str) -> Iterator[str]:
+def _combinations(settings: Settings, given: str) -> Iterator[str]:
     """Yield settings that are refused in combination."""
-    if beside == "--moe-relu-routing":
+    if given == "--moe-relu-routing":
         yield from _needed(settings)
     backend = getattr(settings, "moe_flex_dispatcher_backend", None)
     if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
         experts = settings.moe_relu_max_experts or _experts(settings)
-        slots = experts * (getattr(settings, "expert_tensor_parallel_size", None) or 1)
+        slots = experts * _expert_tensor_parallel(settings)
         if backend != "deepep" or slots > DEEPEP_SLOTS:
             yield (
-                f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {beside}: "
+                f"--moe-token-dispatcher-type flex with its backend {backend} cannot be used with {given}: "
                 f"a token may need {slots} slots, and the backend drops what does not fit. Use "
                 f"--moe-flex-dispatcher-backend hybridep, deepep with --moe-relu-max-experts of at most {DEEPEP_SLOTS} "
                 "(times granularity and expert tensor parallelism), or --moe-token-dispatcher-type alltoall."
@@ -198,20 +202,20 @@ def _combinations(settings: Settings, beside: str) -> Iterator[str]:
     if getattr(settings, "mtp_num_layers", None) and not is_hybrid:
         if settings.sequence_parallel and settings.transformer_impl == "local":
             yield (
-                f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {beside}, --sequence-parallel and "
+                f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {given}, --sequence-parallel and "
                 "--transformer-impl local: Megatron builds its layers with PyTorch's norms, which refuse it. Use "
                 "--transformer-impl transformer_engine, or no tensor parallelism."
             )
         if getattr(settings, "pipeline_model_parallel_layout", None):
             yield (
-                f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {beside} and "
+                f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {given} and "
                 "--pipeline-model-parallel-layout: only the first and the last stage get tokens and embeddings here. "
                 "Leave the layout out."
             )
     tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
     if tensor_parallel > 1 and not settings.sequence_parallel:
         yield (
-            f"--tensor-model-parallel-size {tensor_parallel} cannot be used with {beside} and without "
+            f"--tensor-model-parallel-size {tensor_parallel} cannot be used with {given} and without "
             "--sequence-parallel: each rank would count the same tokens. Add --sequence-parallel."
         )
     if settings.moe_relu_router_bias and not settings.add_bias_linear:
@@ -223,14 +227,14 @@ def _combinations(settings: Settings, beside: str) -> Iterator[str]:
     modules = as_list(getattr(settings, "cuda_graph_modules", None) or "full")  # without modules Megatron takes layers
     has_moe = any(str(getattr(module, "name", module)).startswith(("moe", "full")) for module in modules)
     captures = {
-        "full_iteration": beside != "--moe-relu-routing",  # `_needed` has the rest
+        "full_iteration": given != "--moe-relu-routing",  # `_needed` has the rest
         # Of GPTModel's layers, which hold attention and experts, attn takes all: create_mcore_cudagraph_manager.
         "local": has_moe or not is_hybrid,
         "transformer_engine": has_moe,
     }
     if captures.get(graphs or "none"):
         yield (
-            f"--cuda-graph-impl {graphs} with --cuda-graph-modules {shown(modules)} cannot be used with {beside}: the "
+            f"--cuda-graph-impl {graphs} with --cuda-graph-modules {shown(modules)} cannot be used with {given}: the "
             "number of routed pairs changes from step to step. Use --cuda-graph-impl none, or local with "
             "--cuda-graph-modules attn and a --hybrid-layer-pattern."
         )
@@ -238,16 +242,13 @@ def _combinations(settings: Settings, beside: str) -> Iterator[str]:
 
 def _needed(settings: Settings) -> Iterator[str]:
     """Yield what --moe-relu-launch-ahead and --cuda-graph-impl full_iteration need and are not given."""
-    expert_tensor_parallel = getattr(settings, "expert_tensor_parallel_size", None)
-    if expert_tensor_parallel is None:  # Megatron's default
-        expert_tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
     in_place = {
         "--moe-kernels triton": settings.moe_kernels != "torch",
         "--transformer-impl local": settings.transformer_impl == "local",
         "--moe-token-dispatcher-type alltoall": settings.moe_token_dispatcher_type == "alltoall",
         "--disable-bias-linear": not settings.add_bias_linear,
         "--expert-model-parallel-size 1": getattr(settings, "expert_model_parallel_size", 1) == 1,
-        "--expert-tensor-parallel-size 1": expert_tensor_parallel == 1,
+        "--expert-tensor-parallel-size 1": _expert_tensor_parallel(settings) == 1,
         "no --moe-shared-expert-overlap": not settings.moe_shared_expert_overlap,
     }
     bounded = {

@@ -18,24 +18,24 @@ class Refusal:
 
     Attributes:
         name: attribute that holds the setting; the flag is derived from it.
-        refused: tells from the attribute's value whether it is refused.
         reason: what would go wrong.
         where: file and function of megatron-core 0.19.2 that show it.
         remedy: what to do instead.
+        refused: whether a value of the attribute, other than None, is refused.
     """
 
     name: str
-    refused: Callable[[Any], bool]
     reason: str
     where: str
     remedy: str = "Leave it out"
+    refused: Callable[[Any], bool] = bool
 
-    def problem(self, settings: Settings, beside: str = "--moe-relu-routing") -> str | None:
-        """The message for `settings` beside a flag, or None where they are fine or do not have the attribute."""
+    def problem(self, settings: Settings, given: str) -> str | None:
+        """Return the message for `settings` with the flag `given`; None where nothing is refused."""
         value = getattr(settings, self.name, None)
         if value is None or not self.refused(value):
             return None
-        return f"{flag(self.name)} {shown(value)} cannot be used with {beside}: {self.reason}. {self.remedy}."
+        return f"{flag(self.name)} {shown(value)} cannot be used with {given}: {self.reason}. {self.remedy}."
 
 
 SPELLED = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
@@ -84,116 +84,102 @@ WRAPPING = "training/models/dist_utils.py"
 SETTINGS = "training/argument_utils.py: core_transformer_config_from_args"
 
 REFUSALS: tuple[Refusal, ...] = (
+    Refusal("moe_expert_capacity_factor", FIXED_K, f"{MOE_UTILS}: apply_router_token_dropping", DROPLESS, _given),
     Refusal(
-        "moe_expert_capacity_factor", _given, FIXED_K, f"{MOE_UTILS}: apply_router_token_dropping", remedy=DROPLESS
-    ),
-    Refusal(
-        "moe_pad_expert_input_to_capacity",
-        bool,
-        FIXED_K,
-        f"{DISPATCHERS}: MoEAlltoAllTokenDispatcher.preprocess",
-        DROPLESS,
+        "moe_pad_expert_input_to_capacity", FIXED_K, f"{DISPATCHERS}: MoEAlltoAllTokenDispatcher.preprocess", DROPLESS
     ),
     Refusal(
         "moe_pad_experts_for_cuda_graph_inference",
-        bool,
         FIXED_K,
         "core/inference/utils.py: set_decode_expert_padding",
         DROPLESS,
     ),
-    Refusal("moe_token_dropping", bool, FIXED_K, CONFIG, DROPLESS),
+    Refusal("moe_token_dropping", FIXED_K, CONFIG, DROPLESS),
     Refusal(
-        "moe_expert_rank_capacity_factor", _given, FIXED_K, f"{DISPATCHERS}: _HybridEPManager.setup_metadata", DROPLESS
+        "moe_expert_rank_capacity_factor", FIXED_K, f"{DISPATCHERS}: _HybridEPManager.setup_metadata", DROPLESS, _given
     ),
-    Refusal("moe_paged_stash", bool, "its buffers are sized for k experts per token", f"{EXPERTS}._fused_forward"),
+    Refusal("moe_paged_stash", "its buffers are sized for k experts per token", f"{EXPERTS}._fused_forward"),
     Refusal(
         "moe_permute_fusion",
-        bool,
         "Transformer Engine's permutation fails if a layer routes no token",
         f"{MOE_UTILS}: permute",
         "Leave it out: tokens are not sorted, so there is nothing to fuse",
     ),
     Refusal(
         "moe_enable_deepep",
-        bool,
         "it is Megatron's old name for a backend",
         CONFIG,
         "Use --moe-flex-dispatcher-backend deepep",
     ),
     Refusal(
         "moe_enable_routing_replay",
-        bool,
         "replay records k experts per token",
         f"{MOE_UTILS}: topk_routing_with_score_function",
     ),
     Refusal(
         "moe_apply_probs_on_input",
-        bool,
         "it assumes one expert per token",
         f"{EXPERTS}.forward",
         "Leave it out: the gate scales the expert's output",
     ),
-    Refusal("moe_router_padding_for_quantization", bool, ADDS_PAIRS, f"{MOE_UTILS}: pad_routing_map"),
-    Refusal("moe_aux_loss_coeff", lambda value: any(as_list(value)), IGNORED, ROUTING, BALANCED),
-    Refusal("moe_router_enable_expert_bias", bool, IGNORED, ROUTING, BALANCED),
+    Refusal("moe_router_padding_for_quantization", ADDS_PAIRS, f"{MOE_UTILS}: pad_routing_map"),
+    Refusal("moe_aux_loss_coeff", IGNORED, ROUTING, BALANCED, lambda value: any(as_list(value))),
+    Refusal("moe_router_enable_expert_bias", IGNORED, ROUTING, BALANCED),
     Refusal(
         "moe_router_load_balancing_type",
-        lambda value: not set(as_list(value)) <= {"none", "aux_loss"},
         IGNORED,
         ROUTING,
         "The L1 term balances the load: use --moe-router-load-balancing-type none or leave it out",
+        lambda value: not set(as_list(value)) <= {"none", "aux_loss"},
     ),
     Refusal(
         "moe_router_score_function",
-        lambda value: value != "softmax",
         IGNORED,
         ROUTING,
         "Leave it out: the score is ReLU",
+        lambda value: value != "softmax",
     ),
-    Refusal("moe_router_topk_scaling_factor", _given, IGNORED, ROUTING),
-    Refusal("moe_router_num_groups", _given, IGNORED, ROUTING),
-    Refusal("moe_router_group_topk", _given, IGNORED, ROUTING),
-    Refusal("moe_router_topk_limited_devices", _given, IGNORED, CONFIG),
-    Refusal("moe_router_fusion", bool, "the fused kernel computes top-k", ROUTING),
+    Refusal("moe_router_topk_scaling_factor", IGNORED, ROUTING, refused=_given),
+    Refusal("moe_router_num_groups", IGNORED, ROUTING, refused=_given),
+    Refusal("moe_router_group_topk", IGNORED, ROUTING, refused=_given),
+    Refusal("moe_router_topk_limited_devices", IGNORED, CONFIG, refused=_given),
+    Refusal("moe_router_fusion", "the fused kernel computes top-k", ROUTING),
     Refusal(
         "moe_router_force_biased",
-        _given,
         "its random bias changes the number of experts",
         f"{MOE_UTILS}: apply_biased_logits",
+        refused=_given,
     ),
     Refusal(
         "moe_router_force_load_balancing",
-        bool,
         "random logits do not activate k experts",
         f"{MOE_UTILS}: apply_random_logits",
     ),
     Refusal(
         "moe_use_upcycling",
-        bool,
         "it scales the experts for a softmax",
         "core/transformer/moe/upcycling_utils.py: _convert_to_moe_state_dict",
         "Use tools/convert_checkpoint, which fits the gates",
     ),
     Refusal(
         "moe_latent_size",
-        _given,
         "planned dispatch would skip the latent projections",
         "core/transformer/moe/moe_layer.py: MoELayer.preprocess",
+        refused=_given,
     ),
     Refusal(
         "transformer_impl",
-        lambda value: value == "inference_optimized",
         TOPK_SPEC,
         INFERENCE_SPEC,
         "Use --transformer-impl transformer_engine or local",
+        lambda value: value == "inference_optimized",
     ),
-    Refusal("use_inference_optimized_layers", bool, TOPK_SPEC, INFERENCE_SPEC),
-    Refusal("heterogeneous_layers_config_path", _given, OTHER_CLASS, SETTINGS),
-    Refusal("heterogeneous_layers_config_encoded_json", _given, OTHER_CLASS, SETTINGS),
-    Refusal("use_torch_fsdp2", bool, UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),
+    Refusal("use_inference_optimized_layers", TOPK_SPEC, INFERENCE_SPEC),
+    Refusal("heterogeneous_layers_config_path", OTHER_CLASS, SETTINGS, refused=_given),
+    Refusal("heterogeneous_layers_config_encoded_json", OTHER_CLASS, SETTINGS, refused=_given),
+    Refusal("use_torch_fsdp2", UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),
     Refusal(
         "init_model_with_meta_device",
-        bool,
         "experts and the router's state would stay uninitialized",
         f"{WRAPPING}: to_empty_if_meta_device",
     ),

@@ -173,19 +173,20 @@ def load_saved_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError, DataError: as `parse_args`.
     """
-    if args.use_checkpoint_args:
-        tokenizer = args.tokenizer_type
-        check_has_no_code(args)
-        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-        found = load_args_from_checkpoint(args)
-        saved = found[1] if isinstance(found, tuple) else None
-        files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
-        if args.vocab_file:  # it belongs to the flag's tokenizer
-            args.tokenizer_type = tokenizer
-        elif files and (all(map(os.path.isfile, files)) or not os.path.isdir(args.tokenizer_model)):
-            # Megatron has read the folder that another machine made of these files.
-            args.tokenizer_type, (args.vocab_file, args.merge_file) = GPT2_TOKENIZER, files
-        _check_model(args)
+    if not args.use_checkpoint_args:
+        return
+    tokenizer = args.tokenizer_type
+    check_has_no_code(args)
+    load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+    found = load_args_from_checkpoint(args)
+    saved = found[1] if isinstance(found, tuple) else None
+    files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
+    if args.vocab_file:  # it belongs to the flag's tokenizer
+        args.tokenizer_type = tokenizer
+    elif files and (all(map(os.path.isfile, files)) or not os.path.isdir(args.tokenizer_model)):
+        # Megatron has read the folder that another machine made of these files.
+        args.tokenizer_type, (args.vocab_file, args.merge_file) = GPT2_TOKENIZER, files
+    _check_model(args)
 
 
 def _check_model(args: argparse.Namespace) -> None:

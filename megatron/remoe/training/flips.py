@@ -11,6 +11,7 @@ import torch
 
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_model_config
 from megatron.remoe.routing.layers import layer_numbers
@@ -145,6 +146,8 @@ def _aside(chunks: list[torch.nn.Module], seed: int) -> Iterator[None]:
     """Set evaluation mode and a random seed, and turn off timers; restore everything at the end."""
     config = get_model_config(chunks[0])
     timers, on_host, on_device = config.timers, torch.get_rng_state(), torch.cuda.get_rng_state()
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
     # With --overlap-param-gather, DDP's hooks gather weights one by one in the forward pass; Megatron sets these hooks
     # after the first update that was not skipped. Gather all weights before this forward pass.
     gathers = bool(getattr(chunks[0], "remove_forward_pre_hook_handles", None))
@@ -154,9 +157,12 @@ def _aside(chunks: list[torch.nn.Module], seed: int) -> Iterator[None]:
         chunk.eval()
     config.timers = None
     torch.manual_seed(seed)
+    if all(map(torch.is_tensor, states.values())):  # random routing draws from these; --te-rng-tracker has generators
+        tracker.set_states(dict.fromkeys(states, torch.cuda.get_rng_state()))
     try:
         yield
     finally:
+        tracker.set_states(states)
         torch.set_rng_state(on_host)
         torch.cuda.set_rng_state(on_device)
         config.timers = timers

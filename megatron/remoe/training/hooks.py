@@ -208,19 +208,15 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
 
 def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | None], LayerSpec]) -> None:
     """Apply `change` to the layers of the model: the caller's specification, or Megatron's default."""
-    if not isinstance(model_cfg, HybridModelConfig):
-        model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
-        if model_cfg.transformer.mtp_num_layers:
-            model_cfg.pre_wrap_hooks.append(partial(rebuild_prediction_layers, change))
+    if isinstance(model_cfg, HybridModelConfig):
+        spec = model_cfg.hybrid_stack_spec
+        if spec is None and model_cfg.transformer.transformer_impl == "local":
+            spec = local_hybrid_stack_spec(model_cfg.transformer, model_cfg.hybrid_layer_pattern)
+        model_cfg.hybrid_stack_spec = change(spec or hybrid_stack_spec, None)
         return
-    if model_cfg.hybrid_stack_spec is None:
-        local = model_cfg.transformer.transformer_impl == "local"
-        model_cfg.hybrid_stack_spec = (
-            local_hybrid_stack_spec(model_cfg.transformer, model_cfg.hybrid_layer_pattern)
-            if local
-            else hybrid_stack_spec
-        )
-    model_cfg.hybrid_stack_spec = change(model_cfg.hybrid_stack_spec, None)
+    model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
+    if model_cfg.transformer.mtp_num_layers:
+        model_cfg.pre_wrap_hooks.append(partial(rebuild_prediction_layers, change))
 
 
 def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpec]) -> Callable[..., LayerSpec]:
@@ -253,7 +249,7 @@ def with_flips(
     Args:
         args: Megatron's arguments.
         model_cfg: the configuration that the model will be built from.
-        provider: of the data sets.
+        provider: builds the data sets.
         forward_step: as Megatron's loop takes it.
     """
     if args.moe_log_flips_interval is None:

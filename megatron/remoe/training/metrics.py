@@ -27,12 +27,6 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
         controller: SparsityController | None = None,
         pairs: PairCounter | None = None,
     ) -> None:
-        """
-        Args:
-            args: Megatron's arguments.
-            controller: None without ReLU routing.
-            pairs: None without a baseline's router.
-        """
         super().__init__()
         self.flips: FlipMeter | None = None
         self._args, self._controller, self._pairs, self._first = args, controller, pairs, True

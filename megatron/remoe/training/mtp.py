@@ -12,10 +12,7 @@ def rebuild_prediction_layers(change: Callable[[Any, int | None], Any], model_ch
 
     Args:
         change: returns the changed submodules of a block, from those and the virtual pipeline stage.
-        model_chunks: the model on this rank, as Megatron built it.
-
-    Returns:
-        The same chunks.
+        model_chunks: the model on this rank, as Megatron built it; returned.
     """
     for chunk in model_chunks:
         if chunk.mtp_process:

@@ -24,11 +24,7 @@ Record = dict[str, Any]
 
 @contextmanager
 def write_run_log(args: argparse.Namespace) -> Iterator[None]:
-    """Write the log of a training on the last rank, which has the loss. Do nothing if nothing is saved.
-
-    Args:
-        args: Megatron's arguments, validated.
-    """
+    """Write the log of a training on the last rank, which has the loss. Do nothing if nothing is saved."""
     if args.skip_train or not args.save or "://" in args.save or args.rank != args.world_size - 1:
         yield
         return
@@ -50,13 +46,9 @@ class RunLog(logging.Handler):
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """
-        Args:
-            args: Megatron's arguments. Loading a checkpoint sets `iteration`, so it is read at the first record.
-        """
         super().__init__()
         self.path = Path(args.save, FILE)
-        self._args = args
+        self._args = args  # loading a checkpoint sets `iteration`, so it is read at the first record
         self._started = round(time.time(), 3)
         self._has_begun = False
         self._figures: Record = {}  # for the next line

@@ -15,8 +15,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.remoe.data.errors import UsageError
-from megatron.remoe.preflight.checkpoint_files import RELEASE, check_is_whole, newest_iteration
-from megatron.remoe.preflight.checkpoint_fit import check_is_finite
+from megatron.remoe.preflight.checkpoint_files import check_is_whole
+from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
 from megatron.remoe.preflight.compared_settings import (
     RESULT_OF_EXPERTS,
     RESULT_OF_RELU,
@@ -70,15 +70,10 @@ class Teacher:
     """A frozen model of the student's shape, and its divergence from the student on the current micro-batch."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """
-        Args:
-            args: Megatron's arguments of the student.
-
-        Raises:
-            UsageError: as `with_teacher`.
-        """
-        self._folder = _folder(Path(args.teacher))
-        saved = check_is_whole(self._folder).get("args")
+        folder = iteration_folder(Path(args.teacher))
+        if folder is None:
+            raise UsageError(f"--teacher {args.teacher}: there is no checkpoint.", "REMOE-E404")
+        self._folder, saved = str(folder), check_is_whole(folder).get("args")
         if saved is None:
             raise UsageError(f"--teacher {args.teacher}: holds no arguments of its training.", "REMOE-E212")
         wrong = [name for name, value in REFUSED.items() if getattr(args, name, value) != value]
@@ -139,14 +134,14 @@ class Teacher:
         (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([stock])
         if torch.cuda.is_available():
             model = model.cuda()
-        metadata = (dist_checkpointing.load_content_metadata(str(self._folder)) or {}) | {
+        metadata = (dist_checkpointing.load_content_metadata(self._folder) or {}) | {
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
         }
         # Objects are Transformer Engine's state for FP8.
         _, wanted = extract_matching_values(
             model.sharded_state_dict(metadata=metadata), lambda value: isinstance(value, ShardedObject)
         )
-        loaded = dist_checkpointing.load({"model": wanted}, str(self._folder), validate_access_integrity=False)
+        loaded = dist_checkpointing.load({"model": wanted}, self._folder, validate_access_integrity=False)
         model.load_state_dict(loaded["model"], strict=False)
         check_is_finite(f"--teacher {self._args.teacher}", model)
         if self._args.bf16 or self._args.fp16:
@@ -158,10 +153,3 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """Return KL(teacher ‖ student) = Σ p (log p - log q) in nats, `[...]`, from logits `[..., vocabulary]`."""
     log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (teacher, student))
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-def _folder(root: Path) -> Path:
-    newest = newest_iteration(root)
-    if newest != RELEASE and not newest.isdecimal():
-        raise UsageError(f"--teacher {root}: there is no checkpoint.", "REMOE-E404")
-    return root / (RELEASE if newest == RELEASE else f"iter_{int(newest):07d}")
