@@ -16,7 +16,6 @@ From Megatron-FSDP, only weights are converted, to the format all tools read.
 """
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -152,8 +151,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     blend = blend_of(args, options.data_path)
     text = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed)
     to_fit, to_measure = text.chunk(2)
-    group = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process(options.seed)
-    with group:
+    with one_process(options.seed):
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
         with display.step("running the ReMoE", len(to_measure)), count_pairs(target) as pairs:
             loss_after = loss_of(target, to_measure, display)

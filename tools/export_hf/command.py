@@ -8,7 +8,6 @@ ways compare the logits of both models. If they differ, nothing is written.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import shlex
 from collections.abc import Iterator, Sequence
@@ -141,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     def work() -> None:
-        alone = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process()
-        with Display() as display, alone:
+        with Display() as display, one_process():
             check_output(options.save)
             (reverse if options.reverse else export)(options, display)
 
