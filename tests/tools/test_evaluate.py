@@ -142,12 +142,12 @@ def test_tasks_through_lm_eval(
     model.save_pretrained(tmp_path / "model")
     words = ["--load", str(tmp_path / "model"), "--task-data", str(tmp_path / "own")]
     words += ["--task-cache", str(tmp_path / "answers"), "--tasks"]
+    write_tasks(tmp_path)
     if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("datasets") is None:
         assert main(words) == 1 and "[REMOE-E504]" in capfd.readouterr().err
         pytest.skip("needs lm-eval[hf]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    write_tasks(tmp_path)
     if not torch.cuda.is_available():  # a search would start with 64 sequences of the longest request
         monkeypatch.delattr("lm_eval.models.huggingface.HFLM._detect_batch_size")
 
