@@ -14,11 +14,12 @@ from ..recipes import tiny
 from .report import is_late
 
 SKIPPED_SHARE = 0.05  # of the loss curves: the steep start would hide the differences
+SMOOTHED_SHARE = 0.03
 
 
-def smooth(values: NDArray[np.float64], share: float = 0.03) -> NDArray[np.float64]:
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the centred mean over a share of the values; at both ends over fewer."""
-    window = np.ones(2 * max(1, round(len(values) * share / 2)) + 1)
+    window = np.ones(2 * max(1, round(len(values) * SMOOTHED_SHARE / 2)) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
