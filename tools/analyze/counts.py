@@ -141,15 +141,7 @@ def observe_routing(model: RemoeForCausalLM) -> Iterator[list[tuple[torch.Tensor
 def count(
     model: RemoeForCausalLM, texts: Sequence[Text], layers: list[int], most: int | None, display: Display
 ) -> Counts:
-    """Run the model over the texts and return its counts.
-
-    Args:
-        model: with experts.
-        texts: one for each domain, of the same length.
-        layers: numbers of the layers with experts.
-        most: sequences of each text (None: all).
-        display: shows the progress.
-    """
+    """Run the model over at most `most` sequences of each domain's text, and return its counts."""
     numbers, length = [min(len(text), most or len(text)) for text in texts], texts[0].length
     counts = Counts(layers, numbers, length, model.config.num_experts, model.config.vocab_size)
     size = max(1, TOKENS_PER_FORWARD // length)

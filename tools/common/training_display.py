@@ -84,12 +84,7 @@ class TrainingDisplay:
     ) -> tuple[int, str]:  # fmt: skip
         """Run a training to its end; KeyboardInterrupt stops it after a last checkpoint, a second one at once.
 
-        Args:
-            shown: the training in the display.
-            command: program and arguments.
-            environment: all variables.
-            keep_open: the folder's lock, which the process holds too.
-            log: a file for its output.
+        The process also holds the lock of `keep_open`. Its output goes to `log` too.
 
         Returns:
             Its exit code, and the last lines of its output before torchrun's own.

@@ -24,11 +24,7 @@ IN_THE_FORK = (
 
 
 def read(folder: Path, state: dict[str, Any]) -> tuple[Iterator[Piece], Iterator[tuple[str, bytes]]]:
-    """Return tensors and objects, named as in the fork's distributed checkpoints.
-
-    Args:
-        folder: of the iteration.
-        state: the content of its file.
+    """Return the tensors and objects of a file with this content, named as in the fork's distributed checkpoints.
 
     Raises:
         ConversionError: there are several files.

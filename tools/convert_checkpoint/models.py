@@ -42,11 +42,7 @@ ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
 def source_args(saved: argparse.Namespace, vocabulary: int) -> argparse.Namespace:
-    """Return the source's arguments, complete for this version of Megatron.
-
-    Args:
-        saved: those in the checkpoint, possibly of another version.
-        vocabulary: rows of its embedding.
+    """Return the source's saved arguments, complete for this version of Megatron, with the rows of its embedding.
 
     Raises:
         ConversionError: the checkpoint is that of a ReMoE already.
@@ -61,11 +57,7 @@ def source_args(saved: argparse.Namespace, vocabulary: int) -> argparse.Namespac
 
 
 def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments of the ReMoE.
-
-    Args:
-        source: from `source_args`.
-        options: num_experts, moe_router_topk, moe_granularity and moe_layer_freq, None if not given.
+    """Return the arguments of the ReMoE, from those of its source and the tool's flags, which are None if not given.
 
     Raises:
         ConversionError: they do not fit the source, or ReLU routing does not work with its other settings.

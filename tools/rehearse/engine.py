@@ -73,12 +73,7 @@ def tensors_of(name: str, arguments: Sequence[Any], options: dict[str, Any], res
 
 
 def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[float, float, str]:
-    """Return bytes moved, FLOPs, and the rate that applies to these.
-
-    Args:
-        name, arguments: of the call.
-        tensors: see `tensors_of`.
-    """
+    """Return the bytes that a call moves, its FLOPs, and the rate that applies to these."""
     moved = float(sum(one.nbytes for one in tensors))
     if name in ATTENTION:
         # Causal attention over at most arguments[1] keys: half of the products.

@@ -58,12 +58,7 @@ def _same(config: RemoeConfig) -> dict[str, str]:
 
 
 def to_transformers(layer: Tensors, config: RemoeConfig) -> Tensors:
-    """Convert a layer's weights to the names of transformers.
-
-    Args:
-        layer: Megatron's name without "decoder.layers.N." → tensor.
-        config: of the model.
-    """
+    """Convert a layer's weights, by Megatron's names without "decoder.layers.N.", to the names of transformers."""
     found = {}
     for name, tensor in layer.items():
         if name == QKV:
