@@ -7,5 +7,4 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools.start import main  # noqa: E402
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())

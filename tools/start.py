@@ -15,10 +15,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure loss, speed or zero-shot tasks"),
     "analyze": ("analyze", "show what the routers have learned"),
     "report": ("report", "compare runs on one HTML page"),
-    "convert": (
-        "convert_checkpoint",
-        "make a ReMoE from a dense or top-k model, import one, change its class",
-    ),
+    "convert": ("convert_checkpoint", "make a ReMoE from a dense or top-k model, import one, change its class"),
     "export": ("export_hf", "write a model for transformers, or read one"),
 }
 BUILDS_ON_CPU = ("export_hf", "convert_checkpoint")  # also where there is an accelerator

@@ -144,6 +144,7 @@ TO_TRAIN, TWO = {"DRY_RUN": "0"}, {"NNODES": "2", "MASTER_ADDR": "first"}
         ("8", {"NNODES": "2"}, "MASTER_ADDR"),
         ("8", TWO | {"RANK": "2"}, "RANK '2' NNODES=2"),
         ("8 -- --cpu --tokenizer-type NullTokenizer", TO_TRAIN | TWO | {"PYTHON": "true"}, "NODE_RANK NNODES=2"),
+        ("8 -- --cpu --tokenizer-type=NullTokenizer", TO_TRAIN | TWO | {"PYTHON": "true"}, "NODE_RANK NNODES=2"),
         ("5 -- --num-layers 12", {"PP": "5"}, "PP=5 12 layers"),
         ("5 -- --num-layers ten", {"PP": "5"}, "--num-layers 'ten'"),
         ("8 1 1 64", {"EP": "8", "TP": "2"}, "EP=8 TP=2"),

@@ -129,7 +129,7 @@ def test_a_varying_number_of_experts_is_counted(
     """A decay that computes so many pairs for 100 tokens; the FLOPs of 50 steps with k = 1 are left."""
     training, wanted = Training(8, "moe-expert-threshold", 1), []
     runner = trunks.Runner(tmp_path, tmp_path, {"tokens": {}}, (tmp_path / "lock").open("w"))
-    args = arguments_of(parse([*MODEL, *EXPERTS]), 256)
+    args = arguments_of(parse([*MODEL, *EXPERTS, "--vocab-size", "256"]))
     lines = [{"kind": "start", "iteration": 0, "args": vars(args) | {"global_batch_size": 4}}]
     for steps in (80, 100):
         lines.append({"kind": "log", "iteration": steps, "lm_loss": 2.0})

@@ -1,7 +1,8 @@
 """Count how a model routes its tokens."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,9 +35,7 @@ class Counts:
     def __init__(
         self, layers: Sequence[int], sequences: Sequence[int], length: int, experts: int, vocabulary: int
     ) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype)
-
+        zeros = partial(torch.zeros, dtype=torch.int64)
         number, domains = len(layers), len(sequences)
         self.layers, self.sequences = [*layers], torch.tensor(sequences)
         self.tokens, self.windows = self.sequences * length, self.sequences * (length // WINDOW)
@@ -132,27 +131,17 @@ def observe_routing(model: RemoeForCausalLM) -> Iterator[list[tuple[torch.Tensor
         size, rest = largest.float().norm(dim=-1), (routed - largest).float().norm(dim=-1)
         seen.append((gates.unflatten(0, shape).cpu(), (size / (size + rest)).unflatten(0, shape).cpu()))
 
-    handles = [block.register_forward_hook(look) for block in expert_blocks(model).values()]
-    try:
+    with ExitStack() as hooks:
+        for block in expert_blocks(model).values():
+            hooks.enter_context(block.register_forward_hook(look))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()
 def count(
     model: RemoeForCausalLM, texts: Sequence[Text], layers: list[int], most: int | None, display: Display
 ) -> Counts:
-    """Run the model over the texts and return its counts.
-
-    Args:
-        model: with experts.
-        texts: one for each domain, of the same length.
-        layers: numbers of the layers with experts.
-        most: sequences of each text (None: all).
-        display: shows the progress.
-    """
+    """Run the model over at most `most` sequences of each domain's text, and return its counts."""
     numbers, length = [min(len(text), most or len(text)) for text in texts], texts[0].length
     counts = Counts(layers, numbers, length, model.config.num_experts, model.config.vocab_size)
     size = max(1, TOKENS_PER_FORWARD // length)

@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy
 
-from megatron.remoe.data.files import write_aside
-
 from ..common.palette import routing_color
-from ..common.picture_style import MUTED, TARGET, file_pyplot, style
+from ..common.picture_style import MUTED, TARGET, picture
 from .findings import Numbers
 
 MEASURED, BESIDE = routing_color("remoe"), TARGET
@@ -22,19 +20,9 @@ Layers = Mapping[int, Numbers]
 
 
 def draw(path: Path, name: str, numbers: Numbers) -> None:
-    """Write the picture of an analysis, aside and renamed.
-
-    Args:
-        path: a .png file.
-        name: of the analysis.
-        numbers: from `findings`.
-    """
-    pyplot = file_pyplot()
-    with pyplot.rc_context(style(font_size=11, pad=(0.12, 0.12))):
-        figure = pyplot.figure(dpi=100, layout="constrained")
+    """Write the picture of an analysis."""
+    with picture(path, font_size=11, pad=(0.12, 0.12)) as figure:
         DRAWN[name](figure, numbers)
-        write_aside(path, figure.savefig)
-        pyplot.close(figure)
 
 
 def _experts_per_token(figure: Any, numbers: Numbers) -> None:

@@ -17,11 +17,7 @@ class Results(NamedTuple):
 
 
 def tables(results: dict[str, Any]) -> Iterator[Results]:
-    """Yield a table for each kind of result.
-
-    Args:
-        results: content of the file of `--output`.
-    """
+    """Yield a table for each kind of result in the content of an `--output` file."""
     for kind, make in (("text", _on_text), ("speed", _on_speed), ("tasks", _on_tasks)):
         if kind in results:
             names = names_of_models([Path(model) for model in results[kind]])

@@ -1,7 +1,7 @@
 """Count the experts per token of a model for transformers."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,16 +46,12 @@ def count_experts(model: RemoeForCausalLM) -> Iterator[dict[int, list[torch.Tens
         Number of each layer with experts, from 1 → a tensor for each forward pass, int64 `[tokens]`.
     """
     counts: dict[int, list[torch.Tensor]] = {}
-    handles = []
-    for number, block in expert_blocks(model).items():
-        passes = counts[number] = []
+    with ExitStack() as hooks:
+        for number, block in expert_blocks(model).items():
+            passes = counts[number] = []
 
-        def count(_router: object, _tokens: object, routed: tuple[torch.Tensor, ...], passes=passes) -> None:
-            passes.append((routed[1] > 0).sum(dim=-1))
+            def count(_router: object, _tokens: object, routed: tuple[torch.Tensor, ...], passes=passes) -> None:
+                passes.append((routed[1] > 0).sum(dim=-1))
 
-        handles.append(block.gate.register_forward_hook(count))
-    try:
+            hooks.enter_context(block.gate.register_forward_hook(count))
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()

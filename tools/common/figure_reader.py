@@ -25,10 +25,7 @@ Record = Mapping[str, Any]
 
 
 def find_figures(place: Path) -> Path:
-    """Return the file that holds the figures of a run.
-
-    Args:
-        place: a run's folder, its --save, or a file.
+    """Return the file that holds the figures of a run, by its folder, its --save, or the file itself.
 
     Raises:
         ToolError: there is none.

@@ -36,11 +36,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def lock(folder: Path, tool: str) -> TextIO:
-    """Lock a folder until the returned file is closed, here and in every process that inherited it.
-
-    Args:
-        folder: value of --output-dir; created if missing.
-        tool: name of the tool, for the error.
+    """Lock a tool's --output-dir until the returned file is closed, here and in every process that inherited it.
 
     Raises:
         ToolError: another process holds the lock.

@@ -17,11 +17,7 @@ def hybrid_layer(layer: int, rest: str) -> int:
 
 
 def as_gpt(args: argparse.Namespace, source: object) -> argparse.Namespace:
-    """Return the arguments of the GPTModel that computes the same.
-
-    Args:
-        args: Megatron's, for either class.
-        source: the checkpoint, for errors.
+    """Return the arguments of the GPTModel that computes the same; `source` is the checkpoint, for errors.
 
     Raises:
         ConversionError: attention and MLP do not alternate, or the routing is by hash.

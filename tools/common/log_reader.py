@@ -27,10 +27,7 @@ _SPLITTING = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "exp
 
 
 def read_log(text: str) -> dict[int, dict[str, str]]:
-    """Return the fields of every logged iteration.
-
-    Args:
-        text: what Megatron printed.
+    """Return the fields of every iteration in Megatron's printed output.
 
     Returns:
         iteration → printed name of the field ("lm loss", "sparsity", ...) → its printed value. For a log of the
@@ -40,11 +37,7 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
 
 
 def read_printed(log: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a printed log in the format of metrics.jsonl.
-
-    Args:
-        log: file with Megatron's output.
-    """
+    """Yield the records of a file with Megatron's output, in the format of metrics.jsonl."""
     args: dict[str, Any] = {}
     parameters: int | None = None
     started = False

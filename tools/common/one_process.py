@@ -11,7 +11,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 @contextmanager
 def one_process(seed: int = 1234, backend: str = "gloo") -> Iterator[None]:
-    """Set up Megatron's process groups for one process, and its random generators."""
+    """Set up Megatron's process groups for one process, and its random generators, unless there are groups already."""
+    if torch.distributed.is_initialized():
+        yield
+        return
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()

@@ -2,7 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from megatron.remoe.data.files import write_aside
 
 from .palette import routing_color
 
@@ -32,17 +36,24 @@ def looks(routings: Iterable[str]) -> Iterator[tuple[str, str]]:
         yield shades[number % len(shades)], DASHES[number % len(DASHES)]
 
 
-def style(font_size: float, pad: tuple[float, float]) -> dict[Any, Any]:
-    """Return Matplotlib's settings; `pad`: inches around each panel, horizontal and vertical."""
-    padding = {"figure.constrained_layout.w_pad": pad[0], "figure.constrained_layout.h_pad": pad[1]}
-    return {"font.size": font_size} | STYLE | padding
+@contextmanager
+def picture(path: Path, font_size: float, pad: tuple[float, float], **settings: Any) -> Iterator[Any]:
+    """Yield a Matplotlib figure, and write it at the end of the block.
 
-
-def file_pyplot() -> Any:
-    """Import Matplotlib's pyplot, which is slow, for pictures in files."""
+    Args:
+        path: a .png file.
+        font_size: in points.
+        pad: inches around each panel, horizontal and vertical.
+        settings: of the figure.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # slow to import
 
-    return pyplot
+    padding = {"figure.constrained_layout.w_pad": pad[0], "figure.constrained_layout.h_pad": pad[1]}
+    with pyplot.rc_context({"font.size": font_size} | STYLE | padding):
+        figure = pyplot.figure(dpi=100, layout="constrained", **settings)
+        yield figure
+        write_aside(path, figure.savefig)
+        pyplot.close(figure)

@@ -141,6 +141,15 @@ class RunFigures:
         losses = (each.loss * weight for each, weight in zip(newest, weights, strict=True))
         return sum(losses) / sum(weights) if newest else None
 
+    def final_losses(self, iteration: int) -> dict[str, float]:
+        """Return validation set → the newest loss after a training of so many iterations, of the sets that have one."""
+        return {
+            name: each.loss
+            for name, found in self.evaluations.items()
+            for each in found
+            if each.final and each.iteration == iteration
+        }
+
     def at(self, name: str, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the values of a figure at iterations; NaN where it was not logged."""
         logged = self.curve(name)

@@ -105,17 +105,7 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
 
 
 def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int) -> torch.Tensor:
-    """Return random sequences of text.
-
-    Args:
-        blend: data sets to take them from.
-        sequences: their number.
-        length: their length in tokens, without one more token at the end.
-        vocabulary: size of the model's vocabulary.
-        seed: of the random choice.
-
-    Returns:
-        int64 `[sequences, length + 1]`; two sequences share at most the last token.
+    """Return random sequences of text, int64 `[sequences, length + 1]`; two of them share at most the last token.
 
     Raises:
         UsageError: a data set is missing, corrupt or too small, or was made with another vocabulary.

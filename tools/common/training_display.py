@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from .display import say
 from .log_reader import MILLISECONDS, read_log
 from .training_process import end, start
-from .units import duration, rate
+from .units import duration
 
 PLAIN_LINES = 4  # per run, without a terminal
 SECONDS_OF_RATE = 300  # of progress, from which the time left is estimated
@@ -84,12 +84,7 @@ class TrainingDisplay:
     ) -> tuple[int, str]:  # fmt: skip
         """Run a training to its end; KeyboardInterrupt stops it after a last checkpoint, a second one at once.
 
-        Args:
-            shown: the training in the display.
-            command: program and arguments.
-            environment: all variables.
-            keep_open: the folder's lock, which the process holds too.
-            log: a file for its output.
+        The process also holds the lock of `keep_open`. Its output goes to `log` too.
 
         Returns:
             Its exit code, and the last lines of its output before torchrun's own.
@@ -136,8 +131,9 @@ class TrainingDisplay:
             self._progress.advance(self._bar, self._move(shown, iteration))
             seconds = self._progress.tasks[self._bar].time_remaining
             left = "" if seconds is None else f"all: {duration(seconds)} left"
-            speed = rate(1000 * shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6))
+            rate = 1000 * shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6)
             loss = f"loss {float(fields['lm loss']):.3f}" if "lm loss" in fields else ""
+            speed = f"{rate / 1000:,.1f}k tokens/s"
             note = "  ".join(filter(None, [f"{iteration}/{shown.iterations}", loss, speed, left]))
             self.note(shown, note)
             if iteration >= shown.next_line:

@@ -14,15 +14,7 @@ def start(
     folder: Path | None = None,
     output: IO[str] | int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
-    """Start a training that Ctrl-C does not reach: `end` stops it.
-
-    Args:
-        command: program and arguments.
-        environment: all variables.
-        keep_open: the file of a lock, which the process holds too.
-        folder: working directory (default: the current one).
-        output: file for standard output and errors (default: a pipe).
-    """
+    """Start a training that Ctrl-C does not reach: `end` stops it. The process also holds the lock of `keep_open`."""
     return subprocess.Popen(
         command,
         cwd=folder,

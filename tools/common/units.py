@@ -1,4 +1,4 @@
-"""Format times and rates."""
+"""Format times."""
 
 
 def duration(seconds: float) -> str:
@@ -9,8 +9,3 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days} d {left:02}:{minutes:02} h"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def rate(tokens_per_second: float) -> str:
-    """Format tokens per second in thousands."""
-    return f"{tokens_per_second / 1000:,.1f}k tokens/s"

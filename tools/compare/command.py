@@ -13,7 +13,6 @@ a stop.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,11 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "number of parallel trainings, with one thread each (default: the number of cores)"
     add("--processes", type=number, default=number_of_cores(), metavar="N", help=text)
     add("--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER", help="default: runs/compare")
-    add(
-        "--collect",
-        action="store_true",
-        help="train nothing: show the output folder's results so far",
-    )
+    add("--collect", action="store_true", help="train nothing: show the output folder's results so far")
     add("--results", type=Path, metavar="FILE.json", help="train nothing: show this file, which --points wrote")
     add("--points", type=Path, metavar="FILE.json", help="also write all points to a small file")
     add("--picture", type=Path, metavar="FILE.png", help="also draw the gap to ReMoE at equal FLOPs")
@@ -114,9 +109,9 @@ def compare(args: argparse.Namespace, display: Display) -> None:
             show(args, results, display)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Compare and return the exit code: 0, 1 after an error, 130 after a stop."""
-    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    args = parse_arguments(arguments)
 
     def work() -> None:
         with Display() as display:

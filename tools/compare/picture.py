@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from megatron.remoe.data.files import write_aside
-
-from ..common.picture_style import MUTED, file_pyplot, looks, style
+from ..common.picture_style import MUTED, looks, picture
 from .plan import ARMS, REFERENCE
 from .results import Points, differences_of, flops_at
 
@@ -25,13 +23,13 @@ def draw(path: Path, points: Mapping[int, Points], margin: float) -> None:
     """
     from matplotlib.ticker import FixedLocator
 
-    pyplot, found = file_pyplot(), {experts: differences_of(of) for experts, of in points.items()}
+    found = {experts: differences_of(of) for experts, of in points.items()}
     arms = [arm for arm in ARMS if any((arm, True) == (key[0], key[2]) for of in found.values() for key in of)]
     routers = {"moe-hash": "hash", "moe-random": "random", "moe-expertchoice": "expert_choice"}
     names = (routers.get(arm, "topk" if ARMS[arm].routing == "moe" else ARMS[arm].routing) for arm in arms)
     look = {arm: (color, marker) for arm, (color, _), marker in zip(arms, looks(names), MARKERS, strict=False)}
-    with pyplot.rc_context(style(font_size=13, pad=(0.12, 0.1))):
-        figure = pyplot.figure(figsize=(max(8.6, 5.3 * len(points)), 5.2), dpi=100, layout="constrained")
+    size = max(8.6, 5.3 * len(points)), 5.2
+    with picture(path, font_size=13, pad=(0.12, 0.1), figsize=size) as figure:
         panels = figure.subplots(1, len(points), sharey=True, squeeze=False)[0]
         for axes, (experts, of) in zip(panels, points.items(), strict=True):
             axes.axhspan(-margin, margin, color=MUTED, alpha=0.15, linewidth=0)
@@ -60,5 +58,3 @@ def draw(path: Path, points: Mapping[int, Points], margin: float) -> None:
         handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
         columns = max(2, min(len(handles), 2 * len(points)))
         figure.legend(handles.values(), handles, loc="outside upper center", ncols=columns)
-        write_aside(path, figure.savefig)
-        pyplot.close(figure)

@@ -111,16 +111,6 @@ def differences_of(points: Points) -> dict[Key, list[float]]:
     return found
 
 
-def gaps(points: Points, margin: float) -> dict[Key, significance.Difference]:
-    """Return each arm's mean gap to ReMoE over seeds; all gaps are one family of comparisons.
-
-    Args:
-        points: arm → seed → points.
-        margin: the largest difference that counts as none.
-    """
-    return significance.compare(differences_of(points), margin)
-
-
 def flops_at(points: Points, arm: str, steps: int) -> float:
     """Return an arm's mean FLOPs after these steps; NaN if it has no such point."""
     found = [point.flops for of in points[arm].values() for point in of if _is_at(point, steps)]
@@ -135,11 +125,10 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
     """Yield the lines of the table of one number of experts: a row for each length and arm.
 
     Inactive experts are means by layer. The gap is an arm's loss minus that of ReMoE after as many steps, mean over the
-    seeds that both have; at equal FLOPs, the arm has trained longer or shorter.
-
-    Args: as `gaps`.
+    seeds that both have; at equal FLOPs, the arm has trained longer or shorter. All gaps are one family of comparisons.
     """
-    losses, differences, found = losses_of(points), differences_of(points), gaps(points, margin)
+    losses, differences = losses_of(points), differences_of(points)
+    found = significance.compare(differences, margin)
     rows = []
     for steps in sorted({steps for _, steps, matched in losses if not matched}):
         for arm in points:

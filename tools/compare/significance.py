@@ -52,15 +52,7 @@ class Difference:
 
 
 def compare[Row: Hashable](rows: Mapping[Row, Sequence[float]], margin: float) -> dict[Row, Difference]:
-    """Compare arms with their references.
-
-    Args:
-        rows: row → the difference to its reference for each seed.
-        margin: the largest mean difference that counts as none.
-
-    Returns:
-        A difference for each row.
-    """
+    """Compare arms with their references, given the difference of each seed; one of at most `margin` counts as none."""
     found = {row: (float(np.mean(values)), _error(values), len(values) - 1) for row, values in rows.items()}
     different = holm([_p_different(*each) for each in found.values()])
     worse = [_p_worse(*each, margin) for each in found.values()]

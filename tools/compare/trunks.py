@@ -125,7 +125,7 @@ class Runner:
                 raise ToolError(f"{trunk / LOG}: the training ended at step {_newest(trunk)} instead of {begin}.")
             decay.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(trunk / METRICS, decay / METRICS)  # whose sums the decay continues
-        if not _final_losses(decay, steps):
+        if not read_figures(decay).final_losses(steps):
             load = decay if _newest(decay) else trunk
             self._start(training, load, decay, steps, steps - begin, "--override-opt_param-scheduler")
         point = self._read(training, decay, steps, equal_to)
@@ -164,8 +164,8 @@ class Runner:
         return self._output / training.name
 
     def _read(self, training: Training, decay: Path, steps: int, equal_to: int | None) -> Point:
-        losses = _final_losses(decay, steps)
         figures = read_figures(decay)
+        losses = figures.final_losses(steps)
         sequence = figures.whole("seq_length")
         weights = {name: predicted_tokens(count, sequence) for name, count in self._tokens["heldout"].items()}
         if training.is_tuning:
@@ -189,14 +189,3 @@ def _newest(folder: Path) -> int:
     """Return the step of the newest checkpoint; 0 if there is none."""
     newest = newest_iteration(folder)
     return int(newest) if newest.isdecimal() else 0
-
-
-def _final_losses(folder: Path, steps: int) -> dict[str, float]:
-    """Return validation set → loss after the last step, of the sets that have one."""
-    if not (folder / METRICS).exists():
-        return {}
-    found: dict[str, float] = {}
-    for name, evaluations in read_figures(folder).evaluations.items():
-        final = [each.loss for each in evaluations if each.final and each.iteration == steps]
-        found |= {name: final[-1]} if final else {}
-    return found

@@ -7,5 +7,4 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools.start import start  # noqa: E402
 
-if __name__ == "__main__":
-    sys.exit(start(Path(__file__).parent.name, sys.argv[1:]))
+sys.exit(start(Path(__file__).parent.name, sys.argv[1:]))

@@ -16,7 +16,6 @@ From Megatron-FSDP, only weights are converted, to the format all tools read.
 """
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,70 +50,47 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--load", type=Path, metavar="FOLDER", help="checkpoints of a run (its --save)")
-    source.add_argument("--from-hf", type=Path, metavar="FOLDER", help="model saved by Hugging Face transformers")
-    parser.add_argument("--save", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    parser.add_argument(
-        "--ckpt-step", type=whole_number(0), metavar="N", help="iteration to convert (default: the newest)"
-    )
-    parser.add_argument(
-        "--from-fork", action="store_true", help="convert a checkpoint of the authors' fork (github.com/thu-ml/ReMoE)"
-    )
-    parser.add_argument(
-        "--from-fsdp", action="store_true", help="convert a checkpoint of --use-megatron-fsdp (fsdp_dtensor)"
-    )
-    parser.add_argument(
-        "--model", choices=("gpt", "hybrid"), help="only change Megatron's model class; nothing is fitted or measured"
-    )
-    shape = parser.add_argument_group("shape of the ReMoE (default from a top-k checkpoint: its own)")
-    shape.add_argument("--num-experts", type=int, metavar="E", help="experts, each as large as the dense layer")
-    shape.add_argument(
-        "--moe-router-topk",
-        type=int,
-        metavar="K",
-        help="k of the target sparsity; fewer than the k of a top-k checkpoint make it sparser (default: 1)",
-    )
-    shape.add_argument(
-        "--moe-granularity", type=whole_number(1), metavar="G", help="cut every expert into G (default: 1)"
-    )
-    shape.add_argument("--moe-layer-freq", metavar="PATTERN", help="layers with experts (default: 1, all of them)")
-    shape.add_argument(
-        "--transformer-impl",
-        choices=("local", "transformer_engine"),
-        help="layers that will load it (default: those that saved --load; with --from-hf: the installed ones)",
-    )
-    fit = parser.add_argument_group("fit")
-    fit.add_argument("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the training's)")
-    fit.add_argument(
-        "--tokens",
-        type=whole_number(1),
-        default=32768,
-        metavar="N",
-        help="tokens to fit the routers to, and as many again to measure the loss (default: %(default)s)",
-    )
-    fit.add_argument(
-        "--loss-bound",
-        type=float,
-        metavar="X",
-        help="largest relative growth of the loss (default: 0.01 from dense, 0.05 from top-k)",
-    )
-    fit.add_argument("--seed", type=int, default=1234, help="of the text and the fit (default: %(default)s)")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--load", type=Path, metavar="FOLDER", help="checkpoints of a run (its --save)")
+    add("--from-hf", type=Path, metavar="FOLDER", help="model saved by Hugging Face transformers")
+    add = parser.add_argument
+    add("--save", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    add("--ckpt-step", type=whole_number(0), metavar="N", help="iteration to convert (default: the newest)")
+    text = "convert a checkpoint of the authors' fork (github.com/thu-ml/ReMoE)"
+    add("--from-fork", action="store_true", help=text)
+    add("--from-fsdp", action="store_true", help="convert a checkpoint of --use-megatron-fsdp (fsdp_dtensor)")
+    text = "only change Megatron's model class; nothing is fitted or measured"
+    add("--model", choices=("gpt", "hybrid"), help=text)
+    add = parser.add_argument_group("shape of the ReMoE (default from a top-k checkpoint: its own)").add_argument
+    add("--num-experts", type=int, metavar="E", help="experts, each as large as the dense layer")
+    text = "k of the target sparsity; fewer than the k of a top-k checkpoint make it sparser (default: 1)"
+    add("--moe-router-topk", type=int, metavar="K", help=text)
+    add("--moe-granularity", type=whole_number(1), metavar="G", help="cut every expert into G (default: 1)")
+    add("--moe-layer-freq", metavar="PATTERN", help="layers with experts (default: 1, all of them)")
+    text = "layers that will load it (default: those that saved --load; with --from-hf: the installed ones)"
+    add("--transformer-impl", choices=("local", "transformer_engine"), help=text)
+    add = parser.add_argument_group("fit").add_argument
+    add("--data-path", nargs="+", metavar="WORD", help="text, as in Megatron (default: the training's)")
+    text = "tokens to fit the routers to, and as many again to measure the loss (default: %(default)s)"
+    add("--tokens", type=whole_number(1), default=32768, metavar="N", help=text)
+    text = "largest relative growth of the loss (default: 0.01 from dense, 0.05 from top-k)"
+    add("--loss-bound", type=float, metavar="X", help=text)
+    add("--seed", type=int, default=1234, help="of the text and the fit (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.loss_bound is not None and not args.loss_bound >= 0:
         parser.error(f"--loss-bound {args.loss_bound}: must be at least 0.")
+    imported = args.from_hf or args.from_fork or args.from_fsdp
     if args.from_hf and (args.from_fork or args.from_fsdp or args.ckpt_step is not None):
         parser.error("--from-hf is not the folder of a run: leave out --from-fork, --from-fsdp and --ckpt-step.")
     if args.from_fork and args.from_fsdp:
         parser.error("--from-fork, --from-fsdp: a checkpoint has one format. Leave one of them out.")
-    if args.model and (args.from_hf or args.from_fork or args.from_fsdp):
+    if args.model and imported:
         parser.error("--model needs a checkpoint of this project (torch_dist): import first, then change the class.")
-    if (args.from_hf or args.from_fork or args.from_fsdp or args.model) and (
-        given := [name for name in OF_REMOE if getattr(args, name) is not None]
-    ):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    given = [f"--{name.replace('_', '-')}" for name in OF_REMOE if getattr(args, name) is not None]
+    if given and (imported or args.model):
         parser.error(
-            f"an import or another class does not change the model: leave out {flags}, and convert the result."
+            f"an import or another class does not change the model: leave out {', '.join(given)}, and convert the "
+            "result."
         )
     return args
 
@@ -152,8 +128,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     blend = blend_of(args, options.data_path)
     text = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed)
     to_fit, to_measure = text.chunk(2)
-    group = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process(options.seed)
-    with group:
+    with one_process(options.seed):
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
         with display.step("running the ReMoE", len(to_measure)), count_pairs(target) as pairs:
             loss_after = loss_of(target, to_measure, display)
@@ -234,9 +209,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         with Display() as display:
-            kinds = {convert_hf: options.from_hf, convert_fork: options.from_fork, convert_fsdp: options.from_fsdp}
-            kinds |= {convert_class: options.model}
-            chosen = next((conversion for conversion, wanted in kinds.items() if wanted), convert)
-            chosen(options, display)
+            if options.from_hf:
+                convert_hf(options, display)
+            elif options.from_fork:
+                convert_fork(options, display)
+            elif options.from_fsdp:
+                convert_fsdp(options, display)
+            elif options.model:
+                convert_class(options, display)
+            else:
+                convert(options, display)
 
     return run_once("convert_checkpoint", work, "stopped; nothing was written")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..common.errors import ConversionError
+from .from_fsdp import NORMS
 from .rewriting import Piece, encoded
 
 EXPERT = re.compile(
@@ -16,11 +17,6 @@ EXPERT = re.compile(
     r"(?:local_experts\.(?P<number>\d+)\.(?P<name>linear_fc[12]\.\w+)"
     r"|(?P<grouped>linear_fc[12]\.(?:weight|bias|_extra_state))(?P<last>\d*))"
 )
-# Norms before plain PyTorch layers, and their names in distributed checkpoints.
-NORMS = {
-    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
-    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
-}
 IN_THE_FORK = (
     "Start the fork once more with its flags and --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER, "
     "and convert FOLDER."
@@ -28,11 +24,7 @@ IN_THE_FORK = (
 
 
 def read(folder: Path, state: dict[str, Any]) -> tuple[Iterator[Piece], Iterator[tuple[str, bytes]]]:
-    """Return tensors and objects, named as in the fork's distributed checkpoints.
-
-    Args:
-        folder: of the iteration.
-        state: the content of its file.
+    """Return the tensors and objects of a file with this content, named as in the fork's distributed checkpoints.
 
     Raises:
         ConversionError: there are several files.

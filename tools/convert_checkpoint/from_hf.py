@@ -8,7 +8,6 @@ import gc
 import importlib.util
 import re
 import shlex
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def convert_hf(options: argparse.Namespace, display: Display) -> None:
     args = parse_flags(flags, config.vocab_size, config.dtype)
     display.say(f"{config.model_type}: {args.num_layers} layers of hidden size {args.hidden_size}, {args.num_experts} "
                 f"experts, {args.moe_router_topk} per token")  # fmt: skip
-    with nullcontext() if torch.distributed.is_initialized() else one_process(options.seed):
+    with one_process(options.seed):
         model = build(args)
         fill(model, config, Weights(folder))
         length = min(TOKENS, config.max_position_embeddings)

@@ -94,10 +94,7 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     args, names = _target(checkpoint, options.model, index.state_dict_metadata)
     _check_optimizer(checkpoint)
     state |= {"args": args}
-    with (
-        rewritten(checkpoint.folder, options.save, state) as writer,
-        display.step("copying", len(index.storage_data)),
-    ):
+    with rewritten(checkpoint.folder, options.save, state) as writer, display.step("copying", len(index.storage_data)):
         for key, shape, offset, tensor in read_each(checkpoint.folder, tensors(checkpoint.folder, index)):
             name, new_shape, new_offset = names.of_tensor(key, shape, offset)
             if len(new_shape) != len(shape):

@@ -4,7 +4,7 @@ import argparse
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,11 +42,7 @@ ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
 def source_args(saved: argparse.Namespace, vocabulary: int) -> argparse.Namespace:
-    """Return the source's arguments, complete for this version of Megatron.
-
-    Args:
-        saved: those in the checkpoint, possibly of another version.
-        vocabulary: rows of its embedding.
+    """Return the source's saved arguments, complete for this version of Megatron, with the rows of its embedding.
 
     Raises:
         ConversionError: the checkpoint is that of a ReMoE already.
@@ -61,11 +57,7 @@ def source_args(saved: argparse.Namespace, vocabulary: int) -> argparse.Namespac
 
 
 def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments of the ReMoE.
-
-    Args:
-        source: from `source_args`.
-        options: num_experts, moe_router_topk, moe_granularity and moe_layer_freq, None if not given.
+    """Return the arguments of the ReMoE, from those of its source and the tool's flags, which are None if not given.
 
     Raises:
         ConversionError: they do not fit the source, or ReLU routing does not work with its other settings.
@@ -183,7 +175,6 @@ def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[i
     """
     inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
     gates: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
-    handles = []
 
     def keep_input(index: int) -> Any:
         def hook(_module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -195,30 +186,24 @@ def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[i
     def keep_gates(index: int) -> Any:
         return lambda _module, _arguments, routed: gates[index].append((routed[0] * routed[1]).float())
 
-    for index in layers:
-        mlp = source.decoder.layers[index].mlp
-        handles.append(mlp.register_forward_pre_hook(keep_input(index), with_kwargs=True))
-        if isinstance(mlp, MoELayer):
-            handles.append(mlp.router.register_forward_hook(keep_gates(index)))
-    try:
+    with ExitStack() as hooks:
+        for index in layers:
+            mlp = source.decoder.layers[index].mlp
+            hooks.enter_context(mlp.register_forward_pre_hook(keep_input(index), with_kwargs=True))
+            if isinstance(mlp, MoELayer):
+                hooks.enter_context(mlp.router.register_forward_hook(keep_gates(index)))
         yield inputs, gates
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def count_pairs(model: GPTModel) -> Iterator[list[tuple[int, int]]]:
     """Collect the numbers of active and of all (token, expert) pairs of each router call, inside the block."""
     pairs: list[tuple[int, int]] = []
-    handles = [
-        model.decoder.layers[index].mlp.router.register_forward_hook(
-            lambda _module, _arguments, routed: pairs.append((int(routed[1].sum()), routed[1].numel()))
-        )
-        for index in moe_layers(model)
-    ]
-    try:
+
+    def count(_module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
+        pairs.append((int(routed[1].sum()), routed[1].numel()))
+
+    with ExitStack() as hooks:
+        for index in moe_layers(model):
+            hooks.enter_context(model.decoder.layers[index].mlp.router.register_forward_hook(count))
         yield pairs
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -64,10 +64,7 @@ class Writer:
 def rewritten(source: Path, output: Path, state: dict[str, Any]) -> Iterator[Writer]:
     """Yield a writer for a checkpoint of the same iteration; the folder appears when the block ends.
 
-    Args:
-        source: folder of the iteration to convert.
-        output: a new or empty folder, for a run's checkpoints.
-        state: Megatron's settings and counters.
+    `state` has Megatron's settings and counters.
 
     Raises:
         ConversionError: it cannot be written, for instance because the disk is full.

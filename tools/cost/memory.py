@@ -26,15 +26,9 @@ class Memory(NamedTuple):
 
 
 def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_token: float) -> tuple[int, Memory]:
-    """Find the pipeline stage that needs most memory.
+    """Return the index of the stage that needs most memory, and that of each of its GPUs with an even load of experts.
 
-    Args:
-        args: Megatron's validated arguments.
-        stages: see `parameters.stages`.
-        experts_per_token: active experts of a token in each MoE layer.
-
-    Returns:
-        The stage's index, and the memory of each of its GPUs if experts get equally many tokens.
+    `experts_per_token` are the active ones in each MoE layer.
     """
     memories = [stage_memory(args, stages, index, experts_per_token) for index in range(len(stages))]
     return max(enumerate(memories), key=lambda of_stage: sum(of_stage[1]))
@@ -70,11 +64,6 @@ def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_t
     """Return the bytes that a GPU sends to others in a step's all-to-all exchanges of tokens.
 
     Each pair's vector travels there and back, and so does its gradient; recomputation sends the vectors again.
-
-    Args:
-        args: Megatron's validated arguments.
-        stages: see `parameters.stages`.
-        experts_per_token: computed experts of a token in each MoE layer.
     """
     layers = sum("E" in layer for stage in stages for layer in stage.layers)
     tokens = args.global_batch_size * args.seq_length / args.world_size

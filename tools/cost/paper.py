@@ -36,12 +36,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def expected(size: str, routing: str) -> dict[str, tuple[Any, str]]:
-    """Return the value of each setting in the paper's run, with its source: "paper" or "fork".
-
-    Args:
-        size: a key of `PAPER`.
-        routing: dense, moe or remoe.
-    """
+    """Return the value of each setting in the paper's run, with its source: "paper" or "fork"."""
     kinds = ["all", size, routing] if routing == "dense" else ["all", size, "experts", routing]
     model = PAPER[size]
     found = dict(zip(DIMENSIONS, ((n, "paper") for n in (model.layers, model.hidden, model.heads)), strict=True))
@@ -51,13 +46,7 @@ def expected(size: str, routing: str) -> dict[str, tuple[Any, str]]:
 
 
 def lines(given: dict[str, Any], size: str, routing: str) -> Iterator[str]:
-    """Yield the settings that differ from the paper's run.
-
-    Args:
-        given: see `settings`.
-        size: a key of `PAPER`.
-        routing: dense, moe or remoe.
-    """
+    """Yield those of the given `settings` that differ from the paper's run."""
     found = []
     for name, (there, source) in expected(size, routing).items():
         here = data_sets(given[name]) if name == "data_path" else given[name]

@@ -112,11 +112,7 @@ def fingerprint(model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def compare_with_paper(results: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
-    """Return titles and rows of accuracies in per cent of the paper's tasks, and their mean if all seven were scored.
-
-    Args:
-        results: model → scores.
-    """
+    """Return titles and rows: accuracies in per cent of the paper's tasks, and their mean if all seven were scored."""
     measured = {
         name: {one["task"]: 100 * one["value"] for one in scores if one["metric"] == "acc"}
         for name, scores in results.items()

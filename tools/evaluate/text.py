@@ -76,13 +76,7 @@ def batches(data: GPTDataset, most: int | None) -> Iterator[torch.Tensor]:
 def measure(
     model: RemoeForCausalLM, data: GPTDataset, most: int | None, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Run the model over the data set.
-
-    Args:
-        model: to run.
-        data: from `sequences`.
-        most: sequences, at most (None: all).
-        advance: called with the number of sequences of each finished batch.
+    """Run the model over at most `most` sequences of a data set; `advance` gets the number of each finished batch.
 
     Returns:
         "loss" in nats per token; "tokens": number of predicted ones; "experts": number of a layer with experts, from

@@ -39,16 +39,7 @@ PAPER = "ReLU routing: [arXiv 2412.14711](https://arxiv.org/abs/2412.14711). "
 def write_card(
     folder: Path, args: argparse.Namespace, config: RemoeConfig, name: str, parameters: int, text: Text, check: Check
 ) -> None:
-    """Write README.md.
-
-    Args:
-        folder: destination.
-        args: Megatron's, of the training.
-        config: of the model.
-        name: of the checkpoint.
-        parameters: their number.
-        text, check: the comparison at the export.
-    """
+    """Write README.md about the training, the model and its comparison with Megatron's."""
     experts = config.num_experts
     kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
     kind = "dense" if not experts else "ReMoE" if config.moe_relu_routing else kind

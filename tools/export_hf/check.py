@@ -16,6 +16,7 @@ from ..common.text import blend_of, sample
 TOKENS = 2048
 TOKENS_PER_FORWARD = 1024
 BOUND = 1e-4
+SEED = 1234
 
 
 class Text(NamedTuple):
@@ -39,7 +40,7 @@ class Check(NamedTuple):
     sparsity: float | None
 
 
-def text_for(args: argparse.Namespace, data_path: list[str] | None, config: RemoeConfig, seed: int = 1234) -> Text:
+def text_for(args: argparse.Namespace, data_path: list[str] | None, config: RemoeConfig) -> Text:
     """Return the text given, or the training's held-out text, or random tokens if that is not here.
 
     Raises:
@@ -48,12 +49,12 @@ def text_for(args: argparse.Namespace, data_path: list[str] | None, config: Remo
     length = min(args.seq_length, TOKENS)
     held_out = None if data_path else getattr(args, "valid_data_path", None)
     try:
-        tokens = sample(blend_of(args, data_path or held_out), TOKENS // length, length, config.vocab_size, seed)
+        tokens = sample(blend_of(args, data_path or held_out), TOKENS // length, length, config.vocab_size, SEED)
         return Text(tokens, "held-out tokens" if held_out else "tokens")
     except UsageError:
         if data_path:
             raise
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     shape = (TOKENS // length, length + 1)
     return Text(torch.randint(config.vocab_size, shape, generator=generator), "random tokens")
 

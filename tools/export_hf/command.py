@@ -8,7 +8,6 @@ ways compare the logits of both models. If they differ, nothing is written.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import shlex
 from collections.abc import Iterator, Sequence
@@ -44,25 +43,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/export_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a run (its --save)")
-    parser.add_argument("--save", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    parser.add_argument("--reverse", action="store_true", help="--load is an exported folder, --save a checkpoint")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration to export (default: the newest)")
-    parser.add_argument(
-        "--tokenizer-model", type=Path, metavar="FOLDER", help="a Hugging Face tokenizer (default: the training's own)"
-    )
-    parser.add_argument(
-        "--data-path",
-        nargs="+",
-        metavar="WORD",
-        help="text to compare the models on, as in Megatron (default: the training's held-out text)",
-    )
-    parser.add_argument(
-        "--transformer-impl",
-        choices=("local", "transformer_engine"),
-        default="transformer_engine" if importlib.util.find_spec("transformer_engine") else "local",
-        help="with --reverse: layers that will load the checkpoint (default: %(default)s)",
-    )
+    add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a run (its --save)")
+    add("--save", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    add("--reverse", action="store_true", help="--load is an exported folder, --save a checkpoint")
+    add("--ckpt-step", type=int, metavar="N", help="iteration to export (default: the newest)")
+    text = "a Hugging Face tokenizer (default: the training's own)"
+    add("--tokenizer-model", type=Path, metavar="FOLDER", help=text)
+    text = "text to compare the models on, as in Megatron (default: the training's held-out text)"
+    add("--data-path", nargs="+", metavar="WORD", help=text)
+    text = "with --reverse: layers that will load the checkpoint (default: %(default)s)"
+    installed = "transformer_engine" if importlib.util.find_spec("transformer_engine") else "local"
+    add("--transformer-impl", choices=("local", "transformer_engine"), default=installed, help=text)
     return parser.parse_args(arguments)
 
 
@@ -141,8 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     def work() -> None:
-        alone = contextlib.nullcontext() if torch.distributed.is_initialized() else one_process()
-        with Display() as display, alone:
+        with Display() as display, one_process():
             check_output(options.save)
             (reverse if options.reverse else export)(options, display)
 

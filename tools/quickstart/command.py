@@ -59,9 +59,11 @@ def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str
     trainings = []
     for model in tiny.NAMES:
         flags = tiny.common_flags(tiny.SIZE, args.iterations, args.seed) + tiny.model_flags(model, tiny.SIZE)
-        placed = dataset.data_flags(data_folder, train_tokens) + tiny.output_flags(runs / model)
         inputs = stamps.fingerprint(data["inputs"], flags, sources, versions)
-        trainings.append(training.Training(model, runs / model, flags + placed, len(train_tokens), inputs))
+        folder, checkpoints = runs / model, str(runs / model / "checkpoints")
+        flags += dataset.data_flags(data_folder, train_tokens)
+        flags += ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", str(folder / "tensorboard")]
+        trainings.append(training.Training(model, folder, flags, len(train_tokens), inputs))
     return trainings
 
 

@@ -7,35 +7,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.remoe.data.files import write_aside
-
 from ..common.palette import routing_color
-from ..common.picture_style import TARGET, file_pyplot, style
+from ..common.picture_style import TARGET, picture
 from ..common.run_figures import RunFigures
 from ..recipes import tiny
 from .report import is_late
 
 SKIPPED_SHARE = 0.05  # of the loss curves: the steep start would hide the differences
+SMOOTHED_SHARE = 0.03
 
 
-def smooth(values: NDArray[np.float64], share: float = 0.03) -> NDArray[np.float64]:
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the centred mean over a share of the values; at both ends over fewer."""
-    window = np.ones(2 * max(1, round(len(values) * share / 2)) + 1)
+    window = np.ones(2 * max(1, round(len(values) * SMOOTHED_SHARE / 2)) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def draw(path: Path, runs: Mapping[str, RunFigures], summary: dict[str, Any]) -> None:
-    """Write the picture.
-
-    Args:
-        path: a .png file.
-        runs: model → its figures.
-        summary: see `report.summarize`.
-    """
-    pyplot = file_pyplot()
+    """Write the picture from each model's figures and the summary of `report.summarize`."""
     remoe, iterations = runs["remoe"], summary["iterations"]
-    with pyplot.rc_context(style(font_size=11, pad=(0.15, 0.15))):
-        figure = pyplot.figure(figsize=(16, 11), dpi=100, layout="constrained")
+    with picture(path, font_size=11, pad=(0.15, 0.15), figsize=(16, 11)) as figure:
         ((loss, sparsity), (coefficient, load)) = figure.subplots(2, 2)
         _draw_loss(loss, runs, summary)
         _draw_sparsity(sparsity, remoe, summary)
@@ -44,8 +35,6 @@ def draw(path: Path, runs: Mapping[str, RunFigures], summary: dict[str, Any]) ->
         coefficient.set_xlim(0, iterations)
         load.remove()
         draw_load(figure, load.get_subplotspec(), late_load(remoe, iterations))
-        write_aside(path, figure.savefig)
-        pyplot.close(figure)
 
 
 def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:

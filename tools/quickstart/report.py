@@ -52,13 +52,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
-    Args:
-        runs: model → its figures.
-        held_out: domain → tokens that its evaluation predicts: the weight of its loss.
-        iterations: of each training.
-        seed: of each training.
-        size: of the models.
-        corpus: its name.
+    `held_out` has the tokens that each domain's evaluation predicts: the weights of the losses.
     """
     summary: dict[str, Any] = {}
     for model, run in runs.items():
@@ -120,14 +114,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) -> None:
-    """Print the table, the paths of all files, and commands to try next.
-
-    Args:
-        console: where to print.
-        summary: see `summarize`.
-        output: folder of the picture and the summary.
-        runs: folder of the trainings.
-    """
+    """Print the table, the paths of all files (those of trainings are in `runs`), and commands to try next."""
     console.print()
     console.print(table(summary))
     if has_spread(summary):

@@ -56,12 +56,7 @@ class Training:
 def run(training: Training, display: TrainingDisplay, shown: ShownTraining, threads: int, keep_open: IO[str]) -> None:
     """Train to the end and mark the training as done; KeyboardInterrupt stops it after a last checkpoint.
 
-    Args:
-        training: what to run.
-        display: shows the progress.
-        shown: the training in the display.
-        threads: of the process.
-        keep_open: the folder's lock, which the process holds too.
+    The process also holds the lock of `keep_open`.
 
     Raises:
         ToolError: the training failed; the message holds the end of its log.

@@ -55,11 +55,7 @@ def usage(size: str = "SIZE", routing: str = "remoe") -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """Do what a launch script does; returns the exit code.
-
-    Args:
-        words: size, routing, and the script's arguments.
-    """
+    """Do what a launch script does, given size, routing and the script's arguments; return the exit code."""
     if len(words) < 2 or words[0] not in PAPER or words[1] not in ROUTINGS:
         print(usage(), end="")
         if {"-h", "--help"} & set(words):

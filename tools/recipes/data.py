@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.remoe.data.gpt2_files import GPT2_FILES
 
+from ..common.flags import last_value
 from .layout import RecipeError
 
 MADE_UP = "made-up"  # the data of a rehearsal that is given none
@@ -125,7 +126,7 @@ def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planne
     Raises:
         RecipeError: a file is missing, and the training is not just planned.
     """
-    if "--tokenizer-type" in flags:
+    if last_value(flags, "--tokenizer-type") is not None:
         return []
     folder = environment.get("DATA_DIR", ".")
     words = ["--tokenizer-type", "GPT2BPETokenizer"]

@@ -37,7 +37,7 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
     Raises:
         ValueError: the model has layers that are not counted here, such as Mamba.
     """
-    of = _Defaulting(args)
+    of = _Defaulting(**vars(args))
     pattern, mtp = of.hybrid_layer_pattern, of.mtp_num_layers or 0
     if of.experimental_attention_variant or (pattern and set(pattern) - set("*-E|/")):
         found = of.experimental_attention_variant or f"--hybrid-layer-pattern {pattern}"
@@ -65,14 +65,11 @@ def flops_per_expert(args: argparse.Namespace) -> float:
     return flops_per_sequence(args, args.moe_router_topk + 1) - flops_per_sequence(args, args.moe_router_topk)
 
 
-class _Defaulting:
+class _Defaulting(argparse.Namespace):
     """Arguments by name; None for those that a command or an older Megatron does not have."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._args, name, None)
+        return None
 
 
 def _frequency(frequency: int | list[int] | None, layers: int) -> list[bool]:
@@ -105,14 +102,10 @@ def _experts(of: _Defaulting, topk: float, products: int) -> float:
     return router + shared + topk * products * (latent or hidden) * width + 2 * hidden * (latent or 0)
 
 
-def arguments_of(settings: Settings, padded_vocabulary: int = 0) -> argparse.Namespace:
+def arguments_of(settings: Settings) -> argparse.Namespace:
     """Return the arguments of a command's flags that FLOPs depend on, under Megatron's names.
 
     Granularity G multiplies experts and k, and divides their width, as Megatron's arguments have it.
-
-    Args:
-        settings: the flags.
-        padded_vocabulary: rows of the output layer; if 0, from `vocabulary_words`.
 
     Raises:
         ValueError: --moe-layer-freq is not a pattern, or the tokenizer cannot be read.
@@ -130,7 +123,7 @@ def arguments_of(settings: Settings, padded_vocabulary: int = 0) -> argparse.Nam
         moe_layer_freq=_layer_frequency("".join(settings.get("--moe-layer-freq", ("1",)))),
         moe_router_topk=number("--moe-router-topk", 2) * granularity,
         moe_ffn_hidden_size=number("--moe-ffn-hidden-size", ffn) // granularity,
-        padded_vocab_size=padded_vocabulary or -(-vocabulary_words(settings) // multiple) * multiple,
+        padded_vocab_size=-(-vocabulary_words(settings) // multiple) * multiple,
     )
 
 

@@ -36,7 +36,7 @@ def count_gpus(environment: Mapping[str, str], interpreter: str) -> int:
     if shutil.which("nvidia-smi") is None:
         found = _last_line([interpreter, "-c", "import torch; print(torch.cuda.device_count())"])
         return int(found) if found.isdecimal() else 0
-    listed = sum(line.startswith("GPU ") for line in _ask_driver("-L").splitlines())
+    listed = sum(line.startswith("GPU ") for line in _output(["nvidia-smi", "-L"]).splitlines())
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return listed
@@ -55,15 +55,14 @@ def check_gpus(wanted: int, environment: Mapping[str, str], interpreter: str) ->
         raise RecipeError(f"gpus_per_node is {wanted}, and {found} GPUs were found. {remedy}")
 
 
-def _ask_driver(*arguments: str) -> str:
-    answer = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def _output(command: Sequence[str]) -> str:
+    """Return what a program prints; nothing if it fails."""
+    answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
     return "" if answer.returncode else answer.stdout
 
 
 def _last_line(command: Sequence[str]) -> str:
-    """Return the last line that a program prints; nothing if it fails."""
-    answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
-    return (answer.stdout.splitlines() or [""])[-1] if answer.returncode == 0 else ""
+    return (_output(command).splitlines() or [""])[-1]
 
 
 def problem_with(interpreter: str, modules: Sequence[str]) -> str | None:
@@ -121,19 +120,14 @@ def precedes_blackwell(gpu: str | None) -> bool:
     if gpu is not None:
         letters = gpu.lower().removeprefix("g")
         return not (letters[:1] == "b" and letters[1:2].isdigit())
-    capabilities = _ask_driver("--query-gpu=compute_cap", "--format=csv,noheader") if shutil.which("nvidia-smi") else ""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    capabilities = _output(command) if shutil.which(command[0]) else ""
     generation = capabilities.partition(".")[0].strip()
     return not generation.isdecimal() or int(generation) < 10
 
 
 def gpu_settings(flags: Sequence[str], environment: Mapping[str, str], gpu: str | None) -> dict[str, str]:
-    """Return the environment variables of a training on GPUs; the user's own values stay.
-
-    Args:
-        flags: all of Megatron's flags.
-        environment: the user's.
-        gpu: see `precedes_blackwell`.
-    """
+    """Return the environment variables of a training on GPUs; the user's own stay. `gpu`: see `precedes_blackwell`."""
     found = {}
     # Before Blackwell, Megatron refuses TP and CP without one connection. It refuses FSDP with it, and the overlap of
     # expert parallelism wants more.

@@ -79,14 +79,9 @@ def read_arguments(routing: str, given: Sequence[str]) -> tuple[dict[str, int], 
 def plan(
     size: str, routing: str, arguments: Sequence[str], environment: Mapping[str, str], ask_for_packages: bool = True
 ) -> Launch:
-    """Return the training that a launch script would start.
+    """Return the training that a launch script would start, given its arguments (also those behind --) and environment.
 
-    Args:
-        size: one of `PAPER`.
-        routing: one of `ROUTINGS`.
-        arguments: the script's, Megatron's flags behind -- included.
-        environment: the script's.
-        ask_for_packages: look for Transformer Engine and apex, which takes seconds if they are installed.
+    `ask_for_packages` looks for Transformer Engine and apex, which takes seconds if they are installed.
 
     Raises:
         RecipeError: an argument or a variable is wrong.

@@ -48,10 +48,6 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     """Return the dense stage, the way to the target and the steady stage, as far as the log has them.
 
     Other models have one stage, "all". A line of the log stands for the iterations since the line before.
-
-    Args:
-        figures: of the run.
-        flops: of the run's model.
     """
     iterations, seconds = figures.curve("seconds_per_iteration").iterations, figures.seconds
     batches, target = figures.batches(iterations), figures.target

@@ -1,7 +1,6 @@
 """Define the tiny models of the quickstart, of sweeps with --tiny and of tools/compare."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from .models import TINY, TINY_TRAINING, Routing, Size
 
@@ -47,9 +46,3 @@ def model_flags(model: str, size: TinySize) -> list[str]:
     """Return the flags of a routing; none for a dense model."""
     flags = Routing(model, size.experts, topk=size.topk).flags(size.ffn)
     return [*flags, "--moe-per-layer-logging"] if flags else []
-
-
-def output_flags(folder: Path) -> list[str]:
-    """Return the flags for a training's checkpoints and figures; it resumes from them."""
-    checkpoints = str(folder / "checkpoints")
-    return ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", str(folder / "tensorboard")]

@@ -174,7 +174,7 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     return 0 if found["starts"] else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Return the exit code: 0, 1 if the training does not start or cannot be rehearsed, 130 after an interruption."""
-    options, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    options, flags = parse_arguments(arguments)
     return run_resumable(lambda: rehearse(options, flags))

@@ -73,12 +73,7 @@ def tensors_of(name: str, arguments: Sequence[Any], options: dict[str, Any], res
 
 
 def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[float, float, str]:
-    """Return bytes moved, FLOPs, and the rate that applies to these.
-
-    Args:
-        name, arguments: of the call.
-        tensors: see `tensors_of`.
-    """
+    """Return the bytes that a call moves, its FLOPs, and the rate that applies to these."""
     moved = float(sum(one.nbytes for one in tensors))
     if name in ATTENTION:
         # Causal attention over at most arguments[1] keys: half of the products.
@@ -105,20 +100,20 @@ def _heads(arguments: Sequence[Any]) -> list[torch.Tensor]:
 def _attend(*arguments: Any, **_options: Any) -> list[torch.Tensor]:
     query, _, value = _heads(arguments)[:3]
     sequences = next(one for one in arguments if torch.is_tensor(one)).numel() - 1  # where they begin, and the end
-    _launched(ATTENTION[0])
+    _launch()
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     sums = query.new_empty((sequences, query.shape[-2], arguments[0], 1), dtype=torch.float32)
     return [output, sums, query.new_empty(2, dtype=torch.int64)]
 
 
 def _attend_backward(*arguments: Any, **_options: Any) -> list[torch.Tensor | None]:
-    for kernel in ("sums", "gradients", "queries"):
-        _launched(f"{ATTENTION[1]}, {kernel}")
+    for _ in range(3):  # kernels: for sums, gradients and queries
+        _launch()
     return [*map(torch.empty_like, _heads(arguments)[:3]), None, None]
 
 
-def _launched(name: str) -> None:
-    ctypes.CDLL("libcuda.so.1").rehearsal_launched(name.encode())
+def _launch() -> None:
+    ctypes.CDLL("libcuda.so.1").rehearsal_launched()
 
 
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:

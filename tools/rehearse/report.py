@@ -30,12 +30,7 @@ def error_in(log: str, code: int) -> str:
 
 
 def summary(records: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Return all figures: of the rank that needs most memory, and under "ranks" of each rank that was simulated.
-
-    Args:
-        records: what `rank_entry.Rehearsal` wrote for each rank.
-        options: the tool's flags.
-    """
+    """Return all figures: of the rank that needs most memory, and under "ranks" of each rank that was simulated."""
     fullest = max(records, key=lambda one: max((s["peak_allocated_gib"] for s in one["stages"].values()), default=0))
     forecasts = fullest["model"].get("forecast_gib", {})
     return {
@@ -93,12 +88,7 @@ def _roofline(record: dict[str, Any], options: argparse.Namespace) -> dict[str, 
 
 
 def lines(found: dict[str, Any], options: argparse.Namespace) -> Iterator[str]:
-    """Yield the text.
-
-    Args:
-        found: from `summary`.
-        options: the tool's flags.
-    """
+    """Yield the text of a `summary`."""
     yield f"Rehearsal on {options.gpus} x {options.gpu}, with made-up tokens. Nothing was trained, and no GPU was used."
     if found["starts"]:
         yield "The training starts and takes its steps."

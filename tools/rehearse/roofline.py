@@ -67,31 +67,28 @@ class Roofline(TorchDispatchMode):
     def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: Calls, filled: float = 1.0) -> None:
         super().__init__()
         self._args, self._rates, self._engine, self._filled = args, rates, engine, filled
-        self._kernel: Any = None
-        self._fused = ExitStack()
+        self._patches = ExitStack()
         self.parts: dict[str, Work] = {}
         self.stretches: list[list[float]] = [[]]  # seconds of each operation, between the waits of the host
         self.left: list[int] = []  # operations that may still run after each wait
         self.guessed: set[str] = set()  # Triton kernels known by their arguments only
 
     def __enter__(self) -> "Roofline":
+        self._patch(self._engine, "tell", self._add_engine)
         if importlib.util.find_spec("triton") is not None:
             from triton.compiler import CompiledKernel
 
-            self._kernel, self._launch_metadata = CompiledKernel, CompiledKernel.launch_metadata
-            CompiledKernel.launch_metadata = self._watched(CompiledKernel.launch_metadata)
-        self._engine.tell = self._add_engine
+            self._patch(CompiledKernel, "launch_metadata", self._watched(CompiledKernel.launch_metadata))
         for name in FUSED if QUACK in sys.modules else ():
-            real = getattr(sys.modules[QUACK], name)
-            self._fused.enter_context(patch.object(sys.modules[QUACK], name, partial(self._add_fused, real)))
+            self._patch(sys.modules[QUACK], name, partial(self._add_fused, getattr(sys.modules[QUACK], name)))
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        self._fused.close()
-        self._engine.tell = None
-        if self._kernel is not None:
-            self._kernel.launch_metadata = self._launch_metadata
+        self._patches.close()
+
+    def _patch(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self._patches.enter_context(patch.object(owner, name, function))
 
     @property
     def operations(self) -> int:

@@ -25,16 +25,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its --save, or a log's file")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
-    parser.add_argument(
-        "--watch",
-        type=whole_number(1),
-        nargs="?",
-        const=30,
-        metavar="SECONDS",
-        help="write it again every so many seconds (default: 30) until the runs are done; the page loads itself again",
-    )
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its --save, or a log's file")
+    add("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
+    text = "write it again every so many seconds (default: 30) until the runs are done; the page loads itself again"
+    add("--watch", type=whole_number(1), nargs="?", const=30, metavar="SECONDS", help=text)
     return parser.parse_args(arguments)
 
 

@@ -45,7 +45,7 @@ def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
     points = [(run, loss) for run, loss in losses if loss is not None]
     written = [output / name for name in ("results.csv", "results.md", "results.png")]
     if points:
-        write_aside(written[2], lambda aside: scaling_picture.draw(aside, points))
+        scaling_picture.draw(written[2], points)
     else:
         written.pop().unlink(missing_ok=True)
     write_aside(written[0], lambda aside: _write_csv(aside, rows))

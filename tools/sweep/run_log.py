@@ -62,9 +62,10 @@ def read_outcome(folder: Path) -> Outcome | None:
         return None
     if not figures.args and not figures.last:
         return None
-    train_iters, loss = figures.whole("train_iters"), _final(figures, "")
+    train_iters = figures.whole("train_iters")
+    losses = figures.final_losses(train_iters)
     sequence, samples = figures.whole("seq_length"), figures.newest("consumed_samples")
-    unlogged = 0 if loss is None else train_iters - figures.last
+    unlogged = train_iters - figures.last if "" in losses else 0
     iterations, seconds = figures.curve("seconds_per_iteration")
     rates = figures.batches(iterations) * sequence / np.maximum(seconds, 1e-4)
     rates = rates[1:] if len(rates) > 1 else rates
@@ -73,8 +74,8 @@ def read_outcome(folder: Path) -> Outcome | None:
         iterations=figures.last + unlogged,
         train_iters=train_iters,
         tokens=round(samples + unlogged * figures.whole("global_batch_size")) * sequence if samples else None,
-        validation_loss=loss,
-        test_loss=_final(figures, "test"),
+        validation_loss=losses.get(""),
+        test_loss=losses.get("test"),
         sparsity=figures.newest("sparsity"),
         target_sparsity=figures.target,
         first_near=figures.first_near,
@@ -87,13 +88,6 @@ def read_outcome(folder: Path) -> Outcome | None:
         training_seconds=float(figures.seconds.sum()) if len(seconds) else None,
         flops=training_flops(figures),
     )
-
-
-def _final(figures: RunFigures, name: str) -> float | None:
-    """Return the newest loss of a validation set after the training."""
-    end = figures.whole("train_iters")
-    found = [each.loss for each in figures.evaluations.get(name, ()) if each.final and each.iteration == end]
-    return found[-1] if found else None
 
 
 def _late_median(figures: RunFigures, name: str) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.palette import routing_color
-from ..common.picture_style import MUTED, file_pyplot, style
+from ..common.picture_style import MUTED, picture
 from .plan import AXES, BASE_SIZE, FEW_EXPERTS, FIGURES, GROUPS, PROTOCOLS, ROUTINGS, SIZES, WHOLE, Run, figures_of
 
 Points = Sequence[tuple[Run, float]]  # finished runs and their validation losses
@@ -30,16 +30,11 @@ IN_A_ROW = 5
 
 
 def draw(path: Path, points: Points) -> None:
-    """Write the picture, with a panel for each axis that has more than one value.
-
-    Args:
-        path: a .png file.
-        points: the finished runs.
-    """
-    pyplot, panels = file_pyplot(), _panels(points)
+    """Write the picture of finished runs, with a panel for each axis that has more than one value."""
+    panels = _panels(points)
     columns, rows = min(IN_A_ROW, len(panels)), math.ceil(len(panels) / IN_A_ROW)
-    with pyplot.rc_context(style(font_size=13, pad=(0.12, 0.1))):
-        figure = pyplot.figure(figsize=(5 * max(2, columns), 4.8 * rows), dpi=100, layout="constrained")
+    size = 5 * max(2, columns), 4.8 * rows
+    with picture(path, font_size=13, pad=(0.12, 0.1), figsize=size) as figure:
         for place, panel in enumerate(panels):
             axes = figure.add_subplot(rows, columns, place + 1)
             if panel in GROUPS:
@@ -57,8 +52,6 @@ def draw(path: Path, points: Points) -> None:
         if handles:
             count = min(len(handles), max(3, columns))
             figure.legend(handles.values(), handles, loc="outside upper center", ncols=count)
-        figure.savefig(path)
-        pyplot.close(figure)
 
 
 def _position(run: Run, figure: str) -> float:

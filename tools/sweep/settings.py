@@ -56,10 +56,7 @@ def started_with(folder: Path) -> Settings | None:
 def planned_flags(launch: Launch, run: Run, anywhere: bool) -> Settings:
     """Return the flags with which the launch script would start the run now.
 
-    Args:
-        launch: what all runs have in common.
-        run: the run.
-        anywhere: ignore the layout, which is checked where the run starts, on other machines than this.
+    With `anywhere`, ignore the layout: it is checked where the run starts, on another machine.
 
     Raises:
         RecipeError: an argument or environment variable is wrong.
@@ -209,12 +206,7 @@ class Found:
 
 
 def look(launch: Launch, runs: Sequence[Run], by_slurm: bool) -> list[Found]:
-    """Return the state of all runs.
-
-    Args:
-        launch: what all runs have in common.
-        runs: to inspect.
-        by_slurm: look for their jobs; the layout is checked where they start, on other machines than this.
+    """Return the state of all runs, Slurm's jobs included if `by_slurm`.
 
     Raises:
         RecipeError: the scripts refuse their arguments, or a run has other settings than before.

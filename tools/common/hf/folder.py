@@ -161,10 +161,6 @@ def _conflict(fields: dict[str, Any]) -> str | None:
 def read_tensors(folder: Path, config: RemoeConfig) -> Iterator[Tensors]:
     """Check the names, shapes and types of all tensors, then return an iterator that reads them one by one.
 
-    Args:
-        folder: the exported folder.
-        config: from `read_config`.
-
     Raises:
         ConversionError: a file is missing, damaged or outside the folder; a tensor is missing, unexpected or has
             another shape or type; while reading, one holds NaN or infinity.

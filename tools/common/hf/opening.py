@@ -14,7 +14,7 @@ from ..errors import ConversionError, ToolError
 from ..on_cpu import megatron_on_cpu
 from .folder import read_config, read_tensors
 from .tensors import model_of
-from .tokenizer import generation_config, read_tokenizer
+from .tokenizer import generation_config, read_tokenizer, tokenizer_of
 
 
 class OpenedModel(NamedTuple):
@@ -68,7 +68,6 @@ def open_model(
         megatron_on_cpu()
         # Imported here because an exported folder does not need Megatron.
         from .source import open_run
-        from .tokenizer import tokenizer_of
         from .weights import read
 
         checkpoint, args, config = open_run(place, step)

@@ -24,12 +24,7 @@ def shapes_of(config: RemoeConfig) -> dict[str, torch.Size]:
 
 
 def check_tensors(source: Path, shapes: dict[str, torch.Size], tensors: Tensors) -> Tensors:
-    """Check and return tensors.
-
-    Args:
-        source: folder, for errors.
-        shapes: name → expected shape.
-        tensors: name → tensor.
+    """Return the tensors after a comparison with the expected shapes; `source` is named in errors.
 
     Raises:
         ConversionError: one has another shape, or holds NaN or infinity.
@@ -47,13 +42,7 @@ def check_tensors(source: Path, shapes: dict[str, torch.Size], tensors: Tensors)
 
 @torch.no_grad()
 def model_of(config: RemoeConfig, parts: Iterator[Tensors], dtype: torch.dtype | None = None) -> RemoeForCausalLM:
-    """Build a model with these weights, for evaluation.
-
-    Args:
-        config: of the model.
-        parts: all of its tensors, checked.
-        dtype: of the model (default: that of the configuration).
-    """
+    """Build a model with these checked weights, for evaluation; by default in the dtype of the configuration."""
     model = RemoeForCausalLM._from_config(config, dtype=dtype or config.dtype or torch.float32).eval()
     state = model.state_dict()
     for part in parts:

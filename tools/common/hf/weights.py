@@ -58,12 +58,7 @@ def _same(config: RemoeConfig) -> dict[str, str]:
 
 
 def to_transformers(layer: Tensors, config: RemoeConfig) -> Tensors:
-    """Convert a layer's weights to the names of transformers.
-
-    Args:
-        layer: Megatron's name without "decoder.layers.N." → tensor.
-        config: of the model.
-    """
+    """Convert a layer's weights, by Megatron's names without "decoder.layers.N.", to the names of transformers."""
     found = {}
     for name, tensor in layer.items():
         if name == QKV:
@@ -97,11 +92,6 @@ def to_megatron(layer: Tensors, config: RemoeConfig) -> Tensors:
     return found | {QKV: torch.cat(grouped, dim=1).view(-1, hidden)}
 
 
-def has_experts(config: RemoeConfig, layer: int) -> bool:
-    """Return whether a layer, counted from 0, has experts."""
-    return bool(config.num_experts) and layer not in config.mlp_only_layers
-
-
 def _attention(config: RemoeConfig) -> list[str]:
     """Return the parts of a layer's attention that have weights, but for its output."""
     if config.kv_lora_rank is None:
@@ -115,7 +105,7 @@ def _attention(config: RemoeConfig) -> list[str]:
 def _names(config: RemoeConfig, layer: int) -> list[str]:
     names = ["input_layernorm.weight", "self_attention.linear_proj.weight", "pre_mlp_layernorm.weight"]
     names += [f"self_attention.{part}.weight" for part in _attention(config)]
-    if not has_experts(config, layer):
+    if not config.num_experts or layer in config.mlp_only_layers:
         return [*names, "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
     groups = ["experts"] + ["shared_experts"] * bool(config.shared_expert_intermediate_size)
     gate = ["mlp.shared_experts.gate_weight"] * config.shared_expert_gate

@@ -1,4 +1,4 @@
-// cuBLAS and NCCL. Small results of collectives are as if all ranks had the same; build.py's LAUNCHES has the others.
+// cuBLAS and NCCL. Small results of collectives are as if all ranks had the same; build.py's ANSWERS has the others.
 #include "stub.h"
 #include <cstring>
 #include <cublasLt.h>
@@ -18,28 +18,24 @@ struct Communicator { int ranks, rank; };
 static Communicator next;
 ANSWER(void) rehearsal_next_communicator(int ranks, int rank) { next = {ranks, rank}; }
 
-static ncclComm_t communicator(int ranks, int rank) {
-  auto* made = (Communicator*)rehearsal_handle();
-  *made = {ranks, rank};
-  return (ncclComm_t)made;
+static ncclResult_t make(ncclComm_t* made, int ranks, int rank) {
+  *made = (ncclComm_t)rehearsal_handle();
+  *(Communicator*)*made = {ranks, rank};
+  return ncclSuccess;
 }
 ANSWER(ncclResult_t) ncclGetVersion(int* version) { *version = NCCL_VERSION_CODE; return ncclSuccess; }
 ANSWER(ncclResult_t) ncclGetUniqueId(ncclUniqueId* id) { memset(id, 7, sizeof *id); return ncclSuccess; }
 ANSWER(ncclResult_t) ncclCommInitRankConfig(ncclComm_t* made, int ranks, ncclUniqueId, int rank, ncclConfig_t*) {
-  *made = communicator(ranks, rank);
-  return ncclSuccess;
+  return make(made, ranks, rank);
 }
 ANSWER(ncclResult_t) ncclCommInitRank(ncclComm_t* made, int ranks, ncclUniqueId, int rank) {
-  *made = communicator(ranks, rank);
-  return ncclSuccess;
+  return make(made, ranks, rank);
 }
 ANSWER(ncclResult_t) ncclCommInitRankScalable(ncclComm_t* made, int ranks, int rank, int, ncclUniqueId*, ncclConfig_t*) {
-  *made = communicator(ranks, rank);
-  return ncclSuccess;
+  return make(made, ranks, rank);
 }
 ANSWER(ncclResult_t) ncclCommSplit(ncclComm_t whole, int, int, ncclComm_t* made, ncclConfig_t*) {
-  *made = communicator(next.ranks ? next.ranks : ((Communicator*)whole)->ranks, next.rank);
-  return ncclSuccess;
+  return make(made, next.ranks ? next.ranks : ((Communicator*)whole)->ranks, next.rank);
 }
 ANSWER(ncclResult_t) ncclCommCount(const ncclComm_t made, int* ranks) { *ranks = ((Communicator*)made)->ranks; return ncclSuccess; }
 ANSWER(ncclResult_t) ncclCommUserRank(const ncclComm_t made, int* rank) { *rank = ((Communicator*)made)->rank; return ncclSuccess; }
