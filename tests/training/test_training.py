@@ -70,7 +70,7 @@ def assert_log_tells_what_is_printed(folder: Path, output: str) -> None:
 def summary(output: str) -> str:
     """The one line before the first step."""
     (line,) = (line for line in output.splitlines() if line.startswith("Training: "))
-    assert "Steps 1 to 8 of 512 tokens, 4,096 tokens in all, 0.00" in line and "epochs of the data" in line
+    assert "Steps 1 to 8 of 512 tokens, 4,096 tokens in all, 0.0" in line and "epochs of the data" in line
     return line
 
 
