@@ -37,9 +37,9 @@ def test_flags_are_megatrons() -> None:
 
 
 SETTINGS = {  # of which only some values are refused
-    "moe_aux_loss_coeff": "`--moe-aux-loss-coeff` (ignored with `--moe-router-load-balancing-type` `aux_loss`, "
-    "`seq_aux_loss` or `sinkhorn`)",
-    "moe_router_load_balancing_type": "`--moe-router-load-balancing-type` other than these and `none`",
+    "moe_aux_loss_coeff": "`--moe-aux-loss-coeff` (but ignored with `--moe-router-load-balancing-type` `aux_loss`, "
+    "`seq_aux_loss`, `sinkhorn` or `none`)",
+    "moe_router_load_balancing_type": "`--moe-router-load-balancing-type` other than these four",
     "moe_router_score_function": "`--moe-router-score-function` other than `softmax`",
     "transformer_impl": "`--transformer-impl inference_optimized`",
 }

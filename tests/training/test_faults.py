@@ -153,7 +153,7 @@ def test_training_survives(data: Path) -> None:
 @pytest.mark.timeout(120)
 def test_layers_that_were_driven_off_come_back(data: Path) -> None:
     """λ so large that it turns all layers off: with the guard they soon route again, without it they hardly do."""
-    steps, off = 20, {}
+    steps, off = 40, {}
     for floor in ("0", "0.001"):
         hostile = f"--moe-relu-l1-reg-coeff-init 100 --micro-batch-size 8 --train-iters {steps} --lr 1e-2".split()
         output = run([*TINY, *RELU, *hostile, "--moe-relu-layer-floor", floor, "--data-path", str(data)])
