@@ -56,5 +56,5 @@ def draw(path: Path, points: Mapping[int, Points], margin: float) -> None:
         panels[0].set_ylabel("gap to ReMoE at equal FLOPs, nats per byte")
         legends = (axes.get_legend_handles_labels() for axes in panels)
         handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
-        columns = max(2, min(len(handles), 2 * len(points)))
+        columns = min(len(handles), len(points) + 1)  # long titles would not fit otherwise
         figure.legend(handles.values(), handles, loc="outside upper center", ncols=columns)
