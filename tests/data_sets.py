@@ -19,6 +19,11 @@ def write_documents(prefix: Path, documents: list[bytes]) -> None:
         writer.publish()
 
 
+def real_text() -> list[bytes]:
+    """Read the standard library's asyncio package, a document per file."""
+    return [path.read_bytes() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))]
+
+
 def write_real_text(prefix: Path) -> None:
-    """Write the standard library's asyncio package, a document per file."""
-    write_documents(prefix, [path.read_bytes() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))])
+    """Write the documents of `real_text`."""
+    write_documents(prefix, real_text())

@@ -1,5 +1,6 @@
 """Real trainings: all kinds of models, every layout, recomputation, saving and resuming."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from megatron.remoe.training.run_log import read_run_log
+from tests.data_sets import real_text
 from tests.tiny_model import RELU, TOPK
 from tests.trainings import REPOSITORY, TINY, records, run, series, weights
 
@@ -70,7 +72,11 @@ def assert_log_tells_what_is_printed(folder: Path, output: str) -> None:
 def summary(output: str) -> str:
     """The one line before the first step."""
     (line,) = (line for line in output.splitlines() if line.startswith("Training: "))
-    assert "Steps 1 to 8 of 512 tokens, 4,096 tokens in all, 0.0" in line and "epochs of the data" in line
+    found = re.search(r"Steps 1 to 8 of 512 tokens, 4,096 tokens in all, (0\.\d+) epochs of the data", line)
+    assert found is not None, line
+    documents = real_text()
+    tokens = sum(len(document) + 1 for document in documents[: round(0.9 * len(documents))])
+    assert float(found[1]) == pytest.approx(4096 / tokens, rel=0.06)  # two digits are printed
     return line
 
 

@@ -49,7 +49,10 @@ def plan_lines(args: argparse.Namespace, options: argparse.Namespace) -> Iterato
 def lines(
     args: argparse.Namespace, options: argparse.Namespace, stages: list[Stage], total: int, experts: int
 ) -> Iterator[str]:
-    """Yield model, compute, data, checkpoints and memory; see `parameters.stages` and `parameters.total`."""
+    """Yield compute, data, checkpoints and memory, given validated arguments for `options.gpus` processes.
+
+    See `parameters.stages` and `parameters.total`.
+    """
     sequences = args.train_samples or args.train_iters * args.global_batch_size
     yield ""
     yield from _compute_lines(args, options, sequences, total, experts)

@@ -64,6 +64,7 @@ def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_t
     """Return the bytes that a GPU sends to others in a step's all-to-all exchanges of tokens.
 
     Each pair's vector travels there and back, and so does its gradient; recomputation sends the vectors again.
+    `experts_per_token` are those computed in each MoE layer.
     """
     layers = sum("E" in layer for stage in stages for layer in stage.layers)
     tokens = args.global_batch_size * args.seq_length / args.world_size
