@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..common.errors import ConversionError
 from ..common.hf.folder import read_object
-from ..common.hf.settings import vocabulary_flags
+from ..common.hf.settings import common_flags, vocabulary_flags
 from ..common.hf.tokenizer import read_tokenizer
 
 SEQUENCE = 4096  # for training, if the model has that many positions
@@ -70,25 +69,16 @@ def flags_of(folder: Path, config: PreTrainedConfig) -> list[str]:
     Raises:
         ConversionError: Megatron has no such model, or the tokenizer cannot be read.
     """
-    return [*_common(config), *FAMILIES[config.model_type](config), *_vocabulary(folder, config)]
+    flags = [*common_flags(config, min(SEQUENCE, config.max_position_embeddings)), "--attention-dropout", "0"]
+    return [*flags, *_routing(config), *FAMILIES[config.model_type](config), *_vocabulary(folder, config)]
 
 
-def _common(config: Any) -> list[str]:
-    flags = f"""
-        --num-layers {config.num_hidden_layers} --hidden-size {config.hidden_size}
-        --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
-        --seq-length {min(SEQUENCE, config.max_position_embeddings)}
-        --max-position-embeddings {config.max_position_embeddings} --position-embedding-type rope
-        --rotary-base {int(config.rope_parameters["rope_theta"])} --normalization RMSNorm
-        --norm-epsilon {config.rms_norm_eps} --swiglu
-        --disable-bias-linear --init-method-std {config.initializer_range} --attention-dropout 0 --hidden-dropout 0
+def _routing(config: Any) -> list[str]:
+    return f"""
         --num-experts {config.num_experts} --moe-router-topk {config.num_experts_per_tok}
         --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss
         --moe-aux-loss-coeff {getattr(config, "router_aux_loss_coef", 0.001)}
     """.split()
-    if not config.tie_word_embeddings:
-        flags.append("--untie-embeddings-and-output-weights")
-    return flags + {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(config.dtype, [])
 
 
 def _grouped_attention(config: Any) -> list[str]:

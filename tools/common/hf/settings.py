@@ -139,22 +139,24 @@ def flags_of(config: RemoeConfig) -> list[str]:
     Raises:
         ConversionError: Megatron has no such model.
     """
-    assert config.rope_parameters is not None
-    base: Any = config.rope_parameters["rope_theta"]
+    flags = common_flags(config, config.max_position_embeddings)
+    flags += ["--attention-dropout", str(config.attention_dropout), *_attention_flags(config)]
+    return flags + (_expert_flags(config) if config.num_experts else [])
+
+
+def common_flags(config: Any, seq_length: int) -> list[str]:
+    """Return the flags that all models with RoPE, RMSNorm and SwiGLU share, ours and public ones."""
     flags = f"""
         --num-layers {config.num_hidden_layers} --hidden-size {config.hidden_size}
         --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
-        --seq-length {config.max_position_embeddings} --max-position-embeddings {config.max_position_embeddings}
+        --seq-length {seq_length} --max-position-embeddings {config.max_position_embeddings}
         --normalization RMSNorm --norm-epsilon {config.rms_norm_eps} --swiglu --disable-bias-linear
-        --position-embedding-type rope --rotary-base {int(base)}
-        --init-method-std {config.initializer_range} --attention-dropout {config.attention_dropout} --hidden-dropout 0
+        --position-embedding-type rope --rotary-base {int(config.rope_parameters["rope_theta"])}
+        --init-method-std {config.initializer_range} --hidden-dropout 0
     """.split()
-    flags += _attention_flags(config)
     if not config.tie_word_embeddings:
         flags.append("--untie-embeddings-and-output-weights")
-    precisions: dict[Any, list[str]] = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
-    flags += precisions.get(config.dtype, [])
-    return flags + (_expert_flags(config) if config.num_experts else [])
+    return flags + {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(config.dtype, [])
 
 
 def _attention_flags(config: RemoeConfig) -> list[str]:
