@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
+from megatron.remoe.preflight.compared_settings import moe_layer_pattern
 
 from .errors import ConversionError
 

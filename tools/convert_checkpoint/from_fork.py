@@ -19,7 +19,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron.remoe.preflight.checkpoint_files import CONFIG, BrokenCheckpointError, check_is_whole, read_index
-from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
+from megatron.remoe.preflight.compared_settings import moe_layer_pattern
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
 
 from ..common.checkpoints import ENGINE_NORM, LAYOUT, LOCAL_NORM, check_output, find_folder

@@ -28,7 +28,6 @@ from megatron.remoe.preflight.compared_settings import (
     result,
     shape,
 )
-from megatron.remoe.preflight.compared_settings import moe_layer_pattern as moe_layer_pattern
 
 FSDP = "fsdp_dtensor"
 STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")  # values of --dist-ckpt-strictness

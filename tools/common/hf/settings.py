@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron.remoe.hf import RemoeConfig
-from megatron.remoe.preflight.checkpoint_fit import moe_layer_pattern
+from megatron.remoe.preflight.compared_settings import moe_layer_pattern
 from megatron.remoe.routing.refusals import flag, shown
 from megatron.remoe.training.arguments import add_remoe_arguments
 from megatron.training.arguments import add_megatron_arguments
