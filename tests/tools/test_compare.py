@@ -189,7 +189,7 @@ def test_gaps_by_hand(tmp_path: Path) -> None:
     lines = [*markdown(found, margin=0.05)]
     assert len(lines) == 8 and lines[2].startswith("| 10 | remoe | 1.5100 | 1e+10 |  | 0.0, 2.0 |")
     cells = [cell.strip() for cell in lines[3].split("|")]
-    assert cells[7].startswith("+0.1000 ± ") and cells[8] == "higher"
+    assert cells[7].startswith("+0.1000 ± ") and cells[7].endswith(" (3)") and cells[8] == "higher"
     assert cells[9].startswith("+0.0033 ± ") and cells[10] == "equivalent within 0.05"
     assert "2 comparisons" in lines[-1] and "10 steps: gaps differ by 0.0" in lines[-3]
     for experts in ({8: found}, {8: found, 32: found, 128: found}):

@@ -22,7 +22,7 @@ Points = Mapping[str, Mapping[int, Sequence[Point]]]  # arm → seed → points
 Key = tuple[str, int, bool]  # arm, steps of the reference, and whether at its FLOPs instead of its steps
 HEADER = (
     "steps", "arm", "loss", "FLOPs", "S first near", "inactive experts",
-    "gap, equal steps", "verdict", "gap, equal FLOPs", "verdict",
+    "gap, equal steps (seeds)", "verdict", "gap, equal FLOPs (seeds)", "verdict",
 )  # fmt: skip
 
 
@@ -125,7 +125,8 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
     """Yield the lines of the table of one number of experts: a row for each length and arm.
 
     Inactive experts are means by layer. The gap is an arm's loss minus that of ReMoE after as many steps, mean over the
-    seeds that both have; at equal FLOPs, the arm has trained longer or shorter. All gaps are one family of comparisons.
+    seeds that both have; their number follows. At equal FLOPs, the arm has trained longer or shorter. All gaps are one
+    family of comparisons.
     """
     losses, differences = losses_of(points), differences_of(points)
     found = significance.compare(differences, margin)
@@ -142,7 +143,7 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
             cells.append(", ".join(f"{statistics.fmean(counts):.1f}" for counts in layers))
             for matched in (False, True):
                 each = found.get((arm, steps, matched))
-                cells += ["", ""] if each is None else [_gap(each), each.verdict]
+                cells += ["", ""] if each is None else [_gap(each, differences[arm, steps, matched]), each.verdict]
             rows.append(cells)
     yield from table([*HEADER], rows)
     for steps in sorted({steps for _, steps, _ in found}):
@@ -162,5 +163,6 @@ def markdown(points: Points, margin: float) -> Iterator[str]:
         yield f"± is a 95 % paired t-interval of one gap; verdicts are corrected by Holm for {len(found)} comparisons."
 
 
-def _gap(each: significance.Difference) -> str:
-    return f"{each.mean:+.4f}" + (f" ± {each.half:.4f}" if math.isfinite(each.half) else "")
+def _gap(each: significance.Difference, values: Sequence[float]) -> str:
+    half = f" ± {each.half:.4f}" if math.isfinite(each.half) else ""
+    return f"{each.mean:+.4f}{half} ({len(values)})"
