@@ -145,7 +145,10 @@ def flags_of(config: RemoeConfig) -> list[str]:
 
 
 def common_flags(config: Any, seq_length: int) -> list[str]:
-    """Return the flags that all models with RoPE, RMSNorm and SwiGLU share, ours and public ones."""
+    """Return the flags that all models with RoPE, RMSNorm and SwiGLU share, ours and public ones.
+
+    `seq_length` is in tokens, for training.
+    """
     flags = f"""
         --num-layers {config.num_hidden_layers} --hidden-size {config.hidden_size}
         --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
