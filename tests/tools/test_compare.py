@@ -192,8 +192,11 @@ def test_gaps_by_hand(tmp_path: Path) -> None:
     assert cells[7].startswith("+0.1000 ± ") and cells[7].endswith(" (3)") and cells[8] == "higher"
     assert cells[9].startswith("+0.0033 ± ") and cells[10] == "equivalent within 0.05"
     assert "2 comparisons" in lines[-1] and "10 steps: gaps differ by 0.0" in lines[-3]
+    cells = [cell.strip() for cell in [*markdown(found, margin=0.05, reference="moe")][2].split("|")]
+    assert [cells[place].split()[0] for place in (7, 9, 10)] == ["-0.1000", "-0.0033", "equivalent"]
     for experts in ({8: found}, {8: found, 32: found, 128: found}):
-        picture.draw(tmp_path / "gap.png", experts, margin=0.05)
+        for reference in found:
+            picture.draw(tmp_path / "gap.png", experts, 0.05, reference)
         assert imread(tmp_path / "gap.png").shape[1] == (860 if len(experts) == 1 else 1590)
 
 

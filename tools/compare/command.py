@@ -44,6 +44,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--corpus", choices=CORPORA, default=MIXED, help=default)
     text = f"of {', '.join(ARMS)} (default: the first {len(STARTS)})"
     add("--arms", nargs="+", choices=ARMS, default=[*STARTS], metavar="ARM", help=text)
+    text = "measure the gaps to this arm, at equal FLOPs those of remoe (default: %(default)s)"
+    add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=text)
     add("--experts", nargs="+", type=number, default=[*EXPERTS], metavar="E", help=default)
     add("--steps", nargs="+", type=number, default=[*STEPS], metavar="N", help=default)
     add("--seeds", nargs="+", type=number, default=[*SEEDS], metavar="N", help="default: 1 to 8")
@@ -60,9 +62,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--collect", action="store_true", help="train nothing: show the output folder's results so far")
     add("--results", type=Path, metavar="FILE.json", help="train nothing: show this file, which --points wrote")
     add("--points", type=Path, metavar="FILE.json", help="also write all points to a small file")
-    add("--picture", type=Path, metavar="FILE.png", help="also draw the gap to ReMoE at equal FLOPs")
+    add("--picture", type=Path, metavar="FILE.png", help="also draw the gaps at equal FLOPs")
     args = parser.parse_args(arguments)
-    args.arms = [arm for arm in ARMS if arm in args.arms or arm == REFERENCE]
+    args.arms = [arm for arm in ARMS if arm in (*args.arms, args.reference, REFERENCE)]
     for flag, values in (("--steps", args.steps), ("--tuning-steps", [args.tuning_steps])):
         if wrong := [value for value in values if value % LOG_INTERVAL or value < LEAST]:
             parser.error(f"{flag} {wrong[0]}: give a multiple of {LOG_INTERVAL} of at least {LEAST}.")
@@ -79,9 +81,10 @@ def show(args: argparse.Namespace, results: Results, display: Display) -> bool:
     found = {experts: results.by_arm(experts, args.seeds, args.lr_warmup_iters, rates) for experts in args.experts}
     found = {experts: {arm: of[arm] for arm in args.arms} for experts, of in found.items() if any(of.values())}
     for experts, points in found.items():
-        display.say("\n".join(["", f"E = {experts}, {args.corpus}:", "", *markdown(points, args.margin)]))
+        table = markdown(points, args.margin, args.reference)
+        display.say("\n".join(["", f"E = {experts}, {args.corpus}:", "", *table]))
     if args.picture and found:
-        picture.draw(args.picture, found, args.margin)
+        picture.draw(args.picture, found, args.margin, args.reference)
     if args.points:
         results.write_points(args.points)
     return bool(found)

@@ -1,4 +1,4 @@
-"""Draw the gap to ReMoE over FLOPs, with a panel for each number of experts."""
+"""Draw the gap of arms to a reference over FLOPs, with a panel for each number of experts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,17 +13,18 @@ APART = 1.025  # factor on the FLOPs from arm to arm, so that seeds do not cover
 TICKS = (0, 1, 3, 10, 30, 100)  # in margins
 
 
-def draw(path: Path, points: Mapping[int, Points], margin: float) -> None:
-    """Write the picture: at equal FLOPs, each arm's loss minus that of ReMoE; a dot for each seed, and the means.
+def draw(path: Path, points: Mapping[int, Points], margin: float, reference: str = REFERENCE) -> None:
+    """Write the picture: at equal FLOPs, each arm's loss minus the reference's; a dot for each seed, and the means.
 
     Args:
         path: a .png file.
         points: experts → arm → seed → points.
         margin: the largest difference that counts as none; a band, in which the scale is linear.
+        reference: the arm at 0.
     """
     from matplotlib.ticker import FixedLocator
 
-    found = {experts: differences_of(of) for experts, of in points.items()}
+    found = {experts: differences_of(of, reference) for experts, of in points.items()}
     arms = [arm for arm in ARMS if any((arm, True) == (key[0], key[2]) for of in found.values() for key in of)]
     routers = {"moe-hash": "hash", "moe-random": "random", "moe-expertchoice": "expert_choice"}
     names = (routers.get(arm, "topk" if ARMS[arm].routing == "moe" else ARMS[arm].routing) for arm in arms)
@@ -33,7 +34,7 @@ def draw(path: Path, points: Mapping[int, Points], margin: float) -> None:
         panels = figure.subplots(1, len(points), sharey=True, squeeze=False)[0]
         for axes, (experts, of) in zip(panels, points.items(), strict=True):
             axes.axhspan(-margin, margin, color=MUTED, alpha=0.15, linewidth=0)
-            axes.axhline(0, color=MUTED, linewidth=1.5, label=ARMS[REFERENCE].title)
+            axes.axhline(0, color=MUTED, linewidth=1.5, label=ARMS[reference].title)
             for place, arm in enumerate(arms):
                 line = {
                     flops_at(of, REFERENCE, steps) * APART ** (place - len(arms) / 2): values
@@ -53,7 +54,7 @@ def draw(path: Path, points: Mapping[int, Points], margin: float) -> None:
         panels[0].set_yscale("symlog", linthresh=margin, linscale=0.5)
         panels[0].yaxis.set_major_locator(FixedLocator([sign * margin * tick for tick in TICKS for sign in (-1, 1)]))
         panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
-        panels[0].set_ylabel("gap to ReMoE at equal FLOPs, nats per byte")
+        panels[0].set_ylabel(f"loss minus that of {ARMS[reference].title}\nat equal FLOPs, nats per byte")
         legends = (axes.get_legend_handles_labels() for axes in panels)
         handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
         columns = min(len(handles), len(points) + 1)  # long titles would not fit otherwise

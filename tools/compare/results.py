@@ -89,25 +89,23 @@ class Results:
 
 
 def losses_of(points: Points) -> dict[Key, dict[int, float]]:
-    """Return the losses by arm, length, and whether at equal FLOPs; and by seed."""
+    """Return the losses by arm, length, and whether at equal FLOPs; and by seed. ReMoE's are at both."""
     found: dict[Key, dict[int, float]] = {}
     for arm, of_seeds in points.items():
         for seed, point in ((seed, point) for seed, of in of_seeds.items() for point in of):
-            key = arm, point.equal_to or point.steps, point.equal_to is not None
-            found.setdefault(key, {})[seed] = point.loss
+            for matched in (False, True) if arm == REFERENCE else (point.equal_to is not None,):
+                found.setdefault((arm, point.equal_to or point.steps, matched), {})[seed] = point.loss
     return found
 
 
-def differences_of(points: Points) -> dict[Key, list[float]]:
-    """Return each arm's losses minus those of ReMoE with the same seeds."""
+def differences_of(points: Points, reference: str = REFERENCE) -> dict[Key, list[float]]:
+    """Return each arm's losses minus those of the arm `reference` with the same seeds."""
     losses = losses_of(points)
     found: dict[Key, list[float]] = {}
-    for key, of in losses.items():
-        reference = losses.get((REFERENCE, key[1], False), {})
-        if key[0] != REFERENCE and (
-            values := [loss - reference[seed] for seed, loss in of.items() if seed in reference]
-        ):
-            found[key] = values
+    for (arm, steps, matched), of in losses.items():
+        others = losses.get((reference, steps, matched), {})
+        if arm != reference and (values := [loss - others[seed] for seed, loss in of.items() if seed in others]):
+            found[arm, steps, matched] = values
     return found
 
 
@@ -121,14 +119,14 @@ def _is_at(point: Point, steps: int) -> bool:
     return point.steps == steps and point.equal_to is None
 
 
-def markdown(points: Points, margin: float) -> Iterator[str]:
+def markdown(points: Points, margin: float, reference: str = REFERENCE) -> Iterator[str]:
     """Yield the lines of the table of one number of experts: a row for each length and arm.
 
-    Inactive experts are means by layer. The gap is an arm's loss minus that of ReMoE after as many steps, mean over the
-    seeds that both have; their number follows. At equal FLOPs, the arm has trained longer or shorter. All gaps are one
-    family of comparisons.
+    Inactive experts are means by layer. The gap is an arm's loss minus that of the arm `reference` after as many steps,
+    mean over the seeds that both have; their number follows. At equal FLOPs, both have those of ReMoE after these
+    steps. All gaps are one family of comparisons.
     """
-    losses, differences = losses_of(points), differences_of(points)
+    losses, differences = losses_of(points), differences_of(points, reference)
     found = significance.compare(differences, margin)
     rows = []
     for steps in sorted({steps for _, steps, matched in losses if not matched}):
