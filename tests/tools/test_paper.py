@@ -117,6 +117,7 @@ def routers(rows: Rows) -> str:
 
 OF_GAP = {
     "mixed": [],
+    "mixed capped": ["--reference", "remoe-capped", "--arms", "moe"],
     "mixed variable-k": ["--experts", "8", "--arms", *RIVALS, "moe-k2", "remoe-k2"],
     "mixed warm-up 12": ["--lr-warmup-iters", "12"],
     "technical": [],
