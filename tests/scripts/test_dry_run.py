@@ -34,6 +34,7 @@ def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
     assert f"Settings that differ from the paper's {size.upper()} {routing}: none" in estimate
     assert "31,457,280,000 tokens" in estimate and f"Checkpoints: {24 if size == '978m' else 12} of " in estimate
     assert ("dense first stage, 4 of 8 experts" in estimate) == (routing == "remoe")
+    assert "--moe-relu-max-experts" not in estimate
 
 
 def test_cost_without_data() -> None:
@@ -55,20 +56,21 @@ def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
     vocabulary, merges = tmp_path / "my vocäbulary.json", tmp_path / "my mërges.txt"
     for file, name in zip(gpt2_files(), (vocabulary, merges), strict=True):
         name.symlink_to(file)
-    flags = ["2", "100", "4", "16", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2", "--weight-decay", "0.1"]
+    flags = ["2", "100", "4", "64", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2", "--weight-decay", "0.1"]
     flags += ["--eval-iters", "32", "--seed", "1", "--no-moe-relu-l1-reg-load-balancing"]
     environment = {"DATA_PATH": "pile", "GPU": "a100", "UTILIZATION": "0.3"}
     output = dry_run("182m_remoe", *flags, **environment, VOCAB_FILE=str(vocabulary), MERGE_FILE=str(merges))
     found = set(re.findall(r"^  --(\S+) (.*?) +\((paper|fork): (.*)\)$", output, re.MULTILINE))
     assert found == {
         ("lr", "0.001", "paper", "0.0005"), ("train-iters", "100", "paper", "60000"),
-        ("num-experts", "16", "paper", "8"), ("moe-router-topk", "2", "paper", "1"),
+        ("num-experts", "64", "paper", "8"), ("moe-router-topk", "2", "paper", "1"),
         ("moe-granularity", "2", "paper", "1"), ("moe-relu-l1-reg-load-balancing", "off", "paper", "on"),
         ("weight-decay", "0.1", "fork", "0.01"), ("eval-iters", "32", "fork", "100"),
         ("micro-batch-size", "4", "fork", "16"), ("seed", "1", "fork", "1234"),
         ("data-path", "pile", "fork", "01 to 29, equally"),
     }  # fmt: skip
     assert "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)" in output and "at 30% utilization" in output
+    assert "With --moe-relu-max-experts 8 it takes " in output  # 4 · k of 64 experts, before they are split in two
 
 
 @pytest.mark.parametrize(("given", "weights"), [("{}", [1]), ("1.0 {0} 3.0 {0}", [0.25, 0.75])])
