@@ -40,22 +40,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="tools/compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, number, default = parser.add_argument, whole_number(1), "default: %(default)s"
-    add("--corpus", choices=CORPORA, default=MIXED, help=default)
+    add, number, default = parser.add_argument, whole_number(1), "(default: %(default)s)"
+    add("--corpus", choices=CORPORA, default=MIXED, help=f"text to train on {default}")
     text = f"of {', '.join(ARMS)} (default: the first {len(STARTS)})"
     add("--arms", nargs="+", choices=ARMS, default=[*STARTS], metavar="ARM", help=text)
-    text = "measure the gaps to this arm, at equal FLOPs those of remoe (default: %(default)s)"
+    text = f"measure gaps from this arm; equal FLOPs are always those of remoe {default}"
     add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=text)
-    add("--experts", nargs="+", type=number, default=[*EXPERTS], metavar="E", help=default)
-    add("--steps", nargs="+", type=number, default=[*STEPS], metavar="N", help=default)
-    add("--seeds", nargs="+", type=number, default=[*SEEDS], metavar="N", help="default: 1 to 8")
-    text = "factors on the learning rate to tune over; one: no tuning (default: %(default)s)"
-    add("--lr-factors", nargs="+", type=above_zero, default=[*FACTORS], metavar="X", help=text)
-    add("--tuning-steps", type=number, default=1200, metavar="N", help=default)
-    text = "learning-rate warm-up steps, longer than the dense start as in the paper (default: %(default)s)"
-    add("--lr-warmup-iters", type=number, default=Training.warmup, metavar="N", help=text)
-    text = "losses that differ by less count as equal (default: %(default)s)"
-    add("--margin", type=above_zero, default=0.01, metavar="NATS", help=text)
+    add("--experts", nargs="+", type=number, default=[*EXPERTS], metavar="E", help=f"of a layer {default}")
+    add("--steps", nargs="+", type=number, default=[*STEPS], metavar="N", help=f"lengths of the trainings {default}")
+    add("--seeds", nargs="+", type=number, default=[*SEEDS], metavar="N", help="a training each (default: 1 to 8)")
+    text = "factors on the learning rate to tune over; one: no tuning"
+    add("--lr-factors", nargs="+", type=above_zero, default=[*FACTORS], metavar="X", help=f"{text} {default}")
+    add("--tuning-steps", type=number, default=1200, metavar="N", help=f"steps of a tuning run {default}")
+    text = "learning-rate warm-up steps, longer than the dense start as in the paper"
+    add("--lr-warmup-iters", type=number, default=Training.warmup, metavar="N", help=f"{text} {default}")
+    text = "losses that differ by less count as equal"
+    add("--margin", type=above_zero, default=0.01, metavar="NATS", help=f"{text} {default}")
     text = "number of parallel trainings, with one thread each (default: the number of cores)"
     add("--processes", type=number, default=number_of_cores(), metavar="N", help=text)
     add("--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER", help="default: runs/compare")
