@@ -46,7 +46,7 @@ def draw(path: Path, points: Mapping[int, Points], margin: float, reference: str
                 axes.plot([*line], means, color=color, linewidth=2, marker=marker, markersize=8, label=ARMS[arm].title)
                 for flops, values in line.items():
                     axes.plot([flops] * len(values), values, ".", color=color, alpha=0.6)
-            lengths = sorted({steps for _, steps, _ in found[experts]})
+            lengths = sorted({steps for _, steps, matched in found[experts] if matched})
             ticks = {flops_at(of, REFERENCE, steps): steps for steps in lengths}
             axes.set(title=f"E = {experts}", xscale="log", xlabel="training FLOPs / 10¹² (steps of ReMoE)")
             axes.set_xticks([*ticks], [f"{flops / 1e12:.3g}\n({steps})" for flops, steps in ticks.items()])
