@@ -121,6 +121,7 @@ OF_GAP = {
     "mixed variable-k": ["--experts", "8", "--arms", *RIVALS, "moe-k2", "remoe-k2"],
     "mixed warm-up 12": ["--lr-warmup-iters", "12"],
     "technical": [],
+    "technical capped": ["--reference", "remoe-capped", "--arms", "moe"],
 }
 
 
