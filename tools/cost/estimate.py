@@ -13,7 +13,7 @@ from ..recipes import flops
 from . import memory
 from .parameters import Stage
 
-BOUND = 4  # times k: the bound on experts per token that docs/experiments.md recommends
+BOUND, MANY = 4, 32  # times k: the bound on experts per token that docs/experiments.md recommends, and from how many on
 LAYERS = {"local": "plain PyTorch", "transformer_engine": "Transformer Engine"}
 
 
@@ -100,8 +100,8 @@ def _compute_lines(
     for title, experts_per_token in phases(args)[:-1][:1]:
         ratio = flops.flops_per_sequence(args, experts_per_token) / per_sequence
         yield f"  FLOPs count k experts per token; a step of the {title} takes {ratio:.2f} times as many."
-        most = BOUND * args.moe_router_topk
-        if args.moe_relu_max_experts is None and most < experts_per_token:
+        if args.moe_relu_max_experts is None and args.num_experts >= MANY * args.moe_router_topk:
+            most = BOUND * args.moe_router_topk
             ratio = flops.flops_per_sequence(args, most) / per_sequence
             flag = f"--moe-relu-max-experts {most // args.moe_granularity}"
             yield f"  With {flag} it takes {ratio:.2f} times as many (docs/experiments.md)."
