@@ -1,20 +1,16 @@
 """docs/paper.md: figures and tables in order, and its commands; the tables of docs/compare from their data files."""
 
 import json
-import math
 import re
+import runpy
 import shlex
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from scipy import stats
 
 from tests.trainings import REPOSITORY
 from tools.analyze.command import parse_arguments as analyze
-from tools.common.markdown import table
 from tools.compare import command as compare
 from tools.evaluate.command import parse_arguments as evaluate
 from tools.quickstart.command import parse_arguments as quickstart
@@ -61,60 +57,6 @@ def test_a_command_is_taken(words: list[str]) -> None:
 
 # ---------------------------------------------------------------- tables
 
-Rows = Sequence[dict[str, Any]]  # title, title of the reference, and results of the seeds
-
-
-def interval(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
-    """Return the mean and half of its 95 % interval by Student's t."""
-    if not values:
-        return ""
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):{sign}z.{digits}f} ± {half:.{digits}f}"
-
-
-def above(rows: Rows, row: dict[str, Any], value: Callable[[dict[str, Any]], float]) -> list[float]:
-    """Return a row's values minus those of its reference, for the seeds that both have."""
-    reference = {of["seed"]: of for each in rows if each["title"] == row["reference"] for of in each["seeds"]}
-    return [value(of) - value(reference[of["seed"]]) for of in row["seeds"] if of["seed"] in reference]
-
-
-def reached(row: dict[str, Any], name: str) -> str:
-    """Return the median step at which a row's seeds reached something, and how many did if not all."""
-    steps = sorted(of[name] for of in row["seeds"] if name in of)
-    part = f" ({len(steps)} of {len(row['seeds'])})" if len(steps) < len(row["seeds"]) else ""
-    return f"{statistics.median_low(steps)}{part}" if steps else ""
-
-
-def losses(rows: Rows) -> str:
-    """Return the table of losses."""
-    lines = []
-    for row in rows:
-        columns = {name: [of[name] for of in row["seeds"] if name in of] for name in ("flip_rate", "flip_count")}
-        lines.append([
-            row["title"], interval([of["loss"] for of in row["seeds"]]),
-            interval(above(rows, row, lambda of: of["loss"]), "+"),
-            *(reached(row, name) for name in ("first_near", "settled")),
-            interval(columns["flip_rate"], digits=4), interval(columns["flip_count"], digits=4), f"{len(row['seeds'])}",
-        ])  # fmt: skip
-    header = ["", "loss", "above ReMoE", "S first near", "S settled", "flip rate", "flips per token", "seeds"]
-    kept = [place for place, name in enumerate(header) if not name or any(line[place] for line in lines)]
-    return "\n".join(table([header[place] for place in kept], ([line[place] for place in kept] for line in lines)))
-
-
-def routers(rows: Rows) -> str:
-    """Return the table of the routers' layers."""
-    columns, bits = ("experts per token", "tokens without", "for a tenfold frequency", "imbalance"), "domain bits"
-    lines = []
-    for row in rows:
-        for layer in range(len(row["seeds"][0].get("routing", {}).get(bits, ()))):
-            found = {name: [of["routing"][name][layer] for of in row["seeds"]] for name in (*columns, bits, "inactive")}
-            cells = [interval([value for value in found[name] if value is not None]) for name in columns]
-            difference = above(rows, row, lambda of, layer=layer: of["routing"][bits][layer])
-            cells += [interval(found[bits], digits=4), interval(difference, "+", digits=4)]
-            lines.append([row["title"], str(layer + 1), *cells, ", ".join(map(str, found["inactive"]))])
-    return "\n".join(table(["", "layer", *columns, bits, "above ReMoE", "inactive experts"], lines))
-
-
 OF_GAP = {
     "mixed": [],
     "mixed capped": ["--reference", "remoe-capped", "--arms", "moe"],
@@ -134,9 +76,9 @@ def test_a_table_is_made_of_what_is_kept(path: Path, capsys: pytest.CaptureFixtu
                 assert compare.main(["--corpus", corpus, "--results", str(path), *words]) == 0
                 assert between_marks(f"compare gap {name}") == capsys.readouterr().out.strip()
         return
-    rows = json.loads(path.read_text())
-    assert between_marks(f"compare {place} {corpus}") == losses(rows)
-    assert between_marks(f"compare analysis {place} {corpus}") in ("", routers(rows))
+    rows, make = json.loads(path.read_text()), runpy.run_path(str(REPOSITORY / "docs" / "tables.py"))
+    assert between_marks(f"compare {place} {corpus}") == make["losses"](rows)
+    assert between_marks(f"compare analysis {place} {corpus}") == make["routers"](rows)
 
 
 def between_marks(words: str) -> str:
