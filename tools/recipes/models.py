@@ -90,7 +90,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Training:
-    """Batches and optimizer. Learning rates are text, as flags have them."""
+    """Batches and optimizer. Learning rates are text, as flags have them; `warmup` is a share of the iterations."""
 
     iterations: int = 60000
     micro_batch: int = 16
@@ -99,15 +99,17 @@ class Training:
     min_lr: str = "5e-5"
     beta2: float = 0.999
     weight_decay: float = 0.01
+    warmup: float = 0.01
 
     def flags(self) -> list[str]:
         """Return Megatron's flags."""
         return f"""
             --micro-batch-size {self.micro_batch} --global-batch-size {self.global_batch}
             --train-iters {self.iterations} --lr {self.lr} --min-lr {self.min_lr} --lr-decay-style cosine
-            --lr-warmup-fraction 0.01 --adam-beta1 0.9 --adam-beta2 {self.beta2}
+            --lr-warmup-fraction {self.warmup} --adam-beta1 0.9 --adam-beta2 {self.beta2}
             --weight-decay {self.weight_decay} --clip-grad 1.0
         """.split()
 
 
-TINY_TRAINING = Training(1200, 32, 32, "4e-3", "4e-4", 0.95, 0.1)
+# The rate rises for longer than the dense start of about 100 steps, in which experts die at the full rate.
+TINY_TRAINING = Training(1200, 32, 32, "4e-3", "4e-4", 0.95, 0.1, warmup=0.25)
