@@ -69,6 +69,7 @@ def train(folder: Path, name: str, seed: int) -> Path:
     fields = {"remoe": runs / "remoe" / "checkpoints"}
     fields |= {f"at_{step}": lambda_at(runs / "remoe", step) for step in (BRANCH, STEPS) if f"at_{step}" in more}
     flags = [*tiny.common_flags(tiny.SIZE, STEPS, seed), *Routing(routing, experts).flags(tiny.SIZE.ffn)]
+    flags += ["--lr-warmup-fraction", "0.01"]  # that of the kept figures; the recipe's is longer now
     flags += dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     if corpus == dataset.TECHNICAL:  # whose held-out text is long: a part of it
         left_out = ("--multiple-validation-sets", "--full-validation", "--validation-set-names")
