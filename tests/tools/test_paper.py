@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.sweeping import final, line, write_run
 from tests.trainings import REPOSITORY
 from tools.analyze.command import parse_arguments as analyze
 from tools.compare import command as compare
@@ -79,6 +80,32 @@ def test_a_table_is_made_of_what_is_kept(path: Path, capsys: pytest.CaptureFixtu
     rows, make = json.loads(path.read_text()), runpy.run_path(str(REPOSITORY / "docs" / "tables.py"))
     assert between_marks(f"compare {place} {corpus}") == make["losses"](rows)
     assert between_marks(f"compare analysis {place} {corpus}") == make["routers"](rows)
+
+
+def test_sweeps_become_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs of two seeds; one has no loss yet, and is left out."""
+    losses = {"llama_182m_remoe_e8g1": (1.5, 1.6), "llama_182m_moe_e8g1_hash": (1.7, 1.9)}
+    for seed in (1, 2):
+        for name, values in losses.items():
+            lines = line(20), final(20, 2.0), final(20, values[seed - 1], set="test")
+            write_run(tmp_path / f"seed-{seed}" / name, 20, *lines, seed=seed)
+        write_run(tmp_path / f"seed-{seed}" / "llama_182m_dense_ffn4", 20, line(10), seed=seed)
+    make = runpy.run_path(str(REPOSITORY / "docs" / "tables.py"))
+    place = make["main"].__globals__["PLACE"] = tmp_path
+    (place / "tables.md").write_text("a\n<!-- compare few mixed -->\nold\n<!-- end of compare few mixed -->\nb\n")
+    assert make["main"](["few", "mixed", *(str(tmp_path / f"seed-{seed}") for seed in (1, 2))]) == 0
+    rows = {row["title"]: row for row in json.loads((place / "few-mixed.json").read_text())}
+    assert {title: row["reference"] for title, row in rows.items()} == {"ReMoE": None, "top-k, hash": "ReMoE"}
+    assert [(of["seed"], of["loss"]) for of in rows["top-k, hash"]["seeds"]] == [(1, 1.7), (2, 1.9)]
+    page = (place / "tables.md").read_text()
+    assert re.search(r"\| top-k, hash \| 1\.800 ± \S+ \| \+0\.250 ± \S+ \| inconclusive \| 2 \|", page)
+    assert page.startswith("a\n") and page.endswith("\nb\n") and "old" not in page
+
+    before = page
+    with pytest.raises(SystemExit) as error:
+        make["main"](["other", "mixed"])
+    assert error.value.code == 2 and "other" in capsys.readouterr().err
+    assert (place / "tables.md").read_text() == before
 
 
 def between_marks(words: str) -> str:
