@@ -7,7 +7,6 @@ file, printed, and written between its marks in tables.md.
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,21 +15,19 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron.remoe.data.files import write_text  # noqa: E402
 from tools.common.figure_reader import read_figures  # noqa: E402
 from tools.common.markdown import table  # noqa: E402
-from tools.compare.significance import compare  # noqa: E402
+from tools.compare.significance import MARGIN, compare, half_width  # noqa: E402
+from tools.corpora.dataset import CORPORA  # noqa: E402
 from tools.sweep.plan import AXES, BASE_SIZE, FEW_EXPERTS, PROTOCOLS, WHOLE, Run  # noqa: E402
 from tools.sweep.results import rows_of  # noqa: E402
 from tools.sweep.tiny import MODELS  # noqa: E402
 
 PLACE = ROOT / "docs" / "compare"
-MARGIN = 0.01  # nats per byte that count as no difference
 KINDS = {"dense": "dense", "moe": "top-k, softmax", "remoe": "ReMoE"}
 COLUMNS, BITS = ("experts per token", "tokens without", "for a tenfold frequency", "imbalance"), "domain bits"
 
@@ -49,23 +46,24 @@ def title_of(run: Run) -> str:
 
 
 def collect(folders: Sequence[Path]) -> Rows:
-    """Return the rows of the finished runs in sweeps' folders."""
-    found: dict[Run, list[dict[str, Any]]] = {}
+    """Return the rows of the runs that have a test loss, in nats per token; of one seed's, the last folder's counts."""
+    found: dict[Run, dict[int, dict[str, Any]]] = {}
     for folder in folders:
         for run, outcome in rows_of(folder, ()):
-            if outcome is not None and outcome.finished:
-                kept = {"loss": outcome.test_loss} | {
-                    name: getattr(outcome, name) for name in ("first_near", "settled", "flip_rate", "flip_count")
-                }
-                seed = {"seed": read_figures(folder / run.name).whole("seed")}
-                routing = {"routing": routing_of(folder / run.name / "analysis")}
-                of = {name: value for name, value in (seed | kept | routing).items() if value is not None}
-                found.setdefault(run, []).append(of)
+            if outcome is None or outcome.test_loss is None:
+                continue
+            seed = read_figures(folder / run.name).whole("seed")
+            of: dict[str, Any] = {"seed": seed, "loss": outcome.test_loss}
+            of |= {name: getattr(outcome, name) for name in ("first_near", "settled", "flip_rate", "flip_count")}
+            of["routing"] = routing_of(folder / run.name / "analysis")
+            found.setdefault(run, {})[seed] = {name: value for name, value in of.items() if value is not None}
     rows = []
     for run, seeds in found.items():
-        reference = title_of(Run(run.size, "remoe", run.experts or FEW_EXPERTS, run.granularity or WHOLE))
         title = title_of(run)
-        rows.append({"title": title, "reference": reference if title != reference else None, "seeds": seeds})
+        reference = title_of(Run(run.size, "remoe", run.experts or FEW_EXPERTS, run.granularity or WHOLE))
+        rows.append(
+            {"title": title, "reference": reference if title != reference else None, "seeds": [*seeds.values()]}
+        )
     return rows
 
 
@@ -84,15 +82,15 @@ def routing_of(folder: Path) -> dict[str, list[Any]] | None:
     ]  # fmt: skip
     found = dict(zip(COLUMNS, columns, strict=True))
     found["inactive"] = [len(of["inactive"]) for of in balance["layers"].values()]
-    return found | {BITS: [of["bits"] for of in load["specialization"].values()]}
+    return found | {BITS: [of["bits"] for of in (load["specialization"] or {}).values()]}
 
 
 def interval(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
-    """Return the mean and half of its 95 % interval by Student's t."""
+    """Return the mean and half of its 95 % interval; "" without values."""
     if not values:
         return ""
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):{sign}z.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+    half = f" ± {half_width(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}z.{digits}f}{half}"
 
 
 def above(rows: Rows, row: dict[str, Any], *keys: Any) -> list[float]:
@@ -111,7 +109,7 @@ def reached(row: dict[str, Any], name: str) -> str:
 
 
 def losses(rows: Rows) -> str:
-    """Return the table of losses; its verdicts are corrected for all its comparisons."""
+    """Return the table of losses, in nats per token; its verdicts are corrected for all its comparisons."""
     gaps = {row["title"]: above(rows, row, "loss") for row in rows}
     verdicts = compare({title: values for title, values in gaps.items() if values}, MARGIN)
     lines = []
@@ -144,19 +142,18 @@ def routers(rows: Rows) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Keep the figures, and renew and print the tables."""
+    """Keep the figures, and renew and print the tables; write nothing if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME")
-    parser.add_argument("corpus", metavar="CORPUS", choices=("mixed", "technical"), help="mixed or technical")
+    parser.add_argument("corpus", metavar="CORPUS", choices=CORPORA, help=" or ".join(CORPORA))
     parser.add_argument("folders", metavar="FOLDER", nargs="*", type=Path)
     args = parser.parse_args(arguments)
     path, page = PLACE / f"{args.name}-{args.corpus}.json", PLACE / "tables.md"
-    if args.folders:
-        lines = (json.dumps(row, ensure_ascii=False) for row in collect(args.folders))
-        write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
-    elif not path.exists():
+    if not args.folders and not path.exists():
         parser.error(f"NAME {args.name}: there is no {path}. Name the folders of its sweeps.")
-    rows, text = json.loads(path.read_text()), page.read_text()
+    rows, text = collect(args.folders) if args.folders else json.loads(path.read_text()), page.read_text()
+    if not rows:
+        parser.error(f"FOLDER {' '.join(map(str, args.folders))}: no run has a test loss. Give --split a third part.")
     for kind, made in (("", losses(rows)), ("analysis ", routers(rows))):
         mark = f"compare {kind}{args.name} {args.corpus}"
         print(made)
@@ -165,6 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if bool(made) != bool(end):
             parser.error(f"{page}: needs the marks of '{mark}' if there is such a table, and else none.")
         text = f"{before}{start}\n{made}\n{end}{after}" if made else text
+    if args.folders:
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
     write_text(page, text)
     return 0
 

@@ -83,7 +83,7 @@ def test_a_table_is_made_of_what_is_kept(path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_sweeps_become_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Runs of two seeds; one has no loss yet, and is left out."""
+    """Runs of two seeds; those without a loss are left out."""
     losses = {"llama_182m_remoe_e8g1": (1.5, 1.6), "llama_182m_moe_e8g1_hash": (1.7, 1.9)}
     for seed in (1, 2):
         for name, values in losses.items():
@@ -101,11 +101,14 @@ def test_sweeps_become_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert re.search(r"\| top-k, hash \| 1\.800 ± \S+ \| \+0\.250 ± \S+ \| inconclusive \| 2 \|", page)
     assert page.startswith("a\n") and page.endswith("\nb\n") and "old" not in page
 
-    before = page
-    with pytest.raises(SystemExit) as error:
-        make["main"](["other", "mixed"])
-    assert error.value.code == 2 and "other" in capsys.readouterr().err
-    assert (place / "tables.md").read_text() == before
+    # Errors change nothing: no such figures, runs without a test loss, no marks.
+    kept = {path: path.read_text() for path in place.glob("*.*")}
+    empty, first = str(tmp_path / "seed-3"), str(tmp_path / "seed-1")
+    for words, fact in ((["other"], "other"), (["few", empty], empty), (["other", first], "compare other mixed")):
+        with pytest.raises(SystemExit) as error:
+            make["main"]([words[0], "mixed", *words[1:]])
+        assert error.value.code == 2 and fact in capsys.readouterr().err
+    assert {path: path.read_text() for path in place.glob("*.*")} == kept
 
 
 def between_marks(words: str) -> str:

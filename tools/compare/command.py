@@ -27,6 +27,7 @@ from . import picture
 from .experiment import Experiment, rates_of
 from .plan import ARMS, LEAST, LOG_INTERVAL, REFERENCE, STARTS, TUNING_SEED, Training, trunk_steps
 from .results import Results, markdown
+from .significance import MARGIN
 from .trunks import Runner
 
 STEPS = (400, 1200, 3600, 12000)
@@ -55,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "learning-rate warm-up steps, longer than the dense start as in the paper"
     add("--lr-warmup-iters", type=number, default=Training.warmup, metavar="N", help=f"{text} {default}")
     text = "losses that differ by less count as equal"
-    add("--margin", type=above_zero, default=0.01, metavar="NATS", help=f"{text} {default}")
+    add("--margin", type=above_zero, default=MARGIN, metavar="NATS", help=f"{text} {default}")
     text = "number of parallel trainings, with one thread each (default: the number of cores)"
     add("--processes", type=number, default=number_of_cores(), metavar="N", help=text)
     add("--output-dir", type=Path, default=ROOT / "runs" / "compare", metavar="FOLDER", help="default: runs/compare")

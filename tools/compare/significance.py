@@ -14,6 +14,7 @@ from scipy import stats
 
 LEVEL = 0.05
 POWER = 0.8
+MARGIN = 0.01  # nats per token that count as no difference
 MOST_SEEDS = 1000
 
 
@@ -59,8 +60,8 @@ def compare[Row: Hashable](rows: Mapping[Row, Sequence[float]], margin: float) -
     better = [_p_worse(-mean, error, freedom, margin) for mean, error, freedom in found.values()]
     corrected = zip(different, holm([*map(max, worse, better)]), holm(worse), strict=True)
     return {
-        row: Difference(mean, _half(error, freedom), *p, margin)
-        for (row, (mean, error, freedom)), p in zip(found.items(), corrected, strict=True)
+        row: Difference(mean, half_width(rows[row]), *p, margin)
+        for (row, (mean, _, _)), p in zip(found.items(), corrected, strict=True)
     }
 
 
@@ -69,8 +70,9 @@ def _error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
-def _half(error: float, freedom: int) -> float:
-    return float(stats.t.ppf(1 - LEVEL / 2, freedom) * error) if freedom else math.inf
+def half_width(values: Sequence[float]) -> float:
+    """Return half of the 95 % interval of the mean by Student's t; infinite for one value."""
+    return float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * _error(values)) if len(values) > 1 else math.inf
 
 
 def _p_different(mean: float, error: float, freedom: int) -> float:
