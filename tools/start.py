@@ -19,7 +19,7 @@ COMMANDS = {
     "export": ("export_hf", "write a model for transformers, or read one"),
 }
 BUILDS_ON_CPU = ("export_hf", "convert_checkpoint")  # also where there is an accelerator
-QUIET = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze")
+SLOW = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze", "rehearse")  # to import
 
 
 def start(tool: str, arguments: Sequence[str]) -> int:
@@ -27,11 +27,12 @@ def start(tool: str, arguments: Sequence[str]) -> int:
     if sys.version_info < (3, 12):  # noqa: UP036 - older ones are started by mistake
         return _refuse(f"is Python {sys.version.split()[0]}, and 3.12 or newer is needed")
     try:
-        if tool in QUIET:
+        module = f"{__package__}.{tool}"
+        if tool in SLOW:
+            importlib.import_module(f"{module}.arguments").parse_arguments(arguments)  # answers --help at once
             importlib.import_module("megatron.remoe.preflight.console").hide_unhelpful_warnings()
         if tool in BUILDS_ON_CPU:
             importlib.import_module(f"{__package__}.common.on_cpu").megatron_on_cpu()
-        module = f"{__package__}.{tool}"
         main = importlib.import_module(module if tool.endswith("_data") else f"{module}.command").main
         return int(main(arguments) or 0)
     except ModuleNotFoundError as missing:

@@ -11,9 +11,9 @@ import pytest
 
 from tests.tools.sweeping import final, line, write_run
 from tests.trainings import REPOSITORY
-from tools.analyze.command import parse_arguments as analyze
+from tools.analyze.arguments import parse_arguments as analyze
 from tools.compare import command as compare
-from tools.evaluate.command import parse_arguments as evaluate
+from tools.evaluate.arguments import parse_arguments as evaluate
 from tools.quickstart.command import parse_arguments as quickstart
 from tools.report.command import parse_arguments as report
 from tools.sweep.arguments import parse_arguments as sweep

@@ -14,9 +14,9 @@ from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
 from ..common.display import Display
 from ..common.expert_counts import expert_blocks
 from ..common.text import Text
+from .arguments import WINDOW
 
 PARTS = 1024  # of a data set, at most
-WINDOW = 8  # tokens that speculative decoding checks at once
 OCTAVES, PER_OCTAVE = range(-24, 8), 32  # classes of gates by size
 TOKENS_PER_FORWARD = 4096
 

@@ -9,7 +9,8 @@ import torch
 
 from ..common.expert_counts import Experts
 from ..common.run_figures import INACTIVE
-from .counts import OCTAVES, PER_OCTAVE, WINDOW, Counts
+from .arguments import WINDOW
+from .counts import OCTAVES, PER_OCTAVE, Counts
 
 LEAST = 10  # occurrences of a token that is shown by itself
 RESAMPLES = 1000

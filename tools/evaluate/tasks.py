@@ -12,18 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron.remoe.hf import RemoeForCausalLM
 
 from ..common.errors import ToolError
+from .arguments import TASKS
 
 BATCH_ON_CPU = 4
-# lm-eval's name → the paper's.
-TASKS = {
-    "arc_challenge": "ARC-c",
-    "arc_easy": "ARC-e",
-    "boolq": "BoolQ",
-    "hellaswag": "HellaSwag",
-    "lambada_openai": "LAMBADA",
-    "piqa": "PIQA",
-    "race": "RACE",
-}
 # In the order of `TASKS`.
 PAPER = {
     "dense 182M": (19.45, 43.35, 54.40, 28.61, 31.09, 61.97, 28.52),

@@ -1,14 +1,6 @@
-"""Export a checkpoint to Hugging Face transformers, or make a checkpoint from an exported folder.
-
-python tools/export_hf --load RUN --save FOLDER               # a dense, top-k or ReMoE checkpoint → a folder
-python tools/export_hf --reverse --load FOLDER --save OUT     # a folder, trained on or not → a checkpoint
-
-AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it, with torch and transformers only. Both
-ways compare the logits of both models. If they differ, nothing is written.
-"""
+"""Write a folder from a checkpoint, or a checkpoint from a folder."""
 
 import argparse
-import importlib.util
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +21,7 @@ from ..common.hf.weights import fill, megatron_weights, read
 from ..common.megatron_model import build
 from ..common.one_process import one_process
 from ..common.running import run_once
+from .arguments import parse_arguments
 from .card import write_card
 from .check import compare, described, megatron_logits, text_for
 
@@ -36,26 +29,6 @@ SHARD = "2GB"
 # Batch size, steps and learning rate are for the user to choose.
 PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
 PROGRAM += " --eval-interval 100 --save RUN --load RUN --save-interval 100"
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags. Flags that Megatron has too mean the same."""
-    parser = argparse.ArgumentParser(
-        prog="tools/export_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a run (its --save)")
-    add("--save", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    add("--reverse", action="store_true", help="--load is an exported folder, --save a checkpoint")
-    add("--ckpt-step", type=int, metavar="N", help="iteration to export (default: the newest)")
-    text = "a Hugging Face tokenizer (default: the training's own)"
-    add("--tokenizer-model", type=Path, metavar="FOLDER", help=text)
-    text = "text to compare the models on, as in Megatron (default: the training's held-out text)"
-    add("--data-path", nargs="+", metavar="WORD", help=text)
-    text = "with --reverse: layers that will load the checkpoint (default: %(default)s)"
-    installed = "transformer_engine" if importlib.util.find_spec("transformer_engine") else "local"
-    add("--transformer-impl", choices=("local", "transformer_engine"), default=installed, help=text)
-    return parser.parse_args(arguments)
 
 
 def export(options: argparse.Namespace, display: Display) -> None:

@@ -1,10 +1,4 @@
-"""Simulate a training without GPUs and report whether it starts, its memory, waits, launches and collectives.
-
-python tools/rehearse --gpus 8 -- <Megatron flags>      or      REHEARSE=1 bash scripts/train_llama_978m_remoe.sh 8
-
-PyTorch, Megatron and this project run as they would on a node, over a CUDA that does nothing: no GPU is used, nothing
-is trained or kept. The times are those of a model, by rates that --rate changes.
-"""
+"""Simulate the ranks of a training and report."""
 
 import argparse
 import importlib.util
@@ -19,56 +13,15 @@ from typing import Any
 
 from ..common.errors import ToolError
 from ..common.files import write_json
-from ..common.flags import split
 from ..common.places import ROOT
 from ..common.running import run_resumable
 from . import build, report
-from .cards import CARDS, rates
+from .arguments import parse_arguments
 from .flags import data_of, number, rehearsed, value_of
 
-GPUS_PER_NODE = 8
 DENSE_SHARE = 0.5  # of the pairs, while routing is dense
 BELOW_LIMIT = 0.9  # of the bound on activations, on the way to the target: most of what is kept without chunks
 PROGRESS = "rehearsal:"
-
-
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the tool's own flags, with "rates", and those of the training after "--"."""
-    parser = argparse.ArgumentParser(
-        prog="tools/rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--gpus", type=int, default=8, metavar="N", help="of the whole training (default: 8)")
-    add("--gpus-per-node", type=int, metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
-    add("--gpu", choices=CARDS, default="h100", help="the GPU to simulate (default: h100)")
-    told = "simulate only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
-    add("--rank", type=int, metavar="R", help=told)
-    told = "rehearse only this stage of ReMoE's training (default: all, in order; launches and times are the last's)"
-    add("--stage", choices=("dense", "way", "steady"), help=told)
-    told = "for the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
-    told += "smallest, latency, network_latency, frame, launch (microseconds)"
-    add("--rate", action="append", default=[], metavar="NAME=VALUE", help=told)
-    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add("--log", type=Path, metavar="FILE", help="keep the output of rank R in FILE.rankR")
-    own, flags = split(arguments)
-    options = parser.parse_args(own)
-    options.gpus_per_node = options.gpus_per_node or min(GPUS_PER_NODE, options.gpus)
-    if options.gpus < 1 or options.gpus % options.gpus_per_node:
-        parser.error(f"--gpus {options.gpus}: give a multiple of --gpus-per-node {options.gpus_per_node}")
-    if options.rank is not None and not 0 <= options.rank < options.gpus:
-        parser.error(f"--rank {options.rank}: give a number below {options.gpus}")
-    if not flags:
-        parser.error("give the training's flags behind --")
-    options.rates = rates(options.gpu)
-    for rate in options.rate:
-        name, _, value = rate.partition("=")
-        if name not in options.rates:
-            parser.error(f"--rate {rate}: is none of {', '.join(options.rates)}")
-        try:
-            options.rates[name] = float(value)
-        except ValueError:
-            parser.error(f"--rate {rate}: {value!r} is no number")
-    return options, flags
 
 
 def check_can_rehearse(flags: Sequence[str]) -> None:

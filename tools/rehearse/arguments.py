@@ -1,0 +1,55 @@
+"""Simulate a training without GPUs and report whether it starts, its memory, waits, launches and collectives.
+
+python tools/rehearse --gpus 8 -- <Megatron flags>      or      REHEARSE=1 bash scripts/train_llama_978m_remoe.sh 8
+
+PyTorch, Megatron and this project run as they would on a node, over a CUDA that does nothing: no GPU is used, nothing
+is trained or kept. The times are those of a model, by rates that --rate changes.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..common.flags import split
+from .cards import CARDS, rates
+
+GPUS_PER_NODE = 8
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the tool's own flags, with "rates", and those of the training after "--"."""
+    parser = argparse.ArgumentParser(
+        prog="tools/rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--gpus", type=int, default=8, metavar="N", help="of the whole training (default: 8)")
+    add("--gpus-per-node", type=int, metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
+    add("--gpu", choices=CARDS, default="h100", help="the GPU to simulate (default: h100)")
+    told = "simulate only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
+    add("--rank", type=int, metavar="R", help=told)
+    told = "rehearse only this stage of ReMoE's training (default: all, in order; launches and times are the last's)"
+    add("--stage", choices=("dense", "way", "steady"), help=told)
+    told = "for the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
+    told += "smallest, latency, network_latency, frame, launch (microseconds)"
+    add("--rate", action="append", default=[], metavar="NAME=VALUE", help=told)
+    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    add("--log", type=Path, metavar="FILE", help="keep the output of rank R in FILE.rankR")
+    own, flags = split(arguments)
+    options = parser.parse_args(own)
+    options.gpus_per_node = options.gpus_per_node or min(GPUS_PER_NODE, options.gpus)
+    if options.gpus < 1 or options.gpus % options.gpus_per_node:
+        parser.error(f"--gpus {options.gpus}: give a multiple of --gpus-per-node {options.gpus_per_node}")
+    if options.rank is not None and not 0 <= options.rank < options.gpus:
+        parser.error(f"--rank {options.rank}: give a number below {options.gpus}")
+    if not flags:
+        parser.error("give the training's flags behind --")
+    options.rates = rates(options.gpu)
+    for rate in options.rate:
+        name, _, value = rate.partition("=")
+        if name not in options.rates:
+            parser.error(f"--rate {rate}: is none of {', '.join(options.rates)}")
+        try:
+            options.rates[name] = float(value)
+        except ValueError:
+            parser.error(f"--rate {rate}: {value!r} is no number")
+    return options, flags
