@@ -246,7 +246,7 @@ def runs_of_figure(figure: str, values: Mapping[str, Sequence[Any]], kinds: Sequ
             run = replace(base, **point, routing=routing, protocol=protocol)
             if kind == "dense":
                 run = Run(run.size, "dense")
-                if figure in ("experts", COMPARED):
+                if figure == "experts":
                     runs += [run, replace(run, expansion=WIDE)]
                     continue
             elif kind == POST_SOFTMAX and run.granularity == WHOLE:

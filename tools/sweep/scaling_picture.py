@@ -102,9 +102,8 @@ def _draw_compared(axes: Any, panel: str, points: Points) -> None:
     for place, (loss, run) in enumerate(rows):
         axes.plot(loss, place, **_look(run.routing, run.protocol))
         left = loss < (rows[0][0] + rows[-1][0]) / 2
-        told = _title(run.routing, run.protocol) + (f" x {run.expansion}" if run.expansion > 1 else "")
-        side = {"xytext": (9 if left else -9, 0), "ha": "left" if left else "right"}
-        axes.annotate(told, (loss, place), textcoords="offset points", va="center", fontsize=11, **side)
+        side = {"xytext": (9 if left else -9, 0), "ha": "left" if left else "right", "va": "center", "fontsize": 11}
+        axes.annotate(_title(run.routing, run.protocol), (loss, place), textcoords="offset points", **side)
     axes.set_yticks([])
     axes.margins(x=0.25)
 
