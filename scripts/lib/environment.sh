@@ -80,8 +80,8 @@ create_venv() {
   "$1" -m venv "$VENV" && pip_install --upgrade pip setuptools
 }
 
-pip_install() {
-  "$VENV/bin/python" -m pip install --no-input --progress-bar off --constraint "$ROOT/requirements.txt" "$@"
+pip_install() { # Python compiles what it imports; to compile all of it takes a minute
+  "$VENV/bin/python" -m pip install --no-input --no-compile --progress-bar off --constraint "$ROOT/requirements.txt" "$@"
 }
 
 install_torch() {
