@@ -1,11 +1,15 @@
 """Write small Megatron data sets of bytes: a token per byte, and one at the end of each document."""
 
 import asyncio
+import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy
 
 from megatron.remoe.data.indexed import IndexedWriter
+from tools.corpora import corpus
+from tools.corpora.dataset import MIXED
 
 END_OF_DOCUMENT = 256
 
@@ -27,3 +31,11 @@ def real_text() -> list[bytes]:
 def write_real_text(prefix: Path) -> None:
     """Write the documents of `real_text`."""
     write_documents(prefix, real_text())
+
+
+def write_small_corpus(folder: Path) -> None:
+    """A few documents of the mixed corpus, which its tools take for the whole one."""
+    sources = {"code": corpus.code_documents, "docs": corpus.docs_documents}
+    few = {name: partial(itertools.islice, source(), 50) for name, source in sources.items()}
+    folder.parent.mkdir(parents=True)
+    corpus.build(folder, print, MIXED, few)

@@ -81,7 +81,7 @@ class Trainings:
 def trainings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     kept: Path | None = request.config.getoption("--parity-tables")
     if kept is None:
-        return Trainings(request.getfixturevalue("data"), tmp_path_factory.mktemp("parity"), steps=8)
+        return Trainings(request.getfixturevalue("data"), tmp_path_factory.mktemp("parity"), steps=5)
     kept = kept.resolve()
     if not (kept / "data.idx").exists():
         kept.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import IO
 import pytest
 from matplotlib.image import imread
 
+from tests.data_sets import write_small_corpus
 from tests.entry import shared_entry
 from tests.tiny_model import EXPERTS, MODEL
 from tests.trainings import REPOSITORY, finish, records
@@ -45,8 +46,10 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output folder; the corpus is made once."""
-    return tmp_path_factory.mktemp("compare")
+    """An output folder with a small corpus."""
+    folder = tmp_path_factory.mktemp("compare")
+    write_small_corpus(folder / MIXED / "corpus")
+    return folder
 
 
 @pytest.mark.slow

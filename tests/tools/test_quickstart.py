@@ -1,6 +1,5 @@
 """The quickstart: its figures, going on after a cut, and all of it end to end in a few iterations."""
 
-import itertools
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from tests.data_sets import write_small_corpus
 from tests.trainings import finish
 from tools.common.errors import ToolError
 from tools.common.figure_reader import read_figures
@@ -26,7 +25,7 @@ from tools.common.files import lock, write_json
 from tools.common.places import ROOT
 from tools.common.run_figures import Curve, RunFigures
 from tools.common.training_display import ShownTraining, TrainingDisplay
-from tools.corpora import corpus, dataset
+from tools.corpora import dataset
 from tools.quickstart import picture, report, training
 from tools.recipes import tiny
 
@@ -200,10 +199,7 @@ def saved_iteration(folder: Path) -> int:
 
 def test_end_to_end(tmp_path: Path) -> None:
     output_dir, arguments = tmp_path / "relative", ("--output-dir", "relative")
-    output_dir.mkdir()
-    sources = {"code": corpus.code_documents, "docs": corpus.docs_documents}
-    few = {name: partial(itertools.islice, source(), 200) for name, source in sources.items()}
-    corpus.build(output_dir / "corpus", print, dataset.MIXED, few)
+    write_small_corpus(output_dir / "corpus")
     runs = output_dir / f"iterations-{ITERATIONS}"
 
     # Cut off in the first training, once there is something to go on from.

@@ -31,7 +31,11 @@ def last_words(output: str) -> str:
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize(
-    ("layout", "victim"), [([], 1), (["--pipeline-model-parallel-size", "2"], 0)], ids=["DP2", "PP2"]
+    ("layout", "victim"),
+    [
+        pytest.param([], 1, id="DP2", marks=pytest.mark.hostile),
+        pytest.param(["--pipeline-model-parallel-size", "2"], 0, id="PP2"),
+    ],
 )
 def test_a_rank_that_dies_ends_the_others(layout: list[str], victim: int, data: Path, tmp_path: Path) -> None:
     """SIGKILL, as the kernel sends it where memory is short; the others save at SIGTERM, as under scripts/."""

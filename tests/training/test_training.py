@@ -146,35 +146,33 @@ DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overla
     ("layout", "processes", "arguments"),
     [
         ("one process", 1, []),
-        ("EP2 bf16", 2, ["--expert-model-parallel-size", "2", "--bf16"]),
         ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
         ("TP2 SP", 2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
         ("DP2", 2, []),
-        ("DP2 distributed optimizer", 2, DISTRIBUTED),
         ("EP2 distributed optimizer bf16", 2, [*DISTRIBUTED, "--expert-model-parallel-size", "2", "--bf16"]),
     ],
 )
 def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str], data: Path, tmp_path: Path) -> None:
     def continued(folder: Path, *more: str) -> str:
-        saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "5", "--train-iters", "10"]
+        saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "3", "--train-iters", "6"]
         return train(data, *RELU, *arguments, *saving, *more, processes=processes)
 
     whole = continued(tmp_path / "whole", "--moe-log-flips-interval", "2")  # which leaves no trace
-    continued(tmp_path / "parts", "--exit-interval", "5")
+    continued(tmp_path / "parts", "--exit-interval", "3")
     second = continued(tmp_path / "parts")
 
-    assert list(records(second)) == [6, 7, 8, 9, 10]
+    assert list(records(second)) == [4, 5, 6]
     resumed, uninterrupted = records(second), records(whole)
     # The second line of a run tells the mean loss of both iterations since its start.
-    del resumed[7]["lm loss"], uninterrupted[7]["lm loss"]
+    del resumed[5]["lm loss"], uninterrupted[5]["lm loss"]
     assert all(("flip rate" in record) == (iteration % 2 == 0) for iteration, record in uninterrupted.items())
     uninterrupted = without_flips(uninterrupted)
     for iteration, record in resumed.items():
         assert record == uninterrupted[iteration]
     assert_log_tells_what_is_printed(tmp_path / "whole", whole)
-    assert [record["iteration"] for record in logged(tmp_path / "parts", "log")] == list(range(1, 11))
-    assert [record["iteration"] for record in logged(tmp_path / "parts", "start")] == [0, 5]
-    expected, found = weights(tmp_path / "whole", 10), weights(tmp_path / "parts", 10)
+    assert [record["iteration"] for record in logged(tmp_path / "parts", "log")] == list(range(1, 7))
+    assert [record["iteration"] for record in logged(tmp_path / "parts", "start")] == [0, 3]
+    expected, found = weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6)
     assert expected.keys() == found.keys() and any("l1_exponent" in key for key in found)
     for key in expected:
         assert torch.equal(expected[key], found[key]), key
