@@ -27,7 +27,7 @@ check mypy "$VENV/bin/python" -m mypy
 check shellcheck find . \( -path ./.venv -o -path ./.git -o -path ./runs \) -prune \
   -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -type f -exec "$VENV/bin/shellcheck" --external-sources {} +
 
-if [[ ${1-} == --fast ]]; then set -- -m "not slow and not hostile and not gpu" "${@:2}"; fi
+if [[ ${1-} == --fast ]]; then set -- -m "not slow and not bulk and not gpu" "${@:2}"; fi
 
 # One test needs lm-eval and its 400 MB of dependencies. Without a network it is skipped.
 if ! "$VENV/bin/python" -c 'import lm_eval, datasets' 2>/dev/null; then

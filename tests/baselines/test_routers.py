@@ -134,8 +134,11 @@ def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
     assert output.count(" ok") == 2
 
 
+BULK = [pytest.param(name, marks=pytest.mark.bulk) for name in ("hash", "top_p", "null_experts")]
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["hash", "expert_threshold", "top_p", "null_experts", "sequence_topk", "routing_free"])
+@pytest.mark.parametrize("name", ["expert_threshold", "sequence_topk", "routing_free", *BULK])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
     """One process, and two that share each sequence and exchange tokens with its experts."""
 

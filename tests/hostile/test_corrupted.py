@@ -28,7 +28,7 @@ TIMES = 6
 CASES = [(name, how, number) for name in FILES for how in ("flip", "cut", "zeros") for number in range(TIMES)]
 
 
-@pytest.mark.hostile
+@pytest.mark.bulk
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "how", "number"), CASES)
 def test_damage_by_chance(name: str, how: str, number: int, trial: Trial, note: Noted) -> None:
@@ -42,7 +42,7 @@ def test_damage_by_chance(name: str, how: str, number: int, trial: Trial, note: 
     assert result != "not noticed" or name in UNCHECKED, f"{spoiled.name}, {how}"
 
 
-@pytest.mark.hostile
+@pytest.mark.bulk
 @pytest.mark.parametrize(("how", "number"), [(how, number) for how in ("flip", "cut", "zeros") for number in range(12)])
 def test_damaged_locks(how: str, number: int, tmp_path: Path, note: Noted) -> None:
     """A dead training's lock is taken over, or refused after the lease: 1 s here, 300 s in the program."""

@@ -44,7 +44,7 @@ def moment(folder: Path, number: int, kills: int, chance: random.Random) -> tupl
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("layout", "wanted"),
-    [("ReMoE", FEW_KILLS), *(pytest.param(layout, KILLS, marks=pytest.mark.hostile) for layout in LAYOUTS)],
+    [("ReMoE", FEW_KILLS), *(pytest.param(layout, KILLS, marks=pytest.mark.bulk) for layout in LAYOUTS)],
 )
 def test_killed_at_random_moments(layout: str, wanted: int, tmp_path: Path, note: Noted) -> None:
     chance, kills, number, steps = random.Random(layout), 0, 0, 2 * wanted

@@ -23,7 +23,7 @@ from tools.export_hf.command import main as export
 from tools.generate.command import main as generate
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
-hostile = pytest.mark.hostile
+hostile = pytest.mark.bulk
 
 PICKLES = [*pickles(Path("/nowhere"))]
 NEWEST = f"iter_{SAVED:07d}"

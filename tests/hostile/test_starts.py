@@ -11,7 +11,7 @@ from tests.hostile.trials import LIMIT, STEPS, Trial, check_words, same_weights,
 from tests.trainings import records, start
 
 
-@pytest.mark.hostile
+@pytest.mark.bulk
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fresh", [True, False], ids=["new folder", "resumes"])
 @pytest.mark.parametrize("count", [2, 3, 4, 6])

@@ -211,7 +211,6 @@ EP2, EXPERT_TP2 = ["--expert-model-parallel-size", "2"], "--tensor-model-paralle
 EXPERT_TP2 += ["--expert-tensor-parallel-size", "2"]
 BOUNDED = {
     "one process": (1, []),
-    "EP2": (2, EP2),
     "EP2, allgather": (2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
     "EP2, overlap": (2, [*EP2, *"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()]),
     "expert TP2": (2, EXPERT_TP2),

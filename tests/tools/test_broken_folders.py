@@ -116,7 +116,7 @@ def open_with_all(folder: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
     [
         *[("num_hidden_layers", 3), ("num_hidden_layers", 0), ("rope_parameters", None), ("num_experts", 4)],
         *[("rope_parameters.rope_theta", None), ("rms_norm_eps", NAN), ("dtype", "float99")],
-        *(pytest.param(*case, marks=pytest.mark.hostile) for case in FIELDS + OTHER_SHAPES),
+        *(pytest.param(*case, marks=pytest.mark.bulk) for case in FIELDS + OTHER_SHAPES),
     ],
 )
 def test_fields(field: str, value: Any, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +125,7 @@ def test_fields(field: str, value: Any, folder: Path, capfd: pytest.CaptureFixtu
         assert field.split(".")[0] in error or "tensors" in error, error
 
 
-@pytest.mark.hostile
+@pytest.mark.bulk
 @pytest.mark.parametrize("field", [*SIZES, "rms_norm_eps", "rope_parameters", "num_experts", "moe_relu_routing"])
 def test_missing_fields(field: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = json.loads((folder / "config.json").read_text())
@@ -236,7 +236,7 @@ MORE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*DAMAGE, *(pytest.param(name, marks=pytest.mark.hostile) for name in MORE_DAMAGE)])
+@pytest.mark.parametrize("name", [*DAMAGE, *(pytest.param(name, marks=pytest.mark.bulk) for name in MORE_DAMAGE)])
 def test_damage(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     damage, word = (DAMAGE | MORE_DAMAGE)[name]
     damage(folder)

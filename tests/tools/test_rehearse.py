@@ -39,6 +39,7 @@ CASES = {
     "ReMoE, Triton": Launch(settings={"KERNELS": "triton"}),
 }
 CASES = {name: replace(case, flags=(*ONE_MICRO_BATCH, *PLAIN, *case.flags)) for name, case in CASES.items()}
+BULK = ("ReMoE, hybrid", "ReMoE, G = 8", "ReMoE, MoE recomputed", "ReMoE, Megatron's layers")
 ALLOWED = 1.02  # a figure may be this much above the committed one
 REMOE = "--num-experts 8 --moe-router-topk 1 --moe-relu-routing".split()
 
@@ -174,7 +175,7 @@ def test_a_pipeline_idles_and_some_flops_are_not_known(flops: float | None) -> N
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.bulk] * (name in BULK)) for name in CASES])
 def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
     """They start, and launch, wait and hold no more than what is committed; --update-golden renews that."""
     found = CASES[name].rehearse()

@@ -37,8 +37,8 @@ def flip_in(folder: Path, name: str) -> None:
     [
         lambda folder: truncate(tensors(folder)),
         lambda folder: flip_in(folder, WEIGHT),
-        pytest.param(lambda folder: flip_in(folder, "optimizer.state.exp_avg_sq"), marks=pytest.mark.hostile),
-        pytest.param(lambda folder: flip_in(folder, "rng_state"), marks=pytest.mark.hostile),
+        pytest.param(lambda folder: flip_in(folder, "optimizer.state.exp_avg_sq"), marks=pytest.mark.bulk),
+        pytest.param(lambda folder: flip_in(folder, "rng_state"), marks=pytest.mark.bulk),
         lambda folder: flip_in(folder, "common_state"),
     ],
     ids=["truncated", "weight", "optimizer", "random state", "settings"],
@@ -55,7 +55,7 @@ def test_the_entry_goes_back_and_ends_the_same(spoil, saved: Saved, data: Path, 
     "more",
     [
         ["--ckpt-fully-parallel-load"],
-        *(pytest.param(more, marks=pytest.mark.hostile) for more in ([], ["--ckpt-assume-constant-structure"])),
+        *(pytest.param(more, marks=pytest.mark.bulk) for more in ([], ["--ckpt-assume-constant-structure"])),
     ],
 )
 def test_one_rank_that_finds_it_takes_the_others_along(more: list[str], data: Path, tmp_path: Path) -> None:

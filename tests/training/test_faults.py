@@ -33,7 +33,7 @@ def last_words(output: str) -> str:
 @pytest.mark.parametrize(
     ("layout", "victim"),
     [
-        pytest.param([], 1, id="DP2", marks=pytest.mark.hostile),
+        pytest.param([], 1, id="DP2", marks=pytest.mark.bulk),
         pytest.param(["--pipeline-model-parallel-size", "2"], 0, id="PP2"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_resumed_training_ends_the_same(saved: Saved, data: Path, uninterrupte
 
 @pytest.mark.parametrize(
     ("split", "strategy"),
-    [pytest.param("", "optim", marks=pytest.mark.hostile), (f"{EP2} {DENSE_TOO} --bf16", "optim_grads")],
+    [pytest.param("", "optim", marks=pytest.mark.bulk), (f"{EP2} {DENSE_TOO} --bf16", "optim_grads")],
 )
 def test_strategies(split: str, strategy: str, data: Path, tmp_path: Path) -> None:
     whole, cut = Saved(tmp_path / "whole"), Saved(tmp_path / "cut")
@@ -98,7 +98,7 @@ def test_another_layout_goes_on(split: str, processes: int, saved: Saved, data: 
     "spoil",
     [
         lambda folder: flip(tensors(folder)),
-        pytest.param(lambda folder: (folder / "__1_0.distcp").unlink(), marks=pytest.mark.hostile),
+        pytest.param(lambda folder: (folder / "__1_0.distcp").unlink(), marks=pytest.mark.bulk),
         lambda folder: truncate(folder / INDEX),
     ],
     ids=["flipped bit", "missing file", "truncated index"],

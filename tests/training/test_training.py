@@ -148,7 +148,7 @@ DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overla
         ("one process", 1, []),
         ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
         ("TP2 SP", 2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-        ("DP2", 2, []),
+        pytest.param("DP2", 2, [], marks=pytest.mark.bulk),
         ("EP2 distributed optimizer bf16", 2, [*DISTRIBUTED, "--expert-model-parallel-size", "2", "--bf16"]),
     ],
 )
