@@ -92,6 +92,12 @@ install_torch() {
   fi
 }
 
+# Compiled here, a module of Megatron does not print a SyntaxWarning into the first training.
+install_megatron() {
+  pip_install "megatron-core[training]"
+  "$VENV/bin/python" -W ignore -m compileall -q "$VENV"/lib/python*/site-packages/megatron
+}
+
 # Builds without isolation, thus with the pinned setuptools; megatron-core, installed before, may need another one.
 install_project() { pip_install --no-build-isolation --editable "${ROOT}[dev]"; }
 
@@ -194,7 +200,7 @@ make_environment() {
     run_step "environment and pip" create_venv "$python"
   fi
   run_step "torch" install_torch
-  run_step "megatron-core" pip_install "megatron-core[training]"
+  run_step "megatron-core" install_megatron
   run_step "the rest" install_project
   current_stamp >"$STAMP"
   trap - INT
