@@ -156,15 +156,7 @@ def test_a_dry_run_shows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("flops", [1e12, None])
 def test_a_pipeline_idles_and_some_flops_are_not_known(flops: float | None) -> None:
     model = {"flops_per_sequence": flops, "sequences_per_gpu": 10, "bubble": 1.25, "forecast_gib": {}}
-    record = {
-        "kind": "each rank",
-        "rank": 0,
-        "starts": True,
-        "error": None,
-        "stages": {},
-        "guessed": [],
-        "model": model,
-    }
+    record = {"kind": "each rank", "rank": 0, "starts": True, "error": None, "stages": {}, "guessed": [], "model": model}
     work = {"operations": 1, "bytes": 1e9, "flops": 1e12, "seconds": 0.1}
     record |= {"roofline": {"products": work}, "host": {"calls": 1, "seconds": 0.1, "step_seconds": 0.2}}
     options = argparse.Namespace(gpus=8, gpu="h100", rates=rates("h100"))
@@ -227,6 +219,7 @@ def test_a_dense_stage_is_rehearsed_alone(tmp_path: Path, capsys: pytest.Capture
     assert "Nothing was trained, and no GPU was used" in printed.out
 
 
+@pytest.mark.bulk
 @needs_cuda_build
 def test_topk_waits_where_no_kernel_takes_all_experts() -> None:
     """On an A100 each layer waits for its counts, as ReLU's does, and experts have their sizes from these."""
@@ -244,18 +237,26 @@ def test_launch_ahead_waits_late() -> None:
     assert found["late_waits"] == 2 and not any("remoe/moe/" in wait["where"] for wait in found["host_syncs"])
 
 
+GRAPH = (*ONE_MICRO_BATCH, *PLAIN, *"--num-layers 1 --no-check-for-nan-in-loss-and-grad".split())
+GRAPH += ("--cuda-graph-impl", "full_iteration")
+BOUNDED = tuple("--moe-relu-max-experts 2 --moe-relu-activation-limit 0".split())
+
+
 @needs_cuda_build
 def test_a_step_as_a_cuda_graph() -> None:
-    """A capture refuses each read of the host: ReMoE's layers and λ's update have none, top-k's on an A100 have."""
-    flags = (*ONE_MICRO_BATCH, *PLAIN, *"--num-layers 1 --no-check-for-nan-in-loss-and-grad".split())
-    flags += ("--cuda-graph-impl", "full_iteration")
-    bounded = tuple("--moe-relu-max-experts 2 --moe-relu-activation-limit 0".split())
-    found = Launch(flags=(*flags, *bounded), settings={"KERNELS": "triton"}).rehearse()
+    """A capture refuses each read of the host: ReMoE's layers and λ's update have none."""
+    found = Launch(flags=(*GRAPH, *BOUNDED), settings={"KERNELS": "triton"}).rehearse()
     assert found["starts"], found["error"]
     assert not any("megatron/remoe/" in wait["where"] for wait in found["host_syncs"])
-    reads = Launch("moe", flags, settings={"GPU": "a100"}).rehearse()
+
+
+@pytest.mark.bulk
+@needs_cuda_build
+def test_no_cuda_graph_on_an_a100() -> None:
+    """Top-k's layers read the host, and ReMoE's are refused."""
+    reads = Launch("moe", GRAPH, settings={"GPU": "a100"}).rehearse()
     assert not reads["starts"] and "graph capture" in reads["error"]
-    refused = Launch(flags=(*flags, *bounded), settings={"KERNELS": "triton", "GPU": "a100"}).rehearse()
+    refused = Launch(flags=(*GRAPH, *BOUNDED), settings={"KERNELS": "triton", "GPU": "a100"}).rehearse()
     assert not refused["starts"] and "E204" in refused["error"]
 
 
