@@ -156,7 +156,8 @@ def test_a_dry_run_shows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("flops", [1e12, None])
 def test_a_pipeline_idles_and_some_flops_are_not_known(flops: float | None) -> None:
     model = {"flops_per_sequence": flops, "sequences_per_gpu": 10, "bubble": 1.25, "forecast_gib": {}}
-    record = {"kind": "each rank", "rank": 0, "starts": True, "error": None, "stages": {}, "guessed": [], "model": model}
+    record = {"kind": "each rank", "rank": 0, "starts": True, "error": None, "stages": {}, "guessed": []}
+    record["model"] = model
     work = {"operations": 1, "bytes": 1e9, "flops": 1e12, "seconds": 0.1}
     record |= {"roofline": {"products": work}, "host": {"calls": 1, "seconds": 0.1, "step_seconds": 0.2}}
     options = argparse.Namespace(gpus=8, gpu="h100", rates=rates("h100"))
