@@ -23,7 +23,7 @@ from tools.export_hf.command import main as export
 from tools.generate.command import main as generate
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
-hostile = pytest.mark.bulk
+BULK = pytest.mark.bulk
 
 PICKLES = [*pickles(Path("/nowhere"))]
 NEWEST = f"iter_{SAVED:07d}"
@@ -76,12 +76,12 @@ OTHERS: dict[str, Callable[[Path, bytes], None]] = {
 }
 CASES = [(target, name) for target in TARGETS for name in PICKLES]
 CASES += [(target, name) for target in OTHERS for name in ("os.mkdir", "exec", "through torch")]
-# Run where hostile tests are left out.
+# Run where bulk tests are left out.
 SAMPLE = {("index", "through a checkpoint's module"), ("settings", "os.mkdir"), ("random state", "os.mkdir")}
 
 
 @pytest.mark.parametrize(
-    ("target", "name"), [pytest.param(*case, marks=[hostile] * (case not in SAMPLE)) for case in CASES]
+    ("target", "name"), [pytest.param(*case, marks=[BULK] * (case not in SAMPLE)) for case in CASES]
 )
 def test_training_runs_no_code(target: str, name: str, trial: Trial, note: Noted) -> None:
     marker = trial.folder / "executed"
@@ -103,7 +103,7 @@ def test_the_code_would_run(tmp_path: Path) -> None:
     assert harmless == []
 
 
-@hostile
+@BULK
 @pytest.mark.parametrize("name", PICKLES)
 def test_one_file_per_rank_runs_no_code(name: str, whole: Path, tmp_path: Path, note: Noted) -> None:
     folder, marker = whole / "one_file", tmp_path / "executed"
@@ -127,7 +127,7 @@ def no_answer(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return answers
 
 
-@hostile
+@BULK
 @pytest.mark.parametrize("name", PICKLES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_tools_run_no_code(
@@ -187,7 +187,7 @@ EXPORTED: dict[str, Callable[[Path, bytes], None]] = {
 }
 
 
-@hostile
+@BULK
 @pytest.mark.usefixtures("one_thread", "process_groups")
 @pytest.mark.parametrize("name", PICKLES)
 @pytest.mark.parametrize("target", EXPORTED)

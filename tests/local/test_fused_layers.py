@@ -211,6 +211,7 @@ EP2, EXPERT_TP2 = ["--expert-model-parallel-size", "2"], "--tensor-model-paralle
 EXPERT_TP2 += ["--expert-tensor-parallel-size", "2"]
 BOUNDED = {
     "one process": (1, []),
+    "EP2": (2, EP2),
     "EP2, allgather": (2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
     "EP2, overlap": (2, [*EP2, *"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()]),
     "expert TP2": (2, EXPERT_TP2),
@@ -225,7 +226,7 @@ def unbounded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, run([*common, "--load", str(folder), "--finetune"])
 
 
-@pytest.mark.parametrize("layout", BOUNDED)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.bulk] * (name == "EP2")) for name in BOUNDED])
 def test_bounded_activations_change_nothing(layout: str, data: Path, unbounded: tuple[Path, str]) -> None:
     """All steps are far from the target: about 4 active experts per token where 1 is bounded."""
     folder, expected = unbounded

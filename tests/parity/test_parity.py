@@ -31,6 +31,7 @@ CORE = [
     Case("gpt", CHEAPER_START, DENSE_AND_MOE, "PP2, 2 virtual stages"),
     Case("gpt", "ReMoE", "plain", "EP2, Megatron-FSDP"),
     # HybridModel in a layout against GPTModel in one process.
+    pytest.param(Case("hybrid", "ReMoE", "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
     Case("hybrid", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
     # Megatron's router in the same layers: a difference here is not the ReLU router's.
     Case("gpt", "top-k", "plain", "TP2 x EP2, expert TP 2"),

@@ -111,7 +111,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_time_limit_saves_queues_again_and_resumes(data: Path, tmp_path: Path) -> None:
-    """A job of one node, and a tiny training that would take hours."""
+    """A job of one node, and a tiny training that would take hours; at last one that fails."""
     small = [*SMALL, *"--moe-ffn-hidden-size 128 --split 90,10,0 --eval-iters 0".split()]
     environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
@@ -133,7 +133,9 @@ def test_time_limit_saves_queues_again_and_resumes(data: Path, tmp_path: Path) -
     status, output = job.run(*training, "--exit-interval", "1")
     assert status == 0, output[-6000:]
     assert list(records(output)) == [last + 1]
-    assert job.requeued == 1, "a training that has ended is queued again"
+    status, output = job.run(*training, "--no-such-flag")
+    assert status not in (0, 143) and "unrecognized arguments: --no-such-flag" in output
+    assert job.requeued == 1, "a training that has ended or failed is queued again"
 
 
 def test_script_gets_its_arguments_and_the_first_nodes_address(tmp_path: Path) -> None:

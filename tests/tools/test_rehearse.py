@@ -24,6 +24,7 @@ needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played"
 )
 REMOE_182M = Launch(flags=(*ONE_MICRO_BATCH, *PLAIN)).planned()[1]
+DENSE_182M = Launch("dense", ONE_MICRO_BATCH).planned()[1]
 GOLDEN = REPOSITORY / "tests" / "golden" / "rehearsal.json"
 CASES = {
     "ReMoE": Launch(),
@@ -33,13 +34,16 @@ CASES = {
     "ReMoE, TP2": Launch(settings={"TP": "2"}),
     "ReMoE, PP2 with virtual stages": Launch(settings={"PP": "2", "VPP": "2"}),
     "ReMoE, hybrid": Launch(settings={"MODEL": "hybrid"}),
+    "ReMoE, PP2 with virtual stages, hybrid": Launch(settings={"MODEL": "hybrid", "PP": "2", "VPP": "2"}),
     "ReMoE, G = 8": Launch(flags=("--moe-granularity", "8")),
     "ReMoE, MoE recomputed": Launch(flags=tuple("--recompute-granularity selective --recompute-modules moe".split())),
     "ReMoE, Megatron's layers": Launch(flags=("--no-local-layer-fusion",)),
     "ReMoE, Triton": Launch(settings={"KERNELS": "triton"}),
+    "top-k, Triton": Launch("moe", settings={"KERNELS": "triton"}),
 }
 CASES = {name: replace(case, flags=(*ONE_MICRO_BATCH, *PLAIN, *case.flags)) for name, case in CASES.items()}
-BULK = ("ReMoE, hybrid", "ReMoE, G = 8", "ReMoE, MoE recomputed", "ReMoE, Megatron's layers")
+BULK = ("ReMoE, hybrid", "ReMoE, G = 8", "ReMoE, MoE recomputed", "ReMoE, Megatron's layers", "top-k, Triton")
+BULK += ("ReMoE, PP2 with virtual stages, hybrid", "context parallelism", "no data")
 ALLOWED = 1.02  # a figure may be this much above the committed one
 REMOE = "--num-experts 8 --moe-router-topk 1 --moe-relu-routing".split()
 
@@ -198,12 +202,8 @@ def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
     found, flags = tmp_path / "found.json", [*REMOE_182M, "--pipeline-model-parallel-size", "4"]
     assert command.main(["--gpus", "8", "--rank", "4", "--json", str(found), "--", *flags]) == 0
     record = json.loads(found.read_text())["ranks"][0]
-    assert (
-        record["starts"]
-        and record["model"]["stage"] == 2
-        and record["model"]["bubble"] == 7 / 4
-        and set(record["stages"]) == {"dense", "way", "steady"}
-    )
+    assert record["starts"] and record["model"]["stage"] == 2 and record["model"]["bubble"] == 7 / 4
+    assert set(record["stages"]) == {"dense", "way", "steady"}
 
 
 @needs_cuda_build
@@ -278,14 +278,19 @@ def test_transformer_engine(routing: str) -> None:
     assert found["launches"]["forward_layer"] < 100
 
 
+CAPACITY = "--moe-expert-capacity-factor 1.0"
+REFUSED = {
+    "context parallelism": ([*REMOE_182M, "--context-parallel-size", "2"], "only supported by TEDotProductAttention"),
+    "no data": ([*DENSE_182M, "--data-path", "1.0", "nowhere/a"], "--data-path nowhere/a: there is no nowhere/a.idx"),
+    "refused": ([*REMOE_182M, *CAPACITY.split()], f"{CAPACITY} cannot be used"),
+    "out of memory": ([*REMOE_182M, *"--micro-batch-size 128 --global-batch-size 1024".split()], "out of memory"),
+}
+
+
 @needs_cuda_build
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [
-        ([*REMOE_182M, "--moe-expert-capacity-factor", "1.0"], "--moe-expert-capacity-factor 1.0 cannot be used"),
-        ([*REMOE_182M, "--micro-batch-size", "128", "--global-batch-size", "1024"], "out of memory"),
-    ],
-    ids=["refused", "out of memory"],
+    [pytest.param(*case, id=name, marks=[pytest.mark.bulk] * (name in BULK)) for name, case in REFUSED.items()],
 )
 def test_a_training_that_does_not_start(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It has the words of the real one."""

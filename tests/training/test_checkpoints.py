@@ -240,7 +240,7 @@ def test_gpt2_files_outlive_the_folder_made_of_them(
     at = words.index("--tokenizer-type")
     del words[at : at + 2]
     given = ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", str(vocabulary), "--merge-file", str(merges)]
-    for iterations, more in ((1, given), (2, ["--use-checkpoint-args"])):
+    for iterations, more in ((1, given), (2, ["--use-checkpoint-args"]), (3, ["--use-checkpoint-args"])):
         cache = str(tmp_path / f"cache{iterations}")
         output = run([*words, *more, "--train-iters", str(iterations)], XDG_CACHE_HOME=cache)
         assert list(records(output)) == [iterations]

@@ -149,6 +149,8 @@ DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overla
         ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
         ("TP2 SP", 2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
         pytest.param("DP2", 2, [], marks=pytest.mark.bulk),
+        pytest.param("DP2 distributed optimizer", 2, DISTRIBUTED, marks=pytest.mark.bulk),
+        pytest.param("EP2 bf16", 2, ["--expert-model-parallel-size", "2", "--bf16"], marks=pytest.mark.bulk),
         ("EP2 distributed optimizer bf16", 2, [*DISTRIBUTED, "--expert-model-parallel-size", "2", "--bf16"]),
     ],
 )
