@@ -19,7 +19,7 @@ COMMANDS = {
     "export": ("export_hf", "write a model for transformers, or read one"),
 }
 BUILDS_ON_CPU = ("export_hf", "convert_checkpoint")  # also where there is an accelerator
-SLOW = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze", "rehearse")  # to import
+IMPORT_TORCH = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze", "rehearse")
 
 
 def start(tool: str, arguments: Sequence[str]) -> int:
@@ -28,7 +28,7 @@ def start(tool: str, arguments: Sequence[str]) -> int:
         return _refuse(f"is Python {sys.version.split()[0]}, and 3.12 or newer is needed")
     try:
         module = f"{__package__}.{tool}"
-        if tool in SLOW:
+        if tool in IMPORT_TORCH:
             importlib.import_module(f"{module}.arguments").parse_arguments(arguments)  # answers --help at once
             importlib.import_module("megatron.remoe.preflight.console").hide_unhelpful_warnings()
         if tool in BUILDS_ON_CPU:

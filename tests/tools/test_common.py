@@ -15,7 +15,7 @@ from tools.common.errors import ToolError
 from tools.common.files import lock, new_folder, write_json
 from tools.compare import command as compare
 from tools.quickstart import command as quickstart
-from tools.start import COMMANDS, SLOW
+from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"
 STARTED = sorted(path.parent for path in TOOLS.glob("*/__main__.py"))
@@ -32,7 +32,7 @@ def test_all_cores_where_a_process_is_not_bound_to_some(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("tool", STARTED, ids=lambda path: str(path.relative_to(TOOLS)))
 def test_starts_from_any_folder(tool: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    options = ["-S"] if tool.name in SLOW else []  # without site-packages: nothing that takes seconds is imported
+    options = ["-S"] if tool.name in IMPORT_TORCH else []  # without site-packages: torch is not imported
     command = [sys.executable, *options, str(tool), "--help"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr

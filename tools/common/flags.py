@@ -76,6 +76,12 @@ def number_of_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def tool_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser for tools/NAME whose description keeps its lines."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"tools/{name}", description=description, formatter_class=formatter)
+
+
 def whole_number(least: int) -> Callable[[str], int]:
     """Return an argparse type: whole numbers of at least `least`."""
 

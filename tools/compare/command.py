@@ -19,7 +19,7 @@ from pathlib import Path
 from ..common.display import Display
 from ..common.errors import ToolError
 from ..common.files import lock
-from ..common.flags import above_zero, number_of_cores, whole_number
+from ..common.flags import above_zero, number_of_cores, tool_parser, whole_number
 from ..common.places import ROOT
 from ..common.running import run_once
 from ..corpora.dataset import CORPORA, MIXED, make_text
@@ -38,9 +38,7 @@ SEEDS = tuple(range(1, 9))
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="tools/compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser("compare", __doc__)
     add, number, default = parser.add_argument, whole_number(1), "(default: %(default)s)"
     add("--corpus", choices=CORPORA, default=MIXED, help=f"text to train on {default}")
     text = f"of {', '.join(ARMS)} (default: the first {len(STARTS)})"

@@ -19,16 +19,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import whole_number
+from ..common.flags import tool_parser, whole_number
 
 OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq", "data_path", "loss_bound")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags. Flags that Megatron has too mean the same."""
-    parser = argparse.ArgumentParser(
-        prog="tools/convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser("convert_checkpoint", __doc__)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--load", type=Path, metavar="FOLDER", help="checkpoints of a run (its --save)")
     add("--from-hf", type=Path, metavar="FOLDER", help="model saved by Hugging Face transformers")

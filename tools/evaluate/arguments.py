@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.flags import whole_number
+from ..common.flags import tool_parser, whole_number
 
 # lm-eval's name → the paper's.
 TASKS = {
@@ -27,9 +27,7 @@ TASKS = {
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags."""
-    parser = argparse.ArgumentParser(
-        prog="tools/evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser("evaluate", __doc__)
     folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
     number: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}
     add = parser.add_argument

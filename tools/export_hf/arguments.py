@@ -12,12 +12,12 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.flags import tool_parser
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags. Flags that Megatron has too mean the same."""
-    parser = argparse.ArgumentParser(
-        prog="tools/export_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser("export_hf", __doc__)
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a run (its --save)")
     add("--save", type=Path, required=True, metavar="FOLDER", help="folder to write")

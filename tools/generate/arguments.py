@@ -9,14 +9,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import whole_number
+from ..common.flags import tool_parser, whole_number
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags."""
-    parser = argparse.ArgumentParser(
-        prog="tools/generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser("generate", __doc__)
     add = parser.add_argument
     where = "checkpoints (on the CPU; export for a GPU) or exported folder"
     add("--load", type=Path, required=True, metavar="FOLDER", help=where)

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import split
+from ..common.flags import split, tool_parser
 from .cards import CARDS, rates
 
 GPUS_PER_NODE = 8
@@ -18,9 +18,7 @@ GPUS_PER_NODE = 8
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the tool's own flags, with "rates", and those of the training after "--"."""
-    parser = argparse.ArgumentParser(
-        prog="tools/rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser("rehearse", __doc__)
     add = parser.add_argument
     add("--gpus", type=int, default=8, metavar="N", help="of the whole training (default: 8)")
     add("--gpus-per-node", type=int, metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")

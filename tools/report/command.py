@@ -15,16 +15,14 @@ from megatron.remoe.data.files import write_text
 
 from ..common.evaluations import names_of_models
 from ..common.figure_reader import find_figures
-from ..common.flags import whole_number
+from ..common.flags import tool_parser, whole_number
 from ..common.running import run_once
 from .reading import Run, read_run
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags."""
-    parser = argparse.ArgumentParser(
-        prog="tools/report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser("report", __doc__)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its --save, or a log's file")
     add("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
