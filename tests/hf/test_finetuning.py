@@ -56,7 +56,7 @@ def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
     for processes, code in ((1, program()), (2, program().replace("accumulation_steps=2", "accumulation_steps=1"))):
         file, new = tmp_path / "finetune.py", tmp_path / f"by_{processes}"
         file.write_text(code)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] * (processes > 1)
         command = [sys.executable, *launcher, file, folder, ROOT / "LICENSE", new]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-4000:]

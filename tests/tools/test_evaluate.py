@@ -1,5 +1,6 @@
 """Loss on a data set is Megatron's own; experts are counted; lm-eval scores tasks."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -156,7 +157,10 @@ def test_tasks_through_lm_eval(
     if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("datasets") is None:
         assert main(words) == 1 and "[REMOE-E504]" in capfd.readouterr().err
         pytest.skip("needs lm-eval[hf]")
+    from lm_eval.tasks import TaskManager
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.cache(TaskManager))  # it reads 14,000 files each time
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     if not torch.cuda.is_available():  # a search would start with 64 sequences of the longest request
         monkeypatch.delattr("lm_eval.models.huggingface.HFLM._detect_batch_size")
