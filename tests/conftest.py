@@ -17,6 +17,9 @@ from tests.entry import Entry, shared_entry
 console.hide_unhelpful_warnings()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
+    # Beside other tests two threads would wait for each other most of the time, here and in what tests start.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 if cpu.is_wanted([]):
     cpu.install()
 # Under nohup and behind & it is ignored, by all processes that tests start and interrupt too.
@@ -76,15 +79,6 @@ def fresh_metrics() -> Iterator[None]:
     yield
     if (logging := sys.modules.get("megatron.core.transformer.moe.moe_logging")) is not None:
         logging.destroy_moe_metrics_tracker()
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Beside other tests two threads would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from tests.trainings import REPOSITORY, run, series, weights
 from tools.export_hf import command as export_hf
 from tools.rehearse import command as rehearse
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 PAGE = (REPOSITORY / "docs" / "shapes.md").read_text()
 SHAPES = dict(re.findall(r'^(\w+)="(.+)"$', PAGE.split("```bash")[1], re.MULTILINE))
 COMMON, LATENT = [SHAPES.pop(name) for name in ("model", "experts", "training")], SHAPES.pop("latent")

@@ -22,7 +22,7 @@ def run(python: Path, program: str | Path, *words: str | Path) -> str:
     folder = python.parents[1]
     settings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     # Code from a model's folder is copied before it is run.
-    settings |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    settings |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     words = (python, "-P", program, *words)
     done = subprocess.run([*map(str, words)], cwd=folder, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -18,7 +18,6 @@ from megatron.remoe.hf import RemoeForCausalLM
 from tests.hf.models import make
 from tools.common.places import ROOT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4
 
 

@@ -188,7 +188,7 @@ EXPORTED: dict[str, Callable[[Path, bytes], None]] = {
 
 
 @BULK
-@pytest.mark.usefixtures("one_thread", "process_groups")
+@pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("name", PICKLES)
 @pytest.mark.parametrize("target", EXPORTED)
 def test_exported_folders_run_no_code(

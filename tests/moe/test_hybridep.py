@@ -52,7 +52,7 @@ def test_newer_versions_take_the_map(routing: dict[str, object], mode: str) -> N
     assert config.moe_hybridep_routing_map_mode == mode
 
 
-@pytest.mark.usefixtures("kernels", "one_thread")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
 @pytest.mark.parametrize("limit", [0.0, 1.2], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("share", ["all", "some", "one expert", "none"])
@@ -79,7 +79,7 @@ def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused
                 torch.testing.assert_close(other, right, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("kernels", "one_thread")
+@pytest.mark.usefixtures("kernels")
 def test_nothing_is_sized_by_k() -> None:
     """What `setup_metadata` makes of the map is the map, and no number of pairs is set before they are counted."""
     dispatcher = make_layer(make_config(**HYBRIDEP)).token_dispatcher

@@ -22,7 +22,7 @@ def patched_source() -> str:
     return source.replace(old, new)
 
 
-@pytest.mark.usefixtures("process_groups", "one_thread")
+@pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize(
     "rows",
     [

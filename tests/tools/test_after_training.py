@@ -26,7 +26,7 @@ from tools.evaluate.text import batches, sequences
 from tools.export_hf.command import main as export
 from tools.recipes import tiny
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 QUICKSTART = Path(os.environ.get("QUICKSTART", REPOSITORY / "runs" / "quickstart"))
 PROMPT = "My lord, "
 STEPS = 3  # of the trainings that go on

@@ -24,7 +24,7 @@ from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 from tools.common.text import Text
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
 LENGTH = 20
 NAMES = "experts_per_token", "load", "balance", "neighbours", "gates", "losses"

@@ -21,7 +21,7 @@ from tools.evaluate.command import main as evaluate
 from tools.export_hf.command import main as export
 from tools.generate.command import main as generate
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
 WEIGHTS, INDEX, NORM = "model.safetensors", "model.safetensors.index.json", "model.norm.weight"
 NAN, INFINITY = float("nan"), float("inf")

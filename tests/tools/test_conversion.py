@@ -14,7 +14,6 @@ from tests.tiny_model import RELU, TOPK
 from tests.trainings import REPOSITORY, TINY, run, series
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
     pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),

@@ -22,7 +22,7 @@ from tools.common.expert_counts import Experts
 from tools.evaluate.command import main
 from tools.evaluate.tasks import PAPER, TASKS, compare_with_paper
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
 
 def evaluate(tmp_path: Path, *words: str | Path) -> dict[str, Any]:

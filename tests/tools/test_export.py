@@ -33,7 +33,7 @@ from tools.convert_checkpoint.command import main as convert
 from tools.convert_checkpoint.models import round_to
 from tools.export_hf import command
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 MIXED = [*TINY, *RELU, *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate-size 32 --eval-iters 0".split()]
 
 

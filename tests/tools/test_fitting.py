@@ -6,8 +6,6 @@ import torch
 from tests.layers import FFN, HIDDEN, expert_weights, make_config, make_layer
 from tools.convert_checkpoint.fitting import fit_router, keep_largest, split_mlp
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def dense_weights(bias: bool = False, gated: bool = True) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)

@@ -18,7 +18,6 @@ from tests.fork import oracle
 from tests.trainings import REPOSITORY, run, series
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
     pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),

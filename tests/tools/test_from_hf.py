@@ -21,7 +21,7 @@ from tools.common.megatron_model import build
 from tools.convert_checkpoint.command import main
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "process_groups"),
+    pytest.mark.usefixtures("process_groups"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed"),
     pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),

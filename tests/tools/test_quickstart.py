@@ -187,7 +187,7 @@ def test_pages_have_the_spread_of_the_table() -> None:
 def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "quickstart"), *arguments], cwd=folder, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "QUICKSTART_ITERS": str(ITERATIONS)},
+        env=os.environ | {"QUICKSTART_ITERS": str(ITERATIONS)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -248,7 +248,7 @@ def try_what_it_says(output: str, folder: Path, loss: float) -> None:
     said = []
     for python, *words in commands:
         assert python == str(ROOT / ".venv" / "bin" / "python")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        environment = os.environ | {"COLUMNS": "200"}
         result = subprocess.run(
             [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
         )

@@ -26,7 +26,7 @@ from tools.report.overlay import HOVERED
 from tools.report.reading import read_run
 from tools.sweep.run_log import read_outcome
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "process_groups"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Of a laptop and of a phone.
 SCREENS = [(1366, 768, False), (390, 844, True)]

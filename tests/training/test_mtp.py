@@ -102,7 +102,7 @@ def test_each_router_has_a_row_of_its_own(is_hybrid: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("one_thread", "process_groups")
+@pytest.mark.usefixtures("process_groups")
 def test_training_goes_on_in_another_layout(data: Path, tmp_path: Path) -> None:
     """The last stage takes tokens too, and the first learns of its layers from the table alone."""
 
