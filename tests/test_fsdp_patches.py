@@ -61,13 +61,7 @@ def test_megatron_still_scales_gradients_of_one_rank_again_and_again(data: Path,
     words += ["--train-iters", "2", "--global-batch-size", "12"]
     script = tmp_path / "unpatched.py"
     script.write_text(UNPATCHED)
-    expected, patched, unpatched = (
-        series(output, "lm loss")
-        for output in (
-            run(words, processes=2),
-            run([*words, *FSDP.split()], processes=2),
-            # Anew: in forks, gloo's threads now and then end such reductions of one rank with a corrupted heap.
-            run([*words, *FSDP.split()], processes=2, script=script, anew=True),
-        )
-    )
-    assert patched == pytest.approx(expected, rel=1e-5) and unpatched != pytest.approx(expected, rel=1e-4)
+    patched = run([*words, *FSDP.split()], processes=2)
+    # Anew: in forks, gloo's threads now and then end such reductions of one rank with a corrupted heap.
+    unpatched = run([*words, *FSDP.split()], processes=2, script=script, anew=True)
+    assert series(unpatched, "lm loss") != pytest.approx(series(patched, "lm loss"), rel=1e-4)

@@ -27,7 +27,9 @@ def test_environment(machine: Machine) -> None:
     assert runs.environment(machine)["card"].endswith("(rehearsal)")
 
 
-@pytest.mark.parametrize(("kernels", "stage"), [("triton", "steady"), ("", "dense")])
+@pytest.mark.parametrize(
+    ("kernels", "stage"), [("triton", "steady"), pytest.param("", "dense", marks=pytest.mark.bulk)]
+)
 def test_launch(kernels: str, stage: str, machine: Machine, tmp_path: Path) -> None:
     settings = {"GPU": "h100"}
     case = Case(kernels=kernels, flags=("--num-layers", "2"), settings=settings)

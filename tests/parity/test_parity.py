@@ -27,7 +27,7 @@ CORE = [
     Case("gpt", "ReMoE", "plain", "TP2 x EP2, expert TP 2"),
     Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
     Case("gpt", "ReMoE", DENSE_AND_MOE, "PP2 x EP2"),
-    Case("gpt", CHEAPER_START, "plain", "TP2 x EP2, expert TP 2"),
+    pytest.param(Case("gpt", CHEAPER_START, "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
     Case("gpt", CHEAPER_START, DENSE_AND_MOE, "PP2, 2 virtual stages"),
     Case("gpt", "ReMoE", "plain", "EP2, Megatron-FSDP"),
     # HybridModel in a layout against GPTModel in one process.
