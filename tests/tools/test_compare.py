@@ -1,6 +1,7 @@
 """Ways of training by length: a small experiment for real, matched FLOPs, going on, table and picture by hand."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,9 @@ def test_a_small_experiment(output: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "| 20 | remoe | " in tables and len(points.read_text().splitlines()) == len(results) + 2
     assert command.main([*words, "--results", str(points), "--picture", str(output / "gap.png")]) == 0
     assert capsys.readouterr().out == tables and imread(output / "gap.png").std() > 0.05
+
+    shutil.rmtree(output / "mixed" / "trainings")
+    assert command.main(words) == 0 and len(trained.commands) == calls, "results outlive their trainings"
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ class Runner:
             if point is None:
                 point = self._train(training, steps, equal_to)
                 done(point)
-            if equal_to is None and steps in reference:
+            if equal_to is None and steps in reference and (steps, steps) not in points:
                 matched = self._matched(training, point, reference[steps])
                 # A trunk does not go back: an arm that costs more than the reference has no such point.
                 if matched >= steps:
