@@ -1,4 +1,4 @@
-"""The models that are measured: Megatron's flags, those of the machine, and FLOPs."""
+"""Define the measured models: Megatron's flags, the machine's flags, and FLOPs."""
 
 import sys
 from collections.abc import Sequence

@@ -52,5 +52,5 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def default_output(name: str) -> Path:
-    """Return where a benchmark's figures go unless told otherwise."""
+    """Return the default folder of a benchmark's figures."""
     return ROOT / "runs" / "benchmarks" / f"{name}.json"

@@ -131,7 +131,7 @@ class Recorder:
         Path(os.environ["BENCHMARK_RECORD"]).write_text(json.dumps(self.record))
 
     def _before_forward(self) -> None:
-        """Let the device's peak begin with a step's first forward pass, after the optimizer's of the step before."""
+        """Reset the device's peak before a step's first forward pass, to exclude the previous step's optimizer."""
         if self.count == PROFILED_STEP and not self.held:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -30,7 +30,7 @@ SHARE_BETWEEN_LINES = 0.1  # of the time so far
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags; those that Megatron-LM's tool has too mean the same."""
+    """Parse the flags. Those of Megatron-LM's tool keep their meaning."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="files, patterns, or - for standard input")

@@ -51,7 +51,7 @@ class Experiment:
             raise ToolError("\n".join([f"{len(self._failed)} trainings failed{text}", *self._failed]))
 
     def _all(self, what: str, trainings: Sequence[Training], steps: Sequence[int]) -> None:
-        """Train trunks with decays to these steps, and to those with the FLOPs of the reference, which stands first."""
+        """Train trunks with decays to these steps, and to those with the FLOPs of the reference, which comes first."""
         began, done, progress = time.monotonic(), 0.0, Lock()
         points = [(each, point) for each in trainings for point in self._results.of(each)]
         finished = sum(each.cost * point.steps for each, point in points if point.equal_to is None)

@@ -160,7 +160,7 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
 
 
 def _with_small_batches(settings: Settings) -> Settings:
-    """Return the settings with small batches at first, and steps in samples, as Megatron wants them then."""
+    """Return the settings with small batches at first; Megatron then counts steps in samples."""
     batch, length = (int(settings[flag][0]) for flag in ("--global-batch-size", "--seq-length"))
     changed = {SCHEDULE: (f"0:{SMALL_BATCH} {SMALL_STEPS * SMALL_BATCH * length}:{batch}",)}
     for flag in ("--train-iters", "--lr-decay-iters", "--lr-warmup-iters", "--lr-wsd-decay-iters"):

@@ -1,4 +1,4 @@
-"""Decide what a table of losses shows: intervals, corrected p-values, equivalence, and the seeds that it takes.
+"""Decide what a table of losses shows: intervals, corrected p-values, equivalence, and the seeds needed.
 
 Two arms with the same seed see the same text in the same order, so paired t-tests compare them seed by seed. Spreads
 are not pooled: rows of a table share the reference's losses, and in a simulation of three seeds 86 to 94 % of pooled

@@ -25,7 +25,7 @@ OF_REMOE = ("num_experts", "moe_router_topk", "moe_granularity", "moe_layer_freq
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags. Flags that Megatron has too mean the same."""
+    """Parse the flags. Megatron's flags keep their meaning."""
     parser = tool_parser("convert_checkpoint", __doc__)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--load", type=Path, metavar="FOLDER", help="checkpoints of a run (its --save)")

@@ -76,7 +76,7 @@ def exchanged_bytes(args: argparse.Namespace, stages: list[Stage], experts_per_t
 
 
 def _optimizer_bytes(args: argparse.Namespace, half: bool) -> int:
-    """Return bytes a parameter: Adam's two moments, and the fp32 weights of half-precision training."""
+    """Return bytes per parameter: Adam's two moments, and the fp32 weights of half-precision training."""
     if args.optimizer == "sgd":
         return 4 * half + 4
     if not args.use_precision_aware_optimizer:

@@ -22,7 +22,7 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that affect a run's result, as the user gave them: experts before granularity splits them."""
+    """Return the settings that affect a run's result, as the user gave them: experts before granularity."""
     names = [name for parts in _table().values() for part in parts.values() for name in part]
     given = {name: _single(getattr(args, name)) for name in [*DIMENSIONS, *names]}
     if given["num_experts"]:

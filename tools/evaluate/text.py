@@ -104,7 +104,7 @@ def measure(
 
 
 def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
-    """Use only the K largest gates, as the configuration's `max_experts_per_token` does for a model that is loaded.
+    """Use only the K largest gates, as `max_experts_per_token` in the configuration does when a model is loaded.
 
     Raises:
         ToolError: the model has no ReLU router, or fewer experts.

@@ -16,7 +16,7 @@ from ..common.flags import tool_parser
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the flags. Flags that Megatron has too mean the same."""
+    """Parse the flags. Megatron's flags keep their meaning."""
     parser = tool_parser("export_hf", __doc__)
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="FOLDER", help="checkpoints of a run (its --save)")

@@ -1,4 +1,4 @@
-"""Take the texts out of lines of JSON, and say what is wrong with a line that has none."""
+"""Extract the texts from lines of JSON, and report lines that have none."""
 
 import json
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ def gpt2_encoder(
 
 
 def folder_encoder(tokenizer_model: str, threads: int = 1, split_special_tokens: bool = False) -> TextEncoder:
-    """Return the encoder of what transformers' AutoTokenizer loads from a folder, or from the hub by name."""
+    """Return the encoder for a tokenizer that transformers' AutoTokenizer loads from a folder or the hub."""
     from transformers import AutoTokenizer
 
     try:

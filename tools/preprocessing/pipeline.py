@@ -23,7 +23,7 @@ MOST_THREADS = 8
 
 @dataclass(frozen=True)
 class Job:
-    """What to preprocess, and how; the fields are the flags of tools/preprocess_data.py."""
+    """The settings of a preprocessing run, which are the flags of tools/preprocess_data.py."""
 
     inputs: Sequence[str]
     output_prefix: str
@@ -75,7 +75,7 @@ class _EncodedBlock:
 def preprocess(
     job: Job, encoder: TextEncoder, on_progress: Callable[[Progress], None] = lambda progress: None
 ) -> Progress:
-    """Do a job. The outputs appear only when all of them are complete and were read back.
+    """Run a job. The outputs appear only when all of them are complete and were read back.
 
     Args:
         job: inputs, outputs and settings.

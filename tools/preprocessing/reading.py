@@ -100,7 +100,7 @@ def _unreadable(source: str, error: OSError) -> DataError:
 
 
 def _unpacked(file: io.BufferedReader, name: str) -> io.BufferedIOBase:
-    """Return the contents of a file, by its first bytes: gzip, zstd or as it is.
+    """Return the contents of a file, decompressed if it starts like gzip or zstd.
 
     Raises:
         DataError: the name says otherwise, or nothing here can unpack it.
@@ -153,7 +153,7 @@ class _Frames(io.RawIOBase):
 
 
 def _zstd() -> tuple[Callable[[], Any], type[Exception]]:
-    """Return what makes a decompressor of one frame, and the exception that it raises."""
+    """Return a function that makes a decompressor of one frame, and the exception that it raises."""
     try:
         from compression import zstd  # Python 3.14
     except ImportError:

@@ -62,7 +62,7 @@ def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: dict[str, Any
 
 
 def _plain_log_ticks(axes: Any, first: float, last: float) -> None:
-    """Set round numbers as ticks: over little more than a decade, Matplotlib's logarithmic axis has hardly any."""
+    """Put ticks at round numbers. Matplotlib's logarithmic axis has few of them over a single decade."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     rounds = [m * 10**e for e in range(7) for m in (1, 2, 3, 5)]

@@ -38,7 +38,7 @@ class Launch:
 
     @property
     def command(self) -> list[str]:
-        """The words of the whole command, the environment's settings included."""
+        """Return the words of the whole command, including the environment's settings."""
         settings = [f"{name}={value}" for name, value in self.settings.items()]
         environment = ["env", *settings] if settings else []
         return [*environment, *self.launcher, *entry(), *self.flags]

@@ -1,1 +1,1 @@
-"""Simulates a training on GPUs that are not there, before a node is paid for."""
+"""Simulate a training on GPUs before a node is paid for."""

@@ -116,7 +116,7 @@ def environment_of(gpu: str, devices: int) -> dict[str, str]:
 
 
 def cache() -> Path:
-    """Return the folder of what is built once."""
+    """Return the folder of the built libraries."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
 
 

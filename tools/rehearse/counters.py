@@ -42,7 +42,7 @@ class Launches:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count the step that runs in here."""
+        """Count the step inside the block."""
         before, self._is_counting = self.so_far(), True
         yield
         self.step, self._is_counting = self.so_far() - before, False
@@ -50,7 +50,7 @@ class Launches:
     def watch(
         self, owner: Any, method: str, part: str, continues: Callable[[Any], bool] = lambda _first: False
     ) -> None:
-        """Count in this method of a class, or function of a module, from now on.
+        """Start counting the calls of a class's method, or of a module's function.
 
         Args:
             owner, method: the method.
@@ -80,7 +80,7 @@ class Collectives:
         self.is_counting = False
 
     def watch(self, gpus_per_node: int) -> None:
-        """Count from now on; call this before anything imports these functions by name."""
+        """Start counting. Call it before anything imports these functions by name."""
         for name in (*COLLECTIVES, *ALIASES):
             if real := getattr(torch.distributed, name, None):
                 watched = self._watched(real, ALIASES.get(name, name), gpus_per_node)
@@ -118,7 +118,7 @@ class Frames:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count in here."""
+        """Count inside the block."""
         monitoring = sys.monitoring
         tool, event = monitoring.PROFILER_ID, monitoring.events.PY_START
         monitoring.use_tool_id(tool, "rehearsal")
@@ -140,7 +140,7 @@ class Waits:
 
     @contextmanager
     def watching(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Collect in here, and call `on_wait` at each."""
+        """Collect waits inside the block, and call `on_wait` at each."""
         show = warnings.showwarning
 
         def take(message: Any, *arguments: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Run Transformer Engine over a CUDA that does nothing: play cuDNN's attention, and report what its functions do."""
+"""Run Transformer Engine over a CUDA that does nothing: simulate cuDNN's attention, and report each call's work."""
 
 import ctypes
 import functools
@@ -28,7 +28,7 @@ class Calls:
         self.tell: Tell | None = None
 
     def watch(self) -> None:
-        """Watch from now on, if it is installed; call this when Megatron is imported, before it builds a model."""
+        """Start watching, if the engine is installed. Call it once Megatron is imported, before it builds a model."""
         from megatron.core.extensions.transformer_engine import HAVE_TE
 
         if not HAVE_TE:
@@ -60,7 +60,7 @@ class Calls:
 
 
 def _play_attention(functions: Any) -> None:
-    """Give every attention to cuDNN's functions, and replace these: below Python they cannot be played."""
+    """Route every attention to cuDNN's functions, and replace these, which cannot be simulated below Python."""
     chosen = functions.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     functions.get_fused_attn_backend = lambda *_, **__: (chosen, "")
     functions.fused_attn_fwd, functions.fused_attn_bwd = _attend, _attend_backward

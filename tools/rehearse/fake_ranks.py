@@ -1,4 +1,4 @@
-"""Let one process simulate one rank of many: no other rank is there, and none is waited for."""
+"""Let one process simulate one rank of many, without waiting for the others."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ _UNIQUE_ID = 128  # bytes by which NCCL's ranks find each other
 
 
 def join(rank: int, world: int, gpus_per_node: int) -> None:
-    """Let torch.distributed believe that all ranks are there; call this before Megatron is imported."""
+    """Make torch.distributed believe that all ranks exist. Call it before Megatron is imported."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank % gpus_per_node), WORLD_SIZE=str(world),
         LOCAL_WORLD_SIZE=str(gpus_per_node), MASTER_ADDR="127.0.0.1", MASTER_PORT="1",
@@ -51,7 +51,7 @@ def join(rank: int, world: int, gpus_per_node: int) -> None:
 
 
 class _StoreOfOne(torch.distributed.Store):
-    """A store that has, as zeros, whatever other ranks would have put there."""
+    """A store that returns zeros for the values of other ranks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command line of a training as it is rehearsed, and what a rehearsal reads from it."""
+"""Change a training's command line for a rehearsal, and read its settings."""
 
 from collections.abc import Sequence
 from pathlib import Path

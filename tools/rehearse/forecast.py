@@ -1,4 +1,4 @@
-"""The forecast of a training's memory and work, from the model that it built."""
+"""Forecast a training's memory and work from the model that it built."""
 
 import argparse
 from typing import Any

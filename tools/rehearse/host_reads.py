@@ -1,4 +1,4 @@
-"""Give values to what the host reads from the device, after the real launches and waits: no value there is real."""
+"""Replace the values that the host reads from the device, after the real launches and waits."""
 
 import random
 from collections.abc import Callable
@@ -10,7 +10,7 @@ SPREAD = 0.1  # at most, of an expert's share from the mean: sizes vary as they 
 
 
 class Pairs:
-    """Replaces what the host reads of routing maps.
+    """Replaces the counts that the host reads from routing maps.
 
     Attributes:
         share: active share of (token, expert) pairs, 0 to 1.
@@ -68,7 +68,7 @@ class Pairs:
         return min(tokens, max(0, round(tokens * self.share * (1 + off))))
 
     def _moved(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Give Megatron's own dispatchers, which read by this function, the numbers of an even load."""
+        """Return the numbers of an even load to Megatron's own dispatchers, which read through this function."""
         from megatron.training import get_args
 
         def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

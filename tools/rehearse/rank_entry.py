@@ -1,4 +1,4 @@
-"""The training entry as one rank of many, on GPUs that are not there; `command` starts it.
+"""Run the training entry as one rank of many, on simulated GPUs; `command` starts it.
 
 python rank_entry.py OPTIONS <Megatron flags>, where OPTIONS is JSON: see `command.simulate`. It writes each step's
 figures to the file OPTIONS["record"].

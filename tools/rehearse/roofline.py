@@ -1,4 +1,4 @@
-"""Model a step's time on a GPU: of each operation the bytes that it moves, its FLOPs, and the larger of their times.
+"""Model a step's time on a GPU: an operation takes the time of its bytes or of its FLOPs, whichever is longer.
 
 Nothing is hidden behind anything else. The host's work is counted, and may keep the GPU waiting. No measurement.
 """

@@ -1,4 +1,4 @@
-"""The launch scripts, rehearsed as a user would."""
+"""Rehearse the launch scripts as a user would."""
 
 import json
 import os

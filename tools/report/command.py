@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write the page; with --watch again and again, until all runs are done or somebody stops it.
+    """Write the page; with --watch repeatedly, until all runs are done or it is stopped.
 
     Raises:
         ToolError: a run has no log.

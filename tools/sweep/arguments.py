@@ -67,7 +67,7 @@ def planned(args: argparse.Namespace) -> list[plan.Run]:
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Return the command line; what is behind -- becomes `flags`."""
+    """Parse the command line; words after -- become `flags`."""
     parser = argparse.ArgumentParser(
         prog="scripts/sweep.sh",
         usage="%(prog)s [options] [-- Megatron flags]",

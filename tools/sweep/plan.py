@@ -133,7 +133,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name that the launch scripts give to it, followed by protocol and axis."""
+        """The launch scripts' name, followed by protocol and axis."""
         name = run_name(self.size, Routing(self.routing, self.experts or 0, self.granularity or 0), self.expansion)
         name += f"_{self.protocol}" if self.protocol else ""
         return name + (f"_{self.axis.rpartition('-')[2]}{self.value:g}" if self.axis else "")
@@ -153,7 +153,7 @@ class Run:
 
     @classmethod
     def from_name(cls, name: str) -> "Run | None":
-        """Return the run of a name; None if it is the name of something else."""
+        """Return the run with this name; None if no run has it."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None

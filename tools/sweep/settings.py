@@ -139,7 +139,7 @@ def mixed_settings(output: Path, planned: Mapping[Run, Settings]) -> str:
 
 
 def _flags_of(run: Run) -> Settings:
-    """Return the flags that make a run what it is, those of the launch script included."""
+    """Return the flags that define a run, including the launch script's."""
     size = replace(PAPER[run.size], ffn=PAPER[run.size].ffn * run.expansion)
     routing = Routing(run.routing, run.experts or 0, run.granularity or 0)
     return parse([*size.layer_flags(run.routing), *size.flags(), *routing.flags(size.ffn), *run.flags({})])

@@ -54,7 +54,7 @@ class ExpertThresholdRouter(TopKRouter):
         return torch.where(map_TE, logits_TE.sigmoid(), 0.0), map_TE
 
     def end_step(self, *_of_all_layers: torch.Tensor) -> None:
-        """Move the thresholds: not before, as recomputation has to route a micro-batch as its first pass did."""
+        """Move the thresholds. They stay fixed during a step, so that recomputation routes as the first pass did."""
         here_E = self.exceeded // self.parts.clamp(min=1)
         before_E = torch.where(self.batches > 0, self.thresholds, here_E)
         change_E = ((1 - KEPT) * (here_E - before_E).double()).round().to(torch.int64)

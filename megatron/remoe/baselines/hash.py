@@ -37,7 +37,7 @@ class HashRouter(UnlearnedRouter):
 
 
 def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Let the embedding pass the ids that it looks up to the model's hash routers, if there are any.
+    """Make the embedding pass its token ids to the model's hash routers, if there are any.
 
     A router gets only hidden states, and no public hook passes ids through the layers. All layers must be in this
     process, and read the ids before those of the next micro-batch arrive.

@@ -54,7 +54,7 @@ class TopPRouter(TopKRouter):
         return torch.where(map_TE, scores_TE, 0.0).to(logits.dtype), map_TE
 
     def end_step(self, *_of_all_layers: torch.Tensor) -> None:
-        """Move p: not before, as micro-batches that are recomputed have to be routed as in their first pass."""
+        """Move p. It stays fixed during a step, so that recomputation routes as the first pass did."""
         seen = self.seen.double()
         self.seen.zero_()
         if self.tp_dp_cp_group.size() > 1:

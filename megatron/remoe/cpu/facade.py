@@ -136,12 +136,12 @@ class _Facade(types.ModuleType):
 
 
 def with_one_device(facade: types.ModuleType) -> types.ModuleType:
-    """Return a copy of the facade whose `torch.device` makes the CPU of any name; it is no longer a type there."""
+    """Return a copy of the facade whose `torch.device` returns the CPU for any name, and is no longer a type."""
     return _copy(_Facade("torch"), facade, device=lambda *_args, **_kwargs: CPU)
 
 
 class _FacadeFinder(importlib.abc.MetaPathFinder):
-    """Give the facade to every module of Megatron that is imported from now on, right after its code has run."""
+    """Set the facade in each module of Megatron that is imported later, right after its code has run."""
 
     def __init__(self, facade: types.ModuleType) -> None:
         self.facade = facade

@@ -1,4 +1,4 @@
-"""Write files atomically, so that other programs, or a power cut, find the old file or the new one; lock files."""
+"""Write files atomically: other programs see the old file or the new one, also after a power cut. Lock files."""
 
 import errno
 import fcntl

@@ -38,7 +38,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return {"args": {"multiplier": self.multiplier}, "attributes": {"coefficient": self.coefficient}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Let the model count, and take λ from the checkpoint that the training continues from.
+        """Start counting, and read λ from the checkpoint that the training continues from.
 
         Raises:
             ValueError: the model has no ReLU routing.
@@ -74,5 +74,5 @@ class SparsityCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(self.figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the model count no longer."""
+        """Stop counting."""
         self.model.routing_counts = None

@@ -1,4 +1,4 @@
-"""Each token's sum over its rows, without atomics, so that it is the same every time.
+"""Sum each token's rows without atomics, so that results are reproducible.
 
 T tokens, P pairs, H hidden size; a program computes a part of one token's sum.
 """

@@ -16,7 +16,7 @@ TILE = 1024
 
 
 def activate(hidden: torch.Tensor, gates: torch.Tensor, end: torch.Tensor | None = None) -> torch.Tensor:
-    """Do what `pytorch.activate` does, except for rows from `end` on; moves `3 · P · F` elements."""
+    """Compute `pytorch.activate`, except for rows from `end` on; moves `3 · P · F` elements."""
     activated = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2)
     (pairs, width), (num_pairs, ffn) = _tile(activated), activated.shape
     grid = cdiv(num_pairs, pairs), cdiv(ffn, width)
@@ -27,7 +27,7 @@ def activate(hidden: torch.Tensor, gates: torch.Tensor, end: torch.Tensor | None
 def activate_backward(
     hidden: torch.Tensor, gates: torch.Tensor, d_activated: torch.Tensor, end: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Do what `pytorch.activate_backward` does, except for rows from `end` on; moves `6 · P · F` elements.
+    """Compute `pytorch.activate_backward`, except for rows from `end` on; moves `6 · P · F` elements.
 
     `activate`'s result is written into the memory of `d_activated`.
     """

@@ -1,4 +1,4 @@
-"""Experts whose weights are stacked, for one grouped product instead of one small layer an expert.
+"""Experts with stacked weights, for one grouped product instead of one small layer per expert.
 
 T tokens, P pairs (of a token and one of its experts), L experts on this rank, H hidden size, F the experts' FFN size (a
 rank's part of it with expert tensor parallelism).

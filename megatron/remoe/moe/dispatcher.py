@@ -15,7 +15,7 @@ from megatron.remoe.moe.plan import DispatchPlan, Ranks, count_pairs, plan_dispa
 
 
 class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all dispatcher, between a permutation and its inverse that go by a plan: nothing is sorted.
+    """Megatron's all-to-all dispatcher between a planned permutation and its inverse, instead of a sort.
 
     The layer calls `permute`, Megatron's steps from `token_dispatch` to `token_combine`, and `unpermute`.
     """
@@ -115,7 +115,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """`order.sum`, of which PyTorch would keep the summands for the backward pass."""
+    """`order.sum` that keeps no summands for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, pairs_PH: torch.Tensor, order: Order, num_tokens: int) -> torch.Tensor:

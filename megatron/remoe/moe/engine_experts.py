@@ -33,7 +33,7 @@ class EngineExperts(TEGroupedMLP):
         permuted_probs: torch.Tensor,
         *buffers: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply each expert to its pairs; what is not plain SwiGLU is left to Megatron's.
+        """Apply each expert to its pairs; Megatron runs experts that are not plain SwiGLU.
 
         Args:
             permuted_local_hidden_states: `[P, H]`, sorted by local expert.

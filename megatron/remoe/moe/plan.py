@@ -28,7 +28,7 @@ class Ranks:
 
     @classmethod
     def of(cls, groups: ProcessGroupCollection) -> "Ranks":
-        """Return those of the groups `tp_ep`, `ep` and `expt_tp`."""
+        """Return the ranks of the groups `tp_ep`, `ep` and `expt_tp`."""
         return cls(groups.tp_ep, groups.ep.size(), groups.ep.rank(), groups.expt_tp.size(), groups.expt_tp.rank())
 
     @property

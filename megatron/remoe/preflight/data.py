@@ -77,7 +77,7 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path,
 
 
 def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None:
-    """Check samples of token ids from all over each data set against the model's vocabulary.
+    """Check a sample of each data set's token ids against the model's vocabulary.
 
     Args:
         args: Megatron's arguments, after it has built the tokenizer.

@@ -1,4 +1,4 @@
-"""Turn off what Megatron expects and this machine does not have, and print the cost."""
+"""Disable features that this machine does not have, and print the cost."""
 
 import os
 import shutil

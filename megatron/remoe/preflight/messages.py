@@ -100,7 +100,7 @@ def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
 
 
 def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Do what `parser.error` does, on the first rank, and suggest the flag that was meant."""
+    """Report a wrong flag as `parser.error` does, on the first rank, and suggest the closest one."""
     if os.environ.get("RANK", "0") == "0":
         parser.print_usage(sys.stderr)
         unknown = message.removeprefix("unrecognized arguments: ")
