@@ -62,6 +62,6 @@ def test_megatron_still_scales_gradients_of_one_rank_again_and_again(data: Path,
     script = tmp_path / "unpatched.py"
     script.write_text(UNPATCHED)
     patched = run([*words, *FSDP.split()], processes=2)
-    # Anew: in forks, gloo's threads now and then end such reductions of one rank with a corrupted heap.
-    unpatched = run([*words, *FSDP.split()], processes=2, script=script, anew=True)
+    # Fresh: in forks, gloo's threads now and then end such reductions of one rank with a corrupted heap.
+    unpatched = run([*words, *FSDP.split()], processes=2, script=script, fresh=True)
     assert series(unpatched, "lm loss") != pytest.approx(series(patched, "lm loss"), rel=1e-4)

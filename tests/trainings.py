@@ -50,7 +50,7 @@ def run(
     arguments: list[str],
     processes: int = 1,
     expect: int | None = 0,
-    anew: bool = False,
+    fresh: bool = False,
     script: Path = ENTRY,
     **environment: str,
 ) -> str:
@@ -58,10 +58,10 @@ def run(
 
     Args:
         expect: the exit code, which is asserted unless this is None.
-        anew: start it as a user does. Else Megatron is imported already, except where imports may read `environment`,
+        fresh: start it as a user does. Else Megatron is imported already, except where imports may read `environment`,
             and on a GPU, which a fork cannot use.
     """
-    if anew or environment or torch.cuda.is_available():
+    if fresh or environment or torch.cuda.is_available():
         process = start(arguments, processes, script, **environment)
         output, _ = process.communicate(timeout=240)
         code: int | None = process.returncode

@@ -23,7 +23,7 @@ IMPORT_TORCH = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze", "rehearse")
 
 
 def start(tool: str, arguments: Sequence[str]) -> int:
-    """Run a tool and return its exit code; say which Python to use if this one lacks a package."""
+    """Run a tool and return its exit code; name the Python to use if a package is missing."""
     if sys.version_info < (3, 12):  # noqa: UP036 - older ones are started by mistake
         return _refuse(f"is Python {sys.version.split()[0]}, and 3.12 or newer is needed")
     try:

@@ -39,7 +39,7 @@ def initial(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(data: Path, initial: Path) -> str:
-    return train(data, *RELU, *FLIPS, "--load", str(initial), "--finetune", anew=True)
+    return train(data, *RELU, *FLIPS, "--load", str(initial), "--finetune", fresh=True)
 
 
 def without_flips(found: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:

@@ -10,9 +10,9 @@ from ..common.palette import routing_color
 from ..common.picture_style import MUTED, TARGET, picture
 from .findings import Numbers
 
-MEASURED, BESIDE = routing_color("remoe"), TARGET
+MEASURED, OTHER = routing_color("remoe"), TARGET
 # Okabe and Ito's, those two first.
-DOMAINS = (MEASURED, BESIDE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DOMAINS = (MEASURED, OTHER, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MOST_CELLS = 200  # of a heat map that shows its numbers
 LEAST_TOKENS = 100  # of a mean loss
 LEAST_SHARE = 0.0005  # of tokens; smaller cells of a histogram stay empty
@@ -44,7 +44,7 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
         mean, ends = frequency["slopes"]["mean"], numpy.array([x.min(), x.max()])
         line = y.mean() + mean["slope"] * (numpy.log10(ends) - numpy.log10(x).mean())
         fit = f"{mean['slope']:+.3f} for each tenfold (95 %: {mean['low']:+.3f} to {mean['high']:+.3f})"
-        points.plot(ends, line, color=BESIDE, linewidth=2, label=fit.replace("-", "\N{MINUS SIGN}"))
+        points.plot(ends, line, color=OTHER, linewidth=2, label=fit.replace("-", "\N{MINUS SIGN}"))
         _legend(points)
         (slopes,) = others
         of_layers = {layer: frequency["slopes"][layer] for layer in layers}
@@ -75,7 +75,7 @@ def _load(figure: Any, numbers: Numbers) -> None:
     experts.set(title="Experts per token, by domain", xlabel="experts, mean of tokens")
     if special:
         measured = ("bits", "o", MEASURED, "measured")
-        _dots(others[0], special, [measured, ("shuffled_95", "D", BESIDE, "shuffled domains, 95 % are below")])
+        _dots(others[0], special, [measured, ("shuffled_95", "D", OTHER, "shuffled domains, 95 % are below")])
         others[0].set(title="What an expert tells of the domain", xlabel="mutual information, bits")
         others[0].set_xlim(left=0)
 
@@ -84,11 +84,11 @@ def _balance(figure: Any, numbers: Numbers) -> None:
     layers, ranks = numbers["layers"], numbers["expert_parallel"]
     figure.set_size_inches(15, _height(layers))
     panels = figure.subplots(1, 3, width_ratios=(0.7, 0.7, 1.3))
-    panels[0].axvline(numbers["target"], color=BESIDE, linestyle="--", label=f"target {numbers['target']:.4g}")
+    panels[0].axvline(numbers["target"], color=OTHER, linestyle="--", label=f"target {numbers['target']:.4g}")
     _dots(panels[0], layers, [("sparsity", "o", MEASURED, "layer")])
     panels[0].set(title="Sparsity", xlabel="share of pairs that are off")
     panels[1].axvline(1, color=MUTED, linewidth=1)
-    of_ranks = [("rank_imbalance", "D", BESIDE, f"{ranks} ranks")] * (ranks > 1)
+    of_ranks = [("rank_imbalance", "D", OTHER, f"{ranks} ranks")] * (ranks > 1)
     _dots(panels[1], layers, [("imbalance", "o", MEASURED, "experts"), *of_ranks])
     panels[1].set(title="Largest load over even", xlabel="even = 1")
     for axes in panels[:2]:
@@ -108,7 +108,7 @@ def _neighbours(figure: Any, numbers: Numbers) -> None:
     figure.set_size_inches(12, _height(layers))
     common, union = figure.subplots(1, 2)
     for axes, key in ((common, "common"), (union, "union")):
-        drawn = [(f"{key}_by_chance", "D", BESIDE, "by chance"), (key, "o", MEASURED, "measured")]
+        drawn = [(f"{key}_by_chance", "D", OTHER, "by chance"), (key, "o", MEASURED, "measured")]
         _dots(axes, layers, drawn, interval=(f"{key}_by_chance", key), color="#bbbbbb")
         axes.set_xlim(0, 1.08 * max(max(one[key], one[f"{key}_by_chance"]) for one in layers.values()))
     common.set(title="Experts that the token before has too", xlabel="share of a token's experts")
@@ -120,11 +120,11 @@ def _gates(figure: Any, numbers: Numbers) -> None:
     layers = {layer: one for layer, one in numbers["layers"].items() if one}
     figure.set_size_inches(12, _height(layers))
     sizes, shares = figure.subplots(1, 2)
-    drawn = [("median", "o", MEASURED, "median, 10 % to 90 %"), ("mean", "D", BESIDE, "mean")]
+    drawn = [("median", "o", MEASURED, "median, 10 % to 90 %"), ("mean", "D", OTHER, "mean")]
     _dots(sizes, layers, drawn, interval=("percentile_10", "percentile_90"))
     sizes.set(title="Size of active gates", xlabel="gate")
     sizes.set_xlim(left=0)
-    of_tokens = [("largest_gate", "D", BESIDE, "of all its gates"), ("largest_output", "o", MEASURED, "of the output")]
+    of_tokens = [("largest_gate", "D", OTHER, "of all its gates"), ("largest_output", "o", MEASURED, "of the output")]
     _dots(shares, layers, of_tokens)
     shares.set(title="Share of a token's largest gate", xlabel="mean of tokens with experts", xlim=(0, 1.03))
     shares.xaxis.set_major_formatter("{x:.0%}")
@@ -135,7 +135,7 @@ def _losses(figure: Any, numbers: Numbers) -> None:
     figure.set_size_inches(12, _height(layers))
     means, correlations = figure.subplots(1, 2)
     rows = [row for row in numbers["experts"] if row["tokens"] >= LEAST_TOKENS]
-    drawn = [("own", "o", MEASURED, "of the token"), ("next", "D", BESIDE, "of the next one")]
+    drawn = [("own", "o", MEASURED, "of the token"), ("next", "D", OTHER, "of the next one")]
     for key, mark, color, label in drawn:
         means.plot([row["experts"] for row in rows], [row[key] for row in rows], mark, color=color, label=label)
     means.set(title="Loss by the number of experts", xlabel="experts of all layers", ylabel="nats per token")

@@ -27,7 +27,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """Return the configuration of a family in `FAMILIES`; no code of the folder is run.
 
     Raises:
-        ConversionError: config.json cannot be read, is of another kind of model, or asks for what Megatron lacks.
+        ConversionError: config.json cannot be read, is of another kind of model, or needs what Megatron does not have.
     """
     path = folder / "config.json"
     fields = read_object(path)

@@ -87,7 +87,7 @@ def _compute_lines(
         per_sequence = flops.flops_per_sequence(args)
     except ValueError as error:
         yield f"  FLOPs, time         not known: {error}"
-        yield "                      The memory lacks other layers' activations."
+        yield "                      The memory excludes other layers' activations."
         return
     hours = options.accelerator.hours(sequences * per_sequence, options.gpus, options.utilization)
     duration = f"{hours:,.1f} hours" + (f" ({hours / 24:.1f} days)" if hours > 48 else "")

@@ -48,13 +48,13 @@ def headline(runs: Sequence[Run]) -> str:
     if not known:
         return ""
     dense = [run.name for run in runs if run.figures.routing == "dense" and run.name in known]
-    told = []
+    parts = []
     for name, loss in sorted(known.items(), key=lambda one: one[1]):
-        beside = f", {loss - known[dense[0]]:+.2f} to dense" if len(dense) == 1 and name != dense[0] else ""
-        told.append(f"{name} {loss:.3f}" + beside.replace("-", "−"))
+        difference = f", {loss - known[dense[0]]:+.2f} to dense" if len(dense) == 1 and name != dense[0] else ""
+        parts.append(f"{name} {loss:.3f}" + difference.replace("-", "−"))
     if len({run.figures.last for run in runs}) > 1:
         kind += ", not after the same number of iterations"
-    return f"{'; '.join(told)} ({kind})"
+    return f"{'; '.join(parts)} ({kind})"
 
 
 def summary(runs: Sequence[Run]) -> Table:
@@ -143,14 +143,14 @@ def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
 
 def differences(runs: Sequence[Run]) -> Table:
     """Return the flags that differ between runs; a flag that is off counts as not given."""
-    told = [run for run in runs if run.figures.args]
-    names = sorted({name for run in told for name in run.figures.args if not name.startswith("_")} - LEFT_OUT)
+    parts = [run for run in runs if run.figures.args]
+    names = sorted({name for run in parts for name in run.figures.args if not name.startswith("_")} - LEFT_OUT)
     rows = []
     for name in names:
-        cells = [_flag(run, name) for run in told]
+        cells = [_flag(run, name) for run in parts]
         if len({cell for cell in cells if cell is not None}) > 1:
             rows.append([f"--{name.replace('_', '-')}", *(cell or "" for cell in cells)])
-    return Table("Flags that differ", ["", *(run.name for run in told)], rows)
+    return Table("Flags that differ", ["", *(run.name for run in parts)], rows)
 
 
 def _flag(run: Run, name: str) -> str | None:
