@@ -27,7 +27,7 @@ class Entry:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | single | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | single | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
 
     def run(

@@ -27,9 +27,7 @@ def test_environment(machine: Machine) -> None:
     assert runs.environment(machine)["card"].endswith("(rehearsal)")
 
 
-@pytest.mark.parametrize(
-    ("kernels", "stage"), [("triton", "steady"), pytest.param("", "dense", marks=pytest.mark.bulk)]
-)
+@pytest.mark.parametrize(("kernels", "stage"), [("triton", "steady"), ("", "dense")])
 def test_launch(kernels: str, stage: str, machine: Machine, tmp_path: Path) -> None:
     settings = {"GPU": "h100"}
     case = Case(kernels=kernels, flags=("--num-layers", "2"), settings=settings)

@@ -143,7 +143,7 @@ def python(lines: str, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("on_cpu", [False, pytest.param(True, marks=pytest.mark.bulk)])
+@pytest.mark.parametrize("on_cpu", [False, True])
 def test_a_broken_engine_counts_as_not_installed(on_cpu: bool, tmp_path: Path) -> None:
     engine(tmp_path, "raise RuntimeError('curand shared object not found.\\nand more')")
     assert "curand shared object not found" in python(IMPORT_MEGATRON, tmp_path).stderr, "Megatron bears it by now"

@@ -76,7 +76,7 @@ def trainings(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize(
     ("pattern", "gpt"),
-    [pytest.param("*E*E", [], marks=pytest.mark.bulk), ("*-*E", ["--moe-layer-freq", "([0,1])"])],
+    [("*E*E", []), ("*-*E", ["--moe-layer-freq", "([0,1])"])],
     ids=["MoE layers", "dense and MoE layers"],
 )
 def test_one_training_in_two_classes(pattern: str, gpt: list[str], trainings: Trainings) -> None:

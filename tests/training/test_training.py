@@ -140,7 +140,6 @@ def test_same_flips_in_every_layout(processes: int, layout: str, data: Path, ini
 
 
 DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     [
         ("one process", 1, []),
         ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
-        pytest.param("TP2 SP", 2, TP2, marks=pytest.mark.bulk),
+        ("TP2 SP", 2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
         pytest.param("DP2", 2, [], marks=pytest.mark.bulk),
         pytest.param("DP2 distributed optimizer", 2, DISTRIBUTED, marks=pytest.mark.bulk),
         pytest.param("EP2 bf16", 2, ["--expert-model-parallel-size", "2", "--bf16"], marks=pytest.mark.bulk),

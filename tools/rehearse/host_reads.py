@@ -68,7 +68,7 @@ class Pairs:
         return min(tokens, max(0, round(tokens * self.share * (1 + off))))
 
     def _moved(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the numbers of an even load to Megatron's own dispatchers, which read through this function."""
+        """Wrap the function through which Megatron's own dispatchers read: they get the numbers of an even load."""
         from megatron.training import get_args
 
         def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -59,7 +59,7 @@ def open_model(
     if (place / "config.json").is_file():
         config = read_config(place)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = model_of(config, read_tensors(place, config)).to(where)
+        model = model_of(config, read_tensors(place, config)).to(where)  # type: ignore[arg-type]
         if tokenizer_model is not None:
             tokenizer = read_tokenizer(tokenizer_model, f"--tokenizer-model {tokenizer_model}", config)
         elif (place / "tokenizer_config.json").is_file():
