@@ -143,14 +143,14 @@ def stages(of_runs: Mapping[str, Sequence[Stage]]) -> Table:
 
 def differences(runs: Sequence[Run]) -> Table:
     """Return the flags that differ between runs; a flag that is off counts as not given."""
-    parts = [run for run in runs if run.figures.args]
-    names = sorted({name for run in parts for name in run.figures.args if not name.startswith("_")} - LEFT_OUT)
+    logged = [run for run in runs if run.figures.args]
+    names = sorted({name for run in logged for name in run.figures.args if not name.startswith("_")} - LEFT_OUT)
     rows = []
     for name in names:
-        cells = [_flag(run, name) for run in parts]
+        cells = [_flag(run, name) for run in logged]
         if len({cell for cell in cells if cell is not None}) > 1:
             rows.append([f"--{name.replace('_', '-')}", *(cell or "" for cell in cells)])
-    return Table("Flags that differ", ["", *(run.name for run in parts)], rows)
+    return Table("Flags that differ", ["", *(run.name for run in logged)], rows)
 
 
 def _flag(run: Run, name: str) -> str | None:
