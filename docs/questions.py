@@ -4,6 +4,7 @@ Train and evaluate what is missing, write docs/questions/figures.json and print 
 seeds take about an hour.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -165,12 +166,14 @@ def show(found: dict[str, dict[int, dict[str, Any]]]) -> None:
 
 def main() -> None:
     """Do what is missing, write the figures and print the tables."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/questions").resolve()
-    seeds = list(map(int, sys.argv[2:])) or [1, 2, 3]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default="runs/questions")
+    parser.add_argument("seeds", metavar="SEED", nargs="*", type=int, default=[1, 2, 3])
+    given = parser.parse_args()
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TRAININGS}
     for name in TRAININGS:
-        for seed in seeds:
-            found[name][seed] = figures(train(folder, name, seed))
+        for seed in given.seeds:
+            found[name][seed] = figures(train(given.folder.resolve(), name, seed))
     write_json(ROOT / "docs" / "questions" / "figures.json", found)
     show(found)
 
