@@ -27,27 +27,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Minutes each, in a process of their own: begun first, none of them is left when the other processes are done.
+# Minutes each: begun first, none of them is left when the other test processes are done.
 LONG = """
-test_rehearse test_sweep_training test_quickstart test_training test_parity test_conversion test_from_hf test_shapes
+test_rehearse test_static_checks test_sweep_training test_quickstart test_training test_parity test_conversion
+test_from_hf test_shapes
 """.split()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("remoe")
     group.addoption("--update-golden", action="store_true", help="renew the committed figures of tests/golden")
-    told = "train every layout in every variant in FOLDER, and write the table of docs/parallelism.md"
-    group.addoption("--parity-tables", type=Path, metavar="FOLDER", help=told)
-    told = "with -m gpu: write the figures of each test to FOLDER, and leave out tests whose figures are there"
-    group.addoption("--gpu-report", type=Path, metavar="FOLDER", help=told)
+    text = "train every layout in every variant in FOLDER, and write the table of docs/parallelism.md"
+    group.addoption("--parity-tables", type=Path, metavar="FOLDER", help=text)
+    text = "with -m gpu: write the figures of each test to FOLDER, and leave out tests whose figures are there"
+    group.addoption("--gpu-report", type=Path, metavar="FOLDER", help=text)
 
 
 # Folders and files that take seconds: what `scripts/test.sh --fast` runs. All others start trainings or tools.
 FAST = """
 data kernels/test_plan.py kernels/test_rows.py kernels/test_swiglu.py local/test_grouped_swiglu.py local/test_order.py
 moe/test_moe_layer.py moe/test_bounded_memory.py moe/test_host_syncs.py preflight/test_codes.py
-preflight/test_messages.py routing scripts/test_launch_commands.py test_rooms.py tools/test_sweep_logs.py
-training/test_arguments.py
+preflight/test_messages.py routing scripts/test_launch_commands.py test_rooms.py test_static_checks.py
+tools/test_sweep_logs.py training/test_arguments.py
 """.split()
 
 
