@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from megatron.remoe import cpu
 from megatron.remoe.cpu import matmul
 from megatron.remoe.cpu.collectives import with_padding
 from megatron.remoe.cpu.flags import CPU_VALUES, adapt_arguments
+from tests.trainings import in_another_process
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator is in use: the CPU part is inactive")
 
@@ -39,6 +41,11 @@ def test_torch_stays_what_it_is_outside_megatron() -> None:
         )
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(2, device="cuda")
+
+
+def test_no_kernels_for_gpus_are_imported(tmp_path: Path) -> None:
+    lines = "import sys, megatron.training; print('fla' in sys.modules); import fla; print(fla.__name__)"
+    assert in_another_process(lines, tmp_path).split() == ["False", "fla"]
 
 
 def arguments(**changes: object) -> argparse.Namespace:

@@ -20,7 +20,7 @@ FORBIDDEN = ("Traceback", "EOFError", "[y/N]", "Segmentation fault")
 
 def training(folder: Path, name: str, *more: str, steps: int = STEPS, saves: int = 2) -> list[str]:
     """Return the flags of a training of `folder/text` that saves to and resumes from `folder/name`."""
-    flags = f"--save-interval {saves} --train-iters {steps} --lr-decay-iters {steps}".split()
+    flags = f"--num-workers 2 --save-interval {saves} --train-iters {steps} --lr-decay-iters {steps}".split()
     places = ["--data-path", str(folder / "text"), "--save", str(folder / name), "--load", str(folder / name)]
     return [*TINY, *RELU, *places, *flags, *more]
 

@@ -39,7 +39,7 @@ class Case:
 
 def plain(flags: str = "", prefix: str = "text") -> Arguments:
     """A training on a data set; words in braces are files of the user's."""
-    return lambda user: [*TINY, "--num-workers", "0", "--data-path", user[prefix], *user.filled(flags.split())]
+    return lambda user: [*TINY, "--data-path", user[prefix], *user.filled(flags.split())]
 
 
 def on(prefix: str, flags: str = "") -> Arguments:

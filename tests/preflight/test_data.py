@@ -28,7 +28,7 @@ def prefix(data: Path, tmp_path: Path) -> Path:
 
 
 def losses(prefix: Path, *more: str) -> tuple[list[float], str]:
-    output = run([*TINY, "--num-workers", "0", "--train-iters", "2", "--data-path", str(prefix), *more])
+    output = run([*TINY, "--train-iters", "2", "--data-path", str(prefix), *more])
     return series(output, "lm loss"), output
 
 
@@ -85,7 +85,7 @@ def test_loading_unchecked_is_refused(prefix: Path, tmp_path: Path) -> None:
     losses(prefix, *cache)
     (cached,) = (tmp_path / "cache").glob("*-train-shuffle_index.npy")
     os.truncate(cached, 100)
-    arguments = [*TINY, "--num-workers", "0", "--data-path", str(prefix), *cache, "--dataloader-fast-cache-load"]
+    arguments = [*TINY, "--data-path", str(prefix), *cache, "--dataloader-fast-cache-load"]
     output = run(arguments, expect=2)
     assert str(cached) in output and "Traceback" not in output and cached.exists()
 

@@ -21,6 +21,7 @@ from tests.trainings import REPOSITORY, TINY, records, run, series, start, weigh
 
 ENDS_WITHIN = 60.0  # seconds, as docs/checkpoints.md says: torchrun waits 30 for the others, and then kills them
 END = 8
+LOADERS = ["--num-workers", "2"]  # the default: a rank that ends takes them with it
 
 
 def last_words(output: str) -> str:
@@ -40,7 +41,7 @@ def last_words(output: str) -> str:
 def test_a_rank_that_dies_ends_the_others(layout: list[str], victim: int, data: Path, tmp_path: Path) -> None:
     """SIGKILL, as the kernel sends it where memory is short; the others save at SIGTERM, as under scripts/."""
     saving = ["--save", str(tmp_path / "checkpoints"), "--save-interval", "100000", "--exit-signal-handler"]
-    arguments = [*TINY, *RELU, *layout, *saving, "--data-path", str(data), "--train-iters", "100000"]
+    arguments = [*TINY, *RELU, *LOADERS, *layout, *saving, "--data-path", str(data), "--train-iters", "100000"]
     process, lines, died = start(arguments, 2, PYTHONUNBUFFERED="1"), [], 0.0
     assert process.stdout is not None
     for line in process.stdout:
@@ -71,7 +72,7 @@ def command(process: psutil.Process, folder: Path) -> str:
 
 def saving(data: Path, folder: Path, *more: str) -> list[str]:
     flags = ["--save", str(folder), "--load", str(folder), "--save-interval", "2", "--train-iters", str(END)]
-    return [*TINY, *RELU, "--data-path", str(data), *flags, *more]
+    return [*TINY, *RELU, *LOADERS, "--data-path", str(data), *flags, *more]
 
 
 @pytest.fixture(scope="module")

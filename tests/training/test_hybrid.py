@@ -27,7 +27,7 @@ from tools.convert_checkpoint.command import parse_arguments
 from tools.convert_checkpoint.model_class import convert_class
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
-RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3", "--num-workers", "0"]
+RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]
 SAVED, END = 4, 8
 
 
@@ -103,8 +103,8 @@ WITH = {  # what layers can do, and other routings
         *"--recompute-granularity selective --recompute-modules moe --moe-relu-activation-limit 1".split(),
     ],
     "Megatron's layers in bf16": [*RUN, "--no-local-layer-fusion", "--bf16"],
-    "top-k": [*TOPK, "--num-workers", "0"],
-    "dense": ["--num-workers", "0"],
+    "top-k": TOPK,
+    "dense": [],
 }
 
 

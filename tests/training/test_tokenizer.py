@@ -119,7 +119,7 @@ def test_training_with_a_hugging_face_tokenizer(tmp_path) -> None:
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer")]
     source = ["--input", str(tmp_path / "text.jsonl"), "--output-prefix", str(tmp_path / "out"), "--append-eod"]
     assert preprocess_data.main([*source, *tokenizer, "--workers", "1"]) == 0
-    flags = [*TINY, *RELU, "--num-workers", "0", *tokenizer, "--data-path", str(tmp_path / "out_text_document")]
+    flags = [*TINY, *RELU, *tokenizer, "--data-path", str(tmp_path / "out_text_document")]
     del flags[flags.index("--vocab-size") : flags.index("--vocab-size") + 2]
     losses = series(run(flags), "lm loss")
     assert len(losses) == 8 and losses[0] > losses[-1] and abs(losses[0] - math.log(1152)) < 0.5

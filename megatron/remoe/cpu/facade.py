@@ -22,6 +22,8 @@ FACTORIES = tuple(
     "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand randint randn randperm tensor "
     "zeros zeros_like".split()
 )
+# Megatron 0.19 imports flash-linear-attention here if it is installed. Its kernels need a GPU, and it takes a second.
+IMPORTS_FLA = "megatron.core.ssm.gated_delta_net.common"
 MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 TENSOR_TYPES = {
     "ByteTensor": torch.uint8,
@@ -160,7 +162,12 @@ class _FacadeFinder(importlib.abc.MetaPathFinder):
         run = spec.loader.exec_module
 
         def run_and_replace(module: types.ModuleType) -> None:
+            hides = fullname == IMPORTS_FLA and "fla" not in sys.modules
+            if hides:
+                sys.modules["fla"] = None  # type: ignore[assignment]
             run(module)
+            if hides:
+                del sys.modules["fla"]
             replace_torch(module, self.facade)
 
         spec.loader.exec_module = run_and_replace  # type: ignore[method-assign]
