@@ -123,13 +123,13 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all three")
-    told = f"{'; '.join(VARIANTS)} (default: all)"
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=told)
+    text = f"{'; '.join(VARIANTS)} (default: all)"
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=text)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant (default 3)")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (default 6)")
     parser.add_argument("--output", type=Path, default=default_output("step"))
-    told = "measure memory, for these numbers of experts (default: 8 64 128)"
-    parser.add_argument("--memory", type=int, nargs="*", metavar="E", help=told)
+    text = "measure memory, for these numbers of experts (default: 8 64 128)"
+    parser.add_argument("--memory", type=int, nargs="*", metavar="E", help=text)
     parser.add_argument("more", nargs="*", help="more of Megatron's flags, after --")
     options = parser.parse_args()
     if options.memory is not None:

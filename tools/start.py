@@ -1,5 +1,6 @@
 """Start a tool: `python tools/NAME` in a clone, `remoe COMMAND` from an installed package."""
 
+import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,14 @@ COMMANDS = {
     "export": ("export_hf", "write a model for transformers, or read one"),
 }
 BUILDS_ON_CPU = ("export_hf", "convert_checkpoint")  # also where there is an accelerator
-IMPORT_TORCH = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze", "rehearse")
+IMPORT_TORCH = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze")
 
 
 def start(tool: str, arguments: Sequence[str]) -> int:
     """Run a tool and return its exit code; name the Python to use if a package is missing."""
     if sys.version_info < (3, 12):  # noqa: UP036 - older ones are started by mistake
         return _refuse(f"is Python {sys.version.split()[0]}, and 3.12 or newer is needed")
+    gc.disable()  # what imports make stays, and looking for garbage among it takes an eighth of the start
     try:
         module = f"{__package__}.{tool}"
         if tool in IMPORT_TORCH:
@@ -34,6 +36,7 @@ def start(tool: str, arguments: Sequence[str]) -> int:
         if tool in BUILDS_ON_CPU:
             importlib.import_module(f"{__package__}.common.on_cpu").megatron_on_cpu()
         main = importlib.import_module(module if tool.endswith("_data") else f"{module}.command").main
+        gc.enable()
         return int(main(arguments) or 0)
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] in ("megatron", "tools"):

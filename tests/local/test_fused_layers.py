@@ -158,12 +158,12 @@ def test_other_experts_stay_megatrons(changes: dict[str, Any]) -> None:
 
 @needs_groups
 @pytest.mark.parametrize(
-    ("rank", "changes", "told"),
+    ("rank", "changes", "expected"),
     [("0", {}, "expert FFN size 12 on a rank is not a multiple of 8"), ("0", {"moe_ffn_hidden_size": 16}, None)],
     ids=["refused", "taken"],
 )
 def test_sizes_that_the_kernel_refuses_are_told_once(
-    rank: str, changes: dict[str, Any], told: str | None, monkeypatch: pytest.MonkeyPatch
+    rank: str, changes: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the model is the same on every GPU: what its checkpoints hold follows from the flags alone."""
     monkeypatch.setenv("RANK", rank)
@@ -174,7 +174,7 @@ def test_sizes_that_the_kernel_refuses_are_told_once(
         layers = [make_layer(config, fused=True) for _ in range(2)]
     assert all(isinstance(layer.experts, GroupedExperts) for layer in layers)
     found = [str(warning.message) for warning in warned if "kernel" in str(warning.message)]
-    assert len(found) == (told is not None) and all(text.startswith(str(told)) for text in found)
+    assert len(found) == (expected is not None) and all(text.startswith(str(expected)) for text in found)
 
 
 def test_norms_refuse_weights_centered_at_zero() -> None:

@@ -78,13 +78,13 @@ def test_epochs(given: str, weights: list[float], data: Path) -> None:
     """Of 100 steps of 512 sequences of 64 tokens; these few documents have another split than the paper's."""
     flags = ["--", "--seq-length", "64", "--max-position-embeddings", "64"]
     output = dry_run("182m_dense", "8", "100", "16", *flags, DATA_PATH=given.format(data))
-    told = re.search(r"Data: .* in \d data sets?; ([0-9.e+]+)(?: to ([0-9.e+]+))? epochs", output)
+    found = re.search(r"Data: .* in \d data sets?; ([0-9.e+]+)(?: to ([0-9.e+]+))? epochs", output)
     split = re.findall(r"--split (\d+),(\d+),(\d+)", output)[-1]
     share = int(split[0]) / sum(map(int, split))
     tokens = share * data.with_suffix(".bin").stat().st_size / 2  # uint16
-    assert told is not None and share < 0.969
+    assert found is not None and share < 0.969
     epochs = [100 * 512 * 64 * weight / tokens for weight in weights]
-    assert [float(number) for number in told.groups() if number] == pytest.approx(epochs, rel=0.01)
+    assert [float(number) for number in found.groups() if number] == pytest.approx(epochs, rel=0.01)
 
 
 def test_cost_refuses_a_layout_that_megatron_refuses() -> None:

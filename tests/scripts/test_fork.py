@@ -35,8 +35,8 @@ def of_our_scripts() -> Flags:
 
 def cell(flags: Flags, flag: str, routing: str) -> str:
     values = [flags[f"{size}_{routing}"].get(flag) for size in SIZES]
-    told = ["not given" if value is None else value or "given" for value in values]
-    return told[0] if len(set(told)) == 1 else " / ".join(told)
+    given = ["not given" if value is None else value or "given" for value in values]
+    return given[0] if len(set(given)) == 1 else " / ".join(given)
 
 
 def equal(one: str, other: str) -> bool:
@@ -49,7 +49,7 @@ def equal(one: str, other: str) -> bool:
 def test_the_page_has_every_flag() -> None:
     page, fork, ours = (REPOSITORY / "docs" / "fork.md").read_text(), of_the_fork(), of_our_scripts()
     rows = re.findall(r"^\| (`--.+`) \| (.+) \| (.+) \| (.+) \| (.+) \|$", page, re.MULTILINE)
-    told = {
+    given = {
         (flag, scripts): (theirs, here)
         for flags, scripts, theirs, here, _ in rows
         for flag in re.findall(r"`(--[\w-]+)`", flags)
@@ -62,7 +62,7 @@ def test_the_page_has_every_flag() -> None:
             continue
         (pair,) = set(different.values())
         expected[flag, "all" if len(different) == len(ROUTINGS) else ", ".join(different)] = pair
-    assert told == expected
+    assert given == expected
 
 
 def test_takes_the_forks_command_line(tmp_path: Path) -> None:

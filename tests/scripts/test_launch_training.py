@@ -41,11 +41,11 @@ def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
     }
     # What a dry run tells of their number and size is what was written.
     output = dry_run("182m_remoe", "1", "4", "2", "--", *FLAGS, **environment)
-    told = re.search(r"Checkpoints: (\d+) of (\S+) GB, (\S+) GB in all, one every 2 iterations", output)
-    assert told is not None, output
+    found = re.search(r"Checkpoints: (\d+) of (\S+) GB, (\S+) GB in all, one every 2 iterations", output)
+    assert found is not None, output
     saved = list((folder / "run" / "checkpoints").glob("iter_*"))
     size = sum(path.stat().st_size for path in saved[0].iterdir()) / 1e9
-    assert int(told[1]) == len(saved) == 2 and float(told[2]) == pytest.approx(size, rel=0.1, abs=0.05), size
+    assert int(found[1]) == len(saved) == 2 and float(found[2]) == pytest.approx(size, rel=0.1, abs=0.05), size
 
 
 RUN = """

@@ -59,8 +59,8 @@ def evaluated(iteration: int, where: str, loss: float) -> str:
 
 def line(iteration: int, seconds: float = 0.1, **more: object) -> dict[str, object]:
     """A record of metrics.jsonl at a log interval; 4 sequences a step."""
-    told = {"consumed_samples": 4 * iteration, "seconds_per_iteration": seconds, "global_batch_size": 4}
-    return {"kind": "log", "iteration": iteration} | told | more
+    step = {"consumed_samples": 4 * iteration, "seconds_per_iteration": seconds, "global_batch_size": 4}
+    return {"kind": "log", "iteration": iteration} | step | more
 
 
 def final(iteration: int, loss: float, **more: object) -> dict[str, object]:

@@ -124,7 +124,7 @@ def test_what_cannot_be_played_is_no_verdict(
 ) -> None:
     """A training that starts on GPUs is not said to fail because the rehearsal cannot play it."""
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: None)  # as without Transformer Engine
-    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(command.build, "about_torch", lambda: {"cuda": None, "__version__": "2.15.0+cpu"})
     assert command.main(["--", *flags]) == 1
     printed = capsys.readouterr()
     assert remedy in printed.err.replace("\n", " ") and "DOES NOT START" not in printed.out

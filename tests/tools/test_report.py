@@ -80,8 +80,8 @@ def test_metrics_and_the_printed_log_hold_the_same(trained: Path, other: Path) -
     ]
     assert [(each.iteration, each.final) for each in metrics.evaluations[""]] == [(4, False), (8, False), (8, True)]
     assert metrics.done and printed.done and metrics.target == printed.target == 0.875
-    told = re.search(r"number of parameters on .*: (\d+)", (trained / "train.log").read_text())
-    assert told is not None and metrics.parameters == printed.parameters == int(told[1])
+    found = re.search(r"number of parameters on .*: (\d+)", (trained / "train.log").read_text())
+    assert found is not None and metrics.parameters == printed.parameters == int(found[1])
     later = (
         "attention_output_gate",
         "experimental_attention_variant",
@@ -169,11 +169,11 @@ def test_looks_right_in_a_browser(
         zoomed_by_dragging = tab.evaluate("figures().map(figure => figure.toolbar.gestures.pan.active != null)")
         assert len(zoomed_by_dragging) > 8 and set(zoomed_by_dragging) == {not touch}
         shown = "figures()[0].renderers.filter(glyphs => glyphs.visible && glyphs.name).length"
-        told = "figures()[0].toolbar.tools.find(tool => tool.tags.length).tooltips.includes('older')"
+        tooltip = "figures()[0].toolbar.tools.find(tool => tool.tags.length).tooltips.includes('older')"
         before = tab.evaluate(shown)
-        assert tab.evaluate(told)
+        assert tab.evaluate(tooltip)
         tab.get_by_label("older").uncheck()
-        assert tab.evaluate(shown) == before / 2 and not tab.evaluate(told)
+        assert tab.evaluate(shown) == before / 2 and not tab.evaluate(tooltip)
         assert tab.locator("[data-only=older]").count() == 0  # the printed log has no load of the experts
         tab.get_by_label("remoe").uncheck()
         assert tab.locator("[data-only=remoe]").is_hidden()
@@ -262,5 +262,5 @@ def test_a_run_that_has_not_logged_yet(tmp_path: Path, trained: Path) -> None:
     assert main([str(tmp_path)]) == 0
     assert "<td>0 of 8</td>" in (tmp_path / "report.html").read_text()
     assert RunFigures().target is None and not RunFigures().done
-    told = {"train_iters": 25, "log_interval": 10}
-    assert RunFigures(told, last=20).done and not RunFigures(told, last=10).done
+    args = {"train_iters": 25, "log_interval": 10}
+    assert RunFigures(args, last=20).done and not RunFigures(args, last=10).done

@@ -139,8 +139,8 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
     assert {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")} == before
 
     _, errors = sweep(*experts, "--train-iters", "40", "--", *FLAGS, "--lr", "1e-3", code=2, **environment)
-    told = f"--lr was 5e-4 and is now 1e-3; --train-iters was {ITERATIONS} and is now 40"
-    assert f"llama_182m_moe_e8g1_warmup: {told}" in errors and "another --output-dir" in errors
+    changed = f"--lr was 5e-4 and is now 1e-3; --train-iters was {ITERATIONS} and is now 40"
+    assert f"llama_182m_moe_e8g1_warmup: {changed}" in errors and "another --output-dir" in errors
     assert {path: path.stat().st_mtime_ns for path in output_dir.glob("llama*/**/*")} == before
 
 

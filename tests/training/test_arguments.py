@@ -155,14 +155,14 @@ def test_flags_of_the_fork_are_taken_and_what_it_ignores_is_told_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    told = []
+    ignored = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         args = parse(flags)
         assert args.moe_router_load_balancing_type == "none"
         assert not args.moe_aux_loss_coeff and not args.moe_router_pre_softmax
-        told.append([line for line in capsys.readouterr().err.splitlines() if "ignored" in line])
-    assert told[1] == [] and len(told[0]) == 1 and all(words in told[0][0] for words in expected)
+        ignored.append([line for line in capsys.readouterr().err.splitlines() if "ignored" in line])
+    assert ignored[1] == [] and len(ignored[0]) == 1 and all(words in ignored[0][0] for words in expected)
 
 
 def test_a_z_loss_is_used_and_said(parse: Parse, capsys: pytest.CaptureFixture[str]) -> None:

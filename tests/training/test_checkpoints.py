@@ -57,8 +57,8 @@ def test_goes_back_to_the_newest_whole_checkpoint(
     assert chosen(saved.root) is None, "whole: Megatron's own choice stands"
     spoil(saved[6])
     assert chosen(saved.root) == 4
-    told = capsys.readouterr().err
-    assert str(saved[6]) in told and "iteration 4" in told
+    printed = capsys.readouterr().err
+    assert str(saved[6]) in printed and "iteration 4" in printed
     with pytest.raises(BrokenCheckpointError, match="--ckpt-step 6: .* 4 is whole") as refused:
         chosen(saved.root, step=6)
     assert refused.value.code == "REMOE-E402"
@@ -195,15 +195,15 @@ def test_what_is_saved_is_on_the_disk_before_it_is_reported(data: Path, tmp_path
         "def watched(number):\n"
         "    write(os.readlink(f'/proc/self/fd/{number}'), file=seen)\n"
         "    fsync(number)\n"
-        "def told(*words, **options):\n"
-        "    if 'successfully saved' in str(words): write('told', file=seen)\n"
+        "def printed(*words, **options):\n"
+        "    if 'successfully saved' in str(words): write('printed', file=seen)\n"
         "    write(*words, **options)\n"
-        "os.fsync, builtins.print = watched, told\n"
+        "os.fsync, builtins.print = watched, printed\n"
         f"runpy.run_path({str(ENTRY)!r}, run_name='__main__')\n"
     )
     run([str(seen), *training(data, folder, "--exit-interval", "2")], script=watch)
     events = seen.read_text().splitlines()
-    before = events[: events.index("told")]
+    before = events[: events.index("printed")]
     for path in (*(folder / "iter_0000002").iterdir(), folder / "iter_0000002", folder):
         assert any(event == str(path) or event.endswith(f"-{path.name}") for event in before), path
     assert before[-2].endswith(f"-{TRACKER}") and before[-1] == str(folder)

@@ -65,8 +65,8 @@ def assert_log_tells_what_is_printed(folder: Path, output: str) -> None:
             load = [share for row in line["tokens_per_expert"].values() for share in row]
             assert 1 - sum(load) / len(load) == pytest.approx(float(fields["sparsity"]), abs=1e-4)
     flips = {record["iteration"]: record["rate"] for record in logged(folder, "flips")}
-    told = {iteration: float(fields["flip rate"]) for iteration, fields in printed.items() if "flip rate" in fields}
-    assert flips == pytest.approx(told, abs=1e-6)
+    rates = {iteration: float(fields["flip rate"]) for iteration, fields in printed.items() if "flip rate" in fields}
+    assert flips == pytest.approx(rates, abs=1e-6)
 
 
 def summary(output: str) -> str:

@@ -23,13 +23,13 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     add("--gpus", type=int, default=8, metavar="N", help="of the whole training (default: 8)")
     add("--gpus-per-node", type=int, metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
     add("--gpu", choices=CARDS, default="h100", help="the GPU to simulate (default: h100)")
-    told = "simulate only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
-    add("--rank", type=int, metavar="R", help=told)
-    told = "rehearse only this stage of ReMoE's training (default: all, in order; launches and times are the last's)"
-    add("--stage", choices=("dense", "way", "steady"), help=told)
-    told = "for the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
-    told += "smallest, latency, network_latency, frame, launch (microseconds)"
-    add("--rate", action="append", default=[], metavar="NAME=VALUE", help=told)
+    text = "simulate only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
+    add("--rank", type=int, metavar="R", help=text)
+    text = "rehearse only this stage of ReMoE's training (default: all, in order; launches and times are the last's)"
+    add("--stage", choices=("dense", "way", "steady"), help=text)
+    text = "for the model of time: products, grouped, attention (TFLOP/s), bandwidth (TB/s), link, network (GB/s), "
+    text += "smallest, latency, network_latency, frame, launch (microseconds)"
+    add("--rate", action="append", default=[], metavar="NAME=VALUE", help=text)
     add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     add("--log", type=Path, metavar="FILE", help="keep the output of rank R in FILE.rankR")
     own, flags = split(arguments)

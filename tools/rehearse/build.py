@@ -4,14 +4,14 @@ import hashlib
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from ..common.errors import ToolError
 from .cards import CARDS, CONTEXT
@@ -61,20 +61,29 @@ ANSWERS = {
 TRITON = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "driver.c"
 
 
+def about_torch() -> dict[str, Any]:
+    """Return what PyTorch's version.py says, and its path as "__file__". Importing PyTorch would take two seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(name="torch")
+    return runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+
+
 def libraries() -> list[Path]:
     """Return the libraries to preload; build them if there are none of these sources and this torch.
 
     Raises:
         ToolError: torch is not built for CUDA, or headers or a compiler are missing; the message says what to install.
     """
-    if torch.version.cuda is None:
+    torch = about_torch()
+    if torch["cuda"] is None:
         raise ToolError(
             "A rehearsal needs PyTorch built for CUDA, as PyPI has it for Linux, and here is "
-            f"{torch.__version__}, for CPUs alone. Install it in another environment (pip install torch), and name "
+            f"{torch['__version__']}, for CPUs alone. Install it in another environment (pip install torch), and name "
             "that: PYTHON=/path/to/python."
         )
     sources = [*sorted(FOLDER.iterdir()), Path(__file__), *[TRITON] * TRITON.exists()]
-    digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in sources))
+    digest = hashlib.sha256(torch["__version__"].encode() + b"".join(path.read_bytes() for path in sources))
     folder = cache() / f"rehearsal-{digest.hexdigest()[:16]}"
     if not (folder / NAME).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +151,7 @@ def _include_folders() -> list[Path]:
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     found = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
     needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
-    version = ".".join(str(torch.version.cuda).split(".")[:2])
+    version = ".".join(about_torch()["cuda"].split(".")[:2])
     missing = [name for file, name in needed.items() if not any((path / file).exists() for path in found)]
     if missing:
         words = " ".join(f"'{name}=={version}.*'" for name in missing)
@@ -152,7 +161,7 @@ def _include_folders() -> list[Path]:
 
 def _unanswered() -> str:
     """Return C++ for every symbol that PyTorch and Triton ask for and no source here defines."""
-    major, minor = map(int, str(torch.version.cuda).split(".")[:2])
+    major, minor = map(int, about_torch()["cuda"].split(".")[:2])
     bodies = dict.fromkeys(_imported() - REAL, "() { return 0; }")
     bodies |= {name: body for body, names in ANSWERS.items() for name in names.split()}
     answered = {name for path in SOURCES for name in re.findall(r"^ANSWER\(.+?\)\s*(\w+)\(", path.read_text(), re.M)}
@@ -166,7 +175,7 @@ def _unanswered() -> str:
 def _imported() -> set[str]:
     """Return the symbols of CUDA's family that PyTorch's libraries and Triton need from other libraries."""
     names = set(re.findall(r"\bcu[A-Z]\w*(?=\()", TRITON.read_text())) if TRITON.exists() else set()
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("*.so")):
+    for path in sorted((Path(about_torch()["__file__"]).parent / "lib").glob("*.so")):
         command = ["nm", "-D", "--undefined-only", "--without-symbol-versions", str(path)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:

@@ -88,11 +88,11 @@ def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folde
     record, log = folder / f"rank{rank}.json", folder / f"rank{rank}.log"
     if options.log is not None:
         log = options.log.with_name(f"{options.log.name}.rank{rank}")
-    told = {"rank": rank, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
-    told |= {"shares": shares, "steps": steps, "rates": options.rates, "data": data_of(flags)}
+    request = {"rank": rank, "world": options.gpus, "gpus_per_node": options.gpus_per_node, "record": str(record)}
+    request |= {"shares": shares, "steps": steps, "rates": options.rates, "data": data_of(flags)}
     environment = os.environ | build.environment_of(options.gpu, options.gpus_per_node)
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [sys.executable, str(Path(__file__).with_name("rank_entry.py")), json.dumps(told)]
+    command = [sys.executable, str(Path(__file__).with_name("rank_entry.py")), json.dumps(request)]
     process = subprocess.Popen(
         [*command, *rehearsed(flags, len(steps))], env=environment, cwd=ROOT, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",

@@ -105,20 +105,20 @@ class Roofline(TorchDispatchMode):
 
         def launch_metadata(kernel: Any, grid: Any, stream: Any, *values: Any) -> Any:
             arguments = dict(zip(kernel.src.fn.arg_names, values, strict=True))
-            told = kernel.src.fn.launch_metadata
-            self._add_triton(kernel, told(grid, kernel.metadata, arguments) if told else {}, arguments)
+            work_of = kernel.src.fn.launch_metadata
+            self._add_triton(kernel, work_of(grid, kernel.metadata, arguments) if work_of else {}, arguments)
             return real(kernel, grid, stream, *values)
 
         return launch_metadata
 
-    def _add_triton(self, kernel: Any, told: dict[str, Any], arguments: dict[str, Any]) -> None:
+    def _add_triton(self, kernel: Any, given: dict[str, Any], arguments: dict[str, Any]) -> None:
         name, tensors = kernel.src.fn.__name__, [value for value in arguments.values() if torch.is_tensor(value)]
-        if "bytes" not in told and name not in ONE_PASS:
+        if "bytes" not in given and name not in ONE_PASS:
             self.guessed.add(name)
         module = kernel.src.fn.__module__.rpartition(".")[2]
         part = TRITON_PARTS.get(module) or self._part(name, False, tensors)
-        moved = told.get("bytes", sum(map(_size, tensors))) * (self._filled if module in ("rows", "swiglu") else 1.0)
-        self._add(part, moved, told.get("flops", 0.0), "products")
+        moved = given.get("bytes", sum(map(_size, tensors))) * (self._filled if module in ("rows", "swiglu") else 1.0)
+        self._add(part, moved, given.get("flops", 0.0), "products")
 
     def _add_engine(self, name: str, tensors: list[torch.Tensor], moved: float, flops: float, rate: str) -> None:
         self._add(self._part(rate if flops else name, bool(flops), tensors), moved, flops, rate)

@@ -71,7 +71,7 @@ def overlay(
     plot = new_figure(x_range, unit or title, **settings)
     if axis:
         plot.yaxis.formatter = PrintfTickFormatter(format=axis)
-    told: list[tuple[str, str, Drawn]] = []
+    hovered: list[tuple[str, str, Drawn]] = []
     for run, (color, dash) in zip(runs, looks(run.figures.routing for run in runs), strict=True):
         drawn, style = drawn_of(run.figures), {"color": color, "name": run.name}
         if drawn.layers:
@@ -92,26 +92,26 @@ def overlay(
             values = as_float32(points.values)
             plot.scatter(points.iterations, values, marker=marker, line_color=RIM, **style, **size)
         if len(drawn.curve.values):
-            told.append((run.name, color, drawn))
+            hovered.append((run.name, color, drawn))
     for level in {level for run in runs if (level := level_of(run.figures))}:
         plot.add_layout(Span(location=level, dimension="width", line_dash="dashed", line_color=RIM))
-    if told:
-        _add_tooltip(plot, unit or title, form, told)
+    if hovered:
+        _add_tooltip(plot, unit or title, form, hovered)
     if plot.renderers:
         yield Panel(title, note, plot)
 
 
-def _add_tooltip(plot: figure, unit: str, form: str, told: Sequence[tuple[str, str, Drawn]]) -> None:
+def _add_tooltip(plot: figure, unit: str, form: str, hovered: Sequence[tuple[str, str, Drawn]]) -> None:
     """Add one tooltip for all runs, on an invisible line: several would cover each other."""
-    iterations = np.unique(np.concatenate([thin(drawn.curve, HOVERED).iterations for _, _, drawn in told]))
+    iterations = np.unique(np.concatenate([thin(drawn.curve, HOVERED).iterations for _, _, drawn in hovered]))
     if len(iterations) > HOVERED:
         iterations = iterations[np.linspace(0, len(iterations) - 1, HOVERED).astype(int)]
-    values = np.array([_values_at(drawn.curve, iterations) for _, _, drawn in told])
+    values = np.array([_values_at(drawn.curve, iterations) for _, _, drawn in hovered])
     some = np.isfinite(values)
     means = np.where(some, values / some.sum(axis=0).clip(min=1), 0.0).sum(axis=0)
     source: dict[str, Any] = {"x": iterations, "y": as_float32(means)}
     rows = [("", f"<div>iteration <b>@x{{0,0}}</b> · {_plain(unit)}</div>")]
-    for number, (name, color, drawn) in enumerate(told):
+    for number, (name, color, drawn) in enumerate(hovered):
         texts = ["" if math.isnan(value) else f"{value:{form}}" for value in values[number]]
         if drawn.layers:
             by_layer = {layer: _values_at(curve, iterations) for layer, curve in drawn.layers.items()}

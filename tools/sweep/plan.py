@@ -141,15 +141,15 @@ class Run:
     def flags(self, given: Settings) -> list[str]:
         """Return the flags that the run adds to the launch script's and to those `given` for all runs."""
         lr, min_lr = (float(given.get(flag, default)[0]) * self.value for flag, default in RATES.items())
-        told = {"lr": f"{lr:g}", "min_lr": f"{min_lr:g}", "value": f"{self.value:g}"}
-        told["warmup_topk"] = str((self.experts or 0) * 6 // 8)
+        filled = {"lr": f"{lr:g}", "min_lr": f"{min_lr:g}", "value": f"{self.value:g}"}
+        filled["warmup_topk"] = str((self.experts or 0) * 6 // 8)
         flags = [PROTOCOLS[self.kind].flags] if self.kind in PROTOCOLS else []
         flags += [AXES[self.axis].flags] if self.axis else []
         if self.expansion > 1 and "--ffn-hidden-size" in given:
             flags += [f"--ffn-hidden-size {int(given['--ffn-hidden-size'][0]) * self.expansion}"]
         if self.routing == "dense" and "--hybrid-layer-pattern" in given:
             flags += [f"--hybrid-layer-pattern {given['--hybrid-layer-pattern'][0].replace('E', '-')}"]
-        return " ".join(flags).format(**told).split()
+        return " ".join(flags).format(**filled).split()
 
     @classmethod
     def from_name(cls, name: str) -> "Run | None":

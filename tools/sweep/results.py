@@ -62,8 +62,8 @@ def warnings(output: Path, rows: Sequence[Row]) -> list[str]:
     tokens = {outcome.tokens for _, outcome in rows if outcome is not None and outcome.finished}
     if len(tokens) < 2:
         return found
-    told = ", ".join("unknown" if number is None else f"{number:,}" for number in sorted(tokens, key=lambda n: n or 0))
-    return [*found, f"These runs were trained on different numbers of tokens ({told}): their losses do not compare."]
+    seen = ", ".join("unknown" if number is None else f"{number:,}" for number in sorted(tokens, key=lambda n: n or 0))
+    return [*found, f"These runs were trained on different numbers of tokens ({seen}): their losses do not compare."]
 
 
 def show(rows: Sequence[Row]) -> None:

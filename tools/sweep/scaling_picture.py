@@ -122,10 +122,10 @@ def _draw_panel(axes: Any, panel: str, points: Points) -> None:
     if panel in ("experts", "granularity"):  # dense models are lines: they have no such axis
         for run, loss in points:
             if run.routing == "dense" and run.size == BASE_SIZE and not run.axis:
-                told = f"dense x {run.expansion}" if run.expansion > 1 else "dense"
+                label = f"dense x {run.expansion}" if run.expansion > 1 else "dense"
                 axes.axhline(loss, color=routing_color("dense"), linestyle="--", linewidth=1.8)
                 place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-                axes.text(1, loss, told, fontsize=11, color=routing_color("dense"), **place)
+                axes.text(1, loss, label, fontsize=11, color=routing_color("dense"), **place)
     axes.margins(y=0.1)
     ticks = sorted({x for line in lines.values() for x, _ in line})
     axes.set_xticks(ticks, [SIZES[int(tick)].upper() if panel == "size" else f"{tick:g}" for tick in ticks])

@@ -123,9 +123,9 @@ def mixed_settings(output: Path, planned: Mapping[Run, Settings]) -> str:
     started = ((Run.from_name(folder.name), started_with(folder)) for folder in folders)
     settings = {run: then for run, then in started if run and then} | {**planned}
     own = [_flags_of(run) for run in settings]
-    told = {flag for each in own for flag in each if any(other.get(flag) != each[flag] for other in own)}
+    differing = {flag for each in own for flag in each if any(other.get(flag) != each[flag] for other in own)}
     found = []
-    for flag in sorted({*(flag for each in settings.values() for flag in each)} - told - NOT_COMPARED - {PATTERN}):
+    for flag in sorted({*(flag for each in settings.values() for flag in each)} - differing - NOT_COMPARED - {PATTERN}):
         values = {  # dense runs get no --moe-... flags
             each.get(flag): run
             for run, each in settings.items()

@@ -106,8 +106,8 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
         if found.st_size == 0 and waited > min(EMPTY_SECONDS, lease_seconds):
             _remove_empty(lock, found.st_ino)
         if not before:
-            told = f"is locked by another training: {who}. Waiting for a sign of life, up to {lease_seconds:.0f} s."
-            print(f"{save} {told}", file=sys.stderr, flush=True)
+            locked = f"is locked by another training: {who}. Waiting for a sign of life, up to {lease_seconds:.0f} s."
+            print(f"{save} {locked}", file=sys.stderr, flush=True)
         time.sleep(min(HEARTBEAT_SECONDS, lease_seconds) / 10)
 
 
