@@ -32,7 +32,7 @@ def test_all_cores_where_a_process_is_not_bound_to_some(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("tool", STARTED, ids=lambda path: str(path.relative_to(TOOLS)))
 def test_starts_from_any_folder(tool: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    options = ["-S"] if tool.name in (*IMPORT_TORCH, "rehearse") else []  # without site-packages: torch is not imported
+    options = ["-S"] if tool.name in IMPORT_TORCH else []  # without site-packages: torch is not imported
     command = [sys.executable, *options, str(tool), "--help"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
