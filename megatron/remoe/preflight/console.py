@@ -9,7 +9,6 @@ UNHELPFUL_WARNINGS = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",
     r"absl\.logging is not installed",
-    r"Triton is not supported on current platform",
     r"Only transformer-engine>=1\.7\.0 supports MoE experts",
     r"MimoModelConfig is experimental",
     r"'pin_memory' argument is set as true but no accelerator is found",
