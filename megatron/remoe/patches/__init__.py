@@ -30,6 +30,7 @@ from megatron.remoe.patches.fusions import (
 from megatron.remoe.patches.log_lines import forward_figures
 from megatron.remoe.patches.optimizer import enable_torch_adam_resume, use_fused_adam
 from megatron.remoe.patches.start import print_time_left, use_shipped_helpers
+from megatron.remoe.patches.validation import fill_validation_batches
 from megatron.remoe.patches.waits import keep_norms_on_device, skip_single_rank_reductions, validate_once_per_step
 
 VERSIONS = ("0.19.0", "0.19.1", "0.19.2")  # of megatron-core; the patched code is the same in all of them
@@ -45,6 +46,7 @@ PATCHES = (
     use_fla_cross_entropy,
     use_rotary_kernel,
     print_time_left,
+    fill_validation_batches,
     forward_figures,
     load_objects_unexecuted,
     verify_loaded_bytes,

@@ -12,6 +12,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.remoe.patches.patch import patch, replace
+from megatron.remoe.patches.validation import whole_set_sizes
 from megatron.training import get_args, get_timers, training
 
 COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")
@@ -137,10 +138,9 @@ def _key(name: str) -> str:
 def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Callable[..., Any]:
     """Return Megatron's `evaluate`, extended to send a record of each set to `run_logger`."""
     args = get_args()
-    names, is_test = _set_names(args, prefix), prefix.endswith("on test set")
-    # With --full-validation, a micro-batch is one sequence.
-    micro_batch = args.eval_micro_batch_size if args.full_validation and not is_test else 1
-    sequences = args.eval_global_batch_size // micro_batch
+    names = _set_names(args, prefix)
+    is_whole = args.full_validation and not prefix.endswith("on test set")
+    sequences = iter(whole_set_sizes(args) if is_whole else ())
 
     def evaluate_and_forward(*arguments: Any, **options: Any) -> Any:
         found = evaluate(*arguments, **options)
@@ -149,7 +149,8 @@ def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Ca
             record: dict[str, Any] = {"kind": "validation", "iteration": iteration}
             record |= {"set": name} if name else {}
             record |= {"final": True} if prefix.endswith(" set") else {}
-            record["tokens"] = options.get("eval_iters", 0) * sequences * args.seq_length
+            drawn = options.get("eval_iters", 0) * args.eval_global_batch_size
+            record["tokens"] = args.seq_length * (next(sequences) if is_whole else drawn)
             run_logger().info(record | {_key(name): float(loss) for name, loss in losses.items()})
         return found
 

@@ -1,0 +1,52 @@
+"""Evaluate whole data sets in micro-batches of the usual size."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron.remoe.patches.patch import patch, replace
+from megatron.training import get_args
+from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
+
+
+@patch(
+    changes="training/datasets/data_samplers.py: MegatronFullValidationSampler",
+    provides="--full-validation with tensor or pipeline parallelism, and in fewer steps",
+    ends="the sampler returns micro-batches of --eval-micro-batch-size",
+)
+def fill_validation_batches() -> None:
+    """Return each sequence once, in full micro-batches.
+
+    Megatron's sampler returns one sequence at a time. Other tensor and pipeline ranks wait for a whole micro-batch and
+    fail, and each step takes as many of them as a global batch has, so the set is evaluated that many times.
+
+    The last global batch is filled up with None, for which a data set returns a sequence whose loss does not count.
+    """
+
+    @replace(MegatronFullValidationSampler, "__init__")
+    def start(stock: Any, sampler: Any, total_samples: int, *others: Any, **options: Any) -> None:
+        stock(sampler, total_samples, *others, **options)
+        get_args().validation_samples = [*getattr(get_args(), "validation_samples", ()), total_samples]
+
+    @replace(MegatronFullValidationSampler, "__len__")
+    def count_steps(_stock: Any, sampler: Any) -> int:
+        return math.ceil(sampler.total_samples / get_args().eval_global_batch_size)
+
+    @replace(MegatronFullValidationSampler, "__iter__")
+    def micro_batches(_stock: Any, sampler: Any) -> Iterator[list[int | None]]:
+        args, size = get_args(), get_args().eval_micro_batch_size
+        added = len(sampler) * args.eval_global_batch_size - sampler.total_samples
+        order = [*range(sampler.total_samples), *[None] * added]
+        for start in range(sampler.data_parallel_rank * size, len(order), sampler.data_parallel_size * size):
+            yield order[start : start + size]
+
+
+def whole_set_sizes(args: argparse.Namespace) -> list[int]:
+    """Return the number of sequences of each set that --full-validation evaluates. All ranks have to call it."""
+    known = getattr(args, "validation_samples", None)  # where data are loaded, as on rank 0
+    sizes = torch.tensor(known or [0] * len(args.eval_iters), device=torch.cuda.current_device())
+    torch.distributed.broadcast(sizes, 0)
+    return sizes.tolist()

@@ -1,0 +1,80 @@
+"""--full-validation: each sequence of each set once, whatever the layout and the micro-batch."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron.remoe.patches import fill_validation_batches, validation
+from megatron.remoe.training.run_log import read_run_log
+from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
+from tests.data_sets import real_text, write_documents
+from tests.tiny_model import RELU
+from tests.trainings import TINY, run
+
+LAYOUTS = {
+    "two micro-batches": (1, "--micro-batch-size 4"),
+    "DP2": (2, "--micro-batch-size 4"),
+    "TP2 + SP": (2, "--micro-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel"),
+    "PP2": (2, "--micro-batch-size 4 --pipeline-model-parallel-size 2"),
+    "TP2 + SP x PP2": (
+        4,
+        "--micro-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
+    ),
+}
+
+
+def evaluated(folder: Path, processes: int, *flags: str) -> dict[str, tuple[float, int]]:
+    """Set → printed loss after one step, and logged tokens."""
+    words, run_folder = [word for word in [*TINY, *RELU] if word not in ("--split", "90,10,0")], folder / "run"
+    words += f"--train-data-path {folder}/long --valid-data-path {folder}/long {folder}/short --full-validation".split()
+    words += f"--multiple-validation-sets --validation-set-names long short --load {folder}/start --finetune".split()
+    words += f"--save {run_folder} --save-interval 1 --no-save-optim --train-iters 1 --lr-decay-iters 8".split()
+    output = run([*words, *flags], processes)
+    losses = dict(re.findall(r"validation-(\w+) loss at iteration 1 on .*\| lm loss value: (\S+)", output))
+    records = [one for one in read_run_log(run_folder / "metrics.jsonl") if one["kind"] == "validation"]
+    shutil.rmtree(run_folder)
+    return {one["set"]: (float(losses[one["set"]]), one["tokens"]) for one in records}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sets of 35 and 3 sequences, and a checkpoint that all layouts start from."""
+    folder = tmp_path_factory.mktemp("whole")
+    text = b"".join(real_text())
+    for name, sequences in (("long", 35), ("short", 3)):
+        write_documents(folder / name, [text[: sequences * 64]])
+    flags = ["--data-path", str(folder / "long"), "--split", "100,0,0", "--save", str(folder / "start")]
+    run([*TINY, *RELU, *flags, "--train-iters", "1", "--save-interval", "1"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, tuple[float, int]]:
+    return evaluated(folder, 1, "--micro-batch-size", "1")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(layout: str, folder: Path, expected: dict[str, tuple[float, int]]) -> None:
+    processes, flags = LAYOUTS[layout]
+    found = evaluated(folder, processes, *flags.split())
+    assert {name: tokens for name, (_, tokens) in found.items()} == {"long": 35 * 64, "short": 3 * 64}
+    for name, (loss, _) in expected.items():
+        assert found[name][0] == pytest.approx(loss, rel=1e-5), name
+
+
+def test_megatron_still_takes_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, args = MegatronFullValidationSampler, SimpleNamespace(eval_micro_batch_size=2, eval_global_batch_size=8)
+    for name in ("__init__", "__len__", "__iter__"):
+        method = getattr(sampler, name)
+        monkeypatch.setattr(sampler, name, getattr(method, "__wrapped__", method))
+    monkeypatch.setattr(validation, "get_args", lambda: args)
+    assert [*sampler(5, 1, 2)] == [[1], [3]]
+    fill_validation_batches()
+    fill_validation_batches()
+    one, other = sampler(9, 0, 2), sampler(9, 1, 2)
+    assert len(one) == len(other) == 2 and args.validation_samples == [9, 9]
+    assert [*one] == [[0, 1], [4, 5], [8, None], [None, None]]
+    assert [*other] == [[2, 3], [6, 7], [None, None], [None, None]]
