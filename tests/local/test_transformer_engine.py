@@ -137,9 +137,10 @@ def test_activations_are_recomputed_in_chunks_and_without(
         layer.to(torch.float64).load_state_dict(weights)
         for number_active in (4, 1):
             layer.router.weight.data.abs_()[number_active:].neg_()
-            output, _ = layer(copy := tokens.clone().requires_grad_())
+            with torch.compiler.set_stance("force_eager"):  # compiling Megatron's SwiGLU takes half a minute
+                output, _ = layer(copy := tokens.clone().requires_grad_())
+                output.square().sum().backward()
             assert layer.experts.activation_recompute == (bool(recompute) and number_active == 1)
-            output.square().sum().backward()
             found.append([copy.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
     for number in (0, 1):
         for mine, plain in zip(found[number + 2], found[number], strict=True):
