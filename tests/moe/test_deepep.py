@@ -1,11 +1,10 @@
 """DeepEP has slots for all experts that a token may have: Megatron's code for it, and a stand-in for the kernels."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.entry import Entry
+from tests.entry import entry_with
 from tests.tiny_model import RELU
 from tests.trainings import TINY, series
 
@@ -13,23 +12,15 @@ NAMES = ("lm loss", "sparsity", "l1 loss", "l1 coefficient", "grad norm")
 DEEPEP = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep --moe-router-dtype fp32".split()
 
 
-@pytest.fixture
-def with_deep_ep(monkeypatch: pytest.MonkeyPatch) -> Iterator[Entry]:
-    """The training entry where `deep_ep` is installed."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "deepep"))
-    entry = Entry()
-    yield entry
-    entry.process.kill()
-
-
-def test_training_is_that_of_alltoall(data: Path, with_deep_ep: Entry) -> None:
+def test_training_is_that_of_alltoall(data: Path) -> None:
     """On two ranks with half the experts each, in chunks at first, with a slot for each expert and for three."""
-    for cap in ([], ["--moe-relu-max-experts", "3"]):
-        more = ["--data-path", str(data), *RELU, *cap, "--expert-model-parallel-size", "2", "--train-iters", "3"]
-        found = []
-        for dispatcher in (DEEPEP, []):
-            code, output = with_deep_ep.run([*TINY, *more, *dispatcher], processes=2, limit=120)
-            assert code == 0, output[-2000:]
-            found.append([series(output, name) for name in NAMES])
-        for mine, right in zip(*found, strict=True):
-            assert mine == pytest.approx(right, rel=1e-4)
+    with entry_with(Path(__file__).parent / "deepep") as entry:
+        for cap in ([], ["--moe-relu-max-experts", "3"]):
+            more = ["--data-path", str(data), *RELU, *cap, "--expert-model-parallel-size", "2", "--train-iters", "3"]
+            found = []
+            for dispatcher in (DEEPEP, []):
+                code, output = entry.run([*TINY, *more, *dispatcher], processes=2, limit=120)
+                assert code == 0, output[-2000:]
+                found.append([series(output, name) for name in NAMES])
+            for mine, right in zip(*found, strict=True):
+                assert mine == pytest.approx(right, rel=1e-4)
