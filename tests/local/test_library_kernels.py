@@ -1,7 +1,5 @@
 """Kernels of libraries in Megatron's places, against float64: through Triton's interpreter where there is no GPU."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +14,7 @@ from megatron.remoe import patches
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.local.rotary import FusedRotaryEmbedding
 from tests.tiny_model import RELU
-from tests.trainings import REPOSITORY, TINY, series
+from tests.trainings import TINY, run, series
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,26 +119,19 @@ def test_megatrons_flags_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="interpreted, where flags that need a GPU are turned off otherwise")
-def test_a_training_is_the_same() -> None:
+def test_a_training_is_the_same(tmp_path: Path) -> None:
     flags = [*TINY, *RELU, "--mock-data", *"--train-iters 2 --global-batch-size 2".split()]
-
-    def train(*kernels: str) -> tuple[list[float], bool]:
-        """The losses, and whether the kernels were there."""
-        lines = [
-            "import sys",
-            "from megatron.remoe.cpu import flags",
-            "del flags.CPU_VALUES['cross_entropy_loss_fusion'], flags.CPU_VALUES['apply_rope_fusion']",
-            "from megatron.remoe import pretrain",
-            "pretrain.main()",
-            "print('it ran:', 'megatron.remoe.kernels.rotary' in sys.modules)",
-        ]
-        command = [sys.executable, "-c", "\n".join(lines), *flags, *kernels]
-        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-        assert "Training on the CPU without" not in result.stderr
-        return series(result.stdout, "lm loss"), "it ran: True" in result.stdout
-
-    losses, fused = train("--cross-entropy-loss-fusion")
-    expected, not_fused = train("--no-rope-fusion")
-    assert fused and not not_fused and len(losses) == 2
-    assert losses == pytest.approx(expected, rel=1e-5)
+    script = tmp_path / "with_kernels.py"
+    script.write_text(
+        "import sys\n"
+        "from megatron.remoe.cpu import flags\n"
+        "del flags.CPU_VALUES['cross_entropy_loss_fusion'], flags.CPU_VALUES['apply_rope_fusion']\n"
+        "from megatron.remoe import pretrain\n"
+        "pretrain.main()\n"
+        "print('it ran:', 'megatron.remoe.kernels.rotary' in sys.modules)\n"
+    )
+    fused = run([*flags, "--cross-entropy-loss-fusion"], script=script)
+    plain = run([*flags, "--no-rope-fusion"], script=script)
+    assert "Training on the CPU without" not in fused + plain
+    assert "it ran: True" in fused and "it ran: False" in plain and len(series(fused, "lm loss")) == 2
+    assert series(fused, "lm loss") == pytest.approx(series(plain, "lm loss"), rel=1e-5)
