@@ -211,6 +211,7 @@ make_environment() {
 prepare_environment() {
   local found=""
   unset PYTHONHOME PYTHONPATH PIP_CONSTRAINT # .venv stands alone: what other environments set does not reach it
+  unset PYTHONDONTWRITEBYTECODE              # as in many containers; each start would compile all it imports, for 7 s
   export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
   if [[ -n ${PYTHON-} ]]; then found=$(find_python); fi
   if environment_is_ready "$found"; then return; fi
