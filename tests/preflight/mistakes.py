@@ -127,6 +127,15 @@ ENTRY = {
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),
     "whole validation": Case(on("text", "--full-validation"), "E203|--full-validation|--multiple-validation-sets"),
+    "whole validation in virtual stages": Case(
+        on(
+            "text",
+            "--full-validation --multiple-validation-sets --num-layers 4 --pipeline-model-parallel-size 2 "
+            "--num-virtual-stages-per-pipeline-rank 2",
+        ),
+        "E203|--full-validation|virtual pipeline stages",
+        environment={"WORLD_SIZE": "2"},
+    ),
     "several validation sets and a test": Case(
         on("text", "--full-validation --multiple-validation-sets --split 80,10,10"),
         "E304|--multiple-validation-sets|--split",

@@ -14,11 +14,13 @@ from tests.data_sets import real_text, write_documents
 from tests.tiny_model import RELU
 from tests.trainings import TINY, run
 
+MODEL = [*TINY, *RELU, "--num-layers", "4"]
 LAYOUTS = {
     "two micro-batches": (1, "--micro-batch-size 4"),
     "DP2": (2, "--micro-batch-size 4"),
     "TP2 + SP": (2, "--micro-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--micro-batch-size 4 --pipeline-model-parallel-size 2"),
+    "PP4": (4, "--micro-batch-size 2 --pipeline-model-parallel-size 4"),
     "TP2 + SP x PP2": (
         4,
         "--micro-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
@@ -28,7 +30,7 @@ LAYOUTS = {
 
 def evaluated(folder: Path, processes: int, *flags: str) -> dict[str, tuple[float, int]]:
     """Set → printed loss after one step, and logged tokens."""
-    words, run_folder = [word for word in [*TINY, *RELU] if word not in ("--split", "90,10,0")], folder / "run"
+    words, run_folder = [word for word in MODEL if word not in ("--split", "90,10,0")], folder / "run"
     words += f"--train-data-path {folder}/long --valid-data-path {folder}/long {folder}/short --full-validation".split()
     words += f"--multiple-validation-sets --validation-set-names long short --load {folder}/start --finetune".split()
     words += f"--save {run_folder} --save-interval 1 --no-save-optim --train-iters 1 --lr-decay-iters 8".split()
@@ -47,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, sequences in (("long", 35), ("short", 3)):
         write_documents(folder / name, [text[: sequences * 64]])
     flags = ["--data-path", str(folder / "long"), "--split", "100,0,0", "--save", str(folder / "start")]
-    run([*TINY, *RELU, *flags, "--train-iters", "1", "--save-interval", "1"])
+    run([*MODEL, *flags, "--train-iters", "1", "--save-interval", "1"])
     return folder
 
 

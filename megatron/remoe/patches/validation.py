@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from megatron.remoe.patches.patch import patch, replace
-from megatron.training import get_args
+from megatron.training import get_args, training
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
 
 
 @patch(
-    changes="training/datasets/data_samplers.py: MegatronFullValidationSampler",
+    changes="training/datasets/data_samplers.py: MegatronFullValidationSampler; "
+    "training/training.py: build_train_valid_test_data_iterators",
     provides="--full-validation with tensor or pipeline parallelism, and in fewer steps",
     ends="the sampler returns micro-batches of --eval-micro-batch-size",
 )
@@ -21,10 +22,18 @@ def fill_validation_batches() -> None:
     """Return each sequence once, in full micro-batches.
 
     Megatron's sampler returns one sequence at a time. Other tensor and pipeline ranks wait for a whole micro-batch and
-    fail, and each step takes as many of them as a global batch has, so the set is evaluated that many times.
+    fail, and each step takes as many of them as a global batch has, so the set is evaluated that many times. A pipeline
+    stage without data fails too: its number of steps is None.
 
     The last global batch is filled up with None, for which a data set returns a sequence whose loss does not count.
     """
+
+    @replace(training, "build_train_valid_test_data_iterators")
+    def build(stock: Any, *arguments: Any, **options: Any) -> Any:
+        iterators, args = stock(*arguments, **options), get_args()
+        if args.full_validation and args.multiple_validation_sets:  # rank 0 passes its numbers on, but not over None
+            args.eval_iters = [steps or 0 for steps in args.eval_iters]
+        return iterators
 
     @replace(MegatronFullValidationSampler, "__init__")
     def start(stock: Any, sampler: Any, total_samples: int, *others: Any, **options: Any) -> None:
