@@ -3,7 +3,7 @@
 import gc
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # Command of `remoe` → module that has `main`, and one line of help.
 COMMANDS = {
@@ -27,21 +27,27 @@ def start(tool: str, arguments: Sequence[str]) -> int:
     """Run a tool and return its exit code; name the Python to use if a package is missing."""
     if sys.version_info < (3, 12):  # noqa: UP036 - older ones are started by mistake
         return _refuse(f"is Python {sys.version.split()[0]}, and 3.12 or newer is needed")
+    try:
+        return int(_load(tool, arguments)(arguments) or 0)
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] in ("megatron", "tools"):
+            raise
+        return _refuse(f"has no {missing.name}")
+
+
+def _load(tool: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], int | None]:
+    """Import a tool and return its `main`."""
+    module = f"{__package__}.{tool}"
     gc.disable()  # what imports make stays, and looking for garbage among it takes an eighth of the start
     try:
-        module = f"{__package__}.{tool}"
         if tool in IMPORT_TORCH:
             importlib.import_module(f"{module}.arguments").parse_arguments(arguments)  # answers --help at once
             importlib.import_module("megatron.remoe.preflight.console").hide_unhelpful_warnings()
         if tool in BUILDS_ON_CPU:
             importlib.import_module(f"{__package__}.common.on_cpu").megatron_on_cpu()
-        main = importlib.import_module(module if tool.endswith("_data") else f"{module}.command").main
+        return importlib.import_module(module if tool.endswith("_data") else f"{module}.command").main
+    finally:
         gc.enable()
-        return int(main(arguments) or 0)
-    except ModuleNotFoundError as missing:
-        if (missing.name or "").partition(".")[0] in ("megatron", "tools"):
-            raise
-        return _refuse(f"has no {missing.name}")
 
 
 def _refuse(problem: str) -> int:

@@ -1,5 +1,6 @@
 """--full-validation: each sequence of each set once, whatever the layout and the micro-batch."""
 
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from megatron.remoe.patches import fill_validation_batches, validation
 from megatron.remoe.training.run_log import read_run_log
+from megatron.training import training
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
 from tests.data_sets import real_text, write_documents
 from tests.tiny_model import RELU
@@ -68,12 +70,15 @@ def test_layouts_agree(layout: str, folder: Path, expected: dict[str, tuple[floa
 
 
 def test_megatron_still_takes_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler, args = MegatronFullValidationSampler, SimpleNamespace(eval_micro_batch_size=2, eval_global_batch_size=8)
+    sampler, args = MegatronFullValidationSampler, SimpleNamespace(validation_samples=[])
+    args.eval_micro_batch_size, args.eval_global_batch_size = 2, 8
     for name in ("__init__", "__len__", "__iter__"):
         method = getattr(sampler, name)
         monkeypatch.setattr(sampler, name, getattr(method, "__wrapped__", method))
     monkeypatch.setattr(validation, "get_args", lambda: args)
     assert [*sampler(5, 1, 2)] == [[1], [3]]
+    build = inspect.unwrap(training.build_train_valid_test_data_iterators)
+    assert "args.eval_iters = [None] *" in inspect.getsource(build), "of a stage without data"
     fill_validation_batches()
     fill_validation_batches()
     one, other = sampler(9, 0, 2), sampler(9, 1, 2)

@@ -12,7 +12,6 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.remoe.patches.patch import patch, replace
-from megatron.remoe.patches.validation import whole_set_sizes
 from megatron.training import get_args, get_timers, training
 
 COUNTERS = ("advanced iterations", "skipped iterations", "nan iterations")
@@ -140,7 +139,7 @@ def _forwarding(evaluate: Callable[..., Any], prefix: str, iteration: int) -> Ca
     args = get_args()
     names = _set_names(args, prefix)
     is_whole = args.full_validation and not prefix.endswith("on test set")
-    sequences = iter(whole_set_sizes(args) if is_whole else ())
+    sequences = iter(args.validation_samples if is_whole else ())
 
     def evaluate_and_forward(*arguments: Any, **options: Any) -> Any:
         found = evaluate(*arguments, **options)

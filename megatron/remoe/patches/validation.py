@@ -1,6 +1,5 @@
 """Evaluate whole data sets in micro-batches of the usual size."""
 
-import argparse
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -26,19 +25,26 @@ def fill_validation_batches() -> None:
     stage without data fails too: its number of steps is None.
 
     The last global batch is filled up with None, for which a data set returns a sequence whose loss does not count.
+    `args.validation_samples` gets the number of sequences of each set.
     """
 
     @replace(training, "build_train_valid_test_data_iterators")
     def build(stock: Any, *arguments: Any, **options: Any) -> Any:
-        iterators, args = stock(*arguments, **options), get_args()
-        if args.full_validation and args.multiple_validation_sets:  # rank 0 passes its numbers on, but not over None
+        args = get_args()
+        args.validation_samples = []
+        iterators = stock(*arguments, **options)
+        if args.full_validation and args.multiple_validation_sets:
             args.eval_iters = [steps or 0 for steps in args.eval_iters]
+            # Rank 0 loads data; others may have no sets, or not know their sizes.
+            sizes = torch.tensor(args.validation_samples or args.eval_iters, device=torch.cuda.current_device())
+            torch.distributed.broadcast(sizes, 0)
+            args.validation_samples = sizes.tolist()
         return iterators
 
     @replace(MegatronFullValidationSampler, "__init__")
     def start(stock: Any, sampler: Any, total_samples: int, *others: Any, **options: Any) -> None:
         stock(sampler, total_samples, *others, **options)
-        get_args().validation_samples = [*getattr(get_args(), "validation_samples", ()), total_samples]
+        get_args().validation_samples.append(total_samples)
 
     @replace(MegatronFullValidationSampler, "__len__")
     def count_steps(_stock: Any, sampler: Any) -> int:
@@ -51,11 +57,3 @@ def fill_validation_batches() -> None:
         order = [*range(sampler.total_samples), *[None] * added]
         for start in range(sampler.data_parallel_rank * size, len(order), sampler.data_parallel_size * size):
             yield order[start : start + size]
-
-
-def whole_set_sizes(args: argparse.Namespace) -> list[int]:
-    """Return the number of sequences of each set that --full-validation evaluates. All ranks have to call it."""
-    known = getattr(args, "validation_samples", None)  # where data are loaded, as on rank 0
-    sizes = torch.tensor(known or [0] * len(args.eval_iters), device=torch.cuda.current_device())
-    torch.distributed.broadcast(sizes, 0)
-    return sizes.tolist()

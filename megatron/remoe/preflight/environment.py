@@ -90,7 +90,7 @@ def check_settings(args: argparse.Namespace) -> None:
         {
             f"--full-validation counts the sets that are evaluated. Give {full}.": args.full_validation and not sets,
             f"--multiple-validation-sets evaluates whole sets alone. Give {full}.": sets and not args.full_validation,
-            "--full-validation: Megatron mixes the sets up with virtual pipeline stages. Leave one of both out.": (
+            "--full-validation: Megatron mixes the sets up with virtual pipeline stages. Leave one of them out.": (
                 args.full_validation and args.virtual_pipeline_model_parallel_size
             ),
             "--validation-set-names names several sets. Add --multiple-validation-sets.": names and not sets,
