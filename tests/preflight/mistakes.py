@@ -149,6 +149,8 @@ ENTRY = {
         on("text", "--rampup-batch-size 4 4 8"), "E203|--rampup-batch-size|--step-batch-size-schedule"
     ),
     "data of another kind": Case(on("text", "--fim-data --log-straggler"), "E203|--fim-data|--log-straggler"),
+    "documents with masks": Case(on("text", "--dataloader-inter-document-masking"), "E203|--dataloader-inter-document"),
+    "logits of another model": Case(on("text", "--logits-load-dir {new}"), "E203|--logits-load-dir"),
     "a CUDA graph on a CPU": Case(
         on("text", "--cuda-graph-impl transformer_engine --cuda-graph-modules attn"),
         "E203|--cuda-graph-impl|Leave it out",

@@ -188,6 +188,15 @@ def test_towards_the_teacher_with_fewer_experts(data: Path, models: tuple[Path, 
     assert series(again, "target sparsity") == targets[15:]
     # After the save Megatron prints the mean over other steps once.
     assert series(again, "teacher kl")[2:] == divergences[17:]
+    for change in (["--teacher-weight", "5"], ["--teacher", str(models[1])]):
+        changed = train(data, models, *steps, "--load", folder, "--ckpt-step", "15", *change, expect=2)
+        assert "REMOE-E413" in changed and change[0] in changed
+
+
+def test_towards_a_teacher_with_hash_routing(data: Path, tmp_path: Path) -> None:
+    words = [*TINY, *EXPERTS, "--data-path", str(data), "--train-iters", "2"]
+    run([*words, "--moe-baseline-router", "hash", "--save", str(tmp_path), "--save-interval", "2"])
+    assert len(series(run([*words, "--moe-relu-routing", "--teacher", str(tmp_path)]), "teacher kl")) == 2
 
 
 def test_teacher_on_two_ranks(data: Path, models: tuple[Path, Path]) -> None:

@@ -74,6 +74,14 @@ def test_two_damaged_iterations_lead_back_to_the_one_before(saved: Saved, data: 
     assert "Going back to iteration 2" in output and list(records(output)) == [3, 4, 5, 6]
 
 
+def test_two_damaged_iterations_of_another_model_lead_back_too(saved: Saved, data: Path, tmp_path: Path) -> None:
+    truncate(tensors(saved[6]))
+    flip_in(saved[4], WEIGHT)
+    output = run(training(data, tmp_path / "new", "--pretrained-checkpoint", str(saved.root)))
+    assert f"--pretrained-checkpoint {saved.root}: {saved[4]}" in output and "Going back to iteration 2" in output
+    assert list(records(output)) == [1, 2, 3, 4, 5, 6]
+
+
 def test_an_iteration_that_was_asked_for_is_refused(saved: Saved, data: Path) -> None:
     flip_in(saved[4], WEIGHT)
     output = run(training(data, saved.root, "--ckpt-step", "4"), expect=1)

@@ -231,6 +231,14 @@ def test_experts_and_tokenizer_come_from_the_checkpoint(saved: Saved, data: Path
     assert list(records(run(words))) == [7]
 
 
+def test_an_evaluation_needs_no_settings_of_the_training(saved: Saved, data: Path) -> None:
+    words = training(data, saved.root, "--skip-train", "--eval-iters", "1", "--seed", "2")
+    at = words.index("--lr")
+    del words[at : at + 2]
+    output = run(words)
+    assert "validation loss at iteration 6 on validation set" in output and "Training: " not in output
+
+
 def test_gpt2_files_outlive_the_folder_made_of_them(data: Path, tmp_path: Path, entry: Entry) -> None:
     """Another machine's cache has no such folder; the files are beside the data."""
     vocabulary, merges = byte_level_vocabulary(tmp_path)

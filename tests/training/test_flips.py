@@ -14,7 +14,7 @@ from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 
 ARGUMENTS = {
     "moe_log_flips_interval": 3,
-    "micro_batch_size": 2,
+    "eval_micro_batch_size": 2,
     "seq_length": 5,
     "decoder_seq_length": None,
     "seed": 1,

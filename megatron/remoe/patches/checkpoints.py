@@ -147,10 +147,10 @@ def check_loaded_weights() -> None:
     def load(stock: Any, model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
         args = get_args()
         asked = None if getattr(args, "is_going_back", False) else args.ckpt_step
+        has_own = args.load and os.path.lexists(os.path.join(args.load, TRACKER))
+        flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"
+        root = args.load if flag == "--load" else args.pretrained_checkpoint
         while True:
-            has_own = args.load and (args.ckpt_step or os.path.lexists(os.path.join(args.load, TRACKER)))
-            flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"
-            root = args.load if flag == "--load" else args.pretrained_checkpoint
             folder = iteration_folder(Path(root), args.ckpt_step) if root else None
             try:
                 if folder is not None:

@@ -72,7 +72,8 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
         UsageError: names the flag, both values and the remedy.
     """
     resume = resume or choose_checkpoint(args)
-    goes_on = resume is not None and not args.finetune and resume.folder.name != RELEASE and resume.flag == "--load"
+    trains = not (args.finetune or args.skip_train)
+    goes_on = resume is not None and trains and resume.folder.name != RELEASE and resume.flag == "--load"
     if args.save and not args.skip_train and "://" not in f"{args.save} {args.load}":
         _check_keeps_saved(args, int(resume.folder.name.removeprefix("iter_")) if resume and goes_on else -1)
     if resume is None:

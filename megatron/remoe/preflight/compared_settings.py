@@ -24,7 +24,7 @@ seed split mock_data dataloader_type seq_length global_batch_size step_batch_siz
 reset_attention_mask eod_mask_loss calculate_per_token_loss optimizer adam_beta1 adam_beta2 adam_eps sgd_momentum
 clip_grad bf16 fp16 decoupled_lr decoupled_min_lr attention_dropout hidden_dropout init_method_std
 init_method_xavier_uniform layernorm_epsilon position_embedding_type rotary_base rotary_percent window_size
-mtp_loss_scaling_factor mtp_detach_heads
+mtp_loss_scaling_factor mtp_detach_heads teacher_weight
 """.split()
 RESULT_OF_EXPERTS = """
 moe_router_topk moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_router_dtype
@@ -76,6 +76,7 @@ def result(args: argparse.Namespace) -> Settings:
     found = picked(args, names + (RESULT_OF_RELU if getattr(args, "moe_relu_routing", False) else []))
     if getattr(args, "step_batch_size_schedule", None):
         del found["global_batch_size"]  # Megatron derives one from the number of GPUs
+    found |= {name: of and Path(of).name for name, of in picked(args, ["teacher"]).items()}
     for name, words in picked(args, list(DATA)).items():
         words = [words] if isinstance(words, str) else words or []
         found[name] = [_weight_or_name(word) for word in words]

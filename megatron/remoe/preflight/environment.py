@@ -46,8 +46,8 @@ def check_required_flags(args: argparse.Namespace) -> None:
         "--max-position-embeddings": args.max_position_embeddings or heterogeneous,
         "--micro-batch-size": args.micro_batch_size,
         "--lr": args.lr is not None or args.skip_train,
-        "--train-iters": args.train_iters is not None or args.train_samples or args.skip_train,
-        "--eval-interval": args.eval_interval or args.skip_train or args.full_validation,
+        "--train-iters": args.train_iters is not None or args.train_samples,
+        "--eval-interval": args.eval_interval,
         "--save-interval (with --save)": not args.save or args.save_interval,
         "--vocab-size (with --tokenizer-type NullTokenizer)": args.tokenizer_type != "NullTokenizer" or args.vocab_size,
     }
@@ -108,8 +108,9 @@ def check_settings(args: argparse.Namespace) -> None:
             # Megatron plans data and learning rates for --train-iters of --micro-batch-size.
             f"--step-batch-size-schedule {shown(args.step_batch_size_schedule)} needs --train-samples. Give it instead "
             "of --train-iters.": args.step_batch_size_schedule and not (args.train_samples or args.skip_train),
-            "--fim-data, --sft: this program reads tokens from .bin/.idx files as they are. Leave them out.": (
-                args.fim_data or args.sft
+            "--fim-data, --sft, --dataloader-inter-document-masking, --logits-load-dir: this program reads tokens from "
+            ".bin/.idx files, with its own loss. Leave them out.": (
+                args.fim_data or args.sft or args.dataloader_inter_document_masking or args.logits_load_dir
             ),
             "--save-dgrads-interval, --save-activations-interval need Transformer Engine's layers, and it is not "
             "installed. Leave them out.": per_layer and not find_spec("transformer_engine"),

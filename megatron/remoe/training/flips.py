@@ -58,7 +58,7 @@ class FlipMeter:
         """
         train, valid, *_ = data_sets
         data = valid[0] if isinstance(valid, list) and valid else valid or train
-        size, rank = self._args.micro_batch_size, mpu.get_data_parallel_rank()
+        size, rank = self._args.eval_micro_batch_size, mpu.get_data_parallel_rank()
         numbers = range(rank * size, (rank + 1) * size)
         self._batches.append(
             data and torch.utils.data.default_collate([data[number % len(data)] for number in numbers])
@@ -112,7 +112,7 @@ class FlipMeter:
                 # Interleaved stages need at least this many.
                 num_microbatches=config.microbatch_group_size_per_vp_stage if len(self.chunks) > 1 else 1,
                 seq_length=args.seq_length,
-                micro_batch_size=args.micro_batch_size,
+                micro_batch_size=args.eval_micro_batch_size,
                 decoder_seq_length=args.decoder_seq_length,
                 forward_only=True,
             )

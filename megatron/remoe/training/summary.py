@@ -36,7 +36,7 @@ def with_summary(args: argparse.Namespace, model_cfg: ModelConfig, provider: Cal
     @wraps(provider)
     def summarizing(num_samples: list[int], *others: Any, **options: Any) -> Any:
         data_sets = provider(num_samples, *others, **options)
-        if parameters and args.iteration < args.train_iters:
+        if parameters and not args.skip_train and args.iteration < args.train_iters:
             tokens = num_samples[0] * args.seq_length
             of_a_step = (
                 "" if args.step_batch_size_schedule else f" of {args.global_batch_size * args.seq_length:,} tokens"

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
+from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.preflight.checkpoint_files import check_is_whole
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
@@ -91,6 +92,7 @@ class Teacher:
         self._weight = args.teacher_weight
         self._logits: torch.Tensor | None = None
         self._divergence: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
 
     def watch(self, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Load the teacher, and follow the forward passes of the student, which is the only chunk."""
@@ -144,6 +146,7 @@ class Teacher:
         loaded = dist_checkpointing.load({"model": wanted}, self._folder, validate_access_integrity=False)
         model.load_state_dict(loaded["model"], strict=False)
         check_is_finite(f"--teacher {self._args.teacher}", model)
+        pass_token_ids([model])
         if self._args.bf16 or self._args.fp16:
             model = Float16Module(model_cfg.transformer, model)
         return model.eval().requires_grad_(False)
