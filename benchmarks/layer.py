@@ -33,7 +33,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing  # noqa: E402
 from megatron.remoe.routing.config import ReMoEConfig  # noqa: E402
-from tools.common.one_process import one_process  # noqa: E402
+from tools.common.megatron_model import one_process  # noqa: E402
 
 OURS = "ReMoE, grouped"
 Layer = Callable[[torch.Tensor], torch.Tensor]

@@ -1,5 +1,8 @@
 """A training step of the whole model: ReMoE at its target sparsity, top-k, and top-k in Megatron's own local layers.
 
+With --variants, also of the dense start, where half of the experts are active: as it is, without a bound on memory, and
+with at most four experts per token.
+
 Each run is the training entry in a new process, in turns; each figure is the median over all steps of a variant. Also
 printed: FLOPs with the true number of active experts over the machine's measured matmul rate.
 
@@ -40,12 +43,19 @@ class Variant:
 
 REMOE, TOPK = Variant("ReMoE", "ReMoE"), Variant("top-k", "top-k")
 STOCK = Variant("top-k, Megatron's layers", "top-k", ("--no-local-layer-fusion",))
-VARIANTS = {variant.name: variant for variant in (REMOE, TOPK, STOCK)}
+NO_LIMIT = ("--moe-relu-activation-limit", "0")
+DENSE = (
+    Variant("dense start", "ReMoE", (), {}),
+    Variant("dense start, no limit", "ReMoE", NO_LIMIT, {}),
+    Variant("dense start, four experts", "ReMoE", ("--moe-relu-max-experts", "4"), {}),
+)
+USUAL = (REMOE, TOPK, STOCK)
+VARIANTS = {variant.name: variant for variant in (*USUAL, *DENSE)}
 SMALL, MEMORY = Shape(8, 1, hidden=384, ffn=768, micro_batch=2), {"BENCHMARK_MEMORY": "1"}
 STAGES = (
     Variant("at the target", "ReMoE", (), REMOE.environment | MEMORY),
     Variant("dense stage", "ReMoE", (), MEMORY),
-    Variant("dense stage, unbounded", "ReMoE", ("--moe-relu-activation-limit", "0"), MEMORY),
+    Variant("dense stage, unbounded", "ReMoE", NO_LIMIT, MEMORY),
 )
 
 
@@ -123,8 +133,8 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all three")
-    text = f"{'; '.join(VARIANTS)} (default: all)"
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=text)
+    text, usual = f"{'; '.join(VARIANTS)} (default: the first {len(USUAL)})", [variant.name for variant in USUAL]
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=usual, metavar="NAME", help=text)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant (default 3)")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run (default 6)")
     parser.add_argument("--output", type=Path, default=default_output("step"))

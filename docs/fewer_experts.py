@@ -26,8 +26,7 @@ import torch  # noqa: E402
 from megatron.remoe.training.run_log import read_run_log  # noqa: E402
 from tools.common.checkpoints import EMBEDDING, find, load, save  # noqa: E402
 from tools.common.display import Display  # noqa: E402
-from tools.common.megatron_model import build  # noqa: E402
-from tools.common.one_process import one_process  # noqa: E402
+from tools.common.megatron_model import build, one_process  # noqa: E402
 from tools.common.text import blend_of, sample  # noqa: E402
 from tools.convert_checkpoint.command import loss_of  # noqa: E402
 from tools.convert_checkpoint.models import count_pairs, source_args  # noqa: E402

@@ -32,6 +32,7 @@ CONTINUED = f"--load {{remoe}} --ckpt-step {BRANCH} --allow-changed-settings"
 # training: routing, experts, text, flags with {remoe}, the ReMoE's checkpoints, and {at_N}, its λ at step N.
 TRAININGS = {
     "remoe": ("remoe", 8, dataset.MIXED, ""),
+    "layer-targets": ("remoe", 8, dataset.MIXED, ""),
     "continued-frozen": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} {{at_{BRANCH}}}"),
     "continued-zero": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} 1e-30"),
     "continued-floor": ("remoe", 8, dataset.MIXED, f"{CONTINUED} --moe-relu-layer-floor 0.8"),
@@ -40,7 +41,8 @@ TRAININGS = {
     "moe": ("moe", 8, dataset.MIXED, ""),
     "moe-lossfree": ("moe", 8, dataset.MIXED, LOSS_FREE),
 }
-ANALYZED = ("remoe", "moe", "moe-lossfree", "continued-floor")
+PROGRAMS = {"layer-targets": "docs/layer_targets.py"}  # others: pretrain_gpt.py
+ANALYZED = ("remoe", "layer-targets", "moe", "moe-lossfree", "continued-floor")
 RANKS = (2, 4, 8)
 BINS = ((0, 1), (2, 2), (3, 3), (4, 16))  # experts of a token in both layers
 
@@ -70,13 +72,12 @@ def train(folder: Path, name: str, seed: int) -> Path:
     fields = {"remoe": runs / "remoe" / "checkpoints"}
     fields |= {f"at_{step}": lambda_at(runs / "remoe", step) for step in (BRANCH, STEPS) if f"at_{step}" in more}
     flags = [*tiny.common_flags(tiny.SIZE, STEPS, seed), *Routing(routing, experts).flags(tiny.SIZE.ffn)]
-    flags += ["--lr-warmup-fraction", "0.01"]  # that of the kept figures; the recipe's is longer now
     flags += dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     if corpus == dataset.TECHNICAL:  # whose held-out text is long: a part of it
         left_out = ("--multiple-validation-sets", "--full-validation", "--validation-set-names")
         flags = words_of({flag: values for flag, values in parse(flags).items() if flag not in left_out})
     flags += f"--save-interval 400 --save-retain-interval 400 --save {runs / name / 'checkpoints'}".split()
-    run(runs / name, "trained", "pretrain_gpt.py", *flags, *more.format(**fields).split())
+    run(runs / name, "trained", PROGRAMS.get(name, "pretrain_gpt.py"), *flags, *more.format(**fields).split())
     held_out = [str(prefix.with_suffix("")) for prefix in sorted(text.glob("heldout_*.bin"))]
     both = ("--load", str(runs / name / "checkpoints"), "--data-path", *held_out)
     if name in ANALYZED:

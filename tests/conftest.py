@@ -45,8 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Folders and files that take seconds: what `scripts/test.sh --fast` runs. All others start trainings or tools.
 FAST = """
-data kernels/test_plan.py kernels/test_rows.py kernels/test_swiglu.py local/test_grouped_swiglu.py local/test_order.py
-moe/test_moe_layer.py moe/test_bounded_memory.py moe/test_host_syncs.py preflight/test_codes.py
+data kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py local/test_grouped_swiglu.py
+local/test_order.py moe/test_moe_layer.py moe/test_bounded_memory.py moe/test_host_syncs.py preflight/test_codes.py
 preflight/test_messages.py routing scripts/test_launch_commands.py test_rooms.py test_static_checks.py
 tools/test_sweep_logs.py training/test_arguments.py
 """.split()
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def process_groups() -> Iterator[None]:
     """Megatron's process groups for a world of one process."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from tools.common.one_process import one_process
+    from tools.common.megatron_model import one_process
 
     with one_process(backend="nccl" if torch.cuda.is_available() else "gloo"):
         # As Megatron's start-up does; the first value decides the shape of all that follow.

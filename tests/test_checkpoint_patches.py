@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.remoe import patches
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
-from megatron.remoe.preflight.stored_sums import check_places
+from megatron.remoe.preflight.stored_sums import check_stored_sums
 from megatron.training import checkpointing, training
 from tests.checkpoints import Malicious
 from tests.trainings import in_another_process
@@ -45,7 +45,7 @@ def test_megatron_still_executes_what_a_checkpoint_holds(tmp_path, monkeypatch: 
     loader.load_bytes(item, saved(Malicious(tmp_path / "made by stock")))
     assert (tmp_path / "made by stock").is_dir(), "the released Megatron no longer needs the patch"
 
-    patches.load_objects_unexecuted()
+    patches.checkpoints.load_objects_unexecuted()
     with pytest.raises(BrokenCheckpointError, match="rng_state in the checkpoint refers to .*mkdir"):
         loader.load_bytes(item, saved(Malicious(tmp_path / "made by patched")))
     assert not (tmp_path / "made by patched").exists()
@@ -62,7 +62,7 @@ def test_pytorch_still_loads_changed_bytes(tmp_path: Path) -> None:
     assert not torch.equal(torch.load(io.BytesIO(content)), torch.ones(1000)), "PyTorch no longer needs the patch"
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(BrokenCheckpointError, match=r"a\.pt"):
-        check_places(tmp_path / "a.pt", [(0, len(content))])
+        check_stored_sums(tmp_path / "a.pt", [(0, len(content))])
 
 
 def why_writing_failed(tmp_path) -> str:
@@ -81,7 +81,7 @@ def test_megatron_still_loses_why_writing_failed(tmp_path, monkeypatch: pytest.M
     stock = getattr(writer.write_preloaded_data, "__wrapped__", writer.write_preloaded_data)
     monkeypatch.setattr(writer, "write_preloaded_data", staticmethod(stock))
     assert "Not a directory" not in why_writing_failed(tmp_path)
-    patches.report_write_errors()
+    patches.checkpoints.report_write_errors()
     assert f"{tmp_path / 'file' / 'shard'}: " in (why := why_writing_failed(tmp_path)) and "Not a directory" in why
 
 
@@ -92,7 +92,7 @@ def test_the_queue_of_written_shards_does_not_outlive_sigterm_by_itself(patched:
 import os, signal, time
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.remoe import patches
-{"patches.keep_saving_possible()" if patched else ""}
+{"patches.checkpoints.keep_saving_possible()" if patched else ""}
 shards = filesystem_async.get_write_results_queue()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 for child in __import__("psutil").Process().children():
@@ -110,6 +110,6 @@ def test_megatron_still_ends_a_failed_load_in_success_and_waits_for_tensors_alon
     monkeypatch.setattr(training, "load_checkpoint", sys.exit)
     args = SimpleNamespace(load="run", ckpt_step=1, pretrained_checkpoint=None, use_megatron_fsdp=False)
     monkeypatch.setattr(patches.checkpoints, "get_args", lambda: args)
-    patches.check_loaded_weights()
+    patches.checkpoints.check_loaded_weights()
     with pytest.raises(BrokenCheckpointError, match="--load run"):
         training.load_checkpoint([])

@@ -17,7 +17,7 @@ UNPATCHED = """
 from megatron.remoe import cpu, pretrain
 cpu.install()
 from megatron.remoe import patches
-patches.PATCHES = tuple(patch for patch in patches.PATCHES if patch is not patches.scale_once_per_step)
+patches.PATCHES = tuple(patch for patch in patches.PATCHES if patch is not patches.fsdp.scale_once_per_step)
 pretrain.main()
 """
 

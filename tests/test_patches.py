@@ -17,6 +17,7 @@ from megatron.core import optimizer as core_optimizer
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer, MegatronOptimizer
 from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 from megatron.core.tensor_parallel import ColumnParallelLinear, layers
 from megatron.core.utils import local_multi_tensor_l2_norm
@@ -71,7 +72,7 @@ def test_megatron_still_compiles_its_helpers(tmp_path: Path) -> None:
     lines = "from megatron.core.datasets import utils\nutils.compile_helpers()\nprint('goes on')"
     assert "goes on" not in in_another_process(lines, tmp_path, expect=1)
     lines = "from megatron.core.datasets import utils\nfrom megatron.remoe import patches\n"
-    lines += "patches.use_shipped_helpers()\nutils.compile_helpers()\nprint('goes on')"
+    lines += "patches.start.use_shipped_helpers()\nutils.compile_helpers()\nprint('goes on')"
     assert "goes on" in in_another_process(lines, tmp_path)
 
 
@@ -88,19 +89,14 @@ def test_megatron_still_reads_steps_that_adam_has_not(monkeypatch: pytest.Monkey
 
 def test_megatron_still_leaves_adam_to_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
-    for module in (core_optimizer, adam_patches):
-        monkeypatch.setattr(module, "torch", torch)  # without what the CPU part puts into it
     config = core_optimizer.OptimizerConfig(optimizer="adam", lr=1e-3)
     build = partial(core_optimizer._get_megatron_optimizer_based_on_param_groups, config, [])
     adam, _ = build([{"params": [parameter]}], skip_megatron_wrapping=True)
     assert not adam.param_groups[0]["fused"]
 
-    def initialize(optimizer: DistributedOptimizer) -> None:
-        optimizer.optimizer = adam
-
-    monkeypatch.setattr(DistributedOptimizer, "__init__", initialize)
-    patches.use_fused_adam()
-    assert DistributedOptimizer().optimizer.param_groups[0]["fused"]
+    monkeypatch.setattr(MegatronOptimizer, "__init__", MegatronOptimizer.__init__)
+    patches.optimizer.use_fused_adam()
+    assert FP32Optimizer(adam, config, lambda *_: None).optimizer.param_groups[0]["fused"]
     on_device = torch.nn.Parameter(torch.empty(2, device="meta"))
     steps = [adam_patches._step(3, {"fused": fused, "capturable": False}, on_device) for fused in (False, True)]
     assert [step.device.type for step in steps] == ["cpu", "meta"], "where the kernel looks for it"
@@ -121,7 +117,7 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
     assert found.dtype == torch.float32
 
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
-    patches.keep_norms_on_device()
+    patches.waits.keep_norms_on_device()
     patched = clip_grads.l2_norm_impl
     on_gpu = [SimpleNamespace(is_cuda=True)] * 3
     monkeypatch.setattr(waits, "_norm_of_all", lambda given: given)
@@ -160,7 +156,7 @@ def test_megatron_still_waits_for_each_result(machine: RerunStateMachine) -> Non
 
 
 def test_results_are_validated_once_a_step(machine: RerunStateMachine) -> None:
-    patches.validate_once_per_step()
+    patches.waits.validate_once_per_step()
     # Without values: nothing may look at them before the last backward pass is through.
     machine.should_run_forward_backward(None)
     with torch.device("meta"):
@@ -180,7 +176,7 @@ def test_results_are_validated_once_a_step(machine: RerunStateMachine) -> None:
 
 def test_without_reruns_a_step_that_is_not_finite_ends_before_the_update(machine: RerunStateMachine) -> None:
     machine.set_mode(RerunMode.DISABLED)
-    patches.validate_once_per_step()
+    patches.waits.validate_once_per_step()
     machine.should_run_forward_backward(None)
     machine.validate_result(torch.tensor(float("nan")), torch.isnan, "found NaN in a loss")
     with pytest.raises(RuntimeError, match="found NaN in a loss"):
@@ -198,7 +194,7 @@ def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.Monke
     )
     alone, two = SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
     before = reduce(True, group=alone), reduce(1.5, group=alone) if "stat" in name else None
-    patches.skip_single_rank_reductions()
+    patches.waits.skip_single_rank_reductions()
     patched = getattr(training, name)
     assert (patched(True, group=alone), patched(1.5, group=alone) if "stat" in name else None) == before
     if "stat" in name:  # with Transformer Engine the norm is on the device, and what is logged is a number
@@ -220,7 +216,7 @@ def test_megatron_still_adds_no_weight_gradients_without_apex(
     with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"):
         linear()
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
-    patches.enable_torch_weight_gradient_fusion()
+    patches.fusions.enable_torch_weight_gradient_fusion()
     layer = linear()
     layer.weight.main_grad = torch.ones_like(layer.weight)
     rows = torch.randn(5, 2, 6, device=layer.weight.device)
@@ -233,7 +229,7 @@ def test_megatron_still_adds_no_weight_gradients_without_apex(
     # Of bf16 rows into fp32 there is a product on GPUs alone; PyTorch's checks of it are everywhere.
     with torch.device("cuda" if torch.cuda.is_available() else "meta"):
         half, main_grad = torch.randn(5, 6).bfloat16(), torch.ones(4, 6)
-        fusions._add_weight_gradient(half, half[:, :4], main_grad)
+        fusions.add_outer(half, half[:, :4], main_grad)
     if torch.cuda.is_available():
         torch.testing.assert_close(main_grad, 1 + half[:, :4].T.float() @ half.float())
 
@@ -292,8 +288,8 @@ def test_megatron_still_prints_no_time_left(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(training, "print_rank_last", printed.append)
     monkeypatch.setattr(start, "get_args", lambda: SimpleNamespace(log_interval=10))
     assert "left" not in inspect.getsource(training.training_log)
-    patches.print_time_left()
-    patches.print_time_left()
+    patches.start.print_time_left()
+    patches.start.print_time_left()
     line = " [a date] iteration {:8d}/     200 | elapsed time per iteration (ms): 3600.0 | lm loss: 2.0 |"
     for words in (line.format(10), line.format(11), "validation loss"):
         training.print_rank_last(words)

@@ -4,7 +4,6 @@ Exits with 1 and the reason if the pair is truncated or corrupt.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, bin_path, idx_path
 
-from .common.running import run_once
+from .common.running import run_tool
 from .preprocessing.encoders import load_encoder
 
 
@@ -78,15 +77,11 @@ def inspect(args: argparse.Namespace) -> Iterator[str]:
 
 def show(args: argparse.Namespace) -> None:
     """Print the lines."""
-    try:
-        for line in inspect(args):
-            print(line, flush=True)
-    except BrokenPipeError:
-        # The reader has seen enough, as in: inspect_data.py ... | head. Leave nothing to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for line in inspect(args):
+        print(line, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if the data set is not whole or a flag is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    return run_once("inspect_data.py", lambda: show(args))
+    return run_tool("inspect_data.py", lambda: show(args))

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # as a file, in a clone
 
 from megatron.remoe.data.errors import DataError
 
-from .common.running import run_once
+from .common.running import run_tool
 from .common.units import duration
 from .preprocessing.encoders import TOKENIZER_TYPES, load_encoder
 from .preprocessing.pipeline import Job, Progress, check_outputs, preprocess
@@ -115,4 +115,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     # The library tokenizers makes as many threads as there are cores otherwise.
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
-    return run_once("preprocess_data.py", lambda: run(args), "interrupted; nothing was written")
+    return run_tool("preprocess_data.py", lambda: run(args), "interrupted; nothing was written")

@@ -194,12 +194,3 @@ def test_clipping_is_in_place() -> None:
         assert torch.equal(weight.grad, gradient * (1.0 / (3.0 + 1.0e-6)))
     copies = [event.input_shapes for event in profiler.events() if event.name == "aten::copy_"]
     assert not any([size] in shapes for shapes in copies for size in (3, 5)), "gradients are scaled where they are"
-
-
-def test_adam_makes_one_pass() -> None:
-    from megatron.core.optimizer import torch as megatrons_torch
-
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = megatrons_torch.optim.AdamW([weight], lr=0.1)
-    assert optimizer.defaults["fused"] and isinstance(optimizer, torch.optim.AdamW)
-    assert not torch.optim.AdamW([weight]).defaults["fused"], "everybody else's is as it was"

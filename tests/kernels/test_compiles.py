@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron.remoe.kernels import plan, rows, swiglu
+from megatron.remoe.kernels import plan, swiglu, token_sums
 from tests.kernels.compiled import Kernel, usages
 
 MAP = {"map_TE": "*i1", "num_tokens": "i32", "num_experts": "i32"}
@@ -37,7 +37,7 @@ def experts(dtype: str, ffn: int) -> list[Kernel]:
     return [
         Kernel("swiglu:_activate", given, constants, ["ffn"]),
         Kernel("swiglu:_activate_backward", given | gradients, constants, ["ffn"]),
-        Kernel("rows:_sum", summed, {"WIDTH": rows.WIDTH}, ["hidden"]),
+        Kernel("token_sums:_sum", summed, {"WIDTH": token_sums.WIDTH}, ["hidden"]),
     ]
 
 

@@ -58,7 +58,7 @@ def test_gradients_are_reduced_after_the_last_chunk(fused: bool, monkeypatch: py
     """Weight gradients that layers add to Megatron's buffer themselves, while it reduces what is complete."""
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
-    patches.enable_torch_weight_gradient_fusion()
+    patches.fusions.enable_torch_weight_gradient_fusion()
     found, weights = [], None
     for limit in (0.0, 1.0):
         torch.manual_seed(4)

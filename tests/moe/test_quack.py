@@ -37,7 +37,7 @@ def test_numbers_of_a_layer(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [make_layer(make_config(**(settings | {"moe_kernels": kernels})), True) for kernels in ("triton", "quack")]
     layers[1].load_state_dict(layers[0].state_dict())
     plain, fused = layers
-    assert fused._rows == (1 if way == "sent" else fused.backend.rows) and plain._rows == 1
+    assert fused._pair_multiple == (1 if way == "sent" else fused.backend.pair_multiple) and plain._pair_multiple == 1
     for weight in (weight for layer in layers for weight in (layer.experts.fc1, layer.experts.fc2)):
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
     for seed in (1, 2):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron.remoe.data.indexed import HEADER, IndexedWriter, bin_path, idx_path
-from megatron.remoe.preflight.checkpoint_files import read_index
+from megatron.remoe.preflight.checkpoint_index import read_index
 from tests.data_sets import write_documents
 from tests.entry import LIMIT, Entry
 from tests.gpt2_reference import gpt2_files

@@ -220,7 +220,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     """A run's checkpoint gives what the exported folder gives, also without its tokenizer; flags that are wrong."""
     model, folder = exported(tmp_path / "model", "relu")
     args = args_of(model.config)
-    args.tokenizer_type = "SentencePieceTokenizer"
+    args.tokenizer_type, args.params_dtype = "SentencePieceTokenizer", torch.float32
     megatron = build(args)
     fill(megatron, *megatron_weights(model))
     run = tmp_path / "run"

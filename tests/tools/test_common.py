@@ -156,10 +156,20 @@ def test_all_commands_are_listed(words: list[str], code: int) -> None:
     assert all(f"\n  {name} " in result.stdout + result.stderr for name in COMMANDS)
 
 
+def test_a_tool_under_nohup_goes_on_after_a_hangup() -> None:
+    program = """
+import os, signal
+from tools.common.running import run_tool
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+raise SystemExit(run_tool("test", lambda: os.kill(os.getpid(), signal.SIGHUP)))
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=50).returncode == 0
+
+
 def test_a_worker_that_its_pool_terminates_ends_at_once() -> None:
     program = """
 import os, signal, time
-from tools.common.running import run_once
+from tools.common.running import run_tool
 
 def work() -> None:
     worker = os.fork()
@@ -172,7 +182,7 @@ def work() -> None:
     os.kill(worker, signal.SIGTERM)
     print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
 
-run_once("test", work)
+run_tool("test", work)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=50)
     assert result.stdout == "143\n", result.stderr

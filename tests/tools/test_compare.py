@@ -62,7 +62,7 @@ def test_a_small_experiment(output: Path, monkeypatch: pytest.MonkeyPatch, capsy
     while process.poll() is None and not [*output.glob("mixed/trainings/*/trunk/train.log")]:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from here" in finish(process, code=130)[1]
+    assert "The same command goes on from here" in finish(process, code=130)[1]
 
     trained = Trained()
     monkeypatch.setattr(trunks, "start", trained)

@@ -61,6 +61,7 @@ def test_layout_is_megatrons() -> None:
         ("8", ["--expert-model-parallel-size", "3"], "Number of experts should be a multiple of expert model"),
         ("8", ["--micro-batch-size", "3"], "must be divisible by"),
         ("8", ["--pipeline-model-parallel-size", "8"], "layers should be divisible by the pipeline"),
+        ("8", ["--train-iters", "0"], "--train-iters is missing"),
         ("8", ["--moe-expert-capacity-factor", "1.0"], "cannot be used with --moe-relu-routing"),
     ],
 )
@@ -75,6 +76,7 @@ def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> 
         (["--gpus", "0"], "--gpus: '0'"),
         (["--gpus", "1", "--utilization", "40"], "--utilization 40.0"),
         (["--gpus", "1", "--gpu", "tpu"], "--gpu tpu"),
+        (["--gpus", "1", "--tflops", "-5"], "--tflops: '-5'"),
         (["--gpus", "1", "--paper", "7b", "dense"], "--paper 7b dense"),
         ([], "--gpus"),
     ],

@@ -100,7 +100,9 @@ def test_stages_and_ranks_are_those_of_the_training() -> None:
         (["--gpus", "9", "--", "--bf16"], "--gpus 9: give a multiple of --gpus-per-node 8"),
         (["--rank", "8", "--", "--bf16"], "--rank 8: give a number below 8"),
         (["--rate", "speed=1", "--", "--bf16"], "--rate speed=1"),
-        (["--rate", "products=fast", "--", "--bf16"], "'fast' is no number"),
+        (["--rate", "products=fast", "--", "--bf16"], "--rate products=fast"),
+        (["--rate", "products=0", "--", "--bf16"], "--rate products=0"),
+        (["--gpus-per-node", "-8", "--", "--bf16"], "--gpus-per-node"),
     ],
 )
 def test_flags_that_are_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

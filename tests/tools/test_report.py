@@ -72,7 +72,7 @@ def test_metrics_and_the_printed_log_hold_the_same(trained: Path, other: Path) -
     assert sum(curve.values for curve in metrics.layers["layer_l1_loss"].values()) == pytest.approx(
         metrics.curve("l1_loss").values, rel=1e-5
     )
-    for key in ("layer_sparsity", "layer_l1_loss", "flip_layer_rate"):
+    for key in ("layer_sparsity", "layer_l1_loss", "layer_flip_rate"):
         assert list(metrics.layers[key]) == [1, 2]
     assert list(metrics.loads) == iterations.tolist() and {len(load) for load in metrics.loads[8].values()} == {8}
     assert metrics.evaluations[""] == [

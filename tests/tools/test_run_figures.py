@@ -12,12 +12,12 @@ from tests.tools import odd_logs
 from tests.tools.sweeping import evaluated, logged
 from tools.common.errors import ToolError
 from tools.common.figure_reader import read_figures
-from tools.common.run_figures import Curve, Evaluation, RunFigures
+from tools.common.run_figures import Curve, Evaluation, RunFigures, smooth
 from tools.recipes.stages import Flops
 from tools.recipes.stages import stages as stages_of
 from tools.report.command import main
 from tools.report.figures import panels
-from tools.report.overlay import smooth, thin
+from tools.report.overlay import thin
 from tools.report.page import UNKNOWN
 from tools.report.page import page as page_of
 from tools.report.reading import Run, read_run

@@ -112,6 +112,8 @@ def test_flags_for_megatron_and_expert_parallelism(tmp_path: Path) -> None:
         ("--figures gate -- --moe-router-topk-scaling-factor 2", "--moe-router-topk-scaling-factor _gate2"),
         ("--figures gate --routings remoe", "--figures gate --routings remoe"),
         ("-- --eval-iters 0", "--eval-iters 0"),
+        ("--dry-run --figures lr --lrs 0.5 -- --weight-decay 0 --lr abc", "--lr abc"),
+        ("--figures experts -- --ffn-hidden-size", "--ffn-hidden-size"),
         ("-- --split 90,0,10", "--split 90,0,10"),
         ("--collect", "--output-dir"),
     ],
@@ -133,7 +135,7 @@ def test_flags_of_other_protocols_and_l1_coefficients(tmp_path: Path) -> None:
 
 def test_errors_of_the_scripts_stop_it_before_the_first_run(tmp_path: Path) -> None:
     _, errors = sweep("--output-dir", str(tmp_path), code=2, DATA_PATH="")
-    assert errors.startswith("llama_182m_dense_ffn4: no data: set DATA_PATH")
+    assert errors.startswith("sweep: error: llama_182m_dense_ffn4: no data: set DATA_PATH")
     _, errors = sweep("--output-dir", str(tmp_path), code=2, TP="8")
     assert "TP=8 does not divide the 12 attention heads" in errors
 

@@ -13,7 +13,7 @@ from torch.utils.serialization import config
 
 from megatron.remoe.preflight.checkpoint_files import TRACKER
 from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, read_index
-from megatron.remoe.preflight.stored_sums import check_places
+from megatron.remoe.preflight.stored_sums import check_stored_sums
 from tests.checkpoints import Saved, flip, tensors, training, truncate
 from tests.trainings import records, run
 
@@ -132,7 +132,7 @@ def test_no_flipped_bit_changes_what_is_read(name: str, saved: Saved, tmp_path: 
         damaged[bit // 8] ^= 1 << bit % 8
         copy.write_bytes(damaged)
         try:
-            check_places(copy, [(0, length)])
+            check_stored_sums(copy, [(0, length)])
             assert read(bytes(damaged)) in (right, None), bit
         except BrokenCheckpointError as error:
             assert str(copy) in str(error)
@@ -153,7 +153,7 @@ def read(content: bytes) -> bytes | None:
 def test_files_without_sums_are_not_checked(tmp_path: Path) -> None:
     with config.patch("save.compute_crc32", False):
         torch.save(torch.ones(9), tmp_path / "a.pt")
-    check_places(tmp_path / "a.pt", [(0, (tmp_path / "a.pt").stat().st_size)])
+    check_stored_sums(tmp_path / "a.pt", [(0, (tmp_path / "a.pt").stat().st_size)])
 
 
 def test_whole_checkpoints_are_not_overwritten_by_another_start(saved: Saved, data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.remoe.patches import fill_validation_batches, validation
+from megatron.remoe.patches import validation
 from megatron.remoe.training.run_log import read_run_log
 from megatron.training import training
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
@@ -82,8 +82,8 @@ def test_megatron_still_takes_one_sequence_at_a_time(monkeypatch: pytest.MonkeyP
     assert [*sampler(5, 1, 2)] == [[1], [3]]
     build = inspect.unwrap(training.build_train_valid_test_data_iterators)
     assert "args.eval_iters = [None] *" in inspect.getsource(build), "of a stage without data"
-    fill_validation_batches()
-    fill_validation_batches()
+    validation.fill_validation_batches()
+    validation.fill_validation_batches()
     one, other = sampler(9, 0, 2), sampler(9, 1, 2)
     assert len(one) == len(other) == 2 and args.validation_samples == [9, 9]
     assert [*one] == [[0, 1], [4, 5], [8, None], [None, None]]

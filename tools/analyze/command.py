@@ -12,7 +12,7 @@ from ..common.evaluations import names_of_data_sets
 from ..common.expert_counts import expert_blocks
 from ..common.files import write_json
 from ..common.hf.opening import OpenedModel, open_model
-from ..common.running import run_once
+from ..common.running import run_tool
 from ..common.text import Text
 from . import findings, pictures
 from .arguments import WINDOW, parse_arguments
@@ -122,4 +122,4 @@ def analyze(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    return run_once("analyze", lambda: analyze(args))
+    return run_tool("analyze", lambda: analyze(args))

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy
 
-from ..common.palette import routing_color
-from ..common.picture_style import MUTED, TARGET, picture
+from ..common.picture_style import MUTED, TARGET, picture, routing_color
 from .findings import Numbers
 
 MEASURED, OTHER = routing_color("remoe"), TARGET

@@ -24,18 +24,9 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.data.errors import UsageError
-from megatron.remoe.patches import load_objects_unexecuted, verify_loaded_bytes
-from megatron.remoe.preflight.checkpoint_files import (
-    RELEASE,
-    TRACKER,
-    BrokenCheckpointError,
-    check_is_whole,
-    newest_iteration,
-    newest_whole,
-    read_index,
-)
-from megatron.remoe.preflight.checkpoint_fit import common_state
-from megatron.remoe.preflight.checkpoint_index import is_of_fsdp
+from megatron.remoe.patches.checkpoints import load_objects_unexecuted, verify_loaded_bytes
+from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, check_is_whole, newest_iteration, newest_whole
+from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, is_of_fsdp, read_index
 
 from . import files
 from .errors import ConversionError
@@ -87,9 +78,8 @@ def find(root: Path, step: int | None) -> Checkpoint:
         )
     try:
         with reading(folder):
-            check_is_whole(folder)
+            common = check_is_whole(folder)
             stored = (index := read_index(folder)).state_dict_metadata
-            common = common_state(folder)
     except BrokenCheckpointError as error:
         whole = newest_whole(root)
         remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
@@ -180,7 +170,8 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
     In Megatron's terms this is a release: training from it starts at iteration 0.
 
     Args:
-        model: with weights in the dtype to save.
+        model: its parameters are rounded to `args.params_dtype`; Megatron keeps buffers, such as the bias of experts,
+            in float32.
         args: the arguments to save with them.
         output: new or empty folder.
         engine_names: whether to use the names of Transformer Engine's layers.
@@ -188,6 +179,8 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
     Raises:
         ConversionError: it cannot be written.
     """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(args.params_dtype)
     sharded = _sharded(model, LAYOUT)
     if engine_names:
         routers = {match[0] for tensor in _tensors(sharded) if (match := ROUTER.match(tensor.key))}

@@ -19,7 +19,7 @@ from .run_figures import Curve, Evaluation, RunFigures
 LOADS = 512  # minimum number of lines whose expert load is kept; the maximum is twice that
 NAMES, CURVES = 256, 4096  # maximum numbers of layers and of curves: a damaged file could hold any
 LARGEST_FIGURE = 1e308
-FLIPS = ("rate", "count", "layer_rate")
+FLIPS = {"rate": "flip_rate", "count": "flip_count", "layer_rate": "layer_flip_rate"}
 NOT_FIGURES = frozenset({"kind", "time", "iteration", "parameters", "guarded_layers", "tokens_per_expert"})
 Record = Mapping[str, Any]
 
@@ -94,7 +94,7 @@ class _Collector:
                 self._take_figures(iteration, record)
                 self._take_routing(iteration, record)
             case "flips":
-                self._take_figures(iteration, {f"flip_{name}": record.get(name) for name in FLIPS})
+                self._take_figures(iteration, {title: record.get(name) for name, title in FLIPS.items()})
             case "start":
                 figures.args = record["args"] if type(record.get("args")) is dict else figures.args
                 figures.starts.append(iteration)

@@ -1,9 +1,14 @@
-"""Write folders under a temporary name and rename them when complete; lock a folder. Files: `data/files.py`."""
+"""Write folders under a temporary name and rename them when complete, lock them, and stamp them.
 
+A stamp is a file with a fingerprint of the inputs, written after the results that a later call can then reuse. Files:
+`data/files.py`.
+"""
+
+import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,3 +54,30 @@ def lock(folder: Path, tool: str) -> TextIO:
             f"Another {tool} is running in {folder}. Wait for it, or give --output-dir another folder.", "REMOE-E503"
         )
     return file
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a hash of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of_files(paths: Iterable[Path]) -> str:
+    """Return a hash of the files' contents, in the order of their paths."""
+    return fingerprint([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)])
+
+
+def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
+    """Return the stamp at `path`, or None if there is none or it has other inputs."""
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) and stamp.get("inputs") == inputs else None
+
+
+def make_empty(folder: Path) -> Path:
+    """Create a folder, or remove its content, and return it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder

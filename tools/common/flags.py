@@ -32,13 +32,7 @@ def whole(settings: Settings, flag: str, default: int = 0) -> int:
 
 def last_value(words: Sequence[str], flag: str) -> str | None:
     """Return the last value of a flag, given as `--flag value` or `--flag=value`; None if it is not given."""
-    found = None
-    for place, word in enumerate(words):
-        if word == flag and place + 1 < len(words):
-            found = words[place + 1]
-        elif word.startswith(f"{flag}="):
-            found = word.partition("=")[2]
-    return found
+    return next(iter(parse(words).get(flag, ())), None)
 
 
 def words_of(settings: Settings) -> list[str]:

@@ -1,13 +1,20 @@
-"""Build Megatron's model in one process from the arguments of a training."""
+"""Build Megatron's model in one process from the arguments of a training, without a launcher.
+
+Call `on_cpu.megatron_on_cpu` before importing this on a CPU.
+"""
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.remoe import cpu
 from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.training.arguments import model_config_from_args
@@ -66,3 +73,19 @@ def build(args: argparse.Namespace) -> GPTModel:
         return model.eval()
     except (ValueError, AssertionError, TypeError) as error:
         raise ConversionError(f"Megatron cannot build this model here: {error}", "REMOE-E512") from error
+
+
+@contextmanager
+def one_process(seed: int = 1234, backend: str = "gloo") -> Iterator[None]:
+    """Set up Megatron's process groups for one process, and its random generators, unless there are groups already."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

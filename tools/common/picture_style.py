@@ -1,4 +1,4 @@
-"""Set Matplotlib's style, and the colors and dashes of several runs in one picture."""
+"""Set Matplotlib's style, one color for each routing, and dashes for several runs of one."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -8,8 +8,16 @@ from typing import Any
 
 from megatron.remoe.data.files import write_aside
 
-from .palette import routing_color
-
+# Mostly of Okabe and Ito's palette, which is safe for color-blind readers; visible on white and on black.
+ROUTING_COLORS: dict[str, str] = {
+    "dense": "#777777",
+    "topk": "#E69F00",
+    "remoe": "#0072B2",
+    "hash": "#009E73",
+    "random": "#CC79A7",
+    "expert_choice": "#8A5A44",
+}
+OTHER = "#B39B00"
 TARGET, MUTED = "#D55E00", "#555555"  # for lines at a target, and for notes
 # For further runs of a routing in one picture, in turn with its own color.
 SHADES = {"dense": ("#A5A5A5", "#8A7968"), "topk": ("#D55E00", "#A07000"), "remoe": ("#56B4E9", "#7A6FD0")}
@@ -24,6 +32,11 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
 }
+
+
+def routing_color(name: str) -> str:
+    """Return the color of a routing; "moe" is another name of "topk", and routings without a color share one."""
+    return ROUTING_COLORS.get("topk" if name == "moe" else name, OTHER)
 
 
 def looks(routings: Iterable[str]) -> Iterator[tuple[str, str]]:

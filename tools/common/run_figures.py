@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from megatron.remoe.training.run_log import TOTALS, whole_number
 
 WITHIN = 0.01  # share of the target within which S counts as settled
+SMOOTHED = 0.03  # of a curve, whose mean is drawn at each point
 INACTIVE = 1 / 8  # of the even share of tokens: 1/64 of them for 8 experts, as in figure 8b
 
 
@@ -21,6 +22,16 @@ class Curve(NamedTuple):
 
 
 EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
+
+
+def smooth(curve: Curve) -> Curve:
+    """Return the centered mean over `SMOOTHED` of the points, over fewer at both ends."""
+    count = len(curve.values)
+    half = max(1, round(count * SMOOTHED / 2))
+    sums, places = np.concatenate([[0.0], np.cumsum(curve.values)]), np.arange(count)
+    first, end = (places - half).clip(min=0), (places + half + 1).clip(max=count)
+    means = (sums[end] - sums[first]) / (end - first)
+    return Curve(curve.iterations, np.where(np.isfinite(means), means, curve.values))
 
 
 class Evaluation(NamedTuple):

@@ -6,24 +6,25 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from rich.console import Console
-
 from megatron.remoe.data.errors import UsageError, with_code
 
 
-def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") -> int:
-    """Run a tool and return the exit code: 0, 1 after an error, 130 after Ctrl-C or SIGTERM.
+def run_tool(tool: str, work: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Run a tool and return the exit code: that of `work`, 1 or 2 after an error, 130 after Ctrl-C or a signal.
 
     Args:
         tool: its name, for messages.
         work: raises UsageError or OSError for errors that the user can fix.
         stopped: the message after an interruption.
     """
-    _interrupt_at(signal.SIGTERM)
+    _interrupt_at(signal.SIGTERM, signal.SIGHUP)
     try:
-        work()
+        return work() or 0
     except UsageError as error:
         print(f"{tool}: error: {with_code(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except BrokenPipeError:  # of `... | head`; leave nothing to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         place = error.filename2 or error.filename
@@ -32,24 +33,6 @@ def run_once(tool: str, work: Callable[[], object], stopped: str = "stopped") ->
         return 1
     except KeyboardInterrupt:
         print(f"{tool}: {stopped}.", file=sys.stderr)
-        return 130
-    return 0
-
-
-def run_resumable(work: Callable[[], int]) -> int:
-    """Run a tool that resumes from its --output-dir and return the exit code."""
-    errors = Console(stderr=True)
-    _interrupt_at(signal.SIGTERM, signal.SIGHUP)
-    try:
-        return work()
-    except UsageError as error:
-        errors.print(with_code(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        return getattr(error, "exit_code", 1)
-    except OSError as error:
-        errors.print(f"{error}. Give --output-dir a writable folder with enough space.", style="red", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        errors.print("\nStopped. The same command goes on from here.", highlight=False)
         return 130
 
 
@@ -63,4 +46,5 @@ def _interrupt_at(*numbers: signal.Signals) -> None:
         raise KeyboardInterrupt
 
     for number in numbers:
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)

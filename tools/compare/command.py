@@ -21,7 +21,7 @@ from ..common.errors import ToolError
 from ..common.files import lock
 from ..common.flags import above_zero, number_of_cores, tool_parser, whole_number
 from ..common.places import ROOT
-from ..common.running import run_once
+from ..common.running import run_tool
 from ..corpora.dataset import CORPORA, MIXED, make_text
 from . import picture
 from .experiment import Experiment, rates_of
@@ -119,4 +119,4 @@ def main(arguments: Sequence[str]) -> int:
         with Display() as display:
             compare(args, display)
 
-    return run_once("compare", work, "stopped; the same command goes on from here")
+    return run_tool("compare", work, "stopped. The same command goes on from here")

@@ -11,9 +11,8 @@ from megatron.core.models.gpt import GPTModel
 from ..common.checkpoints import EMBEDDING, Checkpoint, check_output, find, load, save
 from ..common.display import Display
 from ..common.errors import ConversionError
-from ..common.megatron_model import build
-from ..common.one_process import one_process
-from ..common.running import run_once
+from ..common.megatron_model import build, one_process
+from ..common.running import run_tool
 from ..common.text import blend_of, sample
 from .arguments import parse_arguments
 from .fitting import fit_router, keep_largest
@@ -77,7 +76,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
             )
         display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
         engine = (options.transformer_impl or args.transformer_impl) == "transformer_engine"
-        save(target.to(args.params_dtype), new_args, options.save, engine)
+        save(target, new_args, options.save, engine)
     flags = training_flags(new_args, options.save)
     if kind == "top-k" and new_args.moe_router_topk < args.moe_router_topk:
         flags += f" --teacher {options.load}"
@@ -154,4 +153,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 convert(options, display)
 
-    return run_once("convert_checkpoint", work, "stopped; nothing was written")
+    return run_tool("convert_checkpoint", work, "stopped; nothing was written")

@@ -18,7 +18,8 @@ import numpy
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron.remoe.preflight.checkpoint_files import CONFIG, BrokenCheckpointError, check_is_whole, read_index
+from megatron.remoe.preflight.checkpoint_files import CONFIG, check_is_whole
+from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, read_index
 from megatron.remoe.preflight.compared_settings import moe_layer_pattern
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
 
@@ -56,7 +57,12 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
     if index is None:
         pieces, things = fork_file.read(folder, state)
     else:
-        _check_optimizer(folder, state)
+        saved = state["args"]
+        if "optimizer" in state and saved.use_distributed_optimizer and not saved.ckpt_fully_parallel_save:
+            raise ConversionError(
+                f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and "
+                "save it with the fork once more without that flag."
+            )
         pieces, things = _whole_pieces(folder, index), objects(folder, index)
     args = _arguments(state["args"])
     with (
@@ -174,15 +180,6 @@ def _whole_pieces(folder: Path, index: Metadata) -> Iterator[Piece]:
             if len(flat) != math.prod(local):
                 raise ConversionError(f"{folder}: {key} has {len(flat)} numbers, and its weight {math.prod(local)}.")
             yield key, shape, tuple(cut * size for cut, size in zip(place, local, strict=True)), flat.view(local)
-
-
-def _check_optimizer(folder: Path, state: dict[str, Any]) -> None:
-    args = state["args"]
-    if "optimizer" in state and args.use_distributed_optimizer and not args.ckpt_fully_parallel_save:
-        raise ConversionError(
-            f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and save it "
-            "with the fork once more without that flag."
-        )
 
 
 def _common(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

@@ -5,17 +5,15 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron.remoe.preflight.checkpoint_files import check_is_whole, read_index
-from megatron.remoe.preflight.checkpoint_index import common_state, is_of_fsdp
+from megatron.remoe.preflight.checkpoint_files import check_is_whole
+from megatron.remoe.preflight.checkpoint_index import common_state, is_of_fsdp, read_index
 from megatron.remoe.preflight.stored_sums import check_part
 
 from ..common.checkpoints import Checkpoint, check_output, find_folder, read_parts, reading, save
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.settings import complete
-from ..common.megatron_model import EXPERT, build
-from ..common.one_process import one_process
-from .models import round_to
+from ..common.megatron_model import EXPERT, build, one_process
 
 PREFIX = "model.module."
 # Names of norms in plain PyTorch layers and, fused with the next product, in Transformer Engine's.
@@ -49,8 +47,7 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
             if torch.is_tensor(tensor):
                 parts |= {key: (part, None) for key, part in _stored(name, tensor, index.state_dict_metadata).items()}
         read_parts(checkpoint, parts)
-        round_to(model, args.params_dtype)
-        save(model.to(args.params_dtype), args, options.save, args.transformer_impl == "transformer_engine")
+        save(model, args, options.save, args.transformer_impl == "transformer_engine")
     display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
 
 

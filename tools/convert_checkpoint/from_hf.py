@@ -24,8 +24,7 @@ from ..common.errors import ConversionError
 from ..common.hf.folder import headers, weight_files
 from ..common.hf.settings import parse_flags
 from ..common.hf.weights import OUTER, Q_NORM, QKV, SAME
-from ..common.megatron_model import EXPERT, build
-from ..common.one_process import one_process
+from ..common.megatron_model import EXPERT, build, one_process
 from .hf_flags import flags_of, read_config
 
 BOUND = 1e-4  # of the logits' difference, as a share of the largest
@@ -76,7 +75,7 @@ def convert_hf(options: argparse.Namespace, display: Display) -> None:
         if not difference <= BOUND:
             raise ConversionError(f"{result}, above {BOUND:.0e}: nothing was written.", "REMOE-E514")
         display.say(result)
-        save(model.to(args.params_dtype), args, options.save, args.transformer_impl == "transformer_engine")
+        save(model, args, options.save, args.transformer_impl == "transformer_engine")
     display.say(
         f"wrote {options.save}. Train on from it:\n"
         f"{PROGRAM} {shlex.join(['--pretrained-checkpoint', str(options.save), *flags])}\n"

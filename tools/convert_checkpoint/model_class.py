@@ -8,8 +8,7 @@ import argparse
 import re
 from typing import Any
 
-from megatron.remoe.preflight.checkpoint_files import read_index
-from megatron.remoe.preflight.checkpoint_fit import common_state
+from megatron.remoe.preflight.checkpoint_index import common_state, read_index
 
 from ..common.checkpoints import Checkpoint, check_output, find
 from ..common.display import Display

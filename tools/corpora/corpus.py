@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common import stamps
 from ..common.errors import ToolError
-from ..common.files import new_folder, write_json
+from ..common.files import fingerprint, fingerprint_of_files, make_empty, new_folder, read_stamp, write_json
 
 CODE_BYTES = 5_000_000
 SKIPPED_CODE = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__"}
@@ -224,7 +223,7 @@ def inputs(name: str) -> str:
         name: importlib.metadata.version(name) for name in DOCUMENTED_PACKAGES if importlib.util.find_spec(name)
     }
     code = [Path(__file__), Path(__file__).with_name("technical.py")]
-    return stamps.fingerprint(name, sys.version, versions, stamps.fingerprint_of_files(code))
+    return fingerprint(name, sys.version, versions, fingerprint_of_files(code))
 
 
 def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources) -> Any:
@@ -243,7 +242,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
     Raises:
         ToolError: fewer than two domains are available.
     """
-    stamp = stamps.read_stamp(folder / "manifest.json", inputs(name))
+    stamp = read_stamp(folder / "manifest.json", inputs(name))
     if stamp is not None:
         return stamp | {"reused": True}
     manifest: dict[str, Any] = {"inputs": inputs(name), "domains": {}, "missing": {}, "reused": False}
@@ -262,7 +261,7 @@ def build(folder: Path, say: Callable[[str], None], name: str, sources: Sources)
         if len(manifest["domains"]) < 2:
             raise ToolError("Fewer than two domains of text are available; see above. Run this again with a network.")
         write_json(aside / "manifest.json", manifest)
-        stamps.make_empty(folder)
+        make_empty(folder)
     return manifest
 
 

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common import stamps
 from ..common.errors import ToolError
-from ..common.files import write_json
+from ..common.files import fingerprint, fingerprint_of_files, make_empty, read_stamp, write_json
 from ..common.places import PACKAGE
 from . import corpus, technical
 
@@ -21,7 +20,7 @@ FOLDERS = {MIXED: Path("runs", "quickstart"), TECHNICAL: Path("runs", "quickstar
 def inputs(text: dict[str, Any]) -> str:
     """Return a fingerprint of the text and the code that the data sets are made from."""
     sources = [Path(__file__), *Path(__file__).parents[1].glob("preprocessing/*.py"), *PACKAGE.glob("data/*.py")]
-    return stamps.fingerprint(text["inputs"], text["domains"], stamps.fingerprint_of_files(sources))
+    return fingerprint(text["inputs"], text["domains"], fingerprint_of_files(sources))
 
 
 def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
     Raises:
         ToolError: preprocessing failed.
     """
-    stamp = stamps.read_stamp(folder / "manifest.json", inputs(text))
+    stamp = read_stamp(folder / "manifest.json", inputs(text))
     if stamp is not None:
         return stamp | {"reused": True}
     from megatron.remoe.data.errors import DataError
@@ -48,7 +47,7 @@ def build(folder: Path, corpus_folder: Path, text: dict[str, Any], threads: int)
     from ..preprocessing.encoders import gpt2_encoder
     from ..preprocessing.pipeline import Job, preprocess
 
-    stamps.make_empty(folder)
+    make_empty(folder)
     encoder = gpt2_encoder(*byte_level_vocabulary(folder), threads)
     manifest: dict[str, Any] = {"inputs": inputs(text), "tokens": {"train": {}, "heldout": {}}, "reused": False}
     for part, of_part in manifest["tokens"].items():

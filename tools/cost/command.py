@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.flags import OF_GPT2S_SIZE, last_value, split, whole_number, with_one_batch_size
+from ..common.flags import OF_GPT2S_SIZE, above_zero, last_value, split, whole_number, with_one_batch_size
 from ..recipes.layout import MOST_EXPERTS
 from ..recipes.models import PAPER, ROUTINGS
 from . import paper
@@ -29,8 +29,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     add, kinds = parser.add_argument, ", ".join(ACCELERATORS)
     add("--gpus", type=whole_number(1), required=True, help="number of GPUs")
     add("--gpu", default="h100", help=f"kind of GPU, for hours and memory (default: h100): {kinds}")
-    add("--tflops", type=float, help="dense bf16 TFLOP/s of a GPU that is not listed")
-    add("--memory", type=float, help="GiB of memory of a GPU that is not listed")
+    add("--tflops", type=above_zero, help="dense bf16 TFLOP/s of a GPU that is not listed")
+    add("--memory", type=above_zero, help="GiB of memory of a GPU that is not listed")
     add("--utilization", type=float, default=0.4, help="share of the GPU's rate that training reaches (default: 0.4)")
     add("--paper", nargs=2, metavar=("SIZE", "ROUTING"), help="list differences from the paper's run, e.g. 182m remoe")
     own, flags = split(arguments)
@@ -59,11 +59,13 @@ def without_missing_vocabulary(flags: list[str]) -> list[str]:
 
 
 def check_sizes(args: argparse.Namespace) -> None:
-    """Check sizes with which building the model would crash or hang.
+    """Check sizes with which building the model would crash or hang, and that there is a number of steps.
 
     Raises:
         ValueError: names the flag, its value and the remedy.
     """
+    if not (args.train_iters or args.train_samples):
+        raise ValueError("--train-iters is missing. Give it or --train-samples.")
     if (args.num_experts or 0) > MOST_EXPERTS:
         raise ValueError(f"--num-experts: {args.num_experts} of a layer are too many. Give at most {MOST_EXPERTS}.")
     ranks = (args.expert_tensor_parallel_size or args.tensor_model_parallel_size) * args.pipeline_model_parallel_size

@@ -10,7 +10,7 @@ from ..common.errors import ToolError
 from ..common.files import write_json
 from ..common.hf.opening import open_model
 from ..common.on_cpu import megatron_on_cpu
-from ..common.running import run_once
+from ..common.running import run_tool
 from .arguments import TASKS, parse_arguments
 from .tasks import compare_with_paper, score
 
@@ -71,4 +71,4 @@ def measure(args: argparse.Namespace, results: dict[str, Any], display: Display)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    return run_once("evaluate", lambda: evaluate(args))
+    return run_tool("evaluate", lambda: evaluate(args))

@@ -18,9 +18,8 @@ from ..common.hf.source import open_run
 from ..common.hf.tensors import Tensors, model_of, shapes_of
 from ..common.hf.tokenizer import generation_config, tokenizer_of
 from ..common.hf.weights import fill, megatron_weights, read
-from ..common.megatron_model import build
-from ..common.one_process import one_process
-from ..common.running import run_once
+from ..common.megatron_model import build, one_process
+from ..common.running import run_tool
 from .arguments import parse_arguments
 from .card import write_card
 from .check import compare, described, megatron_logits, text_for
@@ -89,7 +88,7 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     display.say(described(compare(source, megatron_logits(model, text), text), text))
     del source
     args.transformer_impl = options.transformer_impl
-    save(model.to(args.params_dtype), args, options.save, options.transformer_impl == "transformer_engine")
+    save(model, args, options.save, options.transformer_impl == "transformer_engine")
     data = ["--data-path", *(options.data_path or ["DATA"])]
     flags = ["--pretrained-checkpoint", str(options.save), *flags_of(config), *vocabulary]
     display.say(f"wrote {options.save}. Train on from it:\n{PROGRAM} {shlex.join([*data, *flags])}")
@@ -110,4 +109,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_output(options.save)
             (reverse if options.reverse else export)(options, display)
 
-    return run_once("export_hf", work, "stopped; nothing was written")
+    return run_tool("export_hf", work, "stopped; nothing was written")

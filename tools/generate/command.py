@@ -13,7 +13,7 @@ from megatron.remoe.hf import RemoeForCausalLM
 from ..common.errors import ToolError
 from ..common.expert_counts import count_experts
 from ..common.hf.opening import open_model
-from ..common.running import run_once
+from ..common.running import run_tool
 from .arguments import parse_arguments
 
 
@@ -100,4 +100,4 @@ def generate(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    return run_once("generate", lambda: generate(args))
+    return run_tool("generate", lambda: generate(args))

@@ -13,13 +13,12 @@ from rich.console import Console
 
 from megatron.remoe import megatron_version
 
-from ..common import stamps
 from ..common.display import say
 from ..common.figure_reader import read_figures
-from ..common.files import lock, write_json
+from ..common.files import fingerprint, fingerprint_of_files, lock, write_json
 from ..common.flags import number_of_cores, whole_number
 from ..common.places import PACKAGE, home, short
-from ..common.running import run_resumable
+from ..common.running import run_tool
 from ..common.training_display import ShownTraining, TrainingDisplay
 from ..common.units import duration
 from ..corpora import corpus, dataset
@@ -53,13 +52,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str, Any]) -> list[training.Training]:
     """Return the three trainings."""
     train_tokens = data["tokens"]["train"]
-    sources = stamps.fingerprint_of_files(PACKAGE.rglob("*.py"))
+    sources = fingerprint_of_files(PACKAGE.rglob("*.py"))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
     versions["megatron-core"] = megatron_version()
     trainings = []
     for model in tiny.NAMES:
         flags = tiny.common_flags(tiny.SIZE, args.iterations, args.seed) + tiny.model_flags(model, tiny.SIZE)
-        inputs = stamps.fingerprint(data["inputs"], flags, sources, versions)
+        inputs = fingerprint(data["inputs"], flags, sources, versions)
         folder, checkpoints = runs / model, str(runs / model / "checkpoints")
         flags += dataset.data_flags(data_folder, train_tokens)
         flags += ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", str(folder / "tensorboard")]
@@ -146,4 +145,4 @@ def run(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Run the quickstart and return the exit code."""
     args = parse_arguments(arguments)
-    return run_resumable(lambda: run(args))
+    return run_tool("quickstart", lambda: run(args), "stopped. The same command goes on from here")

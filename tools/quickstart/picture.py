@@ -7,20 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.palette import routing_color
-from ..common.picture_style import TARGET, picture
-from ..common.run_figures import RunFigures
+from ..common.picture_style import TARGET, picture, routing_color
+from ..common.run_figures import RunFigures, smooth
 from ..recipes import tiny
 from .report import is_late
 
 SKIPPED_SHARE = 0.05  # of the loss curves: the steep start would hide the differences
-SMOOTHED_SHARE = 0.03
-
-
-def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the centred mean over a share of the values; at both ends over fewer."""
-    window = np.ones(2 * max(1, round(len(values) * SMOOTHED_SHARE / 2)) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def draw(path: Path, runs: Mapping[str, RunFigures], summary: dict[str, Any]) -> None:
@@ -47,9 +39,9 @@ def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: dict[str, Any
     first = SKIPPED_SHARE * summary["iterations"]
     for model, title in tiny.NAMES.items():
         colour, final = routing_color(model), summary[model]["val_loss"]
-        iterations, values = runs[model].curve("lm_loss")
+        iterations, values = smooth(runs[model].curve("lm_loss"))
         shown = iterations >= first
-        axes.plot(iterations[shown], smooth(values)[shown], color=colour, linewidth=1.8)
+        axes.plot(iterations[shown], values[shown], color=colour, linewidth=1.8)
         axes.plot(
             summary["iterations"], final, "o", color=colour, markersize=9, markeredgecolor="white", zorder=3,
             clip_on=False, label=f"{title}: {final:.3f}",

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..common import stamps
 from ..common.errors import ToolError
 from ..common.figure_reader import LOG, read_figures
-from ..common.files import write_json
+from ..common.files import make_empty, read_stamp, write_json
 from ..common.places import entry, short
 from ..common.training_display import ShownTraining, TrainingDisplay
 
@@ -35,7 +34,7 @@ class Training:
 
     def is_done(self) -> bool:
         """Return whether it was trained and evaluated with these inputs."""
-        return stamps.read_stamp(self.folder / "done.json", self.inputs) is not None
+        return read_stamp(self.folder / "done.json", self.inputs) is not None
 
     def prepare(self) -> Path | None:
         """Keep the files of an interrupted run with the same inputs; rename the folder of one with others.
@@ -43,13 +42,13 @@ class Training:
         Returns:
             The folder's new name; None if it was not renamed.
         """
-        if stamps.read_stamp(self.folder / "inputs.json", self.inputs) is not None:
+        if read_stamp(self.folder / "inputs.json", self.inputs) is not None:
             return None
         old = None
         if self.folder.exists():
             names = (self.folder.with_name(f"{self.folder.name}.old{number}") for number in itertools.count(1))
             old = self.folder.rename(next(name for name in names if not name.exists()))
-        write_json(stamps.make_empty(self.folder) / "inputs.json", {"inputs": self.inputs})
+        write_json(make_empty(self.folder) / "inputs.json", {"inputs": self.inputs})
         return old
 
 

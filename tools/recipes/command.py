@@ -14,7 +14,7 @@ from megatron.remoe.data.files import write_text
 
 from ..common.errors import ToolError
 from ..common.flags import last_value, split
-from ..common.places import LOG
+from ..common.places import LOG, is_clone
 from .data import is_set
 from .launch import Launch, plan
 from .layout import RecipeError
@@ -95,7 +95,13 @@ def show(launch: Launch, size: str, routing: str) -> int:
 
 
 def rehearse(launch: Launch) -> int:
-    """Simulate the training."""
+    """Simulate the training.
+
+    Raises:
+        RecipeError: this is an installed package, without the rehearsal.
+    """
+    if not is_clone():
+        raise RecipeError("REHEARSE=1 needs a clone of the project. Run the launch script there.")
     os.environ.update(launch.settings)
     from ..rehearse.command import main as rehearsal
 

@@ -58,13 +58,6 @@ def flops_per_sequence(args: argparse.Namespace, experts_per_token: float | None
     return 6.0 * of.seq_length * token
 
 
-def flops_per_expert(args: argparse.Namespace) -> float:
-    """Return the training FLOPs of one sequence for one more active expert in every MoE layer; 0 for dense models."""
-    if not getattr(args, "num_experts", None):
-        return 0.0
-    return flops_per_sequence(args, args.moe_router_topk + 1) - flops_per_sequence(args, args.moe_router_topk)
-
-
 class _Defaulting(argparse.Namespace):
     """Arguments by name; None for those that a command or an older Megatron does not have."""
 

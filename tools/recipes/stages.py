@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..common.run_figures import TOTALS, RunFigures
-from .flops import flops_per_expert, flops_per_sequence
+from .flops import flops_per_sequence
 
 RISING = 0.1  # of the way from the first S to the target: the dense stage is over
 
@@ -29,7 +29,9 @@ class Flops:
                 missing or has another type, or the model has layers that are not counted.
         """
         named = Namespace(**args)
-        return cls(flops_per_sequence(named), flops_per_expert(named))
+        sequence = flops_per_sequence(named)
+        more = flops_per_sequence(named, named.moe_router_topk + 1) if getattr(named, "num_experts", None) else sequence
+        return cls(sequence, more - sequence)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import split, tool_parser
+from ..common.flags import above_zero, split, tool_parser, whole_number
 from .cards import CARDS, rates
 
 GPUS_PER_NODE = 8
@@ -20,8 +20,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     """Return the tool's own flags, with "rates", and those of the training after "--"."""
     parser = tool_parser("rehearse", __doc__)
     add = parser.add_argument
-    add("--gpus", type=int, default=8, metavar="N", help="of the whole training (default: 8)")
-    add("--gpus-per-node", type=int, metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
+    add("--gpus", type=whole_number(1), default=8, metavar="N", help="of the whole training (default: 8)")
+    add("--gpus-per-node", type=whole_number(1), metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
     add("--gpu", choices=CARDS, default="h100", help="the GPU to simulate (default: h100)")
     text = "simulate only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
     add("--rank", type=int, metavar="R", help=text)
@@ -35,7 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     own, flags = split(arguments)
     options = parser.parse_args(own)
     options.gpus_per_node = options.gpus_per_node or min(GPUS_PER_NODE, options.gpus)
-    if options.gpus < 1 or options.gpus % options.gpus_per_node:
+    if options.gpus % options.gpus_per_node:
         parser.error(f"--gpus {options.gpus}: give a multiple of --gpus-per-node {options.gpus_per_node}")
     if options.rank is not None and not 0 <= options.rank < options.gpus:
         parser.error(f"--rank {options.rank}: give a number below {options.gpus}")
@@ -47,7 +47,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         if name not in options.rates:
             parser.error(f"--rate {rate}: is none of {', '.join(options.rates)}")
         try:
-            options.rates[name] = float(value)
-        except ValueError:
-            parser.error(f"--rate {rate}: {value!r} is no number")
+            options.rates[name] = above_zero(value)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--rate {rate}: {error}")
     return options, flags

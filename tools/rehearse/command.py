@@ -14,7 +14,7 @@ from typing import Any
 from ..common.errors import ToolError
 from ..common.files import write_json
 from ..common.places import ROOT
-from ..common.running import run_resumable
+from ..common.running import run_tool
 from . import build, report
 from .arguments import parse_arguments
 from .flags import data_of, number, rehearsed, value_of
@@ -130,4 +130,4 @@ def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Return the exit code: 0, 1 if the training does not start or cannot be rehearsed, 130 after an interruption."""
     options, flags = parse_arguments(arguments)
-    return run_resumable(lambda: rehearse(options, flags))
+    return run_tool("rehearse", lambda: rehearse(options, flags))

@@ -16,7 +16,7 @@ from megatron.remoe.data.files import write_text
 from ..common.evaluations import names_of_models
 from ..common.figure_reader import find_figures
 from ..common.flags import tool_parser, whole_number
-from ..common.running import run_once
+from ..common.running import run_tool
 from .reading import Run, read_run
 
 
@@ -64,4 +64,4 @@ def report(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report. Exit code: 0; 1 after an error; 130 if it was stopped."""
     args = parse_arguments(arguments)
-    return run_once("report", lambda: report(args))
+    return run_tool("report", lambda: report(args))

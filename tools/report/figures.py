@@ -8,8 +8,8 @@ import numpy as np
 from bokeh.models import BasicTicker, ColorBar, CustomJSHover, FixedTicker, HoverTool, LinearColorMapper, Range1d
 from bokeh.palettes import RdBu, interp_palette
 
-from ..common.run_figures import TOTALS, Curve, RunFigures
-from .overlay import LARGEST, Drawn, Panel, as_float32, new_figure, overlay, smooth
+from ..common.run_figures import TOTALS, Curve, RunFigures, smooth
+from .overlay import LARGEST, Drawn, Panel, as_float32, new_figure, overlay
 from .reading import Run
 
 CELLS, COLUMNS = 100_000, 240  # of a heat map, at most
@@ -52,7 +52,7 @@ def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
             ),
             *logged("l1_coefficient", "λ", "coefficient of the L1 term", y_axis_type="log"),
             *logged("l1_loss", "L1 term", "before λ; thin: layers"),
-            *logged("flip_rate", "Flips", "share of routing decisions that one update changes"),
+            *logged("flip_rate", "Flips", "share of routing decisions that one update changes; thin: layers"),
             *draw(
                 _guarded, "Guarded layers", "that routed next to nothing and are pushed up", "layer", marker="square"
             ),

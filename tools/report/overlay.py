@@ -16,7 +16,6 @@ from ..common.run_figures import EMPTY, Curve, RunFigures
 from .reading import Run
 
 POINTS, POINTS_OF_LAYERS, HOVERED = 1000, 200, 400  # of a curve, at most; those that the tooltip has
-SMOOTHED = 0.03  # of a curve, whose mean is drawn at each point
 LARGEST = 3e38  # of a float32
 RIM = "#888888"  # seen on light and on dark
 Layers = Mapping[int, Curve]
@@ -139,16 +138,6 @@ def thin(curve: Curve, most: int) -> Curve:
         stretch = curve.values[start:end]
         kept += sorted({start + int(stretch.argmin()), start + int(stretch.argmax())})
     return Curve(curve.iterations[kept], curve.values[kept])
-
-
-def smooth(curve: Curve) -> Curve:
-    """Return the centered mean over `SMOOTHED` of the points, over fewer at both ends."""
-    count = len(curve.values)
-    half = max(1, round(count * SMOOTHED / 2))
-    sums, places = np.concatenate([[0.0], np.cumsum(curve.values)]), np.arange(count)
-    first, end = (places - half).clip(min=0), (places + half + 1).clip(max=count)
-    means = (sums[end] - sums[first]) / (end - first)
-    return Curve(curve.iterations, np.where(np.isfinite(means), means, curve.values))
 
 
 def new_figure(x_range: Range1d, unit: str, **settings: Any) -> figure:

@@ -16,7 +16,7 @@ from ..common.display import say
 from ..common.files import lock
 from ..common.flags import whole
 from ..common.places import LOG
-from ..common.running import run_resumable
+from ..common.running import run_tool
 from ..common.training_display import ShownTraining, TrainingDisplay
 from ..common.units import duration
 from ..recipes.flops import vocabulary_words
@@ -29,6 +29,9 @@ from .settings import Found, check_flags, flops, look, mixed_settings, set_aside
 
 def sweep(console: Console, args: argparse.Namespace) -> int:
     """Train or submit what is missing, and collect; returns the exit code."""
+    if args.collect:
+        collect(console, args.output_dir, [])
+        return 0
     runs = planned(args)
     check_flags(args.flags, runs)
     launch = plan.Launch(args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, args.flags)
@@ -80,9 +83,9 @@ def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Na
         print(f"# {each.run.name}: {each.state}")
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in added), shlex.join(command)]))
     todo = [each.settings for each in found if not each.finished and each.job is None]
+    cost = f"{sum(map(flops, todo)):.3g} FLOPs"  # refuses a broken vocabulary
     words = {f" with {vocabulary_words(settings):,} words" for settings in todo}
-    cost = f"{sum(map(flops, todo)):.3g} FLOPs{''.join(words)}"
-    print(f"# to train: {len(todo)} runs, {cost}, the dense stages of ReMoE not counted")
+    print(f"# to train: {len(todo)} runs, {cost}{''.join(words)}, the dense stages of ReMoE not counted")
 
 
 def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO[str]) -> list[str]:
@@ -139,15 +142,4 @@ def collect(console: Console, output: Path, planned: Sequence[plan.Run]) -> None
 def main(arguments: Sequence[str]) -> int:
     """Run the sweep; return the exit code."""
     args = parse_arguments(arguments)
-
-    def work() -> int:
-        try:
-            if args.collect:
-                collect(Console(), args.output_dir, [])
-                return 0
-            return sweep(Console(), args)
-        except BrokenPipeError:  # of `... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-
-    return run_resumable(work)
+    return run_tool("sweep", lambda: sweep(Console(), args), "stopped. The same command goes on from here")

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.palette import routing_color
-from ..common.picture_style import MUTED, picture
+from ..common.picture_style import MUTED, picture, routing_color
 from .plan import AXES, BASE_SIZE, FEW_EXPERTS, FIGURES, GROUPS, PROTOCOLS, ROUTINGS, SIZES, WHOLE, Run, figures_of
 
 Points = Sequence[tuple[Run, float]]  # finished runs and their validation losses

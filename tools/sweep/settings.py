@@ -2,12 +2,13 @@
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common.figure_reader import LOG, METRICS
-from ..common.flags import Settings, parse, whole
+from ..common.flags import Settings, above_zero, parse, whole, whole_number
 from ..recipes.flops import arguments_of, flops_per_sequence
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
@@ -39,7 +40,10 @@ SET_BY_SWEEP = {
     "--moe-relu-routing": "choose with --routings",
 }
 PATTERN = "--hybrid-layer-pattern"
-ADAPTED = ("--lr", "--min-lr", "--ffn-hidden-size", PATTERN)  # runs start from the given value and change it
+# Runs start from these values and change them.
+ADAPTED: dict[str, Callable[[str], object]] = {
+    "--lr": above_zero, "--min-lr": float, "--ffn-hidden-size": whole_number(1), PATTERN: str
+}  # fmt: skip
 SHOWN, NAMED = 4, 5  # differences and runs that a message names
 
 
@@ -77,12 +81,15 @@ def check_flags(flags: tuple[str, ...], runs: Sequence[Run]) -> None:
         RecipeError: with the flag and the remedy.
     """
     given = parse(flags)
+    for flag in ADAPTED.keys() & given.keys():
+        try:
+            ADAPTED[flag](given[flag][0])
+        except (ArgumentTypeError, ValueError, IndexError) as error:
+            raise RecipeError(f"{flag} {shlex.join(given[flag])}: give it one value of its kind ({error}).") from error
     for flag in given:
         if flag in SET_BY_SWEEP:
             raise RecipeError(f"{flag} behind --: the sweep sets it for each run; {SET_BY_SWEEP[flag]}.")
-        if flag in ADAPTED:
-            continue
-        if run := next((run for run in runs if flag in run.flags(given)), None):
+        if flag not in ADAPTED and (run := next((run for run in runs if flag in run.flags(given)), None)):
             raise RecipeError(f"{flag} behind --: the sweep sets it for {run.name}. Leave out the flag, or that run.")
 
 

@@ -103,18 +103,6 @@ def _cuda() -> types.ModuleType:
     )
 
 
-class _Adam(torch.optim.Adam):
-    """Adam in one pass over memory; PyTorch's default on a CPU makes ten."""
-
-    __init__ = functools.partialmethod(torch.optim.Adam.__init__, fused=True)
-
-
-class _AdamW(torch.optim.AdamW):
-    """AdamW in one pass over memory."""
-
-    __init__ = functools.partialmethod(torch.optim.AdamW.__init__, fused=True)
-
-
 def _copy(copy: types.ModuleType, module: types.ModuleType, **changes: Any) -> types.ModuleType:
     """Fill a module with the names of another one, with changes."""
     copy.__dict__.update({name: value for name, value in vars(module).items() if name != "__getattr__"} | changes)
@@ -183,7 +171,7 @@ def replace_torch(module: types.ModuleType, facade: types.ModuleType) -> None:
 def put_in_place() -> types.ModuleType | None:
     """Replace `torch` in all modules of Megatron, including those imported later.
 
-    The facade equals torch except for `cuda`, `optim` and the tensor factories.
+    The facade equals torch except for `cuda` and the tensor factories.
 
     Returns:
         The facade; None if there is one already and nothing was changed.
@@ -191,8 +179,7 @@ def put_in_place() -> types.ModuleType | None:
     if any(isinstance(finder, _FacadeFinder) for finder in sys.meta_path):
         return None
     factories = {name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
-    optim = _copy(types.ModuleType("torch.optim"), torch.optim, Adam=_Adam, AdamW=_AdamW)
-    facade = _copy(_Facade("torch"), torch, **factories, cuda=_cuda(), optim=optim)
+    facade = _copy(_Facade("torch"), torch, **factories, cuda=_cuda())
     sys.meta_path.insert(0, _FacadeFinder(facade))
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and not name.startswith("megatron.remoe.cpu"):

@@ -74,7 +74,7 @@ class Backend:
 
     Attributes:
         products: returns those of grouped experts, where they are used: they need a GPU. None for PyTorch's.
-        rows: room for the pairs of grouped experts is a multiple of this, where nothing is sent.
+        pair_multiple: room for the pairs of grouped experts is a multiple of this, where nothing is sent.
     """
 
     relu_routing: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -83,7 +83,7 @@ class Backend:
     activate: Callable[..., torch.Tensor]
     activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     products: Callable[[], Products] | None = None
-    rows: int = 1
+    pair_multiple: int = 1
 
 
 def backend_of(config: object) -> Backend:
@@ -92,7 +92,7 @@ def backend_of(config: object) -> Backend:
         from megatron.remoe.kernels.triton import TRITON
 
         # QuACK caches results for each number of rows, so use few.
-        return replace(TRITON, products=_quack_products, rows=2048) if wants_quack(config) else TRITON
+        return replace(TRITON, products=_quack_products, pair_multiple=2048) if wants_quack(config) else TRITON
     from megatron.remoe.kernels.pytorch import PYTORCH
 
     return PYTORCH

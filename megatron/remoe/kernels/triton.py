@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron.remoe.kernels import plan, rows, swiglu
+from megatron.remoe.kernels import plan, swiglu, token_sums
 from megatron.remoe.kernels.backend import Backend
 from megatron.remoe.kernels.router import relu_routing
 
@@ -27,7 +27,7 @@ class TritonOrder(NamedTuple):
         return tokens_TH.index_select(0, self.token_index_P)
 
     def sum(self, pairs_PH: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        return rows.sum_rows(pairs_PH, self.by_token)
+        return token_sums.sum_rows(pairs_PH, self.by_token)
 
 
 def _count(map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,11 +48,6 @@ def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
     return fc1.dtype == torch.bfloat16 and has_grouped_kernel(fc1.device) and not sizes_refused(fc1)
 
 
-def waits_for_sizes(fc1: torch.Tensor) -> bool:
-    """Return whether the host has to know how many tokens each of these experts has."""
-    return fc1.is_cuda and not takes_grouped_kernel(fc1)
-
-
 class LateSizes(NamedTuple):
     """The tokens of each expert, which the host does not know yet when it launches the products.
 
@@ -144,7 +139,7 @@ class OneByOne:
         """Add them to `outs`, in its type."""
         for out, a, b in zip(outs, left.split(self.sizes), right.split(self.sizes), strict=True):
             if len(a):
-                add_outer(out, a, b)
+                add_outer(b, a, out)
 
 
 class OneKernel:

@@ -26,9 +26,9 @@ def mark_as_added(weight: torch.Tensor) -> torch.Tensor:
     return torch.sparse_coo_tensor(size=size, dtype=dtype, device=device, check_invariants=False)  # type: ignore[call-arg]
 
 
-def add_outer(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left.T @ right` to `out`, in its type: `[rows, out]`, `[rows, in]` → `[out, in]`."""
-    if out.dtype == left.dtype:
-        out.addmm_(left.T, right)
+def add_outer(rows: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> None:
+    """Add `gradient.T @ rows` to `out`, in its type: `[rows, in]`, `[rows, out]` → `[out, in]`."""
+    if out.dtype == rows.dtype:
+        out.addmm_(gradient.T, rows)
     else:
-        torch.addmm(out, left.T, right, out_dtype=out.dtype, out=out)
+        torch.addmm(out, gradient.T, rows, out_dtype=out.dtype, out=out)

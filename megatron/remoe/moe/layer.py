@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels.backend import backend_of
 from megatron.remoe.local.experts import GroupedExperts
-from megatron.remoe.local.grouped_swiglu import takes_grouped_kernel, waits_for_sizes
+from megatron.remoe.local.grouped_swiglu import takes_grouped_kernel
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.moe.plan import Counts, Guess, Ranks, count_known, count_later, count_pairs, plan_dispatch
 
@@ -50,26 +50,25 @@ class ReMoELayer(MoELayer):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.ranks, self.backend = Ranks.of(pg_collection), backend_of(config)
-        is_topk, plans = type(self.router) is TopKRouter, takes_plans(config)
+        is_topk = type(self.router) is TopKRouter
         self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
-        if plans:
+        self._most, self._pair_multiple = 0, 1
+        self._guess: Guess | None = None
+        self._run_experts = self._by_exchange if takes_plans(config) else self._by_megatron
+        if takes_plans(config):
             self.token_dispatcher = PlannedAlltoAllDispatcher(
                 self.num_local_experts, self.local_expert_indices, config, pg_collection
             )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
-        has_all = plans and self.ranks.is_alone and isinstance(self.experts, GroupedExperts)
-        if not plans:
-            self._run_experts = self._by_megatron
-        elif has_all and not self.shared_expert_overlap:
-            self._run_experts = self._in_place
-        else:
-            self._run_experts = self._by_exchange
-        in_one_kernel = has_all and takes_grouped_kernel(self.experts.fc1)
-        self._rows = self.backend.rows if in_one_kernel and not self.shared_expert_overlap else 1
-        self._most = _known_most(config, self.experts.fc1, is_topk, self.pairs_limit) if has_all else 0
-        launches_ahead = getattr(config, "moe_relu_launch_ahead", False) and not (is_topk or self._most)
-        self._guess = Guess(config.moe_router_topk, self.pairs_limit) if in_one_kernel and launches_ahead else None
+        if takes_plans(config) and self.ranks.is_alone and isinstance(self.experts, GroupedExperts):
+            self._most = _known_most(config, self.experts.fc1, is_topk, self.pairs_limit)
+            if not self.shared_expert_overlap:
+                self._run_experts = self._in_place
+                if takes_grouped_kernel(self.experts.fc1):
+                    self._pair_multiple = self.backend.pair_multiple
+                    if getattr(config, "moe_relu_launch_ahead", False) and not (is_topk or self._most):
+                        self._guess = Guess(config.moe_router_topk, self.pairs_limit)
         manager = getattr(self.token_dispatcher, "_comm_manager", None)
         if isinstance(manager, _DeepepManager) and not is_topk:
             # A slot for each expert that a token may have, and any capacity factor: then gates of 0 are not sent.
@@ -195,7 +194,7 @@ class ReMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
     ) -> torch.Tensor:
         """Run the experts on the tokens in place: this rank has all experts."""
-        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend, self._rows)
+        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend, self._pair_multiple)
         tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
         output, _ = self.experts(tokens_TH, counts.tokens_per_expert, plan.gates_P, plan.order)
         return output.view_as(hidden_states)
@@ -270,8 +269,8 @@ def takes_plans(config: TransformerConfig) -> bool:
 def _known_most(config: TransformerConfig, fc1: torch.Tensor, is_topk: bool, limit: float) -> int:
     """Return how many experts per token a layer with all experts has room for without counting; 0 if it counts."""
     if is_topk:
-        drops = config.moe_expert_capacity_factor is not None
-        return 0 if drops or waits_for_sizes(fc1) else config.moe_router_topk
+        drops, waits = config.moe_expert_capacity_factor is not None, fc1.is_cuda and not takes_grouped_kernel(fc1)
+        return 0 if drops or waits else config.moe_router_topk
     is_captured = config.cuda_graph_impl == "full_iteration" and takes_grouped_kernel(fc1) and not limit
     return (getattr(config, "moe_relu_max_experts", None) or 0) if is_captured else 0
 

@@ -8,56 +8,33 @@ import os
 import warnings
 
 import megatron.remoe
-from megatron.remoe.patches.checkpoints import (
-    check_loaded_weights,
-    keep_saving_possible,
-    load_objects_unexecuted,
-    report_write_errors,
-    save_durably,
-    verify_loaded_bytes,
-)
-from megatron.remoe.patches.fsdp import (
-    find_parameters_in_fp32,
-    keep_loaded_main_weights,
-    list_all_optimizer_states,
-    scale_once_per_step,
-)
-from megatron.remoe.patches.fusions import (
-    enable_torch_weight_gradient_fusion,
-    use_fla_cross_entropy,
-    use_rotary_kernel,
-)
-from megatron.remoe.patches.log_lines import forward_figures
-from megatron.remoe.patches.optimizer import enable_torch_adam_resume, use_fused_adam
-from megatron.remoe.patches.start import print_time_left, use_shipped_helpers
-from megatron.remoe.patches.validation import fill_validation_batches
-from megatron.remoe.patches.waits import keep_norms_on_device, skip_single_rank_reductions, validate_once_per_step
+from megatron.remoe.patches import checkpoints, fsdp, fusions, log_lines, optimizer, start, validation, waits
 
 VERSIONS = ("0.19.0", "0.19.1", "0.19.2")  # of megatron-core; the patched code is the same in all of them
 
 PATCHES = (
-    use_shipped_helpers,
-    enable_torch_adam_resume,
-    use_fused_adam,
-    keep_norms_on_device,
-    validate_once_per_step,
-    skip_single_rank_reductions,
-    enable_torch_weight_gradient_fusion,
-    use_fla_cross_entropy,
-    use_rotary_kernel,
-    print_time_left,
-    fill_validation_batches,
-    forward_figures,
-    load_objects_unexecuted,
-    verify_loaded_bytes,
-    check_loaded_weights,
-    save_durably,
-    keep_saving_possible,
-    report_write_errors,
-    list_all_optimizer_states,
-    find_parameters_in_fp32,
-    keep_loaded_main_weights,
-    scale_once_per_step,
+    start.use_shipped_helpers,
+    optimizer.enable_torch_adam_resume,
+    optimizer.use_fused_adam,
+    waits.keep_norms_on_device,
+    waits.validate_once_per_step,
+    waits.skip_single_rank_reductions,
+    fusions.enable_torch_weight_gradient_fusion,
+    fusions.use_fla_cross_entropy,
+    fusions.use_rotary_kernel,
+    start.print_time_left,
+    validation.fill_validation_batches,
+    log_lines.forward_figures,
+    checkpoints.load_objects_unexecuted,
+    checkpoints.verify_loaded_bytes,
+    checkpoints.check_loaded_weights,
+    checkpoints.save_durably,
+    checkpoints.keep_saving_possible,
+    checkpoints.report_write_errors,
+    fsdp.list_all_optimizer_states,
+    fsdp.find_parameters_in_fp32,
+    fsdp.keep_loaded_main_weights,
+    fsdp.scale_once_per_step,
 )
 
 

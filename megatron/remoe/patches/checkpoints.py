@@ -26,8 +26,8 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, 
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.files import sync, write_text
 from megatron.remoe.patches.patch import patch, replace
-from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back, wait_for_files
-from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
+from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back, iteration_folder, wait_for_files
+from megatron.remoe.preflight.checkpoint_fit import check_is_finite
 from megatron.remoe.preflight.checkpoint_index import (
     INDEX,
     INDEX_SUM,
@@ -37,7 +37,7 @@ from megatron.remoe.preflight.checkpoint_index import (
     is_of_fsdp,
     read_index,
 )
-from megatron.remoe.preflight.stored_sums import check_part, check_places
+from megatron.remoe.preflight.stored_sums import check_part, check_stored_sums
 from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
 
@@ -72,7 +72,7 @@ def _read_verified(reader: FileSystemReader, plan: LoadPlan, planner: LoadPlanne
         if not entry.transform_descriptors:  # else it is compressed, and not an archive
             places.setdefault(Path(reader.path, entry.relative_path), set()).add((entry.offset, entry.length))
     with ThreadPoolExecutor(1) as thread:
-        checks = [thread.submit(check_places, path, sorted(parts)) for path, parts in places.items()]
+        checks = [thread.submit(check_stored_sums, path, sorted(parts)) for path, parts in places.items()]
         try:
             return FileSystemReader.read_data(reader, plan, planner)
         except RuntimeError as error:
@@ -188,7 +188,7 @@ def _check_own_files(folder: Path) -> None:
     own = Path(checkpointing.get_checkpoint_name(str(folder.parent), iteration, released, return_base_dir=False))
     with _fails_together():
         for file in own.parent.glob("*.pt"):
-            check_places(file, [(0, file.stat().st_size)])
+            check_stored_sums(file, [(0, file.stat().st_size)])
 
 
 class _Tracker(io.StringIO):

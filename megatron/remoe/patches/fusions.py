@@ -3,14 +3,12 @@
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import torch
-
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel import layers
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.local.main_grad import add_outer
-from megatron.remoe.local.rotary import FusedRotaryEmbedding
+from megatron.remoe.local.rotary import fused_rotary_embedding
 from megatron.remoe.patches.patch import patch
 
 
@@ -26,14 +24,9 @@ def enable_torch_weight_gradient_fusion() -> None:
     """
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
-            wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
+            wgrad_gemm_accum_fp32=add_outer, wgrad_gemm_accum_fp16=add_outer
         )
         layers._grad_accum_fusion_available = True
-
-
-def _add_weight_gradient(rows: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """`main_grad += gradient.T @ rows`: `[rows, in]`, `[rows, out]` → `[out, in]`, in the type of `main_grad`."""
-    add_outer(main_grad, gradient, rows)
 
 
 @patch(
@@ -59,4 +52,4 @@ def use_fla_cross_entropy() -> None:
 def use_rotary_kernel() -> None:
     """Use a Triton kernel for rope fusion if Transformer Engine is not installed."""
     if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("triton") is not None:
-        rope_utils.fused_apply_rotary_pos_emb = FusedRotaryEmbedding()
+        rope_utils.fused_apply_rotary_pos_emb = fused_rotary_embedding

@@ -1,4 +1,4 @@
-"""Make PyTorch's Adam work in the distributed optimizer, without Transformer Engine and apex."""
+"""Make PyTorch's Adam fast, and work in the distributed optimizer, without Transformer Engine and apex."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.remoe.patches.patch import patch, replace
 
 FILE = "core/optimizer/distrib_optimizer.py: DistributedOptimizer"
@@ -55,7 +56,7 @@ def enable_torch_adam_resume() -> None:
         stock(self, parameter, {"step": None} | tensors)  # Megatron skips values that are not tensors
 
 
-def _is_torchs_adam(optimizer: DistributedOptimizer) -> bool:
+def _is_torchs_adam(optimizer: MegatronOptimizer) -> bool:
     return isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
@@ -65,17 +66,17 @@ def _step(number: float, group: dict[str, Any], parameter: torch.Tensor) -> torc
 
 
 @patch(
-    changes=f"{FILE}.__init__",
-    provides="a fused Adam on GPUs without Transformer Engine or apex",
+    changes="core/optimizer/optimizer.py: MegatronOptimizer.__init__",
+    provides="a fused Adam without Transformer Engine or apex",
     ends="Megatron creates PyTorch's Adam with fused=True",
 )
 def use_fused_adam() -> None:
-    """Use PyTorch's fused Adam in the distributed optimizer; Megatron's default passes over memory ten times."""
+    """Use PyTorch's fused Adam; Megatron's default passes over memory ten times."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
 
-    @replace(DistributedOptimizer, "__init__")
-    def initialize(stock: Any, self: DistributedOptimizer, *arguments: Any, **options: Any) -> None:
+    @replace(MegatronOptimizer, "__init__")
+    def initialize(stock: Any, self: MegatronOptimizer, *arguments: Any, **options: Any) -> None:
         stock(self, *arguments, **options)
         if _is_torchs_adam(self):
             for group in self.optimizer.param_groups:

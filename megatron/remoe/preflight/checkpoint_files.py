@@ -229,3 +229,11 @@ def newest_iteration(root: Path) -> str:
             f"{tracker} is a folder. Remove it: the newest whole checkpoint is then found.", "REMOE-E403"
         )
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+
+
+def iteration_folder(root: Path, step: int | None = None) -> Path | None:
+    """Return the folder of the iteration or release that Megatron loads with --ckpt-step; None if there is none."""
+    newest = newest_iteration(root)
+    if newest == RELEASE:
+        return root / RELEASE
+    return root / f"iter_{step or int(newest):07d}" if step or newest.isdecimal() else None

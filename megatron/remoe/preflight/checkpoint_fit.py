@@ -14,7 +14,7 @@ from megatron.remoe.preflight.checkpoint_files import (
     TRACKER,
     Resume,
     choose_checkpoint,
-    newest_iteration,
+    iteration_folder,
     newest_whole,
 )
 from megatron.remoe.preflight.checkpoint_index import INDEX, BrokenCheckpointError, common_state
@@ -31,14 +31,6 @@ from megatron.remoe.preflight.compared_settings import (
 
 FSDP = "fsdp_dtensor"
 STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")  # values of --dist-ckpt-strictness
-
-
-def iteration_folder(root: Path, step: int | None = None) -> Path | None:
-    """Return the folder of the iteration or release that Megatron loads with --ckpt-step; None if there is none."""
-    newest = newest_iteration(root)
-    if newest == RELEASE:
-        return root / RELEASE
-    return root / f"iter_{step or int(newest):07d}" if step or newest.isdecimal() else None
 
 
 def check_has_no_code(args: argparse.Namespace) -> None:
@@ -80,7 +72,7 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
         _check_is_there(args)
     if resume is None or resume.saved is None:
         return False
-    for checks in (_of_the_model, _of_the_training) if goes_on else (_of_the_model,):
+    for checks in (_model_problems, _training_problems) if goes_on else (_model_problems,):
         for code, problem in checks(args, resume.saved):
             raise UsageError(f"{resume.flag} {resume.folder}{problem}", code)
     is_other_end = duration(args)[0] != duration(resume.saved)[0] and args.weight_decay_incr_style == "constant"
@@ -145,11 +137,11 @@ def _check_is_there(args: argparse.Namespace) -> None:
         )
 
 
-def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def _model_problems(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield codes with the reasons why the weights do not fit this model."""
-    if problem := _of_another_kind(args, saved):
+    if problem := _kind_problem(args, saved):
         yield "REMOE-E412", problem
-    there, here = _names_experts_like(saved), _names_experts_like(args)
+    there, here = _expert_naming(saved), _expert_naming(args)
     if args.use_megatron_fsdp and args.num_experts and there != here:
         yield (
             "REMOE-E412",
@@ -160,7 +152,7 @@ def _of_the_model(args: argparse.Namespace, saved: argparse.Namespace) -> Iterat
         yield "REMOE-E411", f" holds a model of another shape: {different}. Give its values, or another model."
 
 
-def _of_another_kind(args: argparse.Namespace, saved: argparse.Namespace) -> str:
+def _kind_problem(args: argparse.Namespace, saved: argparse.Namespace) -> str:
     """Return why the checkpoint's format, routing or class does not fit, or ""."""
     was_relu, experts = getattr(saved, "moe_relu_routing", False), getattr(saved, "num_experts", None)
     here, there = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
@@ -192,7 +184,7 @@ def _of_another_kind(args: argparse.Namespace, saved: argparse.Namespace) -> str
     return ""
 
 
-def _of_the_training(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def _training_problems(args: argparse.Namespace, saved: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield codes with the reasons why this would be a different training from the saved one."""
     rates = "" if args.no_load_optim else differences(args, saved, RATES)
     settings = "" if args.allow_changed_settings else differences(args, saved, result)
@@ -203,7 +195,7 @@ def _of_the_training(args: argparse.Namespace, saved: argparse.Namespace) -> Ite
             f": resuming with other settings than it was saved with: {different}. Give its values, or another --save "
             f"and --load, or {meant}--finetune with another --save to start a new training from its weights.",
         )
-    if not args.no_load_optim and (problem := _of_the_optimizer(args, saved)):
+    if not args.no_load_optim and (problem := _optimizer_problem(args, saved)):
         yield "REMOE-E414", f": {problem}, or give --no-load-optim to go on with new optimizer state."
     same_end = duration(args)[1] == duration(saved)[1]
     schedule = SCHEDULE if same_end else DURATION + SCHEDULE
@@ -216,7 +208,7 @@ def _of_the_training(args: argparse.Namespace, saved: argparse.Namespace) -> Ite
         )
 
 
-def _of_the_optimizer(args: argparse.Namespace, saved: argparse.Namespace) -> str:
+def _optimizer_problem(args: argparse.Namespace, saved: argparse.Namespace) -> str:
     """Return why the optimizer's state does not fit, or "".
 
     Each rank saves its own part of a distributed optimizer; Megatron loads the parts into another layout in some cases
@@ -242,7 +234,7 @@ def _of_the_optimizer(args: argparse.Namespace, saved: argparse.Namespace) -> st
     return ""
 
 
-def _names_experts_like(args: argparse.Namespace) -> str:
+def _expert_naming(args: argparse.Namespace) -> str:
     if args.transformer_impl != "local":
         return "Transformer Engine's layers"
     return "grouped experts" if getattr(args, "local_layer_fusion", False) else "experts one by one"

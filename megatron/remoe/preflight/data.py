@@ -55,7 +55,7 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path,
             raise DataError(
                 f"{flag}: has the weights {weights}. Give numbers of at least 0, and one above 0.", "REMOE-E303"
             )
-        if not all(map(_is_local, used)):
+        if any("://" in prefix for prefix in used):
             continue
         data_sets = [_open(prefix, flag, thorough=args.rank == 0) for prefix in used]
         if split[2] is not None and args.multiple_validation_sets:
@@ -90,7 +90,7 @@ def check_vocabulary(args: argparse.Namespace, read_blends: BlendReader) -> None
     if args.mock_data or args.perform_rl_step or not size:
         return
     given = _blends(args, read_blends)
-    blends = [(flag, prefix) for flag, (prefixes, _), _ in given for prefix in prefixes if _is_local(prefix)]
+    blends = [(flag, prefix) for flag, (prefixes, _), _ in given for prefix in prefixes if "://" not in prefix]
     for flag, prefix in blends:
         data = _open(prefix, flag)
         if not data.tokens or data.dtype.kind not in "iu":
@@ -224,7 +224,3 @@ def _split_matrix(split: str | None) -> list[tuple[float, float] | None]:
         f"--split {split}: give up to three numbers, for training, validation and test, for instance 969,30,1.",
         "REMOE-E304",
     )
-
-
-def _is_local(prefix: str) -> bool:
-    return "://" not in prefix

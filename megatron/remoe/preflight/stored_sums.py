@@ -20,7 +20,7 @@ LOCAL_HEADER, LENGTHS_AT = b"PK\3\4", 26  # first bytes of a record, and the off
 LOCAL_HEADER_SIZE = 30
 
 
-def check_places(path: Path, places: Iterable[tuple[int, int]]) -> None:
+def check_stored_sums(path: Path, places: Iterable[tuple[int, int]]) -> None:
     """Check parts of a file that `torch.save` wrote.
 
     Args:
@@ -63,7 +63,7 @@ def check_part(folder: Path, index: Metadata, part: int, parts: int) -> None:
         OSError: a file cannot be read.
     """
     for key, entry in sorted(index.storage_data.items(), key=lambda item: str(item[0]))[part::parts]:
-        check_places(folder / entry.relative_path, [(entry.offset, entry.length)])
+        check_stored_sums(folder / entry.relative_path, [(entry.offset, entry.length)])
         if isinstance(index.state_dict_metadata[key.fqn], BytesStorageMetadata):
             check_object(key.fqn, stored_object(folder, entry))
 

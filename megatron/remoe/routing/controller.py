@@ -49,7 +49,7 @@ class SparsityController:
         self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
         self._bounds = exponent_bounds(config)
         self._last: StepSums | None = None
-        self._topk: float = config.moe_router_topk  # k of the last step's target
+        self._target_topk: float = config.moe_router_topk  # k of the last step's target
         # Computed pairs and tokens of each layer over all steps.
         self.running_sums = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
 
@@ -66,7 +66,7 @@ class SparsityController:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Every rank counted other tokens, or other layers, in every layout.
             torch.distributed.all_reduce(sums.buffer)
-        self._topk = self.config.target_topk(step)
+        self._target_topk = self.config.target_topk(step)
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
         computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
         torch._foreach_add_([*self.running_sums.unbind()], [computed, tokens])
@@ -75,7 +75,7 @@ class SparsityController:
         # Megatron skips a step that is not finite, or ends the training: such a step moves nothing here either.
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k · tokens, which is exact in whole numbers.
-        direction = torch.where(finite, torch.sign((active - self._topk * tokens).sum()), 0.0)
+        direction = torch.where(finite, torch.sign((active - self._target_topk * tokens).sum()), 0.0)
         exponent = self._moved(direction.to(torch.int64), finite)
         dying = active < self.config.moe_relu_layer_floor * topk * tokens
         guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
@@ -136,7 +136,7 @@ class SparsityController:
         if self._last is None:
             return None
         sums = StepSums.of(self._last.buffer.cpu(), self._num_layers)
-        return RoutingSummary.of(sums, self.totals(), self._topk, self.config)
+        return RoutingSummary.of(sums, self.totals(), self._target_topk, self.config)
 
 
 def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:

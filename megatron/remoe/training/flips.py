@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from itertools import repeat
 from typing import Any
 
@@ -37,17 +36,6 @@ class FlipMeter:
         self._args, self._forward_step = args, forward_step
         self._batches: list[dict[str, torch.Tensor] | None] = []
         self._before: tuple[int, Maps] | None = None
-
-    def calibrating(self, provider: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a provider of data sets that also hands this rank's sequences to the meter."""
-
-        @wraps(provider)
-        def provide(*arguments: Any, **options: Any) -> Any:
-            data_sets = provider(*arguments, **options)
-            self.calibrate(data_sets)
-            return data_sets
-
-        return provide
 
     def calibrate(self, data_sets: list[Any]) -> None:
         """Keep this rank's sequences. Call it once for each virtual pipeline stage.

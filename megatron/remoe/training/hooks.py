@@ -3,7 +3,7 @@
 import argparse
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker, set_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -42,7 +43,6 @@ from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.routing.warmup import WarmupTopKRouter
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
-from megatron.remoe.training.mtp import rebuild_prediction_layers
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron.training.models.hybrid import HybridModelConfig
 
@@ -69,7 +69,7 @@ def install_routing(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
     if args.moe_relu_routing:
         router, prepare = ReLURouter, partial(_install_controller, args, config)
     elif args.moe_warmup_topk is not None:
-        router, prepare = WarmupTopKRouter, partial(_tell_steps, args)
+        router, prepare = WarmupTopKRouter, partial(_install_warmup, args)
     elif args.moe_baseline_router is not None:
         router, prepare = ROUTERS[args.moe_baseline_router], partial(_install_baseline, args)
     else:
@@ -105,7 +105,7 @@ def _install_baseline(args: argparse.Namespace, model_chunks: list[torch.nn.Modu
     pairs = PairCounter(model_chunks)
     _after_each_step(model_chunks, pairs.update)
     _restore_for_reruns(pairs)
-    set_moe_metrics_tracker(ReMoEMetricsTracker(args, pairs=pairs))
+    set_moe_metrics_tracker(ReMoEMetricsTracker(args, pairs))
     return pass_token_ids(model_chunks)
 
 
@@ -150,7 +150,7 @@ def _steps_done(args: argparse.Namespace) -> int:
     return max(args.iteration, getattr(args, "curr_iteration", 0))
 
 
-def _tell_steps(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+def _install_warmup(args: argparse.Namespace, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     def begin_step(router: WarmupTopKRouter, _inputs: Any) -> None:
         router.begin_step(_steps_done(args))
 
@@ -219,6 +219,20 @@ def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | No
         model_cfg.pre_wrap_hooks.append(partial(rebuild_prediction_layers, change))
 
 
+def rebuild_prediction_layers(change: Callable[[Any, int | None], Any], model_chunks: list[Any]) -> list[Any]:
+    """Rebuild GPTModel's layers of multi-token prediction, which no setting of Megatron changes; a pre-wrap hook.
+
+    Args:
+        change: returns the changed submodules of a block, from those and the virtual pipeline stage.
+        model_chunks: the model on this rank, as Megatron built it; returned.
+    """
+    for chunk in model_chunks:
+        if chunk.mtp_process:
+            submodules = change(chunk.mtp.submodules, chunk.vp_stage)
+            chunk.mtp = MultiTokenPredictionBlock(chunk.config, submodules, chunk.vp_stage, chunk.pg_collection)
+    return model_chunks
+
+
 def _changed_spec(given: Any, change: Callable[[LayerSpec, int | None], LayerSpec]) -> Callable[..., LayerSpec]:
     """Return a builder of the specification `given` (Megatron's default if None) with `change` applied."""
 
@@ -264,4 +278,11 @@ def with_flips(
         return model_chunks
 
     model_cfg.post_wrap_hooks.append(install)
-    return meter.calibrating(provider)
+
+    @wraps(provider)
+    def calibrating(*arguments: Any, **options: Any) -> Any:
+        data_sets = provider(*arguments, **options)
+        meter.calibrate(data_sets)
+        return data_sets
+
+    return calibrating

@@ -21,20 +21,14 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
     device only if they are written.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        controller: SparsityController | None = None,
-        pairs: PairCounter | None = None,
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, counter: SparsityController | PairCounter | None = None) -> None:
         super().__init__()
         self.flips: FlipMeter | None = None
-        self._args, self._controller, self._pairs, self._first = args, controller, pairs, True
+        self._args, self._counter, self._first = args, counter, True
 
     def totals(self) -> dict[str, int]:
         """Return the running sums of computed pairs and tokens, or nothing for top-k; waits for the device."""
-        counter = self._controller or self._pairs
-        return counter.totals() if counter is not None else {}
+        return self._counter.totals() if self._counter is not None else {}
 
     def report(
         self,
@@ -59,15 +53,15 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
             self._record({f"moe/{name}": value for name, value in of_line.items()}, iteration, writer, wandb_writer)
             text += "".join(f" {name.replace('_', ' ')}: {value:.6f} |" for name, value in of_line.items())
             of_line["changed_tokens"] = flips["changed_tokens"]
-        if self._controller is not None and (is_printed or is_recorded):
-            summary = self._controller.summary()
+        if isinstance(self._counter, SparsityController) and (is_printed or is_recorded):
+            summary = self._counter.summary()
             if summary is not None:
                 if is_recorded:
                     self._record(_scalars(summary, per_layer_logging), iteration, writer, wandb_writer)
                 text += _log_text(summary)
                 of_line |= _run_log_record(summary)
-        if is_printed and self._pairs is not None:
-            of_line |= self._pairs.totals()
+        if is_printed and isinstance(self._counter, PairCounter):
+            of_line |= self._counter.totals()
         if is_printed and of_line:
             run_logger().info(of_line)
         return text

@@ -16,8 +16,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.data.errors import UsageError
-from megatron.remoe.preflight.checkpoint_files import check_is_whole
-from megatron.remoe.preflight.checkpoint_fit import check_is_finite, iteration_folder
+from megatron.remoe.preflight.checkpoint_files import check_is_whole, iteration_folder
+from megatron.remoe.preflight.checkpoint_fit import check_is_finite
 from megatron.remoe.preflight.compared_settings import (
     RESULT_OF_EXPERTS,
     RESULT_OF_RELU,
@@ -92,7 +92,7 @@ class Teacher:
         self._weight = args.teacher_weight
         self._logits: torch.Tensor | None = None
         self._divergence: torch.Tensor | None = None
-        self._mask: torch.Tensor | None = None
+        self._mask = torch.empty(0)
 
     def watch(self, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Load the teacher, and follow the forward passes of the student, which is the only chunk."""
