@@ -29,7 +29,10 @@ from tools.sweep.tiny import MODELS  # noqa: E402
 
 PLACE = ROOT / "docs" / "compare"
 KINDS = {"dense": "dense", "moe": "top-k, softmax", "remoe": "ReMoE"}
-COLUMNS, BITS = ("experts per token", "tokens without", "for a tenfold frequency", "imbalance"), "domain bits"
+COLUMNS = "experts per token", "tokens without", "for a tenfold frequency", "imbalance"
+BITS = "domain bits per token"
+NAMES = *COLUMNS, BITS, "inactive"
+KEPT = "iterations", "flops", "first_near", "settled", "flip_rate", "flip_count"
 
 Rows = Sequence[dict[str, Any]]  # title, title of the reference, and results of the seeds
 
@@ -54,7 +57,7 @@ def collect(folders: Sequence[Path]) -> Rows:
                 continue
             seed = read_figures(folder / run.name).whole("seed")
             of: dict[str, Any] = {"seed": seed, "loss": outcome.test_loss}
-            of |= {name: getattr(outcome, name) for name in ("first_near", "settled", "flip_rate", "flip_count")}
+            of |= {name: getattr(outcome, name) for name in KEPT}
             of["routing"] = routing_of(folder / run.name / "analysis")
             found.setdefault(run, {})[seed] = {name: value for name, value in of.items() if value is not None}
     rows = []
@@ -82,7 +85,7 @@ def routing_of(folder: Path) -> dict[str, list[Any]] | None:
     ]  # fmt: skip
     found = dict(zip(COLUMNS, columns, strict=True))
     found["inactive"] = [len(of["inactive"]) for of in balance["layers"].values()]
-    return found | {BITS: [of["bits"] for of in (load["specialization"] or {}).values()]}
+    return found | {BITS: [of["bits_per_token"] for of in (load["specialization"] or {}).values()]}
 
 
 def interval(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
@@ -114,17 +117,19 @@ def losses(rows: Rows) -> str:
     verdicts = compare({title: values for title, values in gaps.items() if values}, MARGIN)
     lines = []
     for row in rows:
-        columns = {name: [of[name] for of in row["seeds"] if name in of] for name in ("flip_rate", "flip_count")}
+        columns = {
+            name: [of[name] for of in row["seeds"] if name in of] for name in ("flops", "flip_rate", "flip_count")
+        }
         title = row["title"]
         lines.append([
             title, interval([of["loss"] for of in row["seeds"]]), interval(gaps[title], "+"),
             verdicts[title].verdict if title in verdicts else "",
+            f"{statistics.fmean(columns['flops']):.4g}" if columns["flops"] else "",
             *(reached(row, name) for name in ("first_near", "settled")),
             interval(columns["flip_rate"], digits=4), interval(columns["flip_count"], digits=4), f"{len(row['seeds'])}",
         ])  # fmt: skip
-    header = "|loss|above ReMoE|verdict|S first near|S settled|flip rate|flips per token|seeds".split("|")
-    kept = [place for place, name in enumerate(header) if not name or any(line[place] for line in lines)]
-    return "\n".join(table([header[place] for place in kept], ([line[place] for place in kept] for line in lines)))
+    header = "|loss|above ReMoE|verdict|FLOPs|S first near|S settled|flip rate|flips per token|seeds".split("|")
+    return _table(header, lines)
 
 
 def routers(rows: Rows) -> str:
@@ -132,13 +137,21 @@ def routers(rows: Rows) -> str:
     lines = []
     for row in rows:
         analyzed = [of for of in row["seeds"] if "routing" in of]
-        for layer in range(len(analyzed[0]["routing"][BITS]) if analyzed else 0):
-            found = {name: [of["routing"][name][layer] for of in analyzed] for name in (*COLUMNS, BITS, "inactive")}
+        for layer in range(len(analyzed[0]["routing"]["inactive"]) if analyzed else 0):
+            found = {
+                name: [of[layer] for each in analyzed for of in [each["routing"].get(name)] if of] for name in NAMES
+            }
             cells = [interval([value for value in found[name] if value is not None]) for name in COLUMNS]
-            difference = above(rows, row, "routing", BITS, layer)
+            difference = above(rows, row, "routing", BITS, layer) if found[BITS] else []
             cells += [interval(found[BITS], digits=4), interval(difference, "+", digits=4)]
             lines.append([row["title"], str(layer + 1), *cells, ", ".join(map(str, found["inactive"]))])
-    return "\n".join(table(["", "layer", *COLUMNS, BITS, "above ReMoE", "inactive experts"], lines)) if lines else ""
+    return _table(["", "layer", *COLUMNS, BITS, "above ReMoE", "inactive experts"], lines) if lines else ""
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table without the columns that have a title and no values."""
+    kept = [place for place, name in enumerate(header) if not name or any(line[place] for line in lines)]
+    return "\n".join(table([header[place] for place in kept], ([line[place] for place in kept] for line in lines)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
