@@ -52,6 +52,7 @@ def draw(path: Path, points: Mapping[int, Points], margin: float, reference: str
             axes.set_xticks([*ticks], [f"{flops / 1e12:.3g}\n({steps})" for flops, steps in ticks.items()])
             axes.set_xticks([], minor=True)
         panels[0].set_yscale("symlog", linthresh=margin, linscale=0.5)
+        panels[0].margins(y=0.08)
         panels[0].yaxis.set_major_locator(FixedLocator([sign * margin * tick for tick in TICKS for sign in (-1, 1)]))
         panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
         panels[0].set_ylabel(f"loss minus that of {ARMS[reference].title}\nat equal FLOPs, nats per byte")
