@@ -53,6 +53,7 @@ STARTS: Mapping[str, Arm] = {
     "moe": Arm("moe", "top-k"),
     "moe-dense-start": Arm("moe-warmup", "top-k, dense start"),
     "remoe-faster": Arm("remoe", "ReMoE, faster λ", FASTER),
+    "remoe-faster-floor": Arm("remoe", "ReMoE, faster λ above λ₀", f"{FASTER} --moe-relu-l1-reg-coeff-min 1e-8"),
     "remoe-capped": Arm("remoe", "ReMoE, at most 4 experts", CAPPED),
     "remoe-faster-capped": Arm("remoe", "ReMoE, faster λ, at most 4", f"{FASTER} {CAPPED}"),
     "remoe-sparse-start": Arm(
