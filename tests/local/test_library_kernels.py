@@ -12,7 +12,7 @@ from megatron.core.models.common.language_module import language_module
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.remoe import patches
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
-from megatron.remoe.local.rotary import fused_rotary_embedding
+from megatron.remoe.local.rotary import FusedRotaryEmbedding
 from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
 
@@ -85,9 +85,10 @@ def test_rotary_embedding(interleaved: bool, rotated: int, dtype: torch.dtype) -
     expected = _apply_rotary_pos_emb_bshd(exact, freqs.double(), rotary_interleaved=interleaved)
     expected.backward(upstream.double())
 
+    rotate = FusedRotaryEmbedding()
     for _ in range(2):  # with tables that are made, and kept
         t.grad = None
-        output = fused_rotary_embedding(t, freqs, interleaved)
+        output = rotate(t, freqs, interleaved)
         output.backward(upstream)
         assert output.dtype == dtype and torch.equal(t, before)
         torch.testing.assert_close(output.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

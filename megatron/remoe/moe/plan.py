@@ -200,7 +200,7 @@ def _counts_of(pairs_CRE: torch.Tensor, counted: list[torch.Tensor], ranks: Rank
 def plan_dispatch(
     probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts, backend: Backend, pair_multiple: int = 1
 ) -> DispatchPlan:
-    """Make the plan of gates and map, `[T, E]`, by this backend's counts, with room for a multiple of pairs."""
+    """Make the plan of gates and map, `[T, E]`, by this backend's counts. Room for pairs is rounded up."""
     room = cdiv(counts.num_pairs, pair_multiple) * pair_multiple
     order, gates_P = backend.plan(probs_TE, map_TE, counts.counted, room)
     return DispatchPlan(order, gates_P, counts)

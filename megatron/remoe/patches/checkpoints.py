@@ -26,7 +26,14 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, 
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.files import sync, write_text
 from megatron.remoe.patches.patch import patch, replace
-from megatron.remoe.preflight.checkpoint_files import RELEASE, TRACKER, go_back, iteration_folder, wait_for_files
+from megatron.remoe.preflight.checkpoint_files import (
+    RELEASE,
+    TRACKER,
+    go_back,
+    iteration_folder,
+    loaded_flag,
+    wait_for_files,
+)
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite
 from megatron.remoe.preflight.checkpoint_index import (
     INDEX,
@@ -147,8 +154,7 @@ def check_loaded_weights() -> None:
     def load(stock: Any, model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
         args = get_args()
         asked = None if getattr(args, "is_going_back", False) else args.ckpt_step
-        has_own = args.load and os.path.lexists(os.path.join(args.load, TRACKER))
-        flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"
+        flag = loaded_flag(args)
         root = args.load if flag == "--load" else args.pretrained_checkpoint
         while True:
             folder = iteration_folder(Path(root), args.ckpt_step) if root else None

@@ -231,6 +231,12 @@ def newest_iteration(root: Path) -> str:
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
 
 
+def loaded_flag(args: argparse.Namespace) -> str:
+    """Return the flag whose folder Megatron loads: --pretrained-checkpoint while --load has no tracker file."""
+    has_own = args.load and os.path.lexists(os.path.join(args.load, TRACKER))
+    return "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"
+
+
 def iteration_folder(root: Path, step: int | None = None) -> Path | None:
     """Return the folder of the iteration or release that Megatron loads with --ckpt-step; None if there is none."""
     newest = newest_iteration(root)

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels import wants_kernels
-from megatron.remoe.preflight.checkpoint_files import TRACKER
+from megatron.remoe.preflight.checkpoint_files import loaded_flag
 from megatron.remoe.preflight.checkpoint_fit import check_has_no_code
 from megatron.remoe.preflight.environment import check_flips
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
@@ -178,9 +178,7 @@ def load_saved_args(args: argparse.Namespace) -> None:
         return
     tokenizer = args.tokenizer_type
     check_has_no_code(args)
-    has_own = args.load and os.path.lexists(os.path.join(args.load, TRACKER))
-    is_new = args.pretrained_checkpoint and not has_own
-    found = load_args_from_checkpoint(args, load_arg="pretrained_checkpoint" if is_new else "load")
+    found = load_args_from_checkpoint(args, load_arg=loaded_flag(args).removeprefix("--").replace("-", "_"))
     saved = found[1] if isinstance(found, tuple) else None
     files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
     if args.vocab_file:  # it belongs to the flag's tokenizer
