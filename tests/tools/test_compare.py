@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import pytest
@@ -29,20 +32,20 @@ from tools.recipes.flops import arguments_of, flops_per_sequence
 
 
 class Trained:
-    """In the place of `start`: trains in a fork of a Megatron that is imported already."""
+    """In the place of `Processes.start`: trains in a fork of a Megatron that is imported already."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
 
-    def __call__(self, words: list[str], environment: dict[str, str], lock: IO[str], folder: Path, log: IO[str]):
+    @contextmanager
+    def __call__(
+        self, words: list[str], environment: dict[str, str], folder: Path, log: IO[str]
+    ) -> Iterator[SimpleNamespace]:
         assert words[0] == sys.executable and words[1].endswith("pretrain_gpt.py")
         self.commands.append(words)
-        self.code, printed = shared_entry().run(words[2:], limit=240)
+        code, printed = shared_entry().run(words[2:], limit=240)
         log.write(printed)
-        return self
-
-    def wait(self) -> int:
-        return self.code
+        yield SimpleNamespace(returncode=code)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def test_a_small_experiment(output: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "The same command goes on from here" in finish(process, code=130)[1]
 
     trained = Trained()
-    monkeypatch.setattr(trunks, "start", trained)
+    monkeypatch.setattr(trunks.Processes, "start", trained)
     assert command.main(words) == 0
     printed, calls = capsys.readouterr().out, len(trained.commands)
     results = json.loads((output / "mixed" / "results.json").read_text())

@@ -156,10 +156,10 @@ def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
     shown = ShownTraining("dense", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
     with (
         lock(tmp_path, "quickstart") as held,
-        TrainingDisplay(Console(quiet=True), [shown]) as display,
+        TrainingDisplay(Console(quiet=True), [shown], held) as display,
         pytest.raises(ToolError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag") as error,
     ):
-        training.run(failing, display, shown, 1, held)
+        training.run(failing, display, shown)
     log = failing.folder / "train.log"
     assert str(log) in str(error.value) and "--no-such-flag" in log.read_text()
     assert not failing.is_done()

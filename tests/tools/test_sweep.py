@@ -162,7 +162,7 @@ def test_what_follows_from_flags_for_all(tmp_path: Path) -> None:
         (tmp_path / f"train_{domain}_text_document.bin").write_bytes(bytes(size))
     prefixes = (f"{tmp_path}/train_{domain}_text_document" for domain in ("code", "docs"))
     assert tiny.text_in(tmp_path, "mixed")["DATA_PATH"] == "20 {}\n10 {}".format(*prefixes)
-    assert tiny.environment({"DATA_DIR": "data"}, "mixed") == {}
+    assert tiny.environment({"DATA_DIR": "data"}, "mixed") == {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("options", [["--tiny"], ["--", "--hybrid-layer-pattern", "*E*E"]], ids=["tiny", "given"])

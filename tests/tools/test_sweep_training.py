@@ -18,10 +18,9 @@ from rich.console import Console
 from tests.entry import shared_entry
 from tests.tools.sweeping import logged, start, sweep
 from tests.trainings import REPOSITORY, SMALL, finish, records
-from tools.common import training_display
+from tools.common import training_display, training_process
 from tools.common.flags import words_of
 from tools.common.training_display import ShownTraining, TrainingDisplay
-from tools.common.training_process import start as start_training
 from tools.sweep import plan, results
 from tools.sweep.settings import planned_flags
 
@@ -34,38 +33,46 @@ FLAGS = [
 
 
 SLOW_TO_SAVE = """
-import sys
+import os, sys
 from pathlib import Path
 from tools.recipes.process import run_training
-print("started", flush=True)
+print(os.getpid(), flush=True)
 slow = "bash -c 'trap : TERM; for i in {1..900}; do sleep 0.1; done'; true"
 sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 """
 
 
-def test_a_second_interrupt_ends_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_display, "SECONDS_TO_DIE", 60)
-    shown = ShownTraining("run", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
-    command = [sys.executable, "-c", SLOW_TO_SAVE, str(tmp_path / "log")]
+def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three trainings, two at once, and each takes 90 seconds to save."""
+    monkeypatch.setattr(training_process, "SECONDS_TO_DIE", 60)
+    shown = [ShownTraining(name, "", iterations=10, tokens_per_iteration=1, cost=1.0) for name in "abc"]
+    output, interrupts = io.StringIO(), []
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def train(place: int) -> None:
+        command = [sys.executable, "-c", SLOW_TO_SAVE, str(tmp_path / f"{place}.log")]
+        with (tmp_path / f"{place}.pid").open("w", buffering=1) as log:
+            display.run(shown[place], command, os.environ | {"PYTHONPATH": str(REPOSITORY)}, log)
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    try:
-        with (tmp_path / "lock").open("w") as lock:
-            process = start_training(command, os.environ | {"PYTHONPATH": str(REPOSITORY)}, lock)
-        assert process.stdout is not None and process.stdout.readline() == "started\n"
-        while not (tmp_path / "log").exists():  # tee has started, and so has the training
-            assert process.poll() is None
+    def interrupt_twice() -> None:
+        while not all((tmp_path / f"{place}.log").exists() for place in (0, 1)):  # tee and the training have started
             time.sleep(0.05)
-        timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
-        timer.start()
-        start_of_stop = time.monotonic()
-        TrainingDisplay(Console(quiet=True), [shown]).stop(process, shown)
-        assert process.returncode == 143 and time.monotonic() - start_of_stop < 30
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+        for _ in range(2):
+            time.sleep(1.0)
+            interrupts.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt_twice)
+    with (tmp_path / "lock").open("w") as lock, TrainingDisplay(Console(file=output), shown, lock) as display:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            display.run_all(train, at_once=2)
+    assert time.monotonic() - interrupts[1] < 30
+    thread.join()
+    assert "saving a checkpoint" in output.getvalue() and "was killed" not in output.getvalue()
+    assert not (tmp_path / "2.pid").exists()
+    for place in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"{place}.pid").read_text().split()[0]), 0)
 
 
 def test_time_left_counts_neither_reused_nor_failed_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +81,12 @@ def test_time_left_counts_neither_reused_nor_failed_trainings(tmp_path: Path, mo
     clock = partial(rich.progress.Progress, get_time=lambda: float(min(shown[1].done, 10) + shown[2].done))
     monkeypatch.setattr(training_display, "Progress", clock)
     output = io.StringIO()
-    with (tmp_path / "lock").open("w") as lock, TrainingDisplay(Console(file=output, width=200), shown) as display:
+    console = Console(file=output, width=200)
+    with (tmp_path / "lock").open("w") as lock, TrainingDisplay(console, shown, lock) as display:
         display.finish(shown[0], "reused")
         for training, end in ((shown[1], 20), (shown[2], 70)):
             lines = "".join(logged(at, 100) for at in range(10, end, 10))
-            display.run(training, ["printf", "%s", lines], dict(os.environ), lock)
+            display.run(training, ["printf", "%s", lines], dict(os.environ))
             display.finish(training, "failed")
     found = re.findall(r"c: (\d+)/100 .* all: (\S+) left", output.getvalue())
     assert found == [("30", "2:50"), ("60", "2:20")]

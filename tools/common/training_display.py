@@ -1,12 +1,13 @@
-"""Run trainings one after another and show their progress: a bar on a terminal, otherwise a few plain lines."""
+"""Run trainings and show their progress: bars on a terminal, otherwise a few plain lines."""
 
 import itertools
 import re
-import signal
-import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 from types import TracebackType
 from typing import IO, Self
 
@@ -15,13 +16,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from .display import say
 from .log_reader import MILLISECONDS, read_log
-from .training_process import end, start
+from .training_process import Processes
 from .units import duration
 
 PLAIN_LINES = 4  # per run, without a terminal
 SECONDS_OF_RATE = 300  # of progress, from which the time left is estimated
 KEPT, SHOWN = 300, 15  # last lines of the output, and how many of them to show if a run fails
-SECONDS_TO_DIE = 20
 _LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which never has the cause
 _RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")
 
@@ -45,105 +45,115 @@ class ShownTraining:
 
 
 class TrainingDisplay:
-    """Show the current training and the time left for all of them."""
+    """Show the trainings that run, and the time left for all."""
 
-    def __init__(self, console: Console, trainings: list[ShownTraining]) -> None:
+    def __init__(self, console: Console, trainings: Sequence[ShownTraining], keep_open: IO[str]) -> None:
+        """Show nothing yet.
+
+        Args:
+            console: to print to.
+            trainings: all of them.
+            keep_open: a file whose lock the trainings hold too.
+        """
         columns = (TextColumn("  {task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[note]}"))
         self._progress = Progress(
             *columns, console=console, disable=not console.is_terminal, speed_estimate_period=SECONDS_OF_RATE
         )
         self._plain: Callable[[str], None] = (lambda _: None) if console.is_terminal else self.say
-        self._bar = self._progress.add_task(
-            "", total=sum(shown.cost for shown in trainings), note="", visible=bool(trainings)
-        )
+        self._trainings, self._processes, self._lock = trainings, Processes(keep_open), Lock()
+        add = partial(self._progress.add_task, note="", visible=False)
+        self._bars = {shown.title: add(shown.title, total=shown.iterations) for shown in trainings}
+        self._all = add("all", total=sum(shown.cost for shown in trainings))
 
     def __enter__(self) -> Self:
         self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._progress.update(self._bar, visible=False)
+        self._progress.update(self._all, visible=False)
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bars."""
         say(self._progress.console, f"  {line}")
-
-    def note(self, shown: ShownTraining, note: str) -> None:
-        """Show what the training does."""
-        self._progress.update(self._bar, description=shown.title, note=note)
 
     def finish(self, shown: ShownTraining, result: str) -> None:
         """Show the result of a training that has ended."""
         self._skip_to(shown, shown.iterations)
         self.say(f"{shown.title}: {result}")
 
-    def run(
-        self, shown: ShownTraining, command: Sequence[str], environment: Mapping[str, str], keep_open: IO[str],
-        log: IO[str] | None = None,
-    ) -> tuple[int, str]:  # fmt: skip
-        """Run a training to its end; KeyboardInterrupt stops it after a last checkpoint, a second one at once.
+    def run_all(self, work: Callable[[int], None], at_once: int) -> None:
+        """Call `work` with the place of each training, for so many trainings at once; it calls `run`.
 
-        The process also holds the lock of `keep_open`. Its output goes to `log` too.
+        KeyboardInterrupt, or an exception of `work`, stops the others after a last checkpoint.
+        """
+        with ThreadPoolExecutor(at_once) as threads:
+            jobs = [threads.submit(work, place) for place in range(len(self._trainings))]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                self._processes.stop(self.say)
+                raise
+
+    def run(
+        self, shown: ShownTraining, command: Sequence[str], environment: Mapping[str, str], log: IO[str] | None = None
+    ) -> tuple[int, str]:
+        """Run a training to its end. Its output goes to `log` too.
 
         Returns:
             Its exit code, and the last lines of its output before torchrun's own.
+
+        Raises:
+            KeyboardInterrupt: all were stopped.
         """
         shown.next_line = shown.iterations / PLAIN_LINES
-        self.note(shown, "starting")
+        bar = self._bars[shown.title]
+        self._progress.update(bar, note="starting", visible=True)
+        self._progress.update(self._all, visible=True)
         self._plain(f"{shown.title}: starting")
-        process = start(command, {**environment, "PYTHONUNBUFFERED": "1"}, keep_open)
-        assert process.stdout is not None
         tail: deque[str] = deque(maxlen=KEPT)
         write = log.write if log else len
         try:
-            for line in process.stdout:
-                tail.append(line)
-                write(line)
-                self._take(shown, line)
-            code = process.wait()
-        except BaseException:
-            write(self.stop(process, shown))
-            raise
+            with self._processes.start(command, {**environment, "PYTHONUNBUFFERED": "1"}) as process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    tail.append(line)
+                    write(line)
+                    if note := self._take(shown, line):
+                        self._progress.update(bar, completed=shown.done, note=note)
+        finally:
+            self._progress.update(bar, visible=False)
         lines = [*tail]
         own = list(itertools.takewhile(lambda line: _LAUNCHER not in line, lines)) or lines
-        return code, "".join(own[-SHOWN:]).rstrip()
+        return process.returncode, "".join(own[-SHOWN:]).rstrip()
 
-    def stop(self, process: subprocess.Popen[str], shown: ShownTraining) -> str:
-        """Let the training save a checkpoint and end; another Ctrl-C ends it at once. Return the rest of its output."""
-        self.say(f"{shown.title}: saving a checkpoint; a second Ctrl-C ends it at once, without one.")
-        self.note(shown, "saving")
-        process.send_signal(signal.SIGTERM)
-        try:
-            return process.communicate()[0]
-        except KeyboardInterrupt:
-            rest = end(process, signal.SIGINT, SECONDS_TO_DIE)  # makes the launch script kill the training
-            if rest is None:
-                self.say(f"{shown.title}: process {process.pid} did not end and was killed.")
-            return rest or ""
-
-    def _take(self, shown: ShownTraining, line: str) -> None:
-        """Show a line of Megatron's output."""
+    def _take(self, shown: ShownTraining, line: str) -> str:
+        """Take a line of Megatron's output. Return what the training does; "" if the line does not say."""
         if resumed := _RESUMED.search(line):
             self._skip_to(shown, int(resumed[1]))
             self._plain(f"{shown.title}: goes on from iteration {shown.done}")
+        note = ""
         for iteration, fields in read_log(line).items():
-            self._progress.advance(self._bar, self._move(shown, iteration))
-            seconds = self._progress.tasks[self._bar].time_remaining
-            left = "" if seconds is None else f"all: {duration(seconds)} left"
+            self._progress.advance(self._all, self._move(shown, iteration))
             rate = 1000 * shown.tokens_per_iteration / max(float(fields[MILLISECONDS]), 1e-6)
             loss = f"loss {float(fields['lm loss']):.3f}" if "lm loss" in fields else ""
             speed = f"{rate / 1000:,.1f}k tokens/s"
-            note = "  ".join(filter(None, [f"{iteration}/{shown.iterations}", loss, speed, left]))
-            self.note(shown, note)
+            note = "  ".join(filter(None, [f"{iteration}/{shown.iterations}", loss, speed]))
+            seconds = self._progress.tasks[self._all].time_remaining
+            left = "" if seconds is None else f"{duration(seconds)} left"
+            self._progress.update(self._all, note=left)
             if iteration >= shown.next_line:
                 shown.next_line = iteration + shown.iterations / PLAIN_LINES
-                self._plain(f"{shown.title}: {note}")
+                self._plain(f"{shown.title}: {note}" + (f"  all: {left}" if left else ""))
+        return note
 
     def _skip_to(self, shown: ShownTraining, iteration: int) -> None:
         """Set the iteration of a training, and leave the iterations before it out of the time left."""
         if cost := self._move(shown, iteration):  # a new total forgets the rate
-            self._progress.update(self._bar, total=(self._progress.tasks[self._bar].total or 0.0) - cost)
+            with self._lock:
+                self._progress.update(self._all, total=(self._progress.tasks[self._all].total or 0.0) - cost)
 
     def _move(self, shown: ShownTraining, iteration: int) -> float:
         """Set the iteration of a training. Return the cost of the iterations since the last call."""

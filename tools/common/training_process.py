@@ -1,45 +1,89 @@
-"""Start a training as a process, and stop it."""
+"""Start trainings as processes, and stop all of them together."""
 
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import IO
 
-
-def start(
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    keep_open: IO[str],
-    folder: Path | None = None,
-    output: IO[str] | int = subprocess.PIPE,
-) -> subprocess.Popen[str]:
-    """Start a training that Ctrl-C does not reach: `end` stops it. The process also holds the lock of `keep_open`."""
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        pass_fds=(keep_open.fileno(),),
-    )
+SECONDS_TO_DIE = 20
 
 
-def end(process: subprocess.Popen[str], signal_number: signal.Signals, seconds: float) -> str | None:
-    """Ask a process to end, and kill it if it does not within `seconds`.
+class Processes:
+    """Processes of trainings, each waited for in a thread of its own. Ctrl-C does not reach them, but `stop` does."""
 
-    Returns:
-        The rest of its output, "" if that goes to a file; None if it was killed.
-    """
-    process.send_signal(signal_number)
-    try:
-        return process.communicate(timeout=seconds)[0] or ""
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        process.kill()  # no effect after it has ended
+    def __init__(self, keep_open: IO[str]) -> None:
+        """Create none yet.
+
+        Args:
+            keep_open: a file whose lock the processes hold too.
+        """
+        self._keep_open = keep_open
+        self._started: list[subprocess.Popen[str]] = []
+        self._stopped, self._starting = False, Lock()
+
+    @contextmanager
+    def start(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+        output: IO[str] | int = subprocess.PIPE,
+    ) -> Iterator[subprocess.Popen[str]]:
+        """Start a training, and wait for its end after the body of `with`.
+
+        Raises:
+            KeyboardInterrupt: `stop` was called; the body has run, unless there was nothing to start any more.
+        """
+        with self._starting:
+            if self._stopped:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                pass_fds=(self._keep_open.fileno(),),
+            )
+            self._started.append(process)
+        try:
+            yield process
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.communicate()  # nobody else reads its output now
+            raise
         process.wait()
+        if self._stopped:
+            raise KeyboardInterrupt
+
+    def stop(self, say: Callable[[str], None]) -> None:
+        """Let all trainings save a checkpoint and end; Ctrl-C meanwhile ends them at once."""
+        with self._starting:
+            self._stopped = True
+        running = [process for process in self._started if process.poll() is None]
+        if not running:
+            return
+        say("Each training is saving a checkpoint; a second Ctrl-C ends them at once, without one.")
+        try:
+            for process in running:
+                process.send_signal(signal.SIGTERM)
+            for process in running:
+                process.wait()
+        except KeyboardInterrupt:
+            for process in running:
+                process.send_signal(signal.SIGINT)  # makes the launch script kill the training
+            last = time.monotonic() + SECONDS_TO_DIE
+            for process in running:
+                try:
+                    process.wait(max(last - time.monotonic(), 0.0))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    say(f"Process {process.pid} did not end and was killed.")

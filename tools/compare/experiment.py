@@ -95,7 +95,7 @@ class Experiment:
                         raise error
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
-                self._runner.stop()
+                self._runner.processes.stop(self._display.say)
                 raise
 
 

@@ -4,8 +4,6 @@ import heapq
 import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +19,12 @@ from ..common.errors import ToolError
 from ..common.figure_reader import LOG, METRICS, read_figures
 from ..common.flags import words_of
 from ..common.places import ROOT
-from ..common.training_process import end, start
+from ..common.training_process import Processes
 from ..corpora.dataset import predicted_tokens
 from ..recipes.flops import flops_per_sequence
 from ..recipes.stages import Flops, stages
 from .plan import TRUNK, Training, flags_of, rounded, trunk_steps
 
-SECONDS_TO_SAVE = 60
 SAVE_INTERVAL = 200
 
 
@@ -56,12 +53,11 @@ class Point:
 
 
 class Runner:
-    """Start trainings on one corpus, and stop them."""
+    """Start trainings on one corpus; they are `processes`."""
 
     def __init__(self, output: Path, text: Path, manifest: Mapping[str, Any], lock: IO[str]) -> None:
-        self._output, self._text, self._tokens, self._lock = output, text, manifest["tokens"], lock
-        self._running: set[subprocess.Popen[str]] = set()
-        self._stopped = False
+        self._output, self._text, self._tokens = output, text, manifest["tokens"]
+        self.processes = Processes(lock)
 
     def run(
         self,
@@ -134,8 +130,6 @@ class Runner:
         return point
 
     def _start(self, training: Training, load: Path, save: Path, steps: int, decays: int, *more: str) -> None:
-        if self._stopped:
-            raise KeyboardInterrupt
         settings = flags_of(training, self._text, self._tokens["train"], steps, decays)
         flags = [*words_of(settings), "--save", str(save), "--load", str(load), *more]
         # The newest checkpoint alone is kept.
@@ -143,22 +137,11 @@ class Runner:
         save.mkdir(parents=True, exist_ok=True)
         with (save / LOG).open("a", encoding="utf-8") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-            process = start([sys.executable, str(ROOT / "pretrain_gpt.py"), *flags], environment, self._lock, ROOT, log)
-            self._running.add(process)
-            try:
-                code = process.wait()
-            finally:
-                self._running.discard(process)
-        if self._stopped:
-            raise KeyboardInterrupt
-        if code:
-            raise ToolError(f"{save / LOG}: the training ended with exit code {code}.")
-
-    def stop(self) -> None:
-        """End all trainings; each saves a checkpoint first."""
-        self._stopped = True
-        for process in list(self._running):
-            end(process, signal.SIGTERM, SECONDS_TO_SAVE)
+            command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *flags]
+            with self.processes.start(command, environment, ROOT, log) as process:
+                pass
+        if process.returncode:
+            raise ToolError(f"{save / LOG}: the training ended with exit code {process.returncode}.")
 
     def _folder(self, training: Training) -> Path:
         return self._output / training.name

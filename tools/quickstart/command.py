@@ -39,9 +39,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     text = f"optimizer steps of each training (default: QUICKSTART_ITERS, or {tiny.ITERATIONS})"
     iterations = os.environ.get("QUICKSTART_ITERS") or tiny.ITERATIONS
     add("--iterations", type=whole_number(LEAST_ITERATIONS), default=iterations, metavar="N", help=text)
-    text = "number of CPU threads (default: OMP_NUM_THREADS, or all cores)"
-    threads = os.environ.get("OMP_NUM_THREADS") or number_of_cores()
-    add("--threads", type=whole_number(1), default=threads, metavar="N", help=text)
     text = "of the trainings (default: %(default)s)"
     add("--seed", type=whole_number(1), default=tiny.SEED, metavar="N", help=text)
     args = parser.parse_args(arguments)
@@ -66,10 +63,8 @@ def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str
     return trainings
 
 
-def train(
-    console: Console, trainings: list[training.Training], iterations: int, threads: int, keep_open: IO[str]
-) -> None:
-    """Run the trainings that are not done yet, one after another."""
+def train(console: Console, trainings: Sequence[training.Training], iterations: int, keep_open: IO[str]) -> None:
+    """Run the trainings that are not done yet, side by side."""
     shown = [
         ShownTraining(
             tiny.NAMES[each.model],
@@ -80,14 +75,17 @@ def train(
         )  # fmt: skip
         for number, each in enumerate(trainings, start=1)
     ]
-    with TrainingDisplay(console, shown) as display:
-        for each, line in zip(trainings, shown, strict=True):
+    with TrainingDisplay(console, shown, keep_open) as display:
+
+        def run(place: int) -> None:
+            each, line, began = trainings[place], shown[place], time.monotonic()
             if each.is_done():
                 display.finish(line, "reused")
             else:
-                began = time.monotonic()
-                training.run(each, display, line, threads, keep_open)
+                training.run(each, display, line)
                 display.finish(line, f"trained in {duration(time.monotonic() - began)}")
+
+        display.run_all(run, at_once=len(trainings))
 
 
 @contextmanager
@@ -113,8 +111,7 @@ def run(args: argparse.Namespace) -> int:
     output: Path = args.output_dir.expanduser().resolve()
     runs = output if args.iterations == tiny.ITERATIONS else output / f"iterations-{args.iterations}"
     with lock(output, "quickstart") as keep_open:
-        threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
-        title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, {threads}"
+        title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, side by side"
         say(console, f"{title}, in {short(output)}")
         with step(console, "corpus", "collecting text") as result:
             sources = dataset.CORPORA[args.corpus]()
@@ -123,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         for domain, reason in text["missing"].items() if text["reused"] else ():
             say(console, f"  The corpus has no {domain}. To try again, remove {short(output / 'corpus')}. {reason}")
         with step(console, "data set", "preprocessing") as result:
-            data = dataset.build(output / "data", output / "corpus", text, args.threads)
+            data = dataset.build(output / "data", output / "corpus", text, number_of_cores())
             number = sum(data["tokens"]["train"].values())
             result.append(f"{number:,} training tokens" + (" (reused)" if data["reused"] else ""))
         held_out = {
@@ -131,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             for domain, tokens in data["tokens"]["heldout"].items()
         }
         trainings = plan(args, runs, output / "data", data)
-        train(console, trainings, args.iterations, args.threads, keep_open)
+        train(console, trainings, args.iterations, keep_open)
         with step(console, "report", "reading the figures") as result:
             found = {each.model: read_figures(each.folder) for each in trainings}
             summary = report.summarize(found, held_out, args.iterations, args.seed, tiny.SIZE, args.corpus)

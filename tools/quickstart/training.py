@@ -5,7 +5,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from ..common.errors import ToolError
 from ..common.figure_reader import LOG, read_figures
@@ -52,22 +51,20 @@ class Training:
         return old
 
 
-def run(training: Training, display: TrainingDisplay, shown: ShownTraining, threads: int, keep_open: IO[str]) -> None:
-    """Train to the end and mark the training as done; KeyboardInterrupt stops it after a last checkpoint.
-
-    The process also holds the lock of `keep_open`.
+def run(training: Training, display: TrainingDisplay, shown: ShownTraining) -> None:
+    """Train to the end with one thread, and mark the training as done.
 
     Raises:
         ToolError: the training failed; the message holds the end of its log.
+        KeyboardInterrupt: all were stopped.
     """
     if old := training.prepare():
         changed = "--seed, code, text or versions have changed"
         display.say(f"{shown.title}: {changed}; it starts from iteration 0. Its earlier files are in {short(old)}.")
     command = [sys.executable, *entry(), *training.flags]
     with (training.folder / LOG).open("a", encoding="utf-8", buffering=1) as log:
-        print(f"$ OMP_NUM_THREADS={threads} {' '.join(command)}", file=log)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        code, cause = display.run(shown, command, environment, keep_open, log)
+        print(f"$ OMP_NUM_THREADS=1 {' '.join(command)}", file=log)
+        code, cause = display.run(shown, command, os.environ | {"OMP_NUM_THREADS": "1"}, log)
     if code or len(read_figures(training.folder).evaluations) < training.evaluations:
         reason = f"ended with exit code {code}" if code else "ended before its evaluation did"
         raise ToolError(

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.flags import above_zero, split, whole_number
+from ..common.flags import above_zero, number_of_cores, split, whole_number
 from ..common.places import ROOT
 from ..corpora.dataset import CORPORA, MIXED
 from ..recipes.layout import RecipeError
@@ -16,10 +16,10 @@ from . import plan
 DESCRIPTION = """\
 Train models over size, experts, granularity, routings and settings of ReMoE and its baselines, and compare them.
 
-Runs scripts/train_llama_*.sh one after another, or submits them as Slurm jobs. Finished runs are skipped, interrupted
-ones are resumed. The output folder gets a table (results.csv, results.md) and a picture (results.png). Data and layout
-come from the environment, as for these scripts: DATA_DIR or DATA_PATH, VOCAB_FILE, MERGE_FILE, MODEL, TP, PP, VPP, EP,
-CP.
+Runs scripts/train_llama_*.sh one after another (--tiny: side by side), or submits them as Slurm jobs. Finished runs
+are skipped, interrupted ones are resumed. The output folder gets a table (results.csv, results.md) and a picture
+(results.png). Data and layout come from the environment, as for these scripts: DATA_DIR or DATA_PATH, VOCAB_FILE,
+MERGE_FILE, MODEL, TP, PP, VPP, EP, CP.
 """
 
 
@@ -90,6 +90,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     text += "iterations in one process on the CPU, with its text if neither DATA_PATH nor DATA_DIR is set"
     add("--tiny", action="store_true", help=text)
     add("--corpus", choices=CORPORA, default=MIXED, help="the quickstart's text for --tiny (default: %(default)s)")
+    text = "with --tiny: number of trainings at once, of one thread each (default: the number of cores)"
+    add("--processes", type=whole_number(1), metavar="N", help=text)
     add("--slurm", action="store_true", help="submit each run as a job of scripts/slurm/train.sbatch")
     add("--sbatch-flags", default="", metavar='"FLAGS"', help='for sbatch; write --sbatch-flags="--nodes 2 ..."')
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
@@ -107,6 +109,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         args.micro_batch_size = args.micro_batch_size or training.micro_batch
     args.output_dir = args.output_dir.expanduser().resolve()
     args.sbatch_flags = shlex.split(args.sbatch_flags)
+    if args.processes and not args.tiny:
+        parser.error("--processes without --tiny: one training takes all GPUs. Add --tiny, or leave it out.")
+    args.processes = args.processes or (number_of_cores() if args.tiny else 1)
     if args.sbatch_flags and not args.slurm:
         parser.error("--sbatch-flags without --slurm: nothing is submitted. Add --slurm, or leave it out.")
     for flag in args.sbatch_flags:

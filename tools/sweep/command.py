@@ -59,7 +59,7 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
                 for each in todo:
                     say(console, f"  {each.run.name}: Slurm job {slurm.submit(launch, each.run, args.sbatch_flags)}")
             else:
-                failed = train(console, launch, todo, held)
+                failed = train(console, launch, todo, args.processes, held)
         finally:
             collect(console, args.output_dir, runs)
     if failed:
@@ -88,8 +88,8 @@ def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Na
     print(f"# to train: {len(todo)} runs, {cost}{''.join(words)}, the dense stages of ReMoE not counted")
 
 
-def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO[str]) -> list[str]:
-    """Train runs one after another; return the names of those that did not finish."""
+def train(console: Console, launch: plan.Launch, todo: Sequence[Found], processes: int, held: IO[str]) -> list[str]:
+    """Train runs, `processes` at once; return the names of those that did not finish."""
     failed = []
     shown = [
         ShownTraining(
@@ -101,22 +101,26 @@ def train(console: Console, launch: plan.Launch, todo: Sequence[Found], held: IO
         )  # fmt: skip
         for number, each in enumerate(todo, start=1)
     ]
-    with TrainingDisplay(console, shown) as display:
-        for each, line in zip(todo, shown, strict=True):
-            began, folder = time.monotonic(), launch.folder(each.run)
+    with TrainingDisplay(console, shown, held) as display:
+
+        def run(place: int) -> None:
+            each, line, began = todo[place], shown[place], time.monotonic()
+            folder = launch.folder(each.run)
             environment = {"PYTHON": sys.executable} | os.environ | launch.environment(each.run, os.environ)
             command = ["bash", *launch.arguments(each.run)]
-            code, cause = display.run(line, command, environment | {"DRY_RUN": "0"}, held)
+            code, cause = display.run(line, command, environment | {"DRY_RUN": "0"})
             outcome = read_outcome(folder)
             if code == 0 and outcome is not None and outcome.finished:
                 took = duration(time.monotonic() - began)
                 display.finish(line, f"validation loss {outcome.validation_loss:.4f}, {took}")
-                continue
+                return
             reason = f"ended at iteration {line.done} of {line.iterations}, without its final evaluation"
             reason = f"failed with exit code {code}" if code else reason
             where = f"\nThe whole log: {folder / LOG}" if (folder / LOG).exists() else ""
             display.finish(line, f"{reason}. The end of its output:\n{cause}{where}\n")
             failed.append(each.run.name)
+
+        display.run_all(run, processes)
     return failed
 
 

@@ -38,12 +38,13 @@ def flags(size: TinySize, iterations: int, given: Mapping[str, str]) -> tuple[st
 
 
 def environment(given: Mapping[str, str], corpus: str) -> dict[str, str]:
-    """Return the variables that lead launch scripts to the quickstart's text; none if `given` has data.
+    """Return the variables that lead launch scripts to the quickstart's text, if `given` has no data, and one thread.
 
     Raises:
         RecipeError: the text is not there.
     """
-    return {} if given.get("DATA_PATH") or given.get("DATA_DIR") else text_in(ROOT / FOLDERS[corpus] / "data", corpus)
+    has_data = given.get("DATA_PATH") or given.get("DATA_DIR")
+    return {"OMP_NUM_THREADS": "1"} | ({} if has_data else text_in(ROOT / FOLDERS[corpus] / "data", corpus))
 
 
 def text_in(folder: Path, corpus: str) -> dict[str, str]:
