@@ -9,10 +9,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 if asks_for_help "$@"; then print_header && exit; fi
 prepare_environment
 cd "$ROOT"
-if [[ ${1-} == --fast ]]; then set -- -m "not slow and not bulk and not gpu" "${@:2}"; fi
-
+if [[ ${1-} == --fast ]]; then
+  set -- -m "not slow and not bulk and not gpu" "${@:2}"
 # One test needs lm-eval and its 400 MB of dependencies. Without a network it is skipped.
-if ! "$VENV/bin/python" -c 'import lm_eval, datasets' 2>/dev/null; then
+elif ! "$VENV/bin/python" -c 'import lm_eval, datasets' 2>/dev/null; then
   pip_install --quiet 'lm-eval[hf]' || true
 fi
 

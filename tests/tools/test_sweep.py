@@ -11,9 +11,11 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.data_sets import write_small_corpus
 from tests.tools.sweeping import final, line, sweep, write_run
 from tests.trainings import REPOSITORY
 from tools.common.flags import parse, words_of
+from tools.corpora.dataset import MIXED
 from tools.recipes.layout import RecipeError
 from tools.sweep import plan, tiny
 from tools.sweep.plan import Run
@@ -156,13 +158,28 @@ def test_what_follows_from_flags_for_all(tmp_path: Path) -> None:
         (("4",), ("80",), ("160",), ("1e-3",)),
         (("4",), ("128",), ("256",), ("1e-3",)),
     ]
-    with pytest.raises(RecipeError, match="no text in .*Run scripts/quickstart.sh --corpus technical, or set"):
-        tiny.text_in(tmp_path, "technical")
+    with pytest.raises(RecipeError, match="no text in .*Leave out --dry-run, which makes none, or set DATA_PATH"):
+        tiny.text_in(tmp_path)
     for domain, size in (("code", 20), ("docs", 10)):
         (tmp_path / f"train_{domain}_text_document.bin").write_bytes(bytes(size))
     prefixes = (f"{tmp_path}/train_{domain}_text_document" for domain in ("code", "docs"))
-    assert tiny.text_in(tmp_path, "mixed")["DATA_PATH"] == "20 {}\n10 {}".format(*prefixes)
+    assert tiny.text_in(tmp_path)["DATA_PATH"] == "20 {}\n10 {}".format(*prefixes)
     assert tiny.environment({"DATA_DIR": "data"}, "mixed") == {"OMP_NUM_THREADS": "1"}
+
+
+def test_the_text_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "ROOT", tmp_path)
+    said: list[str] = []
+    tiny.make_text({"DATA_PATH": "pile"}, MIXED, said.append)
+    assert not [*tmp_path.iterdir()]
+    write_small_corpus(tmp_path / "runs" / "quickstart" / "corpus")
+    tiny.make_text({}, MIXED, said.append)
+    assert {Path(line.split()[1]).name for line in tiny.environment({}, MIXED)["DATA_PATH"].splitlines()} == {
+        "train_code_text_document", "train_docs_text_document"
+    }  # fmt: skip
+    (tmp_path / "runs" / "quickstart" / "corpus").rename(tmp_path / "elsewhere")
+    tiny.make_text({}, MIXED, said.append)
+    assert not (tmp_path / "runs" / "quickstart" / "corpus").exists()
 
 
 @pytest.mark.parametrize("options", [["--tiny"], ["--", "--hybrid-layer-pattern", "*E*E"]], ids=["tiny", "given"])

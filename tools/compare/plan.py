@@ -141,7 +141,7 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
     run = Run(BASE_SIZE, routing, training.experts, arm.granularity, protocol=protocol)
     run = Run(BASE_SIZE, routing) if routing == "dense" else run
     small = {name: tiny.flags(size, steps, os.environ) for name, size in tiny.MODELS.items()}
-    launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text, text.name))
+    launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text))
     settings = planned_flags(launch, run.at("lr", training.factor), anywhere=False)
     settings = {flag: values for flag, values in settings.items() if flag not in REPLACED}
     changed: dict[str, str] = {

@@ -36,6 +36,8 @@ def sweep(console: Console, args: argparse.Namespace) -> int:
     check_flags(args.flags, runs)
     launch = plan.Launch(args.output_dir, args.gpus_per_node, args.train_iters, args.micro_batch_size, args.flags)
     if args.tiny:
+        if not args.dry_run:
+            tiny.make_text(os.environ, args.corpus, lambda line: say(console, line))
         small = {name: tiny.flags(size, args.train_iters, os.environ) for name, size in tiny.MODELS.items()}
         launch = replace(launch, small=small, data=tiny.environment(os.environ, args.corpus))
     if args.dry_run:

@@ -1,11 +1,13 @@
 """Define models and text of a sweep with --tiny: the quickstart's model, two larger ones, and its text."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ..common.files import lock
 from ..common.flags import parse, words_of
 from ..common.places import ROOT
+from ..corpora import dataset
 from ..corpora.dataset import FOLDERS
 from ..recipes.layout import RecipeError
 from ..recipes.tiny import SEED, SIZE, TinySize, common_flags
@@ -37,17 +39,30 @@ def flags(size: TinySize, iterations: int, given: Mapping[str, str]) -> tuple[st
     return tuple(words_of(kept))
 
 
+def make_text(given: Mapping[str, str], corpus: str, say: Callable[[str], None]) -> None:
+    """Build the quickstart's text, unless it is there or an environment has data."""
+    folder = ROOT / FOLDERS[corpus]
+    if not has_data(given) and not (folder / "data" / "manifest.json").exists():
+        with lock(folder, "quickstart"):
+            dataset.make_text(folder, corpus, say)
+
+
+def has_data(given: Mapping[str, str]) -> bool:
+    """Return whether an environment has data."""
+    return bool(given.get("DATA_PATH") or given.get("DATA_DIR"))
+
+
 def environment(given: Mapping[str, str], corpus: str) -> dict[str, str]:
     """Return the variables that lead launch scripts to the quickstart's text, if `given` has no data, and one thread.
 
     Raises:
         RecipeError: the text is not there.
     """
-    has_data = given.get("DATA_PATH") or given.get("DATA_DIR")
-    return {"OMP_NUM_THREADS": "1"} | ({} if has_data else text_in(ROOT / FOLDERS[corpus] / "data", corpus))
+    text = {} if has_data(given) else text_in(ROOT / FOLDERS[corpus] / "data")
+    return {"OMP_NUM_THREADS": "1"} | text
 
 
-def text_in(folder: Path, corpus: str) -> dict[str, str]:
+def text_in(folder: Path) -> dict[str, str]:
     """Return the same for a folder of the quickstart's data: its training text, each domain weighted by its size.
 
     Raises:
@@ -56,7 +71,7 @@ def text_in(folder: Path, corpus: str) -> dict[str, str]:
     found = sorted(folder.glob("train_*_document.bin"))
     if not found:
         raise RecipeError(
-            f"--tiny: there is no text in {folder}. Run scripts/quickstart.sh --corpus {corpus}, or set DATA_PATH."
+            f"--tiny: there is no text in {folder}. Leave out --dry-run, which makes none, or set DATA_PATH."
         )
     lines = [f"{path.stat().st_size} {path.with_suffix('')}" for path in found]
     vocabulary = {"VOCAB_FILE": str(folder / "vocab.json"), "MERGE_FILE": str(folder / "merges.txt")}
