@@ -119,6 +119,7 @@ def test_the_embedding_hands_over_ids(process_groups: None) -> None:
         ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid cannot be used with"),
         ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor 1.0 cannot be used with"),
         ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 cannot be used with"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers 1 cannot be used with --moe-baseline-router hash"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm (on) cannot be used with"),
         ({"moe_baseline_router": "sequence_topk", "context_parallel_size": 2}, "--context-parallel-size 2 cannot be"),
     ],

@@ -208,8 +208,10 @@ def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
     layer = make_layer(make_config(moe_token_dispatcher_type="allgather"))
     assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher and layer._run_experts == layer._by_megatron
     assert takes_plans(topk)
-    topk.moe_permute_fusion = True  # given at once, it would ask for Transformer Engine
-    assert not takes_plans(topk)
+    for name, value in (("moe_permute_fusion", True), ("moe_latent_size", 8)):
+        topk = make_topk_config()
+        setattr(topk, name, value)  # given at once, the first would ask for Transformer Engine
+        assert not takes_plans(topk)
 
 
 def test_tensor_parallelism_wants_sequence_parallelism() -> None:

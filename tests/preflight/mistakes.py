@@ -109,6 +109,9 @@ ENTRY = {
     ),
     "several data sets for too many evaluations": Case(two("--eval-iters 5000"), "E304|validation|weight"),
     "missing list of data sets": Case(lacking("--data-path", "--data-args-path {list}"), "E301|list|No such"),
+    "a list of data sets that is no JSON": Case(
+        lacking("--data-path --split", "--per-split-data-args-path {file}"), "E303|file|JSON"
+    ),
     "missing validation data": Case(
         lacking("--data-path --split", "--train-data-path {text} --valid-data-path {nowhere} --test-data-path {text}"),
         f"E301|--valid-data-path|nowhere.idx|{MAKE}",
@@ -126,6 +129,7 @@ ENTRY = {
     "misspelled": Case(on("text", "--num-expert 8"), "--num-expert 8|Did you mean --num-experts"),
     "like no other flag": Case(on("text", "--learning-rate 1"), "--learning-rate 1. --help lists all flags"),
     "heads": Case(on("text", "--num-attention-heads 5"), "num_attention_heads|Megatron refuses these settings"),
+    "files of tokens per expert": Case(on("text", "--save-tokens-per-expert-interval 1"), "E203|metrics.jsonl"),
     "whole validation": Case(on("text", "--full-validation"), "E203|--full-validation|--multiple-validation-sets"),
     "whole validation in virtual stages": Case(
         on(
@@ -163,9 +167,17 @@ ENTRY = {
     ),
     # checkpoints
     "no checkpoint": Case(on("text", "--load /nowhere --finetune"), "E404|--load /nowhere"),
+    "none to read settings from": Case(
+        on("text", "--load /nowhere --exit-on-missing-checkpoint --use-checkpoint-args"), "E404|--load"
+    ),
     "none, exit wanted": Case(on("text", "--load /nowhere --exit-on-missing-checkpoint"), "E404|--load /nowhere"),
     "other width": Case(resumed("--hidden-size 128"), "E411|--hidden-size 64 in the checkpoint, 128 here. "),
     "finer experts": Case(resumed("--moe-granularity 2"), "E411|: --moe-granularity 1 in the checkpoint, 2 here. "),
+    "other attention": Case(resumed("--qk-layernorm"), "E411|--qk-layernorm False in the checkpoint, (on) here"),
+    "other rotation": Case(
+        resumed("--rotary-interleaved --lr-warmup-init 1e-5"), "E413|--rotary-interleaved False in the checkpoint"
+    ),
+    "other warm-up": Case(resumed("--lr-warmup-init 1e-5"), "E415|--lr-warmup-init 0.0 in the checkpoint, 1e-05 here"),
     "other topk": Case(resumed("--moe-router-topk 2"), "E413|--moe-router-topk 1 in the checkpoint, 2 here"),
     "other α": Case(resumed("--moe-relu-l1-reg-coeff-multiplier 1.5"), "E413|1.2 in the checkpoint, 1.5 here"),
     "longer training": Case(

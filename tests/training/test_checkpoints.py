@@ -23,13 +23,13 @@ from tests.trainings import ENTRY, records, run
 FLIPS = int(os.environ.get("REMOE_FLIPS", "100"))
 
 
-def arguments(folder: Path, step: int | None = None) -> Namespace:
-    return Namespace(load=str(folder), pretrained_checkpoint=None, ckpt_step=step, rank=0)
+def arguments(folder: Path, step: int | None = None, rank: int = 0) -> Namespace:
+    return Namespace(load=str(folder), pretrained_checkpoint=None, ckpt_step=step, rank=rank)
 
 
-def chosen(folder: Path, step: int | None = None) -> int | None:
+def chosen(folder: Path, step: int | None = None, rank: int = 0) -> int | None:
     """The --ckpt-step after the choice; None where Megatron's own choice stands."""
-    args = arguments(folder, step)
+    args = arguments(folder, step, rank)
     resume = choose_checkpoint(args)
     if resume is not None:
         resume.apply(args)
@@ -78,8 +78,8 @@ def test_tracker_that_is_damaged_or_missing_is_mended(content: str | None, saved
         tracker.symlink_to(tracker.name)
     elif content is not None:
         tracker.write_text(content)
-    assert chosen(saved.root) == 6
-    assert tracker.read_text() == "6"
+    assert chosen(saved.root, rank=1) == 6
+    assert tracker.read_text() == "6", "on any rank: Megatron reads it there"
     assert chosen(saved.root) is None, "now Megatron's own choice stands"
 
 

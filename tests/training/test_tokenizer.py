@@ -96,6 +96,13 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError):
         gpt2_tokenizer_folder(*gpt2_files(), cache_dir=tmp_path / "file")
 
+    def nobodys(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(nobodys))
+    assert gpt2_tokenizer_folder(*gpt2_files()) == folder
+
 
 @pytest.mark.parametrize("given", [{}, {"vocab_file": "vocab.json"}, {"merge_file": "merges.txt"}])
 def test_both_files_are_needed(given) -> None:

@@ -31,7 +31,7 @@ class EngineExperts(TEGroupedMLP):
         permuted_local_hidden_states: torch.Tensor,
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
-        *buffers: torch.Tensor | None,
+        **buffers: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Apply each expert to its pairs; Megatron runs experts that are not plain SwiGLU.
 
@@ -45,7 +45,7 @@ class EngineExperts(TEGroupedMLP):
             `[P, H]`, and no bias.
         """
         if not self.is_plain:
-            return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, *buffers)
+            return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, **buffers)
         sizes = tokens_per_expert.tolist()
         hidden, _ = apply_module(self.linear_fc1)(permuted_local_hidden_states, sizes)
         output, _ = apply_module(self.linear_fc2)(SwiGLU.apply(hidden, permuted_probs, self.backend), sizes)

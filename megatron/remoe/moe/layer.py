@@ -262,8 +262,8 @@ class _ZeroGradients(torch.autograd.Function):
 
 def takes_plans(config: TransformerConfig) -> bool:
     """Return whether dispatch follows our plan; otherwise Megatron's own dispatchers are right."""
-    permutes = config.moe_permute_fusion or config.moe_router_padding_for_quantization
-    return config.moe_token_dispatcher_type == "alltoall" and not (permutes or config.moe_pad_expert_input_to_capacity)
+    changes = config.moe_permute_fusion or config.moe_router_padding_for_quantization or config.moe_latent_size
+    return config.moe_token_dispatcher_type == "alltoall" and not (changes or config.moe_pad_expert_input_to_capacity)
 
 
 def _known_most(config: TransformerConfig, fc1: torch.Tensor, is_topk: bool, limit: float) -> int:

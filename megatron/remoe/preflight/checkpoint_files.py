@@ -46,7 +46,7 @@ class Resume:
     notice: str = ""
 
     def apply(self, args: argparse.Namespace) -> None:
-        """Set --ckpt-step and an unused flag; on the first rank, also mend the tracker file and print the notice."""
+        """Set --ckpt-step and an unused flag, mend the tracker file, and print the notice on the first rank."""
         if self.step is not None:
             args.ckpt_step, args.is_going_back = self.step, True
         if getattr(args, "position_embedding_type", "learned_absolute") != "learned_absolute":
@@ -54,7 +54,7 @@ class Resume:
             args.add_position_embedding = getattr(self.saved, "add_position_embedding", True)
         if args.rank == 0 and self.notice:
             print(self.notice, file=sys.stderr, flush=True)
-        if args.rank == 0 and self.mends_tracker:
+        if self.mends_tracker:  # on every rank: each one may read it before the others have mended it
             write_text(self.folder.parent / TRACKER, str(self.step))
 
 

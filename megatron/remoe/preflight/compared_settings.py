@@ -16,6 +16,7 @@ from megatron.remoe.routing.refusals import shown
 SHAPE = """
 num_layers hidden_size num_attention_heads kv_channels num_experts moe_shared_expert_intermediate_size swiglu
 add_bias_linear normalization untie_embeddings_and_output_weights mtp_num_layers mtp_use_repeated_layer
+multi_latent_attention add_qkv_bias qk_layernorm qk_layernorm_all_heads moe_shared_expert_gate
 """.split()
 DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
 # Other settings that change a training's result; the learning rate's schedule is compared separately.
@@ -24,7 +25,8 @@ seed split mock_data dataloader_type seq_length global_batch_size step_batch_siz
 reset_attention_mask eod_mask_loss calculate_per_token_loss optimizer adam_beta1 adam_beta2 adam_eps sgd_momentum
 clip_grad bf16 fp16 decoupled_lr decoupled_min_lr attention_dropout hidden_dropout init_method_std
 init_method_xavier_uniform layernorm_epsilon position_embedding_type rotary_base rotary_percent window_size
-mtp_loss_scaling_factor mtp_detach_heads teacher_weight
+rotary_interleaved rotary_scaling_factor use_rope_scaling rope_scaling_factor no_rope_freq softmax_type qk_l2_norm
+squared_relu quick_geglu apply_layernorm_1p mtp_loss_scaling_factor mtp_detach_heads teacher_weight
 """.split()
 RESULT_OF_EXPERTS = """
 moe_router_topk moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_router_dtype
@@ -43,7 +45,10 @@ RESULT_OF_RELU = [
 # Megatron identifies parameter groups in a checkpoint by these.
 RATES = ["lr", "min_lr"]
 # Megatron compares these after building and loading everything.
-SCHEDULE = ["lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay"]
+SCHEDULE = """
+lr_decay_style lr_warmup_iters lr_warmup_samples lr_warmup_fraction lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters
+lr_wsd_decay_samples weight_decay weight_decay_incr_style start_weight_decay end_weight_decay
+""".split()
 DURATION = ["train_iters", "lr_decay_iters", "train_samples", "lr_decay_samples", "global_batch_size"]
 LAYOUT = """
 tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
@@ -52,6 +57,7 @@ expert_model_parallel_size expert_tensor_parallel_size
 # Settings that default to a function of another one: not reported if that one differs.
 FOLLOWS = {"kv_channels": "hidden_size", "moe_layer_freq": "num_layers", "lr_decay_iters": "train_iters"}
 FOLLOWS |= {"expert_tensor_parallel_size": "tensor_model_parallel_size"}
+FOLLOWS |= dict.fromkeys(("start_weight_decay", "end_weight_decay"), "weight_decay")
 MULTIPLIED = ("num_experts", "moe_router_topk", "moe_warmup_topk", "moe_relu_max_experts", "moe_relu_start_topk")
 FOLLOWS |= dict.fromkeys((*MULTIPLIED, "moe_ffn_hidden_size"), "moe_granularity")
 SHOWN = 120  # characters of a setting, for example of a list of data sets

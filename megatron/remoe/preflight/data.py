@@ -200,6 +200,13 @@ def _blends(
         ) from error
     except AssertionError as error:
         raise DataError(f"--data-path and the like: {PUT_WEIGHTS}.", "REMOE-E303") from error
+    except (LookupError, TypeError, ValueError) as error:
+        given = args.data_args_path or args.per_split_data_args_path or "--data-path"
+        raise DataError(
+            f"{given}: is no list of data sets ({error!r}). Give prefixes; in --per-split-data-args-path, JSON with "
+            "train, valid and test.",
+            "REMOE-E303",
+        ) from error
     if blend is not None:
         yield "--data-path" if args.data_path else "--data-args-path", blend, _split_matrix(args.split)
     elif per_split is not None and any(per_split):

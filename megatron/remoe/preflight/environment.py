@@ -114,6 +114,8 @@ def check_settings(args: argparse.Namespace) -> None:
             ),
             "--save-dgrads-interval, --save-activations-interval need Transformer Engine's layers, and it is not "
             "installed. Leave them out.": per_layer and not find_spec("transformer_engine"),
+            "--save-tokens-per-expert-interval needs Transformer Engine's layers. Leave it out: metrics.jsonl has "
+            "the numbers.": args.save_tokens_per_expert_interval and args.transformer_impl == "local",
             "--async-save needs a GPU: its process dies without one, and the first save waits for it. Leave it out.": (
                 args.async_save and on_cpu
             ),

@@ -41,10 +41,11 @@ REMEDIES = {
     "checkpoint is still there, and the same command resumes from it.",
     r"Failed to write dataset materials": "Megatron keeps the order of the samples beside the data: give a folder that "
     "can be written with --data-cache-path.",
-    r"found (NaN|Inf) in|nan.*(loss|grad)|(loss|grad).*nan": "If it is the first iteration after --load, the "
+    r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "If it is the first iteration after --load, the "
     "checkpoint's weights are not finite: go back with --ckpt-step. Otherwise lower --lr, or look at the data.",
-    r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key": "The "
-    "checkpoint under --load is of another model: give its flags, or another --load.",
+    r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"
+    r"from model not in state dict": "The checkpoint under --load is of another model: give its flags, or another "
+    "--load.",
     r"CUDA_DEVICE_MAX_CONNECTIONS to 1": "Put CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, as the launch "
     "scripts do before Blackwell.",
     r"Found no NVIDIA driver|no kernel image|CUDA driver": "Without a working GPU, train with --cpu.",

@@ -69,6 +69,11 @@ def _baseline(settings: Settings) -> Iterator[str]:
             f"--context-parallel-size {context} cannot be used with {given}: a rank has tokens from both ends of a "
             "sequence, and evaluation needs their order. Leave it out."
         )
+    if name == "hash" and getattr(settings, "mtp_num_layers", None):
+        yield (
+            f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {given}: its layers embed other ids, "
+            "which all routers would take. Leave it out."
+        )
     stages = getattr(settings, "pipeline_model_parallel_size", 1)
     if name == "hash" and stages > 1:
         yield (
@@ -198,9 +203,10 @@ def _combinations(settings: Settings, given: str) -> Iterator[str]:
     if settings.moe_relu_activation_limit:
         problems = (refusal.problem(settings, "--moe-relu-activation-limit") for refusal in NOT_IN_CHUNKS)
         yield from filter(None, problems)
+    tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
     is_hybrid = getattr(settings, "hybrid_layer_pattern", None) or getattr(settings, "is_hybrid_model", False)
     if getattr(settings, "mtp_num_layers", None) and not is_hybrid:
-        if settings.sequence_parallel and settings.transformer_impl == "local":
+        if settings.sequence_parallel and tensor_parallel > 1 and settings.transformer_impl == "local":
             yield (
                 f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {given}, --sequence-parallel and "
                 "--transformer-impl local: Megatron builds its layers with PyTorch's norms, which refuse it. Use "
@@ -212,7 +218,6 @@ def _combinations(settings: Settings, given: str) -> Iterator[str]:
                 "--pipeline-model-parallel-layout: only the first and the last stage get tokens and embeddings here. "
                 "Leave the layout out."
             )
-    tensor_parallel = getattr(settings, "tensor_model_parallel_size", 1)
     if tensor_parallel > 1 and not settings.sequence_parallel:
         yield (
             f"--tensor-model-parallel-size {tensor_parallel} cannot be used with {given} and without "

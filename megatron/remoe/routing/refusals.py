@@ -117,6 +117,12 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{MOE_UTILS}: topk_routing_with_score_function",
     ),
     Refusal(
+        "moe_routing_trace_path",
+        "it records exactly k experts per token",
+        "core/transformer/moe/router_trace.py: RouterTracer._record",
+        refused=_given,
+    ),
+    Refusal(
         "moe_apply_probs_on_input",
         "it assumes one expert per token",
         f"{EXPERTS}.forward",

@@ -12,6 +12,7 @@ from megatron.remoe.data.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.preflight.checkpoint_files import loaded_flag
 from megatron.remoe.preflight.checkpoint_fit import check_has_no_code
+from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
 from megatron.remoe.preflight.environment import check_flips
 from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig, ReMoEMLAConfig
@@ -178,7 +179,11 @@ def load_saved_args(args: argparse.Namespace) -> None:
         return
     tokenizer = args.tokenizer_type
     check_has_no_code(args)
-    found = load_args_from_checkpoint(args, load_arg=loaded_flag(args).removeprefix("--").replace("-", "_"))
+    flag = loaded_flag(args)
+    try:
+        found = load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
+    except SystemExit as stop:  # of Megatron, with exit code 0
+        raise BrokenCheckpointError(f"{flag}: there is no checkpoint to read settings from.", "REMOE-E404") from stop
     saved = found[1] if isinstance(found, tuple) else None
     files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
     if args.vocab_file:  # it belongs to the flag's tokenizer

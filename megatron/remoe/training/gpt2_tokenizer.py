@@ -64,13 +64,13 @@ def gpt2_tokenizer_folder(vocab_file: Place | None, merge_file: Place | None, ca
         "config.json": json.dumps({"model_type": "gpt2"}).encode(),
     }
     digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents.values())).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
-    name, parent = f"gpt2-{digest[:16]}", home if cache_dir is None else Path(cache_dir)
+    name = f"gpt2-{digest[:16]}"
+    if cache_dir is not None:
+        return _write_missing(contents, Path(cache_dir) / name)
     try:
-        return _write_missing(contents, parent / name)
-    except OSError:
-        if cache_dir is not None:
-            raise
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return _write_missing(contents, cache / "megatron-remoe" / name)
+    except (OSError, RuntimeError):  # RuntimeError: nobody's home, as in a container with an unknown user
         return _write_missing(contents, Path(tempfile.gettempdir()) / f"megatron-remoe-{os.getuid()}" / name)
 
 
