@@ -19,24 +19,22 @@ import numpy as np
 from megatron.remoe.data.errors import DataError
 from megatron.remoe.data.indexed import IndexedReader, bin_path, idx_path
 
+from .common.flags import tool_parser, whole_number
 from .common.running import run_tool
 from .preprocessing.encoders import load_encoder
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser("inspect_data.py", __doc__)
     add = parser.add_argument
     add("prefix", metavar="PREFIX", help="the data set's path without .bin or .idx")
     add("--vocab-file", metavar="FILE", help="GPT-2's encoder.json or vocab.json, to decode documents")
     add("--merge-file", metavar="FILE", help="GPT-2's vocab.bpe or merges.txt")
     add("--tokenizer-model", metavar="FOLDER", help="or the folder of a Hugging Face tokenizer")
-    add("--documents", type=int, default=3, metavar="N", help="how many documents to show (default: 3)")
-    add("--characters", type=int, default=300, metavar="N", help="how much of each to show (default: 300)")
-    args = parser.parse_args(arguments)
-    if min(args.documents, args.characters) < 0:
-        parser.error("--documents and --characters must not be negative.")
-    return args
+    add("--documents", type=whole_number(0), default=3, metavar="N", help="how many documents to show (default: 3)")
+    add("--characters", type=whole_number(0), default=300, metavar="N", help="how much of each to show (default: 300)")
+    return parser.parse_args(arguments)
 
 
 def inspect(args: argparse.Namespace) -> Iterator[str]:

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # as a file, in a clone
 
 from megatron.remoe.data.errors import DataError
 
+from .common.flags import number_of_cores, tool_parser, whole_number
 from .common.running import run_tool
 from .common.units import duration
 from .preprocessing.encoders import TOKENIZER_TYPES, load_encoder
@@ -31,12 +32,12 @@ SHARE_BETWEEN_LINES = 0.1  # of the time so far
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags. Those of Megatron-LM's tool keep their meaning."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser("preprocess_data.py", __doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="files, patterns, or - for standard input")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="text fields, a data set each (default: text)")
     add("--on-error", choices=("stop", "skip"), default="stop", help="what to do at an unreadable line (default: stop)")
-    add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="as the training's")
     add("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: encoder.json or vocab.json")
     add("--merge-file", metavar="FILE", help="GPT2BPETokenizer: vocab.bpe or merges.txt")
     add("--tokenizer-model", metavar="FOLDER", help="HuggingFaceTokenizer: folder of the tokenizer")
@@ -44,12 +45,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--split-special-tokens", action="store_true", help="encode <|endoftext|> inside a text as ordinary text")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
     add("--overwrite", action="store_true", help="replace existing outputs")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one per core)")
+    add("--workers", type=whole_number(1), default=number_of_cores(), help="threads (default: one per core)")
     add("--log-interval", type=int, help="ignored, for Megatron-LM compatibility")
-    args = parser.parse_args(arguments)
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: must be at least 1.")
-    return args
+    return parser.parse_args(arguments)
 
 
 def show_progress(start: float) -> Callable[[Progress], None]:

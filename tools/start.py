@@ -30,7 +30,7 @@ def start(tool: str, arguments: Sequence[str]) -> int:
     try:
         return int(_load(tool, arguments)(arguments) or 0)
     except ModuleNotFoundError as missing:
-        if (missing.name or "").partition(".")[0] in ("megatron", "tools"):
+        if (missing.name or "").startswith(("megatron.remoe", "tools.")):
             raise
         return _refuse(f"has no {missing.name}")
 
@@ -55,7 +55,8 @@ def _refuse(problem: str) -> int:
 
     root = Path(__file__).resolve().parents[1]
     python = root / ".venv" / "bin" / "python"
-    remedy = f"Use {python}" if python.exists() else f"Run bash {root}/scripts/setup.sh, which makes {python}"
+    is_other = python.exists() and sys.prefix != str(root / ".venv")
+    remedy = f"Use {python}" if is_other else f"Run bash {root}/scripts/setup.sh, which makes {python}"
     if __package__ != "tools":
         remedy = "Install it with: pip install '.[tools,report,hf]' in a clone"
     print(f"error: {sys.executable} {problem}. {remedy}.", file=sys.stderr)

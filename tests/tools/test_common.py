@@ -14,7 +14,6 @@ from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
 from tools.common.files import lock, new_folder, write_json
 from tools.compare import command as compare
-from tools.quickstart import command as quickstart
 from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"
@@ -25,8 +24,7 @@ STARTED += sorted(path for path in TOOLS.glob("*.py") if path.name not in ("__in
 def test_all_cores_where_a_process_is_not_bound_to_some(monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS has no such call."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert quickstart.parse_arguments([]).threads == compare.parse_arguments([]).processes == os.cpu_count()
+    assert compare.parse_arguments([]).processes == os.cpu_count()
 
 
 @pytest.mark.parametrize("tool", STARTED, ids=lambda path: str(path.relative_to(TOOLS)))

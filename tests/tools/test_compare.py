@@ -157,6 +157,27 @@ def test_a_varying_number_of_experts_is_counted(
     assert wanted == [(rounded(100 + steps), 100)] and (steps < 49) == (more > 1)
 
 
+def test_a_matched_point_may_have_a_wanted_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = trunks.Runner(tmp_path, tmp_path, {"tokens": {}}, (tmp_path / "lock").open("w"))
+    wanted: list[tuple[int, int | None]] = []
+
+    def train(_: Training, steps: int, equal_to: int | None) -> Point:
+        wanted.append((steps, equal_to))
+        return Point(steps, equal_to, 2.0, 1e9 * steps)
+
+    monkeypatch.setattr(runner, "_train", train)
+    monkeypatch.setattr(runner, "_matched", lambda training, point, flops: 2 * point.steps)
+    runner.run(Training(8, "moe", 1), [400, 800], {400: 8e11, 800: 16e11}, lambda _: None, [])
+    assert wanted == [(400, None), (800, None), (800, 400), (1600, 800)]
+
+
+def test_nothing_goes_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    (tmp_path / "train_code_text_document.bin").write_bytes(b"")
+    settings = plan.flags_of(Training(8, "remoe", 1), tmp_path, {"code": 1}, 400, 80)
+    assert "--lr" in settings and not any(flag.startswith("--wandb") for flag in settings)
+
+
 def test_arms_wait_for_their_reference(tmp_path: Path) -> None:
     """An arm whose ReMoE failed would train past the steps that have its FLOPs."""
     seen: dict[tuple[str, int], dict[int, float]] = {}

@@ -153,7 +153,7 @@ def test_key_names_of_transformer_engine(
 REFUSED = [
     (["--num-experts", "8"], "exists and is not an empty folder", "full"),
     ([], "--num-experts", None),
-    (["--num-experts", "1"], "--num-experts 1", None),
+    (["--num-experts", "1"], "--num-experts 1 must be at least 2. [REMOE-E501]", None),
     (["--num-experts", "8", "--moe-router-topk", "8"], "--moe-router-topk 8", None),
     (
         ["--num-experts", "8", "--moe-granularity", "3"],
@@ -163,6 +163,8 @@ REFUSED = [
     (["--num-experts", "8", "--moe-layer-freq", "[0,0]"], "--moe-layer-freq [0,0]", None),
     (["--num-experts", "8", "--moe-layer-freq", "[1]"], "--moe-layer-freq [1]", None),
     (["--num-experts", "8", "--moe-layer-freq", "often"], "--moe-layer-freq often:", None),
+    (["--num-experts", "8", "--moe-layer-freq", "0"], "--moe-layer-freq 0:", None),
+    (["--num-experts", "8", "--moe-layer-freq", "[1]*[1]"], "--moe-layer-freq [1]*[1]:", None),
     (["--num-experts", "8", "--ckpt-step", "7"], "iter_0000007", None),
     (["--num-experts", "8", "--data-path", "/nowhere/text"], "/nowhere/text.idx", None),
     (["--num-experts", "2", "--tokens", "256", "--loss-bound", "0"], "bound 0.00%): nothing was written", None),

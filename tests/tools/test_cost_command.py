@@ -92,6 +92,11 @@ def test_number_of_checkpoints(flag: str, length: str) -> None:
     assert figures(output, "Checkpoints")[0] == 3
 
 
+def test_a_model_without_its_vocabulary_has_gpt2s() -> None:
+    words = MODEL[: MODEL.index("--tokenizer-type")]
+    assert figures(cost("--gpus", "8", "--", *words), "total") == figures(cost("--gpus", "8", "--", *MODEL), "total")
+
+
 def test_an_unlisted_gpu_and_what_does_not_fit() -> None:
     own = "--gpus 1 --gpu mine --tflops 100 --memory 1 --utilization 0.5".split()
     output = cost(*own, "--", *MODEL, *EXPERTS, "--moe-relu-routing")

@@ -81,6 +81,17 @@ def test_results_before_an_error_are_kept(data: Path, tmp_path: Path, capfd: pyt
     assert [*json.loads((tmp_path / "results.json").read_text())] == ["text"]
 
 
+def test_a_bound_that_one_model_does_not_take_is_refused_at_once(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make("relu", vocab_size=300).save_pretrained(tmp_path / "remoe")
+    make("dense", vocab_size=300).save_pretrained(tmp_path / "dense")
+    words = ["--data-path", str(data), "--seq-length", "32", "--max-experts-per-token", "1"]
+    assert main(["--load", str(tmp_path / "remoe"), str(tmp_path / "dense"), *words]) == 1
+    printed = capfd.readouterr()
+    assert f"{tmp_path / 'dense'} has no ReLU routing" in printed.err and not printed.out
+
+
 def test_experts_of_a_layer() -> None:
     histogram = torch.bincount(torch.tensor([0, 1, 1, 2] * 50 + [5]), minlength=9)
     found = Experts.of(histogram)

@@ -88,9 +88,10 @@ def test_vocabulary_of_a_command(tmp_path: Path) -> None:
         vocabulary_words(parse(["--tokenizer-model", str(tmp_path / "other")]))
 
 
-def test_wrong_pattern_of_layers() -> None:
+@pytest.mark.parametrize("pattern", ["[0,", "0", "[1]*[1]"])
+def test_wrong_pattern_of_layers(pattern: str) -> None:
     with pytest.raises(ValueError, match="--moe-layer-freq"):
-        arguments_of(parse([*MODEL, *EXPERTS, "--moe-layer-freq", "[0,"]))
+        arguments_of(parse([*MODEL, *EXPERTS, "--moe-layer-freq", pattern]))
 
 
 def test_layers_that_are_not_counted_are_refused() -> None:

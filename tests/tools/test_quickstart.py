@@ -101,6 +101,8 @@ def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypa
     summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE, dataset.MIXED)
     assert "±" not in shown(summary)
     monkeypatch.setattr(report, "SPREAD_ITERATIONS", 100)
+    assert "±" not in shown(summary), "two domains"
+    monkeypatch.setattr(report, "SOURCES", dict.fromkeys(("code", "drama")))
     monkeypatch.setattr(report, "SPREAD", {"dense": 0.004, "moe": 0.005, "remoe": 0.006})
     text = shown(summary)
     assert re.search(r"2\.250 ± 0\.004 +2\.150 ± 0\.005 +2\.050 ± 0\.006\n", text)

@@ -146,7 +146,7 @@ def test_picture_has_a_panel_for_each_axis(tmp_path: Path) -> None:
     compared = [(run, 2.0) for run in plan.plan([plan.COMPARED], {}, None)]
     assert width([*all_points, *l1_points, *compared]) == 2500  # in two rows
     assert width([(run, 2.0) for run in plan.plan(["variable-k"], {}, None)]) == 1000
-    for run in (runs[0], Run("182m", "remoe", 8, 1).at("l1-init", 1e-16)):
+    for run in (runs[0], Run("182m", "remoe", 8, 1).at("l1-init", 1e-16), Run("182m", "dense", expansion=8)):
         assert width([(run, 2.0)]) == 1000  # one run: a panel of its own
 
 

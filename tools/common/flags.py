@@ -57,6 +57,18 @@ def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
     return kept
 
 
+def asks_for_gpt2(words: Sequence[str]) -> bool:
+    """Return whether the tokenizer is GPT-2's, the default, which is built as another type from two files."""
+    return last_value(words, "--tokenizer-type") in (None, "GPT2BPETokenizer")
+
+
+def with_vocabulary(words: Sequence[str]) -> list[str]:
+    """Return the words, with a vocabulary of GPT-2's size if its files are not given or not there yet."""
+    files = [last_value(words, flag) for flag in ("--vocab-file", "--merge-file")]
+    is_there = all(file is not None and os.path.isfile(file) for file in files)
+    return [*words] if is_there or not asks_for_gpt2(words) else [*words, *OF_GPT2S_SIZE]
+
+
 def with_one_batch_size(words: Sequence[str]) -> list[str]:
     """Return the words with the last batch size of --step-batch-size-schedule for all steps."""
     schedule = last_value(words, SCHEDULE)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from megatron.remoe.data.indexed import IndexedReader, bin_path
+from megatron.remoe.data.indexed import IndexedReader
 
 from .errors import ToolError
 
@@ -104,8 +104,10 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
     return Blend(*blend)
 
 
-def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int) -> torch.Tensor:
+def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int, or_else: str = "") -> torch.Tensor:
     """Return random sequences of text, int64 `[sequences, length + 1]`; two of them share at most the last token.
+
+    `or_else` is what else helps where there is too little text.
 
     Raises:
         UsageError: a data set is missing, corrupt or too small, or was made with another vocabulary.
@@ -121,12 +123,11 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
         if count > available:
             raise ToolError(
                 f"{prefix}: has {reader.tokens:,} tokens, but {count * length + 1:,} are needed. Give more text with "
-                "--data-path, or a smaller number with --tokens.",
+                f"--data-path{or_else}.",
                 "REMOE-E304",
             )
-        tokens = numpy.memmap(bin_path(Path(prefix)), dtype=reader.dtype, mode="r")
         for start in generator.choice(available, size=count, replace=False) * length:
-            found.append(tokens[start : start + length + 1].astype(numpy.int64))
+            found.append(reader.read(int(start), length + 1).astype(numpy.int64))
     chosen = numpy.stack([found[place] for place in generator.permutation(len(found))])
     check_vocabulary(" ".join(blend.prefixes), int(chosen.max()), vocabulary)
     return torch.from_numpy(chosen)

@@ -96,6 +96,8 @@ def compare(args: argparse.Namespace, display: Display) -> None:
         ToolError: something failed; the message names the remedy.
     """
     output = args.output_dir.expanduser().resolve() / args.corpus
+    for path in filter(None, (args.points, args.picture)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if args.collect or args.results:
         path = args.results or output / "results.json"
         if not show(args, Results(path), display):

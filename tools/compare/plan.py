@@ -17,8 +17,10 @@ LOG_INTERVAL = 5  # steps of all points are multiples of it, so that a line of t
 DECAY = 0.2  # share of a point's steps in which the learning rate falls
 LEAST = 20  # steps of a point
 TRUNK = 50_000  # steps that a trunk is planned for: the order of its data and its constant rate depend on no point
-PLACES = ("--save", "--load", "--tensorboard-dir", "--log-timers-to-tensorboard", "--tensorboard-log-interval")
-REPLACED = ("--lr-warmup-fraction", "--save-retain-interval", "--eval-interval", *PLACES)
+REPLACED = """
+--lr-warmup-fraction --save-retain-interval --eval-interval --save --load --tensorboard-dir --log-timers-to-tensorboard
+--tensorboard-log-interval --wandb-project --wandb-exp-name --wandb-save-dir
+""".split()
 
 
 @dataclass(frozen=True)

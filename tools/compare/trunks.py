@@ -80,10 +80,11 @@ class Runner:
             ToolError: a training failed.
         """
         points = {(point.equal_to, point.equal_to or point.steps): point for point in found}
-        queue: list[tuple[int, int | None]] = [(steps, None) for steps in wanted]
+        queue = [(steps, 0) for steps in wanted]
         heapq.heapify(queue)
         while queue:
-            steps, equal_to = heapq.heappop(queue)
+            steps, reference_steps = heapq.heappop(queue)
+            equal_to = reference_steps or None
             point = points.get((equal_to, equal_to or steps))
             if point is None:
                 point = self._train(training, steps, equal_to)

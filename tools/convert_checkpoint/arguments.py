@@ -63,6 +63,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--from-fork, --from-fsdp: a checkpoint has one format. Leave one of them out.")
     if args.model and imported:
         parser.error("--model needs a checkpoint of this project (torch_dist): import first, then change the class.")
+    if args.transformer_impl and (args.from_fork or args.model):
+        parser.error("--transformer-impl: the layers' names stay with --from-fork and --model. Leave it out.")
     given = [f"--{name.replace('_', '-')}" for name in OF_REMOE if getattr(args, name) is not None]
     if given and (imported or args.model):
         parser.error(

@@ -59,7 +59,8 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
     sequences = -(-options.tokens // args.seq_length)
     blend = blend_of(args, options.data_path)
-    text = sample(blend, 2 * sequences, args.seq_length, args.padded_vocab_size, options.seed)
+    size = 2 * sequences, args.seq_length, args.padded_vocab_size
+    text = sample(blend, *size, options.seed, or_else=", or a smaller number with --tokens")
     to_fit, to_measure = text.chunk(2)
     with one_process(options.seed):
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)

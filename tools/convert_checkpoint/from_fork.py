@@ -28,12 +28,11 @@ from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.settings import complete
 from . import fork_file
-from .rewriting import Piece, Place, Writer, encoded, objects, read_each, read_tensor, rewritten
+from .rewriting import OBJECT, Piece, Place, Writer, encoded, objects, read_each, read_tensor, rewritten
 
 COEFFICIENT = "moe_relu_l1_reg_coeff"
 LAYER = re.compile(r"(?P<before>decoder\.layers\.)(?P<number>\d+)\.(?P<rest>.+)")
 STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<kind>fp32_param|exp_avg|exp_avg_sq)\.(?P<weight>.+)")
-OBJECT = re.compile(r"(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)")
 KEPT = ("checkpoint_version", "iteration", "opt_param_scheduler", "num_floating_point_operations_so_far")
 
 

@@ -39,6 +39,7 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
         check_part(folder, index, 0, 1)
         args = complete(common_state(folder, index)["args"])
     args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
+    args.transformer_impl = options.transformer_impl or args.transformer_impl
     checkpoint = Checkpoint(folder, str(folder), args, {}, {})
     with one_process(args.seed):
         model = build(args)

@@ -14,12 +14,11 @@ from ..common.checkpoints import Checkpoint, check_output, find
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hybrid import FINAL_NORM, as_gpt, as_hybrid, hybrid_layer
-from .rewriting import Place, encoded, objects, read_each, rewritten, tensors
+from .rewriting import OBJECT, Place, encoded, objects, read_each, rewritten, tensors
 
 # With these the optimizer's state is stored under the weights' names.
 RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?:(?P<number>\d+)\.)?(?P<rest>.+)")
-OBJECT = re.compile(r"(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)")
 # An empty object that GPTModel does not have.
 ONLY_HYBRID = "output_layer._extra_state"
 

@@ -13,11 +13,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.training.arguments import apply_granularity
-from megatron.training.arguments import moe_freq_type
 
 from ..common.errors import ConversionError
 from ..common.hf.settings import complete
 from ..common.megatron_model import EXPERT
+from ..recipes.flops import layer_frequency
 from .fitting import split_mlp
 
 # Settings that only top-k routing uses.
@@ -38,6 +38,7 @@ TOPK_ONLY: dict[str, Any] = {
     "moe_warmup_topk": None,
     "moe_warmup_steps": 0,
 }
+FLAGS = "REMOE-E501"  # they do not fit
 ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
@@ -76,34 +77,33 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
     vars(target).update(consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, iteration=0)
     problems = relu_routing_problems(target)
     if problems:
-        raise ConversionError("\n".join(problems))
+        raise ConversionError("\n".join(problems), "")  # each has its code
     return target
 
 
 def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
     if options.num_experts is None:
-        raise ConversionError("--load is a dense checkpoint: give --num-experts.")
+        raise ConversionError("--load is a dense checkpoint: give --num-experts.", FLAGS)
     if options.num_experts < 2:
-        raise ConversionError(f"--num-experts {options.num_experts} must be at least 2.")
+        raise ConversionError(f"--num-experts {options.num_experts} must be at least 2.", FLAGS)
     target.num_experts, target.moe_ffn_hidden_size = options.num_experts, None
     target.moe_router_topk = 1 if options.moe_router_topk is None else options.moe_router_topk
     target.moe_granularity = options.moe_granularity or 1
-    target.moe_layer_freq = 1
-    if options.moe_layer_freq is not None:
-        try:
-            target.moe_layer_freq = moe_freq_type(options.moe_layer_freq)
-        except (ValueError, SyntaxError) as error:
-            raise ConversionError(f"--moe-layer-freq {options.moe_layer_freq}: {error}.") from error
+    try:
+        target.moe_layer_freq = layer_frequency(options.moe_layer_freq or "1")
+    except ValueError as error:
+        raise ConversionError(f"{error}.", FLAGS) from error
     pattern = target.moe_layer_freq
     if isinstance(pattern, list) and (len(pattern) != target.num_layers or not any(pattern)):
         raise ConversionError(
             f"--moe-layer-freq {options.moe_layer_freq}: is a pattern of {len(pattern)} layers with {sum(pattern)} MoE "
-            f"layers. It must have {target.num_layers}, and one or more MoE layers."
+            f"layers. It must have {target.num_layers}, and one or more MoE layers.",
+            FLAGS,
         )
     try:
         apply_granularity(target)
     except ValueError as error:
-        raise ConversionError(str(error)) from error
+        raise ConversionError(str(error), FLAGS) from error
     target.moe_ffn_hidden_size = target.ffn_hidden_size // target.moe_granularity
 
 
@@ -119,7 +119,8 @@ def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> No
         if given is not None and given != value and given != str(value):
             raise ConversionError(
                 f"--{name.replace('_', '-')} {given}, but --load is a top-k checkpoint that has {value}. "
-                "Leave the flag out: its experts are kept."
+                "Leave the flag out: its experts are kept.",
+                FLAGS,
             )
     if options.moe_router_topk is not None:
         target.moe_router_topk = options.moe_router_topk * granularity

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ from torch.distributed.checkpoint.metadata import (
 from megatron.remoe.preflight.checkpoint_files import CONFIG, RELEASE, TRACKER
 
 from ..common.checkpoints import new_folder, reading
+
+# The name of an object that is stored in parts.
+OBJECT = re.compile(r"(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)")
 
 type Place = tuple[int, ...]
 type Piece = tuple[str, Place, Place, torch.Tensor]  # key, shape of the whole tensor, offset of the piece, the piece

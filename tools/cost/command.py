@@ -7,10 +7,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ..common.flags import OF_GPT2S_SIZE, above_zero, last_value, split, whole_number, with_one_batch_size
+from ..common.flags import above_zero, asks_for_gpt2, split, whole_number, with_one_batch_size, with_vocabulary
 from ..recipes.layout import MOST_EXPERTS
 from ..recipes.models import PAPER, ROUTINGS
 from . import paper
@@ -44,18 +43,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     if not (options.accelerator.tflops and options.accelerator.memory):
         parser.error(f"--gpu {options.gpu} is not in the list ({kinds}): choose one, or give --tflops and --memory too")
     return options, flags
-
-
-def asks_for_gpt2(flags: Sequence[str]) -> bool:
-    """Return whether the tokenizer is GPT-2's, the default, which is built as another type from two files."""
-    return last_value(flags, "--tokenizer-type") in (None, "GPT2BPETokenizer")
-
-
-def without_missing_vocabulary(flags: list[str]) -> list[str]:
-    """Return the flags with a vocabulary of GPT-2's size if its files are not there yet."""
-    named = [path for flag in ("--vocab-file", "--merge-file") if (path := last_value(flags, flag)) is not None]
-    missing = asks_for_gpt2(flags) and not all(Path(path).is_file() for path in named)
-    return [*flags, *OF_GPT2S_SIZE] if missing else flags
 
 
 def check_sizes(args: argparse.Namespace) -> None:
@@ -93,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from . import estimate, parameters
 
-    sys.argv = ["pretrain_gpt.py", *without_missing_vocabulary(with_one_batch_size(flags))]
+    sys.argv = ["pretrain_gpt.py", *with_vocabulary(with_one_batch_size(flags))]
     planned: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), usage_errors():
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})

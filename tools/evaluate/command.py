@@ -48,16 +48,19 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, results: dict[str, Any], display: Display) -> None:
-    """Add each kind of result when it is complete; scores of tasks model by model."""
-    models = {str(place): open_model(place, args.ckpt_step, args.tokenizer_model) for place in args.load}
+    """Add each result when it is complete."""
+    needs_tokenizer = args.tasks is not None
+    models = {
+        str(place): open_model(place, args.ckpt_step, args.tokenizer_model, needs_tokenizer) for place in args.load
+    }
     for name, (_, tokenizer, _) in models.items():
-        if tokenizer is None and args.tasks is not None:
+        if tokenizer is None and needs_tokenizer:
             raise ToolError(f"--load {name}: has no tokenizer. Give one with --tokenizer-model.", "REMOE-E513")
     if args.data_path:
         megatron_on_cpu()
         from .text import measure_speed, measure_text
 
-        results["text"] = measure_text(args, models, display)
+        measure_text(args, models, display, results)
         if args.speed:
             results["speed"] = measure_speed(args, models)
     if args.tasks is not None:

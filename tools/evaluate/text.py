@@ -103,7 +103,7 @@ def measure(
     return {"loss": total / tokens, "tokens": tokens, "experts": experts}
 
 
-def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
+def bound_experts(name: str, model: RemoeForCausalLM, most: int | None) -> None:
     """Use only the K largest gates, as `max_experts_per_token` in the configuration does when a model is loaded.
 
     Raises:
@@ -111,9 +111,10 @@ def bound_experts(model: RemoeForCausalLM, most: int | None) -> None:
     """
     config = model.config
     if not (config.num_experts and config.moe_relu_routing):
-        raise ToolError("--max-experts-per-token: the model under --load has no ReLU routing.", "REMOE-E501")
+        raise ToolError(f"--max-experts-per-token: {name} has no ReLU routing.", "REMOE-E501")
     if most is not None and not 1 <= most <= config.num_experts:
-        raise ToolError(f"--max-experts-per-token {most}: must be 1 to {config.num_experts}.", "REMOE-E501")
+        problem = f"must be 1 to {config.num_experts} for {name}"
+        raise ToolError(f"--max-experts-per-token {most}: {problem}.", "REMOE-E501")
     config.max_experts_per_token = most
     for block in expert_blocks(model).values():
         block.all_active = most is None
@@ -126,23 +127,31 @@ def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> GPT
     return sequences(prefix, opened.sequence_length(args.seq_length), seed, config.vocab_size)
 
 
-def measure_text(args: argparse.Namespace, models: dict[str, OpenedModel], display: Display) -> dict[str, Any]:
-    """Return model → data set → bound on the experts per token, or "none" → measurements."""
-    found: dict[str, Any] = {name: {prefix: {} for prefix in args.data_path} for name in models}
+def measure_text(
+    args: argparse.Namespace, models: dict[str, OpenedModel], display: Display, results: dict[str, Any]
+) -> None:
+    """Add model → data set → bound on the experts per token, or "none" → measurements, each when it is complete.
+
+    Raises:
+        ToolError: a model does not take a bound; nothing was measured yet.
+    """
+    own_bounds = {name: opened.model.config.max_experts_per_token for name, opened in models.items()}
+    for name, opened in models.items():
+        for most in [*args.max_experts_per_token, own_bounds[name]] if args.max_experts_per_token else []:
+            bound_experts(name, opened.model, most)
+    found = results["text"] = {name: {prefix: {} for prefix in args.data_path} for name in models}
     for name, opened in models.items():
         model = opened.model
-        own = model.config.max_experts_per_token
         for prefix in args.data_path:
             data = read_text(args, opened, prefix)
             for most in [None, *args.max_experts_per_token]:
                 if most is not None:
-                    bound_experts(model, most)
+                    bound_experts(name, model, most)
                 with display.step(f"{name}, {Path(prefix).name}", min(len(data), args.sequences or len(data))):
                     measured = measure(model, data, args.sequences, display.advance)
                 found[name][prefix]["none" if most is None else str(most)] = measured
             if args.max_experts_per_token:
-                bound_experts(model, own)
-    return found
+                bound_experts(name, model, own_bounds[name])
 
 
 def measure_speed(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron.remoe import megatron_version
 from ..common.display import say
 from ..common.places import LOG, interpreter, short, tool
 from ..common.run_figures import TOTALS, RunFigures
+from ..corpora.corpus import SOURCES
 from ..corpora.dataset import MIXED, data_prefix
 from ..recipes import tiny
 
@@ -82,8 +83,9 @@ def summarize(
 
 
 def has_spread(summary: dict[str, Any]) -> bool:
-    """Return whether `SPREAD` is that of these trainings."""
-    return (summary["iterations"], summary["corpus"]) == (SPREAD_ITERATIONS, MIXED)
+    """Return whether `SPREAD` is that of these trainings: on all domains of the mixed text."""
+    is_whole = summary["dense"]["val_loss_by_domain"].keys() == SOURCES.keys()
+    return is_whole and (summary["iterations"], summary["corpus"]) == (SPREAD_ITERATIONS, MIXED)
 
 
 def table(summary: dict[str, Any]) -> Table:

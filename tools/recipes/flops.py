@@ -113,23 +113,30 @@ def arguments_of(settings: Settings) -> argparse.Namespace:
         **{name: "".join(settings.get(flag(name), ())) for name in ("hybrid_layer_pattern", "moe_baseline_router")},
         ffn_hidden_size=ffn,
         num_experts=number("--num-experts") * granularity or None,
-        moe_layer_freq=_layer_frequency("".join(settings.get("--moe-layer-freq", ("1",)))),
+        moe_layer_freq=layer_frequency("".join(settings.get("--moe-layer-freq", ("1",)))),
         moe_router_topk=number("--moe-router-topk", 2) * granularity,
         moe_ffn_hidden_size=number("--moe-ffn-hidden-size", ffn) // granularity,
         padded_vocab_size=-(-vocabulary_words(settings) // multiple) * multiple,
     )
 
 
-def _layer_frequency(text: str) -> int | list[int]:
-    """Return a number or a pattern of layers as Megatron reads it."""
-    if text.isdecimal():
+def layer_frequency(text: str) -> int | list[int]:
+    """Return a number or a pattern of layers as Megatron reads it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text.isdecimal() and int(text):
         return int(text)
     from megatron.training.arguments import moe_freq_type  # slow to import
 
     try:
-        return moe_freq_type(text)
-    except (ValueError, SyntaxError) as error:
+        found: int | list[int] = moe_freq_type(text)
+        if found:
+            return found
+    except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(f"--moe-layer-freq {text}: {error}") from error
+    raise ValueError(f"--moe-layer-freq {text}: give a number of at least 1, or a pattern such as ([0,1]*6)")
 
 
 def vocabulary_words(settings: Settings) -> int:

@@ -22,7 +22,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     add = parser.add_argument
     add("--gpus", type=whole_number(1), default=8, metavar="N", help="of the whole training (default: 8)")
     add("--gpus-per-node", type=whole_number(1), metavar="N", help=f"default: {GPUS_PER_NODE}, or all if fewer")
-    add("--gpu", choices=CARDS, default="h100", help="the GPU to simulate (default: h100)")
+    add("--gpu", type=str.lower, choices=CARDS, default="h100", help="the GPU to simulate (default: h100)")
     text = "simulate only this rank (default: the first rank of the first, a middle and the last pipeline stage)"
     add("--rank", type=int, metavar="R", help=text)
     text = "rehearse only this stage of ReMoE's training (default: all, in order; launches and times are the last's)"

@@ -112,6 +112,8 @@ def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folde
 def rehearse(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Simulate the ranks one after another and print the figures; return 1 if the training does not start."""
     check_can_rehearse(flags)
+    for path in filter(None, (options.json, options.log)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     build.libraries()
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

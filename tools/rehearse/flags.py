@@ -1,10 +1,9 @@
 """Change a training's command line for a rehearsal, and read its settings."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from ..common.flags import OF_GPT2S_SIZE, parse, with_one_batch_size, without
 from ..common.flags import last_value as value_of
+from ..common.flags import parse, with_one_batch_size, with_vocabulary, without
 from ..recipes.data import MADE_UP
 
 # Nothing is saved, loaded or reported, and the number of steps is the rehearsal's: Megatron's defaults are right.
@@ -16,16 +15,11 @@ LEFT_OUT = set(
     "--log-interval --eval-interval --eval-iters --num-workers --mock-data --cpu "
     "--cuda-graph-warmup-steps".split()
 )
-GPT2S = {"--tokenizer-type", "--vocab-file", "--merge-file"}
 
 
 def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
     """Return the flags of the rehearsal: made-up tokens, `steps` steps, nothing saved."""
-    kept = with_one_batch_size(without(flags, LEFT_OUT.__contains__))
-    if value_of(kept, "--tokenizer-type") in (None, "GPT2BPETokenizer"):
-        files = [value_of(kept, flag) for flag in ("--vocab-file", "--merge-file")]
-        if not all(file and Path(file).is_file() for file in files):
-            kept = [*without(kept, GPT2S.__contains__), *OF_GPT2S_SIZE]
+    kept = with_vocabulary(with_one_batch_size(without(flags, LEFT_OUT.__contains__)))
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
     if value_of(kept, "--cuda-graph-impl") == "full_iteration":
         run += f" --cuda-graph-warmup-steps {steps - 1}"  # Megatron captures the last

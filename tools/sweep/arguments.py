@@ -9,6 +9,7 @@ from pathlib import Path
 from ..common.flags import above_zero, number_of_cores, split, whole_number
 from ..common.places import ROOT
 from ..corpora.dataset import CORPORA, MIXED
+from ..recipes.data import is_set
 from ..recipes.layout import RecipeError
 from ..recipes.models import TINY_TRAINING, Training
 from . import plan
@@ -28,7 +29,8 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     figures = (*plan.FIGURES, *plan.GROUPS, *plan.AXES)
     base = f"{plan.BASE_SIZE}, E = {plan.FEW_EXPERTS}, G = {plan.WHOLE}"
     add = parser.add_argument_group("what to train", f"Each figure varies one thing; the rest is {base}.").add_argument
-    add("--figures", nargs="+", choices=figures, default=plan.FIGURES, help="default: the first three")
+    text = f"of {', '.join(figures)} (default: the first three)"
+    add("--figures", nargs="+", choices=figures, default=plan.FIGURES, metavar="FIGURE", help=text)
     add("--sizes", nargs="+", choices=plan.SIZES, dest="size", help="for the figure size")
     for name, figure, least, more in (
         ("experts", "experts", 2, ""),
@@ -41,8 +43,9 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
         text = f"for the figure {name}: {axis.label} (default: {' '.join(f'{number:g}' for number in axis.values)})"
         add(f"--{name}s", nargs="+", type=above_zero, dest=name, metavar="N", help=text)
     add(
-        "--routings", nargs="+", choices=plan.KINDS,
-        help="default: the first three; for routing and variable-k all of theirs; for a setting those that have it. "
+        "--routings", nargs="+", choices=plan.KINDS, metavar="ROUTING",
+        help=f"of {', '.join(plan.KINDS)} (default: the first three; for routing and variable-k all of theirs; for a "
+        "setting those that have it). "
         "dense is one run along E and G (along E also one 8 times as wide), drawn as lines; it gets no --moe-... flag "
         "from behind --. "
         "docs/baselines.md describes all routings",
@@ -96,7 +99,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--sbatch-flags", default="", metavar='"FLAGS"', help='for sbatch; write --sbatch-flags="--nodes 2 ..."')
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--collect", action="store_true", help="write table and picture of what is in the output folder")
-    dry_run = os.environ.get("DRY_RUN", "0") != "0"
+    dry_run = is_set(os.environ, "DRY_RUN")
     add("--dry-run", action="store_true", default=dry_run, help="list commands and state (also with DRY_RUN=1)")
 
     own, flags = split(words)

@@ -66,10 +66,8 @@ def read_outcome(folder: Path) -> Outcome | None:
     losses = figures.final_losses(train_iters)
     sequence, samples = figures.whole("seq_length"), figures.newest("consumed_samples")
     unlogged = train_iters - figures.last if "" in losses else 0
-    iterations, seconds = figures.curve("seconds_per_iteration")
-    rates = figures.batches(iterations) * sequence / np.maximum(seconds, 1e-4)
+    rates = figures.curve("tokens_per_second").values
     rates = rates[1:] if len(rates) > 1 else rates
-    has_rate = len(rates) and sequence and np.isfinite(rates).all()
     return Outcome(
         iterations=figures.last + unlogged,
         train_iters=train_iters,
@@ -84,8 +82,8 @@ def read_outcome(folder: Path) -> Outcome | None:
         flip_count=_late_median(figures, "flip_count"),
         changed_tokens=_late_median(figures, "changed_tokens"),
         total_parameters=figures.parameters,
-        tokens_per_second=float(np.median(rates)) if has_rate else None,
-        training_seconds=float(figures.seconds.sum()) if len(seconds) else None,
+        tokens_per_second=float(np.median(rates)) if len(rates) else None,
+        training_seconds=float(figures.seconds.sum()) if len(figures.seconds) else None,
         flops=training_flops(figures),
     )
 

@@ -92,7 +92,7 @@ def _panels(points: Points) -> list[str]:
         if any(run.kind in PROTOCOLS and name in figures_of(run) for run, _ in points):
             panels.append(name)
     single = [name for name, values in places.items() if values]
-    return panels or [name for name in single if name in FIGURES] or single
+    return panels or [name for name in single if name in FIGURES] or single or ["experts"]
 
 
 def _draw_compared(axes: Any, panel: str, points: Points) -> None:

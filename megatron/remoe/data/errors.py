@@ -12,7 +12,7 @@ class UsageError(ValueError):
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
-        self.code = code or self.code
+        self.code = self.code if code is None else code
 
 
 class DataError(UsageError):

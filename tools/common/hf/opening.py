@@ -76,7 +76,7 @@ def open_model(
         except ConversionError as error:
             if needs_tokenizer or tokenizer_model is not None:
                 raise
-            print(f"{error} Tokens are shown as numbers.", file=sys.stderr)
+            print(f"{error} Tokens stay numbers.", file=sys.stderr)
         model, saved = model_of(config, read(checkpoint, config)), checkpoint.args
     model.generation_config = generation_config(config, tokenizer)
     return OpenedModel(model, tokenizer, saved)
