@@ -1,10 +1,13 @@
 """Small models for transformers, of each kind."""
 
+import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
+from tools.common.hf.settings import flags_of, parse_flags
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -63,3 +66,8 @@ def make(name: str, **changes: Any) -> RemoeForCausalLM:
 
 def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
+    """Megatron's arguments for a configuration and more flags."""
+    return parse_flags([*flags_of(config), *more], config.vocab_size, config.dtype)

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from tests import without_megatron
-from tests.hf.models import MODELS, SIZES, VOCABULARY, make, tokens
-from tools.common.hf.settings import args_of, complete, config_of
+from tests.hf.models import MODELS, SIZES, VOCABULARY, args_of, make, tokens
+from tools.common.hf.settings import complete, config_of
 from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 

@@ -14,12 +14,11 @@ import torch
 from megatron.remoe.data.indexed import IndexedReader
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.data_sets import write_documents
-from tests.hf.models import make
+from tests.hf.models import args_of, make
 from tools.analyze.command import main
 from tools.analyze.counts import WINDOW
 from tools.common.checkpoints import save
 from tools.common.expert_counts import expert_blocks
-from tools.common.hf.settings import args_of
 from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 from tools.common.text import Text

@@ -17,14 +17,13 @@ from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.preflight.compared_settings import differences, shape
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
-from tests.hf.models import make, tokens
+from tests.hf.models import args_of, make, tokens
 from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
 from tools.common import checkpoints
 from tools.common.errors import ConversionError
 from tools.common.hf.folder import read_config, read_tensors
 from tools.common.hf.opening import OpenedModel, open_model
-from tools.common.hf.settings import args_of
 from tools.common.hf.tensors import model_of
 from tools.common.hf.tokenizer import tokenizer_of
 from tools.common.hf.weights import fill, megatron_weights

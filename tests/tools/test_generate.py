@@ -10,9 +10,8 @@ from transformers import AutoTokenizer
 
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
-from tests.hf.models import make
+from tests.hf.models import args_of, make
 from tools.common import checkpoints
-from tools.common.hf.settings import args_of
 from tools.common.hf.weights import fill, megatron_weights
 from tools.common.megatron_model import build
 from tools.generate.command import main

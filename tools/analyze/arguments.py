@@ -23,7 +23,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("--load", **folder, required=True, help="a run's folder, its --save, or an exported folder")
     add("--ckpt-step", type=int, metavar="N", help="iteration of a run (default: the newest)")
-    add("--data-path", "--data", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain")
+    add("--data-path", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain")
     add("--output-dir", **folder, help="default: analysis/ in that of --load")
     length = "as in training (default: the model's context)"
     add("--seq-length", type=whole_number(WINDOW), metavar="N", help=length)

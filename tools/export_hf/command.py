@@ -13,7 +13,7 @@ from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.folder import read_config, read_tensors
 from ..common.hf.opening import open_model
-from ..common.hf.settings import args_of, complete, flags_of, vocabulary_flags
+from ..common.hf.settings import complete, flags_of, parse_flags, vocabulary_flags
 from ..common.hf.source import open_run
 from ..common.hf.tensors import Tensors, model_of, shapes_of
 from ..common.hf.tokenizer import generation_config, tokenizer_of
@@ -80,8 +80,8 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     config = source.config
     source = source.float()
     place = None if tokenizer is None else Path(tokenizer.name_or_path)
-    vocabulary = vocabulary_flags(config, place, len(tokenizer or ()))
-    args = args_of(config, vocabulary)
+    flags = [*flags_of(config), *vocabulary_flags(config, place, len(tokenizer or ()))]
+    args = parse_flags(flags, config.vocab_size, config.dtype)
     text = text_for(args, options.data_path, config)
     model = build(args)
     fill(model, *megatron_weights(source))
@@ -89,9 +89,8 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     del source
     args.transformer_impl = options.transformer_impl
     save(model, args, options.save, options.transformer_impl == "transformer_engine")
-    data = ["--data-path", *(options.data_path or ["DATA"])]
-    flags = ["--pretrained-checkpoint", str(options.save), *flags_of(config), *vocabulary]
-    display.say(f"wrote {options.save}. Train on from it:\n{PROGRAM} {shlex.join([*data, *flags])}")
+    words = ["--data-path", *(options.data_path or ["DATA"]), "--pretrained-checkpoint", str(options.save), *flags]
+    display.say(f"wrote {options.save}. Train on from it:\n{PROGRAM} {shlex.join(words)}")
 
 
 def _counted(parts: Iterator[Tensors], display: Display) -> Iterator[Tensors]:

@@ -93,6 +93,7 @@ class RoutingSummary:
         l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
         layer_l1_loss: layer → its L_reg.
         layer_sparsity: layer → its sparsity.
+        lowest_layer_sparsity, highest_layer_sparsity: of these; 1 without layers.
         expert_load: layer → share of its tokens that each expert got, `num_experts` values.
         guarded_layers: layers that were freed from L1 and pushed up, because they were almost off before.
         total_active_pairs: computed pairs of all MoE layers, over all steps of this controller: the active ones, except
@@ -106,6 +107,8 @@ class RoutingSummary:
     l1_loss: float
     layer_l1_loss: dict[int, float]
     layer_sparsity: dict[int, float]
+    lowest_layer_sparsity: float
+    highest_layer_sparsity: float
     expert_load: dict[int, list[float]]
     guarded_layers: list[int]
     total_active_pairs: int
@@ -120,13 +123,16 @@ class RoutingSummary:
         experts, exponent = config.num_moe_experts, (sums.l1_exponent / sums.ranks.clamp(min=1.0)).item()
         assert experts is not None
         pairs = sums.counts["tokens"].sum().item() * experts
+        sparsities = {n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()}
         return cls(
             sparsity=1.0 - sums.counts.active.sum().item() / pairs if pairs else 1.0,
             target_sparsity=1.0 - topk / experts,
             l1_coefficient=config.moe_relu_l1_reg_coeff_init * config.moe_relu_l1_reg_coeff_multiplier**exponent,
             l1_loss=sum(l1_losses.values()),
             layer_l1_loss=l1_losses,
-            layer_sparsity={n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()},
+            layer_sparsity=sparsities,
+            lowest_layer_sparsity=min(sparsities.values(), default=1.0),
+            highest_layer_sparsity=max(sparsities.values(), default=1.0),
             expert_load={n: (row["tokens_per_expert"] / row["tokens"]).tolist() for n, row in layers.items()},
             guarded_layers=[number for number in layers if sums.guarded[number - 1] > 0],
             **totals,

@@ -13,7 +13,7 @@ import torch
 
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.remoe.kernels.backend import Regularization, backend_of
-from megatron.remoe.kernels.pytorch import active, l1_coefficient
+from megatron.remoe.kernels.pytorch import active
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingCounts
 
@@ -63,11 +63,6 @@ class ReLURouter(TopKRouter):
             guard=GUARD_COEFFICIENT,
             balances=config.moe_relu_l1_reg_load_balancing,
         )
-
-    @property
-    def l1_coefficient(self) -> torch.Tensor:
-        """λ as a float64 scalar on the device."""
-        return l1_coefficient(self.regularization, self.l1_exponent)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **_unused: Any

@@ -77,14 +77,8 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
             wandb_writer.log(scalars, iteration)
 
 
-def _extremes(summary: RoutingSummary) -> tuple[float, float]:
-    """Return the lowest and the highest sparsity of a layer; 1 without layers."""
-    layers = summary.layer_sparsity.values()
-    return min(layers, default=1.0), max(layers, default=1.0)
-
-
 def _log_text(summary: RoutingSummary) -> str:
-    lowest, highest = _extremes(summary)
+    lowest, highest = summary.lowest_layer_sparsity, summary.highest_layer_sparsity
     guarded = ",".join(map(str, summary.guarded_layers))
     return (
         f" sparsity: {summary.sparsity:.6f} | target sparsity: {summary.target_sparsity:.6f} |"
@@ -94,26 +88,23 @@ def _log_text(summary: RoutingSummary) -> str:
 
 
 def _run_log_record(summary: RoutingSummary) -> dict[str, Any]:
-    figures, (lowest, highest) = asdict(summary), _extremes(summary)
+    figures = asdict(summary)
     loads = figures.pop("expert_load")
     return figures | {
         "layer_l1_loss": {number: float(f"{loss:.6g}") for number, loss in summary.layer_l1_loss.items()},
         "layer_sparsity": {number: round(sparsity, 6) for number, sparsity in summary.layer_sparsity.items()},
-        "lowest_layer_sparsity": lowest,
-        "highest_layer_sparsity": highest,
         "tokens_per_expert": {number: [round(load, 5) for load in row] for number, row in loads.items()},
     }
 
 
 def _scalars(summary: RoutingSummary, per_layer: bool) -> dict[str, float]:
-    lowest, highest = _extremes(summary)
     scalars = {
         "sparsity": summary.sparsity,
         "sparsity_target": summary.target_sparsity,
         "l1_reg_coeff": summary.l1_coefficient,
         "l1_reg_loss": summary.l1_loss,
-        "sparsity_min_layer": lowest,
-        "sparsity_max_layer": highest,
+        "sparsity_min_layer": summary.lowest_layer_sparsity,
+        "sparsity_max_layer": summary.highest_layer_sparsity,
         "guarded_layers": len(summary.guarded_layers),
     }
     for number, sparsity in summary.layer_sparsity.items() if per_layer else ():

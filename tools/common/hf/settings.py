@@ -232,15 +232,6 @@ def vocabulary_flags(config: RemoeConfig, tokenizer: Path | None, tokens: int) -
     ]
 
 
-def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
-    """Return Megatron's arguments for a configuration and more flags, as a training would save them.
-
-    Raises:
-        ConversionError: as `flags_of`.
-    """
-    return parse_flags([*flags_of(config), *more], config.vocab_size, config.dtype)
-
-
 def parse_flags(flags: Sequence[str], vocabulary: int, dtype: Any) -> argparse.Namespace:
     """Return Megatron's arguments for flags of a model, as a training would save them.
 
