@@ -71,7 +71,7 @@ class Processes:
         running = [process for process in self._started if process.poll() is None]
         if not running:
             return
-        say("Each training is saving a checkpoint; a second Ctrl-C ends them at once, without one.")
+        say("Each training is saving a checkpoint; Ctrl-C now ends them at once, without one.")
         try:
             for process in running:
                 process.send_signal(signal.SIGTERM)
