@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 from typing import Any
@@ -65,15 +64,14 @@ def lambda_at(folder: Path, step: int) -> float:
     return geometric_mean(values[(step - 200 < steps) & (steps <= step)].tolist())
 
 
-def train(folder: Path, name: str, seed: int, warm_up: Sequence[str] = ()) -> Path:
-    """Train with these flags for the warm-up, or the recipe's, and evaluate; return the training's folder."""
+def train(folder: Path, name: str, seed: int) -> Path:
+    """Train and evaluate; return the training's folder."""
     routing, experts, corpus, more = TRAININGS[name]
     runs = folder / f"seed-{seed}"
     text = dataset.make_text(folder / corpus, corpus, print)
     fields = {"remoe": runs / "remoe" / "checkpoints"}
     fields |= {f"at_{step}": lambda_at(runs / "remoe", step) for step in (BRANCH, STEPS) if f"at_{step}" in more}
     flags = [*tiny.common_flags(tiny.SIZE, STEPS, seed), *Routing(routing, experts).flags(tiny.SIZE.ffn)]
-    flags += warm_up
     flags += dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     if corpus == dataset.TECHNICAL:  # whose held-out text is long: a part of it
         left_out = ("--multiple-validation-sets", "--full-validation", "--validation-set-names")
@@ -172,14 +170,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default="runs/questions")
     parser.add_argument("seeds", metavar="SEED", nargs="*", type=int, default=[1, 2, 3])
-    text = "share of the steps in which the learning rate rises (default: the recipe's); the figures kept so far: 0.01"
-    parser.add_argument("--lr-warmup-fraction", metavar="X", help=text)
     given = parser.parse_args()
-    warm_up = ["--lr-warmup-fraction", given.lr_warmup_fraction] if given.lr_warmup_fraction else []
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TRAININGS}
     for name in TRAININGS:
         for seed in given.seeds:
-            found[name][seed] = figures(train(given.folder.resolve(), name, seed, warm_up))
+            found[name][seed] = figures(train(given.folder.resolve(), name, seed))
     write_json(ROOT / "docs" / "questions" / "figures.json", found)
     show(found)
 

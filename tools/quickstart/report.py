@@ -102,7 +102,7 @@ def table(summary: dict[str, Any]) -> Table:
     dense, *others = [each["val_loss"] for each in of_models]
     around = [f" ± {SPREAD[model]:.3f}" if has_spread(summary) else "" for model in tiny.NAMES]
     losses = (f"[bold]{each['val_loss']:.3f}[/bold]{more}" for each, more in zip(of_models, around, strict=True))
-    grid.add_row("validation loss (nats per byte)", *losses)
+    grid.add_row("validation loss (nats/byte)", *losses)
     grid.add_row("  against dense", "", *(f"{other - dense:+.3f}" for other in others))
     for domain in summary["dense"]["val_loss_by_domain"]:
         grid.add_row(f"  on {domain}", *(f"{each['val_loss_by_domain'][domain]:.3f}" for each in of_models))
