@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.golden_run import FLAGS, Figures, figures_of, write_data
+from tests.launches import planned
 from tools.common.log_reader import read_log
 from tools.common.places import ROOT
 from tools.rehearse.flags import rehearsed
@@ -84,7 +85,7 @@ class Case:
         """Return the script's environment and flags, for `steps` steps on made-up tokens with nothing saved."""
         batch = ["--global-batch-size", str(SEQUENCES), "--micro-batch-size", str(self.micro_batch)]
         settings = {"KERNELS": self.kernels, **self.settings}
-        environment, flags = Launch(self.routing, (*batch, *self.flags), settings, self.size, gpus=1).planned()
+        environment, flags = planned(Launch(self.routing, (*batch, *self.flags), settings, self.size, gpus=1))
         return environment, rehearsed(flags, steps)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.launches import planned
 from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
 from tools.common.files import write_json
@@ -18,13 +19,14 @@ from tools.rehearse import command, fake_ranks, report
 from tools.rehearse.cards import rates
 from tools.rehearse.choose import keep, whole_step
 from tools.rehearse.flags import data_of, rehearsed, value_of
-from tools.rehearse.scripts import ONE_MICRO_BATCH, PLAIN, Launch
+from tools.rehearse.scripts import PLAIN, Launch
 
 needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played"
 )
-REMOE_182M = Launch(flags=(*ONE_MICRO_BATCH, *PLAIN)).planned()[1]
-DENSE_182M = Launch("dense", ONE_MICRO_BATCH).planned()[1]
+ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more repeat it
+REMOE_182M = planned(Launch(flags=(*ONE_MICRO_BATCH, *PLAIN)))[1]
+DENSE_182M = planned(Launch("dense", ONE_MICRO_BATCH))[1]
 GOLDEN = REPOSITORY / "tests" / "golden" / "rehearsal.json"
 CASES = {
     "ReMoE": Launch(),

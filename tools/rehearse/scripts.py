@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..common.places import ROOT
-from ..recipes.data import MADE_UP
-from ..recipes.launch import plan
 from ..recipes.layout import NAMES
 
 SETTINGS = {
     *NAMES,
     *"MODEL KERNELS GPU DATA_PATH DATA_DIR DRY_RUN REHEARSE REHEARSE_JSON PYTORCH_CUDA_ALLOC_CONF".split(),
 }
-ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more repeat it
 PLAIN = ("--transformer-impl", "local")  # whether or not Transformer Engine is installed
 
 
@@ -40,7 +37,7 @@ class Launch:
     size: str = "182m"
     gpus: int = 8
 
-    def _environment(self, more: dict[str, str]) -> dict[str, str]:
+    def environment(self, more: dict[str, str]) -> dict[str, str]:
         """Return this process's environment, but for what a script reads, with this script's settings and `more`."""
         plain = {key: value for key, value in os.environ.items() if key not in SETTINGS}
         return plain | {"PYTHON": sys.executable} | self.settings | more
@@ -49,17 +46,7 @@ class Launch:
         """Run the script, with these settings on top of its own."""
         script = ["bash", str(ROOT / "scripts" / f"train_llama_{self.size}_{self.routing}.sh"), str(self.gpus)]
         command = [*script, "--", *self.flags]
-        return subprocess.run(command, env=self._environment(environment), capture_output=True, text=True)
-
-    def planned(self) -> tuple[dict[str, str], list[str]]:
-        """Return the environment's settings and the training's flags.
-
-        Raises:
-            RecipeError: the script refuses its settings.
-        """
-        environment = self._environment({"DRY_RUN": "command", "DATA_PATH": MADE_UP})
-        launch = plan(self.size, self.routing, [str(self.gpus), "--", *self.flags], environment)
-        return launch.settings, launch.flags
+        return subprocess.run(command, env=self.environment(environment), capture_output=True, text=True)
 
     def rehearse(self) -> dict[str, Any]:
         """Return the figures of the script's rehearsal, as REHEARSE_JSON holds them.
