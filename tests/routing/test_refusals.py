@@ -13,6 +13,7 @@ from megatron.core.models.gpt import experimental_attention_variant_module_specs
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.remoe.moe.layer import ReMoELayer
 from megatron.remoe.moe.specs import with_relu_routing
+from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.training.arguments import add_megatron_arguments
 from tests.layers import make_config
@@ -98,6 +99,12 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         "--mtp-num-layers 1 .* Leave the layout out",
     ),
 }
+
+
+def test_megatron_turns_sequence_parallelism_off_on_one_rank() -> None:
+    args = make_config(mtp_num_layers=1, transformer_impl="local")
+    args.sequence_parallel = True  # as a user gives it; Megatron's validation comes later
+    assert not [*relu_routing_problems(args)]
 
 
 @pytest.mark.parametrize("name", REFUSED_TOGETHER)

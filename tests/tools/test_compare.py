@@ -183,6 +183,8 @@ def test_arms_wait_for_their_reference(tmp_path: Path) -> None:
     seen: dict[tuple[str, int], dict[int, float]] = {}
 
     class Runner:
+        processes = trunks.Processes((tmp_path / "lock").open("w"))
+
         def run(self, training: Training, wanted: list[int], reference: dict[int, float], done, found) -> None:
             if (training.arm, training.seed) == ("remoe", 2):
                 raise ToolError("no space left")

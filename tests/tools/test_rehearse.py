@@ -16,6 +16,7 @@ from tools.common.errors import ToolError
 from tools.common.files import write_json
 from tools.cost import choices
 from tools.rehearse import command, fake_ranks, report
+from tools.rehearse.arguments import parse_arguments
 from tools.rehearse.cards import rates
 from tools.rehearse.choose import keep, whole_step
 from tools.rehearse.flags import data_of, rehearsed, value_of
@@ -94,6 +95,10 @@ def test_stages_and_ranks_are_those_of_the_training() -> None:
     pipeline = ["--pipeline-model-parallel-size", "4"]
     assert [*command.ranks_of(pipeline, 16, None)] == [0, 8, 12] and [*command.ranks_of([], 16, None)] == [0]
     assert [*command.ranks_of(pipeline, 16, 15)] == [15]
+
+
+def test_a_gpu_in_capitals() -> None:
+    assert parse_arguments(["--gpu", "H100", "--", "--cpu"])[0].gpu == "h100"
 
 
 @pytest.mark.parametrize(

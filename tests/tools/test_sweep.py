@@ -18,6 +18,7 @@ from tools.common.flags import parse, words_of
 from tools.corpora.dataset import MIXED
 from tools.recipes.layout import RecipeError
 from tools.sweep import plan, tiny
+from tools.sweep.arguments import parse_arguments
 from tools.sweep.plan import Run
 from tools.sweep.settings import planned_flags
 
@@ -165,6 +166,12 @@ def test_what_follows_from_flags_for_all(tmp_path: Path) -> None:
     prefixes = (f"{tmp_path}/train_{domain}_text_document" for domain in ("code", "docs"))
     assert tiny.text_in(tmp_path)["DATA_PATH"] == "20 {}\n10 {}".format(*prefixes)
     assert tiny.environment({"DATA_DIR": "data"}, "mixed") == {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(("value", "is_on"), [("", False), ("0", False), ("1", True)])
+def test_a_dry_run_is_asked_for_as_in_launch_scripts(value: str, is_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRY_RUN", value)
+    assert parse_arguments([]).dry_run == is_on
 
 
 def test_the_text_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

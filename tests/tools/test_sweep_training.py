@@ -65,7 +65,7 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest
     with (tmp_path / "lock").open("w") as lock, TrainingDisplay(Console(file=output), shown, lock) as display:
         thread.start()
         with pytest.raises(KeyboardInterrupt):
-            display.run_all(train, at_once=2)
+            display.run_all([partial(train, place) for place in range(3)], at_once=2)
     assert time.monotonic() - interrupts[1] < 30
     thread.join()
     assert "saving a checkpoint" in output.getvalue() and "was killed" not in output.getvalue()

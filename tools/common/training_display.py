@@ -3,8 +3,8 @@
 import itertools
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -60,7 +60,7 @@ class TrainingDisplay:
             *columns, console=console, disable=not console.is_terminal, speed_estimate_period=SECONDS_OF_RATE
         )
         self._plain: Callable[[str], None] = (lambda _: None) if console.is_terminal else self.say
-        self._trainings, self._processes, self._lock = trainings, Processes(keep_open), Lock()
+        self._processes, self._lock = Processes(keep_open), Lock()
         add = partial(self._progress.add_task, note="", visible=False)
         self._bars = {shown.title: add(shown.title, total=shown.iterations) for shown in trainings}
         self._all = add("all", total=sum(shown.cost for shown in trainings))
@@ -82,20 +82,14 @@ class TrainingDisplay:
         self._skip_to(shown, shown.iterations)
         self.say(f"{shown.title}: {result}")
 
-    def run_all(self, work: Callable[[int], None], at_once: int) -> None:
-        """Call `work` with the place of each training, for so many trainings at once; it calls `run`.
+    def run_all(self, jobs: Iterable[Callable[[], None]], at_once: int) -> None:
+        """Call the jobs, so many at once; each calls `run`.
 
-        KeyboardInterrupt, or an exception of `work`, stops the others after a last checkpoint.
+        KeyboardInterrupt, or an exception of a job, stops the trainings of the others after a last checkpoint.
         """
-        with ThreadPoolExecutor(at_once) as threads:
-            jobs = [threads.submit(work, place) for place in range(len(self._trainings))]
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                self._processes.stop(self.say)
-                raise
+        with self._processes.threads(at_once, self.say) as threads:
+            for job in as_completed([threads.submit(job) for job in jobs]):
+                job.result()
 
     def run(
         self, shown: ShownTraining, command: Sequence[str], environment: Mapping[str, str], log: IO[str] | None = None

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -13,7 +14,7 @@ SECONDS_TO_DIE = 20
 
 
 class Processes:
-    """Processes of trainings, each waited for in a thread of its own. Ctrl-C does not reach them, but `stop` does."""
+    """Processes of trainings, each waited for in one of `threads`. Ctrl-C does not reach them itself."""
 
     def __init__(self, keep_open: IO[str]) -> None:
         """Create none yet.
@@ -36,7 +37,7 @@ class Processes:
         """Start a training, and wait for its end after the body of `with`.
 
         Raises:
-            KeyboardInterrupt: `stop` was called; the body has run, unless there was nothing to start any more.
+            KeyboardInterrupt: all were stopped; the body has run, unless it was too late to start.
         """
         with self._starting:
             if self._stopped:
@@ -64,26 +65,39 @@ class Processes:
         if self._stopped:
             raise KeyboardInterrupt
 
-    def stop(self, say: Callable[[str], None]) -> None:
+    @contextmanager
+    def threads(self, at_once: int, say: Callable[[str], None]) -> Iterator[ThreadPoolExecutor]:
+        """Yield threads to start trainings in. If the body is interrupted or fails, stop all trainings and say so."""
+        with ThreadPoolExecutor(at_once) as threads:
+            try:
+                yield threads
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                self._stop(say)
+                raise
+
+    def _stop(self, say: Callable[[str], None]) -> None:
         """Let all trainings save a checkpoint and end; Ctrl-C meanwhile ends them at once."""
-        with self._starting:
-            self._stopped = True
-        running = [process for process in self._started if process.poll() is None]
-        if not running:
-            return
-        say("Each training is saving a checkpoint; Ctrl-C now ends them at once, without one.")
         try:
-            for process in running:
+            with self._starting:
+                self._stopped = True
+            if self._running():
+                say("Each training is saving a checkpoint; Ctrl-C now ends them at once, without one.")
+            for process in self._running():
                 process.send_signal(signal.SIGTERM)
-            for process in running:
+            for process in self._started:
                 process.wait()
         except KeyboardInterrupt:
-            for process in running:
+            self._stopped = True
+            for process in self._running():
                 process.send_signal(signal.SIGINT)  # makes the launch script kill the training
             last = time.monotonic() + SECONDS_TO_DIE
-            for process in running:
+            for process in self._running():
                 try:
                     process.wait(max(last - time.monotonic(), 0.0))
                 except subprocess.TimeoutExpired:
                     process.kill()
                     say(f"Process {process.pid} did not end and was killed.")
+
+    def _running(self) -> list[subprocess.Popen[str]]:
+        return [process for process in self._started if process.poll() is None]

@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from threading import Lock
 
 from ..common.display import Display
@@ -78,25 +78,21 @@ class Experiment:
 
             self._runner.run(training, [*steps], flops, add, self._results.of(training))
 
-        with ThreadPoolExecutor(self._args.processes) as threads, self._display.step(what, len(trainings)):
-            try:
-                jobs: dict[Future[None], Training] = {}
-                references: dict[tuple[int, int], tuple[Training, Future[None]]] = {}
-                for each in trainings:
-                    job = threads.submit(train, each, references.get((each.experts, each.seed)))
-                    jobs[job] = each
-                    if each.arm == REFERENCE and not each.is_tuning:
-                        references[each.experts, each.seed] = each, job
-                for job in as_completed(jobs):
-                    self._display.advance(1)
-                    if isinstance(error := job.exception(), ToolError):
-                        self._failed.append(f"{jobs[job].name}: {error}")
-                    elif error is not None:
-                        raise error
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                self._runner.processes.stop(self._display.say)
-                raise
+        threads = self._runner.processes.threads(self._args.processes, self._display.say)
+        with self._display.step(what, len(trainings)), threads as pool:
+            jobs: dict[Future[None], Training] = {}
+            references: dict[tuple[int, int], tuple[Training, Future[None]]] = {}
+            for each in trainings:
+                job = pool.submit(train, each, references.get((each.experts, each.seed)))
+                jobs[job] = each
+                if each.arm == REFERENCE and not each.is_tuning:
+                    references[each.experts, each.seed] = each, job
+            for job in as_completed(jobs):
+                self._display.advance(1)
+                if isinstance(error := job.exception(), ToolError):
+                    self._failed.append(f"{jobs[job].name}: {error}")
+                elif error is not None:
+                    raise error
 
 
 def rates_of(args: argparse.Namespace, results: Results) -> dict[tuple[int, str], float]:

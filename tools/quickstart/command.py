@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,15 +78,16 @@ def train(console: Console, trainings: Sequence[training.Training], iterations: 
     ]
     with TrainingDisplay(console, shown, keep_open) as display:
 
-        def run(place: int) -> None:
-            each, line, began = trainings[place], shown[place], time.monotonic()
+        def run(each: training.Training, line: ShownTraining) -> None:
+            began = time.monotonic()
             if each.is_done():
                 display.finish(line, "reused")
             else:
                 training.run(each, display, line)
                 display.finish(line, f"trained in {duration(time.monotonic() - began)}")
 
-        display.run_all(run, at_once=len(trainings))
+        jobs = [partial(run, each, line) for each, line in zip(trainings, shown, strict=True)]
+        display.run_all(jobs, at_once=len(jobs))
 
 
 @contextmanager

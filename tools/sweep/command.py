@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -105,9 +106,8 @@ def train(console: Console, launch: plan.Launch, todo: Sequence[Found], processe
     ]
     with TrainingDisplay(console, shown, held) as display:
 
-        def run(place: int) -> None:
-            each, line, began = todo[place], shown[place], time.monotonic()
-            folder = launch.folder(each.run)
+        def run(each: Found, line: ShownTraining) -> None:
+            began, folder = time.monotonic(), launch.folder(each.run)
             environment = {"PYTHON": sys.executable} | os.environ | launch.environment(each.run, os.environ)
             command = ["bash", *launch.arguments(each.run)]
             code, cause = display.run(line, command, environment | {"DRY_RUN": "0"})
@@ -122,7 +122,7 @@ def train(console: Console, launch: plan.Launch, todo: Sequence[Found], processe
             display.finish(line, f"{reason}. The end of its output:\n{cause}{where}\n")
             failed.append(each.run.name)
 
-        display.run_all(run, processes)
+        display.run_all([partial(run, each, line) for each, line in zip(todo, shown, strict=True)], processes)
     return failed
 
 

@@ -66,7 +66,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     losses = figures.final_losses(train_iters)
     sequence, samples = figures.whole("seq_length"), figures.newest("consumed_samples")
     unlogged = train_iters - figures.last if "" in losses else 0
-    rates = figures.curve("tokens_per_second").values
+    rates, seconds = figures.curve("tokens_per_second").values, figures.seconds
     rates = rates[1:] if len(rates) > 1 else rates
     return Outcome(
         iterations=figures.last + unlogged,
@@ -83,7 +83,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         changed_tokens=_late_median(figures, "changed_tokens"),
         total_parameters=figures.parameters,
         tokens_per_second=float(np.median(rates)) if len(rates) else None,
-        training_seconds=float(figures.seconds.sum()) if len(figures.seconds) else None,
+        training_seconds=float(seconds.sum()) if len(seconds) else None,
         flops=training_flops(figures),
     )
 

@@ -53,7 +53,7 @@ def has_data(given: Mapping[str, str]) -> bool:
 
 
 def environment(given: Mapping[str, str], corpus: str) -> dict[str, str]:
-    """Return the variables that lead launch scripts to the quickstart's text, if `given` has no data, and one thread.
+    """Return the variables for one thread and, unless `given` has data, for the quickstart's text.
 
     Raises:
         RecipeError: the text is not there.
@@ -63,7 +63,7 @@ def environment(given: Mapping[str, str], corpus: str) -> dict[str, str]:
 
 
 def text_in(folder: Path) -> dict[str, str]:
-    """Return the same for a folder of the quickstart's data: its training text, each domain weighted by its size.
+    """Return the variables for a folder of the quickstart's data: its training text, each domain weighted by its size.
 
     Raises:
         RecipeError: the text is not there.
