@@ -92,6 +92,17 @@ def test_time_left_counts_neither_reused_nor_failed_trainings(tmp_path: Path, mo
     assert found == [("30", "2:50"), ("60", "2:20")]
 
 
+@pytest.mark.parametrize("cut", [1, 5, 13])
+def test_the_last_line_of_a_resumed_training_is_shown(cut: int, tmp_path: Path) -> None:
+    shown, output = ShownTraining("a", "", iterations=20, tokens_per_iteration=1, cost=1.0), io.StringIO()
+    lines = [f"successfully loaded checkpoint from RUN [ t 1/1 ] at iteration {cut}\n"]
+    lines += [logged(at, 20) for at in range(cut + 1, 21)]
+    console = Console(file=output, width=200)
+    with (tmp_path / "lock").open("w") as lock, TrainingDisplay(console, [shown], lock) as display:
+        display.run(shown, ["printf", "%s", "".join(lines)], dict(os.environ))
+    assert f"goes on from iteration {cut}" in output.getvalue() and " a: 20/20  loss" in output.getvalue()
+
+
 # ---------------------------------------------------------------- for real
 
 

@@ -138,7 +138,7 @@ class TrainingDisplay:
             seconds = self._progress.tasks[self._all].time_remaining
             left = "" if seconds is None else f"{duration(seconds)} left"
             self._progress.update(self._all, note=left)
-            if iteration >= shown.next_line:
+            if iteration >= min(shown.next_line, shown.iterations):
                 shown.next_line = iteration + shown.iterations / PLAIN_LINES
                 self._plain(f"{shown.title}: {note}" + (f"  all: {left}" if left else ""))
         return note
