@@ -2,7 +2,7 @@
 
 python tools/rehearse --gpus 8 -- <Megatron flags>      or      REHEARSE=1 bash scripts/train_llama_978m_remoe.sh 8
 
-PyTorch, Megatron and this project run as they would on a node, over a CUDA that does nothing: no GPU is used, nothing
+PyTorch, Megatron and this project run as they would on a node, over a no-op CUDA: no GPU is used, nothing
 is trained or kept. The times are those of a model, by rates that --rate changes.
 """
 

@@ -1,4 +1,4 @@
-"""Build the CUDA that does nothing from `cuda/`, when it is first needed; see cuda/stub.h."""
+"""Build the no-op CUDA from `cuda/`, when it is first needed; see cuda/stub.h."""
 
 import hashlib
 import importlib.util
@@ -23,9 +23,9 @@ NAME, MANAGEMENT_NAME = "libcuda.so.1", "libnvidia-ml.so.1"
 # Symbols of CUDA's family in the libraries of PyTorch.
 FAMILY = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu[A-Z]|nvrtc[A-Z])\w*")
 OTHERS = re.compile(r"cuFile|cudnn")
-# These only tell names apart, and torch's own libraries do that well.
+# These only look up names; torch's own libraries do that.
 REAL = {"cudaGetErrorName", "cudaGetErrorString", "cublasGetStatusString", "ncclGetErrorString", "cublasLtGetVersion"}
-# What the C++ files do not answer: parameters and body of the answer, and the functions. All others return 0.
+# Functions that the C++ files do not define: parameters and body → their names. All others return 0.
 ANSWERS = {
     "() { rehearsal_launched(); return 0; }": """
         __cudaLaunchKernel cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel cuLaunchKernel
@@ -46,7 +46,7 @@ ANSWERS = {
         cuOccupancyMaxActiveBlocksPerMultiprocessor
     """,
     "(int* value) { *value = 66; return 0; }": "cuOccupancyMaxActiveClusters",
-    # CuTe DSL's runtime has CUDA's own inside, and these names for it. They get bytes of shared memory, and the device.
+    # CuTe DSL's runtime contains CUDA's under these names. They return bytes of shared memory, and the device.
     "() { return 0; }": """
         _cudaFuncSetAttribute _cudaKernelSetAttributeForDevice _cudaSetDevice cuda_dialect_init_library_once
     """,
@@ -57,12 +57,12 @@ ANSWERS = {
         cudaStreamGetPriority cuStreamIsCapturing cublasGetMathMode cublasGetPointerMode_v2 ncclCommGetAsyncError
     """,
 }
-# Triton launches its kernels with a module that it compiles from this file when it is first used.
+# Triton launches kernels with a module that it compiles from this file at first use.
 TRITON = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "driver.c"
 
 
 def about_torch() -> dict[str, Any]:
-    """Return what PyTorch's version.py says, and its path as "__file__". Importing PyTorch would take two seconds."""
+    """Return the names in PyTorch's version.py, its path as "__file__". Importing PyTorch would take two seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(name="torch")
@@ -99,7 +99,7 @@ def libraries() -> list[Path]:
 
 
 def environment_of(gpu: str, devices: int) -> dict[str, str]:
-    """Return the environment in which a process sees the CUDA that does nothing, on top of this process's.
+    """Return the environment in which a process sees the no-op CUDA, on top of this process's.
 
     Args:
         gpu: the kind of card, a key of `CARDS`.
@@ -134,7 +134,7 @@ def _compile(sources: list[Path], output: Path) -> None:
     command += [f"-I{path}" for path in _include_folders()]
     result = subprocess.run([*command, *map(str, sources), "-o", str(output), "-ldl"], capture_output=True, text=True)
     if result.returncode:
-        raise ToolError(f"The CUDA that does nothing cannot be built:\n{result.stderr[-3000:]}")
+        raise ToolError(f"The no-op CUDA cannot be built:\n{result.stderr[-3000:]}")
 
 
 def _compiler() -> list[str]:
@@ -147,7 +147,7 @@ def _compiler() -> list[str]:
 
 
 def _include_folders() -> list[Path]:
-    """Return those of CUDA's headers in PyPI's packages; torch's own lack two, which are packages of their own."""
+    """Return the folders of CUDA's headers in PyPI's packages; two are in packages that torch does not install."""
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     found = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
     needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
@@ -160,7 +160,7 @@ def _include_folders() -> list[Path]:
 
 
 def _unanswered() -> str:
-    """Return C++ for every symbol that PyTorch and Triton ask for and no source here defines."""
+    """Return C++ for every symbol that PyTorch and Triton need and that no source here defines."""
     major, minor = map(int, about_torch()["cuda"].split(".")[:2])
     bodies = dict.fromkeys(_imported() - REAL, "() { return 0; }")
     bodies |= {name: body for body, names in ANSWERS.items() for name in names.split()}

@@ -22,7 +22,7 @@ SMALLEST = 2.3  # microseconds that any kernel takes
 LATENCY, NETWORK_LATENCY = 5.0, 10.0
 CONTEXT = 0.6  # GiB that the driver's context takes of the card
 # Microseconds of the host for each call of a Python function, and for each launch with what PyTorch does around it:
-# fitted to the CPU time of two 182M steps over the CUDA that does nothing, 103 ms with 73,400 calls and 4,783 launches,
+# fitted to the CPU time of two 182M steps over the no-op CUDA, 103 ms with 73,400 calls and 4,783 launches,
 # 123 ms with 43,600 and 9,603 (AMD EPYC Zen 5, Python 3.13). The hosts of H100s take HOST times as long: 114 ns for a
 # call that takes 77 to 98 there (pytorch/pytorch#187862), and 8.7 µs for a Triton launch, driver included, that takes
 # 5.2 (vllm-project/vllm#34838). DRIVER, the launch itself, is assumed.

@@ -1,4 +1,4 @@
-"""Count the events of a step: launches in the CUDA that does nothing, Python calls, waits and collectives."""
+"""Count the events of a step: launches in the no-op CUDA, Python calls, waits and collectives."""
 
 import collections
 import ctypes
@@ -27,7 +27,7 @@ ALIASES = {"_all_gather_base": "all_gather_into_tensor", "_reduce_scatter_base":
 
 
 class Launches:
-    """The launches that the CUDA that does nothing has counted, by part of a step.
+    """The launches that the no-op CUDA has counted, by part of a step.
 
     Attributes:
         found: part → launches of each call; parts lie within one another.

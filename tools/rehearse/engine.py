@@ -1,4 +1,4 @@
-"""Run Transformer Engine over a CUDA that does nothing: simulate cuDNN's attention, and report each call's work."""
+"""Run Transformer Engine over a no-op CUDA: simulate cuDNN's attention, and report each call's work."""
 
 import ctypes
 import functools
@@ -14,7 +14,7 @@ ATTENTION = ("fused_attn_fwd", "fused_attn_bwd")
 PRODUCTS = {"generic_gemm": "products", "te_general_grouped_gemm": "grouped"}
 ACCUMULATE, WORKSPACE = 14, 12  # arguments of both products
 FREE = {"bulk_allocate"}
-HOLDERS = ("transformer_engine", "transformer_engine_torch", "megatron")  # who may have imported them by name
+HOLDERS = ("transformer_engine", "transformer_engine_torch", "megatron")  # modules that may have imported them by name
 
 
 class Calls:
@@ -88,7 +88,7 @@ def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) ->
             flops += 2.0 * left.numel() * right.numel() / max(common, 1)
         return moved, flops, PRODUCTS[name]
     if name.startswith("multi_tensor_adam"):
-        moved += sum(one.nbytes for one in tensors_in(arguments[2][1:]))  # written as well, but for the gradients
+        moved += sum(one.nbytes for one in tensors_in(arguments[2][1:]))  # also written, except for the gradients
     return moved, 0.0, ""
 
 

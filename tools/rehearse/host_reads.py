@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-SPREAD = 0.1  # at most, of an expert's share from the mean: sizes vary as they do in a training
+SPREAD = 0.1  # largest relative deviation of an expert's share from the mean
 
 
 class Pairs:
@@ -36,7 +36,7 @@ class Pairs:
             return 1.0 if tensor.is_cuda and tensor.is_floating_point() else value
 
         def read_truth(tensor: torch.Tensor) -> bool:
-            """Read every truth value on the device as false: a small copy left there would be read otherwise."""
+            """Read every truth value on the device as false: its memory may hold bytes of an earlier copy."""
             return truth(tensor) and not tensor.is_cuda
 
         for name, function in {"item": read, "__bool__": read_truth}.items():

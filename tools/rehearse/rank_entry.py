@@ -63,7 +63,7 @@ class Rehearsal:
         return chunks
 
     def _check_data(self) -> None:
-        """Check the data as the entry would; the training itself takes made-up tokens."""
+        """Check the data as the entry would; the training itself uses made-up tokens."""
         from megatron.remoe.preflight.data import check_data
         from megatron.remoe.preflight.messages import usage_errors
         from megatron.training import get_args
@@ -201,7 +201,7 @@ def main() -> None:
     """Simulate the rank."""
     options = json.loads(sys.argv[1])
     sys.argv = ["pretrain_gpt.py", *sys.argv[2:]]
-    torch.backends.cudnn.enabled = False  # the one library that is not stood in for
+    torch.backends.cudnn.enabled = False  # the only library without a no-op version
     torch.backends.cuda.enable_cudnn_sdp(False)
     collectives = counters.Collectives()
     collectives.watch(options["gpus_per_node"])

@@ -38,7 +38,7 @@ class Launch:
     gpus: int = 8
 
     def environment(self, more: dict[str, str]) -> dict[str, str]:
-        """Return this process's environment, but for what a script reads, with this script's settings and `more`."""
+        """Return this process's environment with the script's settings and `more` in place of all that scripts read."""
         plain = {key: value for key, value in os.environ.items() if key not in SETTINGS}
         return plain | {"PYTHON": sys.executable} | self.settings | more
 

@@ -1,4 +1,4 @@
-"""Expert choice (Zhou et al., arXiv 2202.09368): experts choose tokens, not tokens experts.
+"""Expert choice (Zhou et al., arXiv 2202.09368): each expert chooses its tokens.
 
 T tokens (sequence x batch), E experts.
 """

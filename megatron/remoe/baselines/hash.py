@@ -15,8 +15,8 @@ class HashRouter(UnlearnedRouter):
     The load is not balanced: frequent ids load their experts.
 
     Attributes:
-        token_ids: `[batch, sequence]`, those of the next tokens, of the whole tensor-parallel group; `pass_token_ids`
-            sets them.
+        token_ids: `[batch, sequence]`, the ids of the next tokens of the whole tensor parallel group, set by
+            `pass_token_ids`.
     """
 
     token_ids: torch.Tensor | None = None
@@ -56,7 +56,7 @@ def pass_token_ids(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:
-    """Mix the lower 32 bits of int64 numbers, so that each depends on all."""
+    """Hash the lower 32 bits of int64 numbers."""
     for _ in range(2):
         numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & BITS
     return (numbers >> 16) ^ numbers

@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 
 class PairCounter:
-    """Adds up what the routers of all ranks route, once per optimizer step.
+    """Sum the pairs of all ranks' routers once per optimizer step.
 
     The sums give the exact FLOPs of routers whose number of experts per token varies.
     """
@@ -23,7 +23,7 @@ class PairCounter:
         self.routers = [module for module in modules if isinstance(module, TopKRouter)]
         parameter = next((parameter for module in modules for parameter in module.parameters()), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
-        # Pairs, and tokens times layers: of this rank's step so far, and of all ranks and steps.
+        # Both hold pairs, and tokens times layers: this rank's in the current step, and the sums over ranks and steps.
         self._step, self.running_sums = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
         for router in self.routers:
             router.register_forward_hook(self._count, with_kwargs=True)

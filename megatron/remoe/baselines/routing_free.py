@@ -1,4 +1,4 @@
-"""Routing-free experts (Liu et al., arXiv 2604.00801): each expert decides from a score of its own.
+"""Routing-free experts (Liu et al., arXiv 2604.00801): each expert decides by its own score.
 
     G_e(x) = ReLU(s_e · |x A_e| - b_e)      A_e: hidden x r, r = hidden/4; s_e and b_e are learned too
     active where G_e(x) ≥ θ, with the gate G_e(x)

@@ -137,7 +137,7 @@ def _largest(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:
-    """Mix the lower 32 bits of int64 numbers, so that each depends on all; as in training."""
+    """Hash the lower 32 bits of int64 numbers, as in training."""
     for _ in range(2):
         numbers = ((numbers >> 16) ^ numbers) * 0x45D9F3B & 0xFFFFFFFF
     return (numbers >> 16) ^ numbers

@@ -13,7 +13,7 @@ from megatron.remoe.kernels import wants_kernels, wants_quack
 
 
 class Order(Protocol):
-    """The pairs in the order of the experts, and of each expert in that of the tokens: tokens to pairs and back."""
+    """The pairs, sorted by expert and then by token: maps tokens to pairs and back."""
 
     def take(self, tokens_TH: torch.Tensor) -> torch.Tensor:
         """Return each pair's token, `[P, H]`."""

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from megatron.remoe.kernels import cdiv, next_power_of_2
 
-# Each program reads the counts of all blocks, so blocks are few; those of a tile of experts are in registers at once.
+# Each program holds the counts of all blocks for a tile of experts in registers, so there are few blocks.
 MOST_BLOCKS, LEAST_TOKENS, TILE_COUNTS, WARPS = 256, 16, 8192, 8
 SPREAD = 1024  # elements of the map that a program of the gates' gradient takes at once
 
@@ -38,7 +38,7 @@ def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
 def fill(
     probs: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor, num_pairs: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Put the pairs into the order of the experts, and those of each expert into that of the tokens.
+    """Sort the pairs by expert, then by token.
 
     Moves the map once and a gate, a token and a row of each pair; its backward pass also writes `[T, E]`.
 

@@ -130,7 +130,7 @@ class TokenOrder(NamedTuple):
     def sum(self, pairs_PH: torch.Tensor, num_tokens: int) -> torch.Tensor:
         dtype = torch.promote_types(pairs_PH.dtype, torch.float32)
         sums_TH = pairs_PH.new_zeros(num_tokens, pairs_PH.shape[1], dtype=dtype)
-        # A cast of all pairs at once would be twice as large as they are.
+        # Casting all pairs at once would take twice their memory.
         rows = len(pairs_PH) if pairs_PH.dtype == dtype else num_tokens
         for start in range(0, len(pairs_PH), rows or 1):
             part = slice(start, start + rows)
@@ -139,7 +139,7 @@ class TokenOrder(NamedTuple):
 
 
 class SortedPairs(NamedTuple):
-    """The `Order` of tokens that are the pairs, sorted by expert already: nothing is taken or summed."""
+    """The `Order` of rows that are pairs already, sorted by expert: the identity."""
 
     def take(self, tokens_TH: torch.Tensor) -> torch.Tensor:
         return tokens_TH
@@ -164,7 +164,7 @@ def count(map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def plan(
     probs_TE: torch.Tensor, map_TE: torch.Tensor, counted: torch.Tensor, num_pairs: int
 ) -> tuple[TokenOrder, torch.Tensor]:
-    """Put the pairs into the order of the experts; waits for nothing.
+    """Sort the pairs by expert, without a host wait.
 
     Args:
         probs_TE: `[T, E]`, the gates.

@@ -20,7 +20,7 @@ MOST_PROGRAMS, LEAST_TOKENS, BLOCK, TERMS_BLOCK, TERMS_WARPS = 128, 16, 2048, 81
 
 
 class _ReLURouting(torch.autograd.Function):
-    """Takes and returns what `pytorch.relu_routing` does."""
+    """Compute `pytorch.relu_routing`, with the same arguments and results."""
 
     @staticmethod
     def forward(

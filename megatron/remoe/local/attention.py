@@ -1,4 +1,4 @@
-"""Megatron's local attention through PyTorch's fused kernels."""
+"""Compute Megatron's local attention with PyTorch's fused kernels."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from megatron.core.transformer.enums import AttnMaskType
 
 
 class FusedDotProductAttention(DotProductAttention):
-    """`DotProductAttention` that neither holds scores `[sequence, sequence]` in memory nor repeats keys.
+    """`DotProductAttention` without scores `[sequence, sequence]` or repeated keys in memory.
 
-    Sliding windows, softmax offsets and scaling by layer, which PyTorch's kernels do not have, are left to Megatron's.
+    Megatron's class computes what PyTorch's kernels do not have: sliding windows, softmax offsets, scaling by layer.
     """
 
     def __init__(self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any):
-        super().__init__(*arguments, **options)  # latent attention passes the sizes, which the tensors have too
+        super().__init__(*arguments, **options)  # latent attention passes sizes; the tensors have them too
 
     def forward(
         self,
@@ -46,7 +46,7 @@ class FusedDotProductAttention(DotProductAttention):
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         dropout = self.attention_dropout.p if self.training else 0.0
         size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
-        if missing > 0:  # kernels without a matrix of scores want one size
+        if missing > 0:  # fused kernels need one head size
             value = pad(value, (0, missing))
 
         def attend() -> torch.Tensor:

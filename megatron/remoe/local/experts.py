@@ -1,7 +1,7 @@
-"""Experts with stacked weights, for one grouped product instead of one small layer per expert.
+"""Experts with stacked weights: one grouped product replaces a small layer per expert.
 
-T tokens, P pairs (of a token and one of its experts), L experts on this rank, H hidden size, F the experts' FFN size (a
-rank's part of it with expert tensor parallelism).
+T tokens, P pairs (of a token and one of its experts), L experts on this rank, H hidden size, F the experts' FFN size
+(with expert tensor parallelism, this rank's part).
 """
 
 import os
@@ -40,7 +40,7 @@ def takes_grouped_experts(config: TransformerConfig) -> bool:
 
 
 class GroupedExperts(MegatronModule):
-    """Replaces Megatron's `SequentialMLP`, with the same results, initial weights and checkpoints.
+    """Replace Megatron's `SequentialMLP`; results, initial weights and checkpoints are the same.
 
     Attributes:
         fc1: `[L, 2 * F, H]`, gate and up.
@@ -56,8 +56,8 @@ class GroupedExperts(MegatronModule):
         """
         Args:
             num_local_experts: L.
-            config: one that `takes_grouped_experts`.
-            pg_collection: with the groups `ep`, `expt_tp` and `expt_dp`.
+            config: accepted by `takes_grouped_experts`.
+            pg_collection: has the groups `ep`, `expt_tp` and `expt_dp`.
         """
         super().__init__(config=config)
         self.num_local_experts, self.backend = num_local_experts, backend_of(config)
@@ -77,7 +77,7 @@ class GroupedExperts(MegatronModule):
         fc1 = parameter(2 * ffn, hidden, parallel_dim=1, stride=2)
         fc2 = parameter(hidden, ffn, parallel_dim=2, stride=1)
         if config.perform_initialization:
-            # Expert by expert, as one layer an expert would be.
+            # One expert after another, as a `SequentialMLP` draws them.
             with torch.no_grad(), get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                 for of_fc1, of_fc2 in zip(fc1, fc2, strict=True):
                     config.init_method(of_fc1)
@@ -101,14 +101,14 @@ class GroupedExperts(MegatronModule):
         """Apply each expert to its tokens.
 
         Args:
-            permuted_local_hidden_states: `[P, H]`, sorted by local expert; with an `order` all tokens, `[T, H]`.
+            permuted_local_hidden_states: `[P, H]`, sorted by local expert; with an `order`, all tokens, `[T, H]`.
             tokens_per_expert: integers `[L]`.
             permuted_probs: `[P]`, the gates, sorted by local expert.
             order: of the pairs of these tokens.
 
         Returns:
-            `[P, H]` (a part of the sum with expert tensor parallelism), with an `order` each token's sum `[T, H]`; and
-            no bias.
+            `[P, H]`, or with an `order` each token's sum `[T, H]`; with expert tensor parallelism, this rank's
+            summand. And None, for no bias.
         """
         given = permuted_local_hidden_states, permuted_probs, *self._weights(), tokens_per_expert
         return grouped_swiglu(*given, SortedPairs() if order is None else order, self.backend), None
@@ -136,7 +136,7 @@ class GroupedExperts(MegatronModule):
         def gate_and_up(
             key: str, tensor: torch.Tensor, replica_id: ReplicaId, _flattened_range: slice | None
         ) -> list[ShardedTensor]:
-            # Each rank has a part of both, which are one after the other in the whole.
+            # Each rank has a part of gate and a part of up; the whole tensor has all of gate, then all of up.
             return [
                 shard(key, half, (axis + 1, rank + number * size, 2 * size), replica_id)
                 for number, half in enumerate(tensor.chunk(2, dim=1))
@@ -152,7 +152,7 @@ class GroupedExperts(MegatronModule):
             number = self.ep_group.rank() * self.num_local_experts + expert
             offsets = (*sharded_offsets, (axis, number, self.ep_group.size() * self.num_local_experts))
             for name in ("linear_fc1", "linear_fc2"):
-                # Empty, and asked for by `SequentialMLP`.
+                # Empty, but `SequentialMLP` expects it.
                 state[f"{prefix}local_experts.{expert}.{name}._extra_state"] = make_sharded_object_for_checkpoint(
                     None, f"{prefix}experts.{name}._extra_state", offsets, (0, rank, self.dp_group.rank())
                 )
@@ -169,10 +169,10 @@ class GroupedExperts(MegatronModule):
 
 
 class SplitExperts(GroupedExperts):
-    """The same experts for Megatron-FSDP: their matrices are parameters under the names of `TEGroupedMLP`.
+    """`GroupedExperts` for Megatron-FSDP: each matrix is a parameter with the name that `TEGroupedMLP` gives it.
 
-    Megatron-FSDP cuts a parameter between rows of its first dimension, and in checkpoints it numbers the experts of all
-    ranks by these names.
+    Megatron-FSDP splits a parameter between rows of its first dimension, and numbers the experts of all ranks in
+    checkpoints by these names.
 
     Attributes:
         linear_fc1: `weight0` ... of `[2 * F, H]`.
@@ -195,7 +195,7 @@ class SplitExperts(GroupedExperts):
 
 
 class _Matrices(torch.nn.Module):
-    """One parameter for each expert. Megatron-FSDP gathers them where this module is called."""
+    """One parameter for each expert. Megatron-FSDP gathers them when this module is called."""
 
     def __init__(self, stacked: torch.nn.Parameter) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def build_experts(
     stock: Callable[..., torch.nn.Module],
     kind: type[GroupedExperts] = GroupedExperts,
 ) -> torch.nn.Module:
-    """Build grouped experts where the configuration allows them, otherwise those that `stock` builds."""
+    """Build grouped experts if the configuration allows them, otherwise call `stock`."""
     if not takes_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
     experts = kind(num_local_experts, config, pg_collection)
@@ -233,7 +233,7 @@ def build_experts(
 
 
 def _warn_of_refused_sizes(fc1: torch.Tensor) -> None:
-    """Warn, in one process, where the GPU's kernel for all experts at once does not take these sizes."""
+    """Warn, in one process, if the GPU's grouped kernel does not support these sizes."""
     if fc1.dtype != torch.bfloat16 or not has_grouped_kernel(fc1.device) or os.environ.get("RANK", "0") != "0":
         return
     if refused := sizes_refused(fc1):

@@ -1,4 +1,4 @@
-"""All experts of a layer as `grouped_swiglu`, by products that gather their rows and compute SwiGLU themselves.
+"""Compute `grouped_swiglu` with products that also gather their rows and apply SwiGLU.
 
 T tokens, P pairs, E experts, H hidden size, F the experts' FFN size.
 """
@@ -12,7 +12,7 @@ from megatron.remoe.local.main_grad import main_grad_of, mark_as_added
 
 
 class FusedSwiGLU(torch.autograd.Function):
-    """Keeps only the tokens and the first product; weight gradients go into Megatron's buffer where it has one."""
+    """Save only the tokens and the first product; add weight gradients to Megatron's buffer if there is one."""
 
     @staticmethod
     def forward(
@@ -25,9 +25,9 @@ class FusedSwiGLU(torch.autograd.Function):
         order: Order,
         products: Products,
     ) -> torch.Tensor:
-        """As `grouped_swiglu`'s; `starts` are int32 `[E + 1]`, the bounds of each expert's pairs on the device."""
+        """Compute `grouped_swiglu`; `starts` are int32 `[E + 1]`, the bounds of each expert's pairs on the device."""
         ctx.products, ctx.order_type, ctx.gates_dtype = products, type(order), gates_P.dtype
-        ctx.weights = fc1, fc2  # saved, they would come back without Megatron's buffer from a checkpointed part
+        ctx.weights = fc1, fc2  # save_for_backward would lose their main_grad under a checkpoint
         tokens_TH, gates_P = tokens_TH.contiguous(), gates_P.float()
         hidden, activated = products.up(tokens_TH, _index_of(order), gates_P, fc1, starts)
         ctx.save_for_backward(tokens_TH, gates_P, hidden, starts, *order)
@@ -46,7 +46,7 @@ class FusedSwiGLU(torch.autograd.Function):
 
 
 def _index_of(order: Order) -> torch.Tensor | None:
-    """Return the token of each pair, or None where the rows are in the order of the experts already."""
+    """Return the token of each pair; None if the rows are sorted by expert already."""
     return getattr(order, "token_index_P", None)
 
 
@@ -59,7 +59,7 @@ def _weight_gradient(
     starts: torch.Tensor,
     is_first: bool,
 ) -> torch.Tensor:
-    """Return the gradient of fc1 if `is_first`, else fc2's; an empty tensor where it was added to Megatron's buffer."""
+    """Return the gradient of fc1 if `is_first`, else of fc2; an empty tensor if it was added to Megatron's buffer."""
     main_grad = main_grad_of(weight)
     out = torch.empty_like(weight) if main_grad is None else main_grad
     of_hidden = out.transpose(1, 2) if is_first else out  # [E, H, columns of rows]

@@ -1,4 +1,4 @@
-"""All experts of a layer: bias-free SwiGLU over stacked weights, forward and backward.
+"""Compute all experts of a layer: bias-free SwiGLU over stacked weights, forward and backward.
 
 T tokens, P pairs (of a token and one of its experts), E experts on this rank, H hidden size, F the experts' FFN size.
 """
@@ -13,10 +13,10 @@ from megatron.remoe.kernels.backend import Backend, Order
 from megatron.remoe.local.fused_swiglu import FusedSwiGLU
 from megatron.remoe.local.main_grad import add_outer, main_grad_of, mark_as_added
 
-KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # the most experts, and what rows of bf16 have to be a multiple of: 16 bytes
+KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # maximum number of experts; a row of bf16 is a multiple of 16 bytes
 SM90, SM100 = 9, 10
-# Elements of an expert's matrix from which its gradient is a product of its own, added in Megatron's buffer: that saves
-# 4 bytes an element, which here take as long as a launch.
+# From this number of elements on, each expert's weight gradient is a separate product that adds to Megatron's buffer.
+# This saves 4 bytes per element, which at this size take as long as a launch.
 LARGE_MATRIX = 2**21
 
 
@@ -27,12 +27,12 @@ def _generation(device: torch.device) -> int:
 
 
 def has_grouped_kernel(device: torch.device) -> bool:
-    """Return whether `grouped_mm` is one kernel there; elsewhere it is a loop that waits for the experts' sizes."""
+    """Return whether `grouped_mm` is one kernel on this device; on others it is a loop that waits for the sizes."""
     return _generation(device) in (SM90, SM100)
 
 
 def sizes_refused(fc1: torch.Tensor) -> list[str]:
-    """Return the sizes in the shape `[E, 2 * F, H]` that the kernel does not take, as text."""
+    """Describe the sizes in the shape `[E, 2 * F, H]` that the kernel does not support."""
     experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
     multiple = f"is not a multiple of {KERNEL_MULTIPLE}"
     checks = {
@@ -44,17 +44,17 @@ def sizes_refused(fc1: torch.Tensor) -> list[str]:
 
 
 def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
-    """Return whether experts with these weights go through one kernel."""
+    """Return whether one kernel computes all experts with these weights."""
     return fc1.dtype == torch.bfloat16 and has_grouped_kernel(fc1.device) and not sizes_refused(fc1)
 
 
 class LateSizes(NamedTuple):
-    """The tokens of each expert, which the host does not know yet when it launches the products.
+    """The number of tokens of each expert, which the host reads after it has launched the products.
 
     Attributes:
         on_device: integers `[E]`.
-        on_host: a copy, right once it has `arrived`.
-        arrived: None where there is nothing to wait for.
+        on_host: a copy, valid after `arrived`.
+        arrived: None if there is nothing to wait for.
     """
 
     on_device: torch.Tensor
@@ -92,15 +92,15 @@ def grouped_swiglu(
         tokens_TH: x, `[T, H]`.
         gates_P: `[P]`, sorted by expert.
         fc1: `[E, 2 * F, H]`, W_left and then W_right; or a list with the matrix of each expert.
-        fc2: `[E, H, F]`, W_down; or a list, too.
-        tokens_per_expert: integers `[E]`; waited for if they are on a GPU, except with `takes_grouped_kernel`. With
-            `LateSizes` P is a guess at their sum.
+        fc2: `[E, H, F]`, W_down; or a list with the matrix of each expert.
+        tokens_per_expert: integers `[E]`. The host waits for them if they are on a GPU, except with
+            `takes_grouped_kernel`. With `LateSizes`, P is a guess of their sum.
         order: of the pairs.
-        backend: computes what lies between the products, or these too.
+        backend: computes SwiGLU between the products, or the products too.
     """
     products: OneByOne | OneKernel
-    stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # in type and shape
-    if not len(gates_P):  # grouped_mm may refuse or hang on no rows at all
+    stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # only type and shape count
+    if not len(gates_P):  # grouped_mm may fail or hang without rows
         products = OneByOne([0] * len(fc1))
     elif takes_grouped_kernel(stacked):
         products = OneKernel(tokens_per_expert, len(gates_P), tokens_TH.device)
@@ -114,7 +114,7 @@ def grouped_swiglu(
 
 
 class OneByOne:
-    """A product for each expert: for every device, type and size."""
+    """Compute a separate product for each expert; works for every device, type and size."""
 
     end: torch.Tensor | None = None
 
@@ -136,44 +136,44 @@ class OneByOne:
         return outs
 
     def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add them to `outs`, in its type."""
+        """Add the results of `outers` to `outs`, in its type."""
         for out, a, b in zip(outs, left.split(self.sizes), right.split(self.sizes), strict=True):
             if len(a):
                 add_outer(b, a, out)
 
 
 class OneKernel:
-    """PyTorch's `grouped_mm` for all experts at once, which takes their sizes from the device."""
+    """Compute the products of all experts with one `grouped_mm`, which reads their sizes on the device."""
 
     def __init__(self, tokens_per_expert: torch.Tensor | LateSizes, num_pairs: int, device: torch.device) -> None:
         """
         Args:
             tokens_per_expert: integers `[E]`, on the host or the device; not waited for.
-            num_pairs: rows of the products; those of experts may end before them, with `LateSizes` also after them.
-            device: where the weights are.
+            num_pairs: rows of the products. The sum of `tokens_per_expert` may be lower; with `LateSizes` also higher.
+            device: of the weights.
         """
         late = tokens_per_expert if isinstance(tokens_per_expert, LateSizes) else None
         counted = tokens_per_expert if isinstance(tokens_per_expert, torch.Tensor) else tokens_per_expert.on_device
         self.ends = counted.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
         if late is not None:
             self.ends.clamp_(max=num_pairs)
-        self.end = self.ends[-1:]  # the rows of pairs end here
+        self.end = self.ends[-1:]  # later rows belong to no pair
         self.sizes = tokens_per_expert if late is not None or not counted.is_cuda else None
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As `OneByOne`'s."""
+        """Multiply as `OneByOne.multiply`."""
         return functional.grouped_mm(rows, weights, offs=self.ends)
 
     def outers(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """As `OneByOne`'s."""
+        """Multiply as `OneByOne.outers`."""
         outers = functional.grouped_mm(left.T, right, offs=self.ends)
         if _generation(self.ends.device) == SM100:
-            # The kernel leaves something else than zeros for experts without pairs: pytorch/pytorch#172439.
+            # The kernel does not write zeros for experts without pairs: pytorch/pytorch#172439.
             outers.masked_fill_((self.ends.diff(prepend=self.ends.new_zeros(1)) == 0)[:, None, None], 0.0)
         return outers
 
     def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """As `OneByOne`'s, which adds large ones where the host knows the sizes."""
+        """Add as `OneByOne.add_outers`, which also adds large ones if the host knows the sizes."""
         if self.sizes is None or outs[0].numel() < LARGE_MATRIX:
             outs.add_(self.outers(left, right))
         else:
@@ -182,10 +182,10 @@ class OneKernel:
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
-    """Keeps only the tokens and the first product; weight gradients go into Megatron's buffer where it has one.
+    """Save only the tokens and the first product; add weight gradients to Megatron's buffer if there is one.
 
-    `weights` are fc1 and fc2, or the matrices of all experts. Those are stacked once more for the backward pass: a copy
-    kept from the forward pass would hold what Megatron-FSDP frees in between.
+    `weights` are fc1 and fc2, or the matrices of all experts. The backward pass stacks the matrices again: a copy from
+    the forward pass would keep memory that Megatron-FSDP frees in between.
     """
 
     @staticmethod
@@ -199,7 +199,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         *weights: torch.nn.Parameter,
     ) -> torch.Tensor:
         ctx.products, ctx.order_type, ctx.backend = products, type(order), backend
-        ctx.weights = weights  # saved, they would come back without Megatron's buffer from a checkpointed part
+        ctx.weights = weights  # save_for_backward would lose their main_grad under a checkpoint
         fc1, fc2 = _stacked(weights)
         hidden = products.multiply(order.take(tokens_TH), fc1.transpose(1, 2))
         ctx.save_for_backward(tokens_TH, gates_P, hidden, *order)
@@ -230,7 +230,7 @@ def _stacked(weights: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, tor
 def _weight_gradient(
     weight: torch.Tensor, products: OneByOne | OneKernel, left: torch.Tensor, right: torch.Tensor
 ) -> torch.Tensor:
-    """Return each expert's `left.T @ right`, or an empty tensor where it was added to Megatron's buffer."""
+    """Return each expert's `left.T @ right`, or an empty tensor if it was added to Megatron's buffer."""
     main_grad = main_grad_of(weight)
     if main_grad is None:
         return products.outers(left, right)
@@ -239,7 +239,7 @@ def _weight_gradient(
 
 
 class SwiGLU(torch.autograd.Function):
-    """SwiGLU with gates for experts whose products are not ours: `hidden`, `gates`, backend → `[P, F]`."""
+    """SwiGLU with gates between the products of Transformer Engine: `hidden`, `gates`, backend → `[P, F]`."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, gates_P: torch.Tensor, backend: Backend) -> torch.Tensor:

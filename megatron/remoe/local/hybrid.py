@@ -79,7 +79,7 @@ def local_hybrid_stack_spec(config: TransformerConfig, pattern: str) -> ModuleSp
     mlp, experts = (
         layer(pre_mlp_layernorm=of.pre_mlp_layernorm, mlp=of.mlp, mlp_bda=of.mlp_bda) for of in (dense, moe)
     )
-    # No layer in it: each depth is a stack of the layers above, by the pattern.
+    # The block lists no layer: each depth is a stack of the layers above, by the pattern.
     prediction = MultiTokenPredictionBlockSubmodules([get_mtp_layer_spec(None, use_transformer_engine=False)])
     return ModuleSpec(
         module=LocalHybridStack,

@@ -1,10 +1,10 @@
-"""Weight gradients added to Megatron's buffer, `weight.main_grad`, instead of handed to autograd."""
+"""Add weight gradients to Megatron's buffer, `weight.main_grad`, instead of returning them to autograd."""
 
 import torch
 
 
 def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
-    """Return Megatron's gradient buffer of `weight` where `add_outer` can add to it, else None."""
+    """Return Megatron's gradient buffer of `weight`; None if `add_outer` cannot add to it."""
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):
         return None

@@ -1,4 +1,4 @@
-"""PyTorch's norms under sequence parallelism, which Megatron's wrapper of them refuses."""
+"""Support PyTorch's norms under sequence parallelism, which Megatron's wrapper refuses."""
 
 import torch
 

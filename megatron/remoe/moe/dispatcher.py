@@ -15,7 +15,7 @@ from megatron.remoe.moe.plan import DispatchPlan, Ranks, count_pairs, plan_dispa
 
 
 class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all dispatcher between a planned permutation and its inverse, instead of a sort.
+    """Megatron's all-to-all dispatcher, with a planned permutation in place of its sort.
 
     The layer calls `permute`, Megatron's steps from `token_dispatch` to `token_combine`, and `unpermute`.
     """
@@ -34,7 +34,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
     def permute(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, plan: DispatchPlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put tokens and gates into the order of the experts, and the plan's sizes where Megatron's steps read them.
+        """Sort tokens and gates by expert, and store the plan's sizes where Megatron's steps read them.
 
         Args:
             hidden_states: `[sequence, batch, H]`.
@@ -60,7 +60,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
 
         Args:
             pairs_PH: `[P, H]`, the experts' outputs.
-            plan: as for `permute`.
+            plan: that of `permute`.
 
         Returns:
             `[sequence, batch, H]`.
@@ -73,35 +73,35 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Do as Megatron's; where one rank has all experts, the rows are in their order already."""
+        """Sort by local expert as Megatron does; if one rank has all experts, the rows are sorted already."""
         if self.ranks.is_alone:
             return global_input_tokens, self.tokens_per_expert, global_probs
         return super().dispatch_postprocess(global_input_tokens, global_probs)
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Do nothing if one rank has all experts; otherwise combine as Megatron."""
+        """Undo `dispatch_postprocess`."""
         return hidden_states if self.ranks.is_alone else super().combine_preprocess(hidden_states)
 
-    # Megatron's names of the first step and the last, for its schedules that call a layer's steps one by one. As in
-    # its own dispatchers, what the last has to know is kept here in between.
+    # Megatron's names of the first and the last step, for schedules that call a layer's steps one by one. As in its own
+    # dispatchers, the first step keeps what the last one needs.
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count, plan and `permute`."""
+        """Count, plan and call `permute`."""
         (counts,) = count_pairs(routing_map, self.ranks, self.backend)
         self._plan = plan_dispatch(probs, routing_map, counts, self.backend)
         return self.permute(hidden_states, probs, self._plan)
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
-        """`unpermute` by the plan of `dispatch_preprocess`."""
+        """Call `unpermute` with the plan of `dispatch_preprocess`."""
         plan, self._plan = self._plan, None
         assert plan is not None
         return self.unpermute(permutated_local_input_tokens, plan)
 
 
 class _Take(torch.autograd.Function):
-    """`order.take`, whose gradient PyTorch would add up in the tokens' type."""
+    """`order.take` whose gradient is summed by `order.sum`; PyTorch would sum it in the tokens' type."""
 
     @staticmethod
     def forward(ctx: Any, tokens_TH: torch.Tensor, order: Order) -> torch.Tensor:
@@ -115,7 +115,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """`order.sum` that keeps no summands for the backward pass."""
+    """`order.sum` that saves no summands for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, pairs_PH: torch.Tensor, order: Order, num_tokens: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Megatron's MoE layer for a varying number of experts per token, in bounded memory while there are many.
+"""Megatron's MoE layer for a varying number of experts per token, in bounded memory.
 
 T tokens (sequence x batch), E experts, P pairs (a token and an expert that is active for it), H hidden size.
 
@@ -31,11 +31,11 @@ from megatron.remoe.moe.plan import Counts, Guess, Ranks, count_known, count_lat
 class ReMoELayer(MoELayer):
     """`MoELayer` for any routing map. Its router comes with `submodules`; Megatron's top-k router works too.
 
-    While routing is dense, the layer runs its tokens in chunks and computes their activations again in the backward
-    pass. So it never holds more pairs than `moe_relu_activation_limit` times those of the target.
+    While routing is dense, the layer runs its tokens in chunks and recomputes their activations in the backward pass.
+    So it never holds more than `moe_relu_activation_limit` times the target's number of pairs.
 
     Attributes:
-        pairs_limit: that bound in pairs per token; 0 for none.
+        pairs_limit: this bound in pairs per token; 0 for none.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class ReMoELayer(MoELayer):
                         self._guess = Guess(config.moe_router_topk, self.pairs_limit)
         manager = getattr(self.token_dispatcher, "_comm_manager", None)
         if isinstance(manager, _DeepepManager) and not is_topk:
-            # A slot for each expert that a token may have, and any capacity factor: then gates of 0 are not sent.
+            # One slot for each expert that a token can have. With any capacity factor, gates of 0 are not sent.
             slots = getattr(config, "moe_relu_max_experts", None) or config.num_moe_experts
             manager.router_topk = slots * self.token_dispatcher.tp_size
             manager.capacity_factor = 1.0
-        is_fused = config.use_transformer_engine_op_fuser  # which computes activations again without freeing them
+        is_fused = config.use_transformer_engine_op_fuser  # recomputes without freeing
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
 
     @property
     def waits(self) -> bool:
-        """Whether the host reads the number of pairs from the device, which no CUDA graph allows."""
+        """Whether the host reads the number of pairs from the device; a CUDA graph does not allow it."""
         return not self._most
 
     def forward(
@@ -95,12 +95,12 @@ class ReMoELayer(MoELayer):
 
         Args:
             hidden_states: `[sequence, batch, H]`.
-            intermediate_tensors: Megatron's, for parts of the layer in CUDA graphs.
+            intermediate_tensors: passed by Megatron if parts of the layer are in CUDA graphs.
             padding_mask: bool `[batch, sequence]`, True at padding.
             for_router: more arguments that some versions of Megatron pass to the router.
 
         Returns:
-            `[sequence, batch, H]` and no bias.
+            `[sequence, batch, H]`, and None for no bias.
 
         Raises:
             ValueError: in training with tensor parallelism and without sequence parallelism.
@@ -114,7 +114,7 @@ class ReMoELayer(MoELayer):
             padding_mask = padding_mask.transpose(0, 1).bool()
         forward = partial(self._forward, for_router)
         if self.moe_layer_recompute and self.training:
-            if self.config.fp8 or self.config.fp4:  # only this one recomputes in the same precision
+            if self.config.fp8 or self.config.fp4:  # only te_checkpoint recomputes in the same precision
                 tracker = tensor_parallel.random.get_cuda_rng_tracker
                 return te_checkpoint(forward, False, tracker, self.tp_group, hidden_states, padding_mask), None
             return tensor_parallel.checkpoint(forward, False, hidden_states, padding_mask), None
@@ -133,7 +133,7 @@ class ReMoELayer(MoELayer):
     def _run_ahead(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor
     ) -> torch.Tensor | None:
-        """Launch the experts for a guessed number of pairs, and read the true one while the device works on them.
+        """Launch the experts for a guessed number of pairs, and read the true number while they run.
 
         Returns:
             `[sequence, batch, H]`; None without a guess, or if it was too low.
@@ -147,7 +147,7 @@ class ReMoELayer(MoELayer):
         return output if found <= num_pairs else None
 
     def _run_counted(self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
-        """Count the pairs, unless sized for the maximum, and run the experts, in chunks above the limit."""
+        """Count the pairs, unless there is room for the maximum, and run the experts; above the limit, in chunks."""
         if self._most:
             counts = count_known(map_TE, self.backend, self._most)
         else:
@@ -162,7 +162,7 @@ class ReMoELayer(MoELayer):
     def _run_chunks(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]
     ) -> torch.Tensor:
-        """Run the experts chunk by chunk, and each chunk again in the backward pass."""
+        """Run the experts chunk by chunk, and recompute each chunk in the backward pass."""
 
         def run_chunk(tokens: torch.Tensor, *chunk: Any) -> torch.Tensor:
             self._free_activations(False)  # the checkpoint saves them
@@ -174,7 +174,7 @@ class ReMoELayer(MoELayer):
             # A re-entrant checkpoint would reduce the experts' gradients once per chunk.
             use_reentrant=False,
             preserve_rng_state=False,
-            # HybridEP's manager keeps a dispatch's sizes until its tokens are combined.
+            # HybridEP's manager keeps the sizes of a dispatch until combine, so recomputation must reach it.
             early_stop=self.config.moe_token_dispatcher_type != "flex",
         )
         tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
@@ -184,16 +184,16 @@ class ReMoELayer(MoELayer):
         return torch.cat([run(*chunk) for chunk in zip(*chunks, counts, strict=True)]).view_as(hidden_states)
 
     def _free_activations(self, frees: bool) -> None:
-        """Turn --recompute-modules moe_act off or on, where it is given."""
+        """Turn --recompute-modules moe_act on or off if the user gave it."""
         if self._frees_activations:
             self.experts.activation_recompute = frees
 
-    # Three ways through the experts, `[sequence, batch, H]` → the same shape; `__init__` chooses one.
+    # Three ways to run the experts, `[sequence, batch, H]` → the same shape. `__init__` chooses one.
 
     def _in_place(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
     ) -> torch.Tensor:
-        """Run the experts on the tokens in place: this rank has all experts."""
+        """Run the experts without sending tokens: this rank has all experts."""
         plan = plan_dispatch(probs_TE, map_TE, counts, self.backend, self._pair_multiple)
         tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
         output, _ = self.experts(tokens_TH, counts.tokens_per_expert, plan.gates_P, plan.order)
@@ -202,7 +202,7 @@ class ReMoELayer(MoELayer):
     def _by_exchange(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
     ) -> torch.Tensor:
-        """Send the pairs to the ranks of their experts and back, by a plan."""
+        """Send the pairs to the ranks of their experts and back, as planned."""
         plan = plan_dispatch(probs_TE, map_TE, counts, self.backend)
         pairs_PH, gates_P = self.token_dispatcher.permute(hidden_states, probs_TE, plan)
         output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
@@ -211,14 +211,14 @@ class ReMoELayer(MoELayer):
     def _by_megatron(
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
     ) -> torch.Tensor:
-        """Send them with Megatron's dispatcher, which counts by itself."""
+        """Send the pairs with Megatron's dispatcher, which does its own counting."""
         pairs_PH, gates_P = self.preprocess(hidden_states, probs_TE, map_TE)
         output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
         return self.postprocess(self.combine(output), None)
 
 
 def _prepare_experts(experts: torch.nn.Module) -> None:
-    """Make experts load and train alike in every layout."""
+    """Make experts load and train the same way in every layout."""
     for parameter in experts.parameters():
         # Megatron gives experts their own optimizer only with expert parallelism. A checkpoint's optimizer state would
         # then not load with another expert parallel size.
@@ -226,13 +226,13 @@ def _prepare_experts(experts: torch.nn.Module) -> None:
     if isinstance(experts, SequentialMLP):
         for expert in experts.local_experts:
             if isinstance(expert.linear_fc2, tensor_parallel.RowParallelLinear):
-                # Megatron adds the bias in place to the result of a reduction. Over one rank that is the input itself,
-                # which autograd does not allow to change: skip this reduction.
+                # Megatron adds the bias in place to the result of a reduction. With one rank, this is the input itself,
+                # which autograd does not allow to change. Skip this reduction.
                 expert.linear_fc2.explicit_expert_comm = True
 
 
 class _OwnGradient(torch.autograd.Function):
-    """Identity whose gradient is a copy: the allgather dispatcher writes that of every chunk into the same buffer."""
+    """Identity that copies its gradient: the allgather dispatcher writes all chunks' gradients to one buffer."""
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -244,10 +244,10 @@ class _OwnGradient(torch.autograd.Function):
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Identity of the tokens; the weights get a gradient of zeros once all chunks have gone backward.
+    """Identity of the tokens that gives the weights a zero gradient after the backward passes of all chunks.
 
     A checkpoint saves weights without their attributes, so layers that add to `main_grad` return no gradient for them.
-    Megatron's hook needs one to reduce `main_grad` after that: see `mark_as_added`.
+    Megatron's hook needs one to reduce `main_grad`: see `mark_as_added`.
     """
 
     @staticmethod
@@ -261,13 +261,13 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def takes_plans(config: TransformerConfig) -> bool:
-    """Return whether dispatch follows our plan; otherwise Megatron's own dispatchers are right."""
+    """Return whether dispatch follows our plan; otherwise it is left to Megatron's dispatcher."""
     changes = config.moe_permute_fusion or config.moe_router_padding_for_quantization or config.moe_latent_size
     return config.moe_token_dispatcher_type == "alltoall" and not (changes or config.moe_pad_expert_input_to_capacity)
 
 
 def _known_most(config: TransformerConfig, fc1: torch.Tensor, is_topk: bool, limit: float) -> int:
-    """Return how many experts per token a layer with all experts has room for without counting; 0 if it counts."""
+    """Return the experts per token for which a layer with all experts has room; 0 if it counts them instead."""
     if is_topk:
         drops, waits = config.moe_expert_capacity_factor is not None, fc1.is_cuda and not takes_grouped_kernel(fc1)
         return 0 if drops or waits else config.moe_router_topk
@@ -276,7 +276,7 @@ def _known_most(config: TransformerConfig, fc1: torch.Tensor, is_topk: bool, lim
 
 
 def _pairs_limit(config: TransformerConfig) -> float:
-    """Return the bound on activations in pairs per token; 0 where there is none, or none that could be exceeded."""
+    """Return the bound on activations in pairs per token; 0 if there is none, or if no token could exceed it."""
     pairs = getattr(config, "moe_relu_activation_limit", 0.0) * config.moe_router_topk
     assert config.num_moe_experts is not None
     return pairs if pairs < config.num_moe_experts else 0.0

@@ -18,7 +18,7 @@ from megatron.remoe.local.grouped_swiglu import LateSizes
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that exchange tokens, `ep` slices of experts that `tp` ranks each share, and which of them this is."""
+    """The ranks that exchange tokens: `ep` slices of experts, each shared by `tp` ranks; and this rank's place."""
 
     group: torch.distributed.ProcessGroup
     ep: int
@@ -33,19 +33,19 @@ class Ranks:
 
     @property
     def is_alone(self) -> bool:
-        """Whether this rank has all experts, whole."""
+        """Whether this rank has all experts, not split."""
         return self.ep == self.tp == 1
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """The sizes that the collectives of a dispatch take, on the host.
+    """The sizes of a dispatch's collectives, on the host.
 
     Attributes:
         sent: int64 `[ep]`, pairs that this rank sends to each slice of experts.
         received: int64 `[ep]`, pairs that it receives from each.
-        gathered: int64 `[tp]`, pairs that each of the ranks with the same experts then has.
-        per_expert: int64 `[R, L]`, pairs that each rank's tokens bring to each expert here.
+        gathered: int64 `[tp]`, pairs that each rank with the same experts has after that.
+        per_expert: int64 `[R, L]`, pairs from each rank's tokens for each expert here.
     """
 
     sent: torch.Tensor
@@ -56,13 +56,13 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Counts:
-    """The numbers of pairs of a layer's tokens, or of one chunk of them.
+    """The numbers of pairs of a layer's tokens, or of one chunk.
 
     Attributes:
-        num_pairs: P, or a guess or bound of it.
-        tokens_per_expert: integers `[L]`, the pairs that arrive at each expert here; on the host, unless nothing was
-            waited for.
-        exchange: None where one rank has all experts.
+        num_pairs: P, or a guess or an upper bound.
+        tokens_per_expert: integers `[L]`, the pairs that arrive at each expert here; on the device if the host did not
+            wait for them, else on the host.
+        exchange: None if one rank has all experts.
         counted: the backend's own counts, for its `plan`.
     """
 
@@ -74,7 +74,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """How a layer's tokens, or one chunk of them, get to their experts and back. Gradients flow through `gates_P`."""
+    """The way of a layer's tokens, or of one chunk, to their experts and back. Gradients flow through `gates_P`."""
 
     order: Order
     gates_P: torch.Tensor
@@ -82,15 +82,15 @@ class DispatchPlan:
 
 
 def count_pairs(map_TE: torch.Tensor, ranks: Ranks, backend: Backend, limit: float = 0.0) -> list[Counts]:
-    """Count the tokens that each rank sends to each expert, in as many chunks as keep each within a limit.
+    """Count the tokens that each rank sends to each expert, in enough chunks to keep each one within a limit.
 
     Waits for the device once for each number of chunks that it tries.
 
     Args:
         map_TE: bool `[T, E]`.
-        ranks: all of them have to call it.
+        ranks: all of them must call this function.
         backend: counts the pairs.
-        limit: the most pairs per token that a rank sends or receives at once; 0 for none.
+        limit: maximum number of pairs per token that a rank sends or receives at once; 0 for none.
 
     Returns:
         The `Counts` of each chunk; chunks are cut as by `tensor_split`.
@@ -109,18 +109,18 @@ def count_pairs(map_TE: torch.Tensor, ranks: Ranks, backend: Backend, limit: flo
 
 
 def count_known(map_TE: torch.Tensor, backend: Backend, most: int) -> list[Counts]:
-    """Count where one rank has all experts and each token has at most `most` of them; waits for nothing.
+    """Count without a host wait: one rank has all experts, and each token has at most `most` of them.
 
     Args:
-        map_TE, backend: as `count_pairs`'s.
-        most: experts per token; a token can have fewer where experts go through one kernel.
+        map_TE, backend: as in `count_pairs`.
+        most: experts per token; a token can have fewer if one kernel computes all experts.
     """
     tokens_per_expert, counted = backend.count(map_TE)
     return [Counts(len(map_TE) * most, tokens_per_expert, None, counted)]
 
 
 class Guess:
-    """Guess the most pairs that a layer's next tokens have: 1/16 · k per token more than recent ones.
+    """Guess an upper bound of the pairs of a layer's next tokens: 1/16 · k per token more than recently.
 
     Attributes:
         recent: pairs per token, a maximum that falls slowly; 0 before the first.
@@ -137,22 +137,22 @@ class Guess:
         self.recent, self._step, self._limit = 0.0, self.STEP * topk, limit
 
     def pairs(self, num_tokens: int) -> int:
-        """Return the guess, one of few numbers so that buffers are used again; 0 where there is none to rely on."""
+        """Return the guess, rounded so that buffers are reused; 0 if there is none yet or it exceeds the limit."""
         per_token = self._step * (math.floor(self.recent / self._step) + 2)
         is_known = self.recent and not (self._limit and per_token > self._limit)
         return math.ceil(per_token * num_tokens) if is_known else 0
 
     def learn(self, num_pairs: int, num_tokens: int) -> None:
-        """Take the true number of some tokens into account."""
+        """Update the guess with the true number of pairs."""
         now = num_pairs / max(num_tokens, 1)
         self.recent = max(now, self.KEPT * self.recent + (1 - self.KEPT) * now)
 
 
 def count_later(map_TE: torch.Tensor, backend: Backend, num_pairs: int) -> Counts:
-    """Count where one rank has all experts, and read the counts later; waits for nothing.
+    """Count without a host wait, and read the counts later; one rank has all experts.
 
     Args:
-        map_TE, backend: as `count_pairs`'s.
+        map_TE, backend: as in `count_pairs`.
         num_pairs: a guess at the number of pairs.
     """
     tokens_per_expert, counted = backend.count(map_TE)
@@ -162,14 +162,14 @@ def count_later(map_TE: torch.Tensor, backend: Backend, num_pairs: int) -> Count
 def read_pairs(
     map_TE: torch.Tensor, chunks: int, ranks: Ranks, backend: Backend
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Read the pairs of all ranks by chunk and expert from the device: the one wait.
+    """Read the pairs of all ranks by chunk and expert from the device; the only host wait.
 
     Args:
-        map_TE, ranks, backend: as `count_pairs`'s.
+        map_TE, ranks, backend: as in `count_pairs`.
         chunks: C.
 
     Returns:
-        int64 `[C, R, E]` on the host, and of each chunk what the backend counted here.
+        int64 `[C, R, E]` on the host, and the backend's own counts of each chunk.
     """
     counts, counted = zip(*(backend.count(part) for part in map_TE.tensor_split(chunks)), strict=True)
     pairs_CE = torch.stack(counts) if chunks > 1 else counts[0].unsqueeze(0)
@@ -181,7 +181,7 @@ def read_pairs(
 def _counts_of(pairs_CRE: torch.Tensor, counted: list[torch.Tensor], ranks: Ranks) -> list[Counts]:
     found = []
     for pairs_RE, of_backend in zip(pairs_CRE, counted, strict=True):
-        # The group's ranks go through tensor parallelism first.
+        # Neighboring ranks of the group are tensor parallel partners.
         sent = pairs_RE.view(ranks.ep, ranks.tp, -1).transpose(0, 1)
         own_E = sent[ranks.tp_rank, ranks.ep_rank]
         received = sent.unflatten(2, (ranks.ep, -1))[:, :, ranks.ep_rank]
@@ -200,7 +200,7 @@ def _counts_of(pairs_CRE: torch.Tensor, counted: list[torch.Tensor], ranks: Rank
 def plan_dispatch(
     probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts, backend: Backend, pair_multiple: int = 1
 ) -> DispatchPlan:
-    """Make the plan of gates and map, `[T, E]`, by this backend's counts. Room for pairs is rounded up."""
+    """Make the plan from gates and map, `[T, E]`, and their counts. The room for pairs is rounded up."""
     room = cdiv(counts.num_pairs, pair_multiple) * pair_multiple
     order, gates_P = backend.plan(probs_TE, map_TE, counts.counted, room)
     return DispatchPlan(order, gates_P, counts)

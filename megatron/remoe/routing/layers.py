@@ -22,7 +22,7 @@ def layer_numbers(routers: Iterable[TopKRouter], modules: Iterable[torch.nn.Modu
         num_layers: layers of the decoder.
     """
     blocks = [module for module in modules if isinstance(module, MultiTokenPredictionBlock)]
-    # A hybrid model does not tell its routers that they belong to multi-token prediction.
+    # In a hybrid model, routers do not know that they belong to multi-token prediction.
     predicting = {id(module) for block in blocks for module in block.modules()}
     after = itertools.count(num_layers + 1)
     return [next(after) if id(router) in predicting else router.layer_number for router in routers]

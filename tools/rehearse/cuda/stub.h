@@ -1,4 +1,4 @@
-// A CUDA that does nothing, for a machine without a GPU: device memory is address space, kernels are counted and not run.
+// A no-op CUDA, for a machine without a GPU: device memory is address space, kernels are counted and not run.
 // The files here answer what needs more than build.py's tables, which have the rest of what PyTorch's libraries ask for.
 #pragma once
 #define __CUDA_INTERNAL_SKIP_CPP_HEADERS__
