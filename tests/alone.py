@@ -1,8 +1,8 @@
-"""Run where Megatron and this project are not installed: an exported model's loss on given tokens, and text.
+"""Compute an exported model's loss on given tokens, and generate a text, without Megatron and this project.
 
 python alone.py FOLDER PROMPT TOKENS...
 
-TOKENS are files of int64 `[sequences, length + 1]`. Prints JSON: "losses", nats per token of each file; "text".
+TOKENS are files of int64 `[sequences, length + 1]`. The output is JSON: "losses" (nats per token, by file), "text".
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ SEQUENCES = 32
 
 
 def loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """Return the mean over all tokens but the first of each sequence."""
+    """Return the mean loss over all tokens except the first of each sequence."""
     total = 0.0
     for batch in tokens.split(SEQUENCES):
         logits = model(batch[:, :-1], use_cache=False).logits.flatten(0, 1)

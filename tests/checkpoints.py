@@ -1,4 +1,4 @@
-"""Checkpoints of a tiny training, to be damaged."""
+"""Make the checkpoints of a tiny training, and damage them."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from tests.trainings import TINY, weights
 
 
 def training(data: Path, folder: Path, *more: str) -> list[str]:
-    """The arguments of a training that saves at iterations 2, 4 and 6, or goes on from there."""
+    """Return the arguments of a training that saves at iterations 2, 4 and 6, and resumes from there."""
     saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "2", "--train-iters", "6"]
     return [*TINY, *RELU, "--data-path", str(data), *saving, *more]
 
@@ -42,7 +42,7 @@ class Saved:
 
 
 class Malicious:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,5 +63,5 @@ def flip(path: Path, byte: int | None = None) -> None:
 
 
 def tensors(folder: Path) -> Path:
-    """The first file with tensors of an iteration."""
+    """Return an iteration's first file with tensors."""
     return min(folder.glob("*.distcp"))

@@ -1,4 +1,4 @@
-"""Tests run in one process on the CPU, or on the GPU where there is one; layouts are tested by real trainings."""
+"""Configure the tests. They run in one process, on the GPU if there is one; real trainings test the layouts."""
 
 import os
 import signal
@@ -17,17 +17,17 @@ from tests.entry import Entry, shared_entry
 console.hide_unhelpful_warnings()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
-    # Beside other tests two threads would wait for each other most of the time, here and in what tests start.
+    # Tests run in parallel, so two threads would mostly wait for each other, here and in started processes.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 if cpu.is_wanted([]):
     cpu.install()
-# Under nohup and behind & it is ignored, by all processes that tests start and interrupt too.
+# Started with `nohup ... &`, this process ignores SIGINT, and so would those that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Minutes each: begun first, none of them is left when the other test processes are done.
+# These take minutes each. They start first, so that none is left when the other test processes are done.
 LONG = """
 test_rehearse test_static_checks test_sweep_training test_quickstart test_training test_parity test_conversion
 test_from_hf test_shapes
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gpu-report", type=Path, metavar="FOLDER", help=text)
 
 
-# Folders and files that take seconds: what `scripts/test.sh --fast` runs. All others start trainings or tools.
+# Folders and files that take seconds; `scripts/test.sh --fast` runs only these. All others start trainings or tools.
 FAST = """
 data kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py local/test_grouped_swiglu.py
 local/test_order.py moe/test_moe_layer.py moe/test_bounded_memory.py moe/test_host_syncs.py preflight/test_codes.py
@@ -54,7 +54,7 @@ tools/test_sweep_logs.py training/test_arguments.py
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is not fast, and put long files first, which pytest-xdist keeps to with --no-loadscope-reorder."""
+    """Mark slow tests, and put long files first; pytest-xdist keeps this order with --no-loadscope-reorder."""
     folder = Path(__file__).parent
     for item in items:
         if not any(item.path.is_relative_to(folder / fast) for fast in FAST):
@@ -64,19 +64,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def process_groups() -> Iterator[None]:
-    """Megatron's process groups for a world of one process."""
+    """Create Megatron's process groups for a world of one process."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from tools.common.megatron_model import one_process
 
     with one_process(backend="nccl" if torch.cuda.is_available() else "gloo"):
-        # As Megatron's start-up does; the first value decides the shape of all that follow.
+        # Megatron sets this when it starts. The first value decides the shape of all later ones.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu"))
         yield
 
 
 @pytest.fixture(autouse=True)
 def fresh_metrics() -> Iterator[None]:
-    """Megatron keeps one table of losses by layer, as long as the first model has layers."""
+    """Delete Megatron's table of losses by layer: its length is the number of layers of the first model."""
     yield
     if (logging := sys.modules.get("megatron.core.transformer.moe.moe_logging")) is not None:
         logging.destroy_moe_metrics_tracker()
@@ -84,7 +84,7 @@ def fresh_metrics() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of a small Megatron data set of real text."""
+    """Write a small Megatron data set of real text, and return its prefix."""
     prefix = tmp_path_factory.mktemp("data") / "stdlib"
     write_real_text(prefix)
     return prefix
@@ -92,5 +92,5 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def entry() -> Entry:
-    """The training entry, for many short trainings."""
+    """Return the training entry, for many short trainings."""
     return shared_entry()

@@ -34,7 +34,7 @@ def write_real_text(prefix: Path) -> None:
 
 
 def write_small_corpus(folder: Path) -> None:
-    """Write a few documents of the mixed corpus, which its tools take for the whole one."""
+    """Write a few documents of the mixed corpus; its tools accept them as the whole corpus."""
     sources = {"code": corpus.code_documents, "docs": corpus.docs_documents}
     few = {name: partial(itertools.islice, source(), 50) for name, source in sources.items()}
     folder.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The training entry, imported once for many short trainings."""
+"""Run many short trainings, and import the training entry only once."""
 
 import atexit
 import functools
@@ -18,7 +18,7 @@ LIMIT = 30.0  # seconds for one training: longer is a hang
 
 
 class Entry:
-    """A process that holds the entry, and for each training children of it, one a rank."""
+    """A process that has imported the entry and forks one child per rank for each training."""
 
     def __init__(self, **environment: str) -> None:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -41,14 +41,14 @@ class Entry:
         limit: float = LIMIT,
         kill: tuple[int, str, float] | None = None,
     ) -> tuple[int | None, str]:
-        """Run the entry, or a script around it, as torchrun would with so many processes.
+        """Run the entry, or a script around it, as torchrun would with this number of processes.
 
         Args:
-            kill: a signal that the processes get so many seconds after a file is there, or after their start where
-                its name is empty.
+            kill: signal, file and seconds. The processes get the signal this long after the file appears, or after
+                their start if its name is empty.
 
         Returns:
-            The exit code, None after the time limit, and all that was printed.
+            The exit code (None after the time limit), and the output.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         number = next(self.numbers)
@@ -58,14 +58,14 @@ class Entry:
             self.process.stdin.write(json.dumps(request | {"limit": limit, "kill": kill}) + "\n")
             self.process.stdin.flush()
             for line in self.process.stdout:
-                if line.startswith(f"answer {number} "):  # and no late one to a test that ran out of time
+                if line.startswith(f"answer {number} "):  # not a late answer to a test that ran out of time
                     return json.loads(line.split()[2]), output.read()
         raise AssertionError("the server of the entry has ended")
 
 
 @contextmanager
 def entry_with(folder: Path) -> Iterator[Entry]:
-    """The entry of an environment that has the modules of a folder too."""
+    """Yield an entry that can also import the modules of a folder."""
     entry = Entry(PYTHONPATH=str(folder))
     try:
         yield entry
@@ -75,7 +75,7 @@ def entry_with(folder: Path) -> Iterator[Entry]:
 
 @functools.cache
 def shared_entry() -> Entry:
-    """The one of this process's tests."""
+    """Return the entry that all tests of this process share."""
     entry = Entry()
     atexit.register(entry.process.kill)  # its standard input may be open in forks of this process
     return entry

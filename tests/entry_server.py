@@ -1,9 +1,9 @@
-"""Runs the training entry, or a script around it, once per request in forked children: Megatron is imported once.
+"""Run the training entry, or a script around it, in forked children for each request; import Megatron only once.
 
-A line of JSON on standard input asks: {"number", "arguments", "environment", "unset", "processes", "script", "output",
-"limit", "kill"}; what the children print goes to the file "output". A line on standard output answers: "answer", the
-number, and the exit code, or null after `limit` seconds. "kill" is null or [signal, file, seconds]: the children get
-the signal so long after the file is there, or after their start where it is empty.
+A request is a line of JSON on standard input: {"number", "arguments", "environment", "unset", "processes", "script",
+"output", "limit", "kill"}. The children print to the file "output". The answer is a line on standard output: "answer",
+the number, and the exit code, or null after `limit` seconds. "kill" is null or [signal, file, seconds]: the children
+get the signal this long after the file appears, or after their start if its name is empty.
 """
 
 import atexit
@@ -27,7 +27,7 @@ from megatron.remoe import cpu  # noqa: E402
 
 
 def child(request: dict[str, Any], rank: dict[str, str]) -> NoReturn:
-    """End as the entry would, started with these arguments in this environment."""
+    """Run the script with the request's arguments and environment, and exit with its code."""
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for stream in (1, 2):
@@ -52,7 +52,7 @@ def child(request: dict[str, Any], rank: dict[str, str]) -> NoReturn:
 
 
 def hold_store(writing: int) -> NoReturn:
-    """Hold the store in which ranks meet, which as with torchrun is none's own, until killed."""
+    """Hold the store in which ranks meet, until killed. As with torchrun, the store belongs to no rank."""
     os.setpgid(0, 0)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.write(writing, str(store.port).encode())
@@ -61,12 +61,12 @@ def hold_store(writing: int) -> NoReturn:
 
 
 def answer(request: dict[str, Any]) -> int | None:
-    """Run the ranks to their end, the first that fails or the time limit; return the exit code."""
+    """Run the ranks until all end, one fails or time is up; return the exit code, or None if time is up."""
     count, holders = request["processes"], []
     ranks: list[dict[str, str]] = [{}]
     if count > 1:
         reading, writing = os.pipe()
-        holders = [os.fork() or hold_store(writing)]  # a thread of this process would be in the way of forks
+        holders = [os.fork() or hold_store(writing)]  # not in a thread: this process forks
         world = {"WORLD_SIZE": str(count), "MASTER_PORT": os.read(reading, 9).decode()}
         world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
@@ -85,7 +85,7 @@ def answer(request: dict[str, Any]) -> int | None:
         if awaited and os.path.exists(awaited):
             moment, awaited = time.monotonic() + seconds, ""
         if time.monotonic() > moment:
-            with contextlib.suppress(ProcessLookupError):  # it has no group yet: in the next round
+            with contextlib.suppress(ProcessLookupError):  # no process group yet: try again in the next round
                 for pid in running:
                     os.killpg(pid, number)
                 moment = math.inf
@@ -99,7 +99,7 @@ def answer(request: dict[str, Any]) -> int | None:
 if __name__ == "__main__":
     if cpu.is_wanted([]):
         cpu.install()
-    # Children need not import what they share.
+    # Import this once, so that the children do not have to.
     import megatron.core.tokenizers.text
     import megatron.remoe.preflight.checkpoint_fit
     import megatron.remoe.training.arguments

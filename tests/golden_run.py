@@ -16,11 +16,11 @@ FLAGS = [
     *"--micro-batch-size 4 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 80".split(),
     *"--no-local-layer-fusion --moe-relu-l1-reg-coeff-init 1e-5 --split 100,0,0 --log-interval 5".split(),
 ]
-# Processors round differently, which shows after some dozens of steps: whether S is above the target in one step
-# decides about two steps of λ. Relative for the loss, absolute for sparsity, in steps of the multiplier for λ.
+# Processors round differently. After dozens of steps, S can be above the target on one and below it on another, and
+# then λ differs by two steps. Relative for the loss, absolute for sparsity, in steps of the multiplier for λ.
 EARLY = 25
 TOLERANCE_EARLY = {"lm loss": 1e-4, "sparsity": 1e-3, "l1 coefficient": 0.5}
-TOLERANCE = {"lm loss": 0.005, "sparsity": 0.02, "l1 coefficient": 2.01}  # two steps, as far as they are printed
+TOLERANCE = {"lm loss": 0.005, "sparsity": 0.02, "l1 coefficient": 2.01}  # two steps; printed digits are rounded
 # The same rounding on all x86 processors: MKL's reproducible branch, PyTorch's loops without AVX-512, and no oneDNN,
 # which needs AVX-512. Other roundings differ from iteration 30 on.
 ROUNDING = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -33,7 +33,7 @@ def write_data(prefix: Path) -> None:
 
 
 def figures_of(output: str) -> Figures:
-    """Return iteration → figure → value from what a training printed."""
+    """Return iteration → figure → value from a training's output."""
     return {
         iteration: {name: float(fields[name]) for name in TOLERANCE} for iteration, fields in read_log(output).items()
     }

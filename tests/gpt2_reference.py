@@ -1,4 +1,4 @@
-"""GPT-2's files, random text, and what Megatron-LM's own preprocessing writes with a transformers tokenizer."""
+"""GPT-2's files, random text, and the output of Megatron-LM's preprocessing with a transformers tokenizer."""
 
 import functools
 import importlib.util
@@ -48,6 +48,6 @@ def write_reference(
 
 
 def same_files(prefix: Path, other: Path, keys: Sequence[str] = ("text",)) -> bool:
-    """Whether two outputs are byte for byte the same."""
+    """Return whether two outputs are equal byte for byte."""
     names = [f"_{key}_document.{suffix}" for key in keys for suffix in ("bin", "idx")]
     return all(Path(f"{prefix}{name}").read_bytes() == Path(f"{other}{name}").read_bytes() for name in names)

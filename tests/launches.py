@@ -1,4 +1,4 @@
-"""What a launch script would start."""
+"""Plan the training that a launch script would start."""
 
 from tools.recipes.data import MADE_UP
 from tools.recipes.launch import plan
@@ -6,7 +6,7 @@ from tools.rehearse.scripts import Launch
 
 
 def planned(launch: Launch) -> tuple[dict[str, str], list[str]]:
-    """The environment's settings and the training's flags."""
+    """Return the environment variables and the flags of a launch's training."""
     environment = launch.environment({"DRY_RUN": "command", "DATA_PATH": MADE_UP})
     found = plan(launch.size, launch.routing, [str(launch.gpus), "--", *launch.flags], environment)
     return found.settings, found.flags

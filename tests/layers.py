@@ -1,4 +1,4 @@
-"""Small MoE layers for tests, and a naive oracle of what they compute."""
+"""Build small MoE layers for tests, and compute their outputs with a naive oracle."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ HIDDEN, FFN = 16, 12
 
 
 class SumTypes(TorchDispatchMode):
-    """Collects the types of the tensors that rows are added to; values tell less, as a CPU rounds less often."""
+    """A mode that collects the dtypes of index_add's targets; values show less, because a CPU rounds less often."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,12 +29,12 @@ class SumTypes(TorchDispatchMode):
 
 
 def make_config(kind: type[ReMoEConfig] = ReMoEConfig, **changes: Any) -> ReMoEConfig:
-    """A ReMoE configuration in float64 for layers of hidden size 16 and expert size 12."""
+    """Return a ReMoE configuration in float64 for layers of hidden size 16 and expert size 12."""
     return kind(**(_settings() | {"moe_relu_routing": True, "moe_relu_layer_floor": 0.0} | changes))
 
 
 def make_topk_config(**changes: Any) -> TransformerConfig:
-    """Megatron's own configuration of such layers; this project's where `moe_kernels` are given."""
+    """Return Megatron's configuration of such top-k layers, or this project's if `moe_kernels` is given."""
     kind = ReMoEConfig if "moe_kernels" in changes else TransformerConfig
     return kind(**(_settings() | {"moe_router_pre_softmax": True} | changes))
 
@@ -64,11 +64,11 @@ def _settings() -> dict[str, Any]:
 
 
 def make_layer(config: TransformerConfig, fused: bool = False) -> ReMoELayer:
-    """A ReMoE or top-k layer as Megatron's layer specification builds it, in the configuration's dtype, numbered 1.
+    """Build a ReMoE or top-k layer from Megatron's layer specification, with number 1 and the configuration's dtype.
 
     Args:
         config: from `make_config`, or `make_topk_config`.
-        fused: with grouped experts instead of one small layer an expert.
+        fused: with grouped experts instead of one small layer per expert.
     """
     spec = get_gpt_layer_local_spec(config.num_moe_experts, False, normalization="RMSNorm")
     spec = with_relu_routing(spec) if getattr(config, "moe_relu_routing", False) else spec
@@ -80,7 +80,7 @@ def make_layer(config: TransformerConfig, fused: bool = False) -> ReMoELayer:
 
 
 def expert_weights(layer: ReMoELayer) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each expert's fc1 `[2·ffn, hidden]` (gate, then up) and fc2 `[hidden, ffn]`."""
+    """Return each expert's fc1 `[2·ffn, hidden]` (gate, then up) and fc2 `[hidden, ffn]`."""
     if isinstance(layer.experts, GroupedExperts):
         return list(zip(layer.experts.fc1, layer.experts.fc2, strict=True))
     return [(expert.linear_fc1.weight, expert.linear_fc2.weight) for expert in layer.experts.local_experts]
@@ -89,12 +89,12 @@ def expert_weights(layer: ReMoELayer) -> list[tuple[torch.Tensor, torch.Tensor]]
 def oracle(
     tokens: torch.Tensor, router_weight: torch.Tensor, experts: list[tuple[torch.Tensor, torch.Tensor]], topk: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The paper's equations as loops.
+    """Compute the paper's equations with loops.
 
     Args:
         tokens: `[num_tokens, hidden]`.
         router_weight: `[num_experts, hidden]`.
-        experts: fc1 and fc2 of each.
+        experts: fc1 and fc2 of each expert.
         topk: k of the target sparsity.
 
     Returns:

@@ -1,10 +1,10 @@
-"""List what another Megatron changes in what this project takes from it; nothing of it is run.
+"""List changes in another Megatron that affect this project, by reading its sources without running them.
 
     python -m tests.megatron_changes FOLDER
 
-FOLDER holds another Megatron: pip install --no-deps --target FOLDER megatron-core==0.20.0, or a checkout's path in the
-place of the last word. Exit code 1 if a name is gone, a signature breaks, or a method of ours does not take what
-Megatron may pass. "Another body" is a note: read whether the code still does what is assumed here.
+FOLDER holds another Megatron: pip install --no-deps --target FOLDER megatron-core==0.20.0 (or the path of a checkout
+instead). The exit code is 1 if a name is gone, a signature breaks, or a method of ours does not accept what Megatron
+may pass. "Another body" is a note: check that the new code still does what this project assumes.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def load(folder: Path) -> griffe.ModulesCollection:
 
 
 def find(modules: griffe.ModulesCollection, path: str) -> griffe.Object | None:
-    """Return what a dotted path leads to, through imports and base classes; None if there is nothing."""
+    """Return the object at a dotted path, through imports and base classes; None if there is none."""
     try:
         owner, _, name = path.rpartition(".")
         found = modules[path] if owner in PACKAGES else find_member(modules, owner, name)
@@ -43,7 +43,7 @@ def find(modules: griffe.ModulesCollection, path: str) -> griffe.Object | None:
 
 
 def find_member(modules: griffe.ModulesCollection, owner: str, name: str) -> griffe.Object | griffe.Alias:
-    """Return a member, one of a base class included."""
+    """Return a member of a class, including inherited ones."""
     return modules[owner].all_members[name]
 
 
@@ -63,7 +63,7 @@ def imported(tree: ast.Module) -> dict[str, str]:
 
 
 def overrides(tree: ast.Module, names: dict[str, str]) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Yield dotted path in Megatron, and our method in its place."""
+    """Yield the dotted path in Megatron and our method, for each method of a class derived from Megatron's."""
     for node in ast.walk(tree):
         for base in node.bases if isinstance(node, ast.ClassDef) else ():
             if isinstance(base, ast.Name) and base.id in names:
@@ -72,7 +72,7 @@ def overrides(tree: ast.Module, names: dict[str, str]) -> Iterator[tuple[str, as
 
 
 def not_taken(ours: ast.arguments, theirs: griffe.Function) -> list[str]:
-    """Return the parameters of Megatron's method that ours does not have, in its place or by name."""
+    """Return the parameters of Megatron's method that ours does not accept, by position or by name."""
     positional = [*ours.posonlyargs, *ours.args]
     own = {one.arg for one in (*positional, *ours.kwonlyargs)}
     if ours.kwarg is not None:
@@ -82,9 +82,9 @@ def not_taken(ours: ast.arguments, theirs: griffe.Function) -> list[str]:
 
 
 def look_at(old: griffe.ModulesCollection, new: griffe.ModulesCollection) -> Iterator[tuple[bool, str]]:
-    """Yield each change as text, and whether it breaks something."""
+    """Yield for each change whether it breaks something, and its description."""
     used: dict[str, str] = {}
-    words = {"__init__"}  # all attributes and strings: members that none of them names are not used
+    words = {"__init__"}  # all attributes and strings; a member that is not among them is not used
     for file in sources():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         names, where = imported(tree), file.relative_to(ROOT)
@@ -113,7 +113,7 @@ def look_at(old: griffe.ModulesCollection, new: griffe.ModulesCollection) -> Ite
             owner = change.obj.path
             while owner and owner not in canonical:
                 owner = owner.rpartition(".")[0]
-            is_field = change.obj.parent is not None and "dataclass" in change.obj.parent.labels  # given by its name
+            is_field = change.obj.parent is not None and "dataclass" in change.obj.parent.labels  # passed by name
             if is_field and change.kind is griffe.BreakageKind.PARAMETER_MOVED:
                 continue
             if owner and change.obj.name in words:

@@ -1,6 +1,6 @@
-"""QuACK's functions on any device and type, by their documentation: what is imported from it, and no more.
+"""A stand-in for the functions of QuACK that this project imports, by their documentation, on any device and dtype.
 
-Rows outside of the given bounds hold NaN, as nobody writes them.
+Rows outside of the given bounds are NaN, because the kernels do not write them.
 """
 
 import importlib
@@ -25,7 +25,7 @@ def _non_contiguous(matrices: torch.Tensor) -> int:
 
 
 def alternate(matrices: torch.Tensor) -> torch.Tensor:
-    """Rows (or columns, if these are contiguous) of the first and second half by turns."""
+    """Interleave the first and second half of the rows, or of the columns if these are contiguous."""
     dim = _non_contiguous(matrices)
     return torch.stack(matrices.chunk(2, dim), dim=dim).flatten(dim - 1, dim)
 
@@ -53,7 +53,7 @@ def gemm(
         for part, weight in zip(bounds, B, strict=True):
             result[part] = rows[part] @ weight
         return result
-    assert out is not None and A.stride(0) == 1 and B.stride(1) == 1  # what the kernel asks of its operands
+    assert out is not None and A.stride(0) == 1 and B.stride(1) == 1  # the kernel requires these strides
     columns = A if A_idx is None else A[:, A_idx]
     result = torch.stack([columns[:, part] @ B[part] for part in bounds])
     if "out" in (concat_layout or ()):
@@ -94,7 +94,7 @@ def gemm_epilogue(outputs: tuple[str, ...], ops: dict[str, Any], mode: str) -> C
     def decorate(epilogue: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
         def fused(A: torch.Tensor, B: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
             vectors = {name: options.pop(name).unsqueeze(1) for name in ops}
-            assert all(vector.dtype == torch.float32 for vector in vectors.values())  # loads of 32 bits
+            assert all(vector.dtype == torch.float32 for vector in vectors.values())  # the kernel loads 32 bits
             found = epilogue(gemm(A, B, **options), **vectors)
             assert found.keys() == {"D", *outputs}
             return found
@@ -105,7 +105,7 @@ def gemm_epilogue(outputs: tuple[str, ...], ops: dict[str, Any], mode: str) -> C
 
 
 def put_in(monkeypatch: pytest.MonkeyPatch) -> Products:
-    """Let QuACK be the stand-in, and return the adapter's products."""
+    """Replace QuACK by the stand-in, and return the adapter's products."""
     # fmt: off
     contents: dict[str, dict[str, Any]] = {
         "quack": {},
@@ -122,6 +122,6 @@ def put_in(monkeypatch: pytest.MonkeyPatch) -> Products:
         module = ModuleType(name)
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, ADAPTER, None)  # and in the end there is no such module, as now
+    monkeypatch.setitem(sys.modules, ADAPTER, None)  # so that it is removed again after the test
     del sys.modules[ADAPTER]
     return importlib.import_module(ADAPTER).PRODUCTS

@@ -1,4 +1,4 @@
-"""Run on 2 ranks: routers that share the tokens of one sequence, as in sequence and context parallelism."""
+"""Check routers on 2 ranks that share the tokens of one sequence, as in sequence and context parallelism."""
 
 import sys
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ def main(kind: str) -> None:
 
 
 def check(**changes: str) -> None:
-    """What the ranks get from their parts together is what one gets from the whole."""
+    """Check that both ranks together get from their parts what one rank gets from the whole sequence."""
     rank = torch.distributed.get_rank()
     config = make_config(
         moe_relu_l1_reg_coeff_init=0.3,
@@ -63,7 +63,7 @@ def check(**changes: str) -> None:
     controller.update()
     split, exponent = controller.summary(), int(router.l1_exponent)
 
-    # The same tokens in one piece: a group of this rank alone.
+    # All tokens at once, in a group of only this rank.
     router.l1_exponent.zero_()
     router.tp_cp_group = torch.distributed.new_subgroups(1)[0]
     whole_gradient = l1_gradient(router, tokens, padding)

@@ -1,4 +1,4 @@
-"""Each change of how Megatron saves and loads is still needed: a test fails where a released Megatron does without."""
+"""Test that Megatron still needs each patch of saving and loading; a test fails if a release does not."""
 
 import contextlib
 import inspect
@@ -30,7 +30,7 @@ def saved(value: object) -> io.BytesIO:
 
 
 def planner(monkeypatch: pytest.MonkeyPatch) -> tuple[MCoreLoadPlanner, SimpleNamespace, dict[str, object]]:
-    """A planner that loads one object, "rng_state", into a dictionary."""
+    """Return a planner that loads the object "rng_state", the object's item, and the dictionary to load it into."""
     item = SimpleNamespace(dest_index=SimpleNamespace(fqn="rng_state"))
     found: dict[str, object] = {}
     planner = MCoreLoadPlanner.__new__(MCoreLoadPlanner)
@@ -66,7 +66,7 @@ def test_pytorch_still_loads_changed_bytes(tmp_path: Path) -> None:
 
 
 def why_writing_failed(tmp_path) -> str:
-    """What reaches the training of a shard whose folder is none."""
+    """Write a shard below a file; return the error that reaches the training."""
     (tmp_path / "file").touch(exist_ok=True)
     place, results = tmp_path / "file" / "shard", queue.Queue()
     with contextlib.suppress(RuntimeError):
@@ -87,7 +87,7 @@ def test_megatron_still_loses_why_writing_failed(tmp_path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("patched", [False, True])
 def test_the_queue_of_written_shards_does_not_outlive_sigterm_by_itself(patched: bool, tmp_path: Path) -> None:
-    """Slurm sends it to all processes of a step; without the patch the save that follows has no queue."""
+    """Slurm sends SIGTERM to all processes of a step. Without the patch, the following save has no queue."""
     lines = f"""
 import os, signal, time
 from megatron.core.dist_checkpointing.strategies import filesystem_async

@@ -1,4 +1,4 @@
-"""Each change of Megatron-FSDP is still needed: a test fails where a released Megatron does without it."""
+"""Test that Megatron still needs each patch of Megatron-FSDP; a test fails if a release does not."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ pretrain.main()
 
 def test_megatron_still_lists_no_states_of_parameters_without_rows() -> None:
     parameters = torch.nn.ParameterDict({"here": torch.ones(2, 3), "elsewhere": torch.ones(0, 3)})
-    parameters["here"].grad = torch.ones(2, 3)  # Megatron-FSDP gives the other one none
+    parameters["here"].grad = torch.ones(2, 3)  # Megatron-FSDP sets none for the other one
     adam = torch.optim.AdamW(parameters.values())
     adam.step()
     optimizer = DistributedOptimizer.__new__(DistributedOptimizer)
@@ -66,7 +66,7 @@ def test_megatron_still_scales_gradients_of_one_rank_again_and_again(data: Path,
         for output in (
             run(words, processes=2),
             run([*words, *FSDP.split()], processes=2),
-            # Fresh: in forks, gloo's threads now and then end such reductions of one rank with a corrupted heap.
+            # Fresh, because in forks gloo's threads sometimes corrupt the heap in such reductions of one rank.
             run([*words, *FSDP.split()], processes=2, script=script, fresh=True),
         )
     )

@@ -1,4 +1,4 @@
-"""Changes in another Megatron's sources are found: a copy of the installed one in which three lines differ."""
+"""Test that changes in another Megatron are found: in a copy of the installed one with three changed files."""
 
 import sysconfig
 from pathlib import Path
@@ -10,7 +10,7 @@ pytest.importorskip("griffe", reason="needs griffelib: pip install griffelib")
 from tests import megatron_changes  # noqa: E402
 
 INSTALLED = Path(sysconfig.get_paths()["purelib"]) / "megatron"
-# File of Megatron: what is replaced in it, with what, and the words that must be said.
+# File of Megatron → the text to replace, its replacement, and words that must be reported.
 CHANGES = {
     "core/transformer/dot_product_attention.py": (
         "packed_seq_params: Optional[PackedSeqParams] = None,\n    )",

@@ -1,4 +1,4 @@
-"""Each change of Megatron is still needed: a test fails where a released Megatron does without it."""
+"""Test that Megatron still needs each patch; a test fails if a release does not."""
 
 import importlib.metadata
 import importlib.util
@@ -31,7 +31,7 @@ from tests.trainings import in_another_process
 
 
 def stock(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Any:
-    """Put back what Megatron has there, until the end of the test."""
+    """Restore Megatron's own function until the end of the test, and return it."""
     found = getattr(owner, name)
     monkeypatch.setattr(owner, name, getattr(found, "__wrapped__", found))
     return getattr(owner, name)
@@ -68,7 +68,7 @@ def test_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch, recwarn:
 
 
 def test_megatron_still_compiles_its_helpers(tmp_path: Path) -> None:
-    """It ends the process where there is no Makefile."""
+    """Megatron ends the process if there is no Makefile. With the patch the process continues."""
     lines = "from megatron.core.datasets import utils\nutils.compile_helpers()\nprint('goes on')"
     assert "goes on" not in in_another_process(lines, tmp_path, expect=1)
     lines = "from megatron.core.datasets import utils\nfrom megatron.remoe import patches\n"
@@ -77,7 +77,7 @@ def test_megatron_still_compiles_its_helpers(tmp_path: Path) -> None:
 
 
 def test_megatron_still_reads_steps_that_adam_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first step PyTorch's Adam has no state, and resuming asks for it."""
+    """PyTorch's Adam has no state before the first step, but resuming needs it."""
     parameter = torch.nn.Parameter(torch.ones(2))
     adam = torch.optim.AdamW([parameter])
     optimizer = DistributedOptimizer.__new__(DistributedOptimizer)
@@ -103,7 +103,7 @@ def test_megatron_still_leaves_adam_to_its_default(monkeypatch: pytest.MonkeyPat
 
 
 def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without values show who asks for one."""
+    """Meta tensors have no values, so reading one raises an error."""
     shapes = [(3, 4), (5,), (2, 2)]
     without_values = [torch.empty(shape, device="meta") for shape in shapes]
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
@@ -128,7 +128,7 @@ def test_megatron_still_waits_for_each_gradients_norm(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> RerunStateMachine:
-    """Megatron's, after its first step."""
+    """Return Megatron's unpatched machine after its first step."""
     for name in ("validate_result", "should_run_forward_backward"):
         stock(monkeypatch, RerunStateMachine, name)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
@@ -139,7 +139,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> RerunStateMachine:
 
 
 def step(machine: RerunStateMachine, *losses: torch.Tensor) -> list[str]:
-    """The forward and backward passes of one step; what was found rejected, and when."""
+    """Validate the losses of one step. Return the machine's reaction to each, and the result that was rejected."""
     found = []
     assert machine.should_run_forward_backward(None)
     for loss in losses:
@@ -157,7 +157,7 @@ def test_megatron_still_waits_for_each_result(machine: RerunStateMachine) -> Non
 
 def test_results_are_validated_once_a_step(machine: RerunStateMachine) -> None:
     patches.waits.validate_once_per_step()
-    # Without values: nothing may look at them before the last backward pass is through.
+    # A meta tensor has no value, so reading it before the last backward pass would fail.
     machine.should_run_forward_backward(None)
     with torch.device("meta"):
         machine.validate_result(torch.empty(()), torch.isnan, "nothing")
@@ -167,7 +167,7 @@ def test_results_are_validated_once_a_step(machine: RerunStateMachine) -> None:
     losses = [torch.tensor(value) for value in (1.0, float("inf"), 1.0)]
     assert step(machine, *losses) == ["goes on", "goes on", "goes on", "isinf of 3, its 2."]
     assert machine.state == RerunState.RERUNNING_IN_PLACE
-    # The rerun meets the same: Megatron's own diagnosis.
+    # The rerun has the same results, so Megatron's own diagnosis asks for a checkpoint.
     for rejection in (torch.isnan, torch.isinf):
         machine.validate_result(losses[0], rejection, f"{rejection.__name__} of 3")
     machine.validate_result(losses[1], torch.isinf, "isinf of 3")
@@ -197,7 +197,7 @@ def test_megatron_still_asks_a_group_of_one(name: str, monkeypatch: pytest.Monke
     patches.waits.skip_single_rank_reductions()
     patched = getattr(training, name)
     assert (patched(True, group=alone), patched(1.5, group=alone) if "stat" in name else None) == before
-    if "stat" in name:  # with Transformer Engine the norm is on the device, and what is logged is a number
+    if "stat" in name:  # with Transformer Engine the norm is a tensor, but a number is logged
         assert (
             type(patched(torch.tensor([1.5]), group=alone)) is type(reduce(torch.tensor([1.5]), group=alone)) is float
         )
@@ -226,7 +226,7 @@ def test_megatron_still_adds_no_weight_gradients_without_apex(
     weight = layer.weight.detach().double().requires_grad_()
     (rows.double() @ weight.T).square().sum().backward()
     torch.testing.assert_close(layer.weight.main_grad.double(), 1 + 2 * weight.grad, rtol=1e-5, atol=1e-5)
-    # Of bf16 rows into fp32 there is a product on GPUs alone; PyTorch's checks of it are everywhere.
+    # Only GPUs have the product of bf16 rows into fp32. On the meta device PyTorch only checks its arguments.
     with torch.device("cuda" if torch.cuda.is_available() else "meta"):
         half, main_grad = torch.randn(5, 6).bfloat16(), torch.ones(4, 6)
         fusions.add_outer(half, half[:, :4], main_grad)
@@ -235,7 +235,7 @@ def test_megatron_still_adds_no_weight_gradients_without_apex(
 
 
 def test_megatron_still_keeps_the_softmax_in_fp32(process_groups: None) -> None:
-    """Its fused cross entropy, for which it also takes all logits to be bf16."""
+    """Megatron's fused cross entropy also assumes that all logits are bf16."""
     logits = torch.randn(3, 2, 16, dtype=torch.float16, requires_grad=True)
     losses = fused_vocab_parallel_cross_entropy(
         logits, torch.zeros(3, 2, dtype=torch.int64), torch.distributed.group.WORLD
@@ -283,7 +283,7 @@ def test_megatron_still_tells_the_console_alone(
 
 
 def test_megatron_still_prints_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each interval's line gets it once; a start's first line and other words stay."""
+    """The patch adds the hours left once to lines at log intervals. Others, such as a start's first, do not change."""
     printed: list[str] = []
     monkeypatch.setattr(training, "print_rank_last", printed.append)
     monkeypatch.setattr(start, "get_args", lambda: SimpleNamespace(log_interval=10))

@@ -1,4 +1,4 @@
-"""Which room may import which: docs/design.md's table, held against the imports as they are written."""
+"""Test that the imports of each room follow the table in docs/design.md."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tests.trainings import REPOSITORY
 
 PACKAGE = REPOSITORY / "megatron" / "remoe"
-# room: the other rooms that it may import
+# Room → the other rooms that it may import.
 ROOMS = {
     "kernels": set(),
     "routing": {"kernels"},
@@ -23,7 +23,7 @@ ROOMS = {
     "cpu": set(),
 }
 ROOMS["pretrain"] = {*ROOMS}
-# What of Megatron a room may know besides.
+# Packages of Megatron that a room may import (default: core).
 BOTH = {"core", "training"}
 MEGATRON: dict[str, set[str]] = {
     "data": set(),
@@ -33,7 +33,7 @@ MEGATRON: dict[str, set[str]] = {
     "cpu": BOTH,
     "pretrain": BOTH,
 }
-# What the method and its layers are made of, and nothing else.
+# The only packages outside the standard library that these rooms may import.
 PURE = {
     "routing": {"torch", "megatron"},
     "baselines": {"torch", "megatron"},
@@ -45,13 +45,13 @@ PURE = {
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file names in its imports, late ones included."""
+    """Return the modules that a file imports, including imports inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            # Files that transformers copies beside a model's weights import each other by their place.
+            # transformers copies these files next to a model's weights, so they import each other relatively.
             assert not node.level or path.parent.name == "hf", f"{path}: relative import"
             package = "megatron.remoe.hf." if node.level else ""
             found |= {f"{package}{node.module}.{alias.name}" for alias in node.names}

@@ -1,4 +1,4 @@
-"""The shapes of docs/shapes.md, with the flags of that page, in all uses."""
+"""Test the shapes of docs/shapes.md with that page's flags: training, resuming, layouts, export, cost, rehearsal."""
 
 import json
 import re
@@ -41,7 +41,7 @@ class Run:
 @pytest.fixture(scope="module", params=SHAPES)
 def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp(request.param)
-    # Large weights: else attention is nearly even, and an error in its gradients is small.
+    # With small weights, attention is nearly uniform, and an error in its gradients is small.
     more = "--make-vocab-size-divisible-by 192 --split 90,10,0 --moe-relu-l1-reg-coeff-init 1e-3 --init-method-std 0.2"
     more += " --global-batch-size 8"
     words = " ".join([*COMMON, SHAPES[request.param].replace("$latent", LATENT), more]).split()
@@ -73,7 +73,7 @@ def test_layouts_train_like_one_process(trained: Run, layout: str) -> None:
 
 
 def test_exports_and_comes_back(trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Both directions compare logits, within 1e-4; a reloaded model generates with a cache as without."""
+    """Both directions compare logits within 1e-4. The exported model generates the same text with and without cache."""
     there, back = tmp_path / "there", tmp_path / "back"
     assert export_hf.main(["--load", str(trained.folder), "--save", str(there)]) == 0, capfd.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(there)
@@ -92,7 +92,7 @@ def test_costs_are_the_models(trained: Run) -> None:
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played")
 def test_starts_on_played_gpus(tmp_path: Path) -> None:
-    """One shape; the others were rehearsed by hand."""
+    """One shape starts in a rehearsal; the others were rehearsed by hand."""
     flags = " ".join([*COMMON, SHAPES["glm_4_7_flash"].replace("$latent", LATENT)]).split()
     found = tmp_path / "found.json"
     own = ["--gpus", "1", "--stage", "steady", "--json", str(found)]
@@ -105,7 +105,7 @@ def test_starts_on_played_gpus(tmp_path: Path) -> None:
     [("--num-layers 2", "--hybrid-layer-pattern *E", "E202"), ("--swiglu", "--swiglu --mtp-num-layers 1", "E209")],
 )
 def test_latent_attention_that_megatron_has_not(old: str, new: str, code: str, data: Path) -> None:
-    """It would leave out a HybridModel's rotary embedding without a word, and end in a TypeError."""
+    """It is refused: a HybridModel would silently omit its rotary embedding, and MTP would raise a TypeError."""
     flags = [*" ".join([*COMMON, LATENT]).replace(old, new).replace("--moe-layer-freq [0,1]", "").split(), *BYTES]
     output = run([*flags, "--data-path", str(data), "--split", "90,10,0"], expect=2)
     assert new.split()[-2] in output and f"[REMOE-{code}]" in output

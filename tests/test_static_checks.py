@@ -1,4 +1,4 @@
-"""ruff, mypy and shellcheck find nothing. As tests they share the cores with the others, and -k picks one."""
+"""Test that ruff, mypy and shellcheck find nothing. As tests they run in parallel with others, and -k selects one."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ PYTHON = Path(sys.executable)
 
 
 def shell_scripts() -> list[str]:
-    """Paths of the repository's shell scripts."""
+    """Return the paths of the repository's shell scripts."""
     command = "find . ( -path ./.venv -o -path ./.git -o -path ./runs ) -prune -o"
     command += " ( -name *.sh -o -name *.sbatch -o -path ./.ci/run ) -type f -print"
     return subprocess.run(command.split(), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout.split()

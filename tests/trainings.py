@@ -1,4 +1,4 @@
-"""Runs real trainings of a tiny model with the project's entry, and reads their logs."""
+"""Run real trainings of a tiny model with the project's entry, and read their logs."""
 
 import os
 import subprocess
@@ -20,14 +20,14 @@ TINY = [
     *"--micro-batch-size 2 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --train-iters 8 --log-interval 1".split(),
     *"--make-vocab-size-divisible-by 192 --split 90,10,0".split(),
 ]
-# For the launch scripts, behind their own flags.
+# For the launch scripts, after their own flags.
 SMALL = [
     *SIZES,
     *BYTES,
     *"--global-batch-size 4 --make-vocab-size-divisible-by 8 --log-interval 1 --cpu".split(),
 ]
 
-# Timings, and what another rank prints into the line.
+# Timings, and fields that another rank prints into the line.
 TIMINGS = ("elapsed time per iteration (ms)", "time left (h)")
 VOLATILE = (*TIMINGS, "allocated", "max allocated", "reserved", "max reserved")
 
@@ -57,9 +57,9 @@ def run(
     """Run the entry, or a script around it, to its end and return what it printed.
 
     Args:
-        expect: the exit code, which is asserted unless this is None.
-        fresh: start it as a user does. Else Megatron is imported already, except where imports may read `environment`,
-            and on a GPU, which a fork cannot use.
+        expect: the exit code to assert; None: any.
+        fresh: start a new process, as a user does, not a fork that has imported Megatron. With `environment`, which
+            imports may read, and on a GPU, which forks cannot use, the process is always new.
     """
     if fresh or environment or torch.cuda.is_available():
         process = start(arguments, processes, script, **environment)
@@ -72,14 +72,14 @@ def run(
 
 
 def in_another_process(lines: str, folder: Path, expect: int | None = 0) -> str:
-    """What lines of Python print in a process in which nothing of Megatron is changed but for the CPU."""
+    """Return the output of Python code in a process whose Megatron is unpatched, except for the CPU."""
     script = folder / "lines.py"
     script.write_text("from megatron.remoe import cpu\ncpu.install()\n" + lines)
     return run([], expect=expect, script=script)
 
 
 def records(output: str) -> dict[int, dict[str, str]]:
-    """Iteration → field → text of the value, from Megatron's log lines; without timings."""
+    """Return iteration → field → text of the value from Megatron's log lines, without timings and memory."""
     return {
         iteration: {name: value for name, value in fields.items() if name not in VOLATILE}
         for iteration, fields in read_log(output).items()
@@ -87,12 +87,12 @@ def records(output: str) -> dict[int, dict[str, str]]:
 
 
 def series(output: str, field: str) -> list[float]:
-    """The values of a field by iteration."""
+    """Return the values of a field in order of iteration."""
     return [float(record[field]) for _, record in sorted(records(output).items())]
 
 
 def figures(folder: Path, interval: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl at whole intervals, without times and what only the first line of a session has."""
+    """Return the lines of metrics.jsonl at multiples of `interval`, without starts, timings and parameter counts."""
     left_out = ("time", "seconds_per_iteration", "tokens_per_second", "parameters")
     lines = [line for line in read_run_log(folder / "metrics.jsonl") if line["kind"] != "start"]
     lines = [line for line in lines if line["iteration"] % interval == 0]
@@ -100,7 +100,7 @@ def figures(folder: Path, interval: int) -> list[dict[str, Any]]:
 
 
 def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
-    """What a tool printed and its errors, without traceback or terminal codes; assert its exit code."""
+    """Return a tool's output and errors; assert its exit code and that there is no traceback or terminal code."""
     output, errors = process.communicate(timeout=500)
     assert process.returncode == code, output + errors
     assert "Traceback" not in output + errors and "\x1b" not in output + errors
@@ -108,7 +108,7 @@ def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
 
 
 def weights(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """All tensors of a distributed checkpoint, the optimizer's included."""
+    """Return all tensors of a distributed checkpoint, including the optimizer's."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 

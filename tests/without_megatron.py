@@ -1,4 +1,4 @@
-"""An environment with all packages of this one except Megatron and this project."""
+"""Make an environment with all packages of this one except Megatron and this project."""
 
 import os
 import subprocess
@@ -18,10 +18,10 @@ def make(folder: Path) -> Path:
 
 
 def run(python: Path, program: str | Path, *words: str | Path) -> str:
-    """Run a program there; return what it printed, and assert that it did not fail."""
+    """Run a program in the environment; assert that it succeeds, and return its standard output."""
     folder = python.parents[1]
     settings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    # Code from a model's folder is copied before it is run.
+    # transformers copies a model's code here before it runs it.
     settings |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     words = (python, "-P", program, *words)
     done = subprocess.run([*map(str, words)], cwd=folder, env=settings, capture_output=True, text=True)

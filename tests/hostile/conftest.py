@@ -1,4 +1,4 @@
-"""What the hostile tests share: an undisturbed training, copies of it to disturb, and a table of what came of it."""
+"""Fixtures of the hostile tests: an undisturbed training, copies of it to disturb, and a table of the results."""
 
 import shutil
 from collections import Counter
@@ -16,7 +16,7 @@ Noted = Callable[[str, str, int], None]
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, `expected` (a training to its end) and `run` (the same, stopped after its second save)."""
+    """Make a folder with data, `expected` (a whole training) and `run` (the same, stopped after its second save)."""
     folder = tmp_path_factory.mktemp("whole")
     write_real_text(folder / "text")
     run(training(folder, "expected"))
@@ -26,22 +26,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trial(whole: Path, tmp_path: Path) -> Trial:
-    """A copy that may be spoiled; what it costs to copy is less than what a training costs."""
+    """Return a copy that a test may damage; copying is cheaper than training."""
     for name in ("text.bin", "text.idx"):
         shutil.copy(whole / name, tmp_path)
-    for name in ("run", "text"):  # the latter has the index cache
+    for name in ("run", "text"):  # the index cache is in text
         shutil.copytree(whole / name, tmp_path / name)
     return Trial(tmp_path, whole / "expected", STEPS)
 
 
 @pytest.fixture
 def note(record_property: Callable[[str, object], None]) -> Noted:
-    """Count trials: kind, what came of them, how many."""
+    """Return a function that counts trials by kind and result."""
     return lambda kind, result, count=1: record_property("hostile", (kind, result, count))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print how many trials of each kind there were, and what came of them."""
+    """Print the number of trials of each kind, and their results."""
     counts: Counter[tuple[str, str]] = Counter()
     for report in terminalreporter.stats.get("passed", []):
         if report.when == "call" and "test_broken_folders.py" in report.nodeid:

@@ -1,4 +1,4 @@
-"""Pickles that would make a folder when they are read, by many ways, and files to hide them in."""
+"""Pickles that make a folder in different ways when they are read, and files to hide them in."""
 
 import argparse
 import builtins
@@ -18,7 +18,7 @@ import torch
 
 
 class Calls:
-    """Calls a function when it is unpickled."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -28,7 +28,7 @@ class Calls:
 
 
 def by_name(module: str, name: str, *arguments: str) -> bytes:
-    """A pickle that calls a function by a dotted name, which may lead through what a module imports."""
+    """Return a pickle that calls a function by its dotted name, which may lead through a module's imports."""
     words = [module, name]
     found = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in words) + b"\x93("
     for text in arguments:
@@ -37,7 +37,7 @@ def by_name(module: str, name: str, *arguments: str) -> bytes:
 
 
 def pickles(marker: Path) -> dict[str, bytes]:
-    """Name → a pickle that would make the folder `marker`."""
+    """Return name → a pickle that makes the folder `marker`."""
     name, line = str(marker), f"__import__('os').mkdir({str(marker)!r})"
     made = {
         "os.mkdir": pickle.dumps(Calls(os.mkdir, name)),
@@ -59,12 +59,12 @@ def pickles(marker: Path) -> dict[str, bytes]:
 
 
 def argparse_like(value: Any) -> Any:
-    """A namespace as checkpoints hold it, with a value of one's own."""
+    """Return a namespace like those in checkpoints, with the given value in it."""
     return argparse.Namespace(num_layers=value, iteration=4)
 
 
 def in_zip(content: bytes) -> bytes:
-    """A file of torch.save whose pickle is `content`."""
+    """Return a file of torch.save whose pickle is `content`."""
     plain, changed = io.BytesIO(), io.BytesIO()
     torch.save({"args": 1}, plain)
     with zipfile.ZipFile(plain) as before, zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as after:
@@ -74,7 +74,7 @@ def in_zip(content: bytes) -> bytes:
 
 
 def in_array(content: bytes) -> bytes:
-    """A .npy file of objects, whose data is `content`."""
+    """Return a .npy file of objects whose data is `content`."""
     header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"
     header += b" " * (63 - (10 + len(header)) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content

@@ -1,4 +1,4 @@
-"""Damage one file of a run by chance: the run goes on or back to the same end, or ends in one clear error."""
+"""Damage one file of a run at random: the run reaches the same weights, or ends in one clear error."""
 
 import argparse
 import random
@@ -22,7 +22,7 @@ FILES = {
     "data's index": ["text.idx"],
     "index cache": ["text/cache/**/*.npy", "text/cache/**/*.txt"],
 }
-# A flipped bit there may change numbers that nothing can check: text has no checksum.
+# Damage here may go unnoticed, because text has no checksum.
 UNCHECKED = {"data", "index cache", "data's index"}
 TIMES = 6
 CASES = [(name, how, number) for name in FILES for how in ("flip", "cut", "zeros") for number in range(TIMES)]
@@ -45,7 +45,7 @@ def test_damage_by_chance(name: str, how: str, number: int, trial: Trial, note: 
 @pytest.mark.bulk
 @pytest.mark.parametrize(("how", "number"), [(how, number) for how in ("flip", "cut", "zeros") for number in range(12)])
 def test_damaged_locks(how: str, number: int, tmp_path: Path, note: Noted) -> None:
-    """A dead training's lock is taken over, or refused after the lease: 1 s here, 300 s in the program."""
+    """A dead training's damaged lock is taken over, or refused after the lease: 1 s here, 300 s in the program."""
     chance = random.Random(f"lock {how} {number}")
     fields = f"pid=999999\nhost={socket.gethostname()}\nmode=lease\ntoken=ab\nduration=1.0\n"
     (tmp_path / LOCK).write_text(f"filelock/2\n{fields}")

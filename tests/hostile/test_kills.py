@@ -1,4 +1,4 @@
-"""Kill real trainings at random moments: what is saved in the end equals an undisturbed training, bit by bit."""
+"""Kill real trainings at random moments: the final weights equal those of an undisturbed training bit for bit."""
 
 import random
 import signal
@@ -14,7 +14,7 @@ from tests.hostile.conftest import Noted
 from tests.hostile.trials import LIMIT, check_words, same_weights, training
 from tests.trainings import figures
 
-KILLS, FEW_KILLS = 30, 3  # of each training; the second where hostile tests are left out
+KILLS, FEW_KILLS = 30, 3  # per training; FEW_KILLS without bulk tests
 EVALUATED = "--log-interval 2 --eval-interval 6 --eval-iters 1 --split 80,10,10".split()
 LAYOUTS = {
     "ReMoE": [],
@@ -28,10 +28,10 @@ LAYOUTS = {
 
 
 def moment(folder: Path, number: int, kills: int, chance: random.Random) -> tuple[str, float]:
-    """The file that a kill waits for, and seconds from then on: at the start, in a save, between saves, at the end."""
+    """Return the file that a kill waits for and a delay: at the start, in a save, between saves, or at the end."""
     newest, steps = max(saved_iterations(folder), default=0), 2 * kills
     if newest >= steps - 2 or number >= kills - kills // 7:
-        # In the last save, and in the last evaluation: there is no training after it that would add its result.
+        # In the last save or the last evaluation, after which no step is left to train.
         return (str(folder / f"iter_{steps:07d}") if newest < steps else ""), chance.uniform(0, 1.5)
     kind = ("save", "start", "step")[number % 3]
     if kind == "start":
@@ -62,7 +62,7 @@ def test_killed_at_random_moments(layout: str, wanted: int, tmp_path: Path, note
         code, output = entry.run(training(tmp_path, "run", *flags, steps=steps), limit=LIMIT, kill=kill)
         check_words(output)
         at_sigterm = (0, 143) if asked == signal.SIGTERM and "--exit-signal-handler" in flags else ()
-        # A process that reads data dies of SIGTERM while it starts, before there is something to save.
+        # SIGTERM kills a data loader process while it starts, before there is anything to save.
         at_sigterm += (1,) if at_sigterm and "error: RuntimeError: DataLoader worker" in output else ()
         assert code in (0, -asked, *at_sigterm), f"{code} after {kill}: {output[-3000:]}"
         kills += code != 0
@@ -71,7 +71,7 @@ def test_killed_at_random_moments(layout: str, wanted: int, tmp_path: Path, note
     assert code == 0, output[-3000:]
     assert same_weights(tmp_path / "expected", folder, steps)
     right, mine = figures(tmp_path / "expected", 2), figures(folder, 2)
-    if "--exit-signal-handler" in flags:  # it saves between two lines, and the next one is a mean over other steps
+    if "--exit-signal-handler" in flags:  # it saves between two lines, so the next line's mean is over other steps
         for line in right + mine:
             line.pop("lm_loss" if line["kind"] == "log" else "", None)
     assert mine == right

@@ -1,4 +1,4 @@
-"""Hide code in every file that trainings and tools read: none of it is run, and nothing asks whether it may be."""
+"""Hide code in every file that trainings and tools read: none of it runs, and no prompt asks to run it."""
 
 import contextlib
 import io
@@ -31,11 +31,11 @@ NEWEST = f"iter_{SAVED:07d}"
 
 def replace_index(run: Path, content: bytes) -> None:
     (run / NEWEST / INDEX).write_bytes(content)
-    (run / NEWEST / INDEX_SUM).write_text(index_sum(run / NEWEST))  # whoever can write one can write the other
+    (run / NEWEST / INDEX_SUM).write_text(index_sum(run / NEWEST))  # an attacker can write both
 
 
 def replace_object(prefix: str) -> Callable[[Path, bytes], None]:
-    """Let the index point to other bytes for an object or a tensor, whose name begins so."""
+    """Return a function that points the index to other bytes for the first object or tensor with a name prefix."""
 
     def work(run: Path, content: bytes) -> None:
         index = pickle.loads((run / NEWEST / INDEX).read_bytes())
@@ -55,7 +55,7 @@ def replace(name: str, change: Callable[[bytes], bytes] = bytes) -> Callable[[Pa
     return work
 
 
-# What is hidden where; paths are relative to the run's folder.
+# Target → function that hides code there; paths are relative to the run's folder.
 TARGETS: dict[str, Callable[[Path, bytes], None]] = {
     "index": replace_index,
     "settings": replace_object("common_state/"),
@@ -76,7 +76,7 @@ OTHERS: dict[str, Callable[[Path, bytes], None]] = {
 }
 CASES = [(target, name) for target in TARGETS for name in PICKLES]
 CASES += [(target, name) for target in OTHERS for name in ("os.mkdir", "exec", "through torch")]
-# Run where bulk tests are left out.
+# These also run without bulk tests.
 SAMPLE = {("index", "through a checkpoint's module"), ("settings", "os.mkdir"), ("random state", "os.mkdir")}
 
 
@@ -86,14 +86,14 @@ SAMPLE = {("index", "through a checkpoint's module"), ("settings", "os.mkdir"), 
 def test_training_runs_no_code(target: str, name: str, trial: Trial, note: Noted) -> None:
     marker = trial.folder / "executed"
     (TARGETS | OTHERS)[target](trial.run, pickles(marker)[name])
-    # Megatron reads the settings before it loads the rest.
+    # With this flag, Megatron reads the settings before it loads the rest.
     result = trial.resume(*["--use-checkpoint-args"] * (target == "settings"))
     assert not marker.exists()
     note("malicious loads", f"{result} (training, {target})", 1)
 
 
 def test_the_code_would_run(tmp_path: Path) -> None:
-    """Each of these pickles makes the folder where it is read without care."""
+    """Each of these pickles makes the folder when plain `pickle.loads` reads it."""
     harmless = []
     for number, name in enumerate(PICKLES):
         marker = tmp_path / str(number)
@@ -121,7 +121,7 @@ def test_one_file_per_rank_runs_no_code(name: str, whole: Path, tmp_path: Path, 
 
 @pytest.fixture
 def no_answer(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Standard input with a yes that nobody should read."""
+    """Replace standard input by answers of yes that no tool should read."""
     answers = io.StringIO("y\ny\ny\n")
     monkeypatch.setattr(sys, "stdin", answers)
     return answers
@@ -133,7 +133,7 @@ def no_answer(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def test_tools_run_no_code(
     target: str, name: str, trial: Trial, note: Noted, no_answer: io.StringIO, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Tools that read a run's checkpoint."""
+    """Tools that read a run's checkpoint execute no code in it."""
     marker, out = trial.folder / "executed", str(trial.folder / "out")
     TARGETS[target](trial.run, pickles(marker)[name])
     load = ["--load", str(trial.run)]
@@ -154,7 +154,7 @@ def hide(name: str) -> Callable[[Path, bytes], None]:
 
 
 def as_code(folder: Path, content: bytes) -> None:
-    """Code beside the weights, which the configuration asks for."""
+    """Write code next to the weights, and name it in the configurations of model and tokenizer."""
     line = f"__import__('pickle').loads({content!r})\n"
     for name in ("modeling_remoe.py", "configuration_remoe.py", "tokenization.py", "custom_generate/generate.py"):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Start several trainings in one folder at once: one trains, the others say that it does, and nothing is mixed."""
+"""Start several trainings in one folder at once: each step runs once, and trainings without a step say why."""
 
 import shutil
 

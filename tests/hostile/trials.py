@@ -1,4 +1,4 @@
-"""Start a training in a disturbed folder, and say what came of it."""
+"""Start a training in a disturbed folder, and return its outcome."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from tests.trainings import TINY, weights
 
 SAVED, STEPS = 4, 6
 LIMIT = 300.0  # seconds; longer is a hang
-# What no user should see. A prompt would end in one of the first two, for standard input is empty.
+# Output that no user should see. A prompt would end in one of the first two, because standard input is empty.
 FORBIDDEN = ("Traceback", "EOFError", "[y/N]", "Segmentation fault")
 
 
@@ -26,19 +26,19 @@ def training(folder: Path, name: str, *more: str, steps: int = STEPS, saves: int
 
 
 def check_words(output: str) -> None:
-    """Assert that nothing was printed that no user should see."""
+    """Assert that the output has nothing that no user should see."""
     for word in FORBIDDEN:
         assert word not in output, output[-4000:]
 
 
 def same_weights(expected: Path, found: Path, iteration: int) -> bool:
-    """Whether all tensors of two checkpoints are equal, bit by bit."""
+    """Return whether all tensors of two checkpoints are equal bit for bit."""
     right, mine = tensors(expected, iteration), tensors(found, iteration)
     return right.keys() == mine.keys() and all(torch.equal(right[key], mine[key]) for key in right)
 
 
 def tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint of either format, but for random states: starting data loaders draws numbers."""
+    """Return a checkpoint's tensors in either format, without random states: starting data loaders draws numbers."""
     files = sorted(folder.glob(f"iter_{iteration:07d}/mp_rank_*/*.pt"))
     if not files:
         return weights(folder, iteration)
@@ -50,12 +50,12 @@ def tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Trial:
-    """A folder with text, its index cache and a run that can go on.
+    """A folder with text, its index cache and a run that can resume.
 
     Attributes:
-        folder: the whole.
-        expected: the run's folder in an undisturbed training.
-        steps: that it has in the end.
+        folder: the folder with all of it.
+        expected: the folder of an undisturbed run.
+        steps: number of steps of a whole run.
     """
 
     folder: Path
@@ -67,14 +67,14 @@ class Trial:
         return self.folder / "run"
 
     def resume(self, *more: str) -> str:
-        """Go on to the end. Return "unharmed", "went back", "refused", or "not noticed" where weights are others."""
+        """Resume to the end. Return "unharmed", "went back", "refused", or "not noticed" if final weights differ."""
         result = self.resume_anyhow(*more)
         if result == "refused" or same_weights(self.expected, self.run, self.steps):
             return result
         return "not noticed"
 
     def resume_anyhow(self, *more: str) -> str:
-        """Go on to the end, whatever the weights are in the end."""
+        """Resume to the end. Return "unharmed", "went back" or "refused"; do not compare the weights."""
         flags = training(self.folder, "run", *more)
         code, output = shared_entry().run(flags, limit=LIMIT)
         assert code is not None, f"it hangs: {output[-3000:]}"
@@ -87,7 +87,7 @@ class Trial:
 
 
 def damage(path: Path, chance: random.Random, how: str) -> None:
-    """Flip one bit of a file, or cut it at a random place; a file that is empty becomes one of a few random bytes."""
+    """Flip one bit of a file, cut it, or zero a block, at a random place. An empty file first gets 9 random bytes."""
     content = bytearray(path.read_bytes()) or bytearray(chance.randbytes(9))
     if how == "flip":
         place = chance.randrange(8 * len(content))

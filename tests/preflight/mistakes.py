@@ -1,4 +1,4 @@
-"""What users get wrong in the flags and environment of the entry, and what they have to be told."""
+"""Mistakes in the entry's flags and environment, and the messages that users must get."""
 
 import re
 import socket
@@ -14,7 +14,7 @@ Arguments = Callable[["User"], list[str]]
 
 @dataclass(frozen=True)
 class User:
-    """The files of somebody who trains: data sets and checkpoints, whole and not."""
+    """A user's files: data sets and checkpoints, whole and damaged."""
 
     folder: Path
 
@@ -28,7 +28,7 @@ class User:
 
 @dataclass(frozen=True)
 class Case:
-    """What the user gives, and what the last lines name, between bars: the error's code, flags, files and values."""
+    """A user's arguments, and parts of the last error, separated by bars: its code, flags, files and values."""
 
     arguments: Arguments
     message: str
@@ -38,17 +38,17 @@ class Case:
 
 
 def plain(flags: str = "", prefix: str = "text") -> Arguments:
-    """A training on a data set; words in braces are files of the user's."""
+    """Return the arguments of a training on a data set; words in braces are files of the user."""
     return lambda user: [*TINY, "--data-path", user[prefix], *user.filled(flags.split())]
 
 
 def on(prefix: str, flags: str = "") -> Arguments:
-    """A ReMoE on a data set."""
+    """Return the arguments of a ReMoE on a data set."""
     return plain(f"{' '.join(RELU)} {flags}", prefix)
 
 
 def lacking(names: str, flags: str = "") -> Arguments:
-    """A ReMoE without these flags and their values."""
+    """Return the arguments of a ReMoE without these flags and their values."""
 
     def arguments(user: User) -> list[str]:
         words = on("text", flags)(user)
@@ -61,13 +61,13 @@ def lacking(names: str, flags: str = "") -> Arguments:
 
 
 def resumed(flags: str = "", routing: list[str] = RELU, run: str = "remoe") -> Arguments:
-    """The training that saved a checkpoint, started again with other flags."""
+    """Return the arguments that resume the training of a checkpoint with other flags."""
     saving = f"--save-interval 2 --train-iters 2 --load {{{run}}} --save {{{run}}}"
     return plain(f"{' '.join(routing)} {saving} {flags}")
 
 
 def two(flags: str = "") -> Arguments:
-    """A ReMoE on two data sets without weights."""
+    """Return the arguments of a ReMoE on two data sets without weights."""
     return on("text", f"{flags} --data-path {{text}} {{text}}")
 
 

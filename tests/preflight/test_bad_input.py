@@ -1,4 +1,4 @@
-"""What users get wrong in flags, files and environment: each ends at once, with a short message, and loses nothing."""
+"""Test mistakes in flags, files and environment: each ends at once with a short message, and changes no file."""
 
 import hashlib
 import io
@@ -27,14 +27,14 @@ LINES = 3
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Path → hash of each file."""
+    """Return path → hash of each file."""
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 
 def copied(user: User, name: str) -> tuple[Path, Path]:
-    """A copy of the data set, to be damaged: its .bin and .idx."""
+    """Copy the data set, to damage it; return the .bin and .idx of the copy."""
     for path in (bin_path, idx_path):
         shutil.copy(path(user.folder / "text"), path(user.folder / name))
     return bin_path(user.folder / name), idx_path(user.folder / name)
@@ -66,12 +66,12 @@ def make_data_sets(user: User, source: Path) -> None:
 
 
 def put_nan(folder: Path, key: str) -> None:
-    """Make a tensor of a checkpoint not a number, in its file."""
+    """Fill a tensor in a checkpoint's file with NaN."""
     entry = next(entry for index, entry in read_index(folder).storage_data.items() if index.fqn == key)
     with (folder / entry.relative_path).open("r+b") as file:
         file.seek(entry.offset)
         tensor, changed = torch.load(io.BytesIO(file.read(entry.length)), weights_only=True), io.BytesIO()
-        torch.save(tensor.fill_(torch.nan), changed)  # with a sum that fits it
+        torch.save(tensor.fill_(torch.nan), changed)  # with a matching checksum
         assert len(changed.getvalue()) == entry.length
         file.seek(entry.offset)
         file.write(changed.getvalue())
@@ -102,7 +102,7 @@ def used_port() -> Iterator[str]:
 
 
 def last_message(output: str) -> str:
-    """What is printed from the last error on: the last words."""
+    """Return the output from the last error on."""
     start = output.rfind("pretrain_gpt.py: error: ")
     assert start >= 0, output[-2000:]
     return output[start:]
@@ -127,13 +127,13 @@ def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
 
 @pytest.mark.parametrize("arguments", [on("text"), resumed(), two()], ids=["new", "resumed", "two data sets"])
 def test_without_the_mistake_it_trains(arguments: Callable[[User], list[str]], entry: Entry, user: User) -> None:
-    """The cases fail by what they change."""
+    """Without their mistake, the commands of the cases train."""
     code, output = entry.run([*arguments(user), "--train-iters", "2"])
     assert code == 0, output[-2000:]
 
 
 def test_what_changes_on_the_way_is_no_other_training(entry: Entry, user: User, tmp_path: Path) -> None:
-    """Length, micro-batches, intervals and the folders of data and checkpoints; then nothing is left to do."""
+    """Length, micro-batch size, intervals and folders may change on resuming. A second start has nothing to do."""
     shutil.copytree(user["remoe"], tmp_path / "moved")
     for path in (bin_path, idx_path):
         shutil.copy(path(user.folder / "text"), path(tmp_path / "text"))
@@ -216,7 +216,7 @@ def test_command(name: str, user: User) -> None:
 
 @pytest.mark.timeout(120)
 def test_script_whose_training_refuses(user: User, tmp_path: Path) -> None:
-    """What the entry says on a real start is the last error in the log, below it only torchrun's report."""
+    """The log of a launch script has the entry's error, with no traceback before it."""
     result = subprocess.run(
         [*TRAIN, "1", "--", "--tokenizer-type", "NullTokenizer", "--vocab-size", "257", "--cpu"],
         capture_output=True,

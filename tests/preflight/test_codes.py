@@ -1,4 +1,4 @@
-"""Each error has a code, and the page of codes is the registry's."""
+"""Test that the registry lists the codes in use, and that docs/errors.md is its page."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Data that do not fit the vocabulary, and Megatron's index cache after a full disk or beside other data."""
+"""Test data that do not fit the vocabulary, and Megatron's index cache after a full disk or with other data."""
 
 import argparse
 import contextlib
@@ -45,7 +45,7 @@ def test_unusable_index_is_named_and_built_again(damage: str, prefix: Path) -> N
 
 
 def test_an_index_is_kept_as_long_as_it_fits_the_data(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data that were copied again are newer. Other ones have more documents, or the same in another order."""
+    """An index is kept for newer files with the same data, and not for more documents or another order."""
     losses(prefix, "--eval-iters", "1")
     args = argparse.Namespace(data_cache_path=None, dataloader_fast_cache_load=False)
     os.utime(idx_path(prefix))
@@ -80,7 +80,7 @@ def test_cache_of_another_training_is_left_alone(prefix: Path, tmp_path: Path) -
 
 
 def test_loading_unchecked_is_refused(prefix: Path, tmp_path: Path) -> None:
-    """--dataloader-fast-cache-load never builds an index."""
+    """With --dataloader-fast-cache-load, Megatron would not build the damaged index again."""
     cache = ["--data-cache-path", str(tmp_path / "cache")]
     losses(prefix, *cache)
     (cached,) = (tmp_path / "cache").glob("*-train-shuffle_index.npy")
@@ -105,7 +105,7 @@ def test_samples_come_from_all_over_the_data(place: int, tmp_path: Path) -> None
 
 
 def test_an_existing_cache_need_not_be_writable() -> None:
-    """/proc is a folder in which nobody can make a file, root included."""
+    """The cache can be a read-only folder such as /proc, where not even root can make a file."""
     places = {"save": None, "tensorboard_dir": None, "data_cache_path": None}
     make_output_folders(argparse.Namespace(**places | {"data_cache_path": "/proc"}))
     with pytest.raises(DataError, match="--save /proc"):

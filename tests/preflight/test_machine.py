@@ -1,4 +1,4 @@
-"""What a machine may lack: a C compiler, Triton, and a Transformer Engine that works."""
+"""Test machines without a C compiler, Triton, a GPU, or a Transformer Engine that works."""
 
 import os
 import re
@@ -26,9 +26,9 @@ IMPORT_MEGATRON = "import megatron.core.tensor_parallel.layers as layers; print(
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A machine without any program, on which nothing was decided about torch.compile."""
+    """Simulate a machine without any program and without settings of torch.compile."""
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "CC", "RANK"):
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # so that it is restored after the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(tmp_path))
     return monkeypatch
@@ -46,8 +46,8 @@ def double(values: torch.Tensor) -> torch.Tensor:
     ("program", "variables", "missing"),
     [
         ("gcc", {}, ""),
-        ("gcc", {"CC": "icc"}, "no C compiler (icc)"),  # Triton takes it unseen
-        ("other", {"TORCH_COMPILE_DISABLE": "1"}, ""),  # by the user
+        ("gcc", {"CC": "icc"}, "no C compiler (icc)"),  # Triton uses it without a check
+        ("other", {"TORCH_COMPILE_DISABLE": "1"}, ""),  # set by the user
         ("gcc", {"include": "elsewhere"}, "elsewhere/Python.h (of python3-dev)"),
     ],
 )
@@ -108,7 +108,7 @@ def test_triton_kernels_without_triton(without, tmp_path: Path) -> None:
     ],
 )
 def test_where_quack_can_run(on_cpu: bool, generation: int, missing: str, words: str, without, tmp_path: Path) -> None:
-    """Triton's interpreter is no help to it."""
+    """QuACK needs a GPU of compute capability 9 or 10, even with Triton's interpreter."""
     add_program(tmp_path, "gcc")
     without.setenv("TRITON_INTERPRET", "1")
     without.setattr(machine, "_generation", lambda: generation)
@@ -165,7 +165,7 @@ def test_an_engine_that_works_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(torch.version.cuda is None, reason="a torch without CUDA brings none of them")
 @pytest.mark.parametrize("library", ["cudnn", "nvrtc", "curand"])
 def test_the_gpu_extra_has_what_the_engine_loads(library: str) -> None:
-    """What Transformer Engine's common/__init__.py loads by name, and ends without, comes with torch or the extra."""
+    """The libraries that Transformer Engine's common/__init__.py must load by name come with torch or the extra."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     brought = [*(requires("torch") or []), *project["optional-dependencies"]["gpu"]]
     assert any(library in requirement for requirement in brought)

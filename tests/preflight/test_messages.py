@@ -1,4 +1,4 @@
-"""Who says what is wrong: the program by its own name, each rank where the reason is its own."""
+"""Test who prints an error: the first rank, or any rank whose reason is its own, under the program's name."""
 
 import argparse
 import socket
@@ -13,7 +13,7 @@ from megatron.remoe.preflight import environment, messages
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that a rank would have waited before it spoke."""
+    """Return the list of seconds that a rank would have waited before it printed."""
     seconds: list[float] = []
     monkeypatch.setattr(messages.time, "sleep", seconds.append)
     monkeypatch.setattr(sys, "argv", ["/somewhere/own_script.py"])

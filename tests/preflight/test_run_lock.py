@@ -1,4 +1,4 @@
-"""Two trainings and one folder: real processes, on one machine and as on two."""
+"""Test two trainings in one folder, with real processes on one machine and as if on two."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from megatron.remoe.preflight.run_lock import HOLDER, LOCK, FolderInUseError, lo
 from tests.trainings import REPOSITORY, TINY, records, run, start
 
 LEASE = 4.0
-SHORT = 1.0  # where nobody holds the folder
+SHORT = 1.0  # for tests in which nobody holds the folder
 HOLD = """
 import argparse, socket, sys, time
 if sys.argv[3]:
@@ -28,7 +28,7 @@ with lock_save_folder(argparse.Namespace(rank=0, skip_train=False, save=sys.argv
 
 
 def hold(folder: Path, host: str = "") -> subprocess.Popen[str]:
-    """A process that holds the folder, as if on another machine where a host is given."""
+    """Start a process that holds the folder, as if on another machine if a host is given."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), str(LEASE), host],
         stdout=subprocess.PIPE,
@@ -62,7 +62,7 @@ def test_second_is_refused_and_a_dead_one_taken_over(host: str, tmp_path: Path) 
 
 
 def lease(**fields: object) -> str:
-    """The record of a lease, as filelock writes it."""
+    """Return the record of a lease, as filelock writes it."""
     lines = {"pid": 12, "host": "node7", "mode": "lease", "token": "ab", "duration": SHORT} | fields
     return "".join(["filelock/2\n", *(f"{name}={value}\n" for name, value in lines.items())])
 
@@ -110,7 +110,7 @@ def test_one_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_two_trainings_in_one_folder(data: Path, tmp_path: Path) -> None:
-    """The second is refused, and goes on where the first was killed; torchrun's ranks are one training."""
+    """A second training is refused until the first is killed; then it resumes. Two ranks count as one training."""
     saving = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2", "--data-path", str(data)]
     first = start([*TINY, *saving, "--train-iters", "100000", "--lr-decay-iters", "8"], PYTHONUNBUFFERED="1")
     assert first.stdout is not None

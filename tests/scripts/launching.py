@@ -1,4 +1,4 @@
-"""The paper's launch scripts, started with nothing else in the environment."""
+"""Run the paper's launch scripts in a minimal environment."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ def alone(environment: dict[str, str]) -> dict[str, str]:
 def launch(
     script: str, *arguments: str, folder: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user does."""
+    """Run a launch script with bash; the environment has PATH, HOME and `environment` only."""
     command = ["bash", str(SCRIPTS / f"train_llama_{script}.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=alone(environment), cwd=folder)
 
@@ -33,7 +33,7 @@ def launch(
 def planned(
     script: str, *arguments: str, folder: Path = REPOSITORY, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Do what a script does before a training starts, in this process."""
+    """Run a launch script's program in this process; by default it prints the command and starts no training."""
     output, errors = io.StringIO(), io.StringIO()
     given = alone({"DRY_RUN": "command", "DATA_PATH": "pile", "PYTHON": sys.executable} | environment)
     with (
@@ -51,7 +51,7 @@ def command(script: str, *arguments: str, **environment: str) -> list[str]:
 
 
 def dry_run(script: str, *arguments: str, code: int = 0, **environment: str) -> str:
-    """Return what DRY_RUN=1 prints, with errors, in a Megatron that is imported already."""
+    """Return stdout and stderr of DRY_RUN=1, run by a process that has already imported Megatron."""
     given = {"DRY_RUN": "1", "PYTHON": sys.executable} | environment
     program = REPOSITORY / "tools" / "recipes" / "__main__.py"
     found, output = shared_entry().run([*script.split("_"), *arguments], given, script=program, limit=120)
@@ -60,12 +60,12 @@ def dry_run(script: str, *arguments: str, code: int = 0, **environment: str) -> 
 
 
 def value(words: list[str], flag: str) -> str:
-    """The last value of a flag, which is the one that counts."""
+    """Return the last value of a flag, which overrides earlier ones."""
     return words[len(words) - 1 - words[::-1].index(flag) + 1]
 
 
 def shards(folder: Path, names: list[str]) -> list[str]:
-    """Data sets in a folder; returns their prefixes with the weights that the fork gives."""
+    """Create empty data sets; return their prefixes, each after the weight 1.0 that the fork uses."""
     folder.mkdir(exist_ok=True)
     for name in names:
         (folder / f"{name}_text_document.bin").touch()

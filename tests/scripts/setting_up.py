@@ -1,4 +1,4 @@
-"""What set-up is tried with: its library in a shell, and Pythons that are not what they are."""
+"""Helpers for the setup tests: run the shell library, and create fake Pythons."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ REAL = Path(getattr(sys, "_base_executable", sys.executable))
 
 
 def run_bash(code: str, root: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` after sourcing the library of the tree at `root`, as the scripts do."""
+    """Run `code` after sourcing the library of the tree at `root`, as the scripts do."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "TORCH_INDEX_URL")}
     return subprocess.run(
         ["bash", "-c", f'set -euo pipefail; source "{root / LIBRARY}"; {code}'],
@@ -24,7 +24,7 @@ def run_bash(code: str, root: Path = ROOT, **variables: str) -> subprocess.Compl
 
 
 def make_python(path: Path, version: tuple[int, int, int], ensurepip: bool = True) -> Path:
-    """The Python that runs this test, which takes itself for another version and may miss ensurepip."""
+    """Create a script that runs this Python but reports another version and can lack ensurepip."""
     prelude = f"import sys; sys.version_info = ({version[0]}, {version[1]}, {version[2]}, 'final', 0); "
     prelude += "" if ensurepip else "sys.modules['ensurepip'] = None; "
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The container and the Kubernetes job: linted, checked against the published schema; the job's command is planned."""
+"""Test the container and the Kubernetes job: linter, published schema, and the command that the job would run."""
 
 import re
 import shlex
@@ -35,7 +35,7 @@ def test_versions_are_checked(tmp_path: Path) -> None:
     script = str(CLUSTER / "check_versions.py")
     good = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
     assert good.returncode == 0 and {"python", "torch", "megatron-core"} <= {*good.stdout.split()}
-    # Another description of the package comes first: one that asks for more than there is.
+    # This metadata of the package is found first. It requires more than is installed.
     info = tmp_path / "megatron_remoe-9.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
@@ -54,7 +54,7 @@ def manifest() -> dict[str, Any]:
 
 
 def test_manifest_has_the_published_schema() -> None:
-    """The models drop fields that they do not know, and refuse values of another type."""
+    """The manifest loads without loss. The models drop unknown fields and refuse values of another type."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
     job = models.TrainerV1alpha1TrainJob.from_dict(manifest())
     assert job.to_dict() == manifest()

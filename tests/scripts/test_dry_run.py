@@ -1,4 +1,4 @@
-"""What a launch script says of a training before it starts: cost, and what differs from the paper."""
+"""Test DRY_RUN=1 of the launch scripts: the cost and the settings that differ from the paper's."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ PAPER = {"182m": (777, 995), "469m": (2580, 2873), "978m": (5730, 5991)}  # 10^6
 
 @pytest.fixture(scope="module")
 def pile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the names of the fork's shards."""
+    """Return a folder with empty data sets named like the fork's shards."""
     folder = tmp_path_factory.mktemp("pile")
     shards(folder, [f"{number:02}" for number in range(1, 30)])
     return str(folder)
@@ -22,7 +22,7 @@ def pile(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("size", SIZES)
 def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
-    """The entry's own parser and validation accept each script's flags, and model and settings are the paper's."""
+    """The program's parser and validation accept each script's flags; model, cost and settings are the paper's."""
     estimate, _, command_line = dry_run(f"{size}_{routing}", DATA_DIR=pile).partition("\nCommand:\n")
     assert "torch.distributed.run" in command_line and "--bf16" in command_line and "--save" in command_line
     parameters, gflops = PAPER[size]
@@ -44,7 +44,7 @@ def test_cost_without_data() -> None:
 
 
 def test_both_models_cost_the_same(pile: str) -> None:
-    """Parameters, FLOPs and memory, and neither differs from the paper."""
+    """GPTModel and HybridModel get the same estimate: parameters, FLOPs, memory and differences from the paper."""
     layout = {"DATA_DIR": pile, "PP": "2", "VPP": "2"}
     gpt, hybrid = (dry_run("182m_remoe", MODEL=model, **layout).split("Command:") for model in ("gpt", "hybrid"))
     assert "--num-layers 12" in gpt[1] and "--hybrid-layer-pattern" in hybrid[1]
@@ -52,7 +52,7 @@ def test_both_models_cost_the_same(pile: str) -> None:
 
 
 def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
-    """With GPT-2's vocabulary, which is read, on a path with blanks and letters beyond ASCII."""
+    """The dry run reads GPT-2's vocabulary from a path with blanks and non-ASCII letters."""
     vocabulary, merges = tmp_path / "my vocäbulary.json", tmp_path / "my mërges.txt"
     for file, name in zip(gpt2_files(), (vocabulary, merges), strict=True):
         name.symlink_to(file)
@@ -70,12 +70,12 @@ def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
         ("data-path", "pile", "fork", "01 to 29, equally"),
     }  # fmt: skip
     assert "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)" in output and "at 30% utilization" in output
-    assert "With --moe-relu-max-experts 8 it takes " in output  # 4 · k of 64 experts, before they are split in two
+    assert "With --moe-relu-max-experts 8 it takes " in output  # 4 · k for 64 experts, before granularity 2 splits them
 
 
 @pytest.mark.parametrize(("given", "weights"), [("{}", [1]), ("1.0 {0} 3.0 {0}", [0.25, 0.75])])
 def test_epochs(given: str, weights: list[float], data: Path) -> None:
-    """Of 100 steps of 512 sequences of 64 tokens; these few documents have another split than the paper's."""
+    """The epochs are those of 100 · 512 · 64 tokens. So few documents get another split than the paper's."""
     flags = ["--", "--seq-length", "64", "--max-position-embeddings", "64"]
     output = dry_run("182m_dense", "8", "100", "16", *flags, DATA_PATH=given.format(data))
     found = re.search(r"Data: .* in \d data sets?; ([0-9.e+]+)(?: to ([0-9.e+]+))? epochs", output)

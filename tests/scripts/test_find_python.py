@@ -1,4 +1,4 @@
-"""Which Python set-up finds, on machines that are made up."""
+"""Test which Python setup finds on simulated machines."""
 
 import subprocess
 from pathlib import Path
@@ -9,13 +9,13 @@ from tests.scripts.setting_up import REAL, make_failing_shim, make_python, run_b
 
 
 def find(machine: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """With the folders a and b on PATH, and of HOME and fixed places."""
+    """Run find_python with the machine's folders a and b as PATH, and its own HOME and fixed places."""
     search = f'PATH="{machine}/a:{machine}/b"; find_python "{machine}/fixed"'
     return run_bash(search, **{"HOME": f"{machine}/home", "PYENV_ROOT": "", **variables})
 
 
 def found(machine: Path, **variables: str) -> str:
-    """Kind and version of the Python that is chosen."""
+    """Return kind and version of the chosen Python."""
     answer = find(machine, **variables)
     assert answer.returncode == 0 and answer.stderr == "", answer.stderr
     kind, version, path = answer.stdout.split(maxsplit=2)
@@ -41,7 +41,7 @@ PYENV = "home/.pyenv/versions/{0}/bin/python"
 def test_the_first_complete_python_is_taken(
     shims: str, pythons: dict[str, str], expected: str | None, tmp_path: Path
 ) -> None:
-    """Failing shims, old ones and those without ensurepip are passed over; a newer one is the last resort."""
+    """Failing shims, old Pythons and those without ensurepip are skipped; a newer version is the last resort."""
     for shim in shims.split():
         make_failing_shim(tmp_path / shim)
     for place, text in pythons.items():
@@ -67,5 +67,5 @@ def test_variables_say_where_a_python_is(tmp_path: Path) -> None:
     wanted = make_python(tmp_path / "b/mine", (3, 13, 9))
     assert found(tmp_path, PYTHON=str(wanted)) == "ready 3.13.9"
     for python in (make_python(tmp_path / "b/old", (3, 8, 18)), make_failing_shim(tmp_path / "b/shim")):
-        answer = find(tmp_path, PYTHON=str(python))  # and it is not silently replaced
+        answer = find(tmp_path, PYTHON=str(python))  # no silent fallback to another Python
         assert answer.returncode == 1 and answer.stdout == "" and f"PYTHON={python} " in answer.stderr

@@ -1,4 +1,4 @@
-"""The authors' fork: docs/fork.md lists each flag that differs, and the entry takes the fork's own command line."""
+"""Test that docs/fork.md lists each flag that differs from the fork, and that the fork's command line works."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from tests.trainings import REPOSITORY
 from tools.common.flags import parse
 
 SIZES, ROUTINGS = ("182m", "469m", "978m"), ("dense", "moe", "remoe")
-Flags = dict[str, dict[str, str]]  # script → flag → what is typed behind it
+Flags = dict[str, dict[str, str]]  # script → flag → the words after it
 
 
 def of_the_fork() -> Flags:
@@ -66,7 +66,7 @@ def test_the_page_has_every_flag() -> None:
 
 
 def test_takes_the_forks_command_line(tmp_path: Path) -> None:
-    """And it is the paper's run: nothing is named as different but the data, which it does not find here."""
+    """tools/cost accepts the fork's command line and names only the data, which do not exist here, as different."""
     flags = [word for flag, values in of_the_fork()["182m_remoe"].items() for word in (flag, *shlex.split(values))]
     tool = [sys.executable, str(REPOSITORY / "tools" / "cost"), "--gpus", "8", "--paper", "182m", "remoe"]
     result = subprocess.run([*tool, "--", *flags, "--data-path", "pile"], cwd=tmp_path, capture_output=True, text=True)

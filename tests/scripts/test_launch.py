@@ -1,4 +1,4 @@
-"""The paper's launch scripts: what they would run beyond the recorded commands, and their errors."""
+"""Test the paper's launch scripts: what test_launch_commands.py does not record, and errors."""
 
 import os
 import re
@@ -18,7 +18,7 @@ def data_path(words: list[str]) -> list[str]:
 
 
 def test_data_folder(tmp_path: Path) -> None:
-    """Missing shards, files beside a whole Pile and doubled shards are named; unfinished files are not taken."""
+    """Missing, extra and duplicate shards are named; unfinished files are ignored."""
     folder = tmp_path / "dätä of mine"
     names = [f"{number:02}" for number in range(30)]
     some = shards(folder, [names[0], *names[5:]])
@@ -66,7 +66,7 @@ WITH_ENGINE = ["transformer_engine", "--moe-grouped-gemm"]
     ],
 )
 def test_kernels(modules: dict[str, str], flags: list[str], layers: str, expected: list[str], tmp_path: Path) -> None:
-    """What Megatron would not build is left out, and the path that is taken is said."""
+    """The command uses only kernels that can be imported, and one line on stderr names the layers."""
     for name, text in modules.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -83,7 +83,7 @@ def test_kernels(modules: dict[str, str], flags: list[str], layers: str, expecte
 
 
 def settings(words: list[str]) -> list[str]:
-    """What is set in the environment of a command."""
+    """Return the environment variables that a command sets."""
     return words[1 : next(i for i, word in enumerate(words) if word.endswith("python"))] if words[0] == "env" else []
 
 
@@ -92,7 +92,7 @@ ONE, GROWING = "CUDA_DEVICE_MAX_CONNECTIONS=1", "PYTORCH_CUDA_ALLOC_CONF=expanda
 
 @pytest.mark.parametrize(("capability", "expected"), [("9.0", "1"), ("10.0", ""), ("[N/A]", "1")])
 def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Path) -> None:
-    """On a machine whose GPUs and interpreter are played: what the training would find in its environment."""
+    """The training gets the environment variables that command.sh sets; nvidia-smi and Python are stubs."""
     answers = {
         "nvidia-smi": f'[[ $1 == -L ]] && printf "GPU %s: H100\\n" 0 1 || printf "%s\\n" "{capability}" "{capability}"',
         "python": f'[[ $1 == -m ]] || exec {sys.executable} "$@"\n'
@@ -115,7 +115,7 @@ def test_starts_on_gpus_as_it_says(capability: str, expected: str, tmp_path: Pat
 
 @pytest.mark.parametrize(("rank", "written"), [("0", True), ("1", False)])
 def test_the_first_node_writes_the_command(rank: str, written: bool, tmp_path: Path) -> None:
-    """All nodes may share the folder."""
+    """Only the first node writes command.sh, because all nodes can share the folder."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -176,7 +176,7 @@ def test_errors(words: str, environment: dict[str, str], facts: str) -> None:
     ],
 )
 def test_a_layout_fits_the_model_that_megatron_builds(words: str, environment: dict[str, str]) -> None:
-    """Flags behind -- override the script's."""
+    """Flags after -- override the script's."""
     assert command("182m_remoe", *words.split(), **environment)
 
 
@@ -190,7 +190,7 @@ def test_a_layout_fits_the_model_that_megatron_builds(words: str, environment: d
     ],
 )
 def test_too_few_gpus(gpus: int, visible: dict[str, str], asked: str, message: str, tmp_path: Path) -> None:
-    """Without this, Megatron would train on the CPU, one process for each missing GPU."""
+    """More processes than GPUs are refused; without GPUs each process would train on the CPU."""
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nseq -f 'GPU %g: H100' {gpus}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     for name in ("encoder.json", "vocab.bpe"):

@@ -1,7 +1,7 @@
-"""The launch scripts' commands are those of a recorded table.
+"""Test that the launch scripts' commands match a recorded table.
 
-`python -m tests.scripts.test_launch_commands` records it again, after a change that is meant to change commands. A new
-case is a row of the table with its script, arguments and environment: ["182m_moe", ["8"], {"TP": "2"}, 0, []].
+After an intended change of commands, run `python -m tests.scripts.test_launch_commands` to record the table again. To
+add a case, add a row with its script, arguments and environment: ["182m_moe", ["8"], {"TP": "2"}, 0, []].
 """
 
 import json
@@ -64,7 +64,7 @@ def test_command_is_as_recorded(case: list[Any], folder: Path) -> None:
 
 
 def main() -> None:
-    """Ask all cases again and write the table: pieces that commands have in common, and for each case its pieces."""
+    """Run all cases again and write the table: the pieces of all commands, and the pieces of each case."""
     pieces: dict[str, int] = {}
     rows = []
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""A launch script for real on the CPU: it trains, resumes, saves at a signal, and ends as the training does."""
+"""Test a launch script on the CPU: it trains, resumes, saves on a signal and returns the training's exit code."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def training_environment(data: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
-    """On paths with blanks and letters beyond ASCII."""
+    """A training resumes, on paths with blanks and non-ASCII letters."""
     folder = tmp_path / "dätä of mine"
     folder.mkdir()
     for suffix in (".bin", ".idx"):
@@ -39,7 +39,7 @@ def test_trains_and_resumes_on_the_cpu(data: Path, tmp_path: Path) -> None:
         "tensorboard",
         "train.log",
     }
-    # What a dry run tells of their number and size is what was written.
+    # A dry run predicts the number and size of the checkpoints.
     output = dry_run("182m_remoe", "1", "4", "2", "--", *FLAGS, **environment)
     found = re.search(r"Checkpoints: (\d+) of (\S+) GB, (\S+) GB in all, one every 2 iterations", output)
     assert found is not None, output
@@ -90,7 +90,7 @@ def test_ends_with_the_trainings_exit_code_its_whole_log_and_its_last_error(
 def test_a_signal_before_torchrun_has_children_is_not_lost(
     training: str, code: int, stopped: bool, tmp_path: Path
 ) -> None:
-    """On a machine without ps and pgrep. A training that cannot save has failed, not stopped."""
+    """The signal is sent once the training runs, without ps or pgrep. A training that cannot save has failed."""
     (tmp_path / "tee").symlink_to(shutil.which("tee") or "")
     words = [sys.executable, "-c", RUN, str(tmp_path / "log"), sys.executable, "-c", LATE, training]
     process = subprocess.Popen(
@@ -108,7 +108,7 @@ def test_a_signal_before_torchrun_has_children_is_not_lost(
 
 @pytest.mark.parametrize("receivers", ["script", "all"])
 def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) -> None:
-    """A signal reaches the script alone (kill, docker stop), or every process of the job (a scheduler)."""
+    """A checkpoint is saved if SIGTERM reaches only the script (kill, docker stop) or every process (a scheduler)."""
     log, console = tmp_path / "run" / "train.log", tmp_path / "console"
     process = subprocess.Popen(
         ["bash", str(SCRIPTS / "train_llama_182m_remoe.sh"), "1", "100000", "2", "--", *FLAGS],
@@ -117,7 +117,7 @@ def test_sigterm_saves_a_checkpoint(receivers: str, data: Path, tmp_path: Path) 
         env=alone(training_environment(data, tmp_path)),
     )
     deadline = time.monotonic() + 120
-    # Not before the first save: what that starts must survive the signal too.
+    # Wait for the first save: the processes that it starts must survive the signal too.
     while not (log.exists() and "successfully saved checkpoint" in log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Making and keeping .venv; without network."""
+"""Test creating, updating and reusing .venv, without network."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from tools.common.places import ROOT
 
 
 def make_wheel(folder: Path, name: str, version: str, *extras: str) -> Path:
-    """An installable wheel that holds nothing but its metadata."""
+    """Build an installable wheel that contains only its metadata."""
     stem = f"{name.replace('-', '_')}-{version}"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     metadata += "".join(f"Provides-Extra: {extra}\n" for extra in extras)
@@ -45,7 +45,7 @@ backend-path = ["."]
 
 
 class Tree:
-    """The project's own scripts around packages that hold nothing: pip runs for real, but briefly and offline."""
+    """The project's scripts with empty packages, so that the real pip runs briefly and offline."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -61,7 +61,7 @@ class Tree:
         (self.root / "requirements.txt").write_text(f"torch=={version}\n")
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """Variables under which pip sees nothing but this tree's wheels, from the PyPI of a machine without network."""
+        """Return an environment in which pip finds only this tree's wheels, as if PyPI could not be reached."""
         pip = {"PIP_INDEX_URL": (self.root / "no-index").as_uri(), "PIP_FIND_LINKS": (self.root / "wheels").as_uri()}
         inherited = {name: value for name, value in os.environ.items() if name != "TORCH_INDEX_URL"}
         return inherited | pip | {"PYTHON": str(REAL), "PIP_CONFIG_FILE": os.devnull} | variables
@@ -77,7 +77,7 @@ class Tree:
         )
 
     def set_up(self, **variables: str) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of scripts/setup.sh."""
+        """Run scripts/setup.sh; return its exit code, stdout and stderr."""
         process = self.start(**variables)
         out, err = process.communicate(timeout=300)
         return process.returncode, out, err
@@ -94,12 +94,12 @@ class Tree:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    return Tree(tmp_path / "a tree")  # with a blank, which scripts like to trip over
+    return Tree(tmp_path / "a tree")  # the blank breaks unquoted shell variables
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """A tree that is set up, torch being that of TORCH_INDEX_URL; every test leaves it set up."""
+    """Return a tree that is set up with torch from TORCH_INDEX_URL; every test leaves it set up."""
     tree = Tree(tmp_path_factory.mktemp("finished") / "tree")
     wheel = make_wheel(tree.root / "index/torch", "torch", "1+cpu")
     (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
@@ -204,7 +204,7 @@ def test_of_two_set_ups_at_once_one_waits_for_the_other(tree: Tree) -> None:
 
 
 def test_an_environment_of_other_make_and_a_link_are_left_alone(finished: Tree, tree: Tree) -> None:
-    """A link is that of a checkout that shares the environment of another."""
+    """A foreign .venv and a link, as in a checkout that shares another's environment, are refused and kept."""
     theirs, link = tree.root / ".venv/bin/python", tree.root / ".venv"
     theirs.parent.mkdir(parents=True)
     theirs.symlink_to(REAL)
@@ -218,7 +218,7 @@ def test_an_environment_of_other_make_and_a_link_are_left_alone(finished: Tree, 
 
 
 def test_no_script_expands_an_empty_array() -> None:
-    """Bash before 4.4, such as that of macOS, takes it for an unset variable."""
+    """With `set -u`, Bash before 4.4 (macOS) treats an empty array as an unset variable."""
     scripts = [path for path in (*ROOT.glob("*.sh"), *(ROOT / "scripts").rglob("*.s[hb]*")) if path.is_file()]
     texts = {path.name: path.read_text() for path in scripts}
     assert texts.keys() >= {"data_preprocessing.sh", "environment.sh", "train.sbatch"}

@@ -1,7 +1,7 @@
-"""The Slurm job file, with real trainings on one node. Only Slurm's three commands are stand-ins.
+"""Test the Slurm job file with real trainings on one node; only Slurm's three commands are stubs.
 
-They do what Slurm 24.11 was seen to do: `scancel --signal` reaches all processes of a step, data loaders too, but
-not the job file's shell; srun kills its tasks at a SIGTERM of its own; `scontrol requeue` brings back a cancelled job.
+They behave as observed with Slurm 24.11: `scancel --signal` reaches all processes of a step, including data loaders,
+but not the job file's shell; srun, on SIGTERM, kills its tasks; `scontrol requeue` also requeues canceled jobs.
 """
 
 import json
@@ -61,7 +61,7 @@ match [Path(sys.argv[0]).name, *sys.argv[1:]]:
 
 
 class Job:
-    """A job of Slurm's: the copy of the job file that Slurm makes, running in the folder sbatch was called in."""
+    """A Slurm job: Slurm's copy of the job file, which runs in the folder where sbatch was called."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.commands, self.submit = folder / "commands", folder / "submit"
@@ -111,14 +111,14 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_time_limit_saves_queues_again_and_resumes(data: Path, tmp_path: Path) -> None:
-    """A job of one node, and a tiny training that would take hours; at last one that fails."""
+    """SIGTERM saves and requeues a job, and the job resumes. A finished or failed training is not requeued."""
     small = [*SMALL, *"--moe-ffn-hidden-size 128 --split 90,10,0 --eval-iters 0".split()]
     environment = {"DATA_PATH": str(data), "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable}
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
     job, training = Job(tmp_path, **environment), [str(TRAINING_SCRIPT), "1", "1000000", "2", "--", *small]
     saved = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
 
-    # The signal comes after a save at an interval: what that one leaves running has to be there for the next.
+    # The signal comes after an interval save: the processes that this save started are needed for the next one.
     process = job.start(*training, "--save-interval", "3")
     wait_for(saved, process)
     process.send_signal(signal.SIGTERM)
@@ -169,11 +169,11 @@ SAVES = "trap 'exit 143' TERM; touch ready; for _ in {1..300}; do sleep 0.1; don
     ("script", "state", "status", "requeued"),
     [
         (SAVES, "RUNNING", 143, 1),
-        (SAVES, "CANCELLED", 143, 0),  # the user's scancel
-        (SAVES, "PENDING", 143, 0),  # Slurm itself has queued it again
-        (SAVES.replace("143", "0"), "RUNNING", 0, 0),  # has just ended
-        (SAVES.replace("143", "1"), "RUNNING", 1, 0),  # could not save
-        (SAVES.replace("143", "3"), "COMPLETING", 3, 0),  # has failed
+        (SAVES, "CANCELLED", 143, 0),  # canceled by the user
+        (SAVES, "PENDING", 143, 0),  # requeued by Slurm
+        (SAVES.replace("143", "0"), "RUNNING", 0, 0),  # the training has just ended
+        (SAVES.replace("143", "1"), "RUNNING", 1, 0),  # the training could not save
+        (SAVES.replace("143", "3"), "COMPLETING", 3, 0),  # the training has failed
     ],
 )
 def test_sigterm(script: str, state: str, status: int, requeued: int, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_sigterm(script: str, state: str, status: int, requeued: int, tmp_path: 
     wait_for(job.submit / "ready", process)
     (job.commands / "state").write_text(f"JobState={state}")
     process.send_signal(signal.SIGTERM)
-    if state != "RUNNING":  # Slurm has told the tasks too
+    if state != "RUNNING":  # Slurm signals the tasks too
         subprocess.run([job.commands / "scancel", "--signal=TERM", "4321"], check=True)
     output, _ = process.communicate(timeout=30)
     assert (process.returncode, job.requeued) == (status, requeued), output

@@ -1,4 +1,4 @@
-"""What the built wheel holds, how it is imported, and the versions of what it needs."""
+"""Test the wheel: its contents, the installed command, and the versions of its dependencies."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tools.common.places import ROOT
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this tree, built in a copy, since setuptools leaves its traces beside the sources."""
+    """Build this tree's wheel in a copy, because setuptools writes next to the sources."""
     copy = tmp_path_factory.mktemp("build") / "tree"
     for name in ("megatron", "tools"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -83,7 +83,7 @@ def test_the_installed_command_does_all_without_a_clone(wheel: Path, tmp_path: P
     assert remoe("generate", "--load", "runs/llama_182m_remoe_e8g1", "--prompt", "1 2", "--max-new-tokens", "4")
 
 
-# What packages that are installed next to this one ask for, as published: megatron-bridge 0.6.2 and vllm 0.33.0.
+# Published requirements of packages that are installed next to this one: megatron-bridge 0.6.2, vllm 0.33.0.
 NEIGHBOURS = {
     "megatron-bridge": ["transformers>=5.8,<=5.12.1", "torch>=2.6.0", "tensorboard>=2.19.0", "wandb==0.29.0"],
     "vllm": ["transformers>=5.16.1,<5.21", "torch==2.14.0"],
@@ -92,7 +92,7 @@ NEIGHBOURS = {
 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
 def test_the_library_installs_next_to(neighbour: str) -> None:
-    """Only what training needs is required, so no requirement excludes a neighbour's."""
+    """The package requires only what training needs, and no requirement excludes one of a neighbor."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ours = {normalized(requirement.name): requirement for requirement in map(Requirement, project["dependencies"])}
     assert set(ours) == {"torch", "numpy", "megatron-core", "filelock", "psutil"}
@@ -124,7 +124,7 @@ def test_every_direct_dependency_has_its_exact_version() -> None:
     named = [*project["dependencies"], *(line for name in ("tools", "report", "hf", "dev") for line in extras[name])]
     for requirement in map(Requirement, named):
         if requirement.name == project["name"]:
-            continue  # the other extras, in "dev"
+            continue  # "dev" includes the other extras
         assert requirement.specifier.contains(pinned[normalized(requirement.name)]), line
 
 

@@ -17,7 +17,7 @@ from tools.preprocessing import reading
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
-    """Documents with two keys: real code, strange texts, random ones."""
+    """Return JSON lines with a title and a text each: real code, strange texts and random ones."""
     generator = random.Random(3)
     texts = [path.read_text() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))[:12]]
     texts += STRANGE + [random_text(generator) for _ in range(200)] + [""]
@@ -30,19 +30,19 @@ def lines() -> list[str]:
 
 @pytest.fixture(scope="module")
 def byte_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The vocabulary of bytes, which loads in no time."""
+    """Write a vocabulary of the 256 bytes, which loads fast, and return its two files."""
     return byte_level_vocabulary(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="module")
 def byte_folder(byte_files: tuple[Path, Path]) -> str:
-    """The same for transformers."""
+    """Return the folder of the same vocabulary for transformers."""
     return str(gpt2_tokenizer_folder(*byte_files, cache_dir=byte_files[0].parent))
 
 
 @pytest.fixture(scope="module")
 def flags(byte_files: tuple[Path, Path]) -> Callable[..., list[str]]:
-    """Makes the tool's arguments; the vocabulary is that of bytes unless `extra` names another tokenizer."""
+    """Return a function that makes the tool's arguments, with the byte vocabulary unless `extra` names a tokenizer."""
     small = "--tokenizer-type GPT2BPETokenizer --vocab-file {} --merge-file {}".format(*byte_files)
 
     def make(output: Path, *inputs: Path | str, extra: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Lines of text as tools/preprocess_data.py reads them."""
+"""Write lines of text in the formats that tools/preprocess_data.py reads."""
 
 import gzip
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Logs as damage, other programs and other times leave them: none may end a tool in a traceback."""
+"""Build logs that are damaged, or from other programs or versions. None may end a tool in a traceback."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def _log(*records: Any, args: Any = None) -> str:
 
 
 def _with(name: str, *values: Any) -> str:
-    """A log in which a figure has these values, one a line."""
+    """Return a log in which a figure has these values, one per line."""
     return _log(*(_line(1 + place, **{name: value}) for place, value in enumerate(values)))
 
 

@@ -1,4 +1,4 @@
-"""The sweep started as a user does, and runs of it that were never trained."""
+"""Start the sweep as a user does, and write runs that were never trained."""
 
 import contextlib
 import io
@@ -20,14 +20,14 @@ def given(environment: dict[str, str]) -> dict[str, str]:
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a sweep in a folder of no meaning."""
+    """Start a sweep as a process in an unrelated folder."""
     command = ["bash", str(REPOSITORY / "scripts" / "sweep.sh"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd="/", env=given(environment), text=True, **pipes)
 
 
 def sweep(*arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
-    """Sweep in this process; return what is printed and errors, and assert the exit code."""
+    """Run a sweep in this process, assert its exit code, and return its output and errors."""
     output, errors = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -58,7 +58,7 @@ def evaluated(iteration: int, where: str, loss: float) -> str:
 
 
 def line(iteration: int, seconds: float = 0.1, **more: object) -> dict[str, object]:
-    """A record of metrics.jsonl at a log interval; 4 sequences a step."""
+    """Return a record of metrics.jsonl at a log interval, with 4 sequences per step."""
     step = {"consumed_samples": 4 * iteration, "seconds_per_iteration": seconds, "global_batch_size": 4}
     return {"kind": "log", "iteration": iteration} | step | more
 
@@ -68,7 +68,7 @@ def final(iteration: int, loss: float, **more: object) -> dict[str, object]:
 
 
 def write_run(folder: Path, train_iters: int, *records: dict[str, object], **args: object) -> None:
-    """A run's command and figures."""
+    """Write a run's command and metrics."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     command = "python -m torch.distributed.run --nproc-per-node 4 /there/pretrain_gpt.py --hidden-size 768"
     (folder / "command.sh").write_text(f"{command} --train-iters {train_iters} --split 969\\,30\\,1")

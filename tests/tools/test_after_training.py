@@ -1,7 +1,7 @@
-"""A trained model goes to transformers and back; each step is held against the training.
+"""Test the export of trained models to transformers and back; compare each step with the training.
 
-Export → validation losses and text where Megatron is not installed → a checkpoint → the next training steps. A tiny
-ReMoE in every run; the three models of a finished `scripts/quickstart.sh` in runs/quickstart, or in $QUICKSTART.
+Export → validation losses and text without Megatron installed → checkpoint → the next training steps. The models are a
+tiny ReMoE and those of a finished `scripts/quickstart.sh` in $QUICKSTART (default: runs/quickstart; skipped without).
 """
 
 import json
@@ -29,7 +29,7 @@ from tools.recipes import tiny
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 QUICKSTART = Path(os.environ.get("QUICKSTART", REPOSITORY / "runs" / "quickstart"))
 PROMPT = "My lord, "
-STEPS = 3  # of the trainings that go on
+STEPS = 3  # of the trainings after the export
 VALIDATION = ("--full-validation", "--multiple-validation-sets", "--valid-data-path", "--validation-set-names")
 LOSS = r"validation-{} loss .* lm loss value: (\S+)"
 
@@ -40,9 +40,9 @@ class Trained:
 
     Attributes:
         checkpoints: its folder.
-        flags: of a training of `STEPS` further steps, without validation, from weights that are still to be named.
+        flags: for further training without validation; the test adds the weights and the number of steps.
         losses: prefix of a held-out data set → the validation loss that Megatron printed, in nats per token.
-        length, vocabulary: tokens of a sequence, and that the model knows.
+        length, vocabulary: number of tokens of a sequence, and of tokens that the model knows.
         more: flags for the export.
     """
 

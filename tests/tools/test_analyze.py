@@ -1,4 +1,4 @@
-"""What tools/analyze says of a router is what a recount by hand gives."""
+"""Test tools/analyze against an independent recount of the routing."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ NAMES = "experts_per_token", "load", "balance", "neighbours", "gates", "losses"
 
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two data sets with hardly a byte in common."""
+    """Write two data sets that share no byte, only the token at the end of documents."""
     folder, dice = tmp_path_factory.mktemp("domains"), random.Random(1)
     for name, letters, documents in (("words", b"abcdefgh ", 12), ("numbers", b"0123456789,", 8)):
         texts = [bytes(dice.choices(letters, weights=range(1, len(letters) + 1), k=49)) for _ in range(documents)]
@@ -53,7 +53,7 @@ def exported(folder: Path, name: str) -> tuple[RemoeForCausalLM, Path]:
 
 @torch.no_grad()
 def recount(model: RemoeForCausalLM, prefix: Path) -> list[list[list[dict[int, float]]]]:
-    """Layer → sequence → token → expert → gate, from the logits of a forward pass."""
+    """Return layer → sequence → token → expert → gate, from the logits of a forward pass."""
     reader, config = IndexedReader(prefix), model.config
     number = reader.tokens // LENGTH
     ids = torch.from_numpy(reader.read(0, number * LENGTH).astype(numpy.int64)).view(number, LENGTH)
@@ -133,7 +133,7 @@ def test_recounted(name: str, domains: list[Path], tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_losses_by_the_number_of_experts(domains: list[Path], tmp_path: Path) -> None:
-    """Token by token; top-k gives all tokens the same number, which correlates with nothing."""
+    """Losses and correlations match a recount by token. Top-k has no correlation: all tokens have the same number."""
     model, folder = exported(tmp_path / "model", "relu")
     found = analyze(tmp_path / "out", "--load", folder, "--data", *domains)["losses"]
     rows = []
@@ -160,7 +160,7 @@ def test_losses_by_the_number_of_experts(domains: list[Path], tmp_path: Path) ->
 
 
 def bits(shares: list[list[float]]) -> float:
-    """Mutual information of domain and expert as H(domain) + H(expert) - H(both)."""
+    """Return the mutual information of domain and expert as H(domain) + H(expert) - H(both)."""
     both = numpy.array([[share / sum(row) / len(shares) for share in row] for row in shares])
 
     def entropy(shares: numpy.ndarray) -> float:
@@ -171,7 +171,7 @@ def bits(shares: list[list[float]]) -> float:
 
 @torch.no_grad()
 def largest_in_output(model: RemoeForCausalLM, layer: int, domains: list[Path]) -> float:
-    """Each expert of each token by itself."""
+    """Return the largest gate's mean share of the output, with each expert of each token computed separately."""
     block, found = expert_blocks(model)[layer], []
 
     def look(_: object, given: tuple[torch.Tensor, ...]) -> None:
@@ -195,7 +195,7 @@ def largest_in_output(model: RemoeForCausalLM, layer: int, domains: list[Path]) 
 
 
 def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tmp_path: Path) -> None:
-    """Against a recount; one data set alone tells nothing of domains."""
+    """Frequencies and shares of tokens match a recount. A single data set has no specialization."""
     model, folder = exported(tmp_path / "model", "relu")
     found = analyze(tmp_path / "out", "--load", folder, "--data-path", domains[0])
     assert found["load"]["specialization"] is None
@@ -216,7 +216,7 @@ def test_frequent_tokens_and_those_of_an_expert(domains: list[Path], tmp_path: P
 
 
 def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A run's checkpoint gives what the exported folder gives, also without its tokenizer; flags that are wrong."""
+    """A run's checkpoint has the results of the exported folder, also without a tokenizer. Wrong flags are refused."""
     model, folder = exported(tmp_path / "model", "relu")
     args = args_of(model.config)
     args.tokenizer_type, args.params_dtype = "SentencePieceTokenizer", torch.float32
@@ -247,7 +247,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
 
 
 def close(found: Any, expected: Any) -> None:
-    """The same but for rounding."""
+    """Assert that two values are the same up to rounding."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key, value in expected.items():

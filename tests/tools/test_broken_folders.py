@@ -1,4 +1,4 @@
-"""Damaged exported folders end each tool that opens them in one clear line; code in a folder is never run."""
+"""Test that tools refuse damaged exported folders in one line, and never run code from a folder."""
 
 import io
 import json
@@ -63,14 +63,14 @@ OTHERS: dict[str, tuple[Any, ...]] = {
 FIELDS = [(field, value) for field in SIZES for value in NUMBERS] + [
     (field, value) for field, values in OTHERS.items() for value in values
 ]
-# Right by themselves, but not for these weights: the error names tensors, or another field.
+# Valid values that do not fit these weights: the error names the tensors or the field.
 OTHER_SHAPES = [(field, value) for field, value in {"vocab_size": 265, "hidden_size": 34, "head_dim": 8}.items()]
 OTHER_SHAPES += [("num_hidden_layers", 1), ("num_hidden_layers", 10**9), ("num_experts", 2**30), ("hidden_size", 2**30)]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small ReMoE and its tokenizer."""
+    """Export a small ReMoE with its tokenizer, and return the folder."""
     root = tmp_path_factory.mktemp("exported")
     model = make("relu", vocab_size=264)
     model.save_pretrained(root / "model")
@@ -95,7 +95,7 @@ def set_field(folder: Path, field: str, value: Any) -> None:
 
 
 def open_with_all(folder: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """Open the folder with each tool, without an answer to a prompt; assert that each fails in one line."""
+    """Open the folder with each tool; assert that each fails in one line and asks nothing; return the errors."""
     errors = []
     for tool, words in (
         (generate, ["--prompt", "a"]),
@@ -151,7 +151,7 @@ def change_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 def shards(weight_map: Any) -> Callable[[Path], object]:
-    """An index instead of the one file, which is moved to shard.safetensors."""
+    """Return a function that moves the weights to shard.safetensors and writes an index with this map."""
 
     def work(folder: Path) -> None:
         names = dict.fromkeys(load_file(folder / WEIGHTS), "shard.safetensors")
@@ -186,7 +186,7 @@ def as_folder(name: str) -> Callable[[Path], object]:
     return work
 
 
-# What is done to the folder, and a word of the error.
+# Damage to the folder, and a word of the error message.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (change_tensors(lambda one: one.pop("model.layers.1.mlp.experts.down_proj")), "experts.down_proj"),
     "missing layer": (
@@ -246,7 +246,7 @@ def test_damage(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> N
 def test_code_in_the_folder_is_not_run(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Code for the model, the tokenizer and generation, and settings of generation: nothing is run or asked."""
+    """Code for model, tokenizer and generation is not run, nothing is asked, and broken settings are ignored."""
     for name in ("modeling_remoe.py", "configuration_remoe.py", "tokenization.py", "custom_generate/generate.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"open({str(folder.parent / 'ran')!r}, 'w')\n")

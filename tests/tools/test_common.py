@@ -1,4 +1,4 @@
-"""What the tools share, and how they start: from any folder, with modules of the package `tools` alone."""
+"""Test the tools' shared helpers, and that tools start from any folder and import their modules from `tools` only."""
 
 import ast
 import os
@@ -22,7 +22,7 @@ STARTED += sorted(path for path in TOOLS.glob("*.py") if path.name not in ("__in
 
 
 def test_all_cores_where_a_process_is_not_bound_to_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    """macOS has no such call."""
+    """--processes defaults to all cores without `os.sched_getaffinity`, as on macOS."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert compare.parse_arguments([]).processes == os.cpu_count()
 
@@ -62,7 +62,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_writers_with_the_same_process_number_do_not_share_a_temporary_file(tmp_path: Path) -> None:
-    """As in two containers, whose processes both have the number 1."""
+    """In two containers, for example, both processes can have the number 1."""
     path = tmp_path / "results.txt"
 
     def write(aside: Path) -> None:

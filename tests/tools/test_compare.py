@@ -1,4 +1,4 @@
-"""Ways of training by length: a small experiment for real, matched FLOPs, going on, table and picture by hand."""
+"""Test tools/compare: a small real experiment, matched FLOPs, resuming, and tables and pictures of made-up points."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ from tools.recipes.flops import arguments_of, flops_per_sequence
 
 
 class Trained:
-    """In the place of `Processes.start`: trains in a fork of a Megatron that is imported already."""
+    """A replacement for `Processes.start` that trains in a fork of a process with Megatron imported."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
@@ -50,7 +50,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output folder with a small corpus."""
+    """Return an output folder with a small corpus."""
     folder = tmp_path_factory.mktemp("compare")
     write_small_corpus(folder / MIXED / "corpus")
     return folder
@@ -98,7 +98,7 @@ def test_a_small_experiment(output: Path, monkeypatch: pytest.MonkeyPatch, capsy
     rates = [json.loads(line).get("learning_rate") for line in (decay / "metrics.jsonl").read_text().splitlines()]
     assert rates[-1] is None or rates[-1] < max(rate for rate in rates if rate)
 
-    # The small file has all that tables and picture need.
+    # The file of points is enough for the tables and the picture.
     points = output / "points.json"
     capsys.readouterr()
     assert command.main([*words, "--collect", "--points", str(points)]) == 0
@@ -136,7 +136,7 @@ def test_a_trunk_does_not_go_back(tmp_path: Path) -> None:
 def test_a_varying_number_of_experts_is_counted(
     pairs: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decay that computes so many pairs for 100 tokens; the FLOPs of 50 steps with k = 1 are left."""
+    """The decay has `pairs` per 100 tokens (None: unknown, counts as k = 1). FLOPs for 50 steps with k = 1 are left."""
     training, wanted = Training(8, "moe-expert-threshold", 1), []
     runner = trunks.Runner(tmp_path, tmp_path, {"tokens": {}}, (tmp_path / "lock").open("w"))
     args = arguments_of(parse([*MODEL, *EXPERTS, "--vocab-size", "256"]))
@@ -179,7 +179,7 @@ def test_nothing_goes_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_arms_wait_for_their_reference(tmp_path: Path) -> None:
-    """An arm whose ReMoE failed would train past the steps that have its FLOPs."""
+    """An arm is not trained if its ReMoE failed: it could train past the steps that have ReMoE's FLOPs."""
     seen: dict[tuple[str, int], dict[int, float]] = {}
 
     class Runner:

@@ -1,4 +1,4 @@
-"""A dense and a top-k checkpoint start a ReMoE: the loss right after and after 50 steps, and what is refused."""
+"""Test the conversion of dense and top-k checkpoints to ReMoE: the loss at once and after 50 steps, and refusals."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning"),
 ]
 STEPS_BEFORE, STEPS_AFTER = 120, 50
-# As docs/conversion.md recommends: there is no long way to the target, and no need to overshoot.
+# As docs/conversion.md recommends: the converted model is close to its target, so λ moves in small steps.
 LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 GENTLE = [*LAMBDA.split(), "--lr-warmup-iters", "10"]
 SETTING = [
@@ -54,14 +54,14 @@ def topk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, st
 
 
 def validation_loss(output: str) -> float:
-    """That of the first evaluation, which sees the same text in every training."""
+    """Return the loss of the first evaluation, which sees the same text in every training."""
     found = re.search(r"validation loss at iteration \d+ \| lm loss value: (\S+)", output)
     assert found
     return float(found[1])
 
 
 def measured(output: str) -> tuple[float, float, float]:
-    """Loss before, loss after, sparsity, as the conversion says."""
+    """Return the loss before, the loss after and the sparsity that the conversion printed."""
     found = re.search(r"loss (\S+) before, (\S+) after .* sparsity ([\d.]+);", output)
     assert found, output
     return float(found[1]), float(found[2]), float(found[3])
@@ -88,7 +88,7 @@ def train_converted(data: Path, converted: Path, *arguments: str, processes: int
 
 
 def check_training(output: str, before: str, sparsity: float) -> None:
-    """It starts where the conversion says, reaches the target, and is better by then than its source was."""
+    """Assert that training starts at `sparsity` near the source's loss, reaches the target, and ends with less loss."""
     losses, sparsities = series(output, "lm loss"), series(output, "sparsity")
     assert sparsities[0] == pytest.approx(sparsity, abs=0.05)
     assert losses[0] == pytest.approx(series(before, "lm loss")[-1], rel=0.15)  # another batch
@@ -122,7 +122,7 @@ def test_from_topk_into_two_processes(
 def test_key_names_of_transformer_engine(
     data: Path, topk: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
 ) -> None:
-    """They are written where asked for, and read, and the weights behind them are the same."""
+    """--transformer-impl transformer_engine writes these names. They load, and the weights are unchanged."""
     from tools.common import checkpoints
     from tools.common.megatron_model import build
     from tools.convert_checkpoint import models
@@ -228,7 +228,7 @@ def test_damaged_checkpoints(
     error = capfd.readouterr().err
     assert f"it is truncated. --ckpt-step {STEPS_BEFORE // 2} is whole." in error and error.count("\n") == 1
 
-    # Another class copies piece by piece, and reads while it writes: the error names the folder that it reads.
+    # The conversion to another class reads while it writes. The error must name the folder that is read.
     whole = broken / f"iter_{STEPS_BEFORE // 2:07d}"
     place = next(place for piece, place in read_index(whole).storage_data.items() if piece.fqn == checkpoints.EMBEDDING)
     with (whole / place.relative_path).open("r+b") as file:

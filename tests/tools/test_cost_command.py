@@ -1,4 +1,4 @@
-"""The command tools/cost: layouts, errors, and plans for GPUs."""
+"""Test the command tools/cost: layouts, errors, and plans for GPUs."""
 
 import pytest
 
@@ -17,7 +17,7 @@ TENSOR_PARALLEL = ["--sequence-parallel", "--tensor-model-parallel-size"]
 
 
 def cost(*arguments: str, code: int = 0) -> str:
-    """What it prints, errors included, in a Megatron that is imported already."""
+    """Run tools/cost in a fork of a process with Megatron imported; return what it prints, errors included."""
     program = REPOSITORY / "tools" / "cost" / "__main__.py"
     found, output = shared_entry().run(arguments, script=program, limit=120)
     assert found == code and "Traceback" not in output, output
@@ -25,13 +25,13 @@ def cost(*arguments: str, code: int = 0) -> str:
 
 
 def figures(output: str, label: str) -> list[float]:
-    """The numbers of the line that begins with the label."""
+    """Return the numbers of the line that begins with the label."""
     line = next(line for line in output.splitlines() if line.strip().startswith(label))
     return [float(word.replace(",", "")) for word in line.split() if word.replace(",", "").replace(".", "").isdigit()]
 
 
 def test_layout_is_megatrons() -> None:
-    """By hand: four stages of three layers, tensor parallel 2 splits attention, expert parallel 4 the experts."""
+    """By hand: 4 stages of 3 layers; tensor parallelism splits attention by 2, expert parallelism experts by 4."""
     layout = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4"
     layout += " --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 --use-distributed-optimizer"
     output = cost("--gpus", "32", "--", *MODEL, *EXPERTS, "--moe-relu-routing", *layout.split())
@@ -44,7 +44,7 @@ def test_layout_is_megatrons() -> None:
     gib = 2**30
     assert figures(output, "weights")[0] == pytest.approx(2 * (shared + experts) / gib, abs=0.006)
     assert figures(output, "gradients")[0] == pytest.approx(4 * (shared + experts) / gib, abs=0.006)
-    # 8 GPUs a stage: 4 copies of what is shared, 2 of each expert.
+    # A stage has 8 GPUs: 4 copies of the shared weights, 2 of each expert.
     assert figures(output, "optimizer")[0] == pytest.approx(12 * (shared / 4 + experts / 2) / gib, abs=0.006)
     dense, on_the_way, steady = figures(output, "activations")
     assert on_the_way > max(dense, steady), "before it the layers work in chunks that are computed again"
@@ -107,7 +107,7 @@ def test_an_unlisted_gpu_and_what_does_not_fit() -> None:
 
 
 def test_layers_of_multi_token_prediction_count() -> None:
-    """Like one more layer, with its own logits and norms; in GPTModel as in HybridModel."""
+    """Such a layer keeps as much as any other, plus hidden states and the softmax. GPTModel and HybridModel agree."""
     common = [*MODEL, *EXPERTS, "--moe-relu-routing"]
     predicting, hybrid, longer = (
         cost("--gpus", "8", "--", *common, *flags.split())

@@ -1,4 +1,4 @@
-"""Text to tokens: the ids of transformers, whatever gigatoken does."""
+"""Test that text gets the token ids of transformers, whatever gigatoken does."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ from tools.preprocessing.encoders import gpt2_encoder
 
 
 def test_every_character_of_the_first_planes() -> None:
-    """Among them are characters whose class differs between the two libraries' versions of Unicode."""
+    """The sample includes characters whose class differs between the two libraries' versions of Unicode."""
     encoder = gpt2_encoder(*gpt2_files())
     generator = random.Random(11)
     characters = [chr(i) for i in (*range(0xD800), *range(0xF900, 0x12000), *range(0x1F000, 0x1FB00))]
@@ -32,7 +32,7 @@ def test_memory_is_given_back(monkeypatch) -> None:
     monkeypatch.setattr(encoding, "CACHE_BYTES", 0)
     monkeypatch.setattr(encoding, "CACHE_BYTES_PER_THREAD", 0)
     monkeypatch.setattr(encoding, "CHARACTERS_BETWEEN_RESTARTS", 1000)
-    resident = itertools.count(1 << 30, 20 << 20)  # other tests' memory may be given back meanwhile
+    resident = itertools.count(1 << 30, 20 << 20)  # faked, as other tests may free memory meanwhile
     monkeypatch.setattr(encoding, "_resident_bytes", lambda: next(resident))
     encoder = gpt2_encoder(*gpt2_files())
     generator = random.Random(5)
@@ -46,7 +46,7 @@ def test_memory_is_given_back(monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "prefixed"])
 def test_long_texts_are_cut_where_the_ids_stay_the_same(kind, monkeypatch) -> None:
-    """A tokenizer that puts something before every text cannot be cut, and is not."""
+    """Texts are not cut for a tokenizer that puts something before every text."""
     import tokenizers
 
     encoder = gpt2_encoder(*gpt2_files())
@@ -65,7 +65,7 @@ def test_long_texts_are_cut_where_the_ids_stay_the_same(kind, monkeypatch) -> No
 
 
 def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let gigatoken not do what it should; returns the reason that is to be given."""
+    """Break gigatoken in this way, and return the reason that the warning must give."""
     import gigatoken
 
     encode_batch = gigatoken.Tokenizer.encode_batch
@@ -86,7 +86,7 @@ def without_gigatoken(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("how", ["absent", "fails", "all", "some"])
 def test_gigatoken_that_does_not_work(how, tmp_path, capsys, monkeypatch) -> None:
-    """Standard error says so at the first documents, and once; the ids are right."""
+    """A single warning gives the reason, and the ids are right."""
     files = byte_level_vocabulary(tmp_path)
     reference = transformers_tokenizer(str(gpt2_tokenizer_folder(*files, cache_dir=tmp_path)))
     texts = ["import this", "naïve", ""]

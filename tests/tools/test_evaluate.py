@@ -1,4 +1,4 @@
-"""Loss on a data set is Megatron's own; experts are counted; lm-eval scores tasks."""
+"""Test tools/evaluate: the loss is Megatron's, experts are counted, and lm-eval scores tasks."""
 
 import functools
 import importlib.util
@@ -31,13 +31,13 @@ def evaluate(tmp_path: Path, *words: str | Path) -> dict[str, Any]:
 
 
 def test_loss_is_megatrons(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As a training printed it for its whole validation set; bounds on the experts, and what is not possible."""
+    """The loss is what training printed for its validation set. Bounds on experts hold, and wrong flags are refused."""
     held_out, run_folder = tmp_path / "held-out", tmp_path / "run"
     write_documents(held_out, [data.with_suffix(".bin").read_bytes()[start : start + 900] for start in range(0, 30, 3)])
     words = [*TINY, *RELU, "--train-data-path", str(data), "--valid-data-path", str(held_out)]
     words = [word for word in words if word not in ("--split", "90,10,0")]
     words += "--multiple-validation-sets --full-validation --train-iters 4 --eval-interval 4 --lr 2e-2".split()
-    words += ["--seed", "77"]  # the text's order is the training's
+    words += ["--seed", "77"]  # evaluate orders the text by the training's seed
     words += f"--micro-batch-size 4 --global-batch-size 4 --save {run_folder} --save-interval 4 --no-save-optim".split()
     printed = re.findall(r"validation-\S* loss at iteration 4 .* lm loss value: (\S+)", run(words))
     text = ["--data-path", held_out, "--seq-length", "64", "--max-experts-per-token", "1", "8", "--speed"]
@@ -100,7 +100,7 @@ def test_experts_of_a_layer() -> None:
 
 
 def test_papers_rows_are_those_that_it_averages() -> None:
-    """Its own means, of dense, MoE and ReMoE in three sizes, of which some are cut and not rounded."""
+    """The means are the paper's, for dense, MoE and ReMoE in three sizes. The paper truncates some of them."""
     means = [38.20, 41.48, 43.68, 39.53, 43.69, 44.91, 40.03, 43.88, 45.20]
     assert [sum(row) / len(TASKS) for row in PAPER.values()] == pytest.approx(means, abs=0.008)
 
@@ -121,7 +121,7 @@ QUESTIONS += [("Question: a boat\nAnswer:", [" mews", " barks aloud", " sings", 
 
 
 def write_tasks(folder: Path) -> None:
-    """Write data of three of lm-eval's tasks, which it looks for in the working folder first, and a task in a group."""
+    """Write data for three lm-eval tasks, which it reads from the working folder first, and an own task in a group."""
     questions, texts, passages = [], [], []
     for context, choices, label in QUESTIONS:
         listed = {"text": [text.strip() for text in choices], "label": list("ABCD")}
@@ -155,7 +155,7 @@ def write_tasks(folder: Path) -> None:
 def test_tasks_through_lm_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A uniform model gives what can be computed, one that learnt the answers is right; a second run reads answers."""
+    """A uniform model has computable scores, one that learned the answers scores 1, and a second run reuses answers."""
     files = byte_level_vocabulary(tmp_path / "files")
     tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files, cache_dir=tmp_path))
     tokenizer.pad_token = tokenizer.eos_token
@@ -190,7 +190,7 @@ def test_tasks_through_lm_eval(
     uniform = scores()
     lengths = [len(texts[label]) for _, texts, label in QUESTIONS]
     assert uniform["lambada_openai", "perplexity"] == pytest.approx(264 ** (sum(lengths) / 3), rel=1e-4)
-    # The shortest choices, of which the first counts, are as likely as each other; per character all are.
+    # A uniform model prefers the shortest choice; the first one if several are as short.
     assert uniform["group", "acc,first"] == uniform["own", "acc,first"] == pytest.approx(1 / 3)
     assert uniform["arc_easy", "acc"] == pytest.approx(1 / 3)
 
@@ -202,13 +202,13 @@ def test_tasks_through_lm_eval(
     assert learnt["arc_easy", "acc"] == learnt["own", "acc,first"] == learnt["lambada_openai", "acc"] == 1
     monkeypatch.setattr(RemoeForCausalLM, "forward", None)
     assert scores() == learnt, "the answers are kept, of each model its own"
-    for task in ("piqa", "nothing"):  # not in the working folder, and no task
+    for task in ("piqa", "nothing"):  # one has no data in the working folder, the other is not a task
         capfd.readouterr()
         assert main([*words, task]) == 1 and "[REMOE-E504]" in capfd.readouterr().err
 
 
 def learn(model: RemoeForCausalLM, tokenizer: Any) -> None:
-    """Train on the questions with their right answers until they are known."""
+    """Train for 60 steps on the questions with their right answers."""
     texts = [context + texts[label] for context, texts, label in QUESTIONS]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

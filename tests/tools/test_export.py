@@ -1,4 +1,4 @@
-"""A checkpoint becomes a folder for transformers and the folder a checkpoint that trains on; what is refused."""
+"""Test the export of a checkpoint to transformers, the way back to a checkpoint that can be trained, and refusals."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ MIXED = [*TINY, *RELU, *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ReMoE with a dense layer and shared experts, trained by two processes that share the experts."""
+    """Train a ReMoE with a dense layer and shared experts, with expert parallelism over two processes."""
     folder = tmp_path_factory.mktemp("trained")
     words = f"--expert-model-parallel-size 2 --train-iters 4 --save {folder} --save-interval 4 --no-save-optim".split()
     run([*MIXED, "--data-path", str(data), *words], processes=2)
@@ -47,13 +47,13 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a byte-level tokenizer."""
+    """Return the folder of a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
     return gpt2_tokenizer_folder(*byte_level_vocabulary(folder), cache_dir=folder)
 
 
 def save_megatron(model: RemoeForCausalLM, folder: Path, engine_names: bool = False) -> Path:
-    """Megatron's checkpoint of a model for transformers."""
+    """Save a model for transformers as a Megatron checkpoint, and return its folder."""
     args = args_of(model.config)
     megatron = build(args)
     fill(megatron, *megatron_weights(model))
@@ -73,7 +73,7 @@ def main(*words: str | Path) -> int:
 def test_there_and_back(
     trained: Path, tokenizer: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The checkpoint that comes back has the next step's loss, and the model between them the same weights."""
+    """The exported model has the same logits, and the checkpoint made from it the same loss at the next step."""
     there, back = tmp_path / "folder", tmp_path / "back"
     assert main("--load", trained, "--save", there, "--tokenizer-model", tokenizer) == 0
     output = capfd.readouterr().out
@@ -104,7 +104,7 @@ def test_there_and_back(
 def test_other_models(
     name: str, engine_names: bool, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Tied embeddings, bf16, layers that are all alike, under the names of both implementations."""
+    """Models in bf16 keep their logits, from checkpoints with the names of either implementation."""
     model = make(name, vocab_size=264)
     round_to(model, torch.bfloat16)
     model.config.dtype = torch.bfloat16
@@ -174,7 +174,7 @@ def test_refusals(
 def test_experts_in_every_layer_come_back_without_a_list_of_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Their weights are one tensor, as of a training without --moe-layer-freq; so is a bound on experts kept."""
+    """The layers' weights form one tensor, as without --moe-layer-freq. A bound on experts is kept."""
     make("relu", max_experts_per_token=2).save_pretrained(tmp_path / "folder")
 
     def with_a_gpu(*words: object, **options: object) -> OpenedModel:
@@ -182,7 +182,7 @@ def test_experts_in_every_layer_come_back_without_a_list_of_layers(
             changed.setattr("torch.cuda.is_available", lambda: True)
             return open_model(*words, **options)
 
-    monkeypatch.setattr(command, "open_model", with_a_gpu)  # which the model must not be put on
+    monkeypatch.setattr(command, "open_model", with_a_gpu)  # the model must stay on the CPU
     assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 0
     flags = shlex.split(capfd.readouterr().out.splitlines()[-1])
     assert "--moe-layer-freq" not in flags and flags[flags.index("--moe-relu-max-experts") + 1] == "2"
@@ -197,7 +197,7 @@ def test_experts_in_every_layer_come_back_without_a_list_of_layers(
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
 def test_gpt2_files_on_another_machine(names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint names its files beside the folder in the cache; older ones only that, and take --tokenizer-model."""
+    """A checkpoint names its files and the cached folder. Old ones name only the folder and need --tokenizer-model."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = zip(byte_level_vocabulary(tmp_path / "files"), names, strict=True)
     paths = [file.rename(file.with_name(name)) for file, name in files]
@@ -242,7 +242,7 @@ def test_places_that_do_not_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("limit", [4_000, 60_000])
 def test_no_room(limit: int, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """No file may grow beyond the limit, as on a full disk: one line, and nothing is left behind."""
+    """If files cannot grow beyond a limit, as on a full disk, tools print one line and leave nothing behind."""
     make("relu").save_pretrained(tmp_path / "folder")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for tool, words in (
@@ -262,10 +262,10 @@ def test_no_room(limit: int, trained: Path, tmp_path: Path, capfd: pytest.Captur
 
 
 def test_tokenizer_without_a_question(trained: Path, tokenizer: Path, tmp_path: Path) -> None:
-    """Where this project is not imported, each way in docs/huggingface.md loads a folder's tokenizer without asking.
+    """Each way in docs/huggingface.md loads a folder's tokenizer without a question, and without this project.
 
-    AutoTokenizer without arguments asks because config.json names code for the model; without a terminal it goes on
-    at once, with the same tokenizer.
+    AutoTokenizer without arguments asks, because config.json names code for the model. Without a terminal it continues
+    at once with the same tokenizer.
     """
     assert main("--load", trained, "--save", tmp_path / "out", "--tokenizer-model", tokenizer) == 0
     code = f"""

@@ -1,4 +1,4 @@
-"""Statistics of counted routing: intervals, mutual information and chance, against other ways to the same number."""
+"""Test statistics of routing (intervals, mutual information, chance) against other ways to compute them."""
 
 import math
 
@@ -11,7 +11,7 @@ from tools.analyze.counts import WINDOW, Counts
 
 
 def test_slope_and_its_interval() -> None:
-    """The fit is numpy's; the interval is as wide as the error of a regression with even noise."""
+    """The slope is numpy's. Half the interval is about 1.96 standard errors of a regression with even noise."""
     generator = numpy.random.default_rng(3)
     x = generator.normal(size=400)
     y = numpy.stack([2 - 0.3 * x + generator.normal(scale=0.5, size=400), numpy.ones(400)])
@@ -23,18 +23,18 @@ def test_slope_and_its_interval() -> None:
 
 
 def test_information() -> None:
-    """One bit where two domains share no expert, none where they share all alike; who has no pairs has no say."""
+    """Two domains that share no expert have 1 bit, those with equal loads 0. A domain without pairs is ignored."""
     apart, alike, silent = [[8, 0], [0, 2]], [[3, 9], [1, 3]], [[3, 5], [0, 0]]
     routed = torch.tensor([apart, alike, silent]).transpose(0, 1)
     assert findings.information(routed).tolist() == pytest.approx([1, 0, 0])
 
 
 def uneven(few: int, likely: list[float], seed: int) -> tuple[Counts, dict[str, float | None]]:
-    """So many sequences of one data set and 6400 of another: the layer's counts, and what they tell of the domain.
+    """Count `few` sequences of one data set and 6400 of another; return the counts and the layer's specialization.
 
     Args:
-        likely: how likely an expert is to have all tokens of a sequence of the smaller data set; of the larger one each
-            of the four is alike.
+        likely: relative probability that an expert gets all tokens of a sequence of the smaller data set. In the larger
+            one, the four experts are equally likely.
     """
     generator = torch.Generator().manual_seed(seed)
     counts = Counts([1], [few, 6400], length=WINDOW, experts=4, vocabulary=1)
@@ -49,7 +49,7 @@ def uneven(few: int, likely: list[float], seed: int) -> tuple[Counts, dict[str, 
 
 
 def test_shuffled_domains_of_uneven_size() -> None:
-    """By chance one draw of twenty is above; 5 of 64 are what a domain of its own can have."""
+    """Without a difference, about 1 of 20 draws is above the 95th percentile. A real difference is far above it."""
     alike = [uneven(64, [1.0] * 4, seed)[1] for seed in range(20)]
     assert sum(one["bits"] > one["shuffled_95"] for one in alike) <= 3
     mean, by_chance = (sum(one[key] for one in alike) / 20 for key in ("bits", "shuffled"))
@@ -63,7 +63,7 @@ def test_shuffled_domains_of_uneven_size() -> None:
 
 
 def test_small_loads_and_gates_of_one() -> None:
-    """Fewer pairs than experts, each with a gate of 1, as by hash; a layer that is off."""
+    """A layer can have fewer pairs than experts, with gates of 1 as in hash routing, or no pairs at all."""
     gates = torch.zeros(1, WINDOW, 8)
     gates[0, 0, 2] = gates[0, 1, 2] = gates[0, 5, 7] = 1.0
     counts, ids = Counts([1, 2], [1], WINDOW, experts=8, vocabulary=1), torch.zeros(1, WINDOW, dtype=torch.int64)
@@ -77,7 +77,7 @@ def test_small_loads_and_gates_of_one() -> None:
 
 
 def test_chance_is_that_of_random_neighbours() -> None:
-    """Counted over all pairs of tokens, and over all windows where the tokens are of two kinds."""
+    """Chance equals a count over all pairs of tokens, and the formula for windows with two kinds of tokens."""
     generator = torch.Generator().manual_seed(2)
     ids, gates = torch.zeros(1, 400, dtype=torch.int64), torch.zeros(1, 400, 3)
     gates[0, torch.randperm(400, generator=generator)[:100], :2] = 0.5  # a quarter of the tokens has experts 0 and 1

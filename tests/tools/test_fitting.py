@@ -1,4 +1,4 @@
-"""Dense layers are cut into parts that add up to them; routers are fitted to given gates."""
+"""Test that the parts of a dense layer add up to it, and that routers can be fitted to given gates."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_parts_of_a_layer_add_up_to_it(gated: bool) -> None:
 
 
 def test_layer_with_granularity_equals_the_dense_one(process_groups: None) -> None:
-    """Where the gates of each part's copies add up to one, however they share it."""
+    """The outputs are equal if the gates of each part's copies add up to 1, whatever the single gates are."""
     granularity, copies = 2, 3
     config = make_config(
         num_moe_experts=granularity * copies, moe_granularity=granularity, moe_ffn_hidden_size=FFN // granularity
@@ -62,7 +62,7 @@ def test_layer_with_granularity_equals_the_dense_one(process_groups: None) -> No
 
 
 def normed_inputs(common: float, tokens: int = 6000, hidden: int = 32) -> torch.Tensor:
-    """As a norm leaves them: of equal length, with a part in common that is `common` times as large as the rest."""
+    """Return inputs as a norm leaves them: of equal length, with a shared part `common` times as large as the rest."""
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(tokens, hidden, generator=generator) + common * torch.randn(hidden, generator=generator)
     return torch.nn.functional.normalize(inputs, dim=1) * hidden**0.5
@@ -77,7 +77,7 @@ def test_gates_of_copies_add_up_to_one(common: float, bound: float) -> None:
     assert (sums - 1).square().mean().sqrt() == pytest.approx(fitted.error, rel=1e-3)
     assert fitted.error < bound
     assert fitted.sparsity == pytest.approx(float((gates == 0).float().mean()), abs=1e-4)
-    # No copy is left out, nor does any take over.
+    # No copy is unused, and none dominates.
     assert gates.mean(dim=0) == pytest.approx(1 / 8, rel=0.2)
     assert (gates > 0).float().mean(dim=0).min() > 0.3
     assert gates.std(dim=0).min() > 0.01

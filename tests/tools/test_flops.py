@@ -1,4 +1,4 @@
-"""Training FLOPs: Megatron's count and the routers, for each kind of layer."""
+"""Test training FLOPs: they are Megatron's count plus the routers, for each kind of layer."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ COUNTED = {
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_flops_are_megatrons_and_the_routers(name: str) -> None:
-    """Megatron counts half of attention, no routers, and some norms, which are small."""
+    """Megatron counts half of the attention, no routers, and some norms, which are small."""
     latent = {"q_lora_rank": None, "kv_lora_rank": 12, "qk_head_dim": 16, "qk_pos_emb_head_dim": 4, "v_head_dim": 20}
     later = ("attention_output_gate", "experimental_attention_variant", "mtp_num_layers", "moe_latent_size")
     unused = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads", "linear_key_head_dim")
@@ -47,7 +47,7 @@ def test_flops_are_megatrons_and_the_routers(name: str) -> None:
 
 @pytest.mark.parametrize(("router", "rows"), [("hash", 0), ("top_p", 1), ("null_experts", 2), ("routing_free", 192)])
 def test_routers_of_baselines(router: str, rows: int) -> None:
-    """Rows of the router's weights for each expert: a quarter of the hidden size of 768 for routing-free."""
+    """A router has this number of rows of weights per expert; routing-free: a quarter of the hidden size of 768."""
     args = arguments_of(parse([*MODEL, *EXPERTS]))
     plain = flops_per_sequence(args)
     args.moe_baseline_router = router
@@ -64,7 +64,7 @@ SHARED = (
     "more", ["--moe-relu-routing --moe-granularity 4", f"{SHARED} --moe-layer-freq ([0]+[1]*11)", LATENT]
 )
 def test_flops_of_a_command_are_those_of_its_arguments(more: str) -> None:
-    """As tools/cost reads them by Megatron's parser."""
+    """FLOPs counted from flags are those of tools/cost, which parses the flags with Megatron."""
     flags = [*MODEL, *EXPERTS, *more.split()]
     if more == LATENT:
         flags.remove("--group-query-attention")

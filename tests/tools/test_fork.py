@@ -1,4 +1,4 @@
-"""Checkpoints that the authors' own code wrote: they convert, continue, and serve every tool."""
+"""Test checkpoints that the authors' code wrote: conversion, continued training, and use in the tools."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fork's checkpoints, a folder for each kind."""
+    """Unpack the fork's checkpoints, one folder per kind."""
     folder = tmp_path_factory.mktemp("saved")
     for kind in oracle.KEPT:
         with tarfile.open(REPOSITORY / "tests" / "fork" / f"{kind}.tar.xz") as archive:
@@ -64,7 +64,7 @@ def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def continued(kind: str, text: Path, load: Path, save: Path) -> str:
-    """Continue with the fork's own command line, but for what a machine without Transformer Engine lacks."""
+    """Continue with the fork's command line, but without Transformer Engine and in the torch_dist format."""
     flags = [*oracle.MODEL, *oracle.TRAINING, *oracle.KINDS[kind]]
     flags = ["local" if word == "transformer_engine" else word for word in flags]
     flags = ["torch_dist" if word == "torch" else word for word in flags]
@@ -84,7 +84,7 @@ def test_a_training_of_the_fork_continues(
     output = continued(kind, text, tmp_path / "here", tmp_path / "run")
     losses = series(output, "lm loss")
     assert len(losses) == oracle.LAST - oracle.SAVED
-    # Megatron logs the second step after a start as the mean of two.
+    # After a start, Megatron logs the mean of the first two steps at the second.
     alone = [losses[0], 2 * losses[1] - losses[0], *losses[2:]]
     assert alone == pytest.approx(there["losses"], rel=5e-4 if "--bf16" in oracle.KINDS[kind] else 2e-6)
     if "remoe" in kind:
@@ -92,7 +92,7 @@ def test_a_training_of_the_fork_continues(
 
 
 def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
-    """In bfloat16 losses alone would hardly show a wrong state: it is compared number by number."""
+    """Every number is equal. In bfloat16, losses would hardly show a wrong state."""
     from tests.trainings import weights
 
     assert convert("--load", saved / "remoe", "--save", tmp_path / "here") == 0
@@ -117,7 +117,7 @@ def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
 
 
 def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> None:
-    """Data parallel ranks hold parts of flat pieces; with expert parallelism experts have their own optimizer."""
+    """State cut by data parallel ranks, with a separate optimizer for experts, converts like that of one rank."""
     from megatron.remoe.preflight.checkpoint_index import common_state, read_index
     from tests.trainings import weights
     from tools.convert_checkpoint.rewriting import Writer, encoded, objects, read_tensor
@@ -164,7 +164,7 @@ def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> 
 
 
 def test_one_file_holds_what_several_hold(saved: Path, tmp_path: Path) -> None:
-    """Experts cut by granularity, and grouped ones, which have one state of Transformer Engine together."""
+    """Experts cut by granularity, and grouped ones with one Transformer Engine state, give the same keys and shapes."""
     from megatron.remoe.preflight.checkpoint_index import read_index
 
     name = f"iter_{oracle.SAVED:07d}"
@@ -247,7 +247,7 @@ def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(("coefficient", "exponent"), [(1e-4, 0), (1e-4 * 1.2**-30, -30), (1e-4 * 1.2**2.4, 2)])
 def test_lambda_is_rounded_to_a_power(coefficient: float, exponent: int) -> None:
-    """Both values are printed; the rounded one is within a factor of √α."""
+    """The exponent is rounded, so λ changes by at most a factor of √α."""
     import argparse
 
     from tools.common.display import Display

@@ -1,4 +1,4 @@
-"""Public models are imported with the same logits, exported again, and become a ReMoE that needs fewer experts."""
+"""Test the import of public models, their export, and the training of a ReMoE with fewer experts from a top-k model."""
 
 import json
 import math
@@ -55,7 +55,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def saved_model(name: str, folder: Path) -> PreTrainedModel:
-    """A random model whose norms and routers matter."""
+    """Save and return a random model whose norms and routers matter."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(MODELS[name]()).eval()
     for weight in model.parameters():
@@ -159,7 +159,7 @@ LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1
 
 @pytest.fixture(scope="module")
 def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A top-k model with four experts per token, and the ReMoE for two, from little text: its gates are far off."""
+    """Train a top-k model (k = 4) and convert it to a ReMoE (k = 2) with so few tokens that its gates are far off."""
     folder = tmp_path_factory.mktemp("models")
     topk = "--moe-router-topk 4 --moe-aux-loss-coeff 1e-2 --train-iters 80 --save-interval 80 --no-save-optim".split()
     run([*TINY, "--data-path", str(data), *EXPERTS, *topk, "--save", str(folder / "topk")])
@@ -175,7 +175,7 @@ def train(data: Path, models: tuple[Path, Path], *more: str, processes: int = 1,
 
 
 def test_towards_the_teacher_with_fewer_experts(data: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
-    """The divergence falls although the target moves; a resumed training has the same target and teacher."""
+    """The divergence falls although the target moves. Resuming keeps both, and refuses another teacher or weight."""
     steps = ["--train-iters", "30", "--lr", "1e-3", "--teacher-weight", "10"]
     folder = str(tmp_path / "run")
     output = train(data, models, *steps, "--save", folder, "--load", folder, "--save-interval", "15")
@@ -186,7 +186,7 @@ def test_towards_the_teacher_with_fewer_experts(data: Path, models: tuple[Path, 
     assert sum(divergences[-5:]) < 0.8 * sum(divergences[1:6])  # the first step has not changed the ReMoE yet
     again = train(data, models, *steps, "--load", folder, "--ckpt-step", "15")
     assert series(again, "target sparsity") == targets[15:]
-    # After the save Megatron prints the mean over other steps once.
+    # After the save, Megatron prints one mean over other steps.
     assert series(again, "teacher kl")[2:] == divergences[17:]
     for change in (["--teacher-weight", "5"], ["--teacher", str(models[1])]):
         changed = train(data, models, *steps, "--load", folder, "--ckpt-step", "15", *change, expect=2)
@@ -200,7 +200,7 @@ def test_towards_a_teacher_with_hash_routing(data: Path, tmp_path: Path) -> None
 
 
 def test_teacher_on_two_ranks(data: Path, models: tuple[Path, Path]) -> None:
-    # Adam's first step has the signs of gradients: a large one would turn rounding into other routes.
+    # Adam's first step depends on the signs of gradients only. If it were large, rounding would change the routing.
     steps = "--train-iters 2 --global-batch-size 4 --lr 1e-4 --min-lr 1e-4".split()
     alone = train(data, models, *steps)
     layout = "--micro-batch-size 1 --expert-model-parallel-size 2".split()

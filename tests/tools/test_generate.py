@@ -1,4 +1,4 @@
-"""Text from a checkpoint and from an exported folder: the same, streamed, with what it cost."""
+"""Test that a checkpoint and an exported folder generate the same text, and that its cost is printed."""
 
 import io
 import re
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarni
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same model as a run's checkpoint and as a folder; the folder of a dense one."""
+    """Write a model as a run's checkpoint and as a folder, a dense model, and one without a tokenizer."""
     root = tmp_path_factory.mktemp("models")
     vocabulary = gpt2_tokenizer_folder(*byte_level_vocabulary(root / "files"), cache_dir=root)
     model = make("relu", vocab_size=264, max_position_embeddings=24)
@@ -62,8 +62,8 @@ def test_run_and_folder_say_the_same(
             assert found and 1 <= int(found[1]) <= 7 and 0 < float(found[2]) < 8
             texts.add(text)
         assert len(texts) == 1
-    # The context ends what has no other end; a dense model has no experts to tell of.
-    lines = b"one\n\xff\n" + b"a" * 32 + b"\ntwo\n\nthree\n"  # the second is not UTF-8, the third too long
+    # Text stops at the end of the context. For a dense model, no number of experts is printed.
+    lines = b"one\n\xff\n" + b"a" * 32 + b"\ntwo\n\nthree\n"  # the second is not UTF-8, the third is too long
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
     text, costs = generate(capfd, "--load", places["dense"], "--temperature", "0")
     assert text.startswith("one") and "\ntwo" in text and "three" not in text
@@ -73,7 +73,7 @@ def test_run_and_folder_say_the_same(
 
 
 def test_mean_number_of_experts(places: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
-    """That of a forward pass over the whole text, but for its last token."""
+    """The printed mean is that of a forward pass over the whole text without its last token."""
     prompt, new = "class A", 4
     _, costs = generate(
         capfd, "--load", places["folder"], "--prompt", prompt, "--max-new-tokens", str(new), "--temperature", "0"

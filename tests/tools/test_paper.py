@@ -1,4 +1,4 @@
-"""docs/paper.md: figures and tables in order, and its commands; the tables of docs/compare from their data files."""
+"""Test docs/paper.md (rows in order, valid commands) and the tables of docs/compare (made from their data files)."""
 
 import json
 import re
@@ -28,7 +28,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
 
 
 def commands() -> Iterator[list[str]]:
-    """Yield the commands of the page in words, with the shell's variables of its block written out."""
+    """Yield the page's commands as lists of words, with the page's shell variables expanded."""
     meant = {name: value for name, value in re.findall(r'^([A-Z])="([^"]+)"', PAGE, re.MULTILINE)} | {"N": "1"}
     for text in dict.fromkeys(re.findall(r"`([^`\n]+)`", PAGE)):
         while found := re.search(r"\$([A-Z])\b", text):
@@ -83,7 +83,7 @@ def test_a_table_is_made_of_what_is_kept(path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_sweeps_become_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Runs of two seeds; those without a loss are left out."""
+    """The runs of two seeds become a table; runs without a test loss are left out."""
     losses = {"llama_182m_remoe_e8g1": (1.5, 1.6), "llama_182m_moe_e8g1_hash": (1.7, 1.9)}
     for seed in (1, 2):
         for name, values in losses.items():
@@ -101,7 +101,7 @@ def test_sweeps_become_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert re.search(r"\| top-k, hash \| 1\.800 ± \S+ \| \+0\.250 ± \S+ \| inconclusive \| 2 \|", page)
     assert page.startswith("a\n") and page.endswith("\nb\n") and "old" not in page
 
-    # Errors change nothing: no such figures, runs without a test loss, no marks.
+    # Errors change no file: unknown table, folder without runs, page without marks.
     kept = {path: path.read_text() for path in place.glob("*.*")}
     empty, first = str(tmp_path / "seed-3"), str(tmp_path / "seed-1")
     for words, fact in ((["other"], "other"), (["few", empty], empty), (["other", first], "compare other mixed")):
@@ -112,5 +112,5 @@ def test_sweeps_become_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def between_marks(words: str) -> str:
-    """Return what stands on the page between two comments; "" without them."""
+    """Return the text between two comments in tables.md; "" without them."""
     return TABLES.partition(f"<!-- {words} -->")[2].partition(f"<!-- end of {words} -->")[0].strip()

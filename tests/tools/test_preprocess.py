@@ -1,4 +1,4 @@
-"""Preprocessing: byte for byte what Megatron-LM's tool writes, whatever the input's form, and nothing by halves."""
+"""Test preprocessing: the same bytes as Megatron-LM's tool for each form of input, and no partial output."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_the_end_of_documents_within_a_text_is_counted(tmp_path, capsys, flags) 
     again = flags(tmp_path / "split", source, extra="--append-eod --split-special-tokens")
     assert preprocess_data.main(again) == 0
     assert "2 texts contain <|endoftext|>, which was encoded as text" in capsys.readouterr().out
-    # As before: 19 tokens of bytes in place of each, and one after each document.
+    # Each <|endoftext|> becomes one token per byte; one more token follows each document.
     split = IndexedReader(tmp_path / "split_text_document")
     assert split.tokens == sum(len(text.encode()) + 1 for text in texts)
     assert preprocess_data.main(flags(tmp_path / "other", write_lines(tmp_path / "b.jsonl", [GOOD]))) == 0
@@ -70,10 +70,10 @@ def test_the_end_of_documents_within_a_text_is_counted(tmp_path, capsys, flags) 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from Linux")
 @pytest.mark.parametrize("end", ["", "\u088f"], ids=["plain", "a character for the reference alone"])
 def test_a_long_last_document_takes_little_memory(end, tmp_path, flags) -> None:
-    """Encoding it by the reference in one piece takes 150 to 250 times its size, above 1,000 MB here."""
+    """Memory stays below 600 MB; the reference, in one piece, takes 150 to 250 times the document (> 1,000 MB)."""
     text = (Path(random.__file__).read_text() * 200)[: 6 << 20] + end
     source = write_lines(tmp_path / "a.jsonl", [GOOD, json.dumps({"text": text})])
-    # A child's ru_maxrss begins with the size of its parent, which is large here.
+    # Not ru_maxrss: a child's starts at the size of its parent, which is large here.
     code = "import sys; from tools import preprocess_data as tool; code = tool.main(sys.argv[1:]); "
     code += "print(open('/proc/self/status').read()); sys.exit(code)"
     command = [sys.executable, "-c", code, *flags(tmp_path / "out", source, extra=GPT2)]
@@ -83,7 +83,7 @@ def test_a_long_last_document_takes_little_memory(end, tmp_path, flags) -> None:
 
 
 def test_small_and_large_vocabularies(lines, tmp_path, flags) -> None:
-    vocab_file, merge_file = byte_level_vocabulary(tmp_path)  # not byte_files: it is changed below
+    vocab_file, merge_file = byte_level_vocabulary(tmp_path)  # not byte_files: this file is changed below
     source = write_lines(tmp_path / "a.jsonl", lines)
     extra = f"--tokenizer-type GPT2BPETokenizer --vocab-file {vocab_file} --merge-file {merge_file} --append-eod"
     assert preprocess_data.main(flags(tmp_path / "out", source, extra=extra)) == 0
@@ -100,7 +100,7 @@ def test_small_and_large_vocabularies(lines, tmp_path, flags) -> None:
 
 
 def save_tokenizer(kind: str, folder: Path) -> Path:
-    """A tokenizer that puts tokens around every text ("template"), or one that gigatoken does not know ("words")."""
+    """Save a tokenizer that adds tokens around each text ("template") or that gigatoken does not support ("words")."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -133,7 +133,7 @@ def test_tokenizers_from_folders(kind, engine, lines, tmp_path, small_blocks, ca
 
 
 def test_full_disk(lines, tmp_path, flags) -> None:
-    """A limit on the size of files is met like the end of a disk: by a failing write."""
+    """A failing write is reported and leaves no files. A limit on file sizes simulates a full disk."""
     source = write_lines(tmp_path / "a.jsonl", lines * 2)
     result = subprocess.run(
         [sys.executable, str(TOOL), *flags(tmp_path / "out", source)],

@@ -1,4 +1,4 @@
-"""Lines, files and flags that cannot be used: one clear error each, and nothing is written."""
+"""Test unusable lines, files and flags: each gives one clear error, and nothing is written."""
 
 import re
 from pathlib import Path
@@ -120,12 +120,12 @@ def test_existing_outputs(tmp_path, capsys, flags, byte_folder) -> None:
     bad = write_lines(tmp_path / "bad.jsonl", ["{"])
     assert preprocess_data.main(flags(tmp_path / "out", bad, extra="--overwrite")) == 1
     assert same_files(tmp_path / "out", tmp_path / "expected")
-    cache = tmp_path / "out_text_document" / "cache" / "GPTDataset_indices"  # Megatron's, of the first data
+    cache = tmp_path / "out_text_document" / "cache" / "GPTDataset_indices"  # Megatron's cache of the first data
     cache.mkdir(parents=True)
     (cache / "hash-description.txt").write_text("{}")
     assert preprocess_data.main(flags(tmp_path / "out", two, extra="--overwrite")) == 0
     assert not cache.exists()
-    (tmp_path / "out_text_document.idx").unlink()  # as after a kill between the two
+    (tmp_path / "out_text_document.idx").unlink()  # as after a kill between the two files
     assert preprocess_data.main(flags(tmp_path / "out", two)) == 0
     write_reference([GOOD] * 2, tmp_path / "expected", folder=byte_folder)
     assert same_files(tmp_path / "out", tmp_path / "expected")

@@ -1,4 +1,4 @@
-"""The quickstart: its figures, going on after a cut, and all of it end to end in a few iterations."""
+"""Test the quickstart: its figures, resuming after an interrupt, and a few iterations end to end."""
 
 import json
 import os
@@ -33,12 +33,12 @@ ITERATIONS = 20
 
 # ---------------------------------------------------------------- figures
 
-ROUTING_STEPS = 20 * tiny.SIZE.tokens_per_iteration * tiny.SIZE.layers  # tokens times layers of 20 iterations
+ROUTING_STEPS = 20 * tiny.SIZE.tokens_per_iteration * tiny.SIZE.layers  # tokens times layers in 20 iterations
 PARAMETERS, EXPERTS = 1000, 7 * tiny.SIZE.layers * 3 * tiny.SIZE.hidden * tiny.SIZE.ffn
 
 
 def records(model: str, number: int) -> list[dict[str, Any]]:
-    """What a training of 100 iterations logs; each ReMoE's S is 0.5 in the first 60 steps and 0.875 after them."""
+    """Return the log records of 100 iterations; ReMoE's S is 0.5 in the first 60 steps and then 0.875."""
     size = {"parameters": PARAMETERS + EXPERTS * (model != "dense"), "args": {"num_experts": 8} if number else {}}
     found: list[dict[str, Any]] = [{"kind": "start", "time": 1.0, "iteration": 0} | size]
     pairs = tokens = 0.0
@@ -90,7 +90,7 @@ def test_summary_of_written_figures(runs: dict[str, RunFigures]) -> None:
 
 
 def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, RunFigures]) -> None:
-    """From the running sums: after the 40th step, 20 steps have 0.5 and 40 have 0.875."""
+    """S comes from the running sums, not the logged values: after step 40, 20 steps have 0.5 and 40 have 0.875."""
     figures = runs["remoe"]
     assert report.late_sparsity(figures, 60, 8) == pytest.approx(0.75)
     figures.curves["sparsity"] = Curve(np.array([60, 100]), np.array([0.5, 0.25]))
@@ -128,7 +128,7 @@ def assert_is_picture(path: Path) -> None:
     assert picture.shape[:2] == (1100, 1600) and picture.std() > 0.05
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 
 
 def job(folder: Path, inputs: str, flags: list[str] | None = None) -> training.Training:
@@ -204,7 +204,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     write_small_corpus(output_dir / "corpus")
     runs = output_dir / f"iterations-{ITERATIONS}"
 
-    # Cut off in the first training, once there is something to go on from.
+    # Interrupt the first training once it has a checkpoint.
     process = start(*arguments, folder=tmp_path)
     while process.poll() is None and not saved_iteration(runs / "dense"):
         time.sleep(0.01)
@@ -242,7 +242,7 @@ def test_end_to_end(tmp_path: Path) -> None:
 
 
 def try_what_it_says(output: str, folder: Path, loss: float) -> None:
-    """The printed commands run in the current folder, and evaluation finds the loss of the training."""
+    """Run the printed commands in `folder`; evaluation must find the training's loss."""
     commands = [shlex.split(line) for line in output.partition("To try next")[2].splitlines()[1:]]
     assert [words[1] for words in commands] == [
         str(ROOT / "tools" / name) for name in ("generate", "evaluate", "export_hf")

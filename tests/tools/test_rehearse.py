@@ -1,4 +1,4 @@
-"""The rehearsal: what it changes in a command line, what it plays, and the GPU path of the launch commands in it."""
+"""Test the rehearsal: its changes to the command line, what it simulates, and the launch commands' GPU path."""
 
 import argparse
 import importlib.util
@@ -25,7 +25,7 @@ from tools.rehearse.scripts import PLAIN, Launch
 needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played"
 )
-ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more repeat it
+ONE_MICRO_BATCH = ("--global-batch-size", "128")  # of the 182M scripts on 8 GPUs; more micro-batches repeat the first
 REMOE_182M = planned(Launch(flags=(*ONE_MICRO_BATCH, *PLAIN)))[1]
 DENSE_182M = planned(Launch("dense", ONE_MICRO_BATCH))[1]
 GOLDEN = REPOSITORY / "tests" / "golden" / "rehearsal.json"
@@ -47,12 +47,12 @@ CASES = {
 CASES = {name: replace(case, flags=(*ONE_MICRO_BATCH, *PLAIN, *case.flags)) for name, case in CASES.items()}
 BULK = ("ReMoE, hybrid", "ReMoE, G = 8", "ReMoE, MoE recomputed", "ReMoE, Megatron's layers", "top-k, Triton")
 BULK += ("ReMoE, PP2 with virtual stages, hybrid", "top-k", "dense", "ReMoE, TP2", "context parallelism", "no data")
-ALLOWED = 1.02  # a figure may be this much above the committed one
+ALLOWED = 1.02  # highest ratio of a figure to the committed one
 REMOE = "--num-experts 8 --moe-router-topk 1 --moe-relu-routing".split()
 
 
 def committed(found: dict[str, Any]) -> dict[str, float]:
-    """Return the figures that are committed."""
+    """Return the figures of a rehearsal that are compared with the committed ones."""
     launches, waits = found["launches"], sum(wait["times"] for wait in found["host_syncs"])
     numbers = {"launches of a forward layer": launches["forward_layer"], "launches of λ's update": launches["update"]}
     numbers |= {"launches of a step": launches["step"], "waits of a step": waits}
@@ -131,7 +131,7 @@ def test_flags_that_are_wrong(arguments: list[str], message: str, capsys: pytest
 def test_what_cannot_be_played_is_no_verdict(
     flags: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A training that starts on GPUs is not said to fail because the rehearsal cannot play it."""
+    """If the rehearsal cannot simulate a training, it names a remedy and does not report that the training fails."""
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: None)  # as without Transformer Engine
     monkeypatch.setattr(command.build, "about_torch", lambda: {"cuda": None, "__version__": "2.15.0+cpu"})
     assert command.main(["--", *flags]) == 1
@@ -140,7 +140,7 @@ def test_what_cannot_be_played_is_no_verdict(
 
 
 def test_no_rank_is_said_to_have_failed() -> None:
-    """PyTorch 2.11's watchdog asks a store for that, and on a yes a rehearsal would not end."""
+    """PyTorch 2.11's watchdog looks in the store for a failed rank; if it found one, a rehearsal would not end."""
     store = fake_ranks._StoreOfOne()
     assert not store.check(["exception_dump"])
     store.set("mine", b"1")
@@ -183,7 +183,7 @@ def test_a_pipeline_idles_and_some_flops_are_not_known(flops: float | None) -> N
 @needs_cuda_build
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.bulk] * (name in BULK)) for name in CASES])
 def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
-    """They start, and launch, wait and hold no more than what is committed; --update-golden renews that."""
+    """Each command starts; its figures are at most 2 % above the committed ones (--update-golden renews them)."""
     found = CASES[name].rehearse()
     assert found["starts"], found["error"]
     figures, expected = committed(found), json.loads(GOLDEN.read_text())
@@ -207,7 +207,7 @@ def test_launch_commands(name: str, request: pytest.FixtureRequest) -> None:
 
 @needs_cuda_build
 def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
-    """In the middle of a pipeline there are no data, and what to do is heard from the first rank."""
+    """A middle pipeline stage starts without data. In a real training the first rank tells it to train."""
     found, flags = tmp_path / "found.json", [*REMOE_182M, "--pipeline-model-parallel-size", "4"]
     assert command.main(["--gpus", "8", "--rank", "4", "--json", str(found), "--", *flags]) == 0
     record = json.loads(found.read_text())["ranks"][0]
@@ -217,7 +217,7 @@ def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
 
 @needs_cuda_build
 def test_a_dense_stage_is_rehearsed_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is kept. A layer waits for its counts in one chunk, then in as many as are needed; its chunks never."""
+    """Nothing is saved. A layer waits once for each number of chunks that it tries; its chunks do not wait."""
     found, flags = tmp_path / "found.json", [*REMOE_182M, "--save", str(tmp_path / "run"), "--save-interval", "1"]
     own = ["--gpus", "8", "--stage", "dense", "--json", str(found), "--log", str(tmp_path / "log")]
     assert command.main([*own, "--", *flags]) == 0
@@ -232,7 +232,7 @@ def test_a_dense_stage_is_rehearsed_alone(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.bulk
 @needs_cuda_build
 def test_topk_waits_where_no_kernel_takes_all_experts() -> None:
-    """On an A100 each layer waits for its counts, as ReLU's does, and experts have their sizes from these."""
+    """On an A100 each top-k layer waits once for its counts, the experts' sizes, as a ReLU layer does."""
     found = Launch("moe", (*ONE_MICRO_BATCH, *PLAIN, "--num-layers", "2"), settings={"GPU": "a100"}).rehearse()
     assert found["starts"], found["error"]
     assert sum(wait["times"] for wait in found["host_syncs"] if "remoe/moe/" in wait["where"]) == 2
@@ -240,7 +240,7 @@ def test_topk_waits_where_no_kernel_takes_all_experts() -> None:
 
 @needs_cuda_build
 def test_launch_ahead_waits_late() -> None:
-    """Once a layer for its sizes, with the experts' operations launched; that does not drain the GPU."""
+    """Each layer waits once for its sizes, after launching the experts, which keeps the GPU busy."""
     flags = (*ONE_MICRO_BATCH, *PLAIN, "--num-layers", "2", "--moe-relu-launch-ahead")
     found = Launch(flags=flags, settings={"KERNELS": "triton"}).rehearse()
     assert found["starts"], found["error"]
@@ -254,7 +254,7 @@ BOUNDED = tuple("--moe-relu-max-experts 2 --moe-relu-activation-limit 0".split()
 
 @needs_cuda_build
 def test_a_step_as_a_cuda_graph() -> None:
-    """A capture refuses each read of the host: ReMoE's layers and λ's update have none."""
+    """A capture refuses every device read by the host; ReMoE's layers and λ's update have none."""
     found = Launch(flags=(*GRAPH, *BOUNDED), settings={"KERNELS": "triton"}).rehearse()
     assert found["starts"], found["error"]
     assert not any("megatron/remoe/" in wait["where"] for wait in found["host_syncs"])
@@ -263,7 +263,7 @@ def test_a_step_as_a_cuda_graph() -> None:
 @pytest.mark.bulk
 @needs_cuda_build
 def test_no_cuda_graph_on_an_a100() -> None:
-    """Top-k's layers read the host, and ReMoE's are refused."""
+    """With top-k the capture fails because the host reads counts; ReMoE is refused before (E204)."""
     reads = Launch("moe", GRAPH, settings={"GPU": "a100"}).rehearse()
     assert not reads["starts"] and "graph capture" in reads["error"]
     refused = Launch(flags=(*GRAPH, *BOUNDED), settings={"KERNELS": "triton", "GPU": "a100"}).rehearse()
@@ -302,7 +302,7 @@ REFUSED = {
     [pytest.param(*case, id=name, marks=[pytest.mark.bulk] * (name in BULK)) for name, case in REFUSED.items()],
 )
 def test_a_training_that_does_not_start(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It has the words of the real one."""
+    """The rehearsal prints the error of the real training."""
     assert command.main(["--gpus", "8", "--", *flags]) == 1
     output = capsys.readouterr().out
     assert "THE TRAINING DOES NOT START" in output and words in output

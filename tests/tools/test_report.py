@@ -1,4 +1,4 @@
-"""The report of a tiny training: what is read, what the page tells, and how it looks in a browser."""
+"""Test the report of a tiny training: what it reads, what the page shows, and how it looks in a browser."""
 
 import json
 import os
@@ -28,13 +28,13 @@ from tools.sweep.run_log import read_outcome
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# Of a laptop and of a phone.
+# A laptop and a phone: width, height, touch.
 SCREENS = [(1366, 768, False), (390, 844, True)]
 
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny ReMoE's run with its log and an evaluation of its checkpoint."""
+    """Train a tiny ReMoE; return its folder with the log and an evaluation of the checkpoint."""
     folder = tmp_path_factory.mktemp("runs") / "remoe"
     words = [*TINY, *RELU, "--data-path", str(data), "--save", str(folder / "checkpoints"), "--save-interval", "8"]
     words += "--eval-interval 4 --eval-iters 1 --moe-log-flips-interval 2".split()
@@ -47,7 +47,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(trained: Path) -> Path:
-    """The same run without metrics.jsonl, as of the fork, and with another learning rate."""
+    """Return the same run with another learning rate and, like a run of the fork, without metrics.jsonl."""
     folder = trained.parent / "older"
     folder.mkdir()
     log = (trained / "train.log").read_text()
@@ -57,7 +57,7 @@ def other(trained: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def page(trained: Path, other: Path) -> Path:
-    """The report of both."""
+    """Write the report of both runs and return its path."""
     assert main([str(trained), str(other)]) == 0
     return trained / "report.html"
 
@@ -130,7 +130,7 @@ def test_a_figure_has_one_tooltip_for_all_runs(trained: Path) -> None:
 
 
 def browser_path() -> str:
-    """A browser's; where there is none the test is skipped, or fails if REQUIRE_BROWSER is set."""
+    """Return a browser's path; without one skip the test, or fail it if REQUIRE_BROWSER is set."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         missing = f"needs a browser, one of {', '.join(BROWSERS)}: apt-get install chromium"
@@ -174,7 +174,7 @@ def test_looks_right_in_a_browser(
         assert tab.evaluate(tooltip)
         tab.get_by_label("older").uncheck()
         assert tab.evaluate(shown) == before / 2 and not tab.evaluate(tooltip)
-        assert tab.locator("[data-only=older]").count() == 0  # the printed log has no load of the experts
+        assert tab.locator("[data-only=older]").count() == 0  # the printed log has no expert load
         tab.get_by_label("remoe").uncheck()
         assert tab.locator("[data-only=remoe]").is_hidden()
     assert wrong == []
@@ -207,7 +207,7 @@ def test_a_drag_zooms_the_iterations_alone_and_one_tooltip_is_shown(page: Path, 
 
 
 def lightness(tab: Page) -> float:
-    """Of a figure's first pixel: 0 to 255."""
+    """Return the lightness of the first figure's first pixel, 0 to 255."""
     paint = """() => {
         const layers = document.querySelector("[data-root-id]").firstElementChild.shadowRoot;
         const canvas = [...function* all(root) {

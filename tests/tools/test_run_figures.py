@@ -1,4 +1,4 @@
-"""Logs of all kinds become the figures, tables and curves of the report."""
+"""Test that logs of all kinds become the figures, tables and curves of the report."""
 
 import json
 import time
@@ -45,7 +45,7 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", ["", " moe relu sparsity: 0.5 | moe relu l1 reg coeff: 1.2000E-08 |"])
 def test_a_log_without_its_arguments_tells_no_tokens(more: str, tmp_path: Path) -> None:
-    """Of this project, and of the authors' fork."""
+    """The page shows iterations but no tokens, for a log of this project and of the authors' fork."""
     (tmp_path / "end.log").write_text(logged(10, 30, more))
     assert main([str(tmp_path / "end.log")]) == 0
     page = (tmp_path / "report.html").read_text()
@@ -53,7 +53,7 @@ def test_a_log_without_its_arguments_tells_no_tokens(more: str, tmp_path: Path) 
 
 
 def write_metrics(folder: Path, args: dict[str, object], *records: dict[str, object]) -> Path:
-    """A metrics.jsonl of a start with these arguments and of these records."""
+    """Write metrics.jsonl with a start record of these arguments and these records; return the folder."""
     folder.mkdir(exist_ok=True)
     start = {"kind": "start", "time": 0.0, "iteration": 0, "args": args}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (start, *records)))
@@ -73,7 +73,7 @@ def test_experts_per_token_of_a_baseline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", [None, 0.75])
 def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
-    """FLOPs and tokens are those of each line's own sequences, not of the batch that the last start was given."""
+    """FLOPs and tokens follow each line's own batch size, not the batch size that the training was started with."""
     args = {"global_batch_size": 16, "seq_length": 10, "num_experts": 8, "moe_router_topk": 2}
     routing = {} if target is None else {"sparsity": target, "target_sparsity": target}
     of_steps = {10: 4, 20: 8, 30: 16}
@@ -90,7 +90,7 @@ def test_a_batch_that_grows(target: float | None, tmp_path: Path) -> None:
 
 
 def test_of_two_evaluations_at_an_iteration_the_curve_has_the_first(tmp_path: Path) -> None:
-    """The second is that of the training's end, which the table has."""
+    """The second evaluation is from the end of the training; the tables show it."""
     held_out = [{"kind": "validation", "iteration": at, "lm_loss": loss} for at, loss in ((4, 3.0), (8, 2.5), (8, 2.0))]
     run = read_run(write_metrics(tmp_path, {"train_iters": 8, "eval_interval": 4}, *held_out), "run")
     (panel,) = panels([run])["Loss"]
@@ -124,7 +124,7 @@ def test_the_headline_compares_to_dense() -> None:
 
 @pytest.mark.parametrize(("tokens", "expected"), [((300, 100), 2.25), ((300, 0), 2.5)], ids=["all", "unknown"])
 def test_a_validation_loss_is_the_mean_of_all_tokens(tokens: tuple[int, int], expected: float) -> None:
-    """As the quickstart's; a log without their number, as of older versions, gives all sets the same weight."""
+    """Sets are weighted by tokens, as in the quickstart; without token counts (older logs) all weigh the same."""
     losses = {"a": (2.0, tokens[0]), "b": (3.0, tokens[1]), "test": (9.0, 1)}
     figures = RunFigures(evaluations={name: [Evaluation(5, loss, True, n)] for name, (loss, n) in losses.items()})
     assert figures.validation_loss == expected
@@ -160,7 +160,7 @@ def test_odd_logs_do_not_spoil_the_page_of_others(tmp_path: Path) -> None:
 
 
 def test_a_long_log_is_bounded(tmp_path: Path) -> None:
-    """In time (2 s on a quiet machine; what was quadratic took minutes), in points, and with every spike."""
+    """Bounded in time (2 s on an idle machine; quadratic code took minutes) and points, but spikes are kept."""
     lines = 200_000
     start = {"kind": "start", "iteration": 0, "args": {"num_experts": 4, "moe_router_topk": 1, "train_iters": lines}}
     line = '{"kind": "log", "iteration": %d, "lm_loss": %s, "sparsity": 0.75, "tokens_per_expert": {"1": [0.1, 0.2]}}\n'
@@ -199,7 +199,7 @@ def test_a_smoothed_curve_is_the_centred_mean() -> None:
 
 
 def test_the_mark_of_the_settled_sparsity_is_seen(tmp_path: Path) -> None:
-    """On light and dark, on the curve of its colour."""
+    """The mark's gray edge is visible on light and dark pages, and on the curve, which has the mark's color."""
     lines = [
         {"kind": "log", "iteration": at, "sparsity": s, "target_sparsity": 0.75}
         for at, s in ((1, 0.5), (2, 0.749), (3, 0.7), (4, 0.751), (5, 0.75))

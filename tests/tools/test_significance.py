@@ -1,4 +1,4 @@
-"""What tables of losses show, against scipy's own tests and values of statsmodels 0.15, and by simulation."""
+"""Test the significance of loss differences against scipy's tests, values of statsmodels 0.15 and simulations."""
 
 import math
 
@@ -12,7 +12,7 @@ ONE, OTHER = [0.11, 0.14, 0.10], [0.02, -0.01, 0.01]
 
 
 def test_holm_is_that_of_statsmodels() -> None:
-    """multipletests([...], method="holm")."""
+    """The expected values are those of statsmodels' multipletests([...], method="holm")."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
@@ -60,7 +60,7 @@ def test_seeds_for_equivalence_by_simulation() -> None:
 
 @pytest.mark.parametrize(("spread", "covered"), [(1.0, 0.93), (2.0, 0.89)])
 def test_pooled_intervals_are_too_narrow(spread: float, covered: float) -> None:
-    """Six arms, three seeds; the reference, with this spread relative to an arm's, is in all differences."""
+    """Pooled 95 % intervals cover too little: all gaps share the reference (`spread` times an arm's spread)."""
     draw = np.random.default_rng(0).normal
     gaps = draw(0, 1, (20000, 6, 3)) - draw(0, spread, (20000, 1, 3))
     errors = gaps.std(axis=2, ddof=1) / np.sqrt(3)

@@ -1,4 +1,4 @@
-"""The sweep over the scaling figures: what it would run, and what it submits to Slurm."""
+"""Test the sweep over the scaling figures: the runs that it plans, and the jobs that it submits to Slurm."""
 
 import os
 import shlex
@@ -22,7 +22,7 @@ from tools.sweep.arguments import parse_arguments
 from tools.sweep.plan import Run
 from tools.sweep.settings import planned_flags
 
-# ---------------------------------------------------------------- what it would run
+# ---------------------------------------------------------------- planned runs
 
 
 def test_the_full_list(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_the_text_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("options", [["--tiny"], ["--", "--hybrid-layer-pattern", "*E*E"]], ids=["tiny", "given"])
 def test_hybrid_models(options: list[str], tmp_path: Path) -> None:
-    """Dense ones have no experts in their pattern."""
+    """Dense hybrid models have no experts in their pattern."""
     figure = "--figures granularity --granularities 1".split()
     output, _ = sweep("--dry-run", "--output-dir", str(tmp_path), *figure, *options, MODEL="hybrid")
     commands = [parse(shlex.split(line)) for line in output.splitlines()[1:-1:2]]
@@ -213,7 +213,7 @@ def test_runs_of_one_sweep_compare(flags: str, model: str, tmp_path: Path) -> No
 
 
 def test_runs_of_other_settings_are_named(tmp_path: Path) -> None:
-    """Those that the folder has from an earlier sweep, and those in it without a sweep."""
+    """A sweep names earlier runs in its folder with other settings; --collect names runs that differ there."""
     options = ["--dry-run", "--output-dir", str(tmp_path), "--routings", "dense", "remoe", "--figures"]
 
     def start(run: Run, *flags: str) -> None:
@@ -241,7 +241,7 @@ def test_runs_of_other_settings_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """A folder with commands that stand for Slurm's: sbatch notes what it gets, squeue prints the file queue."""
+    """Return a folder with stubs of Slurm: sbatch records what it is called with, squeue prints the file `queue`."""
     folder = tmp_path / "cluster"
     folder.mkdir()
     commands = {
@@ -265,7 +265,7 @@ def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
         )
 
     (cluster / "queue").touch()
-    # An attempt with other settings that left nothing to go on from is no obstacle.
+    # An earlier attempt with other settings but no checkpoint does not prevent the job.
     write_run(output_dir / "llama_182m_moe_e4g1", 70, line(3))
     output, _ = submit("--", "--lr", "1e-3")
     assert [path.name for path in output_dir.rglob("metrics*")] == ["metrics.jsonl.old"]
@@ -279,14 +279,14 @@ def test_slurm_jobs_are_submitted_once(cluster: Path, tmp_path: Path) -> None:
     ]
     assert "not started" in (output_dir / "results.md").read_text()
 
-    # Still there: not submitted again.
+    # Queued jobs are not submitted again.
     other = output_dir / "llama_182m_moe_e4g1"
     (cluster / "queue").write_text(f"    7 of another\n101 {other}\n102 {folder}\n")
     output, _ = submit("--", "--lr", "1e-3")
     assert "0 finished; 2 queued or running as Slurm jobs; 0 to submit" in output
     assert sorted(path.name for path in cluster.glob("job.*")) == ["job.101", "job.102"]
 
-    # One is gone without a result, the other one has its result and is still listed.
+    # One job is gone without a result; the other has its result and is still listed.
     (cluster / "queue").write_text(f"102 {folder}\n")
     write_run(folder, 50, line(50), final(50, 4.0))
     script = ["bash", f"{scripts}/train_llama_182m_remoe.sh", "8", "50", "", "4", "1", "--", "--lr", "1e-3"]

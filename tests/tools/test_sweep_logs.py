@@ -1,4 +1,4 @@
-"""What the sweep reads from the figures of runs, its tables and its picture."""
+"""Test what the sweep reads from runs, its tables and its picture."""
 
 import csv
 import re
@@ -25,7 +25,7 @@ def read(folder: Path) -> run_log.Outcome:
 @pytest.mark.parametrize(
     ("records", "loss"),
     [
-        ([line(20), final(20, 5.0, final=False)], None),  # the evaluation on the way
+        ([line(20), final(20, 5.0, final=False)], None),  # an evaluation during training
         ([line(10), final(10, 5.0)], None),  # of an earlier, shorter training
         ([line(20), final(20, 5.0, set="test")], None),
         ([line(20), final(20, 5.0, final=False), final(20, 4.5)], 4.5),
@@ -52,7 +52,7 @@ def test_figures_of_a_resumed_run(tmp_path: Path) -> None:
 
 
 def test_time_of_a_run_started_twice(tmp_path: Path) -> None:
-    """The first step of a start takes 9 seconds, all others one; the log has no line for steps 61 to 64."""
+    """The first step after each start takes 9 s, all others 1 s; the log has no line for steps 61 to 64."""
     sessions = [line(1, 9.0), line(10, 1.8), *(line(at, 1.0) for at in range(20, 61, 10))]
     sessions += [{"kind": "start", "iteration": 64}, line(65, 9.0), line(70, 14 / 6), line(80, 1.0)]
     write_run(tmp_path, 80, *sessions)
@@ -72,7 +72,7 @@ def test_no_dense_stage_where_s_starts_at_its_target(tmp_path: Path) -> None:
 
 
 def test_stages_of_a_remoe(tmp_path: Path) -> None:
-    """By hand, of 8 experts with k = 2; a line of the log stands for the iterations since the one before."""
+    """Stages match a hand calculation for 8 experts and k = 2; a log line covers the iterations since the last one."""
     path = [0.50, 0.51, 0.53, 0.70, 0.745, 0.76, 0.744, 0.755, 0.75, 0.75]
     lines = [line(5 * place, sparsity=s, target_sparsity=0.75) for place, s in enumerate(path, start=1)]
     write_run(tmp_path, 50, *lines, num_experts=8, moe_router_topk=2)
@@ -85,7 +85,7 @@ def test_stages_of_a_remoe(tmp_path: Path) -> None:
 
 
 def test_stages_count_the_running_sums_of_all_steps(tmp_path: Path) -> None:
-    """S is of the logged step alone; the pairs between two lines are known."""
+    """The sums give the pairs of all steps between two lines; the logged S is that of one step."""
     lines = [
         line(at, 1, sparsity=s, target_sparsity=0.75, total_active_pairs=pairs, total_layer_tokens=10 * at)
         for at, pairs, s in ((10, 700, 0.1), (20, 1000, 0.75))
@@ -147,7 +147,7 @@ def test_picture_has_a_panel_for_each_axis(tmp_path: Path) -> None:
     assert width([*all_points, *l1_points, *compared]) == 2500  # in two rows
     assert width([(run, 2.0) for run in plan.plan(["variable-k"], {}, None)]) == 1000
     for run in (runs[0], Run("182m", "remoe", 8, 1).at("l1-init", 1e-16), Run("182m", "dense", expansion=8)):
-        assert width([(run, 2.0)]) == 1000  # one run: a panel of its own
+        assert width([(run, 2.0)]) == 1000  # a single run gets its own panel
 
 
 def test_docs_tell_of_every_routing_and_setting() -> None:

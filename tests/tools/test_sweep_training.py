@@ -1,4 +1,4 @@
-"""A tiny sweep for real: it trains, goes on, notices other settings, and ends at a second interrupt."""
+"""Test a tiny sweep: it trains, resumes, notices other settings, and ends at a second interrupt."""
 
 import csv
 import io
@@ -43,7 +43,7 @@ sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 
 
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three trainings, two at once, and each takes 90 seconds to save."""
+    """Two of three trainings run at once, and each takes 90 seconds to save. The third does not start."""
     monkeypatch.setattr(training_process, "SECONDS_TO_DIE", 60)
     shown = [ShownTraining(name, "", iterations=10, tokens_per_iteration=1, cost=1.0) for name in "abc"]
     output, interrupts = io.StringIO(), []
@@ -76,7 +76,7 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest
 
 
 def test_time_left_counts_neither_reused_nor_failed_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four of equal cost, and a clock on which an iteration takes a second."""
+    """Four trainings have the same cost, and the clock advances one second per iteration."""
     shown = [ShownTraining(name, "", iterations=100, tokens_per_iteration=1, cost=100.0) for name in "abcd"]
     clock = partial(rich.progress.Progress, get_time=lambda: float(min(shown[1].done, 10) + shown[2].done))
     monkeypatch.setattr(training_display, "Progress", clock)
@@ -103,7 +103,7 @@ def test_the_last_line_of_a_resumed_training_is_shown(cut: int, tmp_path: Path) 
     assert f"goes on from iteration {cut}" in output.getvalue() and " a: 20/20  loss" in output.getvalue()
 
 
-# ---------------------------------------------------------------- for real
+# ---------------------------------------------------------------- real trainings
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -119,7 +119,7 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
     granularity = [*common, "--figures", "granularity", "--routings", "remoe", "--granularities"]
     log = output_dir / "llama_182m_remoe_e8g1" / "train.log"
 
-    # Stopped in the first run, which saves what it has.
+    # Stop the first run; it saves a checkpoint.
     process = start(*granularity, "1", "2", "--", *FLAGS, **environment)
     while process.poll() is None and not (log.exists() and len(records(log.read_text())) > 2):
         time.sleep(0.05)
@@ -130,7 +130,7 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
     cut = max(records(log.read_text()))
     assert cut < ITERATIONS
 
-    # The FFN cannot be divided by 3: that run fails, the others do not.
+    # 3 does not divide the FFN size: that run fails, the other does not.
     output, errors = sweep(*granularity, "3", "1", "--", *FLAGS, code=1, **environment)
     assert "1/2 llama_182m_remoe_e8g3: failed with exit code" in output
     assert "--moe-granularity" in output and f"The whole log: {output_dir}/llama_182m_remoe_e8g3/train.log" in output
@@ -139,7 +139,7 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
     assert "1 of 2 runs did not finish: llama_182m_remoe_e8g3." in errors
     assert list(records(log.read_text())) == list(range(1, ITERATIONS + 1))
 
-    # Another figure takes over the run that both have.
+    # Another figure reuses the run that both have.
     routings = ["--routings", "remoe", "moe-warmup"]
     experts = [*common, "--figures", "experts", *routings, "--experts", "8"]
     output, _ = sweep(*experts, "--", *FLAGS, **environment)
@@ -166,10 +166,10 @@ def test_trains_goes_on_and_notices_other_settings(data: Path, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", plan.AXES)
 def test_each_setting_trains(axis: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the value that is farthest from the default; tests/tools/test_compare.py trains each routing."""
+    """Each axis trains at its largest value; tests/tools/test_compare.py trains each routing."""
     run = plan.plan([axis], {}, None)[-1]
     launch = plan.Launch(tmp_path, 1, 2, 2, tuple(FLAGS))
-    with monkeypatch.context() as context:  # other tests' trainings start in the process that this one may start
+    with monkeypatch.context() as context:  # shared_entry() may start its process here and keep the environment
         context.setenv("DATA_PATH", str(data))
         flags = words_of(planned_flags(launch, run, anywhere=False))
     code, printed = shared_entry().run(flags, limit=120)

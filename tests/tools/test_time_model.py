@@ -1,4 +1,4 @@
-"""The rehearsal's model of time: collectives, products of Transformer Engine, and the host."""
+"""Test the rehearsal's time model: collectives, products of Transformer Engine, and the host."""
 
 from argparse import Namespace
 
@@ -14,7 +14,7 @@ from tools.rehearse.roofline import Roofline, host_seconds, share_of_grouped, st
 
 
 def test_collectives_take_their_latency() -> None:
-    """By hand: ten of 8 GB over 8 ranks of a node, 7/8 of the bytes sent twice, and three doublings each."""
+    """Ten all-reduces of 8 GB over 8 ranks of a node send 7/8 of the bytes twice, and each has log2(8) latencies."""
     one = {"kind": "all_reduce", "ranks": 8, "within_node": True, "times": 10, "bytes": 80e9}
     given = {"link": 400.0, "latency": 5.0, "network": 0.0, "network_latency": 0.0}
     (timed,) = report.timed([one, one | {"ranks": 1}], given)
@@ -26,7 +26,7 @@ def test_collectives_take_their_latency() -> None:
     ("left", "right", "layout"), [("nk", "mk", "TN"), ("nk", "mn", "NN"), ("mk", "mn", "NT")], ids=["y", "dx", "dw"]
 )
 def test_work_of_engine_products(left: str, right: str, layout: str, is_grouped: bool) -> None:
-    """Output, and gradients of rows and weights: two FLOPs for each of m k n, and one pass over each matrix."""
+    """Output and gradients take 2 · m · k · n FLOPs and one pass over each matrix; accumulation adds one."""
     sizes = {"m": 6, "k": 4, "n": 10}
     shapes = [*(tuple(sizes[letter] for letter in letters) for letters in (left, right)), (10, 4)]
     a, b, out = ([torch.empty(shape)] if is_grouped else torch.empty(shape) for shape in shapes)
@@ -40,7 +40,7 @@ def test_work_of_engine_products(left: str, right: str, layout: str, is_grouped:
 
 
 def test_work_of_engine_attention() -> None:
-    """Two products forward and five backward, of which causal attention needs half."""
+    """Attention has two products forward and five backward; causal attention needs half of each."""
     query, key = torch.empty(8, 2, 4, 16), torch.empty(8, 2, 2, 16)
     for name, products in (("fused_attn_fwd", 2), ("fused_attn_bwd", 5)):
         moved, flops, rate = engine.work_of(name, [8, 8, query, key, key], [query, key])
@@ -50,7 +50,7 @@ def test_work_of_engine_attention() -> None:
 
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_work_of_fused_products(accumulates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """QuACK's: six of each pair and expert weight, with no pass for gathering and SwiGLU."""
+    """QuACK takes six FLOPs per pair and expert weight in six products; gathering and SwiGLU add no pass."""
     products = quack_stand_in.put_in(monkeypatch)
     tokens, pairs, hidden, ffn = 7, 9, 8, 4
     weights = [torch.nn.Parameter(torch.ones(3, *sizes)) for sizes in ((2 * ffn, hidden), (hidden, ffn))]
@@ -68,7 +68,7 @@ def test_work_of_fused_products(accumulates: bool, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_gpu_waits_for_the_host() -> None:
-    """By hand: a wait between two stretches, of two operations and of one."""
+    """Step times match a hand calculation: two stretches of operations with a wait between them."""
     marks = [(0, 0), (1_000_000, 2), (1_000_000, 1_000_002)]
     assert host_seconds(marks, {"frame": 2.0, "launch": 3.0}) == pytest.approx([2.000006, 3.0])
     assert step_seconds([2.0, 3.0], [[5.0, 1.0], [0.5]]) == (1 + 5 + 1) + (3 + 0.5)
@@ -78,7 +78,7 @@ def test_the_gpu_waits_for_the_host() -> None:
 
 
 def test_small_experts_and_heads_are_slower() -> None:
-    """The published layers of cards.py, products alone: 8.7 and 9.7 of 10.2 and 11.4 ms."""
+    """The products of the published layers in cards.py take 8.7 of 10.2 ms and 9.7 of 11.4 ms."""
     for ffn, pairs, seconds in ((768, 32768 * 8, 8.7e-3), (512, 32768 * 10, 9.7e-3)):
         args = Namespace(moe_ffn_hidden_size=ffn, expert_tensor_parallel_size=1, kv_channels=64)
         roofline = Roofline(args, rates("h100"), engine.Calls())

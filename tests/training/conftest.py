@@ -1,4 +1,4 @@
-"""Checkpoints that the tests of this folder damage."""
+"""Make checkpoints for the tests of this folder to damage."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.trainings import run
 
 @pytest.fixture(scope="session")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A training's checkpoints of iterations 2, 4 and 6."""
+    """Train, and return the checkpoints of iterations 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run(training(data, folder))
     return Saved(folder)
@@ -18,5 +18,5 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved
 
 @pytest.fixture
 def saved(uninterrupted: Saved, tmp_path: Path) -> Saved:
-    """A copy of them, to be damaged."""
+    """Return a copy of the checkpoints, to be damaged."""
     return uninterrupted.copy(tmp_path / "checkpoints")

@@ -1,7 +1,7 @@
-"""Train with errors in some steps, and again in the same process after each: restarting.py nvrx|plain FLAGS.
+"""Train with errors in some steps, and restart in the same process after each: restarting.py nvrx|plain FLAGS.
 
-With "nvrx", NVIDIA's resiliency extension restarts, through the program; its parts that need a GPU are left out. With
-"plain", this script does what NVRx does: it calls the program's function again after removing Megatron's state.
+With "nvrx", the program restarts with NVIDIA's resiliency extension, without the parts that need a GPU. With "plain",
+this script does what NVRx does: it removes Megatron's state and calls the program's function again.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import torch
 
 from megatron.remoe import pretrain
 
-FAULTY_STEPS = [5, 8]  # iterations that are done; a checkpoint is saved at 2, 4, 6, ...
+FAULTY_STEPS = [5, 8]  # finished iterations before an error; checkpoints are saved at 2, 4, 6, ...
 train = pretrain.train
 
 
 def train_with_faults(*arguments: object, **options: object) -> None:
-    """The program's `train`, in which each faulty step fails once."""
+    """Call the program's `train`; each faulty step fails once."""
     from megatron.training import get_args, training
 
     if not hasattr(training.train_step, "__wrapped__"):
@@ -28,7 +28,7 @@ def train_with_faults(*arguments: object, **options: object) -> None:
         def faulty(*words: object, **named: object) -> object:
             if get_args().curr_iteration in FAULTY_STEPS:
                 FAULTY_STEPS.remove(get_args().curr_iteration)
-                # What another training would find: this one's lock, from its first step on.
+                # The lock that another training would find in this folder.
                 print("lock:", Path(get_args().save, "training.lock").read_bytes(), flush=True)
                 raise RuntimeError(f"fault after {get_args().curr_iteration} steps")
             return stock(*words, **named)

@@ -1,4 +1,4 @@
-"""Flags: granularity, values out of range, and every combination that ReLU routing refuses."""
+"""Test the flags: granularity, values out of range, and every setting that ReLU routing refuses."""
 
 import argparse
 import importlib.metadata
@@ -22,13 +22,13 @@ Parse = Callable[..., argparse.Namespace]
 
 
 def words_of(*flags: str | list[str]) -> list[str]:
-    """Flags in lists, or to be split."""
+    """Return one list of words; strings are split at spaces."""
     return [word for each in flags for word in (each.split() if isinstance(each, str) else each)]
 
 
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
-    """Parses a tiny model's flags and these."""
+    """Return a function that parses a tiny model's flags and the given ones."""
 
     def parse_all(*flags: str | list[str]) -> argparse.Namespace:
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *words_of(*flags)])
@@ -39,7 +39,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
 
 @pytest.fixture
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Returns the message with which flags are refused."""
+    """Return a function that returns the message with which flags are refused."""
 
     def refused(*flags: str | list[str]) -> str:
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *words_of(*flags)])
@@ -58,7 +58,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     [("", 60, 600), ("--distributed-timeout-minutes 30", 30, None)],
 )
 def test_timeouts(flags: str, minutes: int, seconds_after: int | None, parse: Parse) -> None:
-    """The first rank may take long for the data's index; after the first step a rank that hangs is found as before."""
+    """The default timeout is long until the first rank has built the data's index, and short after the first step."""
     args = parse(flags)
     assert (args.distributed_timeout_minutes, args.distributed_timeout_seconds_after_init) == (minutes, seconds_after)
 
@@ -80,7 +80,7 @@ def test_granularity(kind: list[str] | str, ffn: int, parse: Parse) -> None:
     assert (args.num_experts, args.moe_router_topk, args.moe_ffn_hidden_size) == (32, 8, ffn)
 
 
-# Flags, and what their message has: flag and value, and the remedy.
+# Flags, and parts of their message: flag and value, and the remedy.
 WARMUP = "--moe-warmup-topk 6 --moe-warmup-steps 9"
 BAD_VALUES = [
     ("", "--moe-relu-routing", "--moe-relu-routing needs experts", "--num-experts"),
@@ -121,7 +121,7 @@ VALUES = {"moe_aux_loss_coeff": 0.01, "transformer_impl": "inference_optimized"}
 
 @pytest.mark.parametrize("entry", REFUSALS, ids=lambda entry: entry.name)
 def test_refused_setting(entry, parse: Parse) -> None:
-    """tests/routing/test_refusals.py has the flags' names and the reasons."""
+    """The message has flag, value and remedy; tests/routing/test_refusals.py tests the flags' names and reasons."""
     args = parse(RELU)
     assert relu_routing_problems(args) == []
     setattr(args, entry.name, VALUES.get(entry.name, "other"))
@@ -130,7 +130,7 @@ def test_refused_setting(entry, parse: Parse) -> None:
     assert entry.remedy in problem and problem.endswith("[REMOE-E204]")
 
 
-# From its scripts/train_llama_182m_remoe.sh, but for data, sizes and what trains.
+# From the fork's scripts/train_llama_182m_remoe.sh, without flags for data, sizes and hyperparameters.
 OF_THE_FORK = """
 --use-mcore-models --no-masked-softmax-fusion --no-position-embedding --rotary-base 1000000 --use-flash-attn
 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-token-dispatcher-type alltoall

@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint that have changed are found when they are loaded, and code among them is not executed."""
+"""Test that changed bytes of a checkpoint are found on loading, and that whole checkpoints are not overwritten."""
 
 import io
 import os
@@ -22,7 +22,7 @@ FLIPS = int(os.environ.get("REMOE_FLIPS", "100"))
 
 
 def place(folder: Path, name: str) -> tuple[Path, int, int]:
-    """File, offset and length of a tensor or object."""
+    """Return the file, offset and length of a tensor or object."""
     entry = next(entry for key, entry in read_index(folder).storage_data.items() if key.fqn.startswith(name))
     return folder / entry.relative_path, entry.offset, entry.length
 
@@ -67,7 +67,7 @@ def test_one_rank_that_finds_it_takes_the_others_along(more: list[str], data: Pa
 
 
 def test_two_damaged_iterations_lead_back_to_the_one_before(saved: Saved, data: Path) -> None:
-    """The first is found by its length before the start, the second by its sum while it is loaded."""
+    """The truncated file is found before the start, and the flipped bit by its checksum while it is loaded."""
     truncate(tensors(saved[6]))
     flip_in(saved[4], WEIGHT)
     output = run(training(data, saved.root))
@@ -92,7 +92,7 @@ def test_megatrons_own_hashes_lead_back_too(data: Path, tmp_path: Path) -> None:
     words = training(data, tmp_path, "--verify-integrity")
     run(words)
     metadata = tmp_path / "iter_0000006" / "metadata.json"
-    metadata.write_text(metadata.read_text() + " ")  # no sum of ours is of it
+    metadata.write_text(metadata.read_text() + " ")  # our checksums do not cover this file
     assert "Going back to iteration 4" in run(words)
 
 
@@ -120,7 +120,7 @@ def test_one_file_per_rank(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [WEIGHT, "decoder.final_layernorm", "rng_state"])
 def test_no_flipped_bit_changes_what_is_read(name: str, saved: Saved, tmp_path: Path) -> None:
-    """Each is found, ends in PyTorch's own error, or changes nothing."""
+    """Each flip is found by its checksum, makes PyTorch raise an error, or changes nothing."""
     path, offset, length = place(saved[6], name)
     with path.open("rb") as file:
         file.seek(offset)
@@ -142,7 +142,7 @@ def test_no_flipped_bit_changes_what_is_read(name: str, saved: Saved, tmp_path: 
 
 
 def read(content: bytes) -> bytes | None:
-    """The bytes of the tensor or object in an archive; None where PyTorch cannot read it."""
+    """Return the bytes of the tensor or object in an archive, or None if PyTorch cannot read it."""
     try:
         reader = torch._C.PyTorchFileReader(io.BytesIO(content))
         return b"".join(reader.get_record(name) for name in ("data.pkl", "data/0") if reader.has_record(name))

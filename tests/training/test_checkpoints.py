@@ -1,4 +1,4 @@
-"""The choice of a checkpoint, and what is on the disk when it is reported as saved."""
+"""Test the choice of a checkpoint, and that a checkpoint is on the disk when it is reported as saved."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def arguments(folder: Path, step: int | None = None, rank: int = 0) -> Namespace
 
 
 def chosen(folder: Path, step: int | None = None, rank: int = 0) -> int | None:
-    """The --ckpt-step after the choice; None where Megatron's own choice stands."""
+    """Return --ckpt-step after the choice, or None if Megatron's own choice is kept."""
     args = arguments(folder, step, rank)
     resume = choose_checkpoint(args)
     if resume is not None:
@@ -112,7 +112,7 @@ def test_what_is_no_tracker_and_no_iteration(saved: Saved) -> None:
 
 @pytest.mark.parametrize("has_sum", [True, False], ids=["with its checksum", "without"])
 def test_flipped_bits_in_an_index(has_sum: bool, saved: Saved) -> None:
-    """With its checksum each one counts as damage; without, what is damaged ends in the one error and no other."""
+    """With its checksum every flip is found. Without it more than 80 % are, and no other error is raised."""
     chance, index, found = random.Random(3), saved[6] / INDEX, 0
     content = index.read_bytes()
     if not has_sum:
@@ -145,7 +145,7 @@ def twice_as_large(index: Metadata) -> None:
     tensor.size = tensor.chunks[0].sizes = torch.Size([2 * n for n in tensor.size])
 
 
-# What a damaged or malicious index may say that torch would believe.
+# Contradictions that a damaged or malicious index may contain and torch would accept.
 CONTRADICTIONS: dict[str, Callable[[Metadata], object]] = {
     "a file elsewhere": lambda index: setattr(first_object(index), "relative_path", "../../secret"),
     "the folder above": lambda index: setattr(first_object(index), "relative_path", ".."),
@@ -170,7 +170,7 @@ def test_an_index_that_contradicts_itself(how: str, saved: Saved) -> None:
 
 
 def test_pretrained_checkpoint_is_looked_at_too(saved: Saved, tmp_path: Path) -> None:
-    """Where there is nothing under --load yet; weights without an iteration have none to go back to."""
+    """It is checked until --load has a checkpoint. Damaged weights without an iteration have no replacement."""
     release = tmp_path / "release"
     shutil.copytree(saved[6], release / "release")
     (release / TRACKER).write_text("release")
@@ -187,7 +187,7 @@ def test_pretrained_checkpoint_is_looked_at_too(saved: Saved, tmp_path: Path) ->
 
 
 def test_what_is_saved_is_on_the_disk_before_it_is_reported(data: Path, tmp_path: Path) -> None:
-    """In the order of the system's calls: each file, its folder, the tracker, and only then the message."""
+    """Each file and its folder are synced before the message; the tracker and the main folder are synced last."""
     watch, folder, seen = tmp_path / "watch.py", tmp_path / "checkpoints", tmp_path / "seen"
     watch.write_text(
         "import builtins, os, runpy, sys\n"
@@ -210,7 +210,7 @@ def test_what_is_saved_is_on_the_disk_before_it_is_reported(data: Path, tmp_path
 
 
 def test_a_folder_that_nodes_do_not_share_is_no_successful_save(data: Path, tmp_path: Path) -> None:
-    """Each rank has a folder of its own under the same name, as on two nodes."""
+    """Each rank has its own folder of the same name, as on two nodes."""
     node = tmp_path / "node.py"
     node.write_text(
         "import os, runpy\n"
@@ -240,7 +240,7 @@ def test_an_evaluation_needs_no_settings_of_the_training(saved: Saved, data: Pat
 
 
 def test_gpt2_files_outlive_the_folder_made_of_them(data: Path, tmp_path: Path, entry: Entry) -> None:
-    """Another machine's cache has no such folder; the files are beside the data."""
+    """Another machine's cache does not have the folder. Resuming makes it again from the two files."""
     vocabulary, merges = byte_level_vocabulary(tmp_path)
     words = training(data, tmp_path / "run", "--save-interval", "1", "--lr-decay-iters", "6")
     at = words.index("--tokenizer-type")

@@ -1,4 +1,4 @@
-"""Faults in a real training: a rank that dies, a disk that is full, coefficients that are far too large."""
+"""Test faults in real trainings: a dead rank, a full disk, a far too large λ, and steps that are not finite."""
 
 import math
 import os
@@ -20,13 +20,13 @@ from tests.data_sets import write_documents
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, records, run, series, start, weights
 
-ENDS_WITHIN = 60.0  # seconds, as docs/checkpoints.md says: torchrun waits 30 for the others, and then kills them
+ENDS_WITHIN = 60.0  # seconds, as in docs/checkpoints.md: torchrun waits 30 for the other ranks, then kills them
 END = 8
-LOADERS = ["--num-workers", "2"]  # the default: a rank that ends takes them with it
+LOADERS = ["--num-workers", "2"]  # the default; these processes must end with their rank
 
 
 def last_words(output: str) -> str:
-    """The first error message of the entry."""
+    """Return the output from the entry's first error message on, up to 1,000 characters."""
     assert "pretrain_gpt.py: error: " in output, output[-3000:]
     return output[output.index("pretrain_gpt.py: error: ") :][:1000]
 
@@ -40,7 +40,7 @@ def last_words(output: str) -> str:
     ],
 )
 def test_a_rank_that_dies_ends_the_others(layout: list[str], victim: int, data: Path, tmp_path: Path) -> None:
-    """SIGKILL, as the kernel sends it where memory is short; the others save at SIGTERM, as under scripts/."""
+    """One rank gets SIGKILL, as from the kernel if memory is short. Ranks save at SIGTERM, as under scripts/."""
     saving = ["--save", str(tmp_path / "checkpoints"), "--save-interval", "100000", "--exit-signal-handler"]
     arguments = [*TINY, *RELU, *LOADERS, *layout, *saving, "--data-path", str(data), "--train-iters", "100000"]
     process, lines, died = start(arguments, 2, PYTHONUNBUFFERED="1"), [], 0.0
@@ -63,7 +63,7 @@ def test_a_rank_that_dies_ends_the_others(layout: list[str], victim: int, data: 
 
 
 def command(process: psutil.Process, folder: Path) -> str:
-    """The command line of a process that has the folder among its arguments."""
+    """Return the command line of a process, or "" if it does not contain the folder."""
     try:
         words = " ".join(process.cmdline())
     except psutil.Error:
@@ -85,7 +85,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """A file system in memory of so many bytes."""
+    """Mount a file system in memory of `size` bytes, or skip the test if that is not allowed."""
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
@@ -99,7 +99,7 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
 
 
 def check_survived(folder: Path, output: str, expected: str) -> None:
-    """The save at iteration 4 failed, and that at 2 is the one to go on from."""
+    """Assert that the save at iteration 4 failed with a remedy, and that the checkpoint of iteration 2 is whole."""
     assert expected in last_words(output) and "Make room for what is saved" in last_words(output), output[-3000:]
     with pytest.raises(BrokenCheckpointError):
         check_is_whole(folder / "iter_0000004")
@@ -119,7 +119,7 @@ def test_full_disk(full_at: str, data: Path, uninterrupted: Path, tmp_path: Path
     files = [file for file in (uninterrupted / "iter_0000002").iterdir() if file.is_file()]
     page = os.sysconf("SC_PAGESIZE")
     pages = sum(math.ceil(file.stat().st_size / page) for file in files)
-    # Two checkpoints and the tracker, but for one page.
+    # Space for one and a half checkpoints; or for two and the tracker, minus one page.
     size = page * (pages * 3 // 2 if full_at == "tensors" else 2 * pages)
     disk = tmp_path / "disk"
     with small_disk(disk, size):
@@ -134,7 +134,7 @@ def test_full_disk(full_at: str, data: Path, uninterrupted: Path, tmp_path: Path
 
 @pytest.mark.timeout(120)
 def test_file_that_cannot_grow(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """A limit on the size of files, which needs no right to mount: the error comes in the same place."""
+    """A limit on file sizes makes the save fail in the same place as a full disk, and needs no right to mount."""
     folder = tmp_path / "checkpoints"
     run(saving(data, folder, "--exit-interval", "2"))
     process = start(saving(data, folder))
@@ -148,7 +148,7 @@ def test_file_that_cannot_grow(data: Path, uninterrupted: Path, tmp_path: Path) 
 
 @pytest.mark.timeout(120)
 def test_training_survives(data: Path) -> None:
-    """A coefficient that is far too large; the paper's runs take it too."""
+    """With λ₀ = 1 (far too large, but in the paper's table 3), the loss falls and S reaches its target."""
     steps, hostile = 100, "--moe-relu-l1-reg-coeff-init 1 --micro-batch-size 8 --train-iters 100".split()
     output = run([*TINY, *RELU, *hostile, "--data-path", str(data)])
     losses, layers = series(output, "lm loss"), series(output, "highest layer sparsity")
@@ -160,9 +160,9 @@ def test_training_survives(data: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_layers_that_were_driven_off_come_back(tmp_path: Path) -> None:
-    """λ so large that it turns all layers off: with the guard they soon route again, without it they hardly do.
+    """A very large λ turns all layers off. With the guard, all layers are off in fewer than half as many steps.
 
-    Seeds differ much, so there are three; the text is the same with each version of Python.
+    Seeds differ a lot, so there are three. The text is the same with each version of Python.
     """
     write_documents(tmp_path / "text", [(REPOSITORY / "LICENSE").read_bytes()] * 8)
     steps, seeds, steps_off = 20, ("1", "2", "3"), {"0": 0, "0.001": 0}
@@ -181,7 +181,7 @@ def test_layers_that_were_driven_off_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_steps_that_are_not_finite(data: Path) -> None:
-    """A learning rate that breaks the model in its first step: λ stays, or the training ends and says why."""
+    """If the first step breaks the model, λ stays; with Megatron's check for NaN, the training ends with the reason."""
     broken = [*TINY, *RELU, *"--micro-batch-size 8 --lr 1e30 --min-lr 1e30".split(), "--data-path", str(data)]
     output = run([*broken, "--no-check-for-nan-in-loss-and-grad"])
     steps = [record for _, record in sorted(records(output).items())]

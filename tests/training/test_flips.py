@@ -1,4 +1,4 @@
-"""Flips: what is counted. tests/training/test_training.py has them in all layouts, where they leave no trace."""
+"""Test how flips are counted. tests/training/test_training.py tests layouts, and that measuring changes nothing."""
 
 import argparse
 
@@ -22,7 +22,7 @@ ARGUMENTS = {
 
 
 class Model(torch.nn.Module):
-    """One MoE layer, as Megatron's schedules take a model."""
+    """A model of one MoE layer, with the interface that Megatron's schedules need."""
 
     model_type = ModelType.encoder_or_decoder
 
@@ -55,7 +55,7 @@ def test_what_an_update_changes_is_counted(kind: str) -> None:
     layer = make_layer(make_config() if kind == "relu" else make_topk_config())
     weight, model = layer.router.weight.data, Model(layer)
     weight.zero_()
-    weight[0], weight[1] = 1.0, -1.0  # of each token one of the two is on
+    weight[0], weight[1] = 1.0, -1.0  # one of the two is active for each token
     meter = FlipMeter(argparse.Namespace(**ARGUMENTS), lambda data, model: (model(next(data)["tokens"]), None))
     meter.chunks = [model]
     sequence = {"tokens": torch.randn(5, HIDDEN, dtype=torch.float64, device=weight.device)}
@@ -66,7 +66,7 @@ def test_what_an_update_changes_is_counted(kind: str) -> None:
     weight[0] *= -1
     weight[1] *= -1
     flips = meter.after_update(3)
-    # One expert for another is one change of a token.
+    # Replacing one expert by another counts as one changed token.
     assert flips == {"rate": 0.5, "count": 2.0, "layer_rate": {1: 0.5}, "changed_tokens": 1.0}
     assert model.training and torch.equal(torch.get_rng_state(), numbers)
     if kind == "relu":

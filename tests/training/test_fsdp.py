@@ -1,4 +1,4 @@
-"""Megatron-FSDP saves and resumes; that it trains like one process is in tests/parity."""
+"""Test that Megatron-FSDP saves and resumes; tests/parity tests that it trains like one process."""
 
 import argparse
 import io
@@ -28,7 +28,7 @@ DENSE_TOO = "--moe-layer-freq ([0,1]) --moe-shared-expert-intermediate-size 64"
 
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A training's checkpoints of iterations 2, 4 and 6, on two ranks with half of the experts each."""
+    """Train on two ranks with half of the experts each; return the checkpoints of iterations 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run(words(data, folder), processes=2)
     return Saved(folder)
@@ -44,7 +44,7 @@ def words(data: Path, folder: Path, *more: str, split: str = EP2) -> list[str]:
 
 
 def goes_on_from_4(saved: Saved) -> Saved:
-    """Leave the checkpoints up to iteration 4."""
+    """Remove the checkpoint of iteration 6, so that a training resumes from 4."""
     for path in saved[6].iterdir():
         path.unlink()
     saved[6].rmdir()
@@ -52,13 +52,13 @@ def goes_on_from_4(saved: Saved) -> Saved:
 
 
 def assert_same_training(found: Saved, expected: Saved) -> None:
-    """λ's exponent, weights and optimizer state are equal, bit for bit."""
+    """Assert that λ's exponent, weights, optimizer state and the last step's figures are equal bit for bit."""
     expected.assert_same_weights(found, 6)
     assert last_step(found) == last_step(expected)
 
 
 def last_step(saved: Saved) -> tuple[float, float, float]:
-    """λ, S and the gradient's norm in the newest step."""
+    """Return λ, S and the gradient norm of the newest step."""
     line = [line for line in figures(saved.root, 1) if line["kind"] == "log"][-1]
     return line["l1_coefficient"], line["sparsity"], line["grad_norm"]
 
@@ -192,12 +192,12 @@ def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
     engine = ["--save", tmp_path / "engine", "--transformer-impl", "transformer_engine"]
     subprocess.run([*tool, saved.root, *engine], check=True)
     keys = read_index(tmp_path / "engine" / "release").state_dict_metadata
-    own = "decoder.layers.pre_mlp_layernorm.weight"  # of Transformer Engine's layers with experts
+    own = "decoder.layers.pre_mlp_layernorm.weight"  # only Transformer Engine's MoE layers have it
     assert own in keys and own not in entries
 
 
 def test_steps_that_are_not_finite_leave_the_coefficient(data: Path) -> None:
-    """As without Megatron-FSDP, although each rank sees its own rows of the gradients only."""
+    """λ stays, as without Megatron-FSDP, although each rank sees only its own rows of the gradients."""
     broken = "--lr 1e30 --min-lr 1e30 --no-check-for-nan-in-loss-and-grad".split()
     output = run([*TINY, *RELU, *broken, *FSDP.split(), "--data-path", str(data)], processes=2)
     assert series(output, "l1 coefficient") == [1e-8] + [1.2e-8] * 7

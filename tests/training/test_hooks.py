@@ -1,4 +1,4 @@
-"""What is installed into Megatron's loop leaves what was there."""
+"""Test that hooks in Megatron's loop keep the functions that were there."""
 
 import argparse
 import operator
@@ -42,7 +42,7 @@ def test_what_was_called_once_a_step_still_is() -> None:
 
 @pytest.mark.parametrize("name", [None, "routing_free", "top_p", "expert_threshold"])
 def test_a_step_that_runs_again_counts_once(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron rejects a result once, and goes on as the second run has the same one."""
+    """Megatron rejects a result and runs the step again, from the same state and with the same outcome."""
     machine = rerun_state_machine.RerunStateMachine(lambda: {"of": "Megatron"}, lambda saved: restored.append(saved))
     machine.set_mode(rerun_state_machine.RerunMode.VALIDATE_RESULTS)
     machine.first_iteration_complete = True

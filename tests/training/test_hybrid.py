@@ -1,4 +1,4 @@
-"""HybridModel, where attention and MLP are layers of their own: GPTModel's training, and from one to the other."""
+"""Test that HybridModel (attention and MLP are separate layers) trains like GPTModel, and converts to it and back."""
 
 import argparse
 from dataclasses import fields
@@ -32,13 +32,13 @@ SAVED, END = 4, 8
 
 
 class Trainings:
-    """Trainings of both classes that save on the way."""
+    """Trainings of both classes that save checkpoints."""
 
     def __init__(self, entry: Entry, data: Path, folder: Path) -> None:
         self.entry, self.data, self.folder = entry, data, folder
 
     def run(self, *flags: str) -> dict[int, dict[str, str]]:
-        """What each step printed, with all its digits; layers by GPTModel's numbers."""
+        """Train, and return each step's printed fields with all digits; layers have GPTModel's numbers."""
         code, output = self.entry.run([*TINY, "--data-path", str(self.data), *flags], {}, [])
         assert code == 0, output[-3000:]
         steps = records(output)
@@ -48,20 +48,20 @@ class Trainings:
         return steps
 
     def saving(self, name: str, *flags: str) -> dict[int, dict[str, str]]:
-        """A whole training that saves at step `SAVED`."""
+        """Run a whole training that saves every `SAVED` steps."""
         return self.run(*RUN, *flags, "--save", str(self.folder / name), "--save-interval", str(SAVED))
 
     def resumed(self, name: str, *flags: str) -> dict[int, dict[str, str]]:
-        """The steps after `SAVED`."""
+        """Resume from step `SAVED`, and return the steps after it."""
         return self.run(*RUN, *flags, "--load", str(self.folder / name), "--ckpt-step", str(SAVED))
 
     def exported(self, name: str) -> dict[str, torch.Tensor]:
-        """The weights of step `SAVED` in the model for transformers."""
+        """Return the weights of step `SAVED` in the model for transformers."""
         checkpoint, _, config = open_run(self.folder / name, SAVED)
         return model_of(config, read(checkpoint, config)).state_dict()
 
     def converted(self, name: str, model: str) -> str:
-        """The checkpoint of step `SAVED` for the other class."""
+        """Convert the checkpoint of step `SAVED` to the other class, and return its name."""
         places = ["--load", str(self.folder / name), "--save", str(self.folder / f"{name}-as-{model}")]
         flags = ["--model", model, *places, "--ckpt-step", str(SAVED)]
         output = run(flags, script=REPOSITORY / "tools" / "convert_checkpoint")
@@ -80,7 +80,7 @@ def trainings(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory
     ids=["MoE layers", "dense and MoE layers"],
 )
 def test_one_training_in_two_classes(pattern: str, gpt: list[str], trainings: Trainings) -> None:
-    """Losses, norms, S and λ to the last digit; and each class goes on from the other's checkpoint as from its own."""
+    """Losses, norms, S and λ agree to the last digit. Each class resumes from the other's converted checkpoint."""
     name, hybrid = pattern.replace("*", "a"), ["--hybrid-layer-pattern", pattern]
     expected = trainings.saving(f"{name}-gpt", *gpt)
     assert len(expected) == END and "l1 coefficient" in expected[END]
@@ -92,11 +92,11 @@ def test_one_training_in_two_classes(pattern: str, gpt: list[str], trainings: Tr
     of_gpt, of_hybrid = (trainings.converted(f"{name}-{a}", b) for a, b in (("gpt", "hybrid"), ("hybrid", "gpt")))
     assert trainings.resumed(of_gpt, *hybrid) == expected
     assert trainings.resumed(of_hybrid, *gpt) == expected
-    if not gpt:  # Megatron reads what is alike in all layers by itself
+    if not gpt:  # Megatron can load it unconverted if all layers are alike
         assert trainings.resumed(f"{name}-gpt", *hybrid) == expected
 
 
-WITH = {  # what layers can do, and other routings
+WITH = {  # features of layers, and other routings
     "shared expert and granularity": [*RUN, *"--moe-shared-expert-intermediate-size 64 --moe-granularity 2".split()],
     "MoE recompute in chunks": [
         *RUN,
@@ -116,7 +116,7 @@ def test_with_what_layers_can_do(kind: str, trainings: Trainings) -> None:
 
 
 def test_multi_token_prediction(trainings: Trainings) -> None:
-    """Its layers are numbered like the decoder's first: flips are those of the decoder; and no other class has them."""
+    """Megatron numbers MTP layers from 1 again, but only the decoder's flips count. MTP layers are not converted."""
     folder = trainings.folder / "flips"
     trainings.run(
         *[*RUN, "--hybrid-layer-pattern", "*E*E/*E", "--train-iters", "2", "--moe-log-flips-interval", "1"],
@@ -133,14 +133,14 @@ def test_multi_token_prediction(trainings: Trainings) -> None:
 
 
 def test_hash_stays_in_its_class() -> None:
-    """It goes by the layers' numbers."""
+    """Hash routing depends on the layers' numbers."""
     args = argparse.Namespace(moe_baseline_router="hash", num_layers=2, num_experts=8, moe_layer_freq=1)
     with pytest.raises(ConversionError, match="--moe-baseline-router hash"):
         as_hybrid(args)
 
 
 def test_transformer_engines_stack_takes_the_router() -> None:
-    """Megatron's own specification, with all its kinds of layers: the MoE layer's alone is another."""
+    """Of all kinds of layers in Megatron's own specification, only the MoE layer is replaced."""
     stack = with_relu_routing(hybrid_stack_spec)
     layer = stack.submodules.moe_layer.submodules.mlp
     assert layer.func is ReMoELayer and layer.keywords["submodules"].router is ReLURouter

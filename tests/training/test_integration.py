@@ -1,4 +1,4 @@
-"""The documented script of somebody's own, and the package beside Megatron's."""
+"""Test docs/own_training_script.py, and the package next to Megatron's."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ default._actual_context, default._default_context = None, multiprocessing.get_co
 
 @pytest.mark.parametrize("layers", [[], ["--hybrid-layer-pattern", "*E*E"]], ids=["GPTModel", "HybridModel"])
 def test_documented_script(layers: list[str], data: Path, tmp_path: Path) -> None:
-    """It trains as the project's own program does."""
+    """The script trains like the project's own program."""
     arguments = [*TINY, *RELU, *layers, "--data-path", str(data)]
     output = run([*arguments, "--my-own-flag", "7", "--save", str(tmp_path), "--save-interval", "8"], script=SCRIPT)
     assert "my_own_flag ..................................... 7" in output and "Training: ReMoE" in output

@@ -1,4 +1,4 @@
-"""docs/layer_targets.py: each layer's λ moves by the layer's own sparsity."""
+"""Test docs/layer_targets.py: each layer's λ follows the layer's own sparsity."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Multi-token prediction: its layers' routers are routers like any other, in both model classes."""
+"""Test multi-token prediction: its layers' routers work like all others, in both model classes."""
 
 import argparse
 from pathlib import Path
@@ -46,7 +46,7 @@ ARGS = argparse.Namespace(
 
 
 def built(model_cfg: GPTModelConfig | HybridModelConfig) -> Any:
-    """The model with what is installed, before it is wrapped."""
+    """Build the model with this project's routing and local layers, before it is wrapped."""
     hooks.install_routing(ARGS, model_cfg)
     hooks.install_local_layers(ARGS, model_cfg)
     model = model_cfg.get_builder_cls()(model_cfg).build_model(ProcessGroupCollection.use_mpu_process_groups())
@@ -63,7 +63,7 @@ def config_of(num_layers: int, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("process_groups")
 def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They get router, dispatch and experts like the decoder's; when this fails, the rebuilding can go."""
+    """Megatron builds MTP layers with its own router, so hooks rebuild them. If this fails, remove the rebuilding."""
     settings = config_of(2)
     monkeypatch.setattr(hooks, "rebuild_prediction_layers", lambda _change, chunks: chunks)
     stock: GPTModel = built(GPTModelConfig(**settings))
@@ -81,7 +81,7 @@ def test_megatron_still_specifies_the_layers_itself(monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("process_groups")
 @pytest.mark.parametrize("is_hybrid", [False, True], ids=["GPT", "hybrid"])
 def test_each_router_has_a_row_of_its_own(is_hybrid: bool) -> None:
-    """Megatron numbers a hybrid's layers anew at each depth, and does not tell its routers that they predict."""
+    """In a hybrid, Megatron numbers layers from 1 at each depth, and routers do not know that they belong to MTP."""
     if is_hybrid:
         settings = config_of(4, is_hybrid_model=True)
         model = built(HybridModelConfig(**settings, hybrid_layer_pattern="*E*E/*E/*E"))
@@ -104,7 +104,7 @@ def test_each_router_has_a_row_of_its_own(is_hybrid: bool) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("process_groups")
 def test_training_goes_on_in_another_layout(data: Path, tmp_path: Path) -> None:
-    """The last stage takes tokens too, and the first learns of its layers from the table alone."""
+    """With PP2, the last stage needs tokens too, and the first knows the MTP layers only from the reduced counts."""
 
     def train(*arguments: str, processes: int = 1) -> dict[int, dict[str, str]]:
         saving = ["--save", str(tmp_path / str(processes)), "--save-interval", "3", "--train-iters", "4"]
@@ -116,5 +116,5 @@ def test_training_goes_on_in_another_layout(data: Path, tmp_path: Path) -> None:
     assert list(parts) == [4]
     for name in ("lm loss", "mtp_1 loss", "mtp_2 loss", "sparsity", "l1 coefficient", "l1 loss", "grad norm"):
         assert float(parts[4][name]) == pytest.approx(float(whole[4][name]), rel=1e-4), name
-    # Its logits in transformers are those of Megatron, which has the layers: otherwise nothing is written.
+    # The export fails unless the logits in transformers equal those of Megatron, whose model has these layers.
     assert export(["--load", str(tmp_path / "1"), "--save", str(tmp_path / "folder")]) == 0

@@ -1,4 +1,4 @@
-"""A checkpoint with optimizer state goes on in another layout: the next steps are those of one process throughout."""
+"""Test that a checkpoint with optimizer state resumes in another layout, with the steps of one whole training."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def train(data: Path, layout: str, *more: str) -> str:
 
 
 class Sources:
-    """Trainings up to `SAVED` in each layout, all from one checkpoint; made when they are asked for."""
+    """Trainings in each layout that start from one checkpoint and save at `SAVED`; each runs when first needed."""
 
     def __init__(self, data: Path, folder: Path) -> None:
         self.data, self.folder = data, folder
@@ -60,7 +60,7 @@ class Sources:
         return train(self.data, layout, *start)
 
     def checkpoint(self, layout: str) -> list[str]:
-        """The flags that go on from the layout's checkpoint."""
+        """Return the flags that resume from the layout's checkpoint."""
         if not (self.folder / layout).exists():
             self._start(layout)
         return ["--load", str(self.folder / layout), "--ckpt-step", str(SAVED)]
@@ -78,7 +78,7 @@ def sources(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Sources:
 )
 def test_next_steps_are_the_same(source: str, target: str, data: Path, sources: Sources) -> None:
     output = train(data, target, *sources.checkpoint(source))
-    # The second line after a start tells the mean loss of both steps.
+    # The second line after a start has the mean loss of both steps.
     losses, expected = series(output, "lm loss"), series(sources.expected, "lm loss")[SAVED:]
     expected[1] = (expected[0] + expected[1]) / 2
     assert losses == pytest.approx(expected, rel=1e-4)

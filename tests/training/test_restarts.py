@@ -1,4 +1,4 @@
-"""Training again in the same process after an error: the same weights and log, in a folder that stays locked."""
+"""Test restarts in the same process after an error: same weights and log, and the folder stays locked."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ def training(data: Path, folder: Path) -> list[str]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["plain", pytest.param("nvrx", marks=pytest.mark.skipif(not HAS_NVRX, reason="NVRx"))])
 def test_errors_leave_no_trace(how: str, data: Path, tmp_path: Path) -> None:
-    """After one error there is a checkpoint of the step before, after the other of that very step."""
+    """At the first error the newest checkpoint is one step old; at the second it is of the same step."""
     expected, restarted = tmp_path / "expected", tmp_path / "restarted"
     run(training(data, expected))
     output = run([how, *training(data, restarted)], script=SCRIPT)

@@ -1,4 +1,4 @@
-"""SAVE/metrics.jsonl: what goes into it, what a resumed run takes out, and that it never ends a training."""
+"""Test SAVE/metrics.jsonl: its lines, those that a resumed run removes, and that it never ends a training."""
 
 import argparse
 import json
@@ -81,7 +81,7 @@ def test_running_sums_go_on(tmp_path: Path) -> None:
     assert read(tmp_path, "log")[-1]["total_active_pairs"] == 55
     assert read(tmp_path, "log")[-1]["total_layer_tokens"] == 20
 
-    # The steps between 15 and 17 were counted by nobody: no sum is better than a wrong one.
+    # The steps between 15 and 17 were not counted. No sum is better than a wrong one.
     tell(make_log(tmp_path, iteration=17), line(20, **sums(5, 5)))
     assert "total_active_pairs" not in read(tmp_path, "log")[-1]
 
@@ -142,7 +142,7 @@ def train(data: Path, folder: Path, *arguments: str, **options: Any) -> str:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps, logged two by two, evaluated at the fourth and at the end."""
+    """Train eight steps, log every two, evaluate after four and at the end; return the folder."""
     folder = tmp_path_factory.mktemp("whole")
     train(data, folder, "--log-interval", "2", *EVALUATED, "--eval-interval", "4", "--log-throughput")
     return folder
@@ -177,7 +177,7 @@ def test_a_training_writes_numbers(data: Path, whole: Path, tmp_path: Path) -> N
 
 
 def test_running_sums_are_the_same_in_parts(data: Path, whole: Path, tmp_path: Path) -> None:
-    """Cut between two lines of the log."""
+    """A training that stops between two lines of the log and resumes has the sums of a whole one."""
     train(data, tmp_path, "--log-interval", "2", "--exit-interval", "3")
     train(data, tmp_path, "--log-interval", "2")
     assert iterations(tmp_path, "checkpoint") == [3, 8]
@@ -194,7 +194,7 @@ def test_running_sums_are_the_same_in_parts(data: Path, whole: Path, tmp_path: P
 
 
 def test_stopped_before_the_last_evaluation(data: Path, tmp_path: Path) -> None:
-    """The last checkpoint is there, and the next start has nothing to do but the evaluation."""
+    """If only the last evaluation is missing, the next start adds it once and trains nothing."""
     train(data, tmp_path)
     assert iterations(tmp_path)[-1] == 8 and not iterations(tmp_path, "validation")
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The GPT-2 vocabulary from two files, without network, in Megatron's own tokenizer."""
+"""Test GPT-2's vocabulary from two files, without network, in Megatron's own tokenizer."""
 
 import argparse
 import asyncio
@@ -23,7 +23,7 @@ TEXT = "Hello world, it's 3.14!\n\n  naïve 漢字 👩‍👩‍👧 <|endoftex
 
 
 def tokenizer_arguments(**given: object) -> argparse.Namespace:
-    """What Megatron's build_tokenizer reads, at Megatron's defaults."""
+    """Return the arguments that Megatron's build_tokenizer reads, with Megatron's defaults."""
     defaults = dict.fromkeys(("vocab_file", "merge_file", "tokenizer_model", "special_tokens", "chat_template"))
     defaults |= dict.fromkeys(("tokenizer_hf_no_use_fast", "tokenizer_hf_no_include_special_tokens"), False)
     defaults |= dict.fromkeys(("trust_remote_code", "pad_vocab_size"), False) | {"metadata_path": None}
@@ -32,7 +32,7 @@ def tokenizer_arguments(**given: object) -> argparse.Namespace:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Every attempt to reach something fails, and is in the list even if it is caught."""
+    """Make every network access fail; return the list of attempts, including those whose error is caught."""
     attempts: list[object] = []
 
     def refuse(*arguments: object, **options: object) -> None:
@@ -112,7 +112,7 @@ def test_both_files_are_needed(given) -> None:
 
 
 def test_training_with_a_hugging_face_tokenizer(tmp_path) -> None:
-    """From text to loss with a tokenizer that is no GPT-2's, by the flags that preprocessing and training share."""
+    """Preprocessing and training accept the same flags for a tokenizer other than GPT-2's, and the loss falls."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Real trainings: all kinds of models, every layout, recomputation, saving and resuming."""
+"""Test real trainings: kinds of models, layouts, recomputation, saving and resuming."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def train(data: Path, *arguments: str, processes: int = 1, **options) -> str:
 
 @pytest.fixture(scope="module")
 def initial(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that every layout starts from: Megatron initializes each layout's weights differently."""
+    """Make a checkpoint that every layout starts from: Megatron initializes each layout's weights differently."""
     folder = tmp_path_factory.mktemp("initial")
     train(data, *RELU, "--train-iters", "1", "--save", str(folder), "--save-interval", "1")
     return folder
@@ -70,7 +70,7 @@ def assert_log_tells_what_is_printed(folder: Path, output: str) -> None:
 
 
 def summary(output: str) -> str:
-    """The one line before the first step."""
+    """Return the line before the first step; check its steps, tokens and epochs."""
     (line,) = (line for line in output.splitlines() if line.startswith("Training: "))
     found = re.search(r"Steps 1 to 8 of 512 tokens, 4,096 tokens in all, (0\.\d+) epochs of the data", line)
     assert found is not None, line
@@ -102,7 +102,7 @@ def test_console_is_free_of_unhelpful_warnings(one_process: str) -> None:
     assert lines == []
 
 
-WAYS = {  # tests/parity has those of several processes
+WAYS = {  # tests/parity tests those with several processes
     "no guard": ["--moe-relu-layer-floor", "0"],
     "full recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
     "MoE recompute": "--recompute-granularity selective --recompute-modules moe".split(),
@@ -128,7 +128,7 @@ def test_same_training_in_every_way(way: str, data: Path, initial: Path, one_pro
     ],
 )
 def test_same_flips_in_every_layout(processes: int, layout: str, data: Path, initial: Path, one_process: str) -> None:
-    """The calibration set has two sequences in each of them."""
+    """The flips agree because the calibration set has two sequences in each layout."""
     output = train(data, *RELU, *FLIPS, *layout.split(), "--load", str(initial), "--finetune", processes=processes)
     found, expected = records(output), records(one_process)
     assert "ReMoE, 468,288 parameters" in summary(output), "each counts once, however they are shared"
@@ -159,13 +159,13 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
         saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "3", "--train-iters", "6"]
         return train(data, *RELU, *arguments, *saving, *more, processes=processes)
 
-    whole = continued(tmp_path / "whole", "--moe-log-flips-interval", "2")  # which leaves no trace
+    whole = continued(tmp_path / "whole", "--moe-log-flips-interval", "2")  # measuring changes nothing
     continued(tmp_path / "parts", "--exit-interval", "3")
     second = continued(tmp_path / "parts")
 
     assert list(records(second)) == [4, 5, 6]
     resumed, uninterrupted = records(second), records(whole)
-    # The second line of a run tells the mean loss of both iterations since its start.
+    # The second line of a run has the mean loss of both iterations since its start.
     del resumed[5]["lm loss"], uninterrupted[5]["lm loss"]
     assert all(("flip rate" in record) == (iteration % 2 == 0) for iteration, record in uninterrupted.items())
     uninterrupted = without_flips(uninterrupted)
@@ -189,7 +189,7 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
     ],
 )
 def test_local_layers_refuse(problem: str, arguments: list[str], data: Path) -> None:
-    """Megatron's error in the first step; and experts that Adam would train instead of Muon."""
+    """Megatron's experts with biases would fail in the first step; Adam instead of Muon would train stacked experts."""
     tiny = [flag for flag in TINY if flag != "--disable-bias-linear"]
     output = run([*tiny, *arguments, "--data-path", str(data)], expect=2)
     assert "REMOE-E209" in output and problem in output.splitlines()[-1]
@@ -233,7 +233,7 @@ def test_evaluation_leaves_the_training_as_it_is(data: Path, initial: Path, one_
     output = train(data, *same, "--eval-interval", "2", "--eval-iters", "2")
     assert "validation loss at iteration 2" in output
     assert [record["iteration"] for record in logged(tmp_path, "validation")] == [2, 4, 6, 8, 8]
-    # What flips are measured on is validation text here, and training text where there is none.
+    # Flips are not compared: they are measured on validation text here, and on training text in the other run.
     assert without_flips(records(output)) == without_flips(records(one_process))
 
 
@@ -286,7 +286,7 @@ print("largest", get_rerun_state_machine().max_values)
 
 
 def test_stragglers_are_timed_and_spikes_looked_for(data: Path, tmp_path: Path) -> None:
-    """As in Megatron's pretrain_gpt.py: the time of a batch and of its forward pass, and the largest loss so far."""
+    """As in Megatron's pretrain_gpt.py, batches and forward passes are timed, and the largest loss is kept."""
     script = tmp_path / "watched.py"
     script.write_text(WATCHED)
     output = train(data, "--check-for-spiky-loss", "--train-iters", "2", script=script)

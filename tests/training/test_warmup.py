@@ -1,4 +1,4 @@
-"""Near-dense warm-up of a top-k MoE: a model with the one k, and then with the other."""
+"""Test the near-dense warm-up of a top-k MoE, which uses one k and then another."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_it_resumes_on_ranks_that_exchange_tokens(data: Path, tmp_path: Path) ->
     def train(*more: str, processes: int = 1) -> list[float]:
         shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "4", "--save-interval", "1"]
         losses = series(run([*shared, *more], processes), "lm loss")
-        losses[1] = 2 * losses[1] - losses[0]  # the second line after a start tells the mean of both steps
+        losses[1] = 2 * losses[1] - losses[0]  # the second line after a start has the mean of both steps
         return losses
 
     warmup = "--moe-warmup-topk 6 --moe-warmup-steps 2".split()

@@ -1,4 +1,4 @@
-"""--full-validation: each sequence of each set once, whatever the layout and the micro-batch."""
+"""Test --full-validation: it reads each sequence of each set once, for any layout and micro-batch size."""
 
 import inspect
 import re
@@ -34,7 +34,7 @@ LAYOUTS = {
 
 
 def evaluated(folder: Path, processes: int, *flags: str) -> dict[str, tuple[float, int]]:
-    """Set → printed loss after one step, and logged tokens."""
+    """Train one step; return set → printed loss and logged tokens."""
     words, run_folder = [word for word in MODEL if word not in ("--split", "90,10,0")], folder / "run"
     words += f"--train-data-path {folder}/long --valid-data-path {folder}/long {folder}/short --full-validation".split()
     words += f"--multiple-validation-sets --validation-set-names long short --load {folder}/start --finetune".split()
@@ -48,7 +48,7 @@ def evaluated(folder: Path, processes: int, *flags: str) -> dict[str, tuple[floa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sets of 35 and 3 sequences, and a checkpoint that all layouts start from."""
+    """Write sets of 35 and 3 sequences, and a checkpoint that all layouts start from."""
     folder = tmp_path_factory.mktemp("whole")
     text = b"".join(real_text())
     for name, sequences in (("long", 35), ("short", 3)):
