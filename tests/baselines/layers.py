@@ -1,4 +1,4 @@
-"""A layer with a baseline router, and tokens for it."""
+"""Make layers with a baseline router, and tokens for them."""
 
 from typing import Any
 

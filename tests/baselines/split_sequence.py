@@ -1,4 +1,4 @@
-"""Run on 2 ranks: baseline routers that share a sequence route it as one does the whole."""
+"""Check on 2 ranks that baseline routers that share a sequence route it like a router with the whole sequence."""
 
 import sys
 from pathlib import Path
@@ -46,13 +46,13 @@ def main() -> None:
             assert router.exponent == 61, "λ moved once"
             router.exponent.fill_(60)
 
-        # The same tokens in one piece: groups of this rank alone.
+        # Route the same tokens in one piece, with groups of only this rank.
         router.tp_group = router.tp_cp_group = torch.distributed.new_subgroups(1)[0]
         wholes = router(tokens)
         for part, whole in zip(parts, wholes, strict=True):
             torch.testing.assert_close(part, whole[rank * 10 : rank * 10 + 10])
         assert counter.totals() == {"total_active_pairs": int(wholes[1].sum()), "total_layer_tokens": 20}
-        if name == "routing_free":  # the gradient of its loss alone
+        if name == "routing_free":  # only the gradient of its loss
             part, whole = (torch.autograd.grad((0 * probs).sum(), router.weight)[0] for probs in (parts[0], wholes[0]))
             torch.distributed.all_reduce(part)
             assert whole.abs().max() > 1e-3

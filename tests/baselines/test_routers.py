@@ -1,4 +1,4 @@
-"""Baseline routers: each map by brute force, gradients where they belong, layouts, and what is refused."""
+"""Test baseline routers: maps against brute force, gradients, layouts and refused settings."""
 
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -60,7 +60,7 @@ def test_hash_goes_by_the_id_and_the_layer_alone(process_groups: None) -> None:
         share = torch.tensor(list(first.values()), dtype=torch.float64).mean(dim=0)
         torch.testing.assert_close(share, torch.full_like(share, 2 / 8), atol=0.02, rtol=0)
     both = (maps[0] & maps[1]).sum() / maps[0].sum()
-    assert float(both) == pytest.approx(2 / 8, abs=0.02)  # another layer's are independent
+    assert float(both) == pytest.approx(2 / 8, abs=0.02)  # the experts of another layer are independent
 
 
 def test_random_is_drawn_anew_and_evenly(process_groups: None) -> None:
@@ -141,13 +141,13 @@ BULK = [pytest.param(name, marks=pytest.mark.bulk) for name in ("hash", "top_p",
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["expert_threshold", "sequence_topk", "routing_free", *BULK])
 def test_layouts_agree(name: str, data: Path, tmp_path: Path) -> None:
-    """One process, and two that share each sequence and exchange tokens with its experts."""
+    """Two processes that share sequences and exchange tokens have the losses of one process."""
 
     def train(*more: str, processes: int = 1) -> list[float]:
         shared = [*TINY, *TOPK, "--data-path", str(data), "--train-iters", "3", *BASELINE, name]
         shared += BALANCED if name in WITH_AUXILIARY_LOSS else []
         losses = series(run([*shared, *more], processes), "lm loss")
-        losses[1] = 2 * losses[1] - losses[0]  # the second line after a start tells the mean of both steps
+        losses[1] = 2 * losses[1] - losses[0]  # the second line after a start has the mean of both steps
         return losses
 
     whole = train("--save", str(tmp_path), "--save-interval", "1")

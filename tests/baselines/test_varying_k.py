@@ -1,4 +1,4 @@
-"""Baseline routers with a varying number of experts per token: each map by hand, and the count of pairs."""
+"""Test baseline routers with a varying number of experts per token: maps by hand, and the count of pairs."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from tests.layers import HIDDEN
 
 
 def assert_micro_batches_are_routed_alike(router: torch.nn.Module, micro_batches: list[torch.Tensor]) -> None:
-    """In the first passes of recomputed layers, and when a pipeline computes them again, one after the other."""
+    """Assert that recomputing micro-batches one by one, as a pipeline does, gives the maps of the first passes."""
     with torch.no_grad():
         first = [router(tokens)[1] for tokens in micro_batches]
     assert all(torch.equal(router(tokens)[1], seen) for tokens, seen in zip(micro_batches, first, strict=True))
 
 
 def test_expert_thresholds_follow_the_batches(process_groups: None) -> None:
-    """k = 2 of 4 experts: half of the 24 tokens exceed each threshold at first, which then moves by a hundredth."""
+    """Half of the 24 tokens exceed each threshold (k = 2 of 4). It then moves 1 % towards the batches' mean."""
     router, tokens = make_layer("expert_threshold").router, make_tokens()
     probs, routing_map = router(tokens)
     logits = (tokens.detach() @ router.weight.detach().T).view(-1, 4)
@@ -66,7 +66,7 @@ def test_top_p_takes_the_fewest_experts_and_holds_their_number(process_groups: N
 
 
 def test_null_experts_take_the_largest_of_all_and_balance(process_groups: None) -> None:
-    """4 of 16 choices; the auxiliary loss brings 2 of them to the 8 experts on average, from no null expert at all."""
+    """Of a token's 4 choices among 16, over 3 are real experts at first; the auxiliary loss lowers that to 2."""
     balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
     router = make_layer("null_experts", num_moe_experts=8, **balanced).router
     tokens = make_tokens().detach()
@@ -92,7 +92,7 @@ def test_null_experts_take_the_largest_of_all_and_balance(process_groups: None) 
         probs, routing_map = router(tokens)
         averages.append(float(routing_map.sum(dim=1).double().mean()))
         optimizer.zero_grad()
-        (0 * probs).sum().backward()  # the auxiliary loss alone
+        (0 * probs).sum().backward()  # only the auxiliary loss
         optimizer.step()
     assert sum(averages[-50:]) / 50 == pytest.approx(2, abs=0.2)
 
@@ -116,7 +116,7 @@ def test_a_sequence_shares_its_choices(process_groups: None) -> None:
 
 
 def test_experts_decide_for_themselves(process_groups: None) -> None:
-    """Scores, loss and its gradient by hand; λ grows while there are more than k experts per token."""
+    """Scores and the loss's gradient match those by hand; λ grows above k experts per token and falls below."""
     router, tokens = make_layer("routing_free").router, make_tokens()
     with torch.no_grad():
         router.scale.copy_(torch.tensor([0.3, 0.5, 1.0, 2.0]))
@@ -148,7 +148,7 @@ def test_experts_decide_for_themselves(process_groups: None) -> None:
 
 
 def test_pairs_are_counted_once(process_groups: None) -> None:
-    """Of tokens in training, without padding, and not of a forward pass that is recomputed."""
+    """Only training passes with gradients count, without padding, and one update counts them."""
     layer, tokens = make_layer("expert_threshold"), make_tokens()
     counter = PairCounter([layer])
     padding = torch.zeros(SEQUENCE, BATCH, dtype=torch.bool, device=DEVICE)

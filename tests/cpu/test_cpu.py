@@ -1,4 +1,4 @@
-"""The CPU part: what it replaces and what it leaves alone, which versions it takes, and which flags it changes."""
+"""Test the CPU support: what it replaces and leaves alone, the versions it accepts, and the flags it changes."""
 
 import argparse
 import functools
@@ -82,7 +82,7 @@ def test_formats_of_accelerators_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("sizes", [[2, 3], [0, 4], [0, 0]])
 def test_unequal_parts_are_gathered_and_scattered(sizes: list[int]) -> None:
-    """Seen from rank 1 of 2; the equal-sized collectives are played by what gloo would return."""
+    """This is rank 1 of 2; stand-ins return the results of gloo's equal-sized collectives."""
     whole = torch.arange(sum(sizes) * 3.0).view(-1, 3)
     first, second = whole.split(sizes)
     group = types.SimpleNamespace(size=lambda: 2, rank=lambda: 1)
@@ -105,7 +105,7 @@ SIZES = [(0, 8, 8), (7, 3, 9), (300, 128, 600), (1024, 64, 1100)]
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_products(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Large ones in single precision may go through another library: transposed operands, `out` and sums too."""
+    """They are right with transposed operands, `out` and sums; large ones in fp32 can use another library."""
     torch.manual_seed(1)
     rows, inner, columns = sizes
     left, right = torch.randn(inner, rows, dtype=dtype).T, torch.randn(inner, columns, dtype=dtype)
@@ -125,7 +125,7 @@ def test_products(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
 @pytest.mark.parametrize("family", [matmul.ZEN_5 - 1, matmul.ZEN_5])
 def test_large_products_go_through_onednn_where_it_wins(family: int) -> None:
-    """In a process of its own: here the processor has decided already."""
+    """This needs another process: in this one the choice has been made by the real processor."""
     script = """
 import sys, torch
 from megatron.remoe.cpu import matmul
@@ -153,7 +153,7 @@ for product in (
 
 
 def test_norms_of_many_elements_are_exact() -> None:
-    """PyTorch's own is off by 2e-4 for as many."""
+    """PyTorch's own norm has an error of 2e-4 for this many elements."""
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(6_000_000, generator=generator)
     exact = gradient.double().square().sum().sqrt()

@@ -1,4 +1,4 @@
-"""Inspection: what it shows of a data set, and every way in which a pair can be damaged."""
+"""Test the inspection of a data set: what it shows, and how it reports damaged files."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ TEXTS = [b"first", b"", b"the second document", b"x" * 1000, b""]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of bytes, written by Megatron."""
+    """Write a data set of bytes with Megatron, and return its prefix."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = tmp_path_factory.mktemp("data") / "bytes"
@@ -64,7 +64,7 @@ def test_documents_of_several_sequences(multimodal, tmp_path) -> None:
 
 
 def test_no_flipped_bit_of_the_index_changes_what_is_read(whole, copy) -> None:
-    """Each is refused, but for document bounds that still ascend, which training does not read."""
+    """Each is refused, except in document bounds that still ascend, which training does not read."""
     right, index = IndexedReader(whole), Path(f"{copy}.idx")
     head = index.read_bytes()
     refused = 0

@@ -90,7 +90,7 @@ def main(fork: str) -> None:
 
 
 def pack(folder: Path) -> None:
-    """Keep the checkpoint and what is expected of it."""
+    """Pack the checkpoint and its expected results into an archive."""
     with tarfile.open(HERE / f"{folder.name}.tar.xz", "w:xz") as archive:
         for name in (f"iter_{SAVED:07d}", "latest_checkpointed_iteration.txt", "expected.pt"):
             archive.add(folder / name, name)
@@ -110,7 +110,7 @@ def make(fork: str, kind: str, folder: Path) -> None:
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW that keeps its step in the group, as Transformer Engine's."""
+    """AdamW that keeps its step in the parameter group, like Transformer Engine's."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0) -> None:
         super().__init__(params, dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -134,7 +134,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 class EngineModule(torch.nn.Module):
-    """A layer of Transformer Engine's without FP8."""
+    """A layer with the interface of Transformer Engine's, without FP8."""
 
     fp8 = fp8_calibration = False
 
@@ -210,7 +210,7 @@ class DotProductAttention(EngineModule):
 
 
 def install_engine() -> None:
-    """Put a package in the place of Transformer Engine."""
+    """Install a stand-in for the package `transformer_engine`."""
     names = ("", ".common", ".common.recipe", ".pytorch", ".pytorch.distributed", ".pytorch.optimizers")
     modules = {name: types.ModuleType(f"transformer_engine{name}") for name in names}
     for name, module in modules.items():
@@ -235,7 +235,7 @@ def load_file(name: str, path: object) -> types.ModuleType:
 
 
 def build_helpers(folder: str) -> None:
-    """Compile the fork's helpers for data sets with the pybind11 that PyTorch brings."""
+    """Compile the fork's helpers for data sets with the pybind11 that comes with PyTorch."""
     includes = [f"-I{Path(torch.__file__).parent}/include", f"-I{sysconfig.get_path('include')}"]
     output = f"{folder}/helpers_cpp{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = ["-O2", "-shared", "-std=c++17", "-fPIC", *includes]

@@ -1,1 +1,1 @@
-"""Tests that need a GPU, in the order of what they are worth; `pytest -m gpu tests/gpu --gpu-report FOLDER`."""
+"""Tests that need a GPU, the most valuable first; run `pytest -m gpu tests/gpu --gpu-report FOLDER`."""

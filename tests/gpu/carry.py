@@ -16,7 +16,7 @@ MIB = 2**20
 
 
 def main() -> int:
-    """Download and print; return 1 if a download fails or it is too much."""
+    """Download the wheels and print the sizes; return 1 if a download fails or the limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12", help="version there (default: 3.12)")

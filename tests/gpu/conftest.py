@@ -1,4 +1,4 @@
-"""Where the GPU tests run, and where their figures go."""
+"""Fixtures for the GPU tests: the machine that runs them, and the report of their figures."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest, machine: Machine) -> Report:
-    """Return where to keep the test's figures; skip the test if they are there."""
+    """Return the report for the test's figures; skip the test if it has them."""
     name = request.node.name.removeprefix("test_").replace("[", "-").rstrip("]")
     kept = Report(request.config.getoption("--gpu-report") or machine.folder, machine.card, name)
     if kept.is_made():

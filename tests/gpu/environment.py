@@ -1,4 +1,4 @@
-"""Print as JSON: card, driver, versions, and two rates of the card."""
+"""Print the card, its driver, versions and two rates of the card as JSON."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ def driver() -> str | None:
 
 
 def found() -> dict[str, Any]:
-    """Return all figures; rates in TFLOP/s of bf16 products, and TB/s of a copy, read and written."""
+    """Return all figures; TFLOP/s of bf16 products, and TB/s of a copy, reads plus writes."""
     properties = torch.cuda.get_device_properties(0)
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda").fill_(1)
     target = torch.empty_like(source)

@@ -1,6 +1,6 @@
-"""The training entry from the weights in $GOLDEN_WEIGHTS; if there is no such file, it writes it and ends.
+"""Train from the weights in the file $GOLDEN_WEIGHTS; if it does not exist, write the initial weights and exit.
 
-A GPU draws other random numbers than a CPU: weights that a CPU drew let both train the same model.
+A GPU draws other random numbers than a CPU. To train the same model, both start from weights that a CPU drew.
 """
 
 import os
@@ -18,7 +18,7 @@ WEIGHTS = Path(os.environ["GOLDEN_WEIGHTS"])
 
 
 def load_or_write(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Run as a hook of Megatron's, on the model before its optimizer is made."""
+    """Load the weights, or write them and exit. Megatron calls this hook before it makes the optimizer."""
     weights = {name: weight.data for chunk in chunks for name, weight in chunk.named_parameters()}
     if not WEIGHTS.exists():
         torch.save(weights, WEIGHTS)

@@ -1,8 +1,8 @@
-"""Run something over the CUDA that does nothing, as `tools/rehearse` does.
+"""Run pytest or a program on the no-op CUDA, as `tools/rehearse` does.
 
-python -m tests.gpu.rehearsed pytest ...        a module, and all that it starts, sees an H100 that is not there
-python rehearsed.py SHARE PROGRAM ...           a program that such a module starts, as the only rank; trainings read
-                                                the active share SHARE of the (token, expert) pairs from the device
+python -m tests.gpu.rehearsed pytest ...        pytest and its subprocesses see an H100 that does not exist
+python rehearsed.py SHARE PROGRAM ...           a program that pytest starts, as the only rank; its trainings read
+                                                SHARE as the active share of the (token, expert) pairs
 """
 
 import os
@@ -25,12 +25,12 @@ def h100() -> dict[str, str]:
 
 
 def run_program(share: float, program: str) -> None:
-    """Stand in for other ranks and for values, then run the program."""
+    """Install stand-ins for ranks and for values read from the device, then run the program."""
     from megatron.remoe import pretrain
     from tools.rehearse import fake_ranks
     from tools.rehearse.host_reads import Pairs
 
-    torch.backends.cudnn.enabled = False  # the one library that is not stood in for
+    torch.backends.cudnn.enabled = False  # the one library without a stand-in
     torch.backends.cuda.enable_cudnn_sdp(False)
     fake_ranks.join(0, 1, 1)
     run = pretrain.main

@@ -1,4 +1,4 @@
-"""The figures of the GPU tests: a file a test in --gpu-report's folder for this card, and a table of all, report.md."""
+"""Keep the figures of GPU tests in --gpu-report's folder for this card: a file per test, and a table, report.md."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ class Report:
     """Keeps the figures of one test.
 
     Attributes:
-        folder: of this card.
-        path: of the test's file.
+        folder: the folder for this card.
+        path: the test's file.
         sources: digest of the source code that the test measures.
     """
 
@@ -35,14 +35,14 @@ class Report:
         return self.path.exists() and json.loads(self.path.read_text(encoding="utf-8"))["sources"] == self.sources
 
     def __call__(self, figures: dict[str, Any]) -> None:
-        """Write the test's figures, and the table anew: a call that is ended by its time limit has both."""
+        """Write the test's figures, and the table: then both exist if a time limit ends the session."""
         write_json(self.path, figures | {"sources": self.sources})
         files = sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
         write_text(self.folder / "report.md", "\n".join(table(["test", "figures"], map(row, files))) + "\n")
 
 
 def row(path: Path) -> list[str]:
-    """Return a test's name and its single numbers and words."""
+    """Return a test's name and its figures that are single numbers or strings."""
     figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     single = {name: value for name, value in figures.items() if isinstance(value, int | float | str)}
     shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in single.items())

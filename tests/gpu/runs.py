@@ -1,4 +1,4 @@
-"""What the GPU tests run: programs in processes of their own, on a GPU or on the CUDA that does nothing."""
+"""Run the programs of the GPU tests in separate processes, on a GPU or on the no-op CUDA."""
 
 import gzip
 import json
@@ -20,8 +20,8 @@ from tools.rehearse.scripts import Launch
 
 HERE = Path(__file__).parent
 TIMED_ENTRY = ROOT / "benchmarks" / "timed_entry.py"
-SEQUENCES, LENGTH = 64, 1024  # of a step of one GPU of the eight that share the paper's 512 sequences; tokens
-# Routers stay at the target, which training reaches after hundreds of steps: weights hardly move.
+SEQUENCES, LENGTH = 64, 1024  # per step of one of eight GPUs that share the paper's 512 sequences; tokens each
+# Weights hardly move, so routers stay at the target, which training reaches only after hundreds of steps.
 AT_TARGET = "--lr 1e-7 --min-lr 0 --lr-warmup-fraction 0".split()
 SHARES = {"dense": 0.5, "steady": 0.125}  # active share of the pairs, for the forecast and a rehearsal
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -36,12 +36,12 @@ FP32_GPU = """
 
 @dataclass(frozen=True)
 class Machine:
-    """Where programs run.
+    """A machine that runs programs.
 
     Attributes:
-        folder: for files in between.
-        card: as CUDA names it.
-        settings: of the environment of what runs on the GPU.
+        folder: for temporary files.
+        card: its name in CUDA.
+        settings: environment variables for programs on the GPU.
     """
 
     folder: Path
@@ -50,11 +50,11 @@ class Machine:
 
     @property
     def is_rehearsed(self) -> bool:
-        """Whether it is the CUDA that does nothing."""
+        """Whether this is the no-op CUDA."""
         return self.card.endswith("(rehearsal)")
 
     def python(self, *words: object, share: float = 0.0, on_gpu: bool = True, limit: float = 240, **more: str) -> str:
-        """Run a program and return what it printed; assert that it ends with code 0, on a GPU in `limit` seconds."""
+        """Run a program and return its output; fail unless it exits with 0, on a GPU within `limit` seconds."""
         command, environment = [*map(str, words)], os.environ | (self.settings if on_gpu else {}) | more
         if self.is_rehearsed and on_gpu:
             command = [str(HERE / "rehearsed.py"), str(share), *command]
@@ -98,8 +98,8 @@ def environment(machine: Machine) -> dict[str, Any]:
 def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: float = 240) -> dict[str, Any]:
     """Train at the "dense" start or kept "steady" at the target; return medians after `WARM_UP`, memory and forecast.
 
-    "host_seconds" is the process's CPU time; what the GPU waits for the host is at most the rest of a step. A rehearsal
-    takes ten steps at most: enough to measure memory.
+    "host_seconds" is the process's CPU time per step. A rehearsal takes at most ten steps, which is enough to measure
+    memory.
     """
     steps = min(steps, 10) if machine.is_rehearsed else steps
     record = machine.folder / "record.json"
@@ -126,7 +126,7 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
 
 
 def train_logged(machine: Machine, case: Case, steps: int) -> dict[str, list[float]]:
-    """Train from the start; return loss and milliseconds a step of every tenth step, as the log has them."""
+    """Train from the start; return the loss and milliseconds per step that the log has every ten steps."""
     environment, flags = case.planned(10 if machine.is_rehearsed else steps)
     more = "--log-interval 10 --cuda-graph-warmup-steps 3".split()
     printed = machine.python(ROOT / "pretrain_gpt.py", *flags, *more, share=SHARES["dense"], **environment)
@@ -135,7 +135,7 @@ def train_logged(machine: Machine, case: Case, steps: int) -> dict[str, list[flo
 
 
 def profile(machine: Machine, case: Case, trace: Path) -> dict[str, Any]:
-    """Keep Megatron's profiler trace of two steps in `trace`; return the time of its kernels and of the steps."""
+    """Save Megatron's profiler trace of two steps as `trace`; return its times, counts and attention kernels."""
     environment, flags = case.planned(WARM_UP + 4)
     start = f"--profile --use-pytorch-profiler --profile-step-start {WARM_UP} --profile-step-end {WARM_UP + 2}"
     place = ["--tensorboard-dir", str(machine.folder / "profile" / "tensorboard")]

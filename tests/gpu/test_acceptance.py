@@ -1,7 +1,7 @@
-"""What only a GPU can show, the most valuable first: speed and memory of the launch scripts, then numbers.
+"""Test what only a GPU can show, the most valuable first: speed and memory of the launch scripts, then results.
 
-pytest -m gpu tests/gpu --gpu-report FOLDER      a second call goes on with the tests whose figures are not there
-python -m tests.gpu.rehearsed pytest ...         on a machine without a GPU: do they start, and end in time?
+pytest -m gpu tests/gpu --gpu-report FOLDER      a second call runs only the tests without figures
+python -m tests.gpu.rehearsed pytest ...         check on a machine without a GPU that the tests start and end
 """
 
 import copy
@@ -26,8 +26,8 @@ from tools.rehearse.host_reads import Pairs
 
 pytestmark = pytest.mark.gpu
 TRITON, QUACK = "triton", "quack"
-HALF = ("--num-layers", "12")  # of 978M: on one GPU nobody shares its optimizer's 64 GiB
-# The order in which they are measured.
+HALF = ("--num-layers", "12")  # of 978M's 24, whose optimizer state of 64 GiB a single GPU cannot share with others
+# In the order of measurement.
 LAUNCHES = [
     (Case(kernels=TRITON), "steady"),
     (Case(), "steady"),
@@ -39,7 +39,7 @@ LAUNCHES = [
 ]
 FINER = [(Case(kernels=TRITON, flags=("--moe-granularity", number)), "steady") for number in ("8", "64")]
 FUSED = [(replace(case, flags=(*case.flags, "--moe-kernels", QUACK)), stage) for case, stage in FINER]
-# What a CUDA graph of a whole step needs.
+# Flags that a CUDA graph of a whole step needs.
 BOUNDED = tuple("--moe-relu-max-experts 2 --moe-relu-activation-limit 0 --no-check-for-nan-in-loss-and-grad".split())
 GRAINS = {"(8, 1)": (8, 1), "(8, 8)": (64, 8), "(64, 1)": (64, 1)}  # (E, G): experts, and active ones per token
 
@@ -69,7 +69,7 @@ def test_launch(case: Case, stage: str, machine: Machine, report: Report) -> Non
 
 
 def test_profile(machine: Machine, report: Report) -> None:
-    """A trace for later: where the host holds the GPU back, and which attention ran."""
+    """The trace has kernels, also of attention. It is kept to see where the host delays the GPU."""
     figures = profile(machine, Case(kernels=TRITON), report.folder / "trace.json.gz")
     report(figures)
     assert machine.is_rehearsed or (figures["kernel_seconds"] > 0 and figures["attention"])
@@ -86,7 +86,7 @@ def skip_without_quack() -> None:
 def test_kernels_against_float64(
     grain: str, way: str, machine: Machine, report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their error is at most 1.5 times PyTorch's, which is that of bf16, in the output and every gradient."""
+    """The error of the output and of each gradient is at most 1.5 times that of PyTorch in bf16."""
     if way == QUACK:
         skip_without_quack()
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -94,7 +94,7 @@ def test_kernels_against_float64(
     from timed_entry import start_at_target
 
     experts, topk = GRAINS[grain]
-    if machine.is_rehearsed:  # a map that nobody wrote to has any number of pairs
+    if machine.is_rehearsed:  # a map that was never computed has any number of pairs
         monkeypatch.setattr(plan, "read_pairs", Pairs(topk / experts).counted(plan.read_pairs))
     options = Namespace(hidden=768, ffn=3072 // topk, topk=topk)
     torch.manual_seed(1)
@@ -128,7 +128,7 @@ def test_kernels_against_float64(
 
 
 def test_golden_run(machine: Machine, report: Report) -> None:
-    """Within the tolerances between two processors: a GPU's fp32 products are fp32, since TF32 is off in PyTorch."""
+    """Figures are within the tolerances for two processors: PyTorch's fp32 products on a GPU do not use TF32."""
     found = train_golden(machine, "golden", FLAGS)
     report({"figures": found})
     assert machine.is_rehearsed or differences(found, committed()) == []
@@ -141,7 +141,7 @@ def test_golden_run_of_both_kernels(machine: Machine, report: Report) -> None:
 
 
 def test_300_steps(machine: Machine, report: Report) -> None:
-    """From the start on, through the dense stage, no loss is NaN."""
+    """All losses are finite, from the dense start on, and the last one is below the first."""
     figures = train_launched(machine, Case(kernels=TRITON), "dense", 300, limit=480)
     report(figures)
     assert machine.is_rehearsed or len(figures["losses"]) == 30
@@ -156,13 +156,13 @@ def test_granularity(case: Case, stage: str, machine: Machine, report: Report) -
 
 @pytest.mark.parametrize(("case", "stage"), FUSED, ids=str)
 def test_quack(case: Case, stage: str, machine: Machine, report: Report) -> None:
-    """To be compared with `granularity`."""
+    """The cases of `test_granularity` with QuACK, to compare the figures."""
     skip_without_quack()
     launch(case, stage, machine, report)
 
 
 def test_cuda_graph(machine: Machine, report: Report) -> None:
-    """A step that is captured is the same step: weight gradients of experts are rounded to bf16, and no more."""
+    """Losses with and without a graph differ by at most 0.02: a graph rounds experts' weight gradients to bf16."""
     graphs = {
         impl: Case(kernels=TRITON, flags=(*BOUNDED, "--cuda-graph-impl", impl)) for impl in ("none", "full_iteration")
     }

@@ -1,1 +1,1 @@
-"""The model for transformers."""
+"""Tests of megatron/remoe/hf."""

@@ -1,4 +1,4 @@
-"""Small models for transformers, of each kind."""
+"""Small models of each kind for transformers."""
 
 import argparse
 from collections.abc import Sequence
@@ -69,5 +69,5 @@ def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
 
 
 def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
-    """Megatron's arguments for a configuration and more flags."""
+    """Return Megatron's arguments for a configuration and more flags."""
     return parse_flags([*flags_of(config), *more], config.vocab_size, config.dtype)

@@ -1,4 +1,4 @@
-"""Fine-tuning by transformers' trainer: the program of docs/huggingface.md, and what its callback does."""
+"""Test fine-tuning with transformers' trainer: the program of docs/huggingface.md, and its callback."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ STEPS = 4
 
 
 def program() -> str:
-    """Return the documented program with few steps, rows in order, each step logged; on CPUs, one a rank."""
+    """Return the documented program with few steps, rows in order and a log of each step, on CPUs."""
     code = (ROOT / "docs" / "finetune.py").read_text()
     steps = f"max_steps={STEPS}, train_sampling_strategy='sequential', use_cpu=True"
     for old, new in (
@@ -37,7 +37,7 @@ def program() -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported folder in bfloat16 with a tokenizer of bytes."""
+    """Return a folder like an exported one, with a model in bfloat16 and a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("exported")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_alone = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
-    """Two micro-batches, or two ranks with one each: the same S and λ, by the controller's rule."""
+    """λ follows the controller's rule; two micro-batches and two ranks with one each have the same S and λ."""
     found, norm = [], "model.norm.weight"
     for processes, code in ((1, program()), (2, program().replace("accumulation_steps=2", "accumulation_steps=1"))):
         file, new = tmp_path / "finetune.py", tmp_path / f"by_{processes}"
@@ -77,7 +77,7 @@ def test_the_documented_program(folder: Path, tmp_path: Path) -> None:
 def train(
     folder: Path, model: RemoeForCausalLM, micro_batches: int = 1, wrapped: Any = None, **options: Any
 ) -> Trainer:
-    """Train on one sequence, again and again."""
+    """Train repeatedly on one sequence, and return the trainer."""
     row = torch.arange(32) % 61
     arguments = TrainingArguments(
         str(folder),
@@ -92,12 +92,12 @@ def train(
     data = [{"input_ids": row, "labels": row}] * 64
     trainer = Trainer(wrapped or model, arguments, train_dataset=data, callbacks=[model.sparsity_callback()])
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if options.get("max_steps") == 4 else None)
-    register_safe_globals()  # a resumed trainer removes NumPy's, which other tests' checkpoints need
+    register_safe_globals()  # a resumed trainer removes NumPy's globals, which checkpoints of other tests need
     return trainer
 
 
 def test_micro_batches_share_the_l1_term(tmp_path: Path) -> None:
-    """Three equal micro-batches have the gradient of one."""
+    """Training with three equal micro-batches gives the same weights as with one."""
     one, three = (make("relu", router_aux_loss_coef=0.5) for _ in range(2))
     train(tmp_path, one)
     train(tmp_path, three, micro_batches=3)
@@ -117,7 +117,7 @@ def test_a_resumed_training_goes_on_with_its_coefficient(tmp_path: Path) -> None
 
 
 def test_adapters_train_at_the_target_sparsity(tmp_path: Path) -> None:
-    """PEFT's wrapper shows the model's attributes as its own, but the model counts in its own."""
+    """The callback must use the model, not PEFT's wrapper: an attribute set on the wrapper has no effect."""
     from peft import LoraConfig, get_peft_model
 
     model = make("relu")
@@ -135,7 +135,7 @@ def test_a_callback_for_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
-    """It would train without the L1 term's gradient."""
+    """It would lose the L1 term's gradient. Without the term it is accepted."""
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match="use_reentrant"):
         train(tmp_path, make("relu"), **options)

@@ -1,4 +1,4 @@
-"""The model for transformers against Megatron's, and what transformers asks of a model."""
+"""Test the model for transformers against Megatron's, and the functions that transformers expects of a model."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def test_logits_are_megatrons(name: str, process_groups: None) -> None:
 
 
 def test_training_is_megatrons(process_groups: None) -> None:
-    """Loss, L1 term, sparsity and gradients, the L1 term's included; also with activations computed again."""
+    """Loss, L1 term, sparsity and gradients agree, with and without activation checkpointing."""
     model, ids = make("relu, shared"), tokens()
     megatron = build(args_of(model.config))
     fill(megatron, *megatron_weights(model))
@@ -78,7 +78,7 @@ def test_load_balancing_loss_is_megatrons(name: str, process_groups: None) -> No
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_experts_get_their_pairs_alone(implementation: str) -> None:
-    """As many as are active, by any implementation of experts that transformers has."""
+    """They compute only the active pairs, with each of transformers' implementations."""
     model, ids = make("relu"), tokens()
     rows: list[int] = []
     for layer in model.model.layers:
@@ -126,7 +126,7 @@ def generate(model: RemoeForCausalLM, ids: torch.Tensor, **settings: Any) -> tor
 
 @pytest.mark.parametrize("name", ["dense", "relu, shared", "relu, latent queries", "top-k", "sigmoid, bias", "hash"])
 def test_generation(name: str) -> None:
-    """With a cache as without; a batch that is padded on the left as each of its texts alone."""
+    """A cache changes nothing, and a text padded on the left generates the same as without padding."""
     model, ids = make(name), tokens(batch=2, length=9)
     for settings in ({"do_sample": False}, {"do_sample": True, "top_k": 8}, {"num_beams": 3, "do_sample": False}):
         assert torch.equal(generate(model, ids, **settings), generate(model, ids, use_cache=False, **settings))
@@ -138,7 +138,7 @@ def test_generation(name: str) -> None:
 
 
 def test_bias_chooses_and_weighs_nothing(tmp_path: Path) -> None:
-    """It stays in float32 in a model in bf16, saved and loaded."""
+    """The bias stays in float32 in a model in bf16, also when saved and loaded."""
     config, ids = make("sigmoid, bias").config, tokens()
     model = RemoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     router = model.model.layers[1].mlp.gate
@@ -212,7 +212,7 @@ def test_losses_of_routing_beside_a_cache_and_of_nothing_but_padding() -> None:
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    """In shards, in bf16 and with a device map; and where transformers is installed and this project is not."""
+    """A model loads from shards, with a device map, in bf16, and in an environment without this project."""
     model, ids = make("relu, shared"), tokens()
     with torch.no_grad():
         logits = model(ids).logits
@@ -240,7 +240,7 @@ torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=2).sh
 
 
 def test_tensor_parallelism_splits_no_attention_that_needs_all_heads() -> None:
-    """A norm of all heads, and latents, would meet the split tensors of Llama's plan."""
+    """Llama's plan splits tensors that a norm over all heads and latent attention need whole."""
     for name in MODELS:
         splits = "layers.*.self_attn.q_proj" in make(name).model._tp_plan
         assert splits == (name != "relu, norms of all heads" and "latent" not in name), name

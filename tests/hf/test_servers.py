@@ -1,4 +1,4 @@
-"""What servers take from the model for transformers."""
+"""Test the structure that inference servers expect of the model for transformers."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tests.hf.test_modeling import make, tokens
 
 
 def test_structure_that_servers_ask_for() -> None:
-    """Their attention and their experts take the place of the model's: the same numbers come out, of fixed shapes."""
+    """With a server's attention and experts, logits stay the same, and experts get tensors of fixed shapes."""
     model, ids = make("relu, shared", max_experts_per_token=3), tokens()
     with torch.no_grad():
         logits = model(ids).logits
@@ -43,7 +43,7 @@ def test_structure_that_servers_ask_for() -> None:
 
 
 def test_block_that_vllm_replaces() -> None:
-    """Its forward pass gives way to one with a single argument, and the gate routes (`_hf_topk_router`)."""
+    """The block's `forward` is replaced by one with a single argument; the gate routes (`_hf_topk_router`)."""
     model, ids = make("relu, shared", max_experts_per_token=3), tokens()
     block = model.model.layers[1].mlp
 
@@ -69,9 +69,9 @@ def test_block_that_vllm_replaces() -> None:
     ],
 )
 def test_vllms_matcher(name: str, changes: dict[str, Any], routing: Any) -> None:
-    """vLLM 0.33 finds gate, experts and shared expert where it is installed.
+    """If vLLM 0.33 is installed, it finds the gate, the experts and the shared expert.
 
-    Without a softmax or sigmoid it wants a shared expert, and leaves other ReLU routing to the block.
+    Without a softmax or sigmoid it needs a shared expert; ReLU routing without one it leaves to the block.
     """
     moe = pytest.importorskip("vllm.model_executor.models.transformers.fusers.moe")
     found = moe.MoEBlockFuser.match(make(name, **changes).model.layers[1].mlp, "experts")

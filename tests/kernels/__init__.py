@@ -1,4 +1,4 @@
-"""Tests of megatron/remoe/kernels, through Triton's interpreter where there is no GPU."""
+"""Tests of megatron/remoe/kernels, in Triton's interpreter if there is no GPU."""
 
 import torch
 
@@ -6,5 +6,5 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """By how much a number of this type may be off: the interpreter cuts bf16 off where a GPU rounds."""
+    """Return the relative rounding error of a type: the interpreter truncates to bf16, a GPU rounds."""
     return torch.finfo(dtype).eps * (0.51 if DEVICE == "cuda" else 1.0)

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for GPUs that need not be there, in another process: in this one they are interpreted."""
+"""Compile Triton kernels for any GPU without having one, in another process because this one interprets them."""
 
 import json
 import os
@@ -16,15 +16,15 @@ CAPABILITIES = 80, 90, 100
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as it is launched.
+    """A kernel and the arguments of its launch.
 
     Attributes:
         name: "module:function" below megatron.remoe.kernels.
-        signature: Triton's type of each argument that is no constant: "*bf16", "i32". Pointers are taken to be aligned
-            to 16 bytes, as torch's are.
-        constants: the value of each `tl.constexpr`.
-        multiples: the integers among the arguments that are multiples of 16, as Triton looks at each launch.
-        num_warps: as at the launch.
+        signature: Triton's type of each argument that is not a constant: "*bf16", "i32". Pointers are assumed to be
+            aligned to 16 bytes, as torch's are.
+        constants: values of the `tl.constexpr` arguments.
+        multiples: names of the integers that are multiples of 16, which Triton checks at each launch.
+        num_warps: warps of a program.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the machine code of a kernel takes: registers a thread, and bytes a thread spilled to memory."""
+    """The resources of a kernel's machine code: registers per thread, and bytes per thread spilled to memory."""
 
     name: str
     capability: int
@@ -45,7 +45,7 @@ class Usage:
 
 
 def usages(kernels: Sequence[Kernel], capabilities: Sequence[int] = CAPABILITIES) -> list[Usage]:
-    """Compile each kernel for each compute capability (80 for 8.0), and print what it takes."""
+    """Compile each kernel for each compute capability (80 for 8.0), and print and return its usage."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     asked = json.dumps([[asdict(kernel) for kernel in kernels], list(capabilities)])
     command = [sys.executable, "-m", "tests.kernels.compiled"]

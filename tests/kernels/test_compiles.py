@@ -1,4 +1,4 @@
-"""The kernels of dispatch and experts are compiled for the GPUs they are meant for, and keep to their registers."""
+"""Test that the kernels of dispatch, experts and rotary embedding compile for their GPUs and spill no registers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SPREAD = MAP | COUNTS | {"d_gates_P": "*fp32", "d_probs_TE": "*fp32"}
 
 
 def plans(num_tokens: int, num_experts: int) -> list[Kernel]:
-    """Those of a plan of that size."""
+    """Return the kernels of a plan of this size."""
     block, tile = plan._tile(num_tokens, num_experts)
     constants = {"BLOCK": block, "TILE": tile}
     filling = constants | {"BLOCKS": num_tokens // block}
@@ -27,7 +27,7 @@ def plans(num_tokens: int, num_experts: int) -> list[Kernel]:
 
 
 def experts(dtype: str, ffn: int) -> list[Kernel]:
-    """Those of experts of that size."""
+    """Return the kernels of experts of this size."""
     pairs, width = swiglu._tile(torch.empty(0, ffn))
     constants = {"PAIRS": pairs, "WIDTH": width}
     given = {"hidden_PF": dtype, "gates_P": "*fp32", "activated_PF": dtype, "end": "*i32"}
@@ -42,7 +42,7 @@ def experts(dtype: str, ffn: int) -> list[Kernel]:
 
 
 def rotations(interleaved: bool) -> Kernel:
-    """That of heads of 64, all rotated."""
+    """Return the kernel that rotates whole heads of size 64."""
     signature = {"x": "*bf16", "cos_SR": "*bf16", "sin_SR": "*bf16", "y": "*bf16"}
     sizes = ("batch", "heads", "of_position", "of_sequence", "of_head")
     constants = {"D": 64, "R": 32, "ROWS": 32, "WIDTH": 32, "REST": 0, "INTERLEAVED": interleaved, "BACK": True}

@@ -1,4 +1,4 @@
-"""The plan's kernels against PyTorch's nonzero: the same rows, gates and gradients, bit for bit."""
+"""Test the plan's kernels against PyTorch's nonzero: rows, gates and gradients are equal bit for bit."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def check(num_tokens: int, num_experts: int, share: float, dtype: torch.dtype) -
     assert torch.equal(found.long(), token_index)
     assert torch.equal(gates, probs[token_index, expert_index])
 
-    # A stable sort of the pairs by token leaves each token's in the order of the experts.
+    # A stable sort of the pairs by token keeps each token's pairs in the order of the experts.
     bounds = torch.cat([routing_map.new_zeros(1, dtype=torch.int64), routing_map.sum(dim=1).cumsum(0)])
     expected = torch.cat([bounds + num_tokens + 1, token_index.sort(stable=True).indices])
     assert torch.equal(by_token.long(), expected)
@@ -56,7 +56,7 @@ def test_gates_keep_their_type(dtype: torch.dtype) -> None:
 
 
 def test_more_tokens_make_larger_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And never more of them, so that their counts stay few."""
+    """The number of blocks is limited, so that there are few counts."""
     monkeypatch.setattr(plan, "MOST_BLOCKS", 2)
     assert plan.count_blocks(torch.ones(100, 3, dtype=torch.bool, device=DEVICE)).shape == (3, 2)
     check(100, 3, 0.4, torch.float32)

@@ -1,4 +1,4 @@
-"""The router's kernels against the paper's equations in float64, and what they are compiled to."""
+"""Test the router's kernels against the paper's equations in float64, and that they compile without spills."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ TOPK, INIT, MULTIPLIER, GUARD, EXPONENT, SCALE = 2, 1e-3, 1.2, 0.1, 11, 0.375
 
 
 def route(logits, padding=None, guarded=0, balances=True, per_token=False):
-    """What the kernels make of logits: gates, map, the row of counts."""
+    """Return the gates, the map and the row of counts that the kernels compute."""
     buffers = [torch.tensor(value, device=DEVICE) for value in (EXPONENT, guarded)]
     counts = torch.full((logits.shape[1] + 7,), 3.0, dtype=torch.float64, device=DEVICE)
     settings = Regularization(TOPK, INIT, MULTIPLIER, GUARD, balances)
@@ -26,7 +26,7 @@ def route(logits, padding=None, guarded=0, balances=True, per_token=False):
 
 
 def expected(logits, upstream, padding=None, guarded=0, balances=True, per_token=False):
-    """Gates, map, counts and the gradient of the logits, in float64."""
+    """Return gates, map, counts and the gradient of the logits, in float64."""
     logits = logits.detach().double().requires_grad_()
     num_tokens, num_experts = logits.shape
     is_token = torch.ones(num_tokens, dtype=torch.bool, device=DEVICE) if padding is None else ~padding
@@ -45,14 +45,14 @@ def expected(logits, upstream, padding=None, guarded=0, balances=True, per_token
 
 @pytest.fixture(autouse=True)
 def scale():
-    """What Megatron sets between forward and backward."""
+    """Set the loss scale, as Megatron does between forward and backward."""
     MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), SCALE, device=DEVICE))
     yield
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=DEVICE))
 
 
 def check(logits: torch.Tensor, padded: float = 0.0, **settings) -> None:
-    """Compare the kernels with the equations; gradients to a rounding of their type, counts exactly."""
+    """Compare the kernels with the equations: gradients and L1 loss up to rounding, the rest exactly."""
     padding = torch.rand(len(logits), device=DEVICE) < padded if padded else None
     upstream = torch.randn_like(logits)
     gates, routing_map, counts, gradient = expected(logits, upstream, padding, **settings)
@@ -64,7 +64,7 @@ def check(logits: torch.Tensor, padded: float = 0.0, **settings) -> None:
     torch.testing.assert_close(found_counts[loss], counts[loss], rtol=1e-6, atol=1e-12, check_dtype=False)
     found_counts[loss] = counts[loss]
     assert torch.equal(found_counts, counts)
-    rtol = 2**-7 if logits.dtype == torch.bfloat16 else 1e-6  # the interpreter cuts off where a GPU rounds
+    rtol = 2**-7 if logits.dtype == torch.bfloat16 else 1e-6  # the interpreter truncates, a GPU rounds
     torch.testing.assert_close(logits.grad, gradient.to(logits.dtype), rtol=rtol, atol=1e-9)
 
 

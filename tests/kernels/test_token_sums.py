@@ -1,4 +1,4 @@
-"""The sum over a token's rows against one in float64."""
+"""Test the sum over a token's rows against a sum in float64."""
 
 import pytest
 import torch

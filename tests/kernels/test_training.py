@@ -1,4 +1,4 @@
-"""A whole training with the kernels of router, dispatch, experts and update is the one without them."""
+"""Test that a training with the Triton kernels of router, dispatch and experts equals one without them."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from tests.gpu.runs import FP32_GPU
 from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
 
-# Interpreted, a program of a kernel takes milliseconds.
+# In the interpreter each program of a kernel takes milliseconds.
 SHORT = "--seq-length 16 --max-position-embeddings 16 --global-batch-size 4 --train-iters 3".split()
 
 
 def test_trainings_are_equal(data: Path) -> None:
-    """With expert parallelism, except on a machine with one GPU."""
+    """Both use expert parallelism, except on a machine with one GPU."""
     processes = 1 if torch.cuda.device_count() == 1 else 2
     flags = [*TINY, *RELU, *SHORT, "--data-path", str(data), "--expert-model-parallel-size", str(processes)]
     flags += FP32_GPU if torch.cuda.is_available() else []

@@ -1,4 +1,4 @@
-"""The experts through QuACK's functions, as the adapter calls them, against plain autograd and PyTorch's products."""
+"""Test the experts with QuACK's functions, as the adapter calls them, against plain autograd."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_values_and_gradients(
 
 
 def test_stand_in_is_what_quack_documents() -> None:
-    """Its own references, in the layouts that the adapter asks for."""
+    """It equals QuACK's own references, in the layouts that the adapter uses."""
     quack = pytest.importorskip("quack.gemm_interface", reason="needs quack-kernels")
     torch.manual_seed(1)
     starts, index = torch.tensor([0, 3, 3, 9], dtype=torch.int32), torch.randint(7, (9,))
@@ -61,6 +61,6 @@ def test_stand_in_is_what_quack_documents() -> None:
     out = torch.ones(3, 6, 4)
     given = {"cu_seqlens_k": starts, "A_idx": index}
     quack_stand_in.gemm_add_inplace(tokens.T, hidden, out.transpose(1, 2), concat_layout=("out",), tuned=False, **given)
-    # The reference knows contiguous outputs, whose rows are in halves: here it is the other operand's.
+    # The reference puts the rows of a contiguous output in halves: here those of its transpose are.
     plain = quack.gemm_ref(tokens.T, hidden, **given).transpose(1, 2)
     torch.testing.assert_close(out - 1, torch.cat([plain[:, ::2], plain[:, 1::2]], dim=1))

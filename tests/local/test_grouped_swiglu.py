@@ -1,7 +1,7 @@
-"""The experts' products against plain autograd, in float64, for any number of experts and rows.
+"""Test the experts' products against plain autograd in float64, for any number of experts and rows.
 
-What a GPU of each kind would run is found out on fake tensors: they have the checks of its kernels, and no values, so
-that waiting for one fails.
+Fake tensors show what a GPU of each kind would run. They have the checks of its kernels but no values, so a test fails
+if the code waits for a value.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,14 +52,14 @@ def order_of(rows: torch.Tensor | None) -> Order:
 
 
 def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None]:
-    """A number of tokens, and which of them, in turn, each expert takes."""
+    """Return the number of tokens, and the tokens of all experts in order; None if tokens are pairs."""
     num_tokens = max(sizes) + 3
     rows = [torch.randperm(num_tokens, device=DEVICE)[:size].sort().values for size in sizes]
     return (num_tokens, torch.cat(rows)) if gathers else (sum(sizes), None)
 
 
 def leaves_of(num_tokens: int, sizes: list[int], accumulates: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Tokens, gates (exact in fp32), fc1 and fc2 in float64, twice; ours have parameters, with a buffer if asked."""
+    """Return tokens, gates (exact in fp32), fc1 and fc2 twice; ours are parameters, with a buffer if accumulating."""
     inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]
     inputs += [torch.randn(len(sizes), *shape, device=DEVICE) for shape in ((2 * FFN, HIDDEN), (HIDDEN, FFN))]
     ours, right = ([value.double().requires_grad_() for value in inputs] for _ in range(2))
@@ -73,7 +73,7 @@ def leaves_of(num_tokens: int, sizes: list[int], accumulates: bool) -> tuple[lis
 def compare(
     output: torch.Tensor, expected: torch.Tensor, ours: list[torch.Tensor], right: list[torch.Tensor], accumulates: bool
 ) -> None:
-    """Compare outputs and gradients; buffers began with 1."""
+    """Compare outputs and gradients; buffers start at 1."""
     torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
     direction = torch.randn_like(output)
     (output * direction).sum().backward()
@@ -118,10 +118,10 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 @pytest.mark.parametrize("kernel", [True, False], ids=["one kernel", "one by one"])
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
 def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathers: bool) -> None:
-    """With the kernel of some GPUs, here PyTorch's `grouped_mm` for CPUs; and without it."""
+    """Results are within 1 % of float64 with `grouped_mm`, a kernel on some GPUs, and without it."""
     products = OneKernel(torch.tensor(sizes), sum(sizes), torch.device(DEVICE)) if kernel else OneByOne(sizes)
     torch.manual_seed(len(sizes))
-    hidden, ffn = 32, 24  # the kernel wants rows of a multiple of 16 bytes
+    hidden, ffn = 32, 24  # the kernel needs rows of a multiple of 16 bytes
     num_tokens, rows = some_rows(sizes, gathers)
     options = {"dtype": torch.bfloat16, "device": DEVICE}
     inputs = [torch.randn(num_tokens, hidden, **options), torch.rand(sum(sizes), **options)]
@@ -131,7 +131,7 @@ def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathe
     right = [value.double().requires_grad_() for value in inputs]
     if accumulates:
         for weight in ours[2:]:
-            # Megatron's buffers are fp32, which only a GPU's products are added to.
+            # Megatron's buffers are fp32. Only a GPU adds products in bf16 to them.
             buffer = torch.ones_like(weight, dtype=torch.float32 if DEVICE == "cuda" else None)
             weight.main_grad, weight.grad_added_to_main_grad = buffer, False
     with SumTypes() as sums:
@@ -155,7 +155,7 @@ def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathe
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int]], None]]:
-    """Lets every GPU be of the given compute capability."""
+    """Yield a function that sets the compute capability of every GPU."""
 
     def be(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda _device: capability)
@@ -166,7 +166,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, in
 
 
 class Products(TorchDispatchMode):
-    """Counts products added to a buffer of another type, and runs none: PyTorch 2.11 has them for no fake tensors."""
+    """Counts products added to a buffer of another type but skips them: PyTorch 2.11 has none for fake tensors."""
 
     count = 0
 
@@ -182,7 +182,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
 def test_gradients_are_added_to_fp32(pretend, monkeypatch, capability: tuple[int, int], large: bool) -> None:
-    """Large ones as products, an expert at a time, and all where a GPU has no other; without a gradient in bf16."""
+    """Large gradients are added expert by expert without a copy in bf16; without a grouped kernel, all are."""
     pretend(capability)
     monkeypatch.setattr(module, "LARGE_MATRIX", 16 * 16 if large else 16 * 16 + 1)  # fc1's; fc2's are smaller
     sizes = torch.tensor([3, 0, 2])
@@ -199,7 +199,7 @@ def run_on_fake_gpu(
     ffn: int = 8,
     main_grad: torch.dtype | None = None,
 ) -> type:
-    """Forward and backward passes over 7 tokens; the kind of products that were run."""
+    """Run forward and backward passes over 7 tokens; return the type of the products."""
     experts, options = len(sizes), {"dtype": dtype, "device": "cuda:0"}
     tokens, gates = torch.empty(7, hidden, **options, requires_grad=True), torch.empty(pairs, **options)
     fc1 = torch.nn.Parameter(torch.empty(experts, 2 * ffn, hidden, **options))
@@ -208,7 +208,7 @@ def run_on_fake_gpu(
         weight.main_grad, weight.grad_added_to_main_grad = torch.empty_like(weight, dtype=main_grad), False
     rows = torch.empty(pairs, dtype=torch.int64, device="cuda:0")
     output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, TokenOrder(rows), PYTORCH)
-    with torch.no_grad():  # by hand: autograd would start a thread for the GPU that is not there
+    with torch.no_grad():  # called directly: autograd would start a thread for a GPU that does not exist
         gradients = _GroupedSwiGLU.backward(output.grad_fn, torch.empty_like(output))
         found = [gradient for gradient in gradients if gradient is not None]
     if main_grad:
@@ -253,7 +253,7 @@ def test_kernels_of_gpus(pretend, capability: tuple[int, int], dtype: torch.dtyp
     ids=str,
 )
 def test_sizes_that_the_kernel_refuses(pretend, experts: int, hidden: int, ffn: int, refused: list[str]) -> None:
-    """They are worked through one by one on a GPU too."""
+    """Experts of these sizes are computed one by one on a GPU too."""
     pretend((9, 0))
     found = sizes_refused(torch.empty(experts, 2 * ffn, hidden, device="meta"))
     assert len(found) == len(refused) and all(map(str.startswith, found, refused))
@@ -265,14 +265,14 @@ def test_sizes_that_the_kernel_refuses(pretend, experts: int, hidden: int, ffn: 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
 def test_nothing_routed_runs_no_kernel_and_waits_for_nothing(pretend, capability: tuple[int, int]) -> None:
-    """`grouped_mm` may refuse or hang on no rows at all."""
+    """`grouped_mm` can fail or hang without rows."""
     pretend(capability)
     with FakeTensorMode():
         assert run_on_fake_gpu(torch.empty(3, dtype=torch.int64, device="cuda:0"), 0) is OneByOne
 
 
 def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel leaves them whatever was in memory; here NaN is."""
+    """The kernel of sm100 does not write their gradients; here the memory holds NaN."""
     monkeypatch.setattr(module, "_generation", lambda _device: module.SM100)
     stock, sizes = torch.nn.functional.grouped_mm, torch.tensor([3, 0, 4, 0])
 

@@ -1,4 +1,4 @@
-"""Kernels of libraries in Megatron's places, against float64: through Triton's interpreter where there is no GPU."""
+"""Test kernels that replace Megatron's against float64, in Triton's interpreter if there is no GPU."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,13 +30,13 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_cross_entropy(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     logits, target = 4 * random(*shape, dtype=dtype), torch.randint(shape[-1], shape[:2], device=DEVICE)
-    upstream = random(*shape[:2]) * (target % 2)  # as with a mask: some tokens do not count
+    upstream = random(*shape[:2]) * (target % 2)  # as with a loss mask: some tokens do not count
     exact = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact.permute(1, 2, 0), target.T, reduction="none").T
     expected.backward(upstream.double())
 
     given = logits.clone().requires_grad_()
-    of_layer = given * 1  # the output layer's, which nobody else reads
+    of_layer = given * 1  # the output layer's logits, which nothing else reads
     losses = vocab_parallel_cross_entropy(of_layer, target, None)
     assert losses.dtype == torch.float32
     losses.backward(upstream)
@@ -46,7 +46,7 @@ def test_cross_entropy(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 def shared_vocabulary(rank: int, folder: Path) -> None:
-    gather = torch.distributed.all_gather_into_tensor  # into a stack of tensors: NCCL does, gloo does not
+    gather = torch.distributed.all_gather_into_tensor  # NCCL can gather into a stack of tensors, gloo cannot
 
     def gather_stack(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: object) -> None:
         gather(output_tensor.flatten(), input_tensor, group=group)
@@ -78,7 +78,7 @@ def test_rotary_embedding(interleaved: bool, rotated: int, dtype: torch.dtype) -
     sequence, batch, heads, size = 5, 2, 3, 16
     angles = random(sequence, 1, 1, rotated // 2)
     freqs = torch.stack((angles, angles), -1).flatten(-2) if interleaved else torch.cat((angles, angles), -1)
-    among_others = random(sequence, batch, heads + 1, size, dtype=dtype)  # keys are a part of what the projection gives
+    among_others = random(sequence, batch, heads + 1, size, dtype=dtype)  # keys are a part of the projection's output
     t, upstream = among_others[:, :, 1:].detach().requires_grad_(), random(sequence, batch, heads, size, dtype=dtype)
     before = t.detach().clone()
     exact = t.detach().double().requires_grad_()
@@ -86,7 +86,7 @@ def test_rotary_embedding(interleaved: bool, rotated: int, dtype: torch.dtype) -
     expected.backward(upstream.double())
 
     rotate = FusedRotaryEmbedding()
-    for _ in range(2):  # with tables that are made, and kept
+    for _ in range(2):  # first builds the tables, then reuses them
         t.grad = None
         output = rotate(t, freqs, interleaved)
         output.backward(upstream)

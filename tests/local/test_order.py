@@ -1,4 +1,4 @@
-"""A token's pairs are added up in fp32, and rounded once."""
+"""Test that a token's pairs are added up in fp32 and rounded once."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("per_token", [64, 7])
 def test_sums_in_half_precision_are_rounded_once(per_token: int, dtype: torch.dtype) -> None:
-    """With granularity 64 a token has as many summands: in bf16 each would be rounded to the sum's 8 bits."""
+    """With granularity 64 a token has 64 summands: in bf16 each would be rounded to the sum's 8 bits."""
     torch.manual_seed(per_token)
     rows = torch.arange(5, device=DEVICE).repeat(per_token)
     pairs = torch.rand(len(rows), 16, device=DEVICE).to(dtype)
@@ -24,7 +24,7 @@ def test_sums_in_half_precision_are_rounded_once(per_token: int, dtype: torch.dt
 
 
 def test_sums_in_fp32_are_what_they_were() -> None:
-    """Bit for bit."""
+    """They equal one `index_add_` bit for bit."""
     torch.manual_seed(1)
     rows, pairs = torch.randint(5, (300,)), torch.randn(300, 16)
     expected = torch.zeros(5, 16).index_add_(0, rows, pairs)

@@ -1,6 +1,6 @@
-"""What can be said of Transformer Engine without a GPU: its layer specification, and its experts' interface.
+"""Test Transformer Engine's layer specification and the interface of its experts without a GPU.
 
-Its kernels are not run: Megatron's `TEGroupedMLP` gets linear layers of plain PyTorch that are called as those are.
+Its kernels do not run: Megatron's `TEGroupedMLP` gets linear layers of plain PyTorch with the same interface.
 """
 
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 class GroupedLinear(torch.nn.Module):
-    """The interface of Transformer Engine's grouped layers: rows sorted by expert, and the number of each as a list."""
+    """The interface of Transformer Engine's grouped layers: rows sorted by expert, and a list of rows per expert."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, *, config, init_method, **_unused) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class GroupedLinear(torch.nn.Module):
 
 @pytest.fixture
 def engine_spec(monkeypatch: pytest.MonkeyPatch) -> ModuleSpec:
-    """Megatron's own specification for a MoE layer of Transformer Engine, whether that is installed or not."""
+    """Return Megatron's specification of a MoE layer of Transformer Engine, even if that is not installed."""
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", provider.TESpecProvider)
     monkeypatch.setattr(provider, "TEColumnParallelGroupedLinear", GroupedLinear)
     monkeypatch.setattr(provider, "TERowParallelGroupedLinear", GroupedLinear)
@@ -64,7 +64,7 @@ def test_only_router_and_layer_are_replaced(engine_spec: ModuleSpec) -> None:
 
 
 def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
-    """Top-k layers go by a plan too, which knows the sizes on the host."""
+    """Top-k layers use a plan too, with sizes on the host, and equal Megatron's layer."""
     stock, planned = (
         spec.submodules.mlp(config=make_topk_config(moe_router_topk=2, moe_grouped_gemm=True), layer_number=1)
         for spec in (engine_spec, with_engine_kernels(engine_spec))
@@ -88,7 +88,7 @@ def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
 def test_engine_experts_equal_oracle(
     engine_spec: ModuleSpec, with_kernels: bool, topk: int, dispatcher: str, limit: float
 ) -> None:
-    """Any number of pairs reaches them with sizes and gates as they take them, outputs and gradients are right."""
+    """Experts accept the sizes and gates of any number of pairs; outputs and gradients are right."""
     torch.manual_seed(topk)
     config = make_config(
         moe_router_topk=topk,
@@ -122,7 +122,7 @@ def test_engine_experts_equal_oracle(
 def test_activations_are_recomputed_in_chunks_and_without(
     engine_spec: ModuleSpec, dispatcher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the engine, Megatron's recomputation needs its state of FP8, which is off."""
+    """Experts recompute by themselves only without chunks. Megatron then reads the engine's FP8 state, here off."""
     off = SimpleNamespace(is_fp8_enabled=lambda: False)
     monkeypatch.setattr(random, "FP8GlobalStateManager", off, raising=False)
     for name in ("activation_recompute_forward", "fp8_autocast"):
@@ -148,7 +148,7 @@ def test_activations_are_recomputed_in_chunks_and_without(
 
 
 def test_a_layer_in_fp8_is_recomputed_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the engine's checkpoint, called as Megatron's layer does."""
+    """It uses the engine's checkpoint, called as in Megatron's layer; without FP8 it does not."""
     groups = []
 
     def checkpoint(forward, distributes: bool, _tracker, group, *inputs: torch.Tensor | None) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_a_layer_in_fp8_is_recomputed_in_fp8(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Padding(torch.nn.Module):
-    """The interface of Transformer Engine's `Fp8Padding` and `Fp8Unpadding`: each expert's rows to a multiple of 16."""
+    """The interface of Transformer Engine's `Fp8Padding` and `Fp8Unpadding`: experts' rows become multiples of 16."""
 
     def __init__(self, experts: int, align_size: int | None = None) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Unpadding(Padding):
 def test_fp8_gets_whole_blocks_of_each_expert(
     engine_spec: ModuleSpec, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many pairs there are, numbers are those without quantization; the kernels' rounding is not played."""
+    """Padding changes no result, for any number of pairs; the rounding of FP8 is not simulated."""
     monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: True)
     monkeypatch.setattr(experts, "HAVE_TE", True)
     monkeypatch.setattr(experts, "Fp8Padding", Padding)

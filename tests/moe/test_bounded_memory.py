@@ -1,4 +1,4 @@
-"""The activation limit: a layer that routes more pairs works in chunks, with the same result."""
+"""Test the activation limit: a layer with more pairs runs in chunks and gives the same result."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 def dispatched_pairs(layer) -> list[int]:
-    """Fills with the number of token-expert pairs, which have a gate each, of every call of the experts."""
+    """Return a list that collects the number of pairs (and gates) of every call of the experts."""
     pairs: list[int] = []
     layer.experts.register_forward_pre_hook(lambda _module, arguments: pairs.append(len(arguments[2])))
     return pairs
@@ -55,7 +55,7 @@ def test_bounded_activations_change_nothing(limit: float, recompute: bool, dispa
 
 @pytest.mark.parametrize("fused", [False, True], ids=["one by one", "grouped"])
 def test_gradients_are_reduced_after_the_last_chunk(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weight gradients that layers add to Megatron's buffer themselves, while it reduces what is complete."""
+    """Chunks change no gradient that layers add to Megatron's buffer while it already reduces other gradients."""
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
     patches.fusions.enable_torch_weight_gradient_fusion()
@@ -70,7 +70,7 @@ def test_gradients_are_reduced_after_the_last_chunk(fused: bool, monkeypatch: py
         dispatched = dispatched_pairs(layer)
         overlap = DistributedDataParallelConfig(overlap_grad_reduce=True)
         model = DistributedDataParallel(config, overlap, layer)
-        for _ in range(2):  # Megatron keeps its first reductions for the end
+        for _ in range(2):  # in the first step Megatron reduces only at the end
             model.zero_grad_buffer()
             tokens = torch.randn(9, 2, HIDDEN, device=layer.router.weight.device, requires_grad=True)
             model(tokens)[0].square().sum().backward()
@@ -82,7 +82,7 @@ def test_gradients_are_reduced_after_the_last_chunk(fused: bool, monkeypatch: py
 
 
 def test_unevenly_active_tokens_are_bounded_too() -> None:
-    """Equal parts of the sequence would have unequal numbers of pairs."""
+    """If active tokens are next to each other, even the chunk with the most pairs keeps to the limit."""
     config = make_config(num_moe_experts=8, moe_relu_activation_limit=2.0)
     layer = make_layer(config, fused=True)
     layer.router.weight.data.abs_()

@@ -1,4 +1,4 @@
-"""With --cuda-graph-impl full_iteration a layer has room for the most pairs, and the host reads nothing."""
+"""Test `--cuda-graph-impl full_iteration`: a layer has room for the maximum of pairs, and the host reads nothing."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ GRAPH = {"cuda_graph_impl": "full_iteration"}
 
 @pytest.fixture(autouse=True)
 def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use `grouped_mm` on CPUs too, where it is a loop; weight gradients are those of one product, as on a GPU."""
+    """Use `grouped_mm` on CPUs too, where it is a loop, and one product for all weight gradients, as in a graph."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(grouped_swiglu, "takes_grouped_kernel", lambda _fc1: True)
         monkeypatch.setattr(moe_layer, "takes_grouped_kernel", lambda _fc1: True)
@@ -31,7 +31,7 @@ def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_layers(*changes: dict[str, Any]) -> list[tuple[ReMoELayer, SparsityController]]:
-    """Layers with equal weights, and their controllers."""
+    """Return layers with equal weights, and their controllers."""
     made: list[tuple[ReMoELayer, SparsityController]] = []
     for change in changes:
         config = make_config(**(BOUNDED | change))
@@ -42,7 +42,7 @@ def make_layers(*changes: dict[str, Any]) -> list[tuple[ReMoELayer, SparsityCont
 
 
 def step(layer: ReMoELayer, controller: SparsityController, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Output and gradients, which a buffer has as Megatron's; λ moves."""
+    """Return output and gradients of a step with weight gradients in `main_grad`, and update λ."""
     layer.router.weight.grad = None
     for weight in (layer.experts.fc1, layer.experts.fc2):
         weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
@@ -54,7 +54,7 @@ def step(layer: ReMoELayer, controller: SparsityController, tokens: torch.Tensor
 
 @pytest.mark.parametrize("most", [3, 4], ids=["some are left out", "all are computed"])
 def test_steps_are_equal_and_nothing_is_read(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows without a pair are no part of a result: they hold NaN here. A copy of the layer goes on from its state."""
+    """Steps equal a plain layer's, also in a copy with the same state. Rows without a pair, NaN here, do not count."""
     room = {"moe_relu_max_experts": most}
     (plain, controller), (graph, other), (copy, third) = make_layers(room, room | GRAPH, room | GRAPH)
     assert plain.waits and not graph.waits
@@ -82,7 +82,7 @@ def test_steps_are_equal_and_nothing_is_read(most: int, monkeypatch: pytest.Monk
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or the CUDA that does nothing")
 def test_a_step_is_captured() -> None:
-    """Forward, backward and update as one graph, which then takes other tokens, and the steps of a plain layer."""
+    """A graph of forward, backward and update, replayed with other tokens, takes the same steps as a plain layer."""
     (plain, controller), (graph, other) = make_layers({}, GRAPH)
     tokens = [tokens_of(plain, seed) for seed in range(4)]
     given, captured = tokens[0].clone(), torch.cuda.CUDAGraph()
@@ -96,7 +96,7 @@ def test_a_step_is_captured() -> None:
             given.copy_(later)
             captured.replay()
         if is_rehearsed:
-            continue  # the plain layer would read a number that nobody wrote
+            continue  # the plain layer would read a number that was never computed
         expected = step(plain, controller, later)
         if number:
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
@@ -105,7 +105,7 @@ def test_a_step_is_captured() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_room_does_not_depend_on_the_number(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph's shapes: K rows a token, for none, some and all of the experts, in evaluation too."""
+    """The experts get `moe_relu_max_experts` rows per token however many are active, in evaluation too."""
     (layer, _) = make_layers(GRAPH)[0]
     layer.train(training)
     rows: list[int] = []

@@ -1,4 +1,4 @@
-"""DeepEP has slots for all experts that a token may have: Megatron's code for it, and a stand-in for the kernels."""
+"""Test DeepEP with a slot for each expert that a token can have: Megatron's code, and a stand-in for the kernels."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ DEEPEP = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep 
 
 
 def test_training_is_that_of_alltoall(data: Path) -> None:
-    """On two ranks with half the experts each, in chunks at first, with a slot for each expert and for three."""
+    """Two ranks, which start in chunks, train as with alltoall, with a slot for each expert and with three slots."""
     with entry_with(Path(__file__).parent / "deepep") as entry:
         for cap in ([], ["--moe-relu-max-experts", "3"]):
             more = ["--data-path", str(data), *RELU, *cap, "--expert-model-parallel-size", "2", "--train-iters", "3"]

@@ -1,6 +1,6 @@
-"""The host waits for the device once in a MoE layer, for the number of tokens of each expert, and not in the update.
+"""Test that the host waits for the device once per MoE layer, for the tokens of each expert, and never in the update.
 
-Where every token has k experts and one rank all of them, it does not wait at all.
+If every token has k experts and one rank has all experts, the host does not wait at all.
 """
 
 import pytest
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operations whose result's shape or value the host has to know."""
+    """Collects the operations that make the host wait for a shape or a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def test_a_layer_waits_once(limit: float, kernels: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_counts_that_nobody_asks_for_are_not_gathered(dispatcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Megatron's own dispatchers exchange the numbers, and where no layer could exceed the bound."""
+    """Without a limit that a layer could exceed, only alltoall reads the counts."""
     settings = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_token_dispatcher_type": dispatcher}
     unbounded = make_layer(make_config(**settings, moe_relu_activation_limit=0.0))
     unreachable = make_layer(make_config(**settings, moe_relu_activation_limit=2.0))
@@ -68,7 +68,7 @@ def test_counts_that_nobody_asks_for_are_not_gathered(dispatcher: str, monkeypat
 
 
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """Collect the arguments of all calls of `read_pairs` from now on, each of which waits."""
+    """Return a list that collects the arguments of each later call of `read_pairs`, which waits."""
     calls = []
 
     def read(*arguments):
@@ -117,7 +117,7 @@ def test_waiting_is_noticed() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
 def test_cuda_tells_of_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.get_device_name().endswith("(rehearsal)"):  # a map that nobody wrote to has any number of pairs
+    if torch.cuda.get_device_name().endswith("(rehearsal)"):  # a map that was never computed has any number of pairs
         monkeypatch.setattr(plan, "read_pairs", Pairs(0.5).counted(plan.read_pairs))
     config = make_config(**HALF_PRECISION)
     layer = make_layer(config, fused=True)
@@ -137,7 +137,7 @@ def test_cuda_tells_of_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
 def test_cuda_tells_of_no_wait_with_topk(recwarn: pytest.WarningsRecorder) -> None:
-    """One in the forward pass, for the sizes, where the GPU has no kernel for all experts at once."""
+    """On a GPU without a kernel for all experts at once, the forward pass waits once, for the sizes."""
     layer = make_layer(make_topk_config(**HALF_PRECISION), fused=True)
     tokens = torch.randn(8, 2, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     layer(tokens)[0].sum().backward()

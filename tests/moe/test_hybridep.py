@@ -1,4 +1,4 @@
-"""HybridEP takes maps with any number of experts per token: Megatron's code for it, and a stand-in for the kernels."""
+"""Test HybridEP with any number of experts per token: Megatron's code for it, and a stand-in for the kernels."""
 
 import importlib.util
 import sys
@@ -25,7 +25,7 @@ PADDED = {
 
 @pytest.fixture
 def kernels(process_groups: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron's module as it is where `deep_ep` is installed."""
+    """Give Megatron's dispatchers the functions that they have if `deep_ep` is installed."""
     monkeypatch.setitem(sys.modules, "deep_ep", deep_ep)
     spec = importlib.util.spec_from_file_location("fused_a2a_with_deep_ep", fused_a2a.__file__)
     assert spec is not None and spec.loader is not None
@@ -37,7 +37,7 @@ def kernels(process_groups: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class NewerConfig(ReMoEConfig):
-    """As in Megatron after 0.19.2, which by default sends the k largest gates of a map."""
+    """A configuration as in Megatron after 0.19.2, which by default sends the k largest gates of a map."""
 
     moe_hybridep_routing_map_mode: str = "indices"
 
@@ -81,7 +81,7 @@ def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused
 
 @pytest.mark.usefixtures("kernels")
 def test_nothing_is_sized_by_k() -> None:
-    """What `setup_metadata` makes of the map is the map, and no number of pairs is set before they are counted."""
+    """The manager keeps the whole map and all gates, and sets no number of pairs before they are counted."""
     dispatcher = make_layer(make_config(**HYBRIDEP)).token_dispatcher
     routing_map = torch.tensor([[True] * 4, [False] * 4, [False, True, False, True]])
     probs = routing_map * torch.rand(3, 4)
@@ -92,7 +92,7 @@ def test_nothing_is_sized_by_k() -> None:
 
 
 def test_training_is_that_of_alltoall(data: Path) -> None:
-    """On two ranks with half the experts each, in chunks at first."""
+    """Two ranks with half of the experts each, which start in chunks, train as with alltoall."""
     words = [*TINY, *RELU, "--data-path", str(data), "--expert-model-parallel-size", "2", "--train-iters", "3"]
     hybridep = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep --moe-router-dtype fp32".split()
     with entry_with(Path(deep_ep.__file__).parent) as entry:

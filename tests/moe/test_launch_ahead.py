@@ -1,4 +1,4 @@
-"""With --moe-relu-launch-ahead the host does not wait for the number of pairs, and nothing is lost by a wrong guess."""
+"""Test `--moe-relu-launch-ahead`: the host does not wait for the number of pairs, and wrong guesses change nothing."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use `grouped_mm` on CPUs too, where it is a loop; experts of any size get the treatment of large ones."""
+    """Use `grouped_mm` on CPUs too, where it is a loop, and treat experts of any size as large."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(grouped_swiglu, "takes_grouped_kernel", lambda _fc1: True)
         monkeypatch.setattr(moe_layer, "takes_grouped_kernel", lambda _fc1: True)
@@ -37,7 +37,7 @@ def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_layers(**changes: Any) -> list[ReMoELayer]:
-    """Two equal layers, of which the second launches ahead, with gradients in a buffer as Megatron's."""
+    """Return two equal layers, the second of which launches ahead, with weight gradients in `main_grad`."""
     layers = []
     for ahead in (False, True):
         layer = make_layer(make_config(**SETTINGS, **changes, moe_relu_launch_ahead=ahead), fused=True)
@@ -50,7 +50,7 @@ def make_layers(**changes: Any) -> list[ReMoELayer]:
 
 
 def numbers(layer: ReMoELayer, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Output and all gradients of a forward and backward pass."""
+    """Return the output and all gradients of a forward and backward pass."""
     tokens = tokens.clone().requires_grad_()
     output = layer(tokens)[0]
     (output.float() * torch.arange(output.numel(), device=output.device).view_as(output)).sum().backward()
@@ -66,7 +66,7 @@ def tokens_of(layer: ReMoELayer, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("limit", [0.0, 2.0], ids=["unbounded", "bounded"])
 def test_results_are_equal_and_nothing_is_waited_for(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialized rows at the end are no part of a result: they hold NaN here."""
+    """Only the first step waits. Uninitialized rows at the end, which hold NaN here, do not change the results."""
     waiting, ahead = make_layers(moe_relu_activation_limit=limit)
     calls, tokens = reads(monkeypatch), tokens_of(ahead, 1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
@@ -125,7 +125,7 @@ def test_a_dense_layer_waits_and_works_in_chunks(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("num_pairs", [0, 1, 5, 14, 40])
 def test_a_plan_for_a_guess_stays_within_its_memory(num_pairs: int) -> None:
-    """Rows without a pair read token 0; pairs without a row are left out, and no index points outside."""
+    """Rows without a pair read token 0, pairs without a row are left out, and no index is out of range."""
     torch.manual_seed(3)
     backend = backend_of(make_config(**SETTINGS))
     map_TE = torch.rand(9, 4, device=make_layers()[0].router.weight.device) < 0.4

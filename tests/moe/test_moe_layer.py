@@ -1,4 +1,4 @@
-"""Router, L1 term, dispatch and experts together against the oracle in float64."""
+"""Test router, L1 term, dispatch and experts together against an oracle in float64."""
 
 import types
 from collections.abc import Callable
@@ -73,12 +73,12 @@ def test_layer_equals_oracle(sequence: int, batch: int, experts: int, topk: int,
 
 @pytest.mark.parametrize("routing", ["ReLU", "top-k"])
 def test_megatrons_default_experts_train(routing: str) -> None:
-    """GeLU with biases, to which Megatron adds in place where autograd refuses it."""
+    """Experts with GeLU and biases have right gradients: the in-place addition that autograd refuses is avoided."""
     torch.manual_seed(4)
     make = make_config if routing == "ReLU" else make_topk_config
     gelu = torch.nn.functional.gelu
     layer = make_layer(make(add_bias_linear=True, gated_linear_unit=False, activation_func=gelu), fused=True)
-    layer.router.bias = None  # top-k has one by the same flag
+    layer.router.bias = None  # `add_bias_linear` also gives top-k one
     for name, weight in layer.experts.named_parameters():
         if name.endswith("bias"):
             weight.data.normal_()
@@ -105,7 +105,7 @@ def test_megatrons_default_experts_train(routing: str) -> None:
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("share", ["all", "none", "one expert", "one expert empty"])
 def test_any_number_of_pairs_is_dispatched(share: str, dispatcher: str, fused: bool) -> None:
-    """Megatron's alltoall truncates to tokens · topk pairs: more lose tokens, fewer send unrouted ones."""
+    """Megatron's alltoall sends tokens · topk pairs: it drops the others, or adds unrouted ones."""
     torch.manual_seed(1)
     config = make_config(moe_token_dispatcher_type=dispatcher, moe_relu_l1_reg_coeff_init=0.1)
     layer = make_layer(config, fused)
@@ -123,7 +123,7 @@ def test_any_number_of_pairs_is_dispatched(share: str, dispatcher: str, fused: b
 
 
 def test_stock_dispatcher_would_truncate() -> None:
-    """The trap is still there; when this fails, the subclass can go."""
+    """Megatron's own dispatcher still gives wrong results; when this fails, the subclass can be removed."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     torch.manual_seed(1)
@@ -141,14 +141,14 @@ def test_stock_dispatcher_would_truncate() -> None:
 
 
 def results(layer: ReMoELayer, tokens: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradients of tokens and weights."""
+    """Return the output, and the gradients of tokens and weights."""
     weights = [tokens, *layer.parameters()]
     return [output, *torch.autograd.grad(output.sin().sum(), weights)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_tokens_rows_are_added_up_in_fp32(dtype: torch.dtype) -> None:
-    """Both ways: a token's outputs on the way back from the experts, and its gradients."""
+    """Outputs of the experts are added up in fp32 in the forward pass, and gradients in the backward pass."""
     rows = torch.arange(5).repeat(4)
     tokens = torch.randn(5, 16, dtype=dtype, requires_grad=True)
     with SumTypes() as sums:
@@ -166,7 +166,7 @@ def test_a_tokens_rows_are_added_up_in_fp32(dtype: torch.dtype) -> None:
     ids=["ReMoE", "in chunks", "top-k"],
 )
 def test_tritons_kernels_give_the_same(make: Callable[..., Any], changes: dict[str, Any], fused: bool) -> None:
-    """As near to float64 as PyTorch's operations in float32."""
+    """Their error against float64 is at most about twice that of PyTorch's operations in float32."""
     pytest.importorskip("triton")
     found, weights = [], None
     for kernels, router_dtype, dtype in [
@@ -189,7 +189,7 @@ def test_tritons_kernels_give_the_same(make: Callable[..., Any], changes: dict[s
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_called_one_by_one_give_the_same(fused: bool) -> None:
-    """As Megatron's schedules do that overlap them with other layers' work."""
+    """Megatron's schedules that overlap a layer with others call its steps in this way."""
     torch.manual_seed(3)
     layer = make_layer(make_config(), fused=fused)
     tokens = torch.randn(7, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
@@ -210,12 +210,12 @@ def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
     assert takes_plans(topk)
     for name, value in (("moe_permute_fusion", True), ("moe_latent_size", 8)):
         topk = make_topk_config()
-        setattr(topk, name, value)  # given at once, the first would ask for Transformer Engine
+        setattr(topk, name, value)  # set later: the constructor would ask for Transformer Engine
         assert not takes_plans(topk)
 
 
 def test_tensor_parallelism_wants_sequence_parallelism() -> None:
-    """Megatron refuses it in training; a layer that works in chunks does not come there."""
+    """The layer refuses to train without it too: in chunks it does not reach Megatron's own check."""
     with pytest.raises(ValueError, match="--tensor-model-parallel-size 2 cannot be used .* Add --sequence-parallel"):
         make_config(tensor_model_parallel_size=2)
     layer = make_layer(make_config())

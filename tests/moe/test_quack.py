@@ -1,4 +1,4 @@
-"""A layer with QuACK's products has the numbers of one with PyTorch's, with room for more pairs than there are."""
+"""Test that a layer with QuACK's products equals one with PyTorch's, with room for more pairs than there are."""
 
 from typing import Any
 

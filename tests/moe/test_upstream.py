@@ -1,4 +1,4 @@
-"""The patch of docs/upstream.md: without it Megatron's all-to-all loses or invents pairs, with it none."""
+"""Test the patch of docs/upstream.md: all pairs arrive. Megatron's all-to-all loses or invents pairs without it."""
 
 import importlib.util
 from pathlib import Path
@@ -13,7 +13,7 @@ from tools.common.places import ROOT
 
 
 def patched_source() -> str:
-    """Return Megatron's file with the lines of the page's diff changed."""
+    """Return Megatron's file with the page's diff applied."""
     page = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
     hunk = page.split("token_dispatcher.py\n@@")[1].split("\n", 1)[1].split("--- a/")[0].split("```")[0].splitlines()
     old, new = ("\n".join(line[1:] for line in hunk if line[0] in kept) for kept in (" -", " +"))
@@ -61,6 +61,6 @@ def test_all_pairs_arrive(rows: list[list[int]], tmp_path: Path) -> None:
     assert spec is not None and spec.loader is not None
     patched = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(patched)
-    patched.torch = token_dispatcher.torch  # type: ignore[attr-defined]  # the CPU's, where there is no GPU
+    patched.torch = token_dispatcher.torch  # type: ignore[attr-defined]  # the CPU's if there is no GPU
     assert all_pairs_arrive(patched)
     assert all_pairs_arrive(token_dispatcher) is all(len(experts) == 2 for experts in rows), "Megatron has fixed it"

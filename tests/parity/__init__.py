@@ -1,1 +1,1 @@
-"""Every layout trains like one process."""
+"""Tests that every layout trains like one process."""

@@ -1,4 +1,4 @@
-"""Train the parity model in one layout, and measure how far two trainings are apart."""
+"""Train the parity model in one layout, and measure the differences of two trainings."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tools.common.log_reader import read_log
 
 TIMEOUT = 300.0  # seconds for one training
 RECORD = Path(__file__).with_name("record.py")
-# Of loss and gradient. fp32 sums in another order; bf16 rounds every activation to 8 bits, elsewhere in each layout.
+# For loss and gradient. Layouts add up in another order in fp32, and round at other places to 8 bits in bf16.
 TOLERANCE, TOLERANCE_BF16 = (1e-4, 1e-4), (2e-2, 1e-1)
 
 
@@ -53,10 +53,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest differences over all steps.
+    """The largest differences of two trainings.
 
     Attributes:
-        loss, gradient: relative; the gradient's to its largest element.
+        loss, gradient: relative; the gradient's at step 0 and to its largest element.
         sparsity: absolute; 0 with top-k.
         same_counts: whether tokens per expert are equal at step 0.
         same_exponents: whether λ's exponent is equal at every step, on all ranks and the reference.
@@ -76,7 +76,7 @@ class Difference:
 
 
 def train(folder: Path, data: Path, case: Case, *flags: str) -> Training:
-    """Train in a process per rank, and keep the figures in `folder`; read them if a finished training is there."""
+    """Train with a process per rank and keep the figures in `folder`; only read them if the training is finished."""
     layout, log = LAYOUTS[case.layout], folder / "log"
     if not (folder / "done").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The training entry, which also writes counts, router gradients and λ to a file per rank in $PARITY_RECORD."""
+"""Train, and also write counts, router gradients and exponents of λ to a file per rank in $PARITY_RECORD."""
 
 import json
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def full_gradient(chunk: "DistributedDataParallel", parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Return the reduced gradient; the distributed optimizer leaves each rank with its own share of it."""
+    """Return the whole reduced gradient; with a distributed optimizer each rank has only its share of it."""
     if chunk.ddp_config.use_megatron_fsdp:
         mine = parameter.grad.to_local() if parameter.grad is not None else torch.empty(0, *parameter.shape[1:])
         shares: list[torch.Tensor] = [mine] * torch.distributed.get_world_size()

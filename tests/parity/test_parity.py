@@ -1,4 +1,4 @@
-"""Layouts of up to four processes train like one process: loss, router gradients, counts and λ.
+"""Test that layouts of up to four processes train like one process: loss, router gradients, counts and λ.
 
 The default run has a few layouts. All layouts in all variants, and the table of docs/parallelism.md:
 
@@ -33,7 +33,7 @@ CORE = [
     # HybridModel in a layout against GPTModel in one process.
     pytest.param(Case("hybrid", "ReMoE", "plain", "TP2 x EP2, expert TP 2"), marks=pytest.mark.bulk),
     Case("hybrid", "ReMoE", DENSE_AND_MOE, "PP2, 2 virtual stages"),
-    # Megatron's router in the same layers: a difference here is not the ReLU router's.
+    # Megatron's router in the same layers: a difference here does not come from the ReLU router.
     Case("gpt", "top-k", "plain", "TP2 x EP2, expert TP 2"),
 ]
 # Model class, routing, and the title of its row; ReMoE in GPTModel has a row for each layout.
@@ -47,7 +47,7 @@ ALL = [Case(*kind, variant, layout) for kind in CHECKED for variant in VARIANTS 
 # The columns of the table, each with the variants whose largest differences it shows.
 COLUMNS = {"plain, full or MoE recompute": ["plain", "full recompute", "MoE recompute"]}
 COLUMNS |= {variant: [variant] for variant in VARIANTS if "recompute" not in variant and variant != "plain"}
-# tools/convert_checkpoint makes no start for a HybridModel in Megatron-FSDP's format.
+# tools/convert_checkpoint cannot make a HybridModel's start in Megatron-FSDP's format.
 ALL = [case for case in ALL if (case.layout != SINGLE if case.model == "gpt" else "FSDP" not in case.layout)]
 
 

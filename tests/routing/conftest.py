@@ -1,4 +1,4 @@
-"""Both kinds of what --moe-kernels chooses between."""
+"""Run tests with both backends of `--moe-kernels`."""
 
 from importlib.util import find_spec
 
@@ -9,5 +9,5 @@ TRITON = pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is 
 
 @pytest.fixture(params=["torch", TRITON])
 def kernels(request: pytest.FixtureRequest) -> str:
-    """The flag's value."""
+    """Return the flag's value."""
     return request.param

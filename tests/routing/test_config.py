@@ -1,4 +1,4 @@
-"""The configuration: its fields are the flags, and a router has to be asked for."""
+"""Test the configuration: its fields are the flags, and ReLU routing must be turned on."""
 
 import argparse
 
@@ -38,7 +38,7 @@ def test_without_relu_routing_nothing_is_changed() -> None:
 
 @pytest.mark.parametrize("own_class", [False, True])
 def test_a_router_nobody_asked_for_is_refused(own_class: bool) -> None:
-    """Nothing that assumes top-k would have been refused for it."""
+    """Otherwise settings that assume top-k would not be refused."""
     relu, topk = make_config(), {"moe_relu_routing": False, "moe_router_pre_softmax": True}
     other = make_config(**topk) if own_class else make_topk_config()
     with pytest.raises(ValueError, match="moe_relu_routing=True"):
@@ -58,7 +58,7 @@ def test_no_bias_unless_it_is_asked_for() -> None:
 
 
 class Block(torch.nn.Module):
-    """Norms and others, by names that tell nothing."""
+    """Norms and another layer, with names that do not show their kind."""
 
     def __init__(self) -> None:
         super().__init__()

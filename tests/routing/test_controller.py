@@ -1,4 +1,4 @@
-"""The life of λ: neutral before the first update, right direction, reset, exact after many steps and in checkpoints."""
+"""Test λ: its initial value, its direction, the reset of counts, exactness after many steps and in checkpoints."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 @pytest.fixture
 def make_controller(kernels: str) -> Callable[..., SparsityController]:
-    """Makes controllers of one router, of both kinds in turn, from changes to `make_config`."""
+    """Return a function that makes a controller of one router from changes to `make_config`, for each backend."""
     return partial(controller_of, moe_kernels=kernels)
 
 
@@ -28,7 +28,7 @@ def controller_of(**changes) -> SparsityController:
 
 
 def route(controller: SparsityController, active: int, tokens: int) -> None:
-    """Let the router count `tokens` tokens of which `active` go to one expert each, the others to none."""
+    """Route `tokens` tokens: the first `active` go to one expert each, the others to none."""
     router = controller.routers[0]
     router.weight.data.zero_()
     router.weight.data[0, 0] = 1.0
@@ -59,7 +59,7 @@ def test_update_without_tokens_changes_nothing(make_controller) -> None:
 
 
 def test_direction_and_reset(make_controller) -> None:
-    """k = 1: on target are as many pairs as tokens; more active pairs raise λ, fewer lower it."""
+    """With k = 1 the target is one active pair per token: more pairs raise λ, fewer lower it."""
     controller = make_controller()
     router = controller.routers[0]
     hidden = torch.ones(8, 1, HIDDEN, dtype=torch.float64, device=router.weight.device)
@@ -96,7 +96,7 @@ def test_micro_batches_add_up(make_controller) -> None:
 
 
 def test_running_sums_are_over_all_steps(make_controller) -> None:
-    """Those of steps that are not finite too: their operations were done."""
+    """Steps that are not finite count too, because they were computed."""
     controller = make_controller()
     assert controller.totals() == {"total_active_pairs": 0, "total_layer_tokens": 0}
     for active in (3, 8):
@@ -157,7 +157,7 @@ def test_a_step_that_is_not_finite_moves_nothing(make_controller) -> None:
 
 
 def test_large_gradients_of_half_precision_are_finite(make_controller) -> None:
-    """With --fp16 they are multiplied by the loss scale, and their sum exceeds fp16."""
+    """With --fp16 the loss scale multiplies gradients, so that their sum can exceed fp16."""
     controller = make_controller()
     router = controller.routers[0]
     router.weight.main_grad = torch.full_like(router.weight, 30000.0, dtype=torch.float16)
@@ -195,7 +195,7 @@ def test_guard_marks_layers_that_are_all_but_off(make_controller) -> None:
 
 
 def test_each_layer_has_its_own_guard_and_all_have_the_same_exponent(kernels: str) -> None:
-    """Of 3 layers the middle one is dense: its row stays empty."""
+    """The middle one of 3 layers is dense, so its row stays empty."""
     config = make_config(num_layers=3, moe_relu_layer_floor=0.1, moe_kernels=kernels)
     layers = [make_layer(config) for _ in range(2)]
     layers[1].set_layer_number(3)

@@ -1,4 +1,4 @@
-"""Counts by name: every column has its own place, and the sums of a step are views of one tensor."""
+"""Test counts by name: each column has its own place, and the sums of a step are views of one tensor."""
 
 import torch
 
@@ -18,7 +18,7 @@ def test_nothing_overlaps() -> None:
 
 
 def test_columns_have_the_order_in_which_routers_write_them() -> None:
-    """`relu_routing` of both backends adds to the columns by their places."""
+    """`relu_routing` of both backends adds to the columns by position."""
     counts = RoutingCounts(torch.tensor([3.0, 1.0, 5.0, 0.25, 0.5, 0.0], dtype=torch.float64))
     assert counts["tokens_per_expert"].tolist() == [3.0, 1.0] and counts.active == 4.0
     assert (counts["tokens"], counts["l1_loss"], counts["micro_batches"]) == (5.0, 0.25, 0.5)

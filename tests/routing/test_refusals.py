@@ -1,4 +1,4 @@
-"""What is refused and what is not, held against Megatron's source."""
+"""Test which settings are refused, and that Megatron's source has what the refusals name."""
 
 import argparse
 import ast
@@ -37,7 +37,7 @@ def test_flags_are_megatrons() -> None:
     assert all(flag(entry.name) in known.get(entry.name, [entry.name]) for entry in REFUSALS)
 
 
-SETTINGS = {  # of which only some values are refused
+SETTINGS = {  # settings of which only some values are refused
     "moe_aux_loss_coeff": "`--moe-aux-loss-coeff` (but ignored with `--moe-router-load-balancing-type` `aux_loss`, "
     "`seq_aux_loss`, `sinkhorn` or `none`)",
     "moe_router_load_balancing_type": "`--moe-router-load-balancing-type` other than these four",
@@ -115,8 +115,8 @@ def test_refused_together(name: str) -> None:
 
 
 def test_attention_variants_take_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron builds their layers by a specification of its own, in which the MoE layers are its usual ones."""
-    monkeypatch.setattr(variants, "TESpecProvider", TESpecProvider, raising=False)  # where the engine is not installed
+    """Megatron builds their layers from a separate specification, which contains its usual MoE layers."""
+    monkeypatch.setattr(variants, "TESpecProvider", TESpecProvider, raising=False)  # if the engine is not installed
     config = make_config(
         num_layers=3,
         experimental_attention_variant="gated_delta_net",

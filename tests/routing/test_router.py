@@ -1,4 +1,4 @@
-"""The router by itself: gates, padding, jitter, dtypes, and what evaluation must not touch."""
+"""Test the router: gates, padding, evaluation, jitter, dtypes, the L1 term and the guard."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("process_groups")
 
 @pytest.fixture
 def make_router(kernels: str) -> Callable[..., ReLURouter]:
-    """Makes routers of both kinds in turn, from changes to `make_config`."""
+    """Return a function that makes a router from changes to `make_config`, for each backend."""
     return partial(router_of, moe_kernels=kernels)
 
 
@@ -140,7 +140,7 @@ def test_l1_by_hand(make_router, balances: bool, loss: float, weights: list[floa
 
 
 def test_per_token_loss_scales_the_l1_gradient_by_the_tokens(make_router) -> None:
-    """Megatron divides all gradients by the number of tokens then, which this takes back."""
+    """Megatron then divides all gradients by the number of tokens; the scale cancels that."""
     torch.manual_seed(6)
     router = make_router(moe_relu_l1_reg_coeff_init=0.5)
     tokens = random_tokens(router)
@@ -152,7 +152,7 @@ def test_per_token_loss_scales_the_l1_gradient_by_the_tokens(make_router) -> Non
 
 @pytest.fixture
 def dead_router(make_router):
-    """A router whose gates are off for every one of 12 tokens, and the tokens."""
+    """Return a router whose gates are off for all of 12 tokens, and the tokens."""
     router = make_router(num_moe_experts=4, moe_relu_l1_reg_coeff_init=0.5)
     hidden = torch.rand(12, 1, HIDDEN, dtype=torch.float64, device=router.weight.device) + 0.5
     router.weight.data.fill_(-1.0)
@@ -167,7 +167,7 @@ def test_without_the_guard_a_dead_router_stays_dead(dead_router) -> None:
 
 
 def test_the_guard_revives_a_dead_router(dead_router) -> None:
-    """Its gradient is that of -0.1 · mean(logits); descending it, tokens are routed again, and L1 has no hold on it."""
+    """It replaces L1 by the gradient of -0.1 · mean(logits) where gates are off. Its descent routes tokens again."""
     router, hidden = dead_router
     router.guarded.fill_(1)
     probs, _ = router(hidden)

@@ -1,8 +1,8 @@
-"""What HybridEP's kernels do, by collectives of PyTorch: the part of the package `deep_ep` that Megatron calls.
+"""Stand in for HybridEP's kernels with PyTorch's collectives: the part of the package `deep_ep` that Megatron calls.
 
-As in its branch `hybrid-ep` (`deep_ep/hybrid_ep_buffer.py`, `csrc/hybrid_ep`) a token goes to each expert that the map
-names, however many they are; rows are ordered by expert and then by token. Sums are those of all ranks, and 0 for a
-token that went nowhere.
+As in DeepEP's branch `hybrid-ep` (`deep_ep/hybrid_ep_buffer.py`, `csrc/hybrid_ep`), the map can send a token to any
+number of experts. Rows are sorted by expert, then by token. `combine_with_unpermute` sums over all ranks; the sum of a
+token without experts is 0.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ Handle = tuple[torch.Tensor, torch.Tensor, int]  # expert, token of all ranks, t
 
 
 class HybridEPBuffer:
-    """Dispatch and combination over one group, whose ranks have equally many tokens and experts."""
+    """Dispatch and combine over one group; all ranks have the same number of tokens and experts."""
 
     def __init__(self, group: distributed.ProcessGroup, num_local_experts: int, **_sizes: Any) -> None:
         self.group, self.experts = group, num_local_experts
@@ -29,7 +29,7 @@ class HybridEPBuffer:
         handle: Handle | None = None,
         **_tuning: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None, torch.Tensor, Handle]:
-        """`[tokens, hidden]` → rows for this rank's experts, their gates, and how many each gets."""
+        """Return the rows for this rank's experts, their gates, and the number of rows of each expert."""
         if handle is None:
             assert routing_map is not None and routing_map.dtype == torch.bool
             mine = self._gathered(routing_map)[:, self.first : self.first + self.experts]
@@ -43,7 +43,7 @@ class HybridEPBuffer:
     def combine_with_unpermute(
         self, *, hidden: torch.Tensor, handle: Handle, probs: torch.Tensor | None = None, **_tuning: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows of this rank's experts → sums of each token of this rank, and gates in the map's shape."""
+        """Return the sum of each token of this rank over all ranks, and the gates in the map's shape."""
         expert, token, num_tokens = handle
         ranks = self.group.size()
         sums = hidden.new_zeros(ranks * num_tokens, hidden.shape[1]).index_add_(0, token, hidden)

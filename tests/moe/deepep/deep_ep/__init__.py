@@ -1,6 +1,6 @@
-"""What DeepEP's kernels do, by collectives of PyTorch: the part of the package `deep_ep` that Megatron calls.
+"""Stand in for DeepEP's kernels with PyTorch's collectives: the part of the package `deep_ep` that Megatron calls.
 
-A token goes once to each rank that has one of its experts. There its slots name the rank's experts, and -1 the rest.
+A token goes once to each rank that has one of its experts. There its slots hold the rank's experts, or -1 for others.
 """
 
 from types import SimpleNamespace
@@ -11,28 +11,28 @@ from torch import distributed
 
 from deep_ep.utils import EventOverlap
 
-Handle = tuple[torch.Tensor, torch.Tensor, int]  # token of all ranks, is it here [rows, slots], tokens of this rank
+Handle = tuple[torch.Tensor, torch.Tensor, int]  # token of each row, which slots are here, tokens of this rank
 
 
 class Buffer:
-    """Dispatch and combination over one group, whose ranks have equally many tokens and experts."""
+    """Dispatch and combine over one group; all ranks have the same number of tokens and experts."""
 
     def __init__(self, group: distributed.ProcessGroup, num_nvl_bytes: int, num_rdma_bytes: int) -> None:
         self.group, self.num_nvl_bytes, self.num_rdma_bytes = group, num_nvl_bytes, num_rdma_bytes
 
     @staticmethod
     def set_num_sms(_number: int) -> None:
-        """Nothing to set."""
+        """Do nothing."""
 
     @staticmethod
     def get_dispatch_config(_ranks: int) -> SimpleNamespace:
-        """Sizes of buffers that are not needed."""
+        """Return size hints of 0, because no buffers are needed."""
         return SimpleNamespace(get_nvl_buffer_size_hint=lambda *_: 0, get_rdma_buffer_size_hint=lambda *_: 0)
 
     get_combine_config = get_dispatch_config
 
     def get_dispatch_layout(self, topk_idx: torch.Tensor, num_experts: int, **_: Any) -> tuple[Any, ...]:
-        """How many pairs each expert gets from this rank; the rest is of the kernels."""
+        """Count the pairs that each expert gets from this rank; the other results are placeholders."""
         assert topk_idx.dtype == torch.int64 and topk_idx.shape[1] <= 32
         return None, None, torch.bincount(topk_idx[topk_idx >= 0], minlength=num_experts), None, EventOverlap()
 
@@ -45,7 +45,7 @@ class Buffer:
         num_tokens_per_expert: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[Any, ...]:
-        """`[tokens, hidden]` → rows for this rank, their slots and gates, and how many pairs each expert gets."""
+        """Return the rows for this rank, their slots and gates, and the number of pairs of each expert."""
         if handle is not None:
             return self._gathered(x)[handle[0]], None, None, None, None, EventOverlap()
         assert topk_idx is not None and topk_weights is not None and num_tokens_per_expert is not None
@@ -61,7 +61,7 @@ class Buffer:
     def combine(
         self, x: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
-        """Rows of this rank → sums of each token of this rank, and the gates' in the slots' shape."""
+        """Return the sums of each token of this rank over all ranks: of its rows, and of its gates by slot."""
         token, here, tokens = handle
         gates = None if topk_weights is None else self._sums(topk_weights * here, token, tokens)
         return self._sums(x, token, tokens), gates, EventOverlap()

@@ -1,4 +1,4 @@
-"""Events, of which a CPU needs none."""
+"""Stand in for DeepEP's events, which a CPU does not need."""
 
 
 class EventHandle:
@@ -6,10 +6,10 @@ class EventHandle:
 
 
 class EventOverlap:
-    """Wait for such a point."""
+    """A wait for an `EventHandle`."""
 
     def __init__(self, event: EventHandle | None = None) -> None:
         self.event = event
 
     def current_stream_wait(self) -> None:
-        """Everything is done already."""
+        """Do nothing: the work is already done."""
