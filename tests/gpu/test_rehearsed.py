@@ -1,4 +1,4 @@
-"""The GPU tests' programs run over the CUDA that does nothing: they start, take their steps and write their figures."""
+"""Test that the programs of the GPU tests start, take their steps and write figures on the no-op CUDA."""
 
 from pathlib import Path
 
@@ -32,8 +32,7 @@ def test_launch(kernels: str, stage: str, machine: Machine, tmp_path: Path) -> N
     settings = {"GPU": "h100"}
     case = Case(kernels=kernels, flags=("--num-layers", "2"), settings=settings)
     found = runs.train_launched(machine, case, stage, 7)
-    assert len(found["losses"]) == 0 or found["seconds"] > 0
-    assert found["host_seconds"] > 0
+    assert found["seconds"] > 0 and found["host_seconds"] > 0
     assert found["peak_allocated_gib"] == pytest.approx(found["forecast_gib"], rel=0.1) and found["flops"] > 1e12
     report = Report(tmp_path, "NVIDIA H100 80GB HBM3", "launch")
     assert not report.is_made()

@@ -1,4 +1,4 @@
-"""Attention and experts made of PyTorch's fused kernels, against Megatron's own: values, gradients, checkpoints."""
+"""Test attention and experts of PyTorch's fused kernels against Megatron's: values, gradients and trainings."""
 
 import warnings
 from functools import partial
@@ -45,13 +45,13 @@ def test_attention_is_megatrons(mask: str, changes: dict[str, Any]) -> None:
     hidden = None
     if mask != "none":
         hidden = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).triu(1)[None, None].expand(2, 1, 9, 9).clone()
-    if mask == "documents":  # a new one begins in the middle
+    if mask == "documents":  # a new document begins in the middle
         hidden[:, :, 5:, :5] = True
     found = []
     for kind in (DotProductAttention, FusedDotProductAttention):
         output = attention(kind, **changes)(query, key, value, hidden)
         found.append((output, *torch.autograd.grad(output.cos().sum(), (query, key, value))))
-    # Scores that are masked out are -10000 there and -inf here.
+    # Masked scores are -10000 in Megatron's attention and -inf in ours.
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
@@ -63,7 +63,7 @@ def test_attention_dropout_follows_megatrons_generator() -> None:
     tensors = [torch.ones(16, 2, heads, 8, dtype=torch.float64, device=DEVICE) for heads in (4, 2, 2)]
     torch.manual_seed(1)
     first = attend(*tensors, None)
-    torch.manual_seed(1)  # of another generator
+    torch.manual_seed(1)  # has no effect: dropout uses another generator
     second = attend(*tensors, None)
     assert not torch.equal(first, second) and first.std() > 0
     assert attend.eval()(*tensors, None).std() < 1e-12
@@ -123,7 +123,7 @@ def test_gradients_go_into_megatrons_buffer() -> None:
 
 @needs_groups
 def test_megatrons_hook_runs_once_for_all_chunks() -> None:
-    """The true gradient is in Megatron's buffer. Autograd gets an empty one: only then does the hook's stream wait."""
+    """The gradient goes to Megatron's buffer. Autograd gets an empty one, so that the hook's stream waits for it."""
     layer = make_layer(make_config(moe_relu_activation_limit=1.0), fused=True)
     weights = list(layer.experts.parameters())
     for weight in weights:
@@ -159,13 +159,17 @@ def test_other_experts_stay_megatrons(changes: dict[str, Any]) -> None:
 @needs_groups
 @pytest.mark.parametrize(
     ("rank", "changes", "expected"),
-    [("0", {}, "expert FFN size 12 on a rank is not a multiple of 8"), ("0", {"moe_ffn_hidden_size": 16}, None)],
-    ids=["refused", "taken"],
+    [
+        ("0", {}, "expert FFN size 12 on a rank is not a multiple of 8"),
+        ("1", {}, None),
+        ("0", {"moe_ffn_hidden_size": 16}, None),
+    ],
+    ids=["refused", "other rank", "taken"],
 )
 def test_sizes_that_the_kernel_refuses_are_told_once(
     rank: str, changes: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the model is the same on every GPU: what its checkpoints hold follows from the flags alone."""
+    """The warning comes once, and experts stay grouped: a checkpoint's contents depend on flags, not on the GPU."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(local_experts, "has_grouped_kernel", lambda _device: True)
     config = make_config(**({"params_dtype": torch.bfloat16, "moe_router_dtype": "fp32"} | changes))
@@ -199,7 +203,7 @@ KINDS = {"ReMoE": RELU, "top-k": TOPK, "dense": [], "top-k, k = 3": [*TOPK, "--m
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_training(kind: str, data: Path) -> None:
-    """The whole step, optimizer included, from the same initial weights."""
+    """Whole steps with the optimizer, from the same initial weights, have the same losses as with Megatron's layers."""
     losses = [
         series(run([*TINY, *KINDS[kind], "--data-path", str(data), "--train-iters", "4", *flags]), "lm loss")
         for flags in ([], ["--no-local-layer-fusion"])
@@ -228,7 +232,7 @@ def unbounded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.bulk] * (name == "EP2")) for name in BOUNDED])
 def test_bounded_activations_change_nothing(layout: str, data: Path, unbounded: tuple[Path, str]) -> None:
-    """All steps are far from the target: about 4 active experts per token where 1 is bounded."""
+    """In all steps S is far from the target: about 4 experts per token are active, and the limit is 1."""
     folder, expected = unbounded
     processes, flags = BOUNDED[layout]
     flags = [*flags, "--train-iters", "4", "--moe-relu-activation-limit", "1", "--load", str(folder), "--finetune"]

@@ -125,7 +125,7 @@ def test_every_direct_dependency_has_its_exact_version() -> None:
     for requirement in map(Requirement, named):
         if requirement.name == project["name"]:
             continue  # "dev" includes the other extras
-        assert requirement.specifier.contains(pinned[normalized(requirement.name)]), line
+        assert requirement.specifier.contains(pinned[normalized(requirement.name)]), requirement
 
 
 def normalized(name: str) -> str:
