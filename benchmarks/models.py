@@ -10,8 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.common.flags import parse  # noqa: E402
-from tools.recipes.flops import arguments_of, flops_per_sequence  # noqa: E402
+from tools.common.flags import Settings, parse  # noqa: E402
 from tools.recipes.models import Size  # noqa: E402
 
 # Steps that bring routers to the target. One batch is not enough: the tokens of a sequence have much in common.
@@ -76,7 +75,6 @@ class Shape:
         """
         return [*size.layer_flags("moe"), *size.flags(), *COMMON, *rest.split(), *ROUTINGS[routing]]
 
-    def flops(self, active_experts: float) -> float:
-        """Return a step's FLOPs; `active_experts`: active pairs per token, in experts of full size (G pairs)."""
-        args = arguments_of(parse(self.flags("top-k")))
-        return self.micro_batch * flops_per_sequence(args, active_experts * self.granularity)
+    def settings(self, more: Sequence[str]) -> Settings:
+        """Return the flags of top-k, changed by `more`."""
+        return parse([*self.flags("top-k"), *more])

@@ -26,6 +26,8 @@ from models import FIT_STEPS, GPU_FLAGS, ROOT, Shape, on_gpu
 from results import default_output, note, save, show
 
 from megatron.remoe.data.indexed import IndexedWriter
+from tools.common.flags import whole
+from tools.recipes.flops import arguments_of, flops_per_sequence
 
 SHAPES = {shape.name: shape for shape in (Shape(8, 1), Shape(8, 8), Shape(64, 1))}
 WARM_UP = FIT_STEPS + (10 if on_gpu() else 0)  # a GPU's memory pool and clock settle too
@@ -94,7 +96,8 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
             records[variant.name].append(run(shape, variant, WARM_UP + steps + 1, more))
             seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
             note(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.4g} s a step")
-    figures = {}
+    figures, settings = {}, shape.settings(more)
+    batch, args = whole(settings, "--global-batch-size"), arguments_of(settings)
     peak = max(record["peak_flops"] for found in records.values() for record in found)
     for name, found in records.items():
         times = [seconds for record in found for seconds in record["steps"][WARM_UP:]]
@@ -104,10 +107,10 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
         figures[name] = {
             "seconds": seconds,
             "all_seconds": times,
-            "tokens_per_second": shape.tokens / seconds,
+            "tokens_per_second": batch * args.seq_length / seconds,
             "active_experts_of_full_size": active,
             "peak_flops": peak,
-            "utilization": shape.flops(active) / seconds / peak,
+            "utilization": batch * flops_per_sequence(args, active * shape.granularity) / seconds / peak,
         }
     return figures
 
@@ -165,7 +168,11 @@ def main() -> None:
         ]
         over = f"s/step over {variants[0].name}"
         columns = ["variant", "s/step", "tokens/s", over, "experts/token", "of matmul rate"]
-        show(f"(E, G) = {shape.name}, {shape.layers} layers, {shape.tokens} tokens", columns, rows, options.output)
+        settings = shape.settings(options.more)
+        layers, batch, length = (
+            whole(settings, f"--{name}") for name in ("num-layers", "global-batch-size", "seq-length")
+        )
+        show(f"(E, G) = {shape.name}, {layers} layers, {batch * length} tokens", columns, rows, options.output)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron.remoe.preflight.checkpoint_files import newest_iteration  # noqa: E402
 from tools.common.figure_reader import read_figures  # noqa: E402
 from tools.common.files import write_json  # noqa: E402
-from tools.common.flags import parse, words_of  # noqa: E402
+from tools.common.flags import parse, without, words_of  # noqa: E402
 from tools.corpora import dataset  # noqa: E402
 from tools.recipes import tiny  # noqa: E402
 from tools.recipes.models import Routing  # noqa: E402
@@ -52,7 +53,7 @@ def run(folder: Path, done: str, *words: str) -> None:
     if (folder / done).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{done}.log").open("w") as log:
+    with (folder / f"{done}.log").open("a") as log:
         subprocess.run([sys.executable, *words], check=True, stdout=log, stderr=log, cwd=ROOT,
                        env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     (folder / done).touch()
@@ -76,10 +77,13 @@ def train(folder: Path, name: str, seed: int) -> Path:
     if corpus == dataset.TECHNICAL:  # whose held-out text is long: a part of it
         left_out = ("--multiple-validation-sets", "--full-validation", "--validation-set-names")
         flags = words_of({flag: values for flag, values in parse(flags).items() if flag not in left_out})
-    flags += f"--save-interval 400 --save-retain-interval 400 --save {runs / name / 'checkpoints'}".split()
-    run(runs / name, "trained", PROGRAMS.get(name, "pretrain_gpt.py"), *flags, *more.format(**fields).split())
+    own, words = runs / name / "checkpoints", more.format(**fields).split()
+    flags += f"--save-interval 400 --save-retain-interval 400 --save {own} --load {own}".split()
+    if newest_iteration(own):  # stopped earlier
+        words = without(words, {"--load", "--ckpt-step"}.__contains__)
+    run(runs / name, "trained", PROGRAMS.get(name, "pretrain_gpt.py"), *flags, *words)
     held_out = [str(prefix.with_suffix("")) for prefix in sorted(text.glob("heldout_*.bin"))]
-    both = ("--load", str(runs / name / "checkpoints"), "--data-path", *held_out)
+    both = ("--load", str(own), "--data-path", *held_out)
     if name in ANALYZED:
         run(runs / name, "analyzed", "tools/analyze", *both, "--output-dir", str(runs / name / "analysis"))
     if name == "remoe":

@@ -178,6 +178,20 @@ def test_a_cap_on_experts_makes_the_start_cheaper() -> None:
         assert memory.exchanged_bytes(args, stages, dense) == times * 2 * tokens * dense * 7 / 8 * 64 * 4
 
 
+@pytest.mark.parametrize(
+    ("chunks", "micro_batches", "expected"),
+    [(None, 8, [4, 3, 2, 1]), (None, 2, [2, 2, 2, 1]), (3, 8, [5, 13 / 3, 11 / 3, 3]), (3, 4, [4, 4, 11 / 3, 3])],
+)
+def test_micro_batches_in_flight(
+    chunks: int | None, micro_batches: int, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand, from Megatron's schedule: the warm-up's chunks and one more, at most all."""
+    monkeypatch.setattr(memory, "get_num_microbatches", lambda: micro_batches)
+    args = arguments(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=chunks)
+    args.microbatch_group_size_per_vp_stage, args.overlap_moe_expert_parallel_comm = None, False
+    assert [memory._micro_batches_in_flight(args, stage) for stage in range(4)] == pytest.approx(expected)
+
+
 def test_layers_whose_flops_are_not_counted() -> None:
     args = arguments(hybrid_layer_pattern="M-")
     text = "\n".join(estimate._compute_lines(args, argparse.Namespace(), 1, 1000, 0))

@@ -106,6 +106,25 @@ def test_an_unlisted_gpu_and_what_does_not_fit() -> None:
     assert figures(output, "time")[0] == pytest.approx(flops / (100e12 * 0.5) / 60, abs=0.1)
 
 
+def test_an_uneven_pipeline_has_the_same_parameters() -> None:
+    """Totals do not depend on the layout."""
+    first = ["--decoder-first-pipeline-num-layers"]
+    outputs = [
+        cost(
+            "--gpus",
+            "8",
+            "--",
+            *MODEL,
+            *EXPERTS,
+            *"--moe-relu-routing --pipeline-model-parallel-size 2".split(),
+            *flags,
+        )
+        for flags in ([*first, "6"], [*first, "4"], ["--pipeline-model-parallel-layout", "Et*4|t*8L"])
+    ]
+    for label in ("total parameters", "active parameters"):
+        assert figures(outputs[0], label) == figures(outputs[1], label) == figures(outputs[2], label)
+
+
 def test_layers_of_multi_token_prediction_count() -> None:
     """Such a layer keeps as much as any other, plus hidden states and the softmax. GPTModel and HybridModel agree."""
     common = [*MODEL, *EXPERTS, "--moe-relu-routing"]

@@ -221,8 +221,9 @@ def test_end_to_end(tmp_path: Path) -> None:
     log = (runs / "dense" / "train.log").read_text()
     logged = [int(number) for number in re.findall(r"\] iteration +(\d+)/", log)]
     assert logged == list(range(1, ITERATIONS + 1)), "each iteration was trained once"
-    summary = json.loads((output_dir / "summary.json").read_text())
+    summary = json.loads((runs / "summary.json").read_text())
     assert_is_complete(summary, output_dir)
+    assert_is_picture(runs / "report.png")
     for model in tiny.NAMES:
         log = (runs / model / "train.log").read_text()
         [printed] = re.findall(r"number of parameters on .*: (\d+)", log)[-1:]
@@ -232,11 +233,12 @@ def test_end_to_end(tmp_path: Path) -> None:
             assert f"{loss:.3f}" in output and float(values[-1]) == pytest.approx(loss, rel=1e-5)
 
     # All done: nothing is trained again.
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/**/*") if path.is_file()}
     output, _ = finish(start(*arguments, folder=tmp_path), code=0)
-    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/**/*") if path.is_file()} == before
     assert output.count(": reused") == 3
-    assert json.loads((output_dir / "summary.json").read_text()) == summary
+    assert json.loads((runs / "summary.json").read_text()) == summary
+    assert not (output_dir / "summary.json").exists(), "that is the place of a whole training's"
 
     try_what_it_says(output, tmp_path, summary["remoe"]["val_loss_by_domain"]["docs"])
 
@@ -275,4 +277,3 @@ def assert_is_complete(summary: dict, folder: Path) -> None:
     assert remoe == moe == dense + tiny.SIZE.layers * tiny.SIZE.hidden * tiny.SIZE.experts
     assert summary["remoe"]["sparsity_target"] == 1 - tiny.SIZE.topk / tiny.SIZE.experts
     assert 0 < summary["remoe"]["sparsity_last_quarter"] < 1 and summary["remoe"]["coefficient_final"] > 1e-8
-    assert_is_picture(folder / "report.png")

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from tests.launches import planned
 from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
 from tools.common.files import write_json
-from tools.cost import choices
+from tools.cost import choices, paper
 from tools.rehearse import command, fake_ranks, report
 from tools.rehearse.arguments import parse_arguments
 from tools.rehearse.cards import rates
@@ -166,6 +167,17 @@ def test_a_dry_run_shows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [*choices.lines("h100", 8, "182m", "triton")][-1].endswith("does not fit")
 
 
+@pytest.mark.parametrize(
+    ("different", "pipeline", "is_shown"),
+    [(["lr", "micro_batch_size"], 1, True), ([], 2, False), (["num_experts"], 1, False)],
+)
+def test_other_models_have_no_table(different: list[str], pipeline: int, is_shown: bool) -> None:
+    sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "pipeline_model_parallel_size": pipeline}
+    rest = dict.fromkeys(("recompute_granularity", "mtp_num_layers", "hybrid_layer_pattern"))
+    args = argparse.Namespace(**sizes, **rest, transformer_impl="local")
+    assert paper.is_papers_step(args, dict.fromkeys(different, "")) == is_shown
+
+
 @pytest.mark.parametrize("flops", [1e12, None])
 def test_a_pipeline_idles_and_some_flops_are_not_known(flops: float | None) -> None:
     model = {"flops_per_sequence": flops, "sequences_per_gpu": 10, "bubble": 1.25, "forecast_gib": {}}
@@ -216,9 +228,14 @@ def test_a_stage_without_data_takes_its_steps(tmp_path: Path) -> None:
 
 
 @needs_cuda_build
-def test_a_dense_stage_is_rehearsed_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dense_stage_is_rehearsed_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is saved. A layer waits once for each number of chunks that it tries; its chunks do not wait."""
+    monkeypatch.chdir(tmp_path)  # relative paths are the caller's
+    vocabulary, merges = byte_level_vocabulary(tmp_path)
     found, flags = tmp_path / "found.json", [*REMOE_182M, "--save", str(tmp_path / "run"), "--save-interval", "1"]
+    flags += ["--vocab-file", vocabulary.name, "--merge-file", merges.name]
     own = ["--gpus", "8", "--stage", "dense", "--json", str(found), "--log", str(tmp_path / "log")]
     assert command.main([*own, "--", *flags]) == 0
     seen, printed = json.loads(found.read_text()), capsys.readouterr()

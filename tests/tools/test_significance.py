@@ -48,7 +48,7 @@ def test_one_value_shows_nothing() -> None:
 
 def test_seeds_for_equivalence_by_simulation() -> None:
     seeds = seeds_for_equivalence(0.03, 0.05)
-    assert seeds is not None and seeds_for_equivalence(0.001, 0.06) is None
+    assert seeds is not None and seeds_for_equivalence(0.001, 0.06) is None and seeds_for_equivalence(0.01, 0.0) == 2
 
     def found(seeds: int) -> float:
         rows = np.random.default_rng(0).normal(0, 0.05, (20000, seeds))

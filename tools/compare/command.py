@@ -64,6 +64,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--picture", type=Path, metavar="FILE.png", help="also draw the gaps at equal FLOPs")
     args = parser.parse_args(arguments)
     args.arms = [arm for arm in ARMS if arm in (*args.arms, args.reference, REFERENCE)]
+    for name in ("experts", "steps", "seeds", "lr_factors"):
+        setattr(args, name, [*dict.fromkeys(getattr(args, name))])
     for flag, values in (("--steps", args.steps), ("--tuning-steps", [args.tuning_steps])):
         if wrong := [value for value in values if value % LOG_INTERVAL or value < LEAST]:
             parser.error(f"{flag} {wrong[0]}: give a multiple of {LOG_INTERVAL} of at least {LEAST}.")

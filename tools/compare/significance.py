@@ -2,7 +2,7 @@
 
 Two arms with the same seed see the same text in the same order, so paired t-tests compare them seed by seed. Spreads
 are not pooled: rows of a table share the reference's losses, which makes pooled intervals too narrow. Holm's
-correction holds the probability of any false claim in the table at 5 %.
+correction holds the probability of any false claim of a kind (different, equivalent, no worse) in the table at 5 %.
 """
 
 import math
@@ -95,8 +95,10 @@ def seeds_for_equivalence(margin: float, deviation: float, comparisons: int = 1)
     Returns:
         Their number; None if 1,000 do not suffice.
     """
+    if not deviation:
+        return 2
     for seeds in range(2, MOST_SEEDS + 1):
-        shift, freedom = margin * math.sqrt(seeds) / deviation if deviation else math.inf, seeds - 1
+        shift, freedom = margin * math.sqrt(seeds) / deviation, seeds - 1
         # Both one-sided tests have to reject; neither is likelier to fail than the other.
         if 1 - 2 * stats.nct.cdf(stats.t.ppf(1 - LEVEL / comparisons, freedom), freedom, shift) >= POWER:
             return seeds

@@ -102,9 +102,10 @@ def main(arguments: Sequence[str]) -> int:
         # What was switched off to build the model here counts as it is on the GPUs.
         args = argparse.Namespace(**vars(args) | planned)
         text = [*estimate.plan_lines(args, options)]
-        text += ["", *paper.lines(given, *options.paper)] if options.paper else []
+        different = paper.differences(given, *options.paper) if options.paper else {}
+        text += ["", *paper.lines(different, *options.paper)] if options.paper else []
         text += [*estimate.lines(args, options, stages, *total)]
-    if options.paper and options.paper[1] == "remoe":
+    if options.paper and options.paper[1] == "remoe" and paper.is_papers_step(args, different):
         text += ["", *rehearsed_lines(options.gpu.lower(), options.gpus, options.paper[0], args.moe_kernels)]
     print("\n".join(text))
     return 0

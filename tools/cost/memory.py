@@ -1,7 +1,6 @@
 """Estimate the memory of one GPU: weights, gradients, optimizer and activations of a pipeline stage."""
 
 import argparse
-import math
 from itertools import batched
 from typing import NamedTuple
 
@@ -118,11 +117,15 @@ def _with_recomputation(args: argparse.Namespace, layers: list[LayerActivations]
 
 
 def _micro_batches_in_flight(args: argparse.Namespace, index: int) -> float:
-    """Return how many micro-batches' activations the stage holds at once, under Megatron's 1F1B schedules."""
-    stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
+    """Return how many micro-batches' activations the stage holds at once.
+
+    Those of the warm-up and one more: `get_pp_rank_microbatches` in Megatron's schedules.
+    """
+    stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
     if stages == 1:
         return 1
-    if chunks:
-        # As in Megatron's own estimate: the first stage warms up with more chunks than it has.
-        return math.ceil((1 + (stages - 1) / (stages * chunks)) * stages * chunks) / chunks
-    return min(stages - index, get_num_microbatches())
+    warm_up = stages - index - 1
+    if chunks > 1:
+        warm_up = 2 * warm_up + (chunks - 1) * (args.microbatch_group_size_per_vp_stage or stages)
+        warm_up += args.overlap_moe_expert_parallel_comm
+    return min(warm_up + 1, get_num_microbatches() * chunks) / chunks

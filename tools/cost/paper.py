@@ -14,6 +14,9 @@ from typing import Any
 from ..recipes.models import PAPER
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_attention_heads")
+# Settings below that change the time or memory of a step.
+OF_A_STEP = """num_query_groups seq_length global_batch_size num_experts moe_router_topk moe_granularity ffn_hidden_size
+bf16 moe_layer_freq moe_shared_expert_intermediate_size""".split()
 
 
 def _table() -> dict[str, dict[str, Any]]:
@@ -45,15 +48,28 @@ def expected(size: str, routing: str) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def lines(given: dict[str, Any], size: str, routing: str) -> Iterator[str]:
-    """Yield those of the given `settings` that differ from the paper's run."""
-    found = []
+def differences(given: dict[str, Any], size: str, routing: str) -> dict[str, str]:
+    """Return those of the given `settings` that differ from the paper's run, each with its text."""
+    found = {}
     for name, (there, source) in expected(size, routing).items():
         here = data_sets(given[name]) if name == "data_path" else given[name]
         if here != there:
-            found.append(f"  --{name.replace('_', '-')} {_shown(here)}   ({source}: {_shown(there)})")
-    yield f"Settings that differ from the paper's {size.upper()} {routing}: {'' if found else 'none'}"
-    yield from found
+            found[name] = f"--{name.replace('_', '-')} {_shown(here)}   ({source}: {_shown(there)})"
+    return found
+
+
+def lines(different: dict[str, str], size: str, routing: str) -> Iterator[str]:
+    """Yield the differences as text."""
+    yield f"Settings that differ from the paper's {size.upper()} {routing}: {'' if different else 'none'}"
+    yield from (f"  {text}" for text in different.values())
+
+
+def is_papers_step(args: argparse.Namespace, different: dict[str, str]) -> bool:
+    """Return whether a step has the paper's model, batch and layout, except for EP and the micro-batch."""
+    layout = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    rest = args.recompute_granularity, args.mtp_num_layers, args.hybrid_layer_pattern
+    is_same = not different.keys() & {*DIMENSIONS, *OF_A_STEP} and args.transformer_impl == "local"
+    return is_same and layout == (1, 1, 1) and not any(rest)
 
 
 def data_sets(words: list[str] | str | None) -> str:

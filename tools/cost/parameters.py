@@ -19,6 +19,7 @@ from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.hooks import install_local_layers, install_routing
 
 LAYOUT = "tensor_model pipeline_model virtual_pipeline_model context expert_model expert_tensor".split()
+UNEVEN = """pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers""".split()
 # Some kinds of these need Transformer Engine, and none changes the parameters.
 BUILT_WITHOUT = """recompute_granularity fp8 fp8_param_gather fp8_output_proj moe_router_padding_for_fp8
 moe_router_padding_for_quantization""".split()
@@ -62,6 +63,7 @@ def total(args: argparse.Namespace) -> tuple[int, int]:
     """Return the parameters of the whole model, and those of its routed experts."""
     one: dict[str, Any] = dict.fromkeys([f"{kind}_parallel_size" for kind in LAYOUT], 1)
     one |= {"world_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None}
+    one |= dict.fromkeys(UNEVEN)
     pattern = args.hybrid_layer_pattern and args.hybrid_layer_pattern.replace("|", "")
     (stage,) = stages(argparse.Namespace(**vars(args) | one | {"hybrid_layer_pattern": pattern}))
     return stage.shared + stage.experts, stage.experts

@@ -134,8 +134,8 @@ def run(args: argparse.Namespace) -> int:
         with step(console, "report", "reading the figures") as result:
             found = {each.model: read_figures(each.folder) for each in trainings}
             summary = report.summarize(found, held_out, args.iterations, args.seed, tiny.SIZE, args.corpus)
-            write_json(output / "summary.json", summary)
-            picture.draw(output / "report.png", found, summary)
+            write_json(runs / "summary.json", summary)
+            picture.draw(runs / "report.png", found, summary)
             result.append("table and picture")
     report.show(console, summary, output, runs)
     return 0

@@ -116,7 +116,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) -> None:
-    """Print the table, the paths of all files (those of trainings are in `runs`), and commands to try next."""
+    """Print the table, the paths of all files (those of these trainings are in `runs`), and commands to try next."""
     console.print()
     console.print(table(summary))
     if has_spread(summary):
@@ -126,8 +126,8 @@ def show(console: Console, summary: dict[str, Any], output: Path, runs: Path) ->
     binaries, output, runs = short(Path(interpreter()).parent), short(output), short(runs)
     each = runs / f"{{{','.join(tiny.NAMES)}}}"
     for name, place in (
-        ("picture", output / "report.png"),
-        ("figures", output / "summary.json"),
+        ("picture", runs / "report.png"),
+        ("figures", runs / "summary.json"),
         ("logs", each / LOG),
         ("checkpoints", each / "checkpoints"),
         ("TensorBoard", f"{binaries / 'tensorboard'} --logdir {runs}"),

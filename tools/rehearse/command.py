@@ -13,7 +13,6 @@ from typing import Any
 
 from ..common.errors import ToolError
 from ..common.files import write_json
-from ..common.places import ROOT
 from ..common.running import run_tool
 from . import build, report
 from .arguments import parse_arguments
@@ -94,7 +93,7 @@ def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folde
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, str(Path(__file__).with_name("rank_entry.py")), json.dumps(request)]
     process = subprocess.Popen(
-        [*command, *rehearsed(flags, len(steps))], env=environment, cwd=ROOT, stdin=subprocess.DEVNULL,
+        [*command, *rehearsed(flags, len(steps))], env=environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     assert process.stdout is not None
