@@ -56,6 +56,9 @@ process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
 }
 
 if asks_for_help "$@"; then print_header && exit; fi
+for word in "$@"; do
+  case $word in --json-keys* | --overwrite) die "$word: not with this script; call tools/preprocess_data.py" ;; esac
+done
 [[ -d ${INPUT_DIR:-} ]] || die "INPUT_DIR '${INPUT_DIR-}': give the folder of the Pile's shards, 00.jsonl.zst and so on"
 [[ -n ${OUTPUT_DIR:-} ]] || die "OUTPUT_DIR is not set: give the folder for the data sets"
 "$PYTHON" -c 'import megatron.remoe' 2>/dev/null || die "$PYTHON has no megatron.remoe: run bash scripts/setup.sh first"

@@ -34,6 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {"tie_word_embeddings": True},
     "relu": RELU,
     "relu, k = 1": RELU | {"num_experts_per_tok": 1},
+    "relu, shared, not balanced": RELU
+    | {"shared_expert_intermediate_size": 12, "mlp_only_layers": [0], "moe_relu_load_balancing": False},
     "relu, norms of heads": RELU | {"qk_norm": "head"},
     "relu, norms of all heads": RELU | {"qk_norm": "all_heads"},
     "relu, latent": RELU | LATENT | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 12},

@@ -45,8 +45,8 @@ def analyze(output: Path, *words: object) -> dict[str, Any]:
     return {name: json.loads((output / f"{name}.json").read_text()) for name in NAMES}
 
 
-def exported(folder: Path, name: str) -> tuple[RemoeForCausalLM, Path]:
-    model = make(name, vocab_size=257)
+def exported(folder: Path, name: str, **changes: Any) -> tuple[RemoeForCausalLM, Path]:
+    model = make(name, vocab_size=257, **changes)
     model.save_pretrained(folder)
     return model, folder
 
@@ -75,6 +75,22 @@ def topk(logits: list[float], k: int, normed: bool) -> dict[int, float]:
     first = sorted(range(len(logits)), key=lambda expert: -logits[expert])[:k]
     gates = {expert: math.exp(logits[expert]) / total for expert in first}
     return {expert: gate / sum(gates.values()) for expert, gate in gates.items()} if normed else gates
+
+
+def test_one_expert_per_token_is_all_of_the_output(domains: list[Path], tmp_path: Path) -> None:
+    """The gated output of shared experts is not part of it."""
+    _, folder = exported(tmp_path / "model", "top-k", shared_expert_intermediate_size=12, shared_expert_gate=True)
+    layers = analyze(tmp_path / "out", "--load", folder, "--data", *domains)["gates"]["layers"]
+    assert [of["largest_output"] for of in layers.values()] == pytest.approx([1, 1], rel=1e-5)
+
+
+def test_a_model_without_an_active_gate(domains: list[Path], tmp_path: Path) -> None:
+    model, folder = exported(tmp_path / "model", "relu")
+    with torch.no_grad():
+        for experts in expert_blocks(model).values():
+            experts.gate.weight.zero_()
+    model.save_pretrained(folder)
+    assert analyze(tmp_path / "out", "--load", folder, "--data", *domains)["gates"]["layers"] == {"1": None, "2": None}
 
 
 @pytest.mark.parametrize("name", ["relu, shared", "top-k, normed"])

@@ -150,6 +150,18 @@ def test_key_names_of_transformer_engine(
     capfd.readouterr()
 
 
+def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> None:
+    """ReLU routing refuses some settings that do not concern a checkpoint's weights."""
+    from tools.common import checkpoints
+    from tools.convert_checkpoint import models
+
+    saved = checkpoints.find(dense[0], None).args
+    free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
+    given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_granularity=None, moe_layer_freq=None)
+    target = models.target_args(models.source_args(argparse.Namespace(**(vars(saved) | free)), 384), given)
+    assert target.moe_relu_routing and target.tensor_model_parallel_size == 2
+
+
 REFUSED = [
     (["--num-experts", "8"], "exists and is not an empty folder", "full"),
     ([], "--num-experts", None),

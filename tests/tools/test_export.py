@@ -118,6 +118,19 @@ def test_other_models(
         torch.testing.assert_close(logits, model(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_settings_of_a_gpu_and_noise() -> None:
+    """The model of a training on GPUs, with noise on the router's input, is built for the CPU and without noise."""
+    model = make("relu")
+    on_gpus = {"moe_kernels": "quack", "moe_relu_launch_ahead": True, "moe_permute_fusion": True, "fp8": "e4m3"}
+    on_gpus |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
+    on_gpus |= {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True, "use_te_activation_func": True}
+    args = args_of(model.config)
+    megatron = build(argparse.Namespace(**(vars(args) | on_gpus | {"moe_input_jitter_eps": 0.1})))
+    fill(megatron, *megatron_weights(model))
+    positions = torch.arange(16).expand(3, 16)
+    torch.testing.assert_close(megatron(tokens(), positions, None), model(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_shards(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +150,7 @@ def test_shards(
     ("setting", "value", "code", "fact"),
     [
         ("qk_l2_norm", True, "E512", "--qk-l2-norm"),
+        ("moe_mlp_glu_interleave_size", 4, "E512", "--moe-mlp-glu-interleave-size 4"),
         ("rotary_scaling_factor", 40.0, "E512", "--rotary-scaling-factor 40.0"),
         ("moe_router_score_function", "sqrtsoftplus", "E512", "--moe-router-score-function sqrtsoftplus"),
         ("moe_baseline_router", "random", "E512", "--moe-baseline-router random"),
@@ -144,9 +158,9 @@ def test_shards(
         ("tokenizer_type", "SentencePieceTokenizer", "E513", "--tokenizer-type SentencePieceTokenizer"),
         ("tokenizer_type", "HuggingFaceTokenizer", "E513", "--tokenizer-model /nowhere"),
         ("tokenizer_type", "GPT2BPETokenizer", "E513", "--vocab-file"),
-        ("ffn_hidden_size", 44, "E511", "mlp.gate_proj.weight has the shape [40, 32]"),
+        ("ffn_hidden_size", 44, "E511", "mlp.linear_fc2.weight has the shape [32, 40]"),
         ("num_layers", 3, "E511", "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight"),
-        (None, None, "E511", "model.norm.weight"),
+        (None, None, "E511", "decoder.final_layernorm.weight"),
     ],
 )
 def test_refusals(

@@ -205,5 +205,6 @@ def test_shards_of_the_pile(tmp_path, lines, byte_files) -> None:
     assert (output / "pile_00_text_document.bin").stat().st_mtime_ns == made.st_mtime_ns
     os.truncate(output / "pile_00_text_document.bin", made.st_size - 2)
     assert "  00  damaged: remove " in run(SHARDS="00").stdout
+    assert run("--overwrite").returncode == run("--json-keys", "title").returncode == 2
     assert "give both of GPT-2's files, or neither" in run(MERGE_FILE="").stderr
     assert "INPUT_DIR 'nowhere': give the folder" in run(INPUT_DIR="nowhere").stderr

@@ -72,6 +72,16 @@ def test_inputs_that_cannot_be_used(name, data, message, tmp_path, capsys, flags
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_byte_order_mark_and_empty_texts(tmp_path, capsys, flags) -> None:
+    """Windows programs begin a file with U+FEFF. A document counts once, however many keys are empty."""
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(
+        "\ufeff".encode() + b'{"text": "a", "title": ""}\n{"text": "", "title": ""}\n{"text": "", "title": "b"}\n'
+    )
+    assert preprocess_data.main(flags(tmp_path / "out", source, extra="--json-keys text title")) == 0
+    assert "3 documents (2 empty)" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and cannot be read")
 def test_unreadable_file(tmp_path, capsys, flags) -> None:
     assert preprocess_data.main(flags(tmp_path / "out", "/proc/self/mem")) == 1

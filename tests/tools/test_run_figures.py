@@ -13,7 +13,7 @@ from tests.tools.sweeping import evaluated, logged
 from tools.common.errors import ToolError
 from tools.common.figure_reader import read_figures
 from tools.common.run_figures import Curve, Evaluation, RunFigures, smooth
-from tools.recipes.stages import Flops
+from tools.recipes.stages import Flops, training_flops
 from tools.recipes.stages import stages as stages_of
 from tools.report.command import main
 from tools.report.figures import panels
@@ -31,9 +31,11 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     arguments = {"train_iters": 30, "seq_length": 64, "global_batch_size": 4, "num_experts": 4, "moe_router_topk": 1}
     arguments |= {"moe_granularity": 2, "ffn_hidden_size": 64, "moe_ffn_hidden_size": None}
     log = "".join(f"  {name} {'.' * 10} {value}\n" for name, value in arguments.items())
+    log += "Using fine-grained MoE with granularity: 2, increase num_moe_experts to 8, increase moe_router_topk to 2, "
+    log += "decrease moe_ffn_hidden_size to 32\n"
     for place, s in enumerate((0.5, 0.7, 0.8745), start=1):
         log += logged(10 * place, 30, f" moe relu sparsity: {s} | moe relu l1 reg coeff: 1.2000E-08 |")
-    (tmp_path / "fork.log").write_text(log + evaluated(30, " on validation set", 4.5))
+    (tmp_path / "fork.log").write_text(log + "[default7]:" + evaluated(30, " on validation set", 4.5))
     found = read_figures(tmp_path / "fork.log")
     assert (found.num_experts, found.topk, found.target, found.settled) == (8, 2, 0.75, None)
     assert found.evaluations == {"": [(30, 4.5, True, 0)]}
@@ -41,6 +43,34 @@ def test_reads_a_log_of_the_authors_fork(tmp_path: Path) -> None:
     assert found.curve("tokens_per_second").values.tolist() == [4 * 64 / 0.1] * 3
     assert main([str(tmp_path / "fork.log")]) == 0
     assert "FLOPs are not counted" in (tmp_path / "report.html").read_text()
+
+
+def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
+    """The log of iterations 20 to 40 has neither the steps before nor, with a limit, all active experts."""
+    args = {"num_experts": 32, "moe_router_topk": 1, "moe_relu_routing": True, "moe_relu_max_experts": 4}
+    args |= {"global_batch_size": 2, "train_iters": 40, "log_interval": 10}
+    rows: list[dict[str, object]] = [
+        {"kind": "log", "iteration": at, "sparsity": 0.5, "target_sparsity": 31 / 32, "seconds_per_iteration": 0.1}
+        for at in (30, 40)
+    ]
+    folder = write_metrics(tmp_path / "run", args, *rows)
+    start, *lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([start.replace('"iteration": 0', '"iteration": 20'), *lines]))
+    figures = read_figures(folder)
+    [stage] = stages_of(figures, Flops(10.0, 1.0))
+    assert (stage.first, stage.last, stage.experts, stage.flops) == (21, 40, 4.0, 20 * 2 * (10.0 + 3.0))
+    assert training_flops(figures) is None and figures.computed(0.5) == 4
+    (tmp_path / "fork.log").write_text(f" successfully loaded checkpoint from x at iteration 20\n{logged(30, 40)}")
+    assert read_figures(tmp_path / "fork.log").began == 20
+
+
+def test_a_run_is_done_after_its_last_evaluation(tmp_path: Path) -> None:
+    args = {"train_iters": 20, "log_interval": 10, "do_valid": True, "do_test": True}
+    rows: list[dict[str, object]] = [{"kind": "log", "iteration": at, "lm_loss": 3.0} for at in (10, 20)]
+    for name in ("validation", "test"):
+        assert not read_figures(write_metrics(tmp_path / "run", args, *rows)).done
+        rows.append({"kind": "validation", "iteration": 20, "lm_loss": 3.0, "final": True, "set": name})
+    assert read_figures(write_metrics(tmp_path / "run", args, *rows)).done
 
 
 @pytest.mark.parametrize("more", ["", " moe relu sparsity: 0.5 | moe relu l1 reg coeff: 1.2000E-08 |"])
@@ -120,6 +150,9 @@ def test_the_headline_compares_to_dense() -> None:
     runs = [run("dense", 1.79), run("fine", 1.678, num_experts=8, moe_relu_routing=True)]
     assert headline(runs) == "fine 1.678, −0.11 to dense; dense 1.790 (training loss)"
     assert headline([Run("nothing")]) == ""
+    for place, each in enumerate(runs):
+        each.figures.evaluations[""] = [Evaluation(4 + place, 1.8, True, 0)]
+    assert headline(runs).endswith("(validation loss, not after the same number of iterations)")
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [((300, 100), 2.25), ((300, 0), 2.5)], ids=["all", "unknown"])

@@ -228,5 +228,5 @@ def _legend(axes: Any) -> None:
 
 def _ticks(labels: Sequence[int], most: int = 24) -> tuple[Sequence[int], Sequence[int]]:
     """Return at most `most` places and their labels."""
-    step = -(-len(labels) // most)
+    step = max(1, -(-len(labels) // most))
     return range(0, len(labels), step), labels[::step]

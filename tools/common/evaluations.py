@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .places import run_folder
+
 BY_LAYER = "by layer: mean, 99 %, largest"
 EXPLAINED = "Experts per token: the mean; the number that 99 % of the tokens do not exceed; the largest number."
 
@@ -56,8 +58,7 @@ def _on_tasks(models: dict[str, Any]) -> Results:
 
 def names_of_models(places: Sequence[Path]) -> list[str]:
     """Return short names for runs, given by folder or --save, or for exported folders; paths if two would be equal."""
-    folders = [place.parent if place.name == "checkpoints" else place for place in map(Path.resolve, places)]
-    short = [folder.name for folder in folders]
+    short = [run_folder(place.resolve()).name for place in places]
     return short if len(set(short)) == len(short) else [str(place) for place in places]
 
 

@@ -13,7 +13,7 @@ from megatron.remoe.training.run_log import read_run_log, whole_number
 
 from .errors import ToolError
 from .log_reader import read_printed
-from .places import LOG
+from .places import LOG, run_folder
 from .run_figures import Curve, Evaluation, RunFigures
 
 LOADS = 512  # minimum number of lines whose expert load is kept; the maximum is twice that
@@ -30,8 +30,8 @@ def find_figures(place: Path) -> Path:
     Raises:
         ToolError: there is none.
     """
-    run = place.parent if place.name == "checkpoints" else place
-    places = [place] if place.is_file() else [place / METRICS, place / "checkpoints" / METRICS, run / LOG]
+    places = [place / METRICS, place / "checkpoints" / METRICS, run_folder(place) / LOG]
+    places = [place] if place.is_file() else places
     for path in places:
         if path.is_file():
             return path

@@ -20,9 +20,15 @@ _ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
 _PADDED = re.compile(r"> padded vocab \(size: \d+\) .*\(new size: (\d+)\)")
 # Evaluations during training do not name their data.
 _EVALUATION = re.compile(
-    r" validation(?:-(\S+))? loss at iteration (\d{1,15})(?: on (validation|test) set)? \| lm loss value: (\S+)"
+    r"(?:\[.*?\]: *)? validation(?:-(\S+))? loss at iteration (\d{1,15})(?: on (validation|test) set)? "
+    r"\| lm loss value: (\S+)"
 )
 _PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d{1,15})$")
+_RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d{1,15})")
+_FINER = re.compile(
+    r"increase num_moe_experts to (\d+), increase moe_router_topk to (\d+), decrease moe_ffn_hidden_size to (\d+)"
+)
+_SPLIT = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")
 _SPLITTING = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
 
@@ -40,21 +46,25 @@ def read_printed(log: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a file with Megatron's output, in the format of metrics.jsonl."""
     args: dict[str, Any] = {}
     parameters: int | None = None
-    started = False
+    started, iteration = False, 0
     with log.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if logged := _LINE.search(line):
                 fields = _fields(logged[3])
                 if not started:
                     args = {"train_iters": int(logged[2])} | args
-                    yield _start(args, parameters, is_of_fork="l1 coefficient after the update" in fields)
-                    started = True
+                    yield _start(args, parameters, iteration)
+                    started, iteration = True, 0
                 yield {"kind": "log", "iteration": int(logged[1])} | _figures(fields)
             elif argument := _ARGUMENT.search(line) if ".." in line else None:
                 args, started = {} if started else args, False
                 args[argument[1]] = _literal(argument[2].strip())
             elif evaluation := _EVALUATION.match(line):
                 yield _evaluation(*evaluation.groups())
+            elif resumed := _RESUMED.search(line):
+                iteration = int(resumed[1])
+            elif finer := _FINER.search(line):  # the fork splits experts after it has printed its arguments
+                args |= dict(zip(_SPLIT, map(int, finer.groups()), strict=True))
             elif padded := _PADDED.search(line) if "padded" in line else None:
                 args["padded_vocab_size"] = int(padded[1])
             elif counted := _PARAMETERS.search(line) if "parameters on" in line else None:
@@ -63,12 +73,10 @@ def read_printed(log: Path) -> Iterator[dict[str, Any]]:
         yield _start(args, parameters)
 
 
-def _start(args: dict[str, Any], parameters: int | None, is_of_fork: bool = False) -> dict[str, Any]:
+def _start(args: dict[str, Any], parameters: int | None, iteration: int = 0) -> dict[str, Any]:
     """Return a `start` record; without the printed number of parameters if it is of one rank among several."""
-    if is_of_fork:
-        _split_experts(args)
     is_split = any(args.get(name) not in (None, 1) for name in _SPLITTING)
-    return {"kind": "start", "iteration": 0, "args": args} | ({} if is_split else {"parameters": parameters})
+    return {"kind": "start", "iteration": iteration, "args": args} | ({} if is_split else {"parameters": parameters})
 
 
 def _evaluation(name: str | None, iteration: str, on: str | None, loss: str) -> dict[str, Any]:
@@ -97,15 +105,6 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _split_experts(args: dict[str, Any]) -> None:
-    """Apply granularity to the arguments, as the fork does after it has printed them."""
-    experts, topk, granularity = (args.get(name) for name in ("num_experts", "moe_router_topk", "moe_granularity"))
-    if type(experts) is int and type(topk) is int and type(granularity) is int and granularity > 0:
-        args |= {"num_experts": experts * granularity, "moe_router_topk": topk * granularity}
-        ffn = args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size")
-        args |= {"moe_ffn_hidden_size": ffn // granularity} if type(ffn) is int else {}
 
 
 def _literal(text: str) -> Any:

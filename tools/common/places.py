@@ -9,6 +9,11 @@ LOG = "train.log"  # in a run's folder: what the training printed
 PACKAGE = ROOT if ROOT.name == "remoe" else ROOT / "megatron" / "remoe"  # tools/ is in there once it is installed
 
 
+def run_folder(place: Path) -> Path:
+    """Return a run's folder, given it or its --save."""
+    return place.parent if place.name == "checkpoints" else place
+
+
 def is_clone() -> bool:
     """Return whether the tools run from a clone."""
     return PACKAGE != ROOT

@@ -89,7 +89,11 @@ class RunFigures:
     @property
     def done(self) -> bool:
         """Return whether the log is complete."""
-        return self.last + (self.whole("log_interval") or 1) > (self.whole("train_iters") or math.inf)
+        end, wanted = self.whole("train_iters") or math.inf, "test" if self.args.get("do_test") else None
+        if self.last + (self.whole("log_interval") or 1) <= end:
+            return False
+        found = self.final_losses(int(end))
+        return wanted in found if wanted else bool(found or not self.args.get("do_valid"))
 
     @property
     def num_experts(self) -> int:
@@ -175,6 +179,12 @@ class RunFigures:
         return np.where(np.isnan(logged), self.whole("global_batch_size") or math.nan, logged)
 
     @property
+    def began(self) -> int:
+        """Return the iteration before the log's first; above 0, the steps until there have another folder's log."""
+        first = min(self.starts, default=0)
+        return first if first < min((int(curve.iterations[0]) for curve in self.curves.values()), default=0) else 0
+
+    @property
     def seconds(self) -> NDArray[np.float64]:
         """Return the time since the previous line, of each line of the curve "seconds_per_iteration".
 
@@ -183,9 +193,7 @@ class RunFigures:
         iterations, means = self.curve("seconds_per_iteration")
         if not len(means):
             return means
-        first = min(self.starts, default=0)
-        first = first if first < iterations[0] else 0  # above 0: earlier steps have another folder's log
-        before, starts = np.append(first, iterations[:-1]), np.unique([first, *self.starts])
+        before, starts = np.append(self.began, iterations[:-1]), np.unique([self.began, *self.starts])
         began = starts[np.searchsorted(starts, iterations).clip(min=1) - 1]
         seconds = (iterations - np.maximum(before, began)) * means
         # Megatron logs the first step after a start, and includes it in the next line's mean; the fork does not.
@@ -194,11 +202,15 @@ class RunFigures:
         seconds[second] = np.where(changed > 0, changed, seconds[second])
         return seconds + (began - before).clip(min=0) * np.median(means)
 
+    def computed(self, sparsity: Any) -> Any:
+        """Return the experts per token at S, a number or an array: at most --moe-relu-max-experts."""
+        return np.minimum(self.num_experts * (1 - sparsity), self.whole("moe_relu_max_experts") or math.inf)
+
     def experts_per_token(self, iterations: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the experts per token of a ReMoE, averaged over layers and the steps since the previous line.
 
         Without running sums, it comes from S, which holds only for the logged step.
         """
         pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
-        of_the_step = self.num_experts * (1 - self.at("sparsity", iterations))
+        of_the_step = self.computed(self.at("sparsity", iterations))
         return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), of_the_step)

@@ -47,7 +47,6 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     Raises:
         ConversionError: something is wrong with the flags, the checkpoint or the data, or the loss grows too much.
     """
-    check_output(options.save)
     checkpoint = find(options.load, options.ckpt_step)
     if EMBEDDING not in checkpoint.shapes:
         raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
@@ -142,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     def work() -> None:
+        check_output(options.save)
         with Display() as display:
             if options.from_hf:
                 convert_hf(options, display)

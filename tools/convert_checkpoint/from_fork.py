@@ -23,7 +23,7 @@ from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, rea
 from megatron.remoe.preflight.compared_settings import moe_layer_pattern
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
 
-from ..common.checkpoints import ENGINE_NORM, LAYOUT, LOCAL_NORM, check_output, find_folder
+from ..common.checkpoints import ENGINE_NORM, LAYOUT, LOCAL_NORM, find_folder
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.settings import complete
@@ -42,7 +42,6 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
     Raises:
         ConversionError: it is no checkpoint of the fork, cannot be read, or cannot be written.
     """
-    check_output(options.save)
     folder = find_folder(options.load, options.ckpt_step)
     if _backend(folder) not in (None, "torch_dist"):
         raise ConversionError(f"{folder}: has the format {_backend(folder)}. {fork_file.IN_THE_FORK}")

@@ -9,7 +9,7 @@ from megatron.remoe.preflight.checkpoint_files import check_is_whole
 from megatron.remoe.preflight.checkpoint_index import common_state, is_of_fsdp, read_index
 from megatron.remoe.preflight.stored_sums import check_part
 
-from ..common.checkpoints import Checkpoint, check_output, find_folder, read_parts, reading, save
+from ..common.checkpoints import Checkpoint, find_folder, read_parts, reading, save
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.settings import complete
@@ -29,7 +29,6 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
     Raises:
         ConversionError: it has another format, cannot be read, or the output cannot be written.
     """
-    check_output(options.save)
     folder = find_folder(options.load, options.ckpt_step)
     with reading(folder):
         check_is_whole(folder)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from megatron.core.models.gpt import GPTModel
 
-from ..common.checkpoints import check_output, save
+from ..common.checkpoints import save
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.folder import headers, weight_files
@@ -54,7 +54,6 @@ def convert_hf(options: argparse.Namespace, display: Display) -> None:
     Raises:
         ConversionError: it holds no such model, or one that Megatron cannot express; it is damaged; the logits differ.
     """
-    check_output(options.save)
     folder: Path = options.from_hf
     config = read_config(folder)
     flags = flags_of(folder, config)

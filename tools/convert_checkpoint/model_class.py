@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.remoe.preflight.checkpoint_index import common_state, read_index
 
-from ..common.checkpoints import Checkpoint, check_output, find
+from ..common.checkpoints import Checkpoint, find
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hybrid import FINAL_NORM, as_gpt, as_hybrid, hybrid_layer
@@ -85,7 +85,6 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
         ConversionError: it is of that class already, the other one cannot express its layers, or it cannot be read
             or written.
     """
-    check_output(options.save)
     checkpoint = find(options.load, options.ckpt_step)
     index = read_index(checkpoint.folder)
     state = common_state(checkpoint.folder)

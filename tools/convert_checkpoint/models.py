@@ -16,7 +16,7 @@ from megatron.remoe.training.arguments import apply_granularity
 
 from ..common.errors import ConversionError
 from ..common.hf.settings import complete
-from ..common.megatron_model import EXPERT
+from ..common.megatron_model import EXPERT, HERE
 from ..recipes.flops import layer_frequency
 from .fitting import split_mlp
 
@@ -75,7 +75,7 @@ def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argp
     target.moe_relu_routing = True
     vars(target).update(TOPK_ONLY)
     vars(target).update(consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, iteration=0)
-    problems = relu_routing_problems(target)
+    problems = relu_routing_problems(argparse.Namespace(**(vars(target) | HERE)))  # layout and speed are free
     if problems:
         raise ConversionError("\n".join(problems), "")  # each has its code
     return target

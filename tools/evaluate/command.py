@@ -6,7 +6,6 @@ from typing import Any
 
 from ..common import evaluations
 from ..common.display import Display, print_table
-from ..common.errors import ToolError
 from ..common.files import write_json
 from ..common.hf.opening import open_model
 from ..common.on_cpu import megatron_on_cpu
@@ -53,9 +52,6 @@ def measure(args: argparse.Namespace, results: dict[str, Any], display: Display)
     models = {
         str(place): open_model(place, args.ckpt_step, args.tokenizer_model, needs_tokenizer) for place in args.load
     }
-    for name, (_, tokenizer, _) in models.items():
-        if tokenizer is None and needs_tokenizer:
-            raise ToolError(f"--load {name}: has no tokenizer. Give one with --tokenizer-model.", "REMOE-E513")
     if args.data_path:
         megatron_on_cpu()
         from .text import measure_speed, measure_text

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.routing.refusals import flag
 
 from ..common.display import Display
 from ..common.errors import ToolError
@@ -27,6 +28,7 @@ from .speed import speeds
 TOKENS_PER_FORWARD = 4096
 PROMPTS = 8
 SEED = 1234  # Megatron's default
+MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # of a training's validation, not here
 
 
 def sequences(prefix: str, length: int, seed: int, vocabulary: int) -> GPTDataset:
@@ -141,6 +143,8 @@ def measure_text(
             bound_experts(name, opened.model, most)
     found = results["text"] = {name: {prefix: {} for prefix in args.data_path} for name in models}
     for name, opened in models.items():
+        if ignored := [flag(mask) for mask in MASKS if getattr(opened.args, mask, False)]:
+            display.say(f"{name}: evaluated without {', '.join(ignored)}")
         model = opened.model
         for prefix in args.data_path:
             data = read_text(args, opened, prefix)

@@ -43,6 +43,13 @@ def export(options: argparse.Namespace, display: Display) -> None:
     text = text_for(args, options.data_path, config)
     assert isinstance(config.dtype, torch.dtype)
     parameters = sum(shape.numel() for shape in shapes_of(config).values())
+    # Megatron loads its model itself; only one of both models is in memory at a time.
+    own = complete(checkpoint.args)
+    own.padded_vocab_size = config.vocab_size
+    model = build(own)
+    load(checkpoint, model)
+    logits = megatron_logits(model, text)
+    del model
     with new_folder(options.save, parameters * config.dtype.itemsize) as aside:
         with display.step("reading weights", config.num_hidden_layers + 1):
             exported = model_of(config, _counted(read(checkpoint, config), display))
@@ -54,13 +61,6 @@ def export(options: argparse.Namespace, display: Display) -> None:
             path.chmod(0o644)  # safetensors lets nobody else read it
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        # Megatron loads its model itself; only one of both models is in memory at a time.
-        own = complete(checkpoint.args)
-        own.padded_vocab_size = config.vocab_size
-        model = build(own)
-        load(checkpoint, model)
-        logits = megatron_logits(model, text)
-        del model
         written = read_config(aside)
         check = compare(model_of(written, read_tensors(aside, written), torch.float32), logits, text)
         display.say(described(check, text))
@@ -76,7 +76,7 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     """
     if not (options.load / "config.json").is_file():
         raise ConversionError(f"--load {options.load}: has no config.json. Give a folder that this tool has exported.")
-    source, tokenizer, _ = open_model(options.load, tokenizer_model=options.tokenizer_model, device="cpu")
+    source, tokenizer, _ = open_model(options.load, None, options.tokenizer_model, needs_tokenizer=False, device="cpu")
     config = source.config
     source = source.float()
     place = None if tokenizer is None else Path(tokenizer.name_or_path)

@@ -84,8 +84,7 @@ def generate(args: argparse.Namespace) -> None:
         ToolError: something is wrong with the flags, the model or a text.
     """
     model, tokenizer, _ = open_model(args.load, args.ckpt_step, args.tokenizer_model)
-    if tokenizer is None:
-        raise ToolError(f"--load {args.load}: has no tokenizer. Give one with --tokenizer-model.", "REMOE-E513")
+    assert tokenizer is not None
     torch.manual_seed(args.seed)
     for prompt in prompts(args):
         try:

@@ -52,7 +52,7 @@ def _texts_of(line: bytes, keys: Sequence[str]) -> list[str] | tuple[str, str]:
     if len(line) > LONGEST_LINE:
         return f"longer than {LONGEST_LINE >> 20} MiB", ". Is this .jsonl, with one document per line?"
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return "not UTF-8", f" (byte {error.start + 1})"
     except (ValueError, RecursionError) as error:

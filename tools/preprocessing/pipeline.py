@@ -98,7 +98,8 @@ def preprocess(
         for work in stack.enter_context(closing(_encoded_blocks(paths, job, encoder))):
             for key, encoded in work.encoded.items():
                 writers[key].add(encoded.ids, encoded.lengths)
-                progress.empty += int(np.count_nonzero(encoded.lengths == 0))
+                if key == job.json_keys[0]:
+                    progress.empty += int(np.count_nonzero(encoded.lengths == 0))
                 if len(encoded.ids):
                     last[key] = encoded.ids
             progress.problems.update(problem.kind for problem in work.problems)

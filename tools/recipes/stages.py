@@ -53,7 +53,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
     """
     iterations, seconds = figures.curve("seconds_per_iteration").iterations, figures.seconds
     batches, target = figures.batches(iterations), figures.target
-    steps = np.diff(iterations, prepend=0)
+    steps = np.diff(iterations, prepend=figures.began)
     if target is None and TOTALS[0] not in figures.curves:  # k experts per token, after a warm-up
         warmup, most = figures.whole("moe_warmup_steps"), figures.whole("moe_warmup_topk") or figures.topk
         warming = np.diff(iterations.clip(max=warmup), prepend=0) / np.maximum(steps, 1)
@@ -72,10 +72,8 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
         dense = int(iterations[risen.argmax() - 1]) if risen.any() else last  # the first line has not risen
         dense = 0 if sparsity[0] >= target else dense
         ends = [("dense", dense), ("way", figures.settled or last), ("steady", last)]
-    of_target = 0.0 if target is None else figures.num_experts * (1 - target)
-    more = experts - (figures.topk if target is None else of_target)
-    cost = steps * batches * (flops.sequence + more * flops.expert)
-    found, before = [], 0
+    cost = steps * batches * (flops.sequence + (experts - figures.topk) * flops.expert)
+    found, before = [], figures.began
     for name, end in ends:
         lines = (before < iterations) & (iterations <= end)
         if lines.any():
@@ -86,7 +84,7 @@ def stages(figures: RunFigures, flops: Flops) -> list[Stage]:
 
 
 def training_flops(figures: RunFigures) -> float | None:
-    """Return the FLOPs of a whole training; None if its log does not show them.
+    """Return the FLOPs of a whole training; None if its log does not show them or does not have all steps.
 
     Exact where the log has the running sums of computed pairs, as each line since version 0.1 does.
     """
@@ -95,7 +93,7 @@ def training_flops(figures: RunFigures) -> float | None:
     except (ValueError, TypeError, AttributeError, ArithmeticError):  # uncounted layers, or a log without arguments
         return None
     found = stages(figures, flops)
-    if not found:
+    if not found or figures.began:
         return None
     unlogged = figures.whole("train_iters") - found[-1].last  # at the target
     return sum(stage.flops for stage in found) + unlogged * figures.whole("global_batch_size") * flops.sequence

@@ -104,7 +104,7 @@ def _experts(figures: RunFigures) -> Drawn:
     if not experts or not len(iterations):
         return Drawn()
     layers = figures.layers.get("layer_sparsity", {})
-    of_layers = {layer: Curve(curve.iterations, experts * (1 - curve.values)) for layer, curve in layers.items()}
+    of_layers = {layer: Curve(curve.iterations, figures.computed(curve.values)) for layer, curve in layers.items()}
     return Drawn(Curve(iterations, figures.experts_per_token(iterations)), of_layers)
 
 

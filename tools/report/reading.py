@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.figure_reader import read_figures
+from ..common.places import run_folder
 from ..common.run_figures import RunFigures
 
 EVALUATED = {"text", "speed", "tasks"}  # what tools/evaluate writes
@@ -40,7 +41,7 @@ def read_run(place: Path, name: str) -> Run:
     run = Run(name, read_figures(place))
     if run.figures.unread:
         run.notes.append(f"{name}: {run.figures.unread:,} lines of its log cannot be read and are left out.")
-    for path in sorted(place.glob("*.json")):
+    for path in sorted({*place.glob("*.json"), *run_folder(place).glob("*.json")}):
         if path.stat().st_size <= LARGEST_EVALUATION:
             with suppress(ValueError, RecursionError):  # another program's file
                 held = json.loads(path.read_text(encoding="utf-8", errors="replace"))

@@ -52,9 +52,14 @@ def headline(runs: Sequence[Run]) -> str:
     for name, loss in sorted(known.items(), key=lambda one: one[1]):
         difference = f", {loss - known[dense[0]]:+.2f} to dense" if len(dense) == 1 and name != dense[0] else ""
         parts.append(f"{name} {loss:.3f}" + difference.replace("-", "−"))
-    if len({run.figures.last for run in runs}) > 1:
+    if len({_measured_at(run.figures, kind) for run in runs}) > 1:
         kind += ", not after the same number of iterations"
     return f"{'; '.join(parts)} ({kind})"
+
+
+def _measured_at(figures: RunFigures, kind: str) -> int:
+    evaluated = [found[-1].iteration for name, found in figures.evaluations.items() if name != "test"]
+    return max(evaluated, default=0) if kind == "validation loss" else figures.last
 
 
 def summary(runs: Sequence[Run]) -> Table:
@@ -106,7 +111,7 @@ def _iteration(figures: RunFigures, at: int | None) -> str | None:
 
 def _experts_per_token(figures: RunFigures) -> str | None:
     sparsity = None if figures.target is None else figures.newest("sparsity")
-    return f"{figures.num_experts * (1 - sparsity):.3f}" if figures.num_experts and sparsity is not None else None
+    return f"{figures.computed(sparsity):.3f}" if figures.num_experts and sparsity is not None else None
 
 
 def _guarded(figures: RunFigures) -> str | None:

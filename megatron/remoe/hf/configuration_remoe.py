@@ -46,6 +46,8 @@ class RemoeConfig(LlamaConfig):
     """Layers without experts, from 0."""
     moe_relu_routing: bool = True
     """Gates are ReLU(x W) and an expert is active where its gate is positive; False: top-k of scores."""
+    moe_relu_load_balancing: bool = True
+    """ReLU routing: the L1 term weighs each expert by its load."""
     scoring_func: str = "softmax"
     """Top-k routing: scores are a softmax over the experts, or the "sigmoid" of each logit."""
     norm_topk_prob: bool = False

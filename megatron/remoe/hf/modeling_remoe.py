@@ -211,6 +211,8 @@ class RemoeForCausalLM(RemoePreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        if config.num_experts and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
+            self.set_experts_implementation("eager")  # grouped_mm needs rows of 16 bytes, in bf16 8 elements
 
     def sparsity_callback(self, multiplier: float = 1.2) -> SparsityCallback:
         """Return a callback for transformers' `Trainer` that holds the sparsity at its target.

@@ -89,9 +89,10 @@ def newest_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
 def routing_loss(
     config: RemoeConfig, router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the load-balanced L1 term (section 3.4) or, of top-k routing, the load balancing loss; and counts.
+    """Return the L1 term (sections 3.3 and 3.4) or, of top-k routing, the load balancing loss; and counts.
 
-    For gates R and an expert's share of the tokens f_e, times E/k: L1 = sum over layers of 1/T Σ_t Σ_e f_e · R(x_t)_e.
+    For gates R and an expert's share of the tokens f_e, times E/k (without load balancing 1): L1 = sum over layers of
+    1/T Σ_t Σ_e f_e · R(x_t)_e.
 
     Args:
         config: of the model.
@@ -111,7 +112,9 @@ def routing_loss(
         if not config.moe_relu_routing and config.scoring_func == "sigmoid":
             scores = scores / (scores.sum(dim=-1, keepdim=True) + TINY)
         tokens, taken = max(len(scores), 1), active.sum(dim=0)
-        total = total + ((taken * (experts / (k * tokens)) * scores).sum() / tokens).to(device)
+        is_balanced = config.moe_relu_load_balancing or not config.moe_relu_routing
+        shares = taken * (experts / (k * tokens)) if is_balanced else 1.0
+        total = total + ((shares * scores).sum() / tokens).to(device)
         active_pairs = active_pairs + taken.sum().to(device)
         pairs += scores.numel()
     return total, torch.stack([active_pairs, torch.full_like(active_pairs, pairs)])

@@ -90,7 +90,11 @@ OPTIONAL = {
     "max_experts_per_token": SIZE_OR_NONE,
     "scoring_func": _one_of("softmax", "sigmoid"),
     **dict.fromkeys(
-        ("norm_topk_prob", "router_expert_bias", "hash_routing", "output_router_logits", "shared_expert_gate"), FLAG
+        (
+            *("norm_topk_prob", "router_expert_bias", "hash_routing", "output_router_logits", "shared_expert_gate"),
+            "moe_relu_load_balancing",
+        ),
+        FLAG,
     ),
     "routed_scaling_factor": _number("a number above 0", lambda value: value > 0),
     "router_aux_loss_coef": _number("a number of at least 0", lambda value: value >= 0),

@@ -49,7 +49,7 @@ def open_model(
         place: a run's checkpoints or an exported folder.
         step: the run's iteration (default: the newest).
         tokenizer_model: folder of a tokenizer to use instead of the model's own.
-        needs_tokenizer: whether it is an error, not a warning, if a run's tokenizer cannot be read.
+        needs_tokenizer: whether it is an error if there is no tokenizer, or a run's cannot be read.
         device: of an exported model (default: the accelerator if there is one). A run's model is on the CPU.
 
     Raises:
@@ -78,5 +78,7 @@ def open_model(
                 raise
             print(f"{error} Tokens stay numbers.", file=sys.stderr)
         model, saved = model_of(config, read(checkpoint, config)), checkpoint.args
+    if needs_tokenizer and tokenizer is None:
+        raise ConversionError(f"--load {place}: has no tokenizer. Give one with --tokenizer-model.", "REMOE-E513")
     model.generation_config = generation_config(config, tokenizer)
     return OpenedModel(model, tokenizer, saved)

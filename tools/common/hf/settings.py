@@ -23,6 +23,7 @@ ONLY: dict[str, Any] = {
         """
         rotary_seq_len_interpolation_factor no_rope_freq window_size activation_func_clamp_value
         heterogeneous_layers_config_path moe_latent_size moe_router_num_groups moe_expert_capacity_factor
+        moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size
         """.split(),
         None,
     ),
@@ -121,6 +122,7 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
         "shared_expert_gate": bool(args.moe_shared_expert_gate and args.moe_shared_expert_intermediate_size),
         "mlp_only_layers": [layer for layer, has_experts in enumerate(moe_layer_pattern(args)) if not has_experts],
         "moe_relu_routing": args.moe_relu_routing,
+        "moe_relu_load_balancing": args.moe_relu_l1_reg_load_balancing,
         "scoring_func": args.moe_router_score_function,
         "norm_topk_prob": not args.moe_relu_routing
         and (args.moe_router_topk > 1 if is_sigmoid else not args.moe_router_pre_softmax),
@@ -166,6 +168,7 @@ def _attention_flags(config: RemoeConfig) -> list[str]:
     if config.kv_lora_rank is not None:
         sizes = {flag(name): getattr(config, field) for field, name in LATENT.items()}
         words = [word for name, size in sizes.items() if size is not None for word in (name, str(size))]
+        words += ["--kv-channels", str(config.hidden_size // config.num_attention_heads)]  # unused, but compared
         return ["--multi-latent-attention", "--qk-layernorm", "--rope-type", "rope", "--no-rope-fusion", *words]
     heads = ["--group-query-attention", "--num-query-groups", str(config.num_key_value_heads)]
     norms = {None: [], "head": ["--qk-layernorm"], "all_heads": ["--qk-layernorm", "--qk-layernorm-all-heads"]}
@@ -188,6 +191,7 @@ def _expert_flags(config: RemoeConfig) -> list[str]:
     if not config.moe_relu_routing:
         return flags + _topk_flags(config)
     flags.append("--moe-relu-routing")
+    flags += ["--no-moe-relu-l1-reg-load-balancing"] * (not config.moe_relu_load_balancing)
     if config.max_experts_per_token is not None:
         flags += ["--moe-relu-max-experts", str(config.max_experts_per_token)]
     if config.router_aux_loss_coef:
