@@ -193,6 +193,7 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
     args.override_opt_param_scheduler |= checkpoint_fit.check_loaded_run(args, resume)
     environment.make_output_folders(args)
     set_global_variables(args)
+    checkpoint_fit.check_loaded_vocabulary(args, resume)
     data.check_vocabulary(args, get_blend_and_blend_per_split)
     return args
 

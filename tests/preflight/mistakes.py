@@ -97,9 +97,12 @@ ENTRY = {
     "less than a sequence": Case(on("few", "--split 100,0,0"), "E304|4 tokens|--seq-length 64"),
     "no document for validation": Case(on("one", "--eval-iters 1"), "E304|1 document(s)|validation|--split 90,10,0"),
     "no documents": Case(on("nothing"), "E304|0 document(s)|training"),
-    "nothing to train on": Case(on("text", "--split 0,100,0"), "E304|--split 0,100,0"),
+    "nothing to train on": Case(on("text", "--split 0,100,0"), "E304|--split 0,100,0|training"),
+    "nothing to evaluate on": Case(on("text", "--split 100,0,0 --eval-iters 1"), "E304|--split 100,0,0|validation"),
+    "sgd that is saved": Case(on("text", "--optimizer sgd --save new --save-interval 1"), "E203|--optimizer sgd"),
     "split of words": Case(on("text", "--split most,rest"), "E304|--split most,rest"),
     "weight that is none": Case(on("text", "--data-path 0.5 {text} half {one}"), "E301|--data-path 0.5"),
+    "weight of 0": Case(on("text", "--data-path 0.5 {text} 0 {one}"), "E303|--data-path|0.0"),
     "negative weight": Case(on("text", "--data-path 0.5 {text} -1 {one}"), "E303|--data-path|-1.0"),
     "several data sets for more than an epoch": Case(
         two("--split 100,0,0 --train-iters 99999"), "E304|799,992|training|weight"

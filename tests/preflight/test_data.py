@@ -114,7 +114,7 @@ def test_an_existing_cache_need_not_be_writable() -> None:
 
 def test_the_first_rank_alone_reads_whole_indices(prefix: Path) -> None:
     places = {"data_path": [str(prefix)], "data_cache_path": None, "split": "100,0,0", "seq_length": 64}
-    off = dict.fromkeys(("mock_data", "perform_rl_step", "multiple_validation_sets", "skip_train"), False)
+    off = dict.fromkeys(("mock_data", "perform_rl_step", "multiple_validation_sets", "skip_train", "eval_iters"), False)
     args = argparse.Namespace(**places, **off, local_rank=0)
     index = bytearray(idx_path(prefix).read_bytes())
     index[HEADER.size + 4] ^= 1  # a length

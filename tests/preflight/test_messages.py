@@ -80,7 +80,7 @@ def test_a_lost_reader_of_data_is_one_line_and_a_remedy(text: str, waited, monke
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv"), "hangs"),
         (torch.distributed.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL("), "hangs"),
         (FileNotFoundError("No such file: '/data/finance/upgrade.bin'"), ""),
-        (RuntimeError("the loss is nan"), "checkpoint's weights are not finite"),
+        (RuntimeError("the loss is nan"), "--ckpt-step"),
         (KeyError("decoder.q_layernorm.weight from model not in state dict"), "another model"),
         (TimeoutError("Run initialization has timed out after 90.0 sec."), ""),
         (ConnectionError("HTTPSConnectionPool(host='huggingface.co', port=443): Read timed out."), ""),

@@ -1,5 +1,6 @@
 """Test the choice of a checkpoint, and that a checkpoint is on the disk when it is reported as saved."""
 
+import io
 import os
 import pickle
 import random
@@ -13,12 +14,21 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from megatron.core.rerun_state_machine import Call, Caller
 from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.patches.checkpoints import load_objects_unexecuted
 from megatron.remoe.preflight.checkpoint_files import TRACKER, check_is_whole, choose_checkpoint
-from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM, BrokenCheckpointError, read_index
+from megatron.remoe.preflight.checkpoint_index import (
+    INDEX,
+    INDEX_SUM,
+    BrokenCheckpointError,
+    check_object,
+    read_index,
+)
 from tests.checkpoints import Saved, flip, tensors, training, truncate
 from tests.entry import Entry
-from tests.trainings import ENTRY, records, run
+from tests.tiny_model import RELU
+from tests.trainings import ENTRY, TINY, records, run
 
 FLIPS = int(os.environ.get("REMOE_FLIPS", "100"))
 
@@ -251,6 +261,33 @@ def test_gpt2_files_outlive_the_folder_made_of_them(data: Path, tmp_path: Path, 
         code, output = entry.run([*words, *more, "--train-iters", str(iterations)], {"XDG_CACHE_HOME": cache})
         assert code == 0 and list(records(output)) == [iterations], output[-3000:]
         shutil.rmtree(cache)
+
+
+def test_dropout_and_the_schedule_go_on(data: Path, tmp_path: Path) -> None:
+    """With dropout and other intervals the losses are those without a stop; with new optimizer state the rates are."""
+    words = [*TINY, *RELU, "--data-path", str(data), "--attention-dropout", "0.1", "--eval-iters", "1"]
+    whole, root = records(run(words)), str(tmp_path / "run")
+    words += ["--save", root, "--load", root, "--save-interval", "4"]
+    run([*words, "--exit-interval", "4", "--eval-interval", "1"])
+    shutil.copytree(root, tmp_path / "copy")
+    rest = records(run([*words, "--eval-interval", "8"]))
+    for field in ("lm loss", "learning rate"):
+        assert [line[field] for step, line in rest.items() if step > 6] == [whole[step][field] for step in (7, 8)]
+    for place in ("--load", "--save"):
+        words[words.index(place) + 1] = str(tmp_path / "copy")
+    other = records(run([*words, "--no-load-optim"]))
+    assert [line["learning rate"] for line in other.values()] == [whole[step]["learning rate"] for step in (5, 6, 7, 8)]
+    words[words.index("--vocab-size") + 1] = "100"
+    assert "another vocabulary" in run([*words, "--train-iters", "9", "--lr-decay-iters", "8"], expect=2)
+
+
+def test_a_checkpoint_after_nan_can_be_read() -> None:
+    """Megatron's state then names the failed check."""
+    load_objects_unexecuted()
+    content = io.BytesIO()
+    torch.save({"failed": Call(Caller("message", 1), 2)}, content)
+    content.seek(0)
+    check_object("rerun_state_machine_state", content)
 
 
 def test_a_schedule_of_batches_goes_on_with_more_processes(data: Path, tmp_path: Path) -> None:

@@ -25,15 +25,6 @@ FACTORIES = tuple(
 # Megatron 0.19 imports flash-linear-attention here if it is installed. Its kernels need a GPU, and it takes a second.
 IMPORTS_FLA = "megatron.core.ssm.gated_delta_net.common"
 MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
-TENSOR_TYPES = {
-    "ByteTensor": torch.uint8,
-    "IntTensor": torch.int32,
-    "LongTensor": torch.int64,
-    "HalfTensor": torch.float16,
-    "BFloat16Tensor": torch.bfloat16,
-    "FloatTensor": torch.float32,
-    "DoubleTensor": torch.float64,
-}
 
 
 class Stream:
@@ -52,9 +43,6 @@ class Stream:
     def record_event(self, event: "Stream | None" = None) -> "Stream":
         return event or self
 
-    def query(self) -> bool:
-        return True
-
     def elapsed_time(self, _end: "Stream") -> float:
         return 0.0
 
@@ -72,7 +60,6 @@ def _cuda() -> types.ModuleType:
         "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
     }
     return _copy(
         types.ModuleType("torch.cuda"),
@@ -99,7 +86,6 @@ def _cuda() -> types.ModuleType:
         memory_stats=lambda *_args: defaultdict(int),
         **dict.fromkeys(MEMORY, lambda *_args: 0),
         reset_peak_memory_stats=_nothing,
-        **{name: functools.partial(torch.tensor, dtype=dtype) for name, dtype in TENSOR_TYPES.items()},
     )
 
 

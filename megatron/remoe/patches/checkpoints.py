@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, TorchDistLoadShardedStrategy
+from megatron.core.rerun_state_machine import Call, Caller
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.data.files import sync, write_text
 from megatron.remoe.patches.patch import patch, replace
@@ -50,8 +51,7 @@ from megatron.training.global_vars import get_args
 
 # Errors of PyTorch's archive reader; headers have no sums.
 ARCHIVE_ERRORS = re.compile("PytorchStreamReader|inline_container|hasRecord")
-ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
-TORCH_FILE = "core/dist_checkpointing/strategies/torch.py"
+ASYNC_FILE, TORCH_FILE = (f"core/dist_checkpointing/strategies/{name}.py" for name in ("filesystem_async", "torch"))
 
 
 @patch(
@@ -64,6 +64,7 @@ def load_objects_unexecuted() -> None:
 
     PyTorch unpickles them without restriction, although Megatron has a list of the types that they consist of.
     """
+    torch.serialization.add_safe_globals([Call, Caller])  # missing in the list; in checkpoints that follow a NaN
 
     @replace(MCoreLoadPlanner, "load_bytes")
     def load_bytes(stock: Any, self: MCoreLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
@@ -141,8 +142,8 @@ def _wrapped(error: CheckpointException) -> BrokenCheckpointError | None:
 
 @patch(
     changes="training/training.py: load_checkpoint",
-    provides="going back from a damaged checkpoint; an error where none can be loaded or weights are not finite",
-    ends="Megatron has a hook after loading, and no sys.exit() in checkpointing.py",
+    provides="going back from a damaged checkpoint; errors for failed loads and NaN; the schedule with --no-load-optim",
+    ends="Megatron has a hook after loading, no sys.exit() in checkpointing.py, and keeps the schedule",
 )
 def check_loaded_weights() -> None:
     """Go back to the previous complete iteration if bytes have changed, and refuse weights that are not finite.
@@ -178,6 +179,8 @@ def check_loaded_weights() -> None:
         with _fails_together():
             for chunk in model:
                 check_is_finite(f"{flag} {root}", chunk)
+        if args.no_load_optim and not args.finetune and loaded[0] and len(rest) > 1 and rest[1] is not None:
+            rest[1].step(args.consumed_train_samples)  # Megatron leaves the schedule of the learning rate at its start
         return loaded
 
 
@@ -257,9 +260,8 @@ def save_durably() -> None:
 def keep_saving_possible() -> None:
     """Start the process that holds Megatron's queue of written shards so that it survives SIGTERM.
 
-    Every save needs it. Megatron starts it at the first save, and SIGTERM ends it. Slurm sends SIGTERM to all processes
-    of a step, so the save that --exit-signal-handler then makes would fail. Here it is forked, which is fast; Megatron
-    spawns it, which imports everything again. It ends with its parent, because it would keep the log's pipe open.
+    Megatron starts it at the first save. Slurm sends SIGTERM to all processes, which ends it, so the save that
+    --exit-signal-handler makes would fail. It ends with its parent, because it would keep the log's pipe open.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("fork"))
@@ -290,8 +292,7 @@ def report_write_errors() -> None:
 
     @replace(filesystem_async.FileSystemWriterAsync, "write_preloaded_data")
     def write(stock: Any, *arguments: Any, **options: Any) -> Any:
-        output = stock(*arguments, **options)
-        error = output[1]
+        _, error, *_ = output = stock(*arguments, **options)
         if not isinstance(error, Exception) or options["results_queue"] is not None:
             return output  # it was written, or this is a thread of Megatron's that has to finish
         while not isinstance(error, OSError) and error.__context__ is not None:

@@ -14,8 +14,8 @@ from megatron.training.datasets.data_samplers import MegatronFullValidationSampl
 @patch(
     changes="training/datasets/data_samplers.py: MegatronFullValidationSampler; "
     "training/training.py: build_train_valid_test_data_iterators",
-    provides="--full-validation with tensor or pipeline parallelism, and in fewer steps",
-    ends="the sampler returns micro-batches of --eval-micro-batch-size",
+    provides="--full-validation with tensor or pipeline parallelism, and in fewer steps; the restored random state",
+    ends="the sampler returns micro-batches of --eval-micro-batch-size, and loaders have their own generators",
 )
 def fill_validation_batches() -> None:
     """Return each sequence once, in full micro-batches.
@@ -32,7 +32,9 @@ def fill_validation_batches() -> None:
     def build(stock: Any, *arguments: Any, **options: Any) -> Any:
         args = get_args()
         args.validation_samples = []
+        random_state = torch.get_rng_state()  # PyTorch's loaders draw seeds from it, which on a CPU is dropout's
         iterators = stock(*arguments, **options)
+        torch.set_rng_state(random_state)
         if args.full_validation and args.multiple_validation_sets:
             args.eval_iters = [steps or 0 for steps in args.eval_iters]
             # Rank 0 loads data; others may have no sets, or not know their sizes.

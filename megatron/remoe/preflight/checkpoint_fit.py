@@ -79,6 +79,28 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     return bool(goes_on and _compares_schedules(args) and is_other_end)
 
 
+def check_loaded_vocabulary(args: argparse.Namespace, resume: Resume | None) -> None:
+    """Refuse to resume with another vocabulary, once the tokenizer is built: Megatron would cut or fill embeddings.
+
+    Raises:
+        UsageError: names both sizes.
+    """
+    if (
+        resume is None
+        or resume.saved is None
+        or resume.flag != "--load"
+        or args.finetune
+        or args.allow_changed_settings
+    ):
+        return
+    padding = ["make_vocab_size_divisible_by", "tensor_model_parallel_size"]
+    different = differences(args, resume.saved, ["padded_vocab_size"])
+    if different and not differences(args, resume.saved, padding):
+        raise UsageError(
+            f"--load {resume.folder}: was saved with another vocabulary: {different}. Give its tokenizer.", "REMOE-E413"
+        )
+
+
 @torch.no_grad()
 def check_is_finite(source: str, chunk: torch.nn.Module) -> None:
     """Check that all weights of a model chunk are finite.
@@ -214,7 +236,7 @@ def _optimizer_problem(args: argparse.Namespace, saved: argparse.Namespace) -> s
     Each rank saves its own part of a distributed optimizer; Megatron loads the parts into another layout in some cases
     only.
     """
-    if args.use_megatron_fsdp and getattr(saved, "no_save_optim", False):
+    if getattr(saved, "no_save_optim", False):
         return "it holds no optimizer state. Load one that does"
     was_distributed = getattr(saved, "use_distributed_optimizer", False)
     if was_distributed != args.use_distributed_optimizer:

@@ -25,7 +25,7 @@ REMOE-E213 | A setting does not work with --moe-kernels quack. | Add what the me
 REMOE-E300 | An input or output file is missing, wrong or in use. | Follow the message.
 REMOE-E301 | A data set is missing or cannot be read. | Give the prefix of a .bin/.idx pair, without suffix.
 REMOE-E302 | A data set is truncated or corrupt. | Copy or make it again; tools/inspect_data.py checks it.
-REMOE-E303 | The weights of the data sets are wrong. | Put one number of at least 0 before each prefix.
+REMOE-E303 | The weights of the data sets are wrong. | Put one number above 0 before each prefix.
 REMOE-E304 | A split of the data is empty, too small or invalid. | Give more data or another --split.
 REMOE-E305 | Token ids do not fit the vocabulary. | Give the tokenizer that the data was made with.
 REMOE-E306 | Megatron's index cache is damaged. | Start once without --dataloader-fast-cache-load.

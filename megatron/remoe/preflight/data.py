@@ -49,15 +49,17 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path,
     damaged: dict[Path, list[Path]] = {}
     if args.mock_data or args.perform_rl_step:
         return damaged
+    present = set()
     for flag, (prefixes, weights), split in _blends(args, read_blends):
-        used = [prefix for prefix, weight in zip(prefixes, weights or [1.0] * len(prefixes), strict=True) if weight]
-        if not used or not all(0.0 <= weight < math.inf for weight in weights or []):
+        present |= {number for number, share in enumerate(split) if share is not None}
+        if not all(0.0 < weight < math.inf for weight in weights or []):
             raise DataError(
-                f"{flag}: has the weights {weights}. Give numbers of at least 0, and one above 0.", "REMOE-E303"
+                f"{flag}: has the weights {weights}. Give numbers above 0, and leave out unwanted data sets.",
+                "REMOE-E303",
             )
-        if any("://" in prefix for prefix in used):
+        if any("://" in prefix for prefix in prefixes):
             continue
-        data_sets = [_open(prefix, flag, thorough=args.rank == 0) for prefix in used]
+        data_sets = [_open(prefix, flag, thorough=args.rank == 0) for prefix in prefixes]
         if split[2] is not None and args.multiple_validation_sets:
             raise DataError(
                 f"{flag}: with --multiple-validation-sets Megatron fails at a test set, after the training. Leave the "
@@ -67,12 +69,15 @@ def check_data(args: argparse.Namespace, read_blends: BlendReader) -> dict[Path,
         for number, share in enumerate(split if args.rank == 0 else ()):
             if share is not None:
                 _check_split(args, flag, data_sets, number, share, is_weighted=weights is not None)
-        if split[0] is None and flag in ("--data-path", "--data-args-path") and not args.skip_train:
-            raise DataError(
-                f"--split {args.split}: leaves nothing to train on: the first of its numbers is 0.", "REMOE-E304"
-            )
         if args.rank == 0:
-            damaged |= damaged_indices(args, dict(zip(used, data_sets, strict=True)))
+            damaged |= damaged_indices(args, dict(zip(prefixes, data_sets, strict=True)))
+    for number, is_wanted, remedy in ((0, not args.skip_train, ""), (1, args.eval_iters, ", or --eval-iters 0")):
+        if is_wanted and number not in present:
+            flag = ("--train-data-path", "--valid-data-path")[number]
+            given = f"--split {args.split}" if args.split else f"{flag} is missing"
+            raise DataError(
+                f"{given}: there is no {SPLITS[number]} data. Give {flag}, or another --split{remedy}.", "REMOE-E304"
+            )
     return damaged
 
 

@@ -46,7 +46,8 @@ def check_required_flags(args: argparse.Namespace) -> None:
         "--max-position-embeddings": args.max_position_embeddings or heterogeneous,
         "--micro-batch-size": args.micro_batch_size,
         "--lr": args.lr is not None or args.skip_train,
-        "--train-iters": args.train_iters is not None or args.train_samples,
+        "--train-iters": args.train_iters or args.train_samples,
+        "--log-interval": args.log_interval,
         "--eval-interval": args.eval_interval,
         "--save-interval (with --save)": not args.save or args.save_interval,
         "--vocab-size (with --tokenizer-type NullTokenizer)": args.tokenizer_type != "NullTokenizer" or args.vocab_size,
@@ -122,6 +123,9 @@ def check_settings(args: argparse.Namespace) -> None:
             f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU. Leave it out.": (
                 args.cuda_graph_impl != "none" and on_cpu
             ),
+            "--optimizer sgd: Megatron cannot load its state. Add --no-save-optim and --no-load-optim, without "
+            "--use-distributed-optimizer.": args.optimizer == "sgd"
+            and (args.use_distributed_optimizer or (args.save and not args.no_save_optim)),
             "--profile needs a GPU. Add --use-pytorch-profiler.": (
                 args.profile and not args.use_pytorch_profiler and on_cpu
             ),

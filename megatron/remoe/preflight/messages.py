@@ -41,8 +41,8 @@ REMEDIES = {
     "checkpoint is still there, and the same command resumes from it.",
     r"Failed to write dataset materials": "Megatron keeps the order of the samples beside the data: give a folder that "
     "can be written with --data-cache-path.",
-    r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "If it is the first iteration after --load, the "
-    "checkpoint's weights are not finite: go back with --ckpt-step. Otherwise lower --lr, or look at the data.",
+    r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or look at the data. To resume, go "
+    "back to an earlier iteration with --ckpt-step and --no-load-optim.",
     r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"
     r"from model not in state dict": "The checkpoint under --load is of another model: give its flags, or another "
     "--load.",

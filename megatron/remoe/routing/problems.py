@@ -59,6 +59,8 @@ def _baseline(settings: Settings) -> Iterator[str]:
     if name is None:
         return
     given = f"--moe-baseline-router {name}"
+    if not _experts(settings):
+        yield f"{given} needs experts to route to: give --num-experts (for instance 8)."
     if settings.moe_relu_routing or settings.moe_warmup_topk is not None:
         other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
         yield f"{other} cannot be used with {given}: each is a router of its own. Give one of them."

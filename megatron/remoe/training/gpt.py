@@ -142,7 +142,14 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
         num_samples: number of sequences of each set.
         vp_stage: virtual pipeline stage.
     """
-    dataset_class = MockGPTDataset if get_args().mock_data else GPTDataset
+    args = get_args()
+    if not args.full_validation:
+        # Earlier evaluations with other settings must leave enough sequences for those to come.
+        evaluations = args.iteration // args.eval_interval - (args.start_eval_at_iter or 0) // args.eval_interval
+        evaluations = 0 if args.skip_train else max(evaluations, 0)
+        most = evaluations * args.eval_iters * args.eval_global_batch_size
+        args.consumed_valid_samples = min(args.consumed_valid_samples, most)
+    dataset_class = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0("> building train, validation, and test datasets ...")
     data_sets = BlendedMegatronDatasetBuilder(
         dataset_class, num_samples, partial(_builds_datasets, vp_stage), dataset_config()
