@@ -189,4 +189,4 @@ def test_steps_that_are_not_finite(data: Path) -> None:
     assert [float(step["l1 coefficient"]) for step in steps] == [1e-8] + [1.2e-8] * (len(steps) - 1)
     assert "guarded layers" not in output
     message = last_words(run(broken, expect=1))
-    assert "found NaN in" in message and "lower --lr" in message
+    assert "found NaN in" in message and "--ckpt-step" in message
