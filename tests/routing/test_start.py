@@ -146,7 +146,7 @@ ALL = """
 @pytest.mark.slow
 def test_a_training_resumes_exactly(data: Path, tmp_path: Path) -> None:
     """Resuming before S reaches the target, after 3 of 8 steps, logs the same as a training that does not stop."""
-    flags = [*TINY, *RELU, *ALL[:-1], "--data-path", str(data)]
+    flags = [*TINY, *RELU, *ALL[:-1], "--moe-relu-l1-reg-coeff-init", "1e-6", "--data-path", str(data)]
     whole = records(run(flags))
     saved = [*flags, "--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "100"]
     parts = records(run([*saved, "--exit-interval", "3"])) | records(run(saved))
