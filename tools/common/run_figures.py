@@ -180,7 +180,7 @@ class RunFigures:
 
     @property
     def began(self) -> int:
-        """Return the iteration before the log's first; above 0, the steps until there have another folder's log."""
+        """Return the iteration before the log's first; above 0 if earlier steps are in another folder's log."""
         first = min(self.starts, default=0)
         return first if first < min((int(curve.iterations[0]) for curve in self.curves.values()), default=0) else 0
 

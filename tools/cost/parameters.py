@@ -19,7 +19,7 @@ from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.hooks import install_local_layers, install_routing
 
 LAYOUT = "tensor_model pipeline_model virtual_pipeline_model context expert_model expert_tensor".split()
-UNEVEN = """pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers""".split()
+UNEVEN = "pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers".split()
 # Some kinds of these need Transformer Engine, and none changes the parameters.
 BUILT_WITHOUT = """recompute_granularity fp8 fp8_param_gather fp8_output_proj moe_router_padding_for_fp8
 moe_router_padding_for_quantization""".split()
