@@ -15,7 +15,7 @@ from megatron.remoe.moe.specs import (
 )
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
 from tests.layers import make_config
-from tools.cost import activations, estimate, memory
+from tools.cost import activations, estimate, memory, paper
 from tools.cost.parameters import Stage
 
 LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
@@ -216,3 +216,14 @@ def test_optimizer_bytes() -> None:
     common["use_megatron_fsdp"] = False
     single = memory.stage_memory(arguments(use_distributed_optimizer=False, **common), stages, 0, 1)
     assert (single.weights, single.optimizer) == (4 * 1400, 8 * 1400)
+
+
+@pytest.mark.parametrize(
+    ("different", "pipeline", "is_shown"),
+    [(["lr", "micro_batch_size"], 1, True), ([], 2, False), (["num_experts"], 1, False)],
+)
+def test_other_models_have_no_table(different: list[str], pipeline: int, is_shown: bool) -> None:
+    sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "pipeline_model_parallel_size": pipeline}
+    rest = dict.fromkeys(("recompute_granularity", "mtp_num_layers", "hybrid_layer_pattern"))
+    args = argparse.Namespace(**sizes, **rest, transformer_impl="local")
+    assert paper.is_papers_step(args, dict.fromkeys(different, "")) == is_shown

@@ -15,7 +15,7 @@ from tests.launches import planned
 from tests.trainings import REPOSITORY
 from tools.common.errors import ToolError
 from tools.common.files import write_json
-from tools.cost import choices, paper
+from tools.cost import choices
 from tools.rehearse import command, fake_ranks, report
 from tools.rehearse.arguments import parse_arguments
 from tools.rehearse.cards import rates
@@ -165,17 +165,6 @@ def test_a_dry_run_shows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     keep({name: rows[0][name] for name in ("gpu", "size", "kernels", "micro_batch", "ep")}, "today", None)
     assert [row["mfu"] for row in rows_of_182m()] == [*(row["mfu"] for row in rows[1:]), 0.0]
     assert [*choices.lines("h100", 8, "182m", "triton")][-1].endswith("does not fit")
-
-
-@pytest.mark.parametrize(
-    ("different", "pipeline", "is_shown"),
-    [(["lr", "micro_batch_size"], 1, True), ([], 2, False), (["num_experts"], 1, False)],
-)
-def test_other_models_have_no_table(different: list[str], pipeline: int, is_shown: bool) -> None:
-    sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "pipeline_model_parallel_size": pipeline}
-    rest = dict.fromkeys(("recompute_granularity", "mtp_num_layers", "hybrid_layer_pattern"))
-    args = argparse.Namespace(**sizes, **rest, transformer_impl="local")
-    assert paper.is_papers_step(args, dict.fromkeys(different, "")) == is_shown
 
 
 @pytest.mark.parametrize("flops", [1e12, None])
