@@ -28,6 +28,7 @@ from results import default_output, note, save, show
 from megatron.remoe.data.indexed import IndexedWriter
 from tools.common.flags import whole
 from tools.recipes.flops import arguments_of, flops_per_sequence
+from tools.sweep.settings import tokens_per_iteration
 
 SHAPES = {shape.name: shape for shape in (Shape(8, 1), Shape(8, 8), Shape(64, 1))}
 WARM_UP = FIT_STEPS + (10 if on_gpu() else 0)  # a GPU's memory pool and clock settle too
@@ -97,20 +98,21 @@ def measure(shape: Shape, variants: list[Variant], rounds: int, steps: int, more
             seconds = statistics.median(records[variant.name][-1]["steps"][WARM_UP:])
             note(f"{shape.name} round {number + 1}/{rounds} {variant.name}: {seconds:.4g} s a step")
     figures, settings = {}, shape.settings(more)
-    batch, args = whole(settings, "--global-batch-size"), arguments_of(settings)
+    tokens, args = tokens_per_iteration(settings), arguments_of(settings)
     peak = max(record["peak_flops"] for found in records.values() for record in found)
     for name, found in records.items():
         times = [seconds for record in found for seconds in record["steps"][WARM_UP:]]
         pairs = [active for record in found for active in record["active"][WARM_UP + 1 :]]
         active = statistics.mean(pairs or [shape.granularity]) / shape.granularity
         seconds = statistics.median(times)
+        flops = flops_per_sequence(args, active * shape.granularity)
         figures[name] = {
             "seconds": seconds,
             "all_seconds": times,
-            "tokens_per_second": batch * args.seq_length / seconds,
+            "tokens_per_second": tokens / seconds,
             "active_experts_of_full_size": active,
             "peak_flops": peak,
-            "utilization": batch * flops_per_sequence(args, active * shape.granularity) / seconds / peak,
+            "utilization": flops * tokens / args.seq_length / seconds / peak,
         }
     return figures
 
@@ -169,10 +171,8 @@ def main() -> None:
         over = f"s/step over {variants[0].name}"
         columns = ["variant", "s/step", "tokens/s", over, "experts/token", "of matmul rate"]
         settings = shape.settings(options.more)
-        layers, batch, length = (
-            whole(settings, f"--{name}") for name in ("num-layers", "global-batch-size", "seq-length")
-        )
-        show(f"(E, G) = {shape.name}, {layers} layers, {batch * length} tokens", columns, rows, options.output)
+        size = f"{whole(settings, '--num-layers')} layers, {tokens_per_iteration(settings)} tokens"
+        show(f"(E, G) = {shape.name}, {size}", columns, rows, options.output)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_stages_of_a_run_that_continues_another(tmp_path: Path) -> None:
     figures = read_figures(folder)
     [stage] = stages_of(figures, Flops(10.0, 1.0))
     assert (stage.first, stage.last, stage.experts, stage.flops) == (21, 40, 4.0, 20 * 2 * (10.0 + 3.0))
-    assert training_flops(figures) is None and figures.computed(0.5) == 4
+    assert training_flops(figures) is None and figures.computed_experts(0.5) == 4
     (tmp_path / "fork.log").write_text(f" successfully loaded checkpoint from x at iteration 20\n{logged(30, 40)}")
     assert read_figures(tmp_path / "fork.log").began == 20
 

@@ -125,10 +125,7 @@ def observe_routing(model: RemoeForCausalLM) -> Iterator[list[tuple[torch.Tensor
         gates = torch.zeros_like(logits).scatter(-1, experts, top)
         routed = output.flatten(0, 1)
         if block.shared_expert is not None:
-            shared = block.shared_expert(tokens)
-            if block.shared_expert_gate is not None:
-                shared = shared * block.shared_expert_gate(tokens).sigmoid()
-            routed = routed - shared
+            routed = routed - block.shared_output(tokens)
         gate, expert = gates.max(dim=-1, keepdim=True)
         largest = block.experts(tokens, expert, gate)
         size, rest = largest.float().norm(dim=-1), (routed - largest).float().norm(dim=-1)

@@ -202,7 +202,7 @@ class RunFigures:
         seconds[second] = np.where(changed > 0, changed, seconds[second])
         return seconds + (began - before).clip(min=0) * np.median(means)
 
-    def computed(self, sparsity: Any) -> Any:
+    def computed_experts(self, sparsity: Any) -> Any:
         """Return the experts per token at S, a number or an array: at most --moe-relu-max-experts."""
         return np.minimum(self.num_experts * (1 - sparsity), self.whole("moe_relu_max_experts") or math.inf)
 
@@ -212,5 +212,5 @@ class RunFigures:
         Without running sums, it comes from S, which holds only for the logged step.
         """
         pairs, tokens = (np.diff(self.at(name, iterations), prepend=0) for name in TOTALS)
-        of_the_step = self.computed(self.at("sparsity", iterations))
+        of_the_step = self.computed_experts(self.at("sparsity", iterations))
         return np.where(tokens > 0, pairs / np.where(tokens > 0, tokens, 1), of_the_step)

@@ -104,7 +104,9 @@ def _experts(figures: RunFigures) -> Drawn:
     if not experts or not len(iterations):
         return Drawn()
     layers = figures.layers.get("layer_sparsity", {})
-    of_layers = {layer: Curve(curve.iterations, figures.computed(curve.values)) for layer, curve in layers.items()}
+    of_layers = {
+        layer: Curve(curve.iterations, figures.computed_experts(curve.values)) for layer, curve in layers.items()
+    }
     return Drawn(Curve(iterations, figures.experts_per_token(iterations)), of_layers)
 
 

@@ -111,7 +111,7 @@ def _iteration(figures: RunFigures, at: int | None) -> str | None:
 
 def _experts_per_token(figures: RunFigures) -> str | None:
     sparsity = None if figures.target is None else figures.newest("sparsity")
-    return f"{figures.computed(sparsity):.3f}" if figures.num_experts and sparsity is not None else None
+    return f"{figures.computed_experts(sparsity):.3f}" if figures.num_experts and sparsity is not None else None
 
 
 def _guarded(figures: RunFigures) -> str | None:

@@ -64,8 +64,7 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
         UsageError: names the flag, both values and the remedy.
     """
     resume = resume or choose_checkpoint(args)
-    trains = not (args.finetune or args.skip_train)
-    goes_on = resume is not None and trains and resume.folder.name != RELEASE and resume.flag == "--load"
+    goes_on = _goes_on(args, resume)
     if args.save and not args.skip_train and "://" not in f"{args.save} {args.load}":
         _check_keeps_saved(args, int(resume.folder.name.removeprefix("iter_")) if resume and goes_on else -1)
     if resume is None:
@@ -79,19 +78,19 @@ def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> 
     return bool(goes_on and _compares_schedules(args) and is_other_end)
 
 
+def _goes_on(args: argparse.Namespace, resume: Resume | None) -> bool:
+    """Return whether the training of a checkpoint continues."""
+    trains = not (args.finetune or args.skip_train)
+    return resume is not None and trains and resume.folder.name != RELEASE and resume.flag == "--load"
+
+
 def check_loaded_vocabulary(args: argparse.Namespace, resume: Resume | None) -> None:
     """Refuse to resume with another vocabulary, once the tokenizer is built: Megatron would cut or fill embeddings.
 
     Raises:
         UsageError: names both sizes.
     """
-    if (
-        resume is None
-        or resume.saved is None
-        or resume.flag != "--load"
-        or args.finetune
-        or args.allow_changed_settings
-    ):
+    if resume is None or resume.saved is None or args.allow_changed_settings or not _goes_on(args, resume):
         return
     padding = ["make_vocab_size_divisible_by", "tensor_model_parallel_size"]
     different = differences(args, resume.saved, ["padded_vocab_size"])

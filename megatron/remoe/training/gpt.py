@@ -138,6 +138,8 @@ def dataset_config() -> GPTDatasetConfig:
 def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """Build the training, validation and test sets; None for a set without sequences.
 
+    Lowers `args.consumed_valid_samples` if evaluations have other settings than before a checkpoint.
+
     Args:
         num_samples: number of sequences of each set.
         vp_stage: virtual pipeline stage.
