@@ -25,7 +25,7 @@ from tools.recipes import tiny  # noqa: E402
 from tools.recipes.models import Routing  # noqa: E402
 from tools.sweep.plan import LOSS_FREE  # noqa: E402
 
-STEPS, BRANCH = 1200, 800  # of a training; the step from which some continue
+STEPS, BRANCH = 1200, 800  # steps of a training; the step from which some continue
 FINE_TUNING = "--train-iters 200 --lr 1e-3 --min-lr 1e-4 --eval-iters 20 --pretrained-checkpoint {remoe}"
 # λ = init · multiplier^n. With a multiplier this close to 1, λ is the init, whatever the n of the checkpoint.
 FIXED = "--moe-relu-l1-reg-coeff-multiplier 1.000000001 --moe-relu-l1-reg-coeff-init"
@@ -74,7 +74,7 @@ def train(folder: Path, name: str, seed: int) -> Path:
     fields |= {f"at_{step}": lambda_at(runs / "remoe", step) for step in (BRANCH, STEPS) if f"at_{step}" in more}
     flags = [*tiny.common_flags(tiny.SIZE, STEPS, seed), *Routing(routing, experts).flags(tiny.SIZE.ffn)]
     flags += dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
-    if corpus == dataset.TECHNICAL:  # whose held-out text is long: a part of it
+    if corpus == dataset.TECHNICAL:  # its held-out text is long: evaluate a part
         left_out = ("--multiple-validation-sets", "--full-validation", "--validation-set-names")
         flags = words_of({flag: values for flag, values in parse(flags).items() if flag not in left_out})
     own, words = runs / name / "checkpoints", more.format(**fields).split()

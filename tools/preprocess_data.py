@@ -27,7 +27,7 @@ from .preprocessing.reading import expand_inputs
 
 PROBLEMS_SHOWN = 5
 SECONDS_TO_FIRST_LINE = 10.0
-SHARE_BETWEEN_LINES = 0.1  # of the time so far
+SHARE_BETWEEN_LINES = 0.1  # between two lines of progress, as a share of the time so far
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,7 +16,7 @@ from ..common.expert_counts import expert_blocks
 from ..common.text import Text
 from .arguments import WINDOW
 
-PARTS = 1024  # of a data set, at most
+PARTS = 1024  # most parts of a data set
 OCTAVES, PER_OCTAVE = range(-24, 8), 32  # classes of gates by size
 TOKENS_PER_FORWARD = 4096
 

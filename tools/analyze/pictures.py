@@ -12,9 +12,9 @@ from .findings import Numbers
 MEASURED, OTHER = routing_color("remoe"), TARGET
 # Okabe and Ito's, those two first.
 DOMAINS = (MEASURED, OTHER, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MOST_CELLS = 200  # of a heat map that shows its numbers
-LEAST_TOKENS = 100  # of a mean loss
-LEAST_SHARE = 0.0005  # of tokens; smaller cells of a histogram stay empty
+MOST_CELLS = 200  # a larger heat map does not show its numbers
+LEAST_TOKENS = 100  # a mean loss over fewer is not drawn
+LEAST_SHARE = 0.0005  # cells of a histogram with a smaller share of the tokens stay empty
 Layers = Mapping[int, Numbers]
 
 

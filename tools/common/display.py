@@ -23,7 +23,7 @@ class Display:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # else rich would write results for a file to the console
+            redirect_stdout=sys.stdout.isatty(),  # rich would write results for a file to the console
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  # of a clone
+ROOT = Path(__file__).resolve().parents[2]  # root of a clone
 LOG = "train.log"  # in a run's folder: what the training printed
 PACKAGE = ROOT if ROOT.name == "remoe" else ROOT / "megatron" / "remoe"  # tools/ is in there once it is installed
 

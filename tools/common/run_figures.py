@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from megatron.remoe.training.run_log import TOTALS, whole_number
 
 WITHIN = 0.01  # share of the target within which S counts as settled
-SMOOTHED = 0.03  # of a curve, whose mean is drawn at each point
-INACTIVE = 1 / 8  # of the even share of tokens: 1/64 of them for 8 experts, as in figure 8b
+SMOOTHED = 0.03  # each point drawn is the mean over this share of the curve
+INACTIVE = 1 / 8  # an inactive expert gets less than this part of the even share; figure 8b: 1/64 of the tokens for 8
 
 
 class Curve(NamedTuple):

@@ -20,7 +20,7 @@ from .training_process import Processes
 from .units import duration
 
 PLAIN_LINES = 4  # per run, without a terminal
-SECONDS_OF_RATE = 300  # of progress, from which the time left is estimated
+SECONDS_OF_RATE = 300  # the time left is estimated from the progress of these last seconds
 KEPT, SHOWN = 300, 15  # last lines of the output, and how many of them to show if a run fails
 _LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which never has the cause
 _RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")

@@ -73,7 +73,7 @@ ARMS: Mapping[str, Arm] = {
     **{
         kind: Arm(kind, f"{_SHORT[kind.partition('-')[0]]}, {protocol.title}")
         for kind, protocol in PROTOCOLS.items()
-        if kind not in ("moe-warmup", POST_SOFTMAX, *RIVALS)  # which need k > 1
+        if kind not in ("moe-warmup", POST_SOFTMAX, *RIVALS)  # these need k > 1
     },
     # k varies around 2, but for quantile balancing.
     **{kind: Arm(kind, f"{PROTOCOLS[kind].title}, k = 2", granularity=PAIRED) for kind in RIVALS},

@@ -70,7 +70,7 @@ def half_width(values: Sequence[float]) -> float:
 
 def _p(values: Sequence[float], mean: float, alternative: str) -> float:
     """Return the p-value of a t-test; 1 for one value, and for equal values at `mean`."""
-    with warnings.catch_warnings(action="ignore"):  # of values without any spread
+    with warnings.catch_warnings(action="ignore"):  # the values may be equal
         p = float(stats.ttest_1samp(values, mean, alternative=alternative).pvalue)
     return 1.0 if math.isnan(p) else p
 

@@ -121,7 +121,7 @@ class Runner:
             if _newest(trunk) != begin:
                 raise ToolError(f"{trunk / LOG}: the training ended at step {_newest(trunk)} instead of {begin}.")
             decay.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(trunk / METRICS, decay / METRICS)  # whose sums the decay continues
+            shutil.copyfile(trunk / METRICS, decay / METRICS)  # the decay continues its running sums
         if not read_figures(decay).final_losses(steps):
             load = decay if _newest(decay) else trunk
             self._start(training, load, decay, steps, steps - begin, "--override-opt_param-scheduler")

@@ -150,7 +150,7 @@ def _renewed(stored: tuple[str, bytes]) -> tuple[str, bytes]:
     key, content = stored
     if not key.startswith("rng_state/"):
         return stored
-    rebuild = numpy.empty(0).__reduce__()[0]  # of arrays; its module has another name in each version
+    rebuild = numpy.empty(0).__reduce__()[0]  # rebuilds arrays; its module's name differs between versions
     former: list[Any] = [(rebuild, "numpy.core.multiarray._reconstruct")]
     with torch.serialization.safe_globals(former):
         return key, encoded(torch.load(io.BytesIO(content), weights_only=True))

@@ -27,7 +27,7 @@ from ..common.hf.weights import OUTER, Q_NORM, QKV, SAME
 from ..common.megatron_model import EXPERT, build, one_process
 from .hf_flags import flags_of, read_config
 
-BOUND = 1e-4  # of the logits' difference, as a share of the largest
+BOUND = 1e-4  # largest accepted difference of logits, as a share of the largest logit
 TOKENS = 512
 # Batch size, steps and learning rate are for the user to choose.
 PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 64 --train-iters 1000 --lr 1e-5"

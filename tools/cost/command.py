@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         if asks_for_gpt2(flags):
             given["tokenizer_type"] = "GPT2BPETokenizer"
         if not args.cpu:
-            fp4 = ("fp4", "fp4_param_gather")  # which Megatron refuses without Transformer Engine
+            fp4 = ("fp4", "fp4_param_gather")  # Megatron refuses these without Transformer Engine
             planned = {name: getattr(args, name) for name in (*cpu.CPU_VALUES, *fp4) if hasattr(args, name)}
             vars(args).update(dict.fromkeys(fp4))
         with contextlib.redirect_stderr(io.StringIO()):

@@ -13,7 +13,7 @@ from ..recipes import flops
 from . import memory
 from .parameters import Stage
 
-BOUND, MANY = 4, 32  # times k: the bound on experts per token that docs/experiments.md recommends, and from how many on
+BOUND, MANY = 4, 32  # docs/experiments.md recommends at most BOUND · k experts per token from MANY experts on
 LAYERS = {"local": "plain PyTorch", "transformer_engine": "Transformer Engine"}
 
 

@@ -31,7 +31,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     if given["num_experts"]:
         given["num_experts"] //= args.moe_granularity
         given["moe_router_topk"] //= args.moe_granularity
-    if args.hybrid_layer_pattern:  # with the layers of a GPTModel, their number
+    if args.hybrid_layer_pattern:  # attention and experts alternate: count the layers of the equal GPTModel
         pattern, layer = args.hybrid_layer_pattern.replace("|", ""), "*E" if args.num_experts else "*-"
         number = len(pattern) // len(layer)
         given["num_layers"] = number if pattern == number * layer else pattern

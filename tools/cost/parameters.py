@@ -54,7 +54,7 @@ def stages(args: argparse.Namespace) -> list[Stage]:
     args.perform_initialization = False
     vars(args).update(dict.fromkeys(BUILT_WITHOUT))
     if not args.cpu:
-        args.context_parallel_size = 1  # as above
+        args.context_parallel_size = 1  # needs Transformer Engine, and does not change the parameters
     gpus_per_stage = args.world_size // args.pipeline_model_parallel_size
     return [_stage(args, stage * gpus_per_stage) for stage in range(args.pipeline_model_parallel_size)]
 

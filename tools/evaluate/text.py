@@ -28,7 +28,7 @@ from .speed import speeds
 TOKENS_PER_FORWARD = 4096
 PROMPTS = 8
 SEED = 1234  # Megatron's default
-MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # of a training's validation, not here
+MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied in a training's validation only
 
 
 def sequences(prefix: str, length: int, seed: int, vocabulary: int) -> GPTDataset:

@@ -12,7 +12,7 @@ from ..common.run_figures import RunFigures, smooth
 from ..recipes import tiny
 from .report import is_late
 
-SKIPPED_SHARE = 0.05  # of the loss curves: the steep start would hide the differences
+SKIPPED_SHARE = 0.05  # of the loss curves at their steep start, which would hide the differences
 
 
 def draw(path: Path, runs: Mapping[str, RunFigures], summary: dict[str, Any]) -> None:

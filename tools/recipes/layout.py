@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..common.errors import ToolError
 
 LARGEST = 2**31 - 1
-MOST_EXPERTS = 2**16  # of a layer
+MOST_EXPERTS = 2**16  # in a layer
 NAMES = {"TP": "tp", "PP": "pp", "VPP": "vpp", "EP": "ep", "CP": "cp"}
 
 

@@ -13,7 +13,7 @@ from types import FrameType
 import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAST_BYTES = 2**16  # of a log, to look for the program's last message
+LAST_BYTES = 2**16  # end of a log that is searched for the program's last message
 STOPPED = 143  # exit code of a training that saved at a signal
 
 

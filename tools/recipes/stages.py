@@ -10,7 +10,7 @@ import numpy as np
 from ..common.run_figures import TOTALS, RunFigures
 from .flops import flops_per_sequence
 
-RISING = 0.1  # of the way from the first S to the target: the dense stage is over
+RISING = 0.1  # the dense stage ends after this share of the way from the first S to the target
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from . import build, report
 from .arguments import parse_arguments
 from .flags import data_of, number, rehearsed, value_of
 
-DENSE_SHARE = 0.5  # of the pairs, while routing is dense
-BELOW_LIMIT = 0.9  # of the bound on activations, on the way to the target: most of what is kept without chunks
+DENSE_SHARE = 0.5  # share of active pairs while routing is dense
+BELOW_LIMIT = 0.9  # on the way to the target, as a share of the bound on activations: just before chunks begin
 PROGRESS = "rehearsal:"
 
 

@@ -12,8 +12,8 @@ from ..common.run_figures import TOTALS, Curve, RunFigures, smooth
 from .overlay import LARGEST, Drawn, Panel, as_float32, new_figure, overlay
 from .reading import Run
 
-CELLS, COLUMNS = 100_000, 240  # of a heat map, at most
-FIRST_SHARE = 0.05  # of the training, left out of the range of the loss axis: the early fall hides later differences
+CELLS, COLUMNS = 100_000, 240  # most cells and columns of a heat map
+FIRST_SHARE = 0.05  # start of a training that does not set the range of the loss axis: its fall hides later differences
 
 
 def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:

@@ -15,9 +15,9 @@ from ..common.picture_style import looks
 from ..common.run_figures import EMPTY, Curve, RunFigures
 from .reading import Run
 
-POINTS, POINTS_OF_LAYERS, HOVERED = 1000, 200, 400  # of a curve, at most; those that the tooltip has
-LARGEST = 3e38  # of a float32
-RIM = "#888888"  # seen on light and on dark
+POINTS, POINTS_OF_LAYERS, HOVERED = 1000, 200, 400  # most points of a curve, of a layer's curve, and of the tooltip
+LARGEST = 3e38  # just below a float32's largest
+RIM = "#888888"  # visible on light and on dark
 Layers = Mapping[int, Curve]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron.core.transformer.moe.router import TopKRouter
 
-KEPT = 0.99  # of the thresholds in each update
+KEPT = 0.99  # share of the old thresholds in an update
 UNIT = 2.0**-32
 
 

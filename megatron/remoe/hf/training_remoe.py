@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-SMALLEST = 1e-8  # of λ: Megatron's default at the start
+SMALLEST = 1e-8  # lower bound of λ: the default of λ₀ in Megatron
 
 
 class SparsityCallback(TrainerCallback, ExportableState):

@@ -23,7 +23,7 @@ class EngineExperts(TEGroupedMLP):
         recomputed = self.config.recompute_granularity == "selective" and "moe_act" in self.config.recompute_modules
         rest = self.config.use_transformer_engine_op_fuser or self.config.moe_mlp_glu_interleave_size is not None
         offloaded = self.config.fine_grained_activation_offloading or self.config.activation_func_fp8_input_store
-        padded = getattr(self.config, "moe_use_grouped_tensor", False)  # of newer versions
+        padded = getattr(self.config, "moe_use_grouped_tensor", False)  # exists in newer versions only
         self.is_plain = takes_grouped_experts(self.config) and not (recomputed or rest or offloaded or padded)
 
     def forward(

@@ -77,7 +77,7 @@ def _read_verified(reader: FileSystemReader, plan: LoadPlan, planner: LoadPlanne
     places: dict[Path, set[tuple[int, int]]] = {}
     for item in plan.items:
         entry = reader.storage_data[item.storage_index]
-        if not entry.transform_descriptors:  # else it is compressed, and not an archive
+        if not entry.transform_descriptors:  # a compressed entry is not an archive
             places.setdefault(Path(reader.path, entry.relative_path), set()).add((entry.offset, entry.length))
     with ThreadPoolExecutor(1) as thread:
         checks = [thread.submit(check_stored_sums, path, sorted(parts)) for path, parts in places.items()]

@@ -39,7 +39,7 @@ def damaged_indices(args: argparse.Namespace, data_sets: Mapping[str, IndexedRea
             sources = {json.loads(path) for path in re.findall(r'"dataset_path": (".*")', text)}
             own = sources & data_sets.keys()
             if sources and not own:
-                continue  # of another training
+                continue  # another training's index
             arrays = [*description.parent.glob(f"{description.name.removesuffix('description.txt')}*.npy")]
             unusable = [path for path in arrays if _is_cut(path)]
             if not unusable and own and "-GPTDataset-" in description.name:

@@ -15,7 +15,7 @@ from megatron.remoe.routing.refusals import (
     shown,
 )
 
-WITH_AUXILIARY_LOSS = ("null_experts", "sequence_topk")  # of the baseline routers
+WITH_AUXILIARY_LOSS = ("null_experts", "sequence_topk")  # baseline routers that have one
 
 
 def relu_routing_problems(settings: Settings) -> list[str]:

@@ -182,7 +182,7 @@ def load_saved_args(args: argparse.Namespace) -> None:
     flag = loaded_flag(args)
     try:
         found = load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
-    except SystemExit as stop:  # of Megatron, with exit code 0
+    except SystemExit as stop:  # Megatron would exit with code 0
         raise BrokenCheckpointError(f"{flag}: there is no checkpoint to read settings from.", "REMOE-E404") from stop
     saved = found[1] if isinstance(found, tuple) else None
     files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None

@@ -13,11 +13,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
-from megatron.training.training import stimer  # of --log-straggler; its class would reset it
+from megatron.training.training import stimer  # the timer of --log-straggler; a new one would reset it
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-SPIKE = 10.0  # times the largest loss seen, as in Megatron's pretrain_gpt.py
+SPIKE = 10.0  # a loss this many times the largest one so far is a spike, as in Megatron's pretrain_gpt.py
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None) -> tuple[Any, ...]:

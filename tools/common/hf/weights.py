@@ -39,7 +39,7 @@ SAME = {
     "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight",
     "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
 }
-Q_NORM = "self_attention.q_layernorm.weight"  # of queries, or of their latents
+Q_NORM = "self_attention.q_layernorm.weight"  # norm of the queries, or of their latents
 HALVES = {"mlp.linear_fc1.weight": "mlp.", "mlp.shared_experts.linear_fc1.weight": "mlp.shared_expert."}
 QKV = "self_attention.linear_qkv.weight"
 # Different keys in checkpoints: of plain PyTorch layers, then of Transformer Engine's.
