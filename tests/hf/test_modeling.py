@@ -12,7 +12,7 @@ from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from tests import without_megatron
 from tests.hf.models import MODELS, SIZES, VOCABULARY, args_of, make, tokens
 from tools.common.hf.settings import complete, config_of
-from tools.common.hf.weights import fill, megatron_weights
+from tools.common.hf.weights import fill
 from tools.common.megatron_model import build
 
 
@@ -22,7 +22,7 @@ def test_logits_are_megatrons(name: str, process_groups: None) -> None:
     args = args_of(model.config)
     assert args.kv_channels, "a training sets it, and compares it with the checkpoint"
     megatron = build(args)
-    fill(megatron, *megatron_weights(model))
+    fill(megatron, model)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, megatron(ids, positions, None), rtol=1e-5, atol=1e-5)
@@ -37,7 +37,7 @@ def test_training_is_megatrons(name: str, process_groups: None) -> None:
     """Loss, L1 term, sparsity and gradients agree, with and without activation checkpointing."""
     model, ids = make(name), tokens()
     megatron = build(args_of(model.config))
-    fill(megatron, *megatron_weights(model))
+    fill(megatron, model)
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()
@@ -68,7 +68,7 @@ def test_training_is_megatrons(name: str, process_groups: None) -> None:
 def test_load_balancing_loss_is_megatrons(name: str, process_groups: None) -> None:
     model, ids = make(name, router_aux_loss_coef=0.05), tokens()
     megatron = build(args_of(model.config))
-    fill(megatron, *megatron_weights(model))
+    fill(megatron, model)
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()

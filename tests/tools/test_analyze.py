@@ -19,7 +19,7 @@ from tools.analyze.command import main
 from tools.analyze.counts import WINDOW
 from tools.common.checkpoints import save
 from tools.common.expert_counts import expert_blocks
-from tools.common.hf.weights import fill, megatron_weights
+from tools.common.hf.weights import fill
 from tools.common.megatron_model import build
 from tools.common.text import Text
 
@@ -237,7 +237,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     args = args_of(model.config)
     args.tokenizer_type, args.params_dtype = "SentencePieceTokenizer", torch.float32
     megatron = build(args)
-    fill(megatron, *megatron_weights(model))
+    fill(megatron, model)
     run = tmp_path / "run"
     run.mkdir()
     save(megatron, args, run / "checkpoints", engine_names=False)

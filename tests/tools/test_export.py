@@ -26,7 +26,7 @@ from tools.common.hf.folder import read_config, read_tensors
 from tools.common.hf.opening import OpenedModel, open_model
 from tools.common.hf.tensors import model_of
 from tools.common.hf.tokenizer import tokenizer_of
-from tools.common.hf.weights import fill, megatron_weights
+from tools.common.hf.weights import fill
 from tools.common.megatron_model import build
 from tools.convert_checkpoint.command import main as convert
 from tools.convert_checkpoint.models import round_to
@@ -56,7 +56,7 @@ def save_megatron(model: RemoeForCausalLM, folder: Path, engine_names: bool = Fa
     """Save a model for transformers as a Megatron checkpoint, and return its folder."""
     args = args_of(model.config)
     megatron = build(args)
-    fill(megatron, *megatron_weights(model))
+    fill(megatron, model)
     checkpoints.save(megatron, args, folder, engine_names)
     return folder
 
@@ -126,7 +126,7 @@ def test_settings_of_a_gpu_and_noise() -> None:
     on_gpus |= {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True, "use_te_activation_func": True}
     args = args_of(model.config)
     megatron = build(argparse.Namespace(**(vars(args) | on_gpus | {"moe_input_jitter_eps": 0.1})))
-    fill(megatron, *megatron_weights(model))
+    fill(megatron, model)
     positions = torch.arange(16).expand(3, 16)
     torch.testing.assert_close(megatron(tokens(), positions, None), model(tokens()).logits, rtol=1e-5, atol=1e-5)
 
@@ -171,7 +171,7 @@ def test_refusals(
     args.tokenizer_type, args.tokenizer_model = "NullTokenizer", "/nowhere"
     args.vocab_file = args.merge_file = "/nowhere"
     megatron = build(args)
-    fill(megatron, *megatron_weights(model))
+    fill(megatron, model)
     if setting is None:
         megatron.decoder.final_layernorm.weight.data[3] = float("inf")
     else:
@@ -234,7 +234,7 @@ def test_models_that_differ_are_not_written(
 ) -> None:
     make("relu").save_pretrained(tmp_path / "folder")
     other = make("relu", initializer_range=0.2)
-    monkeypatch.setattr(command, "fill", lambda megatron, *_source: fill(megatron, *megatron_weights(other)))
+    monkeypatch.setattr(command, "fill", lambda megatron, _source: fill(megatron, other))
     assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 1
     assert "[REMOE-E514]" in capfd.readouterr().err and not (tmp_path / "out").exists()
 

@@ -12,7 +12,7 @@ from megatron.remoe.data.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.models import args_of, make
 from tools.common import checkpoints
-from tools.common.hf.weights import fill, megatron_weights
+from tools.common.hf.weights import fill
 from tools.common.megatron_model import build
 from tools.generate.command import main
 
@@ -28,7 +28,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     args = args_of(model.config)
     args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(vocabulary)
     megatron = build(args)
-    fill(megatron, *megatron_weights(model))
+    fill(megatron, model)
     (root / "parent").mkdir()
     for place in ("run", "parent/checkpoints"):
         checkpoints.save(megatron, args, root / place, engine_names=False)

@@ -17,7 +17,7 @@ from ..common.hf.settings import complete, flags_of, parse_flags, vocabulary_fla
 from ..common.hf.source import open_run
 from ..common.hf.tensors import Tensors, model_of, shapes_of
 from ..common.hf.tokenizer import generation_config, tokenizer_of
-from ..common.hf.weights import fill, megatron_weights, read
+from ..common.hf.weights import fill, read
 from ..common.megatron_model import build, one_process
 from ..common.running import run_tool
 from .arguments import parse_arguments
@@ -84,7 +84,7 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     args = parse_flags(flags, config.vocab_size, config.dtype)
     text = text_for(args, options.data_path, config)
     model = build(args)
-    fill(model, *megatron_weights(source))
+    fill(model, source)
     display.say(described(compare(source, megatron_logits(model, text), text), text))
     del source
     args.transformer_impl = options.transformer_impl

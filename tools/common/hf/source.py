@@ -32,6 +32,6 @@ def open_run(root: Path, step: int | None) -> tuple[Checkpoint, argparse.Namespa
     coefficient = args.moe_aux_loss_coeff if isinstance(args.moe_aux_loss_coeff, float) else 0.0
     config = config_of(args, args.padded_vocab_size, coefficient)
     if args.num_experts and args.moe_relu_routing:
-        exponent = max(exponents(checkpoint, config), default=0)
+        exponent = max(exponents(checkpoint), default=0)
         config.router_aux_loss_coef = args.moe_relu_l1_reg_coeff_init * args.moe_relu_l1_reg_coeff_multiplier**exponent
     return checkpoint, args, config

@@ -92,62 +92,38 @@ def to_megatron(layer: Tensors, config: RemoeConfig) -> Tensors:
     return found | {QKV: torch.cat(grouped, dim=1).view(-1, hidden)}
 
 
-def _attention(config: RemoeConfig) -> list[str]:
-    """Return the parts of a layer's attention that have weights, but for its output."""
-    if config.kv_lora_rank is None:
-        return ["linear_qkv", *["q_layernorm", "k_layernorm"] * (config.qk_norm is not None)]
-    queries = (
-        ["linear_q_proj"] if config.q_lora_rank is None else ["linear_q_down_proj", "q_layernorm", "linear_q_up_proj"]
-    )
-    return [*queries, "linear_kv_down_proj", "kv_layernorm", "linear_kv_up_proj"]
-
-
-def _names(config: RemoeConfig, layer: int) -> list[str]:
-    names = ["input_layernorm.weight", "self_attention.linear_proj.weight", "pre_mlp_layernorm.weight"]
-    names += [f"self_attention.{part}.weight" for part in _attention(config)]
-    if not config.num_experts or layer in config.mlp_only_layers:
-        return [*names, "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
-    groups = ["experts"] + ["shared_experts"] * bool(config.shared_expert_intermediate_size)
-    gate = ["mlp.shared_experts.gate_weight"] * config.shared_expert_gate
-    router = [] if config.hash_routing else ["mlp.router.weight"]
-    router += [BIAS] if config.router_expert_bias else []
-    return [*names, *gate, *router] + [f"mlp.{group}.linear_fc{number}.weight" for group in groups for number in (1, 2)]
+def _layer(tensors: Tensors, number: int) -> Tensors:
+    """Return a layer's tensors of those of a model for transformers, without "model.layers.N."."""
+    prefix = f"model.layers.{number}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def read(checkpoint: Checkpoint, config: RemoeConfig) -> Iterator[Tensors]:
     """Yield the weights under the names of transformers: first those outside layers, then layer by layer.
 
-    They have the configuration's dtype.
+    They have the configuration's dtype; biases of experts are in float32.
 
     Raises:
         ConversionError: one is missing, has another shape, cannot be read, or holds NaN or infinity.
     """
     shapes = shapes_of(config)
-    outer = {OUTER[name]: tensor for name, tensor in read_outer(checkpoint, config).items()}
-    yield check_tensors(checkpoint.folder, shapes, outer)
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    final_norm = FINAL_NORM["hybrid" if _is_hybrid(checkpoint) else "gpt"]
+    keys = {other: name.replace(FINAL_NORM["gpt"], final_norm) for name, other in OUTER.items() if other in shapes}
+    yield check_tensors(checkpoint.folder, shapes, _load(checkpoint, keys, config))
     for number in range(config.num_hidden_layers):
-        layer = to_transformers(read_layer(checkpoint, config, number), config)
+        keys = {name: _key(checkpoint, name, number) for name in to_megatron(_layer(empty, number), config)}
+        layer = to_transformers(_load(checkpoint, keys, config, number), config)
         named = {f"model.layers.{number}.{name}": tensor for name, tensor in layer.items()}
         yield check_tensors(checkpoint.folder, shapes, named)
 
 
-def read_outer(checkpoint: Checkpoint, config: RemoeConfig) -> Tensors:
-    """Return the weights outside layers, under Megatron's names."""
-    names = [name for name in OUTER if not (config.tie_word_embeddings and name == "output_layer.weight")]
-    of_hybrid = {name: name.replace(FINAL_NORM["gpt"], FINAL_NORM["hybrid"]) for name in names}
-    return _load(checkpoint, of_hybrid if _is_hybrid(checkpoint) else {name: name for name in names}, config)
-
-
-def read_layer(checkpoint: Checkpoint, config: RemoeConfig, number: int) -> Tensors:
-    """Return the weights of a layer, counted from 0, under Megatron's names in `SAME`, `HALVES` and `QKV`."""
-    return _load(checkpoint, {name: _key(checkpoint, name, number) for name in _names(config, number)}, config, number)
-
-
-def exponents(checkpoint: Checkpoint, config: RemoeConfig) -> list[int]:
+def exponents(checkpoint: Checkpoint) -> list[int]:
     """Return λ's exponent in each layer with a ReLU router."""
-    keys = {key: key for key in checkpoint.shapes if key.endswith(".mlp.router.l1_exponent")}
-    loaded = _load(checkpoint, keys, config, dtype=torch.int64)
-    return [number for tensor in loaded.values() for number in tensor.flatten().tolist()]
+    keys = [key for key in checkpoint.shapes if key.endswith(".mlp.router.l1_exponent")]
+    found = {key: torch.empty(checkpoint.shapes[key], dtype=torch.int64) for key in keys}
+    read_parts(checkpoint, {key: (tensor, None) for key, tensor in found.items()})
+    return [number for tensor in found.values() for number in tensor.flatten().tolist()]
 
 
 def _is_hybrid(checkpoint: Checkpoint) -> bool:
@@ -164,13 +140,7 @@ def _key(checkpoint: Checkpoint, name: str, layer: int) -> str:
     return next((key for key in keys if key in checkpoint.shapes), keys[0])
 
 
-def _load(
-    checkpoint: Checkpoint,
-    keys: dict[str, str],
-    config: RemoeConfig,
-    layer: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensors:
+def _load(checkpoint: Checkpoint, keys: dict[str, str], config: RemoeConfig, layer: int | None = None) -> Tensors:
     """Return name → tensor for the stored keys in `keys`; only the layer's slice of a stacked tensor."""
     assert not isinstance(config.dtype, str)
     found, parts = {}, {}
@@ -182,7 +152,7 @@ def _load(
             )
         shape = checkpoint.shapes[key]
         stacked = layer is not None and not key.split(".")[2].isdecimal()
-        wanted = torch.float32 if name == BIAS else dtype or config.dtype
+        wanted = torch.float32 if name == BIAS else config.dtype
         data = torch.empty((1, *shape[1:]) if stacked else shape, dtype=wanted)
         parts[key] = (data, (layer or 0) if stacked else None)
         found[name] = data[0] if stacked else data
@@ -191,26 +161,18 @@ def _load(
 
 
 @torch.no_grad()
-def fill(model: GPTModel, outer: Tensors, layers: list[Tensors]) -> None:
-    """Copy weights from `read_outer` and `read_layer` into Megatron's model."""
+def fill(model: GPTModel, source: RemoeForCausalLM) -> None:
+    """Copy the weights of a model for transformers into Megatron's model."""
+    state = source.state_dict()
+    layers = [to_megatron(_layer(state, number), source.config) for number in range(source.config.num_hidden_layers)]
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor) or tensor.dtype == torch.int64:
             continue  # λ's exponent is 0: the flags' λ₀ is the model's λ
-        if name in outer:
-            tensor.copy_(outer[name])
+        if name in OUTER:
+            tensor.copy_(state[OUTER[name]])
             continue
         number, inner = name.removeprefix("decoder.layers.").split(".", 1)
         if expert := EXPERT.fullmatch(name):
             tensor.copy_(layers[int(number)][f"mlp.experts.{expert['weight']}"][int(expert["expert"])])
         else:
             tensor.copy_(layers[int(number)][inner])
-
-
-def megatron_weights(model: RemoeForCausalLM) -> tuple[Tensors, list[Tensors]]:
-    """Return the weights of a model for transformers as arguments of `fill`."""
-    state, layers = model.state_dict(), []
-    for number in range(model.config.num_hidden_layers):
-        prefix = f"model.layers.{number}."
-        layer = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
-        layers.append(to_megatron(layer, model.config))
-    return {name: state[other] for name, other in OUTER.items()}, layers
