@@ -10,7 +10,6 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from megatron.remoe.routing.config import ReMoEConfig  # noqa: E402
 from tools.common.megatron_model import one_process  # noqa: E402
 
 OURS = "ReMoE, grouped"
-Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype: torch.dtype, **more: Any) -> MoELayer:
@@ -69,13 +67,13 @@ def megatron_layer(experts: int, options: argparse.Namespace, relu: bool, dtype:
     return layer.to(dtype).cuda()
 
 
-def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> dict[str, Layer]:
+def layers(experts: int, options: argparse.Namespace, tokens: torch.Tensor) -> dict[str, torch.nn.Module]:
     """Return name → layer, from `[tokens, 1, hidden]` to the same shape."""
     ours = megatron_layer(experts, options, relu=True, dtype=tokens.dtype)
     start_at_target(ours.router, tokens)
     theirs = megatron_layer(experts, options, relu=False, dtype=tokens.dtype)
     theirs.router.weight.data.copy_(ours.router.weight)
-    found: dict[str, Layer] = {OURS: lambda x: ours(x)[0], "Megatron's, top-k": lambda x: theirs(x)[0]}
+    found: dict[str, torch.nn.Module] = {OURS: ours, "Megatron's, top-k": theirs}
     blocks = (mixtral_block(name, experts, options, ours.router.weight) for name in options.transformers)
     return found | {f"transformers, {name}": block for name, block in zip(options.transformers, blocks, strict=True)}
 
@@ -99,23 +97,18 @@ def mixtral_block(name: str, experts: int, options: argparse.Namespace, router_w
     return block
 
 
-def seconds(layer: Layer, tokens: torch.Tensor) -> float:
-    """Return the time of one forward and backward pass; the layers' gradients must be None."""
+def seconds(layer: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Return the time of one forward and backward pass."""
+    layer.zero_grad(set_to_none=True)
     tokens.grad = None
     if tokens.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    layer(tokens).sum().backward()
+    output = layer(tokens)
+    (output[0] if isinstance(output, tuple) else output).sum().backward()  # Megatron's layers return a bias too
     if tokens.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def forget_gradients(layer: Any) -> None:
-    """Drop the gradients of a module, or of the modules that a function closes over."""
-    modules = [layer] if isinstance(layer, torch.nn.Module) else [cell.cell_contents for cell in layer.__closure__]
-    for module in modules:
-        module.zero_grad(set_to_none=True)
 
 
 def main() -> None:
@@ -143,7 +136,6 @@ def main() -> None:
             times = results[f"{experts} experts, {number} tokens"] = {name: [] for name in candidates}
             for turn in range(options.repetitions + 1):
                 for name, layer in candidates.items():
-                    forget_gradients(layer)
                     taken = seconds(layer, tokens)
                     times[name] += [taken] if turn else []
             save(options.output, {"options": vars(options), "seconds": results})

@@ -52,5 +52,5 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def default_output(name: str) -> Path:
-    """Return the default folder of a benchmark's figures."""
+    """Return the default file of a benchmark's figures."""
     return ROOT / "runs" / "benchmarks" / f"{name}.json"

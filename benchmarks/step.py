@@ -36,7 +36,7 @@ WARM_UP = FIT_STEPS + (10 if on_gpu() else 0)  # a GPU's memory pool and clock s
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train: "ReMoE" or "top-k", flags on top of the shape's, and environment."""
+    """One way to train: "remoe" or "moe", flags on top of the shape's, and environment."""
 
     name: str
     routing: str
@@ -44,21 +44,21 @@ class Variant:
     environment: dict[str, str] = field(default_factory=lambda: {"BENCHMARK_AT_TARGET": "1"})
 
 
-REMOE, TOPK = Variant("ReMoE", "ReMoE"), Variant("top-k", "top-k")
-STOCK = Variant("top-k, Megatron's layers", "top-k", ("--no-local-layer-fusion",))
+REMOE, TOPK = Variant("ReMoE", "remoe"), Variant("top-k", "moe")
+STOCK = Variant("top-k, Megatron's layers", "moe", ("--no-local-layer-fusion",))
 NO_LIMIT = ("--moe-relu-activation-limit", "0")
 DENSE = (
-    Variant("dense start", "ReMoE", (), {}),
-    Variant("dense start, no limit", "ReMoE", NO_LIMIT, {}),
-    Variant("dense start, four experts", "ReMoE", ("--moe-relu-max-experts", "4"), {}),
+    Variant("dense start", "remoe", (), {}),
+    Variant("dense start, no limit", "remoe", NO_LIMIT, {}),
+    Variant("dense start, four experts", "remoe", ("--moe-relu-max-experts", "4"), {}),
 )
 USUAL = (REMOE, TOPK, STOCK)
 VARIANTS = {variant.name: variant for variant in (*USUAL, *DENSE)}
 SMALL, MEMORY = Shape(8, 1, hidden=384, ffn=768, micro_batch=2), {"BENCHMARK_MEMORY": "1"}
 STAGES = (
-    Variant("at the target", "ReMoE", (), REMOE.environment | MEMORY),
-    Variant("dense stage", "ReMoE", (), MEMORY),
-    Variant("dense stage, unbounded", "ReMoE", NO_LIMIT, MEMORY),
+    Variant("at the target", "remoe", (), REMOE.environment | MEMORY),
+    Variant("dense stage", "remoe", (), MEMORY),
+    Variant("dense stage, unbounded", "remoe", NO_LIMIT, MEMORY),
 )
 
 

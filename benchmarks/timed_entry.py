@@ -1,7 +1,7 @@
 """The training entry, which also measures its steps: a JSON file at $BENCHMARK_RECORD.
 
 BENCHMARK_AT_TARGET=1: routers start with an even share of the first batches per expert, ReMoE's at the target.
-BENCHMARK_MEMORY=1: a CPU measures one step's peak memory instead of times. A GPU's clock is read when it is done.
+BENCHMARK_MEMORY=1: on a CPU, also measure the peak memory of one step, which slows it. A GPU always measures it.
 BENCHMARK_SHARE=S: keep tools/cost's forecast for the active share S of the (token, expert) pairs.
 """
 

@@ -6,7 +6,6 @@ A training that is complete is not repeated. On one core the three seeds take ab
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -22,10 +21,11 @@ from tools.common.on_cpu import megatron_on_cpu  # noqa: E402
 megatron_on_cpu()
 
 import torch  # noqa: E402
+from questions import run  # noqa: E402
 
-from megatron.remoe.training.run_log import read_run_log  # noqa: E402
-from tools.common.checkpoints import EMBEDDING, find, load, save  # noqa: E402
+from tools.common.checkpoints import find, load, save  # noqa: E402
 from tools.common.display import Display  # noqa: E402
+from tools.common.figure_reader import read_figures  # noqa: E402
 from tools.common.megatron_model import build, one_process  # noqa: E402
 from tools.common.text import blend_of, sample  # noqa: E402
 from tools.convert_checkpoint.command import loss_of  # noqa: E402
@@ -67,21 +67,10 @@ def flags(training: Training, routing: str, topk: int, seed: int, data: list[str
     ]
 
 
-def train(folder: Path, words: list[str]) -> None:
-    """Run a training unless it is complete."""
-    if (folder / "done").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "train.log").open("w") as log:
-        command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *words, "--save", str(folder / "checkpoints")]
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    (folder / "done").touch()
-
-
 def add_null_experts(source: Path, output: Path, seed: int) -> None:
     """Convert a top-k model: null experts get a new router's random rows, as in the paper."""
     checkpoint = find(source, None)
-    args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
+    args = source_args(checkpoint.args)
     new_args = Namespace(**vars(args) | {"moe_baseline_router": "null_experts", "moe_router_topk": AFTER})
     with one_process(0):
         model, target = build(args), build(new_args)
@@ -91,13 +80,13 @@ def add_null_experts(source: Path, output: Path, seed: int) -> None:
         for name in [name for name in weights if name.endswith("mlp.router.weight")]:
             weights[name] = torch.cat([weights[name], SIZE.init_std * torch.randn(weights[name].shape)])
         target.load_state_dict(weights)
-        save(target, new_args, output, engine_names=False)
+        save(target, new_args, output)
 
 
 def experts_per_token(folder: Path) -> float:
     """Count a model's experts per token on its training text."""
     checkpoint = find(folder, None)
-    args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
+    args = source_args(checkpoint.args)
     with one_process(0), Display() as display:
         model = build(args)
         load(checkpoint, model)
@@ -109,13 +98,12 @@ def experts_per_token(folder: Path) -> float:
 
 def figures(folder: Path) -> tuple[float, float | None, float | None]:
     """Return the loss of all held-out text in nats per byte; of the last 100 steps the experts per token and the KL."""
-    records = list(read_run_log(folder / "checkpoints" / "metrics.jsonl"))
-    sets = [record for record in records if record["kind"] == "validation"]
-    loss = fmean((record["lm_loss"] for record in sets), [record["tokens"] for record in sets])
-    last = [[record[name] for record in records if name in record][-5:] for name in ("sparsity", "teacher_kl")]
-    sparsity, divergence = (fmean(values) if values else None for values in last)
+    log = read_figures(folder)
+    last = [log.curve(name).values[-5:] for name in ("sparsity", "teacher_kl")]
+    sparsity, divergence = (float(values.mean()) if len(values) else None for values in last)
     experts = None if sparsity is None else EXPERTS * (1 - sparsity)
-    return loss, experts_per_token(folder) if "null-experts" in folder.name else experts, divergence
+    assert log.validation_loss is not None, folder
+    return log.validation_loss, experts_per_token(folder) if "null-experts" in folder.name else experts, divergence
 
 
 def main() -> None:
@@ -139,7 +127,8 @@ def main() -> None:
     for seed in given.seeds:
         runs = folder / f"seed-{seed}"
         source = runs / SOURCE
-        train(runs / "source", flags(before, "moe", BEFORE, seed, data))
+        words = flags(before, "moe", BEFORE, seed, data)
+        run(runs / "source", "done", "pretrain_gpt.py", *words, "--save", str(runs / SOURCE))
         found.setdefault(f"top-k, {BEFORE} experts, before", []).append(figures(runs / "source"))
         starts = {ARMS[name][2] for name in given.arms}
         for output, topk in ((REMOE, AFTER), (REMOE_OF_4, BEFORE)):
@@ -153,9 +142,10 @@ def main() -> None:
             words = flags(after, "remoe" if start in (REMOE, REMOE_OF_4) else "moe", topk, seed + 100, data)
             words += ["--pretrained-checkpoint", str(runs / start)]
             words[words.index("--lr-warmup-fraction") + 1] = given.lr_warmup_fraction
-            run = runs / settings / name.replace(" ", "-").replace(",", "")
-            train(run, [*words, *more.format(source=source, third=given.steps // 3).split()])
-            found.setdefault(name, []).append(figures(run))
+            place = runs / settings / name.replace(" ", "-").replace(",", "")
+            words += [*more.format(source=source, third=given.steps // 3).split(), "--save", str(place / "checkpoints")]
+            run(place, "done", "pretrain_gpt.py", *words)
+            found.setdefault(name, []).append(figures(place))
     for name, results in found.items():
         rows = [[value for value in column if value is not None] for column in zip(*results, strict=True)]
         spread = f" ± {stdev(rows[0]):.4f}" if len(results) > 1 else ""

@@ -30,17 +30,17 @@ FINE_TUNING = "--train-iters 200 --lr 1e-3 --min-lr 1e-4 --eval-iters 20 --pretr
 # λ = init · multiplier^n. With a multiplier this close to 1, λ is the init, whatever the n of the checkpoint.
 FIXED = "--moe-relu-l1-reg-coeff-multiplier 1.000000001 --moe-relu-l1-reg-coeff-init"
 CONTINUED = f"--load {{remoe}} --ckpt-step {BRANCH} --allow-changed-settings"
-# training: routing, experts, text, flags with {remoe}, the ReMoE's checkpoints, and {at_N}, its λ at step N.
+# training: routing, text, flags with {remoe}, the ReMoE's checkpoints, and {at_N}, its λ at step N.
 TRAININGS = {
-    "remoe": ("remoe", 8, dataset.MIXED, ""),
-    "layer-targets": ("remoe", 8, dataset.MIXED, ""),
-    "continued-frozen": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} {{at_{BRANCH}}}"),
-    "continued-zero": ("remoe", 8, dataset.MIXED, f"{CONTINUED} {FIXED} 1e-30"),
-    "continued-floor": ("remoe", 8, dataset.MIXED, f"{CONTINUED} --moe-relu-layer-floor 0.8"),
-    "tuned-live": ("remoe", 8, dataset.TECHNICAL, FINE_TUNING),
-    "tuned-frozen": ("remoe", 8, dataset.TECHNICAL, f"{FINE_TUNING} {FIXED} {{at_{STEPS}}}"),
-    "moe": ("moe", 8, dataset.MIXED, ""),
-    "moe-lossfree": ("moe", 8, dataset.MIXED, LOSS_FREE),
+    "remoe": ("remoe", dataset.MIXED, ""),
+    "layer-targets": ("remoe", dataset.MIXED, ""),
+    "continued-frozen": ("remoe", dataset.MIXED, f"{CONTINUED} {FIXED} {{at_{BRANCH}}}"),
+    "continued-zero": ("remoe", dataset.MIXED, f"{CONTINUED} {FIXED} 1e-30"),
+    "continued-floor": ("remoe", dataset.MIXED, f"{CONTINUED} --moe-relu-layer-floor 0.8"),
+    "tuned-live": ("remoe", dataset.TECHNICAL, FINE_TUNING),
+    "tuned-frozen": ("remoe", dataset.TECHNICAL, f"{FINE_TUNING} {FIXED} {{at_{STEPS}}}"),
+    "moe": ("moe", dataset.MIXED, ""),
+    "moe-lossfree": ("moe", dataset.MIXED, LOSS_FREE),
 }
 PROGRAMS = {"layer-targets": "docs/layer_targets.py"}  # others: pretrain_gpt.py
 ANALYZED = ("remoe", "layer-targets", "moe", "moe-lossfree", "continued-floor")
@@ -67,12 +67,12 @@ def lambda_at(folder: Path, step: int) -> float:
 
 def train(folder: Path, name: str, seed: int) -> Path:
     """Train and evaluate; return the training's folder."""
-    routing, experts, corpus, more = TRAININGS[name]
+    routing, corpus, more = TRAININGS[name]
     runs = folder / f"seed-{seed}"
     text = dataset.make_text(folder / corpus, corpus, print)
     fields = {"remoe": runs / "remoe" / "checkpoints"}
     fields |= {f"at_{step}": lambda_at(runs / "remoe", step) for step in (BRANCH, STEPS) if f"at_{step}" in more}
-    flags = [*tiny.common_flags(tiny.SIZE, STEPS, seed), *Routing(routing, experts).flags(tiny.SIZE.ffn)]
+    flags = [*tiny.common_flags(tiny.SIZE, STEPS, seed), *Routing(routing).flags(tiny.SIZE.ffn)]
     flags += dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     if corpus == dataset.TECHNICAL:  # its held-out text is long: evaluate a part
         left_out = ("--multiple-validation-sets", "--full-validation", "--validation-set-names")
@@ -103,7 +103,7 @@ def figures(folder: Path) -> dict[str, Any]:
     if run.target is not None:
         last = [*run.loads.values()][-5:]
         layers = run.layers["layer_sparsity"].items()
-        found["experts"] = {layer: 8 * (1 - fmean(curve.values[-5:])) for layer, curve in layers}
+        found["experts"] = {layer: run.num_experts * (1 - fmean(curve.values[-5:])) for layer, curve in layers}
         found["load"] = fmean(max(load) / fmean(load) for layers in last for load in layers.values())
         found["lambda"] = lambda_at(folder, run.last)
     if (folder / "analyzed").exists():
@@ -142,9 +142,9 @@ def show(found: dict[str, dict[int, dict[str, Any]]]) -> None:
     for title, corpus in (("Continued", dataset.MIXED), ("Fine-tuned", dataset.TECHNICAL)):
         print(f"\n{title}: loss minus that with a live λ, experts per token in layers 1 and 2, highest load")
         live = found["remoe" if corpus == dataset.MIXED else "tuned-live"]
-        for name, (routing, experts, of, _) in TRAININGS.items():
+        for name, (routing, of, _) in TRAININGS.items():
             runs = found[name]
-            if (routing, experts, of) == ("remoe", 8, corpus) and runs:
+            if (routing, of) == ("remoe", corpus) and runs:
                 apart = [each["loss"] - live[seed]["loss"] for seed, each in runs.items() if runs is not live]
                 layers = [[each["experts"][layer] for each in runs.values()] for layer in (1, 2)]
                 print(row(name, [apart, *layers, [each["load"] for each in runs.values()]]))

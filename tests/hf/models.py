@@ -72,4 +72,4 @@ def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
 
 def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
     """Return Megatron's arguments for a configuration and more flags."""
-    return parse_flags([*flags_of(config), *more], config.vocab_size, config.dtype)
+    return parse_flags([*flags_of(config), "--transformer-impl", "local", *more], config)

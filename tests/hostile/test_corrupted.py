@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.preflight.run_lock import HOLDER, LOCK, FolderInUseError, lock_save_folder
+from megatron.remoe.data.errors import UsageError
+from megatron.remoe.preflight.run_lock import HOLDER, LOCK, lock_save_folder
 from tests.hostile.conftest import Noted
 from tests.hostile.trials import SAVED, Trial, damage
 
@@ -55,7 +56,7 @@ def test_damaged_locks(how: str, number: int, tmp_path: Path, note: Noted) -> No
     try:
         with lock_save_folder(argparse.Namespace(rank=0, skip_train=False, save=str(tmp_path)), 1.0):
             result = "taken over"
-    except FolderInUseError as error:
+    except UsageError as error:
         assert str(tmp_path / LOCK) in str(error) and "remove it" in str(error)
         result = "refused after the lease"
     note("corrupted files", f"{result} (lock)", 1)

@@ -12,7 +12,7 @@ from megatron.core.models.common.language_module import language_module
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.remoe import patches
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
-from megatron.remoe.local.rotary import FusedRotaryEmbedding
+from megatron.remoe.local.rotary import fused_rotary_embedding
 from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
 
@@ -85,10 +85,9 @@ def test_rotary_embedding(interleaved: bool, rotated: int, dtype: torch.dtype) -
     expected = _apply_rotary_pos_emb_bshd(exact, freqs.double(), rotary_interleaved=interleaved)
     expected.backward(upstream.double())
 
-    rotate = FusedRotaryEmbedding()
     for _ in range(2):  # first builds the tables, then reuses them
         t.grad = None
-        output = rotate(t, freqs, interleaved)
+        output = fused_rotary_embedding(t, freqs, interleaved)
         output.backward(upstream)
         assert output.dtype == dtype and torch.equal(t, before)
         torch.testing.assert_close(output.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -101,9 +100,7 @@ def test_megatrons_flags_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
     patches.fusions.use_fla_cross_entropy()
     patches.fusions.use_rotary_kernel()
-    rotate = rope_utils.fused_apply_rotary_pos_emb
-    patches.fusions.use_rotary_kernel()
-    assert rope_utils.fused_apply_rotary_pos_emb is rotate, "the tables are kept"
+    assert rope_utils.fused_apply_rotary_pos_emb is fused_rotary_embedding
 
     config = SimpleNamespace(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native")
     module = SimpleNamespace(config=config, pg_collection=SimpleNamespace(tp=None))

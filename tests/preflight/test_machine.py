@@ -111,7 +111,7 @@ def test_where_quack_can_run(on_cpu: bool, generation: int, missing: str, words:
     """QuACK needs a GPU of compute capability 9 or 10, even with Triton's interpreter."""
     add_program(tmp_path, "gcc")
     without.setenv("TRITON_INTERPRET", "1")
-    without.setattr(machine, "_generation", lambda: generation)
+    without.setattr(machine.torch.cuda, "get_device_capability", lambda: (generation, 0))
     for name in ("quack", "quack.gemm_interface", "triton"):
         without.setitem(sys.modules, name, None if name == missing else ModuleType(name))
     if not words:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.preflight.run_lock import HOLDER, LOCK, FolderInUseError, lock_save_folder
+from megatron.remoe.data.errors import UsageError
+from megatron.remoe.preflight.run_lock import HOLDER, LOCK, lock_save_folder
 from tests.trainings import REPOSITORY, TINY, records, run, start
 
 LEASE = 4.0
@@ -50,7 +51,7 @@ def seconds_to_take(folder: Path, rank: int = 0, skip_train: bool = False, lease
 def test_second_is_refused_and_a_dead_one_taken_over(host: str, tmp_path: Path) -> None:
     holder = hold(tmp_path, host)
     try:
-        with pytest.raises(FolderInUseError, match=rf"process {holder.pid} on .*{host}.*, started 20.* UTC\. Wait"):
+        with pytest.raises(UsageError, match=rf"process {holder.pid} on .*{host}.*, started 20.* UTC\. Wait"):
             seconds_to_take(tmp_path)
         assert seconds_to_take(tmp_path, rank=1) + seconds_to_take(tmp_path, skip_train=True) < 1, "they write nothing"
     finally:
@@ -92,7 +93,7 @@ def test_what_was_left_behind_is_taken_over(content: str, tmp_path: Path) -> Non
 def test_what_is_not_understood_is_refused_after_the_lease(content: str, tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(content)
     started = time.monotonic()
-    with pytest.raises(FolderInUseError, match=f"{tmp_path / LOCK} .* remove it"):
+    with pytest.raises(UsageError, match=f"{tmp_path / LOCK} .* remove it"):
         seconds_to_take(tmp_path, lease=SHORT)
     assert time.monotonic() - started > SHORT
     assert (tmp_path / LOCK).read_text() == content

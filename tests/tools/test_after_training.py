@@ -83,7 +83,7 @@ def of_quickstart(model: str) -> Trained:
         dataset.data_prefix(folder / "data", "heldout", name): float(re.findall(LOSS.format(name), log)[-1])
         for name in tokens
     }
-    return Trained(folder / model / "checkpoints", words_of(kept), printed, size.sequence, size.vocabulary)
+    return Trained(folder / model / "checkpoints", words_of(kept), printed, size.sequence, 257)
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     fill(megatron, model)
     run = tmp_path / "run"
     run.mkdir()
-    save(megatron, args, run / "checkpoints", engine_names=False)
+    save(megatron, args, run / "checkpoints")
     expected = analyze(tmp_path / "out", "--load", folder, "--data", *domains)
     words = ["--load", str(run), "--seq-length", str(LENGTH), "--data", *map(str, domains)]
     assert main(words) == 0 and "SentencePieceTokenizer" in capfd.readouterr().err

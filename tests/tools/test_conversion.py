@@ -138,10 +138,10 @@ def test_key_names_of_transformer_engine(
     original, converted = checkpoints.find(topk[0], STEPS_BEFORE // 2), checkpoints.find(tmp_path / "remoe", None)
     assert "decoder.layers.pre_mlp_layernorm.weight" in converted.shapes
     assert "decoder.layers.mlp.linear_fc1.layer_norm_weight" in original.shapes.keys() - converted.shapes.keys()
-    args = models.source_args(argparse.Namespace(**(vars(converted.args) | {"moe_relu_routing": False})), 384)
+    args = models.source_args(argparse.Namespace(**(vars(converted.args) | {"moe_relu_routing": False})))
     model = build(argparse.Namespace(**(vars(args) | {"moe_relu_routing": True})))
     checkpoints.load(converted, model)
-    same = build(models.source_args(original.args, 384))
+    same = build(models.source_args(original.args))
     checkpoints.load(original, same)
     state = model.state_dict()
     for name, value in same.state_dict().items():
@@ -158,7 +158,7 @@ def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> Non
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
     given = argparse.Namespace(num_experts=4, moe_router_topk=None, moe_granularity=None, moe_layer_freq=None)
-    target = models.target_args(models.source_args(argparse.Namespace(**(vars(saved) | free)), 384), given)
+    target = models.target_args(models.source_args(argparse.Namespace(**(vars(saved) | free))), given)
     assert target.moe_relu_routing and target.tensor_model_parallel_size == 2
 
 
@@ -252,11 +252,11 @@ def test_damaged_checkpoints(
     assert str(whole) in error and "--save" not in error and error.count("\n") == 1
 
     source = checkpoints.find(dense[0], None)
-    model = build(models.source_args(source.args, 384))
+    model = build(models.source_args(source.args))
     checkpoints.load(source, model)
     with torch.no_grad():
         model.output_layer.weight[3, 5] = float("nan")
-    checkpoints.save(model, source.args, tmp_path / "not finite", engine_names=False)
+    checkpoints.save(model, source.args, tmp_path / "not finite")
     assert main("--load", str(tmp_path / "not finite"), *words) == 1
     assert "output_layer.weight holds values that are not finite" in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "not finite"]

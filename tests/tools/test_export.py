@@ -52,12 +52,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gpt2_tokenizer_folder(*byte_level_vocabulary(folder), cache_dir=folder)
 
 
-def save_megatron(model: RemoeForCausalLM, folder: Path, engine_names: bool = False) -> Path:
+def save_megatron(model: RemoeForCausalLM, folder: Path, layers: str = "local") -> Path:
     """Save a model for transformers as a Megatron checkpoint, and return its folder."""
     args = args_of(model.config)
     megatron = build(args)
     fill(megatron, model)
-    checkpoints.save(megatron, args, folder, engine_names)
+    args.transformer_impl = layers
+    checkpoints.save(megatron, args, folder)
     return folder
 
 
@@ -100,15 +101,15 @@ def test_there_and_back(
 
 
 @pytest.mark.parametrize("name", ["dense", "relu, latent queries", "top-k", "sigmoid, bias", "hash"])
-@pytest.mark.parametrize("engine_names", [False, True], ids=["local", "engine"])
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
 def test_other_models(
-    name: str, engine_names: bool, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str, layers: str, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Models in bf16 keep their logits, from checkpoints with the names of either implementation."""
     model = make(name, vocab_size=264)
     round_to(model, torch.bfloat16)
     model.config.dtype = torch.bfloat16
-    run_folder = save_megatron(model, tmp_path / "run", engine_names)
+    run_folder = save_megatron(model, tmp_path / "run", layers)
     assert main("--load", run_folder, "--save", tmp_path / "out", "--tokenizer-model", tokenizer) == 0
     assert "on 2,048 random tokens" in capfd.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -178,7 +179,7 @@ def test_refusals(
         setattr(args, setting, value)
     if setting == "num_layers":
         args.moe_layer_freq = [0, 1, 1]
-    checkpoints.save(megatron, args, tmp_path / "run", engine_names=False)
+    checkpoints.save(megatron, args, tmp_path / "run")
     assert main("--load", tmp_path / "run", "--save", tmp_path / "out") == 1
     errors = capfd.readouterr().err
     assert fact in errors and f"[REMOE-{code}]" in errors and "Traceback" not in errors

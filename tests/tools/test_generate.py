@@ -31,7 +31,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     fill(megatron, model)
     (root / "parent").mkdir()
     for place in ("run", "parent/checkpoints"):
-        checkpoints.save(megatron, args, root / place, engine_names=False)
+        checkpoints.save(megatron, args, root / place)
     names = ["input_ids", "token_type_ids", "attention_mask"]  # some tokenizers' default
     for name, one in {"folder": model, "dense": make("dense", vocab_size=264)}.items():
         one.save_pretrained(root / name)

@@ -56,9 +56,9 @@ def records(model: str, number: int) -> list[dict[str, Any]]:
                 str(layer): [layer * expert * (1 + step) / 50 for expert in range(8)] for layer in (1, 2)
             }
         found.append(line)
-    losses = {"code": 2.0 - 0.1 * number, "drama": 3.0 - 0.1 * number}
-    for name, loss in losses.items():
-        found.append({"kind": "validation", "iteration": 100, "set": name, "lm_loss": loss, "final": True})
+    for name, loss, tokens_of in (("code", 2.0, 300), ("drama", 3.0, 100)):
+        losses = {"lm_loss": loss - 0.1 * number, "tokens": tokens_of, "final": True}
+        found.append({"kind": "validation", "iteration": 100, "set": name} | losses)
     return found
 
 
@@ -73,7 +73,7 @@ def runs(tmp_path: Path) -> dict[str, RunFigures]:
 
 
 def test_summary_of_written_figures(runs: dict[str, RunFigures]) -> None:
-    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE, dataset.MIXED)
+    summary = report.summarize(runs, 100, 7, dataset.MIXED)
     assert list(summary) == ["dense", "moe", "remoe", "iterations", "seed", "corpus", "versions"]
     assert summary["dense"]["val_loss"] == pytest.approx((2.0 * 300 + 3.0 * 100) / 400)
     assert summary["moe"]["val_loss_by_domain"] == pytest.approx({"code": 1.9, "drama": 2.9})
@@ -98,7 +98,7 @@ def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, RunFigures]) ->
 
 
 def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary = report.summarize(runs, {"code": 300, "drama": 100}, 100, 7, tiny.SIZE, dataset.MIXED)
+    summary = report.summarize(runs, 100, 7, dataset.MIXED)
     assert "±" not in shown(summary)
     monkeypatch.setattr(report, "SPREAD_ITERATIONS", 100)
     assert "±" not in shown(summary), "two domains"
@@ -155,7 +155,7 @@ def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
 
 def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
     failing = job(tmp_path / "dense", "a", ["--cpu", "--no-such-flag"])
-    shown = ShownTraining("dense", "1/1", iterations=10, tokens_per_iteration=1, cost=1.0)
+    shown = ShownTraining("dense", iterations=10, tokens_per_iteration=1, cost=1.0)
     with (
         lock(tmp_path, "quickstart") as held,
         TrainingDisplay(Console(quiet=True), [shown], held) as display,
@@ -270,7 +270,7 @@ def assert_is_complete(summary: dict, folder: Path) -> None:
         figures = summary[model]
         assert figures["train_tokens"] == ITERATIONS * tiny.SIZE.tokens_per_iteration
         assert 2 < figures["val_loss"] < 5.5 and figures["tokens_per_second"] > 0
-        weights = {domain: dataset.predicted_tokens(n, tiny.SIZE.sequence) for domain, n in data.items()}
+        weights = {domain: (n - 1) // tiny.SIZE.sequence * tiny.SIZE.sequence for domain, n in data.items()}
         mean = sum(figures["val_loss_by_domain"][domain] * n for domain, n in weights.items()) / sum(weights.values())
         assert figures["val_loss"] == pytest.approx(mean)
     dense, moe, remoe = (summary[model]["active_params"] for model in tiny.NAMES)

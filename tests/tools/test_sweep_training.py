@@ -45,7 +45,7 @@ sys.exit(run_training(["bash", "-c", slow], Path(sys.argv[1])))
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three trainings run at once, and each takes 90 seconds to save. The third does not start."""
     monkeypatch.setattr(training_process, "SECONDS_TO_DIE", 60)
-    shown = [ShownTraining(name, "", iterations=10, tokens_per_iteration=1, cost=1.0) for name in "abc"]
+    shown = [ShownTraining(name, iterations=10, tokens_per_iteration=1, cost=1.0) for name in "abc"]
     output, interrupts = io.StringIO(), []
 
     def train(place: int) -> None:
@@ -77,7 +77,7 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path, monkeypatch: pytest
 
 def test_time_left_counts_neither_reused_nor_failed_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four trainings have the same cost, and the clock advances one second per iteration."""
-    shown = [ShownTraining(name, "", iterations=100, tokens_per_iteration=1, cost=100.0) for name in "abcd"]
+    shown = [ShownTraining(name, iterations=100, tokens_per_iteration=1, cost=100.0) for name in "abcd"]
     clock = partial(rich.progress.Progress, get_time=lambda: float(min(shown[1].done, 10) + shown[2].done))
     monkeypatch.setattr(training_display, "Progress", clock)
     output = io.StringIO()
@@ -94,7 +94,7 @@ def test_time_left_counts_neither_reused_nor_failed_trainings(tmp_path: Path, mo
 
 @pytest.mark.parametrize("cut", [1, 5, 13])
 def test_the_last_line_of_a_resumed_training_is_shown(cut: int, tmp_path: Path) -> None:
-    shown, output = ShownTraining("a", "", iterations=20, tokens_per_iteration=1, cost=1.0), io.StringIO()
+    shown, output = ShownTraining("a", iterations=20, tokens_per_iteration=1, cost=1.0), io.StringIO()
     lines = [f"successfully loaded checkpoint from RUN [ t 1/1 ] at iteration {cut}\n"]
     lines += [logged(at, 20) for at in range(cut + 1, 21)]
     console = Console(file=output, width=200)

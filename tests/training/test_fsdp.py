@@ -179,7 +179,8 @@ def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
     index = read_index(tmp_path / "out" / "release")
     entries = {key: entry for key, entry in index.state_dict_metadata.items() if hasattr(entry, "size")}
     found = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
-    read_parts(find(tmp_path / "out", None), {key: (tensor, None) for key, tensor in found.items()})
+    written = find(tmp_path / "out", None)
+    read_parts(written.folder, written.index, {key: (tensor, None) for key, tensor in found.items()})
     stored, layer = weights(saved.root, 6), "model.module.decoder.layers.1."
     experts = "decoder.layers.mlp.experts.experts.linear_fc"
     for number in range(8):

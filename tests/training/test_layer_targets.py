@@ -20,7 +20,7 @@ def test_each_layer_has_its_own_coefficient(data: Path, tmp_path: Path) -> None:
     checkpoint = find(tmp_path, None)
     keys = sorted(key for key in checkpoint.shapes if key.endswith("router.l1_exponent"))
     stored = {key: torch.zeros(checkpoint.shapes[key], dtype=torch.int64) for key in keys}
-    read_parts(checkpoint, {key: (tensor, None) for key, tensor in stored.items()})
+    read_parts(checkpoint.folder, checkpoint.index, {key: (tensor, None) for key, tensor in stored.items()})
     exponents = torch.cat([tensor.flatten() for tensor in stored.values()]).tolist()
     layers = [[*line["layer_sparsity"].values()] for line in lines]
     expected = [

@@ -1,7 +1,8 @@
 """Count, write and show how a model routes."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -25,16 +26,12 @@ def layer_numbers(opened: OpenedModel) -> list[int]:
     return [step * number for number in expert_blocks(opened.model)]
 
 
-def decoder(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[int], str | None]:
-    """Return a function from a token to its text, or to its name in the vocabulary if it is part of a character."""
-
-    def text_of(token: int) -> str | None:
-        if tokenizer is None:
-            return None
-        text = str(tokenizer.decode([token]))
-        return str(tokenizer.convert_ids_to_tokens(token)) if "\N{REPLACEMENT CHARACTER}" in text else text
-
-    return text_of
+def text_of(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str | None:
+    """Return a token's text, or its name in the vocabulary if it is part of a character; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    text = str(tokenizer.decode([token]))
+    return str(tokenizer.convert_ids_to_tokens(token)) if "\N{REPLACEMENT CHARACTER}" in text else text
 
 
 def show(found: dict[str, Any]) -> None:
@@ -106,7 +103,7 @@ def analyze(args: argparse.Namespace) -> None:
     names = names_of_data_sets(args.data_path)
     found = {
         "experts_per_token": findings.experts_per_token(counts),
-        "load": findings.load(counts, names, topk / experts, decoder(opened.tokenizer)),
+        "load": findings.load(counts, names, topk / experts, partial(text_of, opened.tokenizer)),
         "balance": findings.balance(counts, topk, args.expert_model_parallel_size),
         "neighbours": findings.neighbours(counts),
         "gates": findings.gates(counts),

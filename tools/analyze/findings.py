@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from ..common.expert_counts import Experts
+from ..common.expert_counts import summarize_experts
 from ..common.run_figures import INACTIVE
 from .arguments import WINDOW
 from .counts import OCTAVES, PER_OCTAVE, Counts
@@ -35,7 +34,7 @@ def experts_per_token(counts: Counts) -> Numbers:
     layers = {}
     for layer, histogram in zip(counts.layers, counts.histogram.sum(dim=0), strict=True):
         share = (histogram.double() / histogram.sum()).tolist()
-        layers[layer] = asdict(Experts.of(histogram)) | {"none": share[0], "histogram": share}
+        layers[layer] = summarize_experts(histogram) | {"none": share[0], "histogram": share}
     return {"layers": layers, "by_frequency": _by_frequency(counts)}
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -36,7 +36,8 @@ FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 PROBE = 2**26  # bytes to allocate as a test before a folder is written
 OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
-LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."  # before a MoE layer, by implementation
+# Keys of a norm before experts: of plain PyTorch layers, and of Transformer Engine's.
+LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
 ROUTER = re.compile(r".*\.layers\.(\d+\.)?mlp\.router\.")  # with the layer's number if layers differ
 
 
@@ -47,8 +48,9 @@ class Checkpoint:
     Attributes:
         folder: of this iteration.
         name: for messages.
-        args: Megatron's arguments of the training.
+        args: Megatron's arguments of the training, with the rows of the embedding.
         layout: Megatron's metadata about the format of the tensors.
+        index: of all tensors and objects.
         shapes: tensor's key → its shape.
     """
 
@@ -56,6 +58,7 @@ class Checkpoint:
     name: str
     args: argparse.Namespace
     layout: dict[str, Any]
+    index: Metadata
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -79,7 +82,7 @@ def find(root: Path, step: int | None) -> Checkpoint:
     try:
         with reading(folder):
             common = check_is_whole(folder)
-            stored = (index := read_index(folder)).state_dict_metadata
+            index = read_index(folder)
     except BrokenCheckpointError as error:
         whole = newest_whole(root)
         remedy = "No iteration there is whole." if whole is None else f"--ckpt-step {whole} is whole."
@@ -89,12 +92,18 @@ def find(root: Path, step: int | None) -> Checkpoint:
     args = common.get("args")
     if args is None:
         raise ConversionError(f"{folder}: holds no arguments of its training, so the model's shape is unknown.")
+    stored = index.state_dict_metadata
+    shapes = {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    if EMBEDDING not in shapes:
+        raise ConversionError(f"{folder}: has no {EMBEDDING}; it is not that of a GPT model.")
+    args.padded_vocab_size = shapes[EMBEDDING][0]
     return Checkpoint(
         folder=folder,
         name=f"{root}, {'release' if folder.name == RELEASE else f'iteration {int(folder.name[5:])}'}",
         args=args,
         layout=dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {},
-        shapes={key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)},
+        index=index,
+        shapes=shapes,
     )
 
 
@@ -139,20 +148,20 @@ class _Planner(DefaultLoadPlanner):
         return self.state_dict[index.fqn]
 
 
-def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int | None]]) -> None:
+def read_parts(folder: Path, index: Metadata, parts: dict[str, tuple[torch.Tensor, int | None]]) -> None:
     """Fill tensors from a checkpoint without loading the rest of it.
 
     Args:
-        checkpoint: to read.
+        folder: of one iteration.
+        index: from `read_index`.
         parts: key → the tensor to fill, in its own dtype, and the index of the slice in the first dimension (None: the
             whole tensor). A slice keeps that dimension with size 1.
 
     Raises:
         ConversionError: a file is damaged.
     """
-    reader, planner = FileSystemReader(checkpoint.folder), _Planner(False, False)
-    with reading(checkpoint.folder):
-        index, items = read_index(checkpoint.folder), []
+    reader, planner, items = FileSystemReader(folder), _Planner(False, False), []
+    with reading(folder):
         planner.set_up_planner({key: data for key, (data, _) in parts.items()}, index)
         for key, (data, number) in parts.items():
             offsets = torch.Size([number or 0, *[0] * (data.dim() - 1)][: data.dim()])
@@ -164,7 +173,7 @@ def read_parts(checkpoint: Checkpoint, parts: dict[str, tuple[torch.Tensor, int 
         reader.read_data(LoadPlan(items), planner).wait()
 
 
-def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: bool) -> None:
+def save(model: GPTModel, args: argparse.Namespace, output: Path) -> None:
     """Write a checkpoint without optimizer state. The folder appears only when it is complete.
 
     In Megatron's terms this is a release: training from it starts at iteration 0.
@@ -172,9 +181,8 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
     Args:
         model: its parameters are rounded to `args.params_dtype`; Megatron keeps buffers, such as the bias of experts,
             in float32.
-        args: the arguments to save with them.
+        args: the arguments to save with them; `transformer_impl` decides whose names tensors have.
         output: new or empty folder.
-        engine_names: whether to use the names of Transformer Engine's layers.
 
     Raises:
         ConversionError: it cannot be written.
@@ -182,7 +190,7 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path, engine_names: 
     for parameter in model.parameters():
         parameter.data = parameter.data.to(args.params_dtype)
     sharded = _sharded(model, LAYOUT)
-    if engine_names:
+    if args.transformer_impl == "transformer_engine":
         routers = {match[0] for tensor in _tensors(sharded) if (match := ROUTER.match(tensor.key))}
         for tensor in _tensors(sharded):
             layer = re.split(f"{LOCAL_NORM}|{ENGINE_NORM}", tensor.key)[0]

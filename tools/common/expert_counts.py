@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,26 +10,20 @@ from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
 
 
-@dataclass(frozen=True)
-class Experts:
-    """Experts per token of one layer, and the number of counted tokens."""
+def summarize_experts(histogram: torch.Tensor) -> dict[str, Any]:
+    """Return mean, 99th percentile and largest number of experts per token, and the number of tokens.
 
-    mean: float
-    percentile_99: int
-    largest: int
-    tokens: int
-
-    @classmethod
-    def of(cls, histogram: torch.Tensor) -> "Experts":
-        """Summarize a histogram: the number of tokens with 0, 1, 2, ... experts."""
-        tokens = int(histogram.sum())
-        share = histogram.cumsum(0) / tokens
-        return cls(
-            mean=float((histogram * torch.arange(len(histogram))).sum() / tokens),
-            percentile_99=int((share >= 0.99).nonzero()[0]),
-            largest=int(histogram.nonzero()[-1]),
-            tokens=tokens,
-        )
+    Args:
+        histogram: the number of tokens with 0, 1, 2, ... experts.
+    """
+    tokens = int(histogram.sum())
+    share = histogram.cumsum(0) / tokens
+    return {
+        "mean": float((histogram * torch.arange(len(histogram))).sum() / tokens),
+        "percentile_99": int((share >= 0.99).nonzero()[0]),
+        "largest": int(histogram.nonzero()[-1]),
+        "tokens": tokens,
+    }
 
 
 def expert_blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:

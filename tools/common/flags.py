@@ -58,7 +58,7 @@ def without(words: Iterable[str], left_out: Callable[[str], bool]) -> list[str]:
 
 
 def asks_for_gpt2(words: Sequence[str]) -> bool:
-    """Return whether the tokenizer is GPT-2's, the default, which is built as another type from two files."""
+    """Return whether the tokenizer is GPT-2's, the default. Training builds it as a HuggingFaceTokenizer."""
     return last_value(words, "--tokenizer-type") in (None, "GPT2BPETokenizer")
 
 

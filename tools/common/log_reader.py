@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import Any
 
 _LINE = re.compile(r"\[[^][]+\] iteration +(\d{1,15})/ *(\d{1,15}) \|(.*)$", re.MULTILINE)
-# Fields of the authors' fork → this project's names: its λ is the one after the update, its L1 a mean over layers.
-FORK_NAMES = {
-    "moe relu sparsity": "sparsity",
-    "moe relu l1 reg coeff": "l1 coefficient after the update",
-    "l1_reg_loss": "mean l1 loss of a layer",
-}
-_IN_METRICS = {"l1 coefficient after the update": "l1_coefficient"}
+# Fields of the authors' fork → names in metrics.jsonl. The fork prints λ after its update.
+_FORK_NAMES = {"moe relu sparsity": "sparsity", "moe relu l1 reg coeff": "l1_coefficient"}
 _FIELD = re.compile(r" ([a-z][a-z0-9_ ()/]*): +(\S+) \|")
 MILLISECONDS = "elapsed time per iteration (ms)"
 _ARGUMENT = re.compile(r"^(?:\[.*?\]: *)?  (\w+) \.{2,} (.*)$")
@@ -36,10 +31,9 @@ def read_log(text: str) -> dict[int, dict[str, str]]:
     """Return the fields of every iteration in Megatron's printed output.
 
     Returns:
-        iteration → printed name of the field ("lm loss", "sparsity", ...) → its printed value. For a log of the
-        authors' fork, the names are the values of `FORK_NAMES`.
+        iteration → printed name of the field ("lm loss", "sparsity", ...) → its printed value.
     """
-    return {int(iteration): _fields(line) for iteration, _, line in _LINE.findall(text)}
+    return {int(iteration): dict(_FIELD.findall(line)) for iteration, _, line in _LINE.findall(text)}
 
 
 def read_printed(log: Path) -> Iterator[dict[str, Any]]:
@@ -50,7 +44,7 @@ def read_printed(log: Path) -> Iterator[dict[str, Any]]:
     with log.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if logged := _LINE.search(line):
-                fields = _fields(logged[3])
+                fields = dict(_FIELD.findall(logged[3]))
                 if not started:
                     args = {"train_iters": int(logged[2])} | args
                     yield _start(args, parameters, iteration)
@@ -84,14 +78,10 @@ def _evaluation(name: str | None, iteration: str, on: str | None, loss: str) -> 
     return record | ({"set": name or "test"} if name or on == "test" else {})
 
 
-def _fields(line: str) -> dict[str, str]:
-    return {FORK_NAMES.get(name, name): value for name, value in _FIELD.findall(line)}
-
-
 def _figures(fields: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields under their names in metrics.jsonl."""
     figures: dict[str, Any] = {
-        _IN_METRICS.get(name, name.replace(" ", "_")): _number(of) for name, of in fields.items()
+        _FORK_NAMES.get(name, name.replace(" ", "_")): _number(of) for name, of in fields.items()
     }
     if milliseconds := fields.get(MILLISECONDS):
         figures["seconds_per_iteration"] = _number(f"{milliseconds}e-3")

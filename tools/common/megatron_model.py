@@ -13,13 +13,9 @@ import torch
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.remoe import cpu
-from megatron.remoe.baselines.hash import pass_token_ids
-from megatron.remoe.training.arguments import model_config_from_args
-from megatron.remoe.training.hooks import install_local_layers, install_routing
-from megatron.training.models.base import compose_hooks
+from megatron.remoe.training.hooks import build_model
 
 from .errors import ConversionError
 
@@ -66,14 +62,7 @@ def build(args: argparse.Namespace) -> GPTModel:
         here.hybrid_layer_pattern = here.hybrid_layer_pattern.replace("|", "")
     cpu.adapt_arguments(here)
     try:
-        model_cfg = model_config_from_args(here)
-        install_routing(here, model_cfg)
-        install_local_layers(here, model_cfg)
-        builder = model_cfg.get_builder_cls()(model_cfg)
-        stock = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
-        (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([stock])
-        pass_token_ids([model])
-        return model.eval()
+        return build_model(here).eval()
     except (ValueError, AssertionError, TypeError) as error:
         raise ConversionError(f"Megatron cannot build this model here: {error}", "REMOE-E512") from error
 

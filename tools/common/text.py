@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -11,12 +10,8 @@ from megatron.remoe.data.indexed import IndexedReader
 
 from .errors import ToolError
 
-
-class Blend(NamedTuple):
-    """Data sets and their weights (None: in proportion to their size)."""
-
-    prefixes: list[str]
-    weights: list[float] | None
+# Prefixes of data sets, and their weights (None: in proportion to their size).
+Blend = tuple[list[str], list[float] | None]
 
 
 class Text:
@@ -101,7 +96,7 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
         raise ToolError(f"the data sets cannot be read: {error}. Give them with --data-path.", "REMOE-E303") from error
     if not blend:
         raise ToolError("the checkpoint names no data sets. Give --data-path.", "REMOE-E301")
-    return Blend(*blend)
+    return blend
 
 
 def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int, or_else: str = "") -> torch.Tensor:
@@ -112,13 +107,13 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
     Raises:
         UsageError: a data set is missing, corrupt or too small, or was made with another vocabulary.
     """
-    readers = [open_data_set(prefix, 1) for prefix in blend.prefixes]
-    shares = numpy.array(blend.weights or [reader.tokens for reader in readers], dtype=numpy.float64)
+    prefixes, weights = blend
+    readers = [open_data_set(prefix, 1) for prefix in prefixes]
+    shares = numpy.array(weights or [reader.tokens for reader in readers], dtype=numpy.float64)
     generator = numpy.random.default_rng(seed)
     found = []
-    for prefix, reader, count in zip(
-        blend.prefixes, readers, generator.multinomial(sequences, shares / shares.sum()), strict=True
-    ):
+    counts = generator.multinomial(sequences, shares / shares.sum())
+    for prefix, reader, count in zip(prefixes, readers, counts, strict=True):
         available = (reader.tokens - 1) // length
         if count > available:
             raise ToolError(
@@ -129,5 +124,5 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
         for start in generator.choice(available, size=count, replace=False) * length:
             found.append(reader.read(int(start), length + 1).astype(numpy.int64))
     chosen = numpy.stack([found[place] for place in generator.permutation(len(found))])
-    check_vocabulary(" ".join(blend.prefixes), int(chosen.max()), vocabulary)
+    check_vocabulary(" ".join(prefixes), int(chosen.max()), vocabulary)
     return torch.from_numpy(chosen)

@@ -31,17 +31,12 @@ class ShownTraining:
     """One training on the display; `cost` is its time relative to the other trainings."""
 
     name: str
-    place: str  # for example "3/12"
     iterations: int
     tokens_per_iteration: int
     cost: float
     done: int = 0  # iterations
     next_line: float = 0.0  # iteration of the next plain line
-
-    @property
-    def title(self) -> str:
-        """Return the training's place and name."""
-        return f"{self.place} {self.name}"
+    title: str = ""  # its place and name, as in "3/12 dense"
 
 
 class TrainingDisplay:
@@ -55,6 +50,8 @@ class TrainingDisplay:
             trainings: all of them.
             keep_open: a file whose lock the trainings hold too.
         """
+        for number, shown in enumerate(trainings, 1):
+            shown.title = f"{number}/{len(trainings)} {shown.name}"
         columns = (TextColumn("  {task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[note]}"))
         self._progress = Progress(
             *columns, console=console, disable=not console.is_terminal, speed_estimate_period=SECONDS_OF_RATE

@@ -1,4 +1,4 @@
-"""Keep the points of all trainings in one file, and compare them: gaps to ReMoE, and their table."""
+"""Keep the points of all trainings in one file, and compare arms with a reference: gaps, and their table."""
 
 import json
 import math

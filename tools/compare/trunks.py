@@ -20,7 +20,6 @@ from ..common.figure_reader import LOG, METRICS, read_figures
 from ..common.flags import words_of
 from ..common.places import ROOT
 from ..common.training_process import Processes
-from ..corpora.dataset import predicted_tokens
 from ..recipes.flops import flops_per_sequence
 from ..recipes.stages import Flops, stages
 from .plan import TRUNK, Training, flags_of, rounded, trunk_steps
@@ -53,7 +52,7 @@ class Point:
 
 
 class Runner:
-    """Start trainings on one corpus; they are `processes`."""
+    """Train on one corpus; `processes` hold the trainings."""
 
     def __init__(self, output: Path, text: Path, manifest: Mapping[str, Any], lock: IO[str]) -> None:
         self._output, self._text, self._tokens = output, text, manifest["tokens"]
@@ -149,19 +148,16 @@ class Runner:
 
     def _read(self, training: Training, decay: Path, steps: int, equal_to: int | None) -> Point:
         figures = read_figures(decay)
-        losses = figures.final_losses(steps)
-        sequence = figures.whole("seq_length")
-        weights = {name: predicted_tokens(count, sequence) for name, count in self._tokens["heldout"].items()}
-        if training.is_tuning:
-            weights = {"": 1}
-        if not weights.keys() <= losses.keys():
+        sets = [""] if training.is_tuning else self._tokens["heldout"]
+        loss = figures.validation_loss
+        if loss is None or not figures.final_losses(steps).keys() >= {*sets}:
             raise ToolError(f"{decay / LOG}: there is no validation loss after step {steps}.")
         flops = stages(figures, Flops.of(figures.args))
         iterations, seconds = figures.curve("seconds_per_iteration")
         return Point(
             steps=steps,
             equal_to=equal_to,
-            loss=sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values()),
+            loss=loss,
             flops=sum(stage.flops for stage in flops),
             seconds=float(np.median(seconds[iterations > trunk_steps(steps)])),
             first_near=figures.first_near,

@@ -8,7 +8,7 @@ import torch
 
 from megatron.core.models.gpt import GPTModel
 
-from ..common.checkpoints import EMBEDDING, Checkpoint, check_output, find, load, save
+from ..common.checkpoints import Checkpoint, check_output, find, load, save
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.megatron_model import build, one_process
@@ -48,11 +48,9 @@ def convert(options: argparse.Namespace, display: Display) -> None:
         ConversionError: something is wrong with the flags, the checkpoint or the data, or the loss grows too much.
     """
     checkpoint = find(options.load, options.ckpt_step)
-    if EMBEDDING not in checkpoint.shapes:
-        raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
     if getattr(checkpoint.args, "hybrid_layer_pattern", None):
         raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel. Convert it with --model gpt first.")
-    args = source_args(checkpoint.args, checkpoint.shapes[EMBEDDING][0])
+    args = source_args(checkpoint.args)
     new_args = target_args(args, options)
     kind = "dense" if args.num_experts is None else "top-k"
     display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
@@ -75,8 +73,8 @@ def convert(options: argparse.Namespace, display: Display) -> None:
                 "--loss-bound."
             )
         display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
-        engine = (options.transformer_impl or args.transformer_impl) == "transformer_engine"
-        save(target, new_args, options.save, engine)
+        new_args.transformer_impl = options.transformer_impl or args.transformer_impl
+        save(target, new_args, options.save)
     flags = training_flags(new_args, options.save)
     if kind == "top-k" and new_args.moe_router_topk < args.moe_router_topk:
         flags += f" --teacher {options.load}"

@@ -9,14 +9,14 @@ from megatron.remoe.preflight.checkpoint_files import check_is_whole
 from megatron.remoe.preflight.checkpoint_index import common_state, is_of_fsdp, read_index
 from megatron.remoe.preflight.stored_sums import check_part
 
-from ..common.checkpoints import Checkpoint, find_folder, read_parts, reading, save
+from ..common.checkpoints import find_folder, read_parts, reading, save
 from ..common.display import Display
 from ..common.errors import ConversionError
 from ..common.hf.settings import complete
 from ..common.megatron_model import EXPERT, build, one_process
 
 PREFIX = "model.module."
-# Names of norms in plain PyTorch layers and, fused with the next product, in Transformer Engine's.
+# A norm's name in the model → its key where Transformer Engine fuses it with the next product.
 NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -39,15 +39,14 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
         args = complete(common_state(folder, index)["args"])
     args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
     args.transformer_impl = options.transformer_impl or args.transformer_impl
-    checkpoint = Checkpoint(folder, str(folder), args, {}, {})
     with one_process(args.seed):
         model = build(args)
         parts: dict[str, tuple[torch.Tensor, int | None]] = {}
         for name, tensor in model.state_dict().items():
             if torch.is_tensor(tensor):
                 parts |= {key: (part, None) for key, part in _stored(name, tensor, index.state_dict_metadata).items()}
-        read_parts(checkpoint, parts)
-        save(model, args, options.save, args.transformer_impl == "transformer_engine")
+        read_parts(folder, index, parts)
+        save(model, args, options.save)
     display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
 
 

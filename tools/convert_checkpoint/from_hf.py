@@ -57,12 +57,12 @@ def convert_hf(options: argparse.Namespace, display: Display) -> None:
     folder: Path = options.from_hf
     config = read_config(folder)
     flags = flags_of(folder, config)
-    args = parse_flags(flags, config.vocab_size, config.dtype)
+    args = parse_flags(flags, config)
     display.say(f"{config.model_type}: {args.num_layers} layers of hidden size {args.hidden_size}, {args.num_experts} "
                 f"experts, {args.moe_router_topk} per token")  # fmt: skip
     with one_process(options.seed):
         model = build(args)
-        fill(model, config, Weights(folder))
+        fill(model, config, folder)
         length = min(TOKENS, config.max_position_embeddings)
         tokens = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(options.seed))
         with torch.no_grad():
@@ -74,7 +74,7 @@ def convert_hf(options: argparse.Namespace, display: Display) -> None:
         if not difference <= BOUND:
             raise ConversionError(f"{result}, above {BOUND:.0e}: nothing was written.", "REMOE-E514")
         display.say(result)
-        save(model, args, options.save, args.transformer_impl == "transformer_engine")
+        save(model, args, options.save)
     display.say(
         f"wrote {options.save}. Train on from it:\n"
         f"{PROGRAM} {shlex.join(['--pretrained-checkpoint', str(options.save), *flags])}\n"
@@ -83,52 +83,25 @@ def convert_hf(options: argparse.Namespace, display: Display) -> None:
     )
 
 
-class Weights:
-    """The tensors of a folder's .safetensors files by name, read one at a time.
-
-    Attributes:
-        unused: names that nobody has asked for yet.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """
-        Raises:
-            ConversionError: a file is missing, damaged or outside the folder.
-        """
-        self._folder = folder
-        self._files: dict[str, Any] = {}
-        for path in weight_files(folder):
-            names = [name for name, _, _ in headers(path)]
-            self._files |= dict.fromkeys(names, safe_open(path, framework="pt"))
-        self.unused = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
-
-    def get(self, name: str) -> torch.Tensor:
-        """Return a tensor in its own dtype.
-
-        Raises:
-            ConversionError: it is missing, or holds NaN or infinity.
-        """
-        if name not in self._files:
-            raise ConversionError(f"{self._folder}: has no {name}, which its config.json calls for.")
-        self.unused.discard(name)
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        if not tensor.isfinite().all():
-            raise ConversionError(f"{self._folder}: {name} holds values that are not finite.")
-        return tensor
-
-
 @torch.no_grad()
-def fill(model: GPTModel, config: Any, weights: Weights) -> None:
+def fill(model: GPTModel, config: Any, folder: Path) -> None:
     """Copy a folder's weights into Megatron's model.
 
     Raises:
-        ConversionError: a tensor is missing, unexpected, not finite, or has another shape.
+        ConversionError: a file or tensor is missing, damaged, unexpected, not finite, or has another shape.
     """
+    files: dict[str, Any] = {}
+    for path in weight_files(folder):
+        files |= dict.fromkeys((name for name, _, _ in headers(path)), safe_open(path, framework="pt"))
+    unused = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor):
             continue
         names = _names(name, config)
-        parts = [weights.get(one) for one in names]
+        if missing := [one for one in names if one not in files]:
+            raise ConversionError(f"{folder}: has no {missing[0]}, which its config.json calls for.")
+        unused.difference_update(names)
+        parts = [files[one].get_tensor(one) for one in names]
         if name.endswith(QKV):
             heads = [part.view(config.num_key_value_heads, -1, config.hidden_size) for part in parts]
             parts = [torch.cat(heads, dim=1).flatten(0, 1)]
@@ -138,10 +111,11 @@ def fill(model: GPTModel, config: Any, weights: Weights) -> None:
                 f"--from-hf: {', '.join(names)} should have the shape {list(tensor.shape)} together, and has "
                 f"{list(found.shape)}."
             )
+        if not found.isfinite().all():
+            raise ConversionError(f"{folder}: {' or '.join(names)} holds values that are not finite.")
         tensor.copy_(found)
-    if weights.unused:
-        first = min(weights.unused)
-        raise ConversionError(f"--from-hf: {len(weights.unused)} tensors, such as {first}, do not belong to the model.")
+    if unused:
+        raise ConversionError(f"--from-hf: {len(unused)} tensors, such as {min(unused)}, do not belong to the model.")
 
 
 def _names(name: str, config: Any) -> list[str]:

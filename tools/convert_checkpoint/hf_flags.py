@@ -146,6 +146,6 @@ FAMILIES: dict[str, Callable[[Any], list[str]]] = {
 
 
 def _vocabulary(folder: Path, config: Any) -> list[str]:
-    if not (folder / "tokenizer_config.json").is_file():
-        return vocabulary_flags(config, None, 0)
-    return vocabulary_flags(config, folder, len(read_tokenizer(folder, f"--from-hf {folder}", config)))
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = read_tokenizer(folder, f"--from-hf {folder}", config) if has_tokenizer else None
+    return vocabulary_flags(config, tokenizer)

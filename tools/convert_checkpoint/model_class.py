@@ -8,7 +8,7 @@ import argparse
 import re
 from typing import Any
 
-from megatron.remoe.preflight.checkpoint_index import common_state, read_index
+from megatron.remoe.preflight.checkpoint_index import common_state
 
 from ..common.checkpoints import Checkpoint, find
 from ..common.display import Display
@@ -86,8 +86,8 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
             or written.
     """
     checkpoint = find(options.load, options.ckpt_step)
-    index = read_index(checkpoint.folder)
-    state = common_state(checkpoint.folder)
+    index = checkpoint.index
+    state = common_state(checkpoint.folder, index)
     args, names = _target(checkpoint, options.model, index.state_dict_metadata)
     _check_optimizer(checkpoint)
     state |= {"args": args}

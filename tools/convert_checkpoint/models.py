@@ -5,6 +5,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ FLAGS = "REMOE-E501"  # they do not fit
 ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
 
 
-def source_args(saved: argparse.Namespace, vocabulary: int) -> argparse.Namespace:
-    """Return the source's saved arguments, complete for this version of Megatron, with the rows of its embedding.
+def source_args(saved: argparse.Namespace) -> argparse.Namespace:
+    """Return the source's saved arguments, complete for this version of Megatron.
 
     Raises:
         ConversionError: the checkpoint is that of a ReMoE already.
@@ -52,9 +53,7 @@ def source_args(saved: argparse.Namespace, vocabulary: int) -> argparse.Namespac
         raise ConversionError(
             "--load: this is a checkpoint of a ReMoE already. Train on from it with pretrain_gpt.py --load."
         )
-    args = complete(saved)
-    args.padded_vocab_size = vocabulary
-    return args
+    return complete(saved)
 
 
 def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
@@ -177,22 +176,19 @@ def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[i
     inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
     gates: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
 
-    def keep_input(index: int) -> Any:
-        def hook(_module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-            hidden = positional[0] if positional else named["hidden_states"]
-            inputs[index].append(hidden.reshape(-1, hidden.shape[-1]).clone())
+    def keep_input(seen: list[torch.Tensor], _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = positional[0] if positional else named["hidden_states"]
+        seen.append(hidden.reshape(-1, hidden.shape[-1]).clone())
 
-        return hook
-
-    def keep_gates(index: int) -> Any:
-        return lambda _module, _arguments, routed: gates[index].append((routed[0] * routed[1]).float())
+    def keep_gates(seen: list[torch.Tensor], _module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
+        seen.append((routed[0] * routed[1]).float())
 
     with ExitStack() as hooks:
         for index in layers:
             mlp = source.decoder.layers[index].mlp
-            hooks.enter_context(mlp.register_forward_pre_hook(keep_input(index), with_kwargs=True))
+            hooks.enter_context(mlp.register_forward_pre_hook(partial(keep_input, inputs[index]), with_kwargs=True))
             if isinstance(mlp, MoELayer):
-                hooks.enter_context(mlp.router.register_forward_hook(keep_gates(index)))
+                hooks.enter_context(mlp.router.register_forward_hook(partial(keep_gates, gates[index])))
         yield inputs, gates
 
 

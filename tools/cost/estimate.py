@@ -72,24 +72,21 @@ def lines(
     yield from _memory_lines(args, options, stages)
 
 
-def active_parameters(args: argparse.Namespace, total: int, experts: int) -> int:
-    """Return the parameters that a token with k experts uses."""
-    return total - experts + (experts * args.moe_router_topk // args.num_experts if args.num_experts else 0)
-
-
 def _compute_lines(
     args: argparse.Namespace, options: argparse.Namespace, sequences: int, total: int, experts: int
 ) -> Iterator[str]:
     yield "Model and compute"
     yield f"  total parameters    {total:,}"
-    yield f"  active parameters   {active_parameters(args, total, experts):,} per token"
+    used = experts * args.moe_router_topk // args.num_experts if args.num_experts else 0
+    yield f"  active parameters   {total - experts + used:,} per token"
     try:
         per_sequence = flops.flops_per_sequence(args)
     except ValueError as error:
         yield f"  FLOPs, time         not known: {error}"
         yield "                      The memory excludes other layers' activations."
         return
-    hours = options.accelerator.hours(sequences * per_sequence, options.gpus, options.utilization)
+    rate = options.gpus * options.accelerator.tflops * 1e12 * options.utilization
+    hours = sequences * per_sequence / rate / 3600
     duration = f"{hours:,.1f} hours" + (f" ({hours / 24:.1f} days)" if hours > 48 else "")
     duration = f"{hours * 60:.1f} minutes" if hours < 1 else duration
     yield f"  FLOPs               {per_sequence / args.seq_length / 1e9:.3f} G per token"

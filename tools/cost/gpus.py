@@ -25,10 +25,6 @@ class Accelerator:
     bandwidth: float = 0.0
     link: float = 0.0
 
-    def hours(self, flops: float, gpus: int, utilization: float) -> float:
-        """Return the hours for `flops` on so many GPUs at the share `utilization` of their rate."""
-        return flops / (gpus * self.tflops * 1e12 * utilization) / 3600
-
 
 ACCELERATORS: dict[str, Accelerator] = {
     "a100-40": Accelerator(312, 40),

@@ -14,7 +14,7 @@ from typing import Any
 from ..recipes.models import PAPER
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_attention_heads")
-# Settings below that change the time or memory of a step.
+# Further settings that change the time or memory of a step.
 OF_A_STEP = """num_query_groups seq_length global_batch_size num_experts moe_router_topk moe_granularity ffn_hidden_size
 bf16 moe_layer_freq moe_shared_expert_intermediate_size""".split()
 

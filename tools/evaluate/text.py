@@ -4,7 +4,6 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from megatron.remoe.routing.refusals import flag
 
 from ..common.display import Display
 from ..common.errors import ToolError
-from ..common.expert_counts import Experts, count_experts, expert_blocks
+from ..common.expert_counts import count_experts, expert_blocks, summarize_experts
 from ..common.hf.opening import OpenedModel
 from ..common.text import check_vocabulary, open_data_set
 from .speed import speeds
@@ -82,7 +81,7 @@ def measure(
 
     Returns:
         "loss" in nats per token; "tokens": number of predicted ones; "experts": number of a layer with experts, from
-        1 → the fields of `Experts`.
+        1 → what `summarize_experts` returns.
 
     Raises:
         ToolError: the data set holds a token that the model does not know.
@@ -101,7 +100,7 @@ def measure(
             new = torch.bincount(torch.cat(passes), minlength=model.config.num_experts + 1).cpu()
             histograms[layer] = histograms.get(layer, 0) + new
         advance(len(batch))
-    experts = {layer: asdict(Experts.of(histogram)) for layer, histogram in histograms.items()}
+    experts = {layer: summarize_experts(histogram) for layer, histogram in histograms.items()}
     return {"loss": total / tokens, "tokens": tokens, "experts": experts}
 
 

@@ -25,7 +25,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--ckpt-step", type=int, metavar="N", help="iteration to export (default: the newest)")
     text = "a Hugging Face tokenizer (default: the training's own)"
     add("--tokenizer-model", type=Path, metavar="FOLDER", help=text)
-    text = "text to compare the models on, as in Megatron (default: the training's held-out text)"
+    text = "text to compare the models on, as in Megatron (default: the training's, held-out if it names some)"
     add("--data-path", nargs="+", metavar="WORD", help=text)
     text = "with --reverse: layers that will load the checkpoint (default: %(default)s)"
     installed = "transformer_engine" if importlib.util.find_spec("transformer_engine") else "local"

@@ -41,7 +41,7 @@ class Check(NamedTuple):
 
 
 def text_for(args: argparse.Namespace, data_path: list[str] | None, config: RemoeConfig) -> Text:
-    """Return the text given, or the training's held-out text, or random tokens if that is not here.
+    """Return the text given, else the training's (held-out, if it names some), else random tokens.
 
     Raises:
         UsageError: the data sets given cannot be read.

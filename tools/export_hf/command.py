@@ -3,7 +3,6 @@
 import argparse
 import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from transformers.utils import logging
@@ -44,9 +43,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
     assert isinstance(config.dtype, torch.dtype)
     parameters = sum(shape.numel() for shape in shapes_of(config).values())
     # Megatron loads its model itself; only one of both models is in memory at a time.
-    own = complete(checkpoint.args)
-    own.padded_vocab_size = config.vocab_size
-    model = build(own)
+    model = build(complete(checkpoint.args))
     load(checkpoint, model)
     logits = megatron_logits(model, text)
     del model
@@ -79,16 +76,15 @@ def reverse(options: argparse.Namespace, display: Display) -> None:
     source, tokenizer, _ = open_model(options.load, None, options.tokenizer_model, needs_tokenizer=False, device="cpu")
     config = source.config
     source = source.float()
-    place = None if tokenizer is None else Path(tokenizer.name_or_path)
-    flags = [*flags_of(config), *vocabulary_flags(config, place, len(tokenizer or ()))]
-    args = parse_flags(flags, config.vocab_size, config.dtype)
+    flags = [*flags_of(config), *vocabulary_flags(config, tokenizer)]
+    args = parse_flags(flags, config)
     text = text_for(args, options.data_path, config)
     model = build(args)
     fill(model, source)
     display.say(described(compare(source, megatron_logits(model, text), text), text))
     del source
     args.transformer_impl = options.transformer_impl
-    save(model, args, options.save, options.transformer_impl == "transformer_engine")
+    save(model, args, options.save)
     words = ["--data-path", *(options.data_path or ["DATA"]), "--pretrained-checkpoint", str(options.save), *flags]
     display.say(f"wrote {options.save}. Train on from it:\n{PROGRAM} {shlex.join(words)}")
 

@@ -32,20 +32,6 @@ def load_encoder(
             "neither --vocab-file nor --merge-file.",
             "REMOE-E513",
         )
-    return folder_encoder(tokenizer_model, threads, split_special_tokens)
-
-
-def gpt2_encoder(
-    vocab_file: Path | str | None, merge_file: Path | str | None, threads: int = 1, split_special_tokens: bool = False
-) -> TextEncoder:
-    """Return the encoder of a GPT-2 vocabulary."""
-    tokenizer = read_gpt2_vocabulary(vocab_file, merge_file)
-    end_of_document = tokenizer.token_to_id(END_OF_TEXT)
-    return TextEncoder(tokenizer, tokenizer.get_vocab_size(), end_of_document, threads, split_special_tokens)
-
-
-def folder_encoder(tokenizer_model: str, threads: int = 1, split_special_tokens: bool = False) -> TextEncoder:
-    """Return the encoder for a tokenizer that transformers' AutoTokenizer loads from a folder or the hub."""
     from transformers import AutoTokenizer
 
     try:
@@ -63,3 +49,12 @@ def folder_encoder(tokenizer_model: str, threads: int = 1, split_special_tokens:
     # Like Megatron: without an end-of-sequence token the separator ends documents.
     end_of_document = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return TextEncoder(reference, len(tokenizer), end_of_document, threads, split_special_tokens)
+
+
+def gpt2_encoder(
+    vocab_file: Path | str | None, merge_file: Path | str | None, threads: int = 1, split_special_tokens: bool = False
+) -> TextEncoder:
+    """Return the encoder of a GPT-2 vocabulary."""
+    tokenizer = read_gpt2_vocabulary(vocab_file, merge_file)
+    end_of_document = tokenizer.token_to_id(END_OF_TEXT)
+    return TextEncoder(tokenizer, tokenizer.get_vocab_size(), end_of_document, threads, split_special_tokens)

@@ -69,12 +69,11 @@ def train(console: Console, trainings: Sequence[training.Training], iterations: 
     shown = [
         ShownTraining(
             tiny.NAMES[each.model],
-            f"{number}/{len(trainings)}",
             iterations,
             tiny.SIZE.tokens_per_iteration,
             cost=tiny.RELATIVE_COST[each.model],
         )  # fmt: skip
-        for number, each in enumerate(trainings, start=1)
+        for each in trainings
     ]
     with TrainingDisplay(console, shown, keep_open) as display:
 
@@ -125,15 +124,11 @@ def run(args: argparse.Namespace) -> int:
             data = dataset.build(output / "data", output / "corpus", text, number_of_cores())
             number = sum(data["tokens"]["train"].values())
             result.append(f"{number:,} training tokens" + (" (reused)" if data["reused"] else ""))
-        held_out = {
-            domain: dataset.predicted_tokens(tokens, tiny.SIZE.sequence)
-            for domain, tokens in data["tokens"]["heldout"].items()
-        }
         trainings = plan(args, runs, output / "data", data)
         train(console, trainings, args.iterations, keep_open)
         with step(console, "report", "reading the figures") as result:
             found = {each.model: read_figures(each.folder) for each in trainings}
-            summary = report.summarize(found, held_out, args.iterations, args.seed, tiny.SIZE, args.corpus)
+            summary = report.summarize(found, args.iterations, args.seed, args.corpus)
             write_json(runs / "summary.json", summary)
             picture.draw(runs / "report.png", found, summary)
             result.append("table and picture")

@@ -36,6 +36,8 @@ def late_load(figures: RunFigures, last: int) -> dict[int, NDArray[np.float64]]:
 
 
 def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     first = SKIPPED_SHARE * summary["iterations"]
     for model, title in tiny.NAMES.items():
         colour, final = routing_color(model), summary[model]["val_loss"]
@@ -49,18 +51,10 @@ def _draw_loss(axes: Any, runs: Mapping[str, RunFigures], summary: dict[str, Any
     axes.set(title="Loss in training (smoothed), and on held-out text at the end", xlabel="iteration", xscale="log")
     axes.set_ylabel("nats per byte")
     axes.set_xlim(first, summary["iterations"])
-    _plain_log_ticks(axes, first, summary["iterations"])
-    axes.legend(title="held-out text")
-
-
-def _plain_log_ticks(axes: Any, first: float, last: float) -> None:
-    """Put ticks at round numbers. Matplotlib's logarithmic axis has few of them over a single decade."""
-    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-
-    rounds = [m * 10**e for e in range(7) for m in (1, 2, 3, 5)]
-    axes.xaxis.set_major_locator(FixedLocator([value for value in rounds if first <= value <= last]))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # the default has few ticks over a single decade
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.legend(title="held-out text")
 
 
 def _draw_sparsity(axes: Any, remoe: RunFigures, summary: dict[str, Any]) -> None:

@@ -43,29 +43,19 @@ def late_sparsity(figures: RunFigures, last: int, experts: int) -> float:
     return float(1 - pairs / (tokens * experts))
 
 
-def summarize(
-    runs: Mapping[str, RunFigures],
-    held_out: dict[str, int],
-    iterations: int,
-    seed: int,
-    size: tiny.TinySize,
-    corpus: str,
-) -> dict[str, Any]:
-    """Return the content of summary.json.
-
-    `held_out` has the tokens that each domain's evaluation predicts: the weights of the losses.
-    """
+def summarize(runs: Mapping[str, RunFigures], iterations: int, seed: int, corpus: str) -> dict[str, Any]:
+    """Return the content of summary.json."""
     summary: dict[str, Any] = {}
+    size = tiny.SIZE
     for model, run in runs.items():
         # Process start-up slows the first intervals.
         seconds = run.curve("seconds_per_iteration").values
         seconds = seconds[2:] if len(seconds) > 2 else seconds
-        losses = {domain: run.evaluations[domain][-1].loss for domain in held_out}
         total = run.parameters or 0
         unused = (size.experts - size.topk) * size.layers * 3 * size.hidden * size.ffn if run.num_experts else 0
         summary[model] = {
-            "val_loss": sum(losses[domain] * n for domain, n in held_out.items()) / sum(held_out.values()),
-            "val_loss_by_domain": losses,
+            "val_loss": run.validation_loss,
+            "val_loss_by_domain": {domain: found[-1].loss for domain, found in run.evaluations.items()},
             "train_tokens": iterations * size.tokens_per_iteration,
             "tokens_per_second": size.tokens_per_iteration / float(np.median(seconds)),
             "active_params": total - unused,

@@ -53,9 +53,6 @@ PAPER = {
     "469m": Size(layers=24, hidden=1024, heads=16, ffn=4096),
     "978m": Size(layers=24, hidden=1536, heads=16, ffn=6144),
 }
-TINY = Size(
-    layers=2, hidden=64, heads=4, ffn=128, query_groups=2, sequence=128, init_std=0.02, vocabulary_multiple=8
-)  # fmt: skip
 SAVE_INTERVALS = {"182m": 5000, "469m": 5000, "978m": 2500}  # iterations; of the authors' fork
 
 
@@ -109,7 +106,3 @@ class Training:
             --lr-warmup-fraction {self.warmup} --adam-beta1 0.9 --adam-beta2 {self.beta2}
             --weight-decay {self.weight_decay} --clip-grad 1.0
         """.split()
-
-
-# The rate rises for longer than the dense start of about 100 steps, in which experts die at the full rate.
-TINY_TRAINING = Training(1200, 32, 32, "4e-3", "4e-4", 0.95, 0.1, warmup=0.25)

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from .models import TINY, TINY_TRAINING, Routing, Size
+from .models import Routing, Size, Training
 
+# The rate rises for longer than the dense start of about 100 steps, in which experts die at the full rate.
+TRAINING = Training(1200, 32, 32, "4e-3", "4e-4", 0.95, 0.1, warmup=0.25)
 NAMES = {"dense": "dense", "moe": "MoE (top-k)", "remoe": "ReMoE"}
 
 
@@ -13,8 +15,7 @@ class TinySize(Size):
 
     experts: int = 8
     topk: int = 1
-    batch: int = TINY_TRAINING.micro_batch
-    vocabulary: int = 257  # the bytes and the end of a document
+    batch: int = TRAINING.micro_batch
 
     @property
     def tokens_per_iteration(self) -> int:
@@ -22,8 +23,8 @@ class TinySize(Size):
         return self.sequence * self.batch
 
 
-SIZE = TinySize(**vars(TINY))
-ITERATIONS = TINY_TRAINING.iterations
+SIZE = TinySize(2, 64, 4, 128, query_groups=2, sequence=128, init_std=0.02, vocabulary_multiple=8)
+ITERATIONS = TRAINING.iterations
 SEED = 1234
 RELATIVE_COST = {"dense": 1.0, "moe": 1.3, "remoe": 1.3}  # time of an iteration, for the time left
 
@@ -31,7 +32,7 @@ RELATIVE_COST = {"dense": 1.0, "moe": 1.3, "remoe": 1.3}  # time of an iteration
 def common_flags(size: TinySize, iterations: int, seed: int) -> list[str]:
     """Return the Megatron flags that all routings share."""
     log_interval, save_interval = max(1, min(20, iterations // 20)), max(1, iterations // 10)
-    training = replace(TINY_TRAINING, iterations=iterations, micro_batch=size.batch, global_batch=size.batch)
+    training = replace(TRAINING, iterations=iterations, micro_batch=size.batch, global_batch=size.batch)
     rest = f"""
         --seed {seed} --num-workers 0 --no-create-attention-mask-in-dataloader
         --eval-interval {iterations + 1} --multiple-validation-sets --full-validation

@@ -147,7 +147,7 @@ def _compiler() -> list[str]:
 
 
 def _include_folders() -> list[Path]:
-    """Return the folders of CUDA's headers in PyPI's packages; two are in packages that torch does not install."""
+    """Return the folders of CUDA's headers in PyPI's packages. No torch installs crt's, and not every torch CCCL's."""
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     found = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
     needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}

@@ -53,8 +53,8 @@ class Launches:
         """Start counting the calls of a class's method, or of a module's function.
 
         Args:
-            owner, method: the method.
-            part: its name.
+            owner, method: the class or module, and the name of its method or function.
+            part: the name under which its launches are counted.
             continues: whether a call, by its first argument, belongs to the call before it.
         """
         real = getattr(owner, method)

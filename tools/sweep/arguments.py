@@ -9,9 +9,10 @@ from pathlib import Path
 from ..common.flags import above_zero, number_of_cores, split, whole_number
 from ..common.places import ROOT
 from ..corpora.dataset import CORPORA, MIXED
+from ..recipes import tiny
 from ..recipes.data import is_set
 from ..recipes.layout import RecipeError
-from ..recipes.models import TINY_TRAINING, Training
+from ..recipes.models import Training
 from . import plan
 
 DESCRIPTION = """\
@@ -89,7 +90,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         add(f"--{name}", type=whole_number(1), metavar="N", help=text)
     output, text = Path(os.environ.get("OUTPUT_DIR") or ROOT / "runs" / "sweep"), "(default: OUTPUT_DIR, or runs/sweep)"
     add("--output-dir", type=Path, default=output, metavar="FOLDER", help=f"for the runs and the results {text}")
-    text = f"train the quickstart's model, and two larger ones for the figure size, for {TINY_TRAINING.iterations} "
+    text = f"train the quickstart's model, and two larger ones for the figure size, for {tiny.ITERATIONS} "
     text += "iterations in one process on the CPU, with its text if neither DATA_PATH nor DATA_DIR is set"
     add("--tiny", action="store_true", help=text)
     add("--corpus", choices=CORPORA, default=MIXED, help="the quickstart's text for --tiny (default: %(default)s)")
@@ -104,7 +105,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
     own, flags = split(words)
     args = parser.parse_args(own)
-    training = TINY_TRAINING if args.tiny else Training()
+    training = tiny.TRAINING if args.tiny else Training()
     args.flags = tuple(flags)
     args.gpus_per_node = args.gpus_per_node or (1 if args.tiny else 8)
     args.train_iters = args.train_iters or training.iterations

@@ -13,7 +13,7 @@ from typing import IO
 
 from rich.console import Console
 
-from ..common.display import say
+from ..common.display import print_table, say
 from ..common.files import lock
 from ..common.flags import whole
 from ..common.places import LOG
@@ -97,12 +97,11 @@ def train(console: Console, launch: plan.Launch, todo: Sequence[Found], processe
     shown = [
         ShownTraining(
             each.run.name,
-            f"{number}/{len(todo)}",
             whole(each.settings, "--train-iters"),
             tokens_per_iteration(each.settings),
             cost=flops(each.settings),
         )  # fmt: skip
-        for number, each in enumerate(todo, start=1)
+        for each in todo
     ]
     with TrainingDisplay(console, shown, held) as display:
 
@@ -137,7 +136,7 @@ def collect(console: Console, output: Path, planned: Sequence[plan.Run]) -> None
         raise RecipeError(f"--output-dir {output}: no run of a sweep is there.")
     written = results.collect(output, rows)
     console.print()
-    results.show(rows)
+    print_table(results.HEADER, map(results.cells, rows), text=1)
     console.print()
     for warning in results.warnings(output, rows):
         say(console, f"  {warning}", "yellow")

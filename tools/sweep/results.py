@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron.remoe.data.files import write_aside, write_text
 
-from ..common.display import print_table
 from ..common.markdown import table
 from ..common.places import LOG
 from ..common.units import duration
@@ -49,7 +48,7 @@ def collect(output: Path, rows: Sequence[Row]) -> list[Path]:
     else:
         written.pop().unlink(missing_ok=True)
     write_aside(written[0], lambda aside: _write_csv(aside, rows))
-    parts = ["# Sweep\n", *table(HEADER, map(_cells, rows), text=1), NOTE]
+    parts = ["# Sweep\n", *table(HEADER, map(cells, rows), text=1), NOTE]
     parts += [f"**{warning}**\n" for warning in warnings(output, rows)]
     parts += ["![Validation loss along each axis](results.png)\n"] if points else []
     write_text(written[1], "\n".join(parts))
@@ -66,11 +65,6 @@ def warnings(output: Path, rows: Sequence[Row]) -> list[str]:
     return [*found, f"These runs were trained on different numbers of tokens ({seen}): their losses do not compare."]
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Print the table."""
-    print_table(HEADER, map(_cells, rows), text=1)
-
-
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     columns = ["run", "state", *(field.name for field in (*fields(Run), *fields(Outcome)))]
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -83,7 +77,8 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow({"run": run.name, "state": state} | asdict(run) | {"value": value} | found)
 
 
-def _cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
+    """Return a row of the table under `HEADER`."""
     run, of = row
     if of is None:
         return [run.name, "not started", "", "", ""]

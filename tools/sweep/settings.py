@@ -10,6 +10,7 @@ from pathlib import Path
 from ..common.figure_reader import LOG, METRICS
 from ..common.flags import Settings, above_zero, parse, whole, whole_number
 from ..recipes.flops import arguments_of, flops_per_sequence
+from ..recipes.hardware import GPU_FLAGS, PLAIN_PYTORCH, TRITON
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
 from ..recipes.models import PAPER, Routing
@@ -20,18 +21,16 @@ from .run_log import Outcome, read_outcome
 ENTRY = "pretrain_gpt.py"
 LAYOUT = (*NAMES, "NNODES")
 # Places, intervals, layout and hardware, which do not change the result.
-NOT_COMPARED = frozenset(
-    """
+NOT_COMPARED = {
+    *parse([*GPU_FLAGS, *PLAIN_PYTORCH, *TRITON]),
+    *"""
     --save --load --save-interval --tensorboard-dir --wandb-project --wandb-exp-name --wandb-save-dir
     --log-interval --exit-interval --exit-duration-in-mins
     --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size
     --num-virtual-stages-per-pipeline-rank --sequence-parallel
-    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --transformer-impl --moe-grouped-gemm --no-persist-layer-norm --no-gradient-accumulation-fusion
-    --moe-kernels --cross-entropy-loss-fusion --ddp-average-in-collective
-    --no-masked-softmax-fusion --no-rope-fusion
-    """.split()
-)
+    --moe-grouped-gemm --no-gradient-accumulation-fusion --no-rope-fusion
+    """.split(),
+}
 SET_BY_SWEEP = {
     **dict.fromkeys(("--train-iters", "--micro-batch-size"), "give it in front of --"),
     **dict.fromkeys(("--save", "--load", "--tensorboard-dir"), "choose with --output-dir"),

@@ -1,6 +1,7 @@
 """Routers to compare with ReLU routing that Megatron does not have, for `--moe-baseline-router`.
 
-Each has a method `routing(logits, padding_mask)`, for T tokens (sequence x batch) and E experts:
+All but hash and random, which take no logits and route padding too, have a method
+`routing(logits, padding_mask)`, for T tokens (sequence x batch) and E experts:
 
     logits        `[sequence, batch, E]` unless stated otherwise, x W in the router's dtype
     padding_mask  bool `[sequence, batch]`, True at padding, which is not routed; or None

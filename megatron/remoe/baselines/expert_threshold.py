@@ -28,7 +28,7 @@ class ExpertThresholdRouter(TopKRouter):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        device = torch.cuda.current_device()
         self.register_buffer("thresholds", torch.zeros(self.num_experts, dtype=torch.int64, device=device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("exceeded", torch.zeros_like(self.thresholds), persistent=False)

@@ -46,7 +46,7 @@ class RoutingFreeRouter(TopKRouter):
             parameter = torch.nn.Parameter(torch.full((experts,), value, dtype=self.config.params_dtype))
             parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
             setattr(self, name, parameter)
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        device = torch.cuda.current_device()
         self.register_buffer("exponent", torch.zeros((), dtype=torch.int64, device=device))
 
     def routing(

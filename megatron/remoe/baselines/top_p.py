@@ -29,7 +29,7 @@ class TopPRouter(TopKRouter):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        device = torch.cuda.current_device()
         start = round(self.topk / self.num_experts / UNIT)  # equal probabilities reach k/E with k experts
         self.register_buffer("errors", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("threshold", torch.full((), start, dtype=torch.int64, device=device))

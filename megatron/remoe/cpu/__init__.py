@@ -1,7 +1,7 @@
 """Run Megatron's training loop on a machine without an accelerator.
 
-With an accelerator nothing here is active. `facade` explains how it works; `engine` lists each change to Megatron with
-its reason.
+Active only without an accelerator or with --cpu. `facade` explains how it works; `engine` lists each change to
+Megatron with its reason.
 """
 
 import argparse

@@ -121,16 +121,11 @@ class _FacadeFinder(importlib.abc.MetaPathFinder):
 
     def __init__(self, facade: types.ModuleType) -> None:
         self.facade = facade
-        self._searching: set[str] = set()
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if not fullname.startswith("megatron.") or fullname in self._searching:
+        if not fullname.startswith("megatron."):
             return None
-        self._searching.add(fullname)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._searching.discard(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is None or spec.loader is None or not hasattr(spec.loader, "exec_module"):
             return spec
         run = spec.loader.exec_module

@@ -1,1 +1,1 @@
-"""GPT-2 vocabulary files, and Megatron's data sets on disk (.bin and .idx)."""
+"""GPT-2's vocabulary files, Megatron's data sets on disk, atomic writes, and errors that the user can correct."""

@@ -35,9 +35,7 @@ def count_blocks(routing_map: torch.Tensor) -> torch.Tensor:
     return counts
 
 
-def fill(
-    probs: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor, num_pairs: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class _Filled(torch.autograd.Function):
     """Sort the pairs by expert, then by token.
 
     Moves the map once and a gate, a token and a row of each pair; its backward pass also writes `[T, E]`.
@@ -54,10 +52,7 @@ def fill(
         by_token: int32 `[T + 1 + P]`: its elements t and t + 1 are the bounds, within it, of token t's pairs.
         gates: `[P]`, of the type of `probs`; the only one with a gradient.
     """
-    return _Filled.apply(probs, routing_map, counts, num_pairs)
 
-
-class _Filled(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, probs: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor, num_pairs: int
@@ -90,6 +85,9 @@ class _Filled(torch.autograd.Function):
             d_gates.contiguous(), routing_map, by_token, d_probs, num_tokens, num_experts, BLOCK=block, TILE=tile
         )
         return d_probs, None, None, None
+
+
+fill = _Filled.apply
 
 
 def _tile(num_tokens: int, num_experts: int) -> tuple[int, int]:

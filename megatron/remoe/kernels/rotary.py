@@ -14,21 +14,18 @@ from megatron.remoe.kernels import cdiv, next_power_of_2
 TILE = 1024  # elements that a program rotates at once
 
 
-def rotate(x: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor, interleaved: bool) -> torch.Tensor:
+class _Rotated(torch.autograd.Function):
     """Rotate each pair of elements by the angle of its position; moves `2 · S · B · N · D` elements.
 
     Args:
         x: `[S, B, N, D]`.
-        cos_SR, sin_SR: contiguous.
+        cos, sin: `[S, R]`, contiguous.
         interleaved: a pair are neighbours, instead of elements i and i + R.
 
     Returns:
         A contiguous tensor of the shape and type of `x`.
     """
-    return _Rotated.apply(x, cos_SR, sin_SR, interleaved)
 
-
-class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
         ctx.tables, ctx.interleaved = (cos, sin), interleaved
@@ -38,6 +35,9 @@ class _Rotated(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         cos, sin = ctx.tables
         return _rotated(gradient, cos, sin, ctx.interleaved, back=True), None, None, None
+
+
+rotate = _Rotated.apply
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool) -> torch.Tensor:

@@ -64,7 +64,7 @@ class GroupedExperts(MegatronModule):
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         assert config.moe_ffn_hidden_size is not None
         ffn, hidden = config.moe_ffn_hidden_size // self.tp_group.size(), config.hidden_size
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        device = torch.cuda.current_device()
 
         def parameter(rows: int, columns: int, parallel_dim: int, stride: int) -> torch.nn.Parameter:
             weight = torch.nn.Parameter(
@@ -142,10 +142,13 @@ class GroupedExperts(MegatronModule):
                 for number, half in enumerate(tensor.chunk(2, dim=1))
             ]
 
+        def join(halves: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(halves, dim=1)
+
         replica_id = (0, 0, self.dp_group.rank())
         key = f"{prefix}experts.linear_fc"
         state: ShardedStateDict = {
-            f"{prefix}fc1": ShardedTensorFactory(f"{key}1.weight", self.fc1, gate_and_up, _join_halves, replica_id),
+            f"{prefix}fc1": ShardedTensorFactory(f"{key}1.weight", self.fc1, gate_and_up, join, replica_id),
             f"{prefix}fc2": shard(f"{key}2.weight", self.fc2, (axis + 2, rank, size), replica_id),
         }
         for expert in range(self.num_local_experts):
@@ -208,11 +211,6 @@ class _Matrices(torch.nn.Module):
 
     def forward(self) -> list[torch.nn.Parameter]:
         return list(self.parameters())
-
-
-@torch.no_grad()
-def _join_halves(halves: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(halves, dim=1)
 
 
 def build_experts(

@@ -120,7 +120,7 @@ def count_known(map_TE: torch.Tensor, backend: Backend, most: int) -> list[Count
 
 
 class Guess:
-    """Guess an upper bound of the pairs of a layer's next tokens: 1/16 · k per token more than recently.
+    """Guess an upper bound of the pairs of a layer's next tokens: 1/16 to 1/8 of k per token more than recently.
 
     Attributes:
         recent: pairs per token, a maximum that falls slowly; 0 before the first.

@@ -8,7 +8,7 @@ from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel import layers
 from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.local.main_grad import add_outer
-from megatron.remoe.local.rotary import FusedRotaryEmbedding
+from megatron.remoe.local.rotary import fused_rotary_embedding
 from megatron.remoe.patches.patch import patch
 
 
@@ -52,4 +52,4 @@ def use_fla_cross_entropy() -> None:
 def use_rotary_kernel() -> None:
     """Use a Triton kernel for rope fusion if Transformer Engine is not installed."""
     if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("triton") is not None:
-        rope_utils.fused_apply_rotary_pos_emb = FusedRotaryEmbedding()
+        rope_utils.fused_apply_rotary_pos_emb = fused_rotary_embedding

@@ -3,8 +3,9 @@
 import logging
 import re
 import warnings
+from functools import partial
 
-# These repeat at every start, on every rank. README says what the optional packages add.
+# These repeat at every start, on every rank. docs/design.md says what the optional packages add.
 UNHELPFUL_WARNINGS = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",
@@ -30,13 +31,8 @@ UNHELPFUL_LOGS = {
 }
 
 
-class _Hide(logging.Filter):
-    def __init__(self, pattern: str) -> None:
-        super().__init__()
-        self._pattern = re.compile(pattern)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not self._pattern.search(record.getMessage())
+def _is_shown(hidden: str, record: logging.LogRecord) -> bool:
+    return not re.search(hidden, record.getMessage())
 
 
 def hide_unhelpful_warnings() -> None:
@@ -44,4 +40,4 @@ def hide_unhelpful_warnings() -> None:
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, pattern in UNHELPFUL_LOGS.items():
-        logging.getLogger(name).addFilter(_Hide(pattern))
+        logging.getLogger(name).addFilter(partial(_is_shown, pattern))

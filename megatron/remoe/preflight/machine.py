@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from megatron.remoe.data.errors import DataError, UsageError
 
 ENGINE = "transformer_engine"
@@ -81,7 +83,7 @@ def _kernel_problem(kernels: str, on_cpu: bool) -> str:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and kernels == "triton"
     if on_cpu and not is_interpreted:
         return "there is no GPU. Leave it out, or try triton slowly with TRITON_INTERPRET=1 in the environment"
-    if kernels == "quack" and (generation := _generation()) not in QUACK_GENERATIONS:
+    if kernels == "quack" and (generation := torch.cuda.get_device_capability()[0]) not in QUACK_GENERATIONS:
         return f"the GPU's compute capability is {generation}, not 9 or 10. Use --moe-kernels triton"
     for package, module in PACKAGES[kernels].items():
         try:
@@ -90,13 +92,6 @@ def _kernel_problem(kernels: str, on_cpu: bool) -> str:
             return f"{package} cannot be imported ({type(error).__name__}: {error}). Install it, or leave the flag out"
     missing = "" if is_interpreted else _missing_for_triton()
     return f"there is no {missing}. Install it, or leave the flag out" if missing else ""
-
-
-def _generation() -> int:
-    """Return the major compute capability of this machine's GPUs."""
-    import torch  # after `disable_unavailable`
-
-    return torch.cuda.get_device_capability(0)[0]
 
 
 def _missing_for_triton() -> str:

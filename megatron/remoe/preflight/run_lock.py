@@ -25,12 +25,6 @@ EMPTY_SECONDS = 10.0
 SPARE_SECONDS = 2.0
 
 
-class FolderInUseError(UsageError):
-    """Another training writes into the folder; the message names its host, process and start."""
-
-    code = "REMOE-E103"
-
-
 class RunLock:
     """The lock of a process that may start its training several times; it is held until `at_the_end` is closed."""
 
@@ -57,8 +51,8 @@ def lock_save_folder(args: argparse.Namespace, lease_seconds: float = LEASE_SECO
         lease_seconds: the same for all trainings that share a folder.
 
     Raises:
-        FolderInUseError: after the heartbeat of another training, or after `lease_seconds` if the lock is not from this
-            program.
+        UsageError: after the heartbeat of another training, whose host, process and start it names; or after
+            `lease_seconds` if the lock is not from this program.
         DataError: the folder cannot be written.
     """
     if args.rank or args.skip_train or not args.save or "://" in args.save:
@@ -94,11 +88,12 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
         except FileNotFoundError:
             continue  # it has ended
         if before not in (0, beat):
-            raise FolderInUseError(
-                f"{save}: another training writes there: {who}. Wait until it ends, stop it, or give another --save."
+            raise UsageError(
+                f"{save}: another training writes there: {who}. Wait until it ends, stop it, or give another --save.",
+                "REMOE-E103",
             )
         if waited > lease_seconds + SPARE_SECONDS:
-            raise FolderInUseError(
+            raise UsageError(
                 f"{save}: {lock} is not from this version of the program, and nothing has changed it for "
                 f"{waited:.0f} s. If no training runs there, remove it.",
                 "REMOE-E104",

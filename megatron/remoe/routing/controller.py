@@ -25,8 +25,8 @@ from megatron.remoe.routing.router import ReLURouter
 class SparsityController:
     """Moves λ, and guards layers that die, once per optimizer step.
 
-    One small all-reduce carries the counts of all layers; from its result every rank takes the same decision. Only
-    `summary` and `totals` wait for the device.
+    One small all-reduce carries the counts of all layers; from its result every rank takes the same decision. Updates
+    do not wait for the device; `summary` and `totals` do.
     """
 
     def __init__(self, model_chunks: Iterable[torch.nn.Module], config: ReMoEConfig) -> None:

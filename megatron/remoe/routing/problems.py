@@ -28,7 +28,7 @@ def relu_routing_problems(settings: Settings) -> list[str]:
         One message per problem: the flag, its value, the remedy and the code. Empty if all is well.
     """
     by_code = {
-        "REMOE-E205": _values(settings),
+        "REMOE-E205": _values(settings) if settings.moe_relu_routing else (),
         "REMOE-E204": _refused(settings, "--moe-relu-routing") if settings.moe_relu_routing else (),
         "REMOE-E206": _warmup(settings),
         "REMOE-E207": _baseline(settings),
@@ -58,35 +58,28 @@ def _baseline(settings: Settings) -> Iterator[str]:
     name = settings.moe_baseline_router
     if name is None:
         return
-    given = f"--moe-baseline-router {name}"
-    if not _experts(settings):
-        yield f"{given} needs experts to route to: give --num-experts (for instance 8)."
-    if settings.moe_relu_routing or settings.moe_warmup_topk is not None:
-        other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
-        yield f"{other} cannot be used with {given}: each is a router of its own. Give one of them."
-    yield from _refused(settings, given)
+    given, is_hash = f"--moe-baseline-router {name}", name == "hash"
+    other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
     context = getattr(settings, "context_parallel_size", 1)
-    if name == "sequence_topk" and context > 1:
-        yield (
-            f"--context-parallel-size {context} cannot be used with {given}: a rank has tokens from both ends of a "
-            "sequence, and evaluation needs their order. Leave it out."
-        )
-    if name == "hash" and getattr(settings, "mtp_num_layers", None):
-        yield (
-            f"--mtp-num-layers {settings.mtp_num_layers} cannot be used with {given}: its layers embed other ids, "
-            "which all routers would take. Leave it out."
-        )
+    depths = getattr(settings, "mtp_num_layers", None)
     stages = getattr(settings, "pipeline_model_parallel_size", 1)
-    if name == "hash" and stages > 1:
-        yield (
-            f"--pipeline-model-parallel-size {stages} cannot be used with {given}: only the first and the last stage "
-            "have the tokens' ids. Leave it out."
-        )
-    if name == "hash" and getattr(settings, "overlap_moe_expert_parallel_comm", False):
-        yield (
-            f"--overlap-moe-expert-parallel-comm (on) cannot be used with {given}: layers of two micro-batches take "
-            "turns, and the router knows the ids of one. Leave it out."
-        )
+    takes_turns = getattr(settings, "overlap_moe_expert_parallel_comm", False)
+    problems = {
+        f"{given} needs experts to route to: give --num-experts (for instance 8).": not _experts(settings),
+        f"{other} cannot be used with {given}: each is a router of its own. Give one of them.": (
+            settings.moe_relu_routing or settings.moe_warmup_topk is not None
+        ),
+        f"--context-parallel-size {context} cannot be used with {given}: a rank has tokens from both ends of a "
+        "sequence, and evaluation needs their order. Leave it out.": name == "sequence_topk" and context > 1,
+        f"--mtp-num-layers {depths} cannot be used with {given}: its layers embed other ids, which all routers would "
+        "take. Leave it out.": is_hash and depths,
+        f"--pipeline-model-parallel-size {stages} cannot be used with {given}: only the first and the last stage have "
+        "the tokens' ids. Leave it out.": is_hash and stages > 1,
+        f"--overlap-moe-expert-parallel-comm (on) cannot be used with {given}: layers of two micro-batches take turns, "
+        "and the router knows the ids of one. Leave it out.": is_hash and takes_turns,
+    }
+    yield from _refused(settings, given)
+    yield from (problem for problem, holds in problems.items() if holds)
 
 
 def _warmup(settings: Settings) -> Iterator[str]:
@@ -120,11 +113,7 @@ def _expert_tensor_parallel(settings: Settings) -> int:
 
 
 def _values(settings: Settings) -> Iterator[str]:
-    """Yield settings that are out of range: the granularity, and those of ReLU routing."""
-    if settings.moe_granularity < 1:
-        yield f"--moe-granularity {settings.moe_granularity} must be a whole number of at least 1."
-    if not settings.moe_relu_routing:
-        return
+    """Yield settings of ReLU routing that are out of range."""
     experts = _experts(settings)
     topk, init = settings.moe_router_topk, settings.moe_relu_l1_reg_coeff_init
     multiplier, floor = settings.moe_relu_l1_reg_coeff_multiplier, settings.moe_relu_layer_floor

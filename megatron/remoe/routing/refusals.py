@@ -1,7 +1,7 @@
-"""The settings of Megatron that ReLU routing refuses, as one table.
+"""The settings of Megatron that ReLU routing, a warm-up and baseline routers refuse, as one table.
 
-Each one assumes exactly k experts per token, would drop or invent token-expert pairs, or would be ignored silently. The
-attribute names are those of Megatron's parsed arguments, which its `TransformerConfig` shares, so the table serves the
+Most assume exactly k experts per token, drop or add token-expert pairs, or would be ignored silently. The attribute
+names are those of Megatron's parsed arguments, which its `TransformerConfig` shares, so the table serves the
 command line and the library.
 """
 
@@ -39,7 +39,7 @@ class Refusal:
 
 
 SPELLED = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
-ONLY_CONFIGURED = ("moe_token_dropping", "moe_router_topk_limited_devices", "use_inference_optimized_layers")
+ONLY_CONFIGURED = ("moe_router_topk_limited_devices",)
 
 
 def flag(name: str) -> str:
@@ -67,7 +67,7 @@ def as_list(value: Any) -> list[Any]:
 ADDS_PAIRS = "it adds token-expert pairs that were not routed"
 BALANCED = "The L1 term balances the load: leave it out"
 DROPLESS = "Leave it out: ReMoE is dropless"
-FIXED_K = "it drops or pads tokens"
+DROPS = "it drops or pads tokens"
 IGNORED = "it acts on top-k only"
 OTHER_CLASS = "Megatron replaces the configuration class for it"
 TOPK_SPEC = "its router and dispatcher compute top-k"
@@ -84,19 +84,18 @@ WRAPPING = "training/models/dist_utils.py"
 SETTINGS = "training/argument_utils.py: core_transformer_config_from_args"
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal("moe_expert_capacity_factor", FIXED_K, f"{MOE_UTILS}: apply_router_token_dropping", DROPLESS, _given),
+    Refusal("moe_expert_capacity_factor", DROPS, f"{MOE_UTILS}: apply_router_token_dropping", DROPLESS, _given),
     Refusal(
-        "moe_pad_expert_input_to_capacity", FIXED_K, f"{DISPATCHERS}: MoEAlltoAllTokenDispatcher.preprocess", DROPLESS
+        "moe_pad_expert_input_to_capacity", DROPS, f"{DISPATCHERS}: MoEAlltoAllTokenDispatcher.preprocess", DROPLESS
     ),
     Refusal(
         "moe_pad_experts_for_cuda_graph_inference",
-        FIXED_K,
+        DROPS,
         "core/inference/utils.py: set_decode_expert_padding",
         DROPLESS,
     ),
-    Refusal("moe_token_dropping", FIXED_K, CONFIG, DROPLESS),
     Refusal(
-        "moe_expert_rank_capacity_factor", FIXED_K, f"{DISPATCHERS}: _HybridEPManager.setup_metadata", DROPLESS, _given
+        "moe_expert_rank_capacity_factor", DROPS, f"{DISPATCHERS}: _HybridEPManager.setup_metadata", DROPLESS, _given
     ),
     Refusal("moe_paged_stash", "its buffers are sized for k experts per token", f"{EXPERTS}._fused_forward"),
     Refusal(
@@ -104,12 +103,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "Transformer Engine's permutation fails if a layer routes no token",
         f"{MOE_UTILS}: permute",
         "Leave it out: tokens are not sorted, so there is nothing to fuse",
-    ),
-    Refusal(
-        "moe_enable_deepep",
-        "it is Megatron's old name for a backend",
-        CONFIG,
-        "Use --moe-flex-dispatcher-backend deepep",
     ),
     Refusal(
         "moe_enable_routing_replay",
@@ -180,7 +173,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "Use --transformer-impl transformer_engine or local",
         lambda value: value == "inference_optimized",
     ),
-    Refusal("use_inference_optimized_layers", TOPK_SPEC, INFERENCE_SPEC),
     Refusal("heterogeneous_layers_config_path", OTHER_CLASS, SETTINGS, refused=_given),
     Refusal("heterogeneous_layers_config_encoded_json", OTHER_CLASS, SETTINGS, refused=_given),
     Refusal("use_torch_fsdp2", UNTESTED_STATE, f"{WRAPPING}: _ddp_wrap"),

@@ -49,7 +49,7 @@ class ReLURouter(TopKRouter):
             self.bias = None
         if config.moe_relu_sparse_start:
             self._start_sparse()
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        device = torch.cuda.current_device()
         for name in ("l1_exponent", "guarded", "reached"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         if config.moe_relu_l1_reg_start_power == 1:

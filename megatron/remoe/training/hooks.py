@@ -1,4 +1,4 @@
-"""Install ReLU routing and local layers into Megatron's loop through its public hooks."""
+"""Install routers, local layers and flips into Megatron's loop through its public hooks."""
 
 import argparse
 import inspect
@@ -10,6 +10,7 @@ import torch
 
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker, set_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
@@ -41,8 +42,10 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.routing.warmup import WarmupTopKRouter
+from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
+from megatron.training.models.base import compose_hooks
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron.training.models.hybrid import HybridModelConfig
 
@@ -217,6 +220,16 @@ def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | No
     model_cfg.transformer_layer_spec = _changed_spec(model_cfg.transformer_layer_spec, change)
     if model_cfg.transformer.mtp_num_layers:
         model_cfg.pre_wrap_hooks.append(partial(rebuild_prediction_layers, change))
+
+
+def build_model(args: argparse.Namespace) -> Any:
+    """Build the model that the flags describe in one part, without Megatron's wrappers."""
+    model_cfg = model_config_from_args(args)
+    install_routing(args, model_cfg)
+    install_local_layers(args, model_cfg)
+    stock = model_cfg.get_builder_cls()(model_cfg).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    (model,) = pass_token_ids(compose_hooks(model_cfg.pre_wrap_hooks)([stock]))
+    return model
 
 
 def rebuild_prediction_layers(change: Callable[[Any, int | None], Any], model_chunks: list[Any]) -> list[Any]:

@@ -11,10 +11,8 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.data.errors import UsageError
 from megatron.remoe.preflight.checkpoint_files import check_is_whole, iteration_folder
 from megatron.remoe.preflight.checkpoint_fit import check_is_finite
@@ -26,11 +24,9 @@ from megatron.remoe.preflight.compared_settings import (
     shape,
 )
 from megatron.remoe.routing.refusals import flag, shown
-from megatron.remoe.training.arguments import model_config_from_args
-from megatron.remoe.training.hooks import ModelConfig, install_local_layers, install_routing
-from megatron.training.models.base import compose_hooks
+from megatron.remoe.training.hooks import ModelConfig, build_model
 
-# The teacher sees the student's tokens and its whole vocabulary, layer by layer, on each rank.
+# The whole teacher runs on each rank, on the student's tokens: no setting may split, reorder or capture the model.
 REFUSED = {
     **{"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "mtp_num_layers": None},
     **{"overlap_moe_expert_parallel_comm": False, "cuda_graph_impl": "none", "hybrid_layer_pattern": None},
@@ -88,7 +84,8 @@ class Teacher:
                 "REMOE-E212",
             )
         routing = {"moe_relu_routing": False} | picked(saved, [*RESULT_OF_EXPERTS, *RESULT_OF_RELU, "moe_relu_routing"])
-        self._args = argparse.Namespace(**(vars(args) | routing | {"moe_warmup_topk": None}))
+        unused = {"moe_warmup_topk": None, "perform_initialization": False}
+        self._args = argparse.Namespace(**(vars(args) | routing | unused))
         self._weight = args.teacher_weight
         self._logits: torch.Tensor | None = None
         self._divergence: torch.Tensor | None = None
@@ -127,15 +124,7 @@ class Teacher:
         return loss + self._weight * kl, num_tokens, report | {"teacher kl": torch.stack([kl.detach(), num_tokens])}
 
     def _load(self) -> torch.nn.Module:
-        model_cfg = model_config_from_args(self._args)
-        model_cfg.transformer.perform_initialization = False
-        install_routing(self._args, model_cfg)
-        install_local_layers(self._args, model_cfg)
-        builder = model_cfg.get_builder_cls()(model_cfg)
-        stock = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
-        (model,) = compose_hooks(model_cfg.pre_wrap_hooks)([stock])
-        if torch.cuda.is_available():
-            model = model.cuda()
+        model = build_model(self._args).cuda()
         metadata = (dist_checkpointing.load_content_metadata(self._folder) or {}) | {
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
         }
@@ -146,9 +135,8 @@ class Teacher:
         loaded = dist_checkpointing.load({"model": wanted}, self._folder, validate_access_integrity=False)
         model.load_state_dict(loaded["model"], strict=False)
         check_is_finite(f"--teacher {self._args.teacher}", model)
-        pass_token_ids([model])
         if self._args.bf16 or self._args.fp16:
-            model = Float16Module(model_cfg.transformer, model)
+            model = Float16Module(model.config, model)
         return model.eval().requires_grad_(False)
 
 

@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeConfig
 from megatron.remoe.preflight.compared_settings import moe_layer_pattern
@@ -58,13 +58,8 @@ def complete(saved: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**(vars(_parser().parse_args([])) | vars(saved)))
 
 
-def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> RemoeConfig:
-    """Return the configuration for transformers.
-
-    Args:
-        args: from `complete`.
-        vocabulary: rows of the embedding.
-        coefficient: λ, or for top-k routing the coefficient of the load balancing loss.
+def config_of(args: argparse.Namespace) -> RemoeConfig:
+    """Return the configuration for transformers of complete arguments. With ReLU routing, λ is λ₀.
 
     Raises:
         ConversionError: the model for transformers does not support it; the message names each flag.
@@ -78,7 +73,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
         raise ConversionError(f"--load: the model for transformers does not support {flags}.", "REMOE-E512")
     config = RemoeConfig(
-        vocab_size=vocabulary,
+        vocab_size=args.padded_vocab_size,
         hidden_size=args.hidden_size,
         intermediate_size=args.ffn_hidden_size,
         num_hidden_layers=args.num_layers,
@@ -96,7 +91,7 @@ def config_of(args: argparse.Namespace, vocabulary: int, coefficient: float) -> 
         eos_token_id=None,
         dtype=args.params_dtype,
         architectures=["RemoeForCausalLM"],
-        **(_experts(args, coefficient) if args.num_experts else {}),
+        **(_experts(args) if args.num_experts else {}),
     )
     # config.json names the classes for environments without this project.
     config.auto_map = {
@@ -112,7 +107,8 @@ def _attention(args: argparse.Namespace) -> dict[str, Any]:
     return {"qk_norm": ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None}
 
 
-def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
+def _experts(args: argparse.Namespace) -> dict[str, Any]:
+    coefficient = args.moe_relu_l1_reg_coeff_init if args.moe_relu_routing else args.moe_aux_loss_coeff
     is_sigmoid = args.moe_router_score_function == "sigmoid"
     return {
         "num_experts": args.num_experts,
@@ -130,7 +126,7 @@ def _experts(args: argparse.Namespace, coefficient: float) -> dict[str, Any]:
         "router_expert_bias": args.moe_router_enable_expert_bias,
         "hash_routing": args.moe_baseline_router == "hash",
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
-        "router_aux_loss_coef": coefficient,
+        "router_aux_loss_coef": coefficient if isinstance(coefficient, float) else 0.0,
         "max_experts_per_token": args.moe_relu_max_experts,
     }
 
@@ -218,31 +214,21 @@ def _topk_flags(config: RemoeConfig) -> list[str]:
     return flags
 
 
-def vocabulary_flags(config: RemoeConfig, tokenizer: Path | None, tokens: int) -> list[str]:
-    """Return the flags for an embedding of the same size in Megatron's model.
-
-    Args:
-        config: of the model.
-        tokenizer: its folder; None without one.
-        tokens: size of the tokenizer.
-    """
+def vocabulary_flags(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Return the flags for an embedding of the same size in Megatron's model."""
     rows = config.vocab_size
     if tokenizer is None:
         return f"--tokenizer-type NullTokenizer --vocab-size {rows} --make-vocab-size-divisible-by 1".split()
-    divisor = next(divisor for divisor in range(max(1, rows - tokens + 1), rows + 1) if rows % divisor == 0)
+    least = max(1, rows - len(tokenizer) + 1)
+    divisor = next(divisor for divisor in range(least, rows + 1) if rows % divisor == 0)
     return [
-        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer.name_or_path),
         *("--make-vocab-size-divisible-by", str(divisor)),
     ]
 
 
-def parse_flags(flags: Sequence[str], vocabulary: int, dtype: Any) -> argparse.Namespace:
-    """Return Megatron's arguments for flags of a model, as a training would save them.
-
-    Args:
-        flags: Megatron's and ReMoE's.
-        vocabulary: rows of the embedding.
-        dtype: of the weights, None for float32.
+def parse_flags(flags: Sequence[str], config: Any) -> argparse.Namespace:
+    """Return Megatron's arguments for the flags of a model with this configuration, as a training would save them.
 
     Raises:
         ConversionError: this version has no such flag.
@@ -250,8 +236,8 @@ def parse_flags(flags: Sequence[str], vocabulary: int, dtype: Any) -> argparse.N
     args, unknown = _parser().parse_known_args(flags)
     if unknown:
         raise ConversionError(f"this model needs {unknown[0]}, which this version does not have.", "REMOE-E512")
-    args.padded_vocab_size = vocabulary
-    args.params_dtype = dtype or torch.float32
+    args.padded_vocab_size = config.vocab_size
+    args.params_dtype = config.dtype or torch.float32
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = args.iteration = 0
     return args
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from megatron.remoe.hf import RemoeConfig
 
-from ..checkpoints import EMBEDDING, Checkpoint, find
-from ..errors import ConversionError
+from ..checkpoints import Checkpoint, find
 from ..hybrid import as_gpt
 from .settings import complete, config_of
 from .weights import exponents
@@ -21,17 +20,12 @@ def open_run(root: Path, step: int | None) -> tuple[Checkpoint, argparse.Namespa
         ConversionError: there is no checkpoint, it cannot be read, or its model cannot be expressed.
     """
     checkpoint = find(root, step)
-    if EMBEDDING not in checkpoint.shapes:
-        raise ConversionError(f"{checkpoint.folder}: has no {EMBEDDING}; it is not that of a GPT model.")
     args = complete(checkpoint.args)
     args.mtp_num_layers = None
     if args.hybrid_layer_pattern:
         args.hybrid_layer_pattern = args.hybrid_layer_pattern.split("/")[0]
     args = as_gpt(args, checkpoint.folder)
-    args.padded_vocab_size = checkpoint.shapes[EMBEDDING][0]
-    coefficient = args.moe_aux_loss_coeff if isinstance(args.moe_aux_loss_coeff, float) else 0.0
-    config = config_of(args, args.padded_vocab_size, coefficient)
+    config = config_of(args)
     if args.num_experts and args.moe_relu_routing:
-        exponent = max(exponents(checkpoint), default=0)
-        config.router_aux_loss_coef = args.moe_relu_l1_reg_coeff_init * args.moe_relu_l1_reg_coeff_multiplier**exponent
+        config.router_aux_loss_coef *= args.moe_relu_l1_reg_coeff_multiplier ** max(exponents(checkpoint), default=0)
     return checkpoint, args, config

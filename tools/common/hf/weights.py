@@ -122,7 +122,7 @@ def exponents(checkpoint: Checkpoint) -> list[int]:
     """Return λ's exponent in each layer with a ReLU router."""
     keys = [key for key in checkpoint.shapes if key.endswith(".mlp.router.l1_exponent")]
     found = {key: torch.empty(checkpoint.shapes[key], dtype=torch.int64) for key in keys}
-    read_parts(checkpoint, {key: (tensor, None) for key, tensor in found.items()})
+    read_parts(checkpoint.folder, checkpoint.index, {key: (tensor, None) for key, tensor in found.items()})
     return [number for tensor in found.values() for number in tensor.flatten().tolist()]
 
 
@@ -156,7 +156,7 @@ def _load(checkpoint: Checkpoint, keys: dict[str, str], config: RemoeConfig, lay
         data = torch.empty((1, *shape[1:]) if stacked else shape, dtype=wanted)
         parts[key] = (data, (layer or 0) if stacked else None)
         found[name] = data[0] if stacked else data
-    read_parts(checkpoint, parts)
+    read_parts(checkpoint.folder, checkpoint.index, parts)
     return found
 
 
