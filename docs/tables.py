@@ -1,4 +1,4 @@
-"""Make the tables of docs/compare that sweeps are behind: python docs/tables.py NAME CORPUS [FOLDER ...]
+"""Make the tables of docs/compare from sweeps: python docs/tables.py NAME CORPUS [FOLDER ...]
 
 Each FOLDER is the --output-dir of a sweep with another seed. The figures of its finished runs are kept in
 docs/compare/NAME-CORPUS.json, with those of tools/analyze where a run's folder has them. The tables are made of this
@@ -38,7 +38,7 @@ Rows = Sequence[dict[str, Any]]  # title, title of the reference, and results of
 
 
 def title_of(run: Run) -> str:
-    """Return a run's title: its routing, and where it is not at the figures' base."""
+    """Return a run's title: its routing, and settings that differ from the figures' base."""
     model, protocol = MODELS[run.size], PROTOCOLS.get(run.kind)
     words = [KINDS[run.kind] if protocol is None else f"{KINDS[run.routing].split(',')[0]}, {protocol.title}"]
     words += [f"{model.layers} layers of {model.hidden}"] if run.size != BASE_SIZE else []
@@ -49,7 +49,7 @@ def title_of(run: Run) -> str:
 
 
 def collect(folders: Sequence[Path]) -> Rows:
-    """Return the rows of the runs that have a test loss, in nats per token; of one seed's, the last folder's counts."""
+    """Return a row for each run with a test loss, in nats per token. If folders share a seed, the last one counts."""
     found: dict[Run, dict[int, dict[str, Any]]] = {}
     for folder in folders:
         for run, outcome in rows_of(folder, ()):

@@ -38,7 +38,7 @@ def start(tool: str, arguments: Sequence[str]) -> int:
 def _load(tool: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], int | None]:
     """Import a tool and return its `main`."""
     module = f"{__package__}.{tool}"
-    gc.disable()  # what imports make stays, and looking for garbage among it takes an eighth of the start
+    gc.disable()  # looking for garbage among what imports made takes an eighth of the start
     try:
         if tool in IMPORT_TORCH:
             importlib.import_module(f"{module}.arguments").parse_arguments(arguments)  # answers --help at once

@@ -38,7 +38,7 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
         observe: called with the model's configuration before the model is built, for tools that measure.
     """
     check_versions()
-    gc.disable()  # what imports make stays, and looking for garbage among it takes an eighth of the start
+    gc.disable()  # looking for garbage among what imports made takes an eighth of the start
     on_cpu = prepare()
     from megatron.remoe.preflight.run_lock import RunLock
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # root of a clone
 LOG = "train.log"  # in a run's folder: what the training printed
-PACKAGE = ROOT if ROOT.name == "remoe" else ROOT / "megatron" / "remoe"  # tools/ is in there once it is installed
+PACKAGE = ROOT if ROOT.name == "remoe" else ROOT / "megatron" / "remoe"  # holds tools/ when installed
 
 
 def run_folder(place: Path) -> Path:

@@ -102,7 +102,7 @@ def blend_of(args: argparse.Namespace, data_path: list[str] | None) -> Blend:
 def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int, or_else: str = "") -> torch.Tensor:
     """Return random sequences of text, int64 `[sequences, length + 1]`; two of them share at most the last token.
 
-    `or_else` is what else helps where there is too little text.
+    `or_else` is a second remedy, for the message that there is too little text.
 
     Raises:
         UsageError: a data set is missing, corrupt or too small, or was made with another vocabulary.

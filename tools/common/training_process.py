@@ -14,7 +14,7 @@ SECONDS_TO_DIE = 20
 
 
 class Processes:
-    """Processes of trainings, each waited for in one of `threads`. Ctrl-C does not reach them itself."""
+    """Processes of trainings, each waited for in one of `threads`. Ctrl-C does not reach them directly."""
 
     def __init__(self, keep_open: IO[str]) -> None:
         """Create none yet.

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         check_sizes(args)
         set_global_variables(args)
         stages, total = parameters.stages(args), parameters.total(args)
-        # What was switched off to build the model here counts as it is on the GPUs.
+        # Settings that were switched off to build the model here count as on the GPUs.
         args = argparse.Namespace(**vars(args) | planned)
         text = [*estimate.plan_lines(args, options)]
         different = paper.differences(given, *options.paper) if options.paper else {}

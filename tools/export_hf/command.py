@@ -50,12 +50,12 @@ def export(options: argparse.Namespace, display: Display) -> None:
     with new_folder(options.save, parameters * config.dtype.itemsize) as aside:
         with display.step("reading weights", config.num_hidden_layers + 1):
             exported = model_of(config, _counted(read(checkpoint, config), display))
-        logging.disable_progress_bar()  # it would show that of its writer too
+        logging.disable_progress_bar()  # transformers shows one of its own
         exported.generation_config = generation_config(config, tokenizer)
         exported.save_pretrained(aside, max_shard_size=SHARD)
         del exported
         for path in aside.glob("*.safetensors"):
-            path.chmod(0o644)  # safetensors lets nobody else read it
+            path.chmod(0o644)  # safetensors makes it readable by its owner only
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         written = read_config(aside)

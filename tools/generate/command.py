@@ -92,7 +92,7 @@ def generate(args: argparse.Namespace) -> None:
         except ToolError as error:
             if args.prompt is not None or args.prompt_file is not None:
                 raise
-            line = str(error)  # the next line may do
+            line = str(error)  # continue with the next line
         print(line, file=sys.stderr, flush=True)
 
 

@@ -32,8 +32,8 @@ class _Training:
             ["tee", "-a", str(log)], stdin=self._job.stdout, process_group=0, preexec_fn=_ignore_signals
         )
         self._job.stdout.close()
-        # What the handler wants and what the training processes have got: each is set in one place, since the handler
-        # may interrupt `_send`.
+        # The signal that the handler wants to send, and the one that was sent. Each is set in one place only, because
+        # the handler may interrupt `_send`.
         self._wanted: signal.Signals | None = None
         self._sent: signal.Signals | None = None
         self.stopping = False

@@ -119,7 +119,7 @@ def differences(then: Settings, now: Settings) -> str:
 
 
 def mixed_settings(output: Path, planned: Mapping[Run, Settings]) -> str:
-    """Return a warning if runs differ in settings that their names do not tell; empty if their results compare.
+    """Return a warning if runs differ in settings that their names do not show; empty if their results compare.
 
     Args:
         output: folder of runs, with the settings of their last start.

@@ -23,7 +23,7 @@ DOMAIN_BY_DOMAIN = ("--multiple-validation-sets", "--full-validation")
 
 
 def flags(size: TinySize, iterations: int, given: Mapping[str, str]) -> tuple[str, ...]:
-    """Return Megatron's flags behind the launch scripts': a tiny size, the quickstart's rates, one held-out part.
+    """Return the flags that override a launch script's: a tiny size, the quickstart's rates, one held-out part.
 
     Args:
         size: of the model.

@@ -64,7 +64,7 @@ def load_objects_unexecuted() -> None:
 
     PyTorch unpickles them without restriction, although Megatron has a list of the types that they consist of.
     """
-    torch.serialization.add_safe_globals([Call, Caller])  # missing in the list; in checkpoints that follow a NaN
+    torch.serialization.add_safe_globals([Call, Caller])  # the list lacks these, which checkpoints after a NaN hold
 
     @replace(MCoreLoadPlanner, "load_bytes")
     def load_bytes(stock: Any, self: MCoreLoadPlanner, read_item: Any, value: io.BytesIO) -> None:

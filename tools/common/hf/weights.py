@@ -93,7 +93,7 @@ def to_megatron(layer: Tensors, config: RemoeConfig) -> Tensors:
 
 
 def _layer(tensors: Tensors, number: int) -> Tensors:
-    """Return a layer's tensors of those of a model for transformers, without "model.layers.N."."""
+    """Return the tensors of one layer of a model for transformers; their names lose "model.layers.N."."""
     prefix = f"model.layers.{number}."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
