@@ -38,13 +38,13 @@ class Refusal:
         return f"{flag(self.name)} {shown(value)} cannot be used with {given}: {self.reason}. {self.remedy}."
 
 
-SPELLED = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
-ONLY_CONFIGURED = ("moe_router_topk_limited_devices",)
+WITHOUT_FLAG = "moe_router_topk_limited_devices"
+SPELLED = {"fp8": "--fp8-format", "fp4": "--fp4-format", WITHOUT_FLAG: WITHOUT_FLAG}
 
 
 def flag(name: str) -> str:
     """Return Megatron's spelling of an attribute on the command line, or the name of a field without a flag."""
-    return name if name in ONLY_CONFIGURED else SPELLED.get(name, "--" + name.replace("_", "-"))
+    return SPELLED.get(name, "--" + name.replace("_", "-"))
 
 
 def shown(value: Any) -> str:
@@ -141,7 +141,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe_router_topk_scaling_factor", IGNORED, ROUTING, refused=_given),
     Refusal("moe_router_num_groups", IGNORED, ROUTING, refused=_given),
     Refusal("moe_router_group_topk", IGNORED, ROUTING, refused=_given),
-    Refusal("moe_router_topk_limited_devices", IGNORED, CONFIG, refused=_given),
+    Refusal(WITHOUT_FLAG, IGNORED, CONFIG, refused=_given),
     Refusal("moe_router_fusion", "the fused kernel computes top-k", ROUTING),
     Refusal(
         "moe_router_force_biased",
