@@ -13,7 +13,7 @@ from ..recipes import flops
 from . import memory
 from .parameters import Stage
 
-BOUND, MANY = 4, 32  # docs/experiments.md recommends at most BOUND · k experts per token from MANY experts on
+BOUND, MANY = 4, 32  # docs/experiments.md recommends at most BOUND · k experts per token from MANY · k experts on
 LAYERS = {"local": "plain PyTorch", "transformer_engine": "Transformer Engine"}
 
 
