@@ -11,10 +11,13 @@ from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
 
 
 def summarize_experts(histogram: torch.Tensor) -> dict[str, Any]:
-    """Return mean, 99th percentile and largest number of experts per token, and the number of tokens.
+    """Summarize the experts per token of a layer.
 
     Args:
-        histogram: the number of tokens with 0, 1, 2, ... experts.
+        histogram: int64 `[E + 1]`, the number of tokens with 0, 1, 2, ... experts.
+
+    Returns:
+        "mean", "percentile_99" and "largest" number of experts, and the number of "tokens".
     """
     tokens = int(histogram.sum())
     share = histogram.cumsum(0) / tokens

@@ -223,7 +223,14 @@ def _change_layers(model_cfg: ModelConfig, change: Callable[[LayerSpec, int | No
 
 
 def build_model(args: argparse.Namespace) -> Any:
-    """Build the model that the flags describe in one part, without Megatron's wrappers."""
+    """Build the model that the flags describe, in one part and without Megatron's wrappers.
+
+    Args:
+        args: Megatron's arguments, for one pipeline stage without virtual ones.
+
+    Raises:
+        TypeError, UsageError: as `install_routing` and `install_local_layers`.
+    """
     model_cfg = model_config_from_args(args)
     install_routing(args, model_cfg)
     install_local_layers(args, model_cfg)
