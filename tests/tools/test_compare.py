@@ -207,6 +207,29 @@ def test_points() -> None:
     assert Training(8, "moe", 1, warmup=12).name not in names
 
 
+def test_sizes_are_kept_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each size has its own layers, its own learning rate, and its own table."""
+    (tmp_path / "train_code_text_document.bin").write_bytes(b"")
+    sizes = {"182m": (2, 64), "978m": (4, 128)}
+    results = Results(tmp_path / "results.json")
+    for size, shape in sizes.items():
+        for arm in ("dense", "remoe"):
+            settings = plan.flags_of(Training(8, arm, 1, size=size), tmp_path, {"code": 1}, 400, 80)
+            assert tuple(int(settings[flag][0]) for flag in ("--num-layers", "--hidden-size")) == shape
+            for factor in (0.5, 1.0):
+                loss = 1.0 + factor if size == "978m" else 3.0 - factor
+                tuning = Training(8, arm, TUNING_SEED, factor, is_tuning=True, size=size)
+                results.add(tuning, Point(1200, None, loss, 1e9))
+                results.add(Training(8, arm, 1, factor, size=size), Point(400, None, loss, 1e9))
+        expected = 0.5 if size == "978m" else 1.0
+        assert results.rates(1200, 300, size) == {(8, "dense"): expected, (8, "remoe"): expected}
+    for size, shown in (("182m", "2.0000"), ("978m", "1.5000")):
+        words = ["--results", str(tmp_path / "results.json"), "--size", size, "--arms", "dense"]
+        assert command.main(words) == 0
+        printed = capsys.readouterr().out
+        assert f"| 400 | dense | {shown} " in printed and ("4 layers of 128" in printed) == (size == "978m")
+
+
 def test_gaps_by_hand(tmp_path: Path) -> None:
     def points(seed: int, *losses: tuple[int, int | None, float]) -> list[Point]:
         return [Point(steps, equal_to, loss, 1e9 * steps, 0.1, None, (0, seed)) for steps, equal_to, loss in losses]

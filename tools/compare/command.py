@@ -14,6 +14,7 @@ a stop.
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..common.display import Display
@@ -23,6 +24,8 @@ from ..common.flags import above_zero, number_of_cores, tool_parser, whole_numbe
 from ..common.places import ROOT
 from ..common.running import run_tool
 from ..corpora.dataset import CORPORA, MIXED, make_text
+from ..sweep.plan import BASE_SIZE
+from ..sweep.tiny import MODELS
 from . import picture
 from .experiment import Experiment, rates_of
 from .plan import ARMS, LEAST, LOG_INTERVAL, REFERENCE, STARTS, TUNING_SEED, Training, trunk_steps
@@ -46,6 +49,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = f"measure gaps from this arm; equal FLOPs are always those of remoe {default}"
     add("--reference", choices=ARMS, default=REFERENCE, metavar="ARM", help=text)
     add("--experts", nargs="+", type=number, default=[*EXPERTS], metavar="E", help=f"of a layer {default}")
+    sizes = "; ".join(f"{name}: {model.layers} layers of {model.hidden}" for name, model in MODELS.items())
+    add("--size", choices=MODELS, default=BASE_SIZE, help=f"of the tiny model, {sizes} {default}")
     add("--steps", nargs="+", type=number, default=[*STEPS], metavar="N", help=f"lengths of the trainings {default}")
     add("--seeds", nargs="+", type=number, default=[*SEEDS], metavar="N", help="a training each (default: 1 to 8)")
     text = "factors on the learning rate to tune over; one: no tuning"
@@ -79,11 +84,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def show(args: argparse.Namespace, results: Results, display: Display) -> bool:
     """Print the tables, and write the picture and the points if asked for; return whether there is anything to show."""
     rates = rates_of(args, results)
-    found = {experts: results.by_arm(experts, args.seeds, args.lr_warmup_iters, rates) for experts in args.experts}
+    like = Training(0, REFERENCE, 0, warmup=args.lr_warmup_iters, size=args.size)
+    found = {experts: results.by_arm(replace(like, experts=experts), args.seeds, rates) for experts in args.experts}
     found = {experts: {arm: of[arm] for arm in args.arms} for experts, of in found.items() if any(of.values())}
     for experts, points in found.items():
         table = markdown(points, args.margin, args.reference)
-        display.say("\n".join(["", f"E = {experts}, {args.corpus}:", "", *table]))
+        size = "" if args.size == BASE_SIZE else f" {MODELS[args.size].layers} layers of {MODELS[args.size].hidden},"
+        display.say("\n".join(["", f"E = {experts},{size} {args.corpus}:", "", *table]))
     if args.picture and found:
         picture.draw(args.picture, found, args.margin, args.reference)
     if args.points:

@@ -30,7 +30,7 @@ class Experiment:
         args = self._args
         if len(args.lr_factors) > 1:
             tunings = [
-                Training(experts, routing, TUNING_SEED, factor, is_tuning=True, warmup=args.lr_warmup_iters)
+                Training(experts, routing, TUNING_SEED, factor, True, args.lr_warmup_iters, args.size)
                 for experts in args.experts
                 for routing in dict.fromkeys(ARMS[arm].routing for arm in args.arms)
                 for factor in args.lr_factors
@@ -40,7 +40,7 @@ class Experiment:
         for (experts, routing), factor in rates.items():
             self._display.say(f"E = {experts}, {routing}: learning rate x {factor:g}")
         trainings = [
-            Training(experts, arm, seed, warmup=args.lr_warmup_iters).tuned(rates)
+            Training(experts, arm, seed, warmup=args.lr_warmup_iters, size=args.size).tuned(rates)
             for seed in args.seeds
             for experts in args.experts
             for arm in args.arms
@@ -98,5 +98,5 @@ class Experiment:
 def rates_of(args: argparse.Namespace, results: Results) -> dict[tuple[int, str], float]:
     """Return experts and routing → the factor on the learning rate: the tuned one, or the only one given."""
     if len(args.lr_factors) > 1:
-        return results.rates(args.tuning_steps, args.lr_warmup_iters)
+        return results.rates(args.tuning_steps, args.lr_warmup_iters, args.size)
     return {(experts, arm.routing): args.lr_factors[0] for experts in args.experts for arm in ARMS.values()}

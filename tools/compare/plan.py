@@ -90,6 +90,7 @@ class Training:
         factor: on the recipe's learning rate.
         is_tuning: evaluates a part of the training text instead of the held-out text.
         warmup: steps in which the learning rate rises.
+        size: of the model, key of `tiny.MODELS`.
     """
 
     experts: int
@@ -98,11 +99,13 @@ class Training:
     factor: float = 1.0
     is_tuning: bool = False
     warmup: int = 300
+    size: str = BASE_SIZE
 
     @property
     def name(self) -> str:
         """Return the name of its folder."""
-        name = f"e{self.experts}-{self.arm}-seed{self.seed}-lr{self.factor:g}-warmup{self.warmup}"
+        name = f"{self.size}-" if self.size != BASE_SIZE else ""
+        name += f"e{self.experts}-{self.arm}-seed{self.seed}-lr{self.factor:g}-warmup{self.warmup}"
         return name + ("-tuning" if self.is_tuning else "")
 
     @property
@@ -140,8 +143,8 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
     """
     arm = ARMS[training.arm]
     routing, _, protocol = arm.kind.partition("-")
-    run = Run(BASE_SIZE, routing, training.experts, arm.granularity, protocol=protocol)
-    run = Run(BASE_SIZE, routing) if routing == "dense" else run
+    run = Run(training.size, routing, training.experts, arm.granularity, protocol=protocol)
+    run = Run(training.size, routing) if routing == "dense" else run
     small = {name: tiny.flags(size, steps, os.environ) for name, size in tiny.MODELS.items()}
     launch = Launch(Path(), 1, steps, None, tuple(arm.flags.split()), small=small, data=tiny.text_in(text))
     settings = planned_flags(launch, run.at("lr", training.factor), anywhere=False)

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,6 +14,7 @@ from megatron.remoe.data.files import write_text
 from ..common.errors import ToolError
 from ..common.files import write_json
 from ..common.markdown import table
+from ..sweep.plan import BASE_SIZE
 from . import significance
 from .plan import ARMS, REFERENCE, Training
 from .trunks import Point
@@ -49,10 +50,10 @@ class Results:
         """Return the points of a training."""
         return [*self._found.get(training.name, {}).get("points", [])]
 
-    def by_arm(self, experts: int, seeds: Sequence[int], warmup: int, rates: Mapping[tuple[int, str], float]) -> Points:
-        """Return the points of all arms with this number of experts and warm-up, at these learning rates."""
+    def by_arm(self, like: Training, seeds: Sequence[int], rates: Mapping[tuple[int, str], float]) -> Points:
+        """Return the points of all arms and these seeds that are otherwise like a training, at these learning rates."""
         found = {
-            arm: {seed: self.of(Training(experts, arm, seed, warmup=warmup).tuned(rates)) for seed in sorted(seeds)}
+            arm: {seed: self.of(replace(like, arm=arm, seed=seed).tuned(rates)) for seed in sorted(seeds)}
             for arm in ARMS
         }
         return {arm: {seed: points for seed, points in of.items() if points} for arm, of in found.items()}
@@ -77,12 +78,12 @@ class Results:
             lines.append(f"{json.dumps(name)}: {json.dumps(entry | {'points': points})}")
         write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
-    def rates(self, steps: int, warmup: int) -> dict[tuple[int, str], float]:
+    def rates(self, steps: int, warmup: int, size: str) -> dict[tuple[int, str], float]:
         """Return experts and routing → the factor on the learning rate with the lowest loss after these steps."""
         best: dict[tuple[int, str], tuple[float, float]] = {}
         for entry in self._found.values():
             losses = [point.loss for point in entry["points"] if point.steps == steps]
-            if entry["is_tuning"] and losses and entry["warmup"] == warmup:
+            if entry["is_tuning"] and losses and (entry["warmup"], entry.get("size", BASE_SIZE)) == (warmup, size):
                 key = entry["experts"], ARMS[entry["arm"]].routing
                 best[key] = min(best.get(key, (math.inf, 1.0)), (losses[0], entry["factor"]))
         return {key: factor for key, (_, factor) in best.items()}
