@@ -59,9 +59,9 @@ class ReMoEConfig(TransformerConfig):
     and its gates are pushed up (default %(default)s; 0 turns it off)."""
 
     moe_relu_max_experts: int | None = None
-    """Compute at most this many experts per token, those with the largest gates, in training and evaluation. L1 term and
-    sparsity count all positive gates. Bounds FLOPs, memory and traffic of the dense start (recommended: 4 times topk,
-    from 32 times topk experts on)."""
+    """Compute at most this many experts per token, those with the largest gates, in training and evaluation. L1 term
+    and sparsity count all positive gates. Bounds FLOPs, memory and traffic of the dense start (recommended: 4 times
+    topk, from 32 times topk experts on)."""
 
     moe_relu_sparse_start: bool = False
     """Start at the target sparsity: the router gets a bias for each expert that lets it take a share of topk/experts of
