@@ -87,12 +87,12 @@ def experts_per_token(folder: Path) -> float:
     """Count a model's experts per token on its training text."""
     checkpoint = find(folder, None)
     args = source_args(checkpoint.args)
-    with one_process(0), Display() as display:
+    with one_process(0):
         model = build(args)
         load(checkpoint, model)
         text = sample(blend_of(args, None), 256, args.seq_length, args.padded_vocab_size, 0)
         with count_pairs(model) as pairs:
-            loss_of(model, text, display)
+            loss_of(model, text, Display())
     return EXPERTS * sum(active for active, _ in pairs) / sum(total for _, total in pairs)
 
 

@@ -122,7 +122,8 @@ def test_a_folder_is_taken_once(tmp_path: Path) -> None:
 
 STEPS = """
 from tools.common.display import Display
-with Display() as display, display.step("reading", 2):
+display = Display()
+with display.step("reading", 2):
     display.say("a result")
 """
 

@@ -38,9 +38,7 @@ class Trained:
         self.commands: list[list[str]] = []
 
     @contextmanager
-    def __call__(
-        self, words: list[str], environment: dict[str, str], folder: Path, log: IO[str]
-    ) -> Iterator[SimpleNamespace]:
+    def __call__(self, words: list[str], environment: dict[str, str], log: IO[str]) -> Iterator[SimpleNamespace]:
         assert words[0] == sys.executable and words[1].endswith("pretrain_gpt.py")
         self.commands.append(words)
         code, printed = shared_entry().run(words[2:], limit=240)
@@ -117,7 +115,7 @@ def test_a_small_experiment(output: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_each_arm_trains(arm: str, output: Path) -> None:
     text = make_text(output / MIXED, MIXED, print)
     tokens = json.loads((text / "manifest.json").read_text())["tokens"]["train"]
-    words = words_of(plan.flags_of(Training(4, arm, 1, is_tuning=True), text, tokens, 400, 80))
+    words = words_of(plan.flags_of(Training(4, arm, 1, is_tuning=True), text, tokens, 400))
     few = "--exit-interval 2 --eval-iters 1 --seq-length 32 --max-position-embeddings 32 --log-interval 1".split()
     code, printed = shared_entry().run([*words, *few], limit=120)
     assert code == 0, printed[-3000:]
@@ -175,7 +173,7 @@ def test_a_matched_point_may_have_a_wanted_length(tmp_path: Path, monkeypatch: p
 def test_nothing_goes_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "key")
     (tmp_path / "train_code_text_document.bin").write_bytes(b"")
-    settings = plan.flags_of(Training(8, "remoe", 1), tmp_path, {"code": 1}, 400, 80)
+    settings = plan.flags_of(Training(8, "remoe", 1), tmp_path, {"code": 1}, 400)
     assert "--lr" in settings and not any(flag.startswith("--wandb") for flag in settings)
 
 
@@ -193,8 +191,8 @@ def test_arms_wait_for_their_reference(tmp_path: Path) -> None:
             done(Point(steps=wanted[0], equal_to=None, loss=1.0, flops=7e9 * training.seed, seconds=1.0))
 
     args = command.parse_arguments("--arms moe --experts 4 4 --steps 400 400 --seeds 1 2 1 --lr-factors 1 1".split())
-    with Display() as display, pytest.raises(ToolError) as raised:
-        Experiment(args, Results(tmp_path / "results.json"), Runner(), display).run()  # type: ignore[arg-type]
+    with pytest.raises(ToolError) as raised:
+        Experiment(args, Results(tmp_path / "results.json"), Runner(), Display()).run()  # type: ignore[arg-type]
     assert seen == {("remoe", 1): {}, ("moe", 1): {400: 7e9}}
     failed = {line.split(":")[0] for line in str(raised.value).splitlines()[1:]}
     assert failed == {Training(4, arm, 2).name for arm in ("remoe", "moe")}
@@ -214,7 +212,7 @@ def test_sizes_are_kept_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     results = Results(tmp_path / "results.json")
     for size, shape in sizes.items():
         for arm in ("dense", "remoe"):
-            settings = plan.flags_of(Training(8, arm, 1, size=size), tmp_path, {"code": 1}, 400, 80)
+            settings = plan.flags_of(Training(8, arm, 1, size=size), tmp_path, {"code": 1}, 400)
             assert tuple(int(settings[flag][0]) for flag in ("--num-layers", "--hidden-size")) == shape
             for factor in (0.5, 1.0):
                 loss = 1.0 + factor if size == "978m" else 3.0 - factor

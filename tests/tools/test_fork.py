@@ -255,6 +255,5 @@ def test_lambda_is_rounded_to_a_power(coefficient: float, exponent: int) -> None
 
     args = argparse.Namespace(moe_relu_l1_reg_coeff_init=1e-4, moe_relu_l1_reg_coeff_multiplier=1.2)
     state = {"model": {COEFFICIENT: torch.tensor(1.0)}, "model1": {COEFFICIENT: torch.tensor(coefficient)}}
-    with Display() as display:
-        found = _exponent(state, args, display)
+    found = _exponent(state, args, Display())
     assert found == exponent and abs(math.log(1e-4 * 1.2**found / coefficient)) <= math.log(1.2) / 2 + 1e-6

@@ -86,7 +86,7 @@ def test_narrowed_lists() -> None:
     for name in names(*plan.FIGURES, *plan.AXES, *plan.GROUPS):
         run = Run.from_name(name)
         assert run is not None and run.name == name
-    for name in ("checkpoints", "llama_182m_dense_ffn6", f"{base}_other", f"{base}_hash"):
+    for name in ("checkpoints", "llama_182m_dense_ffn6", f"{base}_other", f"{base}_lr2-1", f"{base}_hash"):
         assert (Run.from_name(name) is None) == (name != f"{base}_hash")
 
 

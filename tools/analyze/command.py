@@ -98,8 +98,7 @@ def analyze(args: argparse.Namespace) -> None:
     length = opened.sequence_length(args.seq_length)
     texts = [Text(prefix, length, args.seed, model.config.vocab_size) for prefix in args.data_path]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    with Display() as display:
-        counts = count(model, texts, layers, args.sequences, display)
+    counts = count(model, texts, layers, args.sequences, Display())
     names = names_of_data_sets(args.data_path)
     found = {
         "experts_per_token": findings.experts_per_token(counts),

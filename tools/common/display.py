@@ -1,22 +1,26 @@
 """Show the progress of a tool that works in steps: a bar on a terminal, and a line for each result."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
 class Display:
-    """Print results to standard output; show the bar and errors on standard error."""
+    """Print results to standard output; show the bar of a step on standard error."""
 
     def __init__(self) -> None:
+        self.advance: Callable[[int], None] = lambda parts: None  # counts parts of the step as done
+
+    @contextmanager
+    def step(self, title: str, total: int) -> Iterator[None]:
+        """Show a step with `total` parts; `advance` counts them."""
         console = Console(stderr=True)
-        self._progress = Progress(
+        with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -25,30 +29,9 @@ class Display:
             transient=True,
             redirect_stdout=sys.stdout.isatty(),  # rich would write results for a file to the console
             disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._progress.stop()
-
-    @contextmanager
-    def step(self, title: str, total: int) -> Iterator[None]:
-        """Show a step with `total` parts; `advance` counts them."""
-        self._task = self._progress.add_task(title, total=total)
-        try:
+        ) as progress:
+            self.advance = partial(progress.advance, progress.add_task(title, total=total))
             yield
-        finally:
-            self._progress.remove_task(self._task)
-            self._task = None
-
-    def advance(self, parts: int) -> None:
-        """Count parts as done."""
-        if self._task is not None:
-            self._progress.advance(self._task, parts)
 
     def say(self, line: str) -> None:
         """Print a result."""

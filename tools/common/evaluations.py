@@ -3,19 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .places import run_folder
 
 BY_LAYER = "by layer: mean, 99 %, largest"
 EXPLAINED = "Experts per token: the mean; the number that 99 % of the tokens do not exceed; the largest number."
-
-
-class Results(NamedTuple):
-    """A table of one kind of result: titles of the columns, and rows of as many cells."""
-
-    titles: tuple[str, ...]
-    rows: list[list[str]]
+Results = tuple[tuple[str, ...], list[list[str]]]  # of one kind: titles of the columns, and rows of as many cells
 
 
 def tables(results: dict[str, Any]) -> Iterator[Results]:
@@ -36,7 +30,7 @@ def _on_text(models: dict[str, Any]) -> Results:
                 each = (f"{of['mean']:.2f}, {of['percentile_99']}, {of['largest']}" for of in layers)
                 rows.append([model, data_set, bound, f"{loss:.5f}", f"{math.exp(loss):.4f}", mean, "; ".join(each)])
     titles = ("model", "data set", "K", "loss, nats per token", "perplexity", "experts per token", BY_LAYER)
-    return Results(titles, rows)
+    return titles, rows
 
 
 def _on_speed(models: dict[str, Any]) -> Results:
@@ -44,7 +38,7 @@ def _on_speed(models: dict[str, Any]) -> Results:
     for model, one in models.items():
         pairs = ((f"{one[what]:,.0f}", f"{one[what] / first[what]:.2f}") for what in ("prefill", "decode"))
         rows.append([model, *(cell for pair in pairs for cell in pair)])
-    return Results(("model", "reading, tokens/s", "ratio", "writing, tokens/s", "ratio"), rows)
+    return ("model", "reading, tokens/s", "ratio", "writing, tokens/s", "ratio"), rows
 
 
 def _on_tasks(models: dict[str, Any]) -> Results:
@@ -53,7 +47,7 @@ def _on_tasks(models: dict[str, Any]) -> Results:
         for one in scores:
             error = "" if one["error"] is None else f"{one['error']:.4f}"
             rows.append([model, one["task"], one["metric"], f"{one['value']:.4f}", error, str(one["documents"])])
-    return Results(("model", "task", "metric", "value", "± standard error", "documents"), rows)
+    return ("model", "task", "metric", "value", "± standard error", "documents"), rows
 
 
 def names_of_models(places: Sequence[Path]) -> list[str]:

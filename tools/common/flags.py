@@ -62,19 +62,16 @@ def asks_for_gpt2(words: Sequence[str]) -> bool:
     return last_value(words, "--tokenizer-type") in (None, "GPT2BPETokenizer")
 
 
-def with_vocabulary(words: Sequence[str]) -> list[str]:
-    """Return the words, with a vocabulary of GPT-2's size if its files are not given or not there yet."""
+def for_a_plan(words: Sequence[str]) -> list[str]:
+    """Return the words with the last batch size of --step-batch-size-schedule for all steps.
+
+    If GPT-2's files are not given or not there yet, the words have a vocabulary of the same size.
+    """
+    if (schedule := last_value(words, SCHEDULE)) is not None:
+        words = [*without(words, SCHEDULE.__eq__), "--global-batch-size", schedule.rpartition(":")[2]]
     files = [last_value(words, flag) for flag in ("--vocab-file", "--merge-file")]
     is_there = all(file is not None and os.path.isfile(file) for file in files)
     return [*words] if is_there or not asks_for_gpt2(words) else [*words, *OF_GPT2S_SIZE]
-
-
-def with_one_batch_size(words: Sequence[str]) -> list[str]:
-    """Return the words with the last batch size of --step-batch-size-schedule for all steps."""
-    schedule = last_value(words, SCHEDULE)
-    if schedule is None:
-        return [*words]
-    return [*without(words, SCHEDULE.__eq__), "--global-batch-size", schedule.rpartition(":")[2]]
 
 
 def number_of_cores() -> int:

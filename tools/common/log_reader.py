@@ -19,7 +19,7 @@ _EVALUATION = re.compile(
     r"\| lm loss value: (\S+)"
 )
 _PARAMETERS = re.compile(r"number of parameters on \([^)]*\) model parallel rank \([^)]*\): (\d{1,15})$")
-_RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d{1,15})")
+RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d{1,15})")
 _FINER = re.compile(
     r"increase num_moe_experts to (\d+), increase moe_router_topk to (\d+), decrease moe_ffn_hidden_size to (\d+)"
 )
@@ -55,7 +55,7 @@ def read_printed(log: Path) -> Iterator[dict[str, Any]]:
                 args[argument[1]] = _literal(argument[2].strip())
             elif evaluation := _EVALUATION.match(line):
                 yield _evaluation(*evaluation.groups())
-            elif resumed := _RESUMED.search(line):
+            elif resumed := RESUMED.search(line):
                 iteration = int(resumed[1])
             elif finer := _FINER.search(line):  # the fork splits experts after it has printed its arguments
                 args |= dict(zip(_SPLIT, map(int, finer.groups()), strict=True))

@@ -1,21 +1,19 @@
 """Run trainings and show their progress: bars on a terminal, otherwise a few plain lines."""
 
 import itertools
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from types import TracebackType
 from typing import IO, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .display import say
-from .log_reader import MILLISECONDS, read_log
+from .log_reader import MILLISECONDS, RESUMED, read_log
 from .training_process import Processes
 from .units import duration
 
@@ -23,7 +21,6 @@ PLAIN_LINES = 4  # per run, without a terminal
 SECONDS_OF_RATE = 300  # the time left is estimated from the progress of these last seconds
 KEPT, SHOWN = 300, 15  # last lines of the output, and how many of them to show if a run fails
 _LAUNCHER = "torch/distributed/elastic"  # in the first line of torchrun's report, which never has the cause
-_RESUMED = re.compile(r"successfully loaded checkpoint from .* at iteration (\d+)")
 
 
 @dataclass
@@ -66,7 +63,7 @@ class TrainingDisplay:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.update(self._all, visible=False)
         self._progress.stop()
 
@@ -122,7 +119,7 @@ class TrainingDisplay:
 
     def _take(self, shown: ShownTraining, line: str) -> str:
         """Take a line of Megatron's output. Return what the training does; "" if the line does not say."""
-        if resumed := _RESUMED.search(line):
+        if resumed := RESUMED.search(line):
             self._skip_to(shown, int(resumed[1]))
             self._plain(f"{shown.title}: goes on from iteration {shown.done}")
         note = ""

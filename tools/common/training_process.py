@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Lock
 from typing import IO
 
@@ -31,7 +30,6 @@ class Processes:
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        folder: Path | None = None,
         output: IO[str] | int = subprocess.PIPE,
     ) -> Iterator[subprocess.Popen[str]]:
         """Start a training, and wait for its end after the body of `with`.
@@ -44,7 +42,6 @@ class Processes:
                 raise KeyboardInterrupt
             process = subprocess.Popen(
                 command,
-                cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

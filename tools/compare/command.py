@@ -71,7 +71,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args.arms = [arm for arm in ARMS if arm in (*args.arms, args.reference, REFERENCE)]
     for name in ("experts", "steps", "seeds", "lr_factors"):
         setattr(args, name, [*dict.fromkeys(getattr(args, name))])
-    for flag, values in (("--steps", args.steps), ("--tuning-steps", [args.tuning_steps])):
+    tuning = [args.tuning_steps] if len(args.lr_factors) > 1 else []
+    for flag, values in (("--steps", args.steps), ("--tuning-steps", tuning)):
         if wrong := [value for value in values if value % LOG_INTERVAL or value < LEAST]:
             parser.error(f"{flag} {wrong[0]}: give a multiple of {LOG_INTERVAL} of at least {LEAST}.")
         if wrong := [value for value in values if trunk_steps(value) < args.lr_warmup_iters]:
@@ -125,9 +126,4 @@ def compare(args: argparse.Namespace, display: Display) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Compare and return the exit code: 0, 1 after an error, 130 after a stop."""
     args = parse_arguments(arguments)
-
-    def work() -> None:
-        with Display() as display:
-            compare(args, display)
-
-    return run_tool("compare", work, "stopped. The same command goes on from here")
+    return run_tool("compare", lambda: compare(args, Display()), "stopped. The same command goes on from here")

@@ -53,7 +53,7 @@ class Experiment:
     def _all(self, what: str, trainings: Sequence[Training], steps: Sequence[int]) -> None:
         """Train trunks with decays to these steps, and to those with the FLOPs of the reference, which comes first."""
         began, done, progress = time.monotonic(), 0.0, Lock()
-        points = [(each, point) for each in trainings for point in self._results.of(each)]
+        points = [(each, point) for each in trainings for point in self._results.of(each) if point.steps in steps]
         finished = sum(each.cost * point.steps for each, point in points if point.equal_to is None)
         total = max(sum(each.cost for each in trainings) * sum(steps) - finished, 1.0)
 

@@ -73,7 +73,7 @@ ARMS: Mapping[str, Arm] = {
     **{
         kind: Arm(kind, f"{_SHORT[kind.partition('-')[0]]}, {protocol.title}")
         for kind, protocol in PROTOCOLS.items()
-        if kind not in ("moe-warmup", POST_SOFTMAX, *RIVALS)  # these need k > 1
+        if kind not in ("moe-warmup", POST_SOFTMAX, *RIVALS)  # moe-dense-start; needs k > 1; at k = 2 below
     },
     # k varies around 2, but for quantile balancing.
     **{kind: Arm(kind, f"{PROTOCOLS[kind].title}, k = 2", granularity=PAIRED) for kind in RIVALS},
@@ -128,7 +128,7 @@ def rounded(steps: float) -> int:
     return max(1, round(steps / LOG_INTERVAL)) * LOG_INTERVAL
 
 
-def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: int, decays: int) -> Settings:
+def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: int) -> Settings:
     """Return Megatron's flags for a trunk or a decay, without its folders.
 
     Args:
@@ -136,7 +136,6 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
         text: the folder of the quickstart's data.
         tokens: domain → tokens of its training text.
         steps: to plan for: `TRUNK`, or those of the point.
-        decays: the last steps, in which the rate falls; for a trunk any number will do.
 
     Raises:
         RecipeError: an environment variable is wrong.
@@ -151,8 +150,8 @@ def flags_of(training: Training, text: Path, tokens: Mapping[str, int], steps: i
     settings = {flag: values for flag, values in settings.items() if flag not in REPLACED}
     changed: dict[str, str] = {
         "--seed": str(training.seed), "--log-interval": str(LOG_INTERVAL), "--eval-interval": str(TRUNK + 1),
-        "--lr-decay-style": "WSD", "--lr-wsd-decay-style": "linear", "--lr-wsd-decay-iters": str(decays),
-        "--lr-decay-iters": str(max(steps, decays)), "--lr-warmup-iters": str(training.warmup),
+        "--lr-decay-style": "WSD", "--lr-wsd-decay-style": "linear", "--lr-warmup-iters": str(training.warmup),
+        "--lr-wsd-decay-iters": str(steps - trunk_steps(steps)), "--lr-decay-iters": str(steps),
         "--train-iters": str(steps),
     }  # fmt: skip
     settings |= {flag: (value,) for flag, value in changed.items()}

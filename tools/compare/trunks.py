@@ -18,7 +18,7 @@ from megatron.remoe.preflight.checkpoint_files import newest_iteration
 from ..common.errors import ToolError
 from ..common.figure_reader import LOG, METRICS, read_figures
 from ..common.flags import words_of
-from ..common.places import ROOT
+from ..common.places import entry
 from ..common.training_process import Processes
 from ..recipes.flops import flops_per_sequence
 from ..recipes.stages import Flops, stages
@@ -116,29 +116,28 @@ class Runner:
                     "Leave it out, or give --output-dir another folder."
                 )
             if _newest(trunk) < begin:
-                self._start(training, trunk, trunk, TRUNK, TRUNK - trunk_steps(TRUNK), "--exit-interval", str(begin))
+                self._start(training, trunk, trunk, TRUNK, "--exit-interval", str(begin))
             if _newest(trunk) != begin:
                 raise ToolError(f"{trunk / LOG}: the training ended at step {_newest(trunk)} instead of {begin}.")
             decay.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(trunk / METRICS, decay / METRICS)  # the decay continues its running sums
         if not read_figures(decay).final_losses(steps):
             load = decay if _newest(decay) else trunk
-            self._start(training, load, decay, steps, steps - begin, "--override-opt_param-scheduler")
+            self._start(training, load, decay, steps, "--override-opt_param-scheduler")
         point = self._read(training, decay, steps, equal_to)
         for checkpoint in decay.glob("iter_*"):
             shutil.rmtree(checkpoint)
         return point
 
-    def _start(self, training: Training, load: Path, save: Path, steps: int, decays: int, *more: str) -> None:
-        settings = flags_of(training, self._text, self._tokens["train"], steps, decays)
+    def _start(self, training: Training, load: Path, save: Path, steps: int, *more: str) -> None:
+        settings = flags_of(training, self._text, self._tokens["train"], steps)
         flags = [*words_of(settings), "--save", str(save), "--load", str(load), *more]
         # The newest checkpoint alone is kept.
         flags += ["--save-interval", str(SAVE_INTERVAL), "--save-retain-interval", str(TRUNK)]
         save.mkdir(parents=True, exist_ok=True)
         with (save / LOG).open("a", encoding="utf-8") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-            command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *flags]
-            with self.processes.start(command, environment, ROOT, log) as process:
+            with self.processes.start([sys.executable, *entry(), *flags], environment, log) as process:
                 pass
         if process.returncode:
             raise ToolError(f"{save / LOG}: the training ended with exit code {process.returncode}.")

@@ -140,16 +140,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         check_output(options.save)
-        with Display() as display:
-            if options.from_hf:
-                convert_hf(options, display)
-            elif options.from_fork:
-                convert_fork(options, display)
-            elif options.from_fsdp:
-                convert_fsdp(options, display)
-            elif options.model:
-                convert_class(options, display)
-            else:
-                convert(options, display)
+        display = Display()
+        if options.from_hf:
+            convert_hf(options, display)
+        elif options.from_fork:
+            convert_fork(options, display)
+        elif options.from_fsdp:
+            convert_fsdp(options, display)
+        elif options.model:
+            convert_class(options, display)
+        else:
+            convert(options, display)
 
     return run_tool("convert_checkpoint", work, "stopped; nothing was written")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..common.flags import above_zero, asks_for_gpt2, split, whole_number, with_one_batch_size, with_vocabulary
+from ..common.flags import above_zero, asks_for_gpt2, for_a_plan, split, whole_number
 from ..recipes.layout import MOST_EXPERTS
 from ..recipes.models import PAPER, ROUTINGS
 from . import paper
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from . import estimate, parameters
 
-    sys.argv = ["pretrain_gpt.py", *with_vocabulary(with_one_batch_size(flags))]
+    sys.argv = ["pretrain_gpt.py", *for_a_plan(flags)]
     planned: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), usage_errors():
         args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})

@@ -129,7 +129,8 @@ def _data_lines(args: argparse.Namespace, sequences: int) -> Iterator[str]:
 def _memory_lines(args: argparse.Namespace, options: argparse.Namespace, stages: list[Stage]) -> Iterator[str]:
     titles, places, columns = [], set(), []
     for title, experts_per_token in phases(args):
-        stage, needed = memory.fullest_stage(args, stages, experts_per_token)
+        memories = [memory.stage_memory(args, stages, index, experts_per_token) for index in range(len(stages))]
+        stage, needed = max(enumerate(memories), key=lambda of_stage: sum(of_stage[1]))
         titles.append(title + (f", {experts_per_token:g} of {args.num_experts} experts" if args.num_experts else ""))
         places.add(stage + 1)
         columns.append(needed._asdict() | {"total": sum(needed)})

@@ -24,17 +24,11 @@ class Memory(NamedTuple):
     activations: float
 
 
-def fullest_stage(args: argparse.Namespace, stages: list[Stage], experts_per_token: float) -> tuple[int, Memory]:
-    """Return the index of the stage that needs most memory, and that of each of its GPUs with an even load of experts.
+def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> Memory:
+    """Return the memory of a GPU of stage `index` with an even load of experts.
 
     `experts_per_token` are the active ones in each MoE layer.
     """
-    memories = [stage_memory(args, stages, index, experts_per_token) for index in range(len(stages))]
-    return max(enumerate(memories), key=lambda of_stage: sum(of_stage[1]))
-
-
-def stage_memory(args: argparse.Namespace, stages: list[Stage], index: int, experts_per_token: float) -> Memory:
-    """Return the memory of a GPU of stage `index`; see `fullest_stage`."""
     stage, parameters = stages[index], stages[index].shared + stages[index].experts
     half = args.bf16 or args.fp16
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2

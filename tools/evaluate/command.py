@@ -38,8 +38,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with Display() as display:
-            measure(args, results, display)
+        measure(args, results, Display())
     finally:
         show(results)
         if args.output is not None and results:

@@ -100,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     def work() -> None:
-        with Display() as display, one_process():
+        with one_process():
             check_output(options.save)
-            (reverse if options.reverse else export)(options, display)
+            (reverse if options.reverse else export)(options, Display())
 
     return run_tool("export_hf", work, "stopped; nothing was written")

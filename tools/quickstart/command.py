@@ -66,15 +66,8 @@ def plan(args: argparse.Namespace, runs: Path, data_folder: Path, data: dict[str
 
 def train(console: Console, trainings: Sequence[training.Training], iterations: int, keep_open: IO[str]) -> None:
     """Run the trainings that are not done yet, side by side."""
-    shown = [
-        ShownTraining(
-            tiny.NAMES[each.model],
-            iterations,
-            tiny.SIZE.tokens_per_iteration,
-            cost=tiny.RELATIVE_COST[each.model],
-        )  # fmt: skip
-        for each in trainings
-    ]
+    tokens, costs = tiny.SIZE.tokens_per_iteration, tiny.RELATIVE_COST
+    shown = [ShownTraining(tiny.NAMES[each.model], iterations, tokens, costs[each.model]) for each in trainings]
     with TrainingDisplay(console, shown, keep_open) as display:
 
         def run(each: training.Training, line: ShownTraining) -> None:

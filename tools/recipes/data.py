@@ -128,7 +128,7 @@ def find_vocabulary(environment: Mapping[str, str], flags: Sequence[str], planne
     """
     if last_value(flags, "--tokenizer-type") is not None:
         return []
-    folder = environment.get("DATA_DIR", ".")
+    folder = environment.get("DATA_DIR") or "."
     words = ["--tokenizer-type", "GPT2BPETokenizer"]
     kinds = (("VOCAB_FILE", "--vocab-file"), ("MERGE_FILE", "--merge-file"))
     for (variable, flag), names in zip(kinds, zip(*GPT2_FILES[:2], strict=True), strict=True):

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from ..common.flags import for_a_plan, parse, without
 from ..common.flags import last_value as value_of
-from ..common.flags import parse, with_one_batch_size, with_vocabulary, without
 from ..recipes.data import MADE_UP
 
 # Nothing is saved, loaded or reported, and the number of steps is the rehearsal's: Megatron's defaults are right.
@@ -19,7 +19,7 @@ LEFT_OUT = set(
 
 def rehearsed(flags: Sequence[str], steps: int) -> list[str]:
     """Return the flags of the rehearsal: made-up tokens, `steps` steps, nothing saved."""
-    kept = with_vocabulary(with_one_batch_size(without(flags, LEFT_OUT.__contains__)))
+    kept = for_a_plan(without(flags, LEFT_OUT.__contains__))
     run = f"--mock-data --train-iters {steps} --log-interval 1 --eval-interval 1000000 --eval-iters 0 --num-workers 0"
     if value_of(kept, "--cuda-graph-impl") == "full_iteration":
         run += f" --cuda-graph-warmup-steps {steps - 1}"  # Megatron captures the last

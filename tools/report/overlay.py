@@ -84,10 +84,8 @@ def overlay(
                 values = as_float32(points.values[shown])
                 plot.line(points.iterations[shown], values, line_dash=dash, **style, **width)
         if len(drawn.marks.values):
-            points, size = (
-                thin(drawn.marks, POINTS),
-                {"size": 16, "line_width": 2} if marker == "diamond" else {"size": 8},
-            )
+            points = thin(drawn.marks, POINTS)
+            size = {"size": 16, "line_width": 2} if marker == "diamond" else {"size": 8}
             values = as_float32(points.values)
             plot.scatter(points.iterations, values, marker=marker, line_color=RIM, **style, **size)
         if len(drawn.curve.values):

@@ -93,16 +93,9 @@ def list_commands(launch: plan.Launch, found: Sequence[Found], args: argparse.Na
 
 def train(console: Console, launch: plan.Launch, todo: Sequence[Found], processes: int, held: IO[str]) -> list[str]:
     """Train runs, `processes` at once; return the names of those that did not finish."""
-    failed = []
-    shown = [
-        ShownTraining(
-            each.run.name,
-            whole(each.settings, "--train-iters"),
-            tokens_per_iteration(each.settings),
-            cost=flops(each.settings),
-        )  # fmt: skip
-        for each in todo
-    ]
+    failed: list[str] = []
+    runs = [(each.run.name, each.settings) for each in todo]
+    shown = [ShownTraining(name, whole(of, "--train-iters"), tokens_per_iteration(of), flops(of)) for name, of in runs]
     with TrainingDisplay(console, shown, held) as display:
 
         def run(each: Found, line: ShownTraining) -> None:

@@ -104,7 +104,7 @@ _WORDS = {name.rpartition("-")[2]: name for name in AXES}  # in names of runs
 _PROTOCOLS = "|".join(dict.fromkeys(kind.partition("-")[2] for kind in PROTOCOLS))
 _NAME = re.compile(
     rf"llama_({'|'.join(SIZES)})_(?:dense_ffn(\d+)|(moe|remoe)_e(\d+)g(\d+)(?:_({_PROTOCOLS}))?)"
-    rf"(?:_({'|'.join(_WORDS)})([0-9.e+-]+))?"
+    rf"(?:_({'|'.join(_WORDS)})(\d+(?:\.\d+)?(?:e[+-]\d+)?))?"
 )
 
 

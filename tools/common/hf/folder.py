@@ -62,15 +62,13 @@ POSITIVE, POSITIVE_OR_0, FLAG = _whole(1), _whole(0), Rule(lambda value: type(va
 THETA = _number("a number of at least 1", lambda value: value >= 1)
 SIZE_OR_NONE = Rule(lambda value: value is None or POSITIVE.fits(value), "null or a whole number of at least 1")
 TOKEN = Rule(_is_token, "null or the number of a token")
+SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+max_position_embeddings num_experts_per_tok""".split()
+FLAGS = """norm_topk_prob router_expert_bias hash_routing output_router_logits shared_expert_gate
+moe_relu_load_balancing""".split()
 REQUIRED = {
     "model_type": _one_of("remoe"),
-    **dict.fromkeys(
-        (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts_per_tok"),
-        ),
-        POSITIVE,
-    ),
+    **dict.fromkeys(SIZES, POSITIVE),
     "num_experts": POSITIVE_OR_0,
     "moe_intermediate_size": POSITIVE_OR_0,
     "rms_norm_eps": _number("a number above 0, at most 1", lambda value: 0 < value <= 1),
@@ -89,13 +87,7 @@ OPTIONAL = {
     ),
     "max_experts_per_token": SIZE_OR_NONE,
     "scoring_func": _one_of("softmax", "sigmoid"),
-    **dict.fromkeys(
-        (
-            *("norm_topk_prob", "router_expert_bias", "hash_routing", "output_router_logits", "shared_expert_gate"),
-            "moe_relu_load_balancing",
-        ),
-        FLAG,
-    ),
+    **dict.fromkeys(FLAGS, FLAG),
     "routed_scaling_factor": _number("a number above 0", lambda value: value > 0),
     "router_aux_loss_coef": _number("a number of at least 0", lambda value: value >= 0),
     "router_dtype": _one_of(None, "float32", "float64"),

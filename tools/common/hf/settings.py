@@ -16,25 +16,15 @@ from megatron.training.arguments import add_megatron_arguments
 from ..errors import ConversionError
 
 # Megatron's arguments that must have this value.
+UNSET = """rotary_seq_len_interpolation_factor no_rope_freq window_size activation_func_clamp_value
+heterogeneous_layers_config_path moe_latent_size moe_router_num_groups moe_expert_capacity_factor
+moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size""".split()
+OFF = """layernorm_zero_centered_gamma rotary_interleaved use_rope_scaling qk_l2_norm add_qkv_bias attention_output_gate
+add_bias_linear apply_residual_connection_post_layernorm use_mup moe_apply_probs_on_input moe_relu_router_bias
+moe_relu_sparse_start""".split()
 ONLY: dict[str, Any] = {
     **{"normalization": "RMSNorm", "position_embedding_type": "rope", "softmax_type": "vanilla", "swiglu": True},
-    **{"rotary_percent": 1.0, "glu_linear_offset": 0.0},
-    **dict.fromkeys(
-        """
-        rotary_seq_len_interpolation_factor no_rope_freq window_size activation_func_clamp_value
-        heterogeneous_layers_config_path moe_latent_size moe_router_num_groups moe_expert_capacity_factor
-        moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size
-        """.split(),
-        None,
-    ),
-    **dict.fromkeys(
-        """
-        layernorm_zero_centered_gamma rotary_interleaved use_rope_scaling qk_l2_norm add_qkv_bias
-        attention_output_gate add_bias_linear apply_residual_connection_post_layernorm use_mup moe_apply_probs_on_input
-        moe_relu_router_bias moe_relu_sparse_start
-        """.split(),
-        False,
-    ),
+    **{"rotary_percent": 1.0, "glu_linear_offset": 0.0, **dict.fromkeys(UNSET), **dict.fromkeys(OFF, False)},
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "moe_router_score_function": ("softmax", "sigmoid"),
