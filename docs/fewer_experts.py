@@ -28,7 +28,7 @@ from tools.common.display import Display  # noqa: E402
 from tools.common.figure_reader import read_figures  # noqa: E402
 from tools.common.megatron_model import build, one_process  # noqa: E402
 from tools.common.text import blend_of, sample  # noqa: E402
-from tools.convert_checkpoint.command import loss_of  # noqa: E402
+from tools.convert_checkpoint.command import GENTLE, loss_of  # noqa: E402
 from tools.convert_checkpoint.models import count_pairs, source_args  # noqa: E402
 from tools.corpora import dataset  # noqa: E402
 from tools.recipes import tiny  # noqa: E402
@@ -39,18 +39,17 @@ EXPERTS, BEFORE, AFTER = 16, 4, 2
 SIZE = replace(tiny.SIZE, ffn=64)
 SOURCE, WITH_NULLS = "source/checkpoints", "with-null-experts"
 REMOE, REMOE_OF_4 = "remoe-of-2-gates", "remoe-of-4-gates"  # the gates that the routers are fitted to
-LAMBDA = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
 MOVING = f"--moe-relu-start-topk {BEFORE} --moe-relu-start-steps {{third}}"
 NULLS = "--moe-baseline-router null_experts"
 # arm: experts per token, flags, folder of the source or of what it was converted into
 ARMS = {
     "top-k, 2 experts, teacher": (AFTER, "--teacher {source}", SOURCE),
-    "ReMoE, 2 experts, teacher": (AFTER, f"{LAMBDA} --teacher {{source}}", REMOE),
-    "ReMoE, 4 to 2 experts, teacher": (AFTER, f"{LAMBDA} {MOVING} --teacher {{source}}", REMOE_OF_4),
+    "ReMoE, 2 experts, teacher": (AFTER, f"{GENTLE} --teacher {{source}}", REMOE),
+    "ReMoE, 4 to 2 experts, teacher": (AFTER, f"{GENTLE} {MOVING} --teacher {{source}}", REMOE_OF_4),
     "null experts, 2 experts, teacher": (AFTER, f"{NULLS} --teacher {{source}}", WITH_NULLS),
     "top-k, 2 experts": (AFTER, "", SOURCE),
-    "ReMoE, 2 experts": (AFTER, LAMBDA, REMOE),
-    "ReMoE, 4 to 2 experts": (AFTER, f"{LAMBDA} {MOVING}", REMOE_OF_4),
+    "ReMoE, 2 experts": (AFTER, GENTLE, REMOE),
+    "ReMoE, 4 to 2 experts": (AFTER, f"{GENTLE} {MOVING}", REMOE_OF_4),
     "null experts, 2 experts": (AFTER, NULLS, WITH_NULLS),
     "top-k, 4 experts, continued": (BEFORE, "", SOURCE),
 }

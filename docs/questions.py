@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from megatron.remoe.preflight.checkpoint_files import newest_iteration  # noqa: E402
 from tools.common.figure_reader import read_figures  # noqa: E402
 from tools.common.files import write_json  # noqa: E402
-from tools.common.flags import parse, without, words_of  # noqa: E402
+from tools.common.flags import without  # noqa: E402
 from tools.corpora import dataset  # noqa: E402
 from tools.recipes import tiny  # noqa: E402
 from tools.recipes.models import Routing  # noqa: E402
@@ -76,7 +76,7 @@ def train(folder: Path, name: str, seed: int) -> Path:
     flags += dataset.data_flags(text, json.loads((text / "manifest.json").read_text())["tokens"]["train"])
     if corpus == dataset.TECHNICAL:  # its held-out text is long: evaluate a part
         left_out = ("--multiple-validation-sets", "--full-validation", "--validation-set-names")
-        flags = words_of({flag: values for flag, values in parse(flags).items() if flag not in left_out})
+        flags = without(flags, left_out.__contains__)
     own, words = runs / name / "checkpoints", more.format(**fields).split()
     flags += f"--save-interval 400 --save-retain-interval 400 --save {own} --load {own}".split()
     if newest_iteration(own):  # stopped earlier

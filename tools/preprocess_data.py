@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--split-special-tokens", action="store_true", help="encode <|endoftext|> inside a text as ordinary text")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
     add("--overwrite", action="store_true", help="replace existing outputs")
-    add("--workers", type=whole_number(1), default=number_of_cores(), help="threads (default: one per core)")
+    add("--workers", type=whole_number(1), default=number_of_cores(), help="threads, at most 8 (default: one per core)")
     add("--log-interval", type=int, help="ignored, for Megatron-LM compatibility")
     return parser.parse_args(arguments)
 

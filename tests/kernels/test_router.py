@@ -86,6 +86,24 @@ def test_padding_guard_and_weights(padded: float, guarded: int, balances: bool, 
     check(torch.randn(50, 6, device=DEVICE), padded, guarded=guarded, balances=balances, per_token=per_token)
 
 
+def test_gates_without_a_gradient() -> None:
+    """The L1 term has a gradient even if what uses the gates has none."""
+
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, probs):
+            return probs.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    logits = torch.randn(20, 4, device=DEVICE, requires_grad=True)
+    Cut.apply(route(logits)[0]).sum().backward()
+    *_, gradient = expected(logits, torch.zeros_like(logits))
+    torch.testing.assert_close(logits.grad, gradient.float(), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("shift", [-100.0, 100.0])
 @pytest.mark.parametrize("guarded", [0, 1])
 def test_all_off_and_all_on(shift: float, guarded: int) -> None:

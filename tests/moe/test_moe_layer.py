@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 from megatron.remoe.kernels.pytorch import TokenOrder
@@ -208,7 +209,8 @@ def test_the_dispatcher_is_chosen_when_the_layer_is_built() -> None:
     layer = make_layer(make_config(moe_token_dispatcher_type="allgather"))
     assert type(layer.token_dispatcher) is MoEAllGatherTokenDispatcher and layer._run_experts == layer._by_megatron
     assert takes_plans(topk)
-    for name, value in (("moe_permute_fusion", True), ("moe_latent_size", 8)):
+    captured = [CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess]
+    for name, value in (("moe_permute_fusion", True), ("moe_latent_size", 8), ("cuda_graph_modules", captured)):
         topk = make_topk_config()
         setattr(topk, name, value)  # set later: the constructor would ask for Transformer Engine
         assert not takes_plans(topk)

@@ -55,4 +55,3 @@ def flags(byte_files: tuple[Path, Path]) -> Callable[..., list[str]]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(reading, "PIECE_BYTES", 3_000)

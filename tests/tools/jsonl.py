@@ -3,10 +3,9 @@
 import gzip
 from pathlib import Path
 
-import zstandard
-
 from tests.gpt2_reference import gpt2_files
 from tests.trainings import REPOSITORY
+from tools.preprocessing.reading import zstd
 
 TOOL = REPOSITORY / "tools" / "preprocess_data.py"
 GPT2 = "--tokenizer-type GPT2BPETokenizer --vocab-file {} --merge-file {}".format(*gpt2_files())
@@ -23,9 +22,8 @@ def write_lines(path: Path, lines: list[str], end: str = "\n") -> Path:
     if path.suffix == ".gz":
         data = gzip.compress(data[:5000]) + gzip.compress(data[5000:])
     elif path.suffix == ".zst":
-        compressor = zstandard.ZstdCompressor()
         skipped = b"\x50\x2a\x4d\x18\x02\x00\x00\x00ab"
-        data = skipped + compressor.compress(data[:5000]) + compressor.compress(data[5000:])
+        data = skipped + zstd.compress(data[:5000]) + zstd.compress(data[5000:])
     path.write_bytes(data)
     return path
 

@@ -86,6 +86,12 @@ def test_strategies(split: str, strategy: str, data: Path, tmp_path: Path) -> No
     assert_same_training(cut, whole)
 
 
+def test_parameters_that_ranks_share_count_once(data: Path, tmp_path: Path) -> None:
+    flags = ["--train-iters", "1", "--eval-iters", "0"]
+    output = run(words(data, tmp_path, *flags, split="--tensor-model-parallel-size 2 --sequence-parallel"), processes=2)
+    assert "468,288 parameters" in output, "as in one process"
+
+
 @pytest.mark.parametrize(("split", "processes"), [("", 2), ("", 1)], ids=["without EP", "one process"])
 def test_another_layout_goes_on(split: str, processes: int, saved: Saved, data: Path, uninterrupted: Saved) -> None:
     output = run(words(data, goes_on_from_4(saved).root, split=split), processes=processes)

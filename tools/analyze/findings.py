@@ -199,18 +199,13 @@ def balance(counts: Counts, topk: int, ranks: int) -> Numbers:
     experts = routed.shape[1]
     found: Numbers = {"target": 1 - topk / experts, "expert_parallel": ranks, "layers": {}}
     for layer, row in zip(counts.layers, routed, strict=True):
-        of_ranks = row.view(ranks, -1)
         found["layers"][layer] = {
             "sparsity": 1 - int(row.sum()) / (tokens * experts),
             "imbalance": _largest_over_even(row),
             "relative_load": (row / row.double().mean().clamp(min=1e-30)).tolist(),
             "dead": (row == 0).nonzero()[:, 0].tolist(),
             "inactive": (row < INACTIVE * tokens * topk / experts).nonzero()[:, 0].tolist(),
-            "rank_imbalance": _largest_over_even(of_ranks.sum(dim=1)),
-            "ranks": [
-                {"relative_load": int(part.sum()) * ranks / max(1, int(row.sum())), "dead": int((part == 0).sum())}
-                for part in of_ranks
-            ],
+            "rank_imbalance": _largest_over_even(row.view(ranks, -1).sum(dim=1)),
         }
     return found
 

@@ -63,22 +63,21 @@ def _inexpressible(config: PreTrainedConfig, name: str, value: Any) -> Conversio
     )
 
 
-def flags_of(folder: Path, config: PreTrainedConfig) -> list[str]:
+def flags_of(folder: Path, config: Any) -> list[str]:
     """Return Megatron's flags for the model in a folder, its tokenizer included.
 
     Raises:
         ConversionError: Megatron has no such model, or the tokenizer cannot be read.
     """
-    flags = [*common_flags(config, min(SEQUENCE, config.max_position_embeddings)), "--attention-dropout", "0"]
-    return [*flags, *_routing(config), *FAMILIES[config.model_type](config), *_vocabulary(folder, config)]
-
-
-def _routing(config: Any) -> list[str]:
-    return f"""
-        --num-experts {config.num_experts} --moe-router-topk {config.num_experts_per_tok}
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = read_tokenizer(folder, f"--from-hf {folder}", config) if has_tokenizer else None
+    flags = f"""
+        --attention-dropout 0 --num-experts {config.num_experts} --moe-router-topk {config.num_experts_per_tok}
         --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss
         --moe-aux-loss-coeff {getattr(config, "router_aux_loss_coef", 0.001)}
     """.split()
+    common = common_flags(config, min(SEQUENCE, config.max_position_embeddings))
+    return [*common, *flags, *FAMILIES[config.model_type](config), *vocabulary_flags(config, tokenizer)]
 
 
 def _grouped_attention(config: Any) -> list[str]:
@@ -143,9 +142,3 @@ FAMILIES: dict[str, Callable[[Any], list[str]]] = {
     "mixtral": _mixtral,
     "deepseek_v2": _deepseek,
 }
-
-
-def _vocabulary(folder: Path, config: Any) -> list[str]:
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = read_tokenizer(folder, f"--from-hf {folder}", config) if has_tokenizer else None
-    return vocabulary_flags(config, tokenizer)

@@ -10,7 +10,7 @@ from ..common.files import write_json
 from ..common.hf.opening import open_model
 from ..common.on_cpu import megatron_on_cpu
 from ..common.running import run_tool
-from .arguments import TASKS, parse_arguments
+from .arguments import parse_arguments
 from .tasks import compare_with_paper, score
 
 
@@ -38,32 +38,24 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        measure(args, results, Display())
+        given = args.ckpt_step, args.tokenizer_model, args.tasks is not None
+        models = {str(place): open_model(place, *given) for place in args.load}
+        if args.data_path:
+            megatron_on_cpu()
+            from .speed import measure_speed
+            from .text import measure_text
+
+            measure_text(args, models, Display(), results)
+            if args.speed:
+                results["speed"] = measure_speed(args, models)
+        if args.tasks is not None:
+            for name, (model, tokenizer, _) in models.items():
+                assert tokenizer is not None
+                results.setdefault("tasks", {})[name] = score(args, model, tokenizer)
     finally:
         show(results)
         if args.output is not None and results:
             write_json(args.output, results)
-
-
-def measure(args: argparse.Namespace, results: dict[str, Any], display: Display) -> None:
-    """Add each result when it is complete."""
-    needs_tokenizer = args.tasks is not None
-    models = {
-        str(place): open_model(place, args.ckpt_step, args.tokenizer_model, needs_tokenizer) for place in args.load
-    }
-    if args.data_path:
-        megatron_on_cpu()
-        from .text import measure_speed, measure_text
-
-        measure_text(args, models, display, results)
-        if args.speed:
-            results["speed"] = measure_speed(args, models)
-    if args.tasks is not None:
-        tasks = args.tasks or [*TASKS]
-        for name, (model, tokenizer, _) in models.items():
-            assert tokenizer is not None
-            scores = score(model, tokenizer, tasks, args.task_data, args.task_cache, args.limit)
-            results.setdefault("tasks", {})[name] = scores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

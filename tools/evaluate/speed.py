@@ -1,37 +1,41 @@
 """Measure how fast models read and write on this machine."""
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-from megatron.remoe.hf import RemoeForCausalLM
-
 from ..common.errors import ConversionError
+from ..common.hf.opening import OpenedModel
+from .text import batches, read_text
 
+PROMPTS = 8
 ROUNDS = 5
 NEW_TOKENS = 32
 
 
 @torch.inference_mode()
-def speeds(models: Sequence[RemoeForCausalLM], prompts: torch.Tensor) -> list[dict[str, float]]:
+def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> dict[str, dict[str, float]]:
     """Time the models in turns, so that other work on the machine slows all of them.
 
-    Args:
-        models: on the same device.
-        prompts: int64 `[batch, length]`, read at once, and continued by `NEW_TOKENS`.
+    Each reads half of some sequences at once, and continues them by `NEW_TOKENS`.
 
     Returns:
-        Tokens per second over the batch, medians of the rounds: of reading ("prefill") and of writing ("decode").
+        model → tokens per second over the batch, medians of the rounds: of reading ("prefill") and of writing
+        ("decode").
 
     Raises:
         ConversionError: the models are on different devices.
     """
+    models = [one.model for one in opened.values()]
     if len({model.device for model in models}) > 1:
         raise ConversionError(
             "--speed: give only runs or only exported folders. Folders are on the GPU, runs are not.", "REMOE-E501"
         )
+    data = read_text(args, next(iter(opened.values())), args.data_path[0])
+    prompts = torch.cat(list(batches(data, PROMPTS)))[:, : max(1, data.config.sequence_length // 2)]
     length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
 
     def seconds(work: Callable[..., object], **settings: object) -> float:
@@ -51,4 +55,7 @@ def speeds(models: Sequence[RemoeForCausalLM], prompts: torch.Tensor) -> list[di
             of_model.append((reading, whole - reading))
     medians = [[statistics.median(part) for part in zip(*of_model[1:], strict=True)] for of_model in times]  # warm
     tokens = prompts.numel(), len(prompts) * (NEW_TOKENS - 1)
-    return [{"prefill": tokens[0] / reading, "decode": tokens[1] / writing} for reading, writing in medians]
+    return {
+        name: {"prefill": tokens[0] / reading, "decode": tokens[1] / writing}
+        for name, (reading, writing) in zip(opened, medians, strict=True)
+    }

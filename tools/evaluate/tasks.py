@@ -1,9 +1,8 @@
 """Score zero-shot tasks with lm-eval, and compare accuracies with the paper (arXiv 2412.14711, table 8) in per cent."""
 
+import argparse
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,22 +29,9 @@ PAPER = {
 
 
 def score(
-    model: RemoeForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    task_data: Path | None = None,
-    cache: Path | None = None,
-    limit: int | None = None,
+    args: argparse.Namespace, model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Score lm-eval's tasks, whose data comes from the Hugging Face hub, and a user's own.
-
-    Args:
-        model: to score.
-        tokenizer: its own.
-        tasks: names of tasks or groups.
-        task_data: folder of further tasks in lm-eval's format (.yaml).
-        cache: prefix of a file for each model's answers, to resume from (None: keep none).
-        limit: documents of each task, at most.
+    """Score lm-eval's tasks, whose data comes from the Hugging Face hub, and a user's own in --task-data.
 
     Returns:
         "task" (or group), "metric" (with a filter's name: "metric,filter"), "value", standard "error" (None if
@@ -54,15 +40,15 @@ def score(
     Raises:
         ToolError: lm-eval is not installed, a task is unknown, or its data cannot be read.
     """
-    if task_data is not None and not Path(task_data).is_dir():
-        raise ToolError(f"--task-data {task_data}: is no folder.", "REMOE-E501")
+    if args.task_data is not None and not args.task_data.is_dir():
+        raise ToolError(f"--task-data {args.task_data}: is no folder.", "REMOE-E501")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ToolError(f"--tasks: needs lm-eval ({error}). Run: pip install 'lm-eval[hf]'.", "REMOE-E504") from error
-    manager = TaskManager(include_path=task_data)
+    tasks, manager = args.tasks or [*TASKS], TaskManager(include_path=args.task_data)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ToolError(f"--tasks {unknown[0]}: is no task of lm-eval, nor of --task-data.", "REMOE-E504")
     language_model = HFLM(
@@ -73,10 +59,10 @@ def score(
         batch_size="auto" if model.device.type == "cuda" else BATCH_ON_CPU,
         max_length=model.config.max_position_embeddings,
     )
-    answers = None if cache is None else f"{cache}-{fingerprint(model, tokenizer)}"
-    settings = {"num_fewshot": 0, "use_cache": answers, "limit": limit, "task_manager": manager, "log_samples": False}
+    answers = None if args.task_cache is None else f"{args.task_cache}-{fingerprint(model, tokenizer)}"
+    settings = {"num_fewshot": 0, "use_cache": answers, "limit": args.limit, "log_samples": False}
     try:
-        found = simple_evaluate(model=language_model, tasks=list(tasks), **settings)
+        found = simple_evaluate(model=language_model, tasks=tasks, task_manager=manager, **settings)
     except OSError as error:
         raise ToolError(
             f"--tasks: {error}. Without the hub give tasks with local data in --task-data.", "REMOE-E504"

@@ -3,7 +3,7 @@
 import argparse
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,8 @@ from ..common.errors import ToolError
 from ..common.expert_counts import count_experts, expert_blocks, summarize_experts
 from ..common.hf.opening import OpenedModel
 from ..common.text import check_vocabulary, open_data_set
-from .speed import speeds
 
 TOKENS_PER_FORWARD = 4096
-PROMPTS = 8
 SEED = 1234  # Megatron's default
 MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied in a training's validation only
 
@@ -74,10 +72,8 @@ def batches(data: GPTDataset, most: int | None) -> Iterator[torch.Tensor]:
 
 
 @torch.inference_mode()
-def measure(
-    model: RemoeForCausalLM, data: GPTDataset, most: int | None, advance: Callable[[int], None] = lambda _: None
-) -> dict[str, Any]:
-    """Run the model over at most `most` sequences of a data set; `advance` gets the number of each finished batch.
+def measure(model: RemoeForCausalLM, data: GPTDataset, most: int | None, display: Display) -> dict[str, Any]:
+    """Run the model over at most `most` sequences of a data set.
 
     Returns:
         "loss" in nats per token; "tokens": number of predicted ones; "experts": number of a layer with experts, from
@@ -99,7 +95,7 @@ def measure(
         for layer, passes in counts.items():
             new = torch.bincount(torch.cat(passes), minlength=model.config.num_experts + 1).cpu()
             histograms[layer] = histograms.get(layer, 0) + new
-        advance(len(batch))
+        display.advance(len(batch))
     experts = {layer: summarize_experts(histogram) for layer, histogram in histograms.items()}
     return {"loss": total / tokens, "tokens": tokens, "experts": experts}
 
@@ -151,15 +147,7 @@ def measure_text(
                 if most is not None:
                     bound_experts(name, model, most)
                 with display.step(f"{name}, {Path(prefix).name}", min(len(data), args.sequences or len(data))):
-                    measured = measure(model, data, args.sequences, display.advance)
+                    measured = measure(model, data, args.sequences, display)
                 found[name][prefix]["none" if most is None else str(most)] = measured
             if args.max_experts_per_token:
                 bound_experts(name, model, own_bounds[name])
-
-
-def measure_speed(args: argparse.Namespace, models: dict[str, OpenedModel]) -> dict[str, Any]:
-    """Return model → tokens per second."""
-    opened = [*models.values()]
-    data = read_text(args, opened[0], args.data_path[0])
-    prompts = torch.cat(list(batches(data, PROMPTS)))[:, : max(1, data.config.sequence_length // 2)]
-    return dict(zip(models, speeds([one.model for one in opened], prompts), strict=True))

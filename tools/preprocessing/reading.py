@@ -6,21 +6,23 @@ import io
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron.remoe.data.errors import DataError
+
+try:
+    from compression import zstd  # Python 3.14
+except ImportError:
+    import backports.zstd as zstd
 
 STANDARD_INPUT = "-"
 BLOCK_BYTES = 2 << 20
 LONGEST_LINE = 128 << 20
-PIECE_BYTES = 1 << 18
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPED_MAGIC = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; pzstd begins with such a frame
-ZSTD_PACKED_BYTES = 1 << 14  # unpacked in one step: zstd's best ratio keeps the result small
 ZSTD_LARGEST_WINDOW_LOG = 31
 
 
@@ -88,7 +90,7 @@ def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
                         first, lines, size = first + len(lines), [], 0
                 before += file.tell() if file.seekable() else 0
                 yield Block(source, first, lines, before)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
             place = f"{source}, after line {first + len(lines) - 1}"
             raise DataError(f"{place}: compressed data broken ({error}). Copy the file again.") from error
         except OSError as error:
@@ -103,63 +105,14 @@ def _unpacked(file: io.BufferedReader, name: str) -> io.BufferedIOBase:
     """Return the contents of a file, decompressed if it starts like gzip or zstd.
 
     Raises:
-        DataError: the name says otherwise, or nothing here can unpack it.
+        DataError: the name says otherwise.
     """
     start = file.peek(4)[:4]
     if start.startswith(GZIP_MAGIC):
         return gzip.open(file)
     if start.startswith(ZSTD_MAGIC) or (start[1:4] == ZSTD_SKIPPED_MAGIC and start[0] >> 4 == 5):
-        try:
-            return io.BufferedReader(_Frames(file, *_zstd()), PIECE_BYTES)
-        except ImportError as error:
-            raise DataError(
-                f"--input {name}: is zstd data, which this Python cannot unpack. "
-                "Install the package zstandard (pip install zstandard), or pipe it in: zstd -dc FILE | ... --input -"
-            ) from error
+        return zstd.open(file, options={zstd.DecompressionParameter.window_log_max: ZSTD_LARGEST_WINDOW_LOG})
     if name.endswith((".gz", ".zst")):
         kind = "gzip" if name.endswith(".gz") else "zstd"
         raise DataError(f"--input {name}: is not {kind} data, as its name says. Copy it again, or rename it.")
     return file
-
-
-class _Frames(io.RawIOBase):
-    """Unpack zstd data frame by frame: the libraries' own readers accept a truncated file."""
-
-    def __init__(self, file: io.BufferedReader, start_frame: Callable[[], Any], failure: type[Exception]) -> None:
-        self._file, self._start_frame, self._failure = file, start_frame, failure
-        self._frame: Any = None
-        self._packed = self._piece = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._piece:
-            self._packed = self._packed or self._file.read(ZSTD_PACKED_BYTES)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the file ends before the data does")
-                return 0
-            self._frame = self._frame or self._start_frame()
-            try:
-                self._piece = self._frame.decompress(self._packed)
-            except self._failure as error:
-                raise EOFError(str(error)) from error
-            self._packed = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
-        count = min(len(buffer), len(self._piece))
-        buffer[:count], self._piece = self._piece[:count], self._piece[count:]
-        return count
-
-
-def _zstd() -> tuple[Callable[[], Any], type[Exception]]:
-    """Return a function that makes a decompressor of one frame, and the exception that it raises."""
-    try:
-        from compression import zstd  # Python 3.14
-    except ImportError:
-        import zstandard
-
-        library = zstandard.ZstdDecompressor(max_window_size=1 << ZSTD_LARGEST_WINDOW_LOG)
-        return library.decompressobj, zstandard.ZstdError
-    options = {zstd.DecompressionParameter.window_log_max: ZSTD_LARGEST_WINDOW_LOG}
-    return (lambda: zstd.ZstdDecompressor(options=options)), zstd.ZstdError

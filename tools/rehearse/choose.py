@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--size", nargs="+", choices=MICRO_BATCHES, default=list(MICRO_BATCHES), help="default: all")
     parser.add_argument("--routing", nargs="+", choices=("remoe", "moe"), default=["remoe"], help="default: remoe")
     parser.add_argument("--granularity", type=int, default=1, metavar="G", help="default: 1")
-    parser.add_argument("--micro-batch", type=int, nargs="+", help="default: three around that of the script")
+    parser.add_argument("--micro-batch", type=int, nargs="+", help="default: three for each size")
     parser.add_argument("--ep", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
     parser.add_argument("--gpu", choices=CARDS, default="h100", help="default: h100")
     parser.add_argument("--kernels", choices=("torch", "triton", "quack"), default="torch", help="default: torch")

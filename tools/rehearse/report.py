@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +22,7 @@ MEMORY = {
 def error_in(log: str, code: int) -> str:
     """Return the words with which a training ended, which a cluster's console would show last."""
     lines = log.splitlines()
-    starts = [number for number, line in enumerate(lines) if re.match(r"pretrain_gpt\.py: error: ", line)]
+    starts = [number for number, line in enumerate(lines) if line.startswith("pretrain_gpt.py: error: ")]
     if starts:
         return "\n".join(lines[starts[-1] : starts[-1] + LINES_OF_ERROR])
     return f"exit code {code}; the end of its output:\n" + "\n".join(lines[-2 * LINES_OF_ERROR :])
@@ -128,8 +127,9 @@ def _launch_lines(launches: dict[str, Any]) -> Iterator[str]:
     parts = ", ".join(f"{name} {number:g}" for name, number in launches["parts_of_layer"].items())
     if launches["forward_layer"] is not None:
         yield f"  a forward layer     {launches['forward_layer']:g} ({parts})"
-    forward, backward = launches["micro_batch_forward"], launches["micro_batch_backward"]
-    yield f"  a micro-batch       {forward:g} forward, {backward:g} backward"
+    # --overlap-moe-expert-parallel-comm runs both passes together.
+    if (forward := launches["micro_batch_forward"]) is not None:
+        yield f"  a micro-batch       {forward:g} forward, {launches['micro_batch_backward']:g} backward"
     if launches["update"] is not None:
         yield f"  λ's update          {launches['update']:g}"
 

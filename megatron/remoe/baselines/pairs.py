@@ -21,8 +21,7 @@ class PairCounter:
         """
         modules = [module for chunk in model_chunks for module in chunk.modules()]
         self.routers = [module for module in modules if isinstance(module, TopKRouter)]
-        parameter = next((parameter for module in modules for parameter in module.parameters()), None)
-        device = parameter.device if parameter is not None else torch.device("cpu")
+        device = torch.device(torch.cuda.current_device())
         # Both hold pairs, and tokens times layers: this rank's in the current step, and the sums over ranks and steps.
         self._step, self.running_sums = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
         for router in self.routers:

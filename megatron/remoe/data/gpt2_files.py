@@ -21,21 +21,17 @@ HOW_TO_GET = (
 )
 
 
-def byte_symbols() -> list[str]:
-    """Return GPT-2's printable symbols for the 256 bytes; symbol i has id i."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-
-
 def byte_level_vocabulary(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write a vocabulary of the 256 bytes and `<|endoftext|>`, without merges, in GPT-2's format.
 
     Returns:
         The paths for --vocab-file and --merge-file: folder/vocab.json and folder/merges.txt.
     """
+    from tokenizers import pre_tokenizers
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = {token: i for i, token in enumerate([*byte_symbols(), END_OF_TEXT])}
+    tokens = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), END_OF_TEXT])}
     files = {"vocab.json": json.dumps(tokens, ensure_ascii=False), "merges.txt": "#version: 0.2"}
     for name, text in files.items():
         write_text(folder / name, text + "\n")
@@ -67,7 +63,7 @@ def read_gpt2_vocabulary(
         raise DataError(
             f"{given}: are not a vocabulary and its merges ({error}). {HOW_TO_GET}", "REMOE-E307"
         ) from error
-    missing = [symbol for symbol in (END_OF_TEXT, *byte_symbols()) if symbol not in tokens]
+    missing = [symbol for symbol in (END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())) if symbol not in tokens]
     if missing:
         raise DataError(
             f"{given}: the vocabulary lacks {len(missing)} of {END_OF_TEXT} and GPT-2's 256 byte symbols (such as "

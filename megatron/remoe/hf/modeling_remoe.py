@@ -93,19 +93,13 @@ class RemoeLatentAttention(DeepseekV3Attention):
             norm.variance_epsilon = config.rms_norm_eps
 
 
-def attention_class(config: RemoeConfig) -> type[nn.Module]:
-    """Return the class of the configuration's attention."""
-    if config.kv_lora_rank is not None:
-        return RemoeLatentAttention
-    return {None: LlamaAttention, "head": Qwen3MoeAttention, "all_heads": Olmo2Attention}[config.qk_norm]
-
-
 class RemoeDecoderLayer(GradientCheckpointingLayer):
     """Llama's layer, with experts in place of its MLP where the configuration has them."""
 
     def __init__(self, config: RemoeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = attention_class(config)(config, layer_idx)
+        plain = {None: LlamaAttention, "head": Qwen3MoeAttention, "all_heads": Olmo2Attention}[config.qk_norm]
+        self.self_attn = (plain if config.kv_lora_rank is None else RemoeLatentAttention)(config, layer_idx)
         is_sparse = bool(config.num_experts) and layer_idx not in config.mlp_only_layers
         self.mlp = RemoeSparseMoeBlock(config, layer_idx) if is_sparse else Qwen3MoeMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -59,11 +59,16 @@ class _ReLURouting(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(routing_map, terms)
         ctx.mark_non_differentiable(routing_map)
+        ctx.set_materialize_grads(False)  # otherwise PyTorch writes zeros for the map
+        ctx.dtype = probs.dtype
         return probs, routing_map
 
     @staticmethod
-    def backward(ctx: Any, d_probs: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
-        (routing_map, terms), d_probs = ctx.saved_tensors, d_probs.contiguous()
+    def backward(ctx: Any, d_probs: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        routing_map, terms = ctx.saved_tensors
+        if d_probs is None:  # λ · L_reg has a gradient even if the gates have none
+            d_probs = torch.zeros_like(routing_map, dtype=ctx.dtype)
+        d_probs = d_probs.contiguous()
         d_logits = torch.empty_like(d_probs)
         scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # set by Megatron between forward and backward
         _gradient[(cdiv(d_probs.numel(), BLOCK),)](

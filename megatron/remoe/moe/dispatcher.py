@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels.backend import Order, backend_of
-from megatron.remoe.moe.plan import DispatchPlan, Ranks, count_pairs, plan_dispatch
+from megatron.remoe.moe.plan import DispatchPlan, count_pairs, plan_dispatch
 
 
 class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
@@ -28,7 +28,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
-        self.ranks, self.backend = Ranks.of(pg_collection), backend_of(config)
+        self.backend = backend_of(config)
         self._plan: DispatchPlan | None = None
 
     def permute(
@@ -74,13 +74,13 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sort by local expert as Megatron does; if one rank has all experts, the rows are sorted already."""
-        if self.ranks.is_alone:
+        if self.tp_ep_group.size() == 1:
             return global_input_tokens, self.tokens_per_expert, global_probs
         return super().dispatch_postprocess(global_input_tokens, global_probs)
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Undo `dispatch_postprocess`."""
-        return hidden_states if self.ranks.is_alone else super().combine_preprocess(hidden_states)
+        return hidden_states if self.tp_ep_group.size() == 1 else super().combine_preprocess(hidden_states)
 
     # Megatron's names of the first and the last step, for schedules that call a layer's steps one by one. As in its own
     # dispatchers, the first step keeps what the last one needs.
@@ -89,7 +89,7 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count, plan and call `permute`."""
-        (counts,) = count_pairs(routing_map, self.ranks, self.backend)
+        (counts,) = count_pairs(routing_map, self, self.backend)
         self._plan = plan_dispatch(probs, routing_map, counts, self.backend)
         return self.permute(hidden_states, probs, self._plan)
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, te_checkpoint
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -25,7 +26,7 @@ from megatron.remoe.kernels.backend import backend_of
 from megatron.remoe.local.experts import GroupedExperts
 from megatron.remoe.local.grouped_swiglu import takes_grouped_kernel
 from megatron.remoe.moe.dispatcher import PlannedAlltoAllDispatcher
-from megatron.remoe.moe.plan import Counts, Guess, Ranks, count_known, count_later, count_pairs, plan_dispatch
+from megatron.remoe.moe.plan import Counts, Guess, count_known, count_later, count_pairs, plan_dispatch
 
 
 class ReMoELayer(MoELayer):
@@ -49,7 +50,7 @@ class ReMoELayer(MoELayer):
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        self.ranks, self.backend = Ranks.of(pg_collection), backend_of(config)
+        self.backend = backend_of(config)
         is_topk = type(self.router) is TopKRouter
         self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
         self._most, self._pair_multiple = 0, 1
@@ -61,7 +62,8 @@ class ReMoELayer(MoELayer):
             )
             if self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
-        if takes_plans(config) and self.ranks.is_alone and isinstance(self.experts, GroupedExperts):
+        is_alone = self.token_dispatcher.tp_ep_group.size() == 1
+        if takes_plans(config) and is_alone and isinstance(self.experts, GroupedExperts):
             self._most = _known_most(config, self.experts.fc1, is_topk, self.pairs_limit)
             if not self.shared_expert_overlap:
                 self._run_experts = self._in_place
@@ -151,7 +153,7 @@ class ReMoELayer(MoELayer):
         if self._most:
             counts = count_known(map_TE, self.backend, self._most)
         else:
-            counts = count_pairs(map_TE, self.ranks, self.backend, self.pairs_limit)
+            counts = count_pairs(map_TE, self.token_dispatcher, self.backend, self.pairs_limit)
         if self._guess is not None:
             self._guess.learn(sum(count.num_pairs for count in counts), len(map_TE))
         if len(counts) == 1:
@@ -263,7 +265,10 @@ class _ZeroGradients(torch.autograd.Function):
 def takes_plans(config: TransformerConfig) -> bool:
     """Return whether dispatch follows our plan; otherwise it is left to Megatron's dispatcher."""
     changes = config.moe_permute_fusion or config.moe_router_padding_for_quantization or config.moe_latent_size
-    return config.moe_token_dispatcher_type == "alltoall" and not (changes or config.moe_pad_expert_input_to_capacity)
+    is_captured = CudaGraphModule.moe_preprocess in config.cuda_graph_modules  # the host cannot read the counts
+    return config.moe_token_dispatcher_type == "alltoall" and not (
+        changes or is_captured or config.moe_pad_expert_input_to_capacity
+    )
 
 
 def _known_most(config: TransformerConfig, fc1: torch.Tensor, is_topk: bool, limit: float) -> int:

@@ -9,32 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.remoe.kernels import cdiv
 from megatron.remoe.kernels.backend import Backend, Order
 from megatron.remoe.local.grouped_swiglu import LateSizes
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks that exchange tokens: `ep` slices of experts, each shared by `tp` ranks; and this rank's place."""
-
-    group: torch.distributed.ProcessGroup
-    ep: int
-    ep_rank: int
-    tp: int
-    tp_rank: int
-
-    @classmethod
-    def of(cls, groups: ProcessGroupCollection) -> "Ranks":
-        """Return the ranks of the groups `tp_ep`, `ep` and `expt_tp`."""
-        return cls(groups.tp_ep, groups.ep.size(), groups.ep.rank(), groups.expt_tp.size(), groups.expt_tp.rank())
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether this rank has all experts, not split."""
-        return self.ep == self.tp == 1
 
 
 @dataclass(frozen=True)
@@ -81,14 +60,16 @@ class DispatchPlan:
     counts: Counts
 
 
-def count_pairs(map_TE: torch.Tensor, ranks: Ranks, backend: Backend, limit: float = 0.0) -> list[Counts]:
+def count_pairs(
+    map_TE: torch.Tensor, dispatcher: MoETokenDispatcher, backend: Backend, limit: float = 0.0
+) -> list[Counts]:
     """Count the tokens that each rank sends to each expert, in enough chunks to keep each one within a limit.
 
     Waits for the device once for each number of chunks that it tries.
 
     Args:
         map_TE: bool `[T, E]`.
-        ranks: all of them must call this function.
+        dispatcher: of the layer; all ranks of its `tp_ep_group` must call this function.
         backend: counts the pairs.
         limit: maximum number of pairs per token that a rank sends or receives at once; 0 for none.
 
@@ -97,14 +78,14 @@ def count_pairs(map_TE: torch.Tensor, ranks: Ranks, backend: Backend, limit: flo
     """
     num_tokens, bound, chunks = len(map_TE), limit * len(map_TE), 1
     while True:
-        pairs_CRE, counted = read_pairs(map_TE, chunks, ranks, backend)
+        pairs_CRE, counted = read_pairs(map_TE, chunks, dispatcher, backend)
         if not bound or chunks == num_tokens:
-            return _counts_of(pairs_CRE, counted, ranks)
+            return _counts_of(pairs_CRE, counted, dispatcher)
         # A rank has the experts of one slice, and the tokens of its tensor parallel partners.
-        received = pairs_CRE.sum(dim=1).view(chunks, ranks.ep, -1).sum(dim=2) / ranks.tp
+        received = pairs_CRE.sum(dim=1).view(chunks, dispatcher.ep_size, -1).sum(dim=2) / dispatcher.tp_size
         most = max(pairs_CRE.sum(dim=2).flatten().tolist() + received.flatten().tolist())
         if most <= bound:
-            return _counts_of(pairs_CRE, counted, ranks)
+            return _counts_of(pairs_CRE, counted, dispatcher)
         chunks = min(num_tokens, max(chunks + 1, math.ceil(chunks * most / bound)))
 
 
@@ -160,12 +141,12 @@ def count_later(map_TE: torch.Tensor, backend: Backend, num_pairs: int) -> Count
 
 
 def read_pairs(
-    map_TE: torch.Tensor, chunks: int, ranks: Ranks, backend: Backend
+    map_TE: torch.Tensor, chunks: int, dispatcher: MoETokenDispatcher, backend: Backend
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Read the pairs of all ranks by chunk and expert from the device; the only host wait.
 
     Args:
-        map_TE, ranks, backend: as in `count_pairs`.
+        map_TE, dispatcher, backend: as in `count_pairs`.
         chunks: C.
 
     Returns:
@@ -173,23 +154,23 @@ def read_pairs(
     """
     counts, counted = zip(*(backend.count(part) for part in map_TE.tensor_split(chunks)), strict=True)
     pairs_CE = torch.stack(counts) if chunks > 1 else counts[0].unsqueeze(0)
-    if not ranks.is_alone:
-        pairs_CE = gather_from_sequence_parallel_region(pairs_CE, group=ranks.group)
-    return pairs_CE.view(ranks.ep * ranks.tp, chunks, -1).transpose(0, 1).cpu().long(), list(counted)
+    if dispatcher.tp_ep_group.size() > 1:
+        pairs_CE = gather_from_sequence_parallel_region(pairs_CE, group=dispatcher.tp_ep_group)
+    return pairs_CE.view(dispatcher.tp_ep_group.size(), chunks, -1).transpose(0, 1).cpu().long(), list(counted)
 
 
-def _counts_of(pairs_CRE: torch.Tensor, counted: list[torch.Tensor], ranks: Ranks) -> list[Counts]:
+def _counts_of(pairs_CRE: torch.Tensor, counted: list[torch.Tensor], dispatcher: MoETokenDispatcher) -> list[Counts]:
     found = []
     for pairs_RE, of_backend in zip(pairs_CRE, counted, strict=True):
         # Neighboring ranks of the group are tensor parallel partners.
-        sent = pairs_RE.view(ranks.ep, ranks.tp, -1).transpose(0, 1)
-        own_E = sent[ranks.tp_rank, ranks.ep_rank]
-        received = sent.unflatten(2, (ranks.ep, -1))[:, :, ranks.ep_rank]
+        sent = pairs_RE.view(dispatcher.ep_size, dispatcher.tp_size, -1).transpose(0, 1)
+        own_E = sent[dispatcher.tp_rank, dispatcher.ep_rank]
+        received = sent.unflatten(2, (dispatcher.ep_size, -1))[:, :, dispatcher.ep_rank]
         exchange = None
-        if not ranks.is_alone:
+        if dispatcher.tp_ep_group.size() > 1:
             exchange = Exchange(
-                sent=own_E.view(ranks.ep, -1).sum(dim=1),
-                received=received[ranks.tp_rank].sum(dim=1),
+                sent=own_E.view(dispatcher.ep_size, -1).sum(dim=1),
+                received=received[dispatcher.tp_rank].sum(dim=1),
                 gathered=received.sum(dim=(1, 2)),
                 per_expert=received.flatten(0, 1),
             )

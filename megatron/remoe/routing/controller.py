@@ -39,8 +39,7 @@ class SparsityController:
         assert config.num_moe_experts is not None
         self.config, self.num_experts = config, config.num_moe_experts
         self.routers = [module for module in modules if isinstance(module, ReLURouter)]
-        parameter = next((parameter for module in modules for parameter in module.parameters()), None)
-        self.device = parameter.device if parameter is not None else torch.device("cpu")
+        self.device = torch.device(torch.cuda.current_device())
         self._numbers = layer_numbers(self.routers, modules, config.num_layers)
         self._num_layers = max([config.num_layers, *self._numbers])
         if config.mtp_num_layers:  # one pipeline stage has these layers, and the others cannot count them
@@ -127,7 +126,10 @@ class SparsityController:
         return sums
 
     def totals(self) -> dict[str, int]:
-        """Return the two running sums of `RoutingSummary`; waits for the device."""
+        """Return the run's computed pairs, and tokens times MoE layers, so far; waits for the device.
+
+        The computed pairs are the active ones, except those that `moe_relu_max_experts` leaves out.
+        """
         active, tokens = map(int, self.running_sums.sum(dim=1).tolist())
         return {"total_active_pairs": active, "total_layer_tokens": tokens}
 
@@ -136,7 +138,7 @@ class SparsityController:
         if self._last is None:
             return None
         sums = StepSums.of(self._last.buffer.cpu(), self._num_layers)
-        return RoutingSummary.of(sums, self.totals(), self._target_topk, self.config)
+        return RoutingSummary.of(sums, self._target_topk, self.config)
 
 
 def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:

@@ -82,7 +82,7 @@ class StepSums:
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """Figures of all routers of the job, on the host; of one optimizer step unless stated otherwise.
+    """Figures of all routers of the job, on the host; of one optimizer step.
 
     Layers are numbered from 1: the decoder's, then those of multi-token prediction.
 
@@ -96,9 +96,6 @@ class RoutingSummary:
         lowest_layer_sparsity, highest_layer_sparsity: of these; 1 without layers.
         expert_load: layer → share of its tokens that each expert got, `num_experts` values.
         guarded_layers: layers that were freed from L1 and pushed up, because they were almost off before.
-        total_active_pairs: computed pairs of all MoE layers, over all steps of this controller: the active ones, except
-            those that `moe_relu_max_experts` leaves out.
-        total_layer_tokens: tokens times MoE layers, over the same steps.
     """
 
     sparsity: float
@@ -111,12 +108,10 @@ class RoutingSummary:
     highest_layer_sparsity: float
     expert_load: dict[int, list[float]]
     guarded_layers: list[int]
-    total_active_pairs: int
-    total_layer_tokens: int
 
     @classmethod
-    def of(cls, sums: StepSums, totals: dict[str, int], topk: float, config: ReMoEConfig) -> "RoutingSummary":
-        """Return the figures of a step's sums, which are on the host, of its target k, and of the running sums."""
+    def of(cls, sums: StepSums, topk: float, config: ReMoEConfig) -> "RoutingSummary":
+        """Return the figures of a step's sums, which are on the host, and of its target k."""
         numbered = {number: RoutingCounts(row) for number, row in enumerate(sums.counts.table, start=1)}
         layers = {number: row for number, row in numbered.items() if row["tokens"] > 0}
         l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}
@@ -135,5 +130,4 @@ class RoutingSummary:
             highest_layer_sparsity=max(sparsities.values(), default=1.0),
             expert_load={n: (row["tokens_per_expert"] / row["tokens"]).tolist() for n, row in layers.items()},
             guarded_layers=[number for number in layers if sums.guarded[number - 1] > 0],
-            **totals,
         )

@@ -60,9 +60,7 @@ class ReMoEMetricsTracker(MoEMetricsTracker):
                     self._record(_scalars(summary, per_layer_logging), iteration, writer, wandb_writer)
                 text += _log_text(summary)
                 of_line |= _run_log_record(summary)
-        if is_printed and isinstance(self._counter, PairCounter):
-            of_line |= self._counter.totals()
-        if is_printed and of_line:
+        if is_printed and (of_line := of_line | self.totals()):
             run_logger().info(of_line)
         return text
 

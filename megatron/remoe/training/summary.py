@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from megatron.core import mpu
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
@@ -85,7 +86,8 @@ def count_parameters(model_chunks: Iterable[torch.nn.Module]) -> int:
         else:
             replica = mpu.get_data_parallel_rank(with_context_parallel=True)
             tensor_rank = mpu.get_tensor_model_parallel_rank()
-        is_split = getattr(parameter, "tensor_model_parallel", False)
+        # A parameter of Megatron-FSDP has the size of all tensor parallel ranks' parts.
+        is_split = getattr(parameter, "tensor_model_parallel", False) and not isinstance(parameter, DTensor)
         # The last pipeline stage has a copy of tied embeddings.
         if replica == 0 and (is_split or tensor_rank == 0) and not getattr(parameter, "shared", False):
             counted += parameter.numel()

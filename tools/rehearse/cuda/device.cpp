@@ -6,18 +6,13 @@
 #include <cstdlib>
 #include <cstring>
 
-static std::string from_environment(const char* name, const char* otherwise) {
-  const char* value = getenv(name);
-  return value ? value : otherwise;
-}
-
 const Card& card() {
   static const Card played = [] {
-    Card card{from_environment("REHEARSAL_CARD", "NVIDIA H100"), 9, 0, 132, 8, 0};
-    sscanf(from_environment("REHEARSAL_CAPABILITY", "9.0").c_str(), "%d.%d", &card.major, &card.minor);
-    card.multiprocessors = atoi(from_environment("REHEARSAL_MULTIPROCESSORS", "132").c_str());
-    card.devices = atoi(from_environment("REHEARSAL_DEVICES", "8").c_str());
-    card.memory = size_t(atof(from_environment("REHEARSAL_GIB", "80").c_str()) * (1ull << 30));
+    Card card{getenv("REHEARSAL_CARD")};
+    sscanf(getenv("REHEARSAL_CAPABILITY"), "%d.%d", &card.major, &card.minor);
+    card.multiprocessors = atoi(getenv("REHEARSAL_MULTIPROCESSORS"));
+    card.devices = atoi(getenv("REHEARSAL_DEVICES"));
+    card.memory = size_t(atof(getenv("REHEARSAL_GIB")) * (1ull << 30));
     return card;
   }();
   return played;
@@ -27,6 +22,9 @@ static std::atomic<long> launches = 0;
 ANSWER(void) rehearsal_launched() { ++launches; }
 ANSWER(long) rehearsal_launches() { return launches; }
 ANSWER(void*) rehearsal_handle() { return calloc(1, 64); }
+
+static int shared_of_block() { return card().major >= 9 ? 232448 : 166912; }
+static int shared_of_multiprocessor() { return card().major >= 9 ? 233472 : 167936; }
 
 static thread_local int device = 0;
 int current_device() { return device; }
@@ -55,7 +53,8 @@ ANSWER(cudaError_t) cudaGetDeviceProperties(cudaDeviceProp* found, int number) {
   found->major = card().major, found->minor = card().minor;
   found->multiProcessorCount = card().multiprocessors;
   found->maxThreadsPerMultiProcessor = 2048, found->maxThreadsPerBlock = 1024, found->warpSize = 32;
-  found->sharedMemPerBlock = 49152, found->sharedMemPerBlockOptin = 166912, found->sharedMemPerMultiprocessor = 167936;
+  found->sharedMemPerBlock = 49152, found->sharedMemPerBlockOptin = shared_of_block();
+  found->sharedMemPerMultiprocessor = shared_of_multiprocessor();
   found->regsPerBlock = found->regsPerMultiprocessor = 65536, found->l2CacheSize = 40 << 20;
   found->maxThreadsDim[0] = found->maxThreadsDim[1] = 1024, found->maxThreadsDim[2] = 64;
   found->maxGridSize[0] = 2147483647, found->maxGridSize[1] = found->maxGridSize[2] = 65535;
@@ -69,9 +68,9 @@ ANSWER(cudaError_t) cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
     case cudaDevAttrMultiProcessorCount: *value = card().multiprocessors; break;
     case cudaDevAttrComputeCapabilityMajor: *value = card().major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = card().minor; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = card().major >= 9 ? 232448 : 166912; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = shared_of_block(); break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 49152; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = card().major >= 9 ? 233472 : 167936; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = shared_of_multiprocessor(); break;
     case cudaDevAttrMaxRegistersPerBlock: case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 65536; break;
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
