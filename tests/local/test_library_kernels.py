@@ -98,6 +98,11 @@ def test_megatrons_flags_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = language_module.fused_vocab_parallel_cross_entropy
     monkeypatch.setattr(language_module, "fused_vocab_parallel_cross_entropy", stock)
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
+    with monkeypatch.context() as patched:  # Megatron then refuses rope fusion
+        patched.setenv("TRITON_INTERPRET", "0")
+        patched.setenv("CC", "no-such-compiler")
+        patches.fusions.use_rotary_kernel()
+        assert rope_utils.fused_apply_rotary_pos_emb is None
     patches.fusions.use_fla_cross_entropy()
     patches.fusions.use_rotary_kernel()
     assert rope_utils.fused_apply_rotary_pos_emb is fused_rotary_embedding

@@ -1,5 +1,6 @@
 """Megatron's fusions without Transformer Engine, apex or a compiler. Megatron's own flags turn them on."""
 
+import os
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
 from megatron.remoe.local.main_grad import add_outer
 from megatron.remoe.local.rotary import fused_rotary_embedding
 from megatron.remoe.patches.patch import patch
+from megatron.remoe.preflight.machine import missing_for_triton
 
 
 @patch(
@@ -50,6 +52,7 @@ def use_fla_cross_entropy() -> None:
     ends="rope fusion has a kernel that needs no Transformer Engine",
 )
 def use_rotary_kernel() -> None:
-    """Use a Triton kernel for rope fusion if Transformer Engine is not installed."""
-    if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("triton") is not None:
+    """Use a Triton kernel for rope fusion if Transformer Engine is not installed, and Triton can compile."""
+    can_compile = os.environ.get("TRITON_INTERPRET") == "1" or not missing_for_triton()
+    if rope_utils.fused_apply_rotary_pos_emb is None and find_spec("triton") is not None and can_compile:
         rope_utils.fused_apply_rotary_pos_emb = fused_rotary_embedding

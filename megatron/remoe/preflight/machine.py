@@ -39,7 +39,7 @@ def disable_compilation() -> None:
     Megatron compiles small functions when it is imported and calls them at its start, before it reads
     --disable-jit-fuser.
     """
-    missing = _missing_for_triton()
+    missing = missing_for_triton()
     if not missing or "1" in (os.environ.get("TORCHDYNAMO_DISABLE"), os.environ.get("TORCH_COMPILE_DISABLE")):
         return
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -90,11 +90,11 @@ def _kernel_problem(kernels: str, on_cpu: bool) -> str:
             import_module(module)
         except Exception as error:
             return f"{package} cannot be imported ({type(error).__name__}: {error}). Install it, or leave the flag out"
-    missing = "" if is_interpreted else _missing_for_triton()
+    missing = "" if is_interpreted else missing_for_triton()
     return f"there is no {missing}. Install it, or leave the flag out" if missing else ""
 
 
-def _missing_for_triton() -> str:
+def missing_for_triton() -> str:
     """Return what Triton needs (runtime/build.py) and cannot find, or ""."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, names)):
