@@ -126,7 +126,7 @@ class SparsityController:
         return sums
 
     def totals(self) -> dict[str, int]:
-        """Return the run's computed pairs, and tokens times MoE layers, so far; waits for the device.
+        """Return computed pairs, and tokens times MoE layers, of all updates; waits for the device.
 
         The computed pairs are the active ones, except those that `moe_relu_max_experts` leaves out.
         """
