@@ -18,6 +18,7 @@ from tools.quickstart.command import parse_arguments as quickstart
 from tools.report.command import parse_arguments as report
 from tools.sweep.arguments import parse_arguments as sweep
 from tools.sweep.plan import RIVALS
+from tools.sweep.tiny import MODELS
 
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
 TABLES = (REPOSITORY / "docs" / "compare" / "tables.md").read_text()
@@ -63,6 +64,7 @@ OF_GAP = {
     "mixed capped": ["--reference", "remoe-capped", "--arms", "moe"],
     "mixed variable-k": ["--experts", "8", "--arms", *RIVALS, "moe-k2", "remoe-k2"],
     "mixed warm-up 12": ["--lr-warmup-iters", "12"],
+    **{f"mixed {size}": ["--size", size, "--experts", "8", "--arms", "moe", "dense"] for size in MODELS},
     "technical": [],
     "technical capped": ["--reference", "remoe-capped", "--arms", "moe"],
 }
