@@ -225,6 +225,8 @@ def test_sizes_are_kept_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         words = ["--results", str(tmp_path / "results.json"), "--size", size, "--arms", "dense"]
         assert command.main(words) == 0
         printed = capsys.readouterr().out
+        tuned = "0.5: 2.5000, 1: 2.0000" if size == "182m" else "0.5: 1.5000, 1: 2.0000"
+        assert f"- dense tuned, loss by factor on the learning rate: {tuned}\n" in printed
         assert f"| 400 | dense | {shown} " in printed and ("4 layers of 128" in printed) == (size == "978m")
 
 

@@ -88,10 +88,18 @@ def show(args: argparse.Namespace, results: Results, display: Display) -> bool:
     like = Training(0, REFERENCE, 0, warmup=args.lr_warmup_iters, size=args.size)
     found = {experts: results.by_arm(replace(like, experts=experts), args.seeds, rates) for experts in args.experts}
     found = {experts: {arm: of[arm] for arm in args.arms} for experts, of in found.items() if any(of.values())}
+    tunings = results.tunings(args.tuning_steps, args.lr_warmup_iters, args.size)
+    routings = dict.fromkeys(ARMS[arm].routing for arm in args.arms)
     for experts, points in found.items():
+        tuned = [
+            f"- {routing} tuned, loss by factor on the learning rate: "
+            + ", ".join(f"{factor:g}: {loss:.4f}" for factor, loss in sorted(tunings[experts, routing].items()))
+            for routing in routings
+            if len(args.lr_factors) > 1 and (experts, routing) in tunings
+        ]
         table = markdown(points, args.margin, args.reference)
         size = "" if args.size == BASE_SIZE else f" {MODELS[args.size].layers} layers of {MODELS[args.size].hidden},"
-        display.say("\n".join(["", f"E = {experts},{size} {args.corpus}:", "", *table]))
+        display.say("\n".join(["", f"E = {experts},{size} {args.corpus}:", "", *tuned, *[""] * bool(tuned), *table]))
     if args.picture and found:
         picture.draw(args.picture, found, args.margin, args.reference)
     if args.points:

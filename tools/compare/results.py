@@ -78,15 +78,19 @@ class Results:
             lines.append(f"{json.dumps(name)}: {json.dumps(entry | {'points': points})}")
         write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
-    def rates(self, steps: int, warmup: int, size: str) -> dict[tuple[int, str], float]:
-        """Return experts and routing → the factor on the learning rate with the lowest loss after these steps."""
-        best: dict[tuple[int, str], tuple[float, float]] = {}
+    def tunings(self, steps: int, warmup: int, size: str) -> dict[tuple[int, str], dict[float, float]]:
+        """Return experts and routing → factor on the learning rate → loss after these steps, in nats per token."""
+        found: dict[tuple[int, str], dict[float, float]] = {}
         for entry in self._found.values():
             losses = [point.loss for point in entry["points"] if point.steps == steps]
             if entry["is_tuning"] and losses and (entry["warmup"], entry.get("size", BASE_SIZE)) == (warmup, size):
                 key = entry["experts"], ARMS[entry["arm"]].routing
-                best[key] = min(best.get(key, (math.inf, 1.0)), (losses[0], entry["factor"]))
-        return {key: factor for key, (_, factor) in best.items()}
+                found.setdefault(key, {})[entry["factor"]] = losses[0]
+        return found
+
+    def rates(self, steps: int, warmup: int, size: str) -> dict[tuple[int, str], float]:
+        """Return experts and routing → the factor with the lowest loss after these steps."""
+        return {key: min(of, key=of.__getitem__) for key, of in self.tunings(steps, warmup, size).items()}
 
 
 def losses_of(points: Points) -> dict[Key, dict[int, float]]:

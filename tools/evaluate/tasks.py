@@ -33,6 +33,11 @@ def score(
 ) -> list[dict[str, Any]]:
     """Score lm-eval's tasks, whose data comes from the Hugging Face hub, and a user's own in --task-data.
 
+    Args:
+        args: the command line's; --tasks, --task-data, --task-cache and --limit count here.
+        model: to score.
+        tokenizer: its own.
+
     Returns:
         "task" (or group), "metric" (with a filter's name: "metric,filter"), "value", standard "error" (None if
         unknown), number of "documents", of each metric.
