@@ -13,7 +13,7 @@ a stop.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,23 +88,27 @@ def show(args: argparse.Namespace, results: Results, display: Display) -> bool:
     like = Training(0, REFERENCE, 0, warmup=args.lr_warmup_iters, size=args.size)
     found = {experts: results.by_arm(replace(like, experts=experts), args.seeds, rates) for experts in args.experts}
     found = {experts: {arm: of[arm] for arm in args.arms} for experts, of in found.items() if any(of.values())}
-    tunings = results.tunings(args.tuning_steps, args.lr_warmup_iters, args.size)
-    routings = dict.fromkeys(ARMS[arm].routing for arm in args.arms)
     for experts, points in found.items():
-        tuned = [
-            f"- {routing} tuned, loss by factor on the learning rate: "
-            + ", ".join(f"{factor:g}: {loss:.4f}" for factor, loss in sorted(tunings[experts, routing].items()))
-            for routing in routings
-            if len(args.lr_factors) > 1 and (experts, routing) in tunings
-        ]
-        table = markdown(points, args.margin, args.reference)
+        lines = [*_tuning_lines(args, results, experts), *markdown(points, args.margin, args.reference)]
         size = "" if args.size == BASE_SIZE else f" {MODELS[args.size].layers} layers of {MODELS[args.size].hidden},"
-        display.say("\n".join(["", f"E = {experts},{size} {args.corpus}:", "", *tuned, *[""] * bool(tuned), *table]))
+        display.say("\n".join(["", f"E = {experts},{size} {args.corpus}:", "", *lines]))
     if args.picture and found:
         picture.draw(args.picture, found, args.margin, args.reference)
     if args.points:
         results.write_points(args.points)
     return bool(found)
+
+
+def _tuning_lines(args: argparse.Namespace, results: Results, experts: int) -> Iterator[str]:
+    """Yield a line for each routing that was tuned, and an empty one."""
+    if len(args.lr_factors) == 1:
+        return
+    tunings = results.tunings(args.tuning_steps, args.lr_warmup_iters, args.size)
+    routings = dict.fromkeys(ARMS[arm].routing for arm in args.arms)
+    for routing in (routing for routing in routings if (experts, routing) in tunings):
+        losses = (f"{factor:g}: {loss:.4f}" for factor, loss in sorted(tunings[experts, routing].items()))
+        yield f"- {routing} tuned, loss by factor on the learning rate: {', '.join(losses)}"
+    yield ""
 
 
 def compare(args: argparse.Namespace, display: Display) -> None:
