@@ -48,7 +48,7 @@ process() { # SHARD, further arguments to preprocess_data.py; sets RESULT
       --workers "$WORKERS" --tokenizer-type GPT2BPETokenizer "${vocabulary[@]}" "$@" || return
     what=made check+=("${vocabulary[@]}")
   fi
-  report=$("$PYTHON" "$root/tools/inspect_data.py" "${check[@]}") || {
+  report=$("$PYTHON" "$root/tools" inspect "${check[@]}") || {
     RESULT="damaged: remove ${prefix}_text_document.bin and .idx, and start again"
     return 1
   }

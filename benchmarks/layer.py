@@ -17,7 +17,7 @@ import torch
 from results import default_output, note, save, show
 
 from megatron.remoe import cpu
-from megatron.remoe.preflight import console, machine
+from megatron.remoe.start import console, machine
 
 console.hide_unhelpful_warnings()
 machine.disable_unavailable(cpu.is_wanted(sys.argv))
@@ -30,9 +30,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  #
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing  # noqa: E402
+from megatron.remoe.layer.specs import with_fused_layers, with_relu_routing  # noqa: E402
 from megatron.remoe.routing.config import ReMoEConfig  # noqa: E402
-from tools.common.megatron_model import one_process  # noqa: E402
+from tools.models.megatron_model import one_process  # noqa: E402
 
 OURS = "ReMoE, grouped"
 

@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.common.flags import Settings, parse  # noqa: E402
+from tools.console.flags import Settings, parse  # noqa: E402
 from tools.recipes.hardware import PLAIN_PYTORCH  # noqa: E402
 from tools.recipes.models import Routing, Size  # noqa: E402
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from models import ROOT, on_gpu
 
-from tools.common.files import write_json
-from tools.common.markdown import table
+from tools.console.files import write_json
+from tools.console.markdown import table
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 

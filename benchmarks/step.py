@@ -25,10 +25,10 @@ import numpy
 from models import FIT_STEPS, GPU_FLAGS, ROOT, Shape, on_gpu
 from results import default_output, note, save, show
 
-from megatron.remoe.data.indexed import IndexedWriter
-from tools.common.flags import whole
+from megatron.remoe.files.indexed import IndexedWriter
+from tools.console.flags import whole
+from tools.experiments.sweep.settings import tokens_per_iteration
 from tools.recipes.flops import arguments_of, flops_per_sequence
-from tools.sweep.settings import tokens_per_iteration
 
 SHAPES = {shape.name: shape for shape in (Shape(8, 1), Shape(8, 8), Shape(64, 1))}
 WARM_UP = FIT_STEPS + (10 if on_gpu() else 0)  # a GPU's memory pool and clock settle too

@@ -2,7 +2,7 @@
 
 BENCHMARK_AT_TARGET=1: routers start with an even share of the first batches per expert, ReMoE's at the target.
 BENCHMARK_MEMORY=1: on a CPU, also measure the peak memory of one step, which slows it. A GPU always measures it.
-BENCHMARK_SHARE=S: keep tools/cost's forecast for the active share S of the (token, expert) pairs.
+BENCHMARK_SHARE=S: keep remoe cost's forecast for the active share S of the (token, expert) pairs.
 """
 
 import json
@@ -89,7 +89,7 @@ class Recorder:
         from megatron.core.utils import get_model_config
         from megatron.remoe.routing.router import ReLURouter
         from megatron.training import get_args
-        from tools.rehearse.forecast import forecast
+        from tools.plan.rehearse.forecast import forecast
 
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads

@@ -16,23 +16,23 @@ from statistics import fmean, stdev
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.common.on_cpu import megatron_on_cpu  # noqa: E402
+from tools.models.on_cpu import megatron_on_cpu  # noqa: E402
 
 megatron_on_cpu()
 
 import torch  # noqa: E402
 from questions import run  # noqa: E402
 
-from tools.common.checkpoints import find, load, save  # noqa: E402
-from tools.common.display import Display  # noqa: E402
-from tools.common.figure_reader import read_figures  # noqa: E402
-from tools.common.megatron_model import build, one_process  # noqa: E402
-from tools.common.text import blend_of, sample  # noqa: E402
-from tools.convert_checkpoint.command import GENTLE, loss_of  # noqa: E402
-from tools.convert_checkpoint.models import count_pairs, source_args  # noqa: E402
-from tools.corpora import dataset  # noqa: E402
+from tools.console.display import Display  # noqa: E402
+from tools.models.checkpoints import find, load, save  # noqa: E402
+from tools.models.convert.command import GENTLE, loss_of  # noqa: E402
+from tools.models.convert.models import count_pairs, source_args  # noqa: E402
+from tools.models.megatron_model import build, one_process  # noqa: E402
+from tools.models.text import blend_of, sample  # noqa: E402
 from tools.recipes import tiny  # noqa: E402
 from tools.recipes.models import Routing, Training  # noqa: E402
+from tools.runs.figure_reader import read_figures  # noqa: E402
+from tools.text.corpora import dataset  # noqa: E402
 
 STEPS_BEFORE = 800
 EXPERTS, BEFORE, AFTER = 16, 4, 2
@@ -132,7 +132,7 @@ def main() -> None:
         starts = {ARMS[name][2] for name in given.arms}
         for output, topk in ((REMOE, AFTER), (REMOE_OF_4, BEFORE)):
             if output in starts and not (runs / output).exists():
-                command = f"tools/convert_checkpoint --load {source} --save {runs / output} --moe-router-topk {topk}"
+                command = f"remoe convert --load {source} --save {runs / output} --moe-router-topk {topk}"
                 subprocess.run([sys.executable, *command.split(), "--seed", str(seed)], check=True, cwd=ROOT)
         if WITH_NULLS in starts and not (runs / WITH_NULLS).exists():
             add_null_experts(source, runs / WITH_NULLS, seed)

@@ -16,14 +16,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.remoe.preflight.checkpoint_files import newest_iteration  # noqa: E402
-from tools.common.figure_reader import read_figures  # noqa: E402
-from tools.common.files import write_json  # noqa: E402
-from tools.common.flags import without  # noqa: E402
-from tools.corpora import dataset  # noqa: E402
+from megatron.remoe.start.checkpoint_files import newest_iteration  # noqa: E402
+from tools.console.files import write_json  # noqa: E402
+from tools.console.flags import without  # noqa: E402
+from tools.experiments.sweep.plan import LOSS_FREE  # noqa: E402
 from tools.recipes import tiny  # noqa: E402
 from tools.recipes.models import Routing  # noqa: E402
-from tools.sweep.plan import LOSS_FREE  # noqa: E402
+from tools.runs.figure_reader import read_figures  # noqa: E402
+from tools.text.corpora import dataset  # noqa: E402
 
 STEPS, BRANCH = 1200, 800  # steps of a training; the step from which some continue
 FINE_TUNING = "--train-iters 200 --lr 1e-3 --min-lr 1e-4 --eval-iters 20 --pretrained-checkpoint {remoe}"
@@ -85,10 +85,10 @@ def train(folder: Path, name: str, seed: int) -> Path:
     held_out = [str(prefix.with_suffix("")) for prefix in sorted(text.glob("heldout_*.bin"))]
     both = ("--load", str(own), "--data-path", *held_out)
     if name in ANALYZED:
-        run(runs / name, "analyzed", "tools/analyze", *both, "--output-dir", str(runs / name / "analysis"))
+        run(runs / name, "analyzed", "tools", "analyze", *both, "--output-dir", str(runs / name / "analysis"))
     if name == "remoe":
         caps = ("--max-experts-per-token", "1", "2", "3", "4", "--output", str(runs / name / "caps.json"))
-        run(runs / name, "capped", "tools/evaluate", *both, *caps)
+        run(runs / name, "capped", "tools", "evaluate", *both, *caps)
     return runs / name
 
 

@@ -16,5 +16,5 @@ training="--seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1 
 layout="--pipeline-model-parallel-size 4 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1
   --global-batch-size $gpus"
 # shellcheck disable=SC2086 # each of them is a list of words
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True .venv/bin/python tools/rehearse --gpus "$gpus" -- \
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True .venv/bin/remoe rehearse --gpus "$gpus" -- \
   $shape $training $layout "$@"

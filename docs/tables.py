@@ -1,7 +1,7 @@
 """Make the tables of docs/compare from sweeps: python docs/tables.py NAME CORPUS [FOLDER ...]
 
 Each FOLDER is the --output-dir of a sweep with another seed. The figures of its finished runs are kept in
-docs/compare/NAME-CORPUS.json, with those of tools/analyze where a run's folder has them. The tables are made of this
+docs/compare/NAME-CORPUS.json, with those of remoe analyze where a run's folder has them. The tables are made of this
 file, printed, and written between its marks in tables.md.
 """
 
@@ -18,14 +18,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.remoe.data.files import write_text  # noqa: E402
-from tools.common.figure_reader import read_figures  # noqa: E402
-from tools.common.markdown import table  # noqa: E402
-from tools.compare.significance import MARGIN, compare, half_width  # noqa: E402
-from tools.corpora.dataset import CORPORA  # noqa: E402
-from tools.sweep.plan import AXES, BASE_SIZE, FEW_EXPERTS, PROTOCOLS, WHOLE, Run  # noqa: E402
-from tools.sweep.results import rows_of  # noqa: E402
-from tools.sweep.tiny import MODELS  # noqa: E402
+from megatron.remoe.files.files import write_text  # noqa: E402
+from tools.console.markdown import table  # noqa: E402
+from tools.experiments.compare.significance import MARGIN, compare, half_width  # noqa: E402
+from tools.experiments.sweep.plan import AXES, BASE_SIZE, FEW_EXPERTS, PROTOCOLS, WHOLE, Run  # noqa: E402
+from tools.experiments.sweep.results import rows_of  # noqa: E402
+from tools.experiments.sweep.tiny import MODELS  # noqa: E402
+from tools.runs.figure_reader import read_figures  # noqa: E402
+from tools.text.corpora.dataset import CORPORA  # noqa: E402
 
 PLACE = ROOT / "docs" / "compare"
 KINDS = {"dense": "dense", "moe": "top-k, softmax", "remoe": "ReMoE"}

@@ -8,4 +8,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
 answer_help quickstart "$@"
 prepare_environment
-exec "$VENV/bin/python" "$ROOT/tools/quickstart" "$@"
+exec "$VENV/bin/python" "$ROOT/tools" quickstart "$@"

@@ -3,4 +3,4 @@
 set -euo pipefail
 # shellcheck source=scripts/lib/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/python.sh"
-run_tool recipes 469m dense "$@"
+run_tool train 469m dense "$@"

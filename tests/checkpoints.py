@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM
+from megatron.remoe.start.checkpoint_index import INDEX, INDEX_SUM
 from tests.tiny_model import RELU
 from tests.trainings import TINY, weights
 

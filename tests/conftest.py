@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron.remoe import cpu
-from megatron.remoe.preflight import console
+from megatron.remoe.start import console
 from tests.data_sets import write_real_text
 from tests.entry import Entry, shared_entry
 
@@ -45,9 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Folders and files that take seconds; `scripts/test.sh --fast` runs only these. All others start trainings or tools.
 FAST = """
-data kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py local/test_grouped_swiglu.py
-local/test_order.py moe/test_moe_layer.py moe/test_bounded_memory.py moe/test_host_syncs.py preflight/test_codes.py
-preflight/test_messages.py routing scripts/test_launch_commands.py test_rooms.py test_static_checks.py
+files kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py layer/test_grouped_swiglu.py
+layer/test_order.py layer/test_moe_layer.py layer/test_bounded_memory.py layer/test_host_syncs.py start/test_codes.py
+start/test_messages.py routing scripts/test_launch_commands.py test_rooms.py test_static_checks.py
 tools/test_sweep_logs.py training/test_arguments.py
 """.split()
 
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def process_groups() -> Iterator[None]:
     """Create Megatron's process groups for a world of one process."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from tools.common.megatron_model import one_process
+    from tools.models.megatron_model import one_process
 
     with one_process(backend="nccl" if torch.cuda.is_available() else "gloo"):
         # Megatron sets this when it starts. The first value decides the shape of all later ones.

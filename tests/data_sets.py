@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy
 
-from megatron.remoe.data.indexed import IndexedWriter
-from tools.corpora import corpus
-from tools.corpora.dataset import MIXED
+from megatron.remoe.files.indexed import IndexedWriter
+from tools.text.corpora import corpus
+from tools.text.corpora.dataset import MIXED
 
 END_OF_DOCUMENT = 256
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.common.places import ROOT
+from tools.console.places import ROOT
 
 LIMIT = 30.0  # seconds for one training: longer is a hang
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tests.data_sets import write_documents
 from tests.tiny_model import RELU, TRAINING
-from tools.common.log_reader import read_log
-from tools.common.places import ROOT
+from tools.console.places import ROOT
+from tools.runs.log_reader import read_log
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny_remoe.json"
 FLAGS = [

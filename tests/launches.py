@@ -1,8 +1,8 @@
 """Plan the training that a launch script would start."""
 
+from tools.plan.rehearse.scripts import Launch
 from tools.recipes.data import MADE_UP
 from tools.recipes.launch import plan
-from tools.rehearse.scripts import Launch
 
 
 def planned(launch: Launch) -> tuple[dict[str, str], list[str]]:

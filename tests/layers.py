@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.remoe.local.experts import GroupedExperts
-from megatron.remoe.moe.layer import ReMoELayer
-from megatron.remoe.moe.specs import with_fused_layers, with_relu_routing
+from megatron.remoe.layer.experts import GroupedExperts
+from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.layer.specs import with_fused_layers, with_relu_routing
 from megatron.remoe.routing.config import ReMoEConfig
 
 HIDDEN, FFN = 16, 12

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import griffe
 
-from tools.common.places import ROOT
+from tools.console.places import ROOT
 
 PACKAGES = ("megatron.core", "megatron.training")
 OURS = ("megatron/remoe", "tools", "benchmarks")

@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.remoe import patches
-from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
-from megatron.remoe.preflight.stored_sums import check_stored_sums
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
+from megatron.remoe.start.stored_sums import check_stored_sums
 from megatron.training import checkpointing, training
 from tests.checkpoints import Malicious
 from tests.trainings import in_another_process

@@ -13,12 +13,12 @@ ROOMS = {
     "kernels": set(),
     "routing": {"kernels"},
     "baselines": set(),
-    "local": {"kernels"},
-    "moe": {"routing", "local", "kernels"},
-    "data": set(),
-    "preflight": {"routing", "data"},
-    "patches": {"preflight", "local", "data"},
-    "training": {"routing", "baselines", "local", "moe", "kernels", "data", "preflight", "patches"},
+    "transformer": {"kernels"},
+    "layer": {"routing", "transformer", "kernels"},
+    "files": set(),
+    "start": {"routing", "files"},
+    "patches": {"start", "transformer", "kernels", "files"},
+    "training": {"routing", "baselines", "transformer", "layer", "kernels", "files", "start", "patches"},
     "hf": set(),
     "cpu": set(),
 }
@@ -26,7 +26,7 @@ ROOMS["pretrain"] = {*ROOMS}
 # Packages of Megatron that a room may import (default: core).
 BOTH = {"core", "training"}
 MEGATRON: dict[str, set[str]] = {
-    "data": set(),
+    "files": set(),
     "hf": set(),
     "patches": BOTH,
     "training": BOTH,
@@ -37,8 +37,8 @@ MEGATRON: dict[str, set[str]] = {
 PURE = {
     "routing": {"torch", "megatron"},
     "baselines": {"torch", "megatron"},
-    "moe": {"torch", "megatron"},
-    "local": {"torch", "megatron", "fla"},
+    "layer": {"torch", "megatron"},
+    "transformer": {"torch", "megatron", "fla"},
     "kernels": {"torch", "triton", "quack", "megatron"},
     "hf": {"torch", "transformers", "huggingface_hub", "megatron"},
 }

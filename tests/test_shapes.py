@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests.tiny_model import BYTES
 from tests.tools.test_cost_command import cost, figures
 from tests.trainings import REPOSITORY, run, series, weights
-from tools.export_hf import command as export_hf
-from tools.rehearse import command as rehearse
+from tools.models.export import command as export_hf
+from tools.plan.rehearse import command as rehearse
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 PAGE = (REPOSITORY / "docs" / "shapes.md").read_text()

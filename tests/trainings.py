@@ -11,8 +11,8 @@ import torch
 from megatron.remoe.training.run_log import read_run_log
 from tests.entry import shared_entry
 from tests.tiny_model import BYTES, SIZES, TRAINING
-from tools.common.log_reader import read_log
-from tools.common.places import ROOT as REPOSITORY
+from tools.console.places import ROOT as REPOSITORY
+from tools.runs.log_reader import read_log
 
 ENTRY = REPOSITORY / "pretrain_gpt.py"
 TINY = [

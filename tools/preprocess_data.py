@@ -14,16 +14,16 @@ if __name__ == "__main__":  # as a file, in a clone
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from tools.start import start
 
-    sys.exit(start("preprocess_data", sys.argv[1:]))
+    sys.exit(start("preprocess", sys.argv[1:]))
 
-from megatron.remoe.data.errors import DataError
+from megatron.remoe.files.errors import DataError
 
-from .common.flags import number_of_cores, tool_parser, whole_number
-from .common.running import run_tool
-from .common.units import duration
-from .preprocessing.encoders import TOKENIZER_TYPES, load_encoder
-from .preprocessing.pipeline import Job, Progress, check_outputs, preprocess
-from .preprocessing.reading import expand_inputs
+from .console.flags import number_of_cores, tool_parser, whole_number
+from .console.units import duration
+from .runs.running import run_tool
+from .text.preprocessing.encoders import TOKENIZER_TYPES, load_encoder
+from .text.preprocessing.pipeline import Job, Progress, check_outputs, preprocess
+from .text.preprocessing.reading import expand_inputs
 
 PROBLEMS_SHOWN = 5
 SECONDS_TO_FIRST_LINE = 10.0
@@ -32,7 +32,7 @@ SHARE_BETWEEN_LINES = 0.1  # between two lines of progress, as a share of the ti
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags. Those of Megatron-LM's tool keep their meaning."""
-    parser = tool_parser("preprocess_data.py", __doc__)
+    parser = tool_parser("preprocess", __doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="files, patterns, or - for standard input")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="text fields, a data set each (default: text)")
@@ -113,4 +113,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     # The library tokenizers makes as many threads as there are cores otherwise.
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
-    return run_tool("preprocess_data.py", lambda: run(args), "interrupted; nothing was written")
+    return run_tool("preprocess", lambda: run(args), "interrupted; nothing was written")

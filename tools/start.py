@@ -1,51 +1,58 @@
-"""Start a tool: `python tools/NAME` in a clone, `remoe COMMAND` from an installed package."""
+"""The command `remoe`: start a tool, in a clone or from an installed package."""
 
 import gc
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-# Command of `remoe` → module that has `main`, and one line of help.
+# Command → module that has `main`, and one line of help.
 COMMANDS = {
-    "train": ("recipes", "train one of the paper's models: remoe train SIZE ROUTING [arguments of its launch script]"),
-    "quickstart": ("quickstart", "train three tiny models on a CPU and compare them"),
+    "train": (
+        "recipes.command",
+        "train a model of the paper: remoe train SIZE ROUTING [arguments of its launch script]",
+    ),
+    "quickstart": ("experiments.quickstart.command", "train three tiny models on a CPU and compare them"),
+    "sweep": ("experiments.sweep.command", "train the paper's grids of models and tabulate them (in a clone)"),
+    "compare": ("experiments.compare.command", "compare routings at equal steps and equal FLOPs (in a clone)"),
     "preprocess": ("preprocess_data", "turn text into a data set for Megatron"),
-    "inspect": ("inspect_data", "show what a data set holds, and check it"),
-    "cost": ("cost", "estimate parameters, FLOPs, hours and memory of a training"),
-    "generate": ("generate", "continue a text"),
-    "evaluate": ("evaluate", "measure loss, speed or zero-shot tasks"),
-    "analyze": ("analyze", "show what the routers have learned"),
-    "report": ("report", "compare runs on one HTML page"),
-    "convert": ("convert_checkpoint", "make a ReMoE from a dense or top-k model, import one, change its class"),
-    "export": ("export_hf", "write a model for transformers, or read one"),
+    "inspect": ("text.inspect_data", "show the documents of a data set, and check it"),
+    "cost": ("plan.cost.command", "estimate parameters, FLOPs, hours and memory of a training run"),
+    "rehearse": ("plan.rehearse.command", "rehearse a GPU training run without GPUs (in a clone)"),
+    "generate": ("models.generate.command", "continue a text"),
+    "evaluate": ("models.evaluate.command", "measure loss, speed or zero-shot tasks"),
+    "analyze": ("models.analyze.command", "show what the routers have learned"),
+    "report": ("report.command", "compare runs on one HTML page"),
+    "convert": ("models.convert.command", "make a ReMoE from a dense or top-k model, import one, change its class"),
+    "export": ("models.export.command", "write a model for transformers, or read one"),
 }
-BUILDS_ON_CPU = ("export_hf", "convert_checkpoint")  # also where there is an accelerator
+BUILDS_ON_CPU = ("export", "convert")  # also where there is an accelerator
 IMPORT_TORCH = (*BUILDS_ON_CPU, "generate", "evaluate", "analyze")
 
 
-def start(tool: str, arguments: Sequence[str]) -> int:
-    """Run a tool and return its exit code; name the Python to use if a package is missing."""
+def start(command: str, arguments: Sequence[str]) -> int:
+    """Run a command of `COMMANDS` and return its exit code; name the Python to use if a package is missing."""
     if sys.version_info < (3, 12):  # noqa: UP036 - older ones are started by mistake
         return _refuse(f"is Python {sys.version.split()[0]}, and 3.12 or newer is needed")
     try:
-        return int(_load(tool, arguments)(arguments) or 0)
+        return int(_load(command, arguments)(arguments) or 0)
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith(("megatron.remoe", "tools.")):
             raise
         return _refuse(f"has no {missing.name}")
 
 
-def _load(tool: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], int | None]:
+def _load(command: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], int | None]:
     """Import a tool and return its `main`."""
-    module = f"{__package__}.{tool}"
+    module = f"{__package__}.{COMMANDS[command][0]}"
     gc.disable()  # looking for garbage among what imports made takes an eighth of the start
     try:
-        if tool in IMPORT_TORCH:
-            importlib.import_module(f"{module}.arguments").parse_arguments(arguments)  # answers --help at once
-            importlib.import_module("megatron.remoe.preflight.console").hide_unhelpful_warnings()
-        if tool in BUILDS_ON_CPU:
-            importlib.import_module(f"{__package__}.common.on_cpu").megatron_on_cpu()
-        return importlib.import_module(module if tool.endswith("_data") else f"{module}.command").main
+        if command in IMPORT_TORCH:
+            settings = importlib.import_module(f"{module.rpartition('.')[0]}.arguments")
+            settings.parse_arguments(arguments)  # answers --help at once
+            importlib.import_module("megatron.remoe.start.console").hide_unhelpful_warnings()
+        if command in BUILDS_ON_CPU:
+            importlib.import_module(f"{__package__}.models.on_cpu").megatron_on_cpu()
+        return importlib.import_module(module).main
     finally:
         gc.enable()
 
@@ -68,7 +75,7 @@ def main() -> int:
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if command in COMMANDS:
         sys.argv[:2] = [f"remoe {command}"]
-        return start(COMMANDS[command][0], arguments)
+        return start(command, arguments)
     lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
     usage = "\n".join(["usage: remoe COMMAND ...", "", *lines, "", "remoe COMMAND --help lists a command's options."])
     is_help = command in ("-h", "--help")

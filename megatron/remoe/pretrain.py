@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import Store
 
-    from megatron.remoe.preflight.run_lock import RunLock
+    from megatron.remoe.start.run_lock import RunLock
     from megatron.training.models.base import ModelConfig
 
 # Started without torchrun, this is the only process.
@@ -40,7 +40,7 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     check_versions()
     gc.disable()  # looking for garbage among what imports made takes an eighth of the start
     on_cpu = prepare()
-    from megatron.remoe.preflight.run_lock import RunLock
+    from megatron.remoe.start.run_lock import RunLock
 
     try:
         with ExitStack() as at_the_end:
@@ -60,7 +60,7 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
             worker.kill()
         if isinstance(error, KeyboardInterrupt):
             raise
-        from megatron.remoe.preflight.messages import exit_with_message
+        from megatron.remoe.start.messages import exit_with_message
 
         exit_with_message(error)
 
@@ -92,7 +92,7 @@ def _installed(name: str) -> str:
 def prepare() -> bool:
     """Set up the process before Megatron is imported. Return whether it trains on the CPU."""
     from megatron.remoe import cpu
-    from megatron.remoe.preflight import console, machine
+    from megatron.remoe.start import console, machine
 
     if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
@@ -125,7 +125,7 @@ def train(
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import patches
-    from megatron.remoe.preflight.messages import usage_errors
+    from megatron.remoe.start.messages import usage_errors
     from megatron.remoe.training import hooks
     from megatron.remoe.training.arguments import model_config_from_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
@@ -166,8 +166,8 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
         ValueError, AssertionError, OSError: a flag or a file is wrong; the message names it.
     """
     from megatron.remoe import cpu
-    from megatron.remoe.preflight import checkpoint_files, checkpoint_fit, data, environment, index_cache, machine
-    from megatron.remoe.preflight.messages import usage_errors
+    from megatron.remoe.start import checkpoint_files, checkpoint_fit, data, environment, index_cache, machine
+    from megatron.remoe.start.messages import usage_errors
     from megatron.remoe.training.arguments import load_saved_args, parse_args
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables

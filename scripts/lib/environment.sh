@@ -225,9 +225,9 @@ prepare_environment() {
 }
 
 # Answers --help without setting anything up: with a tool's own where .venv is ready, else with the script's header.
-answer_help() { # TOOL ARGUMENTS
+answer_help() { # COMMAND ARGUMENTS
   if ! asks_for_help "${@:2}"; then return; fi
-  if environment_is_ready ""; then exec "$VENV/bin/python" "$ROOT/tools/$1" --help; fi
+  if environment_is_ready ""; then exec "$VENV/bin/python" "$ROOT/tools" "$1" --help; fi
   print_header
   exit
 }

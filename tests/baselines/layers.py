@@ -6,8 +6,8 @@ import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.remoe.baselines import ROUTERS
-from megatron.remoe.moe.layer import ReMoELayer
-from megatron.remoe.moe.specs import with_fused_layers, with_router
+from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.layer.specs import with_fused_layers, with_router
 from tests.layers import HIDDEN, make_config
 
 SEQUENCE, BATCH = 8, 3

@@ -8,7 +8,7 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from megatron.remoe import cpu  # noqa: E402
-from megatron.remoe.preflight import console  # noqa: E402
+from megatron.remoe.start import console  # noqa: E402
 
 console.hide_unhelpful_warnings()
 cpu.install()

@@ -1,4 +1,4 @@
-"""Run pytest or a program on the no-op CUDA, as `tools/rehearse` does.
+"""Run pytest or a program on the no-op CUDA, as `remoe rehearse` does.
 
 python -m tests.gpu.rehearsed pytest ...        pytest and its subprocesses see an H100 that does not exist
 python rehearsed.py SHARE PROGRAM ...           a program that pytest starts, as the only rank; its trainings read
@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
-from tools.rehearse.build import environment_of  # noqa: E402
+from tools.plan.rehearse.build import environment_of  # noqa: E402
 
 
 def h100() -> dict[str, str]:
@@ -27,8 +27,8 @@ def h100() -> dict[str, str]:
 def run_program(share: float, program: str) -> None:
     """Install stand-ins for ranks and for values read from the device, then run the program."""
     from megatron.remoe import pretrain
-    from tools.rehearse import fake_ranks
-    from tools.rehearse.host_reads import Pairs
+    from tools.plan.rehearse import fake_ranks
+    from tools.plan.rehearse.host_reads import Pairs
 
     torch.backends.cudnn.enabled = False  # the one library without a stand-in
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.common.files import write_json, write_text
-from tools.common.markdown import table
-from tools.common.places import ROOT
+from tools.console.files import write_json, write_text
+from tools.console.markdown import table
+from tools.console.places import ROOT
 
 SOURCES = ("megatron/remoe", "tools/recipes", "benchmarks", "tests/gpu")
 OF_TEST = {"environment": ("tests/gpu/environment.py", "benchmarks/timed_entry.py")}

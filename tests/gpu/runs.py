@@ -13,10 +13,10 @@ from typing import Any
 
 from tests.golden_run import FLAGS, Figures, figures_of, write_data
 from tests.launches import planned
-from tools.common.log_reader import read_log
-from tools.common.places import ROOT
-from tools.rehearse.flags import rehearsed
-from tools.rehearse.scripts import Launch
+from tools.console.places import ROOT
+from tools.plan.rehearse.flags import rehearsed
+from tools.plan.rehearse.scripts import Launch
+from tools.runs.log_reader import read_log
 
 HERE = Path(__file__).parent
 TIMED_ENTRY = ROOT / "benchmarks" / "timed_entry.py"

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.remoe.moe import plan
+from megatron.remoe.layer import plan
 from tests.golden_run import FLAGS, committed, differences
 from tests.gpu.report import Report
 from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched, train_logged
-from tools.common.flags import last_value
-from tools.cost.gpus import ACCELERATORS
-from tools.rehearse.cards import CARDS
-from tools.rehearse.host_reads import Pairs
+from tools.console.flags import last_value
+from tools.plan.cost.gpus import ACCELERATORS
+from tools.plan.rehearse.cards import CARDS
+from tools.plan.rehearse.host_reads import Pairs
 
 pytestmark = pytest.mark.gpu
 TRITON, QUACK = "triton", "quack"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
-from tools.common.hf.settings import flags_of, parse_flags
+from tools.models.hf.settings import flags_of, parse_flags
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {

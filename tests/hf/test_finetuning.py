@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from megatron.core.safe_globals import register_safe_globals
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.hf.models import make
-from tools.common.places import ROOT
+from tools.console.places import ROOT
 
 STEPS = 4
 

@@ -11,9 +11,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from tests import without_megatron
 from tests.hf.models import MODELS, SIZES, args_of, make, tokens
-from tools.common.hf.settings import complete, config_of
-from tools.common.hf.weights import fill
-from tools.common.megatron_model import build
+from tools.models.hf.settings import complete, config_of
+from tools.models.hf.weights import fill
+from tools.models.megatron_model import build
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.data.errors import UsageError
-from megatron.remoe.preflight.run_lock import HOLDER, LOCK, lock_save_folder
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.start.run_lock import HOLDER, LOCK, lock_save_folder
 from tests.hostile.conftest import Noted
 from tests.hostile.trials import SAVED, Trial, damage
 

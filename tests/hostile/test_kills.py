@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.preflight.checkpoint_files import saved_iterations
-from megatron.remoe.preflight.run_lock import LOCK
+from megatron.remoe.start.checkpoint_files import saved_iterations
+from megatron.remoe.start.run_lock import LOCK
 from tests.data_sets import write_real_text
 from tests.entry import shared_entry
 from tests.hostile.conftest import Noted

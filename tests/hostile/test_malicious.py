@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.preflight.checkpoint_index import INDEX, INDEX_SUM, index_sum
+from megatron.remoe.start.checkpoint_index import INDEX, INDEX_SUM, index_sum
 from tests.hostile.conftest import Noted
 from tests.hostile.payloads import in_array, in_zip, pickles
 from tests.hostile.trials import SAVED, Trial, training
 from tests.tools.test_broken_folders import exported, set_field  # noqa: F401
 from tests.trainings import run
-from tools.convert_checkpoint.command import main as convert
-from tools.evaluate.command import main as evaluate
-from tools.export_hf.command import main as export
-from tools.generate.command import main as generate
+from tools.models.convert.command import main as convert
+from tools.models.evaluate.command import main as evaluate
+from tools.models.export.command import main as export
+from tools.models.generate.command import main as generate
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 BULK = pytest.mark.bulk

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from megatron.remoe.preflight.run_lock import HOLDER, LOCK
+from megatron.remoe.start.run_lock import HOLDER, LOCK
 from megatron.remoe.training.run_log import read_run_log
 from tests.hostile.conftest import Noted
 from tests.hostile.trials import LIMIT, STEPS, Trial, check_words, same_weights, training

@@ -9,7 +9,7 @@ import torch
 from tests import trainings
 from tests.entry import shared_entry
 from tests.parity.layouts import LAYOUTS, MODEL, MODELS, ROUTINGS
-from tools.common.log_reader import read_log
+from tools.runs.log_reader import read_log
 
 TIMEOUT = 300.0  # seconds for one training
 RECORD = Path(__file__).with_name("record.py")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.data.files import write_text
+from megatron.remoe.files.files import write_text
 from tests.data_sets import write_real_text
 from tests.parity.layouts import CHEAPER_START, DENSE_AND_MOE, FSDP, LAYOUTS, SINGLE, VARIANTS
 from tests.parity.measure import Case, Difference, Training, compare, train
-from tools.common import markdown
-from tools.common.places import ROOT
+from tools.console import markdown
+from tools.console.places import ROOT
 
 CORE = [
     Case("gpt", "ReMoE", "plain", "DP2, distributed optimizer, overlap"),
@@ -47,7 +47,7 @@ ALL = [Case(*kind, variant, layout) for kind in CHECKED for variant in VARIANTS 
 # The columns of the table, each with the variants whose largest differences it shows.
 COLUMNS = {"plain, full or MoE recompute": ["plain", "full recompute", "MoE recompute"]}
 COLUMNS |= {variant: [variant] for variant in VARIANTS if "recompute" not in variant and variant != "plain"}
-# tools/convert_checkpoint cannot make a HybridModel's start in Megatron-FSDP's format.
+# remoe convert cannot make a HybridModel's start in Megatron-FSDP's format.
 ALL = [case for case in ALL if (case.layout != SINGLE if case.model == "gpt" else "FSDP" not in case.layout)]
 
 
@@ -72,7 +72,7 @@ class Trainings:
         if case.model == "gpt":
             return folder / "checkpoint"
         if not (converted := folder / "hybrid").exists():
-            command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint"), "--model", "hybrid"]
+            command = [sys.executable, str(ROOT / "tools"), "convert", "--model", "hybrid"]
             subprocess.run([*command, "--load", folder / "checkpoint", "--save", converted], check=True)
         return converted
 

@@ -11,8 +11,8 @@ import megatron.core
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as variants
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.remoe.moe.layer import ReMoELayer
-from megatron.remoe.moe.specs import with_relu_routing
+from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.layer.specs import with_relu_routing
 from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.training.arguments import add_megatron_arguments

@@ -53,8 +53,8 @@ def command(script: str, *arguments: str, **environment: str) -> list[str]:
 def dry_run(script: str, *arguments: str, code: int = 0, **environment: str) -> str:
     """Return stdout and stderr of DRY_RUN=1, run by a process that has already imported Megatron."""
     given = {"DRY_RUN": "1", "PYTHON": sys.executable} | environment
-    program = REPOSITORY / "tools" / "recipes" / "__main__.py"
-    found, output = shared_entry().run([*script.split("_"), *arguments], given, script=program, limit=120)
+    program = REPOSITORY / "tools" / "__main__.py"
+    found, output = shared_entry().run(["train", *script.split("_"), *arguments], given, script=program, limit=120)
     assert found == code, output
     return output
 

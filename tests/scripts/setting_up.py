@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.common.places import ROOT
+from tools.console.places import ROOT
 
 LIBRARY = "scripts/lib/environment.sh"
 REAL = Path(getattr(sys, "_base_executable", sys.executable))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.scripts.launching import command
 from tests.trainings import REPOSITORY
-from tools.common.flags import parse
+from tools.console.flags import parse
 
 SIZES, ROUTINGS = ("182m", "469m", "978m"), ("dense", "moe", "remoe")
 Flags = dict[str, dict[str, str]]  # script → flag → the words after it
@@ -66,9 +66,9 @@ def test_the_page_has_every_flag() -> None:
 
 
 def test_takes_the_forks_command_line(tmp_path: Path) -> None:
-    """tools/cost accepts the fork's command line and names only the data, which do not exist here, as different."""
+    """remoe cost accepts the fork's command line and names only the data, which do not exist here, as different."""
     flags = [word for flag, values in of_the_fork()["182m_remoe"].items() for word in (flag, *shlex.split(values))]
-    tool = [sys.executable, str(REPOSITORY / "tools" / "cost"), "--gpus", "8", "--paper", "182m", "remoe"]
+    tool = [sys.executable, str(REPOSITORY / "tools"), "cost", "--gpus", "8", "--paper", "182m", "remoe"]
     result = subprocess.run([*tool, "--", *flags, "--data-path", "pile"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines() if "(paper: " in line or "(fork: " in line] == [

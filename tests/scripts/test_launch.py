@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.remoe.data.indexed import IndexedWriter, token_type
+from megatron.remoe.files.indexed import IndexedWriter, token_type
 from tests.scripts.launching import ROUTINGS, SIZES, command, launch, main, planned, shards, value
 
 

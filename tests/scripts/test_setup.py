@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.scripts.setting_up import REAL, make_python, run_bash
-from tools.common.places import ROOT
+from tools.console.places import ROOT
 
 
 def make_wheel(folder: Path, name: str, version: str, *extras: str) -> Path:
@@ -239,9 +239,9 @@ def test_help_sets_nothing_up(script: str, tree: Tree) -> None:
 
 
 def test_help_is_the_tools_own_where_all_is_ready(finished: Tree) -> None:
-    tool = finished.root / "tools" / "quickstart"
+    tool = finished.root / "tools"
     tool.mkdir(parents=True)
     (tool / "__main__.py").write_text("import sys; print(sys.prefix, sys.argv[1:])")
     command = ["bash", str(finished.root / "scripts/quickstart.sh"), "--tiny", "--help"]
     answer = subprocess.run(command, env=finished.environment(), capture_output=True, text=True)
-    assert answer.stdout == f"{finished.root / '.venv'} ['--help']\n", answer.stderr
+    assert answer.stdout == f"{finished.root / '.venv'} ['quickstart', '--help']\n", answer.stderr

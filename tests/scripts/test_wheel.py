@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.pretrain import NEEDED
 from tests.tiny_model import SIZES
-from tools.common.log_reader import read_log
-from tools.common.places import ROOT
+from tools.console.places import ROOT
+from tools.runs.log_reader import read_log
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_leaves_the_namespace_open(wheel: Path) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron").rglob("*.py")}
     tools = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").rglob("*.py")}
-    sources |= {
-        f"megatron/remoe/{path}" for path in tools if path.split("/")[1] not in ("compare", "rehearse", "sweep")
-    }
-    assert {"megatron/remoe/__init__.py", "megatron/remoe/tools/common/hf/folder.py"} <= sources
+    need_a_clone = ("tools/experiments/compare/", "tools/experiments/sweep/", "tools/plan/rehearse/")
+    sources |= {f"megatron/remoe/{path}" for path in tools if not path.startswith(need_a_clone)}
+    assert {"megatron/remoe/__init__.py", "megatron/remoe/tools/models/hf/folder.py"} <= sources
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.gpt2_reference import random_text
 from tests.tools.jsonl import STRANGE
-from tools.preprocessing import reading
+from tools.text.preprocessing import reading
 
 
 @pytest.fixture(scope="module")

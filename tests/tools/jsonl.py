@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.gpt2_reference import gpt2_files
 from tests.trainings import REPOSITORY
-from tools.preprocessing.reading import zstd
+from tools.text.preprocessing.reading import zstd
 
 TOOL = REPOSITORY / "tools" / "preprocess_data.py"
 GPT2 = "--tokenizer-type GPT2BPETokenizer --vocab-file {} --merge-file {}".format(*gpt2_files())

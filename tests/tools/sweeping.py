@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from tests.trainings import REPOSITORY
-from tools.sweep.command import main
+from tools.experiments.sweep.command import main
 
 
 def given(environment: dict[str, str]) -> dict[str, str]:

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests import without_megatron
 from tests.data_sets import write_documents
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, run, series
-from tools.common.flags import parse, words_of
-from tools.corpora import dataset
-from tools.evaluate.text import batches, sequences
-from tools.export_hf.command import main as export
+from tools.console.flags import parse, words_of
+from tools.models.evaluate.text import batches, sequences
+from tools.models.export.command import main as export
 from tools.recipes import tiny
+from tools.text.corpora import dataset
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 QUICKSTART = Path(os.environ.get("QUICKSTART", REPOSITORY / "runs" / "quickstart"))

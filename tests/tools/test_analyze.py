@@ -1,4 +1,4 @@
-"""Test tools/analyze against an independent recount of the routing."""
+"""Test remoe analyze against an independent recount of the routing."""
 
 import itertools
 import json
@@ -11,17 +11,17 @@ import numpy
 import pytest
 import torch
 
-from megatron.remoe.data.indexed import IndexedReader
+from megatron.remoe.files.indexed import IndexedReader
 from megatron.remoe.hf import RemoeForCausalLM
 from tests.data_sets import write_documents
 from tests.hf.models import args_of, make
-from tools.analyze.command import main
-from tools.analyze.counts import WINDOW
-from tools.common.checkpoints import save
-from tools.common.expert_counts import expert_blocks
-from tools.common.hf.weights import fill
-from tools.common.megatron_model import build
-from tools.common.text import Text
+from tools.models.analyze.command import main
+from tools.models.analyze.counts import WINDOW
+from tools.models.checkpoints import save
+from tools.models.expert_counts import expert_blocks
+from tools.models.hf.weights import fill
+from tools.models.megatron_model import build
+from tools.models.text import Text
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 

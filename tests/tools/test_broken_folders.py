@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.models import make
-from tools.common.hf.tokenizer import generation_config
-from tools.evaluate.command import main as evaluate
-from tools.export_hf.command import main as export
-from tools.generate.command import main as generate
+from tools.models.evaluate.command import main as evaluate
+from tools.models.export.command import main as export
+from tools.models.generate.command import main as generate
+from tools.models.hf.tokenizer import generation_config
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 

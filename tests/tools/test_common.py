@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.data.files import write_aside
+from megatron.remoe.files.files import write_aside
 from tests.trainings import REPOSITORY
-from tools.common.errors import ToolError
-from tools.common.files import lock, new_folder, write_json
-from tools.compare import command as compare
+from tools.console.errors import ToolError
+from tools.console.files import lock, new_folder, write_json
+from tools.experiments.compare import command as compare
 from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"
@@ -121,7 +121,7 @@ def test_a_folder_is_taken_once(tmp_path: Path) -> None:
 
 
 STEPS = """
-from tools.common.display import Display
+from tools.console.display import Display
 display = Display()
 with display.step("reading", 2):
     display.say("a result")
@@ -140,9 +140,16 @@ def test_results_go_to_the_file_while_the_bar_is_on_the_terminal() -> None:
     assert "reading" in shown and "a result" not in shown
 
 
-@pytest.mark.parametrize("tool", ["generate", "preprocess_data.py"])
+@pytest.mark.parametrize("tool", [".", "preprocess_data.py"])
 def test_another_python_is_told_which_one_to_use(tool: str) -> None:
-    command = [sys.executable, "-S", str(REPOSITORY / "tools" / tool), "--load", "RUN"]  # -S: without site-packages
+    command = [
+        sys.executable,
+        "-S",
+        str(REPOSITORY / "tools" / tool),
+        "generate",
+        "--load",
+        "RUN",
+    ]  # -S: without site-packages
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert sys.executable in result.stderr and f"{REPOSITORY}/.venv/bin/python" in result.stderr
@@ -158,7 +165,7 @@ def test_all_commands_are_listed(words: list[str], code: int) -> None:
 def test_a_tool_under_nohup_goes_on_after_a_hangup() -> None:
     program = """
 import os, signal
-from tools.common.running import run_tool
+from tools.runs.running import run_tool
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 raise SystemExit(run_tool("test", lambda: os.kill(os.getpid(), signal.SIGHUP)))
 """
@@ -168,7 +175,7 @@ raise SystemExit(run_tool("test", lambda: os.kill(os.getpid(), signal.SIGHUP)))
 def test_a_worker_that_its_pool_terminates_ends_at_once() -> None:
     program = """
 import os, signal, time
-from tools.common.running import run_tool
+from tools.runs.running import run_tool
 
 def work() -> None:
     worker = os.fork()

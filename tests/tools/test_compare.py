@@ -1,4 +1,4 @@
-"""Test tools/compare: a small real experiment, matched FLOPs, resuming, and tables and pictures of made-up points."""
+"""Test remoe compare: a small real experiment, matched FLOPs, resuming, and tables and pictures of made-up points."""
 
 import json
 import shutil
@@ -19,16 +19,16 @@ from tests.data_sets import write_small_corpus
 from tests.entry import shared_entry
 from tests.tiny_model import EXPERTS, MODEL
 from tests.trainings import REPOSITORY, finish, records
-from tools.common.display import Display
-from tools.common.errors import ToolError
-from tools.common.flags import parse, words_of
-from tools.compare import command, picture, plan, trunks
-from tools.compare.experiment import Experiment
-from tools.compare.plan import TUNING_SEED, Training, rounded, trunk_steps
-from tools.compare.results import Results, markdown
-from tools.compare.trunks import Point
-from tools.corpora.dataset import MIXED, make_text
+from tools.console.display import Display
+from tools.console.errors import ToolError
+from tools.console.flags import parse, words_of
+from tools.experiments.compare import command, picture, plan, trunks
+from tools.experiments.compare.experiment import Experiment
+from tools.experiments.compare.plan import TUNING_SEED, Training, rounded, trunk_steps
+from tools.experiments.compare.results import Results, markdown
+from tools.experiments.compare.trunks import Point
 from tools.recipes.flops import arguments_of, flops_per_sequence
+from tools.text.corpora.dataset import MIXED, make_text
 
 
 class Trained:
@@ -58,8 +58,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_small_experiment(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--arms moe --experts 4 --steps 20 --seeds 1 --lr-factors 1 2 --tuning-steps 20 --processes 1".split()
     words += ["--lr-warmup-iters", "4", "--output-dir", str(output)]
-    tool, pipe = str(REPOSITORY / "tools" / "compare"), subprocess.PIPE
-    process = subprocess.Popen([sys.executable, tool, *words], stdout=pipe, stderr=pipe, text=True)
+    tool, pipe = str(REPOSITORY / "tools"), subprocess.PIPE
+    process = subprocess.Popen([sys.executable, tool, "compare", *words], stdout=pipe, stderr=pipe, text=True)
     while process.poll() is None and not [*output.glob("mixed/trainings/*/trunk/train.log")]:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

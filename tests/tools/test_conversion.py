@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.remoe.preflight.checkpoint_index import read_index
+from megatron.remoe.start.checkpoint_index import read_index
 from tests.tiny_model import RELU, TOPK
 from tests.trainings import REPOSITORY, TINY, run, series
 
@@ -68,7 +68,7 @@ def measured(output: str) -> tuple[float, float, float]:
 
 
 def main(*arguments: str) -> int:
-    from tools.convert_checkpoint.command import main as command
+    from tools.models.convert.command import main as command
 
     return command(list(arguments))
 
@@ -99,7 +99,7 @@ def check_training(output: str, before: str, sparsity: float) -> None:
 def test_from_dense(data: Path, dense: tuple[Path, str], tmp_path: Path) -> None:
     folder, before = dense
     words = ["--load", str(folder), "--save", str(tmp_path / "remoe"), "--num-experts", "8"]
-    result = run(words, script=REPOSITORY / "tools" / "convert_checkpoint")
+    result = run(["convert", *words], script=REPOSITORY / "tools" / "__main__.py")
     loss_before, loss_after, sparsity = measured(result)
     assert loss_after < loss_before * 1.01 and sparsity > 0.5 and LAMBDA in result
     output = train_converted(data, tmp_path / "remoe")
@@ -123,9 +123,9 @@ def test_key_names_of_transformer_engine(
     data: Path, topk: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
 ) -> None:
     """--transformer-impl transformer_engine writes these names. They load, and the weights are unchanged."""
-    from tools.common import checkpoints
-    from tools.common.megatron_model import build
-    from tools.convert_checkpoint import models
+    from tools.models import checkpoints
+    from tools.models.convert import models
+    from tools.models.megatron_model import build
 
     options = {
         "--ckpt-step": str(STEPS_BEFORE // 2),
@@ -152,8 +152,8 @@ def test_key_names_of_transformer_engine(
 
 def test_layout_and_speed_of_the_source_are_free(dense: tuple[Path, str]) -> None:
     """ReLU routing refuses some settings that do not concern a checkpoint's weights."""
-    from tools.common import checkpoints
-    from tools.convert_checkpoint import models
+    from tools.models import checkpoints
+    from tools.models.convert import models
 
     saved = checkpoints.find(dense[0], None).args
     free = {"tensor_model_parallel_size": 2, "fp8": "e4m3", "cuda_graph_impl": "full_iteration"}
@@ -227,9 +227,9 @@ def test_what_is_no_checkpoint_of_a_source(
 def test_damaged_checkpoints(
     dense: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], process_groups: None
 ) -> None:
-    from tools.common import checkpoints
-    from tools.common.megatron_model import build
-    from tools.convert_checkpoint import models
+    from tools.models import checkpoints
+    from tools.models.convert import models
+    from tools.models.megatron_model import build
 
     words = ["--save", str(tmp_path / "remoe"), "--num-experts", "8"]
     broken = tmp_path / "broken"

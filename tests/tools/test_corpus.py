@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.common.errors import ToolError
-from tools.corpora import corpus, dataset, technical
+from tools.console.errors import ToolError
+from tools.text.corpora import corpus, dataset, technical
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Test tools/cost: activations against what PyTorch keeps, phases, exchanged bytes, and optimizer memory."""
+"""Test remoe cost: activations against what PyTorch keeps, phases, exchanged bytes, and optimizer memory."""
 
 import argparse
 
@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.remoe.local.hybrid import local_hybrid_stack_spec
-from megatron.remoe.moe.specs import (
+from megatron.remoe.layer.specs import (
     with_fused_layers,
     with_latent_attention,
     with_norms_of_all_heads,
     with_relu_routing,
 )
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
+from megatron.remoe.transformer.hybrid import local_hybrid_stack_spec
 from tests.layers import make_config
-from tools.cost import activations, estimate, memory, paper
-from tools.cost.parameters import Stage
+from tools.plan.cost import activations, estimate, memory, paper
+from tools.plan.cost.parameters import Stage
 
 LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
 LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}

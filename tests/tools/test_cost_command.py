@@ -1,4 +1,4 @@
-"""Test the command tools/cost: layouts, errors, and plans for GPUs."""
+"""Test the command remoe cost: layouts, errors, and plans for GPUs."""
 
 import pytest
 
@@ -17,9 +17,9 @@ TENSOR_PARALLEL = ["--sequence-parallel", "--tensor-model-parallel-size"]
 
 
 def cost(*arguments: str, code: int = 0) -> str:
-    """Run tools/cost in a fork of a process with Megatron imported; return what it prints, errors included."""
-    program = REPOSITORY / "tools" / "cost" / "__main__.py"
-    found, output = shared_entry().run(arguments, script=program, limit=120)
+    """Run remoe cost in a fork of a process with Megatron imported; return what it prints, errors included."""
+    program = REPOSITORY / "tools" / "__main__.py"
+    found, output = shared_entry().run(["cost", *arguments], script=program, limit=120)
     assert found == code and "Traceback" not in output, output
     return output
 

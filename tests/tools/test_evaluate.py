@@ -1,4 +1,4 @@
-"""Test tools/evaluate: the loss is Megatron's, experts are counted, and lm-eval scores tasks."""
+"""Test remoe evaluate: the loss is Megatron's, experts are counted, and lm-eval scores tasks."""
 
 import functools
 import importlib.util
@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.data_sets import write_documents
 from tests.hf.models import make
 from tests.tiny_model import RELU
 from tests.trainings import TINY, run
-from tools.common.expert_counts import summarize_experts
-from tools.evaluate.command import main
-from tools.evaluate.tasks import PAPER, TASKS, compare_with_paper
+from tools.models.evaluate.command import main
+from tools.models.evaluate.tasks import PAPER, TASKS, compare_with_paper
+from tools.models.expert_counts import summarize_experts
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 

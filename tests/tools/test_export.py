@@ -13,24 +13,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.hf import RemoeForCausalLM
-from megatron.remoe.preflight.compared_settings import differences, shape
+from megatron.remoe.start.compared_settings import differences, shape
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
 from tests.hf.models import args_of, make, tokens
 from tests.tiny_model import RELU
 from tests.trainings import TINY, run, series
-from tools.common import checkpoints
-from tools.common.errors import ConversionError
-from tools.common.hf.folder import read_config, read_tensors
-from tools.common.hf.opening import OpenedModel, open_model
-from tools.common.hf.tensors import model_of
-from tools.common.hf.tokenizer import tokenizer_of
-from tools.common.hf.weights import fill
-from tools.common.megatron_model import build
-from tools.convert_checkpoint.command import main as convert
-from tools.convert_checkpoint.models import round_to
-from tools.export_hf import command
+from tools.console.errors import ConversionError
+from tools.models import checkpoints
+from tools.models.convert.command import main as convert
+from tools.models.convert.models import round_to
+from tools.models.export import command
+from tools.models.hf.folder import read_config, read_tensors
+from tools.models.hf.opening import OpenedModel, open_model
+from tools.models.hf.tensors import model_of
+from tools.models.hf.tokenizer import tokenizer_of
+from tools.models.hf.weights import fill
+from tools.models.megatron_model import build
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 MIXED = [*TINY, *RELU, *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate-size 32 --eval-iters 0".split()]

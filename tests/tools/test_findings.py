@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from tools.analyze import findings
-from tools.analyze.counts import WINDOW, Counts
+from tools.models.analyze import findings
+from tools.models.analyze.counts import WINDOW, Counts
 
 
 def test_slope_and_its_interval() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.layers import FFN, HIDDEN, expert_weights, make_config, make_layer
-from tools.convert_checkpoint.fitting import fit_router, keep_largest, split_mlp
+from tools.models.convert.fitting import fit_router, keep_largest, split_mlp
 
 
 def dense_weights(bias: bool = False, gated: bool = True) -> dict[str, torch.Tensor]:

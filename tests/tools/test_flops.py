@@ -8,7 +8,7 @@ import tokenizers
 from megatron.training.training import num_floating_point_operations
 from tests.tools.test_cost import arguments
 from tests.tools.test_cost_command import EXPERTS, MODEL, cost, figures
-from tools.common.flags import parse
+from tools.console.flags import parse
 from tools.recipes.flops import arguments_of, flops_per_sequence, vocabulary_words
 
 COUNTED = {
@@ -64,7 +64,7 @@ SHARED = (
     "more", ["--moe-relu-routing --moe-granularity 4", f"{SHARED} --moe-layer-freq ([0]+[1]*11)", LATENT]
 )
 def test_flops_of_a_command_are_those_of_its_arguments(more: str) -> None:
-    """FLOPs counted from flags are those of tools/cost, which parses the flags with Megatron."""
+    """FLOPs counted from flags are those of remoe cost, which parses the flags with Megatron."""
     flags = [*MODEL, *EXPERTS, *more.split()]
     if more == LATENT:
         flags.remove("--group-query-attention")

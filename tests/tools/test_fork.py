@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(*arguments: object) -> int:
-    from tools.convert_checkpoint.command import main
+    from tools.models.convert.command import main
 
     return main(["--from-fork", *map(str, arguments)])
 
@@ -52,9 +52,9 @@ def expected(folder: Path) -> dict[str, object]:
 
 
 def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
-    from tools.common import checkpoints
-    from tools.common.hf.settings import complete
-    from tools.common.megatron_model import build
+    from tools.models import checkpoints
+    from tools.models.hf.settings import complete
+    from tools.models.megatron_model import build
 
     checkpoint = checkpoints.find(run, None)
     model = build(complete(checkpoint.args))
@@ -118,9 +118,9 @@ def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
 
 def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> None:
     """State cut by data parallel ranks, with a separate optimizer for experts, converts like that of one rank."""
-    from megatron.remoe.preflight.checkpoint_index import common_state, read_index
+    from megatron.remoe.start.checkpoint_index import common_state, read_index
     from tests.trainings import weights
-    from tools.convert_checkpoint.rewriting import Writer, encoded, objects, read_tensor
+    from tools.models.convert.rewriting import Writer, encoded, objects, read_tensor
 
     name = f"iter_{oracle.SAVED:07d}"
     source, several = saved / "remoe" / name, tmp_path / "several" / name
@@ -165,7 +165,7 @@ def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> 
 
 def test_one_file_holds_what_several_hold(saved: Path, tmp_path: Path) -> None:
     """Experts cut by granularity, and grouped ones with one Transformer Engine state, give the same keys and shapes."""
-    from megatron.remoe.preflight.checkpoint_index import read_index
+    from megatron.remoe.start.checkpoint_index import read_index
 
     name = f"iter_{oracle.SAVED:07d}"
 
@@ -196,10 +196,10 @@ def test_one_file_holds_what_several_hold(saved: Path, tmp_path: Path) -> None:
 def test_tools_work_on_a_training_of_the_fork(
     saved: Path, text: Path, tmp_path: Path, process_groups: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from tools.analyze.command import main as analyze
-    from tools.evaluate.command import main as evaluate
-    from tools.export_hf.command import main as export
-    from tools.generate.command import main as generate
+    from tools.models.analyze.command import main as analyze
+    from tools.models.evaluate.command import main as evaluate
+    from tools.models.export.command import main as export
+    from tools.models.generate.command import main as generate
 
     assert convert("--load", saved / "remoe", "--save", tmp_path / "here") == 0
     assert export(["--load", str(tmp_path / "here"), "--save", str(tmp_path / "hf")]) == 0
@@ -250,8 +250,8 @@ def test_lambda_is_rounded_to_a_power(coefficient: float, exponent: int) -> None
     """The exponent is rounded, so λ changes by at most a factor of √α."""
     import argparse
 
-    from tools.common.display import Display
-    from tools.convert_checkpoint.from_fork import COEFFICIENT, _exponent
+    from tools.console.display import Display
+    from tools.models.convert.from_fork import COEFFICIENT, _exponent
 
     args = argparse.Namespace(moe_relu_l1_reg_coeff_init=1e-4, moe_relu_l1_reg_coeff_multiplier=1.2)
     state = {"model": {COEFFICIENT: torch.tensor(1.0)}, "model1": {COEFFICIENT: torch.tensor(coefficient)}}

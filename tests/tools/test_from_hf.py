@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, MixtralConfig, 
 from transformers import Qwen3MoeConfig as QwenConfig
 
 from tests.trainings import TINY, run, series
-from tools.common import checkpoints
-from tools.common.hf.opening import open_model
-from tools.common.hf.settings import complete
-from tools.common.megatron_model import build
-from tools.convert_checkpoint.command import main
+from tools.models import checkpoints
+from tools.models.convert.command import main
+from tools.models.hf.opening import open_model
+from tools.models.hf.settings import complete
+from tools.models.megatron_model import build
 
 pytestmark = [
     pytest.mark.usefixtures("process_groups"),

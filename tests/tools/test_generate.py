@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.models import args_of, make
-from tools.common import checkpoints
-from tools.common.hf.weights import fill
-from tools.common.megatron_model import build
-from tools.generate.command import main
+from tools.models import checkpoints
+from tools.models.generate.command import main
+from tools.models.hf.weights import fill
+from tools.models.megatron_model import build
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 

@@ -11,14 +11,14 @@ import pytest
 
 from tests.tools.sweeping import final, line, write_run
 from tests.trainings import REPOSITORY
-from tools.analyze.arguments import parse_arguments as analyze
-from tools.compare import command as compare
-from tools.evaluate.arguments import parse_arguments as evaluate
-from tools.quickstart.command import parse_arguments as quickstart
+from tools.experiments.compare import command as compare
+from tools.experiments.quickstart.command import parse_arguments as quickstart
+from tools.experiments.sweep.arguments import parse_arguments as sweep
+from tools.experiments.sweep.plan import RIVALS
+from tools.experiments.sweep.tiny import MODELS
+from tools.models.analyze.arguments import parse_arguments as analyze
+from tools.models.evaluate.arguments import parse_arguments as evaluate
 from tools.report.command import parse_arguments as report
-from tools.sweep.arguments import parse_arguments as sweep
-from tools.sweep.plan import RIVALS
-from tools.sweep.tiny import MODELS
 
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
 TABLES = (REPOSITORY / "docs" / "compare" / "tables.md").read_text()

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
-from megatron.remoe.data.indexed import IndexedReader
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
+from megatron.remoe.files.indexed import IndexedReader
 from tests.gpt2_reference import gpt2_files, same_files, write_reference
 from tests.tools.jsonl import GOOD, GPT2, TOOL, write_lines
 from tests.trainings import REPOSITORY

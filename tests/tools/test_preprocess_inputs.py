@@ -8,7 +8,7 @@ import pytest
 from tests.gpt2_reference import same_files, write_reference
 from tests.tools.jsonl import GOOD, write_lines
 from tools import preprocess_data
-from tools.preprocessing import documents, reading
+from tools.text.preprocessing import documents, reading
 
 BAD_LINES = {
     "not JSON": (b'{"text": "x"', r"not JSON \(Expecting ',' delimiter.*'\{\"text\": \"x\"'"),

@@ -19,15 +19,15 @@ from rich.console import Console
 
 from tests.data_sets import write_small_corpus
 from tests.trainings import finish
-from tools.common.errors import ToolError
-from tools.common.figure_reader import read_figures
-from tools.common.files import lock, write_json
-from tools.common.places import ROOT
-from tools.common.run_figures import Curve, RunFigures
-from tools.common.training_display import ShownTraining, TrainingDisplay
-from tools.corpora import dataset
-from tools.quickstart import picture, report, training
+from tools.console.errors import ToolError
+from tools.console.files import lock, write_json
+from tools.console.places import ROOT
+from tools.experiments.quickstart import picture, report, training
 from tools.recipes import tiny
+from tools.runs.figure_reader import read_figures
+from tools.runs.run_figures import Curve, RunFigures
+from tools.runs.training_display import ShownTraining, TrainingDisplay
+from tools.text.corpora import dataset
 
 ITERATIONS = 20
 
@@ -188,7 +188,7 @@ def test_pages_have_the_spread_of_the_table() -> None:
 
 def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "quickstart"), *arguments], cwd=folder, text=True,
+        [sys.executable, str(ROOT / "tools"), "quickstart", *arguments], cwd=folder, text=True,
         env=os.environ | {"QUICKSTART_ITERS": str(ITERATIONS)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -246,15 +246,18 @@ def test_end_to_end(tmp_path: Path) -> None:
 def try_what_it_says(output: str, folder: Path, loss: float) -> None:
     """Run the printed commands in `folder`; evaluation must find the training's loss."""
     commands = [shlex.split(line) for line in output.partition("To try next")[2].splitlines()[1:]]
-    assert [words[1] for words in commands] == [
-        str(ROOT / "tools" / name) for name in ("generate", "evaluate", "export_hf")
-    ]
+    assert [words[1] for words in commands] == ["generate", "evaluate", "export"]
     said = []
-    for python, *words in commands:
-        assert python == str(ROOT / ".venv" / "bin" / "python")
+    for program, *words in commands:
+        assert program == str(ROOT / ".venv" / "bin" / "remoe")
         environment = os.environ | {"COLUMNS": "200"}
         result = subprocess.run(
-            [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, str(ROOT / "tools"), *words],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
         said.append(result.stdout)

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from tests.launches import planned
 from tests.trainings import REPOSITORY
-from tools.common.errors import ToolError
-from tools.common.files import write_json
-from tools.cost import choices
-from tools.rehearse import command, fake_ranks, report
-from tools.rehearse.arguments import parse_arguments
-from tools.rehearse.cards import rates
-from tools.rehearse.choose import keep, whole_step
-from tools.rehearse.flags import data_of, rehearsed, value_of
-from tools.rehearse.scripts import PLAIN, Launch
+from tools.console.errors import ToolError
+from tools.console.files import write_json
+from tools.plan.cost import choices
+from tools.plan.rehearse import command, fake_ranks, report
+from tools.plan.rehearse.arguments import parse_arguments
+from tools.plan.rehearse.cards import rates
+from tools.plan.rehearse.choose import keep, whole_step
+from tools.plan.rehearse.flags import data_of, rehearsed, value_of
+from tools.plan.rehearse.scripts import PLAIN, Launch
 
 needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None, reason="PyTorch is built for CPUs alone, and CUDA is what is played"
@@ -160,7 +160,7 @@ def test_a_dry_run_shows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shown = Launch(settings={"KERNELS": "triton"}).run(DRY_RUN="1", DATA_PATH="made-up")
     assert f"Micro-batch and EP by rehearsals: {rows[0]['made']}" in shown.stdout, shown.stderr
     write_json(tmp_path / "choices.json", rows)
-    for place in ("tools.cost.choices.FILE", "tools.rehearse.choose.FILE"):
+    for place in ("tools.plan.cost.choices.FILE", "tools.plan.rehearse.choose.FILE"):
         monkeypatch.setattr(place, tmp_path / "choices.json")
     keep({name: rows[0][name] for name in ("gpu", "size", "kernels", "micro_batch", "ep")}, "today", None)
     assert [row["mfu"] for row in rows_of_182m()] == [*(row["mfu"] for row in rows[1:]), 0.0]
@@ -229,7 +229,7 @@ def test_a_dense_stage_is_rehearsed_alone(
     assert command.main([*own, "--", *flags]) == 0
     seen, printed = json.loads(found.read_text()), capsys.readouterr()
     assert set(seen["stages"]) == {"dense"} and seen["launches"]["forward_layer"] > 150  # several chunks
-    assert sum(wait["times"] for wait in seen["host_syncs"] if "remoe/moe/" in wait["where"]) <= 3 * 12
+    assert sum(wait["times"] for wait in seen["host_syncs"] if "remoe/layer/" in wait["where"]) <= 3 * 12
     assert not (tmp_path / "run").exists() and (tmp_path / "log.rank0").stat().st_size
     assert all(line.startswith("rehearsal:") for line in printed.err.splitlines())
     assert "Nothing was trained, and no GPU was used" in printed.out
@@ -241,7 +241,7 @@ def test_topk_waits_where_no_kernel_takes_all_experts() -> None:
     """On an A100 each top-k layer waits once for its counts, the experts' sizes, as a ReLU layer does."""
     found = Launch("moe", (*ONE_MICRO_BATCH, *PLAIN, "--num-layers", "2"), settings={"GPU": "a100"}).rehearse()
     assert found["starts"], found["error"]
-    assert sum(wait["times"] for wait in found["host_syncs"] if "remoe/moe/" in wait["where"]) == 2
+    assert sum(wait["times"] for wait in found["host_syncs"] if "remoe/layer/" in wait["where"]) == 2
 
 
 @needs_cuda_build
@@ -250,7 +250,7 @@ def test_launch_ahead_waits_late() -> None:
     flags = (*ONE_MICRO_BATCH, *PLAIN, "--num-layers", "2", "--moe-relu-launch-ahead")
     found = Launch(flags=flags, settings={"KERNELS": "triton"}).rehearse()
     assert found["starts"], found["error"]
-    assert found["late_waits"] == 2 and not any("remoe/moe/" in wait["where"] for wait in found["host_syncs"])
+    assert found["late_waits"] == 2 and not any("remoe/layer/" in wait["where"] for wait in found["host_syncs"])
 
 
 GRAPH = (*ONE_MICRO_BATCH, *PLAIN, *"--num-layers 1 --no-check-for-nan-in-loss-and-grad".split())

@@ -16,15 +16,15 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, finish, run
-from tools.common.figure_reader import read_figures
-from tools.common.run_figures import RunFigures
-from tools.evaluate.command import main as evaluate
+from tools.experiments.sweep.run_log import read_outcome
+from tools.models.evaluate.command import main as evaluate
 from tools.recipes.stages import Flops
 from tools.report.command import main
 from tools.report.figures import panels
 from tools.report.overlay import HOVERED
 from tools.report.reading import read_run
-from tools.sweep.run_log import read_outcome
+from tools.runs.figure_reader import read_figures
+from tools.runs.run_figures import RunFigures
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -226,7 +226,7 @@ def test_watches_until_the_run_is_done(trained: Path, tmp_path: Path) -> None:
     early = next(place for place, line in enumerate(lines) if json.loads(line).get("iteration") == 6)
     metrics, page = tmp_path / "metrics.jsonl", tmp_path / "report.html"
     metrics.write_text("".join(lines[:early]))
-    command = [sys.executable, str(REPOSITORY / "tools" / "report"), str(tmp_path), "--watch", "1"]
+    command = [sys.executable, str(REPOSITORY / "tools"), "report", str(tmp_path), "--watch", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not page.exists() and process.poll() is None:
         time.sleep(0.2)

@@ -10,9 +10,8 @@ from bokeh.models import Scatter
 
 from tests.tools import odd_logs
 from tests.tools.sweeping import evaluated, logged
-from tools.common.errors import ToolError
-from tools.common.figure_reader import read_figures
-from tools.common.run_figures import Curve, Evaluation, RunFigures, smooth
+from tools.console.errors import ToolError
+from tools.experiments.sweep.run_log import read_outcome
 from tools.recipes.stages import Flops, training_flops
 from tools.recipes.stages import stages as stages_of
 from tools.report.command import main
@@ -22,7 +21,8 @@ from tools.report.page import UNKNOWN
 from tools.report.page import page as page_of
 from tools.report.reading import Run, read_run
 from tools.report.tables import differences, headline, stages, summary
-from tools.sweep.run_log import read_outcome
+from tools.runs.figure_reader import read_figures
+from tools.runs.run_figures import Curve, Evaluation, RunFigures, smooth
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -14,13 +14,13 @@ import pytest
 from tests.data_sets import write_small_corpus
 from tests.tools.sweeping import final, line, sweep, write_run
 from tests.trainings import REPOSITORY
-from tools.common.flags import parse, words_of
-from tools.corpora.dataset import MIXED
+from tools.console.flags import parse, words_of
+from tools.experiments.sweep import plan, tiny
+from tools.experiments.sweep.arguments import parse_arguments
+from tools.experiments.sweep.plan import Run
+from tools.experiments.sweep.settings import planned_flags
 from tools.recipes.layout import RecipeError
-from tools.sweep import plan, tiny
-from tools.sweep.arguments import parse_arguments
-from tools.sweep.plan import Run
-from tools.sweep.settings import planned_flags
+from tools.text.corpora.dataset import MIXED
 
 # ---------------------------------------------------------------- planned runs
 

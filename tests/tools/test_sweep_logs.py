@@ -10,10 +10,10 @@ from matplotlib.image import imread
 
 from tests.tools.sweeping import final, line, sweep, write_run
 from tests.trainings import REPOSITORY
-from tools.common.figure_reader import read_figures
+from tools.experiments.sweep import plan, run_log, scaling_picture, settings
+from tools.experiments.sweep.plan import Run
 from tools.recipes import stages
-from tools.sweep import plan, run_log, scaling_picture, settings
-from tools.sweep.plan import Run
+from tools.runs.figure_reader import read_figures
 
 
 def read(folder: Path) -> run_log.Outcome:

@@ -18,11 +18,11 @@ from rich.console import Console
 from tests.entry import shared_entry
 from tests.tools.sweeping import logged, start, sweep
 from tests.trainings import REPOSITORY, SMALL, finish, records
-from tools.common import training_display, training_process
-from tools.common.flags import words_of
-from tools.common.training_display import ShownTraining, TrainingDisplay
-from tools.sweep import plan, results
-from tools.sweep.settings import planned_flags
+from tools.console.flags import words_of
+from tools.experiments.sweep import plan, results
+from tools.experiments.sweep.settings import planned_flags
+from tools.runs import training_display, training_process
+from tools.runs.training_display import ShownTraining, TrainingDisplay
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ITERATIONS = 20

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron.remoe.kernels.pytorch import TokenOrder
-from megatron.remoe.local.fused_swiglu import FusedSwiGLU
+from megatron.remoe.layer.fused_swiglu import FusedSwiGLU
 from tests import quack_stand_in
-from tools.rehearse import engine, report
-from tools.rehearse.cards import rates
-from tools.rehearse.roofline import Roofline, host_seconds, share_of_grouped, step_seconds
+from tools.plan.rehearse import engine, report
+from tools.plan.rehearse.cards import rates
+from tools.plan.rehearse.roofline import Roofline, host_seconds, share_of_grouped, step_seconds
 
 
 def test_collectives_take_their_latency() -> None:

@@ -41,7 +41,7 @@ def train_with_faults(*arguments: object, **options: object) -> None:
 def again_and_again() -> None:
     """Restart as NVRx does, in one process."""
     on_cpu = pretrain.prepare()
-    from megatron.remoe.preflight.run_lock import RunLock
+    from megatron.remoe.start.run_lock import RunLock
     from megatron.training.inprocess_restart import destroy_state
 
     with contextlib.ExitStack() as at_the_end:

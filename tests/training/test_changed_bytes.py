@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.serialization import config
 
-from megatron.remoe.preflight.checkpoint_files import TRACKER
-from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError, read_index
-from megatron.remoe.preflight.stored_sums import check_stored_sums
+from megatron.remoe.start.checkpoint_files import TRACKER
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
+from megatron.remoe.start.stored_sums import check_stored_sums
 from tests.checkpoints import Saved, flip, tensors, training, truncate
 from tests.trainings import records, run
 

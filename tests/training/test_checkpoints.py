@@ -15,16 +15,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megatron.core.rerun_state_machine import Call, Caller
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary
 from megatron.remoe.patches.checkpoints import load_objects_unexecuted
-from megatron.remoe.preflight.checkpoint_files import TRACKER, check_is_whole, choose_checkpoint
-from megatron.remoe.preflight.checkpoint_index import (
-    INDEX,
-    INDEX_SUM,
-    BrokenCheckpointError,
-    check_object,
-    read_index,
-)
+from megatron.remoe.start.checkpoint_files import TRACKER, check_is_whole, choose_checkpoint
+from megatron.remoe.start.checkpoint_index import INDEX, INDEX_SUM, BrokenCheckpointError, check_object, read_index
 from tests.checkpoints import Saved, flip, tensors, training, truncate
 from tests.entry import Entry
 from tests.tiny_model import RELU

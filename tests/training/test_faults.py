@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
-from megatron.remoe.preflight.checkpoint_files import check_is_whole
-from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
+from megatron.remoe.start.checkpoint_files import check_is_whole
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from tests.data_sets import write_documents
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, records, run, series, start, weights

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron.remoe.preflight.checkpoint_index import INDEX, read_index
-from megatron.remoe.preflight.environment import _of_fsdp
+from megatron.remoe.start.checkpoint_index import INDEX, read_index
+from megatron.remoe.start.environment import _of_fsdp
 from tests.checkpoints import Malicious, Saved, flip, tensors, training, truncate
 from tests.parity.layouts import FSDP
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, figures, records, run, series, weights
-from tools.common.checkpoints import find, read_parts
-from tools.common.errors import ConversionError
+from tools.console.errors import ConversionError
+from tools.models.checkpoints import find, read_parts
 
 EP2 = "--expert-model-parallel-size 2"
 DENSE_TOO = "--moe-layer-freq ([0,1]) --moe-shared-expert-intermediate-size 64"
@@ -180,7 +180,7 @@ def test_the_entry_refuses_it(data: Path, tmp_path: Path) -> None:
 def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="--from-fsdp"):
         find(saved.root, None)
-    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint"), "--from-fsdp", "--load"]
+    tool = [sys.executable, str(REPOSITORY / "tools"), "convert", "--from-fsdp", "--load"]
     subprocess.run([*tool, saved.root, "--save", tmp_path / "out"], check=True)
     index = read_index(tmp_path / "out" / "release")
     entries = {key: entry for key, entry in index.state_dict_metadata.items() if hasattr(entry, "size")}

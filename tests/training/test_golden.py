@@ -6,7 +6,7 @@ import pytest
 
 from tests.golden_run import FLAGS, GOLDEN, ROUNDING, committed, differences, figures_of, write_data
 from tests.trainings import run
-from tools.common.files import write_json
+from tools.console.files import write_json
 
 
 def test_golden_run(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -8,23 +8,23 @@ import pytest
 import torch
 
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-from megatron.remoe.moe.layer import ReMoELayer
-from megatron.remoe.moe.specs import with_relu_routing
+from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.layer.specs import with_relu_routing
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training.run_log import read_run_log
 from tests.entry import Entry
 from tests.tiny_model import RELU, TOPK
 from tests.trainings import REPOSITORY, TINY, records, run
-from tools.analyze.command import layer_numbers
-from tools.common.display import Display
-from tools.common.errors import ConversionError
-from tools.common.hf.opening import open_model
-from tools.common.hf.source import open_run
-from tools.common.hf.tensors import model_of
-from tools.common.hf.weights import read
-from tools.common.hybrid import as_hybrid
-from tools.convert_checkpoint.command import parse_arguments
-from tools.convert_checkpoint.model_class import convert_class
+from tools.console.display import Display
+from tools.console.errors import ConversionError
+from tools.models.analyze.command import layer_numbers
+from tools.models.convert.command import parse_arguments
+from tools.models.convert.model_class import convert_class
+from tools.models.hf.opening import open_model
+from tools.models.hf.source import open_run
+from tools.models.hf.tensors import model_of
+from tools.models.hf.weights import read
+from tools.models.hybrid import as_hybrid
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
 RUN = [*RELU, "--moe-relu-l1-reg-coeff-init", "1e-3"]
@@ -64,7 +64,7 @@ class Trainings:
         """Convert the checkpoint of step `SAVED` to the other class, and return its name."""
         places = ["--load", str(self.folder / name), "--save", str(self.folder / f"{name}-as-{model}")]
         flags = ["--model", model, *places, "--ckpt-step", str(SAVED)]
-        output = run(flags, script=REPOSITORY / "tools" / "convert_checkpoint")
+        output = run(["convert", *flags], script=REPOSITORY / "tools" / "__main__.py")
         assert "continue the training with --load" in output
         return f"{name}-as-{model}"
 
@@ -129,7 +129,7 @@ def test_multi_token_prediction(trainings: Trainings) -> None:
     with pytest.raises(ConversionError, match="multi-token prediction are not converted"):
         convert_class(options, Display())
     looked_at = layer_numbers(open_model(folder, needs_tokenizer=False))
-    assert [*map(str, looked_at)] == [*flips["layer_rate"]], "tools/analyze has the log's numbers"
+    assert [*map(str, looked_at)] == [*flips["layer_rate"]], "remoe analyze has the log's numbers"
 
 
 def test_hash_stays_in_its_class() -> None:

@@ -8,7 +8,7 @@ import torch
 from megatron.remoe.training.run_log import read_run_log
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, run
-from tools.common.checkpoints import find, read_parts
+from tools.models.checkpoints import find, read_parts
 
 
 def test_each_layer_has_its_own_coefficient(data: Path, tmp_path: Path) -> None:

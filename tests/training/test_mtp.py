@@ -9,18 +9,18 @@ import pytest
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.remoe.local.attention import FusedDotProductAttention
-from megatron.remoe.moe.layer import ReMoELayer
+from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.training import hooks
+from megatron.remoe.transformer.attention import FusedDotProductAttention
 from megatron.training.models.base import compose_hooks
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 from tests.layers import make_config
 from tests.tiny_model import RELU
 from tests.trainings import TINY, records, run
-from tools.export_hf.command import main as export
+from tools.models.export.command import main as export
 
 ARGS = argparse.Namespace(
     moe_relu_routing=True,

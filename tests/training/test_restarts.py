@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.remoe.preflight.run_lock import LOCK
+from megatron.remoe.start.run_lock import LOCK
 from megatron.remoe.training.run_log import read_run_log
 from tests.tiny_model import RELU
 from tests.trainings import TINY, figures, run, weights

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.data.errors import DataError
-from megatron.remoe.data.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
+from megatron.remoe.files.errors import DataError
+from megatron.remoe.files.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
 from tests.gpt2_reference import gpt2_files, random_text
 from tests.tiny_model import RELU
@@ -68,7 +68,7 @@ def test_megatron_builds_it_without_network(no_network, tmp_path, monkeypatch) -
 def test_bytes_as_a_vocabulary(no_network, tmp_path) -> None:
     from transformers import AutoTokenizer
 
-    from tools.preprocessing.encoders import gpt2_encoder
+    from tools.text.preprocessing.encoders import gpt2_encoder
 
     files = byte_level_vocabulary(tmp_path / "bytes")
     tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files, cache_dir=tmp_path))

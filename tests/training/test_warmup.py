@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.remoe.moe.specs import with_fused_layers, with_router
+from megatron.remoe.layer.specs import with_fused_layers, with_router
 from megatron.remoe.routing.warmup import WarmupTopKRouter
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
 from tests.tiny_model import TOPK

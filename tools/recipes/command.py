@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.remoe.data.errors import with_code
-from megatron.remoe.data.files import write_text
+from megatron.remoe.files.errors import with_code
+from megatron.remoe.files.files import write_text
 
-from ..common.errors import ToolError
-from ..common.flags import last_value, split
-from ..common.places import LOG, is_clone
+from ..console.errors import ToolError
+from ..console.flags import last_value, split
+from ..console.places import LOG, is_clone
 from .data import is_set
 from .launch import Launch, plan
 from .layout import RecipeError
@@ -83,7 +83,7 @@ def main(words: Sequence[str]) -> int:
 def show(launch: Launch, size: str, routing: str) -> int:
     """Print the cost, unless only the command is asked for, and the command."""
     if os.environ["DRY_RUN"] != "command":
-        from ..cost.command import main as cost
+        from ..plan.cost.command import main as cost
 
         own = ["--gpus", str(launch.layout.world), "--gpu", os.environ.get("GPU") or "h100"]
         own += ["--utilization", os.environ.get("UTILIZATION") or "0.4", "--paper", size, routing]
@@ -103,7 +103,7 @@ def rehearse(launch: Launch) -> int:
     if not is_clone():
         raise RecipeError("REHEARSE=1 needs a clone of the project. Run the launch script there.")
     os.environ.update(launch.settings)
-    from ..rehearse.command import main as rehearsal
+    from ..plan.rehearse.command import main as rehearsal
 
     own = ["--gpus", str(launch.layout.world), "--gpus-per-node", str(launch.layout.gpus_per_node)]
     own += ["--gpu", os.environ.get("GPU") or "h100"]

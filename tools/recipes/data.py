@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron.remoe.data.gpt2_files import GPT2_FILES
+from megatron.remoe.files.gpt2_files import GPT2_FILES
 
-from ..common.flags import last_value
+from ..console.flags import last_value
 from .layout import RecipeError
 
 MADE_UP = "made-up"  # the data of a rehearsal that is given none
@@ -97,8 +97,8 @@ def choose_split(data_path: Sequence[str]) -> tuple[str, list[str]]:
     Args:
         data_path: weights and prefixes. If one cannot be read, the training says why; nothing is chosen here.
     """
-    from megatron.remoe.data.errors import DataError
-    from megatron.remoe.data.indexed import IndexedReader
+    from megatron.remoe.files.errors import DataError
+    from megatron.remoe.files.indexed import IndexedReader
 
     try:
         counts = [len(IndexedReader(Path(word), thorough=False).lengths) for word in data_path if not _is_weight(word)]

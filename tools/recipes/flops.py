@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.remoe.routing.refusals import flag
 
-from ..common.flags import GPT2_WORDS, Settings, whole
+from ..console.flags import GPT2_WORDS, Settings, whole
 
 CONVENTION = (
     "A product of m x k and k x n matrices counts 2mnk; backward counts twice forward; attention counts over the whole",

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from ..common.flags import last_value
+from ..console.flags import last_value
 from .layout import RecipeError
 
 TRITON = ["--moe-kernels", "triton", "--cross-entropy-loss-fusion", "--ddp-average-in-collective"]

@@ -4,9 +4,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..common.flags import last_value, parse, split
-from ..common.places import entry, home
-from ..common.places import interpreter as default_interpreter
+from ..console.flags import last_value, parse, split
+from ..console.places import entry, home
+from ..console.places import interpreter as default_interpreter
 from . import data, hardware
 from .layout import LARGEST, MOST_EXPERTS, Layout, RecipeError, whole_number
 from .models import PAPER, SAVE_INTERVALS, Routing, Size, Training

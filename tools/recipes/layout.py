@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..common.errors import ToolError
+from ..console.errors import ToolError
 
 LARGEST = 2**31 - 1
 MOST_EXPERTS = 2**16  # in a layer

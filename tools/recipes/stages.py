@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.run_figures import TOTALS, RunFigures
+from ..runs.run_figures import TOTALS, RunFigures
 from .flops import flops_per_sequence
 
 RISING = 0.1  # the dense stage ends after this share of the way from the first S to the target

@@ -1,4 +1,4 @@
-"""Define the tiny models of the quickstart, of sweeps with --tiny and of tools/compare."""
+"""Define the tiny models of the quickstart, of sweeps with --tiny and of remoe compare."""
 
 from dataclasses import dataclass, replace
 

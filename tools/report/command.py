@@ -1,8 +1,8 @@
 """Write one HTML file about one or more trainings. It opens by a double click and needs no network.
 
-python tools/report runs/quickstart/remoe                                         # writes report.html there
-python tools/report runs/quickstart/{dense,moe,remoe} --output comparison.html    # compares them
-python tools/report runs/llama_182m_remoe --watch                                 # again every 30 s while it trains
+remoe report runs/quickstart/remoe                                         # writes report.html there
+remoe report runs/quickstart/{dense,moe,remoe} --output comparison.html    # compares them
+remoe report runs/llama_182m_remoe --watch                                 # again every 30 s while it trains
 """
 
 import argparse
@@ -11,12 +11,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.remoe.data.files import write_text
+from megatron.remoe.files.files import write_text
 
-from ..common.evaluations import names_of_models
-from ..common.figure_reader import find_figures
-from ..common.flags import tool_parser, whole_number
-from ..common.running import run_tool
+from ..console.flags import tool_parser, whole_number
+from ..runs.evaluations import names_of_models
+from ..runs.figure_reader import find_figures
+from ..runs.running import run_tool
 from .reading import Run, read_run
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from bokeh.models import BasicTicker, ColorBar, CustomJSHover, FixedTicker, HoverTool, LinearColorMapper, Range1d
 from bokeh.palettes import RdBu, interp_palette
 
-from ..common.run_figures import TOTALS, Curve, RunFigures, smooth
+from ..runs.run_figures import TOTALS, Curve, RunFigures, smooth
 from .overlay import LARGEST, Drawn, Panel, as_float32, new_figure, overlay
 from .reading import Run
 

@@ -11,8 +11,8 @@ from bokeh.models import BoxZoomTool, HoverTool, NumeralTickFormatter, PrintfTic
 from bokeh.plotting import figure
 from numpy.typing import NDArray
 
-from ..common.picture_style import looks
-from ..common.run_figures import EMPTY, Curve, RunFigures
+from ..console.picture_style import looks
+from ..runs.run_figures import EMPTY, Curve, RunFigures
 from .reading import Run
 
 POINTS, POINTS_OF_LAYERS, HOVERED = 1000, 200, 400  # most points of a curve, of a layer's curve, and of the tooltip

@@ -8,7 +8,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from ..common.picture_style import looks
+from ..console.picture_style import looks
 from ..recipes.stages import Flops, Stage, stages
 from . import tables
 from .figures import panels

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.figure_reader import read_figures
-from ..common.places import run_folder
-from ..common.run_figures import RunFigures
+from ..console.places import run_folder
+from ..runs.figure_reader import read_figures
+from ..runs.run_figures import RunFigures
 
-EVALUATED = {"text", "speed", "tasks"}  # what tools/evaluate writes
+EVALUATED = {"text", "speed", "tasks"}  # what remoe evaluate writes
 LARGEST_EVALUATION = 2**24  # bytes
 
 
@@ -21,7 +21,7 @@ class Run:
     Attributes:
         name: unique on a page.
         figures: from its log.
-        evaluations: file of tools/evaluate → its content.
+        evaluations: file of remoe evaluate → its content.
         notes: things that could not be read or counted, and why.
     """
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..common import evaluations as measured
-from ..common.run_figures import RunFigures
-from ..common.units import duration
+from ..console.units import duration
 from ..recipes.stages import Stage
+from ..runs import evaluations as measured
+from ..runs.run_figures import RunFigures
 from .reading import Run
 
 RECENT = 20  # lines whose rate gives the time that is left
@@ -168,10 +168,10 @@ def _flag(run: Run, name: str) -> str | None:
 
 
 def evaluations(run: Run) -> Iterator[Table]:
-    """Yield a table for each kind of measurement that tools/evaluate wrote into the run's folder."""
+    """Yield a table for each kind of measurement that remoe evaluate wrote into the run's folder."""
     for file, held in run.evaluations.items():
         try:
             for results in measured.tables(held):
                 yield Table(f"{run.name}, {file}", *results)
         except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError):
-            run.notes.append(f"{run.name}: {file} is not as tools/evaluate writes it and is left out.")
+            run.notes.append(f"{run.name}: {file} is not as remoe evaluate writes it and is left out.")

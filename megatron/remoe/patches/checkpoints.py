@@ -24,10 +24,10 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, TorchDistLoadShardedStrategy
 from megatron.core.rerun_state_machine import Call, Caller
-from megatron.remoe.data.errors import UsageError
-from megatron.remoe.data.files import sync, write_text
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.files.files import sync, write_text
 from megatron.remoe.patches.patch import patch, replace
-from megatron.remoe.preflight.checkpoint_files import (
+from megatron.remoe.start.checkpoint_files import (
     RELEASE,
     TRACKER,
     go_back,
@@ -35,8 +35,8 @@ from megatron.remoe.preflight.checkpoint_files import (
     loaded_flag,
     wait_for_files,
 )
-from megatron.remoe.preflight.checkpoint_fit import check_is_finite
-from megatron.remoe.preflight.checkpoint_index import (
+from megatron.remoe.start.checkpoint_fit import check_is_finite
+from megatron.remoe.start.checkpoint_index import (
     INDEX,
     INDEX_SUM,
     BrokenCheckpointError,
@@ -45,7 +45,7 @@ from megatron.remoe.preflight.checkpoint_index import (
     is_of_fsdp,
     read_index,
 )
-from megatron.remoe.preflight.stored_sums import check_part, check_stored_sums
+from megatron.remoe.start.stored_sums import check_part, check_stored_sums
 from megatron.training import checkpointing, training
 from megatron.training.global_vars import get_args
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel import layers
-from megatron.remoe.local.cross_entropy import vocab_parallel_cross_entropy
-from megatron.remoe.local.main_grad import add_outer
-from megatron.remoe.local.rotary import fused_rotary_embedding
+from megatron.remoe.kernels.main_grad import add_outer
 from megatron.remoe.patches.patch import patch
-from megatron.remoe.preflight.machine import missing_for_triton
+from megatron.remoe.start.machine import missing_for_triton
+from megatron.remoe.transformer.cross_entropy import vocab_parallel_cross_entropy
+from megatron.remoe.transformer.rotary import fused_rotary_embedding
 
 
 @patch(

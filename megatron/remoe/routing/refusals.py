@@ -158,7 +158,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "moe_use_upcycling",
         "it scales the experts for a softmax",
         "core/transformer/moe/upcycling_utils.py: _convert_to_moe_state_dict",
-        "Use tools/convert_checkpoint, which fits the gates",
+        "Use remoe convert, which fits the gates",
     ),
     Refusal(
         "moe_latent_size",

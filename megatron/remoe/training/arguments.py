@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.remoe.data.errors import UsageError
-from megatron.remoe.data.gpt2_files import GPT2_TOKENIZER
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.files.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels import wants_kernels
-from megatron.remoe.preflight.checkpoint_files import loaded_flag
-from megatron.remoe.preflight.checkpoint_fit import check_has_no_code
-from megatron.remoe.preflight.checkpoint_index import BrokenCheckpointError
-from megatron.remoe.preflight.environment import check_flips
-from megatron.remoe.preflight.messages import explain_flag_errors, usage_errors
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.routing.refusals import as_list, shown
+from megatron.remoe.start.checkpoint_files import loaded_flag
+from megatron.remoe.start.checkpoint_fit import check_has_no_code
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
+from megatron.remoe.start.environment import check_flips
+from megatron.remoe.start.messages import explain_flag_errors, usage_errors
 from megatron.remoe.training.gpt2_tokenizer import use_local_gpt2_files
 from megatron.training import arguments as megatron
 from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args, hybrid_config_from_args

@@ -12,8 +12,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from megatron.remoe.data.files import write_aside
-from megatron.remoe.data.gpt2_files import END_OF_TEXT, FOLDER_TOKENIZER, GPT2_TOKENIZER, read_gpt2_vocabulary
+from megatron.remoe.files.files import write_aside
+from megatron.remoe.files.gpt2_files import END_OF_TEXT, FOLDER_TOKENIZER, GPT2_TOKENIZER, read_gpt2_vocabulary
 
 TOKENIZER_CONFIG = {
     "tokenizer_class": "GPT2Tokenizer",

@@ -22,12 +22,11 @@ from megatron.core.utils import get_model_config
 from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.baselines.pairs import PairCounter
-from megatron.remoe.data.errors import UsageError
+from megatron.remoe.files.errors import UsageError
 from megatron.remoe.kernels import wants_kernels, wants_quack
-from megatron.remoe.local.experts import GroupedExperts, SplitExperts, takes_grouped_experts
-from megatron.remoe.local.hybrid import local_hybrid_stack_spec
-from megatron.remoe.moe.layer import ReMoELayer
-from megatron.remoe.moe.specs import (
+from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, takes_grouped_experts
+from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.layer.specs import (
     LayerSpec,
     with_engine_kernels,
     with_fused_layers,
@@ -37,14 +36,15 @@ from megatron.remoe.moe.specs import (
     with_sequence_parallel_norms,
 )
 from megatron.remoe.patches import apply_patches
-from megatron.remoe.preflight.environment import check_local_layers, check_quack
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.routing.warmup import WarmupTopKRouter
+from megatron.remoe.start.environment import check_local_layers, check_quack
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
+from megatron.remoe.transformer.hybrid import local_hybrid_stack_spec
 from megatron.training.models.base import compose_hooks
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron.training.models.hybrid import HybridModelConfig

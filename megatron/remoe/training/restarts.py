@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import torch
 
-from megatron.remoe.data.errors import UsageError
-from megatron.remoe.preflight.environment import check_environment
-from megatron.remoe.preflight.messages import last_words, usage_errors
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.start.environment import check_environment
+from megatron.remoe.start.messages import last_words, usage_errors
 from megatron.training import arguments, inprocess_restart
 
 Attempt = Callable[[ExitStack, torch.distributed.Store], None]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron.remoe
-from megatron.remoe.data.files import write_aside
+from megatron.remoe.files.files import write_aside
 
 FILE = "metrics.jsonl"
 TOTALS = ("total_active_pairs", "total_layer_tokens")

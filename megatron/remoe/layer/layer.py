@@ -1,0 +1,287 @@
+"""Megatron's MoE layer for a varying number of experts per token, in bounded memory.
+
+T tokens (sequence x batch), E experts, P pairs (a token and an expert that is active for it), H hidden size.
+
+    forward → _forward: route → count → for each chunk of tokens: plan → dispatch → experts → combine
+
+At the target sparsity there is one chunk.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import CudaGraphModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, te_checkpoint
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.kernels.backend import backend_of
+from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
+from megatron.remoe.layer.experts import GroupedExperts
+from megatron.remoe.layer.grouped_swiglu import takes_grouped_kernel
+from megatron.remoe.layer.plan import Counts, Guess, count_known, count_later, count_pairs, plan_dispatch
+
+
+class ReMoELayer(MoELayer):
+    """`MoELayer` for any routing map. Its router comes with `submodules`; Megatron's top-k router works too.
+
+    While routing is dense, the layer runs its tokens in chunks and recomputes their activations in the backward pass.
+    So it never holds more than `moe_relu_activation_limit` times the target's number of pairs.
+
+    Attributes:
+        pairs_limit: this bound in pairs per token; 0 for none.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self.backend = backend_of(config)
+        is_topk = type(self.router) is TopKRouter
+        self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
+        self._most, self._pair_multiple = 0, 1
+        self._guess: Guess | None = None
+        self._run_experts = self._by_exchange if takes_plans(config) else self._by_megatron
+        if takes_plans(config):
+            self.token_dispatcher = PlannedAlltoAllDispatcher(
+                self.num_local_experts, self.local_expert_indices, config, pg_collection
+            )
+            if self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
+        is_alone = self.token_dispatcher.tp_ep_group.size() == 1
+        if takes_plans(config) and is_alone and isinstance(self.experts, GroupedExperts):
+            self._most = _known_most(config, self.experts.fc1, is_topk, self.pairs_limit)
+            if not self.shared_expert_overlap:
+                self._run_experts = self._in_place
+                if takes_grouped_kernel(self.experts.fc1):
+                    self._pair_multiple = self.backend.pair_multiple
+                    if getattr(config, "moe_relu_launch_ahead", False) and not (is_topk or self._most):
+                        self._guess = Guess(config.moe_router_topk, self.pairs_limit)
+        manager = getattr(self.token_dispatcher, "_comm_manager", None)
+        if isinstance(manager, _DeepepManager) and not is_topk:
+            # One slot for each expert that a token can have. With any capacity factor, gates of 0 are not sent.
+            slots = getattr(config, "moe_relu_max_experts", None) or config.num_moe_experts
+            manager.router_topk = slots * self.token_dispatcher.tp_size
+            manager.capacity_factor = 1.0
+        is_fused = config.use_transformer_engine_op_fuser  # recomputes without freeing
+        self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
+        _prepare_experts(self.experts)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host reads the number of pairs from the device; a CUDA graph does not allow it."""
+        return not self._most
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: tuple[torch.Tensor, ...] | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **for_router: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Route the tokens, and return the sum of their experts.
+
+        Args:
+            hidden_states: `[sequence, batch, H]`.
+            intermediate_tensors: passed by Megatron if parts of the layer are in CUDA graphs.
+            padding_mask: bool `[batch, sequence]`, True at padding.
+            for_router: more arguments that some versions of Megatron pass to the router.
+
+        Returns:
+            `[sequence, batch, H]`, and None for no bias.
+
+        Raises:
+            ValueError: in training with tensor parallelism and without sequence parallelism.
+        """
+        in_graphs = intermediate_tensors is not None or self.config.cuda_graph_impl not in ("none", "full_iteration")
+        if not self.pairs_limit and (in_graphs or self._run_experts == self._by_megatron):
+            return super().forward(hidden_states, intermediate_tensors, padding_mask, **for_router)
+        if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
+            raise ValueError("MoE layers with tensor parallelism need sequence parallelism to train.")
+        if padding_mask is not None:
+            padding_mask = padding_mask.transpose(0, 1).bool()
+        forward = partial(self._forward, for_router)
+        if self.moe_layer_recompute and self.training:
+            if self.config.fp8 or self.config.fp4:  # only te_checkpoint recomputes in the same precision
+                tracker = tensor_parallel.random.get_cuda_rng_tracker
+                return te_checkpoint(forward, False, tracker, self.tp_group, hidden_states, padding_mask), None
+            return tensor_parallel.checkpoint(forward, False, hidden_states, padding_mask), None
+        return forward(hidden_states, padding_mask), None
+
+    def _forward(
+        self, for_router: dict[str, Any], hidden_states: torch.Tensor, padding_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        shared_expert_output = self.shared_experts_compute(hidden_states)
+        probs_TE, map_TE = self.route(hidden_states, padding_mask, **for_router)
+        output = self._run_ahead(hidden_states, probs_TE, map_TE)
+        if output is None:
+            output = self._run_counted(hidden_states, probs_TE, map_TE)
+        return output if shared_expert_output is None else output + shared_expert_output
+
+    def _run_ahead(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Launch the experts for a guessed number of pairs, and read the true number while they run.
+
+        Returns:
+            `[sequence, batch, H]`; None without a guess, or if it was too low.
+        """
+        if self._guess is None or not (num_pairs := self._guess.pairs(len(map_TE))):
+            return None
+        counts = count_later(map_TE, self.backend, num_pairs)
+        output = self._in_place(hidden_states, probs_TE, map_TE, counts)
+        found = sum(counts.tokens_per_expert.tolist())
+        self._guess.learn(found, len(map_TE))
+        return output if found <= num_pairs else None
+
+    def _run_counted(self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
+        """Count the pairs, unless there is room for the maximum, and run the experts; above the limit, in chunks."""
+        if self._most:
+            counts = count_known(map_TE, self.backend, self._most)
+        else:
+            counts = count_pairs(map_TE, self.token_dispatcher, self.backend, self.pairs_limit)
+        if self._guess is not None:
+            self._guess.learn(sum(count.num_pairs for count in counts), len(map_TE))
+        if len(counts) == 1:
+            self._free_activations(True)
+            return self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
+        return self._run_chunks(hidden_states, probs_TE, map_TE, counts)
+
+    def _run_chunks(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: list[Counts]
+    ) -> torch.Tensor:
+        """Run the experts chunk by chunk, and recompute each chunk in the backward pass."""
+
+        def run_chunk(tokens: torch.Tensor, *chunk: Any) -> torch.Tensor:
+            self._free_activations(False)  # the checkpoint saves them
+            return self._run_experts(_OwnGradient.apply(tokens), *chunk)
+
+        run = partial(
+            checkpoint,
+            run_chunk,
+            # A re-entrant checkpoint would reduce the experts' gradients once per chunk.
+            use_reentrant=False,
+            preserve_rng_state=False,
+            # HybridEP's manager keeps the sizes of a dispatch until combine, so recomputation must reach it.
+            early_stop=self.config.moe_token_dispatcher_type != "flex",
+        )
+        tokens = hidden_states.view(-1, 1, hidden_states.shape[-1])
+        if self.config.gradient_accumulation_fusion and not isinstance(self.experts, GroupedExperts):
+            tokens = _ZeroGradients.apply(tokens, *self.experts.parameters())
+        chunks = (whole.tensor_split(len(counts)) for whole in (tokens, probs_TE, map_TE))
+        return torch.cat([run(*chunk) for chunk in zip(*chunks, counts, strict=True)]).view_as(hidden_states)
+
+    def _free_activations(self, frees: bool) -> None:
+        """Turn --recompute-modules moe_act on or off if the user gave it."""
+        if self._frees_activations:
+            self.experts.activation_recompute = frees
+
+    # Three ways to run the experts, `[sequence, batch, H]` → the same shape. `__init__` chooses one.
+
+    def _in_place(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        """Run the experts without sending tokens: this rank has all experts."""
+        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend, self._pair_multiple)
+        tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
+        output, _ = self.experts(tokens_TH, counts.tokens_per_expert, plan.gates_P, plan.order)
+        return output.view_as(hidden_states)
+
+    def _by_exchange(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        """Send the pairs to the ranks of their experts and back, as planned."""
+        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend)
+        pairs_PH, gates_P = self.token_dispatcher.permute(hidden_states, probs_TE, plan)
+        output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
+        return self.token_dispatcher.unpermute(self.combine(output), plan)
+
+    def _by_megatron(
+        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        """Send the pairs with Megatron's dispatcher, which does its own counting."""
+        pairs_PH, gates_P = self.preprocess(hidden_states, probs_TE, map_TE)
+        output, _ = self.routed_experts_compute(*self.dispatch(pairs_PH, gates_P))
+        return self.postprocess(self.combine(output), None)
+
+
+def _prepare_experts(experts: torch.nn.Module) -> None:
+    """Make experts load and train the same way in every layout."""
+    for parameter in experts.parameters():
+        # Megatron gives experts their own optimizer only with expert parallelism. A checkpoint's optimizer state would
+        # then not load with another expert parallel size.
+        parameter.allreduce = False  # type: ignore[attr-defined]
+    if isinstance(experts, SequentialMLP):
+        for expert in experts.local_experts:
+            if isinstance(expert.linear_fc2, tensor_parallel.RowParallelLinear):
+                # Megatron adds the bias in place to the result of a reduction. With one rank, this is the input itself,
+                # which autograd does not allow to change. Skip this reduction.
+                expert.linear_fc2.explicit_expert_comm = True
+
+
+class _OwnGradient(torch.autograd.Function):
+    """Identity that copies its gradient: the allgather dispatcher writes all chunks' gradients to one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.clone()
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Identity of the tokens that gives the weights a zero gradient after the backward passes of all chunks.
+
+    A checkpoint saves weights without their attributes, so layers that add to `main_grad` return no gradient for them.
+    Megatron's hook needs one to reduce `main_grad`: see `mark_as_added`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.weights = weights
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradient, *(weight.new_zeros(()).expand_as(weight) for weight in ctx.weights)
+
+
+def takes_plans(config: TransformerConfig) -> bool:
+    """Return whether dispatch follows our plan; otherwise it is left to Megatron's dispatcher."""
+    changes = config.moe_permute_fusion or config.moe_router_padding_for_quantization or config.moe_latent_size
+    is_captured = CudaGraphModule.moe_preprocess in config.cuda_graph_modules  # the host cannot read the counts
+    return config.moe_token_dispatcher_type == "alltoall" and not (
+        changes or is_captured or config.moe_pad_expert_input_to_capacity
+    )
+
+
+def _known_most(config: TransformerConfig, fc1: torch.Tensor, is_topk: bool, limit: float) -> int:
+    """Return the experts per token for which a layer with all experts has room; 0 if it counts them instead."""
+    if is_topk:
+        drops, waits = config.moe_expert_capacity_factor is not None, fc1.is_cuda and not takes_grouped_kernel(fc1)
+        return 0 if drops or waits else config.moe_router_topk
+    is_captured = config.cuda_graph_impl == "full_iteration" and takes_grouped_kernel(fc1) and not limit
+    return (getattr(config, "moe_relu_max_experts", None) or 0) if is_captured else 0
+
+
+def _pairs_limit(config: TransformerConfig) -> float:
+    """Return the bound on activations in pairs per token; 0 if there is none, or if no token could exceed it."""
+    pairs = getattr(config, "moe_relu_activation_limit", 0.0) * config.moe_router_topk
+    assert config.num_moe_experts is not None
+    return pairs if pairs < config.num_moe_experts else 0.0

@@ -1,0 +1,118 @@
+"""Replace routers, MoE layers, experts, attention and norms in Megatron's layer specifications.
+
+A `spec` is a specification of a block or layer, or any part of one.
+"""
+
+import operator
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.remoe.layer.engine_experts import EngineExperts
+from megatron.remoe.layer.experts import GroupedExperts, build_experts
+from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.routing.router import ReLURouter
+from megatron.remoe.transformer.attention import FusedDotProductAttention
+from megatron.remoe.transformer.norm import SequenceParallelTorchNorm
+from megatron.remoe.transformer.self_attention import AllHeadsNormAttention, LatentAttention
+
+type LayerSpec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
+
+
+def with_relu_routing(spec: LayerSpec) -> LayerSpec:
+    """Return a copy of `spec` in which every MoE layer routes by ReLU; see `with_router`."""
+    return with_router(spec, ReLURouter)
+
+
+def with_router(spec: LayerSpec, router: type[TopKRouter]) -> LayerSpec:
+    """Return a copy of `spec` in which every MoE layer takes any routing map and has this router; dense layers stay.
+
+    Args:
+        spec: of one layer, of a block of layers (of multi-token prediction too), or of a hybrid stack.
+        router: the class of the router.
+
+    Raises:
+        TypeError: a layer's experts and router belong to another class than Megatron's `MoELayer`.
+    """
+    return _replaced(spec, {MoELayer: ReMoELayer}, router)
+
+
+def with_latent_attention(spec: Any) -> Any:
+    """Return a copy of `spec` with `LatentAttention`; plain layers need the fused kernels for its sizes."""
+    return _replaced(spec, {MLASelfAttention: LatentAttention, DotProductAttention: FusedDotProductAttention})
+
+
+def with_norms_of_all_heads(spec: Any) -> Any:
+    """Return a copy of `spec` with `AllHeadsNormAttention`."""
+    return _replaced(spec, {SelfAttention: AllHeadsNormAttention})
+
+
+def with_sequence_parallel_norms(spec: Any) -> Any:
+    """Return a copy of `spec` whose PyTorch norms may run under sequence parallelism; other norms stay."""
+    return _replaced(spec, {WrappedTorchNorm: SequenceParallelTorchNorm})
+
+
+def with_fused_layers(spec: Any, experts: type[GroupedExperts] = GroupedExperts) -> Any:
+    """Return a copy of `spec` whose local attention and experts use PyTorch's fused kernels.
+
+    Dense layers, layers of Transformer Engine, and routers stay.
+
+    Args:
+        spec: see above.
+        experts: their class; `SplitExperts` for Megatron-FSDP.
+    """
+    build = partial(build_experts, kind=experts)
+    return _replaced(spec, {DotProductAttention: FusedDotProductAttention, MoELayer: ReMoELayer, SequentialMLP: build})
+
+
+def with_engine_kernels(spec: Any) -> Any:
+    """Return a copy of `spec` whose MoE layers and Transformer Engine experts take `--moe-kernels`."""
+    return _replaced(spec, {MoELayer: ReMoELayer, TEGroupedMLP: EngineExperts})
+
+
+def _replaced(spec: Any, classes: dict[Any, Any], router: type[TopKRouter] | None = None) -> Any:
+    """Return a specification in which the keys of `classes` are replaced by their values; other parts are the same.
+
+    Args:
+        spec: see above.
+        classes: old → new.
+        router: for all MoE layers, in place of theirs.
+    """
+    if isinstance(spec, type):
+        return classes.get(spec, spec)
+    if isinstance(spec, list):
+        items = [_replaced(item, classes, router) for item in spec]
+        return spec if all(map(operator.is_, items, spec)) else items
+    if isinstance(spec, dict):
+        values = _replaced([*spec.values()], classes, router)
+        return spec if all(map(operator.is_, values, spec.values())) else dict(zip(spec, values, strict=True))
+    if isinstance(spec, partial):
+        if spec.func is SequentialMLP:
+            return partial(classes[SequentialMLP], stock=spec) if SequentialMLP in classes else spec
+        _check_layer(spec.func, spec.keywords.get("submodules"), router)
+        func, keywords = _replaced(spec.func, classes), _replaced(spec.keywords, classes, router)
+        return spec if func is spec.func and keywords is spec.keywords else partial(func, *spec.args, **keywords)
+    if is_dataclass(spec) and not isinstance(spec, type):
+        if isinstance(spec, ModuleSpec):
+            _check_layer(spec.module, spec.submodules, router)
+        given = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        changed = _replaced(given, classes, router)
+        if router is not None and hasattr(spec, "router"):
+            changed = changed | {"router": router}
+        return spec if changed is given else replace(spec, **changed)
+    return spec
+
+
+def _check_layer(builder: Any, submodules: Any, router: type[TopKRouter] | None) -> None:
+    if router is not None and hasattr(submodules, "router") and builder not in (MoELayer, ReMoELayer):
+        raise TypeError(f"{router.__name__} needs an MLP built from MoELayer, this specification has {builder!r}.")

@@ -1,0 +1,174 @@
+"""Print why a training cannot start or has failed, and what to do."""
+
+import argparse
+import difflib
+import gc
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NoReturn
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron.remoe.files.errors import DataError, UsageError, with_code
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
+from megatron.remoe.start.removed_flags import explain
+
+LOST_WORKER = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
+# Pattern of an error → remedy.
+REMEDIES = {
+    LOST_WORKER: "A signal, or a lack of memory, ended a process that reads data. The last whole checkpoint is still "
+    "there, and the same command resumes from it.",
+    r"OptimizerParamScheduler: class input value": "Give the learning-rate flags of the checkpoint, or follow the "
+    "flags with --override-opt_param-scheduler or the checkpoint with --use-checkpoint-opt_param-scheduler.",
+    r"EADDRINUSE|address already in use": "Another program listens there: choose another MASTER_PORT, or unset RANK.",
+    r"Connection (reset by peer|closed by peer|was likely closed)|remote process exited|"
+    r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last words, or its exit code in torchrun's "
+    "report, say why.",
+    r"DistStoreError|DistNetworkError": "Not all ranks reached each other: start WORLD_SIZE of them, "
+    "and check that all can reach MASTER_ADDR and MASTER_PORT of the first node.",
+    r"gloo.*timed out|Watchdog caught collective": "Another rank has stopped or hangs: its log says where.",
+    r"out of memory|can't allocate memory": "Use a smaller --micro-batch-size, more devices, or "
+    "--recompute-granularity full with its flags.",
+    r"No space left on device|Disk quota exceeded|File too large": "Make room for what is saved: the last whole "
+    "checkpoint is still there, and the same command resumes from it.",
+    r"Failed to write dataset materials": "Megatron keeps the order of the samples beside the data: give a folder that "
+    "can be written with --data-cache-path.",
+    r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or look at the data. To resume, go "
+    "back to an earlier iteration with --ckpt-step and --no-load-optim.",
+    r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"
+    r"from model not in state dict": "The checkpoint under --load is of another model: give its flags, or another "
+    "--load.",
+    r"CUDA_DEVICE_MAX_CONNECTIONS to 1": "Put CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, as the launch "
+    "scripts do before Blackwell.",
+    r"Found no NVIDIA driver|no kernel image|CUDA driver": "Without a working GPU, train with --cpu.",
+}
+LENGTH = 400
+CLOSE = 0.75  # least similarity of a flag that "Did you mean" names
+# Errors that a single rank can have, because machines may see different files.
+OF_ONE_RANK = (DataError, BrokenCheckpointError, OSError)
+SECONDS_FOR_LOCAL_RANK_0, SECONDS_FOR_OTHERS = 2, 5
+
+
+@contextmanager
+def usage_errors(rank: int | None = None) -> Iterator[None]:
+    """End the process with exit code 2 and one message, without a traceback, if settings or files are refused.
+
+    Flags are the same on all ranks, so only the first rank prints that they are wrong. A wrong file can concern one
+    rank only, which then prints too, after a pause in which torchrun ends it if the first rank also failed.
+
+    Args:
+        rank: of this process (default: RANK in the environment).
+    """
+    try:
+        yield
+    except (ValueError, AssertionError, OSError) as error:
+        number = os.environ.get("RANK", "0") if rank is None else str(rank)
+        if not (words := with_code(error)):  # an assertion without a message
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+            words = f"Megatron refuses these settings: {frame.line} ({place})"
+        if not isinstance(error, UsageError):
+            words += _remedy(words)
+        if number == "0":
+            _say(words)
+        elif isinstance(error, OF_ONE_RANK):
+            is_first_here = os.environ.get("LOCAL_RANK") == "0"
+            time.sleep(SECONDS_FOR_LOCAL_RANK_0 if is_first_here else SECONDS_FOR_OTHERS)
+            _say(f"rank {number} on {socket.gethostname()}: {words}")
+        raise SystemExit(2) from error
+
+
+def explain_flag_errors(parser: argparse.ArgumentParser) -> None:
+    """Print one short message for wrong flags, on the first rank, and all of Megatron's flags for --help."""
+    # Megatron's usage has 700 lines and would hide the error.
+    parser.usage = parser.usage or "%(prog)s [--flag [value ...] ...]   (--help lists all)"
+    parser.error = partial(_flag_error, parser)  # type: ignore[method-assign]
+    # Some of Megatron's help texts contain a percent sign, with which --help would fail.
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
+
+
+def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Report a wrong flag as `parser.error` does, on the first rank, and suggest the closest one."""
+    if os.environ.get("RANK", "0") == "0":
+        parser.print_usage(sys.stderr)
+        unknown = message.removeprefix("unrecognized arguments: ")
+        hint = _suggestion(parser, unknown) if unknown != message else ""
+        if "invalid choice: 'alltoall_seq'" in message:
+            hint = ". Megatron removed it; its successor is alltoall."
+        _say(message + hint)
+    raise SystemExit(2)
+
+
+def _suggestion(parser: argparse.ArgumentParser, unknown: str) -> str:
+    flags = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    words = [word.split("=")[0][2:] for word in unknown.split() if word.startswith("--")]
+    if removed := list(filter(None, (explain(f"--{word}") for word in words))):
+        return f". {' '.join(removed)} [REMOE-E211]"
+    matches = {word: difflib.get_close_matches(word, flags, 1, CLOSE) for word in words}
+    close = [f"--{found[0]} instead of --{word}" for word, found in matches.items() if found]
+    return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."
+
+
+def _say(words: str) -> None:
+    """Print an error on standard error, under the name of the program that was started."""
+    sys.stdout.flush()
+    print(f"{os.path.basename(sys.argv[0])}: error: {words}", file=sys.stderr, flush=True)
+
+
+def exit_with_message(error: BaseException) -> NoReturn:
+    """Print a traceback, unless the user can correct the error, and one short message. End with exit code 1."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has ended
+    cause = _cause(error)
+    if not (isinstance(cause, UsageError) or re.search(LOST_WORKER, str(error))):
+        traceback.print_exception(error)
+    # Half-built objects print errors when they are freed. Free them before the message.
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    _say(last_words(error, os.environ.get("RANK") if several else None))
+    raise SystemExit(1)
+
+
+def last_words(error: BaseException, rank: str | None = None) -> str:
+    """Return a short message: the rank, what ended the training, and the remedy."""
+    cause = _cause(error)
+    words = f"rank {rank}: " if rank is not None else ""
+    return words + (with_code(cause) if isinstance(cause, UsageError) else _in_short(cause))
+
+
+def _in_short(error: BaseException) -> str:
+    """Return an error's kind, its first line and the remedy."""
+    text, kind = str(error).strip(), type(error).__name__
+    lines = text.splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1].strip()}"
+    reason = f"{kind}: {lines[0]}" if lines else kind
+    return (reason if len(reason) <= LENGTH else reason[:LENGTH] + " ...") + _remedy(f"{kind}: {text}")
+
+
+def _remedy(text: str) -> str:
+    """Return the remedy for an error as a line below it, or ""."""
+    found = (f"\n{remedy}" for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
+    return next(found, "")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the first rank's error instead of PyTorch's own for checkpoints, which prints a traceback."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, CheckpointException):
+        return RuntimeError("the checkpoint could not be read or written, for a reason that another rank prints.")
+    return error

@@ -1,0 +1,243 @@
+"""Test attention and experts of PyTorch's fused kernels against Megatron's: values, gradients and trainings."""
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.remoe.layer import experts as local_experts
+from megatron.remoe.layer.experts import GroupedExperts
+from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.layer.specs import with_fused_layers
+from megatron.remoe.transformer.attention import FusedDotProductAttention
+from megatron.remoe.transformer.norm import SequenceParallelTorchNorm
+from tests.layers import HIDDEN, make_config, make_layer
+from tests.tiny_model import RELU, TOPK
+from tests.trainings import TINY, run, series
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_groups = pytest.mark.usefixtures("process_groups")
+
+
+def attention(kind: type[DotProductAttention], **changes: Any) -> DotProductAttention:
+    config = make_config(
+        hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, bf16=False, **changes
+    )
+    return kind(config, layer_number=2, attn_mask_type=AttnMaskType.causal, attention_type="self")
+
+
+@needs_groups
+@pytest.mark.parametrize("mask", ["none", "causal", "documents"])
+@pytest.mark.parametrize("changes", [{}, {"window_size": (3, 0)}, {"softmax_type": "off-by-one"}], ids=str)
+def test_attention_is_megatrons(mask: str, changes: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    query, key, value = (
+        torch.randn(9, 2, heads, 8, dtype=torch.float64, device=DEVICE, requires_grad=True) for heads in (4, 2, 2)
+    )
+    hidden = None
+    if mask != "none":
+        hidden = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).triu(1)[None, None].expand(2, 1, 9, 9).clone()
+    if mask == "documents":  # a new document begins in the middle
+        hidden[:, :, 5:, :5] = True
+    found = []
+    for kind in (DotProductAttention, FusedDotProductAttention):
+        output = attention(kind, **changes)(query, key, value, hidden)
+        found.append((output, *torch.autograd.grad(output.cos().sum(), (query, key, value))))
+    # Masked scores are -10000 in Megatron's attention and -inf in ours.
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@needs_groups
+def test_attention_dropout_follows_megatrons_generator() -> None:
+    attend = attention(FusedDotProductAttention)
+    attend.attention_dropout.p = 0.5
+    tensors = [torch.ones(16, 2, heads, 8, dtype=torch.float64, device=DEVICE) for heads in (4, 2, 2)]
+    torch.manual_seed(1)
+    first = attend(*tensors, None)
+    torch.manual_seed(1)  # has no effect: dropout uses another generator
+    second = attend(*tensors, None)
+    assert not torch.equal(first, second) and first.std() > 0
+    assert attend.eval()(*tensors, None).std() < 1e-12
+
+
+def experts(kind: str, num_experts: int = 3) -> torch.nn.Module:
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(5)
+    config = make_config(num_moe_experts=num_experts)
+    return make_layer(config, fused=kind == "grouped").experts
+
+
+@needs_groups
+@pytest.mark.parametrize("sizes", [[4, 0, 3], [0, 0, 0], [0, 7, 0]], ids=str)
+def test_experts_are_megatrons(sizes: list[int]) -> None:
+    torch.manual_seed(2)
+    rows = torch.randn(sum(sizes), HIDDEN, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    gates = torch.rand(sum(sizes), dtype=torch.float64, device=DEVICE, requires_grad=True)
+    sequential, grouped = experts("sequential"), experts("grouped")
+    assert isinstance(sequential, SequentialMLP) and isinstance(grouped, GroupedExperts)
+    results = []
+    for module in (sequential, grouped):
+        output, bias = module(rows, torch.tensor(sizes), gates)
+        assert bias is None
+        output.sin().sum().backward()
+        results.append((output.detach(), rows.grad.clone(), gates.grad.clone()))
+        rows.grad = gates.grad = None
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for index, expert in enumerate(sequential.local_experts):
+        for name, mine in (("linear_fc1", grouped.fc1), ("linear_fc2", grouped.fc2)):
+            weight = getattr(expert, name).weight
+            assert torch.equal(weight, mine[index]), "the same initial weights"
+            torch.testing.assert_close(
+                mine.grad[index],
+                torch.zeros_like(weight) if weight.grad is None else weight.grad,
+                rtol=1e-12,
+                atol=1e-12,
+            )
+
+
+@needs_groups
+def test_gradients_go_into_megatrons_buffer() -> None:
+    torch.manual_seed(3)
+    rows = torch.randn(7, HIDDEN, dtype=torch.float64, device=DEVICE)
+    gates, sizes = torch.rand(7, dtype=torch.float64, device=DEVICE), torch.tensor([4, 0, 3])
+    plain, buffered = experts("grouped"), experts("grouped")
+    for weight in buffered.parameters():
+        weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
+    for module in (plain, buffered):
+        module(rows, sizes, gates)[0].sin().sum().backward()
+    for right, weight in zip(plain.parameters(), buffered.parameters(), strict=True):
+        assert weight.grad_added_to_main_grad and weight.grad is not None
+        torch.testing.assert_close(weight.main_grad, right.grad + 1, rtol=1e-12, atol=1e-12)
+
+
+@needs_groups
+def test_megatrons_hook_runs_once_for_all_chunks() -> None:
+    """The gradient goes to Megatron's buffer. Autograd gets an empty one, so that the hook's stream waits for it."""
+    layer = make_layer(make_config(moe_relu_activation_limit=1.0), fused=True)
+    weights = list(layer.experts.parameters())
+    for weight in weights:
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
+    ran: list[bool] = []
+    accumulators = [weight.expand_as(weight).grad_fn.next_functions[0][0] for weight in weights]
+    for accumulator in accumulators:
+        accumulator.register_hook(lambda _, gradients: ran.append(gradients[0].is_sparse))
+    calls: list[torch.Tensor] = []
+    layer.experts.register_forward_pre_hook(lambda _module, arguments: calls.append(arguments[2]))
+    tokens = torch.randn(16, 2, HIDDEN, dtype=torch.float64, device=DEVICE)
+    layer(tokens)[0].pow(2).sum().backward()
+    assert len(calls) >= 4 and ran == [True, True], "at least two chunks, each twice"
+    assert all(weight.grad_added_to_main_grad for weight in weights)
+    found = [weight.main_grad for weight in weights]
+    for weight in weights:
+        del weight.main_grad, weight.grad_added_to_main_grad
+        weight.grad = None
+    layer.pairs_limit = 0.0
+    layer(tokens)[0].pow(2).sum().backward()
+    for mine, weight in zip(found, weights, strict=True):
+        torch.testing.assert_close(mine, weight.grad, rtol=1e-10, atol=1e-10)
+
+
+@needs_groups
+@pytest.mark.parametrize(
+    "changes", [{"add_bias_linear": True}, {"gated_linear_unit": False}, {"activation_func": torch.nn.functional.gelu}]
+)
+def test_other_experts_stay_megatrons(changes: dict[str, Any]) -> None:
+    assert isinstance(make_layer(make_config(**changes), fused=True).experts, SequentialMLP)
+
+
+@needs_groups
+@pytest.mark.parametrize(
+    ("rank", "changes", "expected"),
+    [
+        ("0", {}, "expert FFN size 12 on a rank is not a multiple of 8"),
+        ("1", {}, None),
+        ("0", {"moe_ffn_hidden_size": 16}, None),
+    ],
+    ids=["refused", "other rank", "taken"],
+)
+def test_sizes_that_the_kernel_refuses_are_told_once(
+    rank: str, changes: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warning comes once, and experts stay grouped: a checkpoint's contents depend on flags, not on the GPU."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(local_experts, "has_grouped_kernel", lambda _device: True)
+    config = make_config(**({"params_dtype": torch.bfloat16, "moe_router_dtype": "fp32"} | changes))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        layers = [make_layer(config, fused=True) for _ in range(2)]
+    assert all(isinstance(layer.experts, GroupedExperts) for layer in layers)
+    found = [str(warning.message) for warning in warned if "kernel" in str(warning.message)]
+    assert len(found) == (expected is not None) and all(text.startswith(str(expected)) for text in found)
+
+
+def test_norms_refuse_weights_centered_at_zero() -> None:
+    with pytest.raises(ValueError, match="--apply-layernorm-1p: "):
+        SequenceParallelTorchNorm(make_config(layernorm_zero_centered_gamma=True), HIDDEN)
+
+
+def test_specification_keeps_what_it_does_not_know() -> None:
+    stock = get_gpt_layer_local_spec(4, False, normalization="RMSNorm")
+    fused = with_fused_layers(stock)
+    assert fused.submodules.self_attention.submodules.core_attention is FusedDotProductAttention
+    assert isinstance(fused.submodules.mlp, partial) and fused.submodules.mlp.func is ReMoELayer
+    assert stock.submodules.mlp.func is MoELayer, "the original is left alone"
+    assert fused.submodules.input_layernorm is stock.submodules.input_layernorm
+    dense = get_gpt_layer_local_spec(None, False, normalization="RMSNorm").submodules.mlp
+    kept = with_fused_layers(dense)
+    assert (kept.func, kept.keywords) == (dense.func, dense.keywords)
+
+
+KINDS = {"ReMoE": RELU, "top-k": TOPK, "dense": [], "top-k, k = 3": [*TOPK, "--moe-router-topk", "3"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_training(kind: str, data: Path) -> None:
+    """Whole steps with the optimizer, from the same initial weights, have the same losses as with Megatron's layers."""
+    losses = [
+        series(run([*TINY, *KINDS[kind], "--data-path", str(data), "--train-iters", "4", *flags]), "lm loss")
+        for flags in ([], ["--no-local-layer-fusion"])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
+
+
+EP2, EXPERT_TP2 = ["--expert-model-parallel-size", "2"], "--tensor-model-parallel-size 2 --sequence-parallel".split()
+EXPERT_TP2 += ["--expert-tensor-parallel-size", "2"]
+BOUNDED = {
+    "one process": (1, []),
+    "EP2": (2, EP2),
+    "EP2, allgather": (2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
+    "EP2, overlap": (2, [*EP2, *"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()]),
+    "expert TP2": (2, EXPERT_TP2),
+}
+
+
+@pytest.fixture(scope="module")
+def unbounded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("unbounded")
+    common = [*TINY, *RELU, "--data-path", str(data), "--train-iters", "4", "--moe-relu-activation-limit", "0"]
+    run([*common, "--exit-interval", "1", "--save", str(folder), "--save-interval", "1"])
+    return folder, run([*common, "--load", str(folder), "--finetune"])
+
+
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.bulk] * (name == "EP2")) for name in BOUNDED])
+def test_bounded_activations_change_nothing(layout: str, data: Path, unbounded: tuple[Path, str]) -> None:
+    """In all steps S is far from the target: about 4 experts per token are active, and the limit is 1."""
+    folder, expected = unbounded
+    processes, flags = BOUNDED[layout]
+    flags = [*flags, "--train-iters", "4", "--moe-relu-activation-limit", "1", "--load", str(folder), "--finetune"]
+    found = run([*TINY, *RELU, "--data-path", str(data), *flags], processes)
+    assert min(series(expected, "sparsity")) < 0.6
+    assert series(found, "lm loss") == pytest.approx(series(expected, "lm loss"), rel=1e-5)
+    assert series(found, "sparsity") == pytest.approx(series(expected, "sparsity"), abs=1e-3)
+    assert series(found, "l1 coefficient") == series(expected, "l1 coefficient")

@@ -1,0 +1,289 @@
+"""Test the experts' products against plain autograd in float64, for any number of experts and rows.
+
+Fake tensors show what a GPU of each kind would run. They have the checks of its kernels but no values, so a test fails
+if the code waits for a value.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron.remoe.kernels.backend import Order
+from megatron.remoe.kernels.pytorch import PYTORCH, SortedPairs, TokenOrder
+from megatron.remoe.layer import grouped_swiglu as module
+from megatron.remoe.layer.grouped_swiglu import OneByOne, OneKernel, _GroupedSwiGLU, grouped_swiglu, sizes_refused
+from tests.layers import SumTypes
+
+HIDDEN, FFN = 6, 5
+SIZES = {
+    "no rows": [0, 0, 0],
+    "few rows": [3, 0, 1, 64],
+    "one expert": [7],
+    "many rows": [10, 100, 100, 0, 255, 1, 1, 65, 400, 0],
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+both_gradients = pytest.mark.parametrize("accumulates", [False, True], ids=["new gradients", "main_grad"])
+both_orders = pytest.mark.parametrize("gathers", [False, True], ids=["pairs", "tokens and rows"])
+
+
+def one_by_one(
+    tokens: torch.Tensor,
+    gates: torch.Tensor,
+    fc1: torch.Tensor,
+    fc2: torch.Tensor,
+    sizes: list[int],
+    rows: torch.Tensor | None,
+) -> torch.Tensor:
+    outputs, pairs = [], tokens if rows is None else tokens[rows]
+    for x, gate, first, second in zip(pairs.split(sizes), gates.split(sizes), fc1, fc2, strict=True):
+        left, right = (x @ first.T).chunk(2, dim=-1)
+        outputs.append((torch.nn.functional.silu(left) * right * gate[:, None]) @ second.T)
+    output = torch.cat(outputs)
+    return output if rows is None else torch.zeros_like(tokens).index_add(0, rows, output)
+
+
+def order_of(rows: torch.Tensor | None) -> Order:
+    return SortedPairs() if rows is None else TokenOrder(rows)
+
+
+def some_rows(sizes: list[int], gathers: bool) -> tuple[int, torch.Tensor | None]:
+    """Return the number of tokens, and the tokens of all experts in order; None if tokens are pairs."""
+    num_tokens = max(sizes) + 3
+    rows = [torch.randperm(num_tokens, device=DEVICE)[:size].sort().values for size in sizes]
+    return (num_tokens, torch.cat(rows)) if gathers else (sum(sizes), None)
+
+
+def leaves_of(num_tokens: int, sizes: list[int], accumulates: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return tokens, gates (exact in fp32), fc1 and fc2 twice; ours are parameters, with a buffer if accumulating."""
+    inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]
+    inputs += [torch.randn(len(sizes), *shape, device=DEVICE) for shape in ((2 * FFN, HIDDEN), (HIDDEN, FFN))]
+    ours, right = ([value.double().requires_grad_() for value in inputs] for _ in range(2))
+    ours[2:] = [torch.nn.Parameter(weight.detach()) for weight in ours[2:]]
+    if accumulates:
+        for weight in ours[2:]:
+            weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
+    return ours, right
+
+
+def compare(
+    output: torch.Tensor, expected: torch.Tensor, ours: list[torch.Tensor], right: list[torch.Tensor], accumulates: bool
+) -> None:
+    """Compare outputs and gradients; buffers start at 1."""
+    torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
+    direction = torch.randn_like(output)
+    (output * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for number, (mine, theirs) in enumerate(zip(ours, right, strict=True)):
+        gradient = mine.main_grad - 1 if accumulates and number >= 2 else mine.grad
+        torch.testing.assert_close(gradient, theirs.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_matrices_of_their_own_keep_no_copy_for_the_backward_pass() -> None:
+    torch.manual_seed(5)
+    sizes = SIZES["few rows"]
+    inputs = [torch.randn(sum(sizes), HIDDEN, device=DEVICE), torch.rand(sum(sizes), device=DEVICE)]
+    stacked = [torch.randn(4, 2 * FFN, HIDDEN, device=DEVICE), torch.randn(4, HIDDEN, FFN, device=DEVICE)]
+    whole = [torch.nn.Parameter(weight) for weight in stacked]
+    split = [[torch.nn.Parameter(matrix.clone()) for matrix in weight] for weight in stacked]
+    expected, output = (
+        grouped_swiglu(*inputs, *weights, torch.tensor(sizes), SortedPairs(), PYTORCH) for weights in (whole, split)
+    )
+    assert torch.equal(output, expected)
+    kept = output.grad_fn.weights
+    assert all(mine is right for mine, right in zip(kept, [*split[0], *split[1]], strict=True))
+    for result in (output, expected):
+        result.square().sum().backward()
+    for weight, matrices in zip(whole, split, strict=True):
+        assert torch.equal(torch.stack([matrix.grad for matrix in matrices]), weight.grad)
+
+
+@both_orders
+@both_gradients
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool) -> None:
+    torch.manual_seed(len(sizes))
+    num_tokens, rows = some_rows(sizes, gathers)
+    ours, right = leaves_of(num_tokens, sizes, accumulates)
+    output = grouped_swiglu(*ours, torch.tensor(sizes), order_of(rows), PYTORCH)
+    compare(output, one_by_one(*right, sizes, rows), ours, right, accumulates)
+
+
+@both_orders
+@both_gradients
+@pytest.mark.parametrize("kernel", [True, False], ids=["one kernel", "one by one"])
+@pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
+def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathers: bool) -> None:
+    """Results are within 1 % of float64 with `grouped_mm`, a kernel on some GPUs, and without it."""
+    products = OneKernel(torch.tensor(sizes), sum(sizes), torch.device(DEVICE)) if kernel else OneByOne(sizes)
+    torch.manual_seed(len(sizes))
+    hidden, ffn = 32, 24  # the kernel needs rows of a multiple of 16 bytes
+    num_tokens, rows = some_rows(sizes, gathers)
+    options = {"dtype": torch.bfloat16, "device": DEVICE}
+    inputs = [torch.randn(num_tokens, hidden, **options), torch.rand(sum(sizes), **options)]
+    inputs += [0.2 * torch.randn(len(sizes), 2 * ffn, hidden, **options)]
+    inputs += [0.2 * torch.randn(len(sizes), hidden, ffn, **options)]
+    ours = [value.clone().requires_grad_() for value in inputs[:2]] + [torch.nn.Parameter(w) for w in inputs[2:]]
+    right = [value.double().requires_grad_() for value in inputs]
+    if accumulates:
+        for weight in ours[2:]:
+            # Megatron's buffers are fp32. Only a GPU adds products in bf16 to them.
+            buffer = torch.ones_like(weight, dtype=torch.float32 if DEVICE == "cuda" else None)
+            weight.main_grad, weight.grad_added_to_main_grad = buffer, False
+    with SumTypes() as sums:
+        output = _GroupedSwiGLU.apply(*ours[:2], products, order_of(rows), PYTORCH, *ours[2:])
+        direction = torch.randn_like(output)
+        (output * direction).sum().backward()
+    assert sums.found == ({torch.float32} if gathers else set())
+    expected = one_by_one(*right, sizes, rows)
+    (expected * direction.double()).sum().backward()
+
+    def apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+        return float((mine.detach().double() - theirs.detach()).norm() / theirs.detach().norm())
+
+    assert apart(output, expected) < 0.01
+    for number, (mine, theirs) in enumerate(zip(ours, right, strict=True)):
+        if accumulates and number >= 2:
+            assert mine.grad_added_to_main_grad and apart(mine.main_grad, theirs.grad + 1) < 0.01
+        else:
+            assert apart(mine.grad, theirs.grad) < 0.01
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int]], None]]:
+    """Yield a function that sets the compute capability of every GPU."""
+
+    def be(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda _device: capability)
+        module._generation.cache_clear()
+
+    yield be
+    module._generation.cache_clear()
+
+
+class Products(TorchDispatchMode):
+    """Counts products added to a buffer of another type but skips them: PyTorch 2.11 has none for fake tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten.addmm.dtype_out:
+            return function(*args, **(kwargs or {}))
+        out, left, right = args[:3]
+        assert kwargs["out"] is out and out.shape == (left.shape[0], right.shape[1]) and left.shape[1] == len(right)
+        self.count += 1
+        return out
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_gradients_are_added_to_fp32(pretend, monkeypatch, capability: tuple[int, int], large: bool) -> None:
+    """Large gradients are added expert by expert without a copy in bf16; without a grouped kernel, all are."""
+    pretend(capability)
+    monkeypatch.setattr(module, "LARGE_MATRIX", 16 * 16 if large else 16 * 16 + 1)  # fc1's; fc2's are smaller
+    sizes = torch.tensor([3, 0, 2])
+    with FakeTensorMode(allow_non_fake_inputs=True), Products() as products:
+        run_on_fake_gpu(sizes, 5, main_grad=torch.float32)
+    assert products.count == (4 if capability == (8, 0) else 2 * large)
+
+
+def run_on_fake_gpu(
+    sizes: torch.Tensor,
+    pairs: int,
+    dtype: torch.dtype = torch.bfloat16,
+    hidden: int = 16,
+    ffn: int = 8,
+    main_grad: torch.dtype | None = None,
+) -> type:
+    """Run forward and backward passes over 7 tokens; return the type of the products."""
+    experts, options = len(sizes), {"dtype": dtype, "device": "cuda:0"}
+    tokens, gates = torch.empty(7, hidden, **options, requires_grad=True), torch.empty(pairs, **options)
+    fc1 = torch.nn.Parameter(torch.empty(experts, 2 * ffn, hidden, **options))
+    fc2 = torch.nn.Parameter(torch.empty(experts, hidden, ffn, **options))
+    for weight in (fc1, fc2) if main_grad else ():
+        weight.main_grad, weight.grad_added_to_main_grad = torch.empty_like(weight, dtype=main_grad), False
+    rows = torch.empty(pairs, dtype=torch.int64, device="cuda:0")
+    output = grouped_swiglu(tokens, gates, fc1, fc2, sizes, TokenOrder(rows), PYTORCH)
+    with torch.no_grad():  # called directly: autograd would start a thread for a GPU that does not exist
+        gradients = _GroupedSwiGLU.backward(output.grad_fn, torch.empty_like(output))
+        found = [gradient for gradient in gradients if gradient is not None]
+    if main_grad:
+        assert fc1.grad_added_to_main_grad and fc2.grad_added_to_main_grad
+    inputs = (tokens, gates, fc1, fc2)
+    assert [(g.shape, g.dtype, g.device) for g in found] == [(x.shape, x.dtype, x.device) for x in inputs]
+    return type(output.grad_fn.products)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "is_one_kernel"),
+    [
+        ((7, 5), torch.float16, False),
+        ((8, 0), torch.bfloat16, False),
+        ((8, 9), torch.bfloat16, False),
+        ((9, 0), torch.bfloat16, True),
+        ((9, 0), torch.float16, False),
+        ((9, 0), torch.float32, False),
+        ((10, 0), torch.bfloat16, True),
+        ((10, 3), torch.bfloat16, True),
+        ((12, 0), torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_kernels_of_gpus(pretend, capability: tuple[int, int], dtype: torch.dtype, is_one_kernel: bool) -> None:
+    """PyTorch's `grouped_mm` is one kernel on two generations in bf16, and a loop that waits everywhere else."""
+    pretend(capability)
+    sizes = torch.tensor([3, 0, 2])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert (run_on_fake_gpu(sizes, 5, dtype) is OneKernel) is is_one_kernel
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "ffn", "refused"),
+    [
+        (3, 16, 8, []),
+        (3, 20, 8, ["hidden size 20 is not"]),
+        (3, 16, 12, ["expert FFN size 12 on a rank is not"]),
+        (1023, 16, 8, []),
+        (1024, 20, 12, ["hidden size 20", "expert FFN size 12", "1024 experts on a rank"]),
+    ],
+    ids=str,
+)
+def test_sizes_that_the_kernel_refuses(pretend, experts: int, hidden: int, ffn: int, refused: list[str]) -> None:
+    """Experts of these sizes are computed one by one on a GPU too."""
+    pretend((9, 0))
+    found = sizes_refused(torch.empty(experts, 2 * ffn, hidden, device="meta"))
+    assert len(found) == len(refused) and all(map(str.startswith, found, refused))
+    if experts == 3:
+        sizes = torch.tensor([0, 5, 0])
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert (run_on_fake_gpu(sizes, 5, hidden=hidden, ffn=ffn) is OneByOne) == bool(refused)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_nothing_routed_runs_no_kernel_and_waits_for_nothing(pretend, capability: tuple[int, int]) -> None:
+    """`grouped_mm` can fail or hang without rows."""
+    pretend(capability)
+    with FakeTensorMode():
+        assert run_on_fake_gpu(torch.empty(3, dtype=torch.int64, device="cuda:0"), 0) is OneByOne
+
+
+def test_experts_without_pairs_have_no_gradient_on_sm100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of sm100 does not write their gradients; here the memory holds NaN."""
+    monkeypatch.setattr(module, "_generation", lambda _device: module.SM100)
+    stock, sizes = torch.nn.functional.grouped_mm, torch.tensor([3, 0, 4, 0])
+
+    def leaves_memory(left: torch.Tensor, right: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        product = stock(left, right, offs=offs)
+        if product.dim() == 3:
+            product[sizes == 0] = torch.nan
+        return product
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_memory)
+    left, right = (torch.randn(7, width, dtype=torch.bfloat16) for width in (16, 8))
+    found = OneKernel(sizes, len(left), torch.device("cpu")).outers(left, right)
+    assert not found[sizes == 0].any() and found[sizes > 0].all()
+    torch.testing.assert_close(found[0], left[:3].T @ right[:3])

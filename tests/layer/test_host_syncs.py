@@ -1,0 +1,151 @@
+"""Test that the host waits for the device once per MoE layer, for the tokens of each expert, and never in the update.
+
+If every token has k experts and one rank has all experts, the host does not wait at all.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron.remoe.layer import plan
+from megatron.remoe.layer.grouped_swiglu import takes_grouped_kernel
+from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.routing.controller import SparsityController
+from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
+from tools.plan.rehearse.host_reads import Pairs
+
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "_unique2",
+    "equal",
+    "item",
+    "where.default",
+}
+HALF_PRECISION = {"params_dtype": torch.bfloat16, "moe_router_dtype": "fp32", "moe_ffn_hidden_size": 16}
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations that make the host wait for a shape or a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if name in WAITING or name.split(".")[0] in WAITING - {"where.default"}:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("limit", [0.0, 2.0], ids=["unbounded", "bounded"])
+def test_a_layer_waits_once(limit: float, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(moe_router_topk=2, moe_relu_activation_limit=limit, moe_kernels=kernels)
+    layer = make_layer(config, fused=True)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    calls = reads(monkeypatch)
+    with Waits() as waits:
+        layer(tokens)[0].sum().backward()
+    assert len(calls) == 1 and waits.found == []
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_counts_that_nobody_asks_for_are_not_gathered(dispatcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a limit that a layer could exceed, only alltoall reads the counts."""
+    settings = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_token_dispatcher_type": dispatcher}
+    unbounded = make_layer(make_config(**settings, moe_relu_activation_limit=0.0))
+    unreachable = make_layer(make_config(**settings, moe_relu_activation_limit=2.0))
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=unbounded.router.weight.device)
+    calls = reads(monkeypatch)
+    unbounded(tokens)
+    unreachable(tokens)
+    assert len(calls) == (0 if dispatcher == "allgather" else 2), "alltoall is told by them who sends what"
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """Return a list that collects the arguments of each later call of `read_pairs`, which waits."""
+    calls = []
+
+    def read(*arguments):
+        calls.append(arguments)
+        return read_pairs(*arguments)
+
+    read_pairs = plan.read_pairs
+    monkeypatch.setattr(plan, "read_pairs", read)
+    return calls
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_topk_layer_does_not_wait(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(make_topk_config(moe_router_topk=2, moe_kernels=kernels), fused=True)
+    assert isinstance(layer, ReMoELayer)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device, requires_grad=True)
+    calls = reads(monkeypatch)
+    with Waits() as waits:
+        layer(tokens)[0].sum().backward()
+    assert calls == [] and waits.found == []
+
+    dropping = make_layer(make_topk_config(moe_router_topk=2, moe_expert_capacity_factor=0.5), fused=True)
+    pairs: list[int] = []
+    dropping.experts.register_forward_pre_hook(lambda _module, arguments: pairs.append(len(arguments[2])))
+    dropping(tokens)[0].sum().backward()
+    assert len(calls) == 1 and pairs[0] < 2 * 16
+
+
+def test_the_update_does_not_wait() -> None:
+    config = make_config()
+    layer = make_layer(config)
+    layer(torch.randn(8, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device))[0].sum().backward()
+    controller = SparsityController([layer], config)
+    with Waits() as waits:
+        controller.update()
+    assert waits.found == []
+
+
+def test_waiting_is_noticed() -> None:
+    with Waits() as waits:
+        float(torch.ones(()))
+        torch.ones(3).nonzero()
+    assert waits.found == ["_local_scalar_dense.default", "nonzero.default"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
+def test_cuda_tells_of_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_name().endswith("(rehearsal)"):  # a map that was never computed has any number of pairs
+        monkeypatch.setattr(plan, "read_pairs", Pairs(0.5).counted(plan.read_pairs))
+    config = make_config(**HALF_PRECISION)
+    layer = make_layer(config, fused=True)
+    controller = SparsityController([layer], config)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    layer(tokens)[0].sum().backward()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as warned:
+            layer(tokens)[0].sum().backward()
+            controller.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(warned) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch tells of waits on CUDA alone")
+def test_cuda_tells_of_no_wait_with_topk(recwarn: pytest.WarningsRecorder) -> None:
+    """On a GPU without a kernel for all experts at once, the forward pass waits once, for the sizes."""
+    layer = make_layer(make_topk_config(**HALF_PRECISION), fused=True)
+    tokens = torch.randn(8, 2, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    layer(tokens)[0].sum().backward()
+    recwarn.clear()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        layer(tokens)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in recwarn if "synchroniz" in str(warning.message)]
+    assert len(waits) == (0 if takes_grouped_kernel(layer.experts.fc1) else 1)

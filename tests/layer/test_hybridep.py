@@ -1,0 +1,103 @@
+"""Test HybridEP with any number of experts per token: Megatron's code for it, and a stand-in for the kernels."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
+from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
+from tests.entry import entry_with
+from tests.layer.hybridep import deep_ep
+from tests.layers import HIDDEN, make_config, make_layer
+from tests.tiny_model import RELU
+from tests.trainings import TINY, run, series
+
+HYBRIDEP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
+PADDED = {
+    name: True for name in MEGATRONS_FIELDS if name.startswith("moe_hybridep_pad_")
+}  # versions differ in its name
+
+
+@pytest.fixture
+def kernels(process_groups: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give Megatron's dispatchers the functions that they have if `deep_ep` is installed."""
+    monkeypatch.setitem(sys.modules, "deep_ep", deep_ep)
+    spec = importlib.util.spec_from_file_location("fused_a2a_with_deep_ep", fused_a2a.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("hybrid_ep_dispatch", "hybrid_ep_combine"):
+        monkeypatch.setattr(token_dispatcher, name, getattr(module, name))
+
+
+@dataclass
+class NewerConfig(ReMoEConfig):
+    """A configuration as in Megatron after 0.19.2, which by default sends the k largest gates of a map."""
+
+    moe_hybridep_routing_map_mode: str = "indices"
+
+
+@pytest.mark.parametrize(
+    ("routing", "mode"),
+    [({"moe_relu_routing": True}, "bool"), ({"moe_baseline_router": "random"}, "bool"), ({}, "indices")],
+)
+def test_newer_versions_take_the_map(routing: dict[str, object], mode: str) -> None:
+    sizes = {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 1, "num_moe_experts": 4}
+    config = NewerConfig(**sizes, moe_router_topk=2, moe_router_load_balancing_type="none", **routing)
+    assert config.moe_hybridep_routing_map_mode == mode
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("fused", [False, True], ids=["sequential", "grouped"])
+@pytest.mark.parametrize("limit", [0.0, 1.2], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("share", ["all", "some", "one expert", "none"])
+def test_a_layer_gives_what_it_gives_by_alltoall(share: str, limit: float, fused: bool) -> None:
+    found, weights = [], None
+    for changes in ({}, HYBRIDEP, HYBRIDEP | PADDED):
+        torch.manual_seed(2)
+        layer = make_layer(make_config(moe_relu_activation_limit=limit, moe_router_dtype="fp32", **changes), fused)
+        assert isinstance(layer.token_dispatcher, MoEFlexTokenDispatcher) is bool(changes)
+        weights = weights or layer.state_dict()
+        layer.load_state_dict(weights)
+        weight = layer.router.weight.data
+        if share != "some":
+            weight.abs_()[{"all": 4, "one expert": 1, "none": 0}[share] :] *= -1
+        tokens = torch.rand(7, 2, HIDDEN, dtype=torch.float64, device=weight.device) + 0.1
+        output, _ = layer(tokens.requires_grad_())
+        gradients = torch.autograd.grad(output.sin().sum(), [tokens, *layer.parameters()], allow_unused=True)
+        found.append([output, layer.router.counts.table, *gradients])
+    for right, *others in zip(*found, strict=True):
+        for other in others:
+            if right is None or other is None:  # an expert without a token
+                assert all(gradient is None or not gradient.any() for gradient in (right, other))
+            else:  # HybridEP's gates are in fp32
+                torch.testing.assert_close(other, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_nothing_is_sized_by_k() -> None:
+    """The manager keeps the whole map and all gates, and sets no number of pairs before they are counted."""
+    dispatcher = make_layer(make_config(**HYBRIDEP)).token_dispatcher
+    routing_map = torch.tensor([[True] * 4, [False] * 4, [False, True, False, True]])
+    probs = routing_map * torch.rand(3, 4)
+    dispatcher.dispatch_preprocess(torch.rand(3, 1, HIDDEN), routing_map, probs)
+    manager = dispatcher._comm_manager
+    assert torch.equal(manager.routing_map, routing_map) and torch.equal(manager.token_probs, probs)
+    assert manager.num_permuted_tokens is None and manager.capacity is None
+
+
+def test_training_is_that_of_alltoall(data: Path) -> None:
+    """Two ranks with half of the experts each, which start in chunks, train as with alltoall."""
+    words = [*TINY, *RELU, "--data-path", str(data), "--expert-model-parallel-size", "2", "--train-iters", "3"]
+    hybridep = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep --moe-router-dtype fp32".split()
+    with entry_with(Path(deep_ep.__file__).parent) as entry:
+        code, output = entry.run([*words, *hybridep], processes=2, limit=120)
+    assert code == 0, output[-2000:]
+    expected = run(words, processes=2)
+    for name in ("lm loss", "sparsity", "l1 loss", "l1 coefficient", "grad norm"):
+        assert series(output, name) == pytest.approx(series(expected, name), rel=1e-4), name

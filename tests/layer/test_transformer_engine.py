@@ -1,0 +1,219 @@
+"""Test Transformer Engine's layer specification and the interface of its experts without a GPU.
+
+Its kernels do not run: Megatron's `TEGroupedMLP` gets linear layers of plain PyTorch with the same interface.
+"""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.core.extensions import transformer_engine_spec_provider as provider
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer import transformer_config
+from megatron.core.transformer.moe import experts
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.remoe.layer import layer as remoe_layer
+from megatron.remoe.layer.engine_experts import EngineExperts
+from megatron.remoe.layer.layer import ReMoELayer
+from megatron.remoe.layer.specs import with_engine_kernels, with_relu_routing
+from megatron.remoe.routing.router import ReLURouter
+from tests.layers import HIDDEN, make_config, make_layer, make_topk_config, oracle
+
+pytestmark = pytest.mark.usefixtures("process_groups")
+
+
+class GroupedLinear(torch.nn.Module):
+    """The interface of Transformer Engine's grouped layers: rows sorted by expert, and a list of rows per expert."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int, *, config, init_method, **_unused) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(
+            init_method(torch.empty(outputs, inputs, dtype=config.params_dtype)) for _ in range(experts)
+        )
+
+    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
+        assert all(type(size) is int for size in m_splits) and sum(m_splits) == len(rows)
+        parts = zip(rows.split(m_splits), self.weights, strict=True)
+        return torch.cat([part @ weight.T for part, weight in parts]), None
+
+
+@pytest.fixture
+def engine_spec(monkeypatch: pytest.MonkeyPatch) -> ModuleSpec:
+    """Return Megatron's specification of a MoE layer of Transformer Engine, even if that is not installed."""
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", provider.TESpecProvider)
+    monkeypatch.setattr(provider, "TEColumnParallelGroupedLinear", GroupedLinear)
+    monkeypatch.setattr(provider, "TERowParallelGroupedLinear", GroupedLinear)
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(num_experts=4, moe_grouped_gemm=True)
+
+
+def test_only_router_and_layer_are_replaced(engine_spec: ModuleSpec) -> None:
+    changed = with_relu_routing(engine_spec)
+    mlp, stock = changed.submodules.mlp, engine_spec.submodules.mlp
+    assert (stock.func, mlp.func) == (MoELayer, ReMoELayer)
+    submodules, stock_submodules = mlp.keywords["submodules"], stock.keywords["submodules"]
+    assert submodules.router is ReLURouter
+    assert submodules.experts is stock_submodules.experts and submodules.experts.func is TEGroupedMLP
+    assert submodules.shared_experts is stock_submodules.shared_experts
+    for name in ("self_attention", "pre_mlp_layernorm", "mlp_bda", "sharded_state_dict_keys_map"):
+        assert getattr(changed.submodules, name) is getattr(engine_spec.submodules, name)
+
+
+def test_kernels_are_for_any_routing(engine_spec: ModuleSpec) -> None:
+    """Top-k layers use a plan too, with sizes on the host, and equal Megatron's layer."""
+    stock, planned = (
+        spec.submodules.mlp(config=make_topk_config(moe_router_topk=2, moe_grouped_gemm=True), layer_number=1)
+        for spec in (engine_spec, with_engine_kernels(engine_spec))
+    )
+    assert (type(stock), type(planned)) == (MoELayer, ReMoELayer) and type(planned.router) is type(stock.router)
+    planned.load_state_dict(stock.state_dict())
+    tokens, found = torch.randn(9, 2, HIDDEN, dtype=torch.float64), []
+    for layer in (stock, planned):
+        layer.set_layer_number(1)
+        copy = tokens.clone().requires_grad_()
+        output, _ = layer(copy)
+        found.append((output, *torch.autograd.grad(output.square().sum(), [copy, *layer.parameters()])))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0], ids=["unbounded", "bounded"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("with_kernels", [False, True], ids=["stock", "kernels"])
+def test_engine_experts_equal_oracle(
+    engine_spec: ModuleSpec, with_kernels: bool, topk: int, dispatcher: str, limit: float
+) -> None:
+    """Experts accept the sizes and gates of any number of pairs; outputs and gradients are right."""
+    torch.manual_seed(topk)
+    config = make_config(
+        moe_router_topk=topk,
+        moe_token_dispatcher_type=dispatcher,
+        moe_grouped_gemm=True,
+        moe_relu_activation_limit=limit,
+        moe_relu_l1_reg_coeff_init=1e-30,
+    )
+    spec = with_relu_routing(engine_spec)
+    layer = (with_engine_kernels(spec) if with_kernels else spec).submodules.mlp(config=config, layer_number=1)
+    layer.set_layer_number(1)
+    layer.to(torch.float64)
+    assert type(layer.experts) is (EngineExperts if with_kernels else TEGroupedMLP)
+    assert not with_kernels or layer.experts.is_plain
+    pairs_of_weights = list(zip(layer.experts.linear_fc1.weights, layer.experts.linear_fc2.weights, strict=True))
+    tokens = torch.randn(9, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    weights = [tokens, layer.router.weight, *layer.experts.parameters()]
+    direction = torch.randn_like(tokens)
+    output, _ = layer(tokens)
+    found = torch.autograd.grad((output * direction).sum(), weights)
+    expected, _, pairs = oracle(tokens.view(-1, HIDDEN), layer.router.weight, pairs_of_weights, topk)
+    assert pairs != 18 * topk
+    right = torch.autograd.grad((expected.view_as(tokens) * direction).sum(), weights)
+    torch.testing.assert_close(output, expected.view_as(tokens), rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(found, right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+@torch._dynamo.config.patch(disable=True)  # compiling Megatron's SwiGLU takes half a minute
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_activations_are_recomputed_in_chunks_and_without(
+    engine_spec: ModuleSpec, dispatcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts recompute by themselves only without chunks. Megatron then reads the engine's FP8 state, here off."""
+    off = SimpleNamespace(is_fp8_enabled=lambda: False)
+    monkeypatch.setattr(random, "FP8GlobalStateManager", off, raising=False)
+    for name in ("activation_recompute_forward", "fp8_autocast"):
+        monkeypatch.setattr(random, name, lambda **_options: nullcontext(), raising=False)
+    tokens, found, weights = torch.rand(9, 2, HIDDEN, dtype=torch.float64), [], None
+    for recompute in ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}):
+        config = make_config(
+            moe_token_dispatcher_type=dispatcher, moe_grouped_gemm=True, moe_relu_activation_limit=1.0, **recompute
+        )
+        layer = with_relu_routing(engine_spec).submodules.mlp(config=config, layer_number=1)
+        layer.set_layer_number(1)
+        weights = weights or layer.to(torch.float64).state_dict()
+        layer.to(torch.float64).load_state_dict(weights)
+        for number_active in (4, 1):
+            layer.router.weight.data.abs_()[number_active:].neg_()
+            output, _ = layer(copy := tokens.clone().requires_grad_())
+            assert layer.experts.activation_recompute == (bool(recompute) and number_active == 1)
+            output.square().sum().backward()
+            found.append([copy.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+    for number in (0, 1):
+        for mine, plain in zip(found[number + 2], found[number], strict=True):
+            torch.testing.assert_close(mine, plain)
+
+
+def test_a_layer_in_fp8_is_recomputed_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It uses the engine's checkpoint, called as in Megatron's layer; without FP8 it does not."""
+    groups = []
+
+    def checkpoint(forward, distributes: bool, _tracker, group, *inputs: torch.Tensor | None) -> torch.Tensor:
+        assert not distributes
+        groups.append(group)
+        return forward(*inputs)
+
+    monkeypatch.setattr(remoe_layer, "te_checkpoint", checkpoint)
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    layer = make_layer(make_config(moe_relu_activation_limit=0.0, **recompute))
+    tokens, outputs = torch.randn(9, 2, HIDDEN, dtype=torch.float64, device=layer.router.weight.device), []
+    for precision in (None, "hybrid"):
+        layer.config.fp8 = precision
+        outputs.append(layer(tokens)[0])
+    assert groups == [layer.tp_group]
+    torch.testing.assert_close(*outputs)
+
+
+class Padding(torch.nn.Module):
+    """The interface of Transformer Engine's `Fp8Padding` and `Fp8Unpadding`: experts' rows become multiples of 16."""
+
+    def __init__(self, experts: int, align_size: int | None = None) -> None:
+        super().__init__()
+
+    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[int]]:
+        sizes = [-(-size // 16) * 16 for size in m_splits]
+        parts = zip(rows.split(m_splits), m_splits, sizes, strict=True)
+        return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, to - of)) for part, of, to in parts]), sizes
+
+
+class Unpadding(Padding):
+    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
+        padded = [-(-size // 16) * 16 for size in m_splits]
+        return torch.cat([part[:size] for part, size in zip(rows.split(padded), m_splits, strict=True)])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0, -1.0], ids=["all", "some", "none"])
+def test_fp8_gets_whole_blocks_of_each_expert(
+    engine_spec: ModuleSpec, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding changes no result, for any number of pairs; the rounding of FP8 is not simulated."""
+    monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: True)
+    monkeypatch.setattr(experts, "HAVE_TE", True)
+    monkeypatch.setattr(experts, "Fp8Padding", Padding)
+    monkeypatch.setattr(experts, "Fp8Unpadding", Unpadding)
+    seen: list[int] = []
+    forward = GroupedLinear.forward
+
+    def watched(self: GroupedLinear, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
+        seen.extend(m_splits)
+        return forward(self, rows, m_splits)
+
+    monkeypatch.setattr(GroupedLinear, "forward", watched)
+    tokens, found, weights = torch.rand(9, 2, HIDDEN, dtype=torch.float64) + 0.1, [], None
+    for precision in ({}, {"fp8": "hybrid", "fp8_recipe": "mxfp8"}):
+        config = make_config(moe_router_topk=2, moe_grouped_gemm=True, moe_relu_activation_limit=0.0, **precision)
+        layer = with_engine_kernels(with_relu_routing(engine_spec)).submodules.mlp(config=config, layer_number=1)
+        layer.set_layer_number(1)
+        weights = weights or layer.to(torch.float64).state_dict()
+        layer.to(torch.float64).load_state_dict(weights)
+        if share:
+            layer.router.weight.data.abs_().mul_(share)
+        seen.clear()
+        output, _ = layer(copy := tokens.clone().requires_grad_())
+        found.append((output, *torch.autograd.grad(output.square().sum(), [copy, *layer.parameters()])))
+    assert seen and all(size % 16 == 0 for size in seen)
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain)

@@ -1,0 +1,235 @@
+"""Test mistakes in flags, files and environment: each ends at once with a short message, and changes no file."""
+
+import hashlib
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.remoe.files.indexed import HEADER, IndexedWriter, bin_path, idx_path
+from megatron.remoe.start.checkpoint_index import read_index
+from tests.data_sets import write_documents
+from tests.entry import LIMIT, Entry
+from tests.gpt2_reference import gpt2_files
+from tests.start.mistakes import ENTRY, HYBRID, MAKE, User, on, plain, resumed, two
+from tests.tiny_model import RELU, TOPK
+from tests.trainings import REPOSITORY
+
+LINES = 3
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return path → hash of each file."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def copied(user: User, name: str) -> tuple[Path, Path]:
+    """Copy the data set, to damage it; return the .bin and .idx of the copy."""
+    for path in (bin_path, idx_path):
+        shutil.copy(path(user.folder / "text"), path(user.folder / name))
+    return bin_path(user.folder / name), idx_path(user.folder / name)
+
+
+def write_ids(prefix: Path, ids: list[int], kind: type) -> None:
+    with IndexedWriter(prefix, np.dtype(kind)) as writer:
+        writer.add(np.array(ids, dtype=kind), np.array([len(ids)]))
+        writer.finish()
+        writer.publish()
+
+
+def make_data_sets(user: User, source: Path) -> None:
+    for path in (bin_path, idx_path):
+        shutil.copy(path(source), path(user.folder / "text"))
+    os.truncate(copied(user, "short_bin")[0], 1000)
+    flipped = copied(user, "flipped")[1]
+    data = bytearray(flipped.read_bytes())
+    data[HEADER.size + 4] ^= 1
+    flipped.write_bytes(data)
+    write_documents(user.folder / "few", [b"abc"])
+    write_documents(user.folder / "one", [b"abc" * 1000])
+    write_ids(user.folder / "negative", [5, -7, *[6] * 1000], np.int32)
+    write_ids(user.folder / "nothing", [], np.uint16)
+    (user.folder / "file").write_text("a regular file\n")
+    (user.folder / "folder").mkdir()
+    for name, file in zip(("vocabulary", "merges"), gpt2_files(), strict=True):
+        shutil.copy(file, user.folder / name)
+
+
+def put_nan(folder: Path, key: str) -> None:
+    """Fill a tensor in a checkpoint's file with NaN."""
+    entry = next(entry for index, entry in read_index(folder).storage_data.items() if index.fqn == key)
+    with (folder / entry.relative_path).open("r+b") as file:
+        file.seek(entry.offset)
+        tensor, changed = torch.load(io.BytesIO(file.read(entry.length)), weights_only=True), io.BytesIO()
+        torch.save(tensor.fill_(torch.nan), changed)  # with a matching checksum
+        assert len(changed.getvalue()) == entry.length
+        file.seek(entry.offset)
+        file.write(changed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def user(entry: Entry, data: Path, tmp_path_factory: pytest.TempPathFactory) -> User:
+    user = User(tmp_path_factory.mktemp("user"))
+    make_data_sets(user, data)
+    relu = " ".join(RELU)
+    runs = {"remoe": relu, "distributed": f"{relu} --use-distributed-optimizer", "topk": " ".join(TOPK)}
+    for name, routing in {**runs, "dense": "", "hybrid": f"{relu} {HYBRID}"}.items():
+        saving = f"--save {{{name}}} --save-interval 2 --train-iters 2"
+        code, output = entry.run(plain(f"{routing} {saving}")(user))
+        assert code == 0, output[-3000:]
+    shutil.copytree(user["remoe"], user["nan"])
+    shutil.copytree(user["dense"], user["cut"])
+    for file in (user.folder / "cut" / "iter_0000002").glob("*.distcp"):
+        os.truncate(file, file.stat().st_size // 2)
+    put_nan(user.folder / "nan" / "iter_0000002", "decoder.final_layernorm.weight")
+    return user
+
+
+@pytest.fixture(scope="module")
+def used_port() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield str(server.getsockname()[1])
+
+
+def last_message(output: str) -> str:
+    """Return the output from the last error on."""
+    start = output.rfind("pretrain_gpt.py: error: ")
+    assert start >= 0, output[-2000:]
+    return output[start:]
+
+
+@pytest.mark.timeout(3 * LIMIT)
+@pytest.mark.parametrize("name", ENTRY)
+def test_entry(name: str, entry: Entry, user: User, used_port: str) -> None:
+    case, before = ENTRY[name], contents(user.folder)
+    environment = {key: value or used_port for key, value in (case.environment or {}).items()}
+    code, output = entry.run(case.arguments(user), environment, list(case.unset))
+    assert code is not None, f"hangs: {output[-2000:]}"
+    message = last_message(output)
+    assert code == case.code and message.count("\n") <= LINES and len(message) < 1000, message
+    for part in case.message.split("|"):
+        assert part in message
+    if code == 2 or "REMOE-E" in message:
+        assert "Traceback" not in output
+    after = contents(user.folder)
+    assert {path: after.get(path) for path in before} == before, "a file of the user's has changed"
+
+
+@pytest.mark.parametrize("arguments", [on("text"), resumed(), two()], ids=["new", "resumed", "two data sets"])
+def test_without_the_mistake_it_trains(arguments: Callable[[User], list[str]], entry: Entry, user: User) -> None:
+    """Without their mistake, the commands of the cases train."""
+    code, output = entry.run([*arguments(user), "--train-iters", "2"])
+    assert code == 0, output[-2000:]
+
+
+def test_what_changes_on_the_way_is_no_other_training(entry: Entry, user: User, tmp_path: Path) -> None:
+    """Length, micro-batch size, intervals and folders may change on resuming. A second start has nothing to do."""
+    shutil.copytree(user["remoe"], tmp_path / "moved")
+    for path in (bin_path, idx_path):
+        shutil.copy(path(user.folder / "text"), path(tmp_path / "text"))
+    moved = str(tmp_path / "moved")
+    others = "--train-iters 4 --lr-decay-iters 2 --micro-batch-size 4 --log-interval 2 --save-interval 3"
+    places = f"--load {moved} --save {moved} --data-path {tmp_path / 'text'}"
+    arguments = on("text", f"{others} --eval-interval 7 --eval-iters 1 {places}")(user)
+    code, output = entry.run(arguments)
+    assert code == 0 and "iteration        4/       4" in output and "Nothing to do" not in output, output[-2000:]
+    code, output = entry.run(arguments)
+    assert code == 0 and "validation loss at iteration 4" in output
+    last = output.splitlines()[-1]
+    assert (
+        last.startswith("Nothing to do: the checkpoint in --load")
+        and "is of iteration 4, and --train-iters is 4" in last
+    )
+
+
+PYTHON = sys.executable
+TRAIN = ["bash", "scripts/train_llama_182m_remoe.sh"]
+PREPROCESS = [PYTHON, "tools/preprocess_data.py", "--tokenizer-type", "GPT2BPETokenizer"]
+PILE = ["bash", "data_preprocessing.sh"]
+# Words between braces are files of the user.
+COMMANDS: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
+    "script: empty DATA_DIR": (TRAIN, {"DATA_DIR": "{folder}"}, 2, ("no *_document.bin in DATA_DIR=", MAKE)),
+    "script: VOCAB_FILE is a folder": (
+        TRAIN,
+        {"DATA_PATH": "{text}", "VOCAB_FILE": "{folder}", "MERGE_FILE": "{file}"},
+        2,
+        ("VOCAB_FILE: there is no", "folder"),
+    ),
+    "script: OUTPUT_DIR below a file": (
+        [*TRAIN, "--", "--cpu"],
+        {"DATA_PATH": "{text}", "VOCAB_FILE": "{file}", "MERGE_FILE": "{file}", "OUTPUT_DIR": "{file}/x"},
+        2,
+        ("OUTPUT_DIR=", "file/x cannot be written"),
+    ),
+    "pile: missing folder": (PILE, {"INPUT_DIR": "{nowhere}", "OUTPUT_DIR": "{folder}"}, 2, ("INPUT_DIR", "nowhere")),
+    "inspect: missing prefix": (
+        [PYTHON, "tools", "inspect", "{nowhere}"],
+        {},
+        1,
+        ("there is no", "nowhere.idx"),
+    ),
+    "preprocess: output below a file": (
+        [*PREPROCESS, *"--input {file} --output-prefix {file}/x --vocab-file {file} --merge-file {file}".split()],
+        {},
+        1,
+        ("error: --",),
+    ),
+    "preprocess: no input": (
+        [*PREPROCESS, "--input", "{nowhere}", "--output-prefix", "{folder}/x"],
+        {},
+        1,
+        ("error: --",),
+    ),
+}
+
+
+def environment_with(more: dict[str, str]) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return kept | {"PYTHON": PYTHON, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | more
+
+
+@pytest.mark.timeout(3 * LIMIT)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command(name: str, user: User) -> None:
+    words, environment, code, parts = COMMANDS[name]
+    before = contents(user.folder)
+
+    result = subprocess.run(
+        user.filled(words),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=LIMIT,
+        env=environment_with(dict(zip(environment, user.filled(environment.values()), strict=True))),
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") <= LINES, result.stderr
+    for part in parts:
+        assert part in result.stderr
+    assert contents(user.folder) == before
+
+
+@pytest.mark.timeout(120)
+def test_script_whose_training_refuses(user: User, tmp_path: Path) -> None:
+    """The log of a launch script has the entry's error, with no traceback before it."""
+    result = subprocess.run(
+        [*TRAIN, "1", "--", "--tokenizer-type", "NullTokenizer", "--vocab-size", "257", "--cpu"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment_with({"DATA_PATH": user["nowhere"], "OUTPUT_DIR": str(tmp_path / "run")}),
+    )
+    assert result.returncode != 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"pretrain_gpt.py: error: --data-path {user['nowhere']}: there is no" in log
+    assert "Traceback" not in log.split("pretrain_gpt.py: error: ")[0]

@@ -1,0 +1,91 @@
+"""Test who prints an error: the first rank, or any rank whose reason is its own, under the program's name."""
+
+import argparse
+import socket
+import sys
+
+import pytest
+import torch
+
+from megatron.remoe.files.errors import DataError
+from megatron.remoe.start import environment, messages
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the list of seconds that a rank would have waited before it printed."""
+    seconds: list[float] = []
+    monkeypatch.setattr(messages.time, "sleep", seconds.append)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/own_script.py"])
+    return seconds
+
+
+def said(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop, messages.usage_errors():
+        raise error
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_first_rank_says_it_at_once(waited, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert said(ValueError("--lr is wrong"), capsys) == "own_script.py: error: --lr is wrong\n"
+    assert said(DataError("no data"), capsys) == f"own_script.py: error: no data [{DataError.code}]\n"
+    megatrons = "Using tensor model parallelism require setting CUDA_DEVICE_MAX_CONNECTIONS to 1"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1 before the command" in said(AssertionError(megatrons), capsys)
+    assert not waited
+
+
+def test_another_rank_says_what_is_its_own_reason(waited, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert said(ValueError("--lr is wrong"), capsys) == "", "flags are wrong on all ranks, and told once"
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        expected = f"own_script.py: error: rank 3 on {socket.gethostname()}: no data [{DataError.code}]\n"
+        assert said(DataError("no data"), capsys) == expected
+    assert 0 < waited[0] < waited[1], "the first of a machine speaks first, and torchrun then ends the others"
+    (tmp_path / "file").touch()
+    args = argparse.Namespace(save=str(tmp_path / "file" / "run"), tensorboard_dir=None, data_cache_path=None)
+    with pytest.raises(SystemExit), messages.usage_errors():
+        environment.make_output_folders(args)
+    assert f"rank 3 on {socket.gethostname()}: --save {args.save}: cannot be written" in capsys.readouterr().err
+
+
+def test_last_words_are_of_the_program(waited, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(messages.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        messages.exit_with_message(RuntimeError("CUDA out of memory"))
+    words = capsys.readouterr().err.splitlines()[-2:]
+    assert stop.value.code == 1
+    assert words[0] == "own_script.py: error: rank 1: RuntimeError: CUDA out of memory"
+    assert "--micro-batch-size" in words[1]
+
+
+@pytest.mark.parametrize("text", ["(pid(s) 7) exited unexpectedly", "(pid 7) is killed by signal: Terminated. "])
+def test_a_lost_reader_of_data_is_one_line_and_a_remedy(text: str, waited, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(messages.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        messages.exit_with_message(RuntimeError(f"DataLoader worker {text}"))
+    output = capsys.readouterr().err
+    assert "Traceback" not in output and "resumes" in output
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (torch.distributed.DistStoreError("Timed out after 61 seconds waiting for clients."), "MASTER_ADDR"),
+        (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), "has ended"),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv"), "hangs"),
+        (torch.distributed.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL("), "hangs"),
+        (FileNotFoundError("No such file: '/data/finance/upgrade.bin'"), ""),
+        (RuntimeError("the loss is nan"), "--ckpt-step"),
+        (KeyError("decoder.q_layernorm.weight from model not in state dict"), "another model"),
+        (TimeoutError("Run initialization has timed out after 90.0 sec."), ""),
+        (ConnectionError("HTTPSConnectionPool(host='huggingface.co', port=443): Read timed out."), ""),
+    ],
+)
+def test_lost_ranks_and_timeouts_have_the_remedy_of_their_kind(error: Exception, remedy: str) -> None:
+    _, *below = messages.last_words(error).splitlines()
+    assert remedy in below[0] if remedy else not below

@@ -1,0 +1,83 @@
+"""Write folders under a temporary name and rename them when complete, lock them, and stamp them.
+
+A stamp is a file with a fingerprint of the inputs, written after the results that a later call can then reuse. For
+single files see `data/files.py`.
+"""
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron.remoe.files.files import take_lock, write_text
+
+from .errors import ToolError
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; rename it to `path` if the block ends without an exception, else remove it.
+
+    Raises:
+        OSError: it cannot be written, or `path` is not an empty folder at the end.
+    """
+    path = path.resolve()  # a link to an empty folder stays one
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.replace(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value to a file as JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def lock(folder: Path, tool: str) -> TextIO:
+    """Lock a tool's --output-dir until the returned file is closed, here and in every process that inherited it.
+
+    Raises:
+        ToolError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    if not take_lock(file):
+        file.close()
+        raise ToolError(
+            f"Another {tool} is running in {folder}. Wait for it, or give --output-dir another folder.", "REMOE-E503"
+        )
+    return file
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a hash of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of_files(paths: Iterable[Path]) -> str:
+    """Return a hash of the files' contents, in the order of their paths."""
+    return fingerprint([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)])
+
+
+def read_stamp(path: Path, inputs: str) -> dict[str, Any] | None:
+    """Return the stamp at `path`, or None if there is none or it has other inputs."""
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) and stamp.get("inputs") == inputs else None
+
+
+def make_empty(folder: Path) -> Path:
+    """Create a folder, or remove its content, and return it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,46 @@
+"""Paths of the project, in a clone and in an installed package."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # root of a clone
+LOG = "train.log"  # in a run's folder: what the training printed
+PACKAGE = ROOT if ROOT.name == "remoe" else ROOT / "megatron" / "remoe"  # holds tools/ when installed
+
+
+def run_folder(place: Path) -> Path:
+    """Return a run's folder, given it or its --save."""
+    return place.parent if place.name == "checkpoints" else place
+
+
+def is_clone() -> bool:
+    """Return whether the tools run from a clone."""
+    return PACKAGE != ROOT
+
+
+def home() -> Path:
+    """Return the folder that holds runs/: that of the clone, or the current one."""
+    return ROOT if is_clone() else Path.cwd()
+
+
+def entry() -> list[str]:
+    """Return the words that start a training, after the interpreter."""
+    return [str(ROOT / "pretrain_gpt.py")] if is_clone() else ["-m", "megatron.remoe.pretrain"]
+
+
+def interpreter() -> str:
+    """Return the Python of .venv in a clone that has it, else the running one."""
+    venv = ROOT / ".venv" / "bin" / "python"
+    return str(venv) if is_clone() and os.access(venv, os.X_OK) else sys.executable
+
+
+def tool(command: str) -> list[str]:
+    """Return the words that start a command of `remoe`, for a user who is in the current folder."""
+    installed = ROOT / ".venv" / "bin" / "remoe"
+    return [str(short(installed)) if is_clone() and installed.exists() else "remoe", command]
+
+
+def short(path: Path) -> Path:
+    """Return a path relative to the current folder if it is in there, else unchanged."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,1 @@
+"""Models after training: convert, export, generate, evaluate, analyze; read both checkpoint formats."""

@@ -1,0 +1,155 @@
+"""Convert a dense or top-k checkpoint to a ReMoE, or start another conversion."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron.core.models.gpt import GPTModel
+
+from ...console.display import Display
+from ...console.errors import ConversionError
+from ...runs.running import run_tool
+from ..checkpoints import Checkpoint, check_output, find, load, save
+from ..megatron_model import build, one_process
+from ..text import blend_of, sample
+from .arguments import parse_arguments
+from .fitting import fit_router, keep_largest
+from .from_fork import convert_fork
+from .from_fsdp import convert_fsdp
+from .from_hf import convert_hf
+from .model_class import convert_class
+from .models import count_pairs, fill, moe_layers, record_routers, round_to, source_args, target_args
+
+BOUNDS = {"dense": 0.01, "top-k": 0.05}
+TOKENS_PER_FORWARD = 4096
+# The way to the target is short, so λ should start higher and move less than in a training from scratch.
+GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
+
+
+@torch.no_grad()
+def loss_of(model: GPTModel, text: torch.Tensor, display: Display) -> float:
+    """Return the mean cross entropy of `text` `[sequences, length + 1]` in nats per token."""
+    length = text.shape[1] - 1
+    positions = torch.arange(length)
+    total = 0.0
+    for batch in text.split(max(1, TOKENS_PER_FORWARD // length)):
+        losses = model(batch[:, :-1], positions.expand(len(batch), -1), None, labels=batch[:, 1:])
+        total += float(losses.double().sum())
+        display.advance(len(batch))
+    return total / (len(text) * length)
+
+
+def convert(options: argparse.Namespace, display: Display) -> None:
+    """Convert a dense or top-k checkpoint to a ReMoE.
+
+    Raises:
+        ConversionError: something is wrong with the flags, the checkpoint or the data, or the loss grows too much.
+    """
+    checkpoint = find(options.load, options.ckpt_step)
+    if getattr(checkpoint.args, "hybrid_layer_pattern", None):
+        raise ConversionError(f"{checkpoint.folder}: is that of a HybridModel. Convert it with --model gpt first.")
+    args = source_args(checkpoint.args)
+    new_args = target_args(args, options)
+    kind = "dense" if args.num_experts is None else "top-k"
+    display.say(f"{kind} checkpoint {checkpoint.name}: {args.num_layers} layers of hidden size {args.hidden_size}")
+    sequences = -(-options.tokens // args.seq_length)
+    blend = blend_of(args, options.data_path)
+    size = 2 * sequences, args.seq_length, args.padded_vocab_size
+    text = sample(blend, *size, options.seed, or_else=", or a smaller number with --tokens")
+    to_fit, to_measure = text.chunk(2)
+    with one_process(options.seed):
+        target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
+        with display.step("running the ReMoE", len(to_measure)), count_pairs(target) as pairs:
+            loss_after = loss_of(target, to_measure, display)
+        sparsity = 1 - sum(active for active, _ in pairs) / sum(total for _, total in pairs)
+        bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
+        growth = loss_after / loss_before - 1
+        result = f"loss {loss_before:.4f} before, {loss_after:.4f} after ({growth:+.2%}, bound {bound:.2%})"
+        if not growth <= bound:
+            raise ConversionError(
+                f"{result}: nothing was written. Fit to more text (--tokens {4 * options.tokens}), or accept more with "
+                "--loss-bound."
+            )
+        display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
+        new_args.transformer_impl = options.transformer_impl or args.transformer_impl
+        save(target, new_args, options.save)
+    flags = training_flags(new_args, options.save)
+    if kind == "top-k" and new_args.moe_router_topk < args.moe_router_topk:
+        flags += f" --teacher {options.load}"
+    display.say(f"wrote {options.save}; train with {flags}")
+
+
+def _fitted(
+    options: argparse.Namespace,
+    display: Display,
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    new_args: argparse.Namespace,
+    to_fit: torch.Tensor,
+    to_measure: torch.Tensor,
+) -> tuple[GPTModel, float]:
+    """Return the ReMoE with fitted routers, and the source's loss."""
+    source, target = build(args), build(new_args)
+    load(checkpoint, source)
+    layers = moe_layers(target)
+    with display.step("running the source", len(to_fit) + len(to_measure)):
+        with record_routers(source, layers) as (inputs, gates):
+            loss_of(source, to_fit, display)
+        loss_before = loss_of(source, to_measure, display)
+    routers = {}
+    with display.step("fitting the routers", len(layers)):
+        for number, layer in enumerate(layers):
+            seen = torch.cat(inputs.pop(layer))
+            if args.num_experts is None:
+                wanted = torch.ones(len(seen), new_args.moe_granularity)
+                copies, start = new_args.num_experts // new_args.moe_granularity, None
+            else:
+                wanted, copies = torch.cat(gates.pop(layer)), 1
+                if new_args.moe_router_topk < args.moe_router_topk:
+                    wanted = keep_largest(wanted, new_args.moe_router_topk)
+                start = source.decoder.layers[layer].mlp.router.weight.detach()
+            fitted = fit_router(seen, wanted, copies, start, options.seed + number)
+            routers[layer] = fitted.weight
+            display.advance(1)
+            display.say(
+                f"layer {layer + 1} of {args.num_layers}: gates within {fitted.error:.1%} (root mean square), "
+                f"sparsity {fitted.sparsity:.3f}"
+            )
+    fill(target, source, routers)
+    round_to(target, args.params_dtype)
+    return target, loss_before
+
+
+def training_flags(args: argparse.Namespace, output: Path) -> str:
+    """Return the flags to train the ReMoE with, in addition to those of its source."""
+    granularity = args.moe_granularity
+    flags = f"--pretrained-checkpoint {output} --moe-relu-routing --num-experts {args.num_experts // granularity}"
+    flags += f" --moe-router-topk {args.moe_router_topk // granularity}"
+    if granularity > 1:
+        flags += f" --moe-granularity {granularity}"
+    if args.moe_layer_freq != 1:
+        flags += f" --moe-layer-freq '{str(args.moe_layer_freq).replace(' ', '')}'"
+    return f"{flags} {GENTLE}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0; 1 if it cannot be converted; 130 if it was stopped."""
+    options = parse_arguments(arguments)
+
+    def work() -> None:
+        check_output(options.save)
+        display = Display()
+        if options.from_hf:
+            convert_hf(options, display)
+        elif options.from_fork:
+            convert_fork(options, display)
+        elif options.from_fsdp:
+            convert_fsdp(options, display)
+        elif options.model:
+            convert_class(options, display)
+        else:
+            convert(options, display)
+
+    return run_tool("convert", work, "stopped; nothing was written")

@@ -1,0 +1,64 @@
+"""Write the weights of a Megatron-FSDP checkpoint (fsdp_dtensor) as a distributed one (torch_dist)."""
+
+import argparse
+from collections.abc import Mapping
+
+import torch
+
+from megatron.remoe.start.checkpoint_files import check_is_whole
+from megatron.remoe.start.checkpoint_index import common_state, is_of_fsdp, read_index
+from megatron.remoe.start.stored_sums import check_part
+
+from ...console.display import Display
+from ...console.errors import ConversionError
+from ..checkpoints import find_folder, read_parts, reading, save
+from ..hf.settings import complete
+from ..megatron_model import EXPERT, build, one_process
+
+PREFIX = "model.module."
+# A norm's name in the model → its key where Transformer Engine fuses it with the next product.
+NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
+    """Write the model under `options.load` to `options.save`, λ included, without optimizer state.
+
+    Raises:
+        ConversionError: it has another format, cannot be read, or the output cannot be written.
+    """
+    folder = find_folder(options.load, options.ckpt_step)
+    with reading(folder):
+        check_is_whole(folder)
+        index = read_index(folder)
+        if not is_of_fsdp(index):
+            raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
+        check_part(folder, index, 0, 1)
+        args = complete(common_state(folder, index)["args"])
+    args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
+    args.transformer_impl = options.transformer_impl or args.transformer_impl
+    with one_process(args.seed):
+        model = build(args)
+        parts: dict[str, tuple[torch.Tensor, int | None]] = {}
+        for name, tensor in model.state_dict().items():
+            if torch.is_tensor(tensor):
+                parts |= {key: (part, None) for key, part in _stored(name, tensor, index.state_dict_metadata).items()}
+        read_parts(folder, index, parts)
+        save(model, args, options.save)
+    display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
+
+
+def _stored(name: str, tensor: torch.Tensor, keys: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """Return the checkpoint's keys of a tensor, each with the part to fill; SwiGLU's halves have a key each."""
+    names = [name, *(name.replace(local, engine) for local, engine in NORMS.items())]
+    if expert := EXPERT.fullmatch(name):
+        names.append(f"{expert['mlp']}experts.{expert['weight']}{expert['expert']}")
+    for key in (PREFIX + name for name in names):
+        if key in keys:
+            return {key: tensor}
+        if f"{key}_w" in keys:
+            gate, up = tensor.chunk(2)
+            return {f"{key}_w": gate, f"{key}_v": up}
+    raise ConversionError(f"the checkpoint has no {name}, which its arguments call for.")

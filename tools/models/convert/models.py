@@ -1,0 +1,206 @@
+"""Arguments and weights of the source and of the ReMoE made from it."""
+
+import argparse
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.remoe.routing.problems import relu_routing_problems
+from megatron.remoe.training.arguments import apply_granularity
+
+from ...console.errors import ConversionError
+from ...recipes.flops import layer_frequency
+from ..hf.settings import complete
+from ..megatron_model import EXPERT, HERE
+from .fitting import split_mlp
+
+# Settings that only top-k routing uses.
+TOPK_ONLY: dict[str, Any] = {
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_topk_limited_devices": None,
+    "moe_router_fusion": False,
+    "moe_expert_capacity_factor": None,
+    "moe_pad_expert_input_to_capacity": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_enable_deepep": False,
+    "moe_warmup_topk": None,
+    "moe_warmup_steps": 0,
+}
+FLAGS = "REMOE-E501"  # they do not fit
+ROUTER = re.compile(r".*\.layers\.(?P<layer>\d+)\.mlp\.router\.(?P<name>\w+)")
+
+
+def source_args(saved: argparse.Namespace) -> argparse.Namespace:
+    """Return the source's saved arguments, complete for this version of Megatron.
+
+    Raises:
+        ConversionError: the checkpoint is that of a ReMoE already.
+    """
+    if getattr(saved, "moe_relu_routing", False):
+        raise ConversionError(
+            "--load: this is a checkpoint of a ReMoE already. Train on from it with pretrain_gpt.py --load."
+        )
+    return complete(saved)
+
+
+def target_args(source: argparse.Namespace, options: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments of the ReMoE, from those of its source and the tool's flags, which are None if not given.
+
+    Raises:
+        ConversionError: they do not fit the source, or ReLU routing does not work with its other settings.
+    """
+    if source.mtp_num_layers:
+        raise ConversionError(
+            f"--load: layers of multi-token prediction are not converted, and it has {source.mtp_num_layers} of them."
+        )
+    target = copy.copy(source)
+    if source.num_experts is None:
+        _become_mixture(target, options)
+    else:
+        _keep_mixture(target, options)
+    target.moe_relu_routing = True
+    vars(target).update(TOPK_ONLY)
+    vars(target).update(consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, iteration=0)
+    problems = relu_routing_problems(argparse.Namespace(**(vars(target) | HERE)))  # layout and speed are free
+    if problems:
+        raise ConversionError("\n".join(problems), "")  # each has its code
+    return target
+
+
+def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
+    if options.num_experts is None:
+        raise ConversionError("--load is a dense checkpoint: give --num-experts.", FLAGS)
+    if options.num_experts < 2:
+        raise ConversionError(f"--num-experts {options.num_experts} must be at least 2.", FLAGS)
+    target.num_experts, target.moe_ffn_hidden_size = options.num_experts, None
+    target.moe_router_topk = 1 if options.moe_router_topk is None else options.moe_router_topk
+    target.moe_granularity = options.moe_granularity or 1
+    try:
+        target.moe_layer_freq = layer_frequency(options.moe_layer_freq or "1")
+    except ValueError as error:
+        raise ConversionError(f"{error}.", FLAGS) from error
+    pattern = target.moe_layer_freq
+    if isinstance(pattern, list) and (len(pattern) != target.num_layers or not any(pattern)):
+        raise ConversionError(
+            f"--moe-layer-freq {options.moe_layer_freq}: is a pattern of {len(pattern)} layers with {sum(pattern)} MoE "
+            f"layers. It must have {target.num_layers}, and one or more MoE layers.",
+            FLAGS,
+        )
+    try:
+        apply_granularity(target)
+    except ValueError as error:
+        raise ConversionError(str(error), FLAGS) from error
+    target.moe_ffn_hidden_size = target.ffn_hidden_size // target.moe_granularity
+
+
+def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
+    granularity = target.moe_granularity
+    has = {
+        "num_experts": target.num_experts // granularity,
+        "moe_granularity": granularity,
+        "moe_layer_freq": target.moe_layer_freq,
+    }
+    for name, value in has.items():
+        given = getattr(options, name)
+        if given is not None and given != value and given != str(value):
+            raise ConversionError(
+                f"--{name.replace('_', '-')} {given}, but --load is a top-k checkpoint that has {value}. "
+                "Leave the flag out: its experts are kept.",
+                FLAGS,
+            )
+    if options.moe_router_topk is not None:
+        target.moe_router_topk = options.moe_router_topk * granularity
+
+
+def moe_layers(model: GPTModel) -> list[int]:
+    """Return the indices of the layers with experts, from 0."""
+    return [index for index, layer in enumerate(model.decoder.layers) if isinstance(layer.mlp, MoELayer)]
+
+
+@torch.no_grad()
+def fill(target: GPTModel, source: GPTModel, routers: dict[int, torch.Tensor]) -> None:
+    """Copy the source's weights into the ReMoE: a dense layer, or one part of it, into each expert.
+
+    Args:
+        target: the ReMoE, changed.
+        source: dense or top-k.
+        routers: layer's index → router weights `[num_experts, hidden]`.
+    """
+    state = source.state_dict()
+    config = target.config
+    parts: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for name, tensor in target.state_dict().items():
+        expert, router = EXPERT.fullmatch(name), ROUTER.fullmatch(name)
+        if router and router["name"] == "weight":
+            tensor.copy_(routers[int(router["layer"])])
+        elif not torch.is_tensor(tensor) or router:
+            continue  # λ starts at λ₀
+        elif expert and name not in state:
+            mlp = expert["mlp"]
+            if mlp not in parts:
+                weights = {key.removeprefix(mlp): value for key, value in state.items() if key.startswith(mlp)}
+                parts[mlp] = split_mlp(weights, config.moe_granularity, config.gated_linear_unit)
+            copies = config.num_moe_experts // config.moe_granularity
+            tensor.copy_(parts[mlp][int(expert["expert"]) // copies][expert["weight"]])
+        else:
+            tensor.copy_(state[name])
+
+
+@torch.no_grad()
+def round_to(model: GPTModel, dtype: torch.dtype) -> None:
+    """Round the weights to values that `dtype` can hold."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+@contextmanager
+def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[int, Any], dict[int, Any]]]:
+    """Collect the inputs of the feed-forward layers and the gates of top-k routers, inside the block.
+
+    Yields:
+        Layer's index → list of inputs `[tokens, hidden]`, and of gates `[tokens, num_experts]`, empty if it is dense.
+    """
+    inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+    gates: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+
+    def keep_input(seen: list[torch.Tensor], _module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = positional[0] if positional else named["hidden_states"]
+        seen.append(hidden.reshape(-1, hidden.shape[-1]).clone())
+
+    def keep_gates(seen: list[torch.Tensor], _module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
+        seen.append((routed[0] * routed[1]).float())
+
+    with ExitStack() as hooks:
+        for index in layers:
+            mlp = source.decoder.layers[index].mlp
+            hooks.enter_context(mlp.register_forward_pre_hook(partial(keep_input, inputs[index]), with_kwargs=True))
+            if isinstance(mlp, MoELayer):
+                hooks.enter_context(mlp.router.register_forward_hook(partial(keep_gates, gates[index])))
+        yield inputs, gates
+
+
+@contextmanager
+def count_pairs(model: GPTModel) -> Iterator[list[tuple[int, int]]]:
+    """Collect the numbers of active and of all (token, expert) pairs of each router call, inside the block."""
+    pairs: list[tuple[int, int]] = []
+
+    def count(_module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
+        pairs.append((int(routed[1].sum()), routed[1].numel()))
+
+    with ExitStack() as hooks:
+        for index in moe_layers(model):
+            hooks.enter_context(model.decoder.layers[index].mlp.router.register_forward_hook(count))
+        yield pairs

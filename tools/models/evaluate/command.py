@@ -1,0 +1,64 @@
+"""Measure, show and write the results of trained models."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from ...console.display import Display, print_table
+from ...console.files import write_json
+from ...runs import evaluations
+from ...runs.running import run_tool
+from ..hf.opening import open_model
+from ..on_cpu import megatron_on_cpu
+from .arguments import parse_arguments
+from .tasks import compare_with_paper, score
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the results as tables."""
+    for titles, rows in evaluations.tables(results):
+        print_table(titles, rows, text=len(titles))
+        if evaluations.BY_LAYER in titles and any(row[-1] for row in rows):
+            print(evaluations.EXPLAINED)
+    if "tasks" in results:
+        compared = compare_with_paper(results["tasks"])
+        if compared[0] != [""]:
+            print("\nAccuracy in %; the paper's: arXiv 2412.14711, table 8, 30B tokens each")
+            print_table(*compared, text=1)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure, show and write the results; after an error or a stop, those that were finished.
+
+    Raises:
+        ToolError: something is wrong with the flags, a model or the data.
+        OSError: --output cannot be written.
+    """
+    results: dict[str, Any] = {}
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        given = args.ckpt_step, args.tokenizer_model, args.tasks is not None
+        models = {str(place): open_model(place, *given) for place in args.load}
+        if args.data_path:
+            megatron_on_cpu()
+            from .speed import measure_speed
+            from .text import measure_text
+
+            measure_text(args, models, Display(), results)
+            if args.speed:
+                results["speed"] = measure_speed(args, models)
+        if args.tasks is not None:
+            for name, (model, tokenizer, _) in models.items():
+                assert tokenizer is not None
+                results.setdefault("tasks", {})[name] = score(args, model, tokenizer)
+    finally:
+        show(results)
+        if args.output is not None and results:
+            write_json(args.output, results)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    args = parse_arguments(arguments)
+    return run_tool("evaluate", lambda: evaluate(args))

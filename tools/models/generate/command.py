@@ -1,0 +1,102 @@
+"""Continue texts with a trained model."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from megatron.remoe.hf import RemoeForCausalLM
+
+from ...console.errors import ToolError
+from ...runs.running import run_tool
+from ..expert_counts import count_experts
+from ..hf.opening import open_model
+from .arguments import parse_arguments
+
+
+def prompts(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the texts to continue: the given one, or lines of UTF-8 from standard input."""
+    if args.prompt is not None:
+        yield args.prompt
+    elif args.prompt_file is not None:
+        try:
+            yield args.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ToolError(f"--prompt-file {args.prompt_file}: cannot be read ({error}).", "REMOE-E504") from error
+    else:
+        if sys.stdin.isatty():
+            print("Type a text to continue; an empty line ends.", file=sys.stderr)
+        for line in iter(sys.stdin.buffer.readline, b""):
+            if not line.strip():
+                return
+            try:
+                text = line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                print(f"This line is left out: {error}.", file=sys.stderr, flush=True)
+            else:
+                yield text
+
+
+def continue_text(
+    model: RemoeForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, args: argparse.Namespace
+) -> str:
+    """Print the prompt and its continuation, token by token.
+
+    Returns:
+        Number of tokens, their rate, and the mean number of experts per token and layer.
+
+    Raises:
+        ToolError: the prompt is empty or too long.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    if not 0 < length < context:
+        raise ToolError(
+            f"the prompt has {length} tokens, and must have 1 to {context - 1}: the model's context is {context}.",
+            "REMOE-E501",
+        )
+    sampling = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    started = time.perf_counter()
+    with count_experts(model) as counts, torch.inference_mode():
+        output = model.generate(
+            **inputs, **sampling, max_new_tokens=min(args.max_new_tokens, context - length), streamer=streamer
+        )
+    new = output.shape[1] - length
+    line = f"{new} tokens, {new / (time.perf_counter() - started):.1f} tokens/s"
+    if output.shape[1] == context:
+        line += f", stopped at the model's context of {context} tokens"
+    if counts:
+        mean = torch.cat([one for passes in counts.values() for one in passes]).double().mean()
+        line += f", {mean:.2f} experts per token and layer"
+    return line
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Continue each text.
+
+    Raises:
+        ToolError: something is wrong with the flags, the model or a text.
+    """
+    model, tokenizer, _ = open_model(args.load, args.ckpt_step, args.tokenizer_model)
+    assert tokenizer is not None
+    torch.manual_seed(args.seed)
+    for prompt in prompts(args):
+        try:
+            line = continue_text(model, tokenizer, prompt, args)
+        except ToolError as error:
+            if args.prompt is not None or args.prompt_file is not None:
+                raise
+            line = str(error)  # continue with the next line
+        print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0; 1 if something is wrong; 130 if it was stopped."""
+    args = parse_arguments(arguments)
+    return run_tool("generate", lambda: generate(args))

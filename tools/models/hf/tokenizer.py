@@ -1,0 +1,96 @@
+"""Read tokenizers for transformers, and make the settings for text generation."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron.remoe.files.errors import DataError
+from megatron.remoe.files.gpt2_files import FOLDER_TOKENIZER, GPT2_FILES, GPT2_TOKENIZER
+from megatron.remoe.hf import RemoeConfig
+from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
+
+from ...console.errors import ConversionError
+
+CODE = "REMOE-E513"
+REMEDY = "Give the folder of a Hugging Face tokenizer, or of GPT-2's two files, with --tokenizer-model."
+
+
+def read_tokenizer(folder: Path, name: str, config: RemoeConfig, **options: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a folder, also one of GPT-2's two files, without running its code or asking the user.
+
+    Args:
+        folder: with the files.
+        name: of the flag and folder, for errors.
+        config: of the model.
+        options: for transformers.
+
+    Raises:
+        ConversionError: it cannot be read, or has more tokens than the model.
+    """
+    if not folder.is_dir():
+        raise ConversionError(f"{name}: is not a folder. {REMEDY}", CODE)
+    try:
+        if gpt2_files := _gpt2_files(folder):
+            folder = gpt2_tokenizer_folder(*gpt2_files)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
+        size = len(tokenizer)
+    except Exception as error:  # a damaged tokenizer.json raises almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConversionError(f"{name}: its tokenizer cannot be read ({reason}). {REMEDY}", CODE) from error
+    if size > config.vocab_size:
+        raise ConversionError(
+            f"{name}: its tokenizer has {size} tokens, and the model {config.vocab_size}. Give that of the training.",
+            CODE,
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _gpt2_files(folder: Path) -> list[Path]:
+    """Return vocabulary and merges of a folder that has them and nothing for transformers, else an empty list."""
+    if any((folder / name).exists() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
+        return []
+    found = ([folder / name for name in pair] for pair in GPT2_FILES)
+    return next((pair for pair in found if all(path.is_file() for path in pair)), [])
+
+
+def tokenizer_of(args: argparse.Namespace, given: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
+    """Return the training's tokenizer, or the one in a folder, set up for generation; None if there is none.
+
+    Sets the tokens for the start and end of a text in the configuration.
+
+    Raises:
+        ConversionError: it is missing, transformers cannot read it, or it has more tokens than the model.
+    """
+    kind, place, files = args.tokenizer_type, given or args.tokenizer_model, (args.vocab_file, args.merge_file)
+    if kind == FOLDER_TOKENIZER and hasattr(args, "gpt2_files") and not Path(place).is_dir():
+        kind, files = GPT2_TOKENIZER, args.gpt2_files  # the folder was in the cache of another machine
+    if given is None and kind == "NullTokenizer":
+        return None
+    if given is None and kind == GPT2_TOKENIZER and all(files):
+        try:
+            place = gpt2_tokenizer_folder(*files)
+        except DataError as error:
+            raise ConversionError(f"--load: its tokenizer cannot be read ({error}) {REMEDY}", CODE) from error
+    elif given is None and kind != FOLDER_TOKENIZER:
+        raise ConversionError(
+            f"--load: was trained with --tokenizer-type {kind}, which cannot be exported. {REMEDY}", CODE
+        )
+    name = f"--tokenizer-model {place}" if given else f"--load: its --tokenizer-model {place}"
+    options = {"padding_side": "left", "model_max_length": args.max_position_embeddings}
+    tokenizer = read_tokenizer(Path(place), name, config, **options)
+    # Not pad_token_id: the embedding would not train that token.
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return tokenizer
+
+
+def generation_config(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
+    """Return settings that end and pad texts, and suppress the padding tokens of Megatron's vocabulary."""
+    end = config.eos_token_id if tokenizer is None or config.eos_token_id is not None else tokenizer.eos_token_id
+    found = GenerationConfig(eos_token_id=end, pad_token_id=end[0] if isinstance(end, list) and end else end)
+    if tokenizer is not None:
+        found.suppress_tokens = list(range(len(tokenizer), config.vocab_size)) or None
+    return found

@@ -1,0 +1,184 @@
+"""Build the no-op CUDA from `cuda/`, when it is first needed; see cuda/stub.h."""
+
+import hashlib
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ...console.errors import ToolError
+from .cards import CARDS, CONTEXT
+
+FOLDER = Path(__file__).parent / "cuda"
+MANAGEMENT = FOLDER / "management.cpp"
+SOURCES = sorted(set(FOLDER.glob("*.cpp")) - {MANAGEMENT})
+NAME, MANAGEMENT_NAME = "libcuda.so.1", "libnvidia-ml.so.1"
+# Symbols of CUDA's family in the libraries of PyTorch.
+FAMILY = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu[A-Z]|nvrtc[A-Z])\w*")
+OTHERS = re.compile(r"cuFile|cudnn")
+# These only look up names; torch's own libraries do that.
+REAL = {"cudaGetErrorName", "cudaGetErrorString", "cublasGetStatusString", "ncclGetErrorString", "cublasLtGetVersion"}
+# Functions that the C++ files do not define: parameters and body → their names. All others return 0.
+ANSWERS = {
+    "() { rehearsal_launched(); return 0; }": """
+        __cudaLaunchKernel cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel cuLaunchKernel
+        cuLaunchKernelEx cublasGemmEx cublasSgemm_v2 cublasGemmStridedBatchedEx cublasSgemmStridedBatched cublasLtMatmul
+        ncclReduce ncclReduceScatter ncclSend ncclRecv ncclAlltoAll ncclBcast _cudaLaunchKernelEx
+    """,
+    "(void** made) { *made = rehearsal_handle(); return 0; }": """
+        cublasCreate_v2 cublasLtCreate cublasLtMatmulDescCreate cublasLtMatrixLayoutCreate
+        cublasLtMatmulPreferenceCreate cudaStreamCreate cudaStreamCreateWithFlags cudaStreamCreateWithPriority
+        cudaEventCreate cudaEventCreateWithFlags cudaGraphInstantiate cudaGraphInstantiateWithFlags __cudaGetKernel
+        cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleGetFunction cuDevicePrimaryCtxRetain cuCtxGetCurrent
+        nvrtcCreateProgram _cudaLibraryLoadData _cudaLibraryGetKernel
+    """,
+    "(int* value) { *value = CUDA; return 0; }": "cudaDriverGetVersion cudaRuntimeGetVersion cuDriverGetVersion",
+    "(int* value) { *value = 1; return 0; }": "cudaDeviceCanAccessPeer",
+    "(int* value) { *value = 2; return 0; }": """
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags
+        cuOccupancyMaxActiveBlocksPerMultiprocessor
+    """,
+    "(int* value) { *value = 66; return 0; }": "cuOccupancyMaxActiveClusters",
+    # CuTe DSL's runtime contains CUDA's under these names. They return bytes of shared memory, and the device.
+    "() { return 0; }": """
+        _cudaFuncSetAttribute _cudaKernelSetAttributeForDevice _cudaSetDevice cuda_dialect_init_library_once
+    """,
+    "(int* value) { *value = 232448; return 0; }": "_cudaDeviceGetAttribute _cuKernelGetAttribute",
+    "(int* value) { *value = 0; return 0; }": "_cudaGetDevice",
+    # No priority, default modes, no error.
+    "(void*, int* value) { *value = 0; return 0; }": """
+        cudaStreamGetPriority cuStreamIsCapturing cublasGetMathMode cublasGetPointerMode_v2 ncclCommGetAsyncError
+    """,
+}
+# Triton launches kernels with a module that it compiles from this file at first use.
+TRITON = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "driver.c"
+
+
+def about_torch() -> dict[str, Any]:
+    """Return the names in PyTorch's version.py, its path as "__file__". Importing PyTorch would take two seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(name="torch")
+    return runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+
+
+def libraries() -> list[Path]:
+    """Return the libraries to preload; build them if there are none of these sources and this torch.
+
+    Raises:
+        ToolError: torch is not built for CUDA, or headers or a compiler are missing; the message says what to install.
+    """
+    torch = about_torch()
+    if torch["cuda"] is None:
+        raise ToolError(
+            "A rehearsal needs PyTorch built for CUDA, as PyPI has it for Linux, and here is "
+            f"{torch['__version__']}, for CPUs alone. Install it in another environment (pip install torch), and name "
+            "that: PYTHON=/path/to/python."
+        )
+    sources = [*sorted(FOLDER.iterdir()), Path(__file__), *[TRITON] * TRITON.exists()]
+    digest = hashlib.sha256(torch["__version__"].encode() + b"".join(path.read_bytes() for path in sources))
+    folder = cache() / f"rehearsal-{digest.hexdigest()[:16]}"
+    if not (folder / NAME).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            unanswered = Path(aside) / "unanswered.cpp"
+            unanswered.write_text(_unanswered())
+            _compile([MANAGEMENT], Path(aside) / MANAGEMENT_NAME)
+            _compile([*SOURCES, unanswered], Path(aside) / NAME)
+            folder.mkdir(exist_ok=True)
+            for name in (MANAGEMENT_NAME, NAME):
+                os.replace(Path(aside) / name, folder / name)
+    return [folder / NAME, folder / MANAGEMENT_NAME]
+
+
+def environment_of(gpu: str, devices: int) -> dict[str, str]:
+    """Return the environment in which a process sees the no-op CUDA, on top of this process's.
+
+    Args:
+        gpu: the kind of card, a key of `CARDS`.
+        devices: how many of them the process sees.
+
+    Raises:
+        ToolError: as `libraries`.
+    """
+    card, built = CARDS[gpu], libraries()
+    return {
+        "LD_PRELOAD": ":".join(map(str, built)),
+        "REHEARSAL_CARD": card.title,
+        "REHEARSAL_CAPABILITY": card.capability,
+        "REHEARSAL_MULTIPROCESSORS": str(card.multiprocessors),
+        "REHEARSAL_DEVICES": str(devices),
+        "REHEARSAL_GIB": str(card.memory - CONTEXT),
+        "TRITON_LIBCUDA_PATH": str(built[0].parent),
+        "TRITON_CACHE_DIR": str(cache() / "triton"),
+        "TRITON_INTERPRET": "0",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def cache() -> Path:
+    """Return the folder of the built libraries."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
+
+
+def _compile(sources: list[Path], output: Path) -> None:
+    command = [*_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-Wl,-soname,{output.name}"]
+    command += [f"-I{path}" for path in _include_folders()]
+    result = subprocess.run([*command, *map(str, sources), "-o", str(output), "-ldl"], capture_output=True, text=True)
+    if result.returncode:
+        raise ToolError(f"The no-op CUDA cannot be built:\n{result.stderr[-3000:]}")
+
+
+def _compiler() -> list[str]:
+    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
+        if name and (found := shutil.which(name)):
+            return [found]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "c++"]
+    raise ToolError("A rehearsal needs a C++ compiler: install g++, or with pip the package ziglang.")
+
+
+def _include_folders() -> list[Path]:
+    """Return the folders of CUDA's headers in PyPI's packages. No torch installs crt's, and not every torch CCCL's."""
+    nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    found = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
+    needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
+    version = ".".join(about_torch()["cuda"].split(".")[:2])
+    missing = [name for file, name in needed.items() if not any((path / file).exists() for path in found)]
+    if missing:
+        words = " ".join(f"'{name}=={version}.*'" for name in missing)
+        raise ToolError(f"A rehearsal needs CUDA's headers: pip install {words}.")
+    return found
+
+
+def _unanswered() -> str:
+    """Return C++ for every symbol that PyTorch and Triton need and that no source here defines."""
+    major, minor = map(int, about_torch()["cuda"].split(".")[:2])
+    bodies = dict.fromkeys(_imported() - REAL, "() { return 0; }")
+    bodies |= {name: body for body, names in ANSWERS.items() for name in names.split()}
+    answered = {name for path in SOURCES for name in re.findall(r"^ANSWER\(.+?\)\s*(\w+)\(", path.read_text(), re.M)}
+    lines = ['extern "C" void rehearsal_launched();', 'extern "C" void* rehearsal_handle();']
+    lines.append(f"#define CUDA {1000 * major + 10 * minor}")
+    lines.append('#define ANSWER extern "C" __attribute__((visibility("default")))')
+    lines += [f"ANSWER int {name}{bodies[name]}" for name in sorted(bodies.keys() - answered)]
+    return "\n".join(lines) + "\n"
+
+
+def _imported() -> set[str]:
+    """Return the symbols of CUDA's family that PyTorch's libraries and Triton need from other libraries."""
+    names = set(re.findall(r"\bcu[A-Z]\w*(?=\()", TRITON.read_text())) if TRITON.exists() else set()
+    for path in sorted((Path(about_torch()["__file__"]).parent / "lib").glob("*.so")):
+        command = ["nm", "-D", "--undefined-only", "--without-symbol-versions", str(path)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise ToolError(f"nm, of the package binutils, cannot read {path}: {result.stderr[:300]}")
+        names |= {line.split()[-1] for line in result.stdout.splitlines()}
+    return {name for name in names if FAMILY.fullmatch(name) and not OTHERS.match(name)}

@@ -1,0 +1,1 @@
+"""A run's folder: start and watch a training run, and read its figures."""

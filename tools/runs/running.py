@@ -1,0 +1,50 @@
+"""Run a tool and turn errors and signals into messages and exit codes."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron.remoe.files.errors import UsageError, with_code
+
+
+def run_tool(tool: str, work: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Run a tool and return the exit code: that of `work`, 1 or 2 after an error, 130 after Ctrl-C or a signal.
+
+    Args:
+        tool: its name, for messages.
+        work: raises UsageError or OSError for errors that the user can fix.
+        stopped: the message after an interruption.
+    """
+    _interrupt_at(signal.SIGTERM, signal.SIGHUP)
+    try:
+        return work() or 0
+    except UsageError as error:
+        print(f"{tool}: error: {with_code(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except BrokenPipeError:  # of `... | head`; leave nothing to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        place = error.filename2 or error.filename
+        reason = f"{place}: {error.strerror}. Give another file or folder" if place else str(error)
+        print(f"{tool}: error: {reason}. [REMOE-E300]", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{tool}: {stopped}.", file=sys.stderr)
+        return 130
+
+
+def _interrupt_at(*numbers: signal.Signals) -> None:
+    """Raise KeyboardInterrupt at these signals; a forked worker ends, as a pool that terminates it expects."""
+    owner = os.getpid()
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)

@@ -1,0 +1,1 @@
+"""Text and data sets: preprocessing, corpora, inspection."""

@@ -1,0 +1,85 @@
+"""Show what a Megatron data set (.bin and .idx) holds, and check that it is whole.
+
+Exits with 1 and the reason if the pair is truncated or corrupt.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # as a file, in a clone
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from tools.start import start
+
+    sys.exit(start("inspect_data", sys.argv[1:]))
+
+import numpy as np
+
+from megatron.remoe.files.errors import DataError
+from megatron.remoe.files.indexed import IndexedReader, bin_path, idx_path
+
+from ..console.flags import tool_parser, whole_number
+from ..runs.running import run_tool
+from .preprocessing.encoders import load_encoder
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the flags."""
+    parser = tool_parser("inspect", __doc__)
+    add = parser.add_argument
+    add("prefix", metavar="PREFIX", help="the data set's path without .bin or .idx")
+    add("--vocab-file", metavar="FILE", help="GPT-2's encoder.json or vocab.json, to decode documents")
+    add("--merge-file", metavar="FILE", help="GPT-2's vocab.bpe or merges.txt")
+    add("--tokenizer-model", metavar="FOLDER", help="or the folder of a Hugging Face tokenizer")
+    add("--documents", type=whole_number(0), default=3, metavar="N", help="how many documents to show (default: 3)")
+    add("--characters", type=whole_number(0), default=300, metavar="N", help="how much of each to show (default: 300)")
+    return parser.parse_args(arguments)
+
+
+def inspect(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the lines to print.
+
+    Raises:
+        DataError: the data set is not whole, or does not fit the vocabulary.
+    """
+    prefix = Path(args.prefix.removesuffix(".bin").removesuffix(".idx"))
+    data, encoder = IndexedReader(prefix), None
+    if args.tokenizer_model or args.vocab_file or args.merge_file:
+        kind = "HuggingFaceTokenizer" if args.tokenizer_model else "GPT2BPETokenizer"
+        encoder = load_encoder(kind, args.vocab_file, args.merge_file, args.tokenizer_model)
+        if (largest := data.largest_token()) >= encoder.vocabulary_size:
+            raise DataError(
+                f"{bin_path(prefix)}: holds token {largest}, and the vocabulary has only {encoder.vocabulary_size}. "
+                "Give the vocabulary that the data set was made with."
+            )
+    size = bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size
+    lengths = data.document_lengths()
+    filled = np.flatnonzero(lengths)
+    yield f"{prefix}: whole; {size / 1e6:,.1f} MB, tokens of type {data.dtype}"
+    yield f"{data.documents:,} documents ({data.documents - len(filled):,} empty), {data.tokens:,} tokens"
+    if not len(filled):
+        return
+    median, long, longest = np.percentile(lengths, (50, 90, 100))
+    yield (
+        f"tokens per document: mean {lengths.mean():,.1f}, median {median:,.0f}, 90 % up to {long:,.0f}, "
+        f"longest {longest:,.0f}"
+    )
+    for index in sorted({int(filled[int(i)]) for i in np.linspace(0, len(filled) - 1, args.documents)}):
+        # A token has at least one byte, and a character at most four.
+        ids = data.document(index)[: 4 * args.characters + 4]
+        text = encoder.decode(ids) if encoder is not None else " ".join(map(str, ids.tolist()))
+        shown = text[: args.characters] + (" …" if len(text) > args.characters else "")
+        yield f"\ndocument {index:,} ({int(lengths[index]):,} tokens):\n{shown}"
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the lines."""
+    for line in inspect(args):
+        print(line, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0; 1 if the data set is not whole or a flag is wrong; 130 if it was stopped."""
+    args = parse_arguments(arguments)
+    return run_tool("inspect", lambda: show(args))

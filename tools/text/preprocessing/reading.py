@@ -1,0 +1,118 @@
+"""Read lines of text from files, compressed or not, and from standard input, in blocks of bounded size."""
+
+import glob
+import gzip
+import io
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.remoe.files.errors import DataError
+
+try:
+    from compression import zstd  # Python 3.14
+except ImportError:
+    import backports.zstd as zstd
+
+STANDARD_INPUT = "-"
+BLOCK_BYTES = 2 << 20
+LONGEST_LINE = 128 << 20
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_SKIPPED_MAGIC = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; pzstd begins with such a frame
+ZSTD_LARGEST_WINDOW_LOG = 31
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines of one input; `first_line` counts from 1, `done_bytes` is how much of all inputs was read."""
+
+    source: str
+    first_line: int
+    lines: list[bytes]
+    done_bytes: int
+
+
+def expand_inputs(patterns: Sequence[str]) -> list[str]:
+    """Return the files that --input names, with patterns expanded and sorted; "-" is standard input.
+
+    Raises:
+        DataError: nothing matches, or a file cannot be read or unpacked.
+    """
+    paths: list[str] = []
+    for pattern in patterns:
+        matches = [pattern] if pattern == STANDARD_INPUT or os.path.exists(pattern) else sorted(glob.glob(pattern))
+        if not matches:
+            raise DataError(f"--input {pattern}: there is no such file, and as a pattern it matches none.")
+        paths += matches
+    for path in paths:
+        if os.path.isdir(path):
+            raise DataError(f"--input {path}: is a folder. Name its files, for example with '{path}/*.jsonl'.")
+        if size_of([path]) is not None:  # a pipe would lose what is read here
+            try:
+                with open(path, "rb") as file:
+                    _unpacked(file, path)
+            except OSError as error:
+                raise _unreadable(path, error) from error
+    return paths
+
+
+def size_of(paths: Sequence[str]) -> int | None:
+    """Return the bytes of all inputs on disk; None if one is not a file."""
+    is_known = all(path != STANDARD_INPUT and os.path.isfile(path) for path in paths)
+    return sum(os.path.getsize(path) for path in paths) if is_known else None
+
+
+def read_blocks(paths: Sequence[str]) -> Iterator[Block]:
+    """Yield the lines of all inputs in blocks; of a line above `LONGEST_LINE`, its first `LONGEST_LINE` + 1 bytes.
+
+    Raises:
+        DataError: an input cannot be read, or its compressed data is broken.
+    """
+    before = 0
+    for path in paths:
+        source = "<standard input>" if path == STANDARD_INPUT else path
+        lines: list[bytes] = []
+        first, size = 1, 0
+        try:
+            with os.fdopen(os.dup(sys.stdin.fileno()), "rb") if source != path else Path(path).open("rb") as file:
+                contents = _unpacked(file, path)
+                while line := contents.readline(LONGEST_LINE + 1):
+                    lines.append(line)
+                    while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+                        line = contents.readline(LONGEST_LINE + 1)
+                    size += len(lines[-1])
+                    if size >= BLOCK_BYTES:
+                        yield Block(source, first, lines, before + (file.tell() if file.seekable() else 0))
+                        first, lines, size = first + len(lines), [], 0
+                before += file.tell() if file.seekable() else 0
+                yield Block(source, first, lines, before)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
+            place = f"{source}, after line {first + len(lines) - 1}"
+            raise DataError(f"{place}: compressed data broken ({error}). Copy the file again.") from error
+        except OSError as error:
+            raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: OSError) -> DataError:
+    return DataError(f"--input {source}: cannot be read ({error.strerror or error}).")
+
+
+def _unpacked(file: io.BufferedReader, name: str) -> io.BufferedIOBase:
+    """Return the contents of a file, decompressed if it starts like gzip or zstd.
+
+    Raises:
+        DataError: the name says otherwise.
+    """
+    start = file.peek(4)[:4]
+    if start.startswith(GZIP_MAGIC):
+        return gzip.open(file)
+    if start.startswith(ZSTD_MAGIC) or (start[1:4] == ZSTD_SKIPPED_MAGIC and start[0] >> 4 == 5):
+        return zstd.open(file, options={zstd.DecompressionParameter.window_log_max: ZSTD_LARGEST_WINDOW_LOG})
+    if name.endswith((".gz", ".zst")):
+        kind = "gzip" if name.endswith(".gz") else "zstd"
+        raise DataError(f"--input {name}: is not {kind} data, as its name says. Copy it again, or rename it.")
+    return file
