@@ -85,7 +85,8 @@ def show(launch: Launch, size: str, routing: str) -> int:
     if os.environ["DRY_RUN"] != "command":
         from ..plan.cost.command import main as cost
 
-        own = ["--gpus", str(launch.layout.world), "--gpu", os.environ.get("GPU") or "h100"]
+        own = ["--gpus", str(launch.layout.world), "--gpus-per-node", str(launch.layout.gpus_per_node)]
+        own += ["--gpu", os.environ.get("GPU") or "h100"]
         own += ["--utilization", os.environ.get("UTILIZATION") or "0.4", "--paper", size, routing]
         if code := cost([*own, "--", *launch.flags]):
             return code
