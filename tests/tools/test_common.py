@@ -13,16 +13,10 @@ import pytest
 
 from megatron.remoe.files.files import write_aside
 from tests.trainings import REPOSITORY
-<<<<<<< HEAD
+from tools.console import places
 from tools.console.errors import ToolError
 from tools.console.files import lock, new_folder, write_json
 from tools.experiments.compare import command as compare
-=======
-from tools.common import places
-from tools.common.errors import ToolError
-from tools.common.files import lock, new_folder, write_json
-from tools.compare import command as compare
->>>>>>> issue52
 from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"
