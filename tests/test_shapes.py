@@ -1,4 +1,4 @@
-"""Test the shapes of docs/conversion.md with the flags of that page: train, resume, layouts, export, cost, rehearsal."""
+"""Test the shapes of docs/conversion.md with its flags: train, resume, layouts, export, cost, rehearsal."""
 
 import json
 import re
