@@ -119,7 +119,7 @@ def test_values_and_gradients(sizes: list[int], accumulates: bool, gathers: bool
 @pytest.mark.parametrize("sizes", [SIZES["few rows"], SIZES["many rows"]], ids=["few rows", "many"])
 def test_half_precision(sizes: list[int], kernel: bool, accumulates: bool, gathers: bool) -> None:
     """Results are within 1 % of float64 with `grouped_mm`, a kernel on some GPUs, and without it."""
-    products = OneKernel(torch.tensor(sizes), sum(sizes), torch.device(DEVICE)) if kernel else OneByOne(sizes)
+    products = OneKernel(torch.tensor(sizes), torch.device(DEVICE)) if kernel else OneByOne(sizes)
     torch.manual_seed(len(sizes))
     hidden, ffn = 32, 24  # the kernel needs rows of a multiple of 16 bytes
     num_tokens, rows = some_rows(sizes, gathers)

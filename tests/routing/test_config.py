@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig
 from megatron.remoe.routing.layers import norm_weights
 from megatron.remoe.training.arguments import add_remoe_arguments
-from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
+from tests.layers import make_config, make_layer, make_topk_config
 
 pytestmark = pytest.mark.usefixtures("process_groups")
 
@@ -45,16 +45,10 @@ def test_a_router_nobody_asked_for_is_refused(own_class: bool) -> None:
         type(make_layer(relu).router)(other)
 
 
-def test_no_bias_unless_it_is_asked_for() -> None:
-    plain = make_layer(make_config(add_bias_linear=True))
-    asked = make_layer(make_config(add_bias_linear=True, moe_relu_router_bias=True))
-    assert plain.router.bias is None and "bias" not in plain.router.state_dict()
-    assert asked.router.bias is not None
-    tokens = torch.randn(4, 1, HIDDEN, dtype=torch.float64, device=asked.router.weight.device)
-    asked.router.bias.data.fill_(1e3)
-    assert asked.router(tokens)[1].all()
-    with pytest.raises(ValueError, match="--moe-relu-router-bias .* --disable-bias-linear"):
-        make_config(moe_relu_router_bias=True)
+def test_the_router_has_no_bias() -> None:
+    """Megatron gives its router one if other linear layers have one."""
+    router = make_layer(make_config(add_bias_linear=True)).router
+    assert set(router.state_dict()) == {"weight", "l1_exponent", "guarded"}
 
 
 class Block(torch.nn.Module):

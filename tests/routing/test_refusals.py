@@ -85,6 +85,23 @@ REFUSED_TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn", "moe_act"]},
         "--fine-grained-activation-offloading .* add --moe-relu-activation-limit 0",
     ),
+    "a graph of the whole step": (
+        {"cuda_graph_impl": "full_iteration"},
+        "full_iteration with --cuda-graph-modules full",
+    ),
+    "a graph of the whole step, without ReLU": (
+        {"cuda_graph_impl": "full_iteration", "moe_relu_routing": False, "moe_baseline_router": "random"},
+        "full_iteration .* --moe-baseline-router random",
+    ),
+    "graphs of layers": ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local with --cuda-graph-modules full cannot"),
+    "graphs of GPTModel's attention": (
+        {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]},
+        "--cuda-graph-modules attn cannot be used",
+    ),
+    "a graph of the router": (
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"]},
+        "modules moe_router cannot",
+    ),
     "prediction with local norms": (
         {
             "mtp_num_layers": 1,
@@ -112,6 +129,11 @@ def test_refused_together(name: str) -> None:
     settings, message = REFUSED_TOGETHER[name]
     with pytest.raises(ValueError, match=message):
         make_config(**settings)
+
+
+def test_attention_of_a_hybrid_model_can_be_captured() -> None:
+    config = make_config(is_hybrid_model=True, cuda_graph_impl="local", cuda_graph_modules=["attn"])
+    assert config.cuda_graph_impl == "local"
 
 
 def test_attention_variants_take_the_router(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,12 @@ T tokens, E experts, P pairs (of a token and an expert that is active for it), H
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from megatron.remoe.kernels import wants_kernels, wants_quack
+from megatron.remoe.kernels import wants_kernels
 
 
 class Order(Protocol):
@@ -44,46 +44,14 @@ class Regularization:
 
 
 @dataclass(frozen=True)
-class Products:
-    """The experts' products, fused with what lies around them, in bf16 on a GPU. None reads a size on the host.
-
-    Each takes `starts`, int32 `[E + 1]`, the bounds of each expert's pairs, of which the last may be below P; and an
-    `index`, int32 `[P]`, of the row of each pair, or None if there are P rows in this order.
-
-    Attributes:
-        up: rows `[.., H]`, index, gates fp32 `[P]`, fc1 `[E, 2 * F, H]`, starts → the first product `[P, 2 * F]`, in a
-            layout of its own; `gate · SiLU(left) ⊙ right` `[P, F]`.
-        down: the latter, fc2 `[E, H, F]`, starts → `[P, H]`.
-        down_backward: gradient `[.., H]`, index, gates, fc2, first product, starts → its gradient; `[P, F]` as of `up`;
-            the gates' gradient, fp32 `[P]`.
-        up_backward: gradient of the first product, fc1, starts → `[P, H]`.
-        outers: rows `[.., H]`, index, columns `[P, X]`, out `[E, H, X]`, starts, whether the columns have the layout of
-            the first product, whether to add to `out` → None; writes each expert's `rows[index].T @ columns`.
-    """
-
-    up: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    down: Callable[..., torch.Tensor]
-    down_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    up_backward: Callable[..., torch.Tensor]
-    outers: Callable[..., None]
-
-
-@dataclass(frozen=True)
 class Backend:
-    """The functions of one backend. Those of `pytorch.py` are the reference and say what each takes and returns.
-
-    Attributes:
-        products: returns those of grouped experts, where they are used: they need a GPU. None for PyTorch's.
-        pair_multiple: room for the pairs of grouped experts is a multiple of this, where nothing is sent.
-    """
+    """The functions of one backend. Those of `pytorch.py` are the reference and say what each takes and returns."""
 
     relu_routing: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     count: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     plan: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[Order, torch.Tensor]]
     activate: Callable[..., torch.Tensor]
     activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    products: Callable[[], Products] | None = None
-    pair_multiple: int = 1
 
 
 def backend_of(config: object) -> Backend:
@@ -91,14 +59,7 @@ def backend_of(config: object) -> Backend:
     if wants_kernels(config):
         from megatron.remoe.kernels.triton import TRITON
 
-        # QuACK caches results for each number of rows, so use few.
-        return replace(TRITON, products=_quack_products, pair_multiple=2048) if wants_quack(config) else TRITON
+        return TRITON
     from megatron.remoe.kernels.pytorch import PYTORCH
 
     return PYTORCH
-
-
-def _quack_products() -> Products:
-    from megatron.remoe.kernels.quack import PRODUCTS
-
-    return PRODUCTS

@@ -44,8 +44,8 @@ class _Filled(torch.autograd.Function):
         probs: `[T, E]`, the gates.
         routing_map: bool `[T, E]`.
         counts: of `count_blocks`.
-        num_pairs: P, or a guess at it. If it is too high, the last rows belong to no pair: they have token 0 and any
-            gate. If it is too low, pairs are missing, but no index is out of range.
+        num_pairs: P, or more. Then the last rows belong to no pair: they have token 0 and any gate. If it is too low,
+            pairs are missing, but no index is out of range.
 
     Returns:
         token_index: int32 `[P]`, the token of each pair.

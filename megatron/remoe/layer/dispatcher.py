@@ -45,7 +45,6 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
             `[P, H]` and `[P]`.
         """
         self.hidden_shape, self.probs = hidden_states.shape, probs_TE
-        assert isinstance(plan.counts.tokens_per_expert, torch.Tensor)
         self.tokens_per_expert = plan.counts.tokens_per_expert
         if (exchange := plan.counts.exchange) is not None:
             self.input_splits, self.output_splits = exchange.sent.numpy(), exchange.received.numpy()

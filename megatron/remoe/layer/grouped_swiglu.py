@@ -4,14 +4,13 @@ T tokens, P pairs (of a token and one of its experts), E experts on this rank, H
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from megatron.remoe.kernels.backend import Backend, Order
 from megatron.remoe.kernels.main_grad import add_outer, main_grad_of, mark_as_added
-from megatron.remoe.layer.fused_swiglu import FusedSwiGLU
 
 KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # maximum number of experts; a row of bf16 is a multiple of 16 bytes
 SM90, SM100 = 9, 10
@@ -48,41 +47,12 @@ def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
     return fc1.dtype == torch.bfloat16 and has_grouped_kernel(fc1.device) and not sizes_refused(fc1)
 
 
-class LateSizes(NamedTuple):
-    """The number of tokens of each expert, which the host reads after it has launched the products.
-
-    Attributes:
-        on_device: integers `[E]`.
-        on_host: a copy, valid after `arrived`.
-        arrived: None if there is nothing to wait for.
-    """
-
-    on_device: torch.Tensor
-    on_host: torch.Tensor
-    arrived: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, on_device: torch.Tensor) -> "LateSizes":
-        """Start the copy to the host."""
-        on_host, arrived = on_device.to("cpu", non_blocking=True), None
-        if on_device.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return cls(on_device, on_host, arrived)
-
-    def tolist(self) -> list[int]:
-        """Return the sizes once the device has counted them, without waiting for later work."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.on_host.tolist()
-
-
 def grouped_swiglu(
     tokens_TH: torch.Tensor,
     gates_P: torch.Tensor,
     fc1: torch.nn.Parameter | list[torch.nn.Parameter],
     fc2: torch.nn.Parameter | list[torch.nn.Parameter],
-    tokens_per_expert: torch.Tensor | LateSizes,
+    tokens_per_expert: torch.Tensor,
     order: Order,
     backend: Backend,
 ) -> torch.Tensor:
@@ -94,21 +64,18 @@ def grouped_swiglu(
         fc1: `[E, 2 * F, H]`, W_left and then W_right; or a list with the matrix of each expert.
         fc2: `[E, H, F]`, W_down; or a list with the matrix of each expert.
         tokens_per_expert: integers `[E]`. The host waits for them if they are on a GPU, except with
-            `takes_grouped_kernel`. With `LateSizes`, P is a guess of their sum.
+            `takes_grouped_kernel`. Their sum may be below P.
         order: of the pairs.
-        backend: computes SwiGLU between the products, or the products too.
+        backend: computes SwiGLU between the products.
     """
     products: OneByOne | OneKernel
     stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # only type and shape count
     if not len(gates_P):  # grouped_mm may fail or hang without rows
         products = OneByOne([0] * len(fc1))
     elif takes_grouped_kernel(stacked):
-        products = OneKernel(tokens_per_expert, len(gates_P), tokens_TH.device)
+        products = OneKernel(tokens_per_expert, tokens_TH.device)
     else:
         products = OneByOne(tokens_per_expert.tolist())
-    if backend.products is not None and isinstance(products, OneKernel) and not isinstance(fc1, list):
-        starts = functional.pad(products.ends, (1, 0))
-        return FusedSwiGLU.apply(tokens_TH, gates_P, fc1, fc2, starts, order, backend.products())
     weights = (*fc1, *fc2) if isinstance(fc1, list) else (fc1, fc2)
     return _GroupedSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *weights)
 
@@ -145,20 +112,15 @@ class OneByOne:
 class OneKernel:
     """Compute the products of all experts with one `grouped_mm`, which reads their sizes on the device."""
 
-    def __init__(self, tokens_per_expert: torch.Tensor | LateSizes, num_pairs: int, device: torch.device) -> None:
+    def __init__(self, tokens_per_expert: torch.Tensor, device: torch.device) -> None:
         """
         Args:
-            tokens_per_expert: integers `[E]`, on the host or the device; not waited for.
-            num_pairs: rows of the products. The sum of `tokens_per_expert` may be lower; with `LateSizes` also higher.
+            tokens_per_expert: integers `[E]`, on the host or the device; not waited for. There may be more rows.
             device: of the weights.
         """
-        late = tokens_per_expert if isinstance(tokens_per_expert, LateSizes) else None
-        counted = tokens_per_expert if isinstance(tokens_per_expert, torch.Tensor) else tokens_per_expert.on_device
-        self.ends = counted.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
-        if late is not None:
-            self.ends.clamp_(max=num_pairs)
+        self.ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
         self.end = self.ends[-1:]  # later rows belong to no pair
-        self.sizes = tokens_per_expert if late is not None or not counted.is_cuda else None
+        self.sizes = None if tokens_per_expert.is_cuda else tokens_per_expert.tolist()
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Multiply as `OneByOne.multiply`."""
@@ -177,8 +139,8 @@ class OneKernel:
         if self.sizes is None or outs[0].numel() < LARGE_MATRIX:
             outs.add_(self.outers(left, right))
         else:
-            sizes = self.sizes.tolist()
-            OneByOne(sizes).add_outers(outs, left[: sum(sizes)], right[: sum(sizes)])
+            pairs = sum(self.sizes)
+            OneByOne(self.sizes).add_outers(outs, left[:pairs], right[:pairs])
 
 
 class _GroupedSwiGLU(torch.autograd.Function):

@@ -26,7 +26,7 @@ from megatron.remoe.kernels.backend import backend_of
 from megatron.remoe.layer.dispatcher import PlannedAlltoAllDispatcher
 from megatron.remoe.layer.experts import GroupedExperts
 from megatron.remoe.layer.grouped_swiglu import takes_grouped_kernel
-from megatron.remoe.layer.plan import Counts, Guess, count_known, count_later, count_pairs, plan_dispatch
+from megatron.remoe.layer.plan import Counts, count_known, count_pairs, plan_dispatch
 
 
 class ReMoELayer(MoELayer):
@@ -53,8 +53,7 @@ class ReMoELayer(MoELayer):
         self.backend = backend_of(config)
         is_topk = type(self.router) is TopKRouter
         self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
-        self._most, self._pair_multiple = 0, 1
-        self._guess: Guess | None = None
+        self._most = 0
         self._run_experts = self._by_exchange if takes_plans(config) else self._by_megatron
         if takes_plans(config):
             self.token_dispatcher = PlannedAlltoAllDispatcher(
@@ -64,13 +63,9 @@ class ReMoELayer(MoELayer):
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
         is_alone = self.token_dispatcher.tp_ep_group.size() == 1
         if takes_plans(config) and is_alone and isinstance(self.experts, GroupedExperts):
-            self._most = _known_most(config, self.experts.fc1, is_topk, self.pairs_limit)
+            self._most = _known_topk(config, self.experts.fc1) if is_topk else 0
             if not self.shared_expert_overlap:
                 self._run_experts = self._in_place
-                if takes_grouped_kernel(self.experts.fc1):
-                    self._pair_multiple = self.backend.pair_multiple
-                    if getattr(config, "moe_relu_launch_ahead", False) and not (is_topk or self._most):
-                        self._guess = Guess(config.moe_router_topk, self.pairs_limit)
         manager = getattr(self.token_dispatcher, "_comm_manager", None)
         if isinstance(manager, _DeepepManager) and not is_topk:
             # One slot for each expert that a token can have. With any capacity factor, gates of 0 are not sent.
@@ -80,11 +75,6 @@ class ReMoELayer(MoELayer):
         is_fused = config.use_transformer_engine_op_fuser  # recomputes without freeing
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)
-
-    @property
-    def waits(self) -> bool:
-        """Whether the host reads the number of pairs from the device; a CUDA graph does not allow it."""
-        return not self._most
 
     def forward(
         self,
@@ -127,26 +117,8 @@ class ReMoELayer(MoELayer):
     ) -> torch.Tensor:
         shared_expert_output = self.shared_experts_compute(hidden_states)
         probs_TE, map_TE = self.route(hidden_states, padding_mask, **for_router)
-        output = self._run_ahead(hidden_states, probs_TE, map_TE)
-        if output is None:
-            output = self._run_counted(hidden_states, probs_TE, map_TE)
+        output = self._run_counted(hidden_states, probs_TE, map_TE)
         return output if shared_expert_output is None else output + shared_expert_output
-
-    def _run_ahead(
-        self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Launch the experts for a guessed number of pairs, and read the true number while they run.
-
-        Returns:
-            `[sequence, batch, H]`; None without a guess, or if it was too low.
-        """
-        if self._guess is None or not (num_pairs := self._guess.pairs(len(map_TE))):
-            return None
-        counts = count_later(map_TE, self.backend, num_pairs)
-        output = self._in_place(hidden_states, probs_TE, map_TE, counts)
-        found = sum(counts.tokens_per_expert.tolist())
-        self._guess.learn(found, len(map_TE))
-        return output if found <= num_pairs else None
 
     def _run_counted(self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
         """Count the pairs, unless there is room for the maximum, and run the experts; above the limit, in chunks."""
@@ -154,8 +126,6 @@ class ReMoELayer(MoELayer):
             counts = count_known(map_TE, self.backend, self._most)
         else:
             counts = count_pairs(map_TE, self.token_dispatcher, self.backend, self.pairs_limit)
-        if self._guess is not None:
-            self._guess.learn(sum(count.num_pairs for count in counts), len(map_TE))
         if len(counts) == 1:
             self._free_activations(True)
             return self._run_experts(hidden_states, probs_TE, map_TE, counts[0])
@@ -196,7 +166,7 @@ class ReMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts
     ) -> torch.Tensor:
         """Run the experts without sending tokens: this rank has all experts."""
-        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend, self._pair_multiple)
+        plan = plan_dispatch(probs_TE, map_TE, counts, self.backend)
         tokens_TH = hidden_states.view(-1, hidden_states.shape[-1])
         output, _ = self.experts(tokens_TH, counts.tokens_per_expert, plan.gates_P, plan.order)
         return output.view_as(hidden_states)
@@ -271,13 +241,10 @@ def takes_plans(config: TransformerConfig) -> bool:
     )
 
 
-def _known_most(config: TransformerConfig, fc1: torch.Tensor, is_topk: bool, limit: float) -> int:
-    """Return the experts per token for which a layer with all experts has room; 0 if it counts them instead."""
-    if is_topk:
-        drops, waits = config.moe_expert_capacity_factor is not None, fc1.is_cuda and not takes_grouped_kernel(fc1)
-        return 0 if drops or waits else config.moe_router_topk
-    is_captured = config.cuda_graph_impl == "full_iteration" and takes_grouped_kernel(fc1) and not limit
-    return (getattr(config, "moe_relu_max_experts", None) or 0) if is_captured else 0
+def _known_topk(config: TransformerConfig, fc1: torch.Tensor) -> int:
+    """Return the experts per token of top-k, for which a layer with all experts has room; 0 if it counts them."""
+    drops, waits = config.moe_expert_capacity_factor is not None, fc1.is_cuda and not takes_grouped_kernel(fc1)
+    return 0 if drops or waits else config.moe_router_topk
 
 
 def _pairs_limit(config: TransformerConfig) -> float:

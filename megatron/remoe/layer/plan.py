@@ -11,9 +11,7 @@ import torch
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
-from megatron.remoe.kernels import cdiv
 from megatron.remoe.kernels.backend import Backend, Order
-from megatron.remoe.layer.grouped_swiglu import LateSizes
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Counts:
     """The numbers of pairs of a layer's tokens, or of one chunk.
 
     Attributes:
-        num_pairs: P, or a guess or an upper bound.
+        num_pairs: P, or an upper bound.
         tokens_per_expert: integers `[L]`, the pairs that arrive at each expert here; on the device if the host did not
             wait for them, else on the host.
         exchange: None if one rank has all experts.
@@ -46,7 +44,7 @@ class Counts:
     """
 
     num_pairs: int
-    tokens_per_expert: torch.Tensor | LateSizes
+    tokens_per_expert: torch.Tensor
     exchange: Exchange | None
     counted: torch.Tensor
 
@@ -100,46 +98,6 @@ def count_known(map_TE: torch.Tensor, backend: Backend, most: int) -> list[Count
     return [Counts(len(map_TE) * most, tokens_per_expert, None, counted)]
 
 
-class Guess:
-    """Guess an upper bound of the pairs of a layer's next tokens: 1/16 to 1/8 of k per token more than recently.
-
-    Attributes:
-        recent: pairs per token, a maximum that falls slowly; 0 before the first.
-    """
-
-    STEP, KEPT = 1 / 16, 0.9
-
-    def __init__(self, topk: int, limit: float) -> None:
-        """
-        Args:
-            topk: k of the target sparsity.
-            limit: pairs per token above which a layer works in chunks; 0 for none.
-        """
-        self.recent, self._step, self._limit = 0.0, self.STEP * topk, limit
-
-    def pairs(self, num_tokens: int) -> int:
-        """Return the guess, rounded so that buffers are reused; 0 if there is none yet or it exceeds the limit."""
-        per_token = self._step * (math.floor(self.recent / self._step) + 2)
-        is_known = self.recent and not (self._limit and per_token > self._limit)
-        return math.ceil(per_token * num_tokens) if is_known else 0
-
-    def learn(self, num_pairs: int, num_tokens: int) -> None:
-        """Update the guess with the true number of pairs."""
-        now = num_pairs / max(num_tokens, 1)
-        self.recent = max(now, self.KEPT * self.recent + (1 - self.KEPT) * now)
-
-
-def count_later(map_TE: torch.Tensor, backend: Backend, num_pairs: int) -> Counts:
-    """Count without a host wait, and read the counts later; one rank has all experts.
-
-    Args:
-        map_TE, backend: as in `count_pairs`.
-        num_pairs: a guess at the number of pairs.
-    """
-    tokens_per_expert, counted = backend.count(map_TE)
-    return Counts(num_pairs, LateSizes.of(tokens_per_expert), None, counted)
-
-
 def read_pairs(
     map_TE: torch.Tensor, chunks: int, dispatcher: MoETokenDispatcher, backend: Backend
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -178,10 +136,7 @@ def _counts_of(pairs_CRE: torch.Tensor, counted: list[torch.Tensor], dispatcher:
     return found
 
 
-def plan_dispatch(
-    probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts, backend: Backend, pair_multiple: int = 1
-) -> DispatchPlan:
-    """Make the plan from gates and map, `[T, E]`, and their counts. The room for pairs is rounded up."""
-    room = cdiv(counts.num_pairs, pair_multiple) * pair_multiple
-    order, gates_P = backend.plan(probs_TE, map_TE, counts.counted, room)
+def plan_dispatch(probs_TE: torch.Tensor, map_TE: torch.Tensor, counts: Counts, backend: Backend) -> DispatchPlan:
+    """Make the plan from gates and map, `[T, E]`, and their counts."""
+    order, gates_P = backend.plan(probs_TE, map_TE, counts.counted, counts.num_pairs)
     return DispatchPlan(order, gates_P, counts)

@@ -6,11 +6,9 @@ After every optimizer step, with k experts per token as the target and α slight
     S      = 1 - active pairs / (tokens · E)      over all MoE layers and the global batch
     λ      ← λ · α^sign(target - S)
 
-The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n. Until S first reaches the target it
-may add more (`moe_relu_l1_reg_start_power`).
+The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -46,26 +44,20 @@ class SparsityController:
             self._num_layers = _largest_of_ranks(self._num_layers, self.device)
         # A router that is off for all tokens has no gradient, but the norms of every layer have one.
         self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
-        self._bounds = exponent_bounds(config)
         self._last: StepSums | None = None
-        self._target_topk: float = config.moe_router_topk  # k of the last step's target
         # Computed pairs and tokens of each layer over all steps.
         self.running_sums = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
-    def update(self, step: int = 0) -> None:
+    def update(self) -> None:
         """Add up the counts of all ranks, move λ one step towards the target, guard dying layers, and reset the counts.
 
         Call it once per optimizer step on every rank, after the backward passes.
-
-        Args:
-            step: optimizer steps before this one, including those before a checkpoint; for a target that moves.
         """
         self._last = sums = self._collect()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Every rank counted other tokens, or other layers, in every layout.
             torch.distributed.all_reduce(sums.buffer)
-        self._target_topk = self.config.target_topk(step)
         topk, active, tokens = self.config.moe_router_topk, sums.counts.active, sums.counts["tokens"]
         computed = active - sums.counts["left_out"] if self.config.moe_relu_max_experts else active
         torch._foreach_add_([*self.running_sums.unbind()], [computed, tokens])
@@ -74,8 +66,8 @@ class SparsityController:
         # Megatron skips a step that is not finite, or ends the training: such a step moves nothing here either.
         finite = torch.isfinite(sums.buffer).all()
         # target - S has the sign of active - k · tokens, which is exact in whole numbers.
-        direction = torch.where(finite, torch.sign((active - self._target_topk * tokens).sum()), 0.0)
-        exponent = self._moved(direction.to(torch.int64), finite)
+        direction = torch.where(finite, torch.sign((active - topk * tokens).sum()), 0.0)
+        exponent = self.routers[0].l1_exponent + direction.to(torch.int64)
         dying = active < self.config.moe_relu_layer_floor * topk * tokens
         guarded = torch.where(finite, dying, sums.guarded > 0).to(torch.int64).unbind()
         # One launch for all routers.
@@ -83,23 +75,6 @@ class SparsityController:
             [*(router.l1_exponent for router in self.routers), *(router.guarded for router in self.routers)],
             [exponent] * len(self.routers) + [guarded[number - 1] for number in self._numbers],
         )
-
-    def _moved(self, direction: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
-        """Return the exponent n of the next step, which is the same on all ranks.
-
-        Args:
-            direction: int64 scalar, the sign of target - S.
-            finite: bool scalar, False for a step that moves nothing.
-        """
-        first, step = self.routers[0], direction
-        if first.reached is not None:
-            reached = first.reached | (finite & (direction <= 0))
-            at_first = reached - first.reached
-            step = torch.where(reached > 0, direction, direction * self.config.moe_relu_l1_reg_start_power)
-            step = step - at_first * self.config.moe_relu_l1_reg_start_setback
-            torch._foreach_copy_([router.reached for router in self.routers], [reached] * len(self.routers))
-        exponent = first.l1_exponent + step
-        return exponent.clamp(*self._bounds) if any(bound is not None for bound in self._bounds) else exponent
 
     def _collect(self) -> StepSums:
         """Return this rank's counts and state, 0 for layers without a router here, and reset the routers' counts."""
@@ -138,7 +113,7 @@ class SparsityController:
         if self._last is None:
             return None
         sums = StepSums.of(self._last.buffer.cpu(), self._num_layers)
-        return RoutingSummary.of(sums, self._target_topk, self.config)
+        return RoutingSummary.of(sums, self.config)
 
 
 def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
@@ -146,20 +121,6 @@ def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     names = "main_grad", "decoupled_grad"  # the second is Megatron-FSDP's for Transformer Engine's Adam
     gradient = next((getattr(parameter, name) for name in names if hasattr(parameter, name)), parameter.grad)
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
-def exponent_bounds(config: ReMoEConfig) -> tuple[int | None, int | None]:
-    """Return the smallest and the largest exponent n within the bounds of λ; None where there is no bound."""
-
-    def exponent_of(coefficient: float) -> float:
-        steps = math.log(coefficient / config.moe_relu_l1_reg_coeff_init)
-        return round(steps / math.log(config.moe_relu_l1_reg_coeff_multiplier), 9)  # a power of α keeps its exponent
-
-    lowest, highest = config.moe_relu_l1_reg_coeff_min, config.moe_relu_l1_reg_coeff_max
-    return (
-        math.ceil(exponent_of(lowest)) if lowest else None,
-        math.floor(exponent_of(highest)) if highest else None,
-    )
 
 
 def _largest_of_ranks(number: int, device: torch.device) -> int:

@@ -88,7 +88,7 @@ class RoutingSummary:
 
     Attributes:
         sparsity: S, share of inactive (token, expert) pairs over all MoE layers, 0 to 1.
-        target_sparsity: 1 - k/E, with the k that the step aimed at.
+        target_sparsity: 1 - k/E.
         l1_coefficient: the λ that was in force during the step.
         l1_loss: L_reg summed over layers, mean over micro-batches (without λ).
         layer_l1_loss: layer → its L_reg.
@@ -110,8 +110,8 @@ class RoutingSummary:
     guarded_layers: list[int]
 
     @classmethod
-    def of(cls, sums: StepSums, topk: float, config: ReMoEConfig) -> "RoutingSummary":
-        """Return the figures of a step's sums, which are on the host, and of its target k."""
+    def of(cls, sums: StepSums, config: ReMoEConfig) -> "RoutingSummary":
+        """Return the figures of a step's sums, which are on the host."""
         numbered = {number: RoutingCounts(row) for number, row in enumerate(sums.counts.table, start=1)}
         layers = {number: row for number, row in numbered.items() if row["tokens"] > 0}
         l1_losses = {number: (row["l1_loss"] / row["micro_batches"]).item() for number, row in layers.items()}
@@ -121,7 +121,7 @@ class RoutingSummary:
         sparsities = {n: 1.0 - (row.active / (row["tokens"] * experts)).item() for n, row in layers.items()}
         return cls(
             sparsity=1.0 - sums.counts.active.sum().item() / pairs if pairs else 1.0,
-            target_sparsity=1.0 - topk / experts,
+            target_sparsity=config.target_sparsity,
             l1_coefficient=config.moe_relu_l1_reg_coeff_init * config.moe_relu_l1_reg_coeff_multiplier**exponent,
             l1_loss=sum(l1_losses.values()),
             layer_l1_loss=l1_losses,

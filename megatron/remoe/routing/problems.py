@@ -15,8 +15,6 @@ from megatron.remoe.routing.refusals import (
     shown,
 )
 
-WITH_AUXILIARY_LOSS = ("null_experts", "sequence_topk")  # baseline routers that have one
-
 
 def relu_routing_problems(settings: Settings) -> list[str]:
     """Return everything in `settings` that cannot be used with ReLU routing, a warm-up or a baseline router.
@@ -45,8 +43,6 @@ def _refused(settings: Settings, given: str) -> Iterator[str]:
     for refusal in REFUSALS:
         if refusal.reason == IGNORED and given == "--moe-warmup-topk":
             continue
-        if refusal.name == "moe_aux_loss_coeff" and settings.moe_baseline_router in WITH_AUXILIARY_LOSS:
-            continue
         if refusal.reason == IGNORED and given != "--moe-relu-routing":
             refusal = replace(refusal, remedy="Leave it out")
         if problem := refusal.problem(settings, given):
@@ -60,7 +56,6 @@ def _baseline(settings: Settings) -> Iterator[str]:
         return
     given, is_hash = f"--moe-baseline-router {name}", name == "hash"
     other = "--moe-relu-routing" if settings.moe_relu_routing else "--moe-warmup-topk"
-    context = getattr(settings, "context_parallel_size", 1)
     depths = getattr(settings, "mtp_num_layers", None)
     stages = getattr(settings, "pipeline_model_parallel_size", 1)
     takes_turns = getattr(settings, "overlap_moe_expert_parallel_comm", False)
@@ -69,8 +64,6 @@ def _baseline(settings: Settings) -> Iterator[str]:
         f"{other} cannot be used with {given}: each is a router of its own. Give one of them.": (
             settings.moe_relu_routing or settings.moe_warmup_topk is not None
         ),
-        f"--context-parallel-size {context} cannot be used with {given}: a rank has tokens from both ends of a "
-        "sequence, and evaluation needs their order. Leave it out.": name == "sequence_topk" and context > 1,
         f"--mtp-num-layers {depths} cannot be used with {given}: its layers embed other ids, which all routers would "
         "take. Leave it out.": is_hash and depths,
         f"--pipeline-model-parallel-size {stages} cannot be used with {given}: only the first and the last stage have "
@@ -118,9 +111,6 @@ def _values(settings: Settings) -> Iterator[str]:
     topk, init = settings.moe_router_topk, settings.moe_relu_l1_reg_coeff_init
     multiplier, floor = settings.moe_relu_l1_reg_coeff_multiplier, settings.moe_relu_layer_floor
     limit, most = settings.moe_relu_activation_limit, settings.moe_relu_max_experts
-    power, setback = settings.moe_relu_l1_reg_start_power, settings.moe_relu_l1_reg_start_setback
-    start, steps = settings.moe_relu_start_topk, settings.moe_relu_start_steps
-    lowest, highest = settings.moe_relu_l1_reg_coeff_min, settings.moe_relu_l1_reg_coeff_max
     if not experts:
         yield "--moe-relu-routing needs experts to route to: give --num-experts (for instance 8)."
     elif not 0 < topk < experts:
@@ -132,23 +122,8 @@ def _values(settings: Settings) -> Iterator[str]:
         yield f"--moe-relu-l1-reg-coeff-init {init} must be a positive number (default 1e-8)."
     if not 1.0 < multiplier < float("inf"):
         yield f"--moe-relu-l1-reg-coeff-multiplier {multiplier} must be above 1 (default 1.2)."
-    if (start is None) != (steps == 0) or steps < 0:
-        yield "--moe-relu-start-topk and --moe-relu-start-steps belong together: give both, for instance 4 and 1000."
-    elif start is not None and experts and not 0 < start <= experts:
-        yield f"--moe-relu-start-topk {start} must be at least 1 and at most --num-experts {experts}."
     if not 0.0 <= floor < 1.0:
         yield f"--moe-relu-layer-floor {floor} must be at least 0 and below 1 (default 0.001, 0 turns it off)."
-    if power < 1:
-        yield f"--moe-relu-l1-reg-start-power {power} must be at least 1 (default 1: no faster start)."
-    if setback < 0 or (setback and power == 1):
-        yield (
-            f"--moe-relu-l1-reg-start-setback {setback} must be at least 0, and needs a --moe-relu-l1-reg-start-power "
-            "above 1."
-        )
-    if not 0.0 <= lowest <= init:
-        yield f"--moe-relu-l1-reg-coeff-min {lowest} must be positive and at most --moe-relu-l1-reg-coeff-init {init}."
-    if highest and not init <= highest < float("inf"):
-        yield f"--moe-relu-l1-reg-coeff-max {highest} must be at least --moe-relu-l1-reg-coeff-init {init}, or 0."
     if most is not None and experts and not settings.moe_router_topk <= most <= experts:
         yield (
             f"--moe-relu-max-experts {most} must be at least --moe-router-topk {settings.moe_router_topk} and at most "
@@ -178,8 +153,6 @@ NOT_IN_CHUNKS = (
 
 def _combinations(settings: Settings, given: str) -> Iterator[str]:
     """Yield settings that are refused in combination."""
-    if given == "--moe-relu-routing":
-        yield from _needed(settings)
     backend = getattr(settings, "moe_flex_dispatcher_backend", None)
     if getattr(settings, "moe_token_dispatcher_type", None) == "flex" and backend != "hybridep":
         experts = settings.moe_relu_max_experts or _experts(settings)
@@ -214,16 +187,11 @@ def _combinations(settings: Settings, given: str) -> Iterator[str]:
             f"--tensor-model-parallel-size {tensor_parallel} cannot be used with {given} and without "
             "--sequence-parallel: each rank would count the same tokens. Add --sequence-parallel."
         )
-    if settings.moe_relu_router_bias and not settings.add_bias_linear:
-        yield (
-            "--moe-relu-router-bias (on) cannot be used with --disable-bias-linear, which leaves out all biases. "
-            "Give one of them."
-        )
     graphs = getattr(settings, "cuda_graph_impl", None)
     modules = as_list(getattr(settings, "cuda_graph_modules", None) or "full")  # without modules Megatron takes layers
     has_moe = any(str(getattr(module, "name", module)).startswith(("moe", "full")) for module in modules)
     captures = {
-        "full_iteration": given != "--moe-relu-routing",  # `_needed` has the rest
+        "full_iteration": True,
         # Of GPTModel's layers, which hold attention and experts, attn takes all: create_mcore_cudagraph_manager.
         "local": has_moe or not is_hybrid,
         "transformer_engine": has_moe,
@@ -234,32 +202,3 @@ def _combinations(settings: Settings, given: str) -> Iterator[str]:
             "number of routed pairs changes from step to step. Use --cuda-graph-impl none, or local with "
             "--cuda-graph-modules attn and a --hybrid-layer-pattern."
         )
-
-
-def _needed(settings: Settings) -> Iterator[str]:
-    """Yield what --moe-relu-launch-ahead and --cuda-graph-impl full_iteration need and are not given."""
-    in_place = {
-        "--moe-kernels triton": settings.moe_kernels != "torch",
-        "--transformer-impl local": settings.transformer_impl == "local",
-        "--moe-token-dispatcher-type alltoall": settings.moe_token_dispatcher_type == "alltoall",
-        "--disable-bias-linear": not settings.add_bias_linear,
-        "--expert-model-parallel-size 1": getattr(settings, "expert_model_parallel_size", 1) == 1,
-        "--expert-tensor-parallel-size 1": _expert_tensor_parallel(settings) == 1,
-        "no --moe-shared-expert-overlap": not settings.moe_shared_expert_overlap,
-    }
-    bounded = {
-        "--moe-relu-max-experts": settings.moe_relu_max_experts is not None,
-        "--moe-relu-activation-limit 0": not settings.moe_relu_activation_limit,
-        # The step that is captured is the step of all times.
-        "no --moe-relu-start-topk": settings.moe_relu_start_topk is None,
-        "no --step-batch-size-schedule": getattr(settings, "step_batch_size_schedule", None) is None,
-        "no --teacher": getattr(settings, "teacher", None) is None,
-    }
-    needs = {}
-    if settings.moe_relu_launch_ahead:
-        needs["--moe-relu-launch-ahead (on)"] = in_place
-    if getattr(settings, "cuda_graph_impl", None) == "full_iteration":
-        needs["--cuda-graph-impl full_iteration"] = in_place | bounded
-    for given, flags in needs.items():
-        if missing := [flag for flag, is_met in flags.items() if not is_met]:
-            yield f"{given} needs {', '.join(missing)}. Add this, or leave it out."

@@ -6,7 +6,6 @@
 T tokens (sequence x batch), E experts.
 """
 
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ class ReLURouter(TopKRouter):
         l1_exponent: int64 scalar n of λ = init · multiplier^n, saved with the model. Half-precision wrappers cast
             floating-point buffers and leave integers, so λ stays exact.
         guarded: int64 scalar, 1 if the layer was almost off in the last optimizer step and is pushed up in this one.
-        reached: int64 scalar, 1 once S has reached its target. None unless `moe_relu_l1_reg_start_power` is above 1.
         counts: what the router saw since the last optimizer step, on the device. None before the first counted
             forward pass.
 
@@ -39,21 +37,15 @@ class ReLURouter(TopKRouter):
     """
 
     config: ReMoEConfig
-    bias: torch.nn.Parameter | None
 
     def __init__(self, config: ReMoEConfig, *arguments: Any, **options: Any) -> None:
         if not getattr(config, "moe_relu_routing", False):
             raise ValueError(f"ReLURouter needs a ReMoEConfig with moe_relu_routing=True, got {type(config).__name__}.")
         super().__init__(config, *arguments, **options)
-        if not config.moe_relu_router_bias:
-            self.bias = None
-        if config.moe_relu_sparse_start:
-            self._start_sparse()
+        self.bias = None  # Megatron's router has one if other linear layers have
         device = torch.cuda.current_device()
-        for name in ("l1_exponent", "guarded", "reached"):
+        for name in ("l1_exponent", "guarded"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
-        if config.moe_relu_l1_reg_start_power == 1:
-            self.reached = None
         self.counts: RoutingCounts | None = None
         self.backend = backend_of(config)
         self.regularization = Regularization(
@@ -115,14 +107,3 @@ class ReLURouter(TopKRouter):
         largest = torch.zeros_like(map_TE).scatter_(1, probs_TE.detach().topk(most, dim=1).indices, True)
         computed_TE = map_TE & largest
         return torch.where(computed_TE, probs_TE, 0.0), computed_TE
-
-    def _start_sparse(self) -> None:
-        """Add a bias that gives each expert a share k/E of the tokens before the first step.
-
-        After a norm a token has length √H, so x · w has standard deviation |w| over directions x. The bias is the
-        quantile of that distribution: -|w| · Φ⁻¹(1 - k/E).
-        """
-        quantile = NormalDist().inv_cdf(self.config.target_sparsity)
-        bias = torch.nn.Parameter((-quantile * self.weight.detach().float().norm(dim=1)).to(self.weight.dtype))
-        bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
-        self.bias = bias

@@ -268,7 +268,7 @@ def apply_granularity(args: argparse.Namespace) -> None:
     args.moe_ffn_hidden_size = size // granularity
     args.num_experts *= granularity
     args.moe_router_topk *= granularity
-    for name in ("moe_warmup_topk", "moe_relu_max_experts", "moe_relu_start_topk"):
+    for name in ("moe_warmup_topk", "moe_relu_max_experts"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name) * granularity)
 
