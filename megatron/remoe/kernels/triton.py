@@ -1,15 +1,14 @@
 """The backend of Triton kernels: `--moe-kernels triton`. The same numbers as `pytorch.py`'s, in fewer passes.
 
-T tokens, E experts, P pairs, H hidden size.
+T tokens, E experts, B blocks of tokens, P pairs, H hidden size.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from megatron.remoe.kernels import plan, swiglu, token_sums
-from megatron.remoe.kernels.backend import Backend
-from megatron.remoe.kernels.router import relu_routing
+from megatron.remoe.kernels import plan, router, swiglu, token_sums
+from megatron.remoe.kernels.interface import Backend
 
 
 class TritonOrder(NamedTuple):
@@ -30,11 +29,6 @@ class TritonOrder(NamedTuple):
         return token_sums.sum_rows(pairs_PH, self.by_token)
 
 
-def _count(map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    counts_EB = plan.count_blocks(map_TE)
-    return counts_EB.sum(dim=1, dtype=counts_EB.dtype), counts_EB  # another type would be one launch more
-
-
 def _plan(
     probs_TE: torch.Tensor, map_TE: torch.Tensor, counts_EB: torch.Tensor, num_pairs: int
 ) -> tuple[TritonOrder, torch.Tensor]:
@@ -42,4 +36,4 @@ def _plan(
     return TritonOrder(token_index_P, by_token), gates_P
 
 
-TRITON = Backend(relu_routing, _count, _plan, swiglu.activate, swiglu.activate_backward)
+TRITON = Backend(router.gate, router.gate_backward, plan.count_blocks, _plan, swiglu.activate, swiglu.activate_backward)

@@ -6,7 +6,7 @@ import torch
 
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.typed_torch import apply_module
-from megatron.remoe.kernels.backend import backend_of
+from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.layer.experts import takes_grouped_experts
 from megatron.remoe.layer.grouped_swiglu import SwiGLU
 
@@ -19,7 +19,7 @@ class EngineExperts(TEGroupedMLP):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.backend = backend_of(self.config)
+        self.backend = choose_backend(self.config)
         recomputed = self.config.recompute_granularity == "selective" and "moe_act" in self.config.recompute_modules
         rest = self.config.use_transformer_engine_op_fuser or self.config.moe_mlp_glu_interleave_size is not None
         offloaded = self.config.fine_grained_activation_offloading or self.config.activation_func_fp8_input_store

@@ -19,7 +19,8 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
-from megatron.remoe.kernels.backend import Order, backend_of
+from megatron.remoe.kernels.backend import choose_backend
+from megatron.remoe.kernels.interface import Order
 from megatron.remoe.kernels.pytorch import SortedPairs
 from megatron.remoe.layer.grouped_swiglu import grouped_swiglu, has_grouped_kernel, sizes_refused
 
@@ -60,7 +61,7 @@ class GroupedExperts(MegatronModule):
             pg_collection: has the groups `ep`, `expt_tp` and `expt_dp`.
         """
         super().__init__(config=config)
-        self.num_local_experts, self.backend = num_local_experts, backend_of(config)
+        self.num_local_experts, self.backend = num_local_experts, choose_backend(config)
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         assert config.moe_ffn_hidden_size is not None
         ffn, hidden = config.moe_ffn_hidden_size // self.tp_group.size(), config.hidden_size
@@ -110,7 +111,7 @@ class GroupedExperts(MegatronModule):
             `[P, H]`, or with an `order` each token's sum `[T, H]`; with expert tensor parallelism, this rank's
             summand. And None, for no bias.
         """
-        given = permuted_local_hidden_states, permuted_probs, *self._weights(), tokens_per_expert
+        given = permuted_local_hidden_states, permuted_probs, *self._weights(), tokens_per_expert.tolist()
         return grouped_swiglu(*given, SortedPairs() if order is None else order, self.backend), None
 
     def backward_dw(self) -> None:

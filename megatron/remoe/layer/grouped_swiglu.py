@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from megatron.remoe.kernels.backend import Backend, Order
+from megatron.remoe.kernels.interface import Backend, Order
 from megatron.remoe.kernels.main_grad import add_outer, main_grad_of, mark_as_added
 
 KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # maximum number of experts; a row of bf16 is a multiple of 16 bytes
@@ -52,7 +52,7 @@ def grouped_swiglu(
     gates_P: torch.Tensor,
     fc1: torch.nn.Parameter | list[torch.nn.Parameter],
     fc2: torch.nn.Parameter | list[torch.nn.Parameter],
-    tokens_per_expert: torch.Tensor,
+    sizes: list[int],
     order: Order,
     backend: Backend,
 ) -> torch.Tensor:
@@ -63,27 +63,24 @@ def grouped_swiglu(
         gates_P: `[P]`, sorted by expert.
         fc1: `[E, 2 * F, H]`, W_left and then W_right; or a list with the matrix of each expert.
         fc2: `[E, H, F]`, W_down; or a list with the matrix of each expert.
-        tokens_per_expert: integers `[E]`. The host waits for them if they are on a GPU, except with
-            `takes_grouped_kernel`. Their sum may be below P.
+        sizes: the pairs of each expert.
         order: of the pairs.
         backend: computes SwiGLU between the products.
     """
     products: OneByOne | OneKernel
     stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # only type and shape count
     if not len(gates_P):  # grouped_mm may fail or hang without rows
-        products = OneByOne([0] * len(fc1))
+        products = OneByOne(sizes)
     elif takes_grouped_kernel(stacked):
-        products = OneKernel(tokens_per_expert, tokens_TH.device)
+        products = OneKernel(sizes, tokens_TH.device)
     else:
-        products = OneByOne(tokens_per_expert.tolist())
+        products = OneByOne(sizes)
     weights = (*fc1, *fc2) if isinstance(fc1, list) else (fc1, fc2)
     return _GroupedSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *weights)
 
 
 class OneByOne:
     """Compute a separate product for each expert; works for every device, type and size."""
-
-    end: torch.Tensor | None = None
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes  # pairs of each expert
@@ -112,15 +109,9 @@ class OneByOne:
 class OneKernel:
     """Compute the products of all experts with one `grouped_mm`, which reads their sizes on the device."""
 
-    def __init__(self, tokens_per_expert: torch.Tensor, device: torch.device) -> None:
-        """
-        Args:
-            tokens_per_expert: integers `[E]`, on the host or the device; not waited for. There may be more rows.
-            device: of the weights.
-        """
-        self.ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
-        self.end = self.ends[-1:]  # later rows belong to no pair
-        self.sizes = None if tokens_per_expert.is_cuda else tokens_per_expert.tolist()
+    def __init__(self, sizes: list[int], device: torch.device) -> None:
+        self.sizes = sizes  # pairs of each expert
+        self.ends = torch.tensor(sizes).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Multiply as `OneByOne.multiply`."""
@@ -135,12 +126,11 @@ class OneKernel:
         return outers
 
     def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add as `OneByOne.add_outers`, which also adds large ones if the host knows the sizes."""
-        if self.sizes is None or outs[0].numel() < LARGE_MATRIX:
+        """Add as `OneByOne.add_outers`, which adds large ones."""
+        if outs[0].numel() < LARGE_MATRIX:
             outs.add_(self.outers(left, right))
         else:
-            pairs = sum(self.sizes)
-            OneByOne(self.sizes).add_outers(outs, left[:pairs], right[:pairs])
+            OneByOne(self.sizes).add_outers(outs, left, right)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -165,7 +155,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         fc1, fc2 = _stacked(weights)
         hidden = products.multiply(order.take(tokens_TH), fc1.transpose(1, 2))
         ctx.save_for_backward(tokens_TH, gates_P, hidden, *order)
-        pairs_PH = products.multiply(backend.activate(hidden, gates_P, products.end), fc2.transpose(1, 2))
+        pairs_PH = products.multiply(backend.activate(hidden, gates_P), fc2.transpose(1, 2))
         return order.sum(pairs_PH, len(tokens_TH))
 
     @staticmethod
@@ -174,7 +164,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         products, order, (fc1, fc2) = ctx.products, ctx.order_type(*of_order), _stacked(ctx.weights)
         gradient_PH = order.take(gradient).contiguous()
         d_activated = products.multiply(gradient_PH, fc2)
-        activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated, products.end)
+        activated, d_hidden, d_gates = ctx.backend.activate_backward(hidden, gates_P, d_activated)
         d_fc2 = _weight_gradient(fc2, products, gradient_PH, activated)
         d_fc1 = _weight_gradient(fc1, products, d_hidden, order.take(tokens_TH))
         d_tokens = order.sum(products.multiply(d_hidden, fc1), len(tokens_TH))

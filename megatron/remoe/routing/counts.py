@@ -41,6 +41,12 @@ class RoutingCounts:
             return self.table[..., : -len(COLUMNS)]
         return self.table[..., COLUMNS.index(name) - len(COLUMNS)]
 
+    def add(self, tokens: torch.Tensor, l1_loss: torch.Tensor, micro_batches: float) -> None:
+        """Add to a row: integers `[E + 1]`, the tokens of each expert and all tokens; L_reg, one element; a share."""
+        self.table[: len(tokens)] += tokens
+        self["l1_loss"].add_(l1_loss.squeeze())
+        self["micro_batches"].add_(micro_batches)
+
     @property
     def active(self) -> torch.Tensor:
         """Active (token, expert) pairs, `[...]`."""

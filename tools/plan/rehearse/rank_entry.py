@@ -91,8 +91,6 @@ class Rehearsal:
             (SelfAttention, "forward", "attention"),
             (MoELayer, "route", "router"),
             (layer, "count_pairs", "count"),
-            (layer, "count_known", "count"),
-            (layer, "plan_dispatch", "plan"),
             (GroupedExperts, "forward", "experts"),
             (TEGroupedMLP, "forward", "experts"),
             (EngineExperts, "forward", "experts"),
