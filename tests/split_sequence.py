@@ -72,7 +72,9 @@ def check(**changes: str) -> None:
     active, num_tokens = counts.active.item(), counts["tokens"].item()
     assert num_tokens == 17
     assert split.sparsity == 1 - active / (num_tokens * 8)
-    assert split.expert_load[1] == [count / num_tokens for count in counts["tokens_per_expert"].tolist()]
+    assert split.tokens_per_expert[1] == [
+        round(count / num_tokens, 5) for count in counts["tokens_per_expert"].tolist()
+    ]
     torch.testing.assert_close(split.l1_loss, counts["l1_loss"].item(), rtol=1e-6, atol=0.0)
     assert exponent == (1 if active > num_tokens else -1)
     assert controller.totals() == {"total_active_pairs": active, "total_layer_tokens": num_tokens}  # each token once

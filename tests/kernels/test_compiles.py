@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron.remoe.kernels import plan, router, swiglu, token_sums
+from megatron.remoe.kernels import plan, router, swiglu, triton
 from tests.kernels.compiled import Kernel, usages
 
 MAP = {"map_TE": "*i1", "num_tokens": "i32", "num_experts": "i32"}
@@ -47,7 +47,7 @@ def experts(dtype: str, ffn: int) -> list[Kernel]:
     return [
         Kernel("swiglu:_activate", given, constants, ["ffn"]),
         Kernel("swiglu:_activate_backward", given | gradients, constants, ["ffn"]),
-        Kernel("token_sums:_sum", summed, {"WIDTH": token_sums.WIDTH}, ["hidden"]),
+        Kernel("triton:_sum", summed, {"WIDTH": triton.SUM_WIDTH}, ["hidden"]),
     ]
 
 

@@ -1,6 +1,5 @@
 """Test attention and experts of PyTorch's fused kernels against Megatron's: values, gradients and trainings."""
 
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.remoe.layer import experts as local_experts
 from megatron.remoe.layer.experts import GroupedExperts
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.layer.specs import with_fused_layers
@@ -154,31 +152,6 @@ def test_megatrons_hook_runs_once_for_all_chunks() -> None:
 )
 def test_other_experts_stay_megatrons(changes: dict[str, Any]) -> None:
     assert isinstance(make_layer(make_config(**changes), fused=True).experts, SequentialMLP)
-
-
-@needs_groups
-@pytest.mark.parametrize(
-    ("rank", "changes", "expected"),
-    [
-        ("0", {}, "expert FFN size 12 on a rank is not a multiple of 8"),
-        ("1", {}, None),
-        ("0", {"moe_ffn_hidden_size": 16}, None),
-    ],
-    ids=["refused", "other rank", "taken"],
-)
-def test_sizes_that_the_kernel_refuses_are_told_once(
-    rank: str, changes: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The warning comes once, and experts stay grouped: a checkpoint's contents depend on flags, not on the GPU."""
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(local_experts, "has_grouped_kernel", lambda _device: True)
-    config = make_config(**({"params_dtype": torch.bfloat16, "moe_router_dtype": "fp32"} | changes))
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("default")
-        layers = [make_layer(config, fused=True) for _ in range(2)]
-    assert all(isinstance(layer.experts, GroupedExperts) for layer in layers)
-    found = [str(warning.message) for warning in warned if "kernel" in str(warning.message)]
-    assert len(found) == (expected is not None) and all(text.startswith(str(expected)) for text in found)
 
 
 def test_norms_refuse_weights_centered_at_zero() -> None:

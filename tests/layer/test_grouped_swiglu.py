@@ -14,7 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron.remoe.kernels.interface import Order
 from megatron.remoe.kernels.pytorch import PYTORCH, SortedPairs, TokenOrder
 from megatron.remoe.layer import grouped_swiglu as module
-from megatron.remoe.layer.grouped_swiglu import OneByOne, OneKernel, _GroupedSwiGLU, grouped_swiglu, sizes_refused
+from megatron.remoe.layer.grouped_swiglu import (
+    OneByOne,
+    OneKernel,
+    _GroupedSwiGLU,
+    grouped_swiglu,
+    takes_grouped_kernel,
+)
 from tests.layers import SumTypes
 
 HIDDEN, FFN = 6, 5
@@ -177,16 +183,12 @@ class Products(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
-def test_gradients_are_added_to_fp32(pretend, monkeypatch, capability: tuple[int, int], large: bool) -> None:
-    """Large gradients are added expert by expert without a copy in bf16; without a grouped kernel, all are."""
-    pretend(capability)
-    monkeypatch.setattr(module, "LARGE_MATRIX", 16 * 16 if large else 16 * 16 + 1)  # fc1's; fc2's are smaller
-    sizes = [3, 0, 2]
+def test_gradients_are_added_to_fp32(pretend) -> None:
+    """Without a grouped kernel they are added expert by expert without a copy in bf16."""
+    pretend((8, 0))
     with FakeTensorMode(allow_non_fake_inputs=True), Products() as products:
-        run_on_fake_gpu(sizes, main_grad=torch.float32)
-    assert products.count == (4 if capability == (8, 0) else 2 * large)
+        run_on_fake_gpu([3, 0, 2], main_grad=torch.float32)
+    assert products.count == 4
 
 
 def run_on_fake_gpu(
@@ -239,25 +241,14 @@ def test_kernels_of_gpus(pretend, capability: tuple[int, int], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
-    ("experts", "hidden", "ffn", "refused"),
-    [
-        (3, 16, 8, []),
-        (3, 20, 8, ["hidden size 20 is not"]),
-        (3, 16, 12, ["expert FFN size 12 on a rank is not"]),
-        (1023, 16, 8, []),
-        (1024, 20, 12, ["hidden size 20", "expert FFN size 12", "1024 experts on a rank"]),
-    ],
-    ids=str,
+    ("experts", "hidden", "ffn", "is_taken"),
+    [(3, 16, 8, True), (3, 20, 8, False), (3, 16, 12, False), (1023, 16, 8, True), (1024, 16, 8, False)],
 )
-def test_sizes_that_the_kernel_refuses(pretend, experts: int, hidden: int, ffn: int, refused: list[str]) -> None:
-    """Experts of these sizes are computed one by one on a GPU too."""
+def test_sizes_that_the_kernel_takes(pretend, experts: int, hidden: int, ffn: int, is_taken: bool) -> None:
     pretend((9, 0))
-    found = sizes_refused(torch.empty(experts, 2 * ffn, hidden, device="meta"))
-    assert len(found) == len(refused) and all(map(str.startswith, found, refused))
-    if experts == 3:
-        sizes = [0, 5, 0]
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            assert (run_on_fake_gpu(sizes, hidden=hidden, ffn=ffn) is OneByOne) == bool(refused)
+    with FakeTensorMode():
+        fc1 = torch.empty(experts, 2 * ffn, hidden, dtype=torch.bfloat16, device="cuda:0")
+        assert takes_grouped_kernel(fc1) is is_taken
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)

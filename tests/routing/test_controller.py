@@ -65,7 +65,7 @@ def test_direction_and_reset(make_controller) -> None:
     summary = controller.summary()
     assert summary.sparsity == 0.0 and summary.target_sparsity == 0.75
     assert summary.l1_coefficient == 1e-8
-    assert summary.expert_load == {1: [1.0] * 4}
+    assert summary.tokens_per_expert == {1: [1.0] * 4}
 
     route(controller, active=3, tokens=8)
     controller.update()
@@ -85,7 +85,7 @@ def test_micro_batches_add_up(make_controller) -> None:
     controller.update()
     summary = controller.summary()
     assert summary.sparsity == 1 - 10 / 80
-    assert summary.expert_load[1][0] == 0.5
+    assert summary.tokens_per_expert[1][0] == 0.5
     assert exponent(controller) == -1
 
 

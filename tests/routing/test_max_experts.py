@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron.remoe.routing.controller import SparsityController
-from megatron.remoe.routing.problems import relu_routing_problems
+from megatron.remoe.routing.refusals import relu_routing_problems
 from tests.layers import HIDDEN, make_config, make_layer
 
 pytestmark = pytest.mark.usefixtures("process_groups")

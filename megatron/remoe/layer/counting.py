@@ -15,36 +15,25 @@ from megatron.remoe.kernels.interface import Backend
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """The sizes of a dispatch's collectives, on the host.
-
-    Attributes:
-        sent: int64 `[ep]`, pairs that this rank sends to each slice of experts.
-        received: int64 `[ep]`, pairs that it receives from each.
-        gathered: int64 `[tp]`, pairs that each rank with the same experts has after that.
-        per_expert: int64 `[R, L]`, pairs from each rank's tokens for each expert here.
-    """
-
-    sent: torch.Tensor
-    received: torch.Tensor
-    gathered: torch.Tensor
-    per_expert: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Counts:
-    """The numbers of pairs of a layer's tokens, or of one chunk.
+    """The numbers of pairs of a layer's tokens, or of one chunk; int64 on the host, except for the last.
 
     Attributes:
         num_pairs: P.
-        tokens_per_expert: int64 `[L]` on the host, the pairs that arrive at each expert here.
-        exchange: None if one rank has all experts.
+        tokens_per_expert: `[L]`, pairs that arrive at each expert here.
+        sent: `[ep]`, pairs that this rank sends to each slice of experts.
+        received: `[ep]`, pairs that it receives from each.
+        gathered: `[tp]`, pairs that each rank with the same experts has after that.
+        per_rank: `[R, L]`, pairs from each rank's tokens for each expert here.
         counts_EB: integers `[E, B]` on the device, those of this rank, for the backend's `plan`.
     """
 
     num_pairs: int
     tokens_per_expert: torch.Tensor
-    exchange: Exchange | None
+    sent: torch.Tensor
+    received: torch.Tensor
+    gathered: torch.Tensor
+    per_rank: torch.Tensor
     counts_EB: torch.Tensor
 
 
@@ -109,12 +98,12 @@ def _sizes(pairs_RE: torch.Tensor, counts_EB: torch.Tensor, dispatcher: MoEToken
     sent = pairs_RE.view(dispatcher.ep_size, dispatcher.tp_size, -1).transpose(0, 1)
     own_E = sent[dispatcher.tp_rank, dispatcher.ep_rank]
     received = sent.unflatten(2, (dispatcher.ep_size, -1))[:, :, dispatcher.ep_rank]
-    exchange = None
-    if dispatcher.tp_ep_group.size() > 1:
-        exchange = Exchange(
-            sent=own_E.view(dispatcher.ep_size, -1).sum(dim=1),
-            received=received[dispatcher.tp_rank].sum(dim=1),
-            gathered=received.sum(dim=(1, 2)),
-            per_expert=received.flatten(0, 1),
-        )
-    return Counts(sum(own_E.tolist()), received.sum(dim=(0, 1)), exchange, counts_EB)
+    return Counts(
+        num_pairs=sum(own_E.tolist()),
+        tokens_per_expert=received.sum(dim=(0, 1)),
+        sent=own_E.view(dispatcher.ep_size, -1).sum(dim=1),
+        received=received[dispatcher.tp_rank].sum(dim=1),
+        gathered=received.sum(dim=(1, 2)),
+        per_rank=received.flatten(0, 1),
+        counts_EB=counts_EB,
+    )

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.kernels.interface import Order
 from megatron.remoe.layer.counting import Counts, count_pairs
@@ -28,15 +26,9 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
             layer's steps one by one.
     """
 
-    def __init__(
-        self,
-        num_local_experts: int,
-        local_expert_indices: list[int],
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
-        self.backend = choose_backend(config)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.backend = choose_backend(self.config)
         self.counts: Counts | None = None
         self._order: Order | None = None
 
@@ -57,10 +49,8 @@ class PlannedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         self._order, gates_P = self.backend.plan(probs, routing_map, counts.counts_EB, counts.num_pairs)
         self.hidden_shape, self.probs = hidden_states.shape, probs
         self.tokens_per_expert = counts.tokens_per_expert
-        if (exchange := counts.exchange) is not None:
-            self.input_splits, self.output_splits = exchange.sent.numpy(), exchange.received.numpy()
-            self.output_splits_tp = exchange.gathered.numpy()
-            self.num_global_tokens_per_local_expert = exchange.per_expert
+        self.input_splits, self.output_splits = counts.sent.numpy(), counts.received.numpy()
+        self.output_splits_tp, self.num_global_tokens_per_local_expert = counts.gathered.numpy(), counts.per_rank
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
         return _Take.apply(hidden_states.view(-1, self.hidden_shape[-1]), self._order), gates_P

@@ -4,8 +4,6 @@ T tokens, P pairs (of a token and one of its experts), L experts on this rank, H
 (with expert tensor parallelism, this rank's part).
 """
 
-import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +20,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.kernels.interface import Order
 from megatron.remoe.kernels.pytorch import SortedPairs
-from megatron.remoe.layer.grouped_swiglu import grouped_swiglu, has_grouped_kernel, sizes_refused
+from megatron.remoe.layer.grouped_swiglu import grouped_swiglu
 
 
 def takes_grouped_experts(config: TransformerConfig) -> bool:
@@ -192,11 +190,6 @@ class SplitExperts(GroupedExperts):
     def _weights(self) -> tuple[Any, Any]:
         return self.linear_fc1(), self.linear_fc2()
 
-    @property
-    def fc1(self) -> torch.Tensor:  # type: ignore[override]
-        """A tensor with the device, type and shape of the stacked weights."""
-        return next(self.linear_fc1.parameters()).expand(self.num_local_experts, -1, -1)
-
 
 class _Matrices(torch.nn.Module):
     """One parameter for each expert. Megatron-FSDP gathers them when this module is called."""
@@ -226,18 +219,4 @@ def build_experts(
     """Build grouped experts if the configuration allows them, otherwise call `stock`."""
     if not takes_grouped_experts(config):
         return stock(num_local_experts, config, pg_collection=pg_collection, name=name)
-    experts = kind(num_local_experts, config, pg_collection)
-    _warn_of_refused_sizes(experts.fc1)
-    return experts
-
-
-def _warn_of_refused_sizes(fc1: torch.Tensor) -> None:
-    """Warn, in one process, if the GPU's grouped kernel does not support these sizes."""
-    if fc1.dtype != torch.bfloat16 or not has_grouped_kernel(fc1.device) or os.environ.get("RANK", "0") != "0":
-        return
-    if refused := sizes_refused(fc1):
-        warnings.warn(
-            f"{', '.join(refused)}: PyTorch's kernel for all experts at once does not take that. The experts are "
-            "multiplied one by one instead: the same results, but slower.",
-            stacklevel=2,
-        )
+    return kind(num_local_experts, config, pg_collection)

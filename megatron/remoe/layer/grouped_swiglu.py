@@ -14,9 +14,6 @@ from megatron.remoe.kernels.main_grad import add_outer, main_grad_of, mark_as_ad
 
 KERNEL_EXPERTS, KERNEL_MULTIPLE = 1023, 8  # maximum number of experts; a row of bf16 is a multiple of 16 bytes
 SM90, SM100 = 9, 10
-# From this number of elements on, each expert's weight gradient is a separate product that adds to Megatron's buffer.
-# This saves 4 bytes per element, which at this size take as long as a launch.
-LARGE_MATRIX = 2**21
 
 
 @cache
@@ -25,26 +22,11 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def has_grouped_kernel(device: torch.device) -> bool:
-    """Return whether `grouped_mm` is one kernel on this device; on others it is a loop that waits for the sizes."""
-    return _generation(device) in (SM90, SM100)
-
-
-def sizes_refused(fc1: torch.Tensor) -> list[str]:
-    """Describe the sizes in the shape `[E, 2 * F, H]` that the kernel does not support."""
-    experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
-    multiple = f"is not a multiple of {KERNEL_MULTIPLE}"
-    checks = {
-        f"hidden size {hidden} {multiple}": hidden % KERNEL_MULTIPLE,
-        f"expert FFN size {ffn} on a rank {multiple}": ffn % KERNEL_MULTIPLE,
-        f"{experts} experts on a rank are more than {KERNEL_EXPERTS}": experts > KERNEL_EXPERTS,
-    }
-    return [text for text, is_refused in checks.items() if is_refused]
-
-
 def takes_grouped_kernel(fc1: torch.Tensor) -> bool:
-    """Return whether one kernel computes all experts with these weights."""
-    return fc1.dtype == torch.bfloat16 and has_grouped_kernel(fc1.device) and not sizes_refused(fc1)
+    """Return whether `grouped_mm` is one kernel for weights `[E, 2 * F, H]`; otherwise it loops or refuses them."""
+    experts, ffn, hidden = fc1.shape[0], fc1.shape[1] // 2, fc1.shape[2]
+    takes_sizes = not (hidden % KERNEL_MULTIPLE or ffn % KERNEL_MULTIPLE or experts > KERNEL_EXPERTS)
+    return fc1.dtype == torch.bfloat16 and _generation(fc1.device) in (SM90, SM100) and takes_sizes
 
 
 def grouped_swiglu(
@@ -67,14 +49,9 @@ def grouped_swiglu(
         order: of the pairs.
         backend: computes SwiGLU between the products.
     """
-    products: OneByOne | OneKernel
     stacked = fc1[0].expand(len(fc1), -1, -1) if isinstance(fc1, list) else fc1  # only type and shape count
-    if not len(gates_P):  # grouped_mm may fail or hang without rows
-        products = OneByOne(sizes)
-    elif takes_grouped_kernel(stacked):
-        products = OneKernel(sizes, tokens_TH.device)
-    else:
-        products = OneByOne(sizes)
+    is_one = len(gates_P) and takes_grouped_kernel(stacked)  # without rows grouped_mm may fail or hang
+    products = OneKernel(sizes, tokens_TH.device) if is_one else OneByOne(sizes)
     weights = (*fc1, *fc2) if isinstance(fc1, list) else (fc1, fc2)
     return _GroupedSwiGLU.apply(tokens_TH, gates_P, products, order, backend, *weights)
 
@@ -110,7 +87,6 @@ class OneKernel:
     """Compute the products of all experts with one `grouped_mm`, which reads their sizes on the device."""
 
     def __init__(self, sizes: list[int], device: torch.device) -> None:
-        self.sizes = sizes  # pairs of each expert
         self.ends = torch.tensor(sizes).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
     def multiply(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -126,11 +102,8 @@ class OneKernel:
         return outers
 
     def add_outers(self, outs: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add as `OneByOne.add_outers`, which adds large ones."""
-        if outs[0].numel() < LARGE_MATRIX:
-            outs.add_(self.outers(left, right))
-        else:
-            OneByOne(self.sizes).add_outers(outs, left, right)
+        """Add as `OneByOne.add_outers`."""
+        outs.add_(self.outers(left, right))
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -188,19 +161,3 @@ def _weight_gradient(
         return products.outers(left, right)
     products.add_outers(main_grad, left, right)
     return mark_as_added(weight)
-
-
-class SwiGLU(torch.autograd.Function):
-    """SwiGLU with gates between the products of Transformer Engine: `hidden`, `gates`, backend → `[P, F]`."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, gates_P: torch.Tensor, backend: Backend) -> torch.Tensor:
-        ctx.save_for_backward(hidden, gates_P)
-        ctx.backend = backend
-        return backend.activate(hidden, gates_P)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        # Only this function reads the second product's gradient, so it may be overwritten.
-        _, d_hidden, d_gates = ctx.backend.activate_backward(*ctx.saved_tensors, gradient)
-        return d_hidden, d_gates, None

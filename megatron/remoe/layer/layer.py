@@ -20,7 +20,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, te_checkpoint
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.remoe.kernels.backend import choose_backend
 from megatron.remoe.layer.counting import Counts, count_pairs
@@ -52,15 +51,8 @@ class ReMoELayer(MoELayer):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.backend = choose_backend(config)
-        is_topk = type(self.router) is TopKRouter
-        self.pairs_limit = 0.0 if is_topk else _pairs_limit(config)
+        self.pairs_limit = 0.0 if type(self.router) is TopKRouter else _pairs_limit(config)
         self.way = self._choose_way(config, pg_collection)
-        manager = getattr(self.token_dispatcher, "_comm_manager", None)
-        if isinstance(manager, _DeepepManager) and not is_topk:
-            # One slot for each expert that a token can have. With any capacity factor, gates of 0 are not sent.
-            slots = getattr(config, "moe_relu_max_experts", None) or config.num_moe_experts
-            manager.router_topk = slots * self.token_dispatcher.tp_size
-            manager.capacity_factor = 1.0
         is_fused = config.use_transformer_engine_op_fuser  # recomputes without freeing
         self._frees_activations = getattr(self.experts, "activation_recompute", False) and not is_fused
         _prepare_experts(self.experts)

@@ -2,7 +2,7 @@
 
     InPlace     one rank has all experts      plan → experts(tokens, order): take → SwiGLU → sum
     ByExchange  all-to-all                    plan, take → dispatch → experts → combine → sum
-    ByMegatron  allgather, HybridEP, DeepEP   preprocess → dispatch → experts → combine → postprocess
+    ByMegatron  allgather, HybridEP  preprocess → dispatch → experts → combine → postprocess
 
 T tokens (sequence x batch), E experts, H hidden size.
 """

@@ -9,14 +9,16 @@ After every optimizer step, with k experts per token as the target and α slight
 The routers keep λ = λ₀ · α^n as the integer n, so the update adds -1, 0 or 1 to n.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.counts import RoutingSummary, StepSums
-from megatron.remoe.routing.layers import layer_numbers, norm_weights
 from megatron.remoe.routing.router import ReLURouter
 
 
@@ -39,11 +41,11 @@ class SparsityController:
         self.routers = [module for module in modules if isinstance(module, ReLURouter)]
         self.device = torch.device(torch.cuda.current_device())
         self._numbers = layer_numbers(self.routers, modules, config.num_layers)
-        self._num_layers = max([config.num_layers, *self._numbers])
-        if config.mtp_num_layers:  # one pipeline stage has these layers, and the others cannot count them
-            self._num_layers = _largest_of_ranks(self._num_layers, self.device)
-        # A router that is off for all tokens has no gradient, but the norms of every layer have one.
-        self._watched = [*norm_weights(modules), *(router.weight for router in self.routers)]
+        # A depth of multi-token prediction has at most as many layers as the decoder; rows without a router stay 0.
+        self._num_layers = config.num_layers * (1 + (config.mtp_num_layers or 0))
+        # A router that is off for all tokens has no gradient, but the vectors of every layer, its norms' weights, have.
+        vectors = [weight for module in modules for weight in module.parameters(recurse=False) if weight.dim() == 1]
+        self._watched = [*vectors, *(router.weight for router in self.routers)]
         self._last: StepSums | None = None
         # Computed pairs and tokens of each layer over all steps.
         self.running_sums = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self.device)
@@ -123,9 +125,18 @@ def _reduced_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _largest_of_ranks(number: int, device: torch.device) -> int:
-    """Return the largest of all ranks' numbers; waits for the device."""
-    largest = torch.tensor(number, device=device)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return int(largest)
+def layer_numbers(routers: Iterable[TopKRouter], modules: Iterable[torch.nn.Module], num_layers: int) -> list[int]:
+    """Return each router's layer number, from 1.
+
+    Layers of multi-token prediction, which Megatron numbers from 1 again, follow the decoder's.
+
+    Args:
+        routers: in the model's order.
+        modules: the whole model on this rank.
+        num_layers: layers of the decoder.
+    """
+    blocks = [module for module in modules if isinstance(module, MultiTokenPredictionBlock)]
+    # In a hybrid model, routers do not know that they belong to multi-token prediction.
+    predicting = {id(module) for block in blocks for module in block.modules()}
+    after = itertools.count(num_layers + 1)
+    return [next(after) if id(router) in predicting else router.layer_number for router in routers]

@@ -82,13 +82,14 @@ class ReLURouter(TopKRouter):
             probs_TE, map_TE, self.counts_EB = _RegularizedReLU.apply(logits_TE, padding_mask_T, self)
         else:
             probs_TE, map_TE, self.counts_EB, _ = self.backend.gate(logits_TE, padding_mask_T)
-        if self.config.moe_relu_max_experts is None:
+        if (most := self.config.moe_relu_max_experts) is None:
             return probs_TE, map_TE
         self.counts_EB = None
-        probs_TE, computed_TE = self._keep_largest(probs_TE, map_TE)
+        # Gates that are left out still have the gradient of λ · L_reg.
+        computed_TE = map_TE & torch.zeros_like(map_TE).scatter_(1, probs_TE.detach().topk(most, dim=1).indices, True)
         if is_counted and self.counts is not None:
             self.counts["left_out"].add_((map_TE & ~computed_TE).sum())
-        return probs_TE, computed_TE
+        return torch.where(computed_TE, probs_TE, 0.0), computed_TE
 
     def l1_coefficient(self) -> torch.Tensor:
         """Return λ = init · multiplier^n as a float64 scalar on the device."""
@@ -137,15 +138,6 @@ class ReLURouter(TopKRouter):
             self.counts = RoutingCounts.zeros(self.num_experts, pairs_E.device)
         self.counts.add(own_counts, l1_loss, 1.0 / ranks)
         return coefficient.float() * weight * active_E, off
-
-    def _keep_largest(self, probs_TE: torch.Tensor, map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return gates and map of each token's `moe_relu_max_experts` largest gates.
-
-        Gates that are left out still have the gradient of λ · L_reg.
-        """
-        indices = probs_TE.detach().topk(self.config.moe_relu_max_experts, dim=1).indices
-        computed_TE = map_TE & torch.zeros_like(map_TE).scatter_(1, indices, True)
-        return torch.where(computed_TE, probs_TE, 0.0), computed_TE
 
 
 class _RegularizedReLU(torch.autograd.Function):

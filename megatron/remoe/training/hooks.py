@@ -26,10 +26,10 @@ from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, takes_grouped_experts
 from megatron.remoe.layer.specs import (
     LayerSpec,
-    with_engine_kernels,
     with_fused_layers,
     with_latent_attention,
     with_norms_of_all_heads,
+    with_planned_dispatch,
     with_router,
     with_sequence_parallel_norms,
 )
@@ -177,7 +177,7 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
     stacks_experts = args.num_experts and is_local and takes_grouped_experts(model_cfg.transformer)
     if args.transformer_impl != "local":
         if wants_kernels(args):
-            _change_layers(model_cfg, lambda spec, _vp_stage: with_engine_kernels(spec))
+            _change_layers(model_cfg, lambda spec, _vp_stage: with_planned_dispatch(spec))
         return
     check_local_layers(args, stacks_experts)
     is_hybrid = isinstance(model_cfg, HybridModelConfig)

@@ -81,7 +81,6 @@ class Rehearsal:
         from megatron.core.transformer.moe.moe_layer import MoELayer
         from megatron.core.transformer.transformer_layer import TransformerLayer
         from megatron.remoe.layer import layer
-        from megatron.remoe.layer.engine_experts import EngineExperts
         from megatron.remoe.layer.experts import GroupedExperts
         from megatron.remoe.routing.controller import SparsityController
 
@@ -93,7 +92,6 @@ class Rehearsal:
             (layer, "count_pairs", "count"),
             (GroupedExperts, "forward", "experts"),
             (TEGroupedMLP, "forward", "experts"),
-            (EngineExperts, "forward", "experts"),
             (SparsityController, "update", "update"),
         ):
             self.launches.watch(owner, method, part)
