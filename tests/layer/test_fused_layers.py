@@ -182,35 +182,3 @@ def test_same_training(kind: str, data: Path) -> None:
         for flags in ([], ["--no-local-layer-fusion"])
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
-
-
-EP2, EXPERT_TP2 = ["--expert-model-parallel-size", "2"], "--tensor-model-parallel-size 2 --sequence-parallel".split()
-EXPERT_TP2 += ["--expert-tensor-parallel-size", "2"]
-BOUNDED = {
-    "one process": (1, []),
-    "EP2": (2, EP2),
-    "EP2, allgather": (2, [*EP2, "--moe-token-dispatcher-type", "allgather"]),
-    "EP2, overlap": (2, [*EP2, *"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()]),
-    "expert TP2": (2, EXPERT_TP2),
-}
-
-
-@pytest.fixture(scope="module")
-def unbounded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("unbounded")
-    common = [*TINY, *RELU, "--data-path", str(data), "--train-iters", "4", "--moe-relu-activation-limit", "0"]
-    run([*common, "--exit-interval", "1", "--save", str(folder), "--save-interval", "1"])
-    return folder, run([*common, "--load", str(folder), "--finetune"])
-
-
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.bulk] * (name == "EP2")) for name in BOUNDED])
-def test_bounded_activations_change_nothing(layout: str, data: Path, unbounded: tuple[Path, str]) -> None:
-    """In all steps S is far from the target: about 4 experts per token are active, and the limit is 1."""
-    folder, expected = unbounded
-    processes, flags = BOUNDED[layout]
-    flags = [*flags, "--train-iters", "4", "--moe-relu-activation-limit", "1", "--load", str(folder), "--finetune"]
-    found = run([*TINY, *RELU, "--data-path", str(data), *flags], processes)
-    assert min(series(expected, "sparsity")) < 0.6
-    assert series(found, "lm loss") == pytest.approx(series(expected, "lm loss"), rel=1e-5)
-    assert series(found, "sparsity") == pytest.approx(series(expected, "sparsity"), abs=1e-3)
-    assert series(found, "l1 coefficient") == series(expected, "l1 coefficient")

@@ -12,8 +12,6 @@ import torch
 from megatron.core.extensions import transformer_engine_spec_provider as provider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import random
-from megatron.core.transformer import transformer_config
-from megatron.core.transformer.moe import experts
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -159,55 +157,3 @@ def test_a_layer_in_fp8_is_recomputed_in_fp8(monkeypatch: pytest.MonkeyPatch) ->
         outputs.append(layer(tokens)[0])
     assert groups == [layer.tp_group]
     torch.testing.assert_close(*outputs)
-
-
-class Padding(torch.nn.Module):
-    """The interface of Transformer Engine's `Fp8Padding` and `Fp8Unpadding`: experts' rows become multiples of 16."""
-
-    def __init__(self, experts: int, align_size: int | None = None) -> None:
-        super().__init__()
-
-    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[int]]:
-        sizes = [-(-size // 16) * 16 for size in m_splits]
-        parts = zip(rows.split(m_splits), m_splits, sizes, strict=True)
-        return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, to - of)) for part, of, to in parts]), sizes
-
-
-class Unpadding(Padding):
-    def forward(self, rows: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
-        padded = [-(-size // 16) * 16 for size in m_splits]
-        return torch.cat([part[:size] for part, size in zip(rows.split(padded), m_splits, strict=True)])
-
-
-@pytest.mark.parametrize("share", [1.0, 0.0, -1.0], ids=["all", "some", "none"])
-def test_fp8_gets_whole_blocks_of_each_expert(
-    engine_spec: ModuleSpec, share: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Padding changes no result, for any number of pairs; the rounding of FP8 is not simulated."""
-    monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: True)
-    monkeypatch.setattr(experts, "HAVE_TE", True)
-    monkeypatch.setattr(experts, "Fp8Padding", Padding)
-    monkeypatch.setattr(experts, "Fp8Unpadding", Unpadding)
-    seen: list[int] = []
-    forward = GroupedLinear.forward
-
-    def watched(self: GroupedLinear, rows: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
-        seen.extend(m_splits)
-        return forward(self, rows, m_splits)
-
-    monkeypatch.setattr(GroupedLinear, "forward", watched)
-    tokens, found, weights = torch.rand(9, 2, HIDDEN, dtype=torch.float64) + 0.1, [], None
-    for precision in ({}, {"fp8": "hybrid", "fp8_recipe": "mxfp8"}):
-        config = make_config(moe_router_topk=2, moe_grouped_gemm=True, moe_relu_activation_limit=0.0, **precision)
-        layer = with_relu_routing(engine_spec).submodules.mlp(config=config, layer_number=1)
-        layer.set_layer_number(1)
-        weights = weights or layer.to(torch.float64).state_dict()
-        layer.to(torch.float64).load_state_dict(weights)
-        if share:
-            layer.router.weight.data.abs_().mul_(share)
-        seen.clear()
-        output, _ = layer(copy := tokens.clone().requires_grad_())
-        found.append((output, *torch.autograd.grad(output.square().sum(), [copy, *layer.parameters()])))
-    assert seen and all(size % 16 == 0 for size in seen)
-    for mine, plain in zip(*found, strict=True):
-        torch.testing.assert_close(mine, plain)
