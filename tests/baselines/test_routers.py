@@ -128,7 +128,7 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_parts_of_a_sequence_are_routed_as_the_whole() -> None:
-    output = run([], 2, script=REPOSITORY / "tests" / "baselines" / "split_sequence.py")
+    output = run(["baselines"], 2, script=REPOSITORY / "tests" / "split_sequence.py")
     assert output.count(" ok") == 2
 
 
