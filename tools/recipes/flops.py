@@ -90,7 +90,6 @@ def _experts(of: _Defaulting, topk: float, products: int) -> float:
     hidden, latent = of.hidden_size, of.moe_latent_size
     width = of.moe_ffn_hidden_size or of.ffn_hidden_size
     router = 0 if of.moe_baseline_router in UNLEARNED else hidden * of.num_experts
-    router *= {"null_experts": 2, "routing_free": max(1, hidden // 4)}.get(of.moe_baseline_router, 1)
     shared = hidden * (products * (of.moe_shared_expert_intermediate_size or 0) + bool(of.moe_shared_expert_gate))
     return router + shared + topk * products * (latent or hidden) * width + 2 * hidden * (latent or 0)
 
