@@ -31,8 +31,7 @@ _ROOMS = {
     "lock_save_folder": "start.run_lock",
     "check_settings": "start.environment",
     "check_data": "start.data",
-    "remove_cached_indices": "start.index_cache",
-    "check_loaded_run": "start.checkpoint_fit",
+    "check_loaded_run": "start.saved_settings",
     "make_output_folders": "start.environment",
     "apply_patches": "patches",
 }

@@ -13,8 +13,7 @@ from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.routing.refusals import as_list, shown
-from megatron.remoe.start.checkpoint_files import loaded_flag
-from megatron.remoe.start.checkpoint_fit import check_has_no_code
+from megatron.remoe.start.checkpoint_files import choose_checkpoint, loaded_checkpoint
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.remoe.start.environment import check_flips
 from megatron.remoe.start.messages import explain_flag_errors, usage_errors
@@ -25,9 +24,6 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
-
-# One rank builds the data index while all others wait. After the first step, Megatron's default applies.
-FIRST_STEP_TIMEOUT_MINUTES, STEP_TIMEOUT_SECONDS = 60, 600
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -56,20 +52,6 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "validation text (share of all token-expert pairs, and number per token and layer). Costs two forward passes "
         "of a micro-batch, about 2/(3NM) of the time with M micro-batches per step; results stay bit for bit the "
         "same. Off by default. The log line shows them if N is a multiple of --log-interval.",
-    )
-    group.add_argument(
-        "--teacher",
-        metavar="FOLDER",
-        help="Train towards the predictions of a frozen model of the same shape, such as the top-k model that this "
-        "ReMoE was converted from: its checkpoint. Costs its memory and a forward pass.",
-    )
-    group.add_argument(
-        "--teacher-weight",
-        type=float,
-        default=1.0,
-        metavar="W",
-        help="With --teacher: the loss is that of the language model + W times KL(teacher, student), in nats per token "
-        "(default: %(default)s).",
     )
     group.add_argument(
         "--no-moe-router-pre-softmax",
@@ -131,7 +113,8 @@ def parse_args(
         parser = add_remoe_arguments(parser)
         # one_logger is not a public package, and Megatron reports its absence at every start.
         parser.set_defaults(enable_one_logger=False)
-        describe_timeout_flag(parser)
+        # One rank builds the data index while all others wait. After the first step, a hanging rank is found quickly.
+        parser.set_defaults(distributed_timeout_minutes=60, distributed_timeout_seconds_after_init=600)
         explain_flag_errors(parser)
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
@@ -139,7 +122,6 @@ def parse_args(
     for name, value in (args_defaults or {}).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    set_timeout_defaults(args)
     apply_granularity(args)
     drop_ignored_fork_flags(args)
     if not args.save and args.rerun_mode == "validate_results":
@@ -150,25 +132,6 @@ def parse_args(
     return args
 
 
-def describe_timeout_flag(parser: argparse.ArgumentParser) -> None:
-    """Show the defaults of `set_timeout_defaults` in the help of --distributed-timeout-minutes."""
-    flag = next(action for action in parser._actions if action.dest == "distributed_timeout_minutes")
-    flag.default = None
-    flag.help = (
-        f"Minutes that ranks wait for each other. Default: {FIRST_STEP_TIMEOUT_MINUTES} until the first step, because "
-        f"building the data index takes long, and {STEP_TIMEOUT_SECONDS // 60} after it "
-        "(--distributed-timeout-seconds-after-init)."
-    )
-
-
-def set_timeout_defaults(args: argparse.Namespace) -> None:
-    """By default, wait long for the first step and then detect a hanging rank quickly."""
-    if args.distributed_timeout_minutes is None:
-        args.distributed_timeout_minutes = FIRST_STEP_TIMEOUT_MINUTES
-        if args.distributed_timeout_seconds_after_init is None:
-            args.distributed_timeout_seconds_after_init = STEP_TIMEOUT_SECONDS
-
-
 def load_saved_args(args: argparse.Namespace) -> None:
     """With --use-checkpoint-args, read the model's shape from the checkpoint before validation, and check it then.
 
@@ -177,14 +140,13 @@ def load_saved_args(args: argparse.Namespace) -> None:
     """
     if not args.use_checkpoint_args:
         return
-    tokenizer = args.tokenizer_type
-    check_has_no_code(args)
-    flag = loaded_flag(args)
-    try:
-        found = load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
-    except SystemExit as stop:  # Megatron would exit with code 0
-        raise BrokenCheckpointError(f"{flag}: there is no checkpoint to read settings from.", "REMOE-E404") from stop
-    saved = found[1] if isinstance(found, tuple) else None
+    tokenizer, flag = args.tokenizer_type, loaded_checkpoint(args)[0]
+    resume = choose_checkpoint(args)  # also refuses code in it
+    if resume is None:
+        raise BrokenCheckpointError(f"{flag}: there is no checkpoint to read settings from.", "REMOE-E404")
+    resume.apply(args)
+    load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
+    saved = resume.saved
     files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
     if args.vocab_file:  # it belongs to the flag's tokenizer
         args.tokenizer_type = tokenizer
@@ -269,7 +231,7 @@ def apply_granularity(args: argparse.Namespace) -> None:
     args.num_experts *= granularity
     args.moe_router_topk *= granularity
     for name in ("moe_warmup_topk", "moe_relu_max_experts", "moe_relu_start_topk"):
-        if getattr(args, name) is not None:
+        if getattr(args, name, None) is not None:
             setattr(args, name, getattr(args, name) * granularity)
 
 

@@ -23,7 +23,7 @@ from megatron.remoe.baselines import ROUTERS
 from megatron.remoe.baselines.hash import pass_token_ids
 from megatron.remoe.baselines.pairs import PairCounter
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.kernels import wants_kernels, wants_quack
+from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.layer.experts import GroupedExperts, SplitExperts, takes_grouped_experts
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.layer.specs import (
@@ -40,7 +40,7 @@ from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.controller import SparsityController
 from megatron.remoe.routing.router import ReLURouter
 from megatron.remoe.routing.warmup import WarmupTopKRouter
-from megatron.remoe.start.environment import check_local_layers, check_quack
+from megatron.remoe.start.environment import check_local_layers
 from megatron.remoe.training.arguments import model_config_from_args
 from megatron.remoe.training.flips import FlipMeter
 from megatron.remoe.training.metrics import ReMoEMetricsTracker
@@ -184,8 +184,6 @@ def install_local_layers(args: argparse.Namespace, model_cfg: ModelConfig) -> No
         _change_layers(model_cfg, lambda spec, _vp_stage: with_norms_of_all_heads(spec))
     is_local = args.transformer_impl == "local" and args.local_layer_fusion
     stacks_experts = args.num_experts and is_local and takes_grouped_experts(model_cfg.transformer)
-    if wants_quack(args):
-        check_quack(args, stacks_experts)
     if args.transformer_impl != "local":
         if wants_kernels(args):
             _change_layers(model_cfg, lambda spec, _vp_stage: with_engine_kernels(spec))
