@@ -8,13 +8,10 @@ from collections.abc import Callable
 import pytest
 
 import megatron.remoe
-from megatron.remoe import pretrain
 from megatron.remoe.routing.config import ReMoEConfig
 from megatron.remoe.routing.problems import relu_routing_problems
 from megatron.remoe.routing.refusals import REFUSALS, flag
-from megatron.remoe.start.removed_flags import REMOVED
 from megatron.remoe.training import arguments
-from megatron.training.arguments import add_megatron_arguments
 from tests.tiny_model import EXPERTS, RELU, TOPK
 from tests.trainings import REPOSITORY, TINY
 
@@ -53,16 +50,6 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return refused
 
 
-@pytest.mark.parametrize(
-    ("flags", "minutes", "seconds_after"),
-    [("", 60, 600), ("--distributed-timeout-minutes 30", 30, None)],
-)
-def test_timeouts(flags: str, minutes: int, seconds_after: int | None, parse: Parse) -> None:
-    """The default timeout is long until the first rank has built the data's index, and short after the first step."""
-    args = parse(flags)
-    assert (args.distributed_timeout_minutes, args.distributed_timeout_seconds_after_init) == (minutes, seconds_after)
-
-
 def test_help_explains_all_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -89,7 +76,6 @@ BAD_VALUES = [
     (TOPK, "--moe-warmup-topk 9 --moe-warmup-steps 9", "--moe-warmup-topk 9", "at most --num-experts 8"),
     (RELU, WARMUP, "--moe-warmup-topk cannot", "Leave it out"),
     (TOPK, f"{WARMUP} --moe-expert-capacity-factor 1", "factor 1.0 cannot be used with --moe-warmup", "Leave it out"),
-    (RELU, "--moe-token-dispatcher-type alltoall_seq", "'alltoall_seq'", "its successor is alltoall."),
     (RELU, "--moe-relu-l1-reg-coeff-multiplier 1.0", "multiplier 1.0", "above 1"),
     (RELU, "--moe-relu-l1-reg-coeff-init nan", "init nan", "positive"),
     (RELU, "--moe-relu-layer-floor 1", "--moe-relu-layer-floor 1.0", "below 1"),
@@ -105,8 +91,6 @@ BAD_VALUES = [
         "--cuda-graph-impl none",
     ),
     (RELU, "--moe-expert-capacity-factor 1 --moe-router-topk 9", "factor 1.0", "--moe-router-topk 9"),  # both at once
-    (RELU, "--use-legacy-models", "--use-legacy-models", "Leave it out. [REMOE-E211]"),
-    (RELU, "--moe-extended-tp --s3-cache-path here", "--s3-cache-path", "--object-storage-cache-path"),
 ]
 
 
@@ -168,30 +152,6 @@ def test_flags_of_the_fork_are_taken_and_what_it_ignores_is_told_once(
 def test_a_z_loss_is_used_and_said(parse: Parse, capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(RELU, "--moe-z-loss-coeff 1e-3").moe_z_loss_coeff == 1e-3
     assert "--moe-z-loss-coeff 0.001" in capsys.readouterr().err
-
-
-def test_replacements_of_removed_flags_exist() -> None:
-    parser = arguments.add_remoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    known = {option for action in parser._actions for option in action.option_strings}
-    assert not set(REMOVED) & known
-    assert {replacement for _, replacement in REMOVED.values() if replacement} <= known
-
-
-@pytest.mark.parametrize(
-    ("name", "version", "code"),
-    [("torch", "2.5.1", 2), ("torch", "2.10.0a0+nv26.1", None), ("filelock", "3.29.0", 2), ("filelock", "3.30", None)],
-)
-def test_an_old_package_is_refused_at_the_start(
-    name: str, version: str, code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    versions = {"torch": "2.15.0+cu132", "megatron-core": "0.19.2", "filelock": "4.2.12", name: version}
-    monkeypatch.setattr(pretrain.importlib.metadata, "version", versions.get)
-    if code is None:
-        return pretrain.check_versions()
-    with pytest.raises(SystemExit) as stop:
-        pretrain.check_versions()
-    error = capsys.readouterr().err
-    assert stop.value.code == code and version in error and "[REMOE-E106]" in error
 
 
 def test_a_checkout_without_metadata_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:

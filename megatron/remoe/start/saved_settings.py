@@ -26,7 +26,8 @@ from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.config import PretrainConfigContainer
 
-COMPARED = ("model", "optimizer", "scheduler", "rng")  # configurations in Megatron's container
+# Configurations in Megatron's container. The model and the scheduler have their own rules.
+COMPARED = ("optimizer", "rng")
 NOT_COMPARED = ("ddp", "dist", "logger", "checkpoint", "profiling", "validation", "tokenizer")
 # Groups of flags that the configurations do not have, or under other names.
 FLAG_GROUPS = ("network size", "moe", "data and dataloader")
@@ -103,8 +104,8 @@ def result_settings() -> set[str]:
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     groups = (group for group in parser._action_groups if group.title in FLAG_GROUPS)
     flags = {action.dest for group in groups for action in group._group_actions}
-    compared = models | flags | {*_names(*(kinds[name] for name in COMPARED if name != "model"))}
-    compared -= {*_names(*(kinds[name] for name in NOT_COMPARED)), *schedule_settings(), *ENDS}
+    compared = models | flags | {*_names(*(kinds[name] for name in COMPARED))}
+    compared -= {*_names(*(kinds[name] for name in NOT_COMPARED)), *_names(kinds["scheduler"]), "weight_decay"}
     return {name for name in compared if not SPEED.search(name)} | ALWAYS_COMPARED
 
 
