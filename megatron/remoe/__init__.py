@@ -27,7 +27,7 @@ _ROOMS = {
     "install_routing": "training.hooks",
     "with_flips": "training.hooks",
     "write_run_log": "training.run_log",
-    "with_summary": "training.summary",
+    "add_summary": "training.summary",
     "lock_save_folder": "start.run_lock",
     "check_settings": "start.environment",
     "check_data": "start.data",

@@ -81,7 +81,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
     from megatron.remoe.training.arguments import model_config_from_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
     from megatron.remoe.training.run_log import write_run_log
-    from megatron.remoe.training.summary import with_summary
+    from megatron.remoe.training.summary import add_summary
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.utils import print_rank_last
@@ -93,7 +93,7 @@ def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_
         hooks.install_routing(args, model_cfg)
         hooks.install_local_layers(args, model_cfg)
         datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
-        datasets_provider = with_summary(args, model_cfg, datasets_provider)
+        add_summary(args, model_cfg)
         at_the_end.enter_context(write_run_log(args))
 
     if observe is not None:

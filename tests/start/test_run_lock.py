@@ -69,16 +69,11 @@ def lease(**fields: object) -> str:
 
 
 LEFT_BEHIND = {
-    "empty, of a power cut": "",
     "no lock at all": "busy\n",
     "a machine that is gone": lease(),
     "a process that is gone": lease(pid=999_999, host=socket.gethostname()),
 }
-OF_ANOTHER_KIND = {
-    "another protocol": "12\nnode7\n",
-    "a mode of the future": lease(mode="shared"),
-    "another lease": lease(duration=2 * SHORT),
-}
+OF_ANOTHER_KIND = {"a mode of the future": lease(mode="shared"), "another lease": lease(duration=2 * SHORT)}
 
 
 @pytest.mark.parametrize("content", LEFT_BEHIND.values(), ids=LEFT_BEHIND)

@@ -149,11 +149,6 @@ def test_flags_of_the_fork_are_taken_and_what_it_ignores_is_told_once(
     assert ignored[1] == [] and len(ignored[0]) == 1 and all(words in ignored[0][0] for words in expected)
 
 
-def test_a_z_loss_is_used_and_said(parse: Parse, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse(RELU, "--moe-z-loss-coeff 1e-3").moe_z_loss_coeff == 1e-3
-    assert "--moe-z-loss-coeff 0.001" in capsys.readouterr().err
-
-
 def test_a_checkout_without_metadata_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = importlib.metadata.version("megatron-core")
 

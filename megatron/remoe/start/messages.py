@@ -41,8 +41,6 @@ REMEDIES = {
     r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"
     r"from model not in state dict|from checkpoint .* is not equal to": "The checkpoint is of another model or layout: "
     "give its flags, another --load, or convert it (remoe convert).",
-    r"CUDA_DEVICE_MAX_CONNECTIONS to 1": "Put CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, as the launch "
-    "scripts do before Blackwell.",
 }
 LENGTH = 400
 CLOSE = 0.75  # least similarity of a flag that "Did you mean" names

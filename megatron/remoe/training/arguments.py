@@ -173,13 +173,10 @@ def _check_model(args: argparse.Namespace) -> None:
 
 
 def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
-    """With --moe-relu-routing, drop the top-k settings that the authors' code ignores, and print which.
-
-    A z-loss acts here and not in their code, so a note says so.
-    """
+    """With --moe-relu-routing, drop the top-k settings that the authors' code ignores, and print which."""
     if not args.moe_relu_routing:
         return
-    ignored, notes = [], []
+    ignored = []
     types, coefficients = as_list(args.moe_router_load_balancing_type), as_list(args.moe_aux_loss_coeff)
     is_given = any(coefficients) or types not in (["aux_loss"], ["none"])
     if is_given and set(types) <= {"aux_loss", "seq_aux_loss", "sinkhorn", "none"}:  # other types are refused
@@ -189,18 +186,13 @@ def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
     if args.moe_router_pre_softmax:
         ignored.append("--moe-router-pre-softmax")
         args.moe_router_pre_softmax = False
-    if ignored:
-        notes.append(
+    if ignored and args.rank == 0:
+        print(
             f"With --moe-relu-routing these are ignored, as in the authors' code: {', '.join(ignored)}. "
-            "ReLU replaces softmax and top-k; the L1 term replaces the auxiliary loss."
+            "ReLU replaces softmax and top-k; the L1 term replaces the auxiliary loss.",
+            file=sys.stderr,
+            flush=True,
         )
-    if args.moe_z_loss_coeff:
-        notes.append(
-            f"--moe-z-loss-coeff {args.moe_z_loss_coeff} is used; the authors' code ignores it with "
-            "--moe-relu-routing. Leave it out to repeat their experiment."
-        )
-    if notes and args.rank == 0:
-        print("\n".join(notes), file=sys.stderr, flush=True)
 
 
 def apply_granularity(args: argparse.Namespace) -> None:
