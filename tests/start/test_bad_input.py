@@ -181,19 +181,3 @@ def test_command(name: str, user: User) -> None:
     for part in parts:
         assert part in result.stderr
     assert contents(user.folder) == before
-
-
-@pytest.mark.timeout(120)
-def test_script_whose_training_refuses(user: User, tmp_path: Path) -> None:
-    """The log of a launch script has the entry's error, with no traceback before it."""
-    result = subprocess.run(
-        [*TRAIN, "1", "--", "--tokenizer-type", "NullTokenizer", "--vocab-size", "257", "--cpu"],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=environment_with({"DATA_PATH": user["nowhere"], "OUTPUT_DIR": str(tmp_path / "run")}),
-    )
-    assert result.returncode != 0
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert f"pretrain_gpt.py: error: --data-path {user['nowhere']}: there is no" in log
-    assert "Traceback" not in log.split("pretrain_gpt.py: error: ")[0]

@@ -9,8 +9,6 @@ import pytest
 
 import megatron.remoe
 from megatron.remoe.routing.config import ReMoEConfig
-from megatron.remoe.routing.problems import relu_routing_problems
-from megatron.remoe.routing.refusals import REFUSALS, flag
 from megatron.remoe.training import arguments
 from tests.tiny_model import EXPERTS, RELU, TOPK
 from tests.trainings import REPOSITORY, TINY
@@ -100,20 +98,6 @@ def test_bad_value(kind: list[str] | str, flags: str, given: str, remedy: str, r
     assert given in message and remedy in message
 
 
-VALUES = {"moe_aux_loss_coeff": 0.01, "transformer_impl": "inference_optimized"}
-
-
-@pytest.mark.parametrize("entry", REFUSALS, ids=lambda entry: entry.name)
-def test_refused_setting(entry, parse: Parse) -> None:
-    """The message has flag, value and remedy; tests/routing/test_refusals.py tests the flags' names and reasons."""
-    args = parse(RELU)
-    assert relu_routing_problems(args) == []
-    setattr(args, entry.name, VALUES.get(entry.name, "other"))
-    (problem,) = relu_routing_problems(args)
-    assert f"{flag(entry.name)} {VALUES.get(entry.name, 'other')} cannot be used with --moe-relu-routing" in problem
-    assert entry.remedy in problem and problem.endswith("[REMOE-E204]")
-
-
 # From the fork's scripts/train_llama_182m_remoe.sh, without flags for data, sizes and hyperparameters.
 OF_THE_FORK = """
 --use-mcore-models --no-masked-softmax-fusion --no-position-embedding --rotary-base 1000000 --use-flash-attn
@@ -170,5 +154,5 @@ def test_a_page_lists_every_flag() -> None:
     page = (REPOSITORY / "docs" / "flags.md").read_text()
     parser = arguments.add_remoe_arguments(argparse.ArgumentParser())
     flags = [action.option_strings for action in parser._actions if action.dest != "help"]
-    assert len(flags) > 20
+    assert len(flags) > 10
     assert not [names for names in flags if not any(f"`{name}`" in page for name in names)]

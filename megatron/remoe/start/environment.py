@@ -58,6 +58,7 @@ def check_settings(args: argparse.Namespace) -> None:
             "of --train-iters.": args.step_batch_size_schedule and not (args.train_samples or args.skip_train),
             "--fim-data, --sft, --dataloader-inter-document-masking, --logits-load-dir: this program reads tokens from "
             ".bin/.idx files, with its own loss. Leave them out.": ignored,
+            "--inprocess-restart: this program does not restart in its process. Leave it out.": args.inprocess_restart,
         }
         | (_fsdp_problems(args) if args.use_megatron_fsdp else {}),
     )
