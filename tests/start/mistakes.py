@@ -107,22 +107,11 @@ ENTRY = {
         on("text", "--load /nowhere --exit-on-missing-checkpoint --use-checkpoint-args"), "E404|--load"
     ),
     "other width": Case(resumed("--hidden-size 128"), "E413|--hidden-size 64 in the checkpoint, 128 here"),
-    "finer experts": Case(resumed("--moe-granularity 2"), "E413|--moe-granularity 1 in the checkpoint, 2 here"),
-    "other rotation": Case(resumed("--rotary-interleaved"), "E413|--rotary-interleaved False in the checkpoint"),
-    "other split and initialization": Case(
-        resumed("--split 80,20,0 --init-method-std 0.01"),
-        "E413|--split 90,10,0 in the checkpoint, 80,20,0 here|--init-method-std 0.02|--allow-changed-settings",
-    ),
-    "other data": Case(
-        resumed("--data-path 1 {text} 1.0 {one} --split 100,0,0"),
-        "E413|--data-path text in the checkpoint, 1.0 text 1.0 one here",
-    ),
     "other vocabulary": Case(resumed("--vocab-size 900"), "E413|padded-vocab-size 384 in the checkpoint"),
     "other topk and rate, allowed": Case(
         resumed("--moe-router-topk 2 --lr 1e-3 --allow-changed-settings"),
         "E413|: --lr 0.004 in the checkpoint, 0.001 here. ",
     ),
-    "other optimizer state": Case(resumed("--use-distributed-optimizer"), "E413|--use-distributed-optimizer"),
     "top-k under ReLU": Case(resumed(run="topk"), "E413|--moe-relu-routing"),
     "a hybrid as GPT": Case(resumed(run="hybrid"), "E413|--hybrid-layer-pattern *E*E in the checkpoint"),
     "other warm-up": Case(resumed("--lr-warmup-init 1e-5"), "E415|--lr-warmup-init 0.0 in the checkpoint, 1e-05 here"),
