@@ -17,7 +17,7 @@ from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, 
 from tests.checkpoints import Saved, tensors, training, truncate
 from tests.entry import Entry
 from tests.tiny_model import RELU
-from tests.trainings import ENTRY, TINY, records, run
+from tests.trainings import TINY, records, run
 
 
 def arguments(folder: Path, step: int | None = None, rank: int = 0) -> Namespace:
@@ -103,43 +103,6 @@ def test_pretrained_checkpoint_is_looked_at_too(saved: Saved, tmp_path: Path) ->
     args.load = str(saved.root)
     resume = choose_checkpoint(args)
     assert resume is not None and resume.folder == saved[6] and resume.step is None
-
-
-def test_what_is_saved_is_on_the_disk_before_it_is_reported(data: Path, tmp_path: Path) -> None:
-    """Each file and its folder are synced before the message; the tracker and the main folder are synced last."""
-    watch, folder, seen = tmp_path / "watch.py", tmp_path / "checkpoints", tmp_path / "seen"
-    watch.write_text(
-        "import builtins, os, runpy, sys\n"
-        "fsync, write, seen = os.fsync, builtins.print, open(sys.argv.pop(1), 'w', buffering=1)\n"
-        "def watched(number):\n"
-        "    write(os.readlink(f'/proc/self/fd/{number}'), file=seen)\n"
-        "    fsync(number)\n"
-        "def printed(*words, **options):\n"
-        "    if 'successfully saved' in str(words): write('printed', file=seen)\n"
-        "    write(*words, **options)\n"
-        "os.fsync, builtins.print = watched, printed\n"
-        f"runpy.run_path({str(ENTRY)!r}, run_name='__main__')\n"
-    )
-    run([str(seen), *training(data, folder, "--exit-interval", "2")], script=watch)
-    events = seen.read_text().splitlines()
-    before = events[: events.index("printed")]
-    for path in (*(folder / "iter_0000002").iterdir(), folder / "iter_0000002", folder):
-        assert any(event == str(path) or event.endswith(f"-{path.name}") for event in before), path
-    assert before[-2].endswith(f"-{TRACKER}") and before[-1] == str(folder)
-
-
-def test_a_folder_that_nodes_do_not_share_is_no_successful_save(data: Path, tmp_path: Path) -> None:
-    """Each rank has its own folder of the same name, as on two nodes."""
-    node = tmp_path / "node.py"
-    node.write_text(
-        "import os, runpy\n"
-        f"folder = os.path.join({str(tmp_path)!r}, os.environ['RANK'])\n"
-        "os.makedirs(folder), os.chdir(folder)\n"
-        f"runpy.run_path({str(ENTRY)!r}, run_name='__main__')\n"
-    )
-    output = run(training(data, Path("saved"), "--exit-interval", "2"), processes=2, expect=1, script=node)
-    assert "__1_0.distcp is missing" in output and "REMOE-E105" in output and "successfully saved" not in output
-    assert not (tmp_path / "0" / "saved" / TRACKER).exists()
 
 
 def test_experts_and_tokenizer_come_from_the_checkpoint(saved: Saved, data: Path) -> None:

@@ -1,4 +1,4 @@
-"""Load checkpoints without running code from them, go back from damaged ones, and save durably."""
+"""Load checkpoints without running code from them, go back from damaged ones, and report failed saves."""
 
 import io
 import multiprocessing
@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 from multiprocessing.managers import SyncManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from megatron.core.rerun_state_machine import Call, Caller
-from megatron.remoe.files.files import sync, write_text
 from megatron.remoe.patches.patch import patch, replace
-from megatron.remoe.start.checkpoint_files import RELEASE, TRACKER, go_back, loaded_checkpoint, wait_for_files
-from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, check_object
-from megatron.training import checkpointing, training
+from megatron.remoe.start.checkpoint_files import go_back, loaded_checkpoint
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, check_object
+from megatron.training import training
 from megatron.training.global_vars import get_args
 
 ASYNC_FILE = "core/dist_checkpointing/strategies/filesystem_async.py"
@@ -90,56 +88,6 @@ def _cause(error: BaseException) -> BaseException:
     """Return our error if PyTorch has wrapped one, else the given error."""
     wrapped = error.failures.values() if isinstance(error, CheckpointException) else ()
     return next((cause for cause, _ in wrapped if isinstance(cause, BrokenCheckpointError)), error)
-
-
-class _Tracker(io.StringIO):
-    """A tracker file that is written after everything it refers to is on the disk."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        name = self.getvalue().strip()
-        super().close()
-        folder = self._path.parent / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
-        if (folder / INDEX).is_file():
-            wait_for_files(folder)
-        for path in (*folder.rglob("*"), folder):
-            sync(path)
-        write_text(self._path, name)
-
-
-class _DurableStorage:
-    """Megatron's access to files, except for the tracker."""
-
-    def __init__(self, stock: Any) -> None:
-        self._stock = stock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stock, name)
-
-    def open(self, path: str, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        if mode == "w" and os.path.basename(path) == TRACKER and "://" not in path:
-            return _Tracker(Path(path))
-        return self._stock.open(path, mode, *rest, **options)
-
-
-@patch(
-    changes="training/checkpointing.py: maybe_msc",
-    provides="checkpoints that survive a power cut from the moment they are reported as saved",
-    ends="save_checkpoint calls fsync for metadata.json, the folder and the tracker",
-    for_saving=True,
-)
-def save_durably() -> None:
-    """Write a checkpoint to the disk before it is reported as saved.
-
-    Megatron only waits for the tensors. After a power cut, small files and the tracker may be empty.
-    """
-    if not isinstance(checkpointing.maybe_msc, _DurableStorage):
-        checkpointing.maybe_msc = _DurableStorage(checkpointing.maybe_msc)
 
 
 @patch(

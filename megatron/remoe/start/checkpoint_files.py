@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron.remoe.files.errors import UsageError
 from megatron.remoe.files.files import write_text
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"  # the last file of a checkpoint that Megatron writes, except for integrity.json
 RELEASE = "release"  # in the tracker, and as a folder: weights that no iteration belongs to
-SECONDS_TO_APPEAR = 10
 _FSDP_SETTINGS = ("args", "iteration", "checkpoint_version")  # keys of fsdp_dtensor's settings
 _FOLDER = re.compile(r"iter_(\d{7,15})")
 _NUMBER = re.compile(r"[0-9]{1,15}")  # Megatron reads it into 64 bits
@@ -158,23 +155,6 @@ def check_sizes(folder: Path, index: Metadata) -> None:
             raise BrokenCheckpointError(f"{path} is missing")
         if path.stat().st_size < end:
             raise BrokenCheckpointError(f"{path} has {path.stat().st_size:,} bytes of {end:,}: it is truncated")
-
-
-def wait_for_files(folder: Path) -> None:
-    """Wait until the files that all ranks have saved are visible here; a network file system may take seconds.
-
-    Raises:
-        UsageError: names the first that is missing after `SECONDS_TO_APPEAR`.
-    """
-    index, end = read_index(folder), time.monotonic() + SECONDS_TO_APPEAR
-    while True:
-        try:
-            return check_sizes(folder, index)
-        except BrokenCheckpointError as error:
-            if time.monotonic() > end:
-                problem = f"--save {folder.parent}: {error}. Give a folder that all nodes share."
-                raise UsageError(problem, "REMOE-E105") from error
-        time.sleep(1)
 
 
 def newest_whole(root: Path, below: int | None = None, above: int = -1) -> int | None:
