@@ -60,5 +60,5 @@ def test_the_schedule_is_compared_by_itself() -> None:
 
 
 def test_removed_settings_that_were_used_are_named() -> None:
-    saved = {"moe_relu_forgotten": 3, "moe_relu_other": 1, "moe_relu_launch_ahead": True, "teacher": None}
+    saved = {"moe_relu_forgotten": True, "moe_relu_other": 1, "moe_relu_launch_ahead": True, "teacher": None}
     assert _removed_settings(argparse.Namespace(**saved, moe_relu_routing=True)) == "--moe-relu-forgotten"

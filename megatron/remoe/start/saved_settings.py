@@ -41,6 +41,7 @@ SPEED = re.compile(
 )
 RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
 ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
+DEFAULTS = (None, False, 0, 1)  # values with which a removed flag had no effect
 SHOWN = 120  # characters of a setting, for example of a list of data sets
 
 
@@ -131,14 +132,12 @@ def differences(args: argparse.Namespace, saved: argparse.Namespace, names: set[
     divisors = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
     if "seed" in names and all(getattr(args, name) == getattr(saved, name, None) for name in divisors):
         names = names | {"padded_vocab_size"}  # Megatron would cut or fill the embeddings
+    shared = [name for name in sorted(names) if hasattr(args, name) and hasattr(saved, name)]
+    values = {name: (_comparable(getattr(saved, name)), _comparable(getattr(args, name))) for name in shared}
     return "; ".join(
         f"{flag_of(name)} {_short(there)} in the checkpoint, {_short(here)} here"
-        for name, here, there in (
-            (name, getattr(args, name), getattr(saved, name))
-            for name in sorted(names)
-            if hasattr(args, name) and hasattr(saved, name)
-        )
-        if not _is_same(_comparable(here), _comparable(there))
+        for name, (there, here) in values.items()
+        if not _is_same(here, there)
     )
 
 
@@ -151,8 +150,10 @@ def _samples(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _removed_settings(saved: argparse.Namespace) -> str:
     """Return the flags of ReLU routing that a run used and that this version no longer has, or ""."""
-    names = {name for name in vars(saved) if name.startswith("moe_relu_") or name == "teacher"}
-    used = [name for name in sorted(names - {*_names(ReMoEConfig)}) if getattr(saved, name) not in (None, False, 0, 1)]
+    removed = {name for name in vars(saved) if name.startswith("moe_relu_") or name == "teacher"} - {
+        *_names(ReMoEConfig)
+    }
+    used = [name for name in sorted(removed) if getattr(saved, name) is True or getattr(saved, name) not in DEFAULTS]
     return ", ".join(flag_of(name) for name in used if not SPEED.search(name))
 
 
@@ -175,7 +176,7 @@ def _is_same(mine: Any, other: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    return textwrap.shorten(shown(_comparable(value)), SHOWN, placeholder=" ...")
+    return textwrap.shorten(shown(value), SHOWN, placeholder=" ...")
 
 
 def _check_keeps_saved(args: argparse.Namespace, start: int) -> None:
