@@ -66,6 +66,7 @@ remoe.apply_patches(saves=bool(args.save))
 model_cfg = remoe.model_config_from_args(args)  # a GPTModel or, with --hybrid-layer-pattern, a HybridModel
 remoe.install_routing(args, model_cfg)  # the router, its update after each step, and its figures in the log
 remoe.install_local_layers(args, model_cfg)  # with --transformer-impl local: fused layers, for any routing
-provider = remoe.with_summary(args, model_cfg, datasets_provider)
+remoe.add_summary(args, model_cfg)
 with remoe.lock_save_folder(args), remoe.write_run_log(args):
-    pretrain(pretrain_cfg_container_from_args(args, model_cfg), provider, ModelType.encoder_or_decoder, forward_step)
+    config = pretrain_cfg_container_from_args(args, model_cfg)
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -1,4 +1,4 @@
-"""Make the checkpoints of a tiny training, and damage them."""
+"""Make the checkpoints of a tiny training run, and damage them."""
 
 import os
 import shutil
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from megatron.remoe.start.checkpoint_index import INDEX, INDEX_SUM
+from megatron.remoe.start.checkpoint_index import INDEX
 from tests.tiny_model import RELU
 from tests.trainings import TINY, weights
 
 
 def training(data: Path, folder: Path, *more: str) -> list[str]:
-    """Return the arguments of a training that saves at iterations 2, 4 and 6, and resumes from there."""
+    """Return the arguments of a run that saves at iterations 2, 4 and 6, and resumes from there."""
     saving = ["--save", str(folder), "--load", str(folder), "--save-interval", "2", "--train-iters", "6"]
     return [*TINY, *RELU, "--data-path", str(data), *saving, *more]
 
@@ -30,8 +30,6 @@ class Saved:
         return Saved(Path(shutil.copytree(self.root, root)))
 
     def replace_index(self, iteration: int, content: bytes) -> None:
-        """Replace the index of an iteration as another program would: without a checksum."""
-        (self[iteration] / INDEX_SUM).unlink(missing_ok=True)
         (self[iteration] / INDEX).write_bytes(content)
 
     def assert_same_weights(self, other: "Saved", iteration: int) -> None:

@@ -101,7 +101,7 @@ if __name__ == "__main__":
         cpu.install()
     # Import this once, so that the children do not have to.
     import megatron.core.tokenizers.text
-    import megatron.remoe.start.checkpoint_fit
+    import megatron.remoe.start.saved_settings
     import megatron.remoe.training.arguments
     import megatron.remoe.training.gpt
     import megatron.remoe.training.hooks

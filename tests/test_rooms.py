@@ -28,6 +28,7 @@ BOTH = {"core", "training"}
 MEGATRON: dict[str, set[str]] = {
     "files": set(),
     "hf": set(),
+    "start": BOTH,
     "patches": BOTH,
     "training": BOTH,
     "cpu": BOTH,

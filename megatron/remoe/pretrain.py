@@ -4,31 +4,21 @@ Accepts Megatron's flags and those of ReMoE (see --help). Without an accelerator
 """
 
 import gc
-import importlib.metadata
-import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING
-
-import megatron.remoe
 
 if TYPE_CHECKING:
     import argparse
 
-    from torch.distributed import Store
-
-    from megatron.remoe.start.run_lock import RunLock
     from megatron.training.models.base import ModelConfig
 
 # Started without torchrun, this is the only process.
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-NEEDED = {"python": [3, 12], "torch": [2, 10], "megatron-core": [0, 19], "filelock": [3, 30]}
 
 
 def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
@@ -37,19 +27,11 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
     Args:
         observe: called with the model's configuration before the model is built, for tools that measure.
     """
-    check_versions()
     gc.disable()  # looking for garbage among what imports made takes an eighth of the start
     on_cpu = prepare()
-    from megatron.remoe.start.run_lock import RunLock
-
     try:
         with ExitStack() as at_the_end:
-            if "--inprocess-restart" in sys.argv:
-                from megatron.remoe.training.restarts import run_with_restarts
-
-                run_with_restarts(partial(train, on_cpu, observe, RunLock(at_the_end)))
-            else:
-                train(on_cpu, observe, RunLock(at_the_end), at_the_end)
+            train(on_cpu, observe, at_the_end)
     except SystemExit:
         raise
     except BaseException as error:
@@ -63,30 +45,6 @@ def main(observe: "Callable[[ModelConfig], None] | None" = None) -> None:
         from megatron.remoe.start.messages import exit_with_message
 
         exit_with_message(error)
-
-
-def check_versions() -> None:
-    """End with exit code 2 and one line if Python or a package in `NEEDED` is missing or too old."""
-    for name, least in NEEDED.items():
-        found = _installed(name)
-        if found and [int(part) if part.isdigit() else 0 for part in found.split(".")[:2]] < least:
-            version = ".".join(map(str, least))
-            print(
-                f"{os.path.basename(sys.argv[0])}: error: needs {name} {version} or newer, and finds {found} in "
-                f"{sys.executable}. Set up an environment as README.md says. [REMOE-E106]",
-                file=sys.stderr,
-            )
-            raise SystemExit(2)
-
-
-def _installed(name: str) -> str:
-    """Return the version of Python or of a package: "none" if it is missing, "" for a checkout without one."""
-    if name == "python":
-        return ".".join(map(str, sys.version_info[:2]))
-    try:
-        return megatron.remoe.megatron_version() if name == "megatron-core" else importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "" if importlib.util.find_spec(name.replace("-", ".")) else "none"
 
 
 def prepare() -> bool:
@@ -108,20 +66,13 @@ def prepare() -> bool:
     return on_cpu
 
 
-def train(
-    on_cpu: bool,
-    observe: "Callable[[ModelConfig], None] | None",
-    lock: "RunLock",
-    at_the_end: ExitStack,
-    store: "Store | None" = None,
-) -> None:
+def train(on_cpu: bool, observe: "Callable[[ModelConfig], None] | None", at_the_end: ExitStack) -> None:
     """Check the flags, patch Megatron, configure the model, install the routing, and call Megatron's loop.
 
     Args:
-        on_cpu, observe: as in `main`.
-        lock: held longer than one call if the training is started again in this process.
-        at_the_end: closed after this call.
-        store: where the ranks meet instead of at MASTER_ADDR.
+        on_cpu: whether this process trains on the CPU.
+        observe: as in `main`.
+        at_the_end: closed by the caller; it then releases the lock of --save and the log.
     """
     from megatron.core.enums import ModelType
     from megatron.remoe import patches
@@ -130,28 +81,26 @@ def train(
     from megatron.remoe.training.arguments import model_config_from_args
     from megatron.remoe.training.gpt import forward_step, train_valid_test_datasets_provider
     from megatron.remoe.training.run_log import write_run_log
-    from megatron.remoe.training.summary import with_summary
-    from megatron.remoe.training.teacher import with_teacher
+    from megatron.remoe.training.summary import add_summary
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.utils import print_rank_last
 
     with usage_errors():
-        args = checked_arguments(on_cpu, lock)
+        args = checked_arguments(on_cpu, at_the_end)
         patches.apply_patches(saves=bool(args.save))
         model_cfg = model_config_from_args(args)
         hooks.install_routing(args, model_cfg)
         hooks.install_local_layers(args, model_cfg)
         datasets_provider = hooks.with_flips(args, model_cfg, train_valid_test_datasets_provider, forward_step)
-        datasets_provider = with_summary(args, model_cfg, datasets_provider)
-        step = with_teacher(args, model_cfg, forward_step)
+        add_summary(args, model_cfg)
         at_the_end.enter_context(write_run_log(args))
 
     if observe is not None:
         observe(model_cfg)
     config = pretrain_cfg_container_from_args(args, model_cfg)
     gc.enable()
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, step, store=store)
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     if not args.skip_train and args.iteration >= args.train_iters:
         print_rank_last(
             f"Nothing to do: the checkpoint in --load {args.load} is of iteration {args.iteration}, and --train-iters "
@@ -159,29 +108,27 @@ def train(
         )
 
 
-def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
+def checked_arguments(on_cpu: bool, at_the_end: ExitStack) -> "argparse.Namespace":
     """Parse and check the flags, the data and the folders. Return the arguments, which are also Megatron's global ones.
 
     Raises:
         ValueError, AssertionError, OSError: a flag or a file is wrong; the message names it.
     """
     from megatron.remoe import cpu
-    from megatron.remoe.start import checkpoint_files, checkpoint_fit, data, environment, index_cache, machine
-    from megatron.remoe.start.messages import usage_errors
+    from megatron.remoe.start import checkpoint_files, data, environment, machine, saved_settings
+    from megatron.remoe.start.run_lock import lock_save_folder
     from megatron.remoe.training.arguments import load_saved_args, parse_args
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    with usage_errors(rank=0):  # RANK itself may be wrong
-        environment.check_environment()
     args = parse_args(cpu.add_cpu_argument, {"tokenizer_type": "GPT2BPETokenizer"})
     if on_cpu:
         if not args.cpu:
             machine.check_node()
         cpu.adapt_arguments(args)
     machine.check_kernels(args.moe_kernels, on_cpu)
-    lock.take(args)
+    at_the_end.enter_context(lock_save_folder(args))
     resume = checkpoint_files.choose_checkpoint(args)
     if resume is not None:
         resume.apply(args)
@@ -189,11 +136,10 @@ def checked_arguments(on_cpu: bool, lock: "RunLock") -> "argparse.Namespace":
     environment.check_required_flags(args)
     validate_args(args, {})
     environment.check_settings(args)
-    index_cache.remove_cached_indices(data.check_data(args, get_blend_and_blend_per_split))
-    args.override_opt_param_scheduler |= checkpoint_fit.check_loaded_run(args, resume)
+    data.check_data(args, get_blend_and_blend_per_split)
     environment.make_output_folders(args)
     set_global_variables(args)
-    checkpoint_fit.check_loaded_vocabulary(args, resume)
+    args.override_opt_param_scheduler |= saved_settings.check_loaded_run(args, resume)
     data.check_vocabulary(args, get_blend_and_blend_per_split)
     return args
 

@@ -1,213 +1,119 @@
-"""Hide code in every file that trainings and tools read: none of it runs, and no prompt asks to run it."""
+"""Hide code in the files of a checkpoint: neither a run nor a tool executes it."""
 
+import argparse
+import builtins
 import contextlib
+import functools
 import io
-import json
+import os
 import pickle
 import shutil
-import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from megatron.remoe.start.checkpoint_index import INDEX, INDEX_SUM, index_sum
-from tests.hostile.conftest import Noted
-from tests.hostile.payloads import in_array, in_zip, pickles
-from tests.hostile.trials import SAVED, Trial, training
-from tests.tools.test_broken_folders import exported, set_field  # noqa: F401
+from megatron.remoe.start.checkpoint_index import INDEX, BrokenCheckpointError, check_object, read_index
+from tests.checkpoints import training
 from tests.trainings import run
-from tools.models.convert.command import main as convert
-from tools.models.evaluate.command import main as evaluate
 from tools.models.export.command import main as export
-from tools.models.generate.command import main as generate
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
-BULK = pytest.mark.bulk
-
-PICKLES = [*pickles(Path("/nowhere"))]
-NEWEST = f"iter_{SAVED:07d}"
+NEWEST = "iter_0000002"
 
 
-def replace_index(run: Path, content: bytes) -> None:
-    (run / NEWEST / INDEX).write_bytes(content)
-    (run / NEWEST / INDEX_SUM).write_text(index_sum(run / NEWEST))  # an attacker can write both
+class Calls:
+    """An object that calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
 
 
-def replace_object(prefix: str) -> Callable[[Path, bytes], None]:
-    """Return a function that points the index to other bytes for the first object or tensor with a name prefix."""
-
-    def work(run: Path, content: bytes) -> None:
-        index = pickle.loads((run / NEWEST / INDEX).read_bytes())
-        entry = next(entry for key, entry in index.storage_data.items() if key.fqn.startswith(prefix))
-        with (run / NEWEST / entry.relative_path).open("ab") as file:
-            entry.offset, entry.length = file.tell(), file.write(in_zip(content))
-        replace_index(run, pickle.dumps(index))
-
-    return work
+def by_name(module: str, name: str, argument: str) -> bytes:
+    """Return a pickle that calls a function by its dotted name, which may lead through a module's imports."""
+    words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name))
+    return b"\x80\x04" + words + b"\x93(X" + len(argument).to_bytes(4, "little") + argument.encode() + b"tR."
 
 
-def replace(name: str, change: Callable[[bytes], bytes] = bytes) -> Callable[[Path, bytes], None]:
-    def work(run: Path, content: bytes) -> None:
-        for path in run.glob(name) if "*" in name else [run / name]:
-            path.write_bytes(change(content))
-
-    return work
-
-
-# Target → function that hides code there; paths are relative to the run's folder.
-TARGETS: dict[str, Callable[[Path, bytes], None]] = {
-    "index": replace_index,
-    "settings": replace_object("common_state/"),
-    "random state": replace_object("rng_state"),
-    "tensor": replace_object("decoder.layers.mlp.router.weight"),
-    "common.pt": replace(f"{NEWEST}/common.pt", in_zip),
+# Each makes a folder of the given name when plain pickle reads it.
+PICKLES: dict[str, Callable[[str], bytes]] = {
+    "os.mkdir": lambda name: pickle.dumps(Calls(os.mkdir, name)),
+    "protocol 0": lambda name: pickle.dumps(Calls(os.mkdir, name), protocol=0),
+    "exec": lambda name: pickle.dumps(Calls(builtins.exec, f"__import__('os').mkdir({name!r})")),
+    "partial": lambda name: pickle.dumps(Calls(functools.reduce, functools.partial(os.mkdir), [0o755], name)),
+    "through a checkpoint's module": lambda name: by_name("torch.distributed.checkpoint.filesystem", "os.mkdir", name),
+    "through torch": lambda name: by_name("torch.serialization", "os.mkdir", name),
+    "in settings": lambda name: pickle.dumps({"args": argparse.Namespace(num_layers=Calls(os.mkdir, name))}),
 }
-OTHERS: dict[str, Callable[[Path, bytes], None]] = {
-    "shards": replace(f"{NEWEST}/*.distcp", in_zip),
-    "last file": replace(f"{NEWEST}/metadata.json"),
-    "checksum": replace(f"{NEWEST}/{INDEX_SUM}"),
-    "tracker": replace("latest_checkpointed_iteration.txt"),
-    "metrics.jsonl": replace("metrics.jsonl", lambda content: b'{"kind": "log", "iteration": 1}\n' + content),
-    "holder of the lock": replace("training.lock.holder"),
-    "data": replace("../text.bin"),
-    "data's index": replace("../text.idx"),
-    "index cache": replace("../text/cache/**/*.npy", in_array),
-}
-CASES = [(target, name) for target in TARGETS for name in PICKLES]
-CASES += [(target, name) for target in OTHERS for name in ("os.mkdir", "exec", "through torch")]
-# These also run without bulk tests.
-SAMPLE = {("index", "through a checkpoint's module"), ("settings", "os.mkdir"), ("random state", "os.mkdir")}
 
 
-@pytest.mark.parametrize(
-    ("target", "name"), [pytest.param(*case, marks=[BULK] * (case not in SAMPLE)) for case in CASES]
-)
-def test_training_runs_no_code(target: str, name: str, trial: Trial, note: Noted) -> None:
-    marker = trial.folder / "executed"
-    (TARGETS | OTHERS)[target](trial.run, pickles(marker)[name])
+def in_zip(content: bytes) -> bytes:
+    """Return a file of torch.save whose pickle is `content`."""
+    plain, changed = io.BytesIO(), io.BytesIO()
+    torch.save({"args": 1}, plain)
+    with zipfile.ZipFile(plain) as before, zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as after:
+        for name in before.namelist():
+            after.writestr(name, content if name.endswith("data.pkl") else before.read(name))
+    return changed.getvalue()
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_index_and_objects(name: str, tmp_path: Path) -> None:
+    """The readers refuse each pickle, which plain pickle executes."""
+    marker = tmp_path / "executed"
+    content = PICKLES[name](str(marker))
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(BrokenCheckpointError):
+        read_index(tmp_path)
+    with pytest.raises(BrokenCheckpointError):
+        check_object("rng_state", io.BytesIO(in_zip(content)))
+    assert not marker.exists()
+    with contextlib.suppress(Exception):
+        pickle.loads(content)
+    assert marker.exists()
+
+
+@pytest.fixture(scope="module")
+def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run(training(data, folder, "--exit-interval", "2"))
+    return folder
+
+
+def replace_object(root: Path, prefix: str, content: bytes) -> None:
+    """Point the index to other bytes for the first object or tensor with a name prefix."""
+    index = pickle.loads((root / NEWEST / INDEX).read_bytes())
+    entry = next(entry for key, entry in index.storage_data.items() if key.fqn.startswith(prefix))
+    with (root / NEWEST / entry.relative_path).open("ab") as file:
+        entry.offset, entry.length = file.tell(), file.write(in_zip(content))
+    (root / NEWEST / INDEX).write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("target", ["index", "common_state/", "rng_state", "decoder.layers.mlp.router.weight"])
+def test_runs_and_tools(target: str, saved: Path, data: Path, tmp_path: Path, capsys) -> None:
+    root, marker = Path(shutil.copytree(saved, tmp_path / "run")), tmp_path / "executed"
+    content = PICKLES["os.mkdir"](str(marker))
+    if target == "index":
+        (root / NEWEST / INDEX).write_bytes(content)
+    else:
+        replace_object(root, target, content)
     # With this flag, Megatron reads the settings before it loads the rest.
-    result = trial.resume(*["--use-checkpoint-args"] * (target == "settings"))
+    more = ["--use-checkpoint-args"] if target == "common_state/" else []
+    output = run(training(data, root, *more), expect=None)
+    assert "pretrain_gpt.py: error: " in output and ("REMOE-E4" in output) != target.endswith("weight")
+    code = export(["--load", str(root), "--save", str(tmp_path / "out")])
+    assert (code == 0) == (target == "rng_state"), "tools do not read the random state"
     assert not marker.exists()
-    note("malicious loads", f"{result} (training, {target})", 1)
 
 
-def test_the_code_would_run(tmp_path: Path) -> None:
-    """Each of these pickles makes the folder when plain `pickle.loads` reads it."""
-    harmless = []
-    for number, name in enumerate(PICKLES):
-        marker = tmp_path / str(number)
-        with contextlib.suppress(Exception):
-            pickle.loads(pickles(marker)[name])
-        harmless += [name] * (not marker.exists())
-    assert harmless == []
-
-
-@BULK
-@pytest.mark.parametrize("name", PICKLES)
-def test_one_file_per_rank_runs_no_code(name: str, whole: Path, tmp_path: Path, note: Noted) -> None:
-    folder, marker = whole / "one_file", tmp_path / "executed"
-    flags = ["--ckpt-format", "torch"]
-    if not folder.exists():
-        run([*training(whole, folder.name, *flags), "--exit-interval", str(SAVED)])
-    shutil.copytree(folder, tmp_path / "run")
-    (tmp_path / "run" / NEWEST / "mp_rank_00" / "model_optim_rng.pt").write_bytes(in_zip(pickles(marker)[name]))
-    for file in ("text.bin", "text.idx"):
-        shutil.copy(whole / file, tmp_path)
-    result = Trial(tmp_path, whole / "expected", 0).resume_anyhow(*flags)
-    assert not marker.exists()
-    note("malicious loads", f"{result} (training, one file per rank)", 1)
-
-
-@pytest.fixture
-def no_answer(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Replace standard input by answers of yes that no tool should read."""
-    answers = io.StringIO("y\ny\ny\n")
-    monkeypatch.setattr(sys, "stdin", answers)
-    return answers
-
-
-@BULK
-@pytest.mark.parametrize("name", PICKLES)
-@pytest.mark.parametrize("target", TARGETS)
-def test_tools_run_no_code(
-    target: str, name: str, trial: Trial, note: Noted, no_answer: io.StringIO, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Tools that read a run's checkpoint execute no code in it."""
-    marker, out = trial.folder / "executed", str(trial.folder / "out")
-    TARGETS[target](trial.run, pickles(marker)[name])
-    load = ["--load", str(trial.run)]
-    codes = [
-        convert([*load, "--save", out, "--num-experts", "4"]),
-        export([*load, "--save", out]),
-        generate([*load, "--prompt", "a", "--max-new-tokens", "1"]),
-        evaluate([*load, "--data-path", str(trial.folder / "text"), "--sequences", "2"]),
-    ]
-    output, error = capfd.readouterr()
-    assert not marker.exists() and "Traceback" not in error and "[y/N]" not in output + error, error
-    assert no_answer.tell() == 0 and set(codes) <= {0, 1, 2}
-    note("malicious loads", f"{'read' if 0 in codes else 'refused'} (tools, {target})", len(codes))
-
-
-def hide(name: str) -> Callable[[Path, bytes], None]:
-    return lambda folder, content: (folder / name).write_bytes(content)
-
-
-def as_code(folder: Path, content: bytes) -> None:
-    """Write code next to the weights, and name it in the configurations of model and tokenizer."""
-    line = f"__import__('pickle').loads({content!r})\n"
-    for name in ("modeling_remoe.py", "configuration_remoe.py", "tokenization.py", "custom_generate/generate.py"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(line)
-    set_field(folder, "auto_map", {"AutoConfig": "configuration_remoe.RemoeConfig", "AutoModel": "modeling_remoe.R"})
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"auto_map": {"AutoTokenizer": ["tokenization.Tokenizer", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def instead_of_weights(folder: Path, content: bytes) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(in_zip(content))
-
-
-def as_adapter(folder: Path, content: bytes) -> None:
-    (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.bin").write_bytes(content)
-
-
-EXPORTED: dict[str, Callable[[Path, bytes], None]] = {
-    "weights": hide("model.safetensors"),
-    "pickle beside the weights": lambda folder, content: hide("pytorch_model.bin")(folder, in_zip(content)),
-    "pickle instead of the weights": instead_of_weights,
-    "adapter": as_adapter,
-    "code": as_code,
-    "configuration": hide("config.json"),
-    "tokenizer": hide("tokenizer.json"),
-    "generation": hide("generation_config.json"),
-}
-
-
-@BULK
-@pytest.mark.usefixtures("process_groups")
-@pytest.mark.parametrize("name", PICKLES)
-@pytest.mark.parametrize("target", EXPORTED)
-def test_exported_folders_run_no_code(
-    target: str,
-    name: str,
-    exported: Path,  # noqa: F811
-    tmp_path: Path,
-    note: Noted,
-    no_answer: io.StringIO,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    marker, folder = tmp_path / "executed", Path(shutil.copytree(exported, tmp_path / "model"))
-    EXPORTED[target](folder, pickles(marker)[name])
-    codes = [
-        generate(["--load", str(folder), "--prompt", "a", "--max-new-tokens", "1"]),
-        evaluate(["--load", str(folder), "--data-path", "/nowhere"]),
-        export(["--reverse", "--load", str(folder), "--save", str(tmp_path / "out")]),
-    ]
-    output, error = capfd.readouterr()
-    assert not marker.exists() and "Traceback" not in error and "[y/N]" not in output + error, error
-    assert no_answer.tell() == 0 and set(codes) <= {0, 1, 2}
-    note("malicious loads", f"{'read' if 0 in codes else 'refused'} (folder, {target})", len(codes))
+def test_one_file_per_rank(data: Path, tmp_path: Path) -> None:
+    words, marker = training(data, tmp_path / "run", "--ckpt-format", "torch"), tmp_path / "executed"
+    run([*words, "--exit-interval", "2"])
+    file = tmp_path / "run" / NEWEST / "mp_rank_00" / "model_optim_rng.pt"
+    file.write_bytes(in_zip(PICKLES["os.mkdir"](str(marker))))
+    assert "REMOE-E401" in run(words, expect=2) and not marker.exists()

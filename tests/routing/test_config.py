@@ -16,7 +16,7 @@ def test_flags_are_the_fields() -> None:
     args = add_remoe_arguments(argparse.ArgumentParser()).parse_args([])
     own = {name for name in ReMoEConfig.__dataclass_fields__ if name not in MEGATRONS_FIELDS}
     assert vars(args).keys() == own | {
-        *("local_layer_fusion", "allow_changed_settings", "moe_log_flips_interval", "teacher", "teacher_weight"),
+        *("local_layer_fusion", "allow_changed_settings", "moe_log_flips_interval"),
         "qk_layernorm_all_heads",
     }
     for name in own:

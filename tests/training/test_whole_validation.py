@@ -18,17 +18,11 @@ from tests.trainings import TINY, run
 
 MODEL = [*TINY, *RELU, "--num-layers", "4"]
 LAYOUTS = {
-    "two micro-batches": (1, "--micro-batch-size 4"),
     "DP2": (2, "--micro-batch-size 4"),
+    "PP4": (4, "--micro-batch-size 2 --pipeline-model-parallel-size 4"),
     "TP2 + SP, smaller batches than in training": (
         2,
         "--micro-batch-size 8 --eval-micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel",
-    ),
-    "PP2": (2, "--micro-batch-size 4 --pipeline-model-parallel-size 2"),
-    "PP4": (4, "--micro-batch-size 2 --pipeline-model-parallel-size 4"),
-    "TP2 + SP x PP2": (
-        4,
-        "--micro-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
     ),
 }
 

@@ -24,9 +24,16 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.remoe.files.errors import UsageError
-from megatron.remoe.patches.checkpoints import load_objects_unexecuted, verify_loaded_bytes
-from megatron.remoe.start.checkpoint_files import RELEASE, TRACKER, check_is_whole, newest_iteration, newest_whole
-from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, is_of_fsdp, read_index
+from megatron.remoe.patches.checkpoints import load_objects_unexecuted
+from megatron.remoe.start.checkpoint_files import (
+    RELEASE,
+    TRACKER,
+    check_is_whole,
+    is_of_fsdp,
+    newest_iteration,
+    newest_whole,
+)
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
 
 from ..console import files
 from ..console.errors import ConversionError
@@ -129,7 +136,6 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
                 f"arguments call for {list(tensor.global_shape)}."
             )
     load_objects_unexecuted()
-    verify_loaded_bytes()
     with reading(checkpoint.folder):
         loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.folder), validate_access_integrity=False)
     model.load_state_dict(loaded["model"], strict=False)

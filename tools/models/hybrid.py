@@ -3,12 +3,22 @@
 import argparse
 import re
 
-from megatron.remoe.start.compared_settings import moe_layer_pattern
-
 from ..console.errors import ConversionError
 
 FINAL_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}
 ATTENTION = ("self_attention.", "input_layernorm.")
+
+
+def moe_layer_pattern(args: argparse.Namespace) -> list[int]:
+    """Return --moe-layer-freq of a GPTModel as Megatron reads it: a 1 for each layer with experts, 0 for others.
+
+    Args:
+        args: Megatron's, or those saved in a checkpoint; older ones lack the flag.
+    """
+    frequency: int | list[int] = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        return [int(layer % frequency == 0) for layer in range(args.num_layers)]
+    return frequency
 
 
 def hybrid_layer(layer: int, rest: str) -> int:

@@ -1,26 +1,26 @@
 """Choose the checkpoint to resume from: the newest complete one."""
 
 import argparse
+import io
 import json
 import os
 import re
 import sys
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron.remoe.files.errors import UsageError
 from megatron.remoe.files.files import write_text
-from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, common_state, is_of_fsdp, read_index
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
 
 TRACKER = "latest_checkpointed_iteration.txt"
-CONFIG = "metadata.json"  # the last file of a checkpoint that Megatron writes
+CONFIG = "metadata.json"  # the last file of a checkpoint that Megatron writes, except for integrity.json
 RELEASE = "release"  # in the tracker, and as a folder: weights that no iteration belongs to
-SECONDS_TO_APPEAR = 10
+_FSDP_SETTINGS = ("args", "iteration", "checkpoint_version")  # keys of fsdp_dtensor's settings
 _FOLDER = re.compile(r"iter_(\d{7,15})")
 _NUMBER = re.compile(r"[0-9]{1,15}")  # Megatron reads it into 64 bits
 
@@ -32,9 +32,8 @@ class Resume:
     Attributes:
         flag: --load or --pretrained-checkpoint.
         folder: of the iteration or release.
-        saved: Megatron's arguments of the training that wrote it; None if it holds none.
+        saved: Megatron's arguments of the run that wrote it; None if it holds none.
         step: the iteration to set as --ckpt-step; None if Megatron chooses the same one.
-        mends_tracker: whether the tracker file is missing or damaged; `apply` then writes `step` to it.
         notice: a line for the user, or "".
     """
 
@@ -42,7 +41,6 @@ class Resume:
     folder: Path
     saved: argparse.Namespace | None
     step: int | None = None
-    mends_tracker: bool = False
     notice: str = ""
 
     def apply(self, args: argparse.Namespace) -> None:
@@ -54,8 +52,10 @@ class Resume:
             args.add_position_embedding = getattr(self.saved, "add_position_embedding", True)
         if args.rank == 0 and self.notice:
             print(self.notice, file=sys.stderr, flush=True)
-        if self.mends_tracker:  # on every rank: each one may read it before the others have mended it
-            write_text(self.folder.parent / TRACKER, str(self.step))
+        # Megatron exits with code 0 if the tracker is damaged. Each rank may read it before the others have mended it.
+        root = self.folder.parent
+        if self.step is not None and not _NUMBER.fullmatch(newest_iteration(root)):
+            write_text(root / TRACKER, str(self.step))
 
 
 def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
@@ -68,30 +68,23 @@ def choose_checkpoint(args: argparse.Namespace) -> Resume | None:
         BrokenCheckpointError: the iteration of --ckpt-step is damaged (the message names a complete one), or all are.
     """
     step, pretrained = args.ckpt_step, args.pretrained_checkpoint
-    if step is not None and step < 1:
-        raise BrokenCheckpointError(
-            f"--ckpt-step {step}: must be the number of a saved iteration, at least 1.", "REMOE-E402"
-        )
     for flag, name in (("--load", args.load), ("--pretrained-checkpoint", pretrained)):
-        if not name or "://" in name:
-            continue
-        root = Path(name)
-        # Several checkpoints without a tracker file have lost it. A single one may be a first save that was cut off.
-        has_tracker = os.path.lexists(root / TRACKER) or (step and not pretrained)
-        if has_tracker or len(saved_iterations(root)) > 1 or newest_whole(root) is not None:
-            return _choose(flag, root, step)
+        if name and "://" not in name:
+            root = Path(name)
+            # Without a tracker file, a single damaged iteration is a first save that was cut off.
+            is_expected = os.path.lexists(root / TRACKER) or (step and not pretrained)
+            if is_expected or newest_whole(root) is not None:
+                return _choose(flag, root, step)
     return None
 
 
 def _choose(flag: str, root: Path, step: int | None) -> Resume:
-    saved_iterations(root)  # raises if a file has the name of an iteration's folder
     newest = newest_iteration(root)
     wanted = step or (int(newest) if _NUMBER.fullmatch(newest) else None)
     chosen = root / (RELEASE if newest == RELEASE else f"iter_{wanted or 0:07d}")
     try:
         if wanted is None and newest != RELEASE:
-            state = f"holds {newest[:20]!r} instead of an iteration" if (root / TRACKER).is_file() else "is missing"
-            raise BrokenCheckpointError(f"{root / TRACKER} {state}")
+            raise BrokenCheckpointError(f"{root / TRACKER} names no iteration")
         return Resume(flag, chosen, check_is_whole(chosen).get("args"))
     except BrokenCheckpointError as error:
         return go_back(flag, chosen, str(error), step)
@@ -117,15 +110,8 @@ def go_back(flag: str, failed: Path, problem: str, step: int | None = None) -> R
     if step:
         raise BrokenCheckpointError(f"--ckpt-step {step}: {problem}. Iteration {whole} is whole.", "REMOE-E402")
     folder = root / f"iter_{whole:07d}"
-    return Resume(
-        flag,
-        folder,
-        common_state(folder).get("args"),
-        step=whole,
-        # Megatron reads the tracker before --ckpt-step, and exits with code 0 if it is damaged.
-        mends_tracker=_NUMBER.fullmatch(newest_iteration(root)) is None,
-        notice=f"{flag} {root}: {problem}. Going back to iteration {whole}.",
-    )
+    notice = f"{flag} {root}: {problem}. Going back to iteration {whole}."
+    return Resume(flag, folder, common_state(folder).get("args"), whole, notice)
 
 
 def check_is_whole(folder: Path) -> dict[str, Any]:
@@ -144,16 +130,15 @@ def check_is_whole(folder: Path) -> dict[str, Any]:
     for file in legacy:
         if not zipfile.is_zipfile(file):
             raise BrokenCheckpointError(f"{file} cannot be read: it is truncated")
-    if legacy:
-        return common_state(folder)
-    index = read_index(folder)
-    if not is_of_fsdp(index):  # there the index is the last file
-        try:
-            json.loads((folder / CONFIG).read_bytes())
-        except (OSError, ValueError) as error:
-            raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
-    check_sizes(folder, index)
-    return common_state(folder, index)
+    if not legacy:
+        index = read_index(folder)
+        if not is_of_fsdp(index):  # there the index is the last file
+            try:
+                json.loads((folder / CONFIG).read_bytes())
+            except (OSError, ValueError) as error:
+                raise BrokenCheckpointError(f"{folder / CONFIG} is missing or empty: saving was cut off") from error
+        check_sizes(folder, index)
+    return common_state(folder)
 
 
 def check_sizes(folder: Path, index: Metadata) -> None:
@@ -172,42 +157,10 @@ def check_sizes(folder: Path, index: Metadata) -> None:
             raise BrokenCheckpointError(f"{path} has {path.stat().st_size:,} bytes of {end:,}: it is truncated")
 
 
-def wait_for_files(folder: Path) -> None:
-    """Wait until the files that all ranks have saved are visible here; a network file system may take seconds.
-
-    Raises:
-        UsageError: names the first that is missing after `SECONDS_TO_APPEAR`.
-    """
-    index, end = read_index(folder), time.monotonic() + SECONDS_TO_APPEAR
-    while True:
-        try:
-            return check_sizes(folder, index)
-        except BrokenCheckpointError as error:
-            if time.monotonic() > end:
-                raise UsageError(
-                    f"--save {folder.parent}: {error}. Give a folder that all nodes share.", "REMOE-E105"
-                ) from error
-        time.sleep(1)
-
-
-def saved_iterations(root: Path) -> list[int]:
-    """Return the iterations that have a folder under `root`, newest first, complete or not.
-
-    Raises:
-        BrokenCheckpointError: a file has the name of an iteration's folder, so saving that iteration would fail.
-    """
-    found = {int(match[1]): path for path in root.glob("iter_*") if (match := _FOLDER.fullmatch(path.name))}
-    for path in found.values():
-        if not path.is_dir():
-            raise BrokenCheckpointError(
-                f"{path} is no folder, and in the way of checkpoints. Move it away.", "REMOE-E403"
-            )
-    return sorted(found, reverse=True)
-
-
 def newest_whole(root: Path, below: int | None = None, above: int = -1) -> int | None:
     """Return the iteration of the newest complete checkpoint between `above` and `below`; None if there is none."""
-    for iteration in saved_iterations(root):
+    numbers = (int(match[1]) for path in root.glob("iter_*") if (match := _FOLDER.fullmatch(path.name)))
+    for iteration in sorted(numbers, reverse=True):
         if above < iteration and (below is None or iteration < below):
             try:
                 check_is_whole(root / f"iter_{iteration:07d}")
@@ -218,28 +171,74 @@ def newest_whole(root: Path, below: int | None = None, above: int = -1) -> int |
 
 
 def newest_iteration(root: Path) -> str:
-    """Return the content of the tracker file: a number or `RELEASE` unless it is damaged; "" if it is missing.
-
-    Raises:
-        BrokenCheckpointError: it is a folder, so the next save would fail.
-    """
+    """Return the content of the tracker file: a number or `RELEASE` unless it is damaged; "" if it is missing."""
     tracker = root / TRACKER
-    if tracker.is_dir():
-        raise BrokenCheckpointError(
-            f"{tracker} is a folder. Remove it: the newest whole checkpoint is then found.", "REMOE-E403"
-        )
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
 
 
-def loaded_flag(args: argparse.Namespace) -> str:
-    """Return the flag whose folder Megatron loads: --pretrained-checkpoint while --load has no tracker file."""
-    has_own = args.load and os.path.lexists(os.path.join(args.load, TRACKER))
-    return "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_own else "--load"
+def loaded_checkpoint(args: argparse.Namespace) -> tuple[str, Path | None]:
+    """Return the flag whose folder Megatron loads, and the folder of the iteration or release; None if there is none.
 
-
-def iteration_folder(root: Path, step: int | None = None) -> Path | None:
-    """Return the folder of the iteration or release that Megatron loads with --ckpt-step; None if there is none."""
-    newest = newest_iteration(root)
+    That is --pretrained-checkpoint while --load has no tracker file.
+    """
+    has_tracker = args.load and os.path.lexists(os.path.join(args.load, TRACKER))
+    flag = "--pretrained-checkpoint" if args.pretrained_checkpoint and not has_tracker else "--load"
+    name = args.load if flag == "--load" else args.pretrained_checkpoint
+    newest = newest_iteration(Path(name)) if name else ""
     if newest == RELEASE:
-        return root / RELEASE
-    return root / f"iter_{step or int(newest):07d}" if step or newest.isdecimal() else None
+        return flag, Path(name, RELEASE)
+    iteration = args.ckpt_step or (int(newest) if newest.isdecimal() else None)
+    return flag, Path(name, f"iter_{iteration:07d}") if name and iteration else None
+
+
+def is_of_fsdp(index: Metadata) -> bool:
+    """Return whether an index is of Megatron-FSDP's format (fsdp_dtensor), which keeps the settings under a key."""
+    return "args" in index.state_dict_metadata
+
+
+def stored_object(folder: Path, entry: Any) -> io.BytesIO:
+    """Return the bytes of an object in a checkpoint, as `torch.save` wrote them.
+
+    Args:
+        folder: `iter_...` of one iteration.
+        entry: of the index's `storage_data`.
+    """
+    with (folder / entry.relative_path).open("rb") as stored:
+        stored.seek(entry.offset)
+        return io.BytesIO(stored.read(entry.length))
+
+
+def common_state(folder: Path) -> dict[str, Any]:
+    """Return the part of a checkpoint that all ranks share, without tensors; nothing in it is executed.
+
+    "args" holds Megatron's arguments of the run that wrote it. With one file per rank (--ckpt-format torch), this is
+    the whole file of the first rank, with tensors that are not read yet.
+
+    Args:
+        folder: `iter_...` of one iteration.
+
+    Raises:
+        BrokenCheckpointError: it cannot be read, or holds objects that are not settings.
+    """
+    files = [*sorted(folder.glob("mp_rank_*/model_optim_rng.pt")), *folder.glob("common.pt")]
+    try:
+        if files:
+            state = torch.load(files[0], map_location="cpu", weights_only=True, mmap=files[0].name != "common.pt")
+        else:
+            index = read_index(folder)
+            stored = {
+                key.fqn: torch.load(stored_object(folder, entry), map_location="cpu", weights_only=True)
+                for key, entry in index.storage_data.items()
+                if key.fqn in _FSDP_SETTINGS or key.fqn.startswith("common_state/")
+            }
+            state = stored if is_of_fsdp(index) else next(iter(stored.values()), {})
+        state = state[0] if isinstance(state, list) else state
+        if isinstance(state, io.BytesIO):
+            state.seek(0)
+            state = torch.load(state, map_location="cpu", weights_only=True)
+    except BrokenCheckpointError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BrokenCheckpointError(f"the settings saved in {folder} cannot be read ({reason[:200]})") from error
+    return state if isinstance(state, dict) else {}

@@ -2,12 +2,10 @@
 
 # code | cause | remedy
 CODES = """
-REMOE-E101 | RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is missing or invalid. | Start with torchrun.
 REMOE-E102 | --moe-kernels cannot be used on this machine. | Install the named package, or leave the flag out.
 REMOE-E103 | Another training uses the --save folder. | Wait for it, stop it, or give another --save.
 REMOE-E104 | Another program or version wrote training.lock in --save. | Remove the file if no training runs there.
 REMOE-E105 | An output folder cannot be written, or is not shared. | Give another folder, or allow writing there.
-REMOE-E106 | Python or a required package is missing or too old. | Set up an environment as README says.
 REMOE-E107 | A node among several has no GPU. | Repair the node, or give --cpu.
 REMOE-E201 | A required flag is missing. | Give it a value above 0.
 REMOE-E202 | A setting does not work with --hybrid-layer-pattern. | Change the pattern or leave the other flag out.
@@ -17,29 +15,20 @@ REMOE-E205 | A setting of ReLU routing or --moe-granularity is out of range. | G
 REMOE-E206 | --moe-warmup-topk and --moe-warmup-steps do not fit the other settings. | Give both, in range.
 REMOE-E207 | A setting does not work with --moe-baseline-router. | Leave one of them out.
 REMOE-E208 | A setting does not work with --moe-log-flips-interval. | Leave one of them out.
-REMOE-E209 | A setting does not work with --transformer-impl local. | Follow the message.
-REMOE-E210 | --inprocess-restart needs nvidia-resiliency-ext, free ports, and --load. | Follow the message.
-REMOE-E211 | A flag of an older Megatron no longer exists. | Give the flag in the message, or leave it out.
-REMOE-E212 | A setting does not work with --teacher, or the teacher has another shape. | Follow the message.
+REMOE-E209 | An optimizer does not work with --transformer-impl local. | Follow the message.
 REMOE-E300 | An input or output file is missing, wrong or in use. | Follow the message.
 REMOE-E301 | A data set is missing or cannot be read. | Give the prefix of a .bin/.idx pair, without suffix.
 REMOE-E302 | A data set is truncated or corrupt. | Copy or make it again; remoe inspect checks it.
 REMOE-E303 | The weights of the data sets are wrong. | Put one number above 0 before each prefix.
 REMOE-E304 | A split of the data is empty, too small or invalid. | Give more data or another --split.
 REMOE-E305 | Token ids do not fit the vocabulary. | Give the tokenizer that the data was made with.
-REMOE-E306 | Megatron's index cache is damaged. | Start once without --dataloader-fast-cache-load.
 REMOE-E307 | GPT-2's vocabulary files are missing or wrong. | Give --vocab-file and --merge-file.
 REMOE-E401 | A checkpoint is damaged or unfinished, and no other one is whole. | Restore it, or give another --load.
 REMOE-E402 | The iteration of --ckpt-step is damaged or missing. | Give the one in the message, or none.
-REMOE-E403 | A file or folder that is not a checkpoint has a checkpoint's name. | Move it away.
 REMOE-E404 | There is no checkpoint in the given folder. | Give the --save folder of a training.
 REMOE-E405 | An object in a checkpoint could run code; it was not executed. | Give another checkpoint or --ckpt-step.
-REMOE-E406 | Loaded weights are not finite. | Give an earlier iteration with --ckpt-step.
 REMOE-E407 | The training would overwrite newer checkpoints in --save. | Add --load with it, or give another --save.
-REMOE-E411 | The checkpoint's model has another shape. | Give the checkpoint's values, or another --load.
-REMOE-E412 | The checkpoint has another routing, class or format. | Give its flags, or use remoe convert.
 REMOE-E413 | A setting that changes the result differs from the checkpoint's. | Follow the message; see checkpoints.md.
-REMOE-E414 | The optimizer's state was saved for another layout or kind. | Follow the message; see checkpoints.md.
 REMOE-E415 | The learning rate's schedule differs from the checkpoint's. | Give the old values or a flag in the message.
 REMOE-E500 | A tool cannot continue. | Follow the message.
 REMOE-E501 | A tool's flag does not fit the model or another flag. | Give a value as the message says.

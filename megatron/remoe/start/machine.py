@@ -17,28 +17,20 @@ ENGINE = "transformer_engine"
 def disable_unavailable(on_cpu: bool) -> None:
     """Turn off compilation and Transformer Engine where they cannot work. Call it before Megatron is imported.
 
+    Megatron compiles small functions when it is imported and calls them at its start, before it reads
+    --disable-jit-fuser. Triton, which makes their kernels, has to compile a part of itself.
+
     Args:
         on_cpu: whether this process trains on the CPU, where nothing is compiled and Transformer Engine is not used.
     """
-    if not on_cpu:
-        disable_compilation()
+    switched_off = "1" in (os.environ.get("TORCHDYNAMO_DISABLE"), os.environ.get("TORCH_COMPILE_DISABLE"))
+    if not (on_cpu or switched_off) and (missing := missing_for_triton()):
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        _say(
+            f"There is no {missing}, so torch.compile is off: SwiGLU, biases, dropout and residuals run as several "
+            "kernels instead of one, which takes some time and memory."
+        )
     disable_broken_engine(notify=not on_cpu)
-
-
-def disable_compilation() -> None:
-    """Turn torch.compile off if Triton, which makes its kernels, could not compile its own part.
-
-    Megatron compiles small functions when it is imported and calls them at its start, before it reads
-    --disable-jit-fuser.
-    """
-    missing = missing_for_triton()
-    if not missing or "1" in (os.environ.get("TORCHDYNAMO_DISABLE"), os.environ.get("TORCH_COMPILE_DISABLE")):
-        return
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    _say(
-        f"There is no {missing}, so torch.compile is off: SwiGLU, biases, dropout and residuals run as several kernels "
-        "instead of one, which takes some time and memory."
-    )
 
 
 def check_node() -> None:
@@ -66,21 +58,14 @@ def check_kernels(kernels: str, on_cpu: bool) -> None:
     Raises:
         UsageError: names what is missing, and the remedy.
     """
-    if kernels != "torch" and (problem := _kernel_problem(kernels, on_cpu)):
-        raise UsageError(f"--moe-kernels {kernels} cannot be used here: {problem}.", "REMOE-E102")
-
-
-def _kernel_problem(kernels: str, on_cpu: bool) -> str:
-    """Return why the kernels cannot run here and the remedy, or ""."""
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and kernels == "triton"
-    if on_cpu and not is_interpreted:
-        return "there is no GPU. Leave it out, or try triton slowly with TRITON_INTERPRET=1 in the environment"
-    try:
-        import_module("triton")
-    except Exception as error:
-        return f"Triton cannot be imported ({type(error).__name__}: {error}). Install it, or leave the flag out"
-    missing = "" if is_interpreted else missing_for_triton()
-    return f"there is no {missing}. Install it, or leave the flag out" if missing else ""
+    if kernels == "torch" or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    missing = "GPU" if on_cpu else "package triton" if find_spec("triton") is None else missing_for_triton()
+    if missing:
+        raise UsageError(
+            f"--moe-kernels {kernels} cannot be used here: there is no {missing}. Install it, or leave the flag out.",
+            "REMOE-E102",
+        )
 
 
 def missing_for_triton() -> str:

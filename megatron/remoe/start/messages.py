@@ -1,4 +1,4 @@
-"""Print why a training cannot start or has failed, and what to do."""
+"""Print why a run cannot start or has failed, and what to do."""
 
 import argparse
 import difflib
@@ -19,15 +19,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.remoe.files.errors import DataError, UsageError, with_code
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
-from megatron.remoe.start.removed_flags import explain
 
 LOST_WORKER = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
 # Pattern of an error → remedy.
 REMEDIES = {
     LOST_WORKER: "A signal, or a lack of memory, ended a process that reads data. The last whole checkpoint is still "
     "there, and the same command resumes from it.",
-    r"OptimizerParamScheduler: class input value": "Give the learning-rate flags of the checkpoint, or follow the "
-    "flags with --override-opt_param-scheduler or the checkpoint with --use-checkpoint-opt_param-scheduler.",
     r"EADDRINUSE|address already in use": "Another program listens there: choose another MASTER_PORT, or unset RANK.",
     r"Connection (reset by peer|closed by peer|was likely closed)|remote process exited|"
     r"NCCL.*(abort|remote|unhandled system)": "Another rank has ended: its last words, or its exit code in torchrun's "
@@ -39,16 +36,11 @@ REMEDIES = {
     "--recompute-granularity full with its flags.",
     r"No space left on device|Disk quota exceeded|File too large": "Make room for what is saved: the last whole "
     "checkpoint is still there, and the same command resumes from it.",
-    r"Failed to write dataset materials": "Megatron keeps the order of the samples beside the data: give a folder that "
-    "can be written with --data-cache-path.",
     r"found (NaN|Inf) in|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b": "Lower --lr, or look at the data. To resume, go "
     "back to an earlier iteration with --ckpt-step and --no-load-optim.",
     r"Global shape mismatch|size mismatch|Missing key|not found in (the )?(checkpoint|sharded)|unexpected key|"
-    r"from model not in state dict": "The checkpoint under --load is of another model: give its flags, or another "
-    "--load.",
-    r"CUDA_DEVICE_MAX_CONNECTIONS to 1": "Put CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, as the launch "
-    "scripts do before Blackwell.",
-    r"Found no NVIDIA driver|no kernel image|CUDA driver": "Without a working GPU, train with --cpu.",
+    r"from model not in state dict|from checkpoint .* is not equal to": "The checkpoint is of another model or layout: "
+    "give its flags, another --load, or convert it (remoe convert).",
 }
 LENGTH = 400
 CLOSE = 0.75  # least similarity of a flag that "Did you mean" names
@@ -104,22 +96,13 @@ def _flag_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Report a wrong flag as `parser.error` does, on the first rank, and suggest the closest one."""
     if os.environ.get("RANK", "0") == "0":
         parser.print_usage(sys.stderr)
-        unknown = message.removeprefix("unrecognized arguments: ")
-        hint = _suggestion(parser, unknown) if unknown != message else ""
-        if "invalid choice: 'alltoall_seq'" in message:
-            hint = ". Megatron removed it; its successor is alltoall."
-        _say(message + hint)
+        flags = [option for action in parser._actions for option in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
+        names = [word.split("=")[0] for word in unknown if word.startswith("--")]
+        close = {name: difflib.get_close_matches(name, flags, 1, CLOSE) for name in names}
+        hints = [f". Did you mean {match[0]} instead of {name}?" for name, match in close.items() if match]
+        _say(message + (hints[0] if hints else ". --help lists all flags."))
     raise SystemExit(2)
-
-
-def _suggestion(parser: argparse.ArgumentParser, unknown: str) -> str:
-    flags = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-    words = [word.split("=")[0][2:] for word in unknown.split() if word.startswith("--")]
-    if removed := list(filter(None, (explain(f"--{word}") for word in words))):
-        return f". {' '.join(removed)} [REMOE-E211]"
-    matches = {word: difflib.get_close_matches(word, flags, 1, CLOSE) for word in words}
-    close = [f"--{found[0]} instead of --{word}" for word, found in matches.items() if found]
-    return f". Did you mean {', '.join(close)}?" if close else ". --help lists all flags."
 
 
 def _say(words: str) -> None:
@@ -131,26 +114,24 @@ def _say(words: str) -> None:
 def exit_with_message(error: BaseException) -> NoReturn:
     """Print a traceback, unless the user can correct the error, and one short message. End with exit code 1."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has ended
-    cause = _cause(error)
+    # PyTorch's own error for checkpoints prints a traceback of each rank.
+    cause = error
+    while isinstance(cause, CheckpointException) and cause.failures:
+        cause = next(iter(cause.failures.values()))[0]
     if not (isinstance(cause, UsageError) or re.search(LOST_WORKER, str(error))):
         traceback.print_exception(error)
     # Half-built objects print errors when they are freed. Free them before the message.
     traceback.clear_frames(error.__traceback__)
     gc.collect()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    _say(last_words(error, os.environ.get("RANK") if several else None))
+    rank = f"rank {os.environ.get('RANK')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    _say(rank + describe_error(cause))
     raise SystemExit(1)
 
 
-def last_words(error: BaseException, rank: str | None = None) -> str:
-    """Return a short message: the rank, what ended the training, and the remedy."""
-    cause = _cause(error)
-    words = f"rank {rank}: " if rank is not None else ""
-    return words + (with_code(cause) if isinstance(cause, UsageError) else _in_short(cause))
-
-
-def _in_short(error: BaseException) -> str:
-    """Return an error's kind, its first line and the remedy."""
+def describe_error(error: BaseException) -> str:
+    """Return an error's message with its code; for errors of others, the kind, the first line and the remedy."""
+    if isinstance(error, UsageError):
+        return with_code(error)
     text, kind = str(error).strip(), type(error).__name__
     lines = text.splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):
@@ -161,14 +142,5 @@ def _in_short(error: BaseException) -> str:
 
 def _remedy(text: str) -> str:
     """Return the remedy for an error as a line below it, or ""."""
-    found = (f"\n{remedy}" for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
-    return next(found, "")
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the first rank's error instead of PyTorch's own for checkpoints, which prints a traceback."""
-    while isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, CheckpointException):
-        return RuntimeError("the checkpoint could not be read or written, for a reason that another rank prints.")
-    return error
+    remedies = (f"\n{remedy}" for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
+    return next(remedies, "")

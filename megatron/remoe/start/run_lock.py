@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,23 +20,7 @@ LOCK, HOLDER = "training.lock", "training.lock.holder"
 HEARTBEAT_SECONDS = 5.0
 # Building the data's index can block the interpreter for minutes, without a heartbeat.
 LEASE_SECONDS = 300.0
-# A power cut leaves an empty lock; a living owner fills it at once.
-EMPTY_SECONDS = 10.0
 SPARE_SECONDS = 2.0
-
-
-class RunLock:
-    """The lock of a process that may start its training several times; it is held until `at_the_end` is closed."""
-
-    def __init__(self, at_the_end: ExitStack) -> None:
-        self._at_the_end = at_the_end
-        self._is_held = False
-
-    def take(self, args: argparse.Namespace) -> None:
-        """Enter `lock_save_folder` on the first rank, once."""
-        if args.rank == 0 and not self._is_held:
-            self._at_the_end.enter_context(lock_save_folder(args))
-            self._is_held = True
 
 
 @contextmanager
@@ -82,8 +66,7 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
         except (Timeout, LeaseSettingsMismatch):
             waited = time.monotonic() - started
         try:
-            before, found = beat, lock.lstat()
-            beat = found.st_mtime_ns
+            before, beat = beat, lock.lstat().st_mtime_ns
             who = holder.read_text(errors="replace") if holder.is_file() else "one that has just started"
         except FileNotFoundError:
             continue  # it has ended
@@ -98,21 +81,10 @@ def _acquire(lease: SoftFileLease, holder: Path, lease_seconds: float) -> None:
                 f"{waited:.0f} s. If no training runs there, remove it.",
                 "REMOE-E104",
             )
-        if found.st_size == 0 and waited > min(EMPTY_SECONDS, lease_seconds):
-            _remove_empty(lock, found.st_ino)
         if not before:
             locked = f"is locked by another training: {who}. Waiting for a sign of life, up to {lease_seconds:.0f} s."
             print(f"{save} {locked}", file=sys.stderr, flush=True)
         time.sleep(min(HEARTBEAT_SECONDS, lease_seconds) / 10)
-
-
-def _remove_empty(lock: Path, inode: int) -> None:
-    """Remove an empty lock, but not another one that has replaced it in the meantime."""
-    aside = lock.with_name(f"{lock.name}.empty.{os.getpid()}")
-    lock.rename(aside)
-    if aside.stat().st_size or aside.stat().st_ino != inode:
-        os.link(aside, lock)  # its owner tolerates that it was gone for a moment
-    aside.unlink()
 
 
 def _lost(compromise: LeaseCompromise) -> None:
@@ -121,4 +93,4 @@ def _lost(compromise: LeaseCompromise) -> None:
         print(f"{words}: another training could start in the same --save folder.", file=sys.stderr, flush=True)
         return
     print(f"error: {words}: another training took it over, and this one ends.", file=sys.stderr, flush=True)
-    os._exit(1)  # in a thread: the training must not save again
+    os._exit(1)  # in a thread: the run must not save again

@@ -12,8 +12,7 @@ from megatron.remoe.files.gpt2_files import GPT2_TOKENIZER
 from megatron.remoe.kernels import wants_kernels
 from megatron.remoe.routing.config import MEGATRONS_FIELDS, ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.routing.refusals import as_list, relu_routing_problems, shown
-from megatron.remoe.start.checkpoint_files import loaded_flag
-from megatron.remoe.start.checkpoint_fit import check_has_no_code
+from megatron.remoe.start.checkpoint_files import choose_checkpoint, loaded_checkpoint
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
 from megatron.remoe.start.environment import check_flips
 from megatron.remoe.start.messages import explain_flag_errors, usage_errors
@@ -24,9 +23,6 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
-
-# One rank builds the data index while all others wait. After the first step, Megatron's default applies.
-FIRST_STEP_TIMEOUT_MINUTES, STEP_TIMEOUT_SECONDS = 60, 600
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -55,20 +51,6 @@ def add_remoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "validation text (share of all token-expert pairs, and number per token and layer). Costs two forward passes "
         "of a micro-batch, about 2/(3NM) of the time with M micro-batches per step; results stay bit for bit the "
         "same. Off by default. The log line shows them if N is a multiple of --log-interval.",
-    )
-    group.add_argument(
-        "--teacher",
-        metavar="FOLDER",
-        help="Train towards the predictions of a frozen model of the same shape, such as the top-k model that this "
-        "ReMoE was converted from: its checkpoint. Costs its memory and a forward pass.",
-    )
-    group.add_argument(
-        "--teacher-weight",
-        type=float,
-        default=1.0,
-        metavar="W",
-        help="With --teacher: the loss is that of the language model + W times KL(teacher, student), in nats per token "
-        "(default: %(default)s).",
     )
     group.add_argument(
         "--no-moe-router-pre-softmax",
@@ -130,7 +112,8 @@ def parse_args(
         parser = add_remoe_arguments(parser)
         # one_logger is not a public package, and Megatron reports its absence at every start.
         parser.set_defaults(enable_one_logger=False)
-        describe_timeout_flag(parser)
+        # One rank builds the data index while all others wait. After the first step, a hanging rank is found quickly.
+        parser.set_defaults(distributed_timeout_minutes=60, distributed_timeout_seconds_after_init=600)
         explain_flag_errors(parser)
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
@@ -138,7 +121,6 @@ def parse_args(
     for name, value in (args_defaults or {}).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    set_timeout_defaults(args)
     apply_granularity(args)
     drop_ignored_fork_flags(args)
     if not args.save and args.rerun_mode == "validate_results":
@@ -149,25 +131,6 @@ def parse_args(
     return args
 
 
-def describe_timeout_flag(parser: argparse.ArgumentParser) -> None:
-    """Show the defaults of `set_timeout_defaults` in the help of --distributed-timeout-minutes."""
-    flag = next(action for action in parser._actions if action.dest == "distributed_timeout_minutes")
-    flag.default = None
-    flag.help = (
-        f"Minutes that ranks wait for each other. Default: {FIRST_STEP_TIMEOUT_MINUTES} until the first step, because "
-        f"building the data index takes long, and {STEP_TIMEOUT_SECONDS // 60} after it "
-        "(--distributed-timeout-seconds-after-init)."
-    )
-
-
-def set_timeout_defaults(args: argparse.Namespace) -> None:
-    """By default, wait long for the first step and then detect a hanging rank quickly."""
-    if args.distributed_timeout_minutes is None:
-        args.distributed_timeout_minutes = FIRST_STEP_TIMEOUT_MINUTES
-        if args.distributed_timeout_seconds_after_init is None:
-            args.distributed_timeout_seconds_after_init = STEP_TIMEOUT_SECONDS
-
-
 def load_saved_args(args: argparse.Namespace) -> None:
     """With --use-checkpoint-args, read the model's shape from the checkpoint before validation, and check it then.
 
@@ -176,14 +139,13 @@ def load_saved_args(args: argparse.Namespace) -> None:
     """
     if not args.use_checkpoint_args:
         return
-    tokenizer = args.tokenizer_type
-    check_has_no_code(args)
-    flag = loaded_flag(args)
-    try:
-        found = load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
-    except SystemExit as stop:  # Megatron would exit with code 0
-        raise BrokenCheckpointError(f"{flag}: there is no checkpoint to read settings from.", "REMOE-E404") from stop
-    saved = found[1] if isinstance(found, tuple) else None
+    tokenizer, flag = args.tokenizer_type, loaded_checkpoint(args)[0]
+    resume = choose_checkpoint(args)  # also refuses code in it
+    if resume is None:
+        raise BrokenCheckpointError(f"{flag}: there is no checkpoint to read settings from.", "REMOE-E404")
+    resume.apply(args)
+    load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
+    saved = resume.saved
     files = getattr(saved, "gpt2_files", None) if args.use_tokenizer_model_from_checkpoint_args else None
     if args.vocab_file:  # it belongs to the flag's tokenizer
         args.tokenizer_type = tokenizer
@@ -210,13 +172,10 @@ def _check_model(args: argparse.Namespace) -> None:
 
 
 def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
-    """With --moe-relu-routing, drop the top-k settings that the authors' code ignores, and print which.
-
-    A z-loss acts here and not in their code, so a note says so.
-    """
+    """With --moe-relu-routing, drop the top-k settings that the authors' code ignores, and print which."""
     if not args.moe_relu_routing:
         return
-    ignored, notes = [], []
+    ignored = []
     types, coefficients = as_list(args.moe_router_load_balancing_type), as_list(args.moe_aux_loss_coeff)
     is_given = any(coefficients) or types not in (["aux_loss"], ["none"])
     if is_given and set(types) <= {"aux_loss", "seq_aux_loss", "sinkhorn", "none"}:  # other types are refused
@@ -226,18 +185,13 @@ def drop_ignored_fork_flags(args: argparse.Namespace) -> None:
     if args.moe_router_pre_softmax:
         ignored.append("--moe-router-pre-softmax")
         args.moe_router_pre_softmax = False
-    if ignored:
-        notes.append(
+    if ignored and args.rank == 0:
+        print(
             f"With --moe-relu-routing these are ignored, as in the authors' code: {', '.join(ignored)}. "
-            "ReLU replaces softmax and top-k; the L1 term replaces the auxiliary loss."
+            "ReLU replaces softmax and top-k; the L1 term replaces the auxiliary loss.",
+            file=sys.stderr,
+            flush=True,
         )
-    if args.moe_z_loss_coeff:
-        notes.append(
-            f"--moe-z-loss-coeff {args.moe_z_loss_coeff} is used; the authors' code ignores it with "
-            "--moe-relu-routing. Leave it out to repeat their experiment."
-        )
-    if notes and args.rank == 0:
-        print("\n".join(notes), file=sys.stderr, flush=True)
 
 
 def apply_granularity(args: argparse.Namespace) -> None:
@@ -268,7 +222,7 @@ def apply_granularity(args: argparse.Namespace) -> None:
     args.num_experts *= granularity
     args.moe_router_topk *= granularity
     for name in ("moe_warmup_topk", "moe_relu_max_experts"):
-        if getattr(args, name) is not None:
+        if getattr(args, name, None) is not None:
             setattr(args, name, getattr(args, name) * granularity)
 
 

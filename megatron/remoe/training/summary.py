@@ -1,15 +1,12 @@
-"""Print one line before the first step: the model, the devices, and the amount of data."""
+"""Print one line before the first step: the model, the devices, and the number of tokens."""
 
 import argparse
-from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from megatron.core import mpu
-from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.remoe.patches.log_lines import run_logger
 from megatron.training import print_rank_0
 from megatron.training.models.base import ModelConfig
@@ -17,41 +14,26 @@ from megatron.training.models.base import ModelConfig
 UNITS = ((10**12, " T"), (10**9, " B"), (10**6, " M"))
 
 
-def with_summary(args: argparse.Namespace, model_cfg: ModelConfig, provider: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `provider`, extended to print the line on the first rank after it has built the data sets.
-
-    The number of parameters also goes to the run's log.
+def add_summary(args: argparse.Namespace, model_cfg: ModelConfig) -> None:
+    """Print the line on the first rank when the model is built; the number of parameters also goes to the run's log.
 
     Args:
         args: Megatron's arguments, validated.
         model_cfg: the configuration that the model will be built from.
-        provider: of the data sets, as Megatron calls it. Epochs are left out if a set is not of Megatron's classes.
     """
-    parameters: list[int] = []
 
-    def count(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        parameters.append(count_parameters(model_chunks))
-        run_logger().info({"parameters": parameters[0]})
+    def summarize(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        parameters, tokens = count_parameters(model_chunks), args.global_batch_size * args.seq_length
+        run_logger().info({"parameters": parameters})
+        if not args.skip_train:
+            steps = args.train_iters or args.train_samples // args.global_batch_size
+            print_rank_0(
+                f"Training: {_model(args)}, {short(parameters)} parameters, on {_devices(args)}. {steps:,} steps of "
+                f"{tokens:,} tokens, {short(steps * tokens)} tokens in all. Each line of the log has the time left."
+            )
         return model_chunks
 
-    @wraps(provider)
-    def summarizing(num_samples: list[int], *others: Any, **options: Any) -> Any:
-        data_sets = provider(num_samples, *others, **options)
-        if parameters and not args.skip_train and args.iteration < args.train_iters:
-            tokens = num_samples[0] * args.seq_length
-            of_a_step = (
-                "" if args.step_batch_size_schedule else f" of {args.global_batch_size * args.seq_length:,} tokens"
-            )
-            print_rank_0(
-                f"Training: {_model(args)}, {short(parameters.pop())} parameters, on {_devices(args)}. Steps "
-                f"{args.iteration + 1:,} to {args.train_iters:,}{of_a_step}, {short(tokens)} tokens in all"
-                f"{_epochs(data_sets[0], tokens)}. "
-                "Each line of the log has the time left."
-            )
-        return data_sets
-
-    model_cfg.post_wrap_hooks.append(count)
-    return summarizing
+    model_cfg.post_wrap_hooks.append(summarize)
 
 
 def _model(args: argparse.Namespace) -> str:
@@ -94,14 +76,3 @@ def count_parameters(model_chunks: Iterable[torch.nn.Module]) -> int:
     total = torch.tensor(counted, device=torch.cuda.current_device())
     torch.distributed.all_reduce(total)
     return int(total)
-
-
-def _epochs(train_set: Any, tokens: int) -> str:
-    """Return the number of epochs; for a blend, the smallest and the largest of its sets."""
-    sets, weights = getattr(train_set, "datasets", [train_set]), getattr(train_set, "weights", None) or [1.0]
-    if not all(isinstance(data_set, GPTDataset) and not isinstance(data_set, MockGPTDataset) for data_set in sets):
-        return ""
-    sizes = [data_set._get_num_tokens_per_epoch() for data_set in sets]
-    passes = [tokens * weight / sum(weights) / size for weight, size in zip(weights, sizes, strict=True)]
-    least, most = f"{min(passes):.2g}", f"{max(passes):.2g}"
-    return f", {least if least == most else f'{least} to {most}'} epochs of the data"

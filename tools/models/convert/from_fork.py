@@ -20,13 +20,13 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron.remoe.start.checkpoint_files import CONFIG, check_is_whole
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
-from megatron.remoe.start.compared_settings import moe_layer_pattern
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
 
 from ...console.display import Display
 from ...console.errors import ConversionError
 from ..checkpoints import ENGINE_NORM, LAYOUT, LOCAL_NORM, find_folder
 from ..hf.settings import complete
+from ..hybrid import moe_layer_pattern
 from . import fork_file
 from .rewriting import OBJECT, Piece, Place, Writer, encoded, objects, read_each, read_tensor, rewritten
 

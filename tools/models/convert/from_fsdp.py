@@ -5,9 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron.remoe.start.checkpoint_files import check_is_whole
-from megatron.remoe.start.checkpoint_index import common_state, is_of_fsdp, read_index
-from megatron.remoe.start.stored_sums import check_part
+from megatron.remoe.start.checkpoint_files import check_is_whole, is_of_fsdp
+from megatron.remoe.start.checkpoint_index import read_index
 
 from ...console.display import Display
 from ...console.errors import ConversionError
@@ -31,12 +30,10 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
     """
     folder = find_folder(options.load, options.ckpt_step)
     with reading(folder):
-        check_is_whole(folder)
-        index = read_index(folder)
+        common, index = check_is_whole(folder), read_index(folder)
         if not is_of_fsdp(index):
             raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
-        check_part(folder, index, 0, 1)
-        args = complete(common_state(folder, index)["args"])
+        args = complete(common["args"])
     args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
     args.transformer_impl = options.transformer_impl or args.transformer_impl
     with one_process(args.seed):

@@ -8,7 +8,7 @@ import argparse
 import re
 from typing import Any
 
-from megatron.remoe.start.checkpoint_index import common_state
+from megatron.remoe.start.checkpoint_files import common_state
 
 from ...console.display import Display
 from ...console.errors import ConversionError
@@ -87,7 +87,7 @@ def convert_class(options: argparse.Namespace, display: Display) -> None:
     """
     checkpoint = find(options.load, options.ckpt_step)
     index = checkpoint.index
-    state = common_state(checkpoint.folder, index)
+    state = common_state(checkpoint.folder)
     args, names = _target(checkpoint, options.model, index.state_dict_metadata)
     _check_optimizer(checkpoint)
     state |= {"args": args}

@@ -19,8 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.remoe.start.checkpoint_files import CONFIG, RELEASE, TRACKER
-from megatron.remoe.start.checkpoint_index import stored_object
+from megatron.remoe.start.checkpoint_files import CONFIG, RELEASE, TRACKER, stored_object
 
 from ..checkpoints import new_folder, reading
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron.remoe.hf import RemoeConfig
 from megatron.remoe.routing.refusals import flag, shown
-from megatron.remoe.start.compared_settings import moe_layer_pattern
 from megatron.remoe.training.arguments import add_remoe_arguments
 from megatron.training.arguments import add_megatron_arguments
 
 from ...console.errors import ConversionError
+from ..hybrid import moe_layer_pattern
 
 # Megatron's arguments that must have this value.
 UNSET = """rotary_seq_len_interpolation_factor no_rope_freq window_size activation_func_clamp_value

@@ -1,0 +1,215 @@
+"""Compare this run's settings with those saved in the checkpoint that it resumes from, before anything starts.
+
+Megatron sorts its settings into configurations (`PretrainConfigContainer`) and its flags into groups. Those of the
+model, the optimizer, the schedule and the data count, so new ones count too. Left out are those that also belong to a
+configuration of the layout or of the output, and those whose names say that they only change speed or memory.
+"""
+
+import argparse
+import math
+import re
+import sys
+import textwrap
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.routing.config import ReMoEConfig
+from megatron.remoe.routing.refusals import flag as flag_of
+from megatron.remoe.routing.refusals import shown
+from megatron.remoe.start.checkpoint_files import RELEASE, TRACKER, Resume, choose_checkpoint, newest_whole
+from megatron.remoe.start.checkpoint_index import BrokenCheckpointError
+from megatron.training.arguments import add_megatron_arguments
+from megatron.training.config import PretrainConfigContainer
+
+# Configurations in Megatron's container. The model and the scheduler have their own rules.
+COMPARED = ("optimizer", "rng")
+NOT_COMPARED = ("ddp", "dist", "logger", "checkpoint", "profiling", "validation", "tokenizer")
+# Groups of flags that the configurations do not have, or under other names.
+FLAG_GROUPS = ("network size", "moe", "data and dataloader")
+# Also compared: the kind of optimizer state, and settings of the training loop and of precision.
+ALWAYS_COMPARED = {"use_distributed_optimizer", "use_megatron_fsdp", "bf16", "fp16", "dataloader_type"}
+ALWAYS_COMPARED |= {"global_batch_size", "step_batch_size_schedule"}
+SPEED = re.compile(
+    "recompute|fus(ed|ion|er)|offload|overlap|dispatcher|deepep|hybridep|ncclep|stash|gemm|cuda_graph|inference|"
+    "backend|_impl|kernels?$|comm_|comm$|num_sms|pipeline|meta_device|tracker|logging|logger|deterministic|"
+    "saved_activations|num_workers|threads|mmap|cache|in_dataloader|activation_limit|launch_ahead|_use_te_|valid_|test_"
+)
+RATES = {"lr", "min_lr"}  # Megatron identifies parameter groups in a checkpoint by these
+ENDS = {"lr_decay_iters", "lr_decay_samples"}  # compared as samples
+DEFAULTS = (None, False, 0, 1)  # values with which a removed flag had no effect
+SHOWN = 120  # characters of a setting, for example of a list of data sets
+
+
+def check_loaded_run(args: argparse.Namespace, resume: Resume | None = None) -> bool:
+    """Refuse a checkpoint that would silently continue as a different run, and a start that would overwrite newer ones.
+
+    Args:
+        args: Megatron's arguments, validated and with the size of the tokenizer's vocabulary.
+        resume: the checkpoint to resume from, if it was chosen already.
+
+    Returns:
+        Whether the run continues with the same learning rates to a different end. The caller then has to set
+        `args.override_opt_param_scheduler`: Megatron refuses a different end, because weight decay can depend on it.
+
+    Raises:
+        UsageError: names the flag, both values and the remedy.
+    """
+    resume = resume or choose_checkpoint(args)
+    trains = not (args.finetune or args.skip_train)
+    goes_on = resume is not None and trains and resume.folder.name != RELEASE and resume.flag == "--load"
+    if args.save and not args.skip_train and "://" not in f"{args.save} {args.load}":
+        _check_keeps_saved(args, int(resume.folder.name.removeprefix("iter_")) if resume and goes_on else -1)
+    if resume is None:
+        _check_is_there(args)
+    if resume is None or resume.saved is None or not goes_on:
+        return False
+    given = f"{resume.flag} {resume.folder}"
+    if removed := _removed_settings(resume.saved):
+        problem = f"was trained with {removed}, which this version does not have. Continue with version 0.1"
+        raise UsageError(f"{given}: {problem}.", "REMOE-E413")
+    names = RATES if args.allow_changed_settings else result_settings()
+    if different := differences(args, resume.saved, names - RATES if args.no_load_optim else names):
+        raise UsageError(
+            f"{given}: resuming with other settings than it was saved with: {different}. Give its values, or another "
+            "--save and --load, or --allow-changed-settings where this is meant, or --finetune with another --save to "
+            "start a new run from its weights.",
+            "REMOE-E413",
+        )
+    if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return False
+    (here, decay_here), (there, decay_there) = _samples(args), _samples(resume.saved)
+    different = differences(args, resume.saved, schedule_settings())
+    if decay_here != decay_there:
+        decay = f"the learning rate decays over {decay_there} samples in the checkpoint, {decay_here} here"
+        different = "; ".join(filter(None, (decay, different)))
+    if different:
+        raise UsageError(
+            f"{given}: the learning rate would follow another schedule than before: {different}. Give its values, or "
+            "--override-opt_param-scheduler to follow the flags, or --use-checkpoint-opt_param-scheduler to follow "
+            "the checkpoint.",
+            "REMOE-E415",
+        )
+    return here != there and args.weight_decay_incr_style == "constant"
+
+
+def result_settings() -> set[str]:
+    """Return the names of the settings that change a run's result, without those of the learning rate's schedule."""
+    kinds = typing.get_type_hints(PretrainConfigContainer)
+    models = {*_names(TransformerConfig), *_names(ReMoEConfig), *_names(*typing.get_args(kinds["model"]))}
+    models -= {*_names(ModelParallelConfig)}
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    groups = (group for group in parser._action_groups if group.title in FLAG_GROUPS)
+    flags = {action.dest for group in groups for action in group._group_actions}
+    compared = models | flags | {*_names(*(kinds[name] for name in COMPARED))}
+    compared -= {*_names(*(kinds[name] for name in NOT_COMPARED)), *_names(kinds["scheduler"]), "weight_decay"}
+    return {name for name in compared if not SPEED.search(name)} | ALWAYS_COMPARED
+
+
+def schedule_settings() -> set[str]:
+    """Return the names of the settings of the learning rate's and weight decay's schedule."""
+    names = {*_names(typing.get_type_hints(PretrainConfigContainer)["scheduler"]), "weight_decay"}
+    return {name for name in names - ENDS if not name.endswith("opt_param_scheduler")}
+
+
+def _names(*configurations: Any) -> list[str]:
+    return [field.name for configuration in configurations for field in fields(configuration)]
+
+
+def differences(args: argparse.Namespace, saved: argparse.Namespace, names: set[str]) -> str:
+    """Return the settings that differ as flags with both values, or "".
+
+    Args:
+        args, saved: of this run and of the checkpoint; settings that only one of them has are skipped.
+        names: the settings to compare.
+    """
+    if getattr(args, "step_batch_size_schedule", None):
+        names = names - {"global_batch_size"}  # Megatron derives one from the number of GPUs
+    if getattr(args, "hybrid_layer_pattern", None) and not getattr(saved, "hybrid_layer_pattern", None):
+        names = names - {"hybrid_layer_pattern", "num_layers"}  # Megatron reads GPTModel's checkpoints
+    divisors = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    if "seed" in names and all(getattr(args, name) == getattr(saved, name, None) for name in divisors):
+        names = names | {"padded_vocab_size"}  # Megatron would cut or fill the embeddings
+    shared = [name for name in sorted(names) if hasattr(args, name) and hasattr(saved, name)]
+    values = {name: (_comparable(getattr(saved, name)), _comparable(getattr(args, name))) for name in shared}
+    return "; ".join(
+        f"{flag_of(name)} {_short(there)} in the checkpoint, {_short(here)} here"
+        for name, (there, here) in values.items()
+        if not _is_same(here, there)
+    )
+
+
+def _samples(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the samples until the end of the run and until the end of the learning rate's decay."""
+    samples = args.train_samples or args.train_iters * args.global_batch_size
+    decay = args.lr_decay_samples or (args.lr_decay_iters or 0) * args.global_batch_size
+    return samples, decay or samples
+
+
+def _removed_settings(saved: argparse.Namespace) -> str:
+    """Return the flags of ReLU routing that a run used and that this version no longer has, or ""."""
+    removed = {name for name in vars(saved) if name.startswith("moe_relu_") or name == "teacher"} - {
+        *_names(ReMoEConfig)
+    }
+    used = [name for name in sorted(removed) if getattr(saved, name) is True or getattr(saved, name) not in DEFAULTS]
+    return ", ".join(flag_of(name) for name in used if not SPEED.search(name))
+
+
+def _comparable(value: Any) -> Any:
+    """Return data sets by their names, because they may have been moved, and a pattern of layers without its stages."""
+    if isinstance(value, list):
+        return [_comparable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return Path(value).name.replace("|", "")
+
+
+def _is_same(mine: Any, other: Any) -> bool:
+    if isinstance(mine, float) and isinstance(other, float | int):
+        return math.isclose(mine, other, rel_tol=1e-12)
+    return bool(mine == other)
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(shown(value), SHOWN, placeholder=" ...")
+
+
+def _check_keeps_saved(args: argparse.Namespace, start: int) -> None:
+    """Refuse to overwrite whole checkpoints in --save that are newer than the start, or say so if --load is --save."""
+    newest = newest_whole(Path(args.save), above=start)
+    if newest is None:
+        return
+    given = f"--save {args.save}: holds iteration {newest}, which this run would overwrite."
+    if args.load and Path(args.load).resolve() == Path(args.save).resolve() and not args.finetune:
+        if args.rank == 0:  # --ckpt-step goes back on purpose
+            print(given, file=sys.stderr, flush=True)
+        return
+    raise UsageError(
+        f"{given} Continue from it with --load {args.save} and without --finetune (--pretrained-checkpoint starts from "
+        "other weights and resumes), or choose another folder.",
+        "REMOE-E407",
+    )
+
+
+def _check_is_there(args: argparse.Namespace) -> None:
+    """Refuse to start from random weights, as Megatron does if it finds no checkpoint, except at a first start."""
+    places = {"--pretrained-checkpoint": args.pretrained_checkpoint, "--load": args.load}
+    given = {flag: folder for flag, folder in places.items() if folder}
+    is_elsewhere = any("://" in folder for folder in given.values())
+    if not given or is_elsewhere or args.non_persistent_save_interval or args.non_persistent_global_ckpt_dir:
+        return
+    flag, folder = next(iter(given.items()))
+    first_start = flag == "--load" and args.save and Path(args.save).resolve() == Path(folder).resolve()
+    if not first_start or args.finetune or args.exit_on_missing_checkpoint:
+        raise BrokenCheckpointError(
+            f"{flag} {folder}: holds no checkpoint (there is no {TRACKER}). Give what a run had under --save, or leave "
+            f"{flag} out to start from random weights.",
+            "REMOE-E404",
+        )

@@ -1,0 +1,63 @@
+"""Test which settings must equal those of the checkpoint that a run resumes from."""
+
+import argparse
+import sys
+
+import pytest
+
+from megatron.remoe.start.saved_settings import _removed_settings, differences, result_settings, schedule_settings
+from megatron.remoe.training import arguments
+from tests.tiny_model import RELU
+from tests.trainings import TINY
+
+COMPARED = {
+    "--hidden-size 128": "--hidden-size 64 in the checkpoint, 128 here",
+    "--moe-granularity 2": "--moe-granularity 1 in the checkpoint, 2 here",
+    "--moe-router-topk 2": "--moe-router-topk 1 in the checkpoint, 2 here",
+    "--moe-relu-l1-reg-coeff-multiplier 1.5": "1.2 in the checkpoint, 1.5 here",
+    "--rotary-interleaved": "--rotary-interleaved False in the checkpoint, (on) here",
+    "--split 80,20,0": "--split 90,10,0 in the checkpoint, 80,20,0 here",
+    "--data-path 1 here/text 1.0 other": "--data-path text in the checkpoint, 1.0 text 1.0 other here",
+    "--adam-beta2 0.95": "--adam-beta2 0.999 in the checkpoint, 0.95 here",
+    "--seed 7": "--seed 1234 in the checkpoint, 7 here",
+    "--bf16": "--bf16 False in the checkpoint, (on) here",
+    "--global-batch-size 16": "--global-batch-size 8 in the checkpoint, 16 here",
+    "--use-distributed-optimizer": "--use-distributed-optimizer False in the checkpoint, (on) here",
+}
+FREE = """--micro-batch-size 4|--num-workers 7|--log-interval 7|--eval-interval 7|--save elsewhere|--data-path here/text
+--recompute-granularity full --recompute-method uniform --recompute-num-layers 1|--moe-token-dispatcher-type allgather
+--tensor-model-parallel-size 2 --sequence-parallel|--pipeline-model-parallel-size 2|--expert-model-parallel-size 2
+--overlap-grad-reduce --overlap-param-gather|--transformer-impl transformer_engine|--moe-relu-activation-limit 4
+--no-bias-swiglu-fusion|--lr-decay-style linear|--train-iters 99|--hybrid-layer-pattern *E*E"""
+
+
+@pytest.fixture
+def changed(monkeypatch: pytest.MonkeyPatch):
+    def compare(flags: str) -> str:
+        """Return the differences between the tiny model's settings with and without the flags."""
+        parsed = []
+        for more in ("--data-path there/text", f"--data-path there/text {flags}"):
+            monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *RELU, *more.split()])
+            parsed.append(arguments.parse_args())
+        return differences(parsed[1], parsed[0], result_settings())
+
+    return compare
+
+
+@pytest.mark.parametrize("flags", COMPARED)
+def test_settings_of_the_result_count(flags: str, changed) -> None:
+    assert COMPARED[flags] in changed(flags)
+
+
+@pytest.mark.parametrize("flags", FREE.replace("\n", "|").split("|"))
+def test_settings_of_speed_layout_and_output_are_free(flags: str, changed) -> None:
+    assert changed(flags) == ""
+
+
+def test_the_schedule_is_compared_by_itself() -> None:
+    assert {"lr_warmup_iters", "lr_decay_style", "weight_decay"} <= schedule_settings() - result_settings()
+
+
+def test_removed_settings_that_were_used_are_named() -> None:
+    saved = {"moe_relu_forgotten": True, "moe_relu_other": 1, "moe_relu_launch_ahead": True, "teacher": None}
+    assert _removed_settings(argparse.Namespace(**saved, moe_relu_routing=True)) == "--moe-relu-forgotten"
