@@ -12,7 +12,7 @@ from megatron.remoe.layer.grouped_swiglu import takes_grouped_kernel
 from megatron.remoe.layer.layer import ReMoELayer
 from megatron.remoe.routing.controller import SparsityController
 from tests.layers import HIDDEN, make_config, make_layer, make_topk_config
-from tools.plan.rehearse.host_reads import Pairs
+from tools.plan.host_reads import Pairs
 
 WAITING = {
     "_local_scalar_dense",

@@ -5,20 +5,17 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron.remoe.kernels.pytorch import TokenOrder
-from megatron.remoe.layer.fused_swiglu import FusedSwiGLU
-from tests import quack_stand_in
-from tools.plan.rehearse import engine, report
-from tools.plan.rehearse.cards import rates
-from tools.plan.rehearse.roofline import Roofline, host_seconds, share_of_grouped, step_seconds
+from tools.plan import transformer_engine as engine
+from tools.plan.gpus import rates
+from tools.plan.roofline import Roofline
+from tools.plan.step_time import StepTime, collective_seconds, conclude, grouped_share, host_seconds, waiting_seconds
 
 
 def test_collectives_take_their_latency() -> None:
     """Ten all-reduces of 8 GB over 8 ranks of a node send 7/8 of the bytes twice, and each has log2(8) latencies."""
     one = {"kind": "all_reduce", "ranks": 8, "within_node": True, "times": 10, "bytes": 80e9}
     given = {"link": 400.0, "latency": 5.0, "network": 0.0, "network_latency": 0.0}
-    (timed,) = report.timed([one, one | {"ranks": 1}], given)
-    assert timed["seconds"] == pytest.approx(2 * 70e9 / 400e9 + 10 * 3 * 5e-6)
+    assert collective_seconds(one, given) == pytest.approx(2 * 70e9 / 400e9 + 10 * 3 * 5e-6)
 
 
 @pytest.mark.parametrize("is_grouped", [False, True])
@@ -48,41 +45,31 @@ def test_work_of_engine_attention() -> None:
         assert flops == products * 2 * (2 * 4 * 8 * 8 * 16) / 2
 
 
-@pytest.mark.parametrize("accumulates", [False, True])
-def test_work_of_fused_products(accumulates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """QuACK takes six FLOPs per pair and expert weight in six products; gathering and SwiGLU add no pass."""
-    products = quack_stand_in.put_in(monkeypatch)
-    tokens, pairs, hidden, ffn = 7, 9, 8, 4
-    weights = [torch.nn.Parameter(torch.ones(3, *sizes)) for sizes in ((2 * ffn, hidden), (hidden, ffn))]
-    for weight in weights if accumulates else ():
-        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
-    order, starts = TokenOrder(torch.arange(pairs) % tokens), torch.tensor([0, 5, 5, 9], dtype=torch.int32)
-    args = Namespace(moe_ffn_hidden_size=ffn, expert_tensor_parallel_size=1)
-    with Roofline(args, rates("h100"), engine.Calls()) as roofline:
-        x = torch.ones(tokens, hidden, requires_grad=True)
-        FusedSwiGLU.apply(x, torch.ones(pairs), *weights, starts, order, products).sum().backward()
-    work = roofline.parts["experts' products"]
-    assert work.operations == 6 and work.flops == 3 * 2 * pairs * hidden * 3 * ffn
-    # Weights are read twice and their gradients written, 3 · F · H elements of each expert.
-    assert work.bytes > 4 * 3 * (3 * 3 * ffn * hidden) and [*roofline.parts] == ["experts' products"]
-
-
 def test_the_gpu_waits_for_the_host() -> None:
     """Step times match a hand calculation: two stretches of operations with a wait between them."""
     marks = [(0, 0), (1_000_000, 2), (1_000_000, 1_000_002)]
     assert host_seconds(marks, {"frame": 2.0, "launch": 3.0}) == pytest.approx([2.000006, 3.0])
-    assert step_seconds([2.0, 3.0], [[5.0, 1.0], [0.5]]) == (1 + 5 + 1) + (3 + 0.5)
-    assert step_seconds([2.0], [[0.25, 0.25]]) == 2.25
-    assert step_seconds([0.0, 4.0], [[1.0, 1.0], []]) == 2 + 4
-    assert step_seconds([1.0, 1.0], [[4.0, 4.0], [1.0]], [1]) == 8.5 + 1, "the first wait leaves an operation running"
+    assert waiting_seconds([2.0, 3.0], [[5.0, 1.0], [0.5]]) == (1 + 5 + 1) + (3 + 0.5)
+    assert waiting_seconds([2.0], [[0.25, 0.25]]) == 2.25
+    assert waiting_seconds([0.0, 4.0], [[1.0, 1.0], []]) == 2 + 4
 
 
 def test_small_experts_and_heads_are_slower() -> None:
-    """The products of the published layers in cards.py take 8.7 of 10.2 ms and 9.7 of 11.4 ms."""
+    """The products of the published layers in step_time.py take 8.7 of 10.2 ms and 9.7 of 11.4 ms."""
     for ffn, pairs, seconds in ((768, 32768 * 8, 8.7e-3), (512, 32768 * 10, 9.7e-3)):
         args = Namespace(moe_ffn_hidden_size=ffn, expert_tensor_parallel_size=1, kv_channels=64)
         roofline = Roofline(args, rates("h100"), engine.Calls())
-        roofline._add("experts", 0, 6.0 * pairs * 2048 * ffn, "grouped", share_of_grouped(args))
+        roofline._add("experts", 0, 6.0 * pairs * 2048 * ffn, "grouped", grouped_share(args))
         assert roofline.parts["experts"].seconds == pytest.approx(seconds, rel=0.05)
     roofline._add("attention", 0, 227.5e12, "attention")
     assert roofline.parts["attention"].seconds == pytest.approx(1.0, rel=0.01)
+
+
+def test_hours_from_and_to() -> None:
+    """At best, nothing waits and collectives are hidden; at most, the parts add up."""
+    time = StepTime(products=0.2, traffic=0.1, waiting=0.1, links=0.1, network=0.6, bubble=1.5)
+    assert (time.least, time.most) == pytest.approx((0.45, 0.6 + 0.7)) and "between nodes (46%)" in time.limit()
+    text = "\n".join(conclude(time, 3600, 70.0, 80.0, "h100"))
+    assert "Fits: 70.0 of 80 GiB" in text and "27.0 minutes, 1.3 hours" in text and "450 to 1,300 ms" in text
+    for needed in (90.0, None):
+        assert "DOES NOT FIT" in next(conclude(time, 0, needed, 80.0, "h100"))

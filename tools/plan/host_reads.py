@@ -20,13 +20,12 @@ class Pairs:
         self.share = share
         self._random = random.Random(1234)
 
-    def put_in(self) -> None:
+    def install(self) -> None:
         """Patch the readers; call this when Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
-        from megatron.remoe.layer import layer, plan
+        from megatron.remoe.layer import plan
 
         plan.read_pairs = self.counted(plan.read_pairs)
-        layer.count_later = self._arrived(layer.count_later)
         token_dispatcher.maybe_move_tensor_to_cpu = self._moved(token_dispatcher.maybe_move_tensor_to_cpu)
         item, truth = torch.Tensor.item, torch.Tensor.__bool__
 
@@ -53,15 +52,6 @@ class Pairs:
             return pairs, counted
 
         return read_pairs
-
-    def _arrived(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def count_later(routing_map: torch.Tensor, *how: Any) -> Any:
-            counts = real(routing_map, *how)
-            sizes = counts.tokens_per_expert.on_host
-            sizes.copy_(torch.tensor([self._some_of(len(routing_map)) for _ in sizes]))
-            return counts
-
-        return count_later
 
     def _some_of(self, tokens: int) -> int:
         off = self._random.uniform(-SPREAD, SPREAD)

@@ -87,6 +87,14 @@ class Collectives:
                 setattr(torch.distributed, name, watched)
                 setattr(torch.distributed.distributed_c10d, name, watched)
 
+    def list_calls(self) -> list[dict[str, Any]]:
+        """Return the calls by kind and group: their number, "times", and their bytes in all."""
+        names = ("kind", "group", "ranks", "within_node")
+        return [
+            dict(zip(names, call, strict=True)) | {"times": len(sizes), "bytes": sum(sizes)}
+            for call, sizes in self.found.items()
+        ]
+
     def _watched(self, real: Callable[..., Any], kind: str, gpus_per_node: int) -> Callable[..., Any]:
         position, keyword = COLLECTIVES[kind]
 

@@ -1,7 +1,7 @@
-"""Run the training entry as one rank of many, on simulated GPUs; `command` starts it.
+"""Run the training entry as one rank of many, on simulated GPUs; `rehearse` starts it.
 
-python rank_entry.py OPTIONS <Megatron flags>, where OPTIONS is JSON: see `command.simulate`. It writes each step's
-figures to the file OPTIONS["record"].
+python -m tools.plan.rank_entry OPTIONS <Megatron flags>, where OPTIONS is JSON: see `rehearse.simulate`. It writes each
+step's figures to the file OPTIONS["record"].
 """
 
 import argparse
@@ -11,17 +11,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+import torch
 
-import torch  # noqa: E402
+from megatron.remoe import pretrain
 
-from megatron.remoe import pretrain  # noqa: E402
-from tools.console.files import write_json  # noqa: E402
-from tools.plan.rehearse import counters, fake_ranks  # noqa: E402
-from tools.plan.rehearse.engine import Calls  # noqa: E402
-from tools.plan.rehearse.forecast import GIB, forecast  # noqa: E402
-from tools.plan.rehearse.host_reads import Pairs  # noqa: E402
-from tools.plan.rehearse.roofline import Roofline, host_seconds, step_seconds  # noqa: E402
+from ..console.files import write_json
+from . import counters, fake_ranks, step_time
+from .host_reads import Pairs
+from .phases import experts_by_phase
+from .roofline import Roofline
+from .transformer_engine import Calls
+
+GIB = 2**30
+
+
+def plan_steps(phases: dict[str, float]) -> list[tuple[str, str]]:
+    """Return the steps to simulate, as phase and purpose.
+
+    One step starts, one in each phase measures memory, one counts events, and one counts the operations' work.
+    """
+    first, last = next(iter(phases)), next(reversed(phases))
+    return [(first, "start"), *((phase, "memory") for phase in phases), (last, "events"), (last, "roofline")]
 
 
 class Rehearsal:
@@ -30,33 +40,43 @@ class Rehearsal:
     def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
         self.options, self.collectives = options, collectives
         self.launches, self.waits, self.frames = counters.Launches(), counters.Waits(), counters.Frames()
-        self.roofline: Roofline | None = None
-        self.counted_at = self.late_waits = 0
-        self.marks: list[tuple[int, int]] = []  # see `host_seconds`
+        self.marks: list[tuple[int, int]] = []  # see `step_time.host_seconds`
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.model: list[torch.nn.Module] = []
+        self.phases: dict[str, float] = {}
+        self.plan: list[tuple[str, str]] = []
         self.steps = 0
 
     def observe(self, model_cfg: Any) -> None:
         """Hook into the training; the entry calls this with Megatron imported."""
         from megatron.training import get_args, training
 
-        get_args().do_train = True  # a stage without data would hear it from the first rank
+        args = get_args()
+        args.do_train = True  # a stage without data would hear it from the first rank
+        self.phases = self._choose_phases(args)
+        self.plan = plan_steps(self.phases)
+        args.train_iters = len(self.plan)
         self.engine.watch()
         if self.options["data"]:
             self._check_data()
         self._watch_parts()
-        self.pairs.put_in()
+        self.pairs.install()
         model_cfg.post_wrap_hooks.append(self._keep)
         train_step = training.train_step
 
         def step(*arguments: Any, **options: Any) -> Any:
-            plan = self.options["steps"][self.steps]
+            phase, purpose = self.plan[self.steps]
             self.steps += 1
-            return self._step(plan, lambda: train_step(*arguments, **options))
+            return self._step(phase, purpose, lambda: train_step(*arguments, **options))
 
         training.train_step = step
+
+    def _choose_phases(self, args: argparse.Namespace) -> dict[str, float]:
+        phases, wanted = experts_by_phase(args), self.options["stage"]
+        if wanted is not None and wanted not in phases:
+            sys.exit(f"pretrain_gpt.py: error: --stage {wanted}: this run has none; choose from {', '.join(phases)}")
+        return {wanted: phases[wanted]} if wanted else phases
 
     def _keep(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self.model = chunks
@@ -92,7 +112,6 @@ class Rehearsal:
             (MoELayer, "route", "router"),
             (layer, "count_pairs", "count"),
             (layer, "count_known", "count"),
-            (layer, "count_later", "count"),
             (layer, "plan_dispatch", "plan"),
             (GroupedExperts, "forward", "experts"),
             (TEGroupedMLP, "forward", "experts"),
@@ -100,80 +119,33 @@ class Rehearsal:
             (SparsityController, "update", "update"),
         ):
             self.launches.watch(owner, method, part)
-        self._watch_late_waits(layer)
         # HybridModel has attention and MLP in layers of their own.
         self.launches.watch(
             TransformerLayer, "forward", "layer", lambda layer: isinstance(layer.self_attention, IdentityOp)
         )
 
-    def _watch_late_waits(self, layer: Any) -> None:
-        """Note where the host waits for sizes in the forward pass; what it launched since may still run."""
-        from megatron.remoe.layer.grouped_swiglu import LateSizes
-
-        count_later, tolist = layer.count_later, LateSizes.tolist
-
-        def counted(*arguments: Any) -> Any:
-            counts = count_later(*arguments)
-            self.counted_at = self.roofline.operations if self.roofline is not None else 0
-            return counts
-
-        def waited(sizes: Any) -> list[int]:
-            if torch.is_grad_enabled() and self.roofline is not None:
-                self.roofline.wait(self.roofline.operations - self.counted_at)
-            elif torch.is_grad_enabled() and self.collectives.is_counting:
-                self.late_waits += 1
-                self._mark()
-            return tolist(sizes)
-
-        layer.count_later, LateSizes.tolist = counted, waited  # type: ignore[method-assign, assignment]
-
-    def _step(self, plan: dict[str, str], run: Any) -> Any:
+    def _step(self, phase: str, purpose: str, run: Any) -> Any:
         from megatron.training import get_args
 
         args = get_args()
-        self._settle(self.options["shares"].get(plan["stage"], 0.0))
+        self.pairs.share = self.phases[phase] / args.num_experts if args.num_experts else 0.0
         torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
-        if plan["for"] == "events":
-            result = self._count_events(run)
-        elif plan["for"] == "roofline":
-            filled = 1.0
-            if args.cuda_graph_impl == "full_iteration" and args.moe_relu_max_experts:
-                filled = self.pairs.share * args.num_experts / args.moe_relu_max_experts
-            self.roofline = roofline = Roofline(args, self.options["rates"], self.engine, filled)
-            with roofline, counters.Waits().watching(roofline.wait):
-                result = run()
-            self.roofline = None
-            busy = host_seconds(self.marks, self.options["rates"])
-            seconds = step_seconds(busy, roofline.stretches, roofline.left)
-            self.record["host"] |= {"seconds": sum(busy), "step_seconds": seconds}
-            self.record["roofline"] = {name: vars(work) for name, work in roofline.parts.items()}
-            self.record["guessed"] = sorted(roofline.guessed)
-        else:
-            result = run()
-            if plan["for"] == "memory":
-                self.record["stages"][plan["stage"]] = {
-                    "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-                    "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-                }
+        measure = {"events": self._count_events, "roofline": self._count_work}.get(purpose, lambda run: run())
+        result = measure(run)
+        if purpose == "memory":
+            self.record["stages"][phase] = {
+                "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+                "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+            }
         if not self.record["model"]:
-            sequences = args.global_batch_size / args.world_size
-            model = forecast(self.model, args, self.options["shares"])
-            self.record["model"] = model | {"sequences_per_gpu": sequences}
-        stage = f", {plan['stage']}" if len(self.options["shares"]) > 1 else ""
+            self.record["model"] = describe_model(self.model, args, self.phases)
+        named = f", {phase}" if len(self.phases) > 1 else ""
         line = f"rehearsal: rank {self.options['rank']} of {self.options['world']}, step {self.steps} of "
-        line += f"{len(self.options['steps'])} ({plan['for']}{stage}): {time.monotonic() - start:.1f} s, "
+        line += f"{len(self.plan)} ({purpose}{named}): {time.monotonic() - start:.1f} s, "
         print(f"{line}{torch.cuda.max_memory_allocated() / GIB:.2f} GiB", file=sys.stderr, flush=True)
         write_json(Path(self.options["record"]), self.record)
         return result
-
-    def _settle(self, share: float) -> None:
-        """Set the stage's share of active pairs; layers forget those of the stage before."""
-        if share != self.pairs.share:
-            for module in (module for chunk in self.model for module in chunk.modules()):
-                if (guess := getattr(module, "_guess", None)) is not None:
-                    guess.recent = 0.0
-        self.pairs.share = share
 
     def _count_events(self, run: Any) -> Any:
         self.collectives.is_counting = True
@@ -182,19 +154,55 @@ class Rehearsal:
             result = run()
             self._mark()
         self.collectives.is_counting = False
-        self.record |= {"launches": self.launches.step, "parts": self.launches.found, "late_waits": self.late_waits}
-        self.record["host"] = {"calls": self.frames.count, "stretches": len(self.marks) - 1}
+        self.record |= {"launches": self.launches.step, "parts": self.launches.found}
         waits = self.waits.found.most_common()
         self.record["host_syncs"] = [{"where": where, "times": times} for where, times in waits]
-        names = ("kind", "group", "ranks", "within_node")
-        self.record["collectives"] = [
-            dict(zip(names, call, strict=True)) | {"times": len(sizes), "bytes": sum(sizes)}
-            for call, sizes in self.collectives.found.items()
-        ]
+        self.record["collectives"] = self.collectives.list_calls()
         return result
 
     def _mark(self) -> None:
         self.marks.append((self.frames.count, self.launches.so_far()))
+
+    def _count_work(self, run: Any) -> Any:
+        from megatron.training import get_args
+
+        roofline = Roofline(get_args(), self.options["rates"], self.engine)
+        with roofline, counters.Waits().watching(roofline.wait):
+            result = run()
+        busy = step_time.host_seconds(self.marks, self.options["rates"])
+        seconds = step_time.waiting_seconds(busy, roofline.stretches)
+        self.record["host"] = {"calls": self.frames.count, "seconds": sum(busy), "step_seconds": seconds}
+        self.record["roofline"] = {name: vars(work) for name, work in roofline.parts.items()}
+        self.record["guessed"] = sorted(roofline.guessed)
+        return result
+
+
+def describe_model(chunks: list[torch.nn.Module], args: argparse.Namespace, phases: dict[str, float]) -> dict[str, Any]:
+    """Return the rank's parameters and layers, the forecast of its memory, and its FLOPs.
+
+    Args:
+        chunks: the rank's part of the model.
+        args: Megatron's validated arguments.
+        phases: see `experts_by_phase`.
+
+    Returns:
+        the fields of `parameters.Stage`; the pipeline "stage"; "forecast_gib" by phase; the model's FLOPs on a GPU in a
+        step, "step_flops", None if some layers are not counted; "bubble", see `step_estimate.bubble`.
+    """
+    from megatron.core import parallel_state
+
+    from . import memory, parameters, step_estimate
+
+    counted, stage = parameters.count(chunks), parallel_state.get_pipeline_model_parallel_rank()
+    stages = [counted] * args.pipeline_model_parallel_size
+    return vars(counted) | {
+        "stage": stage,
+        "forecast_gib": {
+            phase: sum(memory.stage_memory(args, stages, stage, experts)) / GIB for phase, experts in phases.items()
+        },
+        "step_flops": step_estimate.step_flops(args),
+        "bubble": step_estimate.bubble(args),
+    }
 
 
 def main() -> None:
