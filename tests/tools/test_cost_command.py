@@ -79,15 +79,15 @@ def test_layouts_that_cannot_work(gpus: str, flags: list[str], message: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("own", "message"),
+    ("options", "message"),
     [
         (["--gpus", "0"], "--gpus: '0'"),
         (["--gpus", "1", "--gpu", "tpu"], "--gpu"),
         (["--gpus", "1", "--paper", "7b", "dense"], "--paper 7b dense"),
     ],
 )
-def test_own_flags_that_are_wrong(own: list[str], message: str) -> None:
-    assert message in cost(*own, "--", *MODEL, code=2)
+def test_wrong_flags(options: list[str], message: str) -> None:
+    assert message in cost(*options, "--", *MODEL, code=2)
 
 
 @pytest.mark.parametrize(("flag", "length"), [("--train-iters", "100"), ("--train-samples", "51200")])

@@ -61,8 +61,8 @@ def rates(name: str) -> dict[str, float]:
         products, grouped, attention in TFLOP/s, bandwidth in TB/s, link, network in GB/s, the others in microseconds.
     """
     gpu = GPUS[name]
-    found = {kind: SHARES[kind] * gpu.tflops for kind in ("products", "grouped", "attention")}
-    found |= {"bandwidth": SHARES["bandwidth"] * gpu.bandwidth, "link": SHARES["link"] * gpu.link}
-    found |= {"network": NETWORK, "smallest": SMALLEST, "latency": LATENCY, "network_latency": NETWORK_LATENCY}
-    found |= {"frame": HOST * FRAME, "launch": HOST * LAUNCH + DRIVER}
-    return {kind: round(rate, 3) for kind, rate in found.items()}
+    figures = {kind: SHARES[kind] * gpu.tflops for kind in ("products", "grouped", "attention")}
+    figures |= {"bandwidth": SHARES["bandwidth"] * gpu.bandwidth, "link": SHARES["link"] * gpu.link}
+    figures |= {"network": NETWORK, "smallest": SMALLEST, "latency": LATENCY, "network_latency": NETWORK_LATENCY}
+    figures |= {"frame": HOST * FRAME, "launch": HOST * LAUNCH + DRIVER}
+    return {kind: round(rate, 3) for kind, rate in figures.items()}

@@ -73,8 +73,8 @@ def build_libraries() -> list[Path]:
     if torch["cuda"] is None:
         raise ToolError(
             "A rehearsal needs PyTorch built for CUDA, as PyPI has it for Linux, and here is "
-            f"{torch['__version__']}, for CPUs alone. Install it in another environment (pip install torch), and name "
-            "that: PYTHON=/path/to/python."
+            f"{torch['__version__']}, for CPUs only. Install it in another environment (pip install torch), and set "
+            "PYTHON=/path/to/python."
         )
     sources = [*sorted(FOLDER.iterdir()), Path(__file__), *[TRITON] * TRITON.exists()]
     digest = hashlib.sha256(torch["__version__"].encode() + b"".join(path.read_bytes() for path in sources))
@@ -133,8 +133,8 @@ def _compile(sources: list[Path], output: Path) -> None:
 
 def _compiler() -> list[str]:
     for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        if name and (found := shutil.which(name)):
-            return [found]
+        if name and (compiler := shutil.which(name)):
+            return [compiler]
     if importlib.util.find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "c++"]
     raise ToolError("A rehearsal needs a C++ compiler: install g++, or with pip the package ziglang.")
@@ -143,14 +143,14 @@ def _compiler() -> list[str]:
 def _include_folders() -> list[Path]:
     """Return the folders of CUDA's headers in PyPI's packages. No torch installs crt's, and not every torch CCCL's."""
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    found = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
+    folders = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
     needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
     version = ".".join(about_torch()["cuda"].split(".")[:2])
-    missing = [name for file, name in needed.items() if not any((path / file).exists() for path in found)]
+    missing = [name for file, name in needed.items() if not any((path / file).exists() for path in folders)]
     if missing:
         words = " ".join(f"'{name}=={version}.*'" for name in missing)
         raise ToolError(f"A rehearsal needs CUDA's headers: pip install {words}.")
-    return found
+    return folders
 
 
 def _unanswered() -> str:

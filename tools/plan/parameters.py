@@ -109,10 +109,10 @@ def count(models: list[torch.nn.Module]) -> Stage:
 
 
 def _sublayers(model: torch.nn.Module) -> list[str]:
-    found = []
+    sublayers = []
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):
             attention = "" if isinstance(layer.self_attention, IdentityOp) else "*"
             mlp = "" if isinstance(layer.mlp, IdentityOp) else "E" if isinstance(layer.mlp, MoELayer) else "-"
-            found.append(attention + mlp)
-    return found
+            sublayers.append(attention + mlp)
+    return sublayers

@@ -16,7 +16,7 @@ import torch
 from megatron.remoe import pretrain
 
 from ..console.files import write_json
-from . import counters, fake_ranks, step_time
+from . import counters, fake_ranks
 from .host_reads import Pairs
 from .phases import experts_by_phase
 from .roofline import Roofline
@@ -40,7 +40,6 @@ class Rehearsal:
     def __init__(self, options: dict[str, Any], collectives: counters.Collectives) -> None:
         self.options, self.collectives = options, collectives
         self.launches, self.waits, self.frames = counters.Launches(), counters.Waits(), counters.Frames()
-        self.marks: list[tuple[int, int]] = []  # see `step_time.host_seconds`
         self.pairs, self.engine = Pairs(0.0), Calls()
         self.record: dict[str, Any] = {"stages": {}, "model": {}}
         self.model: list[torch.nn.Module] = []
@@ -94,31 +93,11 @@ class Rehearsal:
             check_data(args, get_blend_and_blend_per_split)
 
     def _watch_parts(self) -> None:
-        from megatron.core.pipeline_parallel import schedules
-        from megatron.core.transformer.attention import SelfAttention
         from megatron.core.transformer.identity_op import IdentityOp
-        from megatron.core.transformer.moe.experts import TEGroupedMLP
-        from megatron.core.transformer.moe.moe_layer import MoELayer
         from megatron.core.transformer.transformer_layer import TransformerLayer
-        from megatron.remoe.layer import layer
-        from megatron.remoe.layer.engine_experts import EngineExperts
-        from megatron.remoe.layer.experts import GroupedExperts
         from megatron.remoe.routing.controller import SparsityController
 
-        for owner, method, part in (
-            (schedules, "forward_step", "forward"),
-            (schedules, "backward_step", "backward"),
-            (SelfAttention, "forward", "attention"),
-            (MoELayer, "route", "router"),
-            (layer, "count_pairs", "count"),
-            (layer, "count_known", "count"),
-            (layer, "plan_dispatch", "plan"),
-            (GroupedExperts, "forward", "experts"),
-            (TEGroupedMLP, "forward", "experts"),
-            (EngineExperts, "forward", "experts"),
-            (SparsityController, "update", "update"),
-        ):
-            self.launches.watch(owner, method, part)
+        self.launches.watch(SparsityController, "update", "update")
         # HybridModel has attention and MLP in layers of their own.
         self.launches.watch(
             TransformerLayer, "forward", "layer", lambda layer: isinstance(layer.self_attention, IdentityOp)
@@ -149,29 +128,21 @@ class Rehearsal:
 
     def _count_events(self, run: Any) -> Any:
         self.collectives.is_counting = True
-        with self.launches.counting(), self.waits.watching(self._mark), self.frames.counting():
-            self._mark()
+        with self.launches.counting(), self.waits.watching(), self.frames.counting():
             result = run()
-            self._mark()
         self.collectives.is_counting = False
-        self.record |= {"launches": self.launches.step, "parts": self.launches.found}
-        waits = self.waits.found.most_common()
+        self.record |= {"launches": self.launches.step, "parts": self.launches.by_part, "calls": self.frames.count}
+        waits = self.waits.places.most_common()
         self.record["host_syncs"] = [{"where": where, "times": times} for where, times in waits]
         self.record["collectives"] = self.collectives.list_calls()
         return result
-
-    def _mark(self) -> None:
-        self.marks.append((self.frames.count, self.launches.so_far()))
 
     def _count_work(self, run: Any) -> Any:
         from megatron.training import get_args
 
         roofline = Roofline(get_args(), self.options["rates"], self.engine)
-        with roofline, counters.Waits().watching(roofline.wait):
+        with roofline:
             result = run()
-        busy = step_time.host_seconds(self.marks, self.options["rates"])
-        seconds = step_time.waiting_seconds(busy, roofline.stretches)
-        self.record["host"] = {"calls": self.frames.count, "seconds": sum(busy), "step_seconds": seconds}
         self.record["roofline"] = {name: vars(work) for name, work in roofline.parts.items()}
         self.record["guessed"] = sorted(roofline.guessed)
         return result

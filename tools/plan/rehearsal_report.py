@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from .gpus import CONTEXT, GPUS
-from .step_time import StepTime, collective_seconds, conclude
+from .step_time import StepTime, collective_seconds, conclude, host_seconds, waiting_seconds
 
-PARTS = ("attention", "router", "count", "plan", "experts")  # of a layer, in the order of their work
 MEMORY = {
     "peak_allocated_gib": "allocated at most",
     "peak_reserved_gib": "reserved at most",
@@ -41,30 +40,24 @@ def summarize(records: list[dict[str, Any]], options: argparse.Namespace) -> dic
 
 def _launches(record: dict[str, Any]) -> dict[str, Any]:
     by_part = {name: statistics.median(calls) for name, calls in record["parts"].items()}
-    return {
-        "step": record["launches"],
-        "forward_layer": by_part.get("layer"),
-        "update": by_part.get("update"),
-        "micro_batch_forward": by_part.get("forward"),
-        "micro_batch_backward": by_part.get("backward"),
-        "parts_of_layer": {name: by_part[name] for name in PARTS if name in by_part},
-    }
+    return {"step": record["launches"], "forward_layer": by_part.get("layer"), "update": by_part.get("update")}
 
 
 def _roofline(record: dict[str, Any], calls: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    parts, model, host = record["roofline"], record["model"], record["host"]
+    parts, model = record["roofline"], record["model"]
     total = {name: sum(part[name] for part in parts.values()) for name in ("operations", "bytes", "flops", "seconds")}
     products = sum(part["seconds"] for part in parts.values() if part["flops"])
     links, network = (
         sum(call["seconds"] for call in calls if call["within_node"] is within) for within in (True, False)
     )
-    waiting = host["step_seconds"] - total["seconds"]
+    host = host_seconds(record["calls"], record["launches"], options.rates)
+    waiting = waiting_seconds(host, total["seconds"])
     time = StepTime(products, total["seconds"] - products, waiting, links, network, model["bubble"])
     flops = model["step_flops"]
     least, most = (flops and flops / seconds / (GPUS[options.gpu].tflops * 1e12) for seconds in (time.least, time.most))
     figures = {"rates": options.rates, "model_flops": flops, **total, "parts": parts, "guessed": record["guessed"]}
-    figures |= {"host_seconds": host["seconds"], "host_calls": host["calls"], "stands_seconds": host["step_seconds"]}
-    return figures | {"time": vars(time), "mfu": least, "stands_mfu": most}
+    figures |= {"host_seconds": host, "host_calls": record["calls"], "seconds_with_waits": total["seconds"] + waiting}
+    return figures | {"time": vars(time), "mfu": most, "mfu_at_best": least}
 
 
 def write_lines(figures: dict[str, Any], options: argparse.Namespace) -> Iterator[str]:
@@ -103,14 +96,9 @@ def write_lines(figures: dict[str, Any], options: argparse.Namespace) -> Iterato
 
 def _launch_lines(launches: dict[str, Any]) -> Iterator[str]:
     yield f"\nLaunches of a step    {launches['step']:,} kernels, products, collectives, fills and copies"
-    parts = ", ".join(f"{name} {number:g}" for name, number in launches["parts_of_layer"].items())
-    if launches["forward_layer"] is not None:
-        yield f"  a forward layer     {launches['forward_layer']:g} ({parts})"
-    # --overlap-moe-expert-parallel-comm runs both passes together.
-    if (forward := launches["micro_batch_forward"]) is not None:
-        yield f"  a micro-batch       {forward:g} forward, {launches['micro_batch_backward']:g} backward"
-    if launches["update"] is not None:
-        yield f"  λ's update          {launches['update']:g}"
+    for key, title in {"forward_layer": "a forward layer", "update": "λ's update"}.items():
+        if launches[key] is not None:
+            yield f"  {title:<20}{launches[key]:g}"
 
 
 def _roofline_lines(roofline: dict[str, Any]) -> Iterator[str]:
@@ -126,11 +114,11 @@ def _roofline_lines(roofline: dict[str, Any]) -> Iterator[str]:
     if roofline["guessed"]:
         yield f"  assumed to pass over each argument once: {', '.join(roofline['guessed'])}"
     yield f"  the host: {roofline['host_calls']:,} calls of Python functions, {roofline['host_seconds'] * 1e3:.0f} ms"
-    yield f"  with the host's waits: {roofline['stands_seconds'] * 1e3:.0f} ms"
+    yield f"  with the host's waits: {roofline['seconds_with_waits'] * 1e3:.0f} ms"
     if (bubble := roofline["time"]["bubble"]) > 1:
         yield f"  the pipeline idles: a step takes {bubble:.2f} times a rank's work, (m v + p - 1) / (m v), of m"
         yield "  micro-batches, v virtual stages of a GPU and p GPUs of a pipeline"
-    if (least := roofline["mfu"]) is None:
+    if (least := roofline["mfu_at_best"]) is None:
         yield "  MFU not known: some layers' FLOPs are not counted"
     else:
-        yield f"  MFU {roofline['stands_mfu']:.1%} with waits and collectives, {least:.1%} with neither"
+        yield f"  MFU {roofline['mfu']:.1%} with waits and collectives, {least:.1%} with neither"

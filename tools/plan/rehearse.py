@@ -119,10 +119,10 @@ def simulate(rank: int, options: argparse.Namespace, flags: Sequence[str], folde
             file.write(line)
             if line.startswith(PROGRESS):
                 print(line, end="", file=sys.stderr, flush=True)
-    found = json.loads(record.read_text()) if record.exists() else {"stages": {}, "model": {}}
-    starts = process.returncode == 0 and "roofline" in found
+    figures = json.loads(record.read_text()) if record.exists() else {"stages": {}, "model": {}}
+    starts = process.returncode == 0 and "roofline" in figures
     error = None if starts else _last_error(log.read_text(encoding="utf-8"), process.returncode)
-    return found | {"rank": rank, "starts": starts, "error": error}
+    return figures | {"rank": rank, "starts": starts, "error": error}
 
 
 def _last_error(log: str, code: int) -> str:

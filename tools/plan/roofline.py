@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .step_time import attention_share, grouped_share
-from .transformer_engine import Calls, tensors_in
+from .transformer_engine import Calls, iterate_tensors
 
 # Operations that move nothing.
 FREE = set(
@@ -60,7 +60,6 @@ class Roofline(TorchDispatchMode):
         self._args, self._rates, self._engine = args, rates, engine
         self._patches = ExitStack()
         self.parts: dict[str, Work] = {}
-        self.stretches: list[list[float]] = [[]]  # seconds of each operation, between the waits of the host
         self.guessed: set[str] = set()  # Triton kernels known by their arguments only
 
     def __enter__(self) -> "Roofline":
@@ -78,17 +77,13 @@ class Roofline(TorchDispatchMode):
     def _patch(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         self._patches.enter_context(patch.object(owner, name, function))
 
-    def wait(self) -> None:
-        """Note that the host has waited for all operations so far."""
-        self.stretches.append([])
-
     def _watched(self, real: Any) -> Any:
         """Wrap the function that Triton calls before each launch, with the kernel's arguments."""
 
         def launch_metadata(kernel: Any, grid: Any, stream: Any, *values: Any) -> Any:
             arguments = dict(zip(kernel.src.fn.arg_names, values, strict=True))
-            work_of = kernel.src.fn.launch_metadata
-            self._add_triton(kernel, work_of(grid, kernel.metadata, arguments) if work_of else {}, arguments)
+            describe = kernel.src.fn.launch_metadata
+            self._add_triton(kernel, describe(grid, kernel.metadata, arguments) if describe else {}, arguments)
             return real(kernel, grid, stream, *values)
 
         return launch_metadata
@@ -110,7 +105,7 @@ class Roofline(TorchDispatchMode):
         if name in FREE or "c10d" in function._schema.name:
             return result
         given = [*args, *(value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input"))]
-        inputs, outputs = list(tensors_in(given)), list(tensors_in(result))
+        inputs, outputs = list(iterate_tensors(given)), list(iterate_tensors(result))
         outputs = outputs or inputs[:1]
         if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             flops, rate = _flops(name, inputs)
@@ -125,7 +120,6 @@ class Roofline(TorchDispatchMode):
             share = attention_share(self._args)
         if flops:
             seconds = max(seconds, flops / (share * self._rates[rate] * 1e12))
-        self.stretches[-1].append(seconds)
         work = self.parts.setdefault(part, Work())
         work.operations += 1
         work.bytes += moved

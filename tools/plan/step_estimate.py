@@ -12,7 +12,7 @@ from ..recipes.flops import flops_per_sequence
 from . import memory
 from .activations import element_size, layer_activations, recomputed_modules, tokens_per_gpu
 from .parameters import Stage
-from .step_time import StepTime, attention_share, collective_seconds, grouped_share, host_seconds
+from .step_time import StepTime, attention_share, collective_seconds, grouped_share, host_seconds, waiting_seconds
 
 CAUSAL = 7 / 12  # of the FLOPs that recipes.flops counts for attention: half forward, 5/8 backward
 BUCKET = 40e6  # Megatron's smallest bucket of gradients, in elements; it grows by 1e6 for each data parallel rank
@@ -37,7 +37,6 @@ class Overhead:
 
 
 TORCH, TRITON = Overhead(13.6, 69.0, 5.4, 870, 197), Overhead(5.2, 6.6, 3.4, 1260, 88)
-STALLS = 0.11  # GPU's waits for the host, as a share of the host's work, while the host is faster than the GPU
 
 
 def step_flops(args: argparse.Namespace) -> float | None:
@@ -84,8 +83,8 @@ def estimate_step(
     moved = micro_batches * (overhead.passes * kept_bytes + overhead.logit * logits)
     traffic = (moved + overhead.gradient * gradients / len(stages)) / (rates["bandwidth"] * 1e12)
     launched = micro_batches * len("".join(layers)) / 2 / len(stages)  # a layer has attention, and an MLP or experts
-    (host,) = host_seconds([(0, 0), (overhead.calls * launched, overhead.launches * launched)], rates)
-    waiting = max(STALLS * host, host - products - traffic)
+    host = host_seconds(overhead.calls * launched, overhead.launches * launched, rates)
+    waiting = waiting_seconds(host, products + traffic)
     links, network = 0.0, 0.0
     for call in estimate_collectives(args, stages, gpus_per_node):
         seconds = collective_seconds(call, rates)
