@@ -30,8 +30,12 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     return options, flags
 
 
-def check_sizes(args: argparse.Namespace) -> None:
-    """Check sizes with which building the model would crash or hang, and that there is a number of steps.
+def check_sizes(args: argparse.Namespace, layers: str) -> None:
+    """Check sizes with which building the model or training would fail, and that there is a number of steps.
+
+    Args:
+        args: Megatron's validated arguments.
+        layers: --transformer-impl on the GPUs.
 
     Raises:
         ValueError: names the flag, its value and the remedy.
@@ -40,6 +44,11 @@ def check_sizes(args: argparse.Namespace) -> None:
         raise ValueError("--train-iters is missing. Give it or --train-samples.")
     if (args.num_experts or 0) > MOST_EXPERTS:
         raise ValueError(f"--num-experts: {args.num_experts} of a layer are too many. Give at most {MOST_EXPERTS}.")
+    if args.context_parallel_size > 1 and layers == "local":
+        raise ValueError(
+            f"--context-parallel-size {args.context_parallel_size} cannot be used with --transformer-impl local. "
+            "Give --transformer-impl transformer_engine."
+        )
     ranks = (args.expert_tensor_parallel_size or args.tensor_model_parallel_size) * args.pipeline_model_parallel_size
     if args.num_experts and args.world_size % (ranks * args.expert_model_parallel_size):
         raise ValueError(
@@ -81,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
             cpu.adapt_arguments(args, trains=args.cpu)
         load_saved_args(args)
         validate_args(args, {})
-        check_sizes(args)
+        check_sizes(args, planned.get("transformer_impl", args.transformer_impl))
         set_global_variables(args)
         stages, whole = parameters.count_stages(args), parameters.count_whole_model(args)
         # Settings that were switched off to build the model here count as on the GPUs.

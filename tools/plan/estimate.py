@@ -31,8 +31,6 @@ def write_layout(args: argparse.Namespace, options: argparse.Namespace) -> Itera
     yield f"Plan: {options.gpus} x {options.gpu} ({gpu.memory:g} GiB, {gpu.tflops:g} TFLOP/s dense bf16)"
     yield f"  parallel sizes  {', '.join(sizes)}"
     yield f"  layers          {LAYERS.get(args.transformer_impl, args.transformer_impl)} (--transformer-impl)"
-    if args.context_parallel_size > 1 and args.transformer_impl == "local":
-        yield "  WARNING: context parallelism needs --transformer-impl transformer_engine."
     if args.num_experts and args.expert_model_parallel_size > 1:
         ranks = args.expert_model_parallel_size * args.expert_tensor_parallel_size
         if options.gpus_per_node % ranks:
