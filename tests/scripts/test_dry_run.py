@@ -79,7 +79,6 @@ def test_expert_parallelism_over_nodes(gpus_per_node: str, leaves_node: bool) ->
     layout = {"NNODES": "4", "MASTER_ADDR": "x", "TP": "2", "PP": "2", "EP": "8"}
     output = dry_run("978m_remoe", gpus_per_node, "60000", "16", **layout)
     assert ("WARNING: expert-parallel groups of 16 GPUs do not fit in nodes of 8" in output) == leaves_node
-    assert ("limited by collectives between nodes" in output) == leaves_node
     assert re.search("at best [0-9.]+ hours", output)
 
 
