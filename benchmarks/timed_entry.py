@@ -89,13 +89,14 @@ class Recorder:
         from megatron.core.utils import get_model_config
         from megatron.remoe.routing.router import ReLURouter
         from megatron.training import get_args
-        from tools.plan.rehearse.forecast import forecast
+        from tools.plan.rank_entry import describe_model
 
         config = get_model_config(chunks[0])
         finalize = config.finalize_model_grads_func or finalize_model_grads
         modules = [module for chunk in chunks for module in chunk.modules()]
         if share := os.environ.get("BENCHMARK_SHARE"):
-            self.record["forecast"] = forecast(chunks, get_args(), {"now": float(share)})
+            args = get_args()
+            self.record["forecast"] = describe_model(chunks, args, {"now": float(share) * (args.num_experts or 0)})
         if os.environ.get("BENCHMARK_AT_TARGET"):
             give_tokens_a_mean(chunks)
             for router in (module for module in modules if isinstance(module, TopKRouter)):

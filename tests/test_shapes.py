@@ -13,7 +13,7 @@ from tests.tiny_model import BYTES
 from tests.tools.test_cost_command import cost, figures
 from tests.trainings import REPOSITORY, run, series, weights
 from tools.models.export import command as export_hf
-from tools.plan.rehearse import command as rehearse
+from tools.plan import rehearse
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 PAGE = (REPOSITORY / "docs" / "conversion.md").read_text()

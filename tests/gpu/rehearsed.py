@@ -16,19 +16,19 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
-from tools.plan.rehearse.build import environment_of  # noqa: E402
+from tools.plan import no_op_cuda  # noqa: E402
 
 
 def h100() -> dict[str, str]:
     """Return the environment in which a process sees one H100."""
-    return environment_of("h100", devices=1) | {"CUDA_VISIBLE_DEVICES": "0"}
+    return no_op_cuda.environment("h100", devices=1) | {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 def run_program(share: float, program: str) -> None:
     """Install stand-ins for ranks and for values read from the device, then run the program."""
     from megatron.remoe import pretrain
-    from tools.plan.rehearse import fake_ranks
-    from tools.plan.rehearse.host_reads import Pairs
+    from tools.plan import fake_ranks
+    from tools.plan.host_reads import Pairs
 
     torch.backends.cudnn.enabled = False  # the one library without a stand-in
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -37,7 +37,7 @@ def run_program(share: float, program: str) -> None:
 
     def run_on_made_up_values(observe: Callable[[Any], None] | None = None) -> None:
         def observe_too(model_cfg: Any) -> None:
-            Pairs(share).put_in()
+            Pairs(share).install()
             if observe is not None:
                 observe(model_cfg)
 

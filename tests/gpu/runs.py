@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.golden_run import FLAGS, Figures, figures_of, write_data
-from tests.launches import planned
+from tests.launches import Launch, planned
 from tools.console.places import ROOT
-from tools.plan.rehearse.flags import rehearsed
-from tools.plan.rehearse.scripts import Launch
+from tools.plan.rehearse import rehearsal_flags
 from tools.runs.log_reader import read_log
 
 HERE = Path(__file__).parent
@@ -86,7 +85,7 @@ class Case:
         batch = ["--global-batch-size", str(SEQUENCES), "--micro-batch-size", str(self.micro_batch)]
         settings = {"KERNELS": self.kernels, **self.settings}
         environment, flags = planned(Launch(self.routing, (*batch, *self.flags), settings, self.size, gpus=1))
-        return environment, rehearsed(flags, steps)
+        return environment, rehearsal_flags(flags, steps)
 
 
 def environment(machine: Machine) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def train_launched(machine: Machine, case: Case, stage: str, steps: int, limit: 
         "active": statistics.mean(found["active"][first:] or [0.0]),
         "peak_allocated_gib": (found["held_bytes"] + found["peak_bytes"]) / 2**30,
         "forecast_gib": found["forecast"]["forecast_gib"]["now"],
-        "flops": found["forecast"]["flops_per_sequence"] * SEQUENCES,
+        "flops": found["forecast"]["step_flops"],
         "matmul_tflops": found["peak_flops"] / 1e12,
         "losses": [float(fields["lm loss"]) for fields in read_log(printed).values()],
     }

@@ -18,9 +18,8 @@ from tests.gpu.report import Report
 from tests.gpu.runs import FUSED_FLAGS, Case, Machine, environment, profile, train_golden, train_launched
 from tests.layers import make_config, make_layer
 from tools.console.flags import last_value
-from tools.plan.cost.gpus import ACCELERATORS
-from tools.plan.rehearse.cards import CARDS
-from tools.plan.rehearse.host_reads import Pairs
+from tools.plan.gpus import GPUS
+from tools.plan.host_reads import Pairs
 
 pytestmark = pytest.mark.gpu
 TRITON = "triton"
@@ -47,9 +46,9 @@ def test_environment(machine: Machine, report: Report) -> None:
 
 def launch(case: Case, stage: str, machine: Machine, report: Report) -> None:
     figures = train_launched(machine, case, stage, 50 if stage == "dense" else 35)
-    card = next((kind for kind, one in CARDS.items() if one.title == machine.card), None)
+    card = next((kind for kind, one in GPUS.items() if one.title == machine.card), None)
     if card is not None:
-        figures["mfu"] = figures["flops"] / figures["seconds"] / (ACCELERATORS[card].tflops * 1e12)
+        figures["mfu"] = figures["flops"] / figures["seconds"] / (GPUS[card].tflops * 1e12)
     report(figures)
     assert figures["peak_allocated_gib"] < 1.1 * figures["forecast_gib"]
     assert all(map(math.isfinite, figures["losses"]))

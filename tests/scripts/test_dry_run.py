@@ -33,7 +33,7 @@ def test_cost_is_the_papers(size: str, routing: str, pile: str) -> None:
     assert float(per_sequence.replace(",", "")) == pytest.approx(gflops, rel=0.02)
     assert f"Settings that differ from the paper's {size.upper()} {routing}: none" in estimate
     assert "31,457,280,000 tokens" in estimate and f"Checkpoints: {24 if size == '978m' else 12} of " in estimate
-    assert ("dense first stage, 4 of 8 experts" in estimate) == (routing == "remoe")
+    assert ("dense start, 4 of 8 experts" in estimate) == (routing == "remoe")
     assert "--moe-relu-max-experts" not in estimate
 
 
@@ -58,7 +58,7 @@ def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
         name.symlink_to(file)
     flags = ["2", "100", "4", "64", "2", "--", "--lr", "1e-3", "--moe-router-topk", "2", "--weight-decay", "0.1"]
     flags += ["--eval-iters", "32", "--seed", "1", "--no-moe-relu-l1-reg-load-balancing"]
-    environment = {"DATA_PATH": "pile", "GPU": "a100", "UTILIZATION": "0.3"}
+    environment = {"DATA_PATH": "pile", "GPU": "a100"}
     output = dry_run("182m_remoe", *flags, **environment, VOCAB_FILE=str(vocabulary), MERGE_FILE=str(merges))
     found = set(re.findall(r"^  --(\S+) (.*?) +\((paper|fork): (.*)\)$", output, re.MULTILINE))
     assert found == {
@@ -69,7 +69,7 @@ def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
         ("micro-batch-size", "4", "fork", "16"), ("seed", "1", "fork", "1234"),
         ("data-path", "pile", "fork", "01 to 29, equally"),
     }  # fmt: skip
-    assert "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)" in output and "at 30% utilization" in output
+    assert "Plan: 2 x a100 (80 GiB, 312 TFLOP/s dense bf16)" in output
     assert "With --moe-relu-max-experts 8 it takes " in output  # 4 · k for 64 experts, before granularity 2 splits them
 
 
@@ -77,9 +77,9 @@ def test_cost_names_what_differs_from_the_paper(tmp_path: Path) -> None:
 def test_expert_parallelism_over_nodes(gpus_per_node: str, leaves_node: bool) -> None:
     """With TP 2, experts on EP 8 need 16 GPUs."""
     layout = {"NNODES": "4", "MASTER_ADDR": "x", "TP": "2", "PP": "2", "EP": "8"}
-    output = dry_run("978m_remoe", gpus_per_node, "60000", "2", **layout)
+    output = dry_run("978m_remoe", gpus_per_node, "60000", "16", **layout)
     assert ("WARNING: expert-parallel groups of 16 GPUs do not fit in nodes of 8" in output) == leaves_node
-    assert re.search("time +at best [0-9.]+ hours", output)
+    assert re.search("at best [0-9.]+ hours", output)
 
 
 @pytest.mark.parametrize(("given", "weights"), [("{}", [1]), ("1.0 {0} 3.0 {0}", [0.25, 0.75])])

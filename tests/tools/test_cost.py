@@ -15,8 +15,9 @@ from megatron.remoe.layer.specs import (
 from megatron.remoe.routing.config import ReMoEConfig, ReMoEMLAConfig
 from megatron.remoe.transformer.hybrid import local_hybrid_stack_spec
 from tests.layers import make_config
-from tools.plan.cost import activations, estimate, memory, paper
-from tools.plan.cost.parameters import Stage
+from tools.plan import activations, estimate, memory
+from tools.plan.parameters import Stage
+from tools.plan.phases import experts_by_phase
 
 LATENT: dict[str, object] = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 12, "qk_pos_emb_head_dim": 6}
 LATENT |= {"v_head_dim": 10, "qk_layernorm": True, "rope_type": "rope"}
@@ -95,58 +96,45 @@ def kept_by_pytorch(args: argparse.Namespace, sublayers: str) -> tuple[float, fl
     return total, pairs / (args.seq_length * args.micro_batch_size)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")
-@pytest.mark.usefixtures("process_groups")
-@pytest.mark.parametrize("sublayers", ["*-", "*E", "*", "-", "E"])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"local_layer_fusion": True}, {"local_layer_fusion": True, "moe_token_dispatcher_type": "allgather"}],
-    ids=["Megatron's", "fused", "fused, allgather"],
+plain_layers = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones"
 )
-def test_activations_are_those_that_pytorch_keeps(changes: dict[str, object], sublayers: str) -> None:
+FUSED: dict[str, object] = {"local_layer_fusion": True}
+LAYERS = {
+    "Megatron's": ("*- *E * - E", {}),
+    "fused": ("*- *E * - E", FUSED),
+    "fused, allgather": ("*E", FUSED | {"moe_token_dispatcher_type": "allgather"}),
+    "norms": ("*E", FUSED | {"qk_layernorm": True}),
+    "norms of all heads": ("*E", FUSED | {"qk_layernorm": True, "qk_layernorm_all_heads": True}),
+    "latent": ("*E", FUSED | LATENT),
+    "latent queries": ("*E", FUSED | LATENT | {"q_lora_rank": 24, "v_head_dim": 18}),
+    "gated shared expert": ("*E", FUSED | {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True}),
+}
+
+
+@plain_layers
+@pytest.mark.usefixtures("process_groups")
+@pytest.mark.parametrize("name", LAYERS)
+def test_activations_are_those_that_pytorch_keeps(name: str) -> None:
     """The formula holds for GPTModel's layers, and for HybridModel's, which have only attention, an MLP or experts."""
-    args = arguments(**changes)
-    real, per_token = kept_by_pytorch(args, sublayers)
-    assert activations.layer_activations(args, sublayers, per_token).kept == pytest.approx(real, rel=0.04)
+    kinds, changes = LAYERS[name]
+    args = arguments(multi_latent_attention="kv_lora_rank" in changes, **changes)
+    for sublayers in kinds.split():
+        real, per_token = kept_by_pytorch(args, sublayers)
+        kept = activations.layer_activations(args, sublayers, per_token).kept
+        assert kept == pytest.approx(real, rel=0.04), sublayers
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")
-@pytest.mark.usefixtures("process_groups")
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"qk_layernorm": True},
-        {"qk_layernorm": True, "qk_layernorm_all_heads": True},
-        LATENT,
-        LATENT | {"q_lora_rank": 24, "v_head_dim": 18},
-        {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_gate": True},
-    ],
-    ids=["norms", "norms of all heads", "latent", "latent queries", "gated shared expert"],
-)
-def test_activations_of_public_models(changes: dict[str, object]) -> None:
-    args = arguments(local_layer_fusion=True, multi_latent_attention="kv_lora_rank" in changes, **changes)
-    real, per_token = kept_by_pytorch(args, "*E")
-    assert activations.layer_activations(args, "*E", per_token).kept == pytest.approx(real, rel=0.04)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's fused kernels keep less than the formula for plain ones")
+@plain_layers
 @pytest.mark.usefixtures("process_groups")
 def test_activations_beyond_the_limit_are_not_kept() -> None:
     args = arguments(local_layer_fusion=True, moe_relu_activation_limit=1.0)
     real, per_token = kept_by_pytorch(args, "*E")
     assert per_token > 1.5
-    found = activations.layer_activations(args, "*E", per_token)
-    assert found.kept == pytest.approx(real, rel=0.03)
+    layer = activations.layer_activations(args, "*E", per_token)
+    assert layer.kept == pytest.approx(real, rel=0.03)
     at_target = activations.layer_activations(args, "*E", 1.0)
-    assert found.kept + found.recomputed == at_target.kept and at_target.recomputed == 0
-
-
-@pytest.mark.parametrize("flag", ["moe_permute_fusion", "moe_pad_expert_input_to_capacity"])
-def test_megatrons_permutation_keeps_a_copy_of_the_pairs(flag: str) -> None:
-    taken = activations.layer_parts(arguments(local_layer_fusion=True), "*E", 2)
-    permuted = activations.layer_parts(arguments(local_layer_fusion=True, **{flag: True}), "*E", 2)
-    assert taken["expert inputs"] == 0
-    assert permuted == taken | {"expert inputs": 2 * 96 * 64 * 4}
+    assert layer.kept + layer.recomputed == at_target.kept and at_target.recomputed == 0
 
 
 def test_recomputation() -> None:
@@ -165,17 +153,31 @@ def test_recomputation() -> None:
     assert full.kept == args.hidden_size * args.seq_length * args.micro_batch_size * 4
 
 
-def test_a_cap_on_experts_makes_the_start_cheaper() -> None:
-    """The start computes fewer experts. Exchanged bytes, by hand: vectors of 64 numbers, sent to 7 of 8 GPUs."""
+@pytest.mark.parametrize(
+    ("changes", "phases"),
+    [
+        ({}, {"dense": 16, "way": 1.8, "steady": 1}),
+        ({"moe_relu_max_experts": 4}, {"dense": 4, "way": 1.8, "steady": 1}),
+        ({"moe_relu_max_experts": 2}, {"dense": 2, "steady": 1}),
+        ({"moe_relu_activation_limit": 0.0}, {"dense": 16, "steady": 1}),
+        ({"moe_router_topk": 24}, {"dense": 24, "steady": 24}),
+        ({"moe_relu_routing": False}, {"steady": 1}),
+        ({"num_experts": None}, {"steady": 0}),
+    ],
+)
+def test_experts_by_phase(changes: dict[str, object], phases: dict[str, float]) -> None:
+    given = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "moe_relu_max_experts": None} | changes
+    assert experts_by_phase(arguments(**given)) == phases
+
+
+@pytest.mark.parametrize(("experts", "times"), [(16, 6), (2, 4)], ids=["recomputed", "kept"])
+def test_exchanged_bytes(experts: int, times: int) -> None:
+    """By hand: vectors of 64 numbers, sent to 7 of 8 GPUs; recomputation sends them again."""
     settings = {"num_experts": 32, "moe_relu_activation_limit": 2.0, "expert_model_parallel_size": 8}
-    settings |= {"global_batch_size": 64, "world_size": 8}
     stages = [Stage(shared=0, experts=0, layers=("*E", "*-")), Stage(shared=0, experts=0, layers=("E",))]
-    for most, dense, recomputed in ((None, 16, True), (4, 4, True), (2, 2, False)):
-        args = arguments(**settings, moe_relu_max_experts=most)
-        on_the_way = [("on the way", 2.0)] * (dense > 2)
-        assert estimate.phases(args) == [("dense first stage", dense), *on_the_way, ("steady stage", 1)]
-        times, tokens = 6 if recomputed else 4, 64 * 32 / 8
-        assert memory.exchanged_bytes(args, stages, dense) == times * 2 * tokens * dense * 7 / 8 * 64 * 4
+    args = arguments(**settings, global_batch_size=64, world_size=8)
+    tokens = 64 * 32 / 8
+    assert memory.exchanged_bytes(args, stages, experts) == times * 2 * tokens * experts * 7 / 8 * 64 * 4
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_micro_batches_in_flight(
 
 def test_layers_whose_flops_are_not_counted() -> None:
     args = arguments(hybrid_layer_pattern="M-")
-    text = "\n".join(estimate._compute_lines(args, argparse.Namespace(), 1, 1000, 0))
+    text = "\n".join(estimate._compute_lines(args, 1, 1000, 0))
     assert "1,000 per token" in text and "not known" in text and "M-" in text
 
 
@@ -216,14 +218,3 @@ def test_optimizer_bytes() -> None:
     common["use_megatron_fsdp"] = False
     single = memory.stage_memory(arguments(use_distributed_optimizer=False, **common), stages, 0, 1)
     assert (single.weights, single.optimizer) == (4 * 1400, 8 * 1400)
-
-
-@pytest.mark.parametrize(
-    ("different", "pipeline", "is_shown"),
-    [(["lr", "micro_batch_size"], 1, True), ([], 2, False), (["num_experts"], 1, False)],
-)
-def test_other_models_have_no_table(different: list[str], pipeline: int, is_shown: bool) -> None:
-    sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "pipeline_model_parallel_size": pipeline}
-    rest = dict.fromkeys(("recompute_granularity", "mtp_num_layers", "hybrid_layer_pattern"))
-    args = argparse.Namespace(**sizes, **rest, transformer_impl="local")
-    assert paper.is_papers_step(args, dict.fromkeys(different, "")) == is_shown

@@ -5,17 +5,17 @@ from argparse import Namespace
 import pytest
 import torch
 
-from tools.plan.rehearse import engine, report
-from tools.plan.rehearse.cards import rates
-from tools.plan.rehearse.roofline import Roofline, host_seconds, share_of_grouped, step_seconds
+from tools.plan import transformer_engine as engine
+from tools.plan.gpus import rates
+from tools.plan.roofline import Roofline
+from tools.plan.step_time import StepTime, collective_seconds, conclude, grouped_share, host_seconds, waiting_seconds
 
 
 def test_collectives_take_their_latency() -> None:
     """Ten all-reduces of 8 GB over 8 ranks of a node send 7/8 of the bytes twice, and each has log2(8) latencies."""
     one = {"kind": "all_reduce", "ranks": 8, "within_node": True, "times": 10, "bytes": 80e9}
     given = {"link": 400.0, "latency": 5.0, "network": 0.0, "network_latency": 0.0}
-    (timed,) = report.timed([one, one | {"ranks": 1}], given)
-    assert timed["seconds"] == pytest.approx(2 * 70e9 / 400e9 + 10 * 3 * 5e-6)
+    assert collective_seconds(one, given) == pytest.approx(2 * 70e9 / 400e9 + 10 * 3 * 5e-6)
 
 
 @pytest.mark.parametrize("is_grouped", [False, True])
@@ -31,7 +31,7 @@ def test_work_of_engine_products(left: str, right: str, layout: str, is_grouped:
     rest = [None, None, None, None, None, None, None, work_space, 1000]
     for accumulate in (False, True):
         arguments = [a, layout[0] == "T", b, layout[1] == "T", out, *rest, accumulate]
-        work = engine.work_of(name, arguments, engine.tensors_of(name, arguments, {}, [out]))
+        work = engine.measure_work(name, arguments, engine.call_tensors(name, arguments, {}, [out]))
         moved = 4 * (sum(x * y for x, y in shapes) + 10 * 4 * accumulate)
         assert work == (moved, 2 * 6 * 4 * 10, "grouped" if is_grouped else "products")
 
@@ -40,27 +40,33 @@ def test_work_of_engine_attention() -> None:
     """Attention has two products forward and five backward; causal attention needs half of each."""
     query, key = torch.empty(8, 2, 4, 16), torch.empty(8, 2, 2, 16)
     for name, products in (("fused_attn_fwd", 2), ("fused_attn_bwd", 5)):
-        moved, flops, rate = engine.work_of(name, [8, 8, query, key, key], [query, key])
+        moved, flops, rate = engine.measure_work(name, [8, 8, query, key, key], [query, key])
         assert (moved, rate) == (query.nbytes + key.nbytes, "attention")
         assert flops == products * 2 * (2 * 4 * 8 * 8 * 16) / 2
 
 
 def test_the_gpu_waits_for_the_host() -> None:
-    """Step times match a hand calculation: two stretches of operations with a wait between them."""
-    marks = [(0, 0), (1_000_000, 2), (1_000_000, 1_000_002)]
-    assert host_seconds(marks, {"frame": 2.0, "launch": 3.0}) == pytest.approx([2.000006, 3.0])
-    assert step_seconds([2.0, 3.0], [[5.0, 1.0], [0.5]]) == (1 + 5 + 1) + (3 + 0.5)
-    assert step_seconds([2.0], [[0.25, 0.25]]) == 2.25
-    assert step_seconds([0.0, 4.0], [[1.0, 1.0], []]) == 2 + 4
-    assert step_seconds([1.0, 1.0], [[4.0, 4.0], [1.0]], [1]) == 8.5 + 1, "the first wait leaves an operation running"
+    host = host_seconds(1_000_000, 1_000_000, {"frame": 2.0, "launch": 3.0})
+    assert host == pytest.approx(5.0)
+    assert waiting_seconds(host, 2.0) == 3.0 and 0 < waiting_seconds(host, 10.0) < 1.0
 
 
 def test_small_experts_and_heads_are_slower() -> None:
-    """The products of the published layers in cards.py take 8.7 of 10.2 ms and 9.7 of 11.4 ms."""
+    """The products of the published layers in step_time.py take 8.7 of 10.2 ms and 9.7 of 11.4 ms."""
     for ffn, pairs, seconds in ((768, 32768 * 8, 8.7e-3), (512, 32768 * 10, 9.7e-3)):
         args = Namespace(moe_ffn_hidden_size=ffn, expert_tensor_parallel_size=1, kv_channels=64)
         roofline = Roofline(args, rates("h100"), engine.Calls())
-        roofline._add("experts", 0, 6.0 * pairs * 2048 * ffn, "grouped", share_of_grouped(args))
+        roofline._add("experts", 0, 6.0 * pairs * 2048 * ffn, "grouped", grouped_share(args))
         assert roofline.parts["experts"].seconds == pytest.approx(seconds, rel=0.05)
     roofline._add("attention", 0, 227.5e12, "attention")
     assert roofline.parts["attention"].seconds == pytest.approx(1.0, rel=0.01)
+
+
+def test_hours_from_and_to() -> None:
+    """At best, nothing waits and collectives are hidden; at most, the parts add up."""
+    time = StepTime(products=0.2, traffic=0.1, waiting=0.1, links=0.1, network=0.6, bubble=1.5)
+    assert (time.least, time.most) == pytest.approx((0.45, 0.6 + 0.7)) and "between nodes (46%)" in time.limit()
+    text = "\n".join(conclude(time, 3600, 70.0, 80.0, "h100"))
+    assert "Fits: 70.0 of 80 GiB" in text and "27.0 minutes, 1.3 hours" in text and "450 to 1,300 ms" in text
+    for needed in (90.0, None):
+        assert "DOES NOT FIT" in next(conclude(time, 0, needed, 80.0, "h100"))

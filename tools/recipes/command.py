@@ -14,7 +14,7 @@ from megatron.remoe.files.files import write_text
 
 from ..console.errors import ToolError
 from ..console.flags import last_value, split
-from ..console.places import LOG, is_clone
+from ..console.places import LOG
 from .data import is_set
 from .launch import Launch, plan
 from .layout import RecipeError
@@ -42,7 +42,6 @@ Environment variables; only the data are required:
   DRY_RUN=1      print what the training costs on GPUs, and the command; DRY_RUN=command: only the command
   REHEARSE=1     simulate the training on GPUs that are not there: whether it starts, its memory, waits and launches
   GPU            kind of GPU for both (default: h100)
-  UTILIZATION    share of the GPU's rate for DRY_RUN=1 (default: 0.4)
   REHEARSE_JSON  a file for the rehearsal's figures
 """
 
@@ -83,33 +82,28 @@ def main(words: Sequence[str]) -> int:
 def show(launch: Launch, size: str, routing: str) -> int:
     """Print the cost, unless only the command is asked for, and the command."""
     if os.environ["DRY_RUN"] != "command":
-        from ..plan.cost.command import main as cost
+        from ..plan.cost import main as cost
 
-        own = ["--gpus", str(launch.layout.world), "--gpus-per-node", str(launch.layout.gpus_per_node)]
-        own += ["--gpu", os.environ.get("GPU") or "h100"]
-        own += ["--utilization", os.environ.get("UTILIZATION") or "0.4", "--paper", size, routing]
-        if code := cost([*own, "--", *launch.flags]):
+        if code := cost([*machine_flags(launch), "--paper", size, routing, "--", *launch.flags]):
             return code
         print("\nCommand:")
     print(launch.text(), end="")
     return 0
 
 
+def machine_flags(launch: Launch) -> list[str]:
+    """Return the flags of `remoe cost` and `remoe rehearse` for the launch's machine."""
+    layout, gpu = launch.layout, os.environ.get("GPU") or "h100"
+    return ["--gpus", str(layout.world), "--gpus-per-node", str(layout.gpus_per_node), "--gpu", gpu]
+
+
 def rehearse(launch: Launch) -> int:
-    """Simulate the training.
-
-    Raises:
-        RecipeError: this is an installed package, without the rehearsal.
-    """
-    if not is_clone():
-        raise RecipeError("REHEARSE=1 needs a clone of the project. Run the launch script there.")
+    """Simulate the training."""
     os.environ.update(launch.settings)
-    from ..plan.rehearse.command import main as rehearsal
+    from ..plan.rehearse import main as rehearsal
 
-    own = ["--gpus", str(launch.layout.world), "--gpus-per-node", str(launch.layout.gpus_per_node)]
-    own += ["--gpu", os.environ.get("GPU") or "h100"]
-    own += ["--json", os.environ["REHEARSE_JSON"]] if os.environ.get("REHEARSE_JSON") else []
-    return rehearsal([*own, "--", *launch.flags])
+    figures = ["--json", os.environ["REHEARSE_JSON"]] if os.environ.get("REHEARSE_JSON") else []
+    return rehearsal([*machine_flags(launch), *figures, "--", *launch.flags])
 
 
 def train(launch: Launch) -> int:

@@ -41,7 +41,7 @@ class Stage:
     layers: tuple[str, ...]
 
 
-def stages(args: argparse.Namespace) -> list[Stage]:
+def count_stages(args: argparse.Namespace) -> list[Stage]:
     """Build the model of the first GPU of every pipeline stage and count.
 
     Args:
@@ -59,13 +59,13 @@ def stages(args: argparse.Namespace) -> list[Stage]:
     return [_stage(args, stage * gpus_per_stage) for stage in range(args.pipeline_model_parallel_size)]
 
 
-def total(args: argparse.Namespace) -> tuple[int, int]:
+def count_whole_model(args: argparse.Namespace) -> tuple[int, int]:
     """Return the parameters of the whole model, and those of its routed experts."""
     one: dict[str, Any] = dict.fromkeys([f"{kind}_parallel_size" for kind in LAYOUT], 1)
     one |= {"world_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None}
     one |= dict.fromkeys(UNEVEN)
     pattern = args.hybrid_layer_pattern and args.hybrid_layer_pattern.replace("|", "")
-    (stage,) = stages(argparse.Namespace(**vars(args) | one | {"hybrid_layer_pattern": pattern}))
+    (stage,) = count_stages(argparse.Namespace(**vars(args) | one | {"hybrid_layer_pattern": pattern}))
     return stage.shared + stage.experts, stage.experts
 
 
@@ -109,10 +109,10 @@ def count(models: list[torch.nn.Module]) -> Stage:
 
 
 def _sublayers(model: torch.nn.Module) -> list[str]:
-    found = []
+    sublayers = []
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):
             attention = "" if isinstance(layer.self_attention, IdentityOp) else "*"
             mlp = "" if isinstance(layer.mlp, IdentityOp) else "E" if isinstance(layer.mlp, MoELayer) else "-"
-            found.append(attention + mlp)
-    return found
+            sublayers.append(attention + mlp)
+    return sublayers

@@ -30,13 +30,13 @@ class Launches:
     """The launches that the no-op CUDA has counted, by part of a step.
 
     Attributes:
-        found: part → launches of each call; parts lie within one another.
+        by_part: part → launches of each call; parts lie within one another.
         step: launches of the whole step.
     """
 
     def __init__(self) -> None:
         self.so_far: Callable[[], int] = ctypes.CDLL("libcuda.so.1").rehearsal_launches  # preloaded
-        self.found: dict[str, list[int]] = {}
+        self.by_part: dict[str, list[int]] = {}
         self.step = 0
         self._is_counting = False
 
@@ -64,7 +64,7 @@ class Launches:
             before = self.so_far()
             result = real(*arguments, **options)
             if self._is_counting:
-                calls = self.found.setdefault(part, [])
+                calls = self.by_part.setdefault(part, [])
                 so_far = calls.pop() if calls and continues(arguments[0]) else 0
                 calls.append(so_far + self.so_far() - before)
             return result
@@ -76,7 +76,7 @@ class Collectives:
     """The calls of torch.distributed, by kind and group, with the bytes that a rank handles."""
 
     def __init__(self) -> None:
-        self.found: dict[tuple[str, str, int, bool], list[int]] = {}  # kind, group, its size, within a node → bytes
+        self.calls: dict[tuple[str, str, int, bool], list[int]] = {}  # kind, group, its size, within a node → bytes
         self.is_counting = False
 
     def watch(self, gpus_per_node: int) -> None:
@@ -86,6 +86,14 @@ class Collectives:
                 watched = self._watched(real, ALIASES.get(name, name), gpus_per_node)
                 setattr(torch.distributed, name, watched)
                 setattr(torch.distributed.distributed_c10d, name, watched)
+
+    def list_calls(self) -> list[dict[str, Any]]:
+        """Return the calls by kind and group: their number, "times", and their bytes in all."""
+        names = ("kind", "group", "ranks", "within_node")
+        return [
+            dict(zip(names, call, strict=True)) | {"times": len(sizes), "bytes": sum(sizes)}
+            for call, sizes in self.calls.items()
+        ]
 
     def _watched(self, real: Callable[..., Any], kind: str, gpus_per_node: int) -> Callable[..., Any]:
         position, keyword = COLLECTIVES[kind]
@@ -100,7 +108,7 @@ class Collectives:
                 ranks = torch.distributed.get_process_group_ranks(group)
                 within = len({rank // gpus_per_node for rank in ranks}) == 1
                 name = group.group_desc.removesuffix("_GROUP").lower().replace("_", " ")
-                self.found.setdefault((kind, name, len(ranks), within), []).append(tensor.nbytes)
+                self.calls.setdefault((kind, name, len(ranks), within), []).append(tensor.nbytes)
             return real(*arguments, **options)
 
         return watched
@@ -136,17 +144,16 @@ class Waits:
     """The places at which the host waits for the device, as PyTorch's sync-debug mode warns of them."""
 
     def __init__(self) -> None:
-        self.found: collections.Counter[str] = collections.Counter()
+        self.places: collections.Counter[str] = collections.Counter()
 
     @contextmanager
-    def watching(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Collect waits inside the block, and call `on_wait` at each."""
+    def watching(self) -> Iterator[None]:
+        """Collect waits inside the block."""
         show = warnings.showwarning
 
         def take(message: Any, *arguments: Any, **options: Any) -> None:
             if "called a synchronizing" in str(message):  # and not the first warning, of the mode itself
-                self.found[_place()] += 1
-                on_wait()
+                self.places[_place()] += 1
             else:
                 show(message, *arguments, **options)
 

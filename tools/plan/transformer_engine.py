@@ -51,9 +51,9 @@ class Calls:
         def call(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
             if self.tell is not None:
-                tensors = tensors_of(name, arguments, options, result)
+                tensors = call_tensors(name, arguments, options, result)
                 if any(one.is_cuda and one.numel() for one in tensors):
-                    self.tell(name, tensors, *work_of(name, arguments, tensors))
+                    self.tell(name, tensors, *measure_work(name, arguments, tensors))
             return result
 
         return call
@@ -66,13 +66,13 @@ def _play_attention(functions: Any) -> None:
     functions.fused_attn_fwd, functions.fused_attn_bwd = _attend, _attend_backward
 
 
-def tensors_of(name: str, arguments: Sequence[Any], options: dict[str, Any], result: Any) -> list[torch.Tensor]:
+def call_tensors(name: str, arguments: Sequence[Any], options: dict[str, Any], result: Any) -> list[torch.Tensor]:
     """Return a call's tensors, each once, without a product's workspace."""
     given = [*arguments[:WORKSPACE], *arguments[WORKSPACE + 1 :]] if name in PRODUCTS else arguments
-    return list({id(one): one for one in tensors_in([given, list(options.values()), result])}.values())
+    return list({id(one): one for one in iterate_tensors([given, list(options.values()), result])}.values())
 
 
-def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[float, float, str]:
+def measure_work(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[float, float, str]:
     """Return the bytes that a call moves, its FLOPs, and the rate that applies to these."""
     moved = float(sum(one.nbytes for one in tensors))
     if name in ATTENTION:
@@ -81,14 +81,14 @@ def work_of(name: str, arguments: Sequence[Any], tensors: list[torch.Tensor]) ->
         return moved, passes * _heads(arguments)[0].numel() * arguments[1], "attention"
     if name in PRODUCTS:
         if arguments[ACCUMULATE]:
-            moved += sum(one.nbytes for one in tensors_in([arguments[4]]))
+            moved += sum(one.nbytes for one in iterate_tensors([arguments[4]]))
         flops = 0.0
-        for left, right in zip(tensors_in([arguments[0]]), tensors_in([arguments[2]]), strict=True):
+        for left, right in zip(iterate_tensors([arguments[0]]), iterate_tensors([arguments[2]]), strict=True):
             common = left.shape[-1] if arguments[1] else left.numel() // left.shape[-1]
             flops += 2.0 * left.numel() * right.numel() / max(common, 1)
         return moved, flops, PRODUCTS[name]
     if name.startswith("multi_tensor_adam"):
-        moved += sum(one.nbytes for one in tensors_in(arguments[2][1:]))  # also written, except for the gradients
+        moved += sum(one.nbytes for one in iterate_tensors(arguments[2][1:]))  # also written, except for the gradients
     return moved, 0.0, ""
 
 
@@ -116,10 +116,10 @@ def _launch() -> None:
     ctypes.CDLL("libcuda.so.1").rehearsal_launched()
 
 
-def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+def iterate_tensors(values: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors among values, and in lists of them."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from tensors_in(value)
+            yield from iterate_tensors(value)

@@ -11,20 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...recipes.models import PAPER
+from ..recipes.models import PAPER
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_attention_heads")
-# Further settings that change the time or memory of a step.
-OF_A_STEP = """num_query_groups seq_length global_batch_size num_experts moe_router_topk moe_granularity ffn_hidden_size
-bf16 moe_layer_freq moe_shared_expert_intermediate_size""".split()
 
 
 def _table() -> dict[str, dict[str, Any]]:
-    found = json.loads(Path(__file__).with_name("fork.json").read_text(encoding="utf-8"))
-    return {source: found[source] for source in ("paper", "fork")}
+    table = json.loads(Path(__file__).with_name("fork.json").read_text(encoding="utf-8"))
+    return {source: table[source] for source in ("paper", "fork")}
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def read_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that affect a run's result, as the user gave them: experts before granularity."""
     names = [name for parts in _table().values() for part in parts.values() for name in part]
     given = {name: _single(getattr(args, name)) for name in [*DIMENSIONS, *names]}
@@ -38,41 +35,29 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def expected(size: str, routing: str) -> dict[str, tuple[Any, str]]:
+def read_expected(size: str, routing: str) -> dict[str, tuple[Any, str]]:
     """Return the value of each setting in the paper's run, with its source: "paper" or "fork"."""
     kinds = ["all", size, routing] if routing == "dense" else ["all", size, "experts", routing]
     model = PAPER[size]
-    found = dict(zip(DIMENSIONS, ((n, "paper") for n in (model.layers, model.hidden, model.heads)), strict=True))
+    sizes = zip(DIMENSIONS, (model.layers, model.hidden, model.heads), strict=True)
+    settings: dict[str, tuple[Any, str]] = {name: (number, "paper") for name, number in sizes}
     for source, parts in _table().items():
-        found |= {name: (value, source) for kind in kinds for name, value in parts.get(kind, {}).items()}
-    return found
+        settings |= {name: (value, source) for kind in kinds for name, value in parts.get(kind, {}).items()}
+    return settings
 
 
-def differences(given: dict[str, Any], size: str, routing: str) -> dict[str, str]:
-    """Return those of the given `settings` that differ from the paper's run, each with its text."""
-    found = {}
-    for name, (there, source) in expected(size, routing).items():
-        here = data_sets(given[name]) if name == "data_path" else given[name]
-        if here != there:
-            found[name] = f"--{name.replace('_', '-')} {_shown(here)}   ({source}: {_shown(there)})"
-    return found
-
-
-def lines(different: dict[str, str], size: str, routing: str) -> Iterator[str]:
-    """Yield the differences as text."""
+def write_differences(given: dict[str, Any], size: str, routing: str) -> Iterator[str]:
+    """Yield those of the settings from `read_settings` that differ from the paper's run."""
+    different = []
+    for name, (expected, source) in read_expected(size, routing).items():
+        here = describe_data(given[name]) if name == "data_path" else given[name]
+        if here != expected:
+            different.append(f"  --{name.replace('_', '-')} {_format(here)}   ({source}: {_format(expected)})")
     yield f"Settings that differ from the paper's {size.upper()} {routing}: {'' if different else 'none'}"
-    yield from (f"  {text}" for text in different.values())
+    yield from different
 
 
-def is_papers_step(args: argparse.Namespace, different: dict[str, str]) -> bool:
-    """Return whether a step has the paper's model, batch and layout, except for EP and the micro-batch."""
-    layout = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
-    rest = args.recompute_granularity, args.mtp_num_layers, args.hybrid_layer_pattern
-    is_same = not different.keys() & {*DIMENSIONS, *OF_A_STEP} and args.transformer_impl == "local"
-    return is_same and layout == (1, 1, 1) and not any(rest)
-
-
-def data_sets(words: list[str] | str | None) -> str:
+def describe_data(words: list[str] | str | None) -> str:
     """Return data sets and weights of --data-path in words, without folders and the ends that preprocessing adds."""
     words = [words] if isinstance(words, str) else words or []
     weighted = len(words) > 1 and re.fullmatch(r"[0-9.]+", words[0])
@@ -93,7 +78,7 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

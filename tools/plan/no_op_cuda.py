@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ...console.errors import ToolError
-from .cards import CARDS, CONTEXT
+from ..console.errors import ToolError
+from .gpus import CONTEXT, GPUS
 
 FOLDER = Path(__file__).parent / "cuda"
 MANAGEMENT = FOLDER / "management.cpp"
@@ -30,14 +30,14 @@ ANSWERS = {
     "() { rehearsal_launched(); return 0; }": """
         __cudaLaunchKernel cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel cuLaunchKernel
         cuLaunchKernelEx cublasGemmEx cublasSgemm_v2 cublasGemmStridedBatchedEx cublasSgemmStridedBatched cublasLtMatmul
-        ncclReduce ncclReduceScatter ncclSend ncclRecv ncclAlltoAll ncclBcast _cudaLaunchKernelEx
+        ncclReduce ncclReduceScatter ncclSend ncclRecv ncclAlltoAll ncclBcast
     """,
     "(void** made) { *made = rehearsal_handle(); return 0; }": """
         cublasCreate_v2 cublasLtCreate cublasLtMatmulDescCreate cublasLtMatrixLayoutCreate
         cublasLtMatmulPreferenceCreate cudaStreamCreate cudaStreamCreateWithFlags cudaStreamCreateWithPriority
         cudaEventCreate cudaEventCreateWithFlags cudaGraphInstantiate cudaGraphInstantiateWithFlags __cudaGetKernel
         cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleGetFunction cuDevicePrimaryCtxRetain cuCtxGetCurrent
-        nvrtcCreateProgram _cudaLibraryLoadData _cudaLibraryGetKernel
+        nvrtcCreateProgram
     """,
     "(int* value) { *value = CUDA; return 0; }": "cudaDriverGetVersion cudaRuntimeGetVersion cuDriverGetVersion",
     "(int* value) { *value = 1; return 0; }": "cudaDeviceCanAccessPeer",
@@ -46,12 +46,6 @@ ANSWERS = {
         cuOccupancyMaxActiveBlocksPerMultiprocessor
     """,
     "(int* value) { *value = 66; return 0; }": "cuOccupancyMaxActiveClusters",
-    # CuTe DSL's runtime contains CUDA's under these names. They return bytes of shared memory, and the device.
-    "() { return 0; }": """
-        _cudaFuncSetAttribute _cudaKernelSetAttributeForDevice _cudaSetDevice cuda_dialect_init_library_once
-    """,
-    "(int* value) { *value = 232448; return 0; }": "_cudaDeviceGetAttribute _cuKernelGetAttribute",
-    "(int* value) { *value = 0; return 0; }": "_cudaGetDevice",
     # No priority, default modes, no error.
     "(void*, int* value) { *value = 0; return 0; }": """
         cudaStreamGetPriority cuStreamIsCapturing cublasGetMathMode cublasGetPointerMode_v2 ncclCommGetAsyncError
@@ -69,7 +63,7 @@ def about_torch() -> dict[str, Any]:
     return runpy.run_path(str(Path(spec.origin).with_name("version.py")))
 
 
-def libraries() -> list[Path]:
+def build_libraries() -> list[Path]:
     """Return the libraries to preload; build them if there are none of these sources and this torch.
 
     Raises:
@@ -79,12 +73,12 @@ def libraries() -> list[Path]:
     if torch["cuda"] is None:
         raise ToolError(
             "A rehearsal needs PyTorch built for CUDA, as PyPI has it for Linux, and here is "
-            f"{torch['__version__']}, for CPUs alone. Install it in another environment (pip install torch), and name "
-            "that: PYTHON=/path/to/python."
+            f"{torch['__version__']}, for CPUs only. Install it in another environment (pip install torch), and set "
+            "PYTHON=/path/to/python."
         )
     sources = [*sorted(FOLDER.iterdir()), Path(__file__), *[TRITON] * TRITON.exists()]
     digest = hashlib.sha256(torch["__version__"].encode() + b"".join(path.read_bytes() for path in sources))
-    folder = cache() / f"rehearsal-{digest.hexdigest()[:16]}"
+    folder = cache_folder() / f"rehearsal-{digest.hexdigest()[:16]}"
     if not (folder / NAME).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
@@ -98,17 +92,17 @@ def libraries() -> list[Path]:
     return [folder / NAME, folder / MANAGEMENT_NAME]
 
 
-def environment_of(gpu: str, devices: int) -> dict[str, str]:
+def environment(gpu: str, devices: int) -> dict[str, str]:
     """Return the environment in which a process sees the no-op CUDA, on top of this process's.
 
     Args:
-        gpu: the kind of card, a key of `CARDS`.
+        gpu: the kind of card, a key of `GPUS`.
         devices: how many of them the process sees.
 
     Raises:
-        ToolError: as `libraries`.
+        ToolError: as `build_libraries`.
     """
-    card, built = CARDS[gpu], libraries()
+    card, built = GPUS[gpu], build_libraries()
     return {
         "LD_PRELOAD": ":".join(map(str, built)),
         "REHEARSAL_CARD": card.title,
@@ -117,14 +111,14 @@ def environment_of(gpu: str, devices: int) -> dict[str, str]:
         "REHEARSAL_DEVICES": str(devices),
         "REHEARSAL_GIB": str(card.memory - CONTEXT),
         "TRITON_LIBCUDA_PATH": str(built[0].parent),
-        "TRITON_CACHE_DIR": str(cache() / "triton"),
+        "TRITON_CACHE_DIR": str(cache_folder() / "triton"),
         "TRITON_INTERPRET": "0",
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
     }
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """Return the folder of the built libraries."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-remoe"
 
@@ -139,8 +133,8 @@ def _compile(sources: list[Path], output: Path) -> None:
 
 def _compiler() -> list[str]:
     for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        if name and (found := shutil.which(name)):
-            return [found]
+        if name and (compiler := shutil.which(name)):
+            return [compiler]
     if importlib.util.find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "c++"]
     raise ToolError("A rehearsal needs a C++ compiler: install g++, or with pip the package ziglang.")
@@ -149,14 +143,14 @@ def _compiler() -> list[str]:
 def _include_folders() -> list[Path]:
     """Return the folders of CUDA's headers in PyPI's packages. No torch installs crt's, and not every torch CCCL's."""
     nvidia = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    found = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
+    folders = sorted({path.parent for path in nvidia.glob("*/include/*.h")})
     needed = {"crt/host_defines.h": "nvidia-cuda-crt", "nv/target": "nvidia-cuda-cccl"}
     version = ".".join(about_torch()["cuda"].split(".")[:2])
-    missing = [name for file, name in needed.items() if not any((path / file).exists() for path in found)]
+    missing = [name for file, name in needed.items() if not any((path / file).exists() for path in folders)]
     if missing:
         words = " ".join(f"'{name}=={version}.*'" for name in missing)
         raise ToolError(f"A rehearsal needs CUDA's headers: pip install {words}.")
-    return found
+    return folders
 
 
 def _unanswered() -> str:

@@ -1,25 +1,19 @@
-"""Model a step's time on a GPU: an operation takes the time of its bytes or of its FLOPs, whichever is longer.
-
-Nothing is hidden behind anything else. The host's work is counted, and may keep the GPU waiting. No measurement.
-"""
+"""Count the operations of a step by part, with the bytes and FLOPs of each; their times are those of step_time.py."""
 
 import argparse
 import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise, zip_longest
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cards import FULL_RATE_HEAD, HALF_RATE_EXPERT, HALF_RATE_FUSED
-from .engine import Calls, tensors_in
+from .step_time import attention_share, grouped_share
+from .transformer_engine import Calls, iterate_tensors
 
 # Operations that move nothing.
 FREE = set(
@@ -29,8 +23,6 @@ FREE = set(
 )
 FILLS = set("zeros zeros_like new_zeros zero_ fill_ full ones ones_like full_like new_full".split())
 PRODUCTS = set("mm addmm addmm_ bmm baddbmm baddbmm_".split())
-# QuACK's functions where they are called.
-QUACK, FUSED = "megatron.remoe.kernels.quack", ("_gated_swiglu", "gemm", "gemm_add_inplace", "gemm_dgated")
 # Part of a step by the module of a Triton kernel; other kernels go by shapes, as PyTorch's operations do.
 TRITON_PARTS = {
     "router": "small: router, plan, update",
@@ -59,18 +51,15 @@ class Roofline(TorchDispatchMode):
 
     Args:
         args: Megatron's, for the sizes that tell the parts apart.
-        rates: see `cards.rates`.
+        rates: see `gpus.rates`.
         engine: Transformer Engine's functions.
-        filled: share of the experts' rows that have a pair; products, SwiGLU and sums stop at the others.
     """
 
-    def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: Calls, filled: float = 1.0) -> None:
+    def __init__(self, args: argparse.Namespace, rates: dict[str, float], engine: Calls) -> None:
         super().__init__()
-        self._args, self._rates, self._engine, self._filled = args, rates, engine, filled
+        self._args, self._rates, self._engine = args, rates, engine
         self._patches = ExitStack()
         self.parts: dict[str, Work] = {}
-        self.stretches: list[list[float]] = [[]]  # seconds of each operation, between the waits of the host
-        self.left: list[int] = []  # operations that may still run after each wait
         self.guessed: set[str] = set()  # Triton kernels known by their arguments only
 
     def __enter__(self) -> "Roofline":
@@ -79,8 +68,6 @@ class Roofline(TorchDispatchMode):
             from triton.compiler import CompiledKernel
 
             self._patch(CompiledKernel, "launch_metadata", self._watched(CompiledKernel.launch_metadata))
-        for name in FUSED if QUACK in sys.modules else ():
-            self._patch(sys.modules[QUACK], name, partial(self._add_fused, getattr(sys.modules[QUACK], name)))
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -90,23 +77,13 @@ class Roofline(TorchDispatchMode):
     def _patch(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         self._patches.enter_context(patch.object(owner, name, function))
 
-    @property
-    def operations(self) -> int:
-        """Operations so far."""
-        return sum(map(len, self.stretches))
-
-    def wait(self, left: int = 0) -> None:
-        """Note that the host has waited for all operations so far but some of the last."""
-        self.stretches.append([])
-        self.left.append(left)
-
     def _watched(self, real: Any) -> Any:
         """Wrap the function that Triton calls before each launch, with the kernel's arguments."""
 
         def launch_metadata(kernel: Any, grid: Any, stream: Any, *values: Any) -> Any:
             arguments = dict(zip(kernel.src.fn.arg_names, values, strict=True))
-            work_of = kernel.src.fn.launch_metadata
-            self._add_triton(kernel, work_of(grid, kernel.metadata, arguments) if work_of else {}, arguments)
+            describe = kernel.src.fn.launch_metadata
+            self._add_triton(kernel, describe(grid, kernel.metadata, arguments) if describe else {}, arguments)
             return real(kernel, grid, stream, *values)
 
         return launch_metadata
@@ -117,48 +94,32 @@ class Roofline(TorchDispatchMode):
             self.guessed.add(name)
         module = kernel.src.fn.__module__.rpartition(".")[2]
         part = TRITON_PARTS.get(module) or self._part(name, False, tensors)
-        moved = given.get("bytes", sum(map(_size, tensors))) * (self._filled if module in ("rows", "swiglu") else 1.0)
-        self._add(part, moved, given.get("flops", 0.0), "products")
+        self._add(part, given.get("bytes", sum(map(_size, tensors))), given.get("flops", 0.0), "products")
 
     def _add_engine(self, name: str, tensors: list[torch.Tensor], moved: float, flops: float, rate: str) -> None:
         self._add(self._part(rate if flops else name, bool(flops), tensors), moved, flops, rate)
 
-    def _add_fused(self, real: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        """Call one of QuACK's products, which passes over each argument and result once."""
-        found = real(*given, **options)
-        results = [*tensors_in([*found.values()] if isinstance(found, dict) else found)]
-        if "cu_seqlens_m" in options:  # rows of pairs by a matrix of their expert
-            flops = 2.0 * len(results[0]) * math.prod(given[1].shape[1:])
-        else:
-            flops = 2.0 * given[0].shape[0] * given[1].numel()
-        moved = sum(map(_size, (*tensors_in(given), *tensors_in([*options.values()]), *results)))
-        share = share_of_grouped(self._args, HALF_RATE_FUSED)
-        self._add("experts' products", self._filled * moved, self._filled * flops, "grouped", share)
-        return found
-
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[-1]
-        if name in FREE or any(library in function._schema.name for library in ("c10d", "quack")):
+        if name in FREE or "c10d" in function._schema.name:
             return result
         given = [*args, *(value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input"))]
-        inputs, outputs = list(tensors_in(given)), list(tensors_in(result))
+        inputs, outputs = list(iterate_tensors(given)), list(iterate_tensors(result))
         outputs = outputs or inputs[:1]
         if any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             flops, rate = _flops(name, inputs)
             part = self._part(rate if flops else name, bool(flops), inputs + outputs)
-            share = share_of_grouped(self._args) if rate == "grouped" else 1.0
-            filled = self._filled if rate == "grouped" else 1.0
-            self._add(part, filled * _bytes(name, inputs, outputs), filled * flops, rate, share)
+            share = grouped_share(self._args) if rate == "grouped" else 1.0
+            self._add(part, _bytes(name, inputs, outputs), flops, rate, share)
         return result
 
     def _add(self, part: str, moved: float, flops: float, rate: str, share: float = 1.0) -> None:
         seconds = max(moved / (self._rates["bandwidth"] * 1e12), self._rates["smallest"] * 1e-6)
         if rate == "attention":
-            share = min(1.0, self._args.kv_channels / FULL_RATE_HEAD)
+            share = attention_share(self._args)
         if flops:
             seconds = max(seconds, flops / (share * self._rates[rate] * 1e12))
-        self.stretches[-1].append(seconds)
         work = self.parts.setdefault(part, Work())
         work.operations += 1
         work.bytes += moved
@@ -186,45 +147,6 @@ class Roofline(TorchDispatchMode):
         if name.startswith(("_foreach", "multi_tensor")) or any(len(shape) == 1 and shape[0] > 1e6 for shape in shapes):
             return "optimizer, norm and buffers of gradients"
         return "tokens: norms, residuals, gather, sum"
-
-
-def share_of_grouped(args: argparse.Namespace, half_rate: float = HALF_RATE_EXPERT) -> float:
-    """Return the share of its rate that a grouped product, PyTorch's by default, reaches with experts of this size."""
-    ffn = args.moe_ffn_hidden_size / args.expert_tensor_parallel_size
-    return ffn / (ffn + half_rate)
-
-
-def host_seconds(marks: list[tuple[int, int]], rates: dict[str, float]) -> list[float]:
-    """Return the seconds of the host's work between two waits, by the rates "frame" and "launch" in microseconds.
-
-    Args:
-        marks: calls of Python functions and launches so far: at the start, at each wait for the GPU, at the end.
-        rates: see `cards.rates`.
-    """
-    return [
-        1e-6 * (rates["frame"] * (after[0] - before[0]) + rates["launch"] * (after[1] - before[1]))
-        for before, after in pairwise(marks)
-    ]
-
-
-def step_seconds(host: list[float], gpu: list[list[float]], left: list[int] | None = None) -> float:
-    """Return the time of a step in which the host launches at its own speed.
-
-    The host launches each stretch's operations at even distances; each begins when it is launched and the one before is
-    done. At the end of a stretch the host waits for the GPU, except for some operations that may still run.
-
-    Args:
-        host: seconds of the host's work in each stretch.
-        gpu: seconds of each operation of the same stretches.
-        left: operations that each wait leaves running (default: none).
-    """
-    clock, ends = 0.0, [0.0]
-    for stretch, operations, running in zip_longest(host, gpu, left or []):  # host and GPU may differ by a stretch
-        busy, launched = stretch or 0.0, operations or []
-        for number, seconds in enumerate(launched, start=1):
-            ends.append(max(ends[-1], clock + busy * number / len(launched)) + seconds)
-        clock = max(clock + busy, ends[max(0, len(ends) - 1 - (running or 0))])
-    return max(clock, ends[-1])
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -20,7 +20,7 @@ class Pairs:
         self.share = share
         self._random = random.Random(1234)
 
-    def put_in(self) -> None:
+    def install(self) -> None:
         """Patch the readers; call this when Megatron is imported."""
         from megatron.core.transformer.moe import token_dispatcher
         from megatron.remoe.layer import counting
@@ -48,12 +48,12 @@ class Pairs:
             pairs = real(routing_map, chunks, *how)
             for chunk, tokens in enumerate(len(part) for part in routing_map.tensor_split(chunks)):
                 for number in pairs[chunk]:
-                    number.copy_(torch.tensor([self._some_of(tokens) for _ in number]))
+                    number.copy_(torch.tensor([self._draw_pairs(tokens) for _ in number]))
             return pairs
 
         return read_pairs
 
-    def _some_of(self, tokens: int) -> int:
+    def _draw_pairs(self, tokens: int) -> int:
         off = self._random.uniform(-SPREAD, SPREAD)
         return min(tokens, max(0, round(tokens * self.share * (1 + off))))
 
@@ -62,15 +62,15 @@ class Pairs:
         from megatron.training import get_args
 
         def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-            found = real(tensor, as_numpy, record_stream)
+            moved = real(tensor, as_numpy, record_stream)
             if not torch.is_tensor(tensor) or not tensor.is_cuda:
-                return found
+                return moved
             args = get_args()
             tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
             tokens //= args.tensor_model_parallel_size if args.sequence_parallel else 1
             pairs = int(tokens * args.num_experts * self.share)
             # Scalar: all pairs. Row: its share for each entry. Table: pairs of each rank for each expert.
-            found[...] = pairs // (1, max(1, len(tensor.shape) and tensor.shape[0]), args.num_experts)[tensor.dim()]
-            return found
+            moved[...] = pairs // (1, max(1, len(tensor.shape) and tensor.shape[0]), args.num_experts)[tensor.dim()]
+            return moved
 
         return move

@@ -139,8 +139,6 @@ def layer_activations(args: argparse.Namespace, sublayers: str, experts_per_toke
     """Return the bytes of a layer with the arguments' recomputation; see `layer_parts`."""
     bounded = "E" in sublayers and args.moe_relu_routing
     limit = args.moe_relu_activation_limit * args.moe_router_topk if bounded else 0.0
-    if bounded and args.cuda_graph_impl == "full_iteration":  # there is room for the most at all times
-        experts_per_token = args.moe_relu_max_experts
     in_chunks = 0.0 < limit < experts_per_token
     parts = layer_parts(args, sublayers, limit if in_chunks else experts_per_token)
     everything = sum(parts.values())

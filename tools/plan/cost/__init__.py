@@ -1,1 +1,0 @@
-"""Estimate the cost of a training before it starts."""

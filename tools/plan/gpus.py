@@ -1,0 +1,68 @@
+"""Kinds of GPUs by the figures of their data sheets, and the rates of the time model."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU.
+
+    Attributes:
+        tflops: dense bf16 matrix products in TFLOP/s, without sparsity.
+        memory: in GiB: a GPU sold with 80 GB has about 80 GiB.
+        title: its name in CUDA.
+        capability: compute capability.
+        multiprocessors: their number.
+        bandwidth: of its memory, in TB/s.
+        link: to the other GPUs of a node, in GB/s and direction.
+    """
+
+    tflops: float
+    memory: float
+    title: str
+    capability: str
+    multiprocessors: int
+    bandwidth: float
+    link: float
+
+
+GPUS = {
+    "a100-40": Gpu(312, 40, "NVIDIA A100-SXM4-40GB", "8.0", 108, 1.555, 300),
+    "a100": Gpu(312, 80, "NVIDIA A100-SXM4-80GB", "8.0", 108, 2.04, 300),
+    "a40": Gpu(149.7, 48, "NVIDIA A40", "8.6", 84, 0.696, 32),
+    "l40s": Gpu(362, 48, "NVIDIA L40S", "8.9", 142, 0.864, 32),
+    "rtx4090": Gpu(165.2, 24, "NVIDIA GeForce RTX 4090", "8.9", 128, 1.008, 32),
+    "h100-pcie": Gpu(756, 80, "NVIDIA H100 PCIe", "9.0", 114, 2.0, 64),
+    "h100": Gpu(989, 80, "NVIDIA H100 80GB HBM3", "9.0", 132, 3.35, 450),
+    "h200": Gpu(989, 141, "NVIDIA H200", "9.0", 132, 4.8, 450),
+    "b200": Gpu(2250, 180, "NVIDIA B200", "10.0", 148, 8.0, 900),
+}
+CONTEXT = 0.6  # GiB that the driver's context takes of a GPU
+# Shares of the data sheet's figures, until --rate gives measured rates. Bandwidth: copies on H100 and H200 with PyTorch
+# 2.11 reach 3.0 and 4.3 TB/s. Grouped: Transformer Engine's product of 8 experts, 509 to 650 TFLOP/s on H100
+# (NVIDIA/TransformerEngine#2045). Products and attention at head size 128 are assumed between published ones.
+SHARES = {"products": 0.57, "grouped": 0.57, "attention": 0.46, "bandwidth": 0.9, "link": 0.8}
+NETWORK = 50.0  # GB/s and direction of each GPU to other nodes: 400 Gbit/s
+SMALLEST = 2.3  # microseconds that any kernel takes
+# Microseconds of a collective for each doubling of its ranks, as in a tree, within a node and over nodes: assumed.
+LATENCY, NETWORK_LATENCY = 5.0, 10.0
+# Microseconds of the host for each call of a Python function, and for each launch with PyTorch's work around it:
+# fitted to the CPU time of two 182M steps over the no-op CUDA, 103 ms with 73,400 calls and 4,783 launches,
+# 123 ms with 43,600 and 9,603 (AMD EPYC Zen 5, Python 3.13). The hosts of H100s take HOST times as long: 114 ns for a
+# call that takes 77 to 98 there (pytorch/pytorch#187862), and 8.7 µs for a Triton launch, driver included, that takes
+# 5.2 (vllm-project/vllm#34838). DRIVER, the launch itself, is assumed.
+FRAME, LAUNCH, HOST, DRIVER = 0.8, 9.0, 1.3, 2.0
+
+
+def rates(name: str) -> dict[str, float]:
+    """Return the rates of the time model for a kind of GPU.
+
+    Returns:
+        products, grouped, attention in TFLOP/s, bandwidth in TB/s, link, network in GB/s, the others in microseconds.
+    """
+    gpu = GPUS[name]
+    figures = {kind: SHARES[kind] * gpu.tflops for kind in ("products", "grouped", "attention")}
+    figures |= {"bandwidth": SHARES["bandwidth"] * gpu.bandwidth, "link": SHARES["link"] * gpu.link}
+    figures |= {"network": NETWORK, "smallest": SMALLEST, "latency": LATENCY, "network_latency": NETWORK_LATENCY}
+    figures |= {"frame": HOST * FRAME, "launch": HOST * LAUNCH + DRIVER}
+    return {kind: round(rate, 3) for kind, rate in figures.items()}

@@ -1,1 +1,0 @@
-"""Simulate a training on GPUs before a node is paid for."""

@@ -1,0 +1,150 @@
+"""Estimate a step's work from Megatron's arguments, for the model of time in step_time.py."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+from ..recipes.flops import flops_per_sequence
+from . import memory
+from .activations import element_size, layer_activations, recomputed_modules, tokens_per_gpu
+from .parameters import Stage
+from .step_time import StepTime, attention_share, collective_seconds, grouped_share, host_seconds, waiting_seconds
+
+CAUSAL = 7 / 12  # of the FLOPs that recipes.flops counts for attention: half forward, 5/8 backward
+BUCKET = 40e6  # Megatron's smallest bucket of gradients, in elements; it grows by 1e6 for each data parallel rank
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Work besides products, fitted to rehearsals of the paper's models.
+
+    Attributes:
+        passes: bytes that a step moves, relative to the activations that layers keep.
+        logit: bytes that the loss moves, relative to the number of logits.
+        gradient: bytes that optimizer, norm and buffers move, relative to the gradients' bytes.
+        calls, launches: of Python functions, and on the GPU, for each layer and micro-batch.
+    """
+
+    passes: float
+    logit: float
+    gradient: float
+    calls: float
+    launches: float
+
+
+TORCH, TRITON = Overhead(13.6, 69.0, 5.4, 870, 197), Overhead(5.2, 6.6, 3.4, 1260, 88)
+
+
+def step_flops(args: argparse.Namespace) -> float | None:
+    """Return the model's FLOPs on a GPU in a step; None if the model has layers that are not counted."""
+    try:
+        return flops_per_sequence(args) * args.global_batch_size / args.world_size
+    except ValueError:
+        return None
+
+
+def bubble(args: argparse.Namespace) -> float:
+    """Return (m v + p - 1) / (m v): m micro-batches, v virtual stages of a GPU, p GPUs of a pipeline."""
+    steps = get_num_microbatches() * (args.virtual_pipeline_model_parallel_size or 1)
+    return (steps + args.pipeline_model_parallel_size - 1) / steps
+
+
+def estimate_step(
+    args: argparse.Namespace, stages: list[Stage], rates: dict[str, float], gpus_per_node: int
+) -> StepTime | None:
+    """Estimate a step at the target sparsity, without a rehearsal.
+
+    Args:
+        args: Megatron's validated arguments.
+        stages: see `parameters.count_stages`.
+        rates: see `gpus.rates`.
+        gpus_per_node: number of GPUs with fast links.
+
+    Returns:
+        None if the model has layers whose FLOPs are not counted.
+    """
+    if (flops := step_flops(args)) is None:
+        return None
+    parts = _products(args, flops)
+    shares = {"grouped": grouped_share(args) if args.num_experts else 1.0, "attention": attention_share(args)}
+    products = sum(amount / (shares.get(kind, 1.0) * rates[kind] * 1e12) for kind, amount in parts.items())
+    overhead = TRITON if args.moe_kernels == "triton" else TORCH
+    micro_batches = get_num_microbatches()
+    layers = [layer for stage in stages for layer in stage.layers]
+    experts = args.moe_router_topk if args.num_experts else 0
+    kept = [layer_activations(args, layer, experts) for layer in layers]
+    kept_bytes = sum(layer.kept + layer.recomputed for layer in kept) / len(stages)
+    logits = args.padded_vocab_size * tokens_per_gpu(args) / args.tensor_model_parallel_size / len(stages)
+    gradients = sum(memory.stage_memory(args, stages, index, experts).gradients for index in range(len(stages)))
+    moved = micro_batches * (overhead.passes * kept_bytes + overhead.logit * logits)
+    traffic = (moved + overhead.gradient * gradients / len(stages)) / (rates["bandwidth"] * 1e12)
+    launched = micro_batches * len("".join(layers)) / 2 / len(stages)  # a layer has attention, and an MLP or experts
+    host = host_seconds(overhead.calls * launched, overhead.launches * launched, rates)
+    waiting = waiting_seconds(host, products + traffic)
+    links, network = 0.0, 0.0
+    for call in estimate_collectives(args, stages, gpus_per_node):
+        seconds = collective_seconds(call, rates)
+        links, network = links + seconds * call["within_node"], network + seconds * (not call["within_node"])
+    return StepTime(products, traffic, waiting, links, network, bubble(args))
+
+
+def _products(args: argparse.Namespace, flops: float) -> dict[str, float]:
+    """Return FLOPs of a GPU in a step by the rate that applies to them, given the model's; recomputation is in."""
+    sequences = args.global_batch_size / args.world_size
+    longer = flops_per_sequence(argparse.Namespace(**vars(args) | {"seq_length": 2 * args.seq_length}))
+    attention = sequences * longer / 2 - flops  # grows with the square of the length
+    grouped = 0.0
+    if args.num_experts:
+        topk = args.moe_router_topk
+        grouped = topk * (sequences * flops_per_sequence(args, topk + 1) - flops)
+    parts = {"products": flops - attention - grouped, "grouped": grouped, "attention": CAUSAL * attention}
+    recomputed = recomputed_modules(args)
+    again = {"moe": "grouped", "core_attn": "attention"}
+    kinds = (
+        list(parts) if args.recompute_granularity == "full" else [again[name] for name in recomputed if name in again]
+    )
+    return parts | {kind: parts[kind] * 4 / 3 for kind in kinds}
+
+
+def estimate_collectives(args: argparse.Namespace, stages: list[Stage], gpus_per_node: int) -> Iterator[dict[str, Any]]:
+    """Yield a GPU's collectives in a step, as `collective_seconds` takes them; context parallelism has none here."""
+    tp, pp, size = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, element_size(args)
+    per_stage, micro_batches = args.world_size // pp, get_num_microbatches()
+    hidden = args.hidden_size * tokens_per_gpu(args) * size  # bytes of the hidden states of a micro-batch
+    expert_tp = args.expert_tensor_parallel_size if args.num_experts else 1
+    expert_ranks = expert_tp * args.expert_model_parallel_size
+
+    def call(kind: str, ranks: int, span: int, times: float, amount: float) -> Iterator[dict[str, Any]]:
+        if ranks > 1 and amount:
+            within = span <= gpus_per_node
+            yield {"kind": kind, "ranks": ranks, "within_node": within, "times": times, "bytes": amount}
+
+    mean = {name: sum(getattr(stage, name) for stage in stages) / len(stages) for name in ("shared", "experts")}
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or size == 4 else 2
+    for name, ranks in (("shared", per_stage // tp), ("experts", per_stage // expert_ranks)):
+        buckets = math.ceil(mean[name] / max(BUCKET, 1e6 * ranks))
+        if args.use_distributed_optimizer:
+            yield from call("reduce_scatter_tensor", ranks, per_stage, buckets, gradient * mean[name])
+            yield from call("all_gather_into_tensor", ranks, per_stage, buckets, size * mean[name])
+        else:
+            yield from call("all_reduce", ranks, per_stage, buckets, gradient * mean[name])
+    sublayers = [part for stage in stages for layer in stage.layers for part in layer]
+    split = sum(part in "*-" for part in sublayers) / len(stages) * micro_batches
+    # Sequence parallelism gathers or scatters twice forward and three times backward; else one sum in each pass.
+    kind, times = ("all_gather_into_tensor", 5) if args.sequence_parallel else ("all_reduce", 2)
+    yield from call(kind, tp, tp, times * split, times * split * hidden)
+    with_experts = sublayers.count("E") / len(stages) * micro_batches
+    if with_experts:
+        sent = memory.exchanged_bytes(args, stages, args.moe_router_topk)
+        ep = args.expert_model_parallel_size
+        if ep > 1:
+            yield from call("all_to_all_single", ep, expert_ranks, 4 * with_experts, sent * ep / (ep - 1))
+        pairs = args.moe_router_topk * hidden * expert_tp / (tp if args.sequence_parallel else 1)
+        yield from call("all_gather_into_tensor", expert_tp, expert_tp, 4 * with_experts, 4 * with_experts * pairs)
+    chunks = args.virtual_pipeline_model_parallel_size or 1
+    passed = 4 * micro_batches * chunks * (pp - 1) / pp  # sent and received, forward and backward
+    yield from call("isend", pp, args.world_size, passed, passed * hidden / (tp if args.sequence_parallel else 1))

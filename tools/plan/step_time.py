@@ -1,0 +1,138 @@
+"""Model the time of a training step on a GPU. Nothing is measured, and no operation overlaps another.
+
+An operation takes the time of its bytes or of its FLOPs, whichever is longer. The host launches operations one after
+another, and the GPU may wait for it. A rehearsal counts operations, launches and collectives; `step_estimate`
+calculates them from Megatron's arguments.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# PyTorch's grouped_mm with experts of FFN size F: F / (F + 800) of the rate. With it a layer's forward pass takes 10.5
+# and 11.1 ms where ByteDance-Seed/VeOmni#460 has 10.2 (128 experts of 768, 242 TFLOP/s) and 11.4 (512 of 512, 181).
+HALF_RATE_EXPERT = 800
+# Attention is bound by its exponentials below this head size: cuDNN's causal one at 64 and sequence 1024 reaches 288
+# TFLOP/s forward (FlashAttention-3, arXiv 2407.08608, figure 5), and backward about 220.
+FULL_RATE_HEAD = 128
+# GPU's waits as a share of the host's work, while the host is faster than the GPU: between 0.09 and 0.13 where the
+# launches of a step of the 182M, 469M and 978M, with 1 to 8 micro-batches, were played in order.
+STALLS = 0.11
+RINGS = {"all_reduce": 2.0}  # how often a ring sends (n - 1)/n of the bytes; others once
+POINT_TO_POINT = ("isend", "irecv")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step of one GPU.
+
+    Attributes:
+        products: matrix products and attention.
+        traffic: operations that memory bounds.
+        waiting: for the host.
+        links, network: collectives within a node, and between nodes.
+        bubble: how many times as long the pipeline's idle time makes the GPU's work.
+    """
+
+    products: float
+    traffic: float
+    waiting: float
+    links: float
+    network: float
+    bubble: float = 1.0
+
+    @property
+    def least(self) -> float:
+        """Seconds if the GPU never waits for the host, and all collectives are hidden."""
+        return (self.products + self.traffic) * self.bubble
+
+    @property
+    def most(self) -> float:
+        """Seconds if nothing is hidden."""
+        return (self.products + self.traffic + self.waiting) * self.bubble + self.links + self.network
+
+    def limit(self) -> str:
+        """Return the longest part of `most`, and its share."""
+        work = self.products + self.traffic + self.waiting
+        parts = {
+            "matrix products": self.products,
+            "memory traffic": self.traffic,
+            "waits for the host": self.waiting,
+            "collectives within nodes": self.links,
+            "collectives between nodes": self.network,
+            "the pipeline's idle time": work * (self.bubble - 1),
+        }
+        name = max(parts, key=lambda part: parts[part])
+        return f"{name} ({parts[name] / self.most:.0%})"
+
+
+def conclude(
+    time: StepTime | None, iterations: float, needed: float | None, available: float, gpu: str
+) -> Iterator[str]:
+    """Yield the last lines of a plan: whether it fits, hours from and to, and what limits them.
+
+    Args:
+        time: of a step; None if it is not known.
+        iterations: steps of the run; 0 if they are not known.
+        needed: GiB of memory; None if they are not known, but more than available.
+        available: GiB of the GPU's memory.
+        gpu: its kind.
+    """
+    if needed is not None and needed <= available:
+        yield f"Fits: {needed:.1f} of {available:g} GiB"
+    else:
+        amount = "" if needed is None else f"{needed:.1f} GiB, "
+        yield f"DOES NOT FIT: {amount}more than the {available:g} GiB of a {gpu}."
+        yield "  Choose a smaller micro-batch, more expert, tensor or pipeline parallelism, or"
+        yield "  --recompute-granularity selective --recompute-modules moe."
+    if time is None:
+        return
+    least, most = (format_duration(seconds * iterations) for seconds in (time.least, time.most))
+    whole = f"at best {least}, {most} if nothing overlaps; " if iterations else ""
+    yield f"Time: {whole}{time.least * 1e3:,.0f} to {time.most * 1e3:,.0f} ms a step. Modelled, not measured"
+    yield f"  limited by {time.limit()}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return hours, and also minutes or days, in words."""
+    hours = seconds / 3600
+    if hours < 1:
+        return f"{hours * 60:.1f} minutes"
+    return f"{hours:,.1f} hours" + (f" ({hours / 24:.1f} days)" if hours > 48 else "")
+
+
+def grouped_share(args: argparse.Namespace) -> float:
+    """Return the share of its rate that PyTorch's grouped product reaches with experts of this size."""
+    ffn = args.moe_ffn_hidden_size / args.expert_tensor_parallel_size
+    return ffn / (ffn + HALF_RATE_EXPERT)
+
+
+def attention_share(args: argparse.Namespace) -> float:
+    """Return the share of its rate that attention reaches with heads of this size."""
+    return min(1.0, args.kv_channels / FULL_RATE_HEAD)
+
+
+def collective_seconds(call: dict[str, Any], rates: dict[str, float]) -> float:
+    """Return the seconds of collectives of one kind and group: those of their bytes and latencies.
+
+    Args:
+        call: "kind", "ranks" of the group, whether it is "within_node", "times", and "bytes" of all times.
+        rates: see `gpus.rates`.
+    """
+    ranks, within = call["ranks"], call["within_node"]
+    sent = call["bytes"] * (1 if call["kind"] in POINT_TO_POINT else (ranks - 1) / ranks)
+    rate = rates["link" if within else "network"] * 1e9
+    latency = rates["latency" if within else "network_latency"] * 1e-6 * math.log2(ranks)
+    return RINGS.get(call["kind"], 1.0) * sent / rate + call["times"] * latency
+
+
+def host_seconds(calls: float, launches: float, rates: dict[str, float]) -> float:
+    """Return the host's seconds for these calls of Python functions and launches, by the rates "frame" and "launch"."""
+    return 1e-6 * (rates["frame"] * calls + rates["launch"] * launches)
+
+
+def waiting_seconds(host: float, gpu: float) -> float:
+    """Return how long the GPU waits for the host in a step, given the seconds of their work."""
+    return max(STALLS * host, host - gpu)
