@@ -11,8 +11,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from tests import without_megatron
 from tests.hf.models import MODELS, SIZES, args_of, make, tokens
-from tools.models.hf.settings import complete, config_of
-from tools.models.hf.weights import fill
+from tools.models.hf.settings import complete, config_from_arguments
+from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build
 
 
@@ -22,11 +22,11 @@ def test_logits_are_megatrons(name: str, process_groups: None) -> None:
     args = args_of(model.config)
     assert args.kv_channels, "a training sets it, and compares it with the checkpoint"
     megatron = build(args)
-    fill(megatron, model)
+    fill_megatron(megatron, model, model.config)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, megatron(ids, positions, None), rtol=1e-5, atol=1e-5)
-    back = config_of(complete(args))
+    back = config_from_arguments(complete(args))
     for key, value in (SIZES | MODELS[name]).items():
         assert getattr(back, key) == getattr(model.config, key), (key, value)
 
@@ -36,7 +36,7 @@ def test_training_is_megatrons(name: str, process_groups: None) -> None:
     """Loss, L1 term, sparsity and gradients agree, with and without activation checkpointing."""
     model, ids = make(name), tokens()
     megatron = build(args_of(model.config))
-    fill(megatron, model)
+    fill_megatron(megatron, model, model.config)
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()
@@ -67,7 +67,7 @@ def test_training_is_megatrons(name: str, process_groups: None) -> None:
 def test_load_balancing_loss_is_megatrons(name: str, process_groups: None) -> None:
     model, ids = make(name, router_aux_loss_coef=0.05), tokens()
     megatron = build(args_of(model.config))
-    fill(megatron, model)
+    fill_megatron(megatron, model, model.config)
     megatron.train()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     inputs, labels = ids[:, :-1], ids[:, 1:].contiguous()

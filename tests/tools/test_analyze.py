@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from tools.models.expert_counts import expert_blocks
 
 from megatron.remoe.files.indexed import IndexedReader
 from megatron.remoe.hf import RemoeForCausalLM
@@ -18,8 +19,7 @@ from tests.hf.models import args_of, make
 from tools.models.analyze.command import main
 from tools.models.analyze.counts import WINDOW
 from tools.models.checkpoints import save
-from tools.models.expert_counts import expert_blocks
-from tools.models.hf.weights import fill
+from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build
 from tools.models.text import Text
 
@@ -234,7 +234,7 @@ def test_reads_checkpoints(domains: list[Path], tmp_path: Path, capfd: pytest.Ca
     args = args_of(model.config)
     args.tokenizer_type, args.params_dtype = "SentencePieceTokenizer", torch.float32
     megatron = build(args)
-    fill(megatron, model)
+    fill_megatron(megatron, model, model.config)
     run = tmp_path / "run"
     run.mkdir()
     save(megatron, args, run / "checkpoints")

@@ -20,7 +20,7 @@ from tests.tiny_model import RELU
 from tests.trainings import TINY, run
 from tools.models.evaluate.command import main
 from tools.models.evaluate.tasks import PAPER, TASKS, compare_with_paper
-from tools.models.expert_counts import summarize_experts
+from tools.models.measuring import summarize_experts
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 

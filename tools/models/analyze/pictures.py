@@ -13,7 +13,6 @@ MEASURED, OTHER = routing_color("remoe"), TARGET
 # Okabe and Ito's, those two first.
 DOMAINS = (MEASURED, OTHER, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MOST_CELLS = 200  # a larger heat map does not show its numbers
-LEAST_TOKENS = 100  # a mean loss over fewer is not drawn
 LEAST_SHARE = 0.0005  # cells of a histogram with a smaller share of the tokens stay empty
 Layers = Mapping[int, Numbers]
 
@@ -73,22 +72,20 @@ def _load(figure: Any, numbers: Numbers) -> None:
     _dots(experts, by_layer, [(name, "o", DOMAINS[n % len(DOMAINS)], name) for n, name in enumerate(domains)])
     experts.set(title="Experts per token, by domain", xlabel="experts, mean of tokens")
     if special:
-        measured = ("bits", "o", MEASURED, "measured")
-        _dots(others[0], special, [measured, ("shuffled_95", "D", OTHER, "shuffled domains, 95 % are below")])
+        _dots(others[0], special, [("bits", "o", MEASURED, "")])
         others[0].set(title="What an expert tells of the domain", xlabel="mutual information, bits")
         others[0].set_xlim(left=0)
 
 
 def _balance(figure: Any, numbers: Numbers) -> None:
-    layers, ranks = numbers["layers"], numbers["expert_parallel"]
+    layers = numbers["layers"]
     figure.set_size_inches(15, _height(layers))
     panels = figure.subplots(1, 3, width_ratios=(0.7, 0.7, 1.3))
     panels[0].axvline(numbers["target"], color=OTHER, linestyle="--", label=f"target {numbers['target']:.4g}")
     _dots(panels[0], layers, [("sparsity", "o", MEASURED, "layer")])
     panels[0].set(title="Sparsity", xlabel="share of pairs that are off")
     panels[1].axvline(1, color=MUTED, linewidth=1)
-    of_ranks = [("rank_imbalance", "D", OTHER, f"{ranks} ranks")] * (ranks > 1)
-    _dots(panels[1], layers, [("imbalance", "o", MEASURED, "experts"), *of_ranks])
+    _dots(panels[1], layers, [("imbalance", "o", MEASURED, "")])
     panels[1].set(title="Largest load over even", xlabel="even = 1")
     for axes in panels[:2]:
         axes.margins(x=0.2)
@@ -102,55 +99,10 @@ def _balance(figure: Any, numbers: Numbers) -> None:
     _relative_bar(figure, image, [panels[2]], "relative to even")
 
 
-def _neighbours(figure: Any, numbers: Numbers) -> None:
-    layers, window = numbers["layers"], numbers["window"]
-    figure.set_size_inches(12, _height(layers))
-    common, union = figure.subplots(1, 2)
-    for axes, key in ((common, "common"), (union, "union")):
-        drawn = [(f"{key}_by_chance", "D", OTHER, "by chance"), (key, "o", MEASURED, "measured")]
-        _dots(axes, layers, drawn, interval=(f"{key}_by_chance", key), color="#bbbbbb")
-        axes.set_xlim(0, 1.08 * max(max(one[key], one[f"{key}_by_chance"]) for one in layers.values()))
-    common.set(title="Experts that the token before has too", xlabel="share of a token's experts")
-    common.xaxis.set_major_formatter("{x:.0%}")
-    union.set(title=f"Experts of {window} tokens together", xlabel="different experts")
-
-
-def _gates(figure: Any, numbers: Numbers) -> None:
-    layers = {layer: one for layer, one in numbers["layers"].items() if one}
-    figure.set_size_inches(12, _height(layers))
-    sizes, shares = figure.subplots(1, 2)
-    drawn = [("median", "o", MEASURED, "median, 10 % to 90 %"), ("mean", "D", OTHER, "mean")]
-    _dots(sizes, layers, drawn, interval=("percentile_10", "percentile_90"))
-    sizes.set(title="Size of active gates", xlabel="gate")
-    sizes.set_xlim(left=0)
-    of_tokens = [("largest_gate", "D", OTHER, "of all its gates"), ("largest_output", "o", MEASURED, "of the output")]
-    _dots(shares, layers, of_tokens)
-    shares.set(title="Share of a token's largest gate", xlabel="mean of tokens with experts", xlim=(0, 1.03))
-    shares.xaxis.set_major_formatter("{x:.0%}")
-
-
-def _losses(figure: Any, numbers: Numbers) -> None:
-    layers = {layer: one for layer, one in numbers["correlation"].items() if layer != "all"}
-    figure.set_size_inches(12, _height(layers))
-    means, correlations = figure.subplots(1, 2)
-    rows = [row for row in numbers["experts"] if row["tokens"] >= LEAST_TOKENS]
-    drawn = [("own", "o", MEASURED, "of the token"), ("next", "D", OTHER, "of the next one")]
-    for key, mark, color, label in drawn:
-        means.plot([row["experts"] for row in rows], [row[key] for row in rows], mark, color=color, label=label)
-    means.set(title="Loss by the number of experts", xlabel="experts of all layers", ylabel="nats per token")
-    _legend(means)
-    correlations.axvline(0, color=MUTED, linewidth=1)
-    _dots(correlations, layers, drawn)
-    correlations.set(title="Correlation of experts and loss", xlabel="r")
-
-
 DRAWN = {
     "experts_per_token": _experts_per_token,
     "load": _load,
     "balance": _balance,
-    "neighbours": _neighbours,
-    "gates": _gates,
-    "losses": _losses,
 }
 
 
@@ -198,7 +150,6 @@ def _dots(
     layers: Layers,
     drawn: Sequence[tuple[str, str, str, str]],
     interval: tuple[str, str] | None = None,
-    color: str = MEASURED,
 ) -> None:
     """Draw figures of each layer, the first layer at the top.
 
@@ -207,11 +158,10 @@ def _dots(
         layers: layer → figures by key; None is left out.
         drawn: key, mark, color and label of each figure.
         interval: keys of both ends of a line.
-        color: of the line.
     """
     if interval:
         low, high = ([one[key] for one in layers.values()] for key in interval)
-        axes.hlines(range(len(layers)), low, high, color=color, linewidth=2, zorder=1)
+        axes.hlines(range(len(layers)), low, high, color=MEASURED, linewidth=2, zorder=1)
     for key, mark, of_dots, label in drawn:
         values = [numpy.nan if one[key] is None else one[key] for one in layers.values()]
         axes.plot(values, range(len(layers)), mark, color=of_dots, label=label)

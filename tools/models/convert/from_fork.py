@@ -25,9 +25,8 @@ from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fo
 
 from ...console.display import Display
 from ...console.errors import ConversionError
-from ..checkpoints import ENGINE_NORM, LAYOUT, LOCAL_NORM, find_folder
+from ..checkpoints import LAYOUT, find_folder, rename_expert_norm
 from ..hf.settings import complete
-from . import fork_file
 from .rewriting import OBJECT, Piece, Place, Writer, encoded, objects, read_each, read_tensor, rewritten
 
 COEFFICIENT = "moe_relu_l1_reg_coeff"
@@ -43,35 +42,32 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
         ConversionError: it is no checkpoint of the fork, cannot be read, or cannot be written.
     """
     folder = find_folder(options.load, options.ckpt_step)
-    if _backend(folder) not in (None, "torch_dist"):
-        raise ConversionError(f"{folder}: has the format {_backend(folder)}. {fork_file.IN_THE_FORK}")
+    kind = "one file per rank" if any(folder.glob("mp_rank_*")) else _backend(folder)
+    if kind not in (None, "torch_dist"):
+        raise ConversionError(
+            f"{folder}: has the format {kind}. Start the fork once more with its flags and --ckpt-convert-format "
+            "torch_dist --ckpt-convert-save FOLDER, and convert with --load FOLDER/torch_dist."
+        )
     try:
-        state = check_is_whole(folder)
-        index = None if any(folder.glob("mp_rank_*")) else read_index(folder)
+        state, index = check_is_whole(folder), read_index(folder)
     except BrokenCheckpointError as error:
         raise ConversionError(f"--load {options.load}: {error}. Choose another iteration with --ckpt-step.") from error
     if not hasattr(state.get("args"), "moe_relu_routing") or hasattr(state["args"], "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
-    if index is None:
-        pieces, things = fork_file.read(folder, state)
-    else:
-        saved = state["args"]
-        if "optimizer" in state and saved.use_distributed_optimizer and not saved.ckpt_fully_parallel_save:
-            raise ConversionError(
-                f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and "
-                "save it with the fork once more without that flag."
-            )
-        pieces, things = _whole_pieces(folder, index), objects(folder, index)
-    args = _arguments(state["args"])
-    with (
-        rewritten(folder, options.save, _common(state, args)) as writer,
-        display.step("copying", len(index.storage_data if index else state["model"])),
-    ):
+    saved = state["args"]
+    if "optimizer" in state and saved.use_distributed_optimizer and not saved.ckpt_fully_parallel_save:
+        raise ConversionError(
+            f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and save it "
+            "with the fork once more without that flag."
+        )
+    args = _arguments(saved)
+    common = _common(state, args)
+    with rewritten(folder, options.save, common) as writer, display.step("copying", len(index.storage_data)):
         target = _Target(args, writer)
-        for piece in read_each(folder, pieces):
+        for piece in read_each(folder, _whole_pieces(folder, index)):
             target.add_tensor(*piece)
             display.advance(1)
-        for key, content in read_each(folder, map(_renewed, things)):
+        for key, content in read_each(folder, map(_renewed, objects(folder, index))):
             target.add_object(key, content)
             display.advance(1)
         if args.moe_relu_routing:
@@ -124,10 +120,7 @@ class _Target:
         if layer and self.stacks:
             key, tensor = layer["before"] + layer["rest"], tensor[None]
             shape, offset = (len(self.experts), *shape), (int(layer["number"]), *offset)
-        names = {key}
-        if has_experts and (LOCAL_NORM in key or ENGINE_NORM in key):
-            names = {key.replace(ENGINE_NORM, LOCAL_NORM), key.replace(LOCAL_NORM, ENGINE_NORM)}
-        for name in sorted(names):
+        for name in sorted({key, rename_expert_norm(key)} if has_experts else {key}):
             self.writer.add_tensor(prefix + name, shape, offset, tensor)
 
     def add_object(self, key: str, content: bytes) -> None:

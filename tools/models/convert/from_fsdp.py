@@ -7,20 +7,14 @@ import torch
 
 from megatron.remoe.start.checkpoint_files import check_is_whole
 from megatron.remoe.start.checkpoint_index import common_state, is_of_fsdp, read_index
-from megatron.remoe.start.stored_sums import check_part
 
 from ...console.display import Display
 from ...console.errors import ConversionError
-from ..checkpoints import find_folder, read_parts, reading, save
+from ..checkpoints import NORMS, find_folder, read_tensors, reading, save
 from ..hf.settings import complete
 from ..megatron_model import EXPERT, build, one_process
 
 PREFIX = "model.module."
-# A norm's name in the model → its key where Transformer Engine fuses it with the next product.
-NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
 
 
 def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
@@ -35,17 +29,16 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
         index = read_index(folder)
         if not is_of_fsdp(index):
             raise ConversionError(f"{folder}: is not in Megatron-FSDP's format (fsdp_dtensor): leave out --from-fsdp.")
-        check_part(folder, index, 0, 1)
         args = complete(common_state(folder, index)["args"])
     args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
     args.transformer_impl = options.transformer_impl or args.transformer_impl
     with one_process(args.seed):
         model = build(args)
-        parts: dict[str, tuple[torch.Tensor, int | None]] = {}
+        parts: dict[str, torch.Tensor] = {}
         for name, tensor in model.state_dict().items():
             if torch.is_tensor(tensor):
-                parts |= {key: (part, None) for key, part in _stored(name, tensor, index.state_dict_metadata).items()}
-        read_parts(folder, index, parts)
+                parts |= _stored(name, tensor, index.state_dict_metadata)
+        read_tensors(folder, index, parts)
         save(model, args, options.save)
     display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
 

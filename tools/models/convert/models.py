@@ -190,17 +190,3 @@ def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[i
             if isinstance(mlp, MoELayer):
                 hooks.enter_context(mlp.router.register_forward_hook(partial(keep_gates, gates[index])))
         yield inputs, gates
-
-
-@contextmanager
-def count_pairs(model: GPTModel) -> Iterator[list[tuple[int, int]]]:
-    """Collect the numbers of active and of all (token, expert) pairs of each router call, inside the block."""
-    pairs: list[tuple[int, int]] = []
-
-    def count(_module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
-        pairs.append((int(routed[1].sum()), routed[1].numel()))
-
-    with ExitStack() as hooks:
-        for index in moe_layers(model):
-            hooks.enter_context(model.decoder.layers[index].mlp.router.register_forward_hook(count))
-        yield pairs
