@@ -223,7 +223,7 @@ def test_models_that_differ_are_not_written(
 ) -> None:
     make("relu").save_pretrained(tmp_path / "folder")
     other = make("relu", initializer_range=0.2)
-    monkeypatch.setattr(command, "fill", lambda megatron, _source: fill_megatron(megatron, other, other.config))
+    monkeypatch.setattr(to_megatron, "fill_megatron", lambda megatron, *_: fill_megatron(megatron, other, other.config))
     assert main("--reverse", "--load", tmp_path / "folder", "--save", tmp_path / "out") == 1
     assert "[REMOE-E514]" in capfd.readouterr().err and not (tmp_path / "out").exists()
 

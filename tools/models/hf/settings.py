@@ -190,7 +190,8 @@ def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
     if config.moe_relu_routing:
         return values | {"moe_relu_l1_reg_coeff_init": config.router_aux_loss_coef or None}
     if config.hash_routing:
-        return values | {"moe_baseline_router": "hash", "moe_router_load_balancing_type": "none"}
+        values |= {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+        return values | {"moe_baseline_router": "hash"}
     values |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": config.router_aux_loss_coef}
     if config.scoring_func == "softmax":
         return values | {"moe_router_pre_softmax": None if config.norm_topk_prob else True}
@@ -202,18 +203,16 @@ def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
 
 
 def _words(values: dict[str, Any]) -> list[str]:
-    """Return the flags that set Megatron's arguments to these values; None and defaults are left out."""
+    """Return the flags that set Megatron's arguments to these values; None and switches' defaults are left out."""
     words = []
     for action in _parser()._actions:
         value = values.get(action.dest)
-        if value is None or value == action.default:
+        if value is None:
             continue
-        if isinstance(action, argparse.BooleanOptionalAction):
-            words.append(action.option_strings[0 if value else 1])
-        elif action.nargs != 0:
+        if action.nargs != 0:
             words += [action.option_strings[0], str(value).replace(" ", "")]
-        elif action.const == value:
-            words.append(action.option_strings[0])
+        elif value != action.default and action.const in (None, value):
+            words.append(action.option_strings[action.const is None and not value])  # --x or --no-x
     return words
 
 
