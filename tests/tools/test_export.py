@@ -25,6 +25,7 @@ from tools.models import checkpoints
 from tools.models.convert.command import main as convert
 from tools.models.convert.models import round_to
 from tools.models.export import command
+from tools.models.hf import to_megatron
 from tools.models.hf.folder import read_folder
 from tools.models.hf.tokenizer import training_tokenizer
 from tools.models.hf.weights import fill_megatron

@@ -11,7 +11,6 @@ from ..measuring import summarize_experts
 from .counts import Counts
 
 LEAST = 10  # occurrences of a token that is shown by itself
-RESAMPLES = 1000
 SHOWN_TOKENS = 8
 
 Numbers = dict[str, Any]
@@ -42,34 +41,22 @@ def _by_frequency(counts: Counts) -> Numbers:
     experts = counts.by_token.sum(dim=-1)[:, shown] / occurrences.double()
     experts = torch.cat([experts, experts.mean(dim=0, keepdim=True)])
     tokens = by_layer(shown.tolist(), frequency=frequency, experts=experts[-1])
-    found: Numbers = {"least_occurrences": LEAST, "resamples": RESAMPLES}
+    found: Numbers = {"least_occurrences": LEAST}
     found["tokens"] = [{"token": token} | values for token, values in tokens.items()]
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
-        slope, low, high = slopes_with_intervals(frequency.log10(), experts)
-        found["slopes"] = by_layer([*counts.layers, "mean"], slope=slope, low=low, high=high)
+        found["slopes"] = by_layer([*counts.layers, "mean"], slope=fit_slopes(frequency.log10(), experts))
     return found
 
 
-def slopes_with_intervals(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return least-squares slopes with their 95 % bootstrap intervals.
+def fit_slopes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return least-squares slopes, float64 `[lines]`.
 
     Args:
         x: float64 `[points]`, not all equal.
         y: float64 `[lines, points]`.
-
-    Returns:
-        slope, low, high: float64 `[3, lines]`.
     """
-
-    def slopes(weights: torch.Tensor) -> torch.Tensor:
-        centred = weights * (x - weights @ x / weights.sum())
-        return y @ centred / (centred @ x)
-
-    generator, number = torch.Generator().manual_seed(0), len(x)
-    draws = (torch.randint(number, (number,), generator=generator) for _ in range(RESAMPLES))
-    resampled = torch.stack([slopes(torch.bincount(draw, minlength=number).double()) for draw in draws])
-    bounds = resampled.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return torch.stack([slopes(torch.ones_like(x)), *bounds])
+    centred = x - x.mean()
+    return y @ centred / (centred @ x)
 
 
 def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[int], str | None]) -> Numbers:

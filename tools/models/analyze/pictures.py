@@ -25,9 +25,8 @@ def draw(path: Path, name: str, numbers: Numbers) -> None:
 
 def _experts_per_token(figure: Any, numbers: Numbers) -> None:
     layers, frequency = numbers["layers"], numbers["by_frequency"]
-    fitted = "slopes" in frequency
-    figure.set_size_inches(15 if fitted else 11, _height(layers))
-    table, points, *others = figure.subplots(1, 2 + fitted, width_ratios=(1.2, 1.2, 0.8)[: 2 + fitted])
+    figure.set_size_inches(11, _height(layers))
+    table, points = figure.subplots(1, 2)
     largest = max(one["largest"] for one in layers.values())
     shares = numpy.array([one["histogram"][: largest + 1] for one in layers.values()])
     marks = [[f"{100 * share:.1f}" if share >= LEAST_SHARE else "" for share in row] for row in shares]
@@ -38,17 +37,12 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
     points.plot(x, y, "o", color=MEASURED, alpha=0.5, markersize=4, markeredgewidth=0, clip_on=False)
     points.set(title="A token's frequency and its experts", xscale="log", ylim=(0, 1.08 * y.max(initial=1)))
     points.set(xlabel="frequency of the token", ylabel="experts, mean of layers")
-    if fitted:
-        mean, ends = frequency["slopes"]["mean"], numpy.array([x.min(), x.max()])
-        line = y.mean() + mean["slope"] * (numpy.log10(ends) - numpy.log10(x).mean())
-        fit = f"{mean['slope']:+.3f} for each tenfold (95 %: {mean['low']:+.3f} to {mean['high']:+.3f})"
-        points.plot(ends, line, color=OTHER, linewidth=2, label=fit.replace("-", "\N{MINUS SIGN}"))
+    if "slopes" in frequency:
+        slope, ends = frequency["slopes"]["mean"]["slope"], numpy.array([x.min(), x.max()])
+        line = y.mean() + slope * (numpy.log10(ends) - numpy.log10(x).mean())
+        label = f"{slope:+.3f} for each tenfold".replace("-", "\N{MINUS SIGN}")
+        points.plot(ends, line, color=OTHER, linewidth=2, label=label)
         _legend(points)
-        (slopes,) = others
-        of_layers = {layer: frequency["slopes"][layer] for layer in layers}
-        _dots(slopes, of_layers, [("slope", "o", MEASURED, "")], interval=("low", "high"))
-        slopes.axvline(0, color=MUTED, linewidth=1)
-        slopes.set(title="The same slope by layer", xlabel="experts for each tenfold of frequency")
 
 
 def _load(figure: Any, numbers: Numbers) -> None:
@@ -69,10 +63,10 @@ def _load(figure: Any, numbers: Numbers) -> None:
     _relative_bar(above, image, list(grid), f"1: even ({numbers['even']:.1%})")
     experts, *others = below.subplots(1, 2 if special else 1, squeeze=False)[0]
     by_layer = {layer: {name: of["experts_per_token"][layer] for name, of in domains.items()} for layer in layers}
-    _dots(experts, by_layer, [(name, "o", DOMAINS[n % len(DOMAINS)], name) for n, name in enumerate(domains)])
+    _dots(experts, by_layer, [(name, DOMAINS[n % len(DOMAINS)], name) for n, name in enumerate(domains)])
     experts.set(title="Experts per token, by domain", xlabel="experts, mean of tokens")
     if special:
-        _dots(others[0], special, [("bits", "o", MEASURED, "")])
+        _dots(others[0], special, [("bits", MEASURED, "")])
         others[0].set(title="What an expert tells of the domain", xlabel="mutual information, bits")
         others[0].set_xlim(left=0)
 
@@ -82,10 +76,10 @@ def _balance(figure: Any, numbers: Numbers) -> None:
     figure.set_size_inches(15, _height(layers))
     panels = figure.subplots(1, 3, width_ratios=(0.7, 0.7, 1.3))
     panels[0].axvline(numbers["target"], color=OTHER, linestyle="--", label=f"target {numbers['target']:.4g}")
-    _dots(panels[0], layers, [("sparsity", "o", MEASURED, "layer")])
+    _dots(panels[0], layers, [("sparsity", MEASURED, "layer")])
     panels[0].set(title="Sparsity", xlabel="share of pairs that are off")
     panels[1].axvline(1, color=MUTED, linewidth=1)
-    _dots(panels[1], layers, [("imbalance", "o", MEASURED, "")])
+    _dots(panels[1], layers, [("imbalance", MEASURED, "")])
     panels[1].set(title="Largest load over even", xlabel="even = 1")
     for axes in panels[:2]:
         axes.margins(x=0.2)
@@ -145,26 +139,17 @@ def _cells(
     return image
 
 
-def _dots(
-    axes: Any,
-    layers: Layers,
-    drawn: Sequence[tuple[str, str, str, str]],
-    interval: tuple[str, str] | None = None,
-) -> None:
+def _dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]]) -> None:
     """Draw figures of each layer, the first layer at the top.
 
     Args:
         axes: Matplotlib's.
         layers: layer → figures by key; None is left out.
-        drawn: key, mark, color and label of each figure.
-        interval: keys of both ends of a line.
+        drawn: key, color and label of each figure.
     """
-    if interval:
-        low, high = ([one[key] for one in layers.values()] for key in interval)
-        axes.hlines(range(len(layers)), low, high, color=MEASURED, linewidth=2, zorder=1)
-    for key, mark, of_dots, label in drawn:
+    for key, color, label in drawn:
         values = [numpy.nan if one[key] is None else one[key] for one in layers.values()]
-        axes.plot(values, range(len(layers)), mark, color=of_dots, label=label)
+        axes.plot(values, range(len(layers)), "o", color=color, label=label)
     axes.set_yticks(*_ticks([*layers]))
     axes.set(ylim=(len(layers) - 0.5, -0.5), ylabel="layer")
     if any(label for *_, label in drawn):
