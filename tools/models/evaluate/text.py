@@ -1,10 +1,12 @@
 """Measure the loss on a Megatron data set as Megatron's validation does, and count experts per token."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from megatron.remoe.routing.refusals import flag
 
 from ...console.display import Display
@@ -20,21 +22,32 @@ SEED = 1234  # Megatron's default
 MASKS = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")  # applied in a training's validation only
 
 
-def bound_experts(name: str, model: RemoeForCausalLM, most: int | None) -> None:
-    """Use only the K largest gates, as `max_experts_per_token` in the configuration does when a model is loaded.
+def check_bound(name: str, config: RemoeConfig, most: int) -> None:
+    """Check that a model can use only its K largest gates.
 
     Raises:
-        ToolError: the model has no ReLU router, or fewer experts.
+        ToolError: it has no ReLU router, or fewer experts.
     """
-    config = model.config
     if not (config.num_experts and config.moe_relu_routing):
         raise ToolError(f"--max-experts-per-token: {name} has no ReLU routing.", "REMOE-E501")
-    if most is not None and not 1 <= most <= config.num_experts:
+    if not 1 <= most <= config.num_experts:
         problem = f"must be 1 to {config.num_experts} for {name}"
         raise ToolError(f"--max-experts-per-token {most}: {problem}.", "REMOE-E501")
-    config.max_experts_per_token = most
-    for block in find_blocks(model).values():
-        block.all_active = most is None
+
+
+@contextmanager
+def bound_experts(model: RemoeForCausalLM, most: int | None) -> Iterator[None]:
+    """Use only the K largest gates inside the block, or the model's own bound (None)."""
+    own, blocks = model.config.max_experts_per_token, find_blocks(model).values()
+    if most is not None:
+        model.config.max_experts_per_token = most
+        for block in blocks:
+            block.all_active = False
+    yield
+    if most is not None:
+        model.config.max_experts_per_token = own
+        for block in blocks:
+            block.all_active = own is None
 
 
 def read_text(args: argparse.Namespace, opened: OpenedModel, prefix: str) -> "GPTDataset":
@@ -55,10 +68,9 @@ def measure_text(
     Raises:
         ToolError: a model does not take a bound, before anything is measured; a data set does not fit the model.
     """
-    own_bounds = {name: opened.model.config.max_experts_per_token for name, opened in models.items()}
     for name, opened in models.items():
-        for most in [*args.max_experts_per_token, own_bounds[name]] if args.max_experts_per_token else []:
-            bound_experts(name, opened.model, most)
+        for most in args.max_experts_per_token:
+            check_bound(name, opened.model.config, most)
     measured = results["text"] = {name: {prefix: {} for prefix in args.data_path} for name in models}
     for name, opened in models.items():
         if ignored := [flag(mask) for mask in MASKS if getattr(opened.args, mask, False)]:
@@ -67,10 +79,9 @@ def measure_text(
         for prefix in args.data_path:
             data = read_text(args, opened, prefix)
             for most in [None, *args.max_experts_per_token]:
-                if most is not None:
-                    bound_experts(name, model, most)
                 with (
                     display.step(f"{name}, {Path(prefix).name}", min(len(data), args.sequences or len(data))),
+                    bound_experts(model, most),
                     count_experts(model) as counts,
                 ):
                     batches = read_batches(data, args.sequences, model.config.vocab_size)
@@ -78,5 +89,3 @@ def measure_text(
                 experts = {layer: summarize_experts(histogram) for layer, histogram in counts.items()}
                 one = {"loss": loss, "tokens": tokens, "experts": experts}
                 measured[name][prefix]["none" if most is None else str(most)] = one
-            if args.max_experts_per_token:
-                bound_experts(name, model, own_bounds[name])
