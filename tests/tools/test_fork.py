@@ -1,6 +1,5 @@
 """Test checkpoints that the authors' code wrote: conversion, continued training, and use in the tools."""
 
-import json
 import math
 import shutil
 import tarfile
@@ -8,10 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from tests.fork import oracle
 from tests.trainings import REPOSITORY, run, series
@@ -160,35 +155,6 @@ def test_state_of_several_ranks_is_put_together(saved: Path, tmp_path: Path) -> 
         2,
         1,
     ]
-
-
-def test_tools_work_on_a_training_of_the_fork(
-    saved: Path, text: Path, tmp_path: Path, process_groups: None, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from tools.models.analyze.command import main as analyze
-    from tools.models.evaluate.command import main as evaluate
-    from tools.models.export.command import main as export
-    from tools.models.generate.command import main as generate
-
-    assert convert("--load", saved / "remoe", "--save", tmp_path / "here") == 0
-    assert export(["--load", str(tmp_path / "here"), "--save", str(tmp_path / "hf")]) == 0
-    from megatron.remoe.hf import RemoeForCausalLM
-
-    there = expected(saved / "remoe")
-    model = RemoeForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    torch.testing.assert_close(model(there["tokens"]).logits, there["logits"], rtol=0, atol=1e-5)
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["moe_relu_routing"] is True
-    assert evaluate(["--load", str(tmp_path / "hf"), "--data-path", str(text)]) == 0
-    words = WordLevel({str(number): number for number in range(64)}, unk_token="0")
-    tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "words")
-    start = ["--prompt", "7 14 21", "--tokenizer-model", str(tmp_path / "words"), "--max-new-tokens", "3"]
-    assert generate(["--load", str(tmp_path / "here"), *start]) == 0
-    assert (
-        analyze(["--load", str(tmp_path / "here"), "--data-path", str(text), "--output-dir", str(tmp_path / "seen")])
-        == 0
-    )
 
 
 def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,6 @@ from .findings import Numbers
 MEASURED, OTHER = routing_color("remoe"), TARGET
 # Okabe and Ito's, those two first.
 DOMAINS = (MEASURED, OTHER, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MOST_CELLS = 200  # a larger heat map does not show its numbers
-LEAST_SHARE = 0.0005  # cells of a histogram with a smaller share of the tokens stay empty
 Layers = Mapping[int, Numbers]
 
 
@@ -29,9 +27,8 @@ def _experts_per_token(figure: Any, numbers: Numbers) -> None:
     table, points = figure.subplots(1, 2)
     largest = max(one["largest"] for one in layers.values())
     shares = numpy.array([one["histogram"][: largest + 1] for one in layers.values()])
-    marks = [[f"{100 * share:.1f}" if share >= LEAST_SHARE else "" for share in row] for row in shares]
-    table.set(title="Tokens by their number of experts, %")
-    _cells(table, shares, layers, marks, "experts of a token", cmap="Blues", vmin=0, vmax=1)
+    table.set(title="Tokens by their number of experts")
+    figure.colorbar(_cells(table, shares, layers, "experts of a token", cmap="Blues", vmin=0), ax=table, label="share")
 
     x, y = (numpy.array([token[key] for token in frequency["tokens"]]) for key in ("frequency", "experts"))
     points.plot(x, y, "o", color=MEASURED, alpha=0.5, markersize=4, markeredgewidth=0, clip_on=False)
@@ -57,7 +54,7 @@ def _load(figure: Any, numbers: Numbers) -> None:
     for axes, (name, domain) in zip(grid, domains.items(), strict=False):
         shares = numpy.array([*domain["load"].values()])
         axes.set(title=name)
-        image = _relative(axes, shares / numbers["even"], layers, [[f"{share:.0%}" for share in row] for row in shares])
+        image = _relative(axes, shares / numbers["even"], layers)
     for axes in grid[len(domains) :]:
         axes.set_axis_off()
     _relative_bar(above, image, list(grid), f"1: even ({numbers['even']:.1%})")
@@ -84,12 +81,8 @@ def _balance(figure: Any, numbers: Numbers) -> None:
     for axes in panels[:2]:
         axes.margins(x=0.2)
     relative = numpy.array([one["relative_load"] for one in layers.values()])
-    marks = [
-        ["×" if expert in one["dead"] else f"{load:.2f}" for expert, load in enumerate(one["relative_load"])]
-        for one in layers.values()
-    ]
-    panels[2].set(title="Load of experts (× dead)")
-    image = _relative(panels[2], relative, layers, marks)
+    panels[2].set(title="Load of experts")
+    image = _relative(panels[2], relative, layers)
     _relative_bar(figure, image, [panels[2]], "relative to even")
 
 
@@ -105,11 +98,11 @@ def _height(layers: Mapping[int, Any], least: float = 4.0) -> float:
     return max(least, 1.4 + 0.32 * len(layers))
 
 
-def _relative(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], marks: list[list[str]]) -> Any:
+def _relative(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any]) -> Any:
     """Draw a heat map of loads relative to even, from 1/4 to 4, on a logarithmic scale."""
     from matplotlib.colors import LogNorm
 
-    return _cells(axes, values.clip(1 / 4, 4), layers, marks, "expert", cmap="PuOr_r", norm=LogNorm(1 / 4, 4))
+    return _cells(axes, values.clip(1 / 4, 4), layers, "expert", cmap="PuOr_r", norm=LogNorm(1 / 4, 4))
 
 
 def _relative_bar(figure: Any, image: Any, axes: list[Any], label: str) -> None:
@@ -119,10 +112,8 @@ def _relative_bar(figure: Any, image: Any, axes: list[Any], label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def _cells(
-    axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], marks: list[list[str]], xlabel: str, **colors: Any
-) -> Any:
-    """Draw a heat map with a row for each layer, and its marks unless there are too many cells; return the image."""
+def _cells(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], xlabel: str, **colors: Any) -> Any:
+    """Draw a heat map with a row for each layer, and return the image."""
     image = axes.imshow(values, aspect="auto", **colors)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -130,12 +121,6 @@ def _cells(
     axes.set_xticks(*_ticks(range(values.shape[1]), 12))
     axes.set_yticks(*_ticks([*layers]))
     axes.set(xlabel=xlabel, ylabel="layer")
-    for (row, column), value in numpy.ndenumerate(values):
-        text = marks[row][column]
-        if values.size <= MOST_CELLS or text == "×":
-            red, green, blue, _ = image.cmap(image.norm(value))
-            color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else "#222222"
-            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     return image
 
 

@@ -92,13 +92,8 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
         target.moe_layer_freq = layer_frequency(options.moe_layer_freq or "1")
     except ValueError as error:
         raise ConversionError(f"{error}.", FLAGS) from error
-    pattern = target.moe_layer_freq
-    if isinstance(pattern, list) and (len(pattern) != target.num_layers or not any(pattern)):
-        raise ConversionError(
-            f"--moe-layer-freq {options.moe_layer_freq}: is a pattern of {len(pattern)} layers with {sum(pattern)} MoE "
-            f"layers. It must have {target.num_layers}, and one or more MoE layers.",
-            FLAGS,
-        )
+    if isinstance(target.moe_layer_freq, list) and not any(target.moe_layer_freq):
+        raise ConversionError(f"--moe-layer-freq {options.moe_layer_freq}: has no layer with experts.", FLAGS)
     try:
         apply_granularity(target)
     except ValueError as error:
