@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from tests.hf.models import MODELS, SIZES, args_of, make, tokens
-from tools.models.hf.settings import complete, config_from_arguments
+from tools.models.hf.settings import complete, make_config
 from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build
 
@@ -25,7 +25,7 @@ def test_logits_are_megatrons(name: str, process_groups: None) -> None:
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, megatron(ids, positions, None), rtol=1e-5, atol=1e-5)
-    back = config_from_arguments(complete(args))
+    back = make_config(complete(args))
     for key, value in (SIZES | MODELS[name]).items():
         assert getattr(back, key) == getattr(model.config, key), (key, value)
 

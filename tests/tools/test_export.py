@@ -25,7 +25,7 @@ from tools.models.convert.models import round_to
 from tools.models.export import command
 from tools.models.hf import to_megatron
 from tools.models.hf.folder import read_folder
-from tools.models.hf.tokenizer import training_tokenizer
+from tools.models.hf.tokenizer import find_training_tokenizer
 from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build
 
@@ -199,9 +199,9 @@ def test_gpt2_files_on_another_machine(names: tuple[str, str], tmp_path: Path, m
     old = argparse.Namespace(**vars(args))
     del old.gpt2_files
     with pytest.raises(ConversionError, match="GPT-2"):
-        training_tokenizer(old, None, config)
+        find_training_tokenizer(old, None, config)
     for saved, given in ((args, None), (old, tmp_path / "files")):
-        found = training_tokenizer(saved, given, config)
+        found = find_training_tokenizer(saved, given, config)
         assert found is not None and len(found) == 257 and found.decode(found("é b").input_ids) == "é b"
 
 

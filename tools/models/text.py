@@ -140,7 +140,7 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
     readers = [open_data_set(prefix, 1) for prefix in prefixes]
     shares = numpy.array(weights or [reader.tokens for reader in readers], dtype=numpy.float64)
     generator = numpy.random.default_rng(seed)
-    found = []
+    samples = []
     counts = generator.multinomial(sequences, shares / shares.sum())
     for prefix, reader, count in zip(prefixes, readers, counts, strict=True):
         available = (reader.tokens - 1) // length
@@ -151,7 +151,7 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
                 "REMOE-E304",
             )
         for start in generator.choice(available, size=count, replace=False) * length:
-            found.append(reader.read(int(start), length + 1).astype(numpy.int64))
-    chosen = numpy.stack([found[place] for place in generator.permutation(len(found))])
+            samples.append(reader.read(int(start), length + 1).astype(numpy.int64))
+    chosen = numpy.stack([samples[place] for place in generator.permutation(len(samples))])
     check_vocabulary(" ".join(prefixes), int(chosen.max()), vocabulary)
     return torch.from_numpy(chosen)

@@ -41,11 +41,11 @@ def _by_frequency(counts: Counts) -> Numbers:
     experts = counts.by_token.sum(dim=-1)[:, shown] / occurrences.double()
     experts = torch.cat([experts, experts.mean(dim=0, keepdim=True)])
     tokens = by_layer(shown.tolist(), frequency=frequency, experts=experts[-1])
-    found: Numbers = {"least_occurrences": LEAST}
-    found["tokens"] = [{"token": token} | values for token, values in tokens.items()]
+    result: Numbers = {"least_occurrences": LEAST}
+    result["tokens"] = [{"token": token} | values for token, values in tokens.items()]
     if len(frequency.unique()) > 1 and experts.min() < experts.max():  # top-k gives all tokens the same
-        found["slopes"] = by_layer([*counts.layers, "mean"], slope=fit_slopes(frequency.log10(), experts))
-    return found
+        result["slopes"] = by_layer([*counts.layers, "mean"], slope=fit_slopes(frequency.log10(), experts))
+    return result
 
 
 def fit_slopes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -59,28 +59,28 @@ def fit_slopes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return y @ centred / (centred @ x)
 
 
-def load(counts: Counts, names: Sequence[str], even: float, text_of: Callable[[int], str | None]) -> Numbers:
+def load(counts: Counts, names: Sequence[str], even: float, token_text: Callable[[int], str | None]) -> Numbers:
     """Return each expert's share of a data set's tokens (figures 8, 9 and 11), experts per token (figure 12), mutual
     information of data set and expert, and the tokens that an expert gets most often (table 12).
 
     Args:
         names: of the data sets.
         even: each expert's share if all got the same, at the target.
-        text_of: returns a token's text, or None without a tokenizer.
+        token_text: returns a token's text, or None without a tokenizer.
     """
     shares = counts.routed / counts.tokens[:, None, None].double()
-    found: Numbers = {"even": even, "domains": {}, "specialization": None}
+    result: Numbers = {"even": even, "domains": {}, "specialization": None}
     for name, tokens, rows in zip(names, counts.tokens.tolist(), shares, strict=True):
-        found["domains"][name] = {
+        result["domains"][name] = {
             "tokens": tokens,
             "load": dict(zip(counts.layers, rows.tolist(), strict=True)),
             "experts_per_token": dict(zip(counts.layers, rows.sum(dim=-1).tolist(), strict=True)),
         }
     if len(names) > 1:
         columns = {"bits": information(counts.routed), "bits_per_token": information_per_token(counts)}
-        found["specialization"] = by_layer(counts.layers, **columns)
-    found["tokens"] = {layer: _tokens_of(counts, place, text_of) for place, layer in enumerate(counts.layers)}
-    return found
+        result["specialization"] = by_layer(counts.layers, **columns)
+    result["tokens"] = {layer: _list_tokens(counts, place, token_text) for place, layer in enumerate(counts.layers)}
+    return result
 
 
 def information(routed: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ def information_per_token(counts: Counts) -> torch.Tensor:
     return information(events) * per_token.mean(dim=0)
 
 
-def _tokens_of(counts: Counts, place: int, text_of: Callable[[int], str | None]) -> list[list[Numbers]]:
+def _list_tokens(counts: Counts, place: int, token_text: Callable[[int], str | None]) -> list[list[Numbers]]:
     """Return for each expert of a layer the tokens with the largest share going to it, frequent ones first."""
     often = counts.occurrences.argsort(descending=True, stable=True)
     often = often[counts.occurrences[often] >= LEAST]
@@ -122,7 +122,7 @@ def _tokens_of(counts: Counts, place: int, text_of: Callable[[int], str | None])
     first = shares.argsort(dim=0, descending=True, stable=True)[:SHOWN_TOKENS]
     return [
         [
-            {"token": token, "text": text_of(token), "share": share, "occurrences": int(counts.occurrences[token])}
+            {"token": token, "text": token_text(token), "share": share, "occurrences": int(counts.occurrences[token])}
             for token, share in zip(often[rows].tolist(), shares[rows, expert].tolist(), strict=True)
             if share
         ]

@@ -59,7 +59,7 @@ def _load(figure: Any, numbers: Numbers) -> None:
         axes.set_axis_off()
     _relative_bar(above, image, list(grid), f"1: even ({numbers['even']:.1%})")
     experts, *others = below.subplots(1, 2 if special else 1, squeeze=False)[0]
-    by_layer = {layer: {name: of["experts_per_token"][layer] for name, of in domains.items()} for layer in layers}
+    by_layer = {layer: {name: one["experts_per_token"][layer] for name, one in domains.items()} for layer in layers}
     _dots(experts, by_layer, [(name, DOMAINS[n % len(DOMAINS)], name) for n, name in enumerate(domains)])
     experts.set(title="Experts per token, by domain", xlabel="experts, mean of tokens")
     if special:

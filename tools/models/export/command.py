@@ -15,7 +15,7 @@ from ..checkpoints import check_output, new_folder
 from ..hf.folder import read_folder
 from ..hf.opening import open_run
 from ..hf.to_megatron import write_checkpoint
-from ..hf.tokenizer import generation_config, training_tokenizer
+from ..hf.tokenizer import find_training_tokenizer, generation_config
 from ..hf.weights import convert_model
 from ..measuring import (
     compare_models,
@@ -66,7 +66,7 @@ def export(options: argparse.Namespace, display: Display) -> None:
     """
     run = open_run(options.load, options.ckpt_step)
     args, config = run.args, run.config
-    tokenizer = training_tokenizer(args, options.tokenizer_model, config)
+    tokenizer = find_training_tokenizer(args, options.tokenizer_model, config)
     if tokenizer is None:
         display.say("no tokenizer: the training had none (NullTokenizer). Give one with --tokenizer-model.")
     text, name = choose_text(args, options.data_path, config)

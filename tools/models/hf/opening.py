@@ -13,7 +13,7 @@ from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
 from ...console.errors import ConversionError, ToolError
 from ..on_cpu import megatron_on_cpu
 from .folder import read_folder
-from .tokenizer import folder_tokenizer, generation_config, training_tokenizer
+from .tokenizer import find_folder_tokenizer, find_training_tokenizer, generation_config
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -69,17 +69,17 @@ def open_run(root: Path, step: int | None) -> Run:
     from ..checkpoints import find, load
     from ..hybrid import as_gpt
     from ..megatron_model import build, one_process
-    from .settings import complete, config_from_arguments
+    from .settings import complete, make_config
 
     checkpoint = find(root, step)
-    own = complete(checkpoint.args)
-    own.mtp_num_layers = None
-    if own.hybrid_layer_pattern:
-        own.hybrid_layer_pattern = own.hybrid_layer_pattern.split("/")[0]
-    args = as_gpt(own, checkpoint.folder)
-    config = config_from_arguments(args)
+    saved = complete(checkpoint.args)
+    saved.mtp_num_layers = None
+    if saved.hybrid_layer_pattern:
+        saved.hybrid_layer_pattern = saved.hybrid_layer_pattern.split("/")[0]
+    args = as_gpt(saved, checkpoint.folder)
+    config = make_config(args)
     with one_process():
-        model = build(own)
+        model = build(saved)
         load(checkpoint, model)
     if args.num_experts and args.moe_relu_routing:
         exponents = [int(value) for name, value in model.state_dict().items() if name.endswith("router.l1_exponent")]
@@ -105,13 +105,13 @@ def open_model(
     if (place / "config.json").is_file():
         model = read_folder(place, (RemoeConfig.model_type,))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = folder_tokenizer(place, tokenizer_model, model.config)
+        tokenizer = find_folder_tokenizer(place, tokenizer_model, model.config)
     else:
         run = open_run(place, step)
         from .weights import convert_model
 
         try:
-            tokenizer = training_tokenizer(run.args, tokenizer_model, run.config)
+            tokenizer = find_training_tokenizer(run.args, tokenizer_model, run.config)
         except ConversionError as error:
             if needs_tokenizer or tokenizer_model is not None:
                 raise

@@ -78,7 +78,7 @@ def complete(saved: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**(vars(_parser().parse_args([])) | vars(saved)))
 
 
-def config_from_arguments(args: argparse.Namespace) -> RemoeConfig:
+def make_config(args: argparse.Namespace) -> RemoeConfig:
     """Return the configuration for transformers of complete arguments. With ReLU routing, λ is λ₀.
 
     Raises:
@@ -138,7 +138,7 @@ def _expert_fields(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def flags_from_config(config: RemoeConfig, seq_length: int) -> list[str]:
+def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
     """Return Megatron's flags for a model of this configuration, without the vocabulary.
 
     Args:

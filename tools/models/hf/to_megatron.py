@@ -15,8 +15,8 @@ from ..measuring import compare_models, describe_difference
 from ..megatron_model import build
 from .folder import read_folder
 from .public import describe_public
-from .settings import flags_from_config, parse_flags, vocabulary_flags
-from .tokenizer import folder_tokenizer
+from .settings import make_flags, parse_flags, vocabulary_flags
+from .tokenizer import find_folder_tokenizer
 from .weights import fill_megatron
 
 SEQUENCE = 4096  # for training, if a public model has that many positions
@@ -52,9 +52,9 @@ def write_checkpoint(
     source = read_folder(folder, families, torch.float32)
     is_ours = source.config.model_type == RemoeConfig.model_type
     config = source.config if is_ours else describe_public(source.config)
-    tokenizer = folder_tokenizer(folder, tokenizer_model, config)
+    tokenizer = find_folder_tokenizer(folder, tokenizer_model, config)
     length = config.max_position_embeddings if is_ours else min(SEQUENCE, config.max_position_embeddings)
-    flags = [*flags_from_config(config, length), *vocabulary_flags(config, tokenizer)]
+    flags = [*make_flags(config, length), *vocabulary_flags(config, tokenizer)]
     args = parse_flags(flags, config)
     model = build(args)
     fill_megatron(model, source, config)

@@ -57,7 +57,7 @@ def _gpt2_files(folder: Path) -> list[Path]:
     return next((pair for pair in pairs if all(path.is_file() for path in pair)), [])
 
 
-def folder_tokenizer(folder: Path, given: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
+def find_folder_tokenizer(folder: Path, given: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer in a model's folder, or in the one `given` instead; None if there is none.
 
     Raises:
@@ -68,7 +68,7 @@ def folder_tokenizer(folder: Path, given: Path | None, config: RemoeConfig) -> P
     return read_tokenizer(given or folder, f"--tokenizer-model {given}" if given else str(folder), config)
 
 
-def training_tokenizer(
+def find_training_tokenizer(
     args: argparse.Namespace, given: Path | None, config: RemoeConfig
 ) -> PreTrainedTokenizerBase | None:
     """Return the training's tokenizer, or the one in a folder, set up for generation; None if there is none.

@@ -52,7 +52,7 @@ def fill_megatron(model: GPTModel, source: PreTrainedModel, config: RemoeConfig)
     λ's exponent stays 0: the flags' λ₀ is the model's λ.
     """
     named = {name.replace(".shared_experts.", ".shared_expert."): one for name, one in source.state_dict().items()}
-    for tensor, other in matching_parts(model.state_dict(), named, config):
+    for tensor, other in match_parts(model.state_dict(), named, config):
         tensor.copy_(other)
 
 
@@ -60,12 +60,12 @@ def fill_megatron(model: GPTModel, source: PreTrainedModel, config: RemoeConfig)
 def convert_model(model: GPTModel, config: RemoeConfig) -> RemoeForCausalLM:
     """Return Megatron's model as one for transformers, in the dtype of the configuration, for evaluation."""
     target = RemoeForCausalLM._from_config(config, dtype=config.dtype or torch.float32).eval()
-    for tensor, other in matching_parts(model.state_dict(), target.state_dict(), config):
+    for tensor, other in match_parts(model.state_dict(), target.state_dict(), config):
         other.copy_(tensor)
     return target
 
 
-def matching_parts(
+def match_parts(
     megatron: Mapping[str, object], other: Tensors, config: RemoeConfig
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield each weight as two views of the same shape: one of Megatron's tensor, one of that in transformers.
