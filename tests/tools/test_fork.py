@@ -164,15 +164,10 @@ def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert error.count("\n") == 1 and not (tmp_path / "out").exists()
         return error
 
-    shutil.copytree(saved / "dense", tmp_path / "zarr")
-    (tmp_path / "zarr" / "iter_0000008" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    assert "zarr" in refusal("zarr")
-    shutil.copytree(saved / "dense", tmp_path / "files")
-    (tmp_path / "files" / "iter_0000008" / "mp_rank_00").mkdir()
-    assert "--load FOLDER/torch_dist" in refusal("files")
     shutil.copytree(saved / "dense", tmp_path / "cut")
     (tmp_path / "cut" / "iter_0000008" / ".metadata").unlink()
-    assert ".metadata is missing" in refusal("cut")
+    error = refusal("cut")
+    assert ".metadata is missing" in error and "--load FOLDER/torch_dist" in error
     assert convert("--load", saved / "dense", "--save", tmp_path / "mine") == 0
     capsys.readouterr()
     assert "not a checkpoint of the authors' fork" in refusal("mine")

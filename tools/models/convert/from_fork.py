@@ -7,7 +7,6 @@ which Megatron no longer reads: they get the weight's shape again.
 import argparse
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import numpy
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron.remoe.start.checkpoint_files import CONFIG, check_is_whole
+from megatron.remoe.start.checkpoint_files import check_is_whole
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
 from megatron.remoe.start.compared_settings import moe_layer_pattern
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
@@ -42,16 +41,14 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
         ConversionError: it is no checkpoint of the fork, cannot be read, or cannot be written.
     """
     folder = find_folder(options.load, options.ckpt_step)
-    kind = "one file per rank" if any(folder.glob("mp_rank_*")) else _backend(folder)
-    if kind not in (None, "torch_dist"):
-        raise ConversionError(
-            f"{folder}: has the format {kind}. Start the fork once more with its flags and --ckpt-convert-format "
-            "torch_dist --ckpt-convert-save FOLDER, and convert with --load FOLDER/torch_dist."
-        )
     try:
         state, index = check_is_whole(folder), read_index(folder)
     except BrokenCheckpointError as error:
-        raise ConversionError(f"--load {options.load}: {error}. Choose another iteration with --ckpt-step.") from error
+        raise ConversionError(
+            f"--load {options.load}: {error}. Choose another iteration with --ckpt-step. If it has another format than "
+            "torch_dist, start the fork once more with its flags and --ckpt-convert-format torch_dist "
+            "--ckpt-convert-save FOLDER, and convert with --load FOLDER/torch_dist."
+        ) from error
     if not hasattr(state.get("args"), "moe_relu_routing") or hasattr(state["args"], "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
     saved = state["args"]
@@ -74,14 +71,6 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
             target.add_router_state("l1_exponent", _exponent(state, args, display))
             target.add_router_state("guarded", 0)
     display.say(f"wrote {options.save}, {folder.name}; continue the training with its flags and --load {options.save}")
-
-
-def _backend(folder: Path) -> str | None:
-    """Return the format of a distributed checkpoint, None for one without a description."""
-    try:
-        return str(json.loads((folder / CONFIG).read_bytes()).get("sharded_backend"))
-    except (OSError, ValueError):
-        return None
 
 
 def _arguments(saved: argparse.Namespace) -> argparse.Namespace:

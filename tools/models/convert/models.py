@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.remoe.routing.problems import relu_routing_problems
+from megatron.remoe.routing.refusals import flag
 from megatron.remoe.training.arguments import apply_granularity
 
 from ...console.errors import ConversionError
@@ -102,22 +103,11 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
 
 
 def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
-    granularity = target.moe_granularity
-    has = {
-        "num_experts": target.num_experts // granularity,
-        "moe_granularity": granularity,
-        "moe_layer_freq": target.moe_layer_freq,
-    }
-    for name, value in has.items():
-        given = getattr(options, name)
-        if given is not None and given != value and given != str(value):
-            raise ConversionError(
-                f"--{name.replace('_', '-')} {given}, but --load is a top-k checkpoint that has {value}. "
-                "Leave the flag out: its experts are kept.",
-                FLAGS,
-            )
+    for name in ("num_experts", "moe_granularity", "moe_layer_freq"):
+        if getattr(options, name) is not None:
+            raise ConversionError(f"{flag(name)}: --load is a top-k checkpoint, whose experts are kept.", FLAGS)
     if options.moe_router_topk is not None:
-        target.moe_router_topk = options.moe_router_topk * granularity
+        target.moe_router_topk = options.moe_router_topk * target.moe_granularity
 
 
 def moe_layers(model: GPTModel) -> list[int]:
