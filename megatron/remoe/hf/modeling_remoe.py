@@ -65,9 +65,8 @@ class RemoeSparseMoeBlock(nn.Module):
         _, gates, experts = self.gate(tokens, token_ids) if self.hash_routing else self.gate(tokens)
         output = self._active(tokens, gates) if self.all_active else self.experts(tokens, experts, gates)
         if self.shared_expert is not None:
-            shared: torch.Tensor = self.shared_expert(tokens)
             gate = 1.0 if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid()
-            output = output + shared * gate
+            output = output + self.shared_expert(tokens) * gate
         return output.reshape(hidden_states.shape)
 
     def _active(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
