@@ -48,7 +48,7 @@ FAST = """
 files kernels/test_plan.py kernels/test_token_sums.py kernels/test_swiglu.py layer/test_grouped_swiglu.py
 layer/test_order.py layer/test_moe_layer.py layer/test_bounded_memory.py layer/test_host_syncs.py start/test_codes.py
 start/test_messages.py routing scripts/test_launch_commands.py test_rooms.py test_static_checks.py
-tools/test_sweep_logs.py training/test_arguments.py
+tools/test_sweep_logs.py training/test_arguments.py hf/test_modeling.py hf/test_servers.py tools/test_fitting.py
 """.split()
 
 
