@@ -50,7 +50,7 @@ layer/test_order.py layer/test_moe_layer.py layer/test_bounded_memory.py layer/t
 start/test_data.py start/test_messages.py start/test_saved_settings.py routing
 scripts/test_launch_commands.py test_rooms.py test_static_checks.py
 tools/test_sweep_logs.py training/test_arguments.py
-tools/test_rehearse_command.py tools/test_time_model.py
+tools/test_rehearse_command.py tools/test_time_model.py hf/test_modeling.py hf/test_servers.py tools/test_fitting.py
 """.split()
 
 

@@ -54,14 +54,10 @@ ENGINE = "--transformer-impl transformer_engine --use-distributed-optimizer --se
 LOCAL = "--transformer-impl local".split()
 KINDS = {
     "dense": LOCAL,
-    "dense_engine": ENGINE,
     "topk": [*TOPK, *ENGINE, *"--moe-grouped-gemm --overlap-grad-reduce --overlap-param-gather --bf16".split()],
     "remoe": [*RELU, *ENGINE, *"--moe-grouped-gemm --moe-granularity 2 --moe-layer-recompute --bf16".split()],
-    "remoe_engine": [*RELU, *ENGINE],
-    "remoe_local": [*RELU, *LOCAL],
-    "remoe_one_file": [*RELU, *LOCAL, *"--ckpt-format torch".split()],
 }
-KEPT = ("dense", "topk", "remoe", "remoe_one_file")
+KEPT = ("dense", "topk", "remoe")
 
 
 def write_data(prefix: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron.remoe.hf import RemoeConfig, RemoeForCausalLM
-from tools.models.hf.settings import flags_of, parse_flags
+from tools.models.hf.settings import make_flags, parse_flags
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -72,4 +72,5 @@ def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
 
 def args_of(config: RemoeConfig, more: Sequence[str] = ()) -> argparse.Namespace:
     """Return Megatron's arguments for a configuration and more flags."""
-    return parse_flags([*flags_of(config), "--transformer-impl", "local", *more], config)
+    flags = make_flags(config, config.max_position_embeddings)
+    return parse_flags([*flags, "--transformer-impl", "local", *more], config)

@@ -23,7 +23,7 @@ STEPS = 4
 
 def program() -> str:
     """Return the documented program with few steps, rows in order and a log of each step, on CPUs."""
-    code = (ROOT / "docs" / "finetune.py").read_text()
+    code = (ROOT / "examples" / "finetune.py").read_text()
     steps = f"max_steps={STEPS}, train_sampling_strategy='sequential', use_cpu=True"
     for old, new in (
         ("max_steps=400", steps),

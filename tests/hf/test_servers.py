@@ -1,9 +1,7 @@
 """Test the structure that inference servers expect of the model for transformers."""
 
 import inspect
-from typing import Any
 
-import pytest
 import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -68,27 +66,3 @@ def test_block_that_vllm_replaces() -> None:
         logits = model(ids).logits
         block.forward = fused
         assert torch.equal(model(ids).logits, logits)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "routing"),
-    [
-        ("relu", {"max_experts_per_token": 3}, "none"),
-        ("relu, shared", {"max_experts_per_token": 3}, None),
-        ("top-k, normed", {}, ("softmax", True)),
-        ("top-k, scaled", {}, ("softmax", False)),
-        ("sigmoid, bias", {}, ("sigmoid", True)),
-    ],
-)
-def test_vllms_matcher(name: str, changes: dict[str, Any], routing: Any) -> None:
-    """If vLLM 0.33 is installed, it finds the gate, the experts and the shared expert.
-
-    Without a softmax or sigmoid it needs a shared expert; ReLU routing without one it leaves to the block.
-    """
-    moe = pytest.importorskip("vllm.model_executor.models.transformers.fusers.moe")
-    found = moe.MoEBlockFuser.match(make(name, **changes).model.layers[1].mlp, "experts")
-    if routing == "none":
-        assert found is None
-    else:
-        assert (found.gate_name, found.shared_name) == ("gate", "shared_expert" if "shared" in name else None)
-        assert (found.scoring_func, found.renormalize) == (routing or (None, None))

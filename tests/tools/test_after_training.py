@@ -21,8 +21,8 @@ from tests.data_sets import write_documents
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, run, series
 from tools.console.flags import parse, words_of
-from tools.models.evaluate.text import batches, sequences
 from tools.models.export.command import main as export
+from tools.models.text import read_batches, read_sequences
 from tools.recipes import tiny
 from tools.text.corpora import dataset
 
@@ -97,8 +97,8 @@ def test_there_and_back(model: str, data: Path, tmp_path: Path, capfd: pytest.Ca
 
     for number, prefix in enumerate(trained.losses):
         texts.append(tmp_path / f"text{number}.pt")
-        held_out = sequences(prefix, trained.length, 1234, trained.vocabulary)
-        torch.save(torch.cat(list(batches(held_out, None))), texts[-1])
+        held_out = read_sequences(prefix, trained.length, 1234, trained.vocabulary)
+        torch.save(torch.cat(list(read_batches(held_out, None, trained.vocabulary))), texts[-1])
     python = without_megatron.make(tmp_path / "environment")
     found = json.loads(without_megatron.run(python, REPOSITORY / "tests" / "alone.py", there, PROMPT, *texts))
     assert found["losses"] == pytest.approx(list(trained.losses.values()), abs=1e-4)

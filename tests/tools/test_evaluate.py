@@ -20,7 +20,7 @@ from tests.tiny_model import RELU
 from tests.trainings import TINY, run
 from tools.models.evaluate.command import main
 from tools.models.evaluate.tasks import PAPER, TASKS, compare_with_paper
-from tools.models.expert_counts import summarize_experts
+from tools.models.measuring import summarize_experts
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
 
@@ -119,91 +119,70 @@ QUESTIONS += [("Question: a dog\nAnswer:", [" mews", " barks", " sings", " rows"
 QUESTIONS += [("Question: a boat\nAnswer:", [" mews", " barks aloud", " sings", " sails"], 3)]
 
 
-def write_tasks(folder: Path) -> None:
-    """Write data for three lm-eval tasks, which it reads from the working folder first, and an own task in a group."""
-    questions, texts, passages = [], [], []
-    for context, choices, label in QUESTIONS:
-        listed = {"text": [text.strip() for text in choices], "label": list("ABCD")}
-        question = re.findall(": (.*)\n", context)[0]
-        questions.append({"question": question, "choices": listed, "answerKey": "ABCD"[label]})
-        texts.append({"text": context + choices[label]})
-        problem = {"question": question, "options": listed["text"], "answer": "ABCD"[label]}
-        passages.append({"article": "A cat.", "problems": repr([problem])})
-    for name, part, rows in (
-        ("allenai/ai2_arc", "ARC-Easy", questions),
-        ("EleutherAI/lambada_openai", "default", texts),
-        ("EleutherAI/race", "high", passages),
-    ):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        splits = [{"split": split, "path": "rows.jsonl"} for split in ("train", "validation", "test")]
-        card = json.dumps({"configs": [{"config_name": part, "data_files": splits}]})
-        (folder / name / "README.md").write_text(f"---\n{card}\n---\n")
-    (folder / "own").mkdir()
-    rows = str(folder / "allenai/ai2_arc/rows.jsonl")
-    task = {"task": "own", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": rows}}}
-    task |= {"output_type": "multiple_choice", "test_split": "test", "metric_list": [{"metric": "acc"}]}
-    task |= {"doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": "{{choices.text}}"}
-    task["doc_to_target"] = "{{choices.label.index(answerKey)}}"
+def write_task(folder: Path) -> None:
+    """Write a task in lm-eval's format, in a group, with local data."""
+    folder.mkdir()
+    rows = [
+        {"question": context, "choices": [text.strip() for text in texts], "answer": label}
+        for context, texts, label in QUESTIONS
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"test": str(folder / "rows.jsonl")}
+    task = {"task": "own", "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    task |= {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}], "doc_to_text": "{{question}}"}
+    task |= {"doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
     task["filter_list"] = [{"name": "first", "filter": [{"function": "take_first"}]}]
     group = {"group": "group", "task": ["own"], "aggregate_metric_list": [{"metric": "acc", "filter_list": "first"}]}
     for name, content in (("own", task), ("group", group)):
-        (folder / "own" / f"{name}.yaml").write_text(json.dumps(content))
+        (folder / f"{name}.yaml").write_text(json.dumps(content))
 
 
 def test_tasks_through_lm_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A uniform model has computable scores, one that learned the answers scores 1, and a second run reuses answers."""
-    files = byte_level_vocabulary(tmp_path / "files")
-    tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer_folder(*files, cache_dir=tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(
+        gpt2_tokenizer_folder(*byte_level_vocabulary(tmp_path / "files"), cache_dir=tmp_path)
+    )
     tokenizer.pad_token = tokenizer.eos_token
     model = make("relu", vocab_size=264, max_position_embeddings=64)
     tokenizer.save_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     words = ["--load", str(tmp_path / "model"), "--task-data", str(tmp_path / "own")]
     words += ["--task-cache", str(tmp_path / "answers"), "--tasks"]
-    write_tasks(tmp_path)
+    write_task(tmp_path / "own")
     if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("datasets") is None:
         assert main(words) == 1 and "[REMOE-E504]" in capfd.readouterr().err
         pytest.skip("needs lm-eval[hf]")
     from lm_eval.tasks import TaskManager
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.cache(TaskManager))  # it reads 14,000 files each time
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    if not torch.cuda.is_available():  # a search would start with 64 sequences of the longest request
-        monkeypatch.delattr("lm_eval.models.huggingface.HFLM._detect_batch_size")
+    assert TASKS.keys() <= set(TaskManager().all_tasks)
 
-    def scores() -> dict[tuple[str, str], float]:
-        tasks = evaluate(tmp_path, *words, "arc_easy", "lambada_openai", "race", "group")["tasks"]
-        assert {(one["task"], one["documents"]) for one in tasks[str(tmp_path / "model")]} == {
-            (task, len(QUESTIONS)) for task in ("arc_easy", "lambada_openai", "race", "own", "group")
+    def score() -> dict[str, float]:
+        tasks = evaluate(tmp_path, *words, "group")["tasks"][str(tmp_path / "model")]
+        assert {(one["task"], one["metric"], one["documents"]) for one in tasks} == {
+            (task, "acc,first", len(QUESTIONS)) for task in ("own", "group")
         }
-        return {(one["task"], one["metric"]): one["value"] for one in tasks[str(tmp_path / "model")]}
+        return {one["task"]: one["value"] for one in tasks}
 
     with torch.no_grad():
         lm_head = model.lm_head.weight.clone()
         model.lm_head.weight.zero_()
     model.save_pretrained(tmp_path / "model")
-    uniform = scores()
-    lengths = [len(texts[label]) for _, texts, label in QUESTIONS]
-    assert uniform["lambada_openai", "perplexity"] == pytest.approx(264 ** (sum(lengths) / 3), rel=1e-4)
     # A uniform model prefers the shortest choice; the first one if several are as short.
-    assert uniform["group", "acc,first"] == uniform["own", "acc,first"] == pytest.approx(1 / 3)
-    assert uniform["arc_easy", "acc"] == pytest.approx(1 / 3)
+    assert score() == pytest.approx({"own": 1 / 3, "group": 1 / 3})
 
     with torch.no_grad():
         model.lm_head.weight.copy_(lm_head)
     learn(model, tokenizer)
     model.save_pretrained(tmp_path / "model")
-    learnt = scores()
-    assert learnt["arc_easy", "acc"] == learnt["own", "acc,first"] == learnt["lambada_openai", "acc"] == 1
+    assert score() == {"own": 1, "group": 1}
     monkeypatch.setattr(RemoeForCausalLM, "forward", None)
-    assert scores() == learnt, "the answers are kept, of each model its own"
-    for task in ("piqa", "nothing"):  # one has no data in the working folder, the other is not a task
-        capfd.readouterr()
-        assert main([*words, task]) == 1 and "[REMOE-E504]" in capfd.readouterr().err
+    assert score() == {"own": 1, "group": 1}, "the answers are kept, of each model its own"
+    capfd.readouterr()
+    assert main([*words, "nothing"]) == 1 and "[REMOE-E504]" in capfd.readouterr().err
 
 
 def learn(model: RemoeForCausalLM, tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from megatron.remoe.training.gpt2_tokenizer import gpt2_tokenizer_folder
 from tests.hf.models import args_of, make
 from tools.models import checkpoints
 from tools.models.generate.command import main
-from tools.models.hf.weights import fill
+from tools.models.hf.weights import fill_megatron
 from tools.models.megatron_model import build
 
 pytestmark = [pytest.mark.usefixtures("process_groups"), pytest.mark.filterwarnings("ignore")]
@@ -28,7 +28,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     args = args_of(model.config)
     args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(vocabulary)
     megatron = build(args)
-    fill(megatron, model)
+    fill_megatron(megatron, model, model.config)
     (root / "parent").mkdir()
     for place in ("run", "parent/checkpoints"):
         checkpoints.save(megatron, args, root / place)

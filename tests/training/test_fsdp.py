@@ -20,7 +20,7 @@ from tests.parity.layouts import FSDP
 from tests.tiny_model import RELU
 from tests.trainings import REPOSITORY, TINY, figures, records, run, series, weights
 from tools.console.errors import ConversionError
-from tools.models.checkpoints import find, read_parts
+from tools.models.checkpoints import find, read_tensors
 
 EP2 = "--expert-model-parallel-size 2"
 DENSE_TOO = "--moe-layer-freq ([0,1]) --moe-shared-expert-intermediate-size 64"
@@ -160,7 +160,7 @@ def test_tools_read_what_is_converted(saved: Saved, tmp_path: Path) -> None:
     entries = {key: entry for key, entry in index.state_dict_metadata.items() if hasattr(entry, "size")}
     found = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
     written = find(tmp_path / "out", None)
-    read_parts(written.folder, written.index, {key: (tensor, None) for key, tensor in found.items()})
+    read_tensors(written.folder, written.index, found)
     stored, layer = weights(saved.root, 6), "model.module.decoder.layers.1."
     experts = "decoder.layers.mlp.experts.experts.linear_fc"
     for number in range(8):

@@ -20,10 +20,8 @@ from tools.console.errors import ConversionError
 from tools.models.analyze.command import layer_numbers
 from tools.models.convert.command import parse_arguments
 from tools.models.convert.model_class import convert_class
-from tools.models.hf.opening import open_model
-from tools.models.hf.source import open_run
-from tools.models.hf.tensors import model_of
-from tools.models.hf.weights import read
+from tools.models.hf.opening import open_model, open_run
+from tools.models.hf.weights import convert_model
 from tools.models.hybrid import as_hybrid
 
 # λ₀ is large enough for the L1 term to show in the loss within the run.
@@ -57,8 +55,8 @@ class Trainings:
 
     def exported(self, name: str) -> dict[str, torch.Tensor]:
         """Return the weights of step `SAVED` in the model for transformers."""
-        checkpoint, _, config = open_run(self.folder / name, SAVED)
-        return model_of(config, read(checkpoint, config)).state_dict()
+        run = open_run(self.folder / name, SAVED)
+        return convert_model(run.model, run.config).state_dict()
 
     def converted(self, name: str, model: str) -> str:
         """Convert the checkpoint of step `SAVED` to the other class, and return its name."""

@@ -1,4 +1,4 @@
-"""Test docs/own_training_script.py, and the package next to Megatron's."""
+"""Test examples/own_training_script.py, and the package next to Megatron's."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from tests.tiny_model import RELU
 from tests.trainings import ENTRY, REPOSITORY, TINY, run, series
 
-SCRIPT = REPOSITORY / "docs" / "own_training_script.py"
+SCRIPT = REPOSITORY / "examples" / "own_training_script.py"
 DEFAULT_OF_PYTHON_3_14 = """
 import multiprocessing, runpy
 default = multiprocessing.context._default_context

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
@@ -37,14 +36,20 @@ from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_in
 
 from ..console import files
 from ..console.errors import ConversionError
+from .measuring import check_finite
 
 EMBEDDING = "embedding.word_embeddings.weight"
 FAILURES = (Exception, CheckpointException)  # a damaged file can raise anything; PyTorch's own error is no Exception
 LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 PROBE = 2**26  # bytes to allocate as a test before a folder is written
 OVERHEAD = 2**18  # minimum number of bytes of a checkpoint without its tensors
-# Keys of a norm before experts: of plain PyTorch layers, and of Transformer Engine's.
-LOCAL_NORM, ENGINE_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
+# A norm's name in plain PyTorch layers → its key if it is fused with the next product. Plain layers are saved under the
+# fused keys too; Transformer Engine does not fuse the norm before experts.
+NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+EXPERT_NORM = "pre_mlp_layernorm."
 ROUTER = re.compile(r".*\.layers\.(\d+\.)?mlp\.router\.")  # with the layer's number if layers differ
 
 
@@ -124,7 +129,7 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     _, wanted = extract_matching_values(_sharded(model, checkpoint.layout), lambda one: isinstance(one, ShardedObject))
     for tensor in _tensors(wanted):
         if tensor.key not in checkpoint.shapes:
-            tensor.key = _other_name(tensor.key)
+            tensor.key = rename_expert_norm(tensor.key)
         if tensor.key not in checkpoint.shapes:
             raise ConversionError(
                 f"{checkpoint.folder}: has no {tensor.key}, which its arguments call for. Only models that "
@@ -139,44 +144,33 @@ def load(checkpoint: Checkpoint, model: GPTModel) -> None:
     with reading(checkpoint.folder):
         loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.folder), validate_access_integrity=False)
     model.load_state_dict(loaded["model"], strict=False)
-    for name, value in model.state_dict().items():
-        if torch.is_tensor(value) and not torch.isfinite(value).all():
-            raise ConversionError(
-                f"{checkpoint.folder}: {name} holds values that are not finite. Choose an earlier iteration with "
-                "--ckpt-step."
-            )
+    check_finite(str(checkpoint.folder), model.state_dict())
 
 
-class _Planner(DefaultLoadPlanner):
-    """Let PyTorch's planner read slices of stored tensors."""
+class _Reader(FileSystemReader):
+    """Read with an index that was read without executing anything in it."""
 
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        return self.state_dict[index.fqn]
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self.index = index
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        return self.index
 
 
-def read_parts(folder: Path, index: Metadata, parts: dict[str, tuple[torch.Tensor, int | None]]) -> None:
+def read_tensors(folder: Path, index: Metadata, tensors: dict[str, torch.Tensor]) -> None:
     """Fill tensors from a checkpoint without loading the rest of it.
 
     Args:
         folder: of one iteration.
         index: from `read_index`.
-        parts: key → the tensor to fill, in its own dtype, and the index of the slice in the first dimension (None: the
-            whole tensor). A slice keeps that dimension with size 1.
+        tensors: key → the tensor to fill, in its own dtype.
 
     Raises:
         ConversionError: a file is damaged.
     """
-    reader, planner, items = FileSystemReader(folder), _Planner(False, False), []
     with reading(folder):
-        planner.set_up_planner({key: data for key, (data, _) in parts.items()}, index)
-        for key, (data, number) in parts.items():
-            offsets = torch.Size([number or 0, *[0] * (data.dim() - 1)][: data.dim()])
-            chunk = ChunkStorageMetadata(offsets, data.shape)
-            stored = index.state_dict_metadata[key]
-            assert isinstance(stored, TensorStorageMetadata), key
-            items += create_read_items_for_chunk_list(key, stored, [chunk])
-        reader.set_up_storage_reader(index, is_coordinator=True)
-        reader.read_data(LoadPlan(items), planner).wait()
+        dcp.load(dict(tensors), storage_reader=_Reader(folder, index), no_dist=True)
 
 
 def save(model: GPTModel, args: argparse.Namespace, output: Path) -> None:
@@ -199,9 +193,10 @@ def save(model: GPTModel, args: argparse.Namespace, output: Path) -> None:
     if args.transformer_impl == "transformer_engine":
         routers = {match[0] for tensor in _tensors(sharded) if (match := ROUTER.match(tensor.key))}
         for tensor in _tensors(sharded):
-            layer = re.split(f"{LOCAL_NORM}|{ENGINE_NORM}", tensor.key)[0]
-            if layer != tensor.key and (f"{layer}mlp.router." in routers) == (LOCAL_NORM in tensor.key):
-                tensor.key = _other_name(tensor.key)
+            layer = re.split(f"{NORMS[EXPERT_NORM]}|{EXPERT_NORM}", tensor.key)[0]
+            has_experts = f"{layer}mlp.router." in routers
+            if layer != tensor.key and has_experts == (NORMS[EXPERT_NORM] in tensor.key):
+                tensor.key = rename_expert_norm(tensor.key)
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
     size = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
     with new_folder(output, size + OVERHEAD) as aside:
@@ -292,9 +287,10 @@ def _tensors(sharded: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorF
             yield value
 
 
-def _other_name(key: str) -> str:
-    names = (LOCAL_NORM, ENGINE_NORM) if LOCAL_NORM in key else (ENGINE_NORM, LOCAL_NORM)
-    return key.replace(*names)
+def rename_expert_norm(key: str) -> str:
+    """Return the key of a norm before experts under its other name; other keys stay."""
+    fused = NORMS[EXPERT_NORM]
+    return key.replace(fused, EXPERT_NORM) if fused in key else key.replace(EXPERT_NORM, fused)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,7 +1,12 @@
 """Read sequences of tokens from Megatron data sets."""
 
 import argparse
+import logging
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -9,43 +14,67 @@ import torch
 from megatron.remoe.files.indexed import IndexedReader
 
 from ..console.errors import ToolError
+from .measuring import TOKENS_PER_FORWARD
+from .on_cpu import megatron_on_cpu
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
 
 # Prefixes of data sets, and their weights (None: in proportion to their size).
 Blend = tuple[list[str], list[float] | None]
 
 
-class Text:
-    """A data set cut into sequences of equal length, in a random order; an incomplete last one is left out.
+def read_sequences(prefix: str, length: int, seed: int, vocabulary: int) -> "GPTDataset":
+    """Return a data set's sequences as Megatron's `--full-validation` takes them: one epoch, in the order of a seed.
 
     Args:
         prefix: of the .bin and .idx files.
-        length: tokens of a sequence.
-        seed: of the order.
-        vocabulary: size of the model's vocabulary.
+        length: tokens of a sequence, without the one after the last.
+        seed: Megatron's --seed.
+        vocabulary: number of tokens that the model knows.
 
     Raises:
         UsageError: the files are missing, corrupt or too small.
     """
+    megatron_on_cpu()
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
 
-    def __init__(self, prefix: str, length: int, seed: int, vocabulary: int) -> None:
-        self.prefix, self.length, self._vocabulary = prefix, length, vocabulary
-        self._reader = open_data_set(prefix, length)
-        self._order = numpy.random.default_rng(seed).permutation(self._reader.tokens // length)
+    open_data_set(prefix, length + 1)
+    # Megatron asks for a tokenizer; nothing here depends on it.
+    tokenizer = SimpleNamespace(vocab_size=vocabulary, eod=0, pad=-1, unique_identifiers={})
+    logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as cache:
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=length,
+            blend=([prefix], None),
+            split="0,100,0",
+            path_to_cache=cache,
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        data = GPTDataset.build_low_level_dataset(prefix, config)
+        documents = numpy.arange(len(data.document_indices) - 1, dtype=numpy.int32)
+        return GPTDataset(data, prefix, documents, None, Split.valid, config)
 
-    def __len__(self) -> int:
-        """Return the number of sequences."""
-        return len(self._order)
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return sequences as int64 `[stop - start, length]`.
+def read_batches(data: "GPTDataset", most: int | None, vocabulary: int) -> Iterator[torch.Tensor]:
+    """Yield the sequences, at most `most`, as int64 `[batch, length + 1]`.
 
-        Raises:
-            ToolError: a token is not in the model's vocabulary.
-        """
-        places = self._order[start:stop].tolist()
-        ids = numpy.stack([self._reader.read(place * self.length, self.length) for place in places])
-        check_vocabulary(self.prefix, int(ids.max()), self._vocabulary)
-        return torch.from_numpy(ids.astype(numpy.int64))
+    Raises:
+        ToolError: a token is not in the model's vocabulary.
+    """
+    length, number = data.config.sequence_length, min(len(data), most or len(data))
+    size = max(1, TOKENS_PER_FORWARD // length)
+    for start in range(0, number, size):
+        samples = [data[index] for index in range(start, min(number, start + size))]
+        batch = torch.stack([torch.cat([sample["tokens"], sample["labels"][-1:]]) for sample in samples])
+        check_vocabulary(data.dataset_path, int(batch.max()), vocabulary)
+        yield batch
 
 
 def open_data_set(prefix: str, least: int) -> IndexedReader:
@@ -111,7 +140,7 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
     readers = [open_data_set(prefix, 1) for prefix in prefixes]
     shares = numpy.array(weights or [reader.tokens for reader in readers], dtype=numpy.float64)
     generator = numpy.random.default_rng(seed)
-    found = []
+    samples = []
     counts = generator.multinomial(sequences, shares / shares.sum())
     for prefix, reader, count in zip(prefixes, readers, counts, strict=True):
         available = (reader.tokens - 1) // length
@@ -122,7 +151,7 @@ def sample(blend: Blend, sequences: int, length: int, vocabulary: int, seed: int
                 "REMOE-E304",
             )
         for start in generator.choice(available, size=count, replace=False) * length:
-            found.append(reader.read(int(start), length + 1).astype(numpy.int64))
-    chosen = numpy.stack([found[place] for place in generator.permutation(len(found))])
+            samples.append(reader.read(int(start), length + 1).astype(numpy.int64))
+    chosen = numpy.stack([samples[place] for place in generator.permutation(len(samples))])
     check_vocabulary(" ".join(prefixes), int(chosen.max()), vocabulary)
     return torch.from_numpy(chosen)

@@ -1,6 +1,6 @@
 """Configuration of a ReMoE for transformers, and of the dense and top-k models that it is compared with."""
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -17,7 +17,7 @@ class RemoeConfig(LlamaConfig):
     model_type = "remoe"
     _auto_class = "AutoConfig"
 
-    qk_norm: str | None = None
+    qk_norm: Literal["head", "all_heads"] | None = None
     """Queries and keys have an RMSNorm: of each "head" (Qwen3), or one of "all_heads" (OLMoE)."""
     kv_lora_rank: int | None = None
     """Latent attention (DeepSeek-V2): size of the latents of keys and values; None: grouped queries. `head_dim` is then
@@ -48,7 +48,7 @@ class RemoeConfig(LlamaConfig):
     """Gates are ReLU(x W) and an expert is active where its gate is positive; False: top-k of scores."""
     moe_relu_load_balancing: bool = True
     """ReLU routing: the L1 term weighs each expert by its load."""
-    scoring_func: str = "softmax"
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     """Top-k routing: scores are a softmax over the experts, or the "sigmoid" of each logit."""
     norm_topk_prob: bool = False
     """Top-k routing: the k gates add up to 1 (Megatron without --moe-router-pre-softmax; sigmoids always, if k > 1)."""
@@ -81,11 +81,7 @@ class RemoeConfig(LlamaConfig):
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: must be 1 to {self.num_experts}.")
         if self.max_experts_per_token is not None and not 1 <= self.max_experts_per_token <= self.num_experts:
             raise ValueError(f"max_experts_per_token={self.max_experts_per_token}: must be 1 to {self.num_experts}.")
-        if self.scoring_func not in ("softmax", "sigmoid"):
-            raise ValueError(f"scoring_func={self.scoring_func!r}: must be 'softmax' or 'sigmoid'.")
         if self.router_expert_bias and self.scoring_func != "sigmoid":
             raise ValueError("router_expert_bias=True: needs scoring_func='sigmoid'.")
-        if self.qk_norm not in (None, "head", "all_heads"):
-            raise ValueError(f"qk_norm={self.qk_norm!r}: must be None, 'head' or 'all_heads'.")
         if self.hash_routing and self.moe_relu_routing:
             raise ValueError("hash_routing=True: needs moe_relu_routing=False.")

@@ -65,14 +65,9 @@ class RemoeSparseMoeBlock(nn.Module):
         _, gates, experts = self.gate(tokens, token_ids) if self.hash_routing else self.gate(tokens)
         output = self._active(tokens, gates) if self.all_active else self.experts(tokens, experts, gates)
         if self.shared_expert is not None:
-            output = output + self.shared_output(tokens)
+            gate = 1.0 if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid()
+            output = output + self.shared_expert(tokens) * gate
         return output.reshape(hidden_states.shape)
-
-    def shared_output(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the output of the experts that all tokens share, gated if they have a gate; `[..., hidden]` both."""
-        assert self.shared_expert is not None
-        output: torch.Tensor = self.shared_expert(tokens)
-        return output if self.shared_expert_gate is None else output * self.shared_expert_gate(tokens).sigmoid()
 
     def _active(self, tokens: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         # Each pair becomes a token with one expert, which every experts implementation of transformers takes.

@@ -108,7 +108,9 @@ def routing_loss(
         if token_mask is not None:
             logits = logits[token_mask.reshape(-1).to(logits.device)]
         scores = torch.relu(logits).float() if config.moe_relu_routing else scores_of(config, logits)
-        active = scores > 0 if config.moe_relu_routing else _largest(scores, k)
+        active = scores > 0
+        if not config.moe_relu_routing:
+            active = torch.zeros_like(active).scatter(-1, scores.topk(k).indices, True)
         if not config.moe_relu_routing and config.scoring_func == "sigmoid":
             scores = scores / (scores.sum(dim=-1, keepdim=True) + TINY)
         tokens, taken = max(len(scores), 1), active.sum(dim=0)
@@ -133,10 +135,6 @@ def share_of_items(labels: torch.Tensor, num_items_in_batch: Any = None, **kwarg
     shifted = kwargs.get("shift_labels")
     shifted = labels[..., 1:] if shifted is None else shifted
     return (shifted != kwargs.get("ignore_index", -100)).sum() / num_items_in_batch
-
-
-def _largest(scores: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k).indices, True)
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Flags, and hooks into Megatron's own training loop; see docs/own_training_script.py."""
+"""Flags, and hooks into Megatron's own training loop; see examples/own_training_script.py."""

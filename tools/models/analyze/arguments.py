@@ -1,4 +1,4 @@
-"""Show how a model routes held-out text: figures 7, 8, 9, 11, 12 and table 12 of the paper, and more.
+"""Show how a model routes held-out text: figures 7, 8, 9, 11, 12 and table 12 of the paper.
 
 remoe analyze --load RUN --data-path SET [SET...]        # RUN: a run, or a folder of remoe export
 
@@ -12,8 +12,6 @@ from typing import Any
 
 from ...console.flags import tool_parser, whole_number
 
-WINDOW = 8  # tokens that speculative decoding checks at once
-
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags."""
@@ -26,11 +24,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--data-path", nargs="+", required=True, metavar="PREFIX", help="data sets, one for each domain")
     add("--output-dir", **folder, help="default: analysis/ in that of --load")
     length = "as in training (default: the model's context)"
-    add("--seq-length", type=whole_number(WINDOW), metavar="N", help=length)
+    add("--seq-length", **number, help=length)
     add("--sequences", **number, help="at most, per data set (default: all)")
     add("--seed", type=int, default=1234, help="order of the sequences (default: %(default)s)")
-    ranks = "also show the load of each of N ranks"
-    add("--expert-model-parallel-size", "--expert-parallel", **number, default=1, help=ranks)
     add("--tokenizer-model", **folder, help="use another tokenizer than the model's")
     args = parser.parse_args(arguments)
     places = [Path(prefix).resolve() for prefix in args.data_path]

@@ -12,9 +12,6 @@ from .findings import Numbers
 MEASURED, OTHER = routing_color("remoe"), TARGET
 # Okabe and Ito's, those two first.
 DOMAINS = (MEASURED, OTHER, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MOST_CELLS = 200  # a larger heat map does not show its numbers
-LEAST_TOKENS = 100  # a mean loss over fewer is not drawn
-LEAST_SHARE = 0.0005  # cells of a histogram with a smaller share of the tokens stay empty
 Layers = Mapping[int, Numbers]
 
 
@@ -26,30 +23,23 @@ def draw(path: Path, name: str, numbers: Numbers) -> None:
 
 def _experts_per_token(figure: Any, numbers: Numbers) -> None:
     layers, frequency = numbers["layers"], numbers["by_frequency"]
-    fitted = "slopes" in frequency
-    figure.set_size_inches(15 if fitted else 11, _height(layers))
-    table, points, *others = figure.subplots(1, 2 + fitted, width_ratios=(1.2, 1.2, 0.8)[: 2 + fitted])
+    figure.set_size_inches(11, _height(layers))
+    table, points = figure.subplots(1, 2)
     largest = max(one["largest"] for one in layers.values())
     shares = numpy.array([one["histogram"][: largest + 1] for one in layers.values()])
-    marks = [[f"{100 * share:.1f}" if share >= LEAST_SHARE else "" for share in row] for row in shares]
-    table.set(title="Tokens by their number of experts, %")
-    _cells(table, shares, layers, marks, "experts of a token", cmap="Blues", vmin=0, vmax=1)
+    table.set(title="Tokens by their number of experts")
+    figure.colorbar(_cells(table, shares, layers, "experts of a token", cmap="Blues", vmin=0), ax=table, label="share")
 
     x, y = (numpy.array([token[key] for token in frequency["tokens"]]) for key in ("frequency", "experts"))
     points.plot(x, y, "o", color=MEASURED, alpha=0.5, markersize=4, markeredgewidth=0, clip_on=False)
     points.set(title="A token's frequency and its experts", xscale="log", ylim=(0, 1.08 * y.max(initial=1)))
     points.set(xlabel="frequency of the token", ylabel="experts, mean of layers")
-    if fitted:
-        mean, ends = frequency["slopes"]["mean"], numpy.array([x.min(), x.max()])
-        line = y.mean() + mean["slope"] * (numpy.log10(ends) - numpy.log10(x).mean())
-        fit = f"{mean['slope']:+.3f} for each tenfold (95 %: {mean['low']:+.3f} to {mean['high']:+.3f})"
-        points.plot(ends, line, color=OTHER, linewidth=2, label=fit.replace("-", "\N{MINUS SIGN}"))
+    if "slopes" in frequency:
+        slope, ends = frequency["slopes"]["mean"]["slope"], numpy.array([x.min(), x.max()])
+        line = y.mean() + slope * (numpy.log10(ends) - numpy.log10(x).mean())
+        label = f"{slope:+.3f} for each tenfold".replace("-", "\N{MINUS SIGN}")
+        points.plot(ends, line, color=OTHER, linewidth=2, label=label)
         _legend(points)
-        (slopes,) = others
-        of_layers = {layer: frequency["slopes"][layer] for layer in layers}
-        _dots(slopes, of_layers, [("slope", "o", MEASURED, "")], interval=("low", "high"))
-        slopes.axvline(0, color=MUTED, linewidth=1)
-        slopes.set(title="The same slope by layer", xlabel="experts for each tenfold of frequency")
 
 
 def _load(figure: Any, numbers: Numbers) -> None:
@@ -64,93 +54,42 @@ def _load(figure: Any, numbers: Numbers) -> None:
     for axes, (name, domain) in zip(grid, domains.items(), strict=False):
         shares = numpy.array([*domain["load"].values()])
         axes.set(title=name)
-        image = _relative(axes, shares / numbers["even"], layers, [[f"{share:.0%}" for share in row] for row in shares])
+        image = _relative(axes, shares / numbers["even"], layers)
     for axes in grid[len(domains) :]:
         axes.set_axis_off()
     _relative_bar(above, image, list(grid), f"1: even ({numbers['even']:.1%})")
     experts, *others = below.subplots(1, 2 if special else 1, squeeze=False)[0]
-    by_layer = {layer: {name: of["experts_per_token"][layer] for name, of in domains.items()} for layer in layers}
-    _dots(experts, by_layer, [(name, "o", DOMAINS[n % len(DOMAINS)], name) for n, name in enumerate(domains)])
+    by_layer = {layer: {name: one["experts_per_token"][layer] for name, one in domains.items()} for layer in layers}
+    _dots(experts, by_layer, [(name, DOMAINS[n % len(DOMAINS)], name) for n, name in enumerate(domains)])
     experts.set(title="Experts per token, by domain", xlabel="experts, mean of tokens")
     if special:
-        measured = ("bits", "o", MEASURED, "measured")
-        _dots(others[0], special, [measured, ("shuffled_95", "D", OTHER, "shuffled domains, 95 % are below")])
+        _dots(others[0], special, [("bits", MEASURED, "")])
         others[0].set(title="What an expert tells of the domain", xlabel="mutual information, bits")
         others[0].set_xlim(left=0)
 
 
 def _balance(figure: Any, numbers: Numbers) -> None:
-    layers, ranks = numbers["layers"], numbers["expert_parallel"]
+    layers = numbers["layers"]
     figure.set_size_inches(15, _height(layers))
     panels = figure.subplots(1, 3, width_ratios=(0.7, 0.7, 1.3))
     panels[0].axvline(numbers["target"], color=OTHER, linestyle="--", label=f"target {numbers['target']:.4g}")
-    _dots(panels[0], layers, [("sparsity", "o", MEASURED, "layer")])
+    _dots(panels[0], layers, [("sparsity", MEASURED, "layer")])
     panels[0].set(title="Sparsity", xlabel="share of pairs that are off")
     panels[1].axvline(1, color=MUTED, linewidth=1)
-    of_ranks = [("rank_imbalance", "D", OTHER, f"{ranks} ranks")] * (ranks > 1)
-    _dots(panels[1], layers, [("imbalance", "o", MEASURED, "experts"), *of_ranks])
+    _dots(panels[1], layers, [("imbalance", MEASURED, "")])
     panels[1].set(title="Largest load over even", xlabel="even = 1")
     for axes in panels[:2]:
         axes.margins(x=0.2)
     relative = numpy.array([one["relative_load"] for one in layers.values()])
-    marks = [
-        ["×" if expert in one["dead"] else f"{load:.2f}" for expert, load in enumerate(one["relative_load"])]
-        for one in layers.values()
-    ]
-    panels[2].set(title="Load of experts (× dead)")
-    image = _relative(panels[2], relative, layers, marks)
+    panels[2].set(title="Load of experts")
+    image = _relative(panels[2], relative, layers)
     _relative_bar(figure, image, [panels[2]], "relative to even")
-
-
-def _neighbours(figure: Any, numbers: Numbers) -> None:
-    layers, window = numbers["layers"], numbers["window"]
-    figure.set_size_inches(12, _height(layers))
-    common, union = figure.subplots(1, 2)
-    for axes, key in ((common, "common"), (union, "union")):
-        drawn = [(f"{key}_by_chance", "D", OTHER, "by chance"), (key, "o", MEASURED, "measured")]
-        _dots(axes, layers, drawn, interval=(f"{key}_by_chance", key), color="#bbbbbb")
-        axes.set_xlim(0, 1.08 * max(max(one[key], one[f"{key}_by_chance"]) for one in layers.values()))
-    common.set(title="Experts that the token before has too", xlabel="share of a token's experts")
-    common.xaxis.set_major_formatter("{x:.0%}")
-    union.set(title=f"Experts of {window} tokens together", xlabel="different experts")
-
-
-def _gates(figure: Any, numbers: Numbers) -> None:
-    layers = {layer: one for layer, one in numbers["layers"].items() if one}
-    figure.set_size_inches(12, _height(layers))
-    sizes, shares = figure.subplots(1, 2)
-    drawn = [("median", "o", MEASURED, "median, 10 % to 90 %"), ("mean", "D", OTHER, "mean")]
-    _dots(sizes, layers, drawn, interval=("percentile_10", "percentile_90"))
-    sizes.set(title="Size of active gates", xlabel="gate")
-    sizes.set_xlim(left=0)
-    of_tokens = [("largest_gate", "D", OTHER, "of all its gates"), ("largest_output", "o", MEASURED, "of the output")]
-    _dots(shares, layers, of_tokens)
-    shares.set(title="Share of a token's largest gate", xlabel="mean of tokens with experts", xlim=(0, 1.03))
-    shares.xaxis.set_major_formatter("{x:.0%}")
-
-
-def _losses(figure: Any, numbers: Numbers) -> None:
-    layers = {layer: one for layer, one in numbers["correlation"].items() if layer != "all"}
-    figure.set_size_inches(12, _height(layers))
-    means, correlations = figure.subplots(1, 2)
-    rows = [row for row in numbers["experts"] if row["tokens"] >= LEAST_TOKENS]
-    drawn = [("own", "o", MEASURED, "of the token"), ("next", "D", OTHER, "of the next one")]
-    for key, mark, color, label in drawn:
-        means.plot([row["experts"] for row in rows], [row[key] for row in rows], mark, color=color, label=label)
-    means.set(title="Loss by the number of experts", xlabel="experts of all layers", ylabel="nats per token")
-    _legend(means)
-    correlations.axvline(0, color=MUTED, linewidth=1)
-    _dots(correlations, layers, drawn)
-    correlations.set(title="Correlation of experts and loss", xlabel="r")
 
 
 DRAWN = {
     "experts_per_token": _experts_per_token,
     "load": _load,
     "balance": _balance,
-    "neighbours": _neighbours,
-    "gates": _gates,
-    "losses": _losses,
 }
 
 
@@ -159,11 +98,11 @@ def _height(layers: Mapping[int, Any], least: float = 4.0) -> float:
     return max(least, 1.4 + 0.32 * len(layers))
 
 
-def _relative(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], marks: list[list[str]]) -> Any:
+def _relative(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any]) -> Any:
     """Draw a heat map of loads relative to even, from 1/4 to 4, on a logarithmic scale."""
     from matplotlib.colors import LogNorm
 
-    return _cells(axes, values.clip(1 / 4, 4), layers, marks, "expert", cmap="PuOr_r", norm=LogNorm(1 / 4, 4))
+    return _cells(axes, values.clip(1 / 4, 4), layers, "expert", cmap="PuOr_r", norm=LogNorm(1 / 4, 4))
 
 
 def _relative_bar(figure: Any, image: Any, axes: list[Any], label: str) -> None:
@@ -173,10 +112,8 @@ def _relative_bar(figure: Any, image: Any, axes: list[Any], label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def _cells(
-    axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], marks: list[list[str]], xlabel: str, **colors: Any
-) -> Any:
-    """Draw a heat map with a row for each layer, and its marks unless there are too many cells; return the image."""
+def _cells(axes: Any, values: numpy.ndarray, layers: Mapping[int, Any], xlabel: str, **colors: Any) -> Any:
+    """Draw a heat map with a row for each layer, and return the image."""
     image = axes.imshow(values, aspect="auto", **colors)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -184,37 +121,20 @@ def _cells(
     axes.set_xticks(*_ticks(range(values.shape[1]), 12))
     axes.set_yticks(*_ticks([*layers]))
     axes.set(xlabel=xlabel, ylabel="layer")
-    for (row, column), value in numpy.ndenumerate(values):
-        text = marks[row][column]
-        if values.size <= MOST_CELLS or text == "×":
-            red, green, blue, _ = image.cmap(image.norm(value))
-            color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else "#222222"
-            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     return image
 
 
-def _dots(
-    axes: Any,
-    layers: Layers,
-    drawn: Sequence[tuple[str, str, str, str]],
-    interval: tuple[str, str] | None = None,
-    color: str = MEASURED,
-) -> None:
+def _dots(axes: Any, layers: Layers, drawn: Sequence[tuple[str, str, str]]) -> None:
     """Draw figures of each layer, the first layer at the top.
 
     Args:
         axes: Matplotlib's.
         layers: layer → figures by key; None is left out.
-        drawn: key, mark, color and label of each figure.
-        interval: keys of both ends of a line.
-        color: of the line.
+        drawn: key, color and label of each figure.
     """
-    if interval:
-        low, high = ([one[key] for one in layers.values()] for key in interval)
-        axes.hlines(range(len(layers)), low, high, color=color, linewidth=2, zorder=1)
-    for key, mark, of_dots, label in drawn:
+    for key, color, label in drawn:
         values = [numpy.nan if one[key] is None else one[key] for one in layers.values()]
-        axes.plot(values, range(len(layers)), mark, color=of_dots, label=label)
+        axes.plot(values, range(len(layers)), "o", color=color, label=label)
     axes.set_yticks(*_ticks([*layers]))
     axes.set(ylim=(len(layers) - 0.5, -0.5), ylabel="layer")
     if any(label for *_, label in drawn):

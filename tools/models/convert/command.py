@@ -12,33 +12,21 @@ from ...console.display import Display
 from ...console.errors import ConversionError
 from ...runs.running import run_tool
 from ..checkpoints import Checkpoint, check_output, find, load, save
+from ..hf.public import FAMILIES
+from ..hf.to_megatron import write_checkpoint
+from ..measuring import count_experts, mean_experts, measure_loss, split_batches
 from ..megatron_model import build, one_process
 from ..text import blend_of, sample
 from .arguments import parse_arguments
 from .fitting import fit_router, keep_largest
 from .from_fork import convert_fork
 from .from_fsdp import convert_fsdp
-from .from_hf import convert_hf
 from .model_class import convert_class
-from .models import count_pairs, fill, moe_layers, record_routers, round_to, source_args, target_args
+from .models import fill, moe_layers, record_routers, round_to, source_args, target_args
 
 BOUNDS = {"dense": 0.01, "top-k": 0.05}
-TOKENS_PER_FORWARD = 4096
 # The way to the target is short, so λ should start higher and move less than in a training from scratch.
 GENTLE = "--moe-relu-l1-reg-coeff-init 1e-2 --moe-relu-l1-reg-coeff-multiplier 1.05"
-
-
-@torch.no_grad()
-def loss_of(model: GPTModel, text: torch.Tensor, display: Display) -> float:
-    """Return the mean cross entropy of `text` `[sequences, length + 1]` in nats per token."""
-    length = text.shape[1] - 1
-    positions = torch.arange(length)
-    total = 0.0
-    for batch in text.split(max(1, TOKENS_PER_FORWARD // length)):
-        losses = model(batch[:, :-1], positions.expand(len(batch), -1), None, labels=batch[:, 1:])
-        total += float(losses.double().sum())
-        display.advance(len(batch))
-    return total / (len(text) * length)
 
 
 def convert(options: argparse.Namespace, display: Display) -> None:
@@ -61,9 +49,10 @@ def convert(options: argparse.Namespace, display: Display) -> None:
     to_fit, to_measure = text.chunk(2)
     with one_process(options.seed):
         target, loss_before = _fitted(options, display, checkpoint, args, new_args, to_fit, to_measure)
-        with display.step("running the ReMoE", len(to_measure)), count_pairs(target) as pairs:
-            loss_after = loss_of(target, to_measure, display)
-        sparsity = 1 - sum(active for active, _ in pairs) / sum(total for _, total in pairs)
+        with display.step("running the ReMoE", len(to_measure)), count_experts(target) as histograms:
+            loss_after, _ = measure_loss(target, split_batches(to_measure), display)
+        means = [mean_experts(histogram) for histogram in histograms.values()]
+        sparsity = 1 - sum(means) / len(means) / new_args.num_experts
         bound = BOUNDS[kind] if options.loss_bound is None else options.loss_bound
         growth = loss_after / loss_before - 1
         result = f"loss {loss_before:.4f} before, {loss_after:.4f} after ({growth:+.2%}, bound {bound:.2%})"
@@ -75,10 +64,7 @@ def convert(options: argparse.Namespace, display: Display) -> None:
         display.say(f"{result}, sparsity {sparsity:.3f}; on {to_measure[:, 1:].numel():,} other tokens")
         new_args.transformer_impl = options.transformer_impl or args.transformer_impl
         save(target, new_args, options.save)
-    flags = training_flags(new_args, options.save)
-    if kind == "top-k" and new_args.moe_router_topk < args.moe_router_topk:
-        flags += f" --teacher {options.load}"
-    display.say(f"wrote {options.save}; train with {flags}")
+    display.say(f"wrote {options.save}; train with {training_flags(new_args, options.save)}")
 
 
 def _fitted(
@@ -96,8 +82,8 @@ def _fitted(
     layers = moe_layers(target)
     with display.step("running the source", len(to_fit) + len(to_measure)):
         with record_routers(source, layers) as (inputs, gates):
-            loss_of(source, to_fit, display)
-        loss_before = loss_of(source, to_measure, display)
+            measure_loss(source, split_batches(to_fit), display)
+        loss_before, _ = measure_loss(source, split_batches(to_measure), display)
     routers = {}
     with display.step("fitting the routers", len(layers)):
         for number, layer in enumerate(layers):
@@ -122,6 +108,21 @@ def _fitted(
     return target, loss_before
 
 
+def convert_public(options: argparse.Namespace, display: Display) -> None:
+    """Write a public top-k MoE as a checkpoint.
+
+    Raises:
+        ConversionError: the folder holds no such model, or one that Megatron cannot express, or is damaged.
+    """
+    with one_process(options.seed):
+        config = write_checkpoint(options.from_hf, FAMILIES, options.save, display, options.transformer_impl)
+    fewer = max(1, config.num_experts_per_tok // 2)
+    display.say(
+        f"or make a ReMoE with half the experts per token of it: remoe convert --load {options.save} --save REMOE "
+        f"--moe-router-topk {fewer} --data-path DATA"
+    )
+
+
 def training_flags(args: argparse.Namespace, output: Path) -> str:
     """Return the flags to train the ReMoE with, in addition to those of its source."""
     granularity = args.moe_granularity
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_output(options.save)
         display = Display()
         if options.from_hf:
-            convert_hf(options, display)
+            convert_public(options, display)
         elif options.from_fork:
             convert_fork(options, display)
         elif options.from_fsdp:

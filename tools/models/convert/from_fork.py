@@ -7,7 +7,6 @@ which Megatron no longer reads: they get the weight's shape again.
 import argparse
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -18,16 +17,15 @@ import numpy
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron.remoe.start.checkpoint_files import CONFIG, check_is_whole
+from megatron.remoe.start.checkpoint_files import check_is_whole
 from megatron.remoe.start.checkpoint_index import BrokenCheckpointError, read_index
 from megatron.remoe.training.arguments import apply_granularity, drop_ignored_fork_flags
 
 from ...console.display import Display
 from ...console.errors import ConversionError
-from ..checkpoints import ENGINE_NORM, LAYOUT, LOCAL_NORM, find_folder
+from ..checkpoints import LAYOUT, find_folder, rename_expert_norm
 from ..hf.settings import complete
 from ..hybrid import moe_layer_pattern
-from . import fork_file
 from .rewriting import OBJECT, Piece, Place, Writer, encoded, objects, read_each, read_tensor, rewritten
 
 COEFFICIENT = "moe_relu_l1_reg_coeff"
@@ -43,49 +41,36 @@ def convert_fork(options: argparse.Namespace, display: Display) -> None:
         ConversionError: it is no checkpoint of the fork, cannot be read, or cannot be written.
     """
     folder = find_folder(options.load, options.ckpt_step)
-    if _backend(folder) not in (None, "torch_dist"):
-        raise ConversionError(f"{folder}: has the format {_backend(folder)}. {fork_file.IN_THE_FORK}")
     try:
-        state = check_is_whole(folder)
-        index = None if any(folder.glob("mp_rank_*")) else read_index(folder)
+        state, index = check_is_whole(folder), read_index(folder)
     except BrokenCheckpointError as error:
-        raise ConversionError(f"--load {options.load}: {error}. Choose another iteration with --ckpt-step.") from error
+        raise ConversionError(
+            f"--load {options.load}: {error}. Choose another iteration with --ckpt-step. If it has another format than "
+            "torch_dist, start the fork once more with its flags and --ckpt-convert-format torch_dist "
+            "--ckpt-convert-save FOLDER, and convert with --load FOLDER/torch_dist."
+        ) from error
     if not hasattr(state.get("args"), "moe_relu_routing") or hasattr(state["args"], "moe_relu_layer_floor"):
         raise ConversionError(f"--load {folder}: is not a checkpoint of the authors' fork.")
-    if index is None:
-        pieces, things = fork_file.read(folder, state)
-    else:
-        saved = state["args"]
-        if "optimizer" in state and saved.use_distributed_optimizer and not saved.ckpt_fully_parallel_save:
-            raise ConversionError(
-                f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and "
-                "save it with the fork once more without that flag."
-            )
-        pieces, things = _whole_pieces(folder, index), objects(folder, index)
-    args = _arguments(state["args"])
-    with (
-        rewritten(folder, options.save, _common(state, args)) as writer,
-        display.step("copying", len(index.storage_data if index else state["model"])),
-    ):
+    saved = state["args"]
+    if "optimizer" in state and saved.use_distributed_optimizer and not saved.ckpt_fully_parallel_save:
+        raise ConversionError(
+            f"{folder}: the optimizer's state was saved with --no-ckpt-fully-parallel-save, by ranks. Load and save it "
+            "with the fork once more without that flag."
+        )
+    args = _arguments(saved)
+    common = _common(state, args)
+    with rewritten(folder, options.save, common) as writer, display.step("copying", len(index.storage_data)):
         target = _Target(args, writer)
-        for piece in read_each(folder, pieces):
+        for piece in read_each(folder, _whole_pieces(folder, index)):
             target.add_tensor(*piece)
             display.advance(1)
-        for key, content in read_each(folder, map(_renewed, things)):
+        for key, content in read_each(folder, map(_renewed, objects(folder, index))):
             target.add_object(key, content)
             display.advance(1)
         if args.moe_relu_routing:
             target.add_router_state("l1_exponent", _exponent(state, args, display))
             target.add_router_state("guarded", 0)
     display.say(f"wrote {options.save}, {folder.name}; continue the training with its flags and --load {options.save}")
-
-
-def _backend(folder: Path) -> str | None:
-    """Return the format of a distributed checkpoint, None for one without a description."""
-    try:
-        return str(json.loads((folder / CONFIG).read_bytes()).get("sharded_backend"))
-    except (OSError, ValueError):
-        return None
 
 
 def _arguments(saved: argparse.Namespace) -> argparse.Namespace:
@@ -124,10 +109,7 @@ class _Target:
         if layer and self.stacks:
             key, tensor = layer["before"] + layer["rest"], tensor[None]
             shape, offset = (len(self.experts), *shape), (int(layer["number"]), *offset)
-        names = {key}
-        if has_experts and (LOCAL_NORM in key or ENGINE_NORM in key):
-            names = {key.replace(ENGINE_NORM, LOCAL_NORM), key.replace(LOCAL_NORM, ENGINE_NORM)}
-        for name in sorted(names):
+        for name in sorted({key, rename_expert_norm(key)} if has_experts else {key}):
             self.writer.add_tensor(prefix + name, shape, offset, tensor)
 
     def add_object(self, key: str, content: bytes) -> None:

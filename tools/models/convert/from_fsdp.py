@@ -10,16 +10,11 @@ from megatron.remoe.start.checkpoint_index import read_index
 
 from ...console.display import Display
 from ...console.errors import ConversionError
-from ..checkpoints import find_folder, read_parts, reading, save
+from ..checkpoints import NORMS, find_folder, read_tensors, reading, save
 from ..hf.settings import complete
 from ..megatron_model import EXPERT, build, one_process
 
 PREFIX = "model.module."
-# A norm's name in the model → its key where Transformer Engine fuses it with the next product.
-NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
 
 
 def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
@@ -38,11 +33,11 @@ def convert_fsdp(options: argparse.Namespace, display: Display) -> None:
     args.transformer_impl = options.transformer_impl or args.transformer_impl
     with one_process(args.seed):
         model = build(args)
-        parts: dict[str, tuple[torch.Tensor, int | None]] = {}
+        parts: dict[str, torch.Tensor] = {}
         for name, tensor in model.state_dict().items():
             if torch.is_tensor(tensor):
-                parts |= {key: (part, None) for key, part in _stored(name, tensor, index.state_dict_metadata).items()}
-        read_parts(folder, index, parts)
+                parts |= _stored(name, tensor, index.state_dict_metadata)
+        read_tensors(folder, index, parts)
         save(model, args, options.save)
     display.say(f"wrote {options.save}; train with --pretrained-checkpoint {options.save}")
 

@@ -71,8 +71,8 @@ class Names:
         return f"{match['before']}{parts['key']}/shard_{offset}_{shape}"
 
     def _outside(self, key: str) -> str:
-        of = "gpt" if self.to == "hybrid" else "hybrid"
-        return key.replace(FINAL_NORM[of], FINAL_NORM[self.to])
+        source = "gpt" if self.to == "hybrid" else "hybrid"
+        return key.replace(FINAL_NORM[source], FINAL_NORM[self.to])
 
     def _numbered(self, match: re.Match[str], number: int) -> str:
         return f"{match['before']}{number}.{match['rest']}"

@@ -12,7 +12,7 @@ import torch
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.remoe.routing.refusals import relu_routing_problems
+from megatron.remoe.routing.refusals import flag, relu_routing_problems
 from megatron.remoe.training.arguments import apply_granularity
 
 from ...console.errors import ConversionError
@@ -92,13 +92,8 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
         target.moe_layer_freq = layer_frequency(options.moe_layer_freq or "1")
     except ValueError as error:
         raise ConversionError(f"{error}.", FLAGS) from error
-    pattern = target.moe_layer_freq
-    if isinstance(pattern, list) and (len(pattern) != target.num_layers or not any(pattern)):
-        raise ConversionError(
-            f"--moe-layer-freq {options.moe_layer_freq}: is a pattern of {len(pattern)} layers with {sum(pattern)} MoE "
-            f"layers. It must have {target.num_layers}, and one or more MoE layers.",
-            FLAGS,
-        )
+    if isinstance(target.moe_layer_freq, list) and not any(target.moe_layer_freq):
+        raise ConversionError(f"--moe-layer-freq {options.moe_layer_freq}: has no layer with experts.", FLAGS)
     try:
         apply_granularity(target)
     except ValueError as error:
@@ -107,22 +102,11 @@ def _become_mixture(target: argparse.Namespace, options: argparse.Namespace) -> 
 
 
 def _keep_mixture(target: argparse.Namespace, options: argparse.Namespace) -> None:
-    granularity = target.moe_granularity
-    has = {
-        "num_experts": target.num_experts // granularity,
-        "moe_granularity": granularity,
-        "moe_layer_freq": target.moe_layer_freq,
-    }
-    for name, value in has.items():
-        given = getattr(options, name)
-        if given is not None and given != value and given != str(value):
-            raise ConversionError(
-                f"--{name.replace('_', '-')} {given}, but --load is a top-k checkpoint that has {value}. "
-                "Leave the flag out: its experts are kept.",
-                FLAGS,
-            )
+    for name in ("num_experts", "moe_granularity", "moe_layer_freq"):
+        if getattr(options, name) is not None:
+            raise ConversionError(f"{flag(name)}: --load is a top-k checkpoint, whose experts are kept.", FLAGS)
     if options.moe_router_topk is not None:
-        target.moe_router_topk = options.moe_router_topk * granularity
+        target.moe_router_topk = options.moe_router_topk * target.moe_granularity
 
 
 def moe_layers(model: GPTModel) -> list[int]:
@@ -190,17 +174,3 @@ def record_routers(source: GPTModel, layers: list[int]) -> Iterator[tuple[dict[i
             if isinstance(mlp, MoELayer):
                 hooks.enter_context(mlp.router.register_forward_hook(partial(keep_gates, gates[index])))
         yield inputs, gates
-
-
-@contextmanager
-def count_pairs(model: GPTModel) -> Iterator[list[tuple[int, int]]]:
-    """Collect the numbers of active and of all (token, expert) pairs of each router call, inside the block."""
-    pairs: list[tuple[int, int]] = []
-
-    def count(_module: Any, _arguments: Any, routed: tuple[torch.Tensor, ...]) -> None:
-        pairs.append((int(routed[1].sum()), routed[1].numel()))
-
-    with ExitStack() as hooks:
-        for index in moe_layers(model):
-            hooks.enter_context(model.decoder.layers[index].mlp.router.register_forward_hook(count))
-        yield pairs

@@ -9,9 +9,10 @@ from ...console.files import write_json
 from ...runs import evaluations
 from ...runs.running import run_tool
 from ..hf.opening import open_model
-from ..on_cpu import megatron_on_cpu
 from .arguments import parse_arguments
+from .speed import measure_speed
 from .tasks import compare_with_paper, score
+from .text import measure_text
 
 
 def show(results: dict[str, Any]) -> None:
@@ -41,10 +42,6 @@ def evaluate(args: argparse.Namespace) -> None:
         given = args.ckpt_step, args.tokenizer_model, args.tasks is not None
         models = {str(place): open_model(place, *given) for place in args.load}
         if args.data_path:
-            megatron_on_cpu()
-            from .speed import measure_speed
-            from .text import measure_text
-
             measure_text(args, models, Display(), results)
             if args.speed:
                 results["speed"] = measure_speed(args, models)

@@ -9,7 +9,8 @@ import torch
 
 from ...console.errors import ConversionError
 from ..hf.opening import OpenedModel
-from .text import batches, read_text
+from ..text import read_batches
+from .text import read_text
 
 PROMPTS = 8
 ROUNDS = 5
@@ -35,7 +36,8 @@ def measure_speed(args: argparse.Namespace, opened: dict[str, OpenedModel]) -> d
             "--speed: give only runs or only exported folders. Folders are on the GPU, runs are not.", "REMOE-E501"
         )
     data = read_text(args, next(iter(opened.values())), args.data_path[0])
-    prompts = torch.cat(list(batches(data, PROMPTS)))[:, : max(1, data.config.sequence_length // 2)]
+    batches = read_batches(data, PROMPTS, models[0].config.vocab_size)
+    prompts = torch.cat(list(batches))[:, : max(1, data.config.sequence_length // 2)]
     length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
 
     def seconds(work: Callable[..., object], **settings: object) -> float:

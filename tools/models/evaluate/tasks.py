@@ -67,13 +67,13 @@ def score(
     answers = None if args.task_cache is None else f"{args.task_cache}-{fingerprint(model, tokenizer)}"
     settings = {"num_fewshot": 0, "use_cache": answers, "limit": args.limit, "log_samples": False}
     try:
-        found = simple_evaluate(model=language_model, tasks=tasks, task_manager=manager, **settings)
+        scored = simple_evaluate(model=language_model, tasks=tasks, task_manager=manager, **settings)
     except OSError as error:
         raise ToolError(
             f"--tasks: {error}. Without the hub give tasks with local data in --task-data.", "REMOE-E504"
         ) from error
     scores = []
-    for task, results in found["results"].items():
+    for task, results in scored["results"].items():
         for key, value in results.items():
             metric, _, processing = key.partition(",")
             if processing and not metric.endswith("_stderr"):

@@ -8,7 +8,6 @@ ways compare the logits of both models. If they differ, nothing is written.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--tokenizer-model", type=Path, metavar="FOLDER", help=text)
     text = "text to compare the models on, as in Megatron (default: the training's, held-out if it names some)"
     add("--data-path", nargs="+", metavar="WORD", help=text)
-    text = "with --reverse: layers that will load the checkpoint (default: %(default)s)"
-    installed = "transformer_engine" if importlib.util.find_spec("transformer_engine") else "local"
-    add("--transformer-impl", choices=("local", "transformer_engine"), default=installed, help=text)
-    return parser.parse_args(arguments)
+    text = "with --reverse: layers that will load the checkpoint (default: the installed ones)"
+    add("--transformer-impl", choices=("local", "transformer_engine"), help=text)
+    args = parser.parse_args(arguments)
+    if args.reverse and (args.data_path or args.ckpt_step is not None):
+        parser.error("--reverse reads a folder, and compares on random tokens: leave out --ckpt-step and --data-path.")
+    return args

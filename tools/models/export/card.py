@@ -5,8 +5,6 @@ from pathlib import Path
 
 from megatron.remoe.hf import RemoeConfig
 
-from .check import Check, Text
-
 CARD = """\
 ---
 library_name: transformers
@@ -36,16 +34,13 @@ The code beside the weights needs torch and transformers 5.16 or newer.
 PAPER = "ReLU routing: [arXiv 2412.14711](https://arxiv.org/abs/2412.14711). "
 
 
-def write_card(
-    folder: Path, args: argparse.Namespace, config: RemoeConfig, name: str, parameters: int, text: Text, check: Check
-) -> None:
-    """Write README.md about the training, the model and its comparison with Megatron's."""
+def write_card(folder: Path, args: argparse.Namespace, config: RemoeConfig, results: dict[str, str]) -> None:
+    """Write README.md about the training and the model; `results` are further rows of its table."""
     experts = config.num_experts
     kind = "hash-routed MoE" if config.hash_routing else f"top-{config.num_experts_per_tok} MoE"
     kind = "dense" if not experts else "ReMoE" if config.moe_relu_routing else kind
     rows = {
         "kind": kind,
-        "parameters": f"{parameters:,}",
         "layers, hidden size": f"{config.num_hidden_layers}, {config.hidden_size}",
         "heads, key-value heads": f"{config.num_attention_heads}, {config.num_key_value_heads}",
         "vocabulary (padded), context": f"{config.vocab_size:,}, {config.max_position_embeddings:,}",
@@ -53,15 +48,9 @@ def write_card(
     if experts:
         rows["experts, k, expert size"] = f"{experts}, {config.num_experts_per_tok}, {config.moe_intermediate_size}"
     if kind == "ReMoE":
-        rows["sparsity, target"] = f"{check.sparsity:.4f}, {1 - config.num_experts_per_tok / experts:.4f}"
         rows["λ at the end"] = f"{config.router_aux_loss_coef:.6g}"
     seen = getattr(args, "consumed_train_samples", 0) * args.seq_length
-    rows |= {
-        "checkpoint": name,
-        "tokens trained on": f"{seen:,}" if seen else "not known",
-        f"loss on {text.tokens[:, 1:].numel():,} {text.name}": f"{check.loss:.4f} nats per token",
-        "largest difference of logits from Megatron's": f"{check.difference:.1e} of the largest",
-    }
+    rows |= {"tokens trained on": f"{seen:,}" if seen else "not known"} | results
     table = "\n".join(f"| {row} | {value} |" for row, value in rows.items())
     card = CARD.format(kind=kind, paper=PAPER * (kind == "ReMoE"), table=table)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,32 +1,61 @@
 """Write a folder from a checkpoint, or a checkpoint from a folder."""
 
 import argparse
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers.utils import logging
 
+from megatron.remoe.files.errors import UsageError
+from megatron.remoe.hf import RemoeConfig
+
 from ...console.display import Display
-from ...console.errors import ConversionError
 from ...runs.running import run_tool
-from ..checkpoints import check_output, load, new_folder, save
-from ..hf.folder import read_config, read_tensors
-from ..hf.opening import open_model
-from ..hf.settings import complete, flags_of, parse_flags, vocabulary_flags
-from ..hf.source import open_run
-from ..hf.tensors import Tensors, model_of, shapes_of
-from ..hf.tokenizer import generation_config, tokenizer_of
-from ..hf.weights import fill, read
-from ..megatron_model import build, one_process
+from ..checkpoints import check_output, new_folder
+from ..hf.folder import read_folder
+from ..hf.opening import open_run
+from ..hf.to_megatron import write_checkpoint
+from ..hf.tokenizer import find_training_tokenizer, generation_config
+from ..hf.weights import convert_model
+from ..measuring import (
+    compare_models,
+    compute_logits,
+    count_experts,
+    describe_difference,
+    mean_experts,
+    measure_loss,
+    split_batches,
+)
+from ..megatron_model import one_process
+from ..text import blend_of, sample
 from .arguments import parse_arguments
 from .card import write_card
-from .check import compare, described, megatron_logits, text_for
 
 SHARD = "2GB"
-# Batch size, steps and learning rate are for the user to choose.
-PROGRAM = "python pretrain_gpt.py --micro-batch-size 1 --global-batch-size 8 --train-iters 100 --lr 1e-4"
-PROGRAM += " --eval-interval 100 --save RUN --load RUN --save-interval 100"
+TOKENS = 2048
+SEED = 1234
+
+
+def choose_text(args: argparse.Namespace, data_path: list[str] | None, config: RemoeConfig) -> tuple[torch.Tensor, str]:
+    """Return the text given, else the training's (held-out, if it names some), else random tokens.
+
+    Returns:
+        int64 `[sequences, length + 1]`, and a name for them.
+
+    Raises:
+        UsageError: the data sets given cannot be read.
+    """
+    length = min(args.seq_length, TOKENS)
+    held_out = None if data_path else getattr(args, "valid_data_path", None)
+    try:
+        tokens = sample(blend_of(args, data_path or held_out), TOKENS // length, length, config.vocab_size, SEED)
+        return tokens, "held-out tokens" if held_out else "tokens"
+    except UsageError:
+        if data_path:
+            raise
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (TOKENS // length, length + 1)
+    return torch.randint(config.vocab_size, shape, generator=generator), "random tokens"
 
 
 def export(options: argparse.Namespace, display: Display) -> None:
@@ -35,64 +64,40 @@ def export(options: argparse.Namespace, display: Display) -> None:
     Raises:
         ConversionError: something is wrong with the flags, the checkpoint or the tokenizer, or the logits differ.
     """
-    checkpoint, args, config = open_run(options.load, options.ckpt_step)
-    tokenizer = tokenizer_of(args, options.tokenizer_model, config)
+    run = open_run(options.load, options.ckpt_step)
+    args, config = run.args, run.config
+    tokenizer = find_training_tokenizer(args, options.tokenizer_model, config)
     if tokenizer is None:
         display.say("no tokenizer: the training had none (NullTokenizer). Give one with --tokenizer-model.")
-    text = text_for(args, options.data_path, config)
-    assert isinstance(config.dtype, torch.dtype)
-    parameters = sum(shape.numel() for shape in shapes_of(config).values())
-    # Megatron loads its model itself; only one of both models is in memory at a time.
-    model = build(complete(checkpoint.args))
-    load(checkpoint, model)
-    logits = megatron_logits(model, text)
-    del model
-    with new_folder(options.save, parameters * config.dtype.itemsize) as aside:
-        with display.step("reading weights", config.num_hidden_layers + 1):
-            exported = model_of(config, _counted(read(checkpoint, config), display))
-        logging.disable_progress_bar()  # transformers shows one of its own
-        exported.generation_config = generation_config(config, tokenizer)
-        exported.save_pretrained(aside, max_shard_size=SHARD)
-        del exported
+    text, name = choose_text(args, options.data_path, config)
+    ids = text[:, :-1]
+    with torch.no_grad():
+        logits = [compute_logits(run.model, batch) for batch in split_batches(ids)]
+    model = convert_model(run.model, config)
+    checkpoint, parameters = run.name, model.num_parameters()
+    del run
+    with new_folder(options.save, sum(one.nbytes for one in model.state_dict().values())) as aside:
+        logging.disable_progress_bar()
+        model.generation_config = generation_config(config, tokenizer)
+        model.save_pretrained(aside, max_shard_size=SHARD)
+        del model
         for path in aside.glob("*.safetensors"):
             path.chmod(0o644)  # safetensors makes it readable by its owner only
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        written = read_config(aside)
-        check = compare(model_of(written, read_tensors(aside, written), torch.float32), logits, text)
-        display.say(described(check, text))
-        write_card(aside, args, config, checkpoint.name, parameters, text, check)
+        written = read_folder(aside, (config.model_type,), torch.float32)
+        difference = describe_difference(compare_models(written, logits, ids), ids, name)
+        display.say(difference)
+        with count_experts(written) as histograms:
+            loss, tokens = measure_loss(written, split_batches(text))
+        means = [mean_experts(histogram) for histogram in histograms.values()]
+        results = {f"loss on {tokens:,} {name}": f"{loss:.4f} nats per token", "compared with Megatron": difference}
+        if means and config.moe_relu_routing:
+            active, target = sum(means) / len(means), config.num_experts_per_tok
+            shares = [1 - experts / config.num_experts for experts in (active, target)]
+            results["sparsity, target"] = f"{shares[0]:.4f}, {shares[1]:.4f}"
+        write_card(aside, args, config, {"checkpoint": checkpoint, "parameters": f"{parameters:,}"} | results)
     display.say(f"wrote {options.save}: {parameters:,} parameters")
-
-
-def reverse(options: argparse.Namespace, display: Display) -> None:
-    """Write a checkpoint from a folder.
-
-    Raises:
-        ConversionError: something is wrong with the flags or the folder, or the logits differ.
-    """
-    if not (options.load / "config.json").is_file():
-        raise ConversionError(f"--load {options.load}: has no config.json. Give a folder that this tool has exported.")
-    source, tokenizer, _ = open_model(options.load, None, options.tokenizer_model, needs_tokenizer=False, device="cpu")
-    config = source.config
-    source = source.float()
-    flags = [*flags_of(config), *vocabulary_flags(config, tokenizer)]
-    args = parse_flags(flags, config)
-    text = text_for(args, options.data_path, config)
-    model = build(args)
-    fill(model, source)
-    display.say(described(compare(source, megatron_logits(model, text), text), text))
-    del source
-    args.transformer_impl = options.transformer_impl
-    save(model, args, options.save)
-    words = ["--data-path", *(options.data_path or ["DATA"]), "--pretrained-checkpoint", str(options.save), *flags]
-    display.say(f"wrote {options.save}. Train on from it:\n{PROGRAM} {shlex.join(words)}")
-
-
-def _counted(parts: Iterator[Tensors], display: Display) -> Iterator[Tensors]:
-    for part in parts:
-        yield part
-        display.advance(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,8 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
     def work() -> None:
+        check_output(options.save)
+        display = Display()
         with one_process():
-            check_output(options.save)
-            (reverse if options.reverse else export)(options, Display())
+            if options.reverse:
+                families = (RemoeConfig.model_type,)
+                layers, tokenizer = options.transformer_impl, options.tokenizer_model
+                write_checkpoint(options.load, families, options.save, display, layers, tokenizer)
+            else:
+                export(options, display)
 
     return run_tool("export", work, "stopped; nothing was written")

@@ -12,8 +12,8 @@ from megatron.remoe.hf import RemoeForCausalLM
 
 from ...console.errors import ToolError
 from ...runs.running import run_tool
-from ..expert_counts import count_experts
 from ..hf.opening import open_model
+from ..measuring import count_experts, mean_experts
 from .arguments import parse_arguments
 
 
@@ -72,7 +72,7 @@ def continue_text(
     if output.shape[1] == context:
         line += f", stopped at the model's context of {context} tokens"
     if counts:
-        mean = torch.cat([one for passes in counts.values() for one in passes]).double().mean()
+        mean = sum(map(mean_experts, counts.values())) / len(counts)
         line += f", {mean:.2f} experts per token and layer"
     return line
 

@@ -15,10 +15,49 @@ from megatron.training.arguments import add_megatron_arguments
 from ...console.errors import ConversionError
 from ..hybrid import moe_layer_pattern
 
-# Megatron's arguments that must have this value.
+# The configuration's field → Megatron's argument of the same value.
+MODEL = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "layernorm_epsilon",
+    "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
+}
+GROUPED = {"num_key_value_heads": "num_query_groups", "head_dim": "kv_channels"}
+LATENT = {
+    "kv_lora_rank": "kv_lora_rank",
+    "q_lora_rank": "q_lora_rank",
+    "qk_nope_head_dim": "qk_head_dim",
+    "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+EXPERTS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "shared_expert_gate": "moe_shared_expert_gate",
+    "moe_relu_routing": "moe_relu_routing",
+}
+RELU = {"moe_relu_load_balancing": "moe_relu_l1_reg_load_balancing", "max_experts_per_token": "moe_relu_max_experts"}
+TOPK = {
+    "scoring_func": "moe_router_score_function",
+    "routed_scaling_factor": "moe_router_topk_scaling_factor",
+    "router_expert_bias": "moe_router_enable_expert_bias",
+}
+NOTHING = {"shared_expert_intermediate_size": 0, "routed_scaling_factor": 1.0}  # None in Megatron
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
+YARN = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}  # Megatron has no flags for them
+
+# Arguments that must have this value, because the model for transformers has nothing else.
 UNSET = """rotary_seq_len_interpolation_factor no_rope_freq window_size activation_func_clamp_value
 heterogeneous_layers_config_path moe_latent_size moe_router_num_groups moe_expert_capacity_factor
 moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size""".split()
+# The last two are options of version 0.1.
 OFF = """layernorm_zero_centered_gamma rotary_interleaved use_rope_scaling qk_l2_norm add_qkv_bias attention_output_gate
 add_bias_linear apply_residual_connection_post_layernorm use_mup moe_apply_probs_on_input moe_relu_router_bias
 moe_relu_sparse_start""".split()
@@ -32,15 +71,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 # Of latent attention: without its norms there is no class in transformers, and YaRN is not converted.
 ONLY_LATENT = {"qk_layernorm": True, "rotary_scaling_factor": 1.0}
-# The configuration's field → Megatron's argument.
-LATENT = {
-    "kv_lora_rank": "kv_lora_rank",
-    "q_lora_rank": "q_lora_rank",
-    "qk_nope_head_dim": "qk_head_dim",
-    "qk_rope_head_dim": "qk_pos_emb_head_dim",
-    "v_head_dim": "v_head_dim",
-}
-ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 
 
 def complete(saved: argparse.Namespace) -> argparse.Namespace:
@@ -48,7 +78,7 @@ def complete(saved: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**(vars(_parser().parse_args([])) | vars(saved)))
 
 
-def config_of(args: argparse.Namespace) -> RemoeConfig:
+def make_config(args: argparse.Namespace) -> RemoeConfig:
     """Return the configuration for transformers of complete arguments. With ReLU routing, λ is λ₀.
 
     Raises:
@@ -62,26 +92,28 @@ def config_of(args: argparse.Namespace) -> RemoeConfig:
     if wrong:
         flags = ", ".join(f"{flag(name)} {shown(getattr(args, name))}" for name in wrong)
         raise ConversionError(f"--load: the model for transformers does not support {flags}.", "REMOE-E512")
+    table, fields = dict(MODEL), {"vocab_size": args.padded_vocab_size}
+    if args.multi_latent_attention:
+        table |= LATENT
+        fields["num_key_value_heads"] = args.num_attention_heads
+    else:
+        table |= GROUPED
+        fields["qk_norm"] = ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None
+    if args.num_experts:
+        table |= EXPERTS | RELU | TOPK
+        fields |= _expert_fields(args)
+    same = {field: getattr(args, name) for field, name in table.items()}
+    fields = {field: value for field, value in same.items() if value is not None} | fields
+    if not args.multi_latent_attention and not args.group_query_attention:
+        fields["num_key_value_heads"] = args.num_attention_heads
     config = RemoeConfig(
-        vocab_size=args.padded_vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.ffn_hidden_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        num_key_value_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        head_dim=args.kv_channels,
-        **_attention(args),
-        max_position_embeddings=args.max_position_embeddings,
-        rms_norm_eps=args.layernorm_epsilon,
+        **fields,
         rope_parameters={"rope_type": "default", "rope_theta": float(args.rotary_base)},
-        initializer_range=args.init_method_std,
-        attention_dropout=args.attention_dropout,
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
         bos_token_id=None,
         eos_token_id=None,
         dtype=args.params_dtype,
         architectures=["RemoeForCausalLM"],
-        **(_experts(args) if args.num_experts else {}),
     )
     # config.json names the classes for environments without this project.
     config.auto_map = {
@@ -91,117 +123,97 @@ def config_of(args: argparse.Namespace) -> RemoeConfig:
     return config
 
 
-def _attention(args: argparse.Namespace) -> dict[str, Any]:
-    if args.multi_latent_attention:
-        return {field: getattr(args, name) for field, name in LATENT.items()}
-    return {"qk_norm": ("all_heads" if args.qk_layernorm_all_heads else "head") if args.qk_layernorm else None}
-
-
-def _experts(args: argparse.Namespace) -> dict[str, Any]:
+def _expert_fields(args: argparse.Namespace) -> dict[str, Any]:
     coefficient = args.moe_relu_l1_reg_coeff_init if args.moe_relu_routing else args.moe_aux_loss_coeff
     is_sigmoid = args.moe_router_score_function == "sigmoid"
     return {
-        "num_experts": args.num_experts,
-        "num_experts_per_tok": args.moe_router_topk,
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
         "shared_expert_gate": bool(args.moe_shared_expert_gate and args.moe_shared_expert_intermediate_size),
         "mlp_only_layers": [layer for layer, has_experts in enumerate(moe_layer_pattern(args)) if not has_experts],
-        "moe_relu_routing": args.moe_relu_routing,
-        "moe_relu_load_balancing": args.moe_relu_l1_reg_load_balancing,
-        "scoring_func": args.moe_router_score_function,
         "norm_topk_prob": not args.moe_relu_routing
         and (args.moe_router_topk > 1 if is_sigmoid else not args.moe_router_pre_softmax),
-        "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
-        "router_expert_bias": args.moe_router_enable_expert_bias,
         "hash_routing": args.moe_baseline_router == "hash",
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "router_aux_loss_coef": coefficient if isinstance(coefficient, float) else 0.0,
-        "max_experts_per_token": args.moe_relu_max_experts,
     }
 
 
-def flags_of(config: RemoeConfig) -> list[str]:
-    """Return Megatron's flags for a configuration from `folder.read_config`.
+def make_flags(config: RemoeConfig, seq_length: int) -> list[str]:
+    """Return Megatron's flags for a model of this configuration, without the vocabulary.
+
+    Args:
+        config: of the model; its rotary embedding may be DeepSeek's YaRN.
+        seq_length: tokens of a sequence, for training.
 
     Raises:
         ConversionError: Megatron has no such model.
     """
-    flags = common_flags(config, config.max_position_embeddings)
-    flags += ["--attention-dropout", str(config.attention_dropout), *_attention_flags(config)]
-    return flags + (_expert_flags(config) if config.num_experts else [])
+    table = MODEL | (GROUPED if config.kv_lora_rank is None else LATENT)
+    if config.num_experts:
+        table |= EXPERTS | (RELU if config.moe_relu_routing else {} if config.hash_routing else TOPK)
+    same = {field: getattr(config, field) for field in table}
+    values = {table[field]: None if NOTHING.get(field) == value else value for field, value in same.items()}
+    values |= {"seq_length": seq_length, "hidden_dropout": 0.0, "normalization": "RMSNorm", "swiglu": True}
+    values |= {"add_bias_linear": False, "position_embedding_type": "rope", **_rope(config)}
+    values["untie_embeddings_and_output_weights"] = not config.tie_word_embeddings
+    if config.dtype in DTYPES:
+        values[DTYPES[config.dtype]] = True
+    if config.kv_lora_rank is None:
+        values |= {"group_query_attention": True, "qk_layernorm": config.qk_norm is not None}
+        values["qk_layernorm_all_heads"] = config.qk_norm == "all_heads"
+    else:  # the size of a head is not used, but compared
+        values |= {"multi_latent_attention": True, "qk_layernorm": True}
+        values["kv_channels"] = config.hidden_size // config.num_attention_heads
+    return _words(values | (_expert_arguments(config) if config.num_experts else {}))
 
 
-def common_flags(config: Any, seq_length: int) -> list[str]:
-    """Return the flags that all models with RoPE, RMSNorm and SwiGLU share, ours and public ones.
-
-    `seq_length` is in tokens, for training.
-    """
-    flags = f"""
-        --num-layers {config.num_hidden_layers} --hidden-size {config.hidden_size}
-        --ffn-hidden-size {config.intermediate_size} --num-attention-heads {config.num_attention_heads}
-        --seq-length {seq_length} --max-position-embeddings {config.max_position_embeddings}
-        --normalization RMSNorm --norm-epsilon {config.rms_norm_eps} --swiglu --disable-bias-linear
-        --position-embedding-type rope --rotary-base {int(config.rope_parameters["rope_theta"])}
-        --init-method-std {config.initializer_range} --hidden-dropout 0
-    """.split()
-    if not config.tie_word_embeddings:
-        flags.append("--untie-embeddings-and-output-weights")
-    return flags + {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(config.dtype, [])
+def _rope(config: RemoeConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    values: dict[str, Any] = {"rotary_base": int(rope["rope_theta"])}
+    if config.kv_lora_rank is None:
+        return values
+    if rope["rope_type"] == "default":
+        return values | {"rope_type": "rope", "apply_rope_fusion": False}
+    for name, value in YARN.items():
+        if rope.get(name, value) != value:
+            raise ConversionError(f"Megatron's YaRN cannot have {name} {rope[name]!r}.", "REMOE-E512")
+    values |= {"rope_type": "yarn", "rotary_scaling_factor": float(rope["factor"])}
+    return values | {"mscale": rope.get("mscale") or 1.0, "mscale_all_dim": rope.get("mscale_all_dim") or 0.0}
 
 
-def _attention_flags(config: RemoeConfig) -> list[str]:
-    if config.kv_lora_rank is not None:
-        sizes = {flag(name): getattr(config, field) for field, name in LATENT.items()}
-        words = [word for name, size in sizes.items() if size is not None for word in (name, str(size))]
-        words += ["--kv-channels", str(config.hidden_size // config.num_attention_heads)]  # unused, but compared
-        return ["--multi-latent-attention", "--qk-layernorm", "--rope-type", "rope", "--no-rope-fusion", *words]
-    heads = ["--group-query-attention", "--num-query-groups", str(config.num_key_value_heads)]
-    norms = {None: [], "head": ["--qk-layernorm"], "all_heads": ["--qk-layernorm", "--qk-layernorm-all-heads"]}
-    return [*heads, "--kv-channels", str(config.head_dim), *norms[config.qk_norm]]
-
-
-def _expert_flags(config: RemoeConfig) -> list[str]:
-    flags = f"""
-        --num-experts {config.num_experts} --moe-router-topk {config.num_experts_per_tok}
-        --moe-ffn-hidden-size {config.moe_intermediate_size} --moe-token-dispatcher-type alltoall
-    """.split()
+def _expert_arguments(config: RemoeConfig) -> dict[str, Any]:
+    names = {field: name for name, field in ROUTER_DTYPES.items()}
+    values: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall", "moe_router_dtype": names[config.router_dtype]}
     if config.mlp_only_layers:  # a list names the layers in checkpoints one by one, also where all have experts
-        pattern = [int(layer not in config.mlp_only_layers) for layer in range(config.num_hidden_layers)]
-        flags += ["--moe-layer-freq", str(pattern).replace(" ", "")]
-    if config.shared_expert_intermediate_size:
-        flags += ["--moe-shared-expert-intermediate-size", str(config.shared_expert_intermediate_size)]
-        flags += ["--moe-shared-expert-gate"] * config.shared_expert_gate
-    if config.router_dtype:
-        flags += ["--moe-router-dtype", {"float32": "fp32", "float64": "fp64"}[config.router_dtype]]
-    if not config.moe_relu_routing:
-        return flags + _topk_flags(config)
-    flags.append("--moe-relu-routing")
-    flags += ["--no-moe-relu-l1-reg-load-balancing"] * (not config.moe_relu_load_balancing)
-    if config.max_experts_per_token is not None:
-        flags += ["--moe-relu-max-experts", str(config.max_experts_per_token)]
-    if config.router_aux_loss_coef:
-        flags += ["--moe-relu-l1-reg-coeff-init", repr(config.router_aux_loss_coef)]
-    return flags
-
-
-def _topk_flags(config: RemoeConfig) -> list[str]:
+        layers = range(config.num_hidden_layers)
+        values["moe_layer_freq"] = [int(layer not in config.mlp_only_layers) for layer in layers]
+    if config.moe_relu_routing:
+        return values | {"moe_relu_l1_reg_coeff_init": config.router_aux_loss_coef or None}
     if config.hash_routing:
-        return "--moe-baseline-router hash --moe-router-load-balancing-type none --moe-aux-loss-coeff 0".split()
-    flags = f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {config.router_aux_loss_coef}".split()
-    if config.scoring_func == "sigmoid":
-        if config.norm_topk_prob != (config.num_experts_per_tok > 1):
-            raise ConversionError(
-                "--load: with scoring_func sigmoid norm_topk_prob must be true where k > 1, else false.", "REMOE-E512"
-            )
-        flags += ["--moe-router-score-function", "sigmoid"]
-    elif not config.norm_topk_prob:
-        flags.append("--moe-router-pre-softmax")
-    if config.router_expert_bias:
-        flags.append("--moe-router-enable-expert-bias")
-    if config.routed_scaling_factor != 1:
-        flags += ["--moe-router-topk-scaling-factor", repr(config.routed_scaling_factor)]
-    return flags
+        values |= {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+        return values | {"moe_baseline_router": "hash"}
+    values |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": config.router_aux_loss_coef}
+    if config.scoring_func == "softmax":
+        return values | {"moe_router_pre_softmax": None if config.norm_topk_prob else True}
+    if config.norm_topk_prob != (config.num_experts_per_tok > 1):
+        raise ConversionError(
+            "--load: with scoring_func sigmoid norm_topk_prob must be true where k > 1, else false.", "REMOE-E512"
+        )
+    return values
+
+
+def _words(values: dict[str, Any]) -> list[str]:
+    """Return the flags that set Megatron's arguments to these values; None and switches' defaults are left out."""
+    words = []
+    for action in _parser()._actions:
+        value = values.get(action.dest)
+        if value is None:
+            continue
+        if action.nargs != 0:
+            words += [action.option_strings[0], str(value).replace(" ", "")]
+        elif value != action.default and action.const in (None, value):
+            words.append(action.option_strings[action.const is None and not value])  # --x or --no-x
+    return words
 
 
 def vocabulary_flags(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
@@ -217,15 +229,9 @@ def vocabulary_flags(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | N
     ]
 
 
-def parse_flags(flags: Sequence[str], config: Any) -> argparse.Namespace:
-    """Return Megatron's arguments for the flags of a model with this configuration, as a training would save them.
-
-    Raises:
-        ConversionError: this version has no such flag.
-    """
-    args, unknown = _parser().parse_known_args(flags)
-    if unknown:
-        raise ConversionError(f"this model needs {unknown[0]}, which this version does not have.", "REMOE-E512")
+def parse_flags(flags: Sequence[str], config: RemoeConfig) -> argparse.Namespace:
+    """Return Megatron's arguments for the flags of a model with this configuration, as a training would save them."""
+    args = _parser().parse_args(flags)
     args.padded_vocab_size = config.vocab_size
     args.params_dtype = config.dtype or torch.float32
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = args.iteration = 0

@@ -53,11 +53,24 @@ def _gpt2_files(folder: Path) -> list[Path]:
     """Return vocabulary and merges of a folder that has them and nothing for transformers, else an empty list."""
     if any((folder / name).exists() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
         return []
-    found = ([folder / name for name in pair] for pair in GPT2_FILES)
-    return next((pair for pair in found if all(path.is_file() for path in pair)), [])
+    pairs = ([folder / name for name in pair] for pair in GPT2_FILES)
+    return next((pair for pair in pairs if all(path.is_file() for path in pair)), [])
 
 
-def tokenizer_of(args: argparse.Namespace, given: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
+def find_folder_tokenizer(folder: Path, given: Path | None, config: RemoeConfig) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a model's folder, or in the one `given` instead; None if there is none.
+
+    Raises:
+        ConversionError: it cannot be read, or has more tokens than the model.
+    """
+    if given is None and not (folder / "tokenizer_config.json").is_file():
+        return None
+    return read_tokenizer(given or folder, f"--tokenizer-model {given}" if given else str(folder), config)
+
+
+def find_training_tokenizer(
+    args: argparse.Namespace, given: Path | None, config: RemoeConfig
+) -> PreTrainedTokenizerBase | None:
     """Return the training's tokenizer, or the one in a folder, set up for generation; None if there is none.
 
     Sets the tokens for the start and end of a text in the configuration.
@@ -90,7 +103,7 @@ def tokenizer_of(args: argparse.Namespace, given: Path | None, config: RemoeConf
 def generation_config(config: RemoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
     """Return settings that end and pad texts, and suppress the padding tokens of Megatron's vocabulary."""
     end = config.eos_token_id if tokenizer is None or config.eos_token_id is not None else tokenizer.eos_token_id
-    found = GenerationConfig(eos_token_id=end, pad_token_id=end[0] if isinstance(end, list) and end else end)
+    settings = GenerationConfig(eos_token_id=end, pad_token_id=end[0] if isinstance(end, list) and end else end)
     if tokenizer is not None:
-        found.suppress_tokens = list(range(len(tokenizer), config.vocab_size)) or None
-    return found
+        settings.suppress_tokens = list(range(len(tokenizer), config.vocab_size)) or None
+    return settings

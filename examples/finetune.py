@@ -1,4 +1,4 @@
-"""Fine-tune an exported model on a text: python docs/finetune.py FOLDER TEXT NEW_FOLDER"""
+"""Fine-tune an exported model on a text: python examples/finetune.py FOLDER TEXT NEW_FOLDER"""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """A training script with its own flags, data sets and loss. Megatron's loop trains the model that the flags describe.
 
-torchrun --nproc-per-node 8 docs/own_training_script.py --moe-relu-routing --num-experts 8 <more flags of Megatron>
+torchrun --nproc-per-node 8 examples/own_training_script.py --moe-relu-routing --num-experts 8 <more flags of Megatron>
 """
 # ruff: noqa: E402
 

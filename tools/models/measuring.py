@@ -1,0 +1,173 @@
+"""Measure models of Megatron and of transformers: logits, the loss of a text, experts per token."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from megatron.remoe.hf import RemoeForCausalLM
+from megatron.remoe.hf.modeling_remoe import RemoeSparseMoeBlock
+
+from ..console.display import Display
+from ..console.errors import ConversionError
+
+TOKENS_PER_FORWARD = 4096
+BOUND = 1e-4  # largest accepted difference of logits, as a share of the largest logit
+
+
+def check_finite(source: str, tensors: Mapping[str, object]) -> None:
+    """Check a model's weights; `source` is named in the error.
+
+    Raises:
+        ConversionError: a tensor holds NaN or infinity.
+    """
+    for name, value in tensors.items():
+        if torch.is_tensor(value) and not torch.isfinite(value).all():
+            raise ConversionError(f"{source}: {name} holds values that are not finite. Choose an earlier checkpoint.")
+
+
+def compute_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return float32 logits `[batch, length, vocabulary]` of a model of Megatron or of transformers.
+
+    Args:
+        model: in evaluation mode.
+        ids: int64 `[batch, length]`, on the model's device.
+    """
+    if isinstance(model, PreTrainedModel):
+        logits = model(ids, use_cache=False).logits
+    else:
+        logits = model(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), None)
+    return logits.float()
+
+
+def split_batches(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split sequences `[sequences, length]` into parts for a forward pass each."""
+    return ids.split(max(1, TOKENS_PER_FORWARD // ids.shape[1]))
+
+
+@torch.no_grad()
+def measure_loss(model: Any, batches: Iterable[torch.Tensor], display: Display | None = None) -> tuple[float, int]:
+    """Return the mean cross entropy of a text in nats per token, and the number of predicted tokens.
+
+    Args:
+        model: of Megatron or of transformers, in evaluation mode.
+        batches: int64 `[batch, length + 1]` each.
+        display: counts sequences.
+    """
+    total, tokens, device = 0.0, 0, next(model.parameters()).device
+    for batch in batches:
+        ids = batch.to(device)
+        logits, labels = compute_logits(model, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
+        total += float(cross_entropy(logits, labels, reduction="none").double().sum())
+        tokens += labels.numel()
+        if display is not None:
+            display.advance(len(batch))
+    return total / tokens, tokens
+
+
+@torch.no_grad()
+def compare_models(model: Any, other: Any, ids: torch.Tensor) -> float:
+    """Return the largest difference of two models' logits for a text, as a share of the largest logit.
+
+    Args:
+        model: of Megatron or of transformers, on the CPU in float32, in evaluation mode.
+        other: the same; or its logits, a list of tensors by `split_batches`.
+        ids: int64 `[sequences, length]`.
+
+    Raises:
+        ConversionError: they differ by more than rounding.
+    """
+    difference = largest = 0.0
+    for number, batch in enumerate(split_batches(ids)):
+        logits = compute_logits(model, batch)
+        expected = other[number] if isinstance(other, list) else compute_logits(other, batch)
+        difference = max(difference, float((logits - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    if not difference <= BOUND * largest:
+        raise ConversionError(
+            f"{describe_difference(difference / largest, ids)}, above {BOUND:.0e}: nothing was written. Please report "
+            "this error.",
+            "REMOE-E514",
+        )
+    return difference / largest
+
+
+def describe_difference(difference: float, ids: torch.Tensor, name: str = "tokens") -> str:
+    """Return the result of `compare_models` as text; `name` says which tokens were compared."""
+    return f"largest difference of logits {difference:.1e} of the largest, on {ids.numel():,} {name}"
+
+
+def find_blocks(model: RemoeForCausalLM) -> dict[int, RemoeSparseMoeBlock]:
+    """Return the number of each layer with experts, from 1 → its experts."""
+    layers = enumerate(model.model.layers, start=1)
+    return {number: layer.mlp for number, layer in layers if isinstance(layer.mlp, RemoeSparseMoeBlock)}
+
+
+@contextmanager
+def watch_routers(model: Any, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Call `see` in each forward pass of the block, with a layer's number and its active pairs.
+
+    Args:
+        model: of Megatron, or a ReMoE of transformers.
+        see: gets the number of a layer with experts, from 1, and bool `[tokens, experts]`, padding included.
+    """
+
+    def look(number: int, _router: object, _given: object, routed: tuple[torch.Tensor, ...]) -> None:
+        if len(routed) == 2:  # Megatron's gates and routing map
+            see(number, routed[1])
+        else:  # logits, gates and experts
+            see(number, torch.zeros_like(routed[0], dtype=torch.bool).scatter(-1, routed[2], routed[1] > 0))
+
+    if isinstance(model, RemoeForCausalLM):
+        routers = {number: block.gate for number, block in find_blocks(model).items()}
+    else:
+        layers = enumerate(model.decoder.layers, start=1)
+        routers = {number: layer.mlp.router for number, layer in layers if hasattr(layer.mlp, "router")}
+    with ExitStack() as hooks:
+        for number, router in routers.items():
+            hooks.enter_context(router.register_forward_hook(partial(look, number)))
+        yield
+
+
+@contextmanager
+def count_experts(model: Any) -> Iterator[dict[int, torch.Tensor]]:
+    """Count the active experts of every token in the block's forward passes.
+
+    Yields:
+        Number of each layer with experts, from 1 → int64 `[E + 1]`, the number of tokens with 0, 1, 2, ... experts.
+    """
+    histograms: dict[int, torch.Tensor] = {}
+
+    def count(number: int, active: torch.Tensor) -> None:
+        new = torch.bincount(active.sum(dim=-1), minlength=active.shape[-1] + 1).cpu()
+        histograms[number] = histograms.get(number, 0) + new
+
+    with watch_routers(model, count):
+        yield histograms
+
+
+def mean_experts(histogram: torch.Tensor) -> float:
+    """Return the mean number of experts per token of a histogram from `count_experts`."""
+    return float((histogram * torch.arange(len(histogram))).sum() / histogram.sum())
+
+
+def summarize_experts(histogram: torch.Tensor) -> dict[str, Any]:
+    """Summarize the experts per token of a layer.
+
+    Args:
+        histogram: int64 `[E + 1]`, from `count_experts`.
+
+    Returns:
+        "mean", "percentile_99" and "largest" number of experts, and the number of "tokens".
+    """
+    tokens = int(histogram.sum())
+    return {
+        "mean": mean_experts(histogram),
+        "percentile_99": int((histogram.cumsum(0) / tokens >= 0.99).nonzero()[0]),
+        "largest": int(histogram.nonzero()[-1]),
+        "tokens": tokens,
+    }
