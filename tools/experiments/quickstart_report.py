@@ -14,12 +14,12 @@ from rich.table import Table
 
 from megatron.remoe import megatron_version
 
-from ...console.display import say
-from ...console.places import LOG, interpreter, short, tool
-from ...recipes import tiny
-from ...runs.run_figures import TOTALS, RunFigures
-from ...text.corpora.corpus import SOURCES
-from ...text.corpora.dataset import MIXED, data_prefix
+from ..console.display import say
+from ..console.places import LOG, interpreter, short, tool
+from ..recipes import tiny
+from ..runs.run_figures import TOTALS, RunFigures
+from ..text.corpora.corpus import SOURCES
+from ..text.corpora.dataset import MIXED, data_prefix
 
 # Standard deviation of the validation loss after 1200 iterations, from docs/experiments.md, "Quickstart, six seeds".
 SEEDS, SPREAD_ITERATIONS = 6, 1200
