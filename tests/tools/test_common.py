@@ -13,7 +13,7 @@ from megatron.remoe.files.files import write_aside
 from tests.trainings import REPOSITORY
 from tools.console.errors import ToolError
 from tools.console.files import lock, new_folder, write_json
-from tools.experiments.compare import command as compare
+from tools.experiments import compare
 from tools.start import COMMANDS, IMPORT_TORCH
 
 TOOLS = REPOSITORY / "tools"

@@ -19,14 +19,16 @@ from rich.console import Console
 
 from tests.data_sets import write_small_corpus
 from tests.trainings import finish
-from tools.console.errors import ToolError
-from tools.console.files import lock, write_json
+from tools.console.files import lock
 from tools.console.places import ROOT
-from tools.experiments.quickstart import picture, report, training
+from tools.experiments import quickstart_picture as picture
+from tools.experiments import quickstart_report as report
+from tools.experiments.execute import execute
+from tools.experiments.jobs import Grid, Job
+from tools.experiments.run import Run
 from tools.recipes import tiny
 from tools.runs.figure_reader import read_figures
 from tools.runs.run_figures import Curve, RunFigures
-from tools.runs.training_display import ShownTraining, TrainingDisplay
 from tools.text.corpora import dataset
 
 ITERATIONS = 20
@@ -128,43 +130,15 @@ def assert_is_picture(path: Path) -> None:
     assert picture.shape[:2] == (1100, 1600) and picture.std() > 0.05
 
 
-# ---------------------------------------------------------------- resuming
-
-
-def job(folder: Path, inputs: str, flags: list[str] | None = None) -> training.Training:
-    return training.Training("dense", folder, flags or [], evaluations=2, inputs=inputs)
-
-
-def test_other_inputs_start_anew_and_the_same_go_on(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "dense" / "checkpoints" / "latest_checkpointed_iteration.txt"
-    assert not job(tmp_path / "dense", "a").prepare()
-    checkpoint.parent.mkdir()
-    checkpoint.write_text("5")
-    assert not job(tmp_path / "dense", "a").prepare()
-    assert checkpoint.exists()
-    for inputs in "cb":
-        old = job(tmp_path / "dense", inputs).prepare()
-        assert old and [*(tmp_path / "dense").iterdir()] == [tmp_path / "dense" / "inputs.json"]
-    assert [path.read_text() for path in tmp_path.rglob(checkpoint.name)] == ["5"], "an earlier training is kept"
-
-    assert not job(tmp_path / "dense", "b").is_done()
-    write_json(tmp_path / "dense" / "done.json", {"inputs": "b"})
-    assert job(tmp_path / "dense", "b").is_done()
-    assert not job(tmp_path / "dense", "a").is_done()
-
-
-def test_failing_training_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    failing = job(tmp_path / "dense", "a", ["--cpu", "--no-such-flag"])
-    shown = ShownTraining("dense", iterations=10, tokens_per_iteration=1, cost=1.0)
-    with (
-        lock(tmp_path, "quickstart") as held,
-        TrainingDisplay(Console(quiet=True), [shown], held) as display,
-        pytest.raises(ToolError, match=r"(?s)ended with exit code 2.*unrecognized arguments: --no-such-flag") as error,
-    ):
-        training.run(failing, display, shown)
-    log = failing.folder / "train.log"
-    assert str(log) in str(error.value) and "--no-such-flag" in log.read_text()
-    assert not failing.is_done()
+def test_failing_run_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), "--cpu", "--no-such-flag"]
+    stamp = {"settings": {}, "per_byte": None, "fingerprint": "a"}
+    job, console = Job(Run("dense", steps=10), tmp_path / "dense", "dense", stamp, command), Console(width=200)
+    with lock(tmp_path, "quickstart") as held, console.capture() as capture:
+        assert execute(console, Grid(tmp_path), [job], 1, held) == ["dense"]
+    log = job.folder / "train.log"
+    assert re.search("failed with exit code 2.*unrecognized arguments: --no-such-flag", capture.get(), re.DOTALL)
+    assert f"The whole log: {log}" in capture.get() and "--no-such-flag" in log.read_text() and not job.is_done
 
 
 def test_pages_have_the_spread_of_the_table() -> None:
@@ -212,7 +186,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     _, errors = finish(process, code=130)
     assert "The same command goes on from here" in errors and "Traceback" not in errors
     cut = saved_iteration(runs / "dense")
-    assert cut > 0 and not (runs / "dense" / "done.json").exists()
+    assert cut > 0
     lock(output_dir, "quickstart").close()  # nothing is left running
 
     output, errors = finish(start(*arguments, folder=tmp_path), code=0)
@@ -236,7 +210,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/**/*") if path.is_file()}
     output, _ = finish(start(*arguments, folder=tmp_path), code=0)
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/**/*") if path.is_file()} == before
-    assert output.count(": reused") == 3
+    assert output.count(": reused, ") == 3
     assert json.loads((runs / "summary.json").read_text()) == summary
     assert not (output_dir / "summary.json").exists(), "that is the place of a whole training's"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tools.experiments.compare.significance import Difference, compare, holm, seeds_for_equivalence
+from tools.experiments.significance import Difference, compare, holm, seeds_for_equivalence
 
 ONE, OTHER = [0.11, 0.14, 0.10], [0.02, -0.01, 0.01]
 

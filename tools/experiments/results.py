@@ -84,7 +84,8 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
         return None
     train_iters = figures.whole("train_iters")
     losses = figures.final_losses(train_iters)
-    wanted = figures.args.get("validation_set_names") or [""]
+    names = figures.args.get("validation_set_names")
+    wanted = names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else [""]
     unlogged = train_iters - figures.last if losses.keys() & {*wanted} else 0
     sequence, samples = figures.whole("seq_length"), figures.newest("consumed_samples")
     rates, seconds = figures.curve("tokens_per_second").values, figures.seconds
