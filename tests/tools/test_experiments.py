@@ -18,7 +18,7 @@ from tools.console.flags import parse
 from tools.experiments import compare, figures, jobs, pictures, results, tables
 from tools.experiments.arms import ARMS, SETTINGS
 from tools.experiments.run import Run, Text, rounded, run_from_fields
-from tools.experiments.sweep import parse_arguments
+from tools.experiments.sweep import parse_arguments, plan_runs
 from tools.recipes.flops import flops_per_sequence, model_arguments
 from tools.recipes.layout import RecipeError
 from tools.recipes.models import Routing
@@ -96,8 +96,6 @@ def test_flags_for_megatron_and_expert_parallelism() -> None:
         ("--figures gate -- --moe-router-topk-scaling-factor 2", "--moe-router-topk-scaling-factor _gate2"),
         ("--figures lr --lrs 2 -- --lr 1e-3", "--lr _lr2"),
         ("--figures gate --routings remoe", "--figures gate --routings remoe"),
-        ("-- --eval-iters 0", "--eval-iters 0"),
-        ("-- --split 90,0,10", "--split 90,0,10"),
         ("--collect", "--output-dir"),
         ("--results tests/golden/tiny_remoe.json", "tests/golden/tiny_remoe.json"),
     ],
@@ -324,17 +322,17 @@ def test_tables_and_panels_of_a_folder(tmp_path: Path) -> None:
     write_run(job.folder, 20, line(8))
     jobs.write_json(job.folder / results.STAMP, job.stamp)
     (tmp_path / "else").mkdir()
-    output, _ = sweep("--collect", "--output-dir", str(tmp_path))
+    options = "--tiny --steps 20 --seeds 1 2 --figures size routing l1-init --collect --output-dir".split()
+    output, _ = sweep(*options, str(tmp_path))
     page = (tmp_path / "results.md").read_text()
     assert re.search(r"\| 182m_moe_e8g1k1_steps20 \| 1\.6150 ± \S+ \| \+0\.1000 ± 0\.0000 \(2\) \| higher", page)
     assert f"- {job.run.name}: not finished, at iteration 8 of 20" in page and page.count("| 182m") == 3
     assert "moe-hash" in output and imread(tmp_path / "results.png").size
-    panels = figures.make_panels(figures.FIGURES, results.read_folder(tmp_path))
-    assert [panel.title for panel in panels] == [
-        "Size", "Experts", "Granularity", "Routings", "L1 coefficient", "L1 multiplier", "Auxiliary loss", "First gate",
-        "Learning rate",
-    ]  # fmt: skip
-    assert panels[4].lines[("remoe", "")] == {1e-8: [1.51, 1.52], 1.0: [1.71, 1.72]}
+    args = parse_arguments([*options, str(tmp_path)])
+    rows = dict(results.read_folder(tmp_path))
+    panels = [figures.make_panel(figure, planned, rows) for figure, planned in plan_runs(args).items()]
+    assert [panel.title for panel in panels] == ["Size", "Routings", "L1 coefficient"]
+    assert panels[2].lines[("remoe", "")] == {1e-8: [1.51, 1.52], 1.0: [1.71, 1.72]}
     pictures.draw(tmp_path / "one.png", panels[:1], "loss", 0.01)
     assert imread(tmp_path / "one.png").shape[1] == 1000
 

@@ -24,7 +24,7 @@ from ..recipes import tiny
 from ..recipes.flops import flops_per_sequence
 from ..runs.figure_reader import read_figures
 from ..runs.running import run_tool
-from .arms import ARMS, routing_of_arm
+from .arms import ARMS
 from .figures import BASE
 from .grids import add_options, parse_words, prepare_text, read_rows, train_rounds, write_page
 from .jobs import Grid, Job, make_job
@@ -109,19 +109,11 @@ def read_tuning(args: argparse.Namespace, rows: Sequence[Row]) -> dict[tuple[int
 
 
 def choose_rates(args: argparse.Namespace, rows: Sequence[Row]) -> dict[tuple[int, str], tuple[float, int]]:
-    """Return experts and arm → the factor and the warm-up with the lowest loss, or the only ones given.
-
-    An arm that was not tuned itself has those of its routing.
-    """
+    """Return experts and arm → the factor and the warm-up with the lowest loss, or the only ones given."""
     if not args.is_tuned:
         only = args.lr_factors[0], args.warmups[0]
         return {(experts, arm): only for experts in (*args.experts, 0) for arm in args.arms}
-    best = {key: min(losses, key=losses.__getitem__) for key, losses in read_tuning(args, rows).items()}
-    for experts in args.experts:
-        for arm in args.arms:
-            if (experts, arm) not in best and (experts, routing_of_arm(arm)) in best:
-                best[experts, arm] = best[experts, routing_of_arm(arm)]
-    return best
+    return {key: min(losses, key=losses.__getitem__) for key, losses in read_tuning(args, rows).items()}
 
 
 def planned_runs(args: argparse.Namespace, tuned: Tuned) -> list[Run]:
@@ -235,7 +227,6 @@ def compare(console: Console, args: argparse.Namespace) -> int:
                 text += ["", f"E = {experts}, {args.size}, {args.corpus}:", "", *tuning_lines(args, rows, experts), ""]
                 text += markdown(["steps", "arm"], lines, args.margin)
                 panels.append(make_panel(lines, experts))
-        panels = [panel for panel in panels if panel.lines]
         label = f"loss minus that of {ARMS[args.reference].title}"
         write_page(console, folder, rows, text, panels, label, args.margin)
 

@@ -1,13 +1,13 @@
 """List the runs of the paper's figures: each varies one thing and keeps the others at the base."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..recipes.models import PAPER
-from .arms import ARMS, RATE, SETTINGS
+from .arms import ARMS, SETTINGS
 from .pictures import Panel
-from .results import Row
+from .results import Result
 from .run import Run
 
 SIZES = tuple(PAPER)
@@ -30,8 +30,10 @@ GROUPS: Mapping[str, tuple[str, int, Sequence[str]]] = {
 FIGURES = (*VALUES, *GROUPS, *SETTINGS)
 
 
-def plan_figure(figure: str, values: Mapping[str, Sequence[Any]], arms: Sequence[str] | None, base: Run) -> list[Run]:
-    """Return the runs of one figure.
+def plan_figure(
+    figure: str, values: Mapping[str, Sequence[Any]], arms: Sequence[str] | None, base: Run
+) -> Iterator[tuple[Run, float, str]]:
+    """Yield the runs of one figure, each with its place on the figure's axis and the label there.
 
     Args:
         figure: one of `FIGURES`.
@@ -42,73 +44,41 @@ def plan_figure(figure: str, values: Mapping[str, Sequence[Any]], arms: Sequence
         base: the run whose other fields are kept.
     """
     if figure in VALUES:
-        points = [{figure: value} for value in values.get(figure, VALUES[figure])]
-        arms = COMPARED if arms is None else arms
-    else:
-        _, usual, fitting = GROUPS.get(figure) or ("", 1, SETTINGS[figure].arms)
-        points = [{"granularity": value} for value in values.get("granularity", (usual,))]
-        plain = [arm for arm in fitting if arm in COMPARED and figure in SETTINGS] or fitting
-        arms = plain if arms is None else [arm for arm in arms if arm in fitting]
-    runs = []
-    for point in points:
-        for arm in arms:
-            run = replace(base, arm=arm, **point)
+        for place, value in enumerate(values.get(figure, VALUES[figure])):
+            for arm in COMPARED if arms is None else arms:
+                run = replace(base, arm=arm, **{figure: value})
+                number = float(place if figure == "size" else value)
+                yield run, number, str(value)
+                if arm == "dense" and figure == "experts":
+                    yield replace(run, expansion=WIDE), number, str(value)
+        return
+    _, usual, fitting = GROUPS.get(figure) or ("", 1, SETTINGS[figure].arms)
+    plain = [arm for arm in fitting if arm in COMPARED and figure in SETTINGS] or fitting
+    chosen = plain if arms is None else [arm for arm in arms if arm in fitting]
+    for granularity in values.get("granularity", (usual,)):
+        for place, arm in enumerate(chosen):
+            run = replace(base, arm=arm, granularity=granularity)
             if arm == "moe-post" and run.granularity * run.topk == 1:
                 continue  # a softmax over k = 1 is constant
-            if figure in SETTINGS:
-                runs += [run.at(figure, value) for value in values.get(figure, SETTINGS[figure].values)]
-            else:
-                runs.append(run)
-                runs += [replace(run, expansion=WIDE)] if arm == "dense" and figure == "experts" else []
-    return runs
-
-
-def plan_figures(
-    figures: Iterable[str], values: Mapping[str, Sequence[Any]], arms: Sequence[str] | None, bases: Sequence[Run]
-) -> list[Run]:
-    """Return the runs of all figures for each base (one a seed), each once, in the order of training."""
-    runs = (run for base in bases for figure in figures for run in plan_figure(figure, values, arms, base))
-    return [*dict.fromkeys(runs)]
-
-
-def make_panels(figures: Iterable[str], rows: Sequence[Row]) -> list[Panel]:
-    """Return a panel for each figure that has finished runs; dense models are one point, at the base."""
-    panels = []
-    for figure in figures:
-        lines: dict[tuple[str, str], dict[float, list[float]]] = {}
-        ticks: dict[float, str] = {}
-        for run, result in rows:
-            place = None if result is None or result.loss is None else _place(run, figure)
-            if place is None or result is None or result.loss is None:
+            if figure in GROUPS:
+                yield run, float(place), ARMS[arm].title.replace(", ", "\n")
                 continue
+            for value in values.get(figure, SETTINGS[figure].values):
+                yield run.at(figure, value), float(value), f"{value:g}"
+
+
+def make_panel(figure: str, planned: Iterable[tuple[Run, float, str]], rows: Mapping[Run, Result | None]) -> Panel:
+    """Return a figure's panel of the planned runs that have finished."""
+    lines: dict[tuple[str, str], dict[float, list[float]]] = {}
+    ticks: dict[float, str] = {}
+    for run, place, label in planned:
+        if (result := rows.get(run)) is not None and result.loss is not None:
             words = f"x {run.expansion}" if run.expansion > 1 else ""
             words += f"G = {run.granularity}" if figure in SETTINGS and run.granularity > 1 else ""
-            lines.setdefault((run.arm, words), {}).setdefault(place[0], []).append(result.loss)
-            ticks[place[0]] = place[1]
-        if lines:
-            title = GROUPS[figure][0] if figure in GROUPS else figure.capitalize()
-            title, label = (SETTINGS[figure].title, SETTINGS[figure].label) if figure in SETTINGS else (title, "")
-            is_log = SETTINGS[figure].is_log if figure in SETTINGS else figure in ("experts", "granularity")
-            panels.append(Panel(title, LABELS.get(figure, label), lines, dict(sorted(ticks.items())), is_log))
-    return panels
-
-
-def _place(run: Run, figure: str) -> tuple[float, str] | None:
-    """Return a run's place on the axis of a figure and its label; None if it is not in the figure."""
-    like = replace(BASE, arm=run.arm, **{name: getattr(run, name) for name in (
-        "seed", "steps", "warmup", "is_wsd", "is_tiny", "tokens", "topk", "expansion"
-    )})  # fmt: skip
-    if figure in VALUES:
-        value = getattr(run, figure) or getattr(BASE, figure)
-        number = SIZES.index(value) if figure == "size" and value in SIZES else value
-        same = replace(run, **{figure: getattr(like, figure)}) == like
-        return (float(number), str(value)) if same and not isinstance(number, str) else None
-    like = replace(like, granularity=run.granularity)
-    if figure in GROUPS:
-        _, granularity, arms = GROUPS[figure]
-        same = run == like and run.arm in arms and (run.granularity == granularity or run.arm == "dense")
-        return (float(arms.index(run.arm)), ARMS[run.arm].title.replace(", ", "\n")) if same else None
-    setting = SETTINGS[figure]
-    value = run.rate if figure == RATE else run.value if run.setting == figure else setting.base
-    is_same = like.at(figure, value) == run and run.arm in setting.arms
-    return (float(value), f"{value:g}") if is_same else None
+            lines.setdefault((run.arm, words), {}).setdefault(place, []).append(result.loss)
+            ticks[place] = label
+    if figure in SETTINGS:
+        setting = SETTINGS[figure]
+        return Panel(setting.title, setting.label, lines, ticks, setting.is_log)
+    title = GROUPS[figure][0] if figure in GROUPS else figure.capitalize()
+    return Panel(title, LABELS.get(figure, ""), lines, ticks, figure in ("experts", "granularity"))

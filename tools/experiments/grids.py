@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser, name: str, seeds: Sequence[int]
     text = "losses that differ by less count as equal"
     add("--margin", type=above_zero, default=MARGIN, metavar="NATS", help=f"{text} {default}")
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
-    add("--collect", action="store_true", help="write table and picture of what is in the output folder")
+    add("--collect", action="store_true", help="only write the table of the output folder, and the picture")
     add("--results", type=Path, metavar="FILE.json", help="show the results.json of another folder")
     text = "list commands and state (also with DRY_RUN=1)"
     add("--dry-run", action="store_true", default=is_set(os.environ, "DRY_RUN"), help=text)
@@ -157,9 +157,7 @@ def write_page(
         for run, of in rows
         if of is None or not of.is_finished
     ]
-    flags = {run: of.tokens for run, of in rows if of is not None and of.is_finished}
-    if len({*flags.values()}) > 1 and len({run.steps for run in flags}) == 1:
-        unfinished.append("- Runs have seen different numbers of tokens: their losses do not compare.")
+    panels = [panel for panel in panels if panel.lines]
     text = "\n".join([*lines, "", *unfinished])
     write_text(written[1], f"# Results\n\n{text}\n" + ("\n![Losses](results.png)\n" if panels else ""))
     if panels:

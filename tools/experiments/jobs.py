@@ -147,25 +147,9 @@ def make_job(run: Run, grid: Grid, folder: str = "", title: str = "") -> Job:
         depends = {}
     left_out = NOT_COMPARED | (PLACES if run.is_tiny else set())
     settings = {flag: values for flag, values in parse(flags).items() if flag not in left_out}
-    _check_evaluation(settings)
     depends |= {"settings": settings}
     stamp = {"run": asdict(run), "per_byte": per_byte, "fingerprint": fingerprint(depends), **depends}
     return Job(run, place, title or run.name, stamp, words, environment)
-
-
-def _check_evaluation(settings: Settings) -> None:
-    """Refuse settings under which no run would ever have the final validation loss that finishes it.
-
-    Raises:
-        RecipeError: names the flag, its value and the remedy.
-    """
-    iterations, split = (" ".join(settings.get(flag, ())) for flag in ("--eval-iters", "--split"))
-    if "--full-validation" in settings:
-        return
-    if iterations in ("", "0"):
-        raise RecipeError(f"--eval-iters {iterations}: no validation loss at the end. Give a number of at least 1.")
-    if not split.partition(",")[2].partition(",")[0].strip(" 0."):
-        raise RecipeError(f"--split {split}: nothing is left for validation. Give its second number a share.")
 
 
 def check_conflicts(jobs: Sequence[Job]) -> None:

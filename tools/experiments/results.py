@@ -26,13 +26,11 @@ class Result:
     Attributes:
         iterations: number of logged iterations.
         train_iters: number of iterations that the run was started for.
-        tokens: number of tokens trained on so far.
         loss: validation loss after the last iteration, in nats per token, or per byte of the text of a tiny run.
         losses: the same by validation set.
-        sparsity, target_sparsity: in the last line of the log, for ReMoE.
         first_near: the first logged iteration with S within 1 % of its target.
         settled: the first logged iteration from which S stays there.
-        flip_rate, flip_count, changed_tokens: of the routing decisions, median over the log's second half.
+        flip_rate, flip_count: of the routing decisions, median over the log's second half.
         experts_per_token: computed, mean over layers and over the steps since the log's second last line.
         inactive: number of experts of each layer that are inactive at the end.
         total_parameters: of the whole model.
@@ -43,16 +41,12 @@ class Result:
 
     iterations: int
     train_iters: int
-    tokens: int | None = None
     loss: float | None = None
     losses: Mapping[str, float] | None = None
-    sparsity: float | None = None
-    target_sparsity: float | None = None
     first_near: int | None = None
     settled: int | None = None
     flip_rate: float | None = None
     flip_count: float | None = None
-    changed_tokens: float | None = None
     experts_per_token: float | None = None
     inactive: Sequence[int] = ()
     total_parameters: int | None = None
@@ -87,24 +81,19 @@ def read_result(folder: Path, per_byte: Mapping[str, float] | None = None) -> Re
     names = figures.args.get("validation_set_names")
     wanted = names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else [""]
     unlogged = train_iters - figures.last if losses.keys() & {*wanted} else 0
-    sequence, samples = figures.whole("seq_length"), figures.newest("consumed_samples")
     rates, seconds = figures.curve("tokens_per_second").values, figures.seconds
     rates = rates[1:] if len(rates) > 1 else rates
     experts = figures.experts_per_token(figures.curve("lm_loss").iterations[-2:])[-1:]
     return Result(
         iterations=figures.last + unlogged,
         train_iters=train_iters,
-        tokens=round(samples + unlogged * figures.whole("global_batch_size")) * sequence if samples else None,
         loss=_mean_loss(figures, losses, wanted, per_byte or {}),
         losses={name: loss * (per_byte or {}).get(name, 1.0) for name, loss in losses.items()},
-        sparsity=figures.newest("sparsity"),
-        target_sparsity=figures.target,
         first_near=figures.first_near,
         settled=figures.settled,
         flip_rate=_late_median(figures, "flip_rate"),
         flip_count=_late_median(figures, "flip_count"),
-        changed_tokens=_late_median(figures, "changed_tokens"),
-        experts_per_token=float(experts[0]) if len(experts) and np.isfinite(experts[0]) else None,
+        experts_per_token=float(experts[0]) if len(experts) and np.isfinite(experts[0]) else figures.topk or None,
         inactive=figures.inactive_experts,
         total_parameters=figures.parameters,
         tokens_per_second=float(np.median(rates)) if len(rates) else None,

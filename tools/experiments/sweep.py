@@ -19,7 +19,7 @@ from ..recipes.layout import RecipeError
 from ..recipes.models import Training
 from ..runs.running import run_tool
 from .arms import ARMS, SETTINGS
-from .figures import BASE, FIGURES, SIZES, VALUES, make_panels, plan_figures
+from .figures import BASE, FIGURES, SIZES, VALUES, make_panel, plan_figure
 from .grids import add_options, parse_words, prepare_text, read_rows, train_rounds, write_page
 from .jobs import Grid, Job, make_job
 from .results import Row, read_folder
@@ -82,23 +82,28 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def plan_runs(args: argparse.Namespace) -> list[Run]:
-    """Return the chosen runs.
+def plan_runs(args: argparse.Namespace) -> dict[str, list[tuple[Run, float, str]]]:
+    """Return figure → its runs, with their places on its axis.
 
     Raises:
-        RecipeError: there are none, or a flag behind -- is one of theirs.
+        RecipeError: there are no runs, or a flag behind -- is one of theirs.
     """
     values = {name: given for name in (*VALUES, *SETTINGS) if (given := getattr(args, name, None)) is not None}
     base = replace(BASE, steps=args.steps, is_tiny=args.tiny, tokens=args.tokens)
-    runs = plan_figures(args.figures, values, args.routings, [replace(base, seed=seed) for seed in args.seeds])
-    if not runs:
+    planned = {
+        figure: [
+            each for seed in args.seeds for each in plan_figure(figure, values, args.routings, replace(base, seed=seed))
+        ]
+        for figure in args.figures
+    }
+    if not any(planned.values()):
         given = f"--figures {' '.join(args.figures)} --routings {' '.join(args.routings)}"
         raise RecipeError(
             f"{given}: no such routing has this setting. Choose others, or leave --routings out. moe-post needs k > 1: "
             "--granularities 2."
         )
-    check_flags(args.flags, runs)
-    return runs
+    check_flags(args.flags, [run for runs in planned.values() for run, *_ in runs])
+    return planned
 
 
 def make_lines(rows: Sequence[Row]) -> list[Line]:
@@ -119,14 +124,17 @@ def make_lines(rows: Sequence[Row]) -> list[Line]:
 def sweep(console: Console, args: argparse.Namespace) -> int:
     """Train or submit what is missing, and collect; return the exit code."""
 
+    planned = plan_runs(args)
+    runs = [*dict.fromkeys(run for of_figure in planned.values() for run, *_ in of_figure)]
+
     def show(rows: Sequence[Row]) -> None:
+        panels = [make_panel(figure, of_figure, dict(rows)) for figure, of_figure in planned.items()]
         lines = [*markdown(["run"], make_lines(rows), args.margin), NOTE]
-        write_page(console, args.output_dir, rows, lines, make_panels(FIGURES, rows))
+        write_page(console, args.output_dir, rows, lines, panels)
 
     if args.collect or args.results:
         show(read_rows(args, args.output_dir))
         return 0
-    runs = plan_runs(args)
     text = prepare_text(args, console) if args.tiny else None
     sbatch_flags = args.sbatch_flags if args.slurm else None
     grid = Grid(

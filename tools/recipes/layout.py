@@ -58,14 +58,13 @@ class Layout:
         """Processes on all nodes."""
         return self.gpus_per_node * self.nodes
 
-    def check(self, layers: int, heads: int, experts: int, expert_tp: int) -> None:
+    def check(self, layers: int, heads: int, experts: int) -> None:
         """Check that the parallel sizes fit.
 
         Args:
-            layers: of the model; 0 if it is not cut into equal stages.
+            layers: of the model.
             heads: of the model.
             experts: of a layer, after granularity; 0 for a dense model.
-            expert_tp: tensor parallel size of experts.
 
         Raises:
             RecipeError: names the variable that does not.
@@ -81,9 +80,10 @@ class Layout:
             raise RecipeError(f"PP={pp} x VPP={vpp} does not divide the {layers} layers")
         if experts and experts % ep:
             raise RecipeError(f"EP={ep} does not divide the {experts} experts")
-        if experts and self.world % (expert_tp * pp * ep):
-            split = f" x expert TP={expert_tp}" if expert_tp > 1 else ""
-            raise RecipeError(f"EP={ep} does not fit: PP={pp} x EP={ep}{split} does not divide {self.world} processes")
+        if experts and self.world % (tp * pp * ep):
+            raise RecipeError(
+                f"EP={ep} does not fit: TP={tp} x PP={pp} x EP={ep} does not divide {self.world} processes"
+            )
 
     def flags(self, has_experts: bool) -> list[str]:
         """Return Megatron's flags."""

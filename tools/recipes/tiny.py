@@ -37,7 +37,6 @@ SIZES: Mapping[str, TinySize] = {
 }
 ITERATIONS = TRAINING.iterations
 SEED = 1234
-RELATIVE_COST = {"dense": 1.0, "moe": 1.3, "remoe": 1.3}  # time of an iteration, for the time left
 
 
 def common_flags(size: TinySize, training: Training, seed: int) -> list[str]:
