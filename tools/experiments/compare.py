@@ -100,12 +100,12 @@ def tuning_runs(args: argparse.Namespace) -> list[Run]:
 def read_tuning(args: argparse.Namespace, rows: Sequence[Row]) -> dict[tuple[int, str], dict[tuple[float, int], float]]:
     """Return experts and arm → factor on the rate and warm-up → loss."""
     results = dict(rows)
-    found: dict[tuple[int, str], dict[tuple[float, int], float]] = {}
+    losses: dict[tuple[int, str], dict[tuple[float, int], float]] = {}
     for run in tuning_runs(args):
         result = results.get(run)
         if result is not None and result.loss is not None and run.warmup is not None:
-            found.setdefault((run.experts, run.arm), {})[run.rate, run.warmup] = result.loss
-    return found
+            losses.setdefault((run.experts, run.arm), {})[run.rate, run.warmup] = result.loss
+    return losses
 
 
 def choose_rates(args: argparse.Namespace, rows: Sequence[Row]) -> dict[tuple[int, str], tuple[float, int]]:
@@ -180,14 +180,14 @@ def make_lines(args: argparse.Namespace, rows: Sequence[Row], tuned: Tuned, expe
         titles, reference = (f"{run.steps}", run.arm), (f"{run.steps}", args.reference)
         line = lines.setdefault(titles, Line(titles, {}, reference=reference if reference != titles else None))
         line.seeds[run.seed] = vars(results[run])
-        others = (of for of in results if replace(of, steps=run.steps) == run)
-        remoe = [of for of in results if (of.arm, of.experts) == (REFERENCE, experts) and is_like(of, run)]
+        others = (other for other in results if replace(other, steps=run.steps) == run)
+        remoe = [each for each in results if (each.arm, each.experts) == (REFERENCE, experts) and is_like(each, run)]
         flops = results[remoe[0]].flops if remoe else None
         if flops is None:
             continue
         for other in others:
-            found = results[other].flops
-            if found is not None and abs(found - flops) <= STEP * found / other.steps:
+            used = results[other].flops
+            if used is not None and abs(used - flops) <= STEP * used / other.steps:
                 line.matched[run.seed] = vars(results[other])
     if not any(line.matched for titles, line in lines.items() if titles[1] != REFERENCE):
         for line in lines.values():
@@ -197,20 +197,20 @@ def make_lines(args: argparse.Namespace, rows: Sequence[Row], tuned: Tuned, expe
 
 def tuning_lines(args: argparse.Namespace, rows: Sequence[Row], experts: int) -> Iterator[str]:
     """Yield a line for each arm that was tuned with this number of experts."""
-    for (of, arm), losses in read_tuning(args, rows).items():
-        if of in (0, experts):
+    for (tuned_experts, arm), losses in read_tuning(args, rows).items():
+        if tuned_experts in (0, experts):
             cells = (f"{rate:g} and {warmup}: {loss:.4f}" for (rate, warmup), loss in sorted(losses.items()))
             yield f"- {arm} tuned, loss by factor on the learning rate and warm-up: {', '.join(cells)}"
 
 
 def make_panel(lines: Sequence[Line], experts: int) -> Panel:
     """Return a panel of the gaps at equal FLOPs, or at equal steps if there are no others, over the length."""
-    found = gaps(lines)
-    kinds = {kind for _, kind in found}
+    differences = gaps(lines)
+    kinds = {kind for _, kind in differences}
     kind = EQUAL_FLOPS if EQUAL_FLOPS in kinds else EQUAL_STEPS
     drawn: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for (titles, of), values in found.items():
-        if of == kind:
+    for (titles, kind_of_gap), values in differences.items():
+        if kind_of_gap == kind:
             drawn.setdefault((titles[1], ""), {})[float(titles[0])] = values
     ticks = {float(line.titles[0]): line.titles[0] for line in lines}
     return Panel(f"E = {experts}, {kind}", "steps of ReMoE", drawn, ticks, is_log=True)

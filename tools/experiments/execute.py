@@ -130,9 +130,9 @@ def submit(console: Console, grid: Grid, jobs: Sequence[Job]) -> None:
 
 def sbatch_command(job: Job, grid: Grid) -> list[str]:
     """Return the submission of a run; the user's sbatch flags override these and those in the file."""
-    own = ["--parsable", f"--job-name={job.folder}", f"--output={job.folder / 'slurm-%j.out'}"]
-    own += [f"--gpus-per-node={grid.gpus_per_node}", *(grid.sbatch_flags or ())]
-    return ["sbatch", *own, str(ROOT / "scripts" / "slurm" / "train.sbatch"), *job.words[1:]]
+    options = ["--parsable", f"--job-name={job.folder}", f"--output={job.folder / 'slurm-%j.out'}"]
+    options += [f"--gpus-per-node={grid.gpus_per_node}", *(grid.sbatch_flags or ())]
+    return ["sbatch", *options, str(ROOT / "scripts" / "slurm" / "train.sbatch"), *job.words[1:]]
 
 
 def queued_jobs() -> dict[str, str]:

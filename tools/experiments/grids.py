@@ -128,7 +128,9 @@ def list_commands(jobs: Sequence[Job], grid: Grid) -> None:
     for job, now in zip(jobs, states, strict=True):
         print(f"# {job.title}: {now}")
         words = job.words if grid.sbatch_flags is None else sbatch_command(job, grid)
-        print(" ".join([*(f"{name}={shlex.quote(of)}" for name, of in job.environment.items()), shlex.join(words)]))
+        print(
+            " ".join([*(f"{name}={shlex.quote(value)}" for name, value in job.environment.items()), shlex.join(words)])
+        )
     print(f"# to train: {sum(now != 'finished' for now in states)} runs")
 
 
@@ -153,9 +155,10 @@ def write_page(
     written = [folder / name for name in ("results.json", "results.md", "results.png")]
     write_results(written[0], rows)
     unfinished = [
-        f"- {run.name}: not finished" + (f", at iteration {of.iterations} of {of.train_iters}" if of else "")
-        for run, of in rows
-        if of is None or not of.is_finished
+        f"- {run.name}: not finished"
+        + (f", at iteration {result.iterations} of {result.train_iters}" if result else "")
+        for run, result in rows
+        if result is None or not result.is_finished
     ]
     panels = [panel for panel in panels if panel.lines]
     text = "\n".join([*lines, "", *unfinished])

@@ -177,12 +177,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = (
         {**each.get("settings", {}), "text": each.get("text"), "code": each.get("code")} for each in (then, now)
     )
-    found = [
+    changes = [
         f"{flag} was {_shown(old.get(flag))} and is now {_shown(new.get(flag))}"
         for flag in sorted(old.keys() | new.keys())
         if json.dumps(old.get(flag)) != json.dumps(new.get(flag))
     ]
-    return "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    return "; ".join(changes[:SHOWN]) + (f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
 
 
 def _shown(value: Any) -> str:

@@ -60,7 +60,7 @@ def make_tables() -> dict[str, dict[str, str]]:
 
 def _line(row: Mapping[str, Any]) -> Line:
     reference = (row["reference"],) if row["reference"] else None
-    return Line((row["title"],), {of["seed"]: of for of in row["seeds"]}, reference=reference)
+    return Line((row["title"],), {entry["seed"]: entry for entry in row["seeds"]}, reference=reference)
 
 
 def _gap_tables(
@@ -71,22 +71,22 @@ def _gap_tables(
     """Yield the lines of the tables of all numbers of experts; each routing has its best learning rate."""
     reference = differing.get("reference", REFERENCE)
     like = (differing.get("size", SIZE), differing.get("warmup", WARMUP))
-    entries = [of for of in kept.values() if (of.get("size", SIZE), of["warmup"]) == like]
-    for experts in sorted({of["experts"] for of in entries}):
+    entries = [entry for entry in kept.values() if (entry.get("size", SIZE), entry["warmup"]) == like]
+    for experts in sorted({entry["experts"] for entry in entries}):
         tuned: dict[str, dict[float, float]] = {}
         lines: dict[tuple[str, str], Line] = {}
-        mine = [of for of in entries if of["experts"] == experts]
-        for of in (of for of in mine if of["is_tuning"]):
-            for point in (point for point in of["points"] if point["steps"] == TUNED):
-                tuned.setdefault(routing_of_arm(of["arm"]), {})[of["factor"]] = point["loss"]
+        mine = [entry for entry in entries if entry["experts"] == experts]
+        for entry in (entry for entry in mine if entry["is_tuning"]):
+            for point in (point for point in entry["points"] if point["steps"] == TUNED):
+                tuned.setdefault(routing_of_arm(entry["arm"]), {})[entry["factor"]] = point["loss"]
         best = {routing: min(losses, key=losses.__getitem__) for routing, losses in tuned.items()}
-        for of in (of for of in mine if not of["is_tuning"] and of["arm"] in arms):
-            for point in of["points"] if of["factor"] == best.get(routing_of_arm(of["arm"]), 1.0) else ():
-                titles = (f"{point['equal_to'] or point['steps']}", of["arm"])
+        for entry in (entry for entry in mine if not entry["is_tuning"] and entry["arm"] in arms):
+            for point in entry["points"] if entry["factor"] == best.get(routing_of_arm(entry["arm"]), 1.0) else ():
+                titles = (f"{point['equal_to'] or point['steps']}", entry["arm"])
                 other = (titles[0], reference)
                 line = lines.setdefault(titles, Line(titles, {}, reference=other if other != titles else None))
                 figures = {**point, "train_iters": point["steps"]}
-                (line.matched if point["equal_to"] else line.seeds)[of["seed"]] = figures
+                (line.matched if point["equal_to"] else line.seeds)[entry["seed"]] = figures
         for line in lines.values():
             line.matched = line.seeds if line.titles[1] == REFERENCE else line.matched
         if lines:
@@ -103,10 +103,10 @@ def _router_rows(lines: Sequence[Line]) -> list[list[str]]:
     """Return the rows of the table of the routers' layers."""
     rows = []
     for line in lines:
-        analyzed = [of["routing"] for of in line.seeds.values() if "routing" in of]
+        analyzed = [entry["routing"] for entry in line.seeds.values() if "routing" in entry]
         for layer in range(len(analyzed[0]["inactive"]) if analyzed else 0):
             columns = {
-                name: [of[name][layer] for of in analyzed if of.get(name) and of[name][layer] is not None]
+                name: [entry[name][layer] for entry in analyzed if entry.get(name) and entry[name][layer] is not None]
                 for name in (*COLUMNS, BITS, "inactive")
             }
             cells = [interval(columns[name]) for name in (*COLUMNS, BITS)]
@@ -118,49 +118,53 @@ def _router_rows(lines: Sequence[Line]) -> list[list[str]]:
 def _bits_above(line: Line, lines: Sequence[Line], layer: int) -> list[float]:
     """Return a layer's domain bits per token minus its reference's, for the seeds in which both were analyzed."""
     bits = [
-        {seed: of["routing"][BITS][layer] for seed, of in each.seeds.items() if of.get("routing", {}).get(BITS)}
+        {
+            seed: entry["routing"][BITS][layer]
+            for seed, entry in each.seeds.items()
+            if entry.get("routing", {}).get(BITS)
+        }
         for each in (line, *(other for other in lines if other.titles == line.reference))
     ]
     return [bits[0][seed] - bits[1][seed] for seed in bits[0] if seed in bits[1]] if len(bits) > 1 else []
 
 
-def _question_tables(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _question_tables(trained: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return the tables of docs/questions: means and 95 % intervals over seeds."""
 
     def rows(names: Sequence[str], header: Sequence[str], cells: Any, digits: int = 3) -> str:
         body = []
         for name in names:
-            seeds = [cells(name, seed) for seed in found[name]]
+            seeds = [cells(name, seed) for seed in trained[name]]
             columns = ([value for value in column if value is not None] for column in zip(*seeds, strict=True))
             body.append([name, *(interval(column, digits=digits) for column in columns)])
         return "\n".join(table(["", *header], body))
 
     def continued(live: str) -> Any:
         return lambda name, seed: (
-            found[name][seed]["loss"] - found[live][seed]["loss"],
-            *found[name][seed]["experts"].values(), found[name][seed]["load"],
+            trained[name][seed]["loss"] - trained[live][seed]["loss"],
+            *trained[name][seed]["experts"].values(), trained[name][seed]["load"],
         )  # fmt: skip
 
     header = ["loss − live", "experts, layer 1", "layer 2", "load"]
-    names = [name for name in found if name.startswith(("remoe", "continued", "layer"))]
-    tuned = [name for name in found if name.startswith("tuned")]
-    ranks = [name for name in found if "ranks" in next(iter(found[name].values()))]
+    names = [name for name in trained if name.startswith(("remoe", "continued", "layer"))]
+    tuned = [name for name in trained if name.startswith("tuned")]
+    ranks = [name for name in trained if "ranks" in next(iter(trained[name].values()))]
     caps = ("1", "2", "3", "4")
     experts = []
     for low, high in EXPERTS_OF_A_TOKEN:
         columns: list[list[float]] = [[], [], []]
-        for of in (each["losses"]["experts"] for each in found["remoe"].values()):
-            parts = [each for each in of if low <= each["experts"] <= high]
+        for entry in (each["losses"]["experts"] for each in trained["remoe"].values()):
+            parts = [each for each in entry if low <= each["experts"] <= high]
             tokens = [each["tokens"] for each in parts]
-            columns[0].append(sum(tokens) / sum(each["tokens"] for each in of))
+            columns[0].append(sum(tokens) / sum(each["tokens"] for each in entry))
             for column, key in zip(columns[1:], ("own", "next"), strict=True):
                 column += [fmean([each[key] for each in parts], tokens)] if parts else []
         experts.append(
             [f"{low} to {high}" if low < high else f"{low}", *(interval(column, digits=3) for column in columns)]
         )
-    correlations = [each["losses"]["correlation"]["all"] for each in found["remoe"].values()]
+    correlations = [each["losses"]["correlation"]["all"] for each in trained["remoe"].values()]
     experts.append(
-        ["correlation", "", *(interval([of[key] for of in correlations], digits=3) for key in ("own", "next"))]
+        ["correlation", "", *(interval([entry[key] for entry in correlations], digits=3) for key in ("own", "next"))]
     )
     return {
         "continued": rows(names, header, continued("remoe")),
@@ -168,10 +172,10 @@ def _question_tables(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "caps": rows(
             ["remoe"],
             caps,
-            lambda name, seed: [found[name][seed]["caps"][cap] - found[name][seed]["caps"]["none"] for cap in caps],
+            lambda name, seed: [trained[name][seed]["caps"][cap] - trained[name][seed]["caps"]["none"] for cap in caps],
         ),
         "ranks": rows(
-            ranks, [*map(str, RANKS)], lambda name, seed: [found[name][seed]["ranks"][str(n)] for n in RANKS]
+            ranks, [*map(str, RANKS)], lambda name, seed: [trained[name][seed]["ranks"][str(n)] for n in RANKS]
         ),
         "experts": "\n".join(
             table(["experts in both layers", "share of tokens", "loss of the token", "of the next"], experts)

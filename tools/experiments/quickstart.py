@@ -102,10 +102,10 @@ def run(args: argparse.Namespace) -> int:
         if execute(console, grid, jobs, len(jobs), held):
             raise ToolError("A run failed; see above. Fix the cause and run the same command: it goes on.")
         with step(console, "report", "reading the figures") as result:
-            found = {job.run.arm: read_figures(job.folder) for job in jobs}
-            summary = quickstart_report.summarize(found, args.iterations, args.seed, args.corpus)
+            figures = {job.run.arm: read_figures(job.folder) for job in jobs}
+            summary = quickstart_report.summarize(figures, args.iterations, args.seed, args.corpus)
             write_json(runs / "summary.json", summary)
-            quickstart_picture.draw(runs / "report.png", found, summary)
+            quickstart_picture.draw(runs / "report.png", figures, summary)
             result.append("table and picture")
     quickstart_report.show(console, summary, output, runs)
     return 0

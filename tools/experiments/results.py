@@ -130,7 +130,7 @@ def read_folder(output: Path, planned: Iterable[Run] = ()) -> list[Row]:
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:
     """Write runs and their results, one a line."""
-    lines = (json.dumps({"run": asdict(run), "result": asdict(of) if of else None}) for run, of in rows)
+    lines = (json.dumps({"run": asdict(run), "result": asdict(result) if result else None}) for run, result in rows)
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 

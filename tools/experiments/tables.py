@@ -46,7 +46,7 @@ def interval(values: Sequence[float], sign: str = "", digits: int = 4) -> str:
 def gaps(lines: Sequence[Line]) -> dict[tuple[tuple[str, ...], str], list[float]]:
     """Return titles, and whether at equal steps or FLOPs → loss minus the reference's, for each seed that both have."""
     by_titles = {line.titles: line for line in lines}
-    found = {}
+    values_of_lines = {}
     for line in lines:
         reference = by_titles.get(line.reference) if line.reference is not None else None
         if reference is None:
@@ -55,8 +55,8 @@ def gaps(lines: Sequence[Line]) -> dict[tuple[tuple[str, ...], str], list[float]
         for kind, (mine, others) in pairs.items():
             values = [mine[seed]["loss"] - others[seed]["loss"] for seed in mine if seed in others]
             if values:
-                found[line.titles, kind] = values
-    return found
+                values_of_lines[line.titles, kind] = values
+    return values_of_lines
 
 
 def markdown(header: Sequence[str], lines: Sequence[Line], margin: float) -> Iterator[str]:

@@ -85,9 +85,9 @@ def show(launch: Launch, size: str, routing: str) -> int:
     if os.environ["DRY_RUN"] != "command":
         from ..plan.cost.command import main as cost
 
-        own = ["--gpus", str(launch.layout.world), "--gpu", os.environ.get("GPU") or "h100"]
-        own += ["--utilization", os.environ.get("UTILIZATION") or "0.4", "--paper", size, routing]
-        if code := cost([*own, "--", *launch.flags]):
+        options = ["--gpus", str(launch.layout.world), "--gpu", os.environ.get("GPU") or "h100"]
+        options += ["--utilization", os.environ.get("UTILIZATION") or "0.4", "--paper", size, routing]
+        if code := cost([*options, "--", *launch.flags]):
             return code
         print("\nCommand:")
     print(launch.text(), end="")
@@ -105,10 +105,10 @@ def rehearse(launch: Launch) -> int:
     os.environ.update(launch.settings)
     from ..plan.rehearse.command import main as rehearsal
 
-    own = ["--gpus", str(launch.layout.world), "--gpus-per-node", str(launch.layout.gpus_per_node)]
-    own += ["--gpu", os.environ.get("GPU") or "h100"]
-    own += ["--json", os.environ["REHEARSE_JSON"]] if os.environ.get("REHEARSE_JSON") else []
-    return rehearsal([*own, "--", *launch.flags])
+    options = ["--gpus", str(launch.layout.world), "--gpus-per-node", str(launch.layout.gpus_per_node)]
+    options += ["--gpu", os.environ.get("GPU") or "h100"]
+    options += ["--json", os.environ["REHEARSE_JSON"]] if os.environ.get("REHEARSE_JSON") else []
+    return rehearsal([*options, "--", *launch.flags])
 
 
 def train(launch: Launch) -> int:

@@ -87,13 +87,13 @@ class Layout:
 
     def flags(self, has_experts: bool) -> list[str]:
         """Return Megatron's flags."""
-        found = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
-        found += ["--context-parallel-size", str(self.cp)]
+        words = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
+        words += ["--context-parallel-size", str(self.cp)]
         if self.tp > 1:
-            found.append("--sequence-parallel")
+            words.append("--sequence-parallel")
         if has_experts:
-            found += ["--expert-model-parallel-size", str(self.ep)]
-        return found
+            words += ["--expert-model-parallel-size", str(self.ep)]
+        return words
 
     def launcher(self, interpreter: str, environment: Mapping[str, str], planned: bool) -> list[str]:
         """Return torchrun's words in front of the program; a plan without a node's rank is the first node's.
