@@ -174,18 +174,21 @@ def make_lines(args: argparse.Namespace, rows: Sequence[Row], tuned: Tuned, expe
     """
     results = {run: result for run, result in rows if result is not None and result.loss is not None}
     lines: dict[tuple[str, str], Line] = {}
+    of_any_length: dict[Run, list[Run]] = {}
+    for run in results:
+        of_any_length.setdefault(replace(run, steps=0), []).append(run)
     for run in planned_runs(argparse.Namespace(**vars(args) | {"experts": [experts]}), tuned):
         if run not in results:
             continue
         titles, reference = (f"{run.steps}", run.arm), (f"{run.steps}", args.reference)
         line = lines.setdefault(titles, Line(titles, {}, reference=reference if reference != titles else None))
         line.seeds[run.seed] = vars(results[run])
-        others = (other for other in results if replace(other, steps=run.steps) == run)
-        remoe = [each for each in results if (each.arm, each.experts) == (REFERENCE, experts) and is_like(each, run)]
-        flops = results[remoe[0]].flops if remoe else None
+        rate, warmup = tuned.get((experts, REFERENCE), (1.0, 0))
+        remoe = replace(base_run(args), experts=experts, seed=run.seed, steps=run.steps, rate=rate, warmup=warmup)
+        flops = results[remoe].flops if remoe in results else None
         if flops is None:
             continue
-        for other in others:
+        for other in of_any_length[replace(run, steps=0)]:
             used = results[other].flops
             if used is not None and abs(used - flops) <= STEP * used / other.steps:
                 line.matched[run.seed] = vars(results[other])

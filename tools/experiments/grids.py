@@ -112,7 +112,9 @@ def train_rounds(
                 done = sum(job.is_done for job in jobs)
                 doing = "train" if grid.sbatch_flags is None else "submit or wait for"
                 say(console, f"{len(jobs)} runs in {grid.output}: {done} finished; {len(jobs) - done} to {doing}.")
-                failed += execute(console, grid, jobs, args.processes, held)
+                failed = execute(console, grid, jobs, args.processes, held)
+                if failed:
+                    break  # later runs depend on these
         finally:
             show()
     if failed:
