@@ -1,5 +1,6 @@
 """Test the quickstart: its figures, resuming after an interrupt, and a few iterations end to end."""
 
+import io
 import json
 import os
 import re
@@ -136,12 +137,12 @@ def assert_is_picture(path: Path) -> None:
 def test_failing_run_shows_the_end_of_its_log(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), "--cpu", "--no-such-flag"]
     stamp = {"settings": {}, "per_byte": None, "fingerprint": "a"}
-    job, console = Job(Run("dense", steps=10), tmp_path / "dense", "dense", stamp, command), Console(width=200)
-    with lock(tmp_path, "quickstart") as held, console.capture() as capture:
-        assert execute(console, Grid(tmp_path), [job], 1, held) == ["dense"]
+    job, output = Job(Run("dense", steps=10), tmp_path / "dense", "dense", stamp, command), io.StringIO()
+    with lock(tmp_path, "quickstart") as held:
+        assert execute(Console(file=output, width=200), Grid(tmp_path), [job], 1, held) == ["dense"]
     log = job.folder / "train.log"
-    assert re.search("failed with exit code 2.*unrecognized arguments: --no-such-flag", capture.get(), re.DOTALL)
-    assert f"The whole log: {log}" in capture.get() and "--no-such-flag" in log.read_text() and not job.is_done
+    assert re.search("failed with exit code 2.*unrecognized arguments: --no-such-flag", output.getvalue(), re.DOTALL)
+    assert f"The whole log: {log}" in output.getvalue() and "--no-such-flag" in log.read_text() and not job.is_done
 
 
 def test_pages_have_the_spread_of_the_table() -> None:
