@@ -14,7 +14,7 @@ from megatron.remoe.files.files import write_text
 
 from ..console.files import fingerprint, make_empty, write_json
 from ..console.flags import Settings, parse
-from ..console.places import ROOT, entry, short
+from ..console.places import ROOT, entry, is_clone, short
 from ..recipes.hardware import GPU_FLAGS, PLAIN_PYTORCH, TRITON
 from ..recipes.launch import plan
 from ..recipes.layout import NAMES, RecipeError
@@ -133,6 +133,8 @@ def make_job(run: Run, grid: Grid, folder: str = "", title: str = "") -> Job:
         words, environment = [sys.executable, *entry(), *flags, *saves], {"OMP_NUM_THREADS": "1"}
         depends: dict[str, Any] = {"text": grid.text.inputs, "code": grid.code}
         per_byte = {name: share for name, share in grid.text.per_byte.items() if share != 1} or None
+    elif not is_clone():
+        raise RecipeError("launch scripts need a clone of the project. Run this there, or give --tiny.")
     else:
         arguments = run.script_words(grid.gpus_per_node, grid.micro_batch, grid.flags)
         environment = {"OUTPUT_DIR": str(place)} | run.script_environment(os.environ)
