@@ -3,9 +3,7 @@
 import argparse
 import importlib.metadata
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from ..console.errors import ToolError
 from ..console.files import fingerprint, fingerprint_of_files, lock, write_json
 from ..console.flags import number_of_cores, whole_number
 from ..console.places import PACKAGE, home, short
-from ..console.units import duration
 from ..recipes import tiny
 from ..runs.figure_reader import read_figures
 from ..runs.running import run_tool
@@ -49,16 +46,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-@contextmanager
-def step(console: Console, name: str, doing: str) -> Iterator[list[str]]:
-    """Show a running step; at its end, print its time and the strings that were added to the yielded list."""
-    result: list[str] = []
-    began = time.monotonic()
-    with console.status(f"{name:<8} {doing}"):
-        yield result
-    console.print(f"  {name:<8} {' '.join(result)} [dim]{duration(time.monotonic() - began)}[/dim]", highlight=False)
-
-
 def describe_corpus(manifest: dict[str, Any]) -> str:
     """Return one line with the domains and their sizes."""
     sizes = {name: part["train"]["bytes"] + part["heldout"]["bytes"] for name, part in manifest["domains"].items()}
@@ -84,16 +71,14 @@ def run(args: argparse.Namespace) -> int:
     with lock(output, "quickstart") as held:
         title = f"Dense, top-k MoE and ReMoE of equal active size: {args.iterations} iterations each, side by side"
         say(console, f"{title}, in {short(output)}")
-        with step(console, "corpus", "collecting text") as result:
-            sources = dataset.CORPORA[args.corpus]()
-            text = corpus.build(output / "corpus", lambda line: say(console, f"  {line}"), args.corpus, sources)
-            result.append(describe_corpus(text) + (" (reused)" if text["reused"] else ""))
+        sources = dataset.CORPORA[args.corpus]()
+        text = corpus.build(output / "corpus", lambda line: say(console, f"  {line}"), args.corpus, sources)
+        say(console, f"  corpus   {describe_corpus(text)}" + (" (reused)" if text["reused"] else ""))
         for domain, reason in text["missing"].items() if text["reused"] else ():
             say(console, f"  The corpus has no {domain}. To try again, remove {short(output / 'corpus')}. {reason}")
-        with step(console, "data set", "preprocessing") as result:
-            data = dataset.build(output / "data", output / "corpus", text, number_of_cores())
-            number = sum(data["tokens"]["train"].values())
-            result.append(f"{number:,} training tokens" + (" (reused)" if data["reused"] else ""))
+        data = dataset.build(output / "data", output / "corpus", text, number_of_cores())
+        number = sum(data["tokens"]["train"].values())
+        say(console, f"  data set {number:,} training tokens" + (" (reused)" if data["reused"] else ""))
         grid = Grid(runs, text=Text.read(output / "data"), code=fingerprint_of_code(), starts_over=True)
         jobs = [
             make_job(Run(model, args.seed, args.iterations), grid, folder=model, title=title)
@@ -101,12 +86,10 @@ def run(args: argparse.Namespace) -> int:
         ]
         if execute(console, grid, jobs, len(jobs), held):
             raise ToolError("A run failed; see above. Fix the cause and run the same command: it goes on.")
-        with step(console, "report", "reading the figures") as result:
-            figures = {job.run.arm: read_figures(job.folder) for job in jobs}
-            summary = quickstart_report.summarize(figures, args.iterations, args.seed, args.corpus)
-            write_json(runs / "summary.json", summary)
-            quickstart_picture.draw(runs / "report.png", figures, summary)
-            result.append("table and picture")
+        figures = {job.run.arm: read_figures(job.folder) for job in jobs}
+        summary = quickstart_report.summarize(figures, args.iterations, args.seed, args.corpus)
+        write_json(runs / "summary.json", summary)
+        quickstart_picture.draw(runs / "report.png", figures, summary)
     quickstart_report.show(console, summary, output, runs)
     return 0
 
