@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
@@ -32,7 +31,7 @@ from tools.models.export.arguments import parse_arguments as export
 from tools.models.generate.arguments import parse_arguments as generate
 from tools.recipes import tiny
 from tools.runs.figure_reader import read_figures
-from tools.runs.run_figures import Curve, RunFigures
+from tools.runs.run_figures import RunFigures
 from tools.text.corpora import dataset
 
 ITERATIONS = 20
@@ -93,14 +92,6 @@ def test_summary_of_written_figures(runs: dict[str, RunFigures]) -> None:
     assert summary["remoe"]["coefficient_final"] == pytest.approx(1e-8 * 1.2**100)
     expected = [2 * expert * (81 + 101) / 2 / 50 for expert in range(8)]
     assert picture.late_load(runs["remoe"], 100)[2] == pytest.approx(expected)
-
-
-def test_late_sparsity_is_that_of_all_late_steps(runs: dict[str, RunFigures]) -> None:
-    """S comes from the running sums, not the logged values: after step 40, 20 steps have 0.5 and 40 have 0.875."""
-    figures = runs["remoe"]
-    assert report.late_sparsity(figures, 60, 8) == pytest.approx(0.75)
-    figures.curves["sparsity"] = Curve(np.array([60, 100]), np.array([0.5, 0.25]))
-    assert report.late_sparsity(figures, 100, 8) == pytest.approx(0.875)
 
 
 def test_table_and_picture(runs: dict[str, RunFigures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
