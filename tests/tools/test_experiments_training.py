@@ -168,7 +168,7 @@ def fork(_: object, words: list[str], environment: dict[str, str], *_rest: objec
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a small corpus."""
-    folder = tmp_path_factory.mktemp("text")
+    folder = tmp_path_factory.mktemp("text") / MIXED
     write_small_corpus(folder / "corpus")
     return folder
 
